@@ -203,9 +203,9 @@ def test_an_option_of_the_launcher_is_ignored_with_a_warning(run: _Run) -> None:
 
 
 def test_an_option_that_would_be_missed_is_refused(run: _Run) -> None:
-    result = run("--model-id", "m", "--num-shard", "2")
+    result = run("--model-id", "m", "--sharded", "true")
     assert result.exit_code == 2
-    assert "--num-shard=2 is not supported" in result.output
+    assert "--sharded=true is not supported" in result.output
 
 
 def test_sagemaker_s_one_argument_means_its_port_and_its_variables(

@@ -30,7 +30,7 @@ def test_what_the_code_knows_of_tgi_is_on_the_page() -> None:
     assert {old for old, _ in RENAMED} <= set(tgi_page.VARIABLES)
 
 
-@pytest.mark.parametrize(("name", "word"), [("num_shard", "refused"), ("ngrok", "ignored"), ("port", "same")])
+@pytest.mark.parametrize(("name", "word"), [("sharded", "refused"), ("ngrok", "ignored"), ("port", "same")])
 def test_the_three_fates_are_told_apart(name: str, word: str) -> None:
     (row,) = re.findall(rf"^\| `--{name.replace('_', '-')}` \| [^|]*\| (\w+)", PAGE, re.MULTILINE)
     assert row == word

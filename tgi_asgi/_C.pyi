@@ -34,6 +34,9 @@ def num_cores() -> int:
 def default_num_threads() -> int:
     """Return the cores that the process may use, by affinity and by cgroup quota."""
 
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that the process may use, by affinity (SMT not counted)."""
+
 def configure_team(num_threads: int = 0, nice: int = 0, pin: bool = False, spin_us: int = 75) -> None:
     """Restart the team with these options."""
 
@@ -503,11 +506,47 @@ class ExpertMlps:
         offset: float = 0.0,
     ) -> None: ...
 
+class ShardShape:
+    """What shards of a model share: how many they are, and the bounds of their steps."""
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        num_members: int,
+        num_columns: int,
+        max_tokens: int,
+        max_sequences: int,
+        max_rows: int,
+        vocab_size: int,
+        num_groups: int,
+        table_width: int,
+    ) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class ShardGroup:
+    """The memory that shards share, as one of them sees it, see csrc/cpu/shard_group.h."""
+
+    def __init__(self, *, fd: int, rank: int, shape: ShardShape) -> None: ...
+    @property
+    def rank(self) -> int: ...
+    def end(self) -> None:
+        """Let the other shards end; for the first, behind its last step."""
+
+    def give_up(self) -> None:
+        """Let all go on that wait for another; what they compute is void. From any thread."""
+
+    @property
+    def is_given_up(self) -> bool: ...
+
 class Program:
     """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
     def use_adapters(self, layout: AdapterLayout) -> None: ...
+    def use_shards(self, shards: ShardGroup, first_word: int) -> None: ...
+    def part(self) -> Rows: ...
     def rows(self, columns: int, *, for_logits: bool = False) -> Rows: ...
     def activation(
         self, columns: int, precision: str, *, for_logits: bool = False, min_tiles: int = 0
@@ -521,6 +560,7 @@ class Program:
     def pack(self, *, rows: Rows, out: Activation) -> None: ...
     def linear(self, *, product: Product, out: Rows, first_column: int = 0) -> None: ...
     def linear_add(self, *, product: Product, factor: float, x: Rows) -> None: ...
+    def sum_shards(self, *, part: Rows, factor: float, adds: bool, x: Rows) -> None: ...
     def qkv(self, *, products: Sequence[Product], heads: Heads, out: Query) -> None: ...
     def head_rows(self, *, rows: Rows, heads: Heads, has_keys: bool, out: Query) -> None: ...
     def heads_linear(self, *, product: Product, num_heads: int, out: Rows) -> None: ...
@@ -587,6 +627,12 @@ class Program:
 
     def run_head(self, rows: Sequence[int]) -> _Floats:
         """Return the logits of other rows of the last step that `run` computed."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the pool (from, to), in all shards."""
+
+    def follow(self) -> None:
+        """Compute what the first shard sends, until that ends or gives the group up."""
 
     @property
     def num_operators(self) -> int: ...

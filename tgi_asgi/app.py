@@ -205,6 +205,8 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     loaded = load(settings, files, progress)
     _say_format(settings, loaded)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
+    if loaded.shards is not None:
+        loaded.shards.watch(engine.lose)
     return Served(
         engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
         make_adapters(settings, loaded),

@@ -145,7 +145,7 @@ def _run(print_env: bool, **options: Any) -> None:
     launcher_compat.apply_paths(given, os.environ)
     try:
         settings = Settings.from_environ(os.environ, **{name: given[name] for name in names & given.keys()})
-        warnings = launcher_compat.check_options(given, os.environ)
+        warnings = launcher_compat.check_options(given, os.environ, settings.num_shard)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from None
     logs.configure(settings)

@@ -186,6 +186,9 @@ class Settings:
         "auto",
         _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
+    num_shard: int = _model(
+        "Split the model over so many processes, which compute each step together (CPU only).", 1, _COUNT
+    )
     prompt_precision: str = _model(
         "Arithmetic of prompts on quantised weights, on a CPU: auto is that of generated tokens (int8); "
         "bfloat16 decodes the weights: more exact, made for AMX, slower on other processors, which the start "
@@ -310,7 +313,7 @@ class Settings:
     otlp_endpoint: str | None = _server("Where OpenTelemetry spans go, by gRPC (`otel` extra).", None, _URL)
     otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
     log_level: str = _server("Least level that is logged.", "info", _one_of("debug info warn error"))
-    compute_type: str | None = _server("Value of the x-compute-type header (default: 1-<device>).")
+    compute_type: str | None = _server("Value of the x-compute-type header (default: <shards>-<device>).")
     aip_predict_route: str | None = _server("Vertex AI: a further path of what /vertex serves.", None, _ROUTE)
     aip_health_route: str | None = _server("Vertex AI: a further path of what /health serves.", None, _ROUTE)
 
@@ -371,7 +374,9 @@ class Settings:
         _AMOUNT,
     )
     share_prefix_cache: bool = _engine("Share blocks across API keys: speed tells what others ask.", False)
-    num_threads: int | None = _engine("Compute threads (default: one a usable core).", None, _COUNT)
+    num_threads: int | None = _engine(
+        "Compute threads, of each shard (default: one a usable core, together).", None, _COUNT
+    )
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, for HTTP; else 0).", None, _NICE
     )

@@ -417,6 +417,7 @@ class ModelInfo:
     num_kept_states: int = 0  # of recurrent layers, for prompts to go on from
     kept_state_bytes: int = 0  # of all of them
     num_threads: int = 0
+    num_shards: int = 1  # each with as many threads
     kernel_set: str | None = None  # of the CPU's kernels
     prompt_precision: str | None = None  # of prompts, where it is not that of generated tokens
     implementation: str = "native"  # or "transformers"

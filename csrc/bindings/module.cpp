@@ -21,6 +21,7 @@
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
+#include "bindings/shards.h"
 #include "bindings/state_pool.h"
 #include "bindings/step_queue.h"
 #include "cpu/platform.h"
@@ -111,6 +112,9 @@ void bind_team(py::module_& module) {
   module.def("default_num_threads", &cpu::default_num_threads, release(),
              "Return the cores that the process may use, by affinity (SMT not counted) and by "
              "cgroup quota.");
+  module.def(
+      "usable_cores", [] { return cpu::usable_cores(); },
+      "Return the numbers of the cores that the process may use, by affinity (SMT not counted).");
   module.def("configure_team", &configure_team, py::arg("num_threads") = 0, py::arg("nice") = 0,
              py::arg("pin") = false, py::arg("spin_us") = 75, release(),
              "Restart the team with these options.");
@@ -161,6 +165,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_sampling(module);
   tgi::bind_adapters(module);
   tgi::bind_rows(module);
+  tgi::bind_shards(module);
   tgi::bind_attention_spec(module);
   tgi::bind_experts(module);
   tgi::bind_program(module);

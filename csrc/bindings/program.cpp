@@ -6,6 +6,7 @@
 #include "bindings/activation.h"
 #include "bindings/float_tensors.h"
 #include "cpu/step/kernel_sets.h"
+#include "cpu/step/shards.h"
 #include "cpu/team.h"
 
 namespace tgi {
@@ -26,6 +27,9 @@ MlpActivation gated_of(const std::string& name) {
   check(found != MlpActivation::kXielu, "`activation` must be ", kGatedNames, ", got ", name);
   return found;
 }
+
+// Behind a part of a sum all shards meet.
+Sync sync_behind(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
 
 // Operators that write an activation without copies of the members' own.
 const step::Activation& shared(const ActivationPtr& out) {
@@ -101,7 +105,8 @@ void Program::embed(const Matrix& table, double factor, const std::optional<Floa
   check_rows_buffer(out, table.packed.num_columns, "out");
   check(table.num_rows > 0 && table.has_padding_last,
         "`table` must have its rows first, and padding behind them");
-  num_ids_ = num_ids_ == 0 ? table.num_rows : std::min(num_ids_, table.num_rows);
+  const int64_t num_ids = shards_ == nullptr ? table.num_rows : shards_->shape().vocab_size;
+  num_ids_ = num_ids_ == 0 ? num_ids : std::min(num_ids_, num_ids);
   step::EmbedParams params = {table.packed, static_cast<float>(factor), out->data(), nullptr};
   if (positions) {
     check_shape(*positions, "positions", {-1, out->num_columns});
@@ -112,7 +117,9 @@ void Program::embed(const Matrix& table, double factor, const std::optional<Floa
   }
   keep(table.memory);
   keep(out->memory);
-  forward_.add(step::kernels().embed, params);
+  if (shards_ == nullptr) return forward_.add(step::kernels().embed, params);
+  forward_.add(&step::embed_part, step::EmbedPartParams{params, first_word_, table.num_rows},
+               sync_behind(out));
 }
 
 std::pair<const float*, const float*> Program::keep(const Norm& norm, int64_t columns,
@@ -187,7 +194,8 @@ void Program::linear(const Product& product, const RowsPtr& out, int64_t first_c
   keep(out->memory);
   forward_.add(step::kernels().linear_rows,
                step::LinearRowsParams{linear_params(product, 1), out->data() + first_column,
-                                      out->num_columns});
+                                      out->num_columns},
+               sync_behind(out));
 }
 
 void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {
@@ -285,6 +293,7 @@ void Program::logits(const Product& product, int64_t vocab_size, double scale, d
   head_.add(step::kernels().logits,
             step::LogitsParams{linear, logits_->data(), vocab_size, static_cast<float>(scale),
                                static_cast<float>(cap)});
+  if (shards_ != nullptr) share_logits();
 }
 
 void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows,

@@ -17,6 +17,7 @@
 #include "bindings/matrix.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
+#include "bindings/shards.h"
 #include "bindings/state_pool.h"
 #include "cpu/step/segment.h"
 
@@ -27,6 +28,7 @@ struct RowsBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   int64_t num_columns;
+  std::optional<int64_t> turn = std::nullopt;  // of a sum that they are this shard's part of
   float* data() const { return reinterpret_cast<float*>(memory.get()); }
 };
 
@@ -149,12 +151,18 @@ class Program {
   // Before anything is recorded: products may be changed by adapters of this layout.
   void use_adapters(LayoutPtr layout);
 
+  // Before anything is recorded: this is one of several shards, with the words from `first_word` on
+  // in its embedding and its head.
+  void use_shards(ShardsPtr shards, int64_t first_word);
+
   // Buffers, for all tokens, or for the rows of logits. An activation's precision may be "by_kind":
   // int8 of tokens that were drawn, bfloat16 of those of prompts.
   RowsPtr rows(int64_t columns, bool for_logits) const;
   // More tiles than all tokens fill: for rows that lie apart.
   ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits,
                            int64_t min_tiles = 0) const;
+  // This shard's part of the next sum: written by the operator that comes next.
+  RowsPtr part();
   ChoicePtr choice(int64_t num_experts, int64_t top_k) const;
   QueryPtr query(const KvPool& pool, int64_t num_heads) const;
 
@@ -173,6 +181,8 @@ class Program {
   // To columns of `out` from `first_column` on.
   void linear(const Product& product, const RowsPtr& out, int64_t first_column);
   void linear_add(const Product& product, double factor, const RowsPtr& x);
+  // x = factor * the sum of all shards' parts, or x += that.
+  void sum_shards(const RowsPtr& part, double factor, bool adds, const RowsPtr& x);
   // Products: the rows of q, k and v as one matrix, or as three of different formats.
   void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
   // Of rows in packed order.
@@ -231,6 +241,10 @@ class Program {
   std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
   // The logits of other rows of the last batch, which `run` has computed.
   Floats run_head(const std::vector<int32_t>& rows);
+  // Copies blocks of the pool (from, to), in all shards.
+  void copy_blocks(const BlockPairs& pairs);
+  // Computes what the first shard sends, until it ends or the group is given up. Without the GIL.
+  void follow();
   int64_t vocab() const { return vocab_; }
 
  private:
@@ -262,6 +276,18 @@ class Program {
   // What a step reads of its tokens alone is not there once it goes on with its last rows.
   void check_before_end(const char* name) const;
 
+  // Sends the present step to the other shards, last before it runs.
+  void send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows);
+  // Every member's end of what was sent.
+  void meet_shards() {
+    if (shards_ != nullptr) shards_->meet();
+  }
+  // Throws std::runtime_error where another shard has not computed its part.
+  void check_shards() const;
+  void follow_one(ShardMail& mail);
+  // Behind the head: this shard's logits go to those of all.
+  void share_logits();
+
   void begin(const step::StepHeader& header, const FlatRows& batch);
   void check_tables(const step::StepHeader& header, int64_t sequence) const;
   void check_header(const step::StepHeader& header) const;
@@ -277,6 +303,9 @@ class Program {
   int64_t num_ids_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;  // those that every table has an entry for
   bool has_positions_ = false;         // some are added to embeddings
+  ShardsPtr shards_;
+  int64_t first_word_ = 0;
+  int64_t num_parts_ = 0;
   StatesPtr states_;
   PoolPtr pool_;
   step::KvLayerView kv_ = {};  // the first of its layers that was used: all have one shape

@@ -153,6 +153,8 @@ void bind_program(py::module_& module) {
             program.use_adapters(std::move(layout));
           },
           py::arg("layout").none(false))
+      .def("use_shards", &Program::use_shards, py::arg("shards").none(false), py::arg("first_word"))
+      .def("part", &Program::part)
       .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
       .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
            py::kw_only(), py::arg("for_logits") = false, py::arg("min_tiles") = 0)
@@ -172,6 +174,8 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false), py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
            py::arg("x").none(false))
+      .def("sum_shards", &Program::sum_shards, py::kw_only(), py::arg("part").none(false),
+           py::arg("factor"), py::arg("adds"), py::arg("x").none(false))
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
            py::arg("out").none(false))
       .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows").none(false),
@@ -220,6 +224,8 @@ void bind_program(py::module_& module) {
            py::arg("drafts") = std::vector<int32_t>())
       .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
       .def("run_head", &Program::run_head, py::arg("rows"))
+      .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
+      .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_operators", &Program::num_operators)
       .def_property_readonly("vocab_size", &Program::vocab);
 }

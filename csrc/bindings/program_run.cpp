@@ -44,10 +44,18 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   rows_ = std::move(kept_rows);
   {
     const py::gil_scoped_release release;
-    cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
-                     [&](int member, int num_members) { run_step(member, num_members); });
+    cpu::run_on_team(
+        [&](int num_members) {
+          prepare(num_members, false);
+          send_step(batch_, rows_, false);
+        },
+        [&](int member, int num_members) {
+          run_step(member, num_members);
+          meet_shards();
+        });
   }
   end();
+  check_shards();
   can_run_head_ = true;
   return logits_view(header_.num_rows);
 }
@@ -81,12 +89,15 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
       [&](int num_members) {
         prepare(num_members, true);
         call.reserve(num_members);
+        send_step(batch, rows, true);
       },
       [&](int member, int num_members) {
         run_step(member, num_members);
+        meet_shards();
         call.run(member, num_members);
       });
   end();
+  check_shards();
   call.finish();
 }
 
@@ -97,13 +108,19 @@ std::vector<double> Program::profile(const FlatRows& batch, const std::vector<in
   std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
   {
     const py::gil_scoped_release release;
-    cpu::run_on_team([&](int num_members) { prepare(num_members, true); },
-                     [&](int member, int num_members) {
-                       if (member == 0) ends[0] = now_s();
-                       run_step(member, num_members, ends.data() + 1);
-                     });
+    cpu::run_on_team(
+        [&](int num_members) {
+          prepare(num_members, true);
+          send_step(batch, rows, true);
+        },
+        [&](int member, int num_members) {
+          if (member == 0) ends[0] = now_s();
+          run_step(member, num_members, ends.data() + 1);
+          meet_shards();
+        });
   }
   end();
+  check_shards();
   std::vector<double> times;
   for (size_t i = 1; i < ends.size(); ++i) times.push_back(ends[i] - ends[i - 1]);
   return times;
@@ -120,11 +137,21 @@ Floats Program::run_head(const std::vector<int32_t>& rows) {
   header_ = header;
   if (header_.num_rows > 0) {
     const py::gil_scoped_release release;
-    cpu::run_on_team([&](int num_members) { check_members(num_members); },
-                     [&](int member, int num_members) {
-                       head_.run(header_, 0, head_.size(), member, num_members);
-                     });
+    cpu::run_on_team(
+        [&](int num_members) {
+          check_members(num_members);
+          if (shards_ == nullptr) return;
+          ShardMail mail = {ShardMail::Kind::kHead};
+          mail.rows = rows_;
+          write_mail(mail, *shards_);
+          shards_->send();
+        },
+        [&](int member, int num_members) {
+          head_.run(header_, 0, head_.size(), member, num_members);
+          meet_shards();
+        });
   }
+  check_shards();
   return logits_view(header_.num_rows);
 }
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -14,33 +13,11 @@
 #include <vector>
 
 #include "platform.h"
+#include "spin.h"
 
 namespace tgi::cpu {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-constexpr int kSpinsPerClockRead = 64;  // reading the clock costs as much as ten pauses
-constexpr auto kYieldAfter = std::chrono::milliseconds(1);
-
-// Spins until ready() holds. After kYieldAfter it gives its core away between looks.
-template <typename Ready>
-void spin_until(const Ready& ready) {
-  for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {
-    if (ready()) return;
-    spin_pause();
-  }
-  const auto deadline = Clock::now() + kYieldAfter;
-  bool is_late = false;
-  while (!ready()) {
-    for (int spins = 0; spins < kSpinsPerClockRead && !ready(); ++spins) spin_pause();
-    if (is_late) {
-      std::this_thread::yield();
-    } else {
-      is_late = Clock::now() > deadline;
-    }
-  }
-}
 
 // Counter and generation on lines of their own: members spin on the one that nobody increments.
 class Barrier {

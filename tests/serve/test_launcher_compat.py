@@ -68,21 +68,28 @@ def test_an_ignored_option_gives_one_warning_without_its_value() -> None:
 
 def test_values_that_ask_for_nothing_pass_in_silence() -> None:
     environ = {
-        "NUM_SHARD": "1", "SHARDED": "false", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off",
+        "SHARDED": "false", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off",
         "QUANTIZE": "", "SPECULATE": "0",
     }  # fmt: skip
     assert check_options({}, environ) == []
 
 
 def test_a_flag_wins_over_the_environment() -> None:
-    assert check_options({"num_shard": "1"}, {"NUM_SHARD": "4"}) == []
-    with pytest.raises(InvalidRequest, match="--num-shard=4"):
-        check_options({"num_shard": "4"}, {"NUM_SHARD": "1"})
+    assert check_options({"sharded": "false"}, {"SHARDED": "true"}) == []
+    with pytest.raises(InvalidRequest, match="--sharded=true"):
+        check_options({"sharded": "true"}, {"SHARDED": "false"})
+
+
+def test_sharded_means_that_there_are_several_as_tgi_s_launcher_has_it() -> None:
+    assert check_options({"sharded": "true"}, {}, num_shard=2) == []
+    assert check_options({"sharded": "false"}, {}, num_shard=2) == []
+    with pytest.raises(InvalidRequest, match="--num-shard N, at least 2"):
+        check_options({"sharded": "true"}, {}, num_shard=1)
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.is_refused], ids=lambda o: o.name)
 def test_what_would_silently_be_missing_is_refused(option: CompatOption) -> None:
-    value = {"num_shard": "2", "sharded": "true"}.get(option.name, "x")
+    value = {"sharded": "true"}.get(option.name, "x")
     with pytest.raises(InvalidRequest, match=option.variable):
         check_options({}, {option.variable: value})
 

@@ -87,6 +87,8 @@ class Engine:
         self._state = EngineState.LOADING
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._host: asyncio.AbstractEventLoop | None = None
+        self._lost: str | None = None
 
     @property
     def state(self) -> EngineState:
@@ -105,8 +107,10 @@ class Engine:
         """Begin to serve."""
         assert self._task is None, "an engine starts once"
         self._state = EngineState.READY
+        self._host = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._loop.run(), name="engine")
         self._task.add_done_callback(self._on_end)
+        self._host.call_soon(self._on_loss)  # should that have come before
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take room for n choices; raises `Overloaded` or `Unavailable`.
@@ -159,6 +163,20 @@ class Engine:
     def reset_prefix_cache(self) -> int:
         """Forget all that is cached; blocks in use stay with who uses them. Return how many were known."""
         return self.scheduler.pool.reset()
+
+    def lose(self, reason: str) -> None:
+        """Be dead, as what computes has lost a part of itself; from any thread, before or behind `start`."""
+        self._lost = reason
+        if self._host is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._host.call_soon_threadsafe(self._on_loss)
+
+    def _on_loss(self) -> None:
+        if self._is_stopping or self._lost is None:
+            return
+        self._die(GenerationFailed(self._lost))
+        if self._task is not None:
+            self._task.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what runs finish; what has not by then gets `IncompleteGeneration`."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
+from tgi_asgi.models.shard import ModelCut
 
 MAX_CONTEXT = 1 << 24
 
@@ -233,6 +234,7 @@ class ModelConfig:
     logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they do not
     has_head: bool = True  # False: the embedding stands in for a head that there is not
     num_labels: int = 0  # of a classifier, whose head has a row for each; 0: it is none
+    cut: ModelCut | None = None  # what this process computes of it; None: all
 
     @property
     def generates(self) -> bool:
@@ -343,7 +345,8 @@ class ModelConfig:
     def _cache(self, layer: LayerSpec) -> CacheShape:
         latent = layer.latent
         if latent is None:
-            return CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window)
+            num_kv_heads = self.num_kv_heads if self.cut is None else len(self.cut.kv_heads)
+            return CacheShape(num_kv_heads, self.head_dim, self.head_dim, layer.window)
         return CacheShape(1, latent.rank + latent.rotary_dim, latent.rank, layer.window, is_latent=True)
 
     @property

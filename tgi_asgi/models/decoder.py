@@ -41,7 +41,8 @@ class Decoder:
         shape = (config.vocab_size, config.hidden_size)
         self.config, self.path = config, "model"
         ropes = RopeTables(config, weights, max_positions)
-        embedding = weights.get("model.embed_tokens.weight", shape)
+        words = range(config.vocab_size) if config.cut is None else config.cut.words
+        embedding = weights.get("model.embed_tokens.weight", shape).rows(words.start, words.stop)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
         self.positions = self.read_positions(weights) if config.has_learnt_positions else None
         self.norm = read_norm(config, weights, "model.norm")
@@ -50,8 +51,11 @@ class Decoder:
             labels = weights.get("score.weight", (config.num_labels, config.hidden_size))
             self.head = ops.linear_weight(labels, arithmetic, is_vocabulary=True)
         elif config.has_head and (not config.has_tied_embeddings or config.has_head_bias):
-            head = embedding if config.has_tied_embeddings else weights.get("lm_head.weight", shape)
-            bias = weights.get("lm_head.bias", shape[:1]) if config.has_head_bias else None
+            head, bias = embedding, None
+            if not config.has_tied_embeddings:
+                head = weights.get("lm_head.weight", shape).rows(words.start, words.stop)
+            if config.has_head_bias:
+                bias = weights.get("lm_head.bias", shape[:1]).rows(words.start, words.stop)
             self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
         # Behind the head, of which all is resident while it is packed, be it a twentieth of the file.
         layer_class = self.parallel_class if config.is_parallel else self.layer_class

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
+from tgi_asgi.models import cutting
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
 from tgi_asgi.models.latent import LatentAttention
@@ -44,9 +45,11 @@ class LayerWeights:
 
     Attributes:
         expert_names: what experts may be called: the first whose router there is.
+        has_whole_norms: queries and keys are normalised over all heads together.
     """
 
     expert_names: tuple[ExpertNames, ...] = (ExpertNames(),)
+    has_whole_norms = False
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
         self.config, self.weights, self.arithmetic = config, weights, arithmetic
@@ -107,12 +110,20 @@ class LayerWeights:
 
     def qkv(self) -> ops.QkvWeight:
         """Make the weight of `ops.qkv`."""
-        config, rope = self.config, self.spec.rope
-        query, key, value = self.qkv_sources()
+        config, rope, cut = self.config, self.spec.rope, self.config.cut
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        sources, biases, norms = self.qkv_sources(), self.qkv_biases(), self.norms()
+        if cut is not None:
+            num_heads, num_kv_heads = len(cut.heads), len(cut.kv_heads)
+            rows = cutting.qkv_rows(cut, config.head_dim)
+            sources = cutting.rows_of(sources, rows)
+            biases = None if biases is None else cutting.rows_of(biases, rows)
+            norms = None if norms is None else cutting.norms_of(norms, cut, config.head_dim)
+        query, key, value = sources
         return ops.qkv_weight(
-            query, key, value, self.arithmetic, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            query, key, value, self.arithmetic, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=config.head_dim, rotary_dim=None if rope is None else rope.dim,
-            biases=self.qkv_biases(), norms=self.norms(), is_interleaved=config.has_interleaved_rope,
+            biases=biases, norms=norms, is_interleaved=config.has_interleaved_rope,
         )  # fmt: skip
 
     def output_gate(self) -> ops.LinearWeight | None:
@@ -131,8 +142,12 @@ class LayerWeights:
 
     def gate_up(self) -> ops.GateUpWeight:
         """Make the weight of `ops.gate_up`."""
-        gate, up = self.gate_up_sources()
-        return ops.gate_up_weight(gate, up, self.arithmetic, biases=self.gate_up_biases())
+        sources, biases, cut = self.gate_up_sources(), self.gate_up_biases(), self.config.cut
+        if cut is not None:
+            sources = cutting.rows_of(sources, [cut.inner] * 2)
+            biases = None if biases is None else cutting.rows_of(biases, [cut.inner] * 2)
+        gate, up = sources
+        return ops.gate_up_weight(gate, up, self.arithmetic, biases=biases)
 
     def experts(self) -> Experts | None:
         """Make the layer's experts, where it has them in the place of an MLP."""
@@ -156,7 +171,10 @@ class LayerWeights:
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
         """Make the weight of a single product."""
         bias = self.get(f"{name}.bias", rows) if has_bias else None
-        return ops.linear_weight(self.get(f"{name}.weight", rows, columns), self.arithmetic, bias=bias)
+        source, cut = self.get(f"{name}.weight", rows, columns), self.config.cut
+        if cut is not None:
+            return cutting.linear_of(name, source, bias, cut, self.config.head_dim, self.arithmetic)
+        return ops.linear_weight(source, self.arithmetic, bias=bias)
 
     def _queries(self, part: int) -> ops.WeightSource:
         """Return the rows of heads' queries, or with 1 of their gates, which lie behind each query."""
@@ -190,6 +208,8 @@ class Layer:
         self.rope, self.sinks = ropes.table(self.spec.rope), weights.sinks()
         self.query_scales = ropes.query_scales(self.spec.query_growth)
         self.slopes = None if self.spec.slopes is None else torch.tensor(self.spec.slopes)
+        if self.slopes is not None and config.cut is not None:
+            self.slopes = self.slopes[config.cut.heads.start : config.cut.heads.stop]
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         self.make_norms(weights)
         self.recurrent = weights.recurrent()

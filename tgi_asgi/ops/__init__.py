@@ -39,6 +39,7 @@ from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.selective_scan import SelectiveScanWeight, selective_scan
+from tgi_asgi.ops.shards import Shard, ShardMemory
 from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
@@ -55,6 +56,7 @@ from tgi_asgi.ops.team import (
     join_threads,
     num_threads,
     threads_kept_awake,
+    use_share_of_cores,
     wake_threads,
 )
 from tgi_asgi.ops.up import up
@@ -115,6 +117,8 @@ __all__ = [
     "SampleResult",
     "SampleState",
     "SelectiveScanWeight",
+    "Shard",
+    "ShardMemory",
     "ShortConvWeight",
     "StateLayer",
     "StatePool",
@@ -171,6 +175,7 @@ __all__ = [
     "threads_kept_awake",
     "token_logprobs",
     "up",
+    "use_share_of_cores",
     "vector",
     "wake_threads",
 ]

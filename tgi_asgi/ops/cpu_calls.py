@@ -20,6 +20,7 @@ from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.values import Kind, Value
 
 _Made = TypeVar("_Made")
@@ -45,6 +46,7 @@ class CpuCalls:
         inputs: values that no call makes.
         outputs: values that are wanted behind the last one.
         adapters: what may change its products.
+        shard: which of several shards the program is; None: it is whole.
 
     Attributes:
         buffers: where values lie.
@@ -58,8 +60,9 @@ class CpuCalls:
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         adapters: AdapterLayout | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        self._adapters = adapters
+        self._adapters, self._shard = adapters, shard
         self.buffers = CpuBuffers(native)
         self.residual: Any = None
         self._native, self._recorded = native, recorded
@@ -86,10 +89,13 @@ class CpuCalls:
         out = self.buffers.rows(call.out, call.out.columns)
         self.residual = out
         positions = None
-        if call.positions is not None:
+        if call.positions is not None and (self._shard is None or self._shard.group.rank == 0):
             missing = -call.out.columns % layout.STRIP
             positions = torch.nn.functional.pad(call.positions, (0, missing)).contiguous().numpy()
-        self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=out)
+        to = out if self._shard is None else self._native.part()
+        self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=to)
+        if self._shard is not None:
+            self._native.sum_shards(part=to, factor=1.0, adds=False, x=out)
 
     def _activation(self, index: int, call: calls.Activation) -> None:
         self._pack(self.buffers.of(call.x, "rows"), call.out)
@@ -203,12 +209,25 @@ class CpuCalls:
     def _linear(self, index: int, call: calls.Linear) -> None:
         made = _made(call.weight.made, PackedLinear)
         out = self.buffers.rows(call.out, call.out.columns)
-        self._native.linear(product=self._product(call.a, made), out=out)
+        product = self._product(call.a, made)
+        if call.weight.is_partial:
+            self._sum(product, 1.0, adds=False, x=out)
+        else:
+            self._native.linear(product=product, out=out)
 
     def _linear_add(self, index: int, call: calls.LinearAdd) -> None:
         made = _made(call.weight.made, PackedLinear)
-        product = self._product(call.a, made)
-        self._native.linear_add(product=product, factor=call.factor, x=self.buffers.of(call.x, "rows"))
+        product, x = self._product(call.a, made), self.buffers.of(call.x, "rows")
+        if call.weight.is_partial:
+            self._sum(product, call.factor, adds=True, x=x)
+        else:
+            self._native.linear_add(product=product, factor=call.factor, x=x)
+
+    def _sum(self, product: Any, factor: float, *, adds: bool, x: Any) -> None:
+        """Note a product of which each shard makes a part, and the sum of these."""
+        part = self._native.part()
+        self._native.linear(product=product, out=part)
+        self._native.sum_shards(part=part, factor=factor, adds=adds, x=x)
 
     def _up(self, index: int, call: calls.Up) -> None:
         made = _made(call.weight.made, PackedLinear)

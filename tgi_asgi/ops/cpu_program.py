@@ -16,6 +16,7 @@ from tgi_asgi.ops.cpu_calls import CpuCalls
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
+from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.values import Kind, Value
 
 
@@ -33,6 +34,7 @@ class CpuProgram:
         inputs: values that no call makes: `write` gives them.
         outputs: values that `read` returns, beside the residual.
         adapters: what rows of a step may have.
+        shard: which of several shards it is, where the model's weights are one's.
 
     Attributes:
         native: what `StepQueue` runs without Python.
@@ -49,14 +51,17 @@ class CpuProgram:
         inputs: Sequence[Value] = (),
         outputs: Sequence[Value] = (),
         adapters: AdapterLayout | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.native = _C.Program(
             max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=max_context
         )
         if adapters is not None:
             self.native.use_adapters(adapters.native)
+        if shard is not None:
+            self.native.use_shards(shard.group, shard.first_word)
         self._recorded = recorder.calls
-        self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs, adapters)
+        self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs, adapters, shard)
         for value in inputs:
             self._calls.take_input(value, self._columns(value))
         self._calls.emit_all()

@@ -59,6 +59,22 @@ class WeightSource:
         data = self.data.reshape(self.shape[0], -1)[start:stop].reshape(-1)
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
+    def columns(self, start: int, stop: int) -> WeightSource:
+        """Return columns [start, stop) of a matrix: a copy; of one with an order as floats.
+
+        Raises:
+            ValueError: they begin or end within a block of the format.
+        """
+        source = self.in_order()
+        info = FORMATS[source.format]
+        if start % info.block_columns or stop % info.block_columns:
+            raise ValueError(f"columns {start} to {stop} are no whole blocks of {source.format}")
+        blocks = source.data.reshape(self.shape[0], -1, info.block_bytes)
+        found = blocks[:, start // info.block_columns : stop // info.block_columns]
+        return replace(
+            source, data=np.ascontiguousarray(found).reshape(-1), shape=(self.shape[0], stop - start)
+        )
+
     def in_rows(self, order: npt.NDArray[np.int64]) -> WeightSource:
         """Return the rows of a matrix, or the elements of a vector, of these numbers: a copy."""
         data = np.ascontiguousarray(self.data.reshape(self.shape[0], -1)[order]).reshape(-1)

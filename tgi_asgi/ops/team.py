@@ -24,7 +24,11 @@ def num_threads() -> int:
 
 
 def configure_threads(
-    num_threads: int | None = None, *, nice: int | None = None, pin: bool | None = None
+    num_threads: int | None = None,
+    *,
+    nice: int | None = None,
+    pin: bool | None = None,
+    num_shards: int = 1,
 ) -> int:
     """Start the compute team; return how many threads it has, the launching one included.
 
@@ -33,15 +37,30 @@ def configure_threads(
     4-11 ms); pinned to their cores if they are as many as these (a smaller team would take the cores of
     another process's).
     torch's own threads would fight the team for the cores: they are switched off for the process.
+
+    Args:
+        num_shards: processes that share the cores: each has as many threads. This one has the first cores.
     """
-    count = num_threads or _C.default_num_threads()
+    count = num_threads or max(_C.default_num_threads() // num_shards, 1)
     if nice is None:
-        nice = _NICE_ON_FEW_CORES if count <= 4 else 0
+        nice = _NICE_ON_FEW_CORES if count * num_shards <= 4 else 0
     if pin is None:
-        pin = hasattr(os, "sched_getaffinity") and count == _C.num_cores()
+        pin = hasattr(os, "sched_getaffinity") and count * num_shards == _C.num_cores()
     torch.set_num_threads(1)
     _C.configure_team(count, nice, pin)
     return count
+
+
+def use_share_of_cores(rank: int, num_shards: int) -> int:
+    """Keep this process, one of several, to cores of its own; return how many these are.
+
+    Where there are fewer cores than processes, it stays on all of them.
+    """
+    cores = _C.usable_cores()
+    each = len(cores) // num_shards
+    if each:
+        os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
+    return each
 
 
 def wake_threads() -> None:

@@ -24,6 +24,7 @@ class LinearWeight:
     rows: int
     columns: int
     made: Any  # the device's own
+    is_partial: bool = False  # some of the columns: what all shards make of theirs is added
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,13 @@ def linear_weight(
     *,
     bias: WeightSource | None = None,
     is_vocabulary: bool = False,
+    is_partial: bool = False,
 ) -> LinearWeight:
     """Make the weight of `linear`, `linear_add`, `head` and `embed` from a [rows, columns] source.
 
     `is_vocabulary` says that it is an embedding or a head: its errors show in log-probabilities directly, so
-    that it is never quantised below eight bits.
+    that it is never quantised below eight bits. `is_partial`: these are a shard's columns of a matrix whose
+    other columns are other shards'; one of them alone has the bias.
 
     Raises:
         ValueError: the source is no matrix, or the bias has another number of elements than it has rows.
@@ -114,7 +117,7 @@ def linear_weight(
     rows, columns = _matrix("source", source)
     biases = _biases([bias] if bias is not None else None, [source])
     made = arithmetic.linear(source, biases[0] if biases else None, is_vocabulary=is_vocabulary)
-    return LinearWeight(rows, columns, made)
+    return LinearWeight(rows, columns, made, is_partial)
 
 
 def router_weight(

@@ -72,12 +72,13 @@ def choose_size(
     *,
     share: float = _SHARE,
     kv_dtype: torch.dtype | None = None,
+    repeats: float = 1.0,
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`, of `kv_dtype` or what the CPU takes.
 
     `max_batch_total_tokens` decides where the operator set it: so many tokens in all layers, whatever is
     given back behind windows. Otherwise all slots could be filled to the end, unless this share of the free
-    memory is less.
+    memory is less. `repeats`: how often shards have each KV head, on average.
 
     Raises:
         ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
@@ -93,7 +94,7 @@ def choose_size(
             cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
             for cache in config.caches
         )
-    per_token = max(per_token + config.other_bytes_per_token, _LEAST_BYTES)
+    per_token = max(int(per_token * repeats) + config.other_bytes_per_token, _LEAST_BYTES)
     size, num_groups = settings.block_size, len(windows)
     all_bytes = per_token * num_groups
     needs = BlockNeeds(windows, size, step_tokens(settings))

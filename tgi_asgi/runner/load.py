@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -28,6 +29,7 @@ from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.pooling import Dense
+from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import cuda_load, prompt_precision
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
@@ -47,6 +49,7 @@ from tgi_asgi.runner.memory import (
     tell_adapters,
 )
 from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings, Speculation
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -69,6 +72,7 @@ class LoadedModel:
     info: ModelInfo
     image_processor: ImageProcessor | None = None  # of a model that takes images
     adapters: AdapterLoader | None = None  # where adapters are served
+    shards: Shards | None = None  # where the model is split
 
     @property
     def num_blocks(self) -> int:
@@ -81,8 +85,17 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     Raises:
         ModelLoadError: the files are damaged or not supported, or settings and memory do not suffice.
     """
+    with ExitStack() as failing:  # what is to be undone if this fails
+        loaded = _load(settings, files, progress, failing)
+        failing.pop_all()
+        return loaded
+
+
+def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: ExitStack) -> LoadedModel:
     device = cuda_load.find_device()
-    num_threads = ops.configure_threads(settings.num_threads, nice=settings.thread_nice)
+    num_threads = ops.configure_threads(
+        settings.num_threads, nice=settings.thread_nice, num_shards=settings.num_shard
+    )
     if device is None and (refused := ops.kernel_set().refused) is not None:
         logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
     with (
@@ -109,6 +122,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
+        cuts = cuts_of(opened, settings, is_on_gpu=device is not None)
         if settings.prompt_precision != "auto":
             prompt_precision.check_served(opened, is_on_gpu=device is not None)
         image_processor = opened.read_image_processor()
@@ -117,6 +131,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         name = settings.dtype
         runner: CpuRunner | CudaRunner | EncoderRunner
         kept = 0  # bytes, for adapters
+        shards: Shards | None = None
         if device is None:
             dtype = _choose_dtype(name)
             packing = ops.Packing(
@@ -125,15 +140,22 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
                 has_float_prompts=settings.prompt_precision == "bfloat16",
             )
             arithmetic: ops.Arithmetic = packing
-            kv_size, kept, settings = _choose_cpu_cache(opened, settings, packing, dtype, longest)
+            kv_size, kept, settings = _choose_cpu_cache(opened, settings, packing, dtype, longest, cuts)
             longest = kv_size.longest(longest, settings)
+            if cuts:
+                opened.use_cut(cuts[0])
+                config = opened.config
+                shards = Shards(jobs_of(config, files, settings, cuts, packing, kv_size, longest))
+                failing.callback(shards.abandon)
         else:
             assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
         with cuda_load.must_fit():
-            model = _load_weights(opened, arithmetic, longest, weights, is_by_team=device is None)
+            model = load_weights(opened, arithmetic, longest, weights, is_by_team=device is None)
+        if shards is not None:
+            shards.wait_ready()
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         if opened.is_generic:
             _announce(model)
@@ -150,7 +172,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
         runner = _make_cpu_runner(
             model, kv_size, settings, longest, pooling.dense, adapters,
-            has_prompt_arithmetic=has_float_prompts,
+            has_prompt_arithmetic=has_float_prompts, shards=shards,
         )  # fmt: skip
     else:
         assert not isinstance(model, GenericModel | EncoderModel)
@@ -175,6 +197,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         num_kept_states=runner.num_kept_states or 0,
         kept_state_bytes=(runner.num_kept_states or 0) * kept_state_bytes(config),
         num_threads=num_threads,
+        num_shards=settings.num_shard,
         kernel_set=kernels.name if kernels is not None else None,
         prompt_precision="bfloat16" if has_float_prompts else None,
         created=int(time.time()),
@@ -182,7 +205,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             arithmetic,
             kv_size,
             kernels,
-            _positions(settings, config, longest) + (f" kv {kv_scales}" if kv_scales else ""),
+            _others(settings, config, longest) + (f" kv {kv_scales}" if kv_scales else ""),
             has_float_prompts=has_float_prompts,
         ),
         implementation="transformers" if opened.is_generic else "native",
@@ -190,11 +213,11 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     )
     info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
-    return LoadedModel(runner, tokenizer, chat_template, info, image_processor, adapters)
+    return LoadedModel(runner, tokenizer, chat_template, info, image_processor, adapters, shards)
 
 
-def _load_weights(
-    opened: OpenModel, arithmetic: ops.Arithmetic, longest: int, weights: _TrackedWeights, *, is_by_team: bool
+def load_weights(
+    opened: OpenModel, arithmetic: ops.Arithmetic, longest: int, weights: Weights, *, is_by_team: bool
 ) -> Model | GenericModel | EncoderModel:
     """Load the model; for a CPU in a thread with member 0's core, whose memory its weights are to lie in.
 
@@ -244,7 +267,12 @@ def _is_batch_invariant(
 
 
 def _choose_cpu_cache(
-    opened: OpenModel, settings: Settings, packing: ops.Packing, dtype: torch.dtype, longest: int
+    opened: OpenModel,
+    settings: Settings,
+    packing: ops.Packing,
+    dtype: torch.dtype,
+    longest: int,
+    cuts: Sequence[ModelCut],
 ) -> tuple[KvSize, int, Settings]:
     """Choose the cache's size before anything is read: of what is free once weights and tables are there.
 
@@ -264,7 +292,7 @@ def _choose_cpu_cache(
     most = fitting_batch(opened.config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=most)
     free -= most * state_bytes(opened.config, num_drafts)
-    size = choose_size(opened.config, settings, dtype, longest, free)
+    size = choose_size(opened.config, settings, dtype, longest, free, repeats=repeats_of(cuts))
     cache_bytes = size.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(opened.config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
@@ -273,7 +301,7 @@ def _choose_cpu_cache(
         )
     if num_kept:
         free -= num_kept * kept_state_bytes(opened.config)
-        size = choose_size(opened.config, settings, dtype, longest, free)
+        size = choose_size(opened.config, settings, dtype, longest, free, repeats=repeats_of(cuts))
     settings = replace(settings, max_kept_states=num_kept)
     size = replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
     return size, kept, settings
@@ -288,6 +316,7 @@ def _make_cpu_runner(
     adapters: AdapterLoader | None,
     *,
     has_prompt_arithmetic: bool,
+    shards: Shards | None,
 ) -> CpuRunner | EncoderRunner:
     if isinstance(model, EncoderModel):
         return EncoderRunner(
@@ -311,6 +340,7 @@ def _make_cpu_runner(
         speculation=speculation_of(model, settings),
         num_kept_states=settings.max_kept_states or 0,
         adapters=None if adapters is None else adapters.layout,
+        shards=shards,
     )
 
 
@@ -335,11 +365,12 @@ def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculati
     return None
 
 
-def _positions(settings: Settings, config: ServedConfig, longest: int) -> str:
-    """Name what decides rotary tables beside the model's files; empty: nothing does."""
+def _others(settings: Settings, config: ServedConfig, longest: int) -> str:
+    """Name what decides bits beside the model's files: rotary tables, and the order of sums."""
     given = settings.given_rope
     by_context = f" for {longest}" if config.longest_context > config.context_length else ""
-    return f"{'' if given is None else f' {given}'}{by_context}"
+    by_shards = f" by {settings.num_shard}" if settings.num_shard > 1 else ""
+    return f"{'' if given is None else f' {given}'}{by_context}{by_shards}"
 
 
 def _return_freed_memory() -> None:

@@ -69,11 +69,14 @@ def make_states(
 def make_program(
     model: Model | GenericModel, caches: Sequence[ops.KvLayer], *, max_batch_size: int, max_step_tokens: int,
     max_context: int, image_cache: int = 0, drafts: DraftLimits | None = None, num_kept_states: int = 0,
-    adapters: ops.AdapterLayout | None = None,
+    adapters: ops.AdapterLayout | None = None, shard: ops.Shard | None = None,
 ) -> Program:  # fmt: skip
     """Make what runs a model's steps over its layers' caches, with rows that may have adapters.
 
-    `drafts`: have rows of logits beside the batch's; `num_kept_states`: beside those of sequences that run.
+    Args:
+        drafts: have rows of logits beside the batch's.
+        num_kept_states: beside those of sequences that run.
+        shard: which of several shards has this part of a model.
     """
     if isinstance(model, GenericModel):
         return model.program(caches, max_context, image_cache, adapters)
@@ -81,5 +84,5 @@ def make_program(
     states = make_states(model.config, max_batch_size, num_kept_states, per_row)
     return ops.CpuProgram(
         record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
-        max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters,
+        max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters, shard=shard,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import Draws
+from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings import Speculation
 from tgi_asgi.types import PoolingKind
 
@@ -41,6 +42,7 @@ class CpuRunner:
         speculation: how tokens are guessed; None: each row draws one.
         num_kept_states: of a model with recurrent layers.
         adapters: what rows may have.
+        shards: the processes that have the model's other parts.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -64,6 +66,7 @@ class CpuRunner:
         speculation: Speculation | None = None,
         num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
+        shards: Shards | None = None,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -99,7 +102,12 @@ class CpuRunner:
             drafts=self.drafts,
             num_kept_states=num_kept_states,
             adapters=adapters,
+            shard=None if shards is None else shards.shard,
         )
+        self._shards = shards
+        self._copy_blocks = None if self._pool is None else self._pool.copy
+        if shards is not None and self._program.native is not None:
+            self._copy_blocks = self._program.native.copy_blocks
         self._seer = self._program if isinstance(self._program, VisionProgram) else None
         self.eyes = None if self._seer is None else self._seer.eyes
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
@@ -136,6 +144,8 @@ class CpuRunner:
             self._pool.close()
         self._jobs.close()
         self._thread.join()
+        if self._shards is not None:
+            self._shards.close()
         self._jobs.end()
 
     def _is_rows_alone(self, plan: StepPlan) -> bool:
@@ -158,8 +168,8 @@ class CpuRunner:
             PlanError: the plan contradicts itself or the bounds.
         """
         self._inputs.check(plan)
-        if plan.copies and self._pool is not None:
-            self._pool.copy(plan.copies)
+        if plan.copies and self._copy_blocks is not None:
+            self._copy_blocks(plan.copies)
         for start in plan.starts:
             self._sampling.start(
                 start.slot,

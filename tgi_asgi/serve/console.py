@@ -82,10 +82,13 @@ def describe(info: ModelInfo, url: str, seconds: float) -> str:
     revision = f" ({info.revision[:12]})" if info.revision else ""
     kernels = f" ({info.kernel_set})" if info.kernel_set else ""
     prompts = f", prompts in {info.prompt_precision}" if info.prompt_precision else ""
+    threads = f"{info.num_threads} threads"
+    if info.num_shards > 1:
+        threads = f"{info.num_shards} shards with {threads} each"
     rows = {
         "Model": f"{info.model_id}{revision}",
         "Architecture": info.architecture,
-        "Arithmetic": f"{info.dtype} on {info.device}{kernels}{prompts}, {info.num_threads} threads",
+        "Arithmetic": f"{info.dtype} on {info.device}{kernels}{prompts}, {threads}",
         "Context": f"{info.max_total_tokens:,} tokens",
         **({"KV cache": f"{info.kv_tokens:,} tokens, {_size(info.kv_bytes)}"} if info.kv_bytes else {}),
         **(

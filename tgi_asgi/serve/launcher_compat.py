@@ -13,6 +13,8 @@ from typing import Any
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import flag_of
 
+_SHARDED = "sharded"  # says only that there are shards, of which the setting `num_shard` has the number
+_ON = frozenset({"1", "true", "yes", "on"})
 _OFF = frozenset({"", "0", "false", "no", "off"})
 _LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "warning": "warn"}
 SAGEMAKER_PORT = "8080"
@@ -50,12 +52,11 @@ def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
     return CompatOption(name, reason, is_refused=True, neutral=frozenset(neutral))
 
 
-_ONE_DEVICE = "one process serves one device; run several behind a load balancer"
-_INTERNAL = "there are no shard processes"
+_UNCOUNTED = "GPUs are not counted for it: say --num-shard N, at least 2"
+_INTERNAL = "shards share memory, and no socket or address"
 
 OPTIONS: tuple[CompatOption, ...] = (
-    _refused("num_shard", _ONE_DEVICE, "1"),
-    _refused("sharded", _ONE_DEVICE, "false"),
+    _refused(_SHARDED, _UNCOUNTED, "false"),
     *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
     CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),
@@ -73,12 +74,15 @@ OPTIONS: tuple[CompatOption, ...] = (
 )
 
 
-def check_options(options: Mapping[str, str | None], environ: Mapping[str, str]) -> list[str]:
+def check_options(
+    options: Mapping[str, str | None], environ: Mapping[str, str], num_shard: int = 1
+) -> list[str]:
     """Return one warning for each option that is set to something and ignored.
 
     Args:
         options: by name, those given as flags (a switch that was given has the value "true").
         environ: the environment; flags win over it.
+        num_shard: the setting, which `--sharded true` needs to be more than 1.
 
     Raises:
         InvalidRequest: an option asks for what would silently be missing.
@@ -89,6 +93,8 @@ def check_options(options: Mapping[str, str | None], environ: Mapping[str, str])
         source = flag_of(option.name) if given is not None else option.variable
         value = (environ.get(option.variable, "") if given is None else given).strip()
         if not value or value.lower() in option.neutral:
+            continue
+        if option.name == _SHARDED and num_shard > 1 and value.lower() in _ON:
             continue
         if option.is_refused:
             raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)

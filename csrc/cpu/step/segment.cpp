@@ -20,7 +20,11 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
         is_left_out ||
         (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
         (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
-    if (!is_private) team_barrier();
+    if (op.sync == Sync::kShards) {
+      shards_->meet();
+    } else if (!is_private) {
+      team_barrier();
+    }
     if (ends != nullptr && member == 0) {
       ends[i] = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
                     .count();

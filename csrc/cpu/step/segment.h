@@ -5,15 +5,18 @@
 #include <atomic>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "../shard_group.h"
 #include "step.h"
 
 namespace tgi::cpu::step {
 
 // Which operators are followed by a barrier: all but norms that every member computes for itself.
-// Those for adapters alone are left out of steps without any.
-enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters };
+// Those for adapters alone are left out of steps without any. Behind some all shards of the model
+// meet, not this process's team alone.
+enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters, kShards };
 
 // Part of a step (the forward pass, the head) as a list of operators.
 class Segment {
@@ -27,6 +30,9 @@ class Segment {
   }
 
   int64_t size() const { return static_cast<int64_t>(operators_.size()); }
+
+  // Where operators with Sync::kShards meet; before the first run.
+  void use_shards(std::shared_ptr<ShardGroup> shards) { shards_ = std::move(shards); }
 
   // One member's share of operators [begin, end); all members of the team run it at once. Where
   // `ends` is given, member 0 writes there the time in seconds at which each operator was done, as
@@ -47,6 +53,7 @@ class Segment {
     function(*static_cast<const Params*>(op.params), step, member, num_members);
   }
 
+  std::shared_ptr<ShardGroup> shards_;
   std::vector<Operator> operators_;
   std::vector<std::shared_ptr<void>> params_;
 };

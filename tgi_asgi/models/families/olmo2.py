@@ -50,6 +50,8 @@ def _read_rest(reader: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
 class Olmo2Weights(LayerWeights):
     """A layer whose norms of queries and keys are of all heads together."""
 
+    has_whole_norms = True
+
     def norms(self) -> ops.HeadNorms:
         """Return the two norms, each of a product's full width."""
         config = self.config

@@ -70,6 +70,10 @@ class CheckpointWeights:
         """Return formats and sizes, as `Weights.stored` says."""
         return self._weights.stored()
 
+    def block_columns(self, name: str) -> int:
+        """Return how many columns of a matrix stay together where it is cut; 1 of one that is not there."""
+        return self._weights.block_columns(self.stored_name(name))
+
     def close(self) -> None:
         """Unmap the files."""
         self._weights.close()

@@ -14,7 +14,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.ops import WeightSource
+from tgi_asgi.ops import FORMATS, WeightSource
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -73,6 +73,14 @@ class GgufWeights:
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
         return {name: (info.type, math.prod(info.shape)) for name, info in self._file.tensors.items()}
+
+    def block_columns(self, name: str) -> int:
+        """Return how many columns of a matrix stay together where it is cut; 1 of one that is not there."""
+        if name not in self:
+            return 1
+        stored = gguf_name(name, self._names)
+        assert stored is not None
+        return FORMATS[self._file.tensor(stored).type].block_columns
 
     def close(self) -> None:
         """Unmap the file."""

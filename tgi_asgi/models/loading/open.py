@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, gives_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
@@ -25,6 +27,7 @@ from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_poolin
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 from tgi_asgi.models.rope import scale_positions
+from tgi_asgi.models.shard import ModelCut, cut_model
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -115,6 +118,45 @@ class OpenModel:
             refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
+    def cuts(self, count: int) -> list[ModelCut]:
+        """Return what each of so many shards has of the model; before anything of it is read.
+
+        Raises:
+            ModelLoadError: it is not computed by several shards, or has too few parts.
+        """
+        config = self.config
+        if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
+            raise ModelLoadError(
+                f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
+                "split: leave --num-shard out"
+            )
+        found = unsplit(config, self._model.family)
+        check(
+            found is None,
+            f"--num-shard {count}: {config.architecture} has {found}, which several shards do not compute: "
+            "leave --num-shard out",
+        )
+        weights = self.weights
+        assert isinstance(weights, GgufWeights | CheckpointWeights)
+        output, down = (
+            math.lcm(*(
+                weights.block_columns(f"model.layers.{layer}.{name}.weight")
+                for layer in range(config.num_layers)
+            ))
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        )  # fmt: skip
+        return cut_model(
+            count, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size, vocab_size=config.vocab_size,
+            output_block=output, down_block=down,
+        )  # fmt: skip
+
+    def use_cut(self, cut: ModelCut) -> None:
+        """Load this part of the model alone; `config` says so from now on."""
+        assert isinstance(self._model, _Native)
+        self._model = replace(self._model, config=replace(self._model.config, cut=cut))
+        self.config = self._model.config
+
     def held(self) -> list[tuple[str, int]]:
         """Return the format and the elements of each tensor that will be held; before `load`.
 
@@ -191,6 +233,21 @@ class _Native:
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
         return self.family.model(self.config, weights, arithmetic, max_positions)
+
+
+def unsplit(config: ModelConfig, family: Family) -> str | None:
+    """Return what a model has that several shards do not compute; None: nothing."""
+    weights = getattr(family.model, "weights_class", LayerWeights)
+    found = {
+        "experts": any(layer.experts is not None for layer in config.layers),
+        "recurrent layers": config.has_states,
+        "latent attention": any(layer.latent is not None for layer in config.layers),
+        "gates of heads": config.has_output_gate,
+        "sinks": any(layer.has_sinks for layer in config.layers),
+        "norms over all heads": weights.has_whole_norms,
+        "no head that gives text": not config.generates,
+    }
+    return next((name for name, holds in found.items() if holds), None)
 
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:

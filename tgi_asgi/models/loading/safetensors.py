@@ -23,6 +23,7 @@ from tgi_asgi.models.loading.quantised import (
     stored_format,
 )
 from tgi_asgi.ops import WeightSource
+from tgi_asgi.ops.formats import RUNS
 
 _FORMATS = ("F32", "F16", "BF16")
 
@@ -109,6 +110,11 @@ class SafetensorsWeights:
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
         return {name: stored_format(self._checkpoint, name, self._quantisation) for name in self._checkpoint}
+
+    def block_columns(self, name: str) -> int:
+        """Return how many columns of a matrix stay together: of a quantised one the most that there are."""
+        is_quantised = self._quantisation is not None and find_quantised(self._checkpoint, name)
+        return max(RUNS) if is_quantised else 1
 
     def close(self) -> None:
         """Unmap the files."""

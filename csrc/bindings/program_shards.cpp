@@ -1,0 +1,123 @@
+// A program that is one of several shards: its parts of sums, and what the first shard has others
+// compute.
+#include <stdexcept>
+#include <utility>
+
+#include "bindings/program.h"
+#include "cpu/step/shards.h"
+#include "cpu/team.h"
+
+namespace tgi {
+
+void Program::use_shards(ShardsPtr shards, int64_t first_word) {
+  const cpu::ShardShape& shape = shards->shape();
+  check(num_operators() == 0 && shards_ == nullptr, "shards come before all operators");
+  check(shape.max_tokens == max_tokens_ && shape.max_rows == max_rows_,
+        "the shards' memory is of another program");
+  check(shape.num_members == num_members_, "the shards have ", shape.num_members,
+        " threads each, not ", num_members_);
+  check(first_word >= 0 && first_word < shape.vocab_size, "`first_word` must be in [0, ",
+        shape.vocab_size, "), got ", first_word);
+  shards_ = std::move(shards);
+  first_word_ = first_word;
+  forward_.use_shards(shards_);
+}
+
+RowsPtr Program::part() {
+  check(shards_ != nullptr, "there are no shards");
+  const int64_t turn = num_parts_++ % 2;
+  return std::make_shared<RowsBuffer>(
+      RowsBuffer{shards_->part(turn), max_tokens_, shards_->shape().num_columns, turn});
+}
+
+void Program::sum_shards(const RowsPtr& part, double factor, bool adds, const RowsPtr& x) {
+  check(shards_ != nullptr && part->turn, "`part` must be a shard's part of a sum");
+  check_rows_buffer(x, part->num_columns, "x");
+  keep(x->memory);
+  const cpu::ShardGroup& group = *shards_;
+  forward_.add(
+      &step::sum_shards,
+      step::SumShardsParams{group.parts(*part->turn), group.part_floats(), group.shape().count,
+                            part->num_columns, adds, static_cast<float>(factor), x->data()});
+}
+
+void Program::share_logits() {
+  const RowsPtr own = std::move(logits_);
+  const int64_t num_words = own->num_columns, vocab = shards_->shape().vocab_size;
+  check(first_word_ + num_words <= vocab, "the head's words must be in [0, ", vocab, "), got [",
+        first_word_, ", ", first_word_ + num_words, ")");
+  keep(own->memory);
+  vocab_ = vocab;
+  logits_ = std::make_shared<RowsBuffer>(RowsBuffer{shards_->logits(), max_rows_, vocab});
+  head_.add(&step::put_logits,
+            step::PutLogitsParams{own->data(), num_words, logits_->data() + first_word_, vocab});
+}
+
+void Program::send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows) {
+  if (shards_ == nullptr) return;
+  write_step(batch, rows, only_rows, *shards_);
+  shards_->send();
+}
+
+void Program::check_shards() const {
+  if (shards_ != nullptr && shards_->is_given_up()) {
+    throw std::runtime_error("another shard of the model has ended");
+  }
+}
+
+void Program::copy_blocks(const BlockPairs& pairs) {
+  check(pool_ != nullptr, "the program has no keys and values");
+  pool_->copy(pairs);
+  if (shards_ == nullptr) return;
+  ShardMail mail = {ShardMail::Kind::kCopy};
+  mail.copies = pairs;
+  const py::gil_scoped_release release;
+  cpu::run_on_team(
+      [&](int num_members) {
+        check_members(num_members);
+        write_mail(mail, *shards_);
+        shards_->send();
+      },
+      [&](int, int) { meet_shards(); });
+  check_shards();
+}
+
+void Program::follow() {
+  check(shards_ != nullptr && shards_->rank() > 0, "the first shard leads");
+  ShardMail mail;
+  while (shards_->receive()) {
+    read_mail(*shards_, mail);
+    if (mail.kind == ShardMail::Kind::kEnd) return;
+    follow_one(mail);
+  }
+}
+
+void Program::follow_one(ShardMail& mail) {
+  if (mail.kind == ShardMail::Kind::kCopy) {
+    pool_->copy(mail.copies);
+    return cpu::run_on_team([&](int, int) { meet_shards(); });
+  }
+  if (mail.kind == ShardMail::Kind::kHead) {
+    step::StepHeader header = header_;
+    header.num_rows = static_cast<int64_t>(mail.rows.size());
+    header.rows = mail.rows.data();
+    check_rows(header);
+    return cpu::run_on_team([&](int num_members) { check_members(num_members); },
+                            [&](int member, int num_members) {
+                              head_.run(header, 0, head_.size(), member, num_members);
+                              meet_shards();
+                            });
+  }
+  step::StepHeader header = mail.batch.header();
+  header.rows = mail.rows.data();
+  header.num_rows = static_cast<int64_t>(mail.rows.size());
+  begin(header, mail.batch);
+  cpu::run_on_team([&](int num_members) { prepare(num_members, mail.only_rows); },
+                   [&](int member, int num_members) {
+                     run_step(member, num_members);
+                     meet_shards();
+                   });
+  end();
+}
+
+}  // namespace tgi

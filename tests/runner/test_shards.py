@@ -1,0 +1,194 @@
+"""Several processes that compute a model together: the text is that of one, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import make_model, save, save_tokenizer
+from tests.support.driving import Job, draw_over_a_shared_block, generate
+from tests.support.family_case import FamilyCase
+from tests.support.gguf_models import LLAMA, make
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner.load import LoadedModel, load
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import SamplingParams
+
+SCORED = SamplingParams(temperature=0.0, logprobs=5)
+TOLERANCE = 2e-3  # of a log-probability, in float32
+
+
+@asynccontextmanager
+async def serving(files: ModelFiles, num_shard: int, **changes: Any) -> AsyncIterator[LoadedModel]:
+    """Load a model in so many shards, in float32 unless `changes` say otherwise; end them."""
+    settings: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "thread_nice": 0, "max_batch_size": 4}
+    chosen = Settings(num_shard=num_shard, max_total_tokens=256, **{**settings, **changes})
+    loaded = load(chosen, files, lambda stage, done, total: None)
+    try:
+        yield loaded
+    finally:
+        loaded.runner.close()
+
+
+async def scored(files: ModelFiles, num_shard: int, num_tokens: int = 12, **changes: Any) -> list[Job]:
+    """Continue three prompts, one of them in chunks, and score the second; twice, to the same bits."""
+    prompts = [[7, 11, 13, 17, 19] * 8, [3, 5, 2, 9, 40, 41, 42], [90]]
+    first, again = (
+        [
+            Job(prompt, num_tokens, SCORED, wants_prompt_logprobs=2 if index == 1 else None)
+            for index, prompt in enumerate(prompts)
+        ]
+        for _ in range(2)
+    )
+    async with serving(files, num_shard, **changes) as loaded:
+        await generate(loaded.runner, first, chunk=30)
+        await generate(loaded.runner, again, chunk=30)
+    assert [job.sampled for job in again] == [job.sampled for job in first], "bits depend on time"
+    return first
+
+
+def compare(found: list[Job], expected: list[Job], tolerance: float = TOLERANCE) -> None:
+    """Hold texts to each other, and log-probabilities of what was drawn, the best, and the prompt."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        for mine, other in zip(ours.sampled, theirs.sampled, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=tolerance)
+            assert dict(mine.top or ()) == pytest.approx(dict(other.top or ()), abs=tolerance)
+        assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
+        for (mine_logprob, _), (other_logprob, _) in zip(
+            ours.prompt_logprobs, theirs.prompt_logprobs, strict=True
+        ):
+            assert mine_logprob == pytest.approx(other_logprob, abs=tolerance)
+
+
+async def test_two_shards_of_the_demonstration_model_write_what_one_does(demo_files: ModelFiles) -> None:
+    """Whose 9 heads and 3 KV heads are 6 and 2, and 3 and 1."""
+    compare(await scored(demo_files, 2), await scored(demo_files, 1))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """4 heads, 2 KV heads, and an MLP of 96 columns, 24 a shard: no whole strips."""
+    directory = tmp_path_factory.mktemp("model")
+    files = save(make_model(), directory)
+    save_tokenizer(directory)
+    return files
+
+
+async def test_more_shards_than_kv_heads_write_what_one_does(tiny: ModelFiles) -> None:
+    compare(await scored(tiny, 4), await scored(tiny, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        # A norm behind each part; biases, learnt positions, LayerNorms; ALiBi; parts that read one residual.
+        ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+        ("Phi", {"num_key_value_heads": 4}),
+        ("Cohere", {"use_qk_norm": True}),
+    ],
+)
+@pytest.mark.models
+async def test_two_shards_of_other_layers_write_what_one_does(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    files = save(make_model(kind, **changes), tmp_path)
+    save_tokenizer(tmp_path)
+    compare(await scored(files, 2), await scored(files, 1))
+
+
+def _case(**changes: Any) -> FamilyCase:
+    return FamilyCase("llama", "LlamaForCausalLM", {**LLAMA.config, **changes}, ())
+
+
+QUANTISED = [
+    # Of 256 columns a block: those of four heads, which are a KV head's, and a third of the MLP's.
+    ("Q4_K", _case(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768)),
+    ("Q8_0", _case(hidden_size=192, num_attention_heads=6, num_key_value_heads=3)),
+]
+
+
+@pytest.mark.parametrize(("format", "case"), QUANTISED, ids=[format for format, *_ in QUANTISED])
+async def test_shards_of_quantised_weights_write_what_one_does(
+    format: str, case: FamilyCase, tmp_path: Path
+) -> None:
+    made = make(case, tmp_path, {"*embed*": "Q8_0", "*lm_head*": "Q8_0", "*": format})
+    compare(await scored(made.files, 2), await scored(made.files, 1))
+
+
+async def test_blocks_are_copied_and_shared_in_all_shards(tiny: ModelFiles) -> None:
+    prompt = [(7 * at) % 150 + 2 for at in range(24)]
+    async with serving(tiny, 2) as loaded:
+        drawn = await draw_over_a_shared_block(loaded.runner, prompt, SCORED)
+        assert all(first == second for first, second in drawn)
+        copied = await loaded.runner.submit(StepPlan(9, [], copies=[(5, 20), (9, 21)]))
+        assert copied.sampled == []
+        # The last prompt token again, from the copies.
+        row = StepRow(2, prompt[-1:], 23, [[20, 21]], samples=True)
+        again = await loaded.runner.submit(StepPlan(10, [row], [SlotStart(2, SCORED, 0, prompt)]))
+        assert again.sampled[0] == drawn[0][0]
+
+
+async def test_a_shard_that_dies_is_told_and_fails_the_step(tiny: ModelFiles) -> None:
+    async with serving(tiny, 2) as loaded:
+        assert loaded.shards is not None
+        told: list[str] = []
+        loaded.shards.watch(told.append)
+        (process,) = loaded.shards.processes
+        process.kill()
+        process.wait()
+        jobs = [Job([1, 2, 3], 200, SCORED)]
+        with pytest.raises(RuntimeError, match="another shard of the model has ended"):
+            await generate(loaded.runner, jobs)
+        assert told == ["shard 1 of the model has ended"]
+
+
+async def test_shards_end_with_their_runner(tiny: ModelFiles) -> None:
+    async with serving(tiny, 2) as loaded:
+        assert loaded.shards is not None
+        processes = list(loaded.shards.processes)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first drains by itself
+            os.kill(processes[0].pid, number)
+        await generate(loaded.runner, [Job([1, 2, 3], 4, SCORED)])
+    assert [process.returncode for process in processes] == [0]  # each by itself
+
+
+def test_what_several_shards_do_not_compute_is_refused_by_name(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    refused = {
+        ("Mixtral", "experts"): {},
+        ("Olmo2", "norms over all heads"): {"num_key_value_heads": 4},
+    }
+    for (kind, named), changes in refused.items():
+        files = save(make_model(kind, **changes), tmp_path)
+        with pytest.raises(ModelLoadError, match=f"--num-shard 2: {kind}ForCausalLM has {named}"):
+            load(Settings(num_shard=2), files, lambda stage, done, total: None)
+
+
+def test_adapters_and_too_many_shards_are_refused(tiny: ModelFiles) -> None:
+    for settings, message in (
+        (Settings(num_shard=2, enable_lora=True), "--num-shard 2 asks for adapters"),
+        (Settings(num_shard=5), "2 query heads of each KV head are too few for 3 shards"),
+        (
+            Settings(num_shard=2, model_impl="transformers"),
+            "computed by transformers' code, which is not split",
+        ),
+    ):
+        with pytest.raises(ModelLoadError, match=message):
+            load(settings, tiny, lambda stage, done, total: None)
+
+
+def test_a_shard_that_cannot_load_ends_the_start_with_its_reason(
+    tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TGI_ISA", "none such")  # of the shards alone: this process has its kernels
+    with pytest.raises(ModelLoadError, match="shard 1 of the model has ended"):
+        load(Settings(num_shard=2, dtype="float32"), tiny, lambda stage, done, total: None)

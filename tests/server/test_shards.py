@@ -1,0 +1,125 @@
+"""A server in several processes: what clients learn when one ends or hangs, and that none is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.checkpoints import make_model, save, save_tokenizer
+from tests.support.server_process import ServerProcess
+from tgi_asgi.formats.sources import ModelFiles
+
+LONG = {"model": "tgi", "prompt": "abc", "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """One whose answers may be so long that a test can step in."""
+    directory = tmp_path_factory.mktemp("model")
+    save_tokenizer(directory)
+    return save(make_model(max_position_embeddings=8192), directory)
+
+
+@contextmanager
+def serving(model: ModelFiles, *flags: str) -> Iterator[tuple[ServerProcess, int]]:
+    """Run a server of two shards; yields it, and the second's process id."""
+    command = ("tgi_asgi", "--model-id", str(model.path), "--num-shard", "2", "--num-threads", "1", *flags)
+    with ServerProcess(*command) as server:
+        server.wait_until_healthy()
+        (other,) = children_of(server.process.pid)
+        yield server, other
+    wait_for(lambda: not is_running(other))
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the processes that one has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        except OSError:  # it has ended
+            continue
+        if int(lines["PPid"]) == parent:
+            found.append(int(lines["Pid"]))
+    return found
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+@contextmanager
+def stream(server: ServerProcess, max_tokens: int = 8000) -> Iterator[Iterator[str]]:
+    """Begin a long answer; yields its lines behind the first."""
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST", f"{server.url}/v1/completions", json={**LONG, "max_tokens": max_tokens}
+        ) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        yield lines
+
+
+def last_event(lines: Iterator[str]) -> dict[str, object]:
+    """Return what a stream says last, which ends as streams do."""
+    *_, last, end = (line.removeprefix("data: ") for line in lines if line)
+    assert end == "[DONE]"
+    found: dict[str, object] = json.loads(last)
+    return found
+
+
+def test_a_shard_that_dies_ends_the_server_with_an_error_event(model: ModelFiles) -> None:
+    with serving(model) as (server, other):
+        with stream(server) as lines:
+            os.kill(other, signal.SIGKILL)
+            assert "error" in last_event(lines)
+        assert server.wait() == 1
+        assert "shard 1 of the model has ended" in server.output()
+
+
+@pytest.mark.soak  # three servers of two processes are started as it is
+def test_a_shard_that_hangs_meets_the_step_timeout_and_is_not_left_behind(model: ModelFiles) -> None:
+    with serving(model, "--step-timeout-s", "1") as (server, other):
+        with stream(server) as lines:
+            os.kill(other, signal.SIGSTOP)
+            assert "error" in last_event(lines)
+        assert server.wait() == 1
+        assert "a step has not ended" in server.output()
+
+
+def test_no_shard_outlives_a_server_that_is_killed(model: ModelFiles) -> None:
+    with serving(model) as (server, other), stream(server):
+        server.signal(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        wait_for(lambda: not is_running(other))
+
+
+def test_a_signal_to_all_of_them_lets_an_answer_finish(model: ModelFiles) -> None:
+    """As a terminal's Ctrl-C, and systemd's stop."""
+    with serving(model) as (server, other):
+        with stream(server, max_tokens=400) as lines:
+            for process in (server.process.pid, other):
+                os.kill(process, signal.SIGINT)
+            assert "error" not in last_event(lines)
+        assert server.wait() == 0
+        assert "Traceback" not in server.output()

@@ -1,0 +1,70 @@
+"""A shard's part of weights: rows of what makes heads, inner values and logits, columns of what takes them.
+
+Used by `layers.py` and `decoder.py`, where what a matrix is for is known; `shard.py` says which part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.shard import ModelCut
+
+
+def rows_of(sources: Sequence[ops.WeightSource], parts: Sequence[range]) -> list[ops.WeightSource]:
+    """Return of each matrix, or bias, the rows of its part: views."""
+    return [source.rows(part.start, part.stop) for source, part in zip(sources, parts, strict=True)]
+
+
+def qkv_rows(cut: ModelCut, head_dim: int) -> list[range]:
+    """Return a shard's rows of q, k and v."""
+    heads = (cut.heads, cut.kv_heads, cut.kv_heads)
+    return [range(part.start * head_dim, part.stop * head_dim) for part in heads]
+
+
+def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorms:
+    """Return the norms of a shard's heads."""
+    if norms.is_whole:
+        raise ModelLoadError("norms over all heads are not computed by several shards")
+    rows = qkv_rows(cut, head_dim)
+    query, key = (_norm_of(norm, part, head_dim) for norm, part in zip(
+        (norms.query, norms.key), rows[:2], strict=True
+    ))  # fmt: skip
+    return replace(norms, query=query, key=key)
+
+
+def linear_of(
+    name: str, source: ops.WeightSource, bias: ops.WeightSource | None, cut: ModelCut, head_dim: int,
+    arithmetic: ops.Arithmetic,
+) -> ops.LinearWeight:  # fmt: skip
+    """Make a shard's part of a single product, by its canonical name.
+
+    Raises:
+        ModelLoadError: it is none that is known how to cut.
+    """
+    if name == "mlp.up_proj":
+        part = cut.inner
+        biases = rows_of([bias], [part])[0] if bias is not None else None
+        return ops.linear_weight(source.rows(part.start, part.stop), arithmetic, bias=biases)
+    if name == "self_attn.o_proj":
+        part = range(cut.heads.start * head_dim, cut.heads.stop * head_dim)
+    elif name == "mlp.down_proj":
+        part = cut.inner
+    else:
+        raise ModelLoadError(f"{name} is not computed by several shards")
+    return ops.linear_weight(
+        source.columns(part.start, part.stop),
+        arithmetic,
+        bias=bias if cut.rank == 0 else None,
+        is_partial=True,
+    )
+
+
+def _norm_of(norm: ops.NormWeight, rows: range, head_dim: int) -> ops.NormWeight:
+    """Return a norm of all heads alike as it is, of one for each those of the rows."""
+    if norm.columns == head_dim:
+        return norm
+    part = slice(rows.start, rows.stop)
+    return replace(norm, weight=norm.weight[part], bias=None if norm.bias is None else norm.bias[part])

@@ -1,0 +1,96 @@
+"""What each of several shards has of a model: heads, columns of MLPs, words. Without torch.
+
+    9 query heads, 3 KV heads, two shards       queries 0..5 with KV heads 0 and 1 | 6..8 with 2
+    2 KV heads for 8 query heads, four shards   queries 0, 1 with KV head 0 | 2, 3 with 0 | 4, 5 with 1 | ...
+
+Matrices that make heads and inner values are cut by rows, those that take them by columns, in whole blocks
+of their format (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from tgi_asgi.errors import ModelLoadError
+
+_STRIP = 32  # rows and columns that kernels take at a time: no more than that is padding
+_MOST_SHARDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCut:
+    """One shard's part of a model.
+
+    Attributes:
+        rank, count: which it is, and of how many.
+        heads, kv_heads: of queries, and the KV heads that they read.
+        inner: of the columns between an MLP's products.
+        words: of the vocabulary.
+    """
+
+    rank: int
+    count: int
+    heads: range
+    kv_heads: range
+    inner: range
+    words: range
+
+
+def cut_model(
+    count: int, *, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int, vocab_size: int,
+    output_block: int = 1, down_block: int = 1,
+) -> list[ModelCut]:  # fmt: skip
+    """Cut a model for so many shards, as evenly as it goes; the first have what is left over.
+
+    Args:
+        output_block, down_block: columns that the products behind attention, and behind the MLP's inner
+            values, have in a block, which cannot be cut.
+
+    Raises:
+        ModelLoadError: there are more shards than parts.
+    """
+    if not 2 <= count <= _MOST_SHARDS:
+        raise ModelLoadError(f"--num-shard must be in 1..{_MOST_SHARDS}, got {count}")
+    heads, kv_heads = _cut_heads(count, num_heads, num_kv_heads, head_dim, output_block)
+    # As the kernels pad columns to strips, so that pieces are whole strips where there are enough.
+    unit = math.lcm(down_block, _STRIP) if intermediate_size >= count * _STRIP else down_block
+    inner = _split(count, intermediate_size, unit, f"{intermediate_size} columns of the MLP")
+    words = _split(count, vocab_size, 1 if vocab_size < count * _STRIP else _STRIP, f"{vocab_size} words")
+    parts = zip(heads, kv_heads, inner, words, strict=True)
+    return [ModelCut(rank, count, *part) for rank, part in enumerate(parts)]
+
+
+def _cut_heads(
+    count: int, num_heads: int, num_kv_heads: int, head_dim: int, block: int
+) -> tuple[list[range], list[range]]:
+    """Give each shard KV heads with all their query heads, or where there are too few some queries of one."""
+    group = num_heads // num_kv_heads
+    if count <= num_kv_heads:
+        columns = group * head_dim
+        unit = math.lcm(columns, block) // columns
+        kv_heads = _split(count, num_kv_heads, unit, f"{num_kv_heads} KV heads")
+        return [range(part.start * group, part.stop * group) for part in kv_heads], kv_heads
+    unit = math.lcm(head_dim, block) // head_dim
+    owners = [rank * num_kv_heads // count for rank in range(count)]
+    heads = []
+    for kv_head in range(num_kv_heads):
+        parts = _split(owners.count(kv_head), group, unit, f"{group} query heads of each KV head")
+        heads += [range(kv_head * group + part.start, kv_head * group + part.stop) for part in parts]
+    if any(part.start * head_dim % block for part in heads):
+        raise ModelLoadError(
+            f"--num-shard {count}: a KV head's queries end within a block of {block} columns"
+        )
+    return heads, [range(owner, owner + 1) for owner in owners]
+
+
+def _split(count: int, size: int, unit: int, what: str) -> list[range]:
+    """Split [0, size) into parts of whole units, but for the last unit, which may be less."""
+    units = -(-size // unit)
+    if units < count:
+        blocks = f", in {units} parts that cannot be cut (of {unit})," if unit > 1 else ""
+        raise ModelLoadError(f"{what}{blocks} are too few for {count} shards: lower --num-shard")
+    each, extra = divmod(units, count)
+    firsts = [(rank * each + min(rank, extra)) * unit for rank in range(count + 1)]
+    return [range(first, min(last, size)) for first, last in itertools.pairwise(firsts)]

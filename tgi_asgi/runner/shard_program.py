@@ -1,0 +1,50 @@
+"""What a process computes that is a shard of a model but the first: its part, loaded, as a program."""
+
+from __future__ import annotations
+
+import os
+
+from tgi_asgi import ops
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.drafts import MOST_PER_STEP, most_drafts
+from tgi_asgi.runner.kv import groups_of
+from tgi_asgi.runner.load import load_weights
+from tgi_asgi.runner.plan import DraftLimits
+from tgi_asgi.runner.programs import make_pool, make_program
+from tgi_asgi.runner.shards import ShardJob
+
+
+def load(job: ShardJob, memory: int) -> ops.NativeProgram:
+    """Load this shard's part of the model; return its program, for the calling thread to follow with.
+
+    Args:
+        memory: a descriptor of the memory that all share, which this closes.
+
+    Raises:
+        ModelLoadError: a tensor is missing, or does not fit.
+    """
+    settings, cut, how = job.settings, job.cut, job.settings.speculation
+    num_threads, num_cores = job.memory.num_threads, ops.use_share_of_cores(cut.rank, cut.count)
+    ops.configure_threads(
+        num_threads, nice=settings.thread_nice, pin=num_threads == num_cores, num_shards=cut.count
+    )
+    group = job.memory.open(memory, cut.rank)
+    os.close(memory)
+    with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
+        opened.use_cut(cut)
+        model = load_weights(opened, job.packing, job.longest, opened.weights, is_by_team=True)
+    pool = make_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
+    assert pool is not None and isinstance(model, Decoder)
+    program = make_program(
+        model,
+        pool.layers,
+        max_batch_size=settings.max_batch_size,
+        max_step_tokens=job.memory.max_tokens,
+        max_context=job.longest,
+        drafts=None if how is None else DraftLimits(most_drafts(how), MOST_PER_STEP),
+        shard=ops.Shard(group, cut.words.start),
+    )
+    ops.join_threads()
+    assert program.native is not None
+    return program.native
