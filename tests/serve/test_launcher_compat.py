@@ -105,6 +105,12 @@ def test_sagemaker_variables_become_ours() -> None:
     }  # fmt: skip
 
 
+def test_a_machine_without_gpus_has_no_number_of_shards() -> None:
+    assert environment_changes({"SM_NUM_GPUS": "0"}) == {}
+    assert environment_changes({"SM_NUM_GPUS": "0", "NUM_SHARD": "2"}) == {}
+    assert environment_changes({"SM_NUM_GPUS": "2"}) == {"NUM_SHARD": "2"}
+
+
 def test_sagemaker_without_a_model_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="HF_MODEL_ID"):
         environment_changes({"MODEL_ID": "org/model"}, ["serve"])

@@ -132,6 +132,8 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
     for old, new in RENAMED:
         if environ.get(old) and not environ.get(new):
             changes.setdefault(new, environ[old])
+    if changes.get("NUM_SHARD") == "0":  # SM_NUM_GPUS of a machine without
+        del changes["NUM_SHARD"]
     if environ.get("HF_API_TOKEN"):
         changes["HF_TOKEN"] = environ["HF_API_TOKEN"]
     if is_sagemaker(arguments):
