@@ -30,7 +30,7 @@ def load_shape(name: str, packing: ops.Packing, positions: int) -> tuple[ModelCo
 class RandomWeights:
     """Weights that are made as they are asked for."""
 
-    num_bytes = 0
+    num_bytes, is_gguf = 0, False
 
     def __init__(self, file_type: str) -> None:
         self._file_type = file_type

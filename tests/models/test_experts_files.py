@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import gguf_bytes
+from tests.support import family_files, gguf_bytes
 from tests.support.checkpoints import SHAPE, load_model, make_model, save
+from tests.support.families import CASES
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 
@@ -118,6 +120,33 @@ def test_a_damaged_checkpoint_names_the_tensor(
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelLoadError, match=message.format(re.escape(MLP))):
         load_model(files)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_moe", "mlp.experts.0.gate_proj.weight"),
+        ("mixtral", "block_sparse_moe.experts.0.w1.weight"),
+        ("lfm2_moe", "feed_forward.experts.0.w1.weight"),
+        ("deepseek_v2", "mlp.experts.0.gate_proj.weight"),
+        ("granitemoe", "block_sparse_moe.input_linear.weight"),
+        ("granitemoe-fused", "block_sparse_moe.experts.gate_up_proj"),
+    ],
+)
+def test_a_layer_without_any_expert_names_one_as_its_files_have_it(
+    tmp_path: Path, family: str, name: str
+) -> None:
+    (case,) = (case for case in CASES if case.name == family)
+    folder = tmp_path / "model"
+    shutil.copytree(family_files.checkpoint(case).path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    last = max(key.removesuffix(name) for key in tensors if key.endswith(name))
+    of_experts = re.compile(rf"{re.escape(last)}\S*\.(experts|input_linear|output_linear)\b.*")
+    kept = {key: tensor for key, tensor in tensors.items() if not of_experts.fullmatch(key)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=re.escape(f"there is no tensor '{last}{name}'")):
+        load_model(ModelFiles(family, None, "directory", folder))
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["unfused", "fused"])

@@ -53,7 +53,7 @@ MAX_TOKENS = 700
 class RandomWeights:
     """Weights of any name and shape, the same for the same name."""
 
-    num_bytes = 0
+    num_bytes, is_gguf = 0, False
 
     def __init__(self, format: str) -> None:
         self._format = format

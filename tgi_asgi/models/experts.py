@@ -17,7 +17,7 @@ class ExpertNames:
     Attributes:
         correction: a vector, or with `is_correction_row` a matrix of one row.
         experts, gate, up, down: one's is `experts.5.gate_proj.weight`; llama.cpp has all of a kind in one
-            tensor, `experts.gate_proj.weight` [experts, rows, columns].
+            tensor, `experts.gate_proj.weight` [experts, rows, columns]. None: they are always joined.
         joined, joined_down: as `transformers` 5 has them: gates and ups of all in one tensor, and downs.
         shared: of the MLP that all tokens have: its products are called as those of any MLP.
         shared_joined: its gate and up in one tensor; None: they never are.
@@ -26,7 +26,7 @@ class ExpertNames:
     router: str = "mlp.gate"
     correction: str = "mlp.gate.e_score_correction_bias"
     is_correction_row: bool = False
-    experts: str = "mlp.experts"
+    experts: str | None = "mlp.experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -50,6 +50,8 @@ class ExpertsSource(Protocol):
     config: ModelConfig
     arithmetic: ops.Arithmetic
 
+    @property
+    def is_gguf(self) -> bool: ...
     def has(self, name: str) -> bool: ...
     def get(self, name: str, *shape: int) -> ops.WeightSource: ...
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight: ...
@@ -136,14 +138,14 @@ def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec)
 def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
     prefix = names.experts
-    if weights.has(names.joined) or weights.has(names.joined_down):
+    if prefix is None or weights.has(names.joined) or weights.has(names.joined_down):
         gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
         downs = stack(weights, names.joined_down, count, hidden, inner)
         for gate_up, down in zip(gate_ups, downs, strict=True):
             yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
         return
     shapes = {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
-    if not any(weights.has(f"{prefix}.{index}.{name}.weight") for index in range(count) for name in shapes):
+    if weights.is_gguf or any(weights.has(f"{prefix}.{name}.weight") for name in shapes):
         each = [stack(weights, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
         yield from zip(*each, strict=True)
         return

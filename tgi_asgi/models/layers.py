@@ -55,6 +55,11 @@ class LayerWeights:
         self.config, self.weights, self.arithmetic = config, weights, arithmetic
         self.spec, self.prefix = config.layers[index], f"model.layers.{index}."
 
+    @property
+    def is_gguf(self) -> bool:
+        """Tell whether a GGUF file has them."""
+        return self.weights.is_gguf
+
     def get(self, name: str, *shape: int) -> ops.WeightSource:
         """Return a tensor of this layer."""
         return self.weights.get(f"{self.prefix}{name}", shape)

@@ -404,7 +404,7 @@ class _TrackedWeights:
     """Weights that report how much of them has been read, and remember which they were."""
 
     def __init__(self, weights: Weights, progress: Progress) -> None:
-        self.num_bytes = weights.num_bytes
+        self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
         self._weights = weights
         self._progress = progress
         self._done = 0

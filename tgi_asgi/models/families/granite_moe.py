@@ -24,7 +24,9 @@ def read_granite_moe(reader: Reader, architecture: str) -> ModelConfig:
     return replace(config, layers=with_experts(reader, config.layers, experts, everywhere))
 
 
-_SHARED = ExpertNames(shared="shared_mlp", shared_joined="input_linear", shared_down="output_linear")
+_SHARED = ExpertNames(
+    experts=None, shared="shared_mlp", shared_joined="input_linear", shared_down="output_linear"
+)
 
 
 class GraniteMoeWeights(LayerWeights):

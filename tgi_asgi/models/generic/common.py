@@ -268,7 +268,7 @@ class _Canonical:
         self._head = next(
             path for path, each in module.named_modules() if each is module.get_output_embeddings()
         )
-        self.num_bytes = weights.num_bytes
+        self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
 
     def __contains__(self, name: object) -> bool:
         return False  # of tensors that only some files have

@@ -20,6 +20,7 @@ class Weights(Protocol):
     """Where a model takes its weights from."""
 
     num_bytes: int  # of all tensors, as stored
+    is_gguf: bool  # which has llama.cpp's tensors: all experts' in one, say
 
     def __contains__(self, name: object) -> bool: ...
 

@@ -26,7 +26,7 @@ class CheckpointWeights:
 
     def __init__(self, weights: SafetensorsWeights, layout: CheckpointLayout, config: ModelConfig) -> None:
         self._weights, self._layout, self._config = weights, layout, config
-        self.num_bytes = weights.num_bytes
+        self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
         embedding = layout.tensor(_EMBEDDING)
         self.is_bare = embedding not in weights and embedding.removeprefix(layout.prefix) in weights
         part = f"{layout.prefix}{layout.part}."

@@ -39,6 +39,8 @@ def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
 class GgufWeights:
     """The `Weights` of an open GGUF file, which `close` closes."""
 
+    is_gguf = True
+
     def __init__(self, file: GgufFile, config: ModelConfig, family: Family) -> None:
         self._file = file
         self._head_dim = config.head_dim

@@ -31,6 +31,8 @@ _FORMATS = ("F32", "F16", "BF16")
 class SafetensorsWeights:
     """A checkpoint's `Weights`, sharded or not, quantised or not."""
 
+    is_gguf = False
+
     def __init__(self, directory: Path, quantisation: Quantisation | None = None) -> None:
         self._directory = directory
         self._checkpoint = Checkpoint.open(directory)
