@@ -24,6 +24,8 @@ from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.step import Step
 from tgi_asgi.models.registry import all_families
+from tgi_asgi.ops.cpu_program import CpuProgram
+from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
@@ -38,6 +40,17 @@ ALIASES = {
     "Qwen3_5MoeForConditionalGeneration",
 }
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
+
+# Layers that overwrite what they know of a sequence.
+RECURRENT = {
+    "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "FalconH1ForCausalLM",
+}
+LATENT = {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM"}
 
 
 def one_case_each() -> list[Any]:
@@ -136,6 +149,66 @@ async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: st
         assert busy_one.stats.prompt_logprobs == lone.stats.prompt_logprobs, request
     ids = [tuple(token for token, *_ in told(answer)) for answer in expected]
     assert len(set(ids)) == len(ids), "adapters, seeds or grammars change nothing"
+
+
+@pytest.fixture
+def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make one in every fourth step of several rows fail; returns how many rows each had.
+
+    It has drawn nothing, but written keys and values; with recurrent layers nothing at all.
+    """
+    failed: list[int] = []
+    steps = itertools.count()
+    run, draw = CpuProgram.run, CpuProgram.draw
+
+    def fail(program: CpuProgram, batch: Any, rows: Any) -> None:
+        num_rows = len(batch.row_slots)
+        if num_rows > 1 and next(steps) % 4 == 3:
+            failed.append(num_rows)
+            if case.served_as not in RECURRENT:
+                run(program, batch, rows)
+            raise RuntimeError("planted")
+
+    def fail_or_run(program: CpuProgram, batch: Any, rows: Any) -> Any:
+        fail(program, batch, rows)
+        return run(program, batch, rows)
+
+    def fail_or_draw(program: CpuProgram, batch: Any, rows: Any, *others: Any) -> Any:
+        fail(program, batch, rows)
+        return draw(program, batch, rows, *others)
+
+    monkeypatch.setattr(CpuProgram, "run", fail_or_run)
+    monkeypatch.setattr(CpuProgram, "draw", fail_or_draw)
+    monkeypatch.setattr(CpuRunner, "_is_rows_alone", lambda runner, plan: False)  # those never come here
+    return failed
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        each
+        for each in one_case_each()
+        if each.values[0].served_as in RECURRENT | LATENT | {"LlamaForCausalLM"}
+    ],
+)
+async def test_a_step_that_failed_changes_no_answer(
+    case: FamilyCase, steps_fail: list[int], tmp_path: Path
+) -> None:
+    files = checkpoint(case)
+    settings: dict[str, Any] = {"dtype": "auto", "max_total_tokens": 160}
+    apart = {"max_batch_size": 1, "prefix_cache": False, "max_kept_states": 0}
+    async with serving(files, tmp_path / "a", **settings, **apart) as (engine, adapters):
+        expected = await alone(engine, requests_of(case, adapters)[:NUM_PROBES])
+    assert not steps_fail
+    busy = {"max_batch_size": 12, "max_batch_prefill_tokens": 37, "speculate": 8}
+    async with serving(files, tmp_path / "b", **settings, **busy) as (engine, adapters):
+        requests = requests_of(case, adapters)[:NUM_PROBES]
+        found = await together(engine, requests)
+        assert engine.stats.failed_steps == len(steps_fail) > 5
+        assert engine.stats.accepted_draft_tokens > 0
+        assert engine.scheduler.pool.num_used == 0
+    for request, lone, one in zip(requests, expected, found, strict=True):
+        assert told(one) == told(lone), request
 
 
 def test_every_architecture_has_a_case() -> None:
