@@ -628,6 +628,13 @@ class Program:
     def run_head(self, rows: Sequence[int]) -> _Floats:
         """Return the logits of other rows of the last step that `run` computed."""
 
+    @property
+    def num_steps(self) -> int:
+        """How many steps have been computed, to the last one's states."""
+
+    def forget_since(self, num_steps: int) -> None:
+        """Take back the states of a step that was computed after so many, and then failed."""
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks of the pool (from, to), in all shards."""
 

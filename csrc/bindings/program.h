@@ -239,6 +239,12 @@ class Program {
   void draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows, SampleCall& call);
   // As `draw` without drawing; the seconds that each operator took, barrier included.
   std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
+  // How many steps have been computed, to the last one's states.
+  int64_t num_steps() const { return num_steps_; }
+  // Takes back the states of a step that was computed after so many, and then failed.
+  void forget_since(int64_t num_steps) {
+    if (num_steps_ > num_steps && states_ != nullptr) states_->forget();
+  }
   // The logits of other rows of the last batch, which `run` has computed.
   Floats run_head(const std::vector<int32_t>& rows);
   // Copies blocks of the pool (from, to), in all shards.
@@ -306,6 +312,7 @@ class Program {
   ShardsPtr shards_;
   int64_t first_word_ = 0;
   int64_t num_parts_ = 0;
+  int64_t num_steps_ = 0;
   StatesPtr states_;
   PoolPtr pool_;
   step::KvLayerView kv_ = {};  // the first of its layers that was used: all have one shape

@@ -224,6 +224,8 @@ void bind_program(py::module_& module) {
            py::arg("drafts") = std::vector<int32_t>())
       .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
       .def("run_head", &Program::run_head, py::arg("rows"))
+      .def_property_readonly("num_steps", &Program::num_steps)
+      .def("forget_since", &Program::forget_since, py::arg("num_steps"))
       .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
       .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_operators", &Program::num_operators)

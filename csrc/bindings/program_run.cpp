@@ -174,6 +174,7 @@ void Program::begin(const step::StepHeader& header, const FlatRows& batch) {
 
 void Program::end() {
   if (states_ != nullptr) states_->commit();
+  ++num_steps_;
 }
 
 void Program::check_header(const step::StepHeader& h) const {

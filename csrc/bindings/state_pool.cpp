@@ -200,6 +200,10 @@ void StatePool::commit() {
   for (const Target& each : targets_) newest_[static_cast<size_t>(each.slot)] = each.half;
 }
 
+void StatePool::forget() {
+  for (const step::StateSpan& span : spans_) places_[static_cast<size_t>(span.to)] = {};
+}
+
 void bind_state_pool(py::module_& module) {
   py::class_<StatePool, std::shared_ptr<StatePool>>(module, "StatePool", "See ops.StatePool.")
       .def(py::init([](const std::vector<std::tuple<int64_t, int64_t, int64_t>>& layers,

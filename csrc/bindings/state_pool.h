@@ -44,6 +44,9 @@ class StatePool {
   void begin(const FlatRows& rows, cpu::step::StepHeader& header);
   // The step has been computed.
   void commit();
+  // It is void all the same: what it has written counts as nothing, also to a step that would go
+  // on from there and write to where this one began.
+  void forget();
 
  private:
   struct Place {

@@ -72,6 +72,7 @@ void StepQueue::end(Item item) {
 void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) { sampling_ = std::move(state); }
 
 void StepQueue::compute(Step& step) {
+  const int64_t num_steps = program_->num_steps();
   try {
     cpu::team_wake();
     draw(step);
@@ -82,6 +83,7 @@ void StepQueue::compute(Step& step) {
   } catch (const std::exception& error) {
     step.error = error.what();
   }
+  program_->forget_since(num_steps);
   step.has_failed = true;
 }
 

@@ -29,7 +29,7 @@ from tests.support.server_process import free_port
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "install.json"
-START_TIMEOUT_S = 600  # the demonstration model is fetched; `make serve` installs and compiles first
+START_TIMEOUT_S = 3600  # the demonstration model is fetched; `make serve` installs and compiles first
 _ENVIRONMENT = "python3 -m venv env && . env/bin/activate"
 _COPY = "cp -r $SOURCE source"  # pip and `build` write to the folder that they are given
 _TOOLS = "python3 -m venv tools && . tools/bin/activate && pip install --quiet"

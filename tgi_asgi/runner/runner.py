@@ -195,6 +195,20 @@ class CpuRunner:
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
+        """Compute a step's rows; of one that fails, also behind its last operator, no state is left.
+
+        A step that is in flight behind it fails then, too: else it would write to where this one began.
+        """
+        native = self._program.native
+        num_steps = 0 if native is None else native.num_steps
+        try:
+            return self._compute_rows(plan)
+        except BaseException:
+            if native is not None:
+                native.forget_since(num_steps)
+            raise
+
+    def _compute_rows(self, plan: StepPlan) -> StepResult:
         starts = self._starts(plan)
         drawing = [
             index
