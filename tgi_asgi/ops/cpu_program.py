@@ -72,6 +72,15 @@ class CpuProgram:
         return self.native.num_operators
 
     @property
+    def num_steps(self) -> int:
+        """How many steps have been computed, to the last one's states."""
+        return self.native.num_steps
+
+    def forget_since(self, num_steps: int) -> None:
+        """Take back the states of a step that was computed after so many, and then failed."""
+        self.native.forget_since(num_steps)
+
+    @property
     def residual(self) -> npt.NDArray[np.float32]:
         """The residual [max_tokens, padded columns] that the last step left; overwritten by the next."""
         found: npt.NDArray[np.float32] = self._calls.residual.array()

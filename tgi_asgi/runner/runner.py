@@ -199,13 +199,11 @@ class CpuRunner:
 
         A step that is in flight behind it fails then, too: else it would write to where this one began.
         """
-        native = self._program.native
-        num_steps = 0 if native is None else native.num_steps
+        num_steps = self._program.num_steps
         try:
             return self._compute_rows(plan)
         except BaseException:
-            if native is not None:
-                native.forget_since(num_steps)
+            self._program.forget_since(num_steps)
             raise
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:

@@ -68,6 +68,20 @@ def test_a_step_that_was_void_is_taken_back() -> None:
         states.begin([3], [4], [1])
 
 
+def test_a_step_that_fails_behind_its_last_layer_is_taken_back() -> None:
+    """The step in flight fails then as well, and leaves what both began with."""
+    states = SlotStates(Cache)
+    for start, length in ((0, 4), (4, 1)):
+        advance(states, 3, start, length)
+        states.commit()
+    states.forget()
+    with pytest.raises(RuntimeError, match="slot 3 has no state of 5 tokens"):
+        states.begin([3], [5], [1])
+    states.forget()
+    assert advance(states, 3, 4, 1).layers[0].state.tolist() == [5, 5]
+    assert states.num_steps == 2
+
+
 def test_a_slot_s_new_sequence_does_not_go_on_from_the_state_of_the_last() -> None:
     states = SlotStates(Cache)
     for start, length in ((0, 4), (0, 2)):

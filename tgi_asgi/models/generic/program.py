@@ -104,6 +104,17 @@ class ModuleProgram(Protocol):
     """A `Program` of the runner that is Python."""
 
     native: None
+    _states: SlotStates
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps have been computed, to the last one's states."""
+        return self._states.num_steps
+
+    def forget_since(self, num_steps: int) -> None:
+        """Take back the states of a step that was computed after so many, and then failed."""
+        if self.num_steps > num_steps:
+            self._states.forget()
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...
 

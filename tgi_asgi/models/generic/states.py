@@ -41,17 +41,23 @@ class SlotStates:
 
         of_rows = states.begin(slots, starts, lengths)   # they may be changed
         states.commit()                                  # once the step is done
+        states.forget()                                  # if it fails all the same
 
     Of each slot the last two states are kept: a step that is in flight may turn out to be void.
 
     Args:
         make: makes an empty cache.
+
+    Attributes:
+        num_steps: those that were done.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
+        self.num_steps = 0
         self._make = make
         self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the last one behind
         self._under_way: dict[int, list[SequenceState]] = {}
+        self._done: tuple[int, ...] = ()  # slots of the last step
 
     def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
         """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
@@ -75,7 +81,14 @@ class SlotStates:
     def commit(self) -> None:
         """Keep what the step made of the states."""
         self._states.update(self._under_way)
-        self._under_way = {}
+        self._done, self._under_way = tuple(self._under_way), {}
+        self.num_steps += 1
+
+    def forget(self) -> None:
+        """Take back what the last step made: a step behind it must not go on from there."""
+        for slot in self._done:
+            self._states[slot].pop()
+        self._done = ()
 
 
 def _copy(cache: Any) -> Any:
