@@ -79,13 +79,21 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
+def is_tie(truth: sentencepiece.SentencePieceProcessor, found: list[int], ids: list[int]) -> bool:
+    """Tell whether these are the same pieces in another order, which is equally likely in a unigram model."""
+    whole = ["".join(map(truth.id_to_piece, each)) for each in (found, ids)]
+    return sorted(found) == sorted(ids) and whole[0] == whole[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_sentencepiece(trained: Callable[[str], Path], kind: str) -> None:
     truth = sentencepiece.SentencePieceProcessor(str(trained(kind)))
     backend = read_model(trained(kind)).backend()
     for text in texts():
         ids = truth.encode(text)
-        assert backend.encode(text, add_special_tokens=False).ids == ids, text
+        found = backend.encode(text, add_special_tokens=False).ids
+        has_ties = KINDS[kind]["model_type"] == "unigram"  # of which each library has its own
+        assert found == ids or (has_ties and is_tie(truth, found, ids)), text
         if truth.unk_id() not in ids:
             assert backend.decode(ids) == truth.decode(ids), text
     for symbol in SYMBOLS:

@@ -58,7 +58,9 @@ def test_the_table_names_architectures_once() -> None:
 
 def test_the_table_knows_which_have_a_family() -> None:
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    native = {name for name in BUILDABLE if has_family(names[name], {})}
+    # The kernels have the heads of models that were published, and not those of the class's own defaults.
+    sizes = {"falcon_h1": {"mamba_d_ssm": 1536, "mamba_n_heads": 24}}
+    native = {name for name in BUILDABLE if has_family(names[name], sizes.get(name, {}))}
     assert native == set(table.NATIVE) & set(BUILDABLE)
 
 
