@@ -10,14 +10,7 @@ from torch import Tensor
 
 from tests.reference import selective_scan as reference
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.support.state_steps import (
-    Shape,
-    Steps,
-    assert_drafts_are_taken_back,
-    assert_kept_states_are_gone_on_with,
-    assert_step_may_be_computed_again,
-    assert_steps_leave_bits_alone,
-)
+from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Kind, SelectiveScanWeight
 
@@ -56,33 +49,6 @@ def test_a_sequence_is_that_of_the_reference(
     (found,) = steps_of(weight, 2).run([(1, 0, text)])
     expected = reference.selective_scan(text[0], text[1][:, _COLUMN:], weight)
     assert_close(found, expected, length=4 * (size + tokens))
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, threads: int) -> None:
-    weight = random_weight(3, 80, 3, 9)
-    texts = [random_text(weight, length) for length in (23, 11, 40)]
-    assert_steps_leave_bits_alone(lambda slots: steps_of(weight, slots), texts, threads)
-
-
-def test_a_step_may_be_computed_again() -> None:
-    weight = random_weight(2, 32, 1, 6)
-    wrong = [random_text(weight, 1), random_text(weight, 3)]
-    assert_step_may_be_computed_again(lambda slots: steps_of(weight, slots), random_text(weight, 9), wrong)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_kept_states_are_gone_on_with(threads: int) -> None:
-    weight = random_weight(3, 48, 3, 6)
-    assert_kept_states_are_gone_on_with(
-        lambda slots: steps_of(weight, slots), random_text(weight, 12), threads
-    )
-
-
-def test_drafts_are_taken_back() -> None:
-    weight = random_weight(2, 32, 1, 6)
-    wrong = random_text(weight, 4)
-    assert_drafts_are_taken_back(lambda slots: steps_of(weight, slots), random_text(weight, 12), wrong)
 
 
 def test_sets_agree_to_the_bit() -> None:

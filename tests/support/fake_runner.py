@@ -26,6 +26,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.fake_states import FakeStates
 from tgi_asgi.runner.plan import (
     DraftLimits,
     PromptLogprobs,
@@ -45,7 +46,6 @@ GARBAGE = -1
 # the group of layers that wrote it.
 _Written = tuple[int, int, bool, Any, int]
 _NOTHING: _Written = (GARBAGE, GARBAGE, False, None, 0)
-_State = tuple[list[int], Any]  # the tokens that it is of, and the adapter
 
 NextToken = Callable[[Sequence[int], SamplingParams, int], int]
 
@@ -171,8 +171,7 @@ class FakeRunner:
     def __post_init__(self) -> None:
         size = self.num_blocks * self.block_size
         self._store: list[_Written] = [_NOTHING] * size
-        self._slot_states: dict[int, tuple[list[_State], list[_State]]] = {}  # the last row's come second
-        self._kept: list[_State | None] = [None] * (self.num_kept_states or 0)
+        self._states = FakeStates(self.num_kept_states or 0, self._extent, self._require)
         self._slots: dict[int, _Slot] = {}
         self._guesses: dict[int, list[int]] = {}  # of the present step, by slot
         self._num_views: Counter[bytes] = Counter()  # by digest
@@ -250,12 +249,12 @@ class FakeRunner:
         self._guesses = {
             row.slot: [] if is_tainted else self._guess(row) for row in plan.rows if row.stop is not None
         }
-        self._check_places(plan)
+        self._states.check_places(plan)
         for row in plan.rows:
             self._check_sight(row)
             self._write(row, is_tainted)
         if self.num_kept_states is not None:
-            self._move_states(plan, is_tainted)
+            self._states.move(plan, is_tainted=is_tainted)
         if error is not None:
             raise error
         result = StepResult(plan.step_id, [])
@@ -275,40 +274,6 @@ class FakeRunner:
         result.is_viewed = [self._num_views[image.digest] >= self.view_steps for image in plan.views]
         return result
 
-    def _check_places(self, plan: StepPlan) -> None:
-        moves = [row.states for row in plan.rows if row.states is not None]
-        kept = [place for each in moves for _, place in each.keeps]
-        resumed = {each.resumes for each in moves if each.resumes is not None}
-        self._require(len(set(kept)) == len(kept) and not resumed & set(kept), "a place is not one row's")
-        num_places = self.num_kept_states or 0
-        self._require(all(0 <= place < num_places for place in resumed | set(kept)), "no such place")
-
-    def _move_states(self, plan: StepPlan, is_tainted: bool) -> None:
-        """Take rows' states from place to place; a step begins nothing where one is missing."""
-        moves: list[tuple[StepRow, list[_State], list[_State]]] = []
-        for row in plan.rows:
-            tokens, begin, end = self._extent(row)
-            if begin == end:
-                continue  # its sequence has all its tokens
-            before, source = self._source(row, begin)
-            is_there = begin == 0 or source == (tokens[:begin], row.adapter)
-            if is_tainted and not is_there:
-                return
-            self._require(is_there, f"slot {row.slot} has not its state at {begin}")
-            ends = [end] if row.token_ids is not None else range(begin + 1, end + 1)
-            after = [] if is_tainted else [(tokens[:at], row.adapter) for at in ends]
-            moves.append((row, [state for state in before if len(state[0]) <= begin], after))
-            last = max(begin, 1)
-            for at, _ in row.states.keeps if row.states is not None else ():
-                self._require(last <= at < end, "states are not kept in order")
-                self._require(row.stop is None or at == begin == row.start, "a state is kept among drafts")
-                last = at
-        for row, before, after in moves:
-            self._slot_states[row.slot] = (before, after)
-            for at, place in row.states.keeps if row.states is not None else ():
-                tokens, _, _ = self._extent(row)
-                self._kept[place] = None if is_tainted else (tokens[:at], row.adapter)
-
     def _extent(self, row: StepRow) -> tuple[list[int], int, int]:
         """Return a row's sequence with what it guesses, and which of that the row computes."""
         tokens = self._slots[row.slot].tokens
@@ -317,17 +282,6 @@ class FakeRunner:
         begin = len(tokens) - 1
         guesses = self._guesses[row.slot]
         return [*tokens, *guesses], begin, begin + 1 + len(guesses) if begin < row.stop else begin
-
-    def _source(self, row: StepRow, begin: int) -> tuple[list[_State], _State | None]:
-        """Return the half of its slot's states that a row's is in, and that state."""
-        if row.states is not None and row.states.resumes is not None:
-            return [], self._kept[row.states.resumes]
-        older, newer = self._slot_states.get(row.slot, ([], []))
-        for half in (newer, older) if begin else ():
-            for state in half:
-                if len(state[0]) == begin:
-                    return half, state
-        return [], None
 
     def _check_sight(self, row: StepRow) -> None:
         start, end = row.start, row.start + row.num_tokens
