@@ -351,7 +351,7 @@ def main() -> int:
     kernels, complaints = compile_all(nvcc)
     print(table(kernels))
     if sass.find_nvdisasm() is None:
-        print("cuda-check: there is no nvdisasm here (Triton's wheel has one): no instruction was looked at")
+        print("cuda-check: no nvdisasm here (PyPI: nvidia-cuda-nvdisasm): no instruction was looked at")
     complaints += check_bindings(nvcc)
     for complaint in complaints:
         print(complaint, file=sys.stderr)

@@ -1,8 +1,8 @@
 """What a kernel is for the hardware: nvdisasm's text, read for what must not be in it.
 
-nvdisasm comes with the CUDA toolkit and with Triton's wheel. Retry loops on shared memory stand for an
-addition that it does not have, calls for a division or a function in double, loads and stores of local memory
-for registers that did not suffice.
+nvdisasm comes with the CUDA toolkit, by PyPI (the extra `test`) and with Triton's wheel. Retry loops on
+shared memory stand for an addition that it does not have, calls for a division or a function in double,
+loads and stores of local memory for registers that did not suffice.
 """
 
 from __future__ import annotations
@@ -54,7 +54,14 @@ def find_nvdisasm() -> str | None:
     """Return the disassembler's path; None: there is none."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packages = Path(sysconfig.get_paths()["purelib"])
-    folders = [f"{home}/bin", *map(str, packages.glob("triton/backends/nvidia/bin"))]
+    folders = [
+        f"{home}/bin",
+        *(
+            str(found)
+            for each in ("nvidia/cu1?/bin", "triton/backends/nvidia/bin")
+            for found in packages.glob(each)
+        ),
+    ]
     return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(folders))
 
 
