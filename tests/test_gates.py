@@ -20,7 +20,7 @@ from tests.support.time_limit import TimeLimit
 
 def pytest_configure(config):
     config.pluginmanager.register(Selection(["soak", "page"]))
-    config.pluginmanager.register(TimeLimit(["soak"], grace_s=10))
+    config.pluginmanager.register(TimeLimit(["soak"], grace_s=GRACE_S))
     config.pluginmanager.register(Skips(config.rootpath / "expected.txt"))
 """
 INI = """
@@ -36,9 +36,11 @@ markers =
 """
 
 
-def run(folder: Path, tests: str, *arguments: str, expected: str = "", ci: bool = False) -> tuple[int, str]:
+def run(
+    folder: Path, tests: str, *arguments: str, expected: str = "", ci: bool = False, grace_s: float = 10
+) -> tuple[int, str]:
     """Run a file of tests under the rules; return the exit status and the output."""
-    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "conftest.py").write_text(CONFTEST.replace("GRACE_S", str(grace_s)))
     (folder / "pytest.ini").write_text(INI)
     (folder / "expected.txt").write_text(textwrap.dedent(expected))
     (folder / "test_it.py").write_text("import asyncio, pytest, socket, time\n" + textwrap.dedent(tests))
@@ -132,6 +134,7 @@ def test_a_test_that_never_returns_to_python_ends_the_process_with_stacks(tmp_pa
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
             time.sleep(60)
         """,
+        grace_s=0.5,
     )
     assert status == 1
     assert "Timeout" in output and "in test_hangs" in output

@@ -1,6 +1,6 @@
 """Pack weights, then multiply by them; print who touched their pages first. With page_watch.cpp preloaded.
 
-python -m tests.csrc.first_touch page_watch.so <case> <threads>
+python -m tests.csrc.first_touch page_watch.so <threads> <case>...
 """
 
 from __future__ import annotations
@@ -88,12 +88,13 @@ CASES: dict[str, Callable[[Watch, ops.Packing], list[int]]] = {
 
 
 def main() -> None:
-    """Print the pages' threads, when they were packed and when they were read."""
-    library, case, threads = sys.argv[1:]
+    """Print a line a case: the pages' threads, when they were packed and when they were read."""
+    library, threads, *cases = sys.argv[1:]
     _C.configure_team(int(threads), 0, False)
     watch = Watch(library)
-    packed = CASES[case](watch, ops.Packing(is_exact=False))
-    print(json.dumps([packed, watch.take()]))
+    for case in cases:
+        packed = CASES[case](watch, ops.Packing(is_exact=False))
+        print(json.dumps([packed, watch.take()]))
 
 
 if __name__ == "__main__":

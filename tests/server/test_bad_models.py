@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.server_process import ServerProcess
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import resolve
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
 
+Make = Callable[[Path], Path]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -24,6 +30,10 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
 
 
 def _directory(path: Path, config: object = CONFIG) -> Path:
@@ -81,21 +91,28 @@ def _empty_directory(path: Path) -> Path:
     [
         (_absent, "absent.gguf"),
         (_truncated_gguf, "truncated.gguf"),
-        (_not_a_gguf, "text.gguf"),
-        (_lying_offsets, "model.safetensors"),
         (_no_weights, "safetensors"),
         (_unknown_architecture, "NovelForCausalLM"),
         (_empty_directory, "config.json"),
     ],
 )
-def test_a_model_that_cannot_be_served_is_one_clear_line(make: object, message: str, tmp_path: Path) -> None:
-    path = make(tmp_path)  # type: ignore[operator]
+def test_a_model_that_cannot_be_served_is_one_clear_line(make: Make, message: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
     with ServerProcess("tgi_asgi", "--model-id", str(path)) as server:
         assert server.wait() == 1
         assert "Traceback" not in server.output()
         last = server.output().splitlines()[-1]
     assert last.startswith("tgi-asgi: ")
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(_not_a_gguf, "text.gguf"), (_lying_offsets, "model.safetensors")]
+)
+def test_a_file_that_is_no_model_is_named(make: Make, message: str, tmp_path: Path) -> None:
+    settings = Settings(model_id=str(make(tmp_path)))
+    with pytest.raises(ModelLoadError, match=message):
+        load(settings, resolve(settings, _silent), _silent)
 
 
 def test_an_arithmetic_that_a_cpu_does_not_do_is_one_clear_line(demo_gguf: Path) -> None:

@@ -76,7 +76,7 @@ class Mixed:
 async def test_everything_at_once_gives_what_each_request_gives_alone(
     serve: Serve, model: str, scale: Scale
 ) -> None:
-    seconds, most = scale((60.0, 4), (600.0, -1))
+    seconds, most = scale((60.0, 4 if model == "fake" else 3), (600.0, -1))
     limits = ("--max-batch-size", "8", "--max-concurrent-requests", "64")
     if model == "fake":
         server = serve(*limits, FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="40")
