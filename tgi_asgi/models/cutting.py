@@ -53,7 +53,7 @@ def linear_of(
     elif name == "mlp.down_proj":
         part = cut.inner
     else:
-        raise ModelLoadError(f"{name} is not computed by several shards")
+        raise ModelLoadError(f"--num-shard: it is not known how to cut {name}: leave it out")
     return ops.linear_weight(
         source.columns(part.start, part.stop),
         arithmetic,

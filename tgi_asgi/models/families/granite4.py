@@ -82,11 +82,11 @@ class Granite4Weights(GraniteMoeWeights):
         rows = [self.config.intermediate_size] * 2
         return self.cut("shared_mlp.input_linear.weight", rows, self.config.hidden_size)
 
-    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
-        """Make the weight of a single product."""
-        if name == "mlp.down_proj" and not self.has("mlp.down_proj.weight"):
-            name = "shared_mlp.output_linear"
-        return super().linear(name, rows, columns, has_bias=has_bias)
+    def get(self, name: str, *shape: int) -> ops.WeightSource:
+        """Return a tensor of this layer by its canonical name."""
+        if name == "mlp.down_proj.weight" and not self.has(name):
+            name = "shared_mlp.output_linear.weight"
+        return super().get(name, *shape)
 
 
 class Granite4(Decoder):
