@@ -15,6 +15,8 @@ from torch import Tensor
 from bench import gpu_timing
 from bench.gpu_model import BLOCK, CODES, TOP_P, make_sampler, random_codes
 from bench.gpu_timing import Call, copies_past_l2, in_turn, random
+from tgi_asgi.ops.cuda_attention import GatheredAttention
+from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
@@ -34,6 +36,7 @@ def makers() -> Iterator[functools.partial[Measurement]]:
         yield functools.partial(_decode, batch, context)
     for tokens in PREFILLS:
         yield functools.partial(_prefill, tokens)
+        yield functools.partial(_prefill_gathered, tokens)
     for rows in ROWS:
         for make in (_norm, _gate, _rope):
             yield functools.partial(make, rows)
@@ -139,6 +142,22 @@ def _prefill(tokens: int) -> Measurement:
     peers = _sdpa(turned, _plain_sets(len(sets), 1, tokens), is_causal=True)
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
     return "attention_prefill", f"{tokens} causal", flops, "bf16", calls, peers
+
+
+def _prefill_gathered(tokens: int) -> Measurement:
+    """What `--prompt-attention sdpa` computes, the copies included: to be held against the kernel's time."""
+    sets = [_pool(1, tokens) for _ in range(copies_past_l2(4 * tokens * KV_HEADS * HEAD_DIM))]
+    q = random(tokens, HEADS, HEAD_DIM)
+    out, room = torch.empty_like(q), torch.empty_like(sets[0][1]).flatten()
+    calls: list[Call] = [
+        functools.partial(
+            GatheredAttention(CudaKvLayer(kv), HEAD_DIM**-0.5, room, room).attend,
+            q, table, 0, ((tokens, tokens),), out,
+        )
+        for table, kv in sets
+    ]  # fmt: skip
+    flops = 2 * tokens * tokens * HEADS * HEAD_DIM
+    return "attention_prefill", f"{tokens} causal, gathered", flops, "bf16", calls, {}
 
 
 def _norm(rows: int) -> Measurement:

@@ -20,6 +20,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "reasoning_format": "think", "kv_cache_dtype": "int8", "pooling": "mean",
         "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
+        "prompt_attention": "sdpa",
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 2}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):

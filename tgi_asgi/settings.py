@@ -196,6 +196,13 @@ class Settings:
         "auto",
         _one_of("auto bfloat16"),
     )
+    prompt_attention: str = _model(
+        "How prompts attend on a GPU: paged by our kernel, where keys and values lie; sdpa by torch's fused "
+        "kernels, over copies in one piece. Layers with windows, soft caps, sinks or slopes, and "
+        "--batch-invariant, keep paged.",
+        "paged",
+        _one_of("paged sdpa"),
+    )
     batch_invariant: bool = _model(
         "On a GPU, give a token the same logits whatever runs beside it and however its prompt is cut, as a "
         "CPU does; prompts take longer, of quantised models by far. Not after a preemption, a failed step or "

@@ -96,7 +96,7 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
                 if name.startswith(("SDPA", "torch.mm")):
                     peer()
             rotated += len(seen) == len(set(seen)) == 3
-        assert len(calls) == gpu_timing.copies_past_l2(num_bytes) or make.func.__name__ == "_prefill"
+        assert len(calls) == gpu_timing.copies_past_l2(num_bytes) or make.func.__name__.startswith("_prefill")
     assert rotated == 2 + 2 + 2 + len(gpu_model.CODES), "of two attentions by two ways each, of all products"
 
 
@@ -222,10 +222,10 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
     with pytest.raises(AssertionError, match="1 could not be measured"):
         gpu_stages.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
-        "attention_decode", "attention_prefill", "norm", "_broken", "rope_kv_write", "sample",
+        "attention_decode", *["attention_prefill"] * 2, "norm", "_broken", "rope_kv_write", "sample",
         *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES),
     ]  # fmt: skip
-    assert rows[3]["why"] == "out of memory"
+    assert rows[4]["why"] == "out of memory"
     measured = [row for row in rows if "why" not in row]
     assert all(row["us"] > 0 and row["of_floor"] > 0 and row["bytes"] > 0 for row in measured)
 

@@ -19,6 +19,7 @@ from tests.support.state_steps import Shape as StateShape
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import calls, cpu_calls, cuda
+from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
 
@@ -327,7 +328,7 @@ def test_a_value_that_nobody_wanted_cannot_be_read() -> None:
 
 def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
-    layer = cuda.CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
+    layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
     ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, 0.25, chunk=8)
     with pytest.raises(ValueError, match="attention with `chunk` is not among the CUDA kernels"):
         cuda.CudaProgram(

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Uses
+from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
+from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
@@ -43,6 +46,8 @@ class CudaBatch:
     block_table: Tensor  # [n_sequences, max_blocks] int32
     num_decodes: int  # sequences of one token, which come first
     max_query_len: int  # of the others
+    # Tokens here and in all of each of the others, which a step that is no graph may know on the host.
+    prompt_lens: Sequence[tuple[int, int]] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -51,53 +56,6 @@ class CudaBatch:
     @property
     def num_sequences(self) -> int:
         return int(self.context_len.shape[0])
-
-
-@dataclass(slots=True)
-class CudaKvLayer:
-    """One layer's keys and values, as `KvLayer` on a CPU.
-
-    The pool may be replaced by one of more blocks until the first graph is captured.
-    """
-
-    pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
-    key_scale: float = 1.0  # keys and values are stored divided by these
-    value_scale: float = 1.0
-
-    @property
-    def head_dim(self) -> int:
-        """Dims of a head."""
-        return int(self.pool.shape[4])
-
-    @property
-    def value_dim(self) -> int:
-        """Dims of a head of values."""
-        return self.head_dim
-
-
-def make_cuda_pools(
-    num_layers: int,
-    num_blocks: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Tensor]:
-    """Make the pools of all layers, of zeros: a block that was never written must not hold NaN."""
-    shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-
-
-def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
-    if not pairs:
-        return
-    host = torch.tensor(pairs, dtype=torch.int64)  # [num_pairs, 2]
-    table = host.to(layers[0].pool.device, non_blocking=True)  # CUDA has its copy when the call returns
-    for layer in layers:
-        pool = layer.pool.view(torch.uint8)  # torch does not index floats of eight bits
-        pool[table[:, 1]] = pool[table[:, 0]]
 
 
 class CudaProgram:
@@ -113,6 +71,7 @@ class CudaProgram:
         max_blocks: columns of the block tables.
         dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
         is_batch_invariant: a token's results are the same bits whatever else is in the step.
+        gathers_prompts: prompts attend by torch over gathered keys and values where that can be.
     """
 
     def __init__(
@@ -126,11 +85,12 @@ class CudaProgram:
         dtype: torch.dtype,
         device: torch.device,
         is_batch_invariant: bool = False,
+        gathers_prompts: bool = False,
     ) -> None:
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
-        self._is_batch_invariant = is_batch_invariant
+        self._is_batch_invariant, self._gathers_prompts = is_batch_invariant, gathers_prompts
         self._launches: list[_Launch] = []
         self._head: Callable[[Tensor], None] | None = None
         self._logits = torch.empty(0)
@@ -299,6 +259,7 @@ class CudaProgram:
         seen = spec.window or 0  # as the kernels have it, 0 is all
         plan = self._plan(block_size, seen)
         sinks, slopes = self._floats(spec.sinks), self._floats(spec.slopes)
+        gathered = self._gathered(layer, spec)
 
         def launch(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
@@ -308,13 +269,25 @@ class CudaProgram:
                     query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *kind,
                     plan, workspace, out[:d],
                 )  # fmt: skip
-            if d < batch.num_sequences:
+            if gathered is not None and batch.prompt_lens:
+                gathered.attend(query, batch.block_table[d:], d, batch.prompt_lens, out)
+            elif d < batch.num_sequences:
                 _kernels.attention_prefill(
                     query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
                     batch.block_table[d:], batch.max_query_len, seen, *kind, out[:n],
                 )  # fmt: skip
 
         self._launches.append(launch)
+
+    def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention | None:
+        """Return what prompts attend by in the place of our kernel, if anything."""
+        if not self._gathers_prompts or not can_gather(spec):
+            return None
+        size = self._max_blocks * layer.pool[0].numel()
+        kept = self._buffer("gathered", (size,), layer.pool.dtype)
+        is_plain = layer.pool.dtype is self._dtype
+        room = kept if is_plain else self._buffer("gathered", (size,), self._dtype)
+        return GatheredAttention(layer, spec.scale, kept, room)
 
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.family import Model, record
-from tgi_asgi.ops.cuda import CudaKvLayer, CudaProgram, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -83,7 +84,8 @@ class CudaRunner:
     cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
     is of `kv_dtype`: `dtype` (None), or float8_e4m3fn, which keeps keys and values divided by
     each layer's `kv_scales` (None: by 1). With `is_batch_invariant` a token's logits are the
-    same bits whatever else is in the step, and however a prompt is cut. A sequence can ask for `max_top`
+    same bits whatever else is in the step, and however a prompt is cut. With `gathers_prompts`
+    prompts attend by torch (`ops/cuda_attention.py`). A sequence can ask for `max_top`
     log-probabilities beside that of its token.
 
     Attributes:
@@ -104,6 +106,7 @@ class CudaRunner:
         kv_dtype: torch.dtype | None = None,
         kv_scales: Sequence[tuple[float, float]] | None = None,
         is_batch_invariant: bool = False,
+        gathers_prompts: bool = False,
         max_top: int = MAX_TOP,
     ) -> None:
         config = model.config
@@ -128,7 +131,7 @@ class CudaRunner:
             CudaKvLayer(pool, *of_layer)
             for pool, of_layer in zip(make_cuda_pools(config.num_layers, 1, *pool_shape), scales, strict=True)
         ]
-        self._program = self._record(model, dtype)
+        self._program = self._record(model, dtype, gathers_prompts)
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
         self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
         self._no_ids = np.zeros(max_batch_size, np.int32)
@@ -191,11 +194,12 @@ class CudaRunner:
         self._waiter.join()
         self._jobs.end()
 
-    def _record(self, model: Model, dtype: torch.dtype) -> CudaProgram:
+    def _record(self, model: Model, dtype: torch.dtype, gathers_prompts: bool) -> CudaProgram:
         return CudaProgram(
             record(model, self._kv), max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size,
             max_rows=self.max_batch_size, max_blocks=self._max_blocks, dtype=dtype,
             device=self._device.device, is_batch_invariant=self._is_batch_invariant,
+            gathers_prompts=gathers_prompts,
         )  # fmt: skip
 
     # The launcher's thread.
@@ -220,9 +224,11 @@ class CudaRunner:
 
     def _profile(self) -> None:
         """Run a step of the largest size, all padding, so that libraries take the memory they want."""
+        longest = min(self.max_step_tokens, self.max_context)
         shape = StepShape(
-            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens, 0
-        )
+            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens, 0,
+            ((longest, longest),),
+        )  # fmt: skip
         buffers = StepBuffers.view(self._device_inputs, shape)
         buffers.clear()
         self._forward(buffers)
@@ -304,8 +310,9 @@ class CudaRunner:
             row_slots = [row.slot if row.samples else -1 for row in rows]
             logits_rows, places = list(range(len(rows))), sampling
         else:
-            longest = max(row.num_tokens for row in rows[num_decodes:])
-            shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns)
+            lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
+            longest = max(num_tokens for num_tokens, _ in lens)
+            shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns, lens)
             row_slots = [rows[index].slot for index in sampling]
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
         mask_rows = self._sampler.mask_rows(row_slots)

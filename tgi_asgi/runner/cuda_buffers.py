@@ -27,6 +27,7 @@ class StepShape:
     num_decodes: int  # sequences of one token, which come first
     max_query_len: int  # of the others
     num_columns: int  # of the block tables that go up: as many as the longest sequence has blocks
+    prompt_lens: tuple[tuple[int, int], ...] = ()  # of each of the others: tokens here, and in all
 
     def sections(self) -> list[_Section]:
         t, s, r = self.num_tokens, self.num_sequences, self.num_rows
@@ -105,6 +106,7 @@ class StepBuffers:
         return CudaBatch(
             self.ids, self.positions, self.slots, self.query_start, self.context_len,
             block_tables[: self.shape.num_sequences], self.shape.num_decodes, self.shape.max_query_len,
+            self.shape.prompt_lens,
         )  # fmt: skip
 
 

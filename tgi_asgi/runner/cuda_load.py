@@ -127,6 +127,11 @@ def make_runner(
     kv_dtype = _choose_kv_dtype(settings.kv_cache_dtype, dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
+    by_torch = settings.prompt_attention == "sdpa"
+    if by_torch and settings.batch_invariant:
+        logger.warning(
+            "--prompt-attention sdpa is ignored: with --batch-invariant prompts attend by our kernel"
+        )
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
@@ -149,6 +154,7 @@ def make_runner(
             kv_dtype=kv_dtype,
             kv_scales=kv_scales,
             is_batch_invariant=settings.batch_invariant,
+            gathers_prompts=by_torch and not settings.batch_invariant,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
         )
     return runner, sizes[-1]

@@ -123,6 +123,11 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         cuts = cuts_of(opened, settings, is_on_gpu=device is not None)
+        if device is None and settings.prompt_attention != "paged":
+            raise ModelLoadError(
+                f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU prompts attend by "
+                "our own kernels only"
+            )
         if settings.prompt_precision != "auto":
             prompt_precision.check_served(opened, is_on_gpu=device is not None)
         image_processor = opened.read_image_processor()
@@ -370,7 +375,8 @@ def _others(settings: Settings, config: ServedConfig, longest: int) -> str:
     given = settings.given_rope
     by_context = f" for {longest}" if config.longest_context > config.context_length else ""
     by_shards = f" by {settings.num_shard}" if settings.num_shard > 1 else ""
-    return f"{'' if given is None else f' {given}'}{by_context}{by_shards}"
+    by_torch = " prompts by sdpa" if settings.prompt_attention == "sdpa" else ""
+    return f"{'' if given is None else f' {given}'}{by_context}{by_shards}{by_torch}"
 
 
 def _return_freed_memory() -> None:

@@ -1,0 +1,56 @@
+"""The KV cache of a CUDA device: each layer's pool of blocks, in the layout that the kernels have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class CudaKvLayer:
+    """One layer's keys and values, as `KvLayer` on a CPU.
+
+    The pool may be replaced by one of more blocks until the first graph is captured.
+    """
+
+    pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
+    key_scale: float = 1.0  # keys and values are stored divided by these
+    value_scale: float = 1.0
+
+    @property
+    def head_dim(self) -> int:
+        """Dims of a head."""
+        return int(self.pool.shape[4])
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head of values."""
+        return self.head_dim
+
+
+def make_cuda_pools(
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
+    """Make the pools of all layers, of zeros: a block that was never written must not hold NaN."""
+    shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+    if not pairs:
+        return
+    host = torch.tensor(pairs, dtype=torch.int64)  # [num_pairs, 2]
+    table = host.to(layers[0].pool.device, non_blocking=True)  # CUDA has its copy when the call returns
+    for layer in layers:
+        pool = layer.pool.view(torch.uint8)  # torch does not index floats of eight bits
+        pool[table[:, 1]] = pool[table[:, 0]]
