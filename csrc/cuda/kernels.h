@@ -193,11 +193,14 @@ struct SampleParams {
   ::tgi::SampleParams base;  // its mask is [num_masks, ceil(vocab / 32)], or null
   const int32_t* mask_rows;  // [num_rows]: each row's own in the mask; if that is none, it has none
   float* scratch;            // [num_rows, vocab]
+  void* workspace;           // sample_workspace_bytes, 16-byte aligned
   int64_t num_masks;
   int64_t num_rows;
   int64_t num_slots;
 };
+constexpr int64_t kMaxSampledRows = 65535;
 cudaError_t sample(const SampleParams& p, cudaStream_t stream);
+int64_t sample_workspace_bytes(int64_t num_rows);
 
 struct TokenLogprobsParams {
   ::tgi::TokenLogprobsParams base;

@@ -1,220 +1,103 @@
-// One token a row of logits, by its slot's parameters: one block a row, no sort.
-// tgi_asgi/ops/sample.py has the order of the filters; csrc/cpu/sample.cpp draws the same tokens,
-// but for ties in the last bit.
+// One token a row of logits, by its slot's parameters, without a sort: three kernels by parts of
+// rows (sample_parts.cuh), then one block a row. tgi_asgi/ops/sample.py has the order of the
+// filters; csrc/cpu/sample.cpp draws the same tokens, but for ties in the last bit.
 #include "kernels.h"
-#include "philox.cuh"
-#include "sample_rows.cuh"
+#include "sample_parts.cuh"
 
 namespace tgi::cuda {
 namespace {
 
 constexpr float kNaN = NAN;
 
-__device__ __forceinline__ bool has_penalties(const SampleSlot& slot) {
-  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f ||
-         slot.presence_penalty != 0.0f;
+__device__ __forceinline__ Weight sum_of(const Histogram& histogram, RowRoom& room) {
+  Weight total = 0;
+  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) total += histogram.weights[bin];
+  return block_reduce(total, Add(), room.weights);
 }
 
-__device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32_t count) {
-  if (count == 0) return x;
-  x = x > 0 ? x / slot.repetition_penalty : x * slot.repetition_penalty;
-  const int32_t in_output = count >> 1;
-  return in_output == 0 ? x
-                        : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
+// The weight of these elements' scores, where they are kept.
+template <typename Value>
+__device__ __forceinline__ Weight sum_of(const Elements& e, const Value& value, float max,
+                                         RowRoom& room) {
+  Weight total = 0;
+  for_each(e, [&](int, float x) { total += to_weight(value(x) - max); });
+  return block_reduce(total, Add(), room.weights);
 }
 
-// The row's words of the mask, or null.
-__device__ __forceinline__ const int32_t* mask_of(const SampleParams& all, int64_t row) {
-  if (all.base.mask == nullptr) return nullptr;
-  const int64_t index = all.mask_rows[row];
-  const bool is_there = index >= 0 && index < all.num_masks;
-  return is_there ? all.base.mask + index * ((all.base.vocab + 31) / 32) : nullptr;
+// The elements that a histogram's list has, or all of the row where it has no room for them.
+__device__ __forceinline__ Elements listed_of(const float* x, int n, const Histogram& histogram) {
+  if (histogram.num_listed > kCandidates) return {x, 0, n};
+  return {x, 0, histogram.num_listed, histogram.listed};
 }
 
-// The row's logits after penalties, bias and masks: in `room` where anything applies, else where
-// they are.
-__device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int64_t slot_index,
-                                               const SampleSlot& slot, const int32_t* mask,
-                                               const float* logits, float* room) {
-  const int n = int(p.vocab);
-  const bool is_penalised = has_penalties(slot);
-  const bool is_held = slot.num_masked > 0 && slot.position < slot.masked_until;
-  if (!is_penalised && slot.num_biased == 0 && !is_held && mask == nullptr) return logits;
-  const int32_t* counts = p.counts + slot_index * p.vocab;
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-    float x = logits[i];
-    if (is_penalised) x = penalise(slot, x, counts[i]);
-    if (mask != nullptr && (uint32_t(mask[i / 32]) >> (i % 32) & 1u) == 0) x = -INFINITY;
-    room[i] = x;
-  }
-  __syncthreads();
-  const int num_biased = min(slot.num_biased, int32_t(p.biased_stride));
-  for (int i = int(threadIdx.x); i < num_biased; i += kRowThreads) {
-    const int32_t id = p.biased_ids[slot_index * p.biased_stride + i];
-    if (id >= 0 && id < n) room[id] += p.biased_values[slot_index * p.biased_stride + i];
-  }
-  __syncthreads();
-  const int num_masked = is_held ? min(slot.num_masked, int32_t(p.masked_stride)) : 0;
-  for (int i = int(threadIdx.x); i < num_masked; i += kRowThreads) {
-    const int32_t id = p.masked_ids[slot_index * p.masked_stride + i];
-    if (id >= 0 && id < n) room[id] = -INFINITY;
-  }
-  __syncthreads();
-  return room;
-}
-
-// The scores (best 0) that may be drawn: those of at least `floor`, and no further from `mean` than
-// `reach`.
-struct Kept {
-  const float* values;
-  float max, factor;
-  float floor, mean, reach;
-
-  __device__ __forceinline__ float score(float value) const { return (value - max) * factor; }
-  __device__ __forceinline__ bool has(float score) const {
-    return score >= floor && fabsf(score - mean) <= reach;
-  }
-};
-
-// Keeps the most typical scores that weigh typical_p of those kept so far. Meister et al., Locally
-// Typical Sampling, section 4.
-__device__ __forceinline__ void keep_typical(float typical_p, int n, Kept& kept, RowRoom& room) {
-  double mass = 0, weighted = 0;
-  for_each(kept.values, n, [&](int, float x) {
-    const float score = kept.score(x);
-    if (!(score >= kept.floor)) return;
-    const float weight = expf(score);
-    mass += weight;
-    weighted += double(weight) * score;
-  });
-  mass = block_reduce(mass, Add(), room.doubles);
-  const auto mean = static_cast<float>(block_reduce(weighted, Add(), room.doubles) / mass);
-  const auto weigh = [&](float x, float& distance) {
-    const float score = kept.score(x);
-    distance = fabsf(score - mean);
-    return score >= kept.floor ? to_weight(score) : Weight{0};
-  };
-  const auto share = [=](Weight total) {
-    return static_cast<Weight>(ceil(double(total) * typical_p));
-  };
-  kept.reach = reach(kept.values, n, weigh, share, room);
-  kept.mean = mean;
-}
-
-// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep whole
-// ties.
-__device__ __forceinline__ void cut(const SampleSlot& slot, int n, Kept& kept, RowRoom& room) {
-  if (slot.top_k > 0 && slot.top_k < n) {
-    const auto weigh = [&](float x, float& distance) {
-      const float score = kept.score(x);
-      distance = fabsf(score);
-      return Weight{score >= -FLT_MAX ? 1u : 0u};
-    };
-    const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
-    kept.floor = -reach(kept.values, n, weigh, share, room);
-  }
-  if (slot.top_p < 1.0f) {
-    const auto weigh = [&](float x, float& distance) {
-      const float score = kept.score(x);
-      distance = fabsf(score);
-      return score >= kept.floor ? to_weight(score) : Weight{0};
-    };
-    const auto share = [&](Weight total) {
-      return static_cast<Weight>(ceil(double(total) * slot.top_p));
-    };
-    kept.floor = fmaxf(kept.floor, -reach(kept.values, n, weigh, share, room));
-  }
-  if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
-  if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, n, kept, room);
-}
-
-// The winner of the race: the index of the least log E - score, lowest on ties. The exact time is
-// taken only of those who come near the best so far: a logarithm in double costs as much as a
-// hundred other instructions.
-__device__ __forceinline__ int race(const SampleSlot& slot, int n, const Kept& kept,
-                                    RowRoom& room) {
-  double best = INFINITY;
-  int winner = n;
-  float bound = INFINITY;
-  // By one, not by four: its code is long.
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-    const float score = kept.score(kept.values[i]);
-    if (!kept.has(score)) continue;
-    const uint32_t word =
-        philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
-    if (!(log_arrival_nearly(word) - score <= bound)) continue;
-    const double arrival = log_arrival(word) - double(score);
-    if (arrival < best) {
-      best = arrival;
-      winner = i;
-      bound = float(best) + 1e-3f + 1e-5f * fabsf(float(best));
-    }
-  }
-  const double first = block_reduce(best, Min(), room.doubles);
-  return block_reduce(best == first ? winner : n, Min(), room.ints);
-}
-
-__global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all) {
+__global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all, int num_parts) {
+  wait_for_kernel_before();
+  start_kernel_after();
   SHARED_ARRAY(RowRoom, rooms, 1);
   RowRoom& room = rooms[0];
   const ::tgi::SampleParams& p = all.base;
-  const int64_t row = blockIdx.x, slot_index = p.slots[row];
-  const int n = int(p.vocab);
+  const Row row(all, blockIdx.x);
   const bool is_first = threadIdx.x == 0;
   if (is_first) {
-    p.token_ids[row] = 0;
-    p.is_finite[row] = false;
-    p.logprobs[row] = kNaN;
-    p.num_top[row] = 0;
+    p.token_ids[row.index] = 0;
+    p.is_finite[row.index] = false;
+    p.logprobs[row.index] = kNaN;
+    p.num_top[row.index] = 0;
   }
-  if (slot_index < 0 || slot_index >= all.num_slots) return;
+  if (!row.is_there) return;
   // Not a copy, for which compute capability 8.0 has no registers left.
-  const SampleSlot& slot = p.records[slot_index];
-  const float* logits = p.logits + row * p.vocab;  // [vocab]
-  const RowStats raw = row_stats(logits, n, room);
-  if (!raw.is_finite) return;
-  const float* values =
-      modify(p, slot_index, slot, mask_of(all, row), logits, all.scratch + row * p.vocab);
-  const RowStats stats = values == logits ? raw : row_stats(values, n, room);
-  if (!stats.is_finite || stats.max == -INFINITY) return;
-
-  // A temperature near 0 must not make the best score 0 * infinity; greedy, scores are the values
-  // less the best.
-  const bool is_greedy = slot.temperature == 0.0f;
-  const float factor = is_greedy ? 1.0f : fminf(1.0f / slot.temperature, FLT_MAX);
-  Kept kept = {values, stats.max, factor, -FLT_MAX, 0.0f, INFINITY};
+  const SampleSlot& slot = row.slot(all);
+  const RowWork& work = row.work(all);
+  const Merged merged = merge_stats(work, num_parts);
+  if (!merged.can_draw()) return;
+  const int n = row.n;
+  const float* values = row.values(all);
+  Kept kept = row.kept(slot, merged.stats.max);
+  Elements set = {values, 0, n};  // that has all which is kept
   int id;
-  if (is_greedy) {
-    id = row_find(values, n, stats.max, room);
-  } else {
-    cut(slot, n, kept, room);
-    id = race(slot, n, kept, room);
-  }
-  if ((slot.flags & kWantsLogprobs) != 0) {
-    const int wanted = min(max(slot.num_top, int32_t{0}), int32_t(p.max_top));
-    int32_t* top_ids = p.top_ids + row * p.max_top;
-    float* top_logprobs = p.top_logprobs + row * p.max_top;
-    int filled;
-    if ((slot.flags & kIsProcessed) != 0) {
-      const auto value = [&](float x) {
-        const float score = kept.score(x);
-        return kept.has(score) ? score : -INFINITY;
-      };
-      filled = describe(values, n, value, 0.0f, id, wanted, p.logprobs + row, top_ids, top_logprobs,
-                        room);
-    } else {
-      const auto value = [](float x) { return x; };
-      filled = describe(logits, n, value, raw.max, id, wanted, p.logprobs + row, top_ids,
-                        top_logprobs, room);
+  if (is_greedy(slot)) {
+    id = merged.stats.first;
+  } else if (row.is_cut(slot)) {
+    Weight total = 0;
+    if (row.has_candidates(slot)) {
+      set = listed_of(values, n, work.scores);
+      total = sum_of(work.scores, room);
     }
-    if (is_first) p.num_top[row] = filled;
+    cut(slot, set, total, n, kept, room);
+    id = int(race(slot, set, kept, room).id);
+  } else {
+    id = merge_winners(work, num_parts);
   }
+  const int wanted = row.num_top(all, slot);
+  int32_t* top_ids = p.top_ids + row.index * p.max_top;
+  float* top_logprobs = p.top_logprobs + row.index * p.max_top;
+  int filled = 0;
+  if (row.wants_processed(slot)) {
+    const auto value = [&](float x) {
+      const float score = kept.score(x);
+      return kept.has(score) ? score : -INFINITY;
+    };
+    const Weight total =
+        row.is_cut(slot) ? sum_of(set, value, 0.0f, room) : sum_of(work.scores, room);
+    if (!row.is_cut(slot) && wanted > 0) set = listed_of(values, n, work.scores);
+    filled = describe(set, value, 0.0f, log_of(total), id, wanted, p.logprobs + row.index, top_ids,
+                      top_logprobs, room);
+  } else if (row.wants_raw(slot)) {
+    const float* logits = row.logits(all);
+    const Elements best = wanted > 0 ? listed_of(logits, n, work.raw) : Elements{logits, 0, n};
+    const float normaliser = log_of(sum_of(work.raw, room));
+    filled = describe(
+        best, [](float x) { return x; }, merged.raw_max, normaliser, id, wanted,
+        p.logprobs + row.index, top_ids, top_logprobs, room);
+  }
+  __syncthreads();  // all have read the slot
   if (!is_first) return;
-  p.token_ids[row] = id;
-  p.is_finite[row] = true;
-  p.records[slot_index].last_id = id;
-  p.records[slot_index].position = slot.position + 1;
-  if (has_penalties(slot)) p.counts[slot_index * p.vocab + id] += 2;
+  p.num_top[row.index] = filled;
+  p.token_ids[row.index] = id;
+  p.is_finite[row.index] = true;
+  p.records[row.slot_index].last_id = id;
+  p.records[row.slot_index].position = slot.position + 1;
+  if (has_penalties(slot)) p.counts[row.slot_index * p.vocab + id] += 2;
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLogprobsParams all) {
@@ -223,16 +106,17 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
   const ::tgi::TokenLogprobsParams& p = all.base;
   const int64_t row = blockIdx.x;
   const int n = int(p.vocab), num_top = int(p.num_top);
-  const float* logits = p.logits + row * p.vocab;  // [vocab]
+  const Elements logits = {p.logits + row * p.vocab, 0, n};
   int32_t* top_ids = p.top_ids + row * p.num_top;
   float* top_logprobs = p.top_logprobs + row * p.num_top;
-  const RowStats stats = row_stats(logits, n, room);
+  const Stats stats = find_stats(logits, room);
   int filled = 0;
   if (stats.is_finite && stats.max > -INFINITY) {
     const int id = min(max(p.token_ids[row], int32_t{0}), int32_t(n - 1));
-    filled = describe(
-        logits, n, [](float x) { return x; }, stats.max, id, num_top, p.logprobs + row, top_ids,
-        top_logprobs, room);
+    const auto value = [](float x) { return x; };
+    const float normaliser = log_of(sum_of(logits, value, stats.max, room));
+    filled = describe(logits, value, stats.max, normaliser, id, num_top, p.logprobs + row, top_ids,
+                      top_logprobs, room);
   } else if (threadIdx.x == 0) {
     p.logprobs[row] = kNaN;
   }
@@ -242,12 +126,30 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
   }
 }
 
+// Blocks that share a row: as many as the device holds at a time, and none for a few elements.
+int parts_of(int64_t num_rows, int64_t vocab) {
+  const int64_t most = min(int64_t{kMaxParts}, ceil_divide(vocab, int64_t{kLeastPart}));
+  const int64_t held = 2 * num_multiprocessors() / num_rows;
+  return int(max(int64_t{1}, min(most, held)));
+}
+
 }  // namespace
+
+int64_t sample_workspace_bytes(int64_t num_rows) { return num_rows * int64_t{sizeof(RowWork)}; }
 
 cudaError_t sample(const SampleParams& p, cudaStream_t stream) {
   if (p.base.vocab < 1 || p.base.vocab > (1 << 30)) return cudaErrorInvalidValue;
   if (p.num_rows == 0) return cudaSuccess;
-  return launch(sample_kernel, dim3(unsigned(p.num_rows)), dim3(kRowThreads), 0, stream, p);
+  if (p.num_rows > kMaxSampledRows) return cudaErrorInvalidValue;
+  const int num_parts = parts_of(p.num_rows, p.base.vocab);
+  const dim3 parts(unsigned(num_parts), unsigned(p.num_rows));
+  for (const auto kernel : {part_stats_kernel, part_scores_kernel, part_list_kernel}) {
+    const cudaError_t error =
+        launch_dependent(kernel, parts, dim3(kRowThreads), 0, stream, p, num_parts);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_dependent(sample_kernel, dim3(unsigned(p.num_rows)), dim3(kRowThreads), 0, stream,
+                          p, num_parts);
 }
 
 cudaError_t token_logprobs(const TokenLogprobsParams& p, cudaStream_t stream) {

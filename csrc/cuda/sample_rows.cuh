@@ -1,9 +1,10 @@
-// What one block finds out about one row of vocab values: extremes, cut-offs without a sort,
-// log-probabilities. Every sum is of integers or in a fixed order, so a row's bits hang on nothing
-// but the row.
+// What one block finds out about a row of vocab values, or a part of one: extremes, cut-offs
+// without a sort, log-probabilities. Sums are of integers (or over a whole row, in a fixed order),
+// so a row's bits hang on nothing but the row: not on its parts, nor on the order of a list.
 #pragma once
 
 #include <cfloat>
+#include <climits>
 #include <cmath>
 
 #include "kernels.h"
@@ -42,46 +43,56 @@ struct RowRoom {
   int bin;
 };
 
-// Calls body(i, x[i]) for this thread's share of x [n]: of runs of four by number, so that a row's
-// sums do not hang on where it lies; 16 bytes a load where these are aligned.
-template <typename Body>
-__device__ __forceinline__ void for_each(const float* x, int n, const Body& body) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  for (int i = int(threadIdx.x) * 4; i + 3 < n; i += kRowThreads * 4) {
-    const float4 four = is_aligned ? *reinterpret_cast<const float4*>(x + i)
-                                   : float4{x[i], x[i + 1], x[i + 2], x[i + 3]};
-    body(i, four.x);
-    body(i + 1, four.y);
-    body(i + 2, four.z);
-    body(i + 3, four.w);
-  }
-  const int last = n / 4 * 4 + int(threadIdx.x);
-  if (last < n) body(last, x[last]);
-}
+// The elements of a row that a block looks at: `count` from `first` on, or those listed.
+struct Elements {
+  const float* x;  // [vocab], the row
+  int first;
+  int count;
+  const int32_t* listed = nullptr;  // [count], in any order; null: there is no list
 
-struct RowStats {
-  float max;
-  bool is_finite;  // neither NaN nor +infinity
+  __device__ __forceinline__ int id_of(int k) const {
+    return listed == nullptr ? first + k : listed[k];
+  }
 };
 
-__device__ __forceinline__ RowStats row_stats(const float* x, int n, RowRoom& room) {
-  float largest = -INFINITY;
-  int is_finite = 1;
-  for_each(x, n, [&](int, float value) {
-    if (!(value <= FLT_MAX)) is_finite = 0;
-    largest = fmaxf(largest, value);
-  });
-  largest = block_reduce(largest, Max(), room.floats);
-  return {largest, block_reduce(is_finite, Min(), room.ints) != 0};
+// Calls body(i, x[i]) for this thread's share: of runs of four by number, so that sums over a row
+// do not hang on where it lies; 16 bytes a load where these are aligned.
+template <typename Body>
+__device__ __forceinline__ void for_each(const Elements& e, const Body& body) {
+  const float* x = e.x + e.first;
+  const bool is_aligned = e.listed == nullptr && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  for (int k = int(threadIdx.x) * 4; k + 3 < e.count; k += kRowThreads * 4) {
+    const int i[4] = {e.id_of(k), e.id_of(k + 1), e.id_of(k + 2), e.id_of(k + 3)};
+    const float4 four = is_aligned ? *reinterpret_cast<const float4*>(x + k)
+                                   : float4{e.x[i[0]], e.x[i[1]], e.x[i[2]], e.x[i[3]]};
+    body(i[0], four.x);
+    body(i[1], four.y);
+    body(i[2], four.z);
+    body(i[3], four.w);
+  }
+  const int last = e.count / 4 * 4 + int(threadIdx.x);
+  if (last < e.count) body(e.id_of(last), e.x[e.id_of(last)]);
 }
 
-// The first index of x [n] with this value.
-__device__ __forceinline__ int row_find(const float* x, int n, float value, RowRoom& room) {
-  int first = n;
-  for_each(x, n, [&](int i, float other) {
-    if (other == value) first = min(first, i);
+struct Stats {
+  float max;
+  int first;       // element of this value
+  bool is_finite;  // all are: neither NaN nor +infinity
+};
+
+__device__ __forceinline__ Stats find_stats(const Elements& e, RowRoom& room) {
+  float largest = -INFINITY;
+  int first = INT_MAX, is_finite = 1;
+  for_each(e, [&](int i, float value) {
+    if (!(value <= FLT_MAX)) is_finite = 0;
+    if (value > largest) {
+      largest = value;
+      first = i;
+    }
   });
-  return block_reduce(first, Min(), room.ints);
+  const float max = block_reduce(largest, Max(), room.floats);
+  first = block_reduce(largest == max ? first : INT_MAX, Min(), room.ints);
+  return {max, first, block_reduce(is_finite, Min(), room.ints) != 0};
 }
 
 __device__ __forceinline__ void clear_bins(RowRoom& room) {
@@ -137,33 +148,35 @@ __device__ __forceinline__ int linear_bin(float distance) {
 }
 
 // The least distance at which the weight of all elements up to it reaches share(total); both
-// inclusive. weigh(x, distance) gives an element's weight and distance >= 0, or 0.
+// inclusive. weigh(x, distance) gives an element's weight and distance >= 0, or 0. `total` is that
+// of the row where elements beyond the cut-off are left out of `e`; 0: it has all.
 //
 //     n elements -> linear bins -> the bin of the target, its elements listed -> by their bits
 //
 // The list is searched by radix from the top bits of the distance, whose order is that of its bits;
 // where it has no room for all, so are all elements, the others passed over.
 template <typename Weigh, typename Share>
-__device__ __forceinline__ float reach(const float* values, int n, const Weigh& weigh,
+__device__ __forceinline__ float reach(const Elements& e, Weight total, const Weigh& weigh,
                                        const Share& share, RowRoom& room) {
   clear_bins(room);
   if (threadIdx.x == 0) room.num_listed = 0;
   __syncthreads();
-  Weight total = 0;
-  for_each(values, n, [&](int, float x) {
+  Weight own = 0;
+  for_each(e, [&](int, float x) {
     float distance = 0;
     const Weight weight = weigh(x, distance);
     if (weight == 0) return;
     add_to_bin(room, linear_bin(distance), weight);
-    total += weight;
+    own += weight;
   });
-  total = block_reduce(total, Add(), room.weights);  // its barriers end the additions, too
+  own = block_reduce(own, Add(), room.weights);  // its barriers end the additions, too
+  if (total == 0) total = own;
   if (total == 0) return INFINITY;
   Weight target = min(max(share(total), Weight{1}), total);
   find_bin(target, room);
   target -= room.before;
   const int linear = room.bin;
-  for_each(values, n, [&](int i, float x) {
+  for_each(e, [&](int i, float x) {
     float distance = 0;
     if (weigh(x, distance) == 0 || linear_bin(distance) != linear) return;
     const int place = atomicAdd(&room.num_listed, 1);
@@ -171,7 +184,7 @@ __device__ __forceinline__ float reach(const float* values, int n, const Weigh& 
   });
   __syncthreads();
   const bool is_listed = room.num_listed <= kListed;
-  const int count = is_listed ? room.num_listed : n;
+  const int count = is_listed ? room.num_listed : e.count;
   constexpr int kShifts[4] = {31, 20, 9, 0};
   uint32_t prefix = 0;
 #pragma unroll 1
@@ -182,7 +195,7 @@ __device__ __forceinline__ float reach(const float* values, int n, const Weigh& 
     __syncthreads();
     for (int k = int(threadIdx.x); k < count; k += kRowThreads) {
       float distance = 0;
-      const Weight weight = weigh(values[is_listed ? room.listed[k] : k], distance);
+      const Weight weight = weigh(e.x[is_listed ? room.listed[k] : e.id_of(k)], distance);
       const uint32_t bits = __float_as_uint(distance);
       if (weight == 0 || bits >> above != prefix >> above) continue;
       if (!is_listed && linear_bin(distance) != linear) continue;
@@ -200,32 +213,35 @@ __device__ __forceinline__ Weight to_weight(float score) {
   return static_cast<Weight>(expf(score) * 0x1p40f);
 }
 
-// log softmax of value(values[i]), where -infinity is out, at `id` and of the `wanted` best;
-// returns how many of these there are. Lowest id first on ties.
+// The logarithm of a sum of weights of e^score.
+__device__ __forceinline__ float log_of(Weight total) {
+  return static_cast<float>(log(double(total) * 0x1p-40));
+}
+
+// log softmax of value(x[i]), where -infinity is out, at `id` and of the `wanted` best, which `e`
+// has; returns how many of these there are. Lowest id first on ties.
 template <typename Value>
-__device__ __forceinline__ int describe(const float* values, int n, const Value& value, float max,
-                                        int id, int wanted, float* logprob, int32_t* top_ids,
-                                        float* top_logprobs, RowRoom& room) {
-  float sum = 0;
-  for_each(values, n, [&](int, float x) { sum += expf(value(x) - max); });
-  const auto normaliser = static_cast<float>(log(block_reduce(double(sum), Add(), room.doubles)));
-  const float own = value(values[id]);
+__device__ __forceinline__ int describe(const Elements& e, const Value& value, float max,
+                                        float normaliser, int id, int wanted, float* logprob,
+                                        int32_t* top_ids, float* top_logprobs, RowRoom& room) {
+  const float own = value(e.x[id]);
   if (threadIdx.x == 0) *logprob = own == -INFINITY ? -INFINITY : (own - max) - normaliser;
   float last = INFINITY;  // value and id listed last
   int last_id = -1, filled = 0;
   for (; filled < wanted; ++filled) {
     float best = -INFINITY;
-    int best_id = n;
-    for_each(values, n, [&](int i, float raw) {
+    int best_id = INT_MAX;
+    for_each(e, [&](int i, float raw) {
       const float x = value(raw);
-      if (x > best && (x < last || (x == last && i > last_id))) {
+      const bool is_behind = x < last || (x == last && i > last_id);
+      if (is_behind && (x > best || (x == best && i < best_id))) {
         best = x;
         best_id = i;
       }
     });
     const float largest = block_reduce(best, Max(), room.floats);
     if (largest == -INFINITY) break;
-    last_id = block_reduce(best == largest ? best_id : n, Min(), room.ints);
+    last_id = block_reduce(best == largest ? best_id : INT_MAX, Min(), room.ints);
     last = largest;
     if (threadIdx.x == 0) {
       top_ids[filled] = last_id;

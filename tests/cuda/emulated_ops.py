@@ -38,7 +38,10 @@ def register() -> None:
 
 
 _KEPT: list[Any] = []  # a library that is collected takes its operators along
-_KEYS = dict.fromkeys(("attention_workspace_bytes", "set_dependent_launches"), "CompositeExplicitAutograd")
+_KEYS = dict.fromkeys(
+    ("attention_workspace_bytes", "sample_workspace_bytes", "set_dependent_launches"),
+    "CompositeExplicitAutograd",
+)
 
 
 def _schemas() -> list[str]:
@@ -159,11 +162,15 @@ def _attention_workspace_bytes(device: Device, *sizes: int) -> int:
     return device.attention_workspace_bytes(*sizes)
 
 
+def _sample_workspace_bytes(device: Device, num_rows: int) -> int:
+    return device.sample_workspace_bytes(num_rows)
+
+
 def _sample(
     device: Device, logits: Tensor, slots: Tensor, records: Tensor, counts: Tensor, biased_ids: Tensor,
     biased_values: Tensor, masked_ids: Tensor, mask: Tensor | None, mask_rows: Tensor | None, scratch: Tensor,
-    token_ids: Tensor, is_finite: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor,
-    num_top: Tensor,
+    workspace: Tensor, token_ids: Tensor, is_finite: Tensor, logprobs: Tensor, top_ids: Tensor,
+    top_logprobs: Tensor, num_top: Tensor,
 ) -> None:  # fmt: skip
     device.launch(
         "sample", logits=logits, slots=slots, records=records, counts=counts, biased_ids=biased_ids,
@@ -171,7 +178,8 @@ def _sample(
         num_masks=0 if mask is None else mask.shape[0], token_ids=token_ids,
         is_finite=is_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs, num_top=num_top,
         vocab=logits.shape[1], biased_stride=biased_ids.shape[1], masked_stride=masked_ids.shape[1],
-        max_top=top_ids.shape[1], scratch=scratch, num_rows=logits.shape[0], num_slots=records.shape[0],
+        max_top=top_ids.shape[1], scratch=scratch, workspace=workspace, num_rows=logits.shape[0],
+        num_slots=records.shape[0],
     )  # fmt: skip
 
 
@@ -235,5 +243,6 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quant_linear": _quant_linear,
     "dequantise": _dequantise,
     "sample": _sample,
+    "sample_workspace_bytes": _sample_workspace_bytes,
     "token_logprobs": _token_logprobs,
 }

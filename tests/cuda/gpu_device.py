@@ -43,6 +43,10 @@ class GpuDevice:
         """Return what decode attention needs."""
         return int(_ops.attention_workspace_bytes(*sizes))
 
+    def sample_workspace_bytes(self, num_rows: int) -> int:
+        """Return what a draw for so many rows needs."""
+        return int(_ops.sample_workspace_bytes(num_rows))
+
     def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
         """Run an operator twice from the same outputs, and hold the results to the same bits."""
         before = [output.clone() for output in outputs]
@@ -119,8 +123,8 @@ class GpuDevice:
     def _sample(self, p: Any) -> None:
         _ops.sample(
             p.logits, p.slots, p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.mask,
-            p.mask_rows, p.scratch, p.token_ids, p.is_finite, p.logprobs, p.top_ids, p.top_logprobs,
-            p.num_top,
+            p.mask_rows, p.scratch, p.workspace, p.token_ids, p.is_finite, p.logprobs, p.top_ids,
+            p.top_logprobs, p.num_top,
         )  # fmt: skip
 
 

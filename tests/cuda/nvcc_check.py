@@ -52,12 +52,15 @@ _REGISTERS = {
     "linear_kernel": 128,
     "quant_linear_kernel": 168,
     "dequantise_kernel": 64,
+    "part_stats_kernel": 48,
+    "part_scores_kernel": 48,
+    "part_list_kernel": 58,
     "sample_kernel": 64,
-    "token_logprobs_kernel": 40,
+    "token_logprobs_kernel": 44,
 }
 # Of sm_90a, which the kernels are tuned for. Functions that may be called: in the draw logarithms in double,
-# which tell the winner, and divisions by penalties, which are the CPU's to the bit.
-_CALLS = {"sample_kernel": 8}
+# which tell the winner, and divisions by penalties and temperatures, which are the CPU's to the bit.
+_CALLS = {"part_stats_kernel": 5, "part_scores_kernel": 2, "part_list_kernel": 1, "sample_kernel": 3}
 # The most instructions of a loop, from its farthest branch back: what was last counted, and a tenth.
 _LOOPS = {
     "embed_kernel": 8,
@@ -73,6 +76,9 @@ _LOOPS = {
     "linear_kernel": 305,
     "quant_linear_kernel": 1630,
     "dequantise_kernel": 8,
+    "part_stats_kernel": 220,
+    "part_scores_kernel": 450,  # the race
+    "part_list_kernel": 130,
     "sample_kernel": 8050,
     "token_logprobs_kernel": 437,
 }

@@ -29,6 +29,7 @@ class Drawn:
     are_finite: list[bool]
     logprobs: list[float]
     tops: list[dict[int, float]]
+    choices: list[int]
     state: SampleState = field(repr=False)
 
 
@@ -70,7 +71,8 @@ def run(
         num_masks=0 if mask is None else mask.shape[0],
         token_ids=ids, is_finite=are_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs,
         num_top=num_top, vocab=vocab, biased_stride=biased_ids.shape[1], masked_stride=masked_ids.shape[1],
-        max_top=max_top, scratch=device.empty((rows, vocab), torch.float32), num_rows=rows,
+        max_top=max_top, scratch=device.empty((rows, vocab), torch.float32),
+        workspace=device.empty((device.sample_workspace_bytes(rows),), torch.uint8), num_rows=rows,
         num_slots=rows + 2,
     )  # fmt: skip
     state.record_bytes[:] = records.numpy()
@@ -79,7 +81,8 @@ def run(
         dict(zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True))
         for row, count in enumerate(num_top.tolist())
     ]
-    return Drawn(ids.tolist(), are_finite.tolist(), logprobs.tolist(), tops, state)
+    choices = [slot % 3 for slot in slots.tolist()]
+    return Drawn(ids.tolist(), are_finite.tolist(), logprobs.tolist(), tops, choices, state)
 
 
 def check(
@@ -90,10 +93,14 @@ def check(
     mask: Tensor | None = None,
     mask_rows: Sequence[int] = (),
 ) -> None:
-    """Hold the set drawn from, its log-probabilities and the draw to the reference."""
+    """Hold the set drawn from, its log-probabilities and the draw to the reference.
+
+    Of a large set only the best are listed: a pass each. That none is missing, the others' sum shows.
+    """
     vocab = logits.shape[1]
-    wanted = [replace(one, logprobs=vocab, logprobs_mode=LogprobsMode.PROCESSED) for one in params]
-    drawn = run(device, logits, wanted, max_top=vocab, banned=banned, mask=mask, mask_rows=mask_rows)
+    max_top = min(vocab, 40)
+    wanted = [replace(one, logprobs=max_top, logprobs_mode=LogprobsMode.PROCESSED) for one in params]
+    drawn = run(device, logits, wanted, max_top=max_top, banned=banned, mask=mask, mask_rows=mask_rows)
     position = len(PROMPT) + len(OUTPUT)
     for row, sampling in enumerate(params):
         x = penalised(logits[row], sampling, PROMPT, OUTPUT, banned)
@@ -108,7 +115,9 @@ def check(
         )
         expected = x.softmax(0) if sampling.temperature == 0 else probabilities(x, sampling)
         logs = expected.log()
-        assert set(drawn.tops[row]) == set(logs.isfinite().nonzero()[:, 0].tolist())
+        kept = logs[logs.isfinite()].sort(descending=True).values[:max_top]
+        assert len(drawn.tops[row]) == len(kept)
+        assert min(drawn.tops[row].values()) == pytest.approx(float(kept[-1]), abs=1e-4)
         for token, logprob in drawn.tops[row].items():
             assert_near(logprob, float(logs[token]))
         if sampling.temperature == 0:
@@ -154,11 +163,34 @@ def test_flat_logits_show_the_edge_of_the_set(device: Device) -> None:
     check(device, flat.round(decimals=5), [SamplingParams(top_k=5)])  # whole ties are kept
 
 
-def test_a_bin_may_have_more_elements_than_the_list(device: Device) -> None:
-    """2,200 tokens within a 64th, of which the list has 2,048: many are kept, and some beyond."""
-    logits = torch.cat([torch.randperm(2200).float() * 1e-6, torch.randn(77) - 1])[None]
-    check(device, logits, [SamplingParams(top_k=2100)])
+@pytest.mark.parametrize("count", [2200, 4300])
+def test_a_bin_may_have_more_elements_than_a_list(device: Device, count: int) -> None:
+    """Tokens within a 64th, of which a block lists 2,048 and a row 4,096: many are kept, and some beyond."""
+    logits = torch.cat([torch.randperm(count).float() * 1e-6, torch.randn(77) - 1])[None]
+    check(device, logits, [SamplingParams(top_k=count - 100)])
     check(device, logits, [SamplingParams(top_p=0.9)])
+
+
+def test_a_row_s_bits_do_not_hang_on_how_many_blocks_share_it(device: Device) -> None:
+    """Alone it is of five parts, among six rows of one."""
+    row = torch.randn(1, 2501) * 3
+    ways = [
+        SamplingParams(seed=6, logprobs=5),
+        SamplingParams(seed=6, top_k=30, top_p=0.9, logprobs=5, logprobs_mode=LogprobsMode.PROCESSED),
+        SamplingParams(seed=6, top_p=0.95, min_p=0.001, typical_p=0.9, logprobs=5),
+        SamplingParams(seed=6, min_p=0.01, logprobs=5, logprobs_mode=LogprobsMode.PROCESSED),
+        SamplingParams(temperature=0, repetition_penalty=1.2, logprobs=5),
+        SamplingParams(temperature=0, top_k=9, logprobs=5, logprobs_mode=LogprobsMode.PROCESSED),
+    ]
+    for way in ways:
+        alone, among = (
+            run(device, row.expand(rows, -1).contiguous(), [way] * rows, max_top=5) for rows in (1, 6)
+        )
+        (slot,) = alone.state.records["position"].nonzero()[0].tolist()
+        same = [i for i, choice in enumerate(among.choices) if choice == slot % 3]
+        assert same and all(among.ids[i] == alone.ids[0] for i in same)
+        assert all(top == alone.tops[0] for top in among.tops)
+        assert len({among.logprobs[i] for i in same} | {alone.logprobs[0]}) == 1
 
 
 def test_a_row_s_bits_do_not_hang_on_where_it_lies(device: Device) -> None:
@@ -280,8 +312,8 @@ FAULTS = [
     Fault(
         "the end of a row is left out",
         "sample_rows.cuh",
-        "if (last < n) body",
-        "if (last < n - 1) body",
+        "if (last < e.count) body",
+        "if (last < e.count - 1) body",
         "result",
     ),
     Fault(
@@ -300,35 +332,90 @@ FAULTS = [
     ),
     Fault(
         "the bias is added before the logits are there",
-        "sample.cu",
-        "    room[i] = x;\n  }\n  __syncthreads();",
-        "    room[i] = x;\n  }",
+        "sample_draw.cuh",
+        "    out[i] = x;\n  }\n  __syncthreads();",
+        "    out[i] = x;\n  }",
         "race",
     ),
     Fault(
         "the mask of another row",
-        "sample.cu",
+        "sample_draw.cuh",
         "all.base.mask + index * ((all.base.vocab + 31) / 32)",
         "all.base.mask + index * (all.base.vocab / 32)",
         "result",
     ),
     Fault(
         "a row without a mask takes one",
-        "sample.cu",
+        "sample_draw.cuh",
         "const bool is_there = index >= 0 && index < all.num_masks;",
         "const bool is_there = index < all.num_masks;",
         "bounds",
     ),
-    Fault("the draw forgets the choice", "sample.cu", "uint32_t(slot.choice)", "0u", "result"),
+    Fault("the draw forgets the choice", "sample_draw.cuh", "uint32_t(slot.choice)", "0u", "result"),
     Fault(
         "top-p over the whole vocabulary",
-        "sample.cu",
-        "to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight total) {",
-        "to_weight(score) : to_weight(score);\n    };\n    const auto share = [&](Weight total) {",
+        "sample_draw.cuh",
+        "to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight all) {",
+        "to_weight(score) : to_weight(score);\n    };\n    const auto share = [&](Weight all) {",
         "result",
     ),
     Fault(
-        "ties go to the highest id", "sample_rows.cuh", "(x == last && i > last_id)", "x == last", "result"
+        "a part is forgotten",
+        "sample_parts.cuh",
+        "if (lane < num_parts) own = work.stats[lane];",
+        "if (lane < max(num_parts - 1, 1)) own = work.stats[lane];",
+        "result|bounds",
+    ),
+    Fault(
+        "parts overlap",
+        "sample_parts.cuh",
+        "min(length, n - first)",
+        "min(length + 4, n - first)",
+        "result|blocks",
+    ),
+    Fault(
+        "parts are merged before all have ended",
+        "sample_parts.cuh",
+        "  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);",
+        "  const Merged early = merge_stats(work, num_parts);\n"
+        "  if (threadIdx.x == 0) work.winners[part].id = early.stats.first;\n"
+        "  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);",
+        "blocks|race",
+    ),
+    Fault(
+        "a histogram is added without an atomic",
+        "sample_parts.cuh",
+        "atomicAdd(&histogram.weights[bin], weight_of_bin(room, bin));",
+        "histogram.weights[bin] += weight_of_bin(room, bin);",
+        "blocks",
+    ),
+    Fault(
+        "the bin where the set ends is not listed",
+        "sample_parts.cuh",
+        "linear_bin(-own) > last",
+        "linear_bin(-own) >= last",
+        "result|bounds",
+    ),
+    Fault(
+        "top-p is a share of what is listed",
+        "sample.cu",
+        "      total = sum_of(work.scores, room);",
+        "",
+        "result",
+    ),
+    Fault(
+        "the slot moves on while others read it",
+        "sample.cu",
+        "  __syncthreads();  // all have read the slot\n",
+        "",
+        "race",
+    ),
+    Fault(
+        "ties go to the highest id",
+        "sample_rows.cuh",
+        "|| (x == best && i < best_id)",
+        "|| x == best",
+        "result|order",
     ),
 ]
 
@@ -352,5 +439,9 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
             crowded = torch.cat([torch.randperm(2200).float() * 1e-6, torch.randn(40) - 1])[None]
             check(device, crowded, [SamplingParams(top_k=2100)])
         check(device, torch.arange(131.0)[None], [SamplingParams(temperature=0)])
+        shared = torch.arange(600.0)[None] / 100  # by two blocks, the best of all in the second
+        for way in (SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(seed=1)):
+            check(device, shared, [way])
+        run(device, shared, [SamplingParams(temperature=0)], banned=(0, 7))
 
     assert_caught(replace(fault, kernel="sample.cu"), everything)

@@ -34,6 +34,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_counts_go_up_of_the_tokens_that_occur_and_are_zeroed_where_they_lie() -> None:
+    library.require()
+    emulated_ops.register()
     state = CudaSampleState(3, VOCAB, torch.device("cpu"))
     histories: list[dict[str, Any]] = [
         {"prompt_ids": [1, 2, 2, 4999], "output_ids": [7, 7, 2]},

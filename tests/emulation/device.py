@@ -61,6 +61,7 @@ class Device:
         self.library.emu_reports.restype = ctypes.c_char_p
         self.library.emu_allow_host.argtypes = [ctypes.c_bool]
         self.library.emu_attention_workspace_bytes.restype = ctypes.c_int64
+        self.library.emu_sample_workspace_bytes.restype = ctypes.c_int64
         for name, struct in _STRUCTS.items():
             size = getattr(self.library, f"emu_size_{name}")
             size.restype = ctypes.c_size_t
@@ -69,6 +70,10 @@ class Device:
     def attention_workspace_bytes(self, *sizes: int) -> int:
         """Return what decode attention needs; sizes as csrc/cuda/kernels.h names them."""
         return int(self.library.emu_attention_workspace_bytes(*map(ctypes.c_int64, sizes)))
+
+    def sample_workspace_bytes(self, num_rows: int) -> int:
+        """Return what a draw for so many rows needs."""
+        return int(self.library.emu_sample_workspace_bytes(ctypes.c_int64(num_rows)))
 
     def reset(self) -> None:
         """Free all tensors."""

@@ -27,4 +27,9 @@ OPERATOR(linear, LinearParams)
 OPERATOR(quant_linear, QuantLinearParams)
 OPERATOR(dequantise, DequantiseParams)
 OPERATOR(sample, SampleParams)
+
+extern "C" __attribute__((visibility("default"))) int64_t
+emu_sample_workspace_bytes(int64_t num_rows) {
+  return tgi::cuda::sample_workspace_bytes(num_rows);
+}
 OPERATOR(token_logprobs, TokenLogprobsParams)

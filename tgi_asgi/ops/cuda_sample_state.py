@@ -43,6 +43,9 @@ class CudaSampleState:
             torch.zeros(num_slots, MAX_IDS, dtype=part.dtype, device=device) for part in self._host_lists()
         )
         self._scratch = torch.empty(num_slots, vocab_size, device=device)
+        self._workspace = torch.empty(
+            _kernels.sample_workspace_bytes(num_slots), dtype=torch.uint8, device=device
+        )
         host_address = self._host.records.__array_interface__["data"][0]
         offset = self._host.last_ids.__array_interface__["data"][0] - host_address
         self.last_ids = self._records.view(torch.int32)[:, offset // 4]
@@ -92,8 +95,8 @@ class CudaSampleState:
         """
         _kernels.sample(
             logits, slots, self._records, self._counts, self._biased_ids, self._biased_values,
-            self._masked_ids, mask, mask_rows, self._scratch, result.token_ids, result.is_finite,
-            result.logprobs, result.top_ids, result.top_logprobs, result.num_top,
+            self._masked_ids, mask, mask_rows, self._scratch, self._workspace, result.token_ids,
+            result.is_finite, result.logprobs, result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
 
     def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,9 +43,10 @@ TORCH_LIBRARY(tgi_cuda, m) {
   m.def(
       "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, "
       "Tensor biased_ids, Tensor biased_values, Tensor masked_ids, Tensor? mask, "
-      "Tensor? mask_rows, Tensor(c!) scratch, Tensor(d!) token_ids, Tensor(e!) is_finite, "
-      "Tensor(f!) logprobs, Tensor(g!) top_ids, Tensor(h!) top_logprobs, Tensor(i!) num_top) -> "
-      "()");
+      "Tensor? mask_rows, Tensor(c!) scratch, Tensor(d!) workspace, Tensor(e!) token_ids, "
+      "Tensor(f!) is_finite, Tensor(g!) logprobs, Tensor(h!) top_ids, Tensor(i!) top_logprobs, "
+      "Tensor(j!) num_top) -> ()");
+  m.def("sample_workspace_bytes(int num_rows) -> int", &tgi::cuda::sample_workspace_bytes);
   m.def(
       "token_logprobs(Tensor logits, Tensor token_ids, Tensor(a!) logprobs, Tensor(b!) top_ids, "
       "Tensor(c!) top_logprobs) -> ()");

@@ -62,9 +62,9 @@ tgi::SampleParams sample_params(const Tensor& logits, const Tensor& slots, const
 void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
             const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
             const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_rows,
-            const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
-            const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
-            const Tensor& num_top) {
+            const Tensor& scratch, const Tensor& workspace, const Tensor& token_ids,
+            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
+            const Tensor& top_logprobs, const Tensor& num_top) {
   const tgi::SampleParams base =
       sample_params(logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
                     token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
@@ -75,9 +75,14 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   check_tensor(scratch, "scratch", kFloat, {-1, base.vocab});
   TORCH_CHECK(scratch.size(0) >= num_rows, "`scratch` must have ", num_rows, " rows, got ",
               scratch.size(0));
+  check_tensor(workspace, "workspace", at::kByte, {-1});
+  const int64_t needed = tgi::cuda::sample_workspace_bytes(num_rows);
+  TORCH_CHECK(workspace.size(0) >= needed, "`workspace` must have ", needed, " bytes, got ",
+              workspace.size(0));
   const tgi::cuda::SampleParams params = {base,
                                           tgi::cuda::data_or_null<int32_t>(mask_rows),
                                           scratch.mutable_data_ptr<float>(),
+                                          workspace.mutable_data_ptr(),
                                           mask ? mask->size(0) : 0,
                                           num_rows,
                                           records.size(0)};

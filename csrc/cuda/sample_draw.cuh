@@ -1,0 +1,187 @@
+// What a slot's parameters make of a row: penalties, bias and masks, the set that may be drawn, the
+// race within it.
+#pragma once
+
+#include "philox.cuh"
+#include "sample_rows.cuh"
+
+namespace tgi::cuda {
+
+__device__ __forceinline__ bool has_penalties(const SampleSlot& slot) {
+  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f ||
+         slot.presence_penalty != 0.0f;
+}
+
+__device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32_t count) {
+  if (count == 0) return x;
+  x = x > 0 ? x / slot.repetition_penalty : x * slot.repetition_penalty;
+  const int32_t in_output = count >> 1;
+  return in_output == 0 ? x
+                        : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
+}
+
+// The row's words of the mask, or null.
+__device__ __forceinline__ const int32_t* mask_of(const SampleParams& all, int64_t row) {
+  if (all.base.mask == nullptr) return nullptr;
+  const int64_t index = all.mask_rows[row];
+  const bool is_there = index >= 0 && index < all.num_masks;
+  return is_there ? all.base.mask + index * ((all.base.vocab + 31) / 32) : nullptr;
+}
+
+__device__ __forceinline__ bool is_held(const SampleSlot& slot) {
+  return slot.num_masked > 0 && slot.position < slot.masked_until;
+}
+
+// Whether anything changes the slot's logits.
+__device__ __forceinline__ bool is_modified(const SampleSlot& slot, const int32_t* mask) {
+  return has_penalties(slot) || slot.num_biased != 0 || is_held(slot) || mask != nullptr;
+}
+
+// Writes these elements, after penalties, bias and masks, to the row `out` [vocab].
+__device__ __forceinline__ void modify(const ::tgi::SampleParams& p, int64_t slot_index,
+                                       const SampleSlot& slot, const int32_t* mask,
+                                       const Elements& e, float* out) {
+  const bool is_penalised = has_penalties(slot);
+  const int32_t* counts = p.counts + slot_index * p.vocab;
+  const int end = e.first + e.count;
+  for (int i = e.first + int(threadIdx.x); i < end; i += kRowThreads) {
+    float x = e.x[i];
+    if (is_penalised) x = penalise(slot, x, counts[i]);
+    if (mask != nullptr && (uint32_t(mask[i / 32]) >> (i % 32) & 1u) == 0) x = -INFINITY;
+    out[i] = x;
+  }
+  __syncthreads();
+  const int num_biased = min(slot.num_biased, int32_t(p.biased_stride));
+  for (int i = int(threadIdx.x); i < num_biased; i += kRowThreads) {
+    const int32_t id = p.biased_ids[slot_index * p.biased_stride + i];
+    if (id >= e.first && id < end) out[id] += p.biased_values[slot_index * p.biased_stride + i];
+  }
+  __syncthreads();
+  const int num_masked = is_held(slot) ? min(slot.num_masked, int32_t(p.masked_stride)) : 0;
+  for (int i = int(threadIdx.x); i < num_masked; i += kRowThreads) {
+    const int32_t id = p.masked_ids[slot_index * p.masked_stride + i];
+    if (id >= e.first && id < end) out[id] = -INFINITY;
+  }
+  __syncthreads();
+}
+
+// The scores (best 0) that may be drawn: those of at least `floor`, and no further from `mean` than
+// `reach`.
+struct Kept {
+  float max, factor;
+  float floor, mean, reach;
+
+  __device__ __forceinline__ float score(float value) const { return (value - max) * factor; }
+  __device__ __forceinline__ bool has(float score) const {
+    return score >= floor && fabsf(score - mean) <= reach;
+  }
+};
+
+__device__ __forceinline__ bool is_greedy(const SampleSlot& slot) {
+  return slot.temperature == 0.0f;
+}
+
+__device__ __forceinline__ bool has_top_k(const SampleSlot& slot, int n) {
+  return slot.top_k > 0 && slot.top_k < n;
+}
+
+// What a share of the row's weight is, of top-p and typical-p.
+__device__ __forceinline__ Weight share_of(Weight total, float p) {
+  return static_cast<Weight>(ceil(double(total) * p));
+}
+
+// All scores of a row with this maximum. A temperature near 0 must not make the best score
+// 0 * infinity; greedy, scores are the values less the best.
+__device__ __forceinline__ Kept keep_all(const SampleSlot& slot, float max) {
+  const float factor = is_greedy(slot) ? 1.0f : fminf(1.0f / slot.temperature, FLT_MAX);
+  return {max, factor, -FLT_MAX, 0.0f, INFINITY};
+}
+
+__device__ __forceinline__ void keep_min_p(const SampleSlot& slot, Kept& kept) {
+  if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
+}
+
+// Keeps the most typical scores that weigh typical_p of those kept so far. Meister et al., Locally
+// Typical Sampling, section 4.
+__device__ __forceinline__ void keep_typical(float typical_p, const Elements& e, Kept& kept,
+                                             RowRoom& room) {
+  double mass = 0, weighted = 0;
+  for_each(e, [&](int, float x) {
+    const float score = kept.score(x);
+    if (!(score >= kept.floor)) return;
+    const float weight = expf(score);
+    mass += weight;
+    weighted += double(weight) * score;
+  });
+  mass = block_reduce(mass, Add(), room.doubles);
+  const auto mean = static_cast<float>(block_reduce(weighted, Add(), room.doubles) / mass);
+  const auto weigh = [&](float x, float& distance) {
+    const float score = kept.score(x);
+    distance = fabsf(score - mean);
+    return score >= kept.floor ? to_weight(score) : Weight{0};
+  };
+  const auto share = [=](Weight total) { return share_of(total, typical_p); };
+  kept.reach = reach(e, Weight{0}, weigh, share, room);
+  kept.mean = mean;
+}
+
+// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep whole
+// ties. `total` is the row's weight, where `e` is not all of it; 0: it is.
+__device__ __forceinline__ void cut(const SampleSlot& slot, const Elements& e, Weight total, int n,
+                                    Kept& kept, RowRoom& room) {
+  if (has_top_k(slot, n)) {
+    const auto weigh = [&](float x, float& distance) {
+      const float score = kept.score(x);
+      distance = fabsf(score);
+      return Weight{score >= -FLT_MAX ? 1u : 0u};
+    };
+    const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
+    kept.floor = -reach(e, Weight{0}, weigh, share, room);
+    total = 0;  // of the top-k set, which `e` has whole
+  }
+  if (slot.top_p < 1.0f) {
+    const auto weigh = [&](float x, float& distance) {
+      const float score = kept.score(x);
+      distance = fabsf(score);
+      return score >= kept.floor ? to_weight(score) : Weight{0};
+    };
+    const auto share = [&](Weight all) { return share_of(all, slot.top_p); };
+    kept.floor = fmaxf(kept.floor, -reach(e, total, weigh, share, room));
+  }
+  keep_min_p(slot, kept);
+  if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, e, kept, room);
+}
+
+// What wins the race: the element of the least log E - score, lowest on ties.
+struct Winner {
+  double arrival;
+  int64_t id;
+};
+
+// The exact time is taken only of those who come near the best so far: a logarithm in double costs
+// as much as a hundred other instructions.
+__device__ __forceinline__ Winner race(const SampleSlot& slot, const Elements& e, const Kept& kept,
+                                       RowRoom& room) {
+  double best = INFINITY;
+  int winner = INT_MAX;
+  float bound = INFINITY;
+  // By one, not by four: its code is long.
+  for (int k = int(threadIdx.x); k < e.count; k += kRowThreads) {
+    const int i = e.id_of(k);
+    const float score = kept.score(e.x[i]);
+    if (!kept.has(score)) continue;
+    const uint32_t word =
+        philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
+    if (!(log_arrival_nearly(word) - score <= bound)) continue;
+    const double arrival = log_arrival(word) - double(score);
+    if (arrival < best || (arrival == best && i < winner)) {
+      best = arrival;
+      winner = i;
+      bound = float(best) + 1e-3f + 1e-5f * fabsf(float(best));
+    }
+  }
+  const double first = block_reduce(best, Min(), room.doubles);
+  return {first, block_reduce(best == first ? winner : INT_MAX, Min(), room.ints)};
+}
+
+}  // namespace tgi::cuda

@@ -1,0 +1,286 @@
+// What the blocks that share a row find out of their parts of it, and where they leave it: three
+// kernels in front of the one that draws.
+//
+//     part_stats   maximum, whether all is finite; logits after penalties, bias and masks
+//     part_scores  the race, where nothing is cut; else a histogram of scores, added to the row's
+//     part_list    the elements up to the bin where the set ends: a few, of which the draw is made
+//
+// Each begins when the one before has ended, so nobody waits for another block. Histograms are sums
+// of integers: neither the number of parts nor their order shows.
+#pragma once
+
+#include "sample_draw.cuh"
+
+namespace tgi::cuda {
+
+constexpr int kMaxParts = kWarpSize;    // a lane each
+constexpr int kLeastPart = 512;         // elements
+constexpr int kCandidates = 2 * kBins;  // elements that a list has room for
+
+struct PartStats {
+  float raw_max, max;  // of the logits as they came, and as they are drawn from
+  int32_t first;       // element of `max`
+  int32_t is_finite;
+};
+
+// Of a row: by bins of their distance from the best, elements, and the weight of e^score.
+struct Histogram {
+  uint32_t counts[kBins];
+  Weight weights[kBins];
+  int32_t listed[kCandidates];
+  int32_t num_listed;  // or more than there is room for
+  int32_t padding[3];
+};
+
+struct RowWork {
+  PartStats stats[kMaxParts];
+  Winner winners[kMaxParts];
+  Histogram scores;  // of what is drawn from
+  Histogram raw;     // of the logits as they came
+};
+static_assert(sizeof(RowWork) % 16 == 0);
+
+// A row, and what its slot wants of it. Each kernel makes it anew.
+struct Row {
+  int64_t index, slot_index;
+  bool is_there;  // else it is padding
+  int n;
+
+  __device__ __forceinline__ Row(const SampleParams& all, int64_t row)
+      : index(row),
+        slot_index(all.base.slots[row]),
+        is_there(slot_index >= 0 && slot_index < all.num_slots),
+        n(int(all.base.vocab)) {}
+
+  __device__ __forceinline__ const SampleSlot& slot(const SampleParams& all) const {
+    return all.base.records[slot_index];
+  }
+  __device__ __forceinline__ RowWork& work(const SampleParams& all) const {
+    return static_cast<RowWork*>(all.workspace)[index];
+  }
+  __device__ __forceinline__ const float* logits(const SampleParams& all) const {
+    return all.base.logits + index * all.base.vocab;
+  }
+  // What is drawn from: the logits, or what `part_stats` has made of them.
+  __device__ __forceinline__ const float* values(const SampleParams& all) const {
+    return is_modified(slot(all), mask_of(all, index)) ? all.scratch + index * all.base.vocab
+                                                       : logits(all);
+  }
+
+  // Whether the set is less than all of at least min-p.
+  __device__ __forceinline__ bool is_cut(const SampleSlot& slot) const {
+    return !is_greedy(slot) && (has_top_k(slot, n) || slot.top_p < 1.0f || slot.typical_p < 1.0f);
+  }
+  __device__ __forceinline__ bool wants_raw(const SampleSlot& slot) const {
+    return (slot.flags & kWantsLogprobs) != 0 && (slot.flags & kIsProcessed) == 0;
+  }
+  __device__ __forceinline__ bool wants_processed(const SampleSlot& slot) const {
+    return (slot.flags & kWantsLogprobs) != 0 && (slot.flags & kIsProcessed) != 0;
+  }
+  __device__ __forceinline__ int num_top(const SampleParams& all, const SampleSlot& slot) const {
+    return min(max(slot.num_top, int32_t{0}), int32_t(all.base.max_top));
+  }
+  // The weights of typical-p's mean are floats, which are added in the order of the row.
+  __device__ __forceinline__ bool has_candidates(const SampleSlot& slot) const {
+    return is_cut(slot) && !(slot.typical_p < 1.0f);
+  }
+  __device__ __forceinline__ bool needs_scores(const SampleSlot& slot) const {
+    return has_candidates(slot) || (wants_processed(slot) && !is_cut(slot));
+  }
+
+  // The scores of part_scores' histogram: those of cut sets before they are cut.
+  __device__ __forceinline__ Kept kept(const SampleSlot& slot, float max) const {
+    Kept kept = keep_all(slot, max);
+    if (!is_cut(slot) && !is_greedy(slot)) keep_min_p(slot, kept);
+    return kept;
+  }
+};
+
+// A block's part of a row: whole runs of four.
+__device__ __forceinline__ Elements part_of(const float* x, int n, int part, int num_parts) {
+  const int length = ceil_divide(ceil_divide(n, num_parts), 4) * 4;
+  const int first = min(part * length, n);
+  return {x, first, min(length, n - first)};
+}
+
+struct Merged {
+  float raw_max;
+  Stats stats;
+
+  __device__ __forceinline__ bool can_draw() const {
+    return stats.is_finite && stats.max > -INFINITY;
+  }
+};
+
+// What the parts' maxima make, in each warp by itself.
+__device__ __forceinline__ Merged merge_stats(const RowWork& work, int num_parts) {
+  const int lane = int(threadIdx.x) % kWarpSize;
+  PartStats own = {-INFINITY, -INFINITY, INT_MAX, 1};
+  if (lane < num_parts) own = work.stats[lane];
+  const float max = warp_reduce(own.max, Max());
+  const int first = warp_reduce(own.max == max ? own.first : INT_MAX, Min());
+  return {warp_reduce(own.raw_max, Max()), {max, first, warp_reduce(own.is_finite, Min()) != 0}};
+}
+
+__device__ __forceinline__ int merge_winners(const RowWork& work, int num_parts) {
+  const int lane = int(threadIdx.x) % kWarpSize;
+  Winner own = {INFINITY, INT_MAX};
+  if (lane < num_parts) own = work.winners[lane];
+  const double first = warp_reduce(own.arrival, Min());
+  return warp_reduce(own.arrival == first ? int(own.id) : INT_MAX, Min());
+}
+
+__device__ __forceinline__ void clear_part(Histogram& histogram, int part, int num_parts) {
+  for (int bin = part * kRowThreads + int(threadIdx.x); bin < kBins;
+       bin += num_parts * kRowThreads) {
+    histogram.counts[bin] = 0;
+    histogram.weights[bin] = 0;
+  }
+  if (part == 0 && threadIdx.x == 0) histogram.num_listed = 0;
+}
+
+__global__ void __launch_bounds__(kRowThreads, 2)
+    part_stats_kernel(SampleParams all, int num_parts) {
+  wait_for_kernel_before();
+  start_kernel_after();
+  SHARED_ARRAY(RowRoom, rooms, 1);
+  RowRoom& room = rooms[0];
+  const Row row(all, blockIdx.y);
+  if (!row.is_there) return;
+  const int part = int(blockIdx.x);
+  const SampleSlot& slot = row.slot(all);
+  RowWork& work = row.work(all);
+  const Elements logits = part_of(row.logits(all), row.n, part, num_parts);
+  const Stats raw = find_stats(logits, room);
+  Stats stats = raw;
+  const int32_t* mask = mask_of(all, row.index);
+  if (is_modified(slot, mask)) {
+    float* out = all.scratch + row.index * all.base.vocab;
+    modify(all.base, row.slot_index, slot, mask, logits, out);
+    stats = find_stats(Elements{out, logits.first, logits.count}, room);
+  }
+  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);
+  if (row.wants_raw(slot)) clear_part(work.raw, part, num_parts);
+  if (threadIdx.x == 0) {
+    work.stats[part] = {raw.max, stats.max, stats.first, raw.is_finite && stats.is_finite};
+  }
+}
+
+// Adds the elements of these scores to the row's histogram, by way of shared memory.
+template <typename Score>
+__device__ __forceinline__ void fill(const Elements& e, float floor, const Score& score,
+                                     uint32_t* counts, RowRoom& room, Histogram& histogram) {
+  __syncthreads();  // of an earlier one all have done with the bins
+  clear_bins(room);
+  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) counts[bin] = 0;
+  __syncthreads();
+  for_each(e, [&](int, float x) {
+    const float own = score(x);
+    if (!(own >= floor)) return;
+    const int bin = linear_bin(-own);
+    atomicAdd(&counts[bin], 1u);
+    const Weight weight = to_weight(own);
+    if (weight != 0) add_to_bin(room, bin, weight);
+  });
+  __syncthreads();
+  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
+    if (counts[bin] == 0) continue;
+    atomicAdd(&histogram.counts[bin], counts[bin]);
+    atomicAdd(&histogram.weights[bin], weight_of_bin(room, bin));
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads, 2)
+    part_scores_kernel(SampleParams all, int num_parts) {
+  wait_for_kernel_before();
+  start_kernel_after();
+  SHARED_ARRAY(RowRoom, rooms, 1);
+  SHARED_ARRAY(uint32_t, counts, kBins);
+  RowRoom& room = rooms[0];
+  const Row row(all, blockIdx.y);
+  if (!row.is_there) return;
+  const SampleSlot& slot = row.slot(all);
+  RowWork& work = row.work(all);
+  const Merged merged = merge_stats(work, num_parts);
+  if (!merged.can_draw()) return;
+  const Kept kept = row.kept(slot, merged.stats.max);
+  const Elements values = part_of(row.values(all), row.n, int(blockIdx.x), num_parts);
+  if (!is_greedy(slot) && !row.is_cut(slot)) {
+    const Winner winner = race(slot, values, kept, room);
+    if (threadIdx.x == 0) work.winners[blockIdx.x] = winner;
+  }
+  if (row.needs_scores(slot)) {
+    const auto score = [&](float x) { return kept.score(x); };
+    fill(values, kept.floor, score, counts, room, work.scores);
+  }
+  if (row.wants_raw(slot)) {
+    const auto score = [&](float x) { return x - merged.raw_max; };
+    const Elements logits = part_of(row.logits(all), row.n, int(blockIdx.x), num_parts);
+    fill(logits, -FLT_MAX, score, counts, room, work.raw);
+  }
+}
+
+// The bin at which the set ends that these many elements make, or with `top_p` this share of the
+// weight; -1: there are none.
+__device__ __forceinline__ int last_bin(const Histogram& histogram, int count, const float* top_p,
+                                        RowRoom& room) {
+  Weight total = 0;
+  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
+    const Weight weight = top_p == nullptr ? histogram.counts[bin] : histogram.weights[bin];
+    room.low[bin] = static_cast<uint32_t>(weight);
+    room.high[bin] = static_cast<uint32_t>(weight >> 32);
+    total += weight;
+  }
+  total = block_reduce(total, Add(), room.weights);
+  if (total == 0) return -1;
+  const Weight wanted = top_p == nullptr ? Weight(count) : share_of(total, *top_p);
+  find_bin(min(max(wanted, Weight{1}), total), room);
+  return room.bin;
+}
+
+template <typename Score>
+__device__ __forceinline__ void list(const Elements& e, float floor, int last, const Score& score,
+                                     Histogram& histogram) {
+  for_each(e, [&](int i, float x) {
+    const float own = score(x);
+    if (!(own >= floor) || linear_bin(-own) > last) return;
+    const int place = atomicAdd(&histogram.num_listed, 1);
+    if (place < kCandidates) histogram.listed[place] = i;
+  });
+}
+
+__global__ void __launch_bounds__(kRowThreads, 2)
+    part_list_kernel(SampleParams all, int num_parts) {
+  wait_for_kernel_before();
+  start_kernel_after();
+  SHARED_ARRAY(RowRoom, rooms, 1);
+  RowRoom& room = rooms[0];
+  const Row row(all, blockIdx.y);
+  if (!row.is_there) return;
+  const SampleSlot& slot = row.slot(all);
+  const int wanted = row.num_top(all, slot);
+  const bool lists_raw = row.wants_raw(slot) && wanted > 0;
+  const bool lists_scores = row.has_candidates(slot) || (row.needs_scores(slot) && wanted > 0);
+  if (!lists_raw && !lists_scores) return;
+  RowWork& work = row.work(all);
+  const Merged merged = merge_stats(work, num_parts);
+  if (!merged.can_draw()) return;
+  if (lists_scores) {
+    const Kept kept = row.kept(slot, merged.stats.max);
+    const auto score = [&](float x) { return kept.score(x); };
+    const bool by_weight = row.has_candidates(slot) && !has_top_k(slot, row.n);
+    const int count = row.has_candidates(slot) ? slot.top_k : wanted;
+    const int last = last_bin(work.scores, count, by_weight ? &slot.top_p : nullptr, room);
+    list(part_of(row.values(all), row.n, int(blockIdx.x), num_parts), kept.floor, last, score,
+         work.scores);
+  }
+  if (lists_raw) {
+    __syncthreads();
+    const auto score = [&](float x) { return x - merged.raw_max; };
+    const int last = last_bin(work.raw, wanted, nullptr, room);
+    list(part_of(row.logits(all), row.n, int(blockIdx.x), num_parts), -FLT_MAX, last, score,
+         work.raw);
+  }
+}
+
+}  // namespace tgi::cuda
