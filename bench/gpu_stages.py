@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from bench import gpu_timing
+from bench import gpu_shards, gpu_timing
 from bench.gpu_timing import Call, time_calls
+from tgi_asgi.runner.cuda_device import CudaDevice
 
 _ROOT = Path(__file__).parents[1]
 Report = Callable[[str, Any], None]
@@ -96,6 +97,7 @@ def checks(report: Report) -> None:
         failed += len(whys)
         row = {"op": operator, "dtype": dtype, "cases": len(calls), "ok": not whys}
         report("checks", row | _nearest(distances) | {"why": whys[0] if whys else None})
+    failed += not gpu_shards.check(CudaDevice, report)
     assert not failed, f"{failed} cases failed"
 
 

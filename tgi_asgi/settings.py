@@ -187,7 +187,10 @@ class Settings:
         _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
     num_shard: int = _model(
-        "Split the model over so many processes, which compute each step together (CPU only).", 1, _COUNT
+        "Split the model over so many processes, which compute each step together: each on a GPU of its "
+        "own, or on a share of the cores.",
+        1,
+        _COUNT,
     )
     prompt_precision: str = _model(
         "Arithmetic of prompts on quantised weights, on a CPU: auto is that of generated tokens (int8); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +33,17 @@ class EmulatedDevice:
         failure: what replaying a graph raises, if anything.
     """
 
-    def __init__(self) -> None:
+    backend: ClassVar[str] = "gloo"
+
+    def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cpu")
         self.captured = 0
         self.replayed = 0
         self.failure: Exception | None = None
+
+    @staticmethod
+    def count() -> int:
+        return 2
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
@@ -94,6 +100,9 @@ class Graph(TorchDispatchMode):
         """Call all again; results come to where they were the first time."""
         for func, args, kwargs, out in self._calls:
             again = func(*args, **kwargs)
+            for work in pytree.tree_leaves(again):
+                if isinstance(work, torch.ScriptObject):  # a collective, which no stream puts in order here
+                    work.wait()  # type: ignore[attr-defined]
             for old, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, nor in place
                     old.copy_(new)

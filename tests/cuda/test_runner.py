@@ -128,14 +128,14 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     """What is behind them in the device's tables is of the longer steps before, and changes nothing."""
     runner = make_runner(model, device, max_context=640)
     sizes: list[tuple[int, int]] = []
-    upload = runner._upload
+    fill = runner._fill
 
     def note(*given: Any) -> Any:
-        buffers, places = upload(*given)
-        sizes.append((buffers.shape.num_columns, buffers.shape.num_bytes))
-        return buffers, places
+        shape, places = fill(*given)
+        sizes.append((shape.num_columns, shape.num_bytes))
+        return shape, places
 
-    monkeypatch.setattr(runner, "_upload", note)
+    monkeypatch.setattr(runner, "_fill", note)
     try:
         short = [Job(PROMPT, 3, SamplingParams(temperature=0.0, logprobs=0)) for _ in range(2)]
         await generate(runner, [short[0]])
@@ -147,7 +147,7 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
         await generate(runner, [short[1]])
         assert max(sizes) == (2, most) and most < 1024
         assert short[0].sampled == short[1].sampled
-        assert runner._tables.shape == (2, 40) and bool(runner._tables[:, 2:].any())
+        assert runner._steps._tables.shape == (2, 40) and bool(runner._steps._tables[:, 2:].any())
     finally:
         runner.close()
 
@@ -185,13 +185,13 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    upload = runner._upload
+    fill = runner._fill
 
     def note(rows: Any, sampling: Any, staging: Any) -> Any:
         taken.append(id(staging))
-        return upload(rows, sampling, staging)
+        return fill(rows, sampling, staging)
 
-    monkeypatch.setattr(runner, "_upload", note)
+    monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
     misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode behind a prompt
     starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]

@@ -81,7 +81,7 @@ async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
         await generate(runner, [job], chunk=7)
         copied = StepPlan(9, [], [], [(39, 3)])
         await runner.submit(copied)
-        pools = [layer.pool.view(torch.uint8) for layer in runner._kv]
+        pools = [layer.pool.view(torch.uint8) for layer in runner._steps._kv]
         assert all(pool.any() and torch.equal(pool[3], pool[39]) for pool in pools)
     finally:
         runner.close()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.driving import Job, draw_over_a_shared_block, generate
+from tests.support.driving import Job, compare, draw_over_a_shared_block, generate
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
@@ -26,7 +26,6 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 SCORED = SamplingParams(temperature=0.0, logprobs=5)
-TOLERANCE = 2e-3  # of a log-probability, in float32
 
 
 @asynccontextmanager
@@ -56,20 +55,6 @@ async def scored(files: ModelFiles, num_shard: int, num_tokens: int = 8, **chang
         await generate(loaded.runner, again, chunk=30)
     assert [job.sampled for job in again] == [job.sampled for job in first], "bits depend on time"
     return first
-
-
-def compare(found: list[Job], expected: list[Job], tolerance: float = TOLERANCE) -> None:
-    """Hold texts to each other, and log-probabilities of what was drawn, the best, and the prompt."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.token_ids == theirs.token_ids
-        for mine, other in zip(ours.sampled, theirs.sampled, strict=True):
-            assert mine.logprob == pytest.approx(other.logprob, abs=tolerance)
-            assert dict(mine.top or ()) == pytest.approx(dict(other.top or ()), abs=tolerance)
-        assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
-        for (mine_logprob, _), (other_logprob, _) in zip(
-            ours.prompt_logprobs, theirs.prompt_logprobs, strict=True
-        ):
-            assert mine_logprob == pytest.approx(other_logprob, abs=tolerance)
 
 
 async def test_two_shards_of_the_demonstration_model_write_what_one_does(demo_files: ModelFiles) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from tgi_asgi.runner.plan import PromptLogprobs, Runner, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import SamplingParams
 
@@ -106,6 +108,20 @@ async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Runnin
         sequence.job.prompt_logprobs += result.prompt_logprobs.get(index, [])
         if sampled is not None:
             sequence.job.sampled.append(sampled)
+
+
+def compare(found: Sequence[Job], expected: Sequence[Job], tolerance: float = 2e-3) -> None:
+    """Hold texts to each other, and log-probabilities of what was drawn, the best, and the prompt."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        for mine, other in zip(ours.sampled, theirs.sampled, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=tolerance)
+            assert dict(mine.top or ()) == pytest.approx(dict(other.top or ()), abs=tolerance)
+        assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
+        for (mine_logprob, _), (other_logprob, _) in zip(
+            ours.prompt_logprobs, theirs.prompt_logprobs, strict=True
+        ):
+            assert mine_logprob == pytest.approx(other_logprob, abs=tolerance)
 
 
 async def draw_over_a_shared_block(

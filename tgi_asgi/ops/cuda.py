@@ -21,11 +21,12 @@ from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
+from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import QkvWeight
+from tgi_asgi.ops.weights import LinearWeight, QkvWeight
 
 _Launch = Callable[["CudaBatch"], None]
 _kernels: Any = torch.ops.tgi_cuda
@@ -72,6 +73,7 @@ class CudaProgram:
         dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
         is_batch_invariant: a token's results are the same bits whatever else is in the step.
         gathers_prompts: prompts attend by torch over gathered keys and values where that can be.
+        shard: which of several devices it is that compute the same steps, each with its part of the weights.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class CudaProgram:
         device: torch.device,
         is_batch_invariant: bool = False,
         gathers_prompts: bool = False,
+        shard: CudaShard | None = None,
     ) -> None:
+        self._shard = shard
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
@@ -130,11 +134,14 @@ class CudaProgram:
     def _embed(self, call: calls.Embed) -> None:
         table = self._dense(call.table.made)
         x = self._make(call.out, torch.float32)
-        added = self._floats(call.positions)
+        added, shard = self._floats(call.positions), self._shard
 
         def launch(batch: CudaBatch) -> None:
             out = x[: batch.num_tokens]
-            _kernels.embed(batch.ids, table, out)
+            if shard is None:
+                _kernels.embed(batch.ids, table, out)
+            else:
+                shard.embed(batch.ids, table, out)
             if call.factor != 1.0:
                 out.mul_(call.factor)
             if added is not None:
@@ -308,9 +315,12 @@ class CudaProgram:
     def _linear(self, call: calls.Linear) -> None:
         source, linear = self._in(call.a), self._product_of(call.weight.made)
         out = self._make(call.out, torch.float32)
+        add_up = self._add_up(call.weight, torch.float32)
 
         def launch(batch: CudaBatch) -> None:
             linear.multiply(source[: batch.num_tokens], out[: batch.num_tokens])
+            if add_up is not None:
+                add_up(out[: batch.num_tokens])
 
         self._launches.append(launch)
 
@@ -318,16 +328,29 @@ class CudaProgram:
         """The sum in float32."""
         source, x, linear = self._in(call.a), self._in(call.x), self._product_of(call.weight.made)
         product = self._buffer("linear_add", (self._max_tokens, call.weight.rows), self._dtype)
+        add_up = self._add_up(call.weight, self._dtype)
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            if call.factor == 1.0:
+            if call.factor == 1.0 and add_up is None:
                 linear.add(source[:n], x[:n], product[:n])
-            else:
-                linear.multiply(source[:n], product[:n])
-                x[:n].add_(product[:n], alpha=call.factor)
+                return
+            linear.multiply(source[:n], product[:n])
+            if add_up is not None:
+                add_up(product[:n])
+            x[:n].add_(product[:n], alpha=call.factor)
 
         self._launches.append(launch)
+
+    def _add_up(self, weight: LinearWeight, dtype: torch.dtype) -> Callable[[Tensor], None] | None:
+        """Return what makes a product of some columns [n_tokens, rows] that of all; None: it has all."""
+        shard = self._shard
+        if not weight.is_partial or shard is None:
+            return None
+        parts = None
+        if self._is_batch_invariant:
+            parts = self._buffer("parts", (shard.group.count * self._max_tokens * weight.rows,), dtype)
+        return lambda product: shard.add(product, parts)
 
     def _up(self, call: calls.Up) -> None:
         product = self._product(call.a, call.weight.made, call.weight.rows, "up product")
@@ -359,17 +382,21 @@ class CudaProgram:
         x, norm = self._in(call.x), self._norm_of(call.norm)
         linear = self._product_of(call.weight.made)
         normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
-        self._logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
+        logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
+        whole = None if self._shard is None else WholeLogits(self._shard, self._max_rows, self._device)
+        self._logits = logits if whole is None else whole.logits
 
         def launch(rows: Tensor) -> None:
             n = rows.shape[0]
-            out = self._logits[:n]
+            out = logits[:n]
             _kernels.norm(x, *norm, rows, normed[:n])
             linear.multiply(normed[:n], out)
             if call.scale != 1.0:
                 out.mul_(call.scale)
             if call.cap != 0.0:
                 out.div_(call.cap).tanh_().mul_(call.cap)
+            if whole is not None:
+                whole.join(out)
 
         self._head = launch
 

@@ -8,26 +8,27 @@ device, where the next step takes them, so that it is launched before the host k
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_asgi.models.family import Model, record
-from tgi_asgi.ops.cuda import CudaProgram
-from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
+from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShards, Logits, Message
+from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a prompt in a step: a GPU reads the weights in the time of products of some 200 tokens.
 LEAST_CHUNK = 512
-# Batches that decode alone are padded to one of these, for each of which there are graphs.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MAX_TOP = 20  # as OpenAI has it
 
 
@@ -65,14 +64,6 @@ class _Staging:
     sampling: SampleStaging
 
 
-@dataclass(frozen=True, slots=True)
-class _Graphs:
-    """What a bucket's steps replay; the masks of grammars go up between the two."""
-
-    forward: Callable[[], None]
-    draw: Callable[[], None]
-
-
 class CudaRunner:
     """A `Runner` that computes on a CUDA device.
 
@@ -86,7 +77,8 @@ class CudaRunner:
     each layer's `kv_scales` (None: by 1). With `is_batch_invariant` a token's logits are the
     same bits whatever else is in the step, and however a prompt is cut. With `gathers_prompts`
     prompts attend by torch (`ops/cuda_attention.py`). A sequence can ask for `max_top`
-    log-probabilities beside that of its token.
+    log-probabilities beside that of its token. With `shards` the model is a part of one, of which
+    other processes have the rest.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -108,6 +100,7 @@ class CudaRunner:
         is_batch_invariant: bool = False,
         gathers_prompts: bool = False,
         max_top: int = MAX_TOP,
+        shards: CudaShards | None = None,
     ) -> None:
         config = model.config
         self.block_size = block_size
@@ -121,32 +114,23 @@ class CudaRunner:
         self.drafts: DraftLimits | None = None
         # One block table serves all layers: what windows hide is not given back.
         self.windows: tuple[int | None, ...] = (None,)
-        self._device = device
+        self._device, self._shards = device, shards
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot
-        self._max_blocks = -(-max_context // block_size)
-        pool_shape = (config.num_kv_heads, config.head_dim, block_size, kv_dtype or dtype, device.device)
-        scales = kv_scales or [(1.0, 1.0)] * config.num_layers
-        self._kv = [
-            CudaKvLayer(pool, *of_layer)
-            for pool, of_layer in zip(make_cuda_pools(config.num_layers, 1, *pool_shape), scales, strict=True)
-        ]
-        self._program = self._record(model, dtype, gathers_prompts)
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
+        limits = StepLimits(block_size, max_batch_size, max_step_tokens, max_context)
+        self._steps = CudaSteps(
+            model, device, limits, CudaTypes(dtype, kv_dtype, kv_scales, is_batch_invariant, gathers_prompts),
+            last_ids=self._sampler.state.last_ids, draw=self._draw,
+            shard=None if shards is None else shards.join(device.device),
+        )  # fmt: skip
         self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
         self._no_ids = np.zeros(max_batch_size, np.int32)
-        largest = StepShape(
-            max_step_tokens, max_batch_size, max_batch_size, max_batch_size, max_step_tokens, self._max_blocks
-        )
-        self._device_inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
-        # Where graphs read block tables. Of a step only the columns that it has go up, and are put here; what
-        # is behind them is of earlier steps, and lies past every sequence's end.
-        self._tables = torch.zeros(max_batch_size, self._max_blocks, dtype=torch.int32, device=device.device)
         self._staging = [
-            _Staging(device.pinned(largest.num_bytes), self._sampler.staging()) for _ in range(MAX_IN_FLIGHT)
+            _Staging(device.pinned(limits.largest.num_bytes), self._sampler.staging())
+            for _ in range(MAX_IN_FLIGHT)
         ]
         self._num_launched = 0
-        self._graphs: dict[int, _Graphs] = {}
         self._jobs = JobQueue()
         self._launched: queue.SimpleQueue[tuple[Job, _Launched | Exception] | None] = queue.SimpleQueue()
         self._num_undelivered = 0
@@ -155,18 +139,20 @@ class CudaRunner:
 
         def prepare() -> KvSize:
             device.enter_thread()
-            self._profile()
-            size = choose(device.free_bytes())
-            pools = make_cuda_pools(config.num_layers, size.num_blocks, *pool_shape)
-            for layer, pool in zip(self._kv, pools, strict=True):
-                layer.pool = pool
-            self._capture_all()
+            self._steps.profile()
+            free = device.free_bytes()
+            size = choose(free if shards is None else shards.least(free))
+            with self._together(Cache(size.num_blocks)):
+                self._steps.make_cache(size.num_blocks)
+                self._steps.capture()
             return size
 
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
         self._prepare = prepare
+        if shards is not None:
+            shards.watch(self._fail_to_prepare)
         self._launcher.start()
         self.num_blocks = self._prepared.result().num_blocks
         self._inputs = StepInputs(
@@ -193,23 +179,29 @@ class CudaRunner:
         self._launcher.join()
         self._waiter.join()
         self._jobs.end()
+        self._steps.release()
+        if self._shards is not None:
+            self._shards.close()
 
-    def _record(self, model: Model, dtype: torch.dtype, gathers_prompts: bool) -> CudaProgram:
-        return CudaProgram(
-            record(model, self._kv), max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size,
-            max_rows=self.max_batch_size, max_blocks=self._max_blocks, dtype=dtype,
-            device=self._device.device, is_batch_invariant=self._is_batch_invariant,
-            gathers_prompts=gathers_prompts,
-        )  # fmt: skip
+    def _together(self, message: Message, data: Tensor | None = None) -> AbstractContextManager[None]:
+        """Have other devices do what is done inside, where there are any."""
+        return nullcontext() if self._shards is None else self._shards.together(message, data)
+
+    def _fail_to_prepare(self, reason: str) -> None:
+        """End the start, as the launcher may wait for ever for a process that has ended."""
+        with suppress(InvalidStateError):  # it has ended otherwise
+            self._prepared.set_exception(ModelLoadError(reason))
 
     # The launcher's thread.
 
     def _launch_all(self) -> None:
         """Prepare the device, then launch jobs until closed."""
         try:
-            self._prepared.set_result(self._prepare())
+            with suppress(InvalidStateError):
+                self._prepared.set_result(self._prepare())
         except BaseException as error:
-            self._prepared.set_exception(error)
+            with suppress(InvalidStateError):
+                self._prepared.set_exception(error)
             return
         while (job := self._jobs.take()) is not None:
             try:
@@ -222,35 +214,14 @@ class CudaRunner:
             self._launched.put((job, outcome))
         self._launched.put(None)
 
-    def _profile(self) -> None:
-        """Run a step of the largest size, all padding, so that libraries take the memory they want."""
-        longest = min(self.max_step_tokens, self.max_context)
-        shape = StepShape(
-            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens, 0,
-            ((longest, longest),),
-        )  # fmt: skip
-        buffers = StepBuffers.view(self._device_inputs, shape)
-        buffers.clear()
-        self._forward(buffers)
-        self._device.record().synchronize()
-
-    def _capture_all(self) -> None:
-        """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
-        sizes = {size for size in BUCKETS if size < self.max_batch_size} | {self.max_batch_size}
-        for size in sorted(sizes, reverse=True):
-            buffers = StepBuffers.view(self._device_inputs, StepShape(size, size, size, size, 0, 0))
-            buffers.clear()  # what is called before the capture must leave no trace
-            self._graphs[size] = _Graphs(
-                self._device.capture(functools.partial(self._forward, buffers)),
-                self._device.capture(functools.partial(self._draw, buffers)),
-            )
-
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch a step. One that raises has drawn nothing: its rows can be run again."""
         if self._lost is not None:
             raise self._lost
         self._inputs.check(plan)
-        copy_cuda_blocks(self._kv, plan.copies)
+        if plan.copies:
+            with self._together(Copies(plan.copies)):
+                self._steps.copy_blocks(plan.copies)
         had_grammars = self._sampler.has_grammars
         for start in plan.starts:
             self._sampler.start(start)
@@ -263,24 +234,19 @@ class CudaRunner:
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         slots = [plan.rows[index].slot for index in sampling]
-        buffers, places = self._upload(plan.rows, sampling, staging)
-        self._num_launched += 1  # the device reads this staging from now on, even if the step fails behind it
-        graphs = self._graphs_of(buffers)
-        graphs.forward()
-        self._score(plan, buffers, result)
+        shape, places = self._fill(plan.rows, sampling, staging)
+        with self._together(shape, staging.inputs[: shape.num_bytes]):
+            graphs = self._steps.graphs_of(self._steps.upload(shape, staging.inputs))
+            self._num_launched += 1  # the device reads this staging, even if the step fails behind here
+            graphs.forward()
+        self._score(plan, result)
         self._start_grammars(plan, had_grammars)
         drawn = None
         if slots:
             self._sampler.upload_masks(slots, staging.sampling)
             graphs.draw()
-            drawn = self._sampler.fetch(slots, buffers.shape.num_rows, staging.sampling)
+            drawn = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
         return _Launched(result, self._device.record(), drawn, sampling, places, slots)
-
-    def _graphs_of(self, buffers: StepBuffers) -> _Graphs:
-        """Return the graphs of a batch that decodes alone; for others the calls themselves."""
-        if buffers.shape.num_decodes == buffers.shape.num_sequences:
-            return self._graphs[buffers.shape.num_sequences]
-        return _Graphs(functools.partial(self._forward, buffers), functools.partial(self._draw, buffers))
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Give slots their grammars. These move on by what earlier steps drew, which is waited for."""
@@ -290,10 +256,10 @@ class CudaRunner:
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
-    def _upload(
+    def _fill(
         self, rows: list[StepRow], sampling: list[int], staging: _Staging
-    ) -> tuple[StepBuffers, list[int]]:
-        """Bring a step's inputs to the device; also return the row of logits of each plan row that samples.
+    ) -> tuple[StepShape, list[int]]:
+        """Write a step's inputs; also return the row of logits of each plan row that samples.
 
         A batch that decodes alone has the shape of its bucket, and a row of logits a sequence; of others only
         rows that sample have logits.
@@ -305,7 +271,7 @@ class CudaRunner:
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
         stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
         if num_decodes == len(rows):
-            size = min(bucket for bucket in self._graphs if bucket >= len(rows))
+            size = self._steps.bucket(len(rows))
             shape = StepShape(size, size, size, size, 0, columns)
             row_slots = [row.slot if row.samples else -1 for row in rows]
             logits_rows, places = list(range(len(rows))), sampling
@@ -317,11 +283,7 @@ class CudaRunner:
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
         mask_rows = self._sampler.mask_rows(row_slots)
         StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots, mask_rows)
-        count = shape.num_bytes
-        self._device_inputs[:count].copy_(staging.inputs[:count], non_blocking=True)
-        buffers = StepBuffers.view(self._device_inputs, shape)
-        self._tables[: shape.num_sequences, :columns].copy_(buffers.block_table)
-        return buffers, places
+        return shape, places
 
     def _is_decode(self, row: StepRow) -> bool:
         """Tell whether decode attention may compute the row.
@@ -332,33 +294,25 @@ class CudaRunner:
         is_prompt = row.start < self._prompt_lens[row.slot]
         return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
 
-    def _forward(self, buffers: StepBuffers) -> None:
-        """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""
-        decodes = buffers.shape.num_decodes
-        if decodes > 0:
-            last = self._sampler.state.last_ids.index_select(0, buffers.from_slot.clamp(min=0))
-            buffers.ids[:decodes] = torch.where(buffers.from_slot >= 0, last, buffers.ids[:decodes])
-        self._program.forward(buffers.batch(self._tables))
-        if buffers.shape.num_rows > 0:
-            self._program.head(buffers.rows)
-
-    def _score(self, plan: StepPlan, buffers: StepBuffers, result: StepResult) -> None:
+    def _score(self, plan: StepPlan, result: StepResult) -> None:
         """Score the prompts of the rows that want it; the logits to draw from are computed again after."""
         first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 result.prompt_logprobs[index] = self._scorer.score(first, row)
             first += row.num_tokens
-        if result.prompt_logprobs and buffers.shape.num_rows > 0:
-            self._program.head(buffers.rows)
+        if result.prompt_logprobs:
+            with self._together(Logits(None)):
+                self._steps.head()
 
     def _logits_of(self, rows: Sequence[int]) -> Tensor:
         """Return the logits of tokens of the last step, on the device; until the next call."""
-        self._program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
-        return self._program.logits[: len(rows)]
+        with self._together(Logits(list(rows))):
+            self._steps.head(rows)
+        return self._steps.program.logits[: len(rows)]
 
     def _draw(self, buffers: StepBuffers) -> None:
-        self._sampler.draw(self._program.logits, buffers)
+        self._sampler.draw(self._steps.program.logits, buffers)
 
     # The waiter's thread.
 
@@ -375,6 +329,8 @@ class CudaRunner:
     def _finish(self, job: Job, launched: _Launched) -> StepResult | Exception:
         try:
             launched.event.synchronize()
+            if self._shards is not None:
+                self._shards.check()
             if launched.drawn is not None:
                 rows: list[Sampled] = unpack(launched.drawn)
                 drawn = [rows[place] for place in launched.places]
@@ -388,6 +344,9 @@ class CudaRunner:
 
     def _describe(self, error: Exception) -> Exception:
         """Say in the engine's terms what an error means."""
+        if isinstance(error, DeviceLost):
+            self._lost = error
+            return error
         if isinstance(error, torch.OutOfMemoryError):
             return MemoryError(str(error))
         if self._device.is_lost(error):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,21 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """A device that computes in the order of the calls."""
+    """A device that computes in the order of the calls.
 
+    Attributes:
+        backend: of `torch.distributed`, for devices that compute a model together.
+    """
+
+    backend: ClassVar[str]
     device: torch.device
+
+    def __init__(self, index: int) -> None:
+        """Take the device of this number, which is the rank of the process that has it."""
+
+    @staticmethod
+    def count() -> int:
+        """Return how many devices there are."""
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Return host memory [num_bytes] uint8 that copies to and from the device need not wait for."""
@@ -54,10 +66,17 @@ class Device(Protocol):
 class CudaDevice:
     """A CUDA device as torch has it; the runner's work has a stream of its own."""
 
+    backend: ClassVar[str] = "nccl"
+
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._stream = _cuda.Stream(self.device)
         self._graph_memory: Any = None  # one pool: graphs run one at a time, and share what they use inside
+
+    @staticmethod
+    def count() -> int:
+        """Ask torch, which sees those of CUDA_VISIBLE_DEVICES."""
+        return torch.cuda.device_count()
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Return pinned memory, as `Device.pinned` says."""
@@ -74,7 +93,10 @@ class CudaDevice:
         call()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self._stream):
+        # What this thread may not call is watched: NCCL's own asks for events whenever it likes.
+        with torch.cuda.graph(
+            graph, pool=self._graph_memory, stream=self._stream, capture_error_mode="thread_local"
+        ):
             call()
         self._graph_memory = self._graph_memory or graph.pool()
         return graph.replay

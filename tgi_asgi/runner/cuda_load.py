@@ -10,12 +10,17 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.needs import Need, needs_of
+from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
-from tgi_asgi.runner.kv import KvSize, choose_size
+from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.kv import KvSize, choose_size, step_tokens
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -49,8 +54,7 @@ def find_device() -> Device | None:
 
     One whose kernels or driver are too old is told of in a sentence, and the CPU computes.
     """
-    with contextlib.suppress(ModuleNotFoundError):  # built without CUDA
-        importlib.import_module("tgi_asgi._cuda")  # registers torch.ops.tgi_cuda
+    register_kernels()
     if not hasattr(torch.ops.tgi_cuda, "attention_decode"):
         return None
     if not torch.cuda.is_available():
@@ -64,6 +68,12 @@ def find_device() -> Device | None:
         )  # fmt: skip
         return None
     return CudaDevice()
+
+
+def register_kernels() -> None:
+    """Have `torch.ops.tgi_cuda`, where the extension was built with CUDA."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("tgi_asgi._cuda")
 
 
 def _tell_of_old_driver() -> None:
@@ -108,6 +118,39 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return dtype
 
 
+def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
+    """Return what a model computes in, but for the scales that its files say.
+
+    Raises:
+        ModelLoadError: --kv-cache-dtype asks for what the GPU does not have.
+    """
+    return CudaTypes(
+        dtype,
+        _choose_kv_dtype(settings.kv_cache_dtype, dtype),
+        is_batch_invariant=settings.batch_invariant,
+        gathers_prompts=settings.prompt_attention == "sdpa" and not settings.batch_invariant,
+    )
+
+
+def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
+    """Return each layer's scales of keys and of values, for a cache of FP8, as the files say."""
+    return opened.kv_scales() if settings.kv_cache_dtype == "fp8_e4m3fn" else None
+
+
+def make_shards(
+    files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, dtype: torch.dtype,
+    max_total_tokens: int,
+) -> CudaShards:  # fmt: skip
+    """Start the processes of the other devices, which begin to load their parts.
+
+    Raises:
+        ModelLoadError: the kernels do not compute one.
+    """
+    check_cuts(cuts)
+    limits = StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens)
+    return CudaShards(files, settings, cuts, type(device), limits, types_of(settings, dtype))
+
+
 def make_runner(
     model: Model,
     settings: Settings,
@@ -115,20 +158,21 @@ def make_runner(
     dtype: torch.dtype,
     max_total_tokens: int,
     kv_scales: Sequence[tuple[float, float]] | None = None,
+    shards: CudaShards | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give what memory is left to the cache.
 
-    `kv_scales` are each layer's of keys and of values, for a cache of FP8.
+    `kv_scales` are each layer's of keys and of values, for a cache of FP8; `shards` have the model's other
+    parts.
 
     Raises:
         ModelLoadError: it does not fit, or --kv-cache-dtype asks for what the GPU does not have; the message
             says what to change.
     """
-    kv_dtype = _choose_kv_dtype(settings.kv_cache_dtype, dtype)
+    types = types_of(settings, dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
-    by_torch = settings.prompt_attention == "sdpa"
-    if by_torch and settings.batch_invariant:
+    if settings.prompt_attention == "sdpa" and settings.batch_invariant:
         logger.warning(
             "--prompt-attention sdpa is ignored: with --batch-invariant prompts attend by our kernel"
         )
@@ -136,7 +180,7 @@ def make_runner(
 
     def choose(free_bytes: int) -> KvSize:
         size = choose_size(
-            model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE, kv_dtype=kv_dtype
+            model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE, kv_dtype=types.kv
         )
         sizes.append(size)
         return size
@@ -148,14 +192,15 @@ def make_runner(
             choose,
             block_size=settings.block_size,
             max_batch_size=settings.max_batch_size,
-            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+            max_step_tokens=step_tokens(settings),
             max_context=max_total_tokens,
             dtype=dtype,
-            kv_dtype=kv_dtype,
+            kv_dtype=types.kv,
             kv_scales=kv_scales,
             is_batch_invariant=settings.batch_invariant,
-            gathers_prompts=by_torch and not settings.batch_invariant,
+            gathers_prompts=types.gathers_prompts,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
+            shards=shards,
         )
     return runner, sizes[-1]
 

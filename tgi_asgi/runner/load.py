@@ -33,6 +33,7 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import cuda_load, prompt_precision
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.drafts import most_drafts
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
@@ -72,7 +73,7 @@ class LoadedModel:
     info: ModelInfo
     image_processor: ImageProcessor | None = None  # of a model that takes images
     adapters: AdapterLoader | None = None  # where adapters are served
-    shards: Shards | None = None  # where the model is split
+    shards: Shards | CudaShards | None = None  # where the model is split
 
     @property
     def num_blocks(self) -> int:
@@ -122,7 +123,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
-        cuts = cuts_of(opened, settings, is_on_gpu=device is not None)
+        cuts = cuts_of(opened, settings, None if device is None else device.count())
         if device is None and settings.prompt_attention != "paged":
             raise ModelLoadError(
                 f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU prompts attend by "
@@ -136,7 +137,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         name = settings.dtype
         runner: CpuRunner | CudaRunner | EncoderRunner
         kept = 0  # bytes, for adapters
-        shards: Shards | None = None
+        shards: Shards | CudaShards | None = None
         if device is None:
             dtype = _choose_dtype(name)
             packing = ops.Packing(
@@ -156,6 +157,11 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
+            if cuts:
+                shards = cuda_load.make_shards(files, settings, cuts, device, dtype, longest)
+                failing.callback(shards.abandon)
+                opened.use_cut(cuts[0])
+                config = opened.config
         check_rope_fits(config, longest, free_memory())
         with cuda_load.must_fit():
             model = load_weights(opened, arithmetic, longest, weights, is_by_team=device is None)
@@ -166,14 +172,14 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             _announce(model)
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()
-        has_kv_scales = device is not None and settings.kv_cache_dtype == "fp8_e4m3fn"
-        kv_scales = opened.kv_scales() if has_kv_scales else None
+        kv_scales = None if device is None else cuda_load.kv_scales_of(opened, settings)
     has_float_prompts = False
     adapters = None
     if settings.serves_adapters:
         adapters = AdapterLoader(model, settings.max_lora_rank)
         tell_adapters(most_adapters(settings), adapters.most_bytes, kept)
     if device is None:
+        assert not isinstance(shards, CudaShards)
         has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
         runner = _make_cpu_runner(
             model, kv_size, settings, longest, pooling.dense, adapters,
@@ -183,7 +189,8 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         assert not isinstance(model, GenericModel | EncoderModel)
         if settings.speculation is not None:
             logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
-        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest, kv_scales)
+        assert not isinstance(shards, Shards)
+        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest, kv_scales, shards)
     max_total_tokens = kv_size.longest(longest, settings)
     kernels = ops.kernel_set() if device is None else None
     info = ModelInfo(

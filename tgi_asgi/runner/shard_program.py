@@ -15,11 +15,8 @@ from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.shards import ShardJob
 
 
-def load(job: ShardJob, memory: int) -> ops.NativeProgram:
+def load(job: ShardJob) -> ops.NativeProgram:
     """Load this shard's part of the model; return its program, for the calling thread to follow with.
-
-    Args:
-        memory: a descriptor of the memory that all share, which this closes.
 
     Raises:
         ModelLoadError: a tensor is missing, or does not fit.
@@ -29,8 +26,8 @@ def load(job: ShardJob, memory: int) -> ops.NativeProgram:
     ops.configure_threads(
         num_threads, nice=settings.thread_nice, pin=num_threads == num_cores, num_shards=cut.count
     )
-    group = job.memory.open(memory, cut.rank)
-    os.close(memory)
+    group = job.memory.open(job.descriptor, cut.rank)
+    os.close(job.descriptor)
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
         model = load_weights(opened, job.packing, job.longest, opened.weights, is_by_team=True)

@@ -1,6 +1,6 @@
 """A process that is a shard of a model: loads its part, and computes what the first shard sends.
 
-`python -m tgi_asgi.runner.shard_worker PIPE MEMORY`, two descriptors; started by `shards.py` alone.
+`python -m tgi_asgi.runner.shard_worker PIPE`, a descriptor; started by `shard_processes.py` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 _PR_SET_PDEATHSIG = 1
 
 
-def main(pipe: int, memory: int) -> int:
+def main(pipe: int) -> int:
     """Serve as a shard until the first one ends; return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the first drains, and needs this one for it
@@ -24,20 +24,18 @@ def main(pipe: int, memory: int) -> int:
         parent: int = connection.recv()
         if os.getppid() != parent:  # it has ended before it could be watched
             return 1
-        from tgi_asgi.runner.shard_program import load  # torch, which takes a second
-
         job = connection.recv()
     except EOFError:
         return 1
     try:
-        program = load(job, memory)
+        follow = job.load(connection)
     except Exception as error:
-        connection.send(f"shard {job.cut.rank}: {error}")
+        connection.send(f"shard {job.rank}: {error}")
         return 1
     connection.send(None)
-    program.follow()
+    follow()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(int(sys.argv[1])))

@@ -1,27 +1,21 @@
-"""The shards of a model: processes of this machine, each with a part of the weights and of the cache.
+"""The shards of a model on a CPU, and the memory that they share.
 
 ```text
- rank 0   HTTP, engine, plans, draws ─► step, head, blocks to copy ─┐   pipe: ready, or why not
- rank 1   (shard_worker.py)  its heads, columns and words  ◄────────┤   its end is seen by `Shards`
- rank 2   ...                                              ◄────────┘
+ rank 0   ─► step, head, blocks to copy ──────┐
+ rank 1   its heads, columns and words ◄──────┤
+ rank 2   ...                          ◄──────┘
           all: partial sums, logits, one barrier of all threads, in memory that all have mapped
 ```
 
-Rank 0 is the server's own process, which starts the others; these know no plan, but compute the arrays that
-the first has made of one. A process that ends is noticed by the end of its pipe, and ends them all.
+The others know no plan, but compute the arrays that the first has made of one; `shard_processes.py` starts
+and watches them.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -31,11 +25,8 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.drafts import MOST_PER_STEP
 from tgi_asgi.runner.kv import KvSize, step_tokens
+from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
-
-logger = logging.getLogger(__name__)
-
-_END_S = 5.0  # that a process gets to end by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +42,23 @@ class ShardJob:
     kv_size: KvSize
     longest: int  # tokens of a sequence
     memory: ops.ShardMemory
+    descriptor: int  # of that memory
+
+    @property
+    def rank(self) -> int:
+        """Which shard it is."""
+        return self.cut.rank
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """The memory's."""
+        return (self.descriptor,)
+
+    def load(self, connection: Connection) -> Callable[[], None]:
+        """Load the part, as `ProcessJob.load` says."""
+        from tgi_asgi.runner.shard_program import load  # which imports this module
+
+        return load(self).follow
 
     @property
     def packing(self) -> ops.Packing:
@@ -58,8 +66,8 @@ class ShardJob:
         return ops.Packing(self.is_exact, self.quantise, has_float_prompts=self.has_float_prompts)
 
 
-def cuts_of(opened: OpenModel, settings: Settings, *, is_on_gpu: bool) -> list[ModelCut]:
-    """Return what each shard has of a model; none where it is whole.
+def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list[ModelCut]:
+    """Return what each shard has of a model; none where it is whole. On a CPU there are no GPUs to count.
 
     Raises:
         ModelLoadError: it, or what the settings ask for, is not computed by several shards.
@@ -68,12 +76,12 @@ def cuts_of(opened: OpenModel, settings: Settings, *, is_on_gpu: bool) -> list[M
     if count == 1:
         return []
     refused = (
-        "several GPUs, which are not served as yet" if is_on_gpu
+        f"{count} GPUs, and {num_gpus} can be seen" if num_gpus is not None and num_gpus < count
         else "adapters, which several shards do not compute" if settings.serves_adapters
         else None
     )  # fmt: skip
     if refused is not None:
-        raise ModelLoadError(f"--num-shard {count} asks for {refused}: leave it out")
+        raise ModelLoadError(f"--num-shard {count} asks for {refused}: change it, or leave it out")
     return opened.cuts(count)
 
 
@@ -90,7 +98,11 @@ def jobs_of(
     config: ServedConfig, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut],
     packing: ops.Packing, kv_size: KvSize, longest: int,
 ) -> list[ShardJob]:  # fmt: skip
-    """Return what each process must know, the first's own included."""
+    """Return what each process must know, the first's own included.
+
+    Raises:
+        ModelLoadError: the system has no memory to share.
+    """
     drafts = 0 if settings.speculation is None else MOST_PER_STEP
     memory = ops.ShardMemory(
         count=len(cuts), num_threads=ops.num_threads(), num_columns=config.hidden_size,
@@ -98,10 +110,14 @@ def jobs_of(
         max_rows=settings.max_batch_size + drafts, vocab_size=config.vocab_size,
         num_groups=len(kv_size.windows), table_width=-(-longest // kv_size.block_size),
     )  # fmt: skip
+    try:
+        descriptor = memory.create()
+    except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
+        raise _no_memory(error) from error
     return [
         ShardJob(
             files, settings, cut, packing.is_exact, packing.quantise, packing.has_float_prompts, kv_size,
-            longest, memory,
+            longest, memory, descriptor,
         )
         for cut in cuts
     ]  # fmt: skip
@@ -116,132 +132,32 @@ class Shards:
 
     Attributes:
         shard: what this process's program must know.
-        processes: the others, once they have been started.
-        on_lost: called once, from a thread, with the reason, when a process has ended before `close`.
-
-    Raises:
-        ModelLoadError: the system has no memory to share.
     """
 
     def __init__(self, jobs: Sequence[ShardJob]) -> None:
         first = jobs[0]
         try:
-            self._fd = first.memory.create()
-            group = first.memory.open(self._fd, 0)
-        except (OSError, RuntimeError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
-            raise ModelLoadError(
-                f"--num-shard: there is no memory that processes could share: {error}"
-            ) from error
+            group = first.memory.open(first.descriptor, 0)
+        except (OSError, RuntimeError) as error:
+            raise _no_memory(error) from error
         self.shard = ops.Shard(group, first.cut.words.start)
-        self.on_lost: Callable[[str], None] | None = None
-        self._jobs = jobs[1:]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._told: queue.Queue[str | None] = queue.Queue()
-        self._lock = threading.Lock()  # of what follows
-        self._reason: str | None = None
-        self._is_closing = False
-        # A process is killed with the thread that has started it (PR_SET_PDEATHSIG): this one outlives them.
-        self._thread = threading.Thread(target=self._watch, name="tgi-shards", daemon=True)
-        self._thread.start()
-
-    def wait_ready(self) -> None:
-        """Wait until all have loaded their parts.
-
-        Raises:
-            ModelLoadError: one has not, for the reason that it gives.
-        """
-        for _ in self._jobs:
-            reason = self._told.get()
-            if reason is not None:
-                raise ModelLoadError(reason)
-
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Have this called when a process ends: at once if one has."""
-        with self._lock:
-            self.on_lost, reason = on_lost, self._reason
-        if reason is not None:
-            on_lost(reason)
+        self._others = ShardProcesses(jobs[1:], lambda reason: group.give_up())
+        self.processes = self._others.processes
+        self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def close(self) -> None:
         """Let the others end, once no step runs, and wait for them. Idempotent."""
-        with self._lock:
-            if self._is_closing:
-                return
-            self._is_closing = True
-        if not self.shard.group.is_given_up:
-            self.shard.group.end()
-        self._end_processes()
+        if self._others.begin_to_close():
+            if not self.shard.group.is_given_up:
+                self.shard.group.end()
+            self._others.end()
 
     def abandon(self) -> None:
         """End the others at once: this process will not serve."""
-        with self._lock:
-            self._is_closing = True
+        self._others.begin_to_close()
         self.shard.group.give_up()
-        for process in self.processes:
-            process.kill()
-        self._end_processes()
+        self._others.kill()
 
-    def _end_processes(self) -> None:
-        for process in self.processes:
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
-    def _watch(self) -> None:
-        """Start the processes; hear what they tell, and when they end. A thread's whole life."""
-        ranks: dict[Connection, int] = {}
-        for job in self._jobs:
-            try:
-                ranks[self._start(job)] = job.cut.rank
-            except OSError as error:
-                self._told.put(f"shard {job.cut.rank} cannot be started: {error}")
-        os.close(self._fd)
-        while ranks:
-            for connection in wait(list(ranks)):
-                assert isinstance(connection, Connection)
-                try:
-                    self._told.put(connection.recv())
-                except (EOFError, OSError):
-                    self._lose(ranks.pop(connection))
-        for process in self.processes:
-            process.wait()
-
-    def _start(self, job: ShardJob) -> Connection:
-        ours, theirs = Pipe()
-        try:
-            self.processes.append(
-                subprocess.Popen(
-                    # -P: what lies in the current folder is not to be found first.
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "tgi_asgi.runner.shard_worker",
-                        str(theirs.fileno()),
-                        str(self._fd),
-                    ],
-                    pass_fds=(theirs.fileno(), self._fd),
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                )
-            )
-        finally:
-            theirs.close()
-        ours.send(os.getpid())
-        ours.send(job)
-        return ours
-
-    def _lose(self, rank: int) -> None:
-        """Give the group up, as one of it has ended; who is told first learns why steps fail."""
-        reason = f"shard {rank} of the model has ended"
-        with self._lock:
-            if self._is_closing or self._reason is not None:
-                return
-            self._reason, on_lost = reason, self.on_lost
-        logger.critical(reason)
-        self._told.put(reason)
-        if on_lost is not None:
-            on_lost(reason)
-        self.shard.group.give_up()
+def _no_memory(error: Exception) -> ModelLoadError:
+    return ModelLoadError(f"--num-shard: there is no memory that processes could share: {error}")

@@ -1,0 +1,43 @@
+"""Emulated devices of processes that compute together: each makes one of the class that rank 0 names."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.cuda import emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice
+from tgi_asgi.ops.cuda_shards import DeviceGroup
+
+
+class ShardDevice(EmulatedDevice):
+    """A device of one process of several."""
+
+    def __init__(self, index: int = 0) -> None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        emulated_ops.register()
+        super().__init__(index)
+
+
+class SilentDevice(ShardDevice):
+    """Rank 1 adds nothing to sums."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        if index == 1:
+            DeviceGroup.sum = _sum_of_nothing  # type: ignore[assignment,method-assign]
+
+
+class MissingDevice(ShardDevice):
+    """Rank 1 has none."""
+
+    def __init__(self, index: int = 0) -> None:
+        if index == 1:
+            raise RuntimeError("there is no GPU 1")
+        super().__init__(index)
+
+
+def _sum_of_nothing(group: DeviceGroup, part: Tensor) -> None:
+    dist.all_reduce(part.zero_())

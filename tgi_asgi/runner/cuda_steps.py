@@ -1,0 +1,193 @@
+"""The device's half of steps: inputs that are up, the program that computes them, and its graphs.
+
+A `CudaRunner` has one; where several devices compute together, each process has one, and all do the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.models.family import Model, record
+from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_shards import CudaShard
+from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
+from tgi_asgi.runner.cuda_device import Device
+
+# Batches that decode alone are padded to one of these, for each of which there are graphs.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Sizes that no step exceeds."""
+
+    block_size: int
+    max_batch_size: int
+    max_step_tokens: int
+    max_context: int
+
+    @property
+    def max_blocks(self) -> int:
+        """Columns of the block tables."""
+        return -(-self.max_context // self.block_size)
+
+    @property
+    def largest(self) -> StepShape:
+        """The shape that takes the most memory."""
+        most = self.max_batch_size
+        return StepShape(self.max_step_tokens, most, most, most, self.max_step_tokens, self.max_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaTypes:
+    """What a model computes in, and how.
+
+    Attributes:
+        kv: of the cache; None: as `dtype`.
+        kv_scales: each layer's of keys and of values; None: all 1.
+        gathers_prompts: prompts attend by torch (`ops/cuda_attention.py`).
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    kv: torch.dtype | None = None
+    kv_scales: Sequence[tuple[float, float]] | None = None
+    is_batch_invariant: bool = False
+    gathers_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """What a bucket's steps replay; the masks of grammars go up between the two."""
+
+    forward: Callable[[], None]
+    draw: Callable[[], None]
+
+
+class CudaSteps:
+    """Computes the logits of steps, of fixed buffers and without waiting.
+
+        steps = CudaSteps(model, device, limits, types)
+        steps.profile()
+        steps.make_cache(num_blocks)
+        steps.capture()
+        graphs = steps.graphs_of(steps.upload(shape, pinned))
+        graphs.forward()
+        steps.program.logits
+
+    Args:
+        last_ids: [num_slots] int32 on the device, the token that each slot drew last; None on a device that
+            has them of rank 0's.
+        draw: what the second graph of a batch that decodes alone does.
+    """
+
+    def __init__(
+        self, model: Model, device: Device, limits: StepLimits, types: CudaTypes, *,
+        last_ids: Tensor | None = None, draw: Callable[[StepBuffers], None] | None = None,
+        shard: CudaShard | None = None,
+    ) -> None:  # fmt: skip
+        config, largest = model.config, limits.largest
+        self.limits = limits
+        self._device, self._shard, self._last_ids = device, shard, last_ids
+        self._draw = draw or (lambda buffers: None)
+        (num_kv_heads,) = {cache.num_kv_heads for cache in config.caches}
+        self._pool_shape = (
+            num_kv_heads, config.head_dim, limits.block_size, types.kv or types.dtype, device.device
+        )  # fmt: skip
+        scales = types.kv_scales or [(1.0, 1.0)] * config.num_layers
+        pools = make_cuda_pools(config.num_layers, 1, *self._pool_shape)
+        self._kv = [CudaKvLayer(pool, *of_layer) for pool, of_layer in zip(pools, scales, strict=True)]
+        self.program = CudaProgram(
+            record(model, self._kv), max_tokens=limits.max_step_tokens, max_sequences=limits.max_batch_size,
+            max_rows=limits.max_batch_size, max_blocks=limits.max_blocks, dtype=types.dtype,
+            device=device.device, is_batch_invariant=types.is_batch_invariant,
+            gathers_prompts=types.gathers_prompts, shard=shard,
+        )  # fmt: skip
+        self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
+        # Where graphs read block tables. Of a step only the columns that it has go up, and are put here; what
+        # is behind them is of earlier steps, and lies past every sequence's end.
+        self._tables = torch.zeros(
+            limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
+        )
+        self._own_rows: Tensor | None = None  # whose logits the last step computed
+        self._graphs: dict[int, Graphs] = {}
+
+    def profile(self) -> None:
+        """Run a step of the largest size, all padding, so that libraries take the memory they want."""
+        most, tokens = self.limits.max_batch_size, self.limits.max_step_tokens
+        longest = min(tokens, self.limits.max_context)
+        shape = StepShape(tokens, most, most, 0, tokens, 0, ((longest, longest),))
+        buffers = StepBuffers.view(self._inputs, shape)
+        buffers.clear()
+        self._forward(buffers)
+        self._device.record().synchronize()
+
+    def make_cache(self, num_blocks: int) -> None:
+        """Give the cache its size, before anything is captured."""
+        pools = make_cuda_pools(len(self._kv), num_blocks, *self._pool_shape)
+        for layer, pool in zip(self._kv, pools, strict=True):
+            layer.pool = pool
+
+    def capture(self) -> None:
+        """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
+        most = self.limits.max_batch_size
+        for size in sorted({size for size in BUCKETS if size < most} | {most}, reverse=True):
+            buffers = StepBuffers.view(self._inputs, StepShape(size, size, size, size, 0, 0))
+            buffers.clear()  # what is called before the capture must leave no trace
+            self._graphs[size] = Graphs(
+                self._device.capture(functools.partial(self._forward, buffers)),
+                self._device.capture(functools.partial(self._draw, buffers)),
+            )
+
+    def release(self) -> None:
+        """Let go of the graphs."""
+        self._graphs.clear()
+
+    def bucket(self, num_rows: int) -> int:
+        """Return the size that a batch of so many rows, which decodes alone, is padded to."""
+        return min(size for size in self._graphs if size >= num_rows)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) of the cache, as if all at once: no block is both."""
+        copy_cuda_blocks(self._kv, pairs)
+
+    def upload(self, shape: StepShape, staged: Tensor) -> StepBuffers:
+        """Begin to bring a step's inputs to the device; `staged` is pinned, and at least of their size."""
+        count = shape.num_bytes
+        self._inputs[:count].copy_(staged[:count], non_blocking=True)
+        buffers = StepBuffers.view(self._inputs, shape)
+        self._tables[: shape.num_sequences, : shape.num_columns].copy_(buffers.block_table)
+        self._own_rows = buffers.rows if shape.num_rows > 0 else None
+        return buffers
+
+    def graphs_of(self, buffers: StepBuffers) -> Graphs:
+        """Return the graphs of a batch that decodes alone; for others the calls themselves."""
+        if buffers.shape.num_decodes == buffers.shape.num_sequences:
+            return self._graphs[buffers.shape.num_sequences]
+        return Graphs(functools.partial(self._forward, buffers), functools.partial(self._draw, buffers))
+
+    def head(self, rows: Sequence[int] | None = None) -> None:
+        """Compute the logits of these tokens of the last step, `max_batch_size` at most; None: its own."""
+        if rows is not None:
+            self.program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
+        elif self._own_rows is not None:
+            self.program.head(self._own_rows)
+
+    def _forward(self, buffers: StepBuffers) -> None:
+        """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""
+        decodes = buffers.shape.num_decodes
+        if decodes > 0:
+            ids = buffers.ids[:decodes]
+            if self._last_ids is not None:
+                last = self._last_ids.index_select(0, buffers.from_slot.clamp(min=0))
+                ids.copy_(torch.where(buffers.from_slot >= 0, last, ids))
+            if self._shard is not None:
+                self._shard.group.send(ids)
+        self.program.forward(buffers.batch(self._tables))
+        if buffers.shape.num_rows > 0:
+            self.program.head(buffers.rows)
