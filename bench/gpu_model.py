@@ -61,7 +61,7 @@ class Step:
     call: Callable[[], Tensor]  # returns logits [batch (+ 1), vocab], or the tokens drawn
     num_bytes: int
     num_flops: int
-    num_calls: int  # operators; a call may be several launches of torch's
+    num_calls: int  # operators
 
 
 class RandomLlama:
@@ -198,7 +198,7 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     flops = 2 * (model.num_weights * (batch + prompt) + head * sequences)
     flops += 2 * config.num_layers * config.num_heads * config.head_dim * prompt * prompt
     num_bytes = model.num_bytes + of_token * (batch * kind.context + prompt)
-    return Step(call, num_bytes, flops, program.num_calls + 2 + (draw is not None))
+    return Step(call, num_bytes, flops, program.num_launches(inputs, sequences) + (draw is not None))
 
 
 def _inputs(kind: StepKind, table: Tensor) -> tuple[CudaBatch, Tensor]:

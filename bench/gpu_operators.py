@@ -241,7 +241,10 @@ def _quant_product(tokens: int, name: str) -> Measurement:
     sets = [random_codes(name, rows, columns)]
     sets += [random_codes(name, rows, columns) for _ in range(copies_past_l2(sets[0].nbytes) - 1)]
     a, out = random(tokens, columns), random(tokens, rows)
-    calls: list[Call] = [functools.partial(matrix.multiply, a, None, out) for matrix in sets]
+    calls: list[Call] = [
+        functools.partial(_kernels.quant_linear, a, w.codes, w.scales, w.offsets, None, w.bits, w.zero, out)
+        for w in sets
+    ]
     plain = [random(rows, columns) for _ in range(copies_past_l2(2 * rows * columns))]
     peers: dict[str, Call] = {
         "torch.mm bf16": in_turn([functools.partial(torch.mm, a, w.t(), out=out) for w in plain])

@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": _BELOW_ENGINE,
     "runner": {"models", "ops", "text", "formats"},
     "models": {"ops", "text", "formats"},
-    "ops": {"_C"},
+    "ops": {"_C", "_cuda"},
     "text": {"formats"},
     "images": set(),
     "formats": {"_C"},  # its table of weight formats

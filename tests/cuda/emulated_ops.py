@@ -1,6 +1,6 @@
 """torch.ops.tgi_cuda on the CPU, by the emulated kernels: what is built on the operators runs without a GPU.
 
-The schemas are read from the extension's own source.
+The schemas are read from the extension's own source, and its program is compiled from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.emulation import library
+from tests.emulation import library, program
 from tests.emulation.device import TYPES, Device
 from tgi_asgi.ops import ACTIVATIONS
 
@@ -29,12 +29,13 @@ def register() -> None:
     device = Device(library.build())
     device.library.emu_allow_host(True)
     definitions = torch.library.Library("tgi_cuda", "DEF")
-    for schema in _schemas():
+    for schema in schemas():
         name = schema.partition("(")[0]
         definitions.define(schema)
         implementation = _IMPLEMENTATIONS[name]
         definitions.impl(name, functools.partial(implementation, device), _KEYS.get(name, "CPU"))
     _KEPT.append(definitions)
+    program.install()
 
 
 _KEPT: list[Any] = []  # a library that is collected takes its operators along
@@ -44,7 +45,8 @@ _KEYS = dict.fromkeys(
 )
 
 
-def _schemas() -> list[str]:
+def schemas() -> list[str]:
+    """Return the schemas of all operators."""
     text = re.sub(r'"\s*\n\s*"', "", _BINDINGS.read_text())
     return re.findall(r'm\.def\(\s*"([^"]+)"', text)
 

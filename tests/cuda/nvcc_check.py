@@ -334,7 +334,8 @@ def _parse_adapter(source: Path, includes: list[str]) -> str:
     kept = _CACHE / f"{source.stem}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}.parsed"
     if kept.exists():
         return ""
-    flags = ["-std=c++17", "-fsyntax-only", "-DTGI_CUDA", "-Wall", "-Werror", "-Wno-c++20-extensions"]
+    flags = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-DTGI_CUDA", "-Wall", "-Werror"]
+    flags += ["-Wno-c++20-extensions"]
     done = subprocess.run(["g++", *flags, *includes, str(source)], capture_output=True, text=True)
     if done.returncode != 0:
         return f"{source.name} does not compile:\n{done.stderr[:4000]}"

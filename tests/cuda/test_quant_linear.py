@@ -16,7 +16,8 @@ from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
 from tests.support.blocks import QUANTISED, meaning, random_weight
 from tgi_asgi.formats.quantised import IntegerMatrix
-from tgi_asgi.ops.cuda_linear import QuantLinear, Room
+from tgi_asgi.ops.cuda_linear import QuantLinear, Scratch
+from tgi_asgi.ops.cuda_list import LaunchList, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
 from tgi_asgi.ops.formats import FORMATS as TABLE
 from tgi_asgi.ops.packing import Packing
@@ -199,8 +200,13 @@ def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: 
     assert weight.nbytes < rows * columns * (bits + 2) / 8 + 8 * columns
     assert torch.equal(weight.plain(torch.float16).double(), values.half().double())
     a, out = torch.randn(tokens, columns).half(), torch.empty(tokens, rows)
-    linear = QuantLinear(weight, None, Room(torch.float16, a.device), is_batch_invariant=False)
-    linear.multiply(a, out)
+    linear = QuantLinear(
+        weight, None, Scratch(torch.float16, a.device, rows * columns), is_batch_invariant=False
+    )
+    launches = LaunchList((Size.TOKENS,), ())
+    linear.multiply(launches, a, out, Size.TOKENS)
+    launches.finish()
+    launches.run((tokens,), ())
     length, dtype = (columns, torch.float32) if tokens < 50 else (2, torch.float16)
     assert_close(out, a.double() @ values.T, length=length, dtype=dtype)
     packed = linear_weight(source, Packing(is_exact=True)).made.matrix.unpack()[:rows]

@@ -20,7 +20,7 @@ import pytest
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
-_CACHE = _HERE.parents[1] / "build" / "emulation"
+CACHE = _HERE.parents[1] / "build" / "emulation"
 _COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
 _RUNTIME_FLAGS = [*_COMMON, "-O2"]
 # The hooks that -fsanitize=thread calls before each access are memory.cpp's; libtsan is not linked.
@@ -58,9 +58,9 @@ def build(variant: Variant | None = None) -> Path:
         }
         names = [name for name in runtime if name.endswith(".cpp")]
         objects += executor.map(lambda name: _compile(files | runtime, name, _RUNTIME_FLAGS), names)
-    library = _CACHE / f"emulated-{_digest(*(path.name for path in objects))}.so"
+    library = CACHE / f"emulated-{digest(*(path.name for path in objects))}.so"
     if not library.exists():
-        _run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], library)
+        run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], library)
     return library
 
 
@@ -107,8 +107,8 @@ def _closure(files: Mapping[str, str], name: str) -> dict[str, str]:
 
 def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
     closure = _closure(files, name)
-    key = f"{Path(name).stem}-{_digest(closure, flags, _compiler())}"
-    target, folder = _CACHE / f"{key}.o", _CACHE / f"{key}.src"
+    key = f"{Path(name).stem}-{digest(closure, flags, _compiler())}"
+    target, folder = CACHE / f"{key}.o", CACHE / f"{key}.src"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,11 +117,11 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
         if not target.exists():
             for part, text in closure.items():
                 (folder / part).write_text(text)
-            _run(["g++", *flags, f"-I{folder}", "-c", str(folder / name)], target)
+            run(["g++", *flags, f"-I{folder}", "-c", str(folder / name)], target)
     return target
 
 
-def _run(command: list[str], target: Path) -> None:
+def run(command: list[str], target: Path) -> None:
     """Run a compiler; its output appears under its name only when whole."""
     partial = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     subprocess.run([*command, "-o", str(partial)], check=True)
@@ -133,5 +133,6 @@ def _compiler() -> str:
     return subprocess.check_output(["g++", "-dumpfullversion"], text=True)
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """Return a name for what the parts are."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

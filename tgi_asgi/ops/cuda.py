@@ -7,6 +7,7 @@ built.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Uses
 from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
-from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
+from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
+from tgi_asgi.ops.cuda_list import Given, LaunchList, Rows, Size, When
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
@@ -28,7 +30,13 @@ from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import LinearWeight, QkvWeight
 
-_Launch = Callable[["CudaBatch"], None]
+_SIZES = (
+    Size.TOKENS, Size.DECODES, Size.PROMPTS, Size.KNOWN_PROMPTS, Size.UNKNOWN_PROMPTS, Size.MAX_QUERY_LEN,
+)  # fmt: skip
+_GIVEN = (
+    Given.IDS, Given.POSITIONS, Given.SLOTS, Given.QUERY_START, Given.CONTEXT_LEN, Given.BLOCK_TABLE,
+    Given.PROMPT_LENS,
+)  # fmt: skip
 _kernels: Any = torch.ops.tgi_cuda
 
 
@@ -57,6 +65,22 @@ class CudaBatch:
     @property
     def num_sequences(self) -> int:
         return int(self.context_len.shape[0])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What a list of launches counts by, in the order of `_SIZES`."""
+        num_prompts = self.num_sequences - self.num_decodes
+        num_known = len(self.prompt_lens)
+        num_unknown = 0 if num_known else num_prompts
+        return self.num_tokens, self.num_decodes, num_prompts, num_known, num_unknown, self.max_query_len
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it takes, in the order of `_GIVEN`."""
+        lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
+        return (
+            self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
+        )  # fmt: skip
 
 
 class CudaProgram:
@@ -95,94 +119,69 @@ class CudaProgram:
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant, self._gathers_prompts = is_batch_invariant, gathers_prompts
-        self._launches: list[_Launch] = []
-        self._head: Callable[[Tensor], None] | None = None
+        self._launches = LaunchList(_SIZES, _GIVEN)
+        self._head = LaunchList((Size.ROWS,), (Given.ROWS,))
         self._logits = torch.empty(0)
-        self._buffers: dict[tuple[object, ...], Tensor] = {}  # of what is done with when its call is
+        self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _most_codes(recorder.calls))
         self._values = Buffers()
         self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's, and the device's
-        self._room = Room(dtype, device)
         self._plans: dict[int, Tensor] = {}  # of decode attention, by window
         uses = Uses(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
             self._values.free(uses.ending_at(index))
         self._moved.clear()  # the host's own references are all that is left of what was moved
+        self._launches.finish()
+        self._head.finish()
 
     @property
     def logits(self) -> Tensor:
         """The buffer [max_rows, vocab] float32 that `head` writes."""
         return self._logits
 
-    @property
-    def num_calls(self) -> int:
-        """How many launches a forward pass is."""
-        return len(self._launches)
+    def num_launches(self, batch: CudaBatch, num_rows: int) -> int:
+        """Return how many operators compute a batch and the logits of so many rows."""
+        return self._launches.count(batch.sizes) + self._head.count((num_rows,))
 
     def forward(self, batch: CudaBatch) -> None:
-        """Compute the residual of all tokens, and write their keys and values."""
-        for launch in self._launches:
-            launch(batch)
+        """Compute the residual of all tokens, and write their keys and values; without the GIL."""
+        self._launches.run(batch.sizes, batch.tensors)
 
     def head(self, rows: Tensor) -> None:
         """Compute the logits of rows [n_rows] int32 of the last batch: the first of `logits`."""
-        assert self._head is not None, "nothing was recorded"
-        self._head(rows)
+        self._head.run((rows.shape[0],), (rows,))
 
     # What each operator becomes.
 
     def _embed(self, call: calls.Embed) -> None:
         table = self._dense(call.table.made)
-        x = self._make(call.out, torch.float32)
-        added, shard = self._floats(call.positions), self._shard
-
-        def launch(batch: CudaBatch) -> None:
-            out = x[: batch.num_tokens]
-            if shard is None:
-                _kernels.embed(batch.ids, table, out)
-            else:
-                shard.embed(batch.ids, table, out)
-            if call.factor != 1.0:
-                out.mul_(call.factor)
-            if added is not None:
-                out.add_(added[batch.positions])
-
-        self._launches.append(launch)
+        out = _tokens(self._make(call.out, torch.float32))
+        embed = "tgi_cuda::embed" if self._shard is None else self._shard.embed
+        self._launches.add(embed, Given.IDS, table, out)
+        if call.factor != 1.0:
+            self._launches.add("aten::mul_.Scalar", out, call.factor)
+        if call.positions is not None:
+            shape = (self._max_tokens, call.out.columns)
+            added = _tokens(self._scratch.buffer("positions", shape, torch.float32))
+            learnt = self._floats(call.positions)
+            self._launches.add("aten::index_select.out", learnt, 0, Given.POSITIONS, added)
+            self._launches.add("aten::add_.Tensor", out, added)
 
     def _activation(self, call: calls.Activation) -> None:
         x, out = self._in(call.x), self._make(call.out, self._dtype)
-
-        def launch(batch: CudaBatch) -> None:
-            out[: batch.num_tokens].copy_(x[: batch.num_tokens])
-
-        self._launches.append(launch)
+        self._launches.add("aten::copy_", _tokens(out), _tokens(x))
 
     def _norm(self, call: calls.Norm) -> None:
-        x, out, norm = self._in(call.x), self._make(call.out, self._dtype), self._norm_of(call.weight)
-
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.norm(x[:n], *norm, None, out[:n])
-
-        self._launches.append(launch)
+        x, out = self._in(call.x), self._make(call.out, self._dtype)
+        self._launches.add("tgi_cuda::norm", _tokens(x), *self._norm_of(call.weight), None, _tokens(out))
 
     def _norm_add(self, call: calls.NormAdd) -> None:
         rows, x, norm = self._in(call.rows), self._in(call.x), self._norm_of(call.weight)
-
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.norm_add(rows[:n], *norm, call.factor, x[:n])
-
-        self._launches.append(launch)
+        self._launches.add("tgi_cuda::norm_add", _tokens(rows), *norm, call.factor, _tokens(x))
 
     def _norm_residual(self, call: calls.NormResidual) -> None:
-        x, norm = self._in(call.x), self._norm_of(call.weight)
-
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.norm(x[:n], *norm, None, x[:n])
-
-        self._launches.append(launch)
+        x = _tokens(self._in(call.x))
+        self._launches.add("tgi_cuda::norm", x, *self._norm_of(call.weight), None, x)
 
     def _norm_of(self, weight: NormWeight) -> tuple[Tensor, Tensor | None, float]:
         """Return a norm's weight and bias on the device, and what keeps it finite."""
@@ -193,14 +192,13 @@ class CudaProgram:
         made: DeviceMatrix = weight.made
         rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
         product = self._product(call.a, made, rows, "qkv")
-        clip = call.clip
-        if clip is not None:
-            self._launches.append(lambda batch: _clamp(product[: batch.num_tokens], clip))
+        if call.clip is not None:
+            self._launches.add("aten::clamp_", _tokens(product), -call.clip, call.clip)
         norms = weight.norms
         if norms is not None and norms.is_whole:
-            self._launches.append(self._whole_norms(product, weight, norms))
+            self._whole_norms(product, weight, norms)
         cos, sin = self._table(call.rope)
-        q = self._make(call.out, self._dtype).view(self._max_tokens, weight.num_heads, weight.head_dim)
+        q = self._heads(self._make(call.out, self._dtype), weight.head_dim)
         parts: list[Tensor | None] = [None] * 4
         eps, is_last = 0.0, False
         if norms is not None and not norms.is_whole:
@@ -210,30 +208,22 @@ class CudaProgram:
                 for part in (query.weight, key.weight, query.bias, key.bias)
             ]
             eps, is_last = query.eps, norms.is_last
+        self._launches.add(
+            "tgi_cuda::rope_kv_write", _tokens(product), Given.POSITIONS, Given.SLOTS, cos, sin, *parts,
+            is_last, eps, layer.key_scale, layer.value_scale, _tokens(q), layer.pool,
+        )  # fmt: skip
 
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.rope_kv_write(
-                product[:n], batch.positions, batch.slots, cos, sin, *parts, is_last, eps,
-                layer.key_scale, layer.value_scale, q[:n], layer.pool,
-            )  # fmt: skip
-
-        self._launches.append(launch)
-
-    def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> _Launch:
+    def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> None:
         """Normalise all heads of queries together, and all of keys, in place."""
-        scales = [self._head_norm(norm.weight, weight) for norm in (norms.query, norms.key)]
-        middle, end = scales[0].numel(), scales[0].numel() + scales[1].numel()
-        parts = ((0, middle, scales[0]), (middle, end, scales[1]))
-
-        def launch(batch: CudaBatch) -> None:
-            for first, stop, scale in parts:
-                part = product[: batch.num_tokens, first:stop]
-                wide = part.float()
-                mean = wide.square().mean(-1, keepdim=True)
-                part.copy_(wide * (mean + norms.query.eps).rsqrt() * scale)
-
-        return launch
+        first = 0
+        for norm in (norms.query, norms.key):
+            scale = self._head_norm(norm.weight, weight)
+            part = _tokens(product[:, first : first + scale.numel()])
+            wide = _tokens(self._scratch.buffer("heads", (self._max_tokens, scale.numel()), torch.float32))
+            self._launches.add("aten::copy_", wide, part)
+            self._launches.add("tgi_cuda::norm", wide, scale, None, norms.query.eps, None, wide)
+            self._launches.add("aten::copy_", part, wide)
+            first += scale.numel()
 
     def _head_norm(self, norm: Tensor, weight: QkvWeight) -> Tensor:
         """Return weights or biases of heads' norms on the device, in the order of their rows there."""
@@ -245,7 +235,7 @@ class CudaProgram:
         """Return cosines and sines on the device; without rotation those of no dims."""
         if rope is not None:
             return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
-        none = self._buffer("no angles", (1, 0), torch.float32)
+        none = self._scratch.buffer("no angles", (1, 0), torch.float32)
         return none, none
 
     def _attention(self, call: calls.Attention) -> None:
@@ -256,124 +246,97 @@ class CudaProgram:
         if call.gate is not None:
             raise ValueError("attention with `gate` is not among the CUDA kernels")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
-        heads = call.q.columns // head_dim
-        query = self._in(call.q).view(self._max_tokens, heads, head_dim)
-        out = self._make(call.out, self._dtype).view(self._max_tokens, heads, head_dim)
+        query = self._heads(self._in(call.q), head_dim)
+        out = self._heads(self._make(call.out, self._dtype), head_dim)
         num_bytes = _kernels.attention_workspace_bytes(
-            self._max_sequences, self._max_blocks, block_size, heads, head_dim
+            self._max_sequences, self._max_blocks, block_size, query.shape[1], head_dim
         )
-        workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
+        workspace = self._scratch.buffer("workspace", (num_bytes,), torch.uint8)
         seen = spec.window or 0  # as the kernels have it, 0 is all
         plan = self._plan(block_size, seen)
-        sinks, slopes = self._floats(spec.sinks), self._floats(spec.slopes)
+        kind = (
+            seen, spec.scale, spec.soft_cap or 0.0, self._floats(spec.sinks), self._floats(spec.slopes),
+            layer.key_scale, layer.value_scale,
+        )  # fmt: skip
+        self._launches.add(
+            "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Given.CONTEXT_LEN),
+            _decodes(Given.BLOCK_TABLE), *kind, plan, workspace, _decodes(out), when=When(Size.DECODES, 1),
+        )  # fmt: skip
         gathered = self._gathered(layer, spec)
-
-        def launch(batch: CudaBatch) -> None:
-            d, n = batch.num_decodes, batch.num_tokens
-            kind = (spec.scale, spec.soft_cap or 0.0, sinks, slopes, layer.key_scale, layer.value_scale)
-            if d > 0:
-                _kernels.attention_decode(
-                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *kind,
-                    plan, workspace, out[:d],
-                )  # fmt: skip
-            if gathered is not None and batch.prompt_lens:
-                gathered.attend(query, batch.block_table[d:], d, batch.prompt_lens, out)
-            elif d < batch.num_sequences:
-                _kernels.attention_prefill(
-                    query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
-                    batch.block_table[d:], batch.max_query_len, seen, *kind, out[:n],
-                )  # fmt: skip
-
-        self._launches.append(launch)
+        if gathered is not None:
+            self._launches.add(
+                functools.partial(_attend, gathered), query, _prompts(Given.BLOCK_TABLE), Size.DECODES,
+                Given.PROMPT_LENS, out, when=When(Size.KNOWN_PROMPTS, 1),
+            )  # fmt: skip
+        self._launches.add(
+            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, _prompts(Given.QUERY_START),
+            _prompts(Given.CONTEXT_LEN), _prompts(Given.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind, _tokens(out),
+            when=When(Size.PROMPTS if gathered is None else Size.UNKNOWN_PROMPTS, 1),
+        )  # fmt: skip
 
     def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention | None:
         """Return what prompts attend by in the place of our kernel, if anything."""
         if not self._gathers_prompts or not can_gather(spec):
             return None
         size = self._max_blocks * layer.pool[0].numel()
-        kept = self._buffer("gathered", (size,), layer.pool.dtype)
+        kept = self._scratch.buffer("gathered", (size,), layer.pool.dtype)
         is_plain = layer.pool.dtype is self._dtype
-        room = kept if is_plain else self._buffer("gathered", (size,), self._dtype)
+        room = kept if is_plain else self._scratch.buffer("gathered", (size,))
         return GatheredAttention(layer, spec.scale, kept, room)
 
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""
-        if window in self._plans:
-            return self._plans[window]
-        plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
-        self._plans[window] = plan
-
-        def launch(batch: CudaBatch) -> None:
-            if d := batch.num_decodes:
-                _kernels.attention_plan(
-                    batch.context_len[:d], batch.block_table[:d], block_size, window, plan
-                )
-
-        self._launches.append(launch)
-        return plan
+        if window not in self._plans:
+            plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
+            self._plans[window] = plan
+            self._launches.add(
+                "tgi_cuda::attention_plan", _decodes(Given.CONTEXT_LEN), _decodes(Given.BLOCK_TABLE),
+                block_size, window, plan, when=When(Size.DECODES, 1),
+            )  # fmt: skip
+        return self._plans[window]
 
     def _linear(self, call: calls.Linear) -> None:
         source, linear = self._in(call.a), self._product_of(call.weight.made)
         out = self._make(call.out, torch.float32)
-        add_up = self._add_up(call.weight, torch.float32)
-
-        def launch(batch: CudaBatch) -> None:
-            linear.multiply(source[: batch.num_tokens], out[: batch.num_tokens])
-            if add_up is not None:
-                add_up(out[: batch.num_tokens])
-
-        self._launches.append(launch)
+        linear.multiply(self._launches, source, out, Size.TOKENS)
+        self._add_up(call.weight, out)
 
     def _linear_add(self, call: calls.LinearAdd) -> None:
         """The sum in float32."""
         source, x, linear = self._in(call.a), self._in(call.x), self._product_of(call.weight.made)
-        product = self._buffer("linear_add", (self._max_tokens, call.weight.rows), self._dtype)
-        add_up = self._add_up(call.weight, self._dtype)
+        product = self._scratch.buffer("linear_add", (self._max_tokens, call.weight.rows))
+        if call.factor == 1.0 and not self._is_part(call.weight):
+            linear.add(self._launches, source, x, product, Size.TOKENS)
+            return
+        linear.multiply(self._launches, source, product, Size.TOKENS)
+        self._add_up(call.weight, product)
+        self._launches.add("aten::add_.Tensor", _tokens(x), _tokens(product), call.factor)
 
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            if call.factor == 1.0 and add_up is None:
-                linear.add(source[:n], x[:n], product[:n])
-                return
-            linear.multiply(source[:n], product[:n])
-            if add_up is not None:
-                add_up(product[:n])
-            x[:n].add_(product[:n], alpha=call.factor)
+    def _is_part(self, weight: LinearWeight) -> bool:
+        """Tell whether other devices have more of its columns."""
+        return weight.is_partial and self._shard is not None
 
-        self._launches.append(launch)
-
-    def _add_up(self, weight: LinearWeight, dtype: torch.dtype) -> Callable[[Tensor], None] | None:
-        """Return what makes a product of some columns [n_tokens, rows] that of all; None: it has all."""
+    def _add_up(self, weight: LinearWeight, product: Tensor) -> None:
+        """Make a product of some columns that of all."""
         shard = self._shard
-        if not weight.is_partial or shard is None:
-            return None
+        if shard is None or not weight.is_partial:
+            return
         parts = None
         if self._is_batch_invariant:
-            parts = self._buffer("parts", (shard.group.count * self._max_tokens * weight.rows,), dtype)
-        return lambda product: shard.add(product, parts)
+            count = shard.group.count * product.numel()
+            parts = self._scratch.buffer("parts", (count,), product.dtype)
+        self._launches.add(functools.partial(shard.add, parts=parts), _tokens(product))
 
     def _up(self, call: calls.Up) -> None:
-        product = self._product(call.a, call.weight.made, call.weight.rows, "up product")
-        out = self._make(call.out, self._dtype)
-        above, below = call.alphas
-
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.activate(product[:n], call.activation, above, below, out[:n])
-
-        self._launches.append(launch)
+        product = _tokens(self._product(call.a, call.weight.made, call.weight.rows, "up product"))
+        out = _tokens(self._make(call.out, self._dtype))
+        self._launches.add("tgi_cuda::activate", product, call.activation, *call.alphas, out)
 
     def _gate_up(self, call: calls.GateUp) -> None:
-        product = self._product(
-            call.a, call.weight.made, 2 * call.weight.intermediate_size, "gate_up product"
-        )
-        out = self._make(call.out, self._dtype)
-
-        def launch(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            _kernels.gate(product[:n], call.activation, out[:n])
-
-        self._launches.append(launch)
+        rows = 2 * call.weight.intermediate_size
+        product = _tokens(self._product(call.a, call.weight.made, rows, "gate_up product"))
+        out = _tokens(self._make(call.out, self._dtype))
+        self._launches.add("tgi_cuda::gate", product, call.activation, out)
 
     def _refuse(self, call: calls.Call) -> None:
         raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
@@ -381,34 +344,27 @@ class CudaProgram:
     def _make_head(self, call: calls.Head) -> None:
         x, norm = self._in(call.x), self._norm_of(call.norm)
         linear = self._product_of(call.weight.made)
-        normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
-        logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
-        whole = None if self._shard is None else WholeLogits(self._shard, self._max_rows, self._device)
-        self._logits = logits if whole is None else whole.logits
-
-        def launch(rows: Tensor) -> None:
-            n = rows.shape[0]
-            out = logits[:n]
-            _kernels.norm(x, *norm, rows, normed[:n])
-            linear.multiply(normed[:n], out)
-            if call.scale != 1.0:
-                out.mul_(call.scale)
-            if call.cap != 0.0:
-                out.div_(call.cap).tanh_().mul_(call.cap)
-            if whole is not None:
-                whole.join(out)
-
-        self._head = launch
+        normed = self._scratch.buffer("head", (self._max_rows, call.weight.columns))
+        shape = (self._max_rows, call.weight.rows)
+        self._logits = logits = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        out = Rows(logits, Size.ROWS)
+        self._head.add("tgi_cuda::norm", x, *norm, Given.ROWS, Rows(normed, Size.ROWS))
+        linear.multiply(self._head, normed, logits, Size.ROWS)
+        if call.scale != 1.0:
+            self._head.add("aten::mul_.Scalar", out, call.scale)
+        if call.cap != 0.0:
+            self._head.add("aten::div_.Scalar", out, call.cap)
+            self._head.add("aten::tanh_", out)
+            self._head.add("aten::mul_.Scalar", out, call.cap)
+        if self._shard is not None:
+            whole = WholeLogits(self._shard, self._max_rows, self._device)
+            self._head.add(whole.join, out)
+            self._logits = whole.logits
 
     def _product(self, a: Value, made: DeviceMatrix, rows: int, name: str) -> Tensor:
         """Launch `a @ W.T (+ bias)`; return the buffer it comes to."""
-        source, out = self._in(a), self._buffer(name, (self._max_tokens, rows), self._dtype)
-        linear = self._product_of(made)
-
-        def launch(batch: CudaBatch) -> None:
-            linear.multiply(source[: batch.num_tokens], out[: batch.num_tokens])
-
-        self._launches.append(launch)
+        out = self._scratch.buffer(name, (self._max_tokens, rows))
+        self._product_of(made).multiply(self._launches, self._in(a), out, Size.TOKENS)
         return out
 
     def _product_of(self, made: DeviceMatrix) -> CudaLinear:
@@ -418,8 +374,9 @@ class CudaProgram:
         bias = self._floats(made.bias)
         if isinstance(made.matrix, CudaQuantMatrix):
             codes = self._move_codes(made.matrix)
-            return QuantLinear(codes, bias, self._room, is_batch_invariant=self._is_batch_invariant)
-        return PlainLinear(self._move(made.matrix), bias, is_batch_invariant=self._is_batch_invariant)
+            return QuantLinear(codes, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
+        matrix = self._move(made.matrix)
+        return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
 
     def _dense(self, made: DeviceMatrix) -> Tensor:
         """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
@@ -461,12 +418,9 @@ class CudaProgram:
         found: Tensor = self._values.of(value, "rows")
         return found
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the buffer of that name, which calls share: each is done with it when the next runs."""
-        key = (name, shape, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
-        return self._buffers[key]
+    def _heads(self, rows: Tensor, head_dim: int) -> Tensor:
+        """Return rows as [max_tokens, heads, head_dim]."""
+        return rows.view(self._max_tokens, -1, head_dim)
 
 
 _CPU_ALONE = (
@@ -490,8 +444,33 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
 }
 
 
-def _clamp(product: Tensor, most: float) -> None:
-    product.clamp_(-most, most)
+def _tokens(rows: Tensor) -> Rows:
+    """Return the rows of a step's tokens."""
+    return Rows(rows, Size.TOKENS)
+
+
+def _decodes(rows: Tensor | Given) -> Rows:
+    """Return the rows of sequences that decode."""
+    return Rows(rows, Size.DECODES)
+
+
+def _prompts(rows: Given) -> Rows:
+    """Return the rows of the other sequences."""
+    return Rows(rows, None, first=Size.DECODES)
+
+
+def _attend(
+    gathered: GatheredAttention, query: Tensor, block_table: Tensor, first: int, lengths: Tensor, out: Tensor
+) -> None:
+    gathered.attend(query, block_table, first, lengths.tolist(), out)
+
+
+def _most_codes(recorded: Sequence[calls.Call]) -> int:
+    """Return the weights of the largest quantised matrix that products are with."""
+    made = (getattr(getattr(call, "weight", None), "made", None) for call in recorded)
+    matrices = (found.matrix for found in made if isinstance(found, DeviceMatrix))
+    shapes = [matrix.shape for matrix in matrices if isinstance(matrix, CudaQuantMatrix)]
+    return max((rows * columns for rows, columns in shapes), default=0)
 
 
 def _layer_of(cache: object) -> CudaKvLayer:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class CudaKvLayer:
-    """One layer's keys and values, as `KvLayer` on a CPU.
-
-    The pool may be replaced by one of more blocks until the first graph is captured.
-    """
+    """One layer's keys and values, as `KvLayer` on a CPU."""
 
     pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
     key_scale: float = 1.0  # keys and values are stored divided by these
     value_scale: float = 1.0
+
+    def grow(self, pool: Tensor) -> None:
+        """Give `pool`, in whosever hands, the memory of one of more blocks; until a graph is captured."""
+        self.pool.set_(pool.untyped_storage(), 0, pool.shape, pool.stride())
 
     @property
     def head_dim(self) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.cuda_list import LaunchList, Rows, Size, When
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
-
-_kernels: Any = torch.ops.tgi_cuda
 
 # Plain products of up to so many tokens are our kernel's, of more cuBLAS's. Not measured: it is where a block
 # of our kernel reads as many bytes of activations, from the L2 cache, as of weights.
@@ -20,13 +19,38 @@ MAX_CODED_TOKENS = 32
 
 
 class CudaLinear(Protocol):
-    """`a @ W.T (+ bias)` of tokens a [n_tokens, columns]."""
+    """`a @ W.T (+ bias)` of the first rows of a [max_rows, columns]: as many as the size `count` says."""
 
-    def multiply(self, a: Tensor, out: Tensor) -> None:
-        """Write the product to out [n_tokens, rows], of a's dtype or float32."""
+    def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
+        """Write the product to out [max_rows, rows], of a's dtype or float32."""
 
-    def add(self, a: Tensor, x: Tensor, product: Tensor) -> None:
-        """Add the product to x [n_tokens, rows] float32; `product`, as x but of a's dtype, is room for it."""
+    def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
+        """Add the product to x [max_rows, rows] float32; `product`, as x but of a's dtype, is room for it."""
+
+
+class Scratch:
+    """Buffers that launches share: each is done with what is in one before the next writes it.
+
+    Args:
+        dtype: of activations.
+        num_decoded: weights of the largest matrix that is decoded.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, num_decoded: int = 0) -> None:
+        self._dtype, self._device = dtype, device
+        self._decoded = torch.empty(num_decoded, dtype=dtype, device=device)
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return the buffer of that name, shape and dtype (None: of activations), of zeros at first."""
+        key = (name, shape, dtype or self._dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(shape, dtype=key[2], device=self._device)
+        return self._buffers[key]
+
+    def matrix(self, shape: tuple[int, int]) -> Tensor:
+        """Return room for a decoded matrix, which all have in common."""
+        return self._decoded[: shape[0] * shape[1]].view(shape)
 
 
 class PlainLinear:
@@ -39,59 +63,34 @@ class PlainLinear:
             chooses the order of additions by their number.
     """
 
-    def __init__(self, matrix: Tensor, bias: Tensor | None, *, is_batch_invariant: bool) -> None:
-        self._matrix, self._bias = matrix, bias
+    def __init__(
+        self, matrix: Tensor, bias: Tensor | None, scratch: Scratch, *, is_batch_invariant: bool
+    ) -> None:
+        self._matrix, self._bias, self._scratch = matrix, bias, scratch
         self._is_batch_invariant = is_batch_invariant
-        self._narrow_bias = None if bias is None else bias.to(matrix.dtype)
-        self._has_wide_products = _has_wide_products(matrix.device, matrix.dtype)
 
-    def multiply(self, a: Tensor, out: Tensor) -> None:
+    def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product, as `CudaLinear.multiply` says."""
-        if self._is_skinny(a):
-            _kernels.linear(a, self._matrix, self._bias, False, out)
-        elif out.dtype is torch.float32:
-            self._multiply_wide(a, out)
-        elif self._narrow_bias is None:
-            torch.mm(a, self._matrix.t(), out=out)
-        else:
-            torch.addmm(self._narrow_bias, a, self._matrix.t(), out=out)
+        few, many = self._split(count)
+        launches.add(
+            "tgi_cuda::linear", Rows(a, count), self._matrix, self._bias, False, Rows(out, count), when=few
+        )
+        if many is not None:
+            _multiply(launches, a, self._matrix, self._bias, out, self._scratch, many)
 
-    def _multiply_wide(self, a: Tensor, out: Tensor) -> None:
-        if self._has_wide_products:
-            torch.mm(a, self._matrix.t(), out_dtype=torch.float32, out=out)
-        else:
-            out.copy_(torch.mm(a, self._matrix.t()))
-        if self._bias is not None:
-            out += self._bias
-
-    def add(self, a: Tensor, x: Tensor, product: Tensor) -> None:
+    def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
         """Add the product, as `CudaLinear.add` says: few tokens in one kernel, without rounding it first."""
-        if self._is_skinny(a):
-            _kernels.linear(a, self._matrix, self._bias, True, x)
-        else:
-            self.multiply(a, product)
-            x += product
+        few, many = self._split(count)
+        launches.add(
+            "tgi_cuda::linear", Rows(a, count), self._matrix, self._bias, True, Rows(x, count), when=few
+        )
+        if many is not None:
+            _multiply(launches, a, self._matrix, self._bias, product, self._scratch, many)
+            launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count), when=many)
 
-    def _is_skinny(self, a: Tensor) -> bool:
-        return self._is_batch_invariant or a.shape[0] <= MAX_SKINNY_TOKENS
-
-
-class Room:
-    """Memory for one quantised matrix at a time as a plain one, for products of many tokens."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._memory = torch.empty(0, dtype=dtype, device=device)
-
-    def reserve(self, shape: tuple[int, int]) -> None:
-        """Make sure that a matrix of this shape finds room."""
-        if self._memory.numel() < shape[0] * shape[1]:
-            self._memory = torch.empty(
-                shape[0] * shape[1], dtype=self._memory.dtype, device=self._memory.device
-            )
-
-    def view(self, shape: tuple[int, int]) -> Tensor:
-        """Return the memory as a matrix of this shape."""
-        return self._memory[: shape[0] * shape[1]].view(shape)
+    def _split(self, count: Size) -> tuple[When | None, When | None]:
+        """Return when our kernel computes (None: always), and when cuBLAS does (None: never)."""
+        return _split(count, MAX_SKINNY_TOKENS, self._is_batch_invariant)
 
 
 class QuantLinear:
@@ -99,33 +98,74 @@ class QuantLinear:
 
     Args:
         bias: [rows] float32.
-        room: where the matrix is decoded to.
+        scratch: has room for the decoded matrix, unless `is_batch_invariant`.
         is_batch_invariant: by the codes for any number of tokens: they are then read again for every eight.
     """
 
     def __init__(
-        self, matrix: CudaQuantMatrix, bias: Tensor | None, room: Room, *, is_batch_invariant: bool
+        self, matrix: CudaQuantMatrix, bias: Tensor | None, scratch: Scratch, *, is_batch_invariant: bool
     ) -> None:
-        self._matrix, self._bias, self._room = matrix, bias, room
+        self._matrix, self._bias, self._scratch = matrix, bias, scratch
         self._is_batch_invariant = is_batch_invariant
-        if not is_batch_invariant:
-            room.reserve(matrix.shape)
 
-    def multiply(self, a: Tensor, out: Tensor) -> None:
+    def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product, as `CudaLinear.multiply` says."""
-        if self._is_batch_invariant or a.shape[0] <= MAX_CODED_TOKENS:
-            self._matrix.multiply(a, self._bias, out)
-            return
-        plain = self._room.view(self._matrix.shape)
-        self._matrix.decode(plain)
-        out.copy_(torch.mm(self._matrix.gather(a), plain.t()))
-        if self._bias is not None:
-            out += self._bias
+        matrix = self._matrix
+        if matrix.order is not None:
+            ordered = self._scratch.buffer("ordered", (a.shape[0], a.shape[1]), a.dtype)
+            launches.add("aten::index_select.out", Rows(a, count), 1, matrix.order, Rows(ordered, count))
+            a = ordered
+        few, many = _split(count, MAX_CODED_TOKENS, self._is_batch_invariant)
+        launches.add(
+            "tgi_cuda::quant_linear", Rows(a, count), matrix.codes, matrix.scales, matrix.offsets, self._bias,
+            matrix.bits, matrix.zero, Rows(out, count), when=few,
+        )  # fmt: skip
+        if many is not None:
+            plain = self._scratch.matrix(matrix.shape)
+            launches.add(
+                "tgi_cuda::dequantise", matrix.codes, matrix.scales, matrix.offsets, matrix.bits, matrix.zero,
+                plain, when=many,
+            )  # fmt: skip
+            _multiply(launches, a, plain, self._bias, out, self._scratch, many)
 
-    def add(self, a: Tensor, x: Tensor, product: Tensor) -> None:
+    def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
         """Add the product, as `CudaLinear.add` says."""
-        self.multiply(a, product)
-        x += product
+        self.multiply(launches, a, product, count)
+        launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count))
+
+
+def _split(count: Size, most: int, is_batch_invariant: bool) -> tuple[When | None, When | None]:
+    if is_batch_invariant:
+        return None, None
+    return When(count, most=most), When(count, least=most + 1)
+
+
+def _multiply(
+    launches: LaunchList,
+    a: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch,
+    when: When,
+) -> None:
+    """Add a product of cuBLAS's: to float32 without rounding, where torch has that."""
+    source, target = Rows(a, when.size), Rows(out, when.size)
+    if out.dtype is not torch.float32:
+        if bias is None:
+            launches.add("aten::mm.out", source, matrix.t(), target, when=when)
+        else:
+            narrow = bias.to(matrix.dtype)
+            launches.add("aten::addmm.out", narrow, source, matrix.t(), 1, 1, target, when=when)
+        return
+    if _has_wide_products(matrix.device, matrix.dtype):
+        launches.add("aten::mm.dtype_out", source, matrix.t(), torch.float32, target, when=when)
+    else:
+        narrow_out = Rows(scratch.buffer("narrow", (out.shape[0], out.shape[1]), a.dtype), when.size)
+        launches.add("aten::mm.out", source, matrix.t(), narrow_out, when=when)
+        launches.add("aten::copy_", target, narrow_out, when=when)
+    if bias is not None:
+        launches.add("aten::add_.Tensor", target, bias, when=when)
 
 
 @functools.cache

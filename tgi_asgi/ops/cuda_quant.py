@@ -138,20 +138,6 @@ class CudaQuantMatrix:
             None if self.order is None else self.order.to(device),
         )
 
-    def gather(self, a: Tensor) -> Tensor:
-        """Return the columns of a [n_tokens, columns] in the order of the codes'."""
-        return a if self.order is None else a.index_select(1, self.order)
-
-    def multiply(self, a: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Write a @ W.T (+ bias) to out [n_tokens, rows], of a's dtype or float32, from the codes.
-
-        They are read again for every eight tokens of a [n_tokens, columns]. `bias` is float32. A token's
-        result does not depend on the others.
-        """
-        _kernels.quant_linear(
-            self.gather(a), self.codes, self.scales, self.offsets, bias, self.bits, self.zero, out
-        )
-
     def decode(self, out: Tensor) -> None:
         """Write the matrix to out [rows, columns], bfloat16 or float16, its columns as the codes lie."""
         _kernels.dequantise(self.codes, self.scales, self.offsets, self.bits, self.zero, out)

@@ -131,7 +131,7 @@ class CudaSteps:
         """Give the cache its size, before anything is captured."""
         pools = make_cuda_pools(len(self._kv), num_blocks, *self._pool_shape)
         for layer, pool in zip(self._kv, pools, strict=True):
-            layer.pool = pool
+            layer.grow(pool)
 
     def capture(self) -> None:
         """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""

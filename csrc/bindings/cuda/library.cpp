@@ -1,9 +1,9 @@
-// The module tgi_asgi._cuda, empty itself: importing it registers torch.ops.tgi_cuda. Here are the
+// The module tgi_asgi._cuda: `Program`, and importing it registers torch.ops.tgi_cuda. Here are the
 // schemas, the operators as the CUDA kernels cut them, see csrc/cuda/kernels.h. Outputs are given
 // and marked as mutated; such an operator returns nothing.
-#include <Python.h>
 #include <torch/library.h>
 
+#include "bindings/cuda/program.h"
 #include "cuda/kernels.h"
 
 TORCH_LIBRARY(tgi_cuda, m) {
@@ -57,8 +57,4 @@ TORCH_LIBRARY(tgi_cuda, m) {
       &tgi::cuda::attention_workspace_bytes);
 }
 
-PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
-}
+PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }

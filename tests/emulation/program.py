@@ -1,0 +1,63 @@
+"""The module tgi_asgi._cuda where there is no CUDA: the program alone, built against the CPU's torch."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from tests.emulation import library
+
+_CSRC = Path(__file__).parents[2] / "csrc"
+_NAME = "tgi_asgi._cuda"
+MODULE = """#include "bindings/cuda/program.h"
+
+PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
+"""
+# torch 2.13's headers use one C++20 feature, which GCC grants to C++17 with a warning, and GCC 12 takes their
+# counts of references for buffers.
+_FLAGS = [
+    "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-c++20-extensions",
+    "-Wno-stringop-overflow",
+]  # fmt: skip
+
+
+@functools.cache
+def install(text: str = MODULE) -> None:
+    """Put the module of this text where `import` finds it, once a process.
+
+    Raises:
+        CalledProcessError: it does not compile; the compiler's words are on stderr.
+    """
+    spec = importlib.util.spec_from_file_location(_NAME, build(text))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[_NAME] = module
+
+
+def build(text: str) -> Path:
+    """Build the library of the module's text and the program, and return its path."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    sources = {path: path.read_text() for path in sorted((_CSRC / "bindings" / "cuda").glob("program.*"))}
+    key = library.digest(list(sources.values()), text, _FLAGS, torch.__version__, sys.version)
+    target = library.CACHE / f"program-{key}.so"
+    library.CACHE.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:  # of several processes one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            module = target.with_suffix(".cpp")
+            module.write_text(text)
+            folders = [*include_paths(), sysconfig.get_paths()["include"]]
+            includes = [f"-I{_CSRC}", *(f"-isystem{folder}" for folder in folders)]
+            libraries = [f"-L{folder}" for folder in library_paths()]
+            libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+            files = [str(module), *(str(path) for path in sources if path.suffix == ".cpp")]
+            library.run(["g++", *_FLAGS, "-shared", *includes, *files, *libraries], target)
+    return target
