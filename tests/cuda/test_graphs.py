@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from tests.support.driving import GREEDY, Job, generate
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
+from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
+from tgi_asgi.runner.cuda_buffers import StepBuffers
+from tgi_asgi.runner.cuda_steps import CudaSteps
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
@@ -48,9 +52,13 @@ def grammar() -> Grammar:
 
 
 @pytest.fixture
-def make_runner(model: Model) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
+def make_runner(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
+    """Make runners whose graphs have up to four decodes beside four prompts of 16 tokens together."""
     library.require()
     emulated_ops.register()
+    monkeypatch.setattr(cuda_steps, "MIXED_TOKENS", (16,))
     runners: list[CudaRunner] = []
 
     def make(device: EmulatedDevice) -> CudaRunner:
@@ -112,6 +120,44 @@ async def test_graphs_draw_what_calls_draw_whatever_has_changed_since_they_were_
     assert [len(sampled.top or ()) for sampled in found[5]] == [MAX_TOP] * len(found[5])
     assert all(token % 2 for token in ids[7][:12])
     assert len({tuple(row[:4]) for row in ids[:8]}) == 8
+
+
+def short() -> list[Job]:
+    """Make sequences of which some decode while others are still read, four tokens at a time."""
+    lengths = ((3, 9), (14, 6), (9, 7), (2, 11), (11, 5))
+    return [Job(list(range(5 * n, 6 * n)), m, SamplingParams(seed=n)) for n, m in lengths]
+
+
+async def test_steps_with_short_prompts_are_graphs_too(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, found = short(), short()
+    await generate(make_runner(EagerDevice()), expected, chunk=4)
+    runner = make_runner(EmulatedDevice())
+    monkeypatch.delattr(CudaSteps, "_forward")  # which graphs no longer need
+    await generate(runner, found, chunk=4)
+    assert [job.sampled for job in found] == [job.sampled for job in expected]
+
+
+@pytest.mark.parametrize("section", ["slots", "row_slots", "query_start"])
+async def test_padding_that_is_none_would_be_felt(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    expected, found = short(), short()
+    await generate(make_runner(EmulatedDevice()), expected, chunk=4)
+    fill = StepBuffers.fill
+
+    def fill_all(buffers: StepBuffers, *given: Any) -> None:
+        fill(buffers, *given)
+        values = getattr(buffers, section)
+        # Written where the first sequence's newest token is, or drawn for the first slot.
+        values[values < 0] = values[0] if section == "slots" else 0
+        if section == "query_start":  # as if the padding of those that decode were not there
+            values -= buffers.shape.num_decodes - len(given[1])
+
+    monkeypatch.setattr(StepBuffers, "fill", fill_all)
+    await generate(make_runner(EmulatedDevice()), found, chunk=4)
+    assert [job.sampled for job in found] != [job.sampled for job in expected]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -261,8 +261,8 @@ class CudaRunner:
     ) -> tuple[StepShape, list[int]]:
         """Write a step's inputs; also return the row of logits of each plan row that samples.
 
-        A batch that decodes alone has the shape of its bucket, and a row of logits a sequence; of others only
-        rows that sample have logits.
+        A step that a graph computes has the graph's shape, and a row of logits a sequence; of others only
+        rows that sample have logits. No graph has a step whose prompts are scored, for its other logits.
         """
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
@@ -270,14 +270,19 @@ class CudaRunner:
         batch = self._inputs.fill(rows, self._no_ids)
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
         stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
-        if num_decodes == len(rows):
-            size = self._steps.bucket(len(rows))
-            shape = StepShape(size, size, size, size, 0, columns)
-            row_slots = [row.slot if row.samples else -1 for row in rows]
-            logits_rows, places = list(range(len(rows))), sampling
+        lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
+        is_scored = any(row.prompt_logprobs is not None for row in rows)
+        padded = None if is_scored else self._steps.padded(num_decodes, [length for length, _ in lens])
+        if padded is not None:
+            shape = replace(padded, num_columns=columns)
+            gap = shape.num_decodes - num_decodes  # behind the last sequence that decodes
+            slots = [row.slot if row.samples else -1 for row in rows]
+            row_slots = [*slots[:num_decodes], *[-1] * gap, *slots[num_decodes:]]
+            last = [stop - 1 for stop in stops[1:]]
+            logits_rows = [*range(shape.num_decodes), *(token + gap for token in last[num_decodes:])]
+            places = [index if index < num_decodes else index + gap for index in sampling]
         else:
-            lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
-            longest = max(num_tokens for num_tokens, _ in lens)
+            longest = max((length for length, _ in lens), default=0)
             shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns, lens)
             row_slots = [rows[index].slot for index in sampling]
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))

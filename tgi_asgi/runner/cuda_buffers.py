@@ -48,6 +48,15 @@ class StepShape:
     def num_bytes(self) -> int:
         return _num_bytes(self.sections())
 
+    @property
+    def num_prompts(self) -> int:
+        return self.num_sequences - self.num_decodes
+
+    @property
+    def graph(self) -> tuple[int, ...]:
+        """What steps have in common that one graph computes: it reads no lengths, and tables elsewhere."""
+        return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len
+
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
@@ -78,18 +87,29 @@ class StepBuffers:
         row_slots: Sequence[int],
         mask_rows: Sequence[int],
     ) -> None:
-        """Write a batch of at most this shape; the rest becomes padding."""
-        n, s, r = len(batch.ids), len(batch.context_len), len(rows)
-        self.slots[:n], self.slots[n:] = torch.from_numpy(batch.slots), -1
-        self.ids[:n], self.ids[n:] = torch.from_numpy(batch.ids), 0
-        self.positions[:n], self.positions[n:] = torch.from_numpy(batch.positions), 0
-        self.query_start[: s + 1], self.query_start[s + 1 :] = torch.from_numpy(batch.query_start), n
-        self.context_len[:s], self.context_len[s:] = torch.from_numpy(batch.context_len), 0
-        self.block_table.zero_()
+        """Write a batch of at most this shape; the rest becomes padding.
+
+        The first of its sequences, as many as `from_slot` has, decode; the others begin where the shape's do.
+        """
+        decodes, first, r = len(from_slot), self.shape.num_decodes, len(rows)
         (table,) = batch.block_tables  # of all layers
-        self.block_table[:s, : table.shape[1]] = torch.from_numpy(table)
-        self.from_slot.fill_(-1)
-        self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
+        for target, values, padding in (
+            (self.slots, batch.slots, -1),
+            (self.ids, batch.ids, 0),
+            (self.positions, batch.positions, 0),
+            (self.context_len, batch.context_len, 0),
+            (self.block_table[:, : table.shape[1]], table, 0),
+        ):
+            source = torch.from_numpy(values)
+            behind = first + len(source) - decodes
+            target[:decodes], target[decodes:first] = source[:decodes], padding
+            target[first:behind], target[behind:] = source[decodes:], padding
+        # No kernel reads those of sequences that decode.
+        starts = torch.from_numpy(batch.query_start[decodes:]) + (first - decodes)
+        self.query_start[:first] = 0
+        self.query_start[first : first + len(starts)] = starts
+        self.query_start[first + len(starts) :] = starts[-1]
+        self.from_slot[:decodes], self.from_slot[decodes:] = torch.tensor(from_slot, dtype=torch.int32), -1
         self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0
         self.row_slots[:r], self.row_slots[r:] = torch.tensor(row_slots, dtype=torch.int32), -1
         self.mask_rows[:r], self.mask_rows[r:] = torch.tensor(mask_rows, dtype=torch.int32), -1

@@ -21,6 +21,11 @@ from tgi_asgi.runner.cuda_device import Device
 
 # Batches that decode alone are padded to one of these, for each of which there are graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+# Steps with a few short prompts: each of these decodes beside each of these tokens. A GPU computes what is
+# padding while it reads the weights; without a graph it would wait for some 400 launches.
+MIXED_DECODES = (0, 8, 32, 64, 128, 256)
+MIXED_TOKENS = (64, 256, 512)
+MIXED_PROMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,28 @@ class CudaTypes:
     gathers_prompts: bool = False
 
 
+def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
+    """Return the shapes of steps that are replayed as graphs, those of the fewest tokens first.
+
+    Each has a row of logits a sequence. Up to 15 are of batches that decode alone, and with `has_mixed` up to
+    18 of such with short prompts.
+    """
+    most = limits.max_batch_size
+    alone = {size for size in BUCKETS if size < most} | {most}
+    shapes = [StepShape(size, size, size, size, 0, 0) for size in alone]
+    prompts = min(MIXED_PROMPTS, (most + 1) // 2)
+    beside = {min(size, most - prompts) for size in MIXED_DECODES}
+    for tokens in MIXED_TOKENS if has_mixed else ():
+        for size in beside:
+            if size + tokens <= limits.max_step_tokens:
+                rows = size + prompts
+                shapes.append(StepShape(size + tokens, rows, rows, size, tokens, 0))
+    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
+
+
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """What a bucket's steps replay; the masks of grammars go up between the two."""
+    """What steps of one shape replay; the masks of grammars go up between the two."""
 
     forward: Callable[[], None]
     draw: Callable[[], None]
@@ -83,7 +107,7 @@ class CudaSteps:
     Args:
         last_ids: [num_slots] int32 on the device, the token that each slot drew last; None on a device that
             has them of rank 0's.
-        draw: what the second graph of a batch that decodes alone does.
+        draw: what the second graph of a shape does.
     """
 
     def __init__(
@@ -115,7 +139,9 @@ class CudaSteps:
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
         self._own_rows: Tensor | None = None  # whose logits the last step computed
-        self._graphs: dict[int, Graphs] = {}
+        # Of steps with prompts there are none where torch attends, which wants their lengths on the host.
+        self._shapes = graph_shapes(limits, has_mixed=not types.gathers_prompts)
+        self._graphs: dict[tuple[int, ...], Graphs] = {}
 
     def profile(self) -> None:
         """Run a step of the largest size, all padding, so that libraries take the memory they want."""
@@ -134,12 +160,11 @@ class CudaSteps:
             layer.grow(pool)
 
     def capture(self) -> None:
-        """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
-        most = self.limits.max_batch_size
-        for size in sorted({size for size in BUCKETS if size < most} | {most}, reverse=True):
-            buffers = StepBuffers.view(self._inputs, StepShape(size, size, size, size, 0, 0))
+        """Make all graphs, the largest first: the others fit in its memory."""
+        for shape in reversed(self._shapes):
+            buffers = StepBuffers.view(self._inputs, shape)
             buffers.clear()  # what is called before the capture must leave no trace
-            self._graphs[size] = Graphs(
+            self._graphs[shape.graph] = Graphs(
                 self._device.capture(functools.partial(self._forward, buffers)),
                 self._device.capture(functools.partial(self._draw, buffers)),
             )
@@ -148,9 +173,17 @@ class CudaSteps:
         """Let go of the graphs."""
         self._graphs.clear()
 
-    def bucket(self, num_rows: int) -> int:
-        """Return the size that a batch of so many rows, which decodes alone, is padded to."""
-        return min(size for size in self._graphs if size >= num_rows)
+    def padded(self, num_decodes: int, prompts: Sequence[int]) -> StepShape | None:
+        """Return the smallest shape of a graph for so many decodes beside prompts of these lengths.
+
+        Its block tables have no columns yet. None: there is none.
+        """
+        tokens = sum(prompts)
+        for shape in self._shapes:
+            has_room = shape.num_decodes >= num_decodes and shape.num_prompts >= len(prompts)
+            if has_room and shape.num_tokens - shape.num_decodes >= tokens:
+                return shape
+        return None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to) of the cache, as if all at once: no block is both."""
@@ -166,9 +199,10 @@ class CudaSteps:
         return buffers
 
     def graphs_of(self, buffers: StepBuffers) -> Graphs:
-        """Return the graphs of a batch that decodes alone; for others the calls themselves."""
-        if buffers.shape.num_decodes == buffers.shape.num_sequences:
-            return self._graphs[buffers.shape.num_sequences]
+        """Return the graphs of a step of this shape; where there are none, the calls themselves."""
+        found = self._graphs.get(buffers.shape.graph)
+        if found is not None and not buffers.shape.prompt_lens:
+            return found
         return Graphs(functools.partial(self._forward, buffers), functools.partial(self._draw, buffers))
 
     def head(self, rows: Sequence[int] | None = None) -> None:
