@@ -206,6 +206,11 @@ class Settings:
         "paged",
         _one_of("paged sdpa"),
     )
+    dependent_launches: bool = _model(
+        "On GPUs of compute capability 9.0 or later, let a kernel begin before the one in front of it has "
+        "ended. Its bits have been checked on no GPU yet.",
+        False,
+    )
     batch_invariant: bool = _model(
         "On a GPU, give a token the same logits whatever runs beside it and however its prompt is cut, as a "
         "CPU does; prompts take longer, of quantised models by far. Not after a preemption, a failed step or "

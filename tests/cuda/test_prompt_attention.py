@@ -161,7 +161,25 @@ async def test_batch_invariance_keeps_our_kernel_and_says_so(
     assert "--prompt-attention sdpa is ignored" in caplog.text
 
 
-def test_it_is_refused_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        (Settings(prompt_attention="sdpa"), "--prompt-attention sdpa"),
+        (Settings(dependent_launches=True), "--dependent-launches"),
+    ],
+    ids=["sdpa", "dependent launches"],
+)
+def test_what_is_for_gpus_is_refused_on_a_cpu(tmp_path: Path, settings: Settings, flag: str) -> None:
     files = save_with_tokenizer(make_model(), tmp_path)
-    with pytest.raises(ModelLoadError, match="--prompt-attention sdpa is for GPUs"):
-        load(Settings(prompt_attention="sdpa"), files, lambda *done: None)
+    with pytest.raises(ModelLoadError, match=f"{flag} is for GPUs"):
+        load(settings, files, lambda *done: None)
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_dependent_launches_are_switched_by_the_setting(
+    tmp_path: Path, gpu: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    switched: list[bool] = []
+    monkeypatch.setattr(torch.ops.tgi_cuda, "set_dependent_launches", switched.append)
+    make_runner(make_model(**SHAPE), tmp_path, gpu, dependent_launches=is_on).close()
+    assert switched == [is_on]

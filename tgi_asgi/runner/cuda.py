@@ -99,6 +99,7 @@ class CudaRunner:
         kv_scales: Sequence[tuple[float, float]] | None = None,
         is_batch_invariant: bool = False,
         gathers_prompts: bool = False,
+        has_dependent_launches: bool = False,
         max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
     ) -> None:
@@ -120,7 +121,10 @@ class CudaRunner:
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
         limits = StepLimits(block_size, max_batch_size, max_step_tokens, max_context)
         self._steps = CudaSteps(
-            model, device, limits, CudaTypes(dtype, kv_dtype, kv_scales, is_batch_invariant, gathers_prompts),
+            model, device, limits,
+            CudaTypes(
+                dtype, kv_dtype, kv_scales, is_batch_invariant, gathers_prompts, has_dependent_launches
+            ),
             last_ids=self._sampler.state.last_ids, draw=self._draw,
             shard=None if shards is None else shards.join(device.device),
         )  # fmt: skip

@@ -129,6 +129,7 @@ def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
         _choose_kv_dtype(settings.kv_cache_dtype, dtype),
         is_batch_invariant=settings.batch_invariant,
         gathers_prompts=settings.prompt_attention == "sdpa" and not settings.batch_invariant,
+        has_dependent_launches=settings.dependent_launches,
     )
 
 
@@ -199,6 +200,7 @@ def make_runner(
             kv_scales=kv_scales,
             is_batch_invariant=settings.batch_invariant,
             gathers_prompts=types.gathers_prompts,
+            has_dependent_launches=types.has_dependent_launches,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
             shards=shards,
         )

@@ -57,6 +57,7 @@ class CudaTypes:
         kv: of the cache; None: as `dtype`.
         kv_scales: each layer's of keys and of values; None: all 1.
         gathers_prompts: prompts attend by torch (`ops/cuda_attention.py`).
+        has_dependent_launches: a kernel begins before the one in front of it has ended, in the whole process.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -64,6 +65,7 @@ class CudaTypes:
     kv_scales: Sequence[tuple[float, float]] | None = None
     is_batch_invariant: bool = False
     gathers_prompts: bool = False
+    has_dependent_launches: bool = False
 
 
 def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
@@ -116,6 +118,7 @@ class CudaSteps:
         shard: CudaShard | None = None,
     ) -> None:  # fmt: skip
         config, largest = model.config, limits.largest
+        torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
         self.limits = limits
         self._device, self._shard, self._last_ids = device, shard, last_ids
         self._draw = draw or (lambda buffers: None)

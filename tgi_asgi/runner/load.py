@@ -124,6 +124,8 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         cuts = cuts_of(opened, settings, None if device is None else device.count())
+        if device is None and settings.dependent_launches:
+            raise ModelLoadError("--dependent-launches is for GPUs: a CPU launches nothing")
         if device is None and settings.prompt_attention != "paged":
             raise ModelLoadError(
                 f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU prompts attend by "
