@@ -68,7 +68,7 @@ docs: $(VENV)/.docs-tools
 
 # Small models of every family and of every weight format against independent readers, of which the normal run has some.
 test-models: $(VENV)/.test-tools
-	$(BIN)/python -m pytest tests/models tests/runner/test_every_family.py tests/runner/test_shards.py -m 'models or not models' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/models tests/*/test_*famil*.py tests/*/test_encoders.py tests/*/test_shards.py -m 'models or not models' $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

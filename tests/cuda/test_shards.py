@@ -135,9 +135,8 @@ def _flip(group: DeviceGroup, part: Tensor, out: Tensor, gather: Any = DeviceGro
     out.copy_(out.flip(0))
 
 
-@pytest.mark.parametrize(
-    "fault", ["a rank that adds nothing", pytest.param("ranks in another order", marks=pytest.mark.models)]
-)
+@pytest.mark.models
+@pytest.mark.parametrize("fault", ["a rank that adds nothing", "ranks in another order"])
 async def test_a_fault_shows(
     serving: Serve, tiny: ModelFiles, reference: transformers.PreTrainedModel, fault: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -182,6 +181,7 @@ async def test_what_devices_cannot_share_is_refused_by_name(
                 pass
 
 
+@pytest.mark.models
 async def test_a_device_that_cannot_load_ends_the_start_with_its_reason(
     serving: Serve, tiny: ModelFiles
 ) -> None:
