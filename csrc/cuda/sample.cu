@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   SHARED_ARRAY(RowRoom, rooms, 1);
   RowRoom& room = rooms[0];
   const ::tgi::SampleParams& p = all.base;
-  const Row row(all, blockIdx.x);
+  const DrawnRow row(all, blockIdx.x);
   const bool is_first = threadIdx.x == 0;
   if (is_first) {
     p.token_ids[row.index] = 0;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   // Not a copy, for which compute capability 8.0 has no registers left.
   const SampleSlot& slot = row.slot(all);
   const RowWork& work = row.work(all);
-  const Merged merged = merge_stats(work, num_parts);
+  const MergedStats merged = merge_stats(work, num_parts);
   if (!merged.can_draw()) return;
   const int n = row.n;
   const float* values = row.values(all);

@@ -41,12 +41,12 @@ struct RowWork {
 static_assert(sizeof(RowWork) % 16 == 0);
 
 // A row, and what its slot wants of it. Each kernel makes it anew.
-struct Row {
+struct DrawnRow {
   int64_t index, slot_index;
   bool is_there;  // else it is padding
   int n;
 
-  __device__ __forceinline__ Row(const SampleParams& all, int64_t row)
+  __device__ __forceinline__ DrawnRow(const SampleParams& all, int64_t row)
       : index(row),
         slot_index(all.base.slots[row]),
         is_there(slot_index >= 0 && slot_index < all.num_slots),
@@ -103,7 +103,7 @@ __device__ __forceinline__ Elements part_of(const float* x, int n, int part, int
   return {x, first, min(length, n - first)};
 }
 
-struct Merged {
+struct MergedStats {
   float raw_max;
   Stats stats;
 
@@ -113,7 +113,7 @@ struct Merged {
 };
 
 // What the parts' maxima make, in each warp by itself.
-__device__ __forceinline__ Merged merge_stats(const RowWork& work, int num_parts) {
+__device__ __forceinline__ MergedStats merge_stats(const RowWork& work, int num_parts) {
   const int lane = int(threadIdx.x) % kWarpSize;
   PartStats own = {-INFINITY, -INFINITY, INT_MAX, 1};
   if (lane < num_parts) own = work.stats[lane];
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   start_kernel_after();
   SHARED_ARRAY(RowRoom, rooms, 1);
   RowRoom& room = rooms[0];
-  const Row row(all, blockIdx.y);
+  const DrawnRow row(all, blockIdx.y);
   if (!row.is_there) return;
   const int part = int(blockIdx.x);
   const SampleSlot& slot = row.slot(all);
@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   SHARED_ARRAY(RowRoom, rooms, 1);
   SHARED_ARRAY(uint32_t, counts, kBins);
   RowRoom& room = rooms[0];
-  const Row row(all, blockIdx.y);
+  const DrawnRow row(all, blockIdx.y);
   if (!row.is_there) return;
   const SampleSlot& slot = row.slot(all);
   RowWork& work = row.work(all);
-  const Merged merged = merge_stats(work, num_parts);
+  const MergedStats merged = merge_stats(work, num_parts);
   if (!merged.can_draw()) return;
   const Kept kept = row.kept(slot, merged.stats.max);
   const Elements values = part_of(row.values(all), row.n, int(blockIdx.x), num_parts);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   start_kernel_after();
   SHARED_ARRAY(RowRoom, rooms, 1);
   RowRoom& room = rooms[0];
-  const Row row(all, blockIdx.y);
+  const DrawnRow row(all, blockIdx.y);
   if (!row.is_there) return;
   const SampleSlot& slot = row.slot(all);
   const int wanted = row.num_top(all, slot);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const bool lists_scores = row.has_candidates(slot) || (row.needs_scores(slot) && wanted > 0);
   if (!lists_raw && !lists_scores) return;
   RowWork& work = row.work(all);
-  const Merged merged = merge_stats(work, num_parts);
+  const MergedStats merged = merge_stats(work, num_parts);
   if (!merged.can_draw()) return;
   if (lists_scores) {
     const Kept kept = row.kept(slot, merged.stats.max);

@@ -377,7 +377,7 @@ FAULTS = [
         "parts are merged before all have ended",
         "sample_parts.cuh",
         "  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);",
-        "  const Merged early = merge_stats(work, num_parts);\n"
+        "  const MergedStats early = merge_stats(work, num_parts);\n"
         "  if (threadIdx.x == 0) work.winners[part].id = early.stats.first;\n"
         "  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);",
         "blocks|race",

@@ -239,7 +239,7 @@ class CudaProgram:
         return none, none
 
     def _attention(self, call: calls.Attention) -> None:
-        """Sequences of one token by one kernel, the others by another."""
+        """Sequences of one token by one kernel, the others by another, or by torch."""
         layer, spec = _layer_of(call.cache), call.spec
         if spec.chunk is not None:
             raise ValueError("attention with `chunk` is not among the CUDA kernels")

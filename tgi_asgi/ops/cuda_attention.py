@@ -1,8 +1,8 @@
 """Attention of prompts by torch's `scaled_dot_product_attention`, in the place of our kernel.
 
 A sequence's keys and values are gathered from its blocks to one piece of memory first, which costs one read
-and one write of them; what torch then takes is FlashAttention-2 (Dao, 2023), or cuDNN's for a prompt in one
-chunk. Lengths are the host's, so no graph has these calls.
+and one write of them; what torch then takes is FlashAttention-2 (Dao, 2023). Lengths are the host's, so no
+graph has these calls.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class GatheredAttention:
     """
 
     def __init__(self, layer: CudaKvLayer, scale: float, kept: Tensor, room: Tensor) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length of a prompt
         self._layer, self._scale = layer, scale
         self._kept, self._room = kept, room
 
@@ -56,12 +57,15 @@ class GatheredAttention:
         """
         for index, (num_tokens, context_len) in enumerate(lengths):
             keys, values = self._gather(block_table[index], context_len)
+            # torch makes a tensor [num_tokens, context_len] of this bias, which nobody writes or reads.
+            bias = None if num_tokens == context_len else causal_lower_right(num_tokens, context_len)
             # The scales of an FP8 cache: that of keys is in the scores', that of values in the result's.
             attended = torch.nn.functional.scaled_dot_product_attention(
                 query[first : first + num_tokens].transpose(0, 1)[None],
                 keys[None],
                 values[None],
-                attn_mask=causal_lower_right(num_tokens, context_len),
+                attn_mask=bias,
+                is_causal=bias is None,
                 scale=self._scale * self._layer.key_scale,
                 enable_gqa=True,
             )  # [1, num_heads, num_tokens, head_dim]

@@ -7,7 +7,9 @@ CUDA devices, which graphs hold as they hold kernels; gloo's where these are emu
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 _kernels: Any = torch.ops.tgi_cuda
-_TIMEOUT = timedelta(minutes=2)  # until all have met; and of collectives outside of graphs
+_TIMEOUT = timedelta(minutes=2)  # of collectives outside of graphs
+_MEETING = timedelta(hours=1)  # until all have met: some load for longer; who has died is noticed otherwise
+_END_S = 5.0
 # Named `all_gather_single` since torch 2.13, where the old name warns.
 _FileStore: Any = dist.FileStore  # type: ignore[attr-defined]
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,7 +35,8 @@ class DeviceGroup:
         group.sum(part)
         group.close()
 
-    A process has one at a time. Collectives run on the current stream, and none waits for the device.
+    A process has one at a time. Collectives run on the current stream, and none waits for the device. Once it
+    is given up they raise `RuntimeError`.
 
     Args:
         backend: of `torch.distributed`.
@@ -43,21 +48,25 @@ class DeviceGroup:
         self._device = device
         # NCCL's watchdog would end this process when it finds another dead; here clients are told first.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        dist.init_process_group(
-            backend, store=_FileStore(str(store), count), rank=rank, world_size=count, timeout=_TIMEOUT
-        )
+        meeting = _FileStore(str(store), count)
+        meeting.set_timeout(_MEETING)
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=count, timeout=_TIMEOUT)
         self._group: Any = dist.group.WORLD
+        self._is_given_up = False
 
     def sum(self, part: Tensor) -> None:
         """Make `part`, contiguous, the sum of all ranks', added in an order that is the library's."""
+        self._check()
         dist.all_reduce(part)
 
     def gather(self, part: Tensor, out: Tensor) -> None:
         """Write all ranks' parts, contiguous, to out [count, *part.shape]."""
+        self._check()
         _all_gather(out.view(-1, *part.shape[1:]), part)
 
     def send(self, value: Tensor) -> None:
         """Make `value` what rank 0 has in it."""
+        self._check()
         dist.broadcast(value, 0)
 
     def least(self, value: int) -> int:
@@ -67,12 +76,32 @@ class DeviceGroup:
         return int(held)
 
     def abort(self) -> None:
-        """Have nothing wait for a process that has ended; what collectives give then means nothing."""
-        self._group.abort()
+        """Have nothing wait for a process that has ended; what collectives give then means nothing.
+
+        It goes on in a thread: NCCL's ends when no graph is left that has collectives of it.
+        """
+        self._is_given_up = True
+        _within(0, self._group.abort)
 
     def close(self) -> None:
-        """End the group, once no graph is left that has its collectives."""
-        dist.destroy_process_group()
+        """End the group, once no graph is left that has its collectives; in seconds, whatever others do."""
+        _within(_END_S, dist.destroy_process_group)
+
+    def _check(self) -> None:
+        if self._is_given_up:
+            raise RuntimeError("the other shards of the model are given up")
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Wait so long for a call, which may never return; what it raises has no one to go to."""
+
+    def run() -> None:
+        with suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, name="tgi-group", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,7 @@ class CudaRunner:
             with suppress(InvalidStateError):
                 self._prepared.set_result(self._prepare())
         except BaseException as error:
+            self._steps.release()
             with suppress(InvalidStateError):
                 self._prepared.set_exception(error)
             return
@@ -353,12 +354,9 @@ class CudaRunner:
 
     def _describe(self, error: Exception) -> Exception:
         """Say in the engine's terms what an error means."""
-        if isinstance(error, DeviceLost):
-            self._lost = error
-            return error
         if isinstance(error, torch.OutOfMemoryError):
             return MemoryError(str(error))
-        if self._device.is_lost(error):
-            self._lost = DeviceLost(str(error))
+        if isinstance(error, DeviceLost) or self._device.is_lost(error):
+            self._lost = DeviceLost(str(error))  # without the frames, which hold graphs
             return self._lost
         return error

@@ -21,6 +21,7 @@ from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize, choose_size, step_tokens
+from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,9 @@ def must_fit() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, DeviceLost) as error:
+        if isinstance(error, DeviceLost) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         raise ModelLoadError(
             "the model does not fit the GPU's memory: take a smaller one, lower --max-batch-prefill-tokens "
             f"or --max-batch-size, or free memory ({error})"

@@ -1,7 +1,7 @@
-"""Draws a step's tokens on the device: grammars' masks up, one kernel, what was drawn down.
+"""Draws a step's tokens on the device: grammars' masks up, the draw's kernels, what was drawn down.
 
-What the kernel reads and writes stays where it is, whatever the step, so that the draw of a batch that
-decodes alone is a graph. Masks go up between the graphs of the forward pass and the draw, only the rows that
+What the kernels read and write stays where it is, whatever the step, so that the draw of a padded step is a
+graph. Masks go up between the graphs of the forward pass and the draw, only the rows that
 have one; results come down after it, into pinned memory of the step's own, which no graph could know.
 """
 

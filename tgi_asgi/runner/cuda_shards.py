@@ -176,10 +176,11 @@ class CudaShards:
         if self._lost is None:
             with contextlib.suppress(DeviceLost), self.together(None):
                 pass
+            self._leave()  # as the others do now: NCCL's groups end together
             self._others.end()
         else:  # the others wait for the one that has ended
             self._others.kill()
-        self._leave()
+            self._leave()
 
     def abandon(self) -> None:
         """End the others at once: this process will not serve."""

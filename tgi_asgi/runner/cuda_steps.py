@@ -87,6 +87,10 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Graphs:
     """What steps of one shape replay; the masks of grammars go up between the two."""
@@ -109,7 +113,7 @@ class CudaSteps:
     Args:
         last_ids: [num_slots] int32 on the device, the token that each slot drew last; None on a device that
             has them of rank 0's.
-        draw: what the second graph of a shape does.
+        draw: what the second graph of a shape does; None on a device that does not draw.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class CudaSteps:
         torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
         self.limits = limits
         self._device, self._shard, self._last_ids = device, shard, last_ids
-        self._draw = draw or (lambda buffers: None)
+        self._draw = draw
         (num_kv_heads,) = {cache.num_kv_heads for cache in config.caches}
         self._pool_shape = (
             num_kv_heads, config.head_dim, limits.block_size, types.kv or types.dtype, device.device
@@ -167,10 +171,11 @@ class CudaSteps:
         for shape in reversed(self._shapes):
             buffers = StepBuffers.view(self._inputs, shape)
             buffers.clear()  # what is called before the capture must leave no trace
-            self._graphs[shape.graph] = Graphs(
-                self._device.capture(functools.partial(self._forward, buffers)),
-                self._device.capture(functools.partial(self._draw, buffers)),
-            )
+            calls = self._calls(buffers)
+            forward = self._device.capture(calls.forward)
+            # Of a device that does not draw there is nothing to capture.
+            draw = calls.draw if self._draw is None else self._device.capture(calls.draw)
+            self._graphs[shape.graph] = Graphs(forward, draw)
 
     def release(self) -> None:
         """Let go of the graphs."""
@@ -206,7 +211,11 @@ class CudaSteps:
         found = self._graphs.get(buffers.shape.graph)
         if found is not None and not buffers.shape.prompt_lens:
             return found
-        return Graphs(functools.partial(self._forward, buffers), functools.partial(self._draw, buffers))
+        return self._calls(buffers)
+
+    def _calls(self, buffers: StepBuffers) -> Graphs:
+        draw = _nothing if self._draw is None else functools.partial(self._draw, buffers)
+        return Graphs(functools.partial(self._forward, buffers), draw)
 
     def head(self, rows: Sequence[int] | None = None) -> None:
         """Compute the logits of these tokens of the last step, `max_batch_size` at most; None: its own."""

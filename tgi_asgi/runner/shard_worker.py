@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 
 _PR_SET_PDEATHSIG = 1
@@ -33,7 +34,12 @@ def main(pipe: int) -> int:
         connection.send(f"shard {job.rank}: {error}")
         return 1
     connection.send(None)
-    follow()
+    try:
+        follow()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # what it leaves may wait for devices, and the first shard waits for its end
     return 0
 
 
