@@ -98,12 +98,21 @@ def _case(**changes: Any) -> FamilyCase:
 
 QUANTISED = [
     # Of 256 columns a block: those of four heads, which are a KV head's, and a third of the MLP's.
-    ("Q4_K", _case(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768)),
-    ("Q8_0", _case(hidden_size=192, num_attention_heads=6, num_key_value_heads=3)),
+    pytest.param(
+        "Q4_K",
+        _case(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768),
+        id="Q4_K",
+    ),
+    pytest.param(
+        "Q8_0",
+        _case(hidden_size=192, num_attention_heads=6, num_key_value_heads=3),
+        id="Q8_0",
+        marks=pytest.mark.models,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("format", "case"), QUANTISED, ids=[format for format, *_ in QUANTISED])
+@pytest.mark.parametrize(("format", "case"), QUANTISED)
 async def test_shards_of_quantised_weights_write_what_one_does(
     format: str, case: FamilyCase, tmp_path: Path
 ) -> None:
