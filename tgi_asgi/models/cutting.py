@@ -53,7 +53,7 @@ def linear_of(
     elif name == "mlp.down_proj":
         part = cut.inner
     else:
-        raise ModelLoadError(f"--num-shard: it is not known how to cut {name}: leave it out")
+        raise ModelLoadError(f"it is not known how {name} is cut for several shards: leave --num-shard out")
     return ops.linear_weight(
         source.columns(part.start, part.stop),
         arithmetic,

@@ -6,10 +6,10 @@ CUDA devices, which graphs hold as they hold kernels; gloo's where these are emu
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _kernels: Any = torch.ops.tgi_cuda
 _TIMEOUT = timedelta(minutes=2)  # of collectives outside of graphs
@@ -93,11 +95,13 @@ class DeviceGroup:
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:
-    """Wait so long for a call, which may never return; what it raises has no one to go to."""
+    """Wait so long for a call, which may never return; what it raises is told in the log alone."""
 
     def run() -> None:
-        with suppress(Exception):
+        try:
             call()
+        except Exception:
+            logger.warning("the group of shards did not end as it should", exc_info=True)
 
     thread = threading.Thread(target=run, name="tgi-group", daemon=True)
     thread.start()
