@@ -109,6 +109,29 @@ def _flashinfer(q: Tensor, sets: list[tuple[Tensor, Tensor]], context: int) -> C
     return in_turn([functools.partial(lambda pool: wrapper().run(q, pool), pool) for _, pool in sets])
 
 
+def _flashinfer_prefill(q: Tensor, sets: list[tuple[Tensor, Tensor]]) -> Call:
+    """Return FlashInfer's attention of one prompt on the same pools, as `_flashinfer` that of decodes."""
+    table, kv = sets[0]
+
+    @functools.cache
+    def wrapper() -> Any:
+        import flashinfer
+
+        made = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND"
+        )
+        of_query = torch.tensor([0, len(q)], dtype=torch.int32)  # on the host, where the plan is made
+        of_pages = torch.tensor([0, table.numel()], dtype=torch.int32)
+        last = torch.tensor([(len(q) - 1) % BLOCK + 1], dtype=torch.int32)
+        made.plan(
+            of_query, of_pages, table.flatten(), last, HEADS, KV_HEADS, HEAD_DIM, BLOCK, causal=True,
+            q_data_type=q.dtype, kv_data_type=kv.dtype,
+        )  # fmt: skip
+        return made
+
+    return in_turn([functools.partial(lambda pool: wrapper().run(q, pool), pool) for _, pool in sets])
+
+
 def _sdpa(q: Tensor, sets: list[tuple[Tensor, Tensor]], *, is_causal: bool) -> dict[str, Call]:
     """Return torch's own attention by each backend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -140,6 +163,7 @@ def _prefill(tokens: int) -> Measurement:
 
     flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # of the lower triangle, both products
     peers = _sdpa(turned, _plain_sets(len(sets), 1, tokens), is_causal=True)
+    peers["FlashInfer"] = _flashinfer_prefill(q, sets)
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
     return "attention_prefill", f"{tokens} causal", flops, "bf16", calls, peers
 
