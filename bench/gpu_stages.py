@@ -5,6 +5,7 @@ Those that run whole models are in gpu_runs.py. What a stage reports is in its f
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -200,6 +201,8 @@ def main(name: str, path: str) -> None:
 
         stages = {stage.__name__: stage for stage in (*gpu_runs.STAGES, *gpu_served.STAGES)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # so that what it started ends, too
+    if name != "build":
+        importlib.import_module("tgi_asgi._cuda")  # has torch know its operators
     with open(path, "a", buffering=1) as file:
         stages[name](lambda key, value: print(json.dumps([key, value]), file=file))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from bench import gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
+from bench import gpu, gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
 from bench.gpu_model import StepKind
 from bench.gpu_timing import Timing
 from tests.cuda import cases, emulated_ops
@@ -171,6 +173,29 @@ def test_transformers_is_timed_with_a_static_cache(emulation: None, monkeypatch:
     rows: list[dict[str, object]] = []
     gpu_runs.time_transformers(config, lambda key, row: rows.append(row), (2,))
     assert [(row["compiled"], row["tokens_per_s"]) for row in rows] == [(False, 400000), (True, 400000)]
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in gpu.STAGES])
+def test_every_stage_but_the_first_begins_with_the_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    began: list[str] = []
+
+    def stage(report: object) -> None:
+        began.append(name)
+
+    stage.__name__ = name
+    for module in (gpu_stages, gpu_runs, gpu_served):
+        monkeypatch.setattr(module, "STAGES", (stage,))
+    monkeypatch.setattr(gpu_stages, "signal", Mock())  # the test's process keeps its own handlers
+    monkeypatch.setitem(sys.modules, "tgi_asgi._cuda", None)  # as before it is built
+    if name == "build":
+        gpu_stages.main(name, str(tmp_path / "report"))
+        assert began == [name]
+    else:
+        with pytest.raises(ModuleNotFoundError, match="_cuda"):
+            gpu_stages.main(name, str(tmp_path / "report"))
+        assert began == []
 
 
 def test_checks_say_how_near_each_operator_came_to_its_limit(
