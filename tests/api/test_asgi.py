@@ -50,6 +50,19 @@ async def test_a_body_in_pieces_is_put_together() -> None:
     assert (await send(small_app(), call)).status == 200
 
 
+async def test_a_client_that_waits_for_the_answer_before_it_sends_the_rest_gets_it() -> None:
+    """So do those that send `Expect: 100-continue`."""
+    call = request("POST", CHAT, headers={"content-length": "100000000"}, chunks=[])
+    async with asyncio.timeout(4):
+        await send(small_app(), call)
+    assert call.status == 413
+
+
+@pytest.mark.parametrize("path", ["//v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions//"])
+async def test_of_several_slashes_one_counts(path: str) -> None:
+    assert (await send(small_app(), request("POST", path, HI))).status == 200
+
+
 async def test_a_client_that_leaves_while_it_sends_gets_nothing() -> None:
     call = request("POST", CHAT, chunks=[])
     call.gone.set()

@@ -50,6 +50,15 @@ async def post(body: dict[str, Any], script: Script | None = None) -> tuple[int,
     return answer.status_code, events
 
 
+@pytest.mark.parametrize(("method", "status"), [("GET", 405), ("POST", 401)])
+async def test_what_never_reaches_the_handler_has_the_request_s_id_too(method: str, status: int) -> None:
+    keys = ("right",) if status == 401 else ()
+    async with client_of(app_of(ScriptedEngine(), Settings(api_key=keys))) as client:
+        answer = await client.request(method, "/v1/messages", json={})
+    assert answer.status_code == status
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
 async def test_a_whole_message_through_the_sdk() -> None:
     async with sdk(say("Hel", "lo")) as client:
         message = await client.messages.create(model="m", messages=HI, max_tokens=50, system="Be brief.")
@@ -168,6 +177,8 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": "tool", "name": "absent"}}, "tool_choice"),
         ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"temperature": 3}, "temperature"),
         ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),

@@ -169,6 +169,13 @@ async def test_an_unknown_path_is_a_not_found_error_that_says_add_v1() -> None:
             await wrong.chat.completions.create(model="tgi", messages=SYSTEM_AND_USER)
 
 
+async def test_a_base_url_that_names_v1_twice_is_told_so() -> None:
+    async with sdk() as client:
+        wrong = client.with_options(base_url=f"{str(client.base_url).rstrip('/')}/v1")
+        with pytest.raises(openai.NotFoundError, match="Take /v1 from the base URL"):
+            await wrong.chat.completions.create(model="tgi", messages=SYSTEM_AND_USER)
+
+
 @pytest.mark.parametrize("error", [GenerationFailed("bad logits"), Overloaded()])
 async def test_an_error_after_tokens_raises_with_its_message(error: TgiError) -> None:
     texts = []

@@ -145,6 +145,20 @@ def test_calls_that_must_be_made_are_made_with_valid_arguments(client: OpenAI, c
     assert arguments[0] == arguments[1]
 
 
+def test_a_model_that_was_not_trained_for_tools_is_held_to_one_call(client: OpenAI) -> None:
+    """It repeats itself for as long as it is only let make calls."""
+    options: dict[str, Any] = {
+        "model": "tgi", "messages": ASK, "tools": TOOLS, "tool_choice": "required", "max_tokens": 400,
+        "temperature": 0,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**options).choices[0]
+    with client.chat.completions.stream(**options) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    for one in (whole, streamed):
+        assert one.finish_reason == "tool_calls"
+        assert one.message.tool_calls is not None and len(one.message.tool_calls) == 1
+
+
 def test_a_loop_over_tools_comes_to_its_end(client: OpenAI) -> None:
     messages = list(ASK)
     for turn in range(2):

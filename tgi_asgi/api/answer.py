@@ -28,6 +28,7 @@ from tgi_asgi.text.tools import (
     channels_of,
     choose_format,
     harmony,
+    recognised_format,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
@@ -57,9 +58,15 @@ class AnswerForm:
         if self._has_channels:
             self._is_open = harmony.is_open(prompt_tail)
         self._format: ToolFormat | None = None
+        self._is_parallel = False
         if job.tools is not None:
             known = served.chat_template.tool_source if served.chat_template is not None else ""
-            self._format = choose_format(known, None if wanted_calls == harmony.NAME else wanted_calls)
+            wanted_calls = None if wanted_calls == harmony.NAME else wanted_calls
+            self._format = choose_format(known, wanted_calls)
+            # A model that knows no format does not know when it has called enough either: held to calls,
+            # it repeats them until `max_tokens`.
+            is_known = wanted_calls is not None or self._has_channels or recognised_format(known) is not None
+            self._is_parallel = job.tools.is_parallel and (is_known or not job.tools.must_call)
 
     def grammar_source(self) -> GrammarSource:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.
@@ -75,7 +82,7 @@ class AnswerForm:
         if content is not None and job.tools is None and is_plain:
             return content
         if job.tools is not None and self._format is not None:
-            use = ToolUse(self._format, job.tools.specs, job.tools.must_call, job.tools.is_parallel)
+            use = ToolUse(self._format, job.tools.specs, job.tools.must_call, self._is_parallel)
         source = (
             harmony_grammar(content, use, self._mark, is_reasoning_open=self._is_open)
             if self._has_channels

@@ -25,6 +25,7 @@ JSON = b"application/json"
 BODY_TIMEOUT_S = 60.0  # a client that trickles its body holds a connection, nothing else
 _DRAIN_BYTES = 32 * MIB
 _DRAIN_TIMEOUT_S = 5.0
+_DRAIN_IDLE_S = 0.5  # a client that sends nothing waits for the answer, or for `100 Continue`
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a blank would forge a field of the log
 
 
@@ -100,15 +101,18 @@ async def read_body(
 
 
 async def drain(parts: AsyncIterator[bytes]) -> None:
-    """Throw away what is left of a request's body, up to 32 MiB or 5 seconds.
+    """Throw away what is left of a request's body: 32 MiB, for 5 seconds, as long as some comes.
 
     Raises:
         ClientDisconnected: the client went away first.
     """
-    size = 0
+    size, now = 0, asyncio.get_running_loop().time
+    ends_s = now() + _DRAIN_TIMEOUT_S
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+        async with asyncio.timeout(None) as limit:
+            limit.reschedule(now() + _DRAIN_IDLE_S)
             async for part in parts:
                 size += len(part)
                 if size >= _DRAIN_BYTES:
                     return
+                limit.reschedule(min(ends_s, now() + _DRAIN_IDLE_S))

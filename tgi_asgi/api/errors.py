@@ -80,6 +80,7 @@ class Dialect:
         status, envelope: of an error.
         names: what the API calls a field that `Call` has another name for, by the latter.
         nests_tools: a tool's fields lie under its `function`.
+        request_id_header: where its clients look for the request's id, besides `x-request-id`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Dialect:
     names: Mapping[str, str] = field(default_factory=dict)
     nests_tools: bool = False
     is_json_only: bool = False  # a body must be declared to be JSON
+    request_id_header: bytes | None = None
 
     def spell(self, path: Field) -> str:
         """Return a field as the API's clients write it: `tools[2].function.name`."""

@@ -6,6 +6,7 @@ The rows themselves are in `table.py`.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from tgi_asgi.errors import MethodNotAllowed, NotFound
 Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
+_SLASHES = re.compile("//+")
 _EXCHANGE = "tgi_asgi.exchange"  # the scope's key under which endpoints find theirs
 
 
@@ -95,6 +97,8 @@ class RouteTable:
         row, hint = self._row_in(folder), ""
         if row is None and (row := self._row_in(f"/v1{folder}")):
             hint = f". Add /v1 to the base URL: /v1{exchange.path}"
+        elif exchange.path.startswith("/v1/v1/"):
+            hint = f". Take /v1 from the base URL: {exchange.path[3:]}"
         dialect = row.dialect if row is not None else NATIVE
         exchange.dialect = _spoken(dialect, exchange)
         self._check(exchange)  # a wrong key is not told whether the path exists
@@ -116,7 +120,9 @@ class _Endpoint:
         exchange: Exchange = scope.pop(_EXCHANGE)  # which has the scope: a cycle would keep both
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
-        exchange.dialect = _spoken(any_row.dialect, exchange)
+        exchange.dialect = dialect = _spoken(any_row.dialect, exchange)
+        if dialect.request_id_header is not None:
+            exchange.response_headers.append((dialect.request_id_header, exchange.request_id.encode("ascii")))
         exchange.route = row
         self._check(exchange)
         if row is None:
@@ -136,9 +142,10 @@ def _spoken(dialect: Dialect, exchange: Exchange) -> Dialect:
 def path_of(target: str) -> str:
     """Return the path that a request's target names: without slashes at its end, nor scheme and host.
 
-    Clients of proxies send these (RFC 9112, section 3.2.2).
+    Clients of proxies send these (RFC 9112, section 3.2.2). Of several slashes one counts: clients put them
+    between a base URL that ends with one and their path.
     """
     if not target.startswith("/"):
         _, scheme_ends, rest = target.partition("://")
         target = "/" + rest.partition("/")[2] if scheme_ends else target
-    return target.rstrip("/") or "/"
+    return _SLASHES.sub("/", target).rstrip("/") or "/"

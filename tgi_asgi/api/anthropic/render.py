@@ -36,7 +36,7 @@ def _envelope(error: BaseException) -> dict[str, Any]:
     return {"type": "error", "error": described}
 
 
-ANTHROPIC = Dialect("anthropic", _envelope, names={"prompt": "messages"})
+ANTHROPIC = Dialect("anthropic", _envelope, names={"prompt": "messages"}, request_id_header=b"request-id")
 
 
 class MessageRenderer(Renderer):

@@ -97,7 +97,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         room=Room.CLIPPED,  # agents ask for what they would take from the largest models
         stop=stops,
         constraint=_constraint(request),
-        tools=_choice(request.tool_choice, tools),
+        tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
     )
     return Call(jobs=[job], render=MessageRenderer, model=request.model, stream=bool(request.stream))
 
@@ -226,14 +226,14 @@ def read_tools(request: CountRequest) -> list[Tool]:
     return tools
 
 
-def _choice(given: dict[str, Any] | None, tools: list[Tool]) -> ToolChoice | None:
+def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
     """Return what the model may call; nothing where only tools that were skipped were offered."""
     given = given or {"type": "auto"}
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
         refuse("tool_choice.type", "`tool_choice.type` must be auto, any, tool or none")
     names = [string_of(given, "name", "tool_choice")] if mode == "named" else None
-    if not tools:
+    if num_offered and not tools:
         return None
     return choose(tools, mode, names, is_parallel=not given.get("disable_parallel_tool_use"))
 

@@ -16,7 +16,7 @@ from tgi_asgi.api.anthropic.request import (
     read_tools,
 )
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler, WithImages, counted, counting, generating
+from tgi_asgi.api.life import WithImages, counted, counting, generating
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.routes import Route
@@ -27,24 +27,14 @@ def rows() -> list[Route]:
     row = partial(Route, "POST", tag="Anthropic", dialect=ANTHROPIC)
     return [
         row(
-            "/v1/messages", _named(generating(parse_messages)), "Anthropic's messages",
+            "/v1/messages", generating(parse_messages), "Anthropic's messages",
             requests=(MessagesRequest,), generates=True, event=str,
         ),
         row(
-            "/v1/messages/count_tokens", _named(counting(_count)), "Length of a prompt",
+            "/v1/messages/count_tokens", counting(_count), "Length of a prompt",
             requests=(CountRequest,),
         ),
     ]  # fmt: skip
-
-
-def _named(handle: Handler) -> Handler:
-    """Give answers the request's id under Anthropic's name for it, too."""
-
-    async def named(exchange: Exchange) -> None:
-        exchange.response_headers.append((b"request-id", exchange.request_id.encode("ascii")))
-        await handle(exchange)
-
-    return named
 
 
 def _count(body: bytes, exchange: Exchange) -> bytes | WithImages:
