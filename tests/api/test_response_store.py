@@ -319,3 +319,43 @@ def test_no_tenant_takes_the_place_of_anothers_answers() -> None:
         assert store.find("mine", "alice") is not None
         kept = [store.find(f"{i}", "bob") is not None for i in range(10)]
         assert kept == [False] * 7 + [True] * 3
+
+
+async def test_the_sdk_pages_through_what_a_response_answers() -> None:
+    async with sdk(app_of(ScriptedEngine(say("yes")), Settings(api_key=("a", "b"))), "a") as client:
+        first = await client.responses.create(model="m", input="one")
+        texts: list[Any] = [{"role": "user", "content": f"no. {i}", "x": 10**30} for i in range(3)]
+        second = await client.responses.create(model="m", input=texts, previous_response_id=first.id)
+        orders: list[Any] = [("asc", 1), ("desc", -1)]
+        for order, wanted in orders:
+            pages = await client.responses.input_items.list(second.id, limit=2, order=order)
+            found: list[Any] = [item async for item in pages]
+            said = ["one", "yes", "no. 0", "no. 1", "no. 2"][::wanted]
+            assert [item.content[0].text for item in found] == said
+            assert len({item.id for item in found}) == 5
+        with pytest.raises(openai.NotFoundError):
+            await client.with_options(api_key="b").responses.input_items.list(second.id)
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=٣", "order=up", "after=none"])
+async def test_a_page_that_cannot_be_is_refused(query: str) -> None:
+    app = app_of(ScriptedEngine(say("yes")))
+    made = await respond(app, "hi")
+    async with client_of(app) as client:
+        answer = await client.get(f"/v1/responses/{made['id']}/input_items?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == query.partition("=")[0]
+
+
+async def test_the_tokens_of_an_input_are_those_that_its_answer_counts() -> None:
+    app = app_of(ScriptedEngine(say("yes")))
+    made = await respond(app, "hi")
+    body = {"input": "and now?", "previous_response_id": made["id"], "tools": TOOLS}
+    async with client_of(app) as client:
+        counted = await client.post("/v1/responses/input_tokens", json=body)
+        refused = await client.post("/v1/responses/input_tokens", json={"input": 5})
+    whole = await respond(app, body.pop("input"), **body)
+    assert counted.json() == {
+        "object": "response.input_tokens", "input_tokens": whole["usage"]["input_tokens"],
+    }  # fmt: skip
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "input"

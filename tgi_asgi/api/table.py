@@ -9,7 +9,7 @@ from tgi_asgi.api import docs
 from tgi_asgi.api.admin import adapters, control, status
 from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
-from tgi_asgi.api.life import Parse, generating
+from tgi_asgi.api.life import Parse, counting, generating
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
@@ -68,11 +68,16 @@ def _openai() -> list[Route]:
         pooled("/v1/embeddings", pooling(parse_embeddings), "Embeddings", requests=(EmbeddingRequest,)),
         pooled("/v1/score", pooling(parse_score), "Score pairs of texts: vLLM", requests=(ScoreRequest,)),
         pooled("/score", pooling(parse_score), "The same", requests=(ScoreRequest,)),
+        row(
+            "POST", "/v1/responses/input_tokens", counting(responses.count_input), "Length of a prompt",
+            dialect=RESPONSES, requests=(ResponsesRequest,),
+        ),
+        row("GET", "/v1/responses/{response}/input_items", responses.list_input, "What a response answers"),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
         row("GET", "/v1/models", status.list_models, "List the served model"),
         row("GET", "/v1/models/{model:path}", status.retrieve_model, "Describe a served model"),
-    ]
+    ]  # fmt: skip
 
 
 def _server() -> list[Route]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 import orjson
@@ -14,6 +16,7 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
+from tgi_asgi.api.life import WithImages, counted
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
@@ -24,12 +27,14 @@ from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
 
 RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # and of any length and shape
+_MAX_PAGE = 100  # items of a list, as OpenAI has it
 MAX_ECHOED_BYTES = MIB  # of these together: a stream says them three times
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
@@ -61,7 +66,7 @@ def _call(
     wants_logprobs = "message.output_text.logprobs" in (request.include or ())
     if (request.top_logprobs or 0) > most:
         refuse_field("top_logprobs", f"must be at most {most}")
-    earlier = [item for said in history for item in decode_json(said, response_input.ITEMS)]
+    earlier = _items(history)
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
     images = context.ready().new_images()
@@ -113,6 +118,52 @@ async def retrieve(exchange: Exchange) -> None:
     await exchange.respond(200, _stored(exchange).body)
 
 
+async def list_input(exchange: Exchange) -> None:
+    """Answer with a page of the items that a kept response was made from, those of earlier ones included."""
+    stored = _stored(exchange)
+    exchange.is_large |= sum(map(len, stored.history)) > LARGE_BODY
+    await exchange.respond(200, await exchange.work(_page, stored, exchange.scope["query_string"]))
+
+
+def _page(stored: StoredResponse, query_string: bytes) -> bytes:
+    """Return the items that a query asks for: `limit` of them, in `order`, behind the one called `after`."""
+    query = {name: values[-1] for name, values in parse_qs(query_string.decode("latin-1")).items()}
+    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+    if not (re.fullmatch("[0-9]{1,3}", limit) and 1 <= int(limit) <= _MAX_PAGE):
+        refuse_field("limit", f"must be 1 to {_MAX_PAGE}, got {limit[:40]!r}")
+    if order not in ("asc", "desc"):
+        refuse_field("order", f"must be asc or desc, got {order[:40]!r}")
+    said = stored.history[: len(stored.history) - len(stored.items)]
+    items = [_listed(item, stored.id, i) for i, item in enumerate(_items(said))]
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        places = [i for i, item in enumerate(items, 1) if item["id"] == after]
+        if not places:
+            refuse_field("after", "names no item of the response's input")
+        items = items[places[0] :]
+    page = items[: int(limit)]
+    first_id, last_id = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    has_more = len(items) > len(page)
+    return msgspec.json.encode(  # integers may be of any size, which orjson refuses
+        {"object": "list", "data": page, "first_id": first_id, "last_id": last_id, "has_more": has_more}
+    )
+
+
+def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
+    """Return how many tokens a response's prompt would have; the route is `counting(count_input)`."""
+    [job] = parse_response(body, exchange)().jobs
+    context, chat = exchange.context, job.prompt
+    assert isinstance(chat, Conversation), "a response's prompt is a conversation"
+    served = context.ready()
+
+    def count() -> bytes:
+        prompt = chat_prompt(chat, served, context.settings, is_bounded=False)
+        return orjson.dumps({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
+
+    return counted(chat.images, count)
+
+
 async def delete(exchange: Exchange) -> None:
     """Forget a response that is kept."""
     stored = _stored(exchange)
@@ -127,6 +178,21 @@ def _stored(exchange: Exchange) -> StoredResponse:
         message = f"Response with id '{response_id[:80]}' not found."
         raise NotFound(message, param="id", code="response_not_found")
     return stored
+
+
+def _items(said: Sequence[bytes]) -> list[dict[str, Any]]:
+    return [item for part in said for item in decode_json(part, response_input.ITEMS)]
+
+
+def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any]:
+    """Return an item of the input with all that lists of them have: an id, a type, content in parts."""
+    kind, content = item.get("type") or "message", item.get("content")
+    if isinstance(content, str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        item = {**item, "content": [{"type": part, "text": content}]}
+    own_id = item.get("id") if isinstance(item.get("id"), str) else None
+    prefix = "msg" if kind == "message" else "item"
+    return {**item, "type": kind, "id": own_id or f"{prefix}_{response_id.removeprefix('resp_')}_{index}"}
 
 
 def _check(request: ResponsesRequest) -> None:
