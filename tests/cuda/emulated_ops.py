@@ -23,19 +23,21 @@ _BINDINGS = Path(__file__).parents[2] / "csrc" / "bindings" / "cuda" / "library.
 
 @functools.cache
 def register() -> None:
-    """Define the operators, once a process; where the extension has them they are left alone."""
-    if "attention_plan" in dir(torch.ops.tgi_cuda) or hasattr(torch.ops.tgi_cuda, "attention_plan"):
-        return
+    """Define the operators, once a process; where the extension was built and has them, for CPUs alone."""
+    is_built = hasattr(torch.ops.tgi_cuda, "attention_plan")
     device = Device(library.build())
     device.library.emu_allow_host(True)
-    definitions = torch.library.Library("tgi_cuda", "DEF")
+    operators = torch.library.Library("tgi_cuda", "IMPL" if is_built else "DEF")
     for schema in schemas():
         name = schema.partition("(")[0]
-        definitions.define(schema)
-        implementation = _IMPLEMENTATIONS[name]
-        definitions.impl(name, functools.partial(implementation, device), _KEYS.get(name, "CPU"))
-    _KEPT.append(definitions)
-    program.install()
+        key = _KEYS.get(name, "CPU")
+        if not is_built:
+            operators.define(schema)
+        if not is_built or key == "CPU":
+            operators.impl(name, functools.partial(_IMPLEMENTATIONS[name], device), key)
+    _KEPT.append(operators)
+    if not is_built:
+        program.install()
 
 
 _KEPT: list[Any] = []  # a library that is collected takes its operators along

@@ -107,7 +107,7 @@ def float8_tensors(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor
     else:
         scales = torch.rand(rows, 1) * 0.01 + 0.001 if kind == "row" else torch.tensor([0.004])
         spread = scales.expand(rows, columns)
-    codes = (weight / spread).to(torch.float8_e4m3fn)
+    codes = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond: NaN before torch 2.13
     name = "weight_scale_inv" if kind == "block" else "weight_scale"
     return {"weight": codes, name: scales}, codes.float() * spread
 
