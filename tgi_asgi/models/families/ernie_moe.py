@@ -16,7 +16,7 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
     """Read ERNIE's; biases of its MLPs are those of dense layers and shared experts, too."""
     reader.defaults(
         rms_norm_eps=1e-5, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
-        moe_num_shared_experts=2, tie_word_embeddings=True,
+        moe_num_shared_experts=2, rope_theta=500000.0, tie_word_embeddings=True,
     )  # fmt: skip
     sizes = read_sizes(reader)
     qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")

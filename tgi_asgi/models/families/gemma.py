@@ -31,7 +31,9 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's: every other layer has a window, scores and logits are capped."""
-    reader.defaults(sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    reader.defaults(
+        num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+    )  # fmt: skip
     common = _read_common(reader)
     window = reader.integer("sliding_window", 4096) or None
     layers = read_layers(
@@ -47,7 +49,7 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's: layers with a window have a rotary embedding of their own."""
-    reader.defaults(sliding_window=4096)
+    reader.defaults(num_key_value_heads=4, sliding_window=4096)
     common = _read_common(reader)
     window = reader.integer("sliding_window", 0) or None
     slides = [window is not None and each for each in read_sliding(reader, 6)]

@@ -23,7 +23,9 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Phi's; llama.cpp routes by softmax, and keeps no number of the mixer: its usual one stands."""
-    reader.defaults(rms_norm_eps=1e-5, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8)
+    reader.defaults(
+        rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
+    )  # fmt: skip
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(
