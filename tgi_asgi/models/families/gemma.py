@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import SandwichLayer
@@ -23,7 +23,9 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 1's, whose first files say gelu and mean its tanh form."""
     for key in ("hidden_act", "hidden_activation"):
         known = reader.get(key) in (None, "gelu", "gelu_pytorch_tanh")
-        check(known, f"{key} {str(reader.get(key))[:100]!r} is not supported, only gelu_pytorch_tanh is")
+        check_computed(
+            known, f"{key} {str(reader.get(key))[:100]!r} is not supported, only gelu_pytorch_tanh is"
+        )
     reader = reader.without("hidden_act", "hidden_activation")
     common = _read_common(reader)
     return ModelConfig(architecture=architecture, layers=read_layers(reader, common), **common)
@@ -31,6 +33,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's: every other layer has a window, scores and logits are capped."""
+    reader.pass_over("hidden_act")
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
     )  # fmt: skip
@@ -49,7 +52,12 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's: layers with a window have a rotary embedding of their own."""
+    reader.pass_over("hidden_act")
     reader.defaults(num_key_value_heads=4, sliding_window=4096)
+    check_computed(
+        not reader.number("attn_logit_softcapping", 0.0),
+        "attn_logit_softcapping is given, which the code of Gemma 3 passes over",
+    )
     common = _read_common(reader)
     window = reader.integer("sliding_window", 0) or None
     slides = [window is not None and each for each in read_sliding(reader, 6)]
@@ -60,7 +68,6 @@ def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
         windows=[window if each else None for each in slides],
         ropes=[ropes[each] for each in slides],
         scale=_read_scale(reader, "gemma3", common),
-        soft_cap=reader.number("attn_logit_softcapping", 0.0) or None,
     )
     cap = reader.number("final_logit_softcapping", 0.0)
     return ModelConfig(architecture=architecture, layers=layers, logits_cap=cap, has_qk_norm=True, **common)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
@@ -23,7 +23,7 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)
-    layers = read_layers(reader, sizes)
+    layers = read_layers(reader, sizes, turns_part=True)
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, read_corrected(reader), behind_dense(reader)),
@@ -44,7 +44,9 @@ def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     where = [index >= first for index in range(num_layers(reader))]
     layers = read_layers(reader, sizes, windows=read_windows(reader, where))
     experts = read_corrected(reader)
-    check(reader.is_gguf or experts.shared_size > 0, "dots.llm1 without shared experts is not supported")
+    check_computed(
+        reader.is_gguf or experts.shared_size > 0, "dots.llm1 without shared experts is not supported"
+    )
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, behind_dense(reader)),
