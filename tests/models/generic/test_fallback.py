@@ -42,7 +42,7 @@ def test_a_variant_that_no_family_has_is_computed_by_transformers(
     checkpoint: Checkpoint, tmp_path: Path, kind: str, key: str, value: object
 ) -> None:
     files = changed(checkpoint(kind), tmp_path, **{key: value})
-    with pytest.raises(NotInFamily, match="partial_rotary_factor|softcapping|not supported|2 experts"):
+    with pytest.raises(NotInFamily, match=r"partial_rotary_factor|softcapping|not supported|2 experts"):
         OpenModel(files, model_impl="native")
     with OpenModel(files, model_impl="auto") as opened:
         assert opened.is_generic and opened.why_generic
@@ -65,5 +65,5 @@ def test_keys_that_a_class_does_not_have_do_not_count(checkpoint: Checkpoint, tm
 def test_where_neither_can_both_reasons_are_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
     values = {"partial_rotary_factor": 0.5, "hidden_size": 65}
     files = changed(checkpoint("llama"), tmp_path, **values)
-    with pytest.raises(ModelLoadError, match="whole heads turn.*; and transformers' code: "):
+    with pytest.raises(ModelLoadError, match=r"whole heads turn.*; and transformers' code: "):
         OpenModel(files, model_impl="auto")
