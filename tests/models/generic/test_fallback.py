@@ -15,7 +15,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.open import OpenModel, is_native
 
 Checkpoint = Callable[[str], Path]
 
@@ -67,3 +67,9 @@ def test_where_neither_can_both_reasons_are_told(checkpoint: Checkpoint, tmp_pat
     files = changed(checkpoint("llama"), tmp_path, **values)
     with pytest.raises(ModelLoadError, match=r"whole heads turn.*; and transformers' code: "):
         OpenModel(files, model_impl="auto")
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3Model", "Gemma3ForSequenceClassification"])
+def test_gemma_3_with_eyes_is_not_its_text_model(architecture: str) -> None:
+    assert is_native({"architectures": [architecture], "hidden_size": 64})
+    assert not is_native({"architectures": [architecture], "text_config": {"hidden_size": 64}})

@@ -6,6 +6,7 @@ Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.1
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.models.config import ModelConfig, check, check_computed
@@ -109,8 +110,14 @@ _NAMES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 
+
+def _is_text(config: Mapping[str, Any]) -> bool:
+    """Tell a text model from one that sees, whose `Gemma3Model` has the text's configuration in a part."""
+    return "text_config" not in config
+
+
 FAMILIES = (
     Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
     Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
-    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES, computes=_is_text),
 )
