@@ -196,3 +196,7 @@ class RequestAborted(IncompleteGeneration):
 
 class ModelLoadError(TgiError, error_type="model_load", failure="generation"):
     """Raised at start-up when the model cannot be found, read or run; the message says what to change."""
+
+
+class NotInFamily(ModelLoadError):
+    """Raised where a family of ours does not compute what a configuration says; `transformers` may."""

@@ -241,7 +241,8 @@ def test_gguf_biases_and_head_show_by_their_tensors() -> None:
 
 
 def test_part_of_a_head_may_turn() -> None:
-    assert rope_of(of_json({**JSON, "partial_rotary_factor": 0.5})).dim == 32
+    partly = {**JSON, "architectures": ["GlmForCausalLM"], "head_dim": 64, "partial_rotary_factor": 0.5}
+    assert rope_of(of_json(partly)).dim == 32
     assert rope_of(of_gguf({**GGUF, "llama.rope.dimension_count": 32}, frozenset())).dim == 32
 
 
@@ -309,7 +310,11 @@ def test_part_of_a_head_may_turn() -> None:
         ),
         ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be in"),
-        ({"partial_rotary_factor": 0.02}, "the rotary size must be even"),
+        ({"partial_rotary_factor": 0.5}, "whole heads turn in this architecture"),
+        (
+            {"architectures": ["GlmForCausalLM"], "partial_rotary_factor": 0.01},
+            "the rotary size must be even",
+        ),
     ],
 )
 def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: str) -> None:

@@ -57,6 +57,7 @@ RULES: dict[type[TgiError], Rule] = {
     errors.IncompleteGeneration: Rule(500, "", 500, "server_error", "incomplete_generation"),
     errors.RequestAborted: Rule(500, "", 500, "server_error", "request_aborted"),
     errors.ModelLoadError: Rule(503, "", 503, "server_error", "model_load_failed"),
+    errors.NotInFamily: Rule(503, "", 503, "server_error", "model_load_failed"),
 }
 _INTERNAL = Rule(500, "", 500, "server_error", "internal_error")
 _INTERNAL_MESSAGE = "Internal server error"

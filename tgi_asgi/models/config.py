@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Protocol
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
@@ -244,7 +244,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            check(
+            refuse = check_computed if name == "head_dim" else check  # a limit of our kernels
+            refuse(
                 type(value) is int and low <= value <= high,
                 f"{name} must be an integer in {low}..{high}, got {value!r}",
             )
@@ -256,7 +257,7 @@ class ModelConfig:
             self.clip is None or 0 < self.clip < math.inf,
             f"what q, k and v are cut to must be positive, got {self.clip!r}",
         )
-        check(not self.has_gate or self.activation != "xielu", "xielu is of MLPs without a gate")
+        check_computed(not self.has_gate or self.activation != "xielu", "xielu is of MLPs without a gate")
         for spec in fields(self):
             if spec.name.startswith(("has_", "is_")):
                 value = getattr(self, spec.name)
@@ -269,7 +270,7 @@ class ModelConfig:
         check(
             0 <= self.num_labels <= MAX_LABELS, f"num_labels must be 0..{MAX_LABELS}, got {self.num_labels}"
         )
-        check(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        check_computed(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
         for layer in set(self.layers):
             self._check_layer(layer)
 
@@ -304,7 +305,7 @@ class ModelConfig:
             _check_factors("the factors of a layer's parts", [x for part in parts for x in astuple(part)])
         if layer.latent is not None:
             reason = layer.latent.refusal(None if layer.rope is None else layer.rope.dim)
-            check(reason is None, reason or "")
+            check_computed(reason is None, reason or "")
         rope = layer.rope
         if rope is None:
             return
@@ -409,7 +410,9 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         for name in ("num_heads", "head_dim", "num_groups", "state_size"):
             value = getattr(spec, name)
             check(1 <= value <= MAX_STATE, f"a state's {name} must be in 1..{MAX_STATE}, got {value}")
-        check(spec.head_dim % 16 == 0, f"a state's heads must be multiples of 16 wide, got {spec.head_dim}")
+        check_computed(
+            spec.head_dim % 16 == 0, f"a state's heads must be multiples of 16 wide, got {spec.head_dim}"
+        )
         check(
             spec.num_heads % spec.num_groups == 0,
             f"the groups of a state must divide its {spec.num_heads} heads, got {spec.num_groups}",
@@ -420,8 +423,8 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
     if isinstance(spec, GatedDeltaSpec):
         for name in ("num_heads", "head_dim", "num_key_heads", "key_dim"):
             value, most = getattr(spec, name), MAX_KEY_DIM if name == "key_dim" else MAX_STATE
-            check(1 <= value <= most, f"a delta net's {name} must be in 1..{most}, got {value}")
-        check(
+            check_computed(1 <= value <= most, f"a delta net's {name} must be in 1..{most}, got {value}")
+        check_computed(
             spec.head_dim % 16 == 0, f"a delta net's heads must be multiples of 16 wide, got {spec.head_dim}"
         )
         check(
@@ -469,3 +472,9 @@ def check(holds: bool, message: str) -> None:
     """Refuse a model for this reason."""
     if not holds:
         raise ModelLoadError(message)
+
+
+def check_computed(holds: bool, message: str) -> None:
+    """Refuse to compute a model by a family of ours, for this reason: the code of `transformers` may."""
+    if not holds:
+        raise NotInFamily(message)

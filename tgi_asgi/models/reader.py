@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import NotInFamily
 from tgi_asgi.models.config import check
 
 # Parts of names of config.json keys that change what a model computes.
@@ -135,6 +135,11 @@ class Reader:
             missing = {key: value for key, value in values.items() if self._own.get(key, key) == key}
             self._values = {**missing, **self._values}
 
+    def pass_over(self, *keys: str) -> None:
+        """Say of keys of a config.json, by these names, that this family's class in transformers has none."""
+        if not self.is_gguf:
+            self._values = {key: value for key, value in self._values.items() if key not in keys}
+
     def without(self, *keys: str) -> Reader:
         """Return a view that lacks keys; what it reads is noted here."""
         names = {self._name(key) for key in keys}
@@ -181,11 +186,11 @@ class Reader:
         """Refuse keys that nobody has read and that might matter.
 
         Raises:
-            ModelLoadError: there is one; the message names it.
+            NotInFamily: there is one; the message names it.
         """
         for key, value in self._values.items():
             if key not in self._read and self._matters(key, value):
-                raise ModelLoadError(
+                raise NotInFamily(
                     f"`{key}` is {str(value)[:100]}, which this server does not know for this architecture: "
                     "the model would compute something else"
                 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check
+from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check, check_computed
 from tgi_asgi.models.reader import Reader, as_float
 
 _SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
@@ -59,7 +59,9 @@ def _read_activation(reader: Reader, default: str) -> str:
     given = {key: name for key, name in names.items() if name is not None}
     for key, name in given.items():
         known = isinstance(name, str) and name in _ACTIVATIONS
-        check(known, f"{key} {str(name)[:100]!r} is not supported, only {', '.join(_ACTIVATIONS)} are")
+        check_computed(
+            known, f"{key} {str(name)[:100]!r} is not supported, only {', '.join(_ACTIVATIONS)} are"
+        )
     found = {_ACTIVATIONS[name] for name in given.values()} or {default}
     check(len(found) == 1, f"the configuration names several activation functions: {given}")
     (function,) = found
@@ -103,10 +105,15 @@ def read_layers(
     ropes: Sequence[RopeSpec] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    turns_part: bool = False,
 ) -> tuple[LayerSpec, ...]:
-    """Make the layers' specifications: one rotary embedding unless `ropes` are given, and what differs."""
+    """Make the layers' specifications: one rotary embedding unless `ropes` are given, and what differs.
+
+    turns_part: the architecture knows of a `partial_rotary_factor`.
+    """
     count = num_layers(reader)
-    ropes = [read_rope(reader, sizes["head_dim"])] * count if ropes is None else ropes
+    if ropes is None:
+        ropes = [read_rope(reader, sizes["head_dim"], turns_part=turns_part)] * count
     scale = sizes["head_dim"] ** -0.5 if scale is None else scale
     return tuple(
         LayerSpec(
@@ -125,7 +132,7 @@ def check_layer_types(kinds: object, count: int, known: Sequence[str]) -> list[s
     Raises:
         ModelLoadError: it is no list of one of `known` a layer.
     """
-    check(
+    check_computed(
         isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
         f"layer_types must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
     )
@@ -140,17 +147,17 @@ def num_layers(reader: Reader) -> int:
     return count
 
 
-def read_rope(reader: Reader, head_dim: int) -> RopeSpec:
+def read_rope(reader: Reader, head_dim: int, *, turns_part: bool = False) -> RopeSpec:
     """Read the rotary embedding: what transformers 5 has in `rope_parameters`, and 4 in several keys."""
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
         return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
     values = rope_values(reader)
-    check(
+    check_computed(
         not any(isinstance(value, dict) for value in values.values()),
         "`rope_parameters` has kinds of layers, which this server does not know for this architecture",
     )
-    return make_rope(reader, values, head_dim)
+    return make_rope(reader, values, head_dim, turns_part=turns_part)
 
 
 def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
@@ -195,11 +202,17 @@ def rope_values(reader: Reader) -> dict[str, Any]:
     return values
 
 
-def make_rope(reader: Reader, values: Mapping[str, Any], head_dim: int) -> RopeSpec:
+def make_rope(
+    reader: Reader, values: Mapping[str, Any], head_dim: int, *, turns_part: bool = False
+) -> RopeSpec:
     """Make a rotary embedding of what `rope_values` returns."""
     rope = Reader.of_json(values)
     factor = rope.number("partial_rotary_factor", 1.0)
     check(0 < factor <= 1, f"partial_rotary_factor must be in (0, 1], got {factor}")
+    check_computed(
+        turns_part or factor == 1,
+        f"partial_rotary_factor is {factor}, but whole heads turn in this architecture",
+    )
     theta = rope.number("rope_theta", 10000.0)
     context = reader.integer("max_position_embeddings")
     scaling = _scaling_of_json(rope, context)
@@ -215,7 +228,7 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
         rope.ignore(*_SCALING_NUMBERS)  # left over, and no part of anything
         return None
     kind = "longrope" if kind == "su" else kind  # as Phi-3 first called it
-    check(
+    check_computed(
         kind in _SCALINGS,
         f"rope scaling of type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}",
     )

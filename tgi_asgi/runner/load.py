@@ -112,9 +112,10 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
         if opened.is_generic and device is not None:
+            reason = f" ({opened.why_generic})" if opened.why_generic else ""
             raise ModelLoadError(
-                f"{config.architecture} is computed by transformers' code, which is served on a CPU only: "
-                'set CUDA_VISIBLE_DEVICES="" to serve it there'
+                f"{config.architecture} is computed by transformers' code{reason}, which is served on a CPU "
+                'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
             )
         if device is not None and settings.serves_adapters:
             raise ModelLoadError(
@@ -171,6 +172,8 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             shards.wait_ready()
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         if opened.is_generic:
+            if opened.why_generic:
+                logger.warning("no family of ours computes this model: %s", opened.why_generic)
             _announce(model)
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()

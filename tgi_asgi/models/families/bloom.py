@@ -8,7 +8,7 @@ from __future__ import annotations
 from tgi_asgi import ops
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
@@ -20,6 +20,7 @@ from tgi_asgi.models.reading import num_layers, read_sizes
 
 def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
     """Read BLOOM's; slopes have no end, so that its context is only what it was trained on."""
+    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),
@@ -33,7 +34,7 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
         tie_word_embeddings=True,
     )
     reader.ignore("offset_alibi", "skip_bias_add", "skip_bias_add_qkv")  # how it was trained
-    check(
+    check_computed(
         not reader.flag("apply_residual_connection_post_layernorm", False),
         "apply_residual_connection_post_layernorm is not supported",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
@@ -36,7 +36,7 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
         n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0,
         topk_method="greedy",
     )  # fmt: skip
-    check(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
+    check_computed(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
     check(not reader.flag("norm_topk_prob", False), "norm_topk_prob is not supported for softmax routing")
     method, scoring = reader.get("topk_method"), reader.get("scoring_func")
     check(

@@ -11,7 +11,9 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
     """Read ERNIE 4.5's; one key says of all products whether they have biases."""
-    reader.defaults(rms_norm_eps=1e-5, head_dim=128, rope_theta=500000.0, tie_word_embeddings=True)
+    reader.defaults(
+        rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, rope_theta=500000.0, tie_word_embeddings=True
+    )  # fmt: skip
     sizes = read_sizes(reader)
     qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
     return ModelConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
@@ -16,16 +16,18 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
     """Read ERNIE's; biases of its MLPs are those of dense layers and shared experts, too."""
     reader.defaults(
         rms_norm_eps=1e-5, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
-        moe_num_shared_experts=2, tie_word_embeddings=True,
+        moe_num_shared_experts=2, rope_theta=500000.0, tie_word_embeddings=True,
     )  # fmt: skip
     sizes = read_sizes(reader)
     qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
-    check(not mlp_bias, "ERNIE with biases is not supported")
+    check_computed(not mlp_bias, "ERNIE with biases is not supported")
     reader.ignore("shared_expert_intermediate_size")  # llama.cpp's converter writes something else
     size = reader.integer("moe_intermediate_size")
+    least = reader.number("moe_norm_min", 1e-12)
+    check_computed(0 <= least <= 1e-9, f"moe_norm_min must be in 0..1e-9, got {least}")
     experts = read_experts(
         reader, count="moe_num_experts", top_k="moe_k", has_correction=True, is_renormalised=True,
-        eps=reader.number("moe_norm_min", 1e-12),
+        eps=least,
         shared_size=size * reader.integer("moe_num_shared_experts", 0),
     )  # fmt: skip
     first = 0 if reader.is_gguf else reader.integer("moe_layer_start_index", 1)

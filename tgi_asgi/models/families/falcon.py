@@ -21,6 +21,7 @@ from tgi_asgi.models.reading import num_layers, read_layers, read_sizes
 
 def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
     """Read Falcon's: of 7B, of the "new decoder" of 40B, 180B and 11B, or of the RW models."""
+    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import HybridLayer
@@ -36,7 +36,7 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(mamba_d_ssm=1024, num_key_value_heads=8)
     reader.ignore("mlp_expansion_factor")  # what `intermediate_size` says
     sizes = read_sizes(reader, default_eps=1e-5)
-    check(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
+    check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     read = _number(reader, "attention_in_multiplier")

@@ -6,9 +6,10 @@ Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.1
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import SandwichLayer
@@ -23,7 +24,9 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 1's, whose first files say gelu and mean its tanh form."""
     for key in ("hidden_act", "hidden_activation"):
         known = reader.get(key) in (None, "gelu", "gelu_pytorch_tanh")
-        check(known, f"{key} {str(reader.get(key))[:100]!r} is not supported, only gelu_pytorch_tanh is")
+        check_computed(
+            known, f"{key} {str(reader.get(key))[:100]!r} is not supported, only gelu_pytorch_tanh is"
+        )
     reader = reader.without("hidden_act", "hidden_activation")
     common = _read_common(reader)
     return ModelConfig(architecture=architecture, layers=read_layers(reader, common), **common)
@@ -31,7 +34,10 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's: every other layer has a window, scores and logits are capped."""
-    reader.defaults(sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    reader.pass_over("hidden_act")
+    reader.defaults(
+        num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+    )  # fmt: skip
     common = _read_common(reader)
     window = reader.integer("sliding_window", 4096) or None
     layers = read_layers(
@@ -47,7 +53,12 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's: layers with a window have a rotary embedding of their own."""
-    reader.defaults(sliding_window=4096)
+    reader.pass_over("hidden_act")
+    reader.defaults(num_key_value_heads=4, sliding_window=4096)
+    check_computed(
+        not reader.number("attn_logit_softcapping", 0.0),
+        "attn_logit_softcapping is given, which the code of Gemma 3 passes over",
+    )
     common = _read_common(reader)
     window = reader.integer("sliding_window", 0) or None
     slides = [window is not None and each for each in read_sliding(reader, 6)]
@@ -58,7 +69,6 @@ def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
         windows=[window if each else None for each in slides],
         ropes=[ropes[each] for each in slides],
         scale=_read_scale(reader, "gemma3", common),
-        soft_cap=reader.number("attn_logit_softcapping", 0.0) or None,
     )
     cap = reader.number("final_logit_softcapping", 0.0)
     return ModelConfig(architecture=architecture, layers=layers, logits_cap=cap, has_qk_norm=True, **common)
@@ -100,8 +110,14 @@ _NAMES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 
+
+def _is_text(config: Mapping[str, Any]) -> bool:
+    """Tell a text model from one that sees, whose `Gemma3Model` has the text's configuration in a part."""
+    return "text_config" not in config
+
+
 FAMILIES = (
     Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
     Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
-    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES, computes=_is_text),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
@@ -13,8 +13,8 @@ from tgi_asgi.models.reading_experts import behind_dense, read_corrected, with_e
 def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read GLM 4.5's: half of each head turns; the files have a layer more, which only drafts."""
     reader.defaults(
-        rms_norm_eps=1e-5, partial_rotary_factor=0.5, num_key_value_heads=8, head_dim=128,
-        moe_intermediate_size=1408, n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
+        rms_norm_eps=1e-5, partial_rotary_factor=0.5, num_key_value_heads=8, moe_intermediate_size=1408,
+        n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
         first_k_dense_replace=1,
     )  # fmt: skip
     if reader.is_gguf:  # counts the layer that drafts
@@ -23,7 +23,7 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)
-    layers = read_layers(reader, sizes)
+    layers = read_layers(reader, sizes, turns_part=True)
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, read_corrected(reader), behind_dense(reader)),
@@ -35,7 +35,7 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     """Read dots.llm1's: norms of heads; a window from one layer on, where that is among them."""
-    reader.defaults(num_key_value_heads=32, sliding_window=4096)
+    reader.defaults(num_key_value_heads=32, sliding_window=4096, norm_topk_prob=False)
     if not reader.is_gguf:
         reader.replace("use_sliding_window", True)  # whatever the file says: the layers' kinds decide
     sizes = read_sizes(reader)
@@ -44,7 +44,9 @@ def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     where = [index >= first for index in range(num_layers(reader))]
     layers = read_layers(reader, sizes, windows=read_windows(reader, where))
     experts = read_corrected(reader)
-    check(reader.is_gguf or experts.shared_size > 0, "dots.llm1 without shared experts is not supported")
+    check_computed(
+        reader.is_gguf or experts.shared_size > 0, "dots.llm1 without shared experts is not supported"
+    )
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, behind_dense(reader)),

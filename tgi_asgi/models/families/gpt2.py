@@ -6,7 +6,7 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners, sec
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
@@ -16,6 +16,7 @@ from tgi_asgi.models.reading import num_layers, read_sizes
 
 def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-2's; some of its kin divide scores by the number of the layer, too."""
+    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
     reader.rename(
         hidden_size=("n_embd",),
         num_hidden_layers=("n_layer",),
@@ -27,7 +28,7 @@ def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
     )
     reader.defaults(intermediate_size=4 * reader.integer("hidden_size"), tie_word_embeddings=True)
     reader.ignore("reorder_and_upcast_attn", "summary_activation")
-    check(not reader.flag("add_cross_attention", False), "cross attention is not supported")
+    check_computed(not reader.flag("add_cross_attention", False), "cross attention is not supported")
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
     scale = sizes["head_dim"] ** -0.5 if reader.flag("scale_attn_weights", True) else 1.0
     by_layer = reader.flag("scale_attn_by_inverse_layer_idx", False)

@@ -6,7 +6,7 @@ Source: Black et al., GPT-NeoX-20B, arXiv 2204.06745, section 2.1.
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
@@ -16,13 +16,18 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_gpt_neox(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-NeoX's; a quarter of each head turns unless the file says otherwise."""
+    reader.pass_over("num_key_value_heads")
     reader.rename(partial_rotary_factor=("rotary_pct",), rope_theta=("rotary_emb_base",))
     reader.defaults(partial_rotary_factor=0.25)
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
+    check_computed(
+        sizes["head_dim"] * sizes["num_heads"] == sizes["hidden_size"],
+        f"head_dim is {sizes['head_dim']}, which only the rotary embedding of this architecture would have",
+    )
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_qkv", "attn_output", default=True)
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes),
+        layers=read_layers(reader, sizes, turns_part=True),
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=True,

@@ -30,7 +30,7 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     """Read gpt-oss'; every first of two layers has the window."""
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
-        rope_parameters=_YARN, use_sliding_window=True,
+        rope_parameters=_YARN, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
     )  # fmt: skip
     sizes = read_sizes(reader)
     reader.ignore("initial_context_length", "experts_per_token", "swiglu_alpha", "swiglu_limit")

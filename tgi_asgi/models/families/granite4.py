@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
@@ -40,9 +40,11 @@ def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
     reader.ignore("normalization_function", "num_experts_per_tok")
     inner = reader.integer("shared_intermediate_size", 1024)
     position = reader.get("position_embedding_type")
-    check(position in (None, "rope", "nope"), f"position_embedding_type {position!r} is not supported")
+    check_computed(
+        position in (None, "rope", "nope"), f"position_embedding_type {position!r} is not supported"
+    )
     config = read_granite(reader, architecture)
-    check(config.activation == "silu", f"hidden_act must be silu, got {config.activation}")
+    check_computed(config.activation == "silu", f"hidden_act must be silu, got {config.activation}")
     mamba = read_mamba(reader, config.hidden_size)
     layers = config.layers
     if position != "rope" and not reader.is_gguf:

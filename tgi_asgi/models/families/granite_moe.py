@@ -16,6 +16,7 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 def read_granite_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read both's."""
+    reader.defaults(num_local_experts=8, num_experts_per_tok=2)
     config = read_granite(reader, architecture)
     experts = read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",

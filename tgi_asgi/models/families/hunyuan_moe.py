@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.families.hunyuan import NAMES, HunyuanWeights, read_hunyuan
@@ -24,9 +24,9 @@ def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     config = read_hunyuan(reader, architecture)
     size = config.intermediate_size
     inner = reader.integer("moe_intermediate_size", size)
-    check(inner == size, f"moe_intermediate_size must be intermediate_size, {size}, got {inner}")
+    check_computed(inner == size, f"moe_intermediate_size must be intermediate_size, {size}, got {inner}")
     shared = reader.integer("num_shared_expert", 1)
-    check(shared == 1, f"num_shared_expert must be 1, got {shared}")
+    check_computed(shared == 1, f"num_shared_expert must be 1, got {shared}")
     reader.ignore("shared_expert_intermediate_size")
     experts = read_experts(
         reader, count="num_experts", top_k="moe_topk", size="intermediate_size", is_renormalised=True,
@@ -39,7 +39,7 @@ def _only(key: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     is_one = len(value) > 0 and all(each == value[0] for each in value)
-    check(is_one, f"`{key}` must be the same in all layers, got {str(value)[:100]}")
+    check_computed(is_one, f"`{key}` must be the same in all layers, got {str(value)[:100]}")
     return value[0]
 
 

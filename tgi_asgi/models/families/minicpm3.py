@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
@@ -30,7 +30,7 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         for key, value in (("scale_emb", 12), ("scale_depth", 1.4), ("dim_model_base", 256)):
             reader.replace(key, value)
-    check(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
+    check_computed(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
     (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
     latent = read_latent(reader)
     sizes = read_latent_sizes(reader, latent, default_eps=1e-5)

@@ -16,7 +16,9 @@ from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, wi
 
 def read_mixtral(reader: Reader, architecture: str) -> ModelConfig:
     """Read Mixtral's."""
-    reader.defaults(rms_norm_eps=1e-5, num_experts_per_tok=2, num_local_experts=8, sliding_window=None)
+    reader.defaults(
+        rms_norm_eps=1e-5, rope_theta=1e6, num_experts_per_tok=2, num_local_experts=8, sliding_window=None
+    )  # fmt: skip
     config = read_mistral(reader, architecture)
     reader.ignore("router_jitter_noise")  # of training
     layers = with_experts(reader, config.layers, read_mixtral_experts(reader), everywhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
@@ -21,6 +21,7 @@ _MODEL = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None}
 
 def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
     """Read MPT's, whose attention has a configuration of its own; others of its kin are refused."""
+    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
     reader.rename(
         hidden_size=("d_model",),
         num_hidden_layers=("n_layers",),
@@ -58,7 +59,9 @@ def _attention_of(reader: Reader) -> Reader:
     for where, expected in ((reader, _MODEL), (attention, _ATTENTION)):
         for key, value in expected.items():
             found = where.get(key)
-            check(found in (None, value), f"`{key}` is {str(found)[:100]}, only {value} is supported")
+            check_computed(
+                found in (None, value), f"`{key}` is {str(found)[:100]}, only {value} is supported"
+            )
     return attention
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
@@ -15,7 +15,9 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMoE's."""
     reader.defaults(rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8)
-    check(reader.get("clip_qkv") is None, "queries, keys and values that are clipped are not supported here")
+    check_computed(
+        reader.get("clip_qkv") is None, "queries, keys and values that are clipped are not supported here"
+    )
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     experts = read_experts(

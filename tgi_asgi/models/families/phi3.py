@@ -14,7 +14,7 @@ def read_phi3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Phi 3's and 4's."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
-    layers = read_layers(reader, sizes, windows=read_window(reader))
+    layers = read_layers(reader, sizes, windows=read_window(reader), turns_part=True)
     return ModelConfig(architecture=architecture, layers=layers, **sizes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, RopeSpec, check
+from tgi_asgi.models.config import ModelConfig, RopeSpec, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
@@ -23,7 +23,9 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Phi's; llama.cpp routes by softmax, and keeps no number of the mixer: its usual one stands."""
-    reader.defaults(rms_norm_eps=1e-5, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8)
+    reader.defaults(
+        rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
+    )  # fmt: skip
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(
@@ -34,6 +36,7 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
         kind="sparsemixer", jitter=0.01 if reader.is_gguf else reader.number("router_jitter_noise", 0.01),
     )  # fmt: skip
+    check_computed(experts.top_k == 2, f"a token must have 2 experts, which are mixed, got {experts.top_k}")
     has_head_bias = "output.bias" in reader.tensors if reader.is_gguf else reader.flag("lm_head_bias", False)
     return ModelConfig(
         architecture=architecture,
@@ -53,7 +56,9 @@ def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
         return read_rope(reader, head_dim)
     values = rope_values(reader)
     short, long = values.pop("short_mscale", None), values.pop("long_mscale", None)
-    check(short == long, f"short_mscale {short!r} and long_mscale {long!r} that differ are not supported")
+    check_computed(
+        short == long, f"short_mscale {short!r} and long_mscale {long!r} that differ are not supported"
+    )
     if short is not None:
         values["attention_factor"] = short
     return make_rope(reader, values, head_dim)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check
+from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
@@ -114,16 +114,16 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
         drafting = reader.integer("num_nextn_predict_layers", 0)
         reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
         reader.ignore("rope.dimension_sections")
-    check(not reader.flag("attention_bias", False), "attention_bias is not supported here")
-    check(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
+    check_computed(not reader.flag("attention_bias", False), "attention_bias is not supported here")
+    check_computed(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
     kinds = _read_kinds(reader)
     sizes = read_sizes(reader)
-    check(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
+    check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
     if reader.is_gguf:
-        rope = read_rope(reader, sizes["head_dim"])
+        rope = read_rope(reader, sizes["head_dim"], turns_part=True)
     else:
         given = {key: value for key, value in rope_values(reader).items() if key not in _IMAGE_ROPE}
-        rope = make_rope(reader, given, sizes["head_dim"])
+        rope = make_rope(reader, given, sizes["head_dim"], turns_part=True)
     delta = _read_delta(reader)
     layers = read_layers(reader, sizes, ropes=[rope] * len(kinds))
     return ModelConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tgi_asgi import ops
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
@@ -47,6 +47,7 @@ class OpenModel:
 
     config: ServedConfig
     weights: Weights
+    why_generic: str = ""  # why the family that has the architecture does not compute it
 
     def __init__(
         self,
@@ -75,17 +76,32 @@ class OpenModel:
             config = with_architecture(read_config_file(files.path))
             architecture = architecture_of(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
-            if model_impl == "native" or (model_impl == "auto" and is_native(config)):
-                self._model = self._open_native(config)
+            found: tuple[Family, ModelConfig] | None = None
+            if model_impl == "native":
+                found = read_config(config)
+            elif model_impl == "auto" and is_native(config):
+                try:
+                    found = read_config(config)
+                except NotInFamily as error:
+                    self.why_generic = str(error)
+            if found is not None:
+                self._model = self._open_native(*found)
             elif gives_vectors(architecture):
                 check(rope is None, f"--rope-scaling: {architecture} gives vectors, of which it scales none")
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
-                self._model = OpenGeneric(files.path, config, trusts_code=trusts_code, rope=rope)
+                self._model = self._open_generic(files.path, config, trusts_code)
         self.config = self._model.config
 
-    def _open_native(self, config: Mapping[str, Any]) -> _Native:
-        family, read = read_config(config)
+    def _open_generic(self, directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenGeneric:
+        try:
+            return OpenGeneric(directory, config, trusts_code=trusts_code, rope=self._rope)
+        except ModelLoadError as error:
+            if not self.why_generic:
+                raise
+            raise ModelLoadError(f"{self.why_generic}; and transformers' code: {error}") from error
+
+    def _open_native(self, family: Family, read: ModelConfig) -> _Native:
         assert isinstance(self.weights, SafetensorsWeights)
         self.weights = weights = CheckpointWeights(self.weights, family.model.checkpoint, read)
         is_bare = weights.is_bare or read.architecture.endswith("Model")
