@@ -13,6 +13,8 @@ namespace tgi {
 
 namespace py = pybind11;
 
+constexpr int64_t kMostLayers = 1 << 16;  // of a model
+
 // A contiguous numpy array; arguments of this type are bound with noconvert(), so that another
 // dtype is a TypeError and what is written to is the caller's own memory.
 template <class T>

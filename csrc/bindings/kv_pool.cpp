@@ -14,7 +14,6 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kMostLayers = 1 << 16;
 constexpr int64_t kMostBytes = int64_t{1} << 55;  // of a block: a layer's are below 2^50
 
 void check_heads(const KvShape& shape, step::Precision precision) {

@@ -14,7 +14,6 @@ namespace step = cpu::step;
 
 namespace {
 
-constexpr int64_t kMostLayers = 1 << 16;
 constexpr int64_t kMostFloats = int64_t{1} << 40;  // of a layer
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kMostPlaces = INT32_MAX / 4;

@@ -9,6 +9,8 @@ from typing import Any
 from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check, check_computed
 from tgi_asgi.models.reader import Reader, as_float
 
+# Keys that the classes of older architectures do not have: what these mean has other names there.
+LLAMA_NAMES = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
 _SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 _SCALING_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow",

@@ -15,12 +15,12 @@ from tgi_asgi.models.fused import FusedWeights, rows_by_group
 from tgi_asgi.models.layers import read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_sizes
+from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 
 def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
     """Read BLOOM's; slopes have no end, so that its context is only what it was trained on."""
-    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
+    reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),

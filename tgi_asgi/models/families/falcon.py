@@ -16,12 +16,12 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
 from tgi_asgi.models.layers import LayerWeights, ParallelLayer
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_layers, read_sizes
+from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_layers, read_sizes
 
 
 def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
     """Read Falcon's: of 7B, of the "new decoder" of 40B, 180B and 11B, or of the RW models."""
-    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
+    reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),

@@ -11,12 +11,12 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_sizes
+from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 
 def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-2's; some of its kin divide scores by the number of the layer, too."""
-    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
+    reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embd",),
         num_hidden_layers=("n_layer",),

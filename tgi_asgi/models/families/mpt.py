@@ -9,7 +9,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_sizes
+from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 # What `attn_config` and the configuration itself must say where they say something.
 _ATTENTION = {
@@ -21,7 +21,7 @@ _MODEL = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None}
 
 def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
     """Read MPT's, whose attention has a configuration of its own; others of its kin are refused."""
-    reader.pass_over("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
+    reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("d_model",),
         num_hidden_layers=("n_layers",),
