@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from tgi_asgi.api import table
@@ -57,7 +57,7 @@ class OwnedEngine(Engine, Protocol):
 class OwnedAdapters(Adapters, Protocol):
     """The adapters as their owner sees them."""
 
-    def start(self) -> None: ...
+    def start(self) -> Awaitable[None]: ...
 
     def close(self) -> None: ...
 
@@ -126,11 +126,12 @@ class App:
         context = self.context
         try:
             served = await asyncio.to_thread(self._loader, context.settings, context.report)
+            if served.adapters is not None:  # once the server is healthy, each that was named answers
+                context.report("reading adapters", 0, None)
+                await cast(OwnedAdapters, served.adapters).start()
             engine = cast(OwnedEngine, served.engine)
             engine.on_fatal = self._on_engine_death
             engine.start()
-            if served.adapters is not None:
-                cast(OwnedAdapters, served.adapters).start()
         except Exception as error:
             context.failure = error
             if not isinstance(error, TgiError):

@@ -46,9 +46,7 @@ def load(source: AdapterSource) -> Loaded:
 async def serving(*names: str, settings: Settings = SETTINGS, engine: ScriptedEngine | None = None) -> App:
     """Return an app whose adapters have been loaded."""
     adapters = Adapters(load, [AdapterSource(name, f"/{name}") for name in names], max_loaded=4)
-    adapters.start()
-    while len(adapters.names) < len(names):
-        await asyncio.sleep(0.001)
+    await adapters.start()
     return scripted_app(engine or ScriptedEngine(), settings, adapters=adapters)
 
 
@@ -146,14 +144,30 @@ async def test_one_that_loads_is_503_in_each_envelope() -> None:
         adapters.close()
 
 
+async def test_the_server_is_healthy_once_those_named_at_the_start_have_been_read() -> None:
+    adapters = Waiting(["sql", "broken"])
+    adapters.go_on.clear()
+    app = scripted_app(ScriptedEngine(), SETTINGS, adapters=adapters)
+    app.context.served = None
+    app.start()
+    async with client_of(app) as client:
+        await until(lambda: app.context.describe_progress().startswith("reading adapters"))
+        assert (await client.get("/health")).status_code == 503
+        adapters.go_on.set()
+        await until(lambda: app.context.served is not None)
+        assert (await client.get("/health")).status_code == 200
+        answer = await client.post("/generate", json={"inputs": "hi", "parameters": {"adapter_id": "sql"}})
+        assert answer.status_code == 200, "and the one that cannot be read fails alone"
+    await app.stop()
+
+
 class Waiting(Adapters):
     """Adapters of which one can be unloaded while a request waits for it, or for a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ("sql",)) -> None:
         self.go_on = threading.Event()
         self.go_on.set()
-        super().__init__(self.read, [AdapterSource("sql", "/sql")], max_loaded=1)
-        self.start()
+        super().__init__(self.read, [AdapterSource(name, f"/{name}") for name in names], max_loaded=1)
 
     def read(self, source: AdapterSource) -> Loaded:
         assert self.go_on.wait(10)
@@ -197,8 +211,7 @@ async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
     path: str, body: dict[str, Any]
 ) -> None:
     adapters = Waiting()
-    while "sql" not in adapters.names:
-        await asyncio.sleep(0.001)
+    await adapters.start()
     await adapters.add("other", "/other")  # which makes it leave the memory
     app = scripted_app(ScriptedEngine(), SETTINGS, adapters=adapters)
     adapters.go_on.clear()

@@ -1,7 +1,7 @@
 """The adapters that requests may name: loaded in a thread, kept in memory while there is room, let go of.
 
     adapters = Adapters(load, [AdapterSource("sql", "/adapters/sql")], max_loaded=16)
-    adapters.start()
+    await adapters.start()
     lease = await adapters.lease("sql")           # lease.adapter goes into the request
     ...
     lease.release()
@@ -126,15 +126,16 @@ class Adapters:
         self._turns = itertools.count(1)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tgi-adapters")
 
-    def start(self) -> None:
+    def start(self) -> asyncio.Task[None]:
         """Begin to read those that there are; each that fails does so alone, with a line in the log.
 
-        All are read, also where memory holds fewer: so that those which cannot be served are known.
+        All are read, also where memory holds fewer: so that those which cannot be served are known. The task
+        that is returned ends when they have been.
         """
         entries = list(self._entries.values())
         for entry in entries:
             entry.is_queued = True
-        self._spawn(self._read_in_turn(entries))
+        return self._spawn(self._read_in_turn(entries))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
