@@ -23,8 +23,8 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.runner.cpu_load import speculation_of
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.load import speculation_of
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings, Speculation
 from tgi_asgi.text.constrain import source as sources

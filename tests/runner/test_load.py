@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda.emulated_device import EmulatedDevice
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import LoadedModel, load
-from tgi_asgi.runner.prompt_precision import check_served
 from tgi_asgi.settings import Settings
 
 
@@ -128,9 +128,10 @@ def test_prompts_in_bfloat16_are_refused_of_models_by_transformers_code(files: M
         load_closed(files, settings(model_impl="transformers", prompt_precision="bfloat16"))
 
 
-def test_prompts_in_bfloat16_are_refused_on_a_gpu(files: ModelFiles) -> None:
-    with OpenModel(files) as opened, pytest.raises(ModelLoadError, match="is for CPUs"):
-        check_served(opened, is_on_gpu=True)
+def test_prompts_in_bfloat16_are_refused_on_a_gpu(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_load, "find_device", EmulatedDevice)
+    with pytest.raises(ModelLoadError, match="is for CPUs"):
+        load_closed(files, settings(prompt_precision="bfloat16"))
 
 
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:

@@ -11,6 +11,7 @@ from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.loading.open import is_native, read_config
+from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes
 from tgi_asgi.runner.runner import CpuRunner
@@ -56,7 +57,7 @@ def test_models_without_states_run_as_many_as_they_may() -> None:
 def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "free_memory", lambda: 16 << 20)
     monkeypatch.setattr(
-        loading, "fitting_batch", lambda config, most, free, drafts: fitting_batch(config, most, 60_000)
+        cpu_load, "fitting_batch", lambda config, most, free, drafts: fitting_batch(config, most, 60_000)
     )
     loaded = loading.load(settings(max_batch_size=128), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()

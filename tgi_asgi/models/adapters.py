@@ -16,9 +16,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Model
-from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading.open import ServedModel
 
 _HEADER_BYTES = 2048  # of a file, for the two matrices of a module, and for what else it says
 # What is told of modules that no adapter can change here, by a part of their paths.
@@ -61,7 +60,7 @@ class AdapterLoader:
         ModelLoadError: no adapter can change anything of this model.
     """
 
-    def __init__(self, model: Model | GenericModel | EncoderModel, max_rank: int) -> None:
+    def __init__(self, model: ServedModel, max_rank: int) -> None:
         self.layout = ops.AdapterLayout(targets_of(model), max_rank)
         elements = max_rank * _elements_of_rank_one(self.layout.targets.values())
         self.most_bytes = 2 * elements
@@ -135,7 +134,7 @@ def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
     return total
 
 
-def targets_of(model: Model | GenericModel | EncoderModel) -> Mapping[str, ops.Target]:
+def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
     """Return the products of a model that adapters may change, by the paths of their modules.
 
     Raises:

@@ -9,19 +9,26 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.needs import Need, needs_of
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize, choose_size, step_tokens
+from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.plan import DeviceLost
+from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +76,93 @@ def find_device() -> Device | None:
         )  # fmt: skip
         return None
     return CudaDevice()
+
+
+class OnCuda:
+    """A model on its way to a GPU, or to several; a `Placement`.
+
+    `longest` are the tokens that a sequence may have.
+
+    Raises:
+        ModelLoadError: the model, or what the settings ask for, is not computed on a GPU.
+    """
+
+    device = "cuda"
+    kernels = None
+    has_float_prompts = False
+
+    def __init__(
+        self, opened: OpenModel, files: ModelFiles, settings: Settings, device: Device, longest: int
+    ) -> None:
+        config = _check_served(opened, settings)
+        cuts = cuts_of(opened, settings, num_gpus=device.count())
+        self.dtype = choose_dtype(settings.dtype, config)
+        self.arithmetic = ops.Repacking(self.dtype, device.device)
+        self.longest, self.settings = longest, settings
+        self._opened, self._device = opened, device
+        self._kv_scales: list[tuple[float, float]] | None = None
+        self.shards: CudaShards | None = None
+        if cuts:
+            opened.use_cut(cuts[0])
+            self.shards = make_shards(files, settings, cuts, device, self.dtype, longest)
+
+    def load(self, weights: Weights) -> ServedModel:
+        """Load the model, as `Placement` says."""
+        with must_fit():
+            model = self._opened.load(self.arithmetic, self.longest, weights)
+        if self.shards is not None:
+            self.shards.wait_ready()
+        self._kv_scales = kv_scales_of(self._opened, self.settings)
+        return model
+
+    def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
+        """Make its cache and what computes its steps, as `Placement` says; nothing pools on a GPU."""
+        assert not isinstance(model, GenericModel | EncoderModel)  # they have been refused
+        if self.settings.speculation is not None:
+            logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
+        runner, cache = make_runner(
+            model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards
+        )
+        return Placed(runner, cache)
+
+    @property
+    def bits(self) -> str:
+        """What decides the bits of results, as `Placement` says."""
+        scales = f" kv {self._kv_scales}" if self._kv_scales else ""
+        return f"{self.arithmetic}{scales}"
+
+    def is_batch_invariant(self, model: ServedModel) -> bool:
+        """Return whether a sequence's bits hang on it alone, as `Placement` says."""
+        return self.settings.batch_invariant
+
+    def abandon(self) -> None:
+        """End the other shards, as `Placement` says."""
+        if self.shards is not None:
+            self.shards.abandon()
+
+
+def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
+    """Refuse what is computed on CPUs only; return the config of what is left."""
+    config = opened.config
+    if opened.is_generic:
+        reason = f" ({opened.why_generic})" if opened.why_generic else ""
+        raise ModelLoadError(
+            f"{config.architecture} is computed by transformers' code{reason}, which is served on a CPU "
+            'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
+        )
+    if settings.serves_adapters:
+        raise ModelLoadError(
+            "adapters (--enable-lora, --lora-adapters, --lora-modules) are served on a CPU only as yet: "
+            'set CUDA_VISIBLE_DEVICES="" to serve them there'
+        )
+    if not config.generates:
+        raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
+    if settings.prompt_precision != "auto":
+        raise ModelLoadError(
+            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts meet decoded weights anyway"
+        )
+    assert isinstance(config, ModelConfig)  # others are computed by transformers' code
+    return config
 
 
 def register_kernels() -> None:

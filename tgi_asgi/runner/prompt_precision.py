@@ -11,16 +11,12 @@ from tgi_asgi.models.loading.open import OpenModel
 logger = logging.getLogger(__name__)
 
 
-def check_served(opened: OpenModel, *, is_on_gpu: bool) -> None:
-    """Check that prompts of a model can have an arithmetic of their own.
+def check_served(opened: OpenModel) -> None:
+    """Check that prompts of a model can have an arithmetic of their own on a CPU.
 
     Raises:
         ModelLoadError: they cannot.
     """
-    if is_on_gpu:
-        raise ModelLoadError(
-            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts meet decoded weights anyway"
-        )
     if opened.is_generic:
         raise ModelLoadError(
             "--prompt-precision bfloat16 is for models that this server's own code computes: "

@@ -7,9 +7,9 @@ import os
 from tgi_asgi import ops
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.cpu_load import load_by_team
 from tgi_asgi.runner.drafts import MOST_PER_STEP, most_drafts
 from tgi_asgi.runner.kv import groups_of
-from tgi_asgi.runner.load import load_weights
 from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.shards import ShardJob
@@ -30,7 +30,7 @@ def load(job: ShardJob) -> ops.NativeProgram:
     os.close(job.descriptor)
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
-        model = load_weights(opened, job.packing, job.longest, opened.weights, is_by_team=True)
+        model = load_by_team(opened, job.packing, job.longest, opened.weights)
     pool = make_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
     program = make_program(

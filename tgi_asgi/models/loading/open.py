@@ -33,6 +33,8 @@ from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
+ServedModel = Model | GenericModel | EncoderModel
+
 
 class OpenModel:
     """A model's files, opened but not loaded.
@@ -119,7 +121,7 @@ class OpenModel:
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
-    ) -> Model | GenericModel | EncoderModel:
+    ) -> ServedModel:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
 
         Raises:

@@ -1,0 +1,258 @@
+"""Put a model on this machine's processor: what it computes there, and how large the cache is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles, most_adapters
+from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading.open import OpenModel, ServedModel
+from tgi_asgi.models.pooling import Dense
+from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.runner import prompt_precision
+from tgi_asgi.runner.drafts import most_drafts
+from tgi_asgi.runner.encoder import EncoderRunner
+from tgi_asgi.runner.kv import KvSize, choose_size
+from tgi_asgi.runner.memory import (
+    check_weights_fit,
+    choose_kept_states,
+    fitting_batch,
+    kept_state_bytes,
+    room_for_adapters,
+    state_bytes,
+    tell_adapters,
+)
+from tgi_asgi.runner.placement import Placed
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
+from tgi_asgi.settings import Settings, Speculation
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class OnCpu:
+    """A model on its way to this machine's processor, as `Placement` says; nothing of it has been read.
+
+    `longest` are the tokens that a sequence may have as far as the model goes, `free` the bytes of memory
+    that are free now.
+
+    Raises:
+        ModelLoadError: the settings ask for what a CPU does not do, or for more memory than is free.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, opened: OpenModel, files: ModelFiles, settings: Settings, longest: int, free: int
+    ) -> None:
+        cuts = cuts_of(opened, settings, num_gpus=None)
+        _check_served(opened, settings)
+        self.dtype = _choose_dtype(settings.dtype)
+        self.arithmetic = ops.Packing(
+            self.dtype is torch.float32,
+            _quantised(settings.quantize),
+            has_float_prompts=settings.prompt_precision == "bfloat16",
+        )
+        room = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
+        self._room, self._opened = room, opened
+        self.settings = replace(settings, max_batch_size=room.batch, max_kept_states=room.num_kept_states)
+        self.longest = room.cache.longest(longest, self.settings)
+        self.kernels = ops.kernel_set()
+        self.has_float_prompts = False  # known once the weights are packed
+        self.shards: Shards | None = None
+        if cuts:
+            opened.use_cut(cuts[0])
+            jobs = jobs_of(
+                opened.config, files, self.settings, cuts, self.arithmetic, room.cache, self.longest
+            )
+            self.shards = Shards(jobs)
+
+    def load(self, weights: Weights) -> ServedModel:
+        """Load the model, as `Placement` says."""
+        model = load_by_team(self._opened, self.arithmetic, self.longest, weights)
+        if self.shards is not None:
+            self.shards.wait_ready()
+        packing = self.arithmetic
+        self.has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
+        return model
+
+    def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
+        """Make its cache and what computes its steps, as `Placement` says."""
+        settings, room = self.settings, self._room
+        adapters = None
+        if settings.serves_adapters:
+            adapters = AdapterLoader(model, settings.max_lora_rank)
+            tell_adapters(most_adapters(settings), adapters.most_bytes, room.adapter_bytes)
+        if isinstance(model, EncoderModel):
+            encoder = EncoderRunner(
+                model,
+                num_blocks=room.cache.num_blocks,
+                block_size=room.cache.block_size,
+                max_batch_size=settings.max_batch_size,
+                max_step_tokens=settings.max_batch_prefill_tokens,
+                max_context=self.longest,
+                dense=dense,
+            )
+            return Placed(encoder, room.cache)
+        runner = CpuRunner(
+            model,
+            room.cache,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+            max_context=self.longest,
+            image_cache=settings.image_cache,
+            dense=dense,
+            has_prompt_arithmetic=self.has_float_prompts,
+            speculation=speculation_of(model, settings),
+            num_kept_states=room.num_kept_states,
+            adapters=None if adapters is None else adapters.layout,
+            shards=self.shards,
+        )
+        return Placed(runner, room.cache, adapters)
+
+    @property
+    def bits(self) -> str:
+        """What decides the bits of results, as `Placement` says."""
+        prompts = " prompts bfloat16" if self.has_float_prompts else ""
+        return f"{self.arithmetic} {self.kernels.arithmetic}{prompts}"
+
+    def is_batch_invariant(self, model: ServedModel) -> bool:
+        """Return whether a sequence's bits hang on it alone, as `Placement` says."""
+        return not isinstance(model, GenericModel | EncoderModel) or model.is_batch_invariant
+
+    def abandon(self) -> None:
+        """End the other shards, as `Placement` says."""
+        if self.shards is not None:
+            self.shards.abandon()
+
+
+def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights: Weights) -> ServedModel:
+    """Load a model in a thread with member 0's core, whose memory its weights are to lie in.
+
+    A thread of its own, as it keeps core and nice value for good: the caller's is its executor's.
+    """
+
+    def as_member() -> ServedModel:
+        ops.join_threads()
+        return opened.load(packing, longest, weights)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tgi-pack") as executor:
+        return executor.submit(as_member).result()
+
+
+def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
+    """Return how tokens are guessed; none, said once, where it could change the text or not be undone."""
+    speculation = settings.speculation
+    if speculation is None or not model.config.generates:
+        return None
+    generic = model if isinstance(model, GenericModel) else None
+    reason = (
+        "what it keeps of a sequence cannot be taken back token by token"
+        if generic is not None and generic.config.has_states
+        else "its logits depend on what else is computed"
+        if generic is not None and not generic.is_batch_invariant
+        else "it takes images"
+        if generic is not None and generic.config.seeing is not None
+        else None
+    )
+    if reason is None:
+        return speculation
+    logger.warning("nothing is speculated for %s: %s", model.config.architecture, reason)
+    return None
+
+
+def _check_served(opened: OpenModel, settings: Settings) -> None:
+    """Refuse settings that are for GPUs, and a precision that the model cannot have."""
+    refused = ops.kernel_set().refused
+    if refused is not None:
+        logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
+    if settings.dependent_launches:
+        raise ModelLoadError("--dependent-launches is for GPUs: a CPU launches nothing")
+    if settings.prompt_attention != "paged":
+        raise ModelLoadError(
+            f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU prompts attend by our own "
+            "kernels only"
+        )
+    if settings.prompt_precision != "auto":
+        prompt_precision.check_served(opened)
+    if settings.kv_cache_dtype.startswith("fp8"):
+        logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What the free memory is for, once weights and tables are there."""
+
+    cache: KvSize
+    batch: int  # sequences that have room for their states
+    num_kept_states: int  # those of sequences that have ended
+    adapter_bytes: int
+
+
+def _divide(
+    opened: OpenModel,
+    settings: Settings,
+    packing: ops.Packing,
+    dtype: torch.dtype,
+    longest: int,
+    cuts: Sequence[ModelCut],
+    free: int,
+) -> _Room:
+    """Divide the memory before anything is read: weights and tables first, the cache has what is left.
+
+    Raises:
+        ModelLoadError: the weights do not fit, or a cache that the settings ask for.
+    """
+    config = opened.config
+    free = max(free - opened.table_bytes(longest), 0)
+    vocabulary = config.vocab_size * config.hidden_size
+    free -= check_weights_fit(opened.held(), packing, vocabulary, free)
+    adapter_bytes = 0
+    if settings.serves_adapters:
+        adapter_bytes = room_for_adapters(config, most_adapters(settings), settings.max_lora_rank, free)
+        free -= adapter_bytes
+    num_drafts = most_drafts(settings.speculation)
+    batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
+    settings = replace(settings, max_batch_size=batch)
+    free -= batch * state_bytes(config, num_drafts)
+    cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+    cache_bytes = cache.num_bytes if settings.prefix_cache else 0
+    num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
+    if settings.max_kept_states and not num_kept:
+        logger.warning(
+            "--max-kept-states is ignored: nothing can be kept of %s's states", config.architecture
+        )
+    if num_kept:
+        free -= num_kept * kept_state_bytes(config)
+        cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+    if isinstance(config, EncoderConfig):
+        cache = replace(cache, bytes_per_token=0)
+    return _Room(cache, batch, num_kept, adapter_bytes)
+
+
+def _choose_dtype(name: str) -> torch.dtype:
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise ModelLoadError(f"--dtype {name} is not computed on a CPU: take bfloat16 or float32")
+    return dtype
+
+
+def _quantised(method: str | None) -> str | None:
+    """Return the weight format that `--quantize` asks for."""
+    if method is None or method.upper() in ("Q8_0", "Q4_0"):
+        return method and method.upper()
+    logger.warning("--quantize %s is ignored: q8_0 and q4_0 are known", method)
+    return None

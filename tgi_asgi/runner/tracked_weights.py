@@ -1,0 +1,65 @@
+"""Weights that say how far their reading has come, and in the end which they were."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+from tgi_asgi import ops
+from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.types import Progress
+
+_SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
+
+
+class TrackedWeights:
+    """Weights that report how much of them has been read, and remember which they were."""
+
+    def __init__(self, weights: Weights, progress: Progress) -> None:
+        self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
+        self._weights = weights
+        self._progress = progress
+        self._done = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+        """Return a tensor, as `Weights.get` says."""
+        self._progress("loading weights", self._done, self.num_bytes)
+        source = self._weights.get(name, shape)
+        self._done = min(self._done + source.data.nbytes, self.num_bytes)  # decoded, it may be more
+        self._hash.update(f"{name} {source.format} {source.shape}\n".encode())
+        self._hash.update(source.data[:_SAMPLE_BYTES].data)
+        self._hash.update(source.data[-_SAMPLE_BYTES:].data)
+        return source
+
+    def names(self) -> list[str]:
+        """Return the names of all weights, as `NamedWeights.names` says."""
+        return cast(NamedWeights, self._weights).names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape, as `NamedWeights.shape` says."""
+        return cast(NamedWeights, self._weights).shape(name)
+
+    def parts(self, name: str) -> list[str]:
+        """Return a weight's tensors, as `NamedWeights.parts` says."""
+        return cast(NamedWeights, self._weights).parts(name)
+
+    def unread(self) -> list[str]:
+        """Return what nobody has asked for, as `Weights.unread` says."""
+        return self._weights.unread()
+
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Return formats and sizes, as `Weights.stored` says."""
+        return self._weights.stored()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._weights.close()
+
+    def fingerprint(self, others: str) -> str:
+        """Name what decides the output's bits: the weights, and `others`."""
+        self._hash.update(others.encode())
+        return f"fp_{self._hash.hexdigest()}"
