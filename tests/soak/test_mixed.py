@@ -81,7 +81,7 @@ async def test_everything_at_once_gives_what_each_request_gives_alone(
     if model == "fake":
         server = serve(*limits, FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="40")
     else:
-        server = serve(*limits, "--max-batch-total-tokens", scale("448", "640"), is_real=True)
+        server = serve(*limits, "--max-batch-total-tokens", scale("304", "640"), is_real=True)
     mixed = Mixed(server, _prompts(random.Random(7), scale(4, 16)), seed=8)
     await mixed.ask_alone()
     until_s = time.monotonic() + seconds

@@ -26,7 +26,7 @@ class RemoteAdapters:
     def __init__(self, engine: RemoteEngine) -> None:
         self._engine = engine
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Do nothing: replicas read theirs when they start."""
 
     def close(self) -> None:
