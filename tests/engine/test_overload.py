@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import count
 
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit
-from tests.support.fake_runner import (
-    FakeRunner,
-)
+from tests.engine.helpers import Answer, ask, collect, make_request, submit
+from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tests.support.waiting import until
+from tgi_asgi.engine import Engine
 from tgi_asgi.engine.admission import Admission
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import (
@@ -20,6 +20,7 @@ from tgi_asgi.errors import (
     Unavailable,
 )
 from tgi_asgi.runner.plan import StepResult
+from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason
 
 
@@ -142,6 +143,18 @@ async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine:
     await engine.drain(0.01)
     for channel in channels:
         assert isinstance((await collect(channel)).error, IncompleteGeneration)
+
+
+async def test_those_that_have_finished_are_told_so_though_the_engine_stops_at_once() -> None:
+    """The delivery of a large step yields to the loop, where somebody may be waiting for its end."""
+    clock = count(step=0.01)  # each look at it is later than a slice of delivery lasts
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), clock=lambda: next(clock))
+    engine.start()
+    answers = [Answer(submit(engine, make_request(5, max_tokens=3))) for _ in range(4)]
+    await engine.drain(10)
+    await engine.stop()
+    assert [answer.error for answer in answers] == [None] * 4
+    assert [len(answer.events) for answer in answers] == [3] * 4
 
 
 async def test_stopping_ends_every_request_with_an_error(make_engine: MakeEngine) -> None:

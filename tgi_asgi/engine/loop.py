@@ -1,7 +1,8 @@
 """The one coroutine that serves: takes requests from a queue, plans steps, runs them, delivers their tokens.
 
 Owned by `Engine`, which is what HTTP sees; knows the runner's protocol, the tokenizer's byte table and the
-scheduler. Everything here runs on one event loop, and nothing but this coroutine touches the scheduler.
+scheduler. Everything here runs on one event loop. While this coroutine lives nobody else changes the
+scheduler, but that `Engine.reset_prefix_cache` makes blocks unfindable between two of its turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ServingLoop:
     Args:
         eos_ids: of the model.
         num_eager_blocks: see `Scheduler`.
-        on_hang: called once with the seconds that a step has taken beyond bearing.
+        on_hang: called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
     def __init__(
@@ -158,7 +159,10 @@ class ServingLoop:
             self._fill()
 
     def end_all(self, error: TgiError) -> None:
-        """End every request that is open."""
+        """End every request that is open; those that have ended well have their last events first."""
+        for channel in self._touched:
+            channel.flush()
+        self._touched.clear()
         for channel in list(self._open):
             self._end(channel, error)
         self._show()
@@ -269,7 +273,7 @@ class ServingLoop:
         stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
 
     async def _deliver(self, step: Step, result: StepResult) -> None:
-        """Turn a result into events and end what has ended; `_flush` hands them on."""
+        """Turn a result into events and end what has ended; `flush` hands them on."""
         now = self._clock()
         for row, sequence in self.scheduler.apply(step, result):
             if sequence.state is SequenceState.FINISHED:
@@ -362,17 +366,17 @@ class ServingLoop:
         First tokens and ends go first. While the next step is done already the event loop is what is slow:
         then the others wait, for a while, and leave with that step's in larger frames.
         """
-        touched, self._touched = self._touched, {}
-        urgent = [channel for channel in touched if channel.is_urgent]
-        others = [channel for channel in touched if not channel.is_urgent]
+        urgent = [channel for channel in self._touched if channel.is_urgent]
+        others = [channel for channel in self._touched if not channel.is_urgent]
         now = self._clock()
         if self.pipeline.has_done and now < (self._flush_by or now + _MAX_DELAY_S):
             self._flush_by = self._flush_by or now + _MAX_DELAY_S
-            self._touched = dict.fromkeys(others)
             others = []
         else:
             self._flush_by = None
         for channel in urgent + others:
+            # One by one: whoever ends the engine while this waits finds those that are left (`end_all`).
+            self._touched.pop(channel, None)
             channel.flush()
             if self._clock() > self._yield_at:
                 await self._breathe()

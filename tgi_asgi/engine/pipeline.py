@@ -45,7 +45,7 @@ class Pipeline:
 
     Args:
         on_done: called when a step has finished, well or not.
-        on_hang: called once with the seconds that a step has taken beyond bearing.
+        on_hang: called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
     def __init__(
