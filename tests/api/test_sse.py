@@ -260,6 +260,30 @@ async def test_silence_is_filled_with_comments_once_headers_are_out(
     assert text_of(call) == "ab"
 
 
+async def test_a_token_that_comes_as_a_silence_is_filled_is_not_lost(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the timer and the task that it wakes the engine may have its turn."""
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
+    fire = asyncio.Timeout._on_timeout  # type: ignore[attr-defined]
+    late = [token("b")]
+
+    def fire_and_deliver(timeout: asyncio.Timeout) -> None:
+        fire(timeout)
+        if late:
+            engine.channels[0]._deliver(late.pop())
+
+    call = chat()
+    call.scope["extensions"] = {sse.DIRECT_WRITE: lambda frames: False}  # the connection would have to wait
+    engine, task = await start(steps, call)
+    await steps.deliver(token("a"))
+    monkeypatch.setattr(asyncio.Timeout, "_on_timeout", fire_and_deliver)
+    await until(lambda: not late)
+    await steps.deliver(token("c", FinishReason.EOS))
+    await ended(task)
+    assert text_of(call) == "abc"
+
+
 @pytest.mark.parametrize("is_at_once", [True, False])
 async def test_a_send_that_fails_cancels_the_request(
     steps: Steps, caplog: pytest.LogCaptureFixture, is_at_once: bool

@@ -179,7 +179,9 @@ class EventStream:
                 async with asyncio.timeout_at(self._silent_until()):
                     await self._woken
             except TimeoutError:
-                if self._loop.time() >= (self._silent_until() or 0.0):
+                # What the engine has told since the timer fired is there already, and must not be replaced.
+                is_silent = not (self._ready or self._waiting)
+                if is_silent and self._loop.time() >= (self._silent_until() or 0.0):
                     self._ready = self._keep_alive
             finally:
                 self._woken = self._loop.create_future()
