@@ -74,6 +74,19 @@ def test_one_that_is_held_can_be_given_up() -> None:
     assert later.num_output == 4
 
 
+def test_one_that_is_given_up_holds_nobody() -> None:
+    """While it was held, those of an adapter that runs waited behind it."""
+    scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
+    one, held, other = queue(scheduler, "aba", max_tokens=20)
+    run(scheduler, runner, must_plan(scheduler))
+    assert (one.state, other.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    scheduler.remove(held)
+    run(scheduler, runner, must_plan(scheduler))
+    assert other.state is SequenceState.RUNNING
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
 @dataclass
 class Weights:
     """What the script below loads; counted while it lives."""

@@ -38,7 +38,7 @@ class RunningAdapters:
         return not self._held and (key in self._counts or len(self._counts) < self._most)
 
     def hold(self, sequence: Sequence) -> None:
-        """Let a sequence wait that may not run; `leave` returns it."""
+        """Let a sequence wait that may not run; `leave` or `give_up` returns it."""
         self._held.append(sequence)
 
     def enter(self, sequence: Sequence) -> None:
@@ -56,6 +56,16 @@ class RunningAdapters:
         if self._counts[key]:
             return []
         del self._counts[key]
+        return self._release()
+
+    def give_up(self, sequence: Sequence) -> list[Sequence]:
+        """Forget a sequence that waits no more; if it was held, return those that were held beside it."""
+        if sequence not in self._held:
+            return []
+        self._held.remove(sequence)
+        return self._release()
+
+    def _release(self) -> list[Sequence]:
         held, self._held = self._held, []
         return held
 

@@ -148,6 +148,7 @@ class Scheduler:
             self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
+            self._requeue(self._adapters.give_up(sequence))
         sequence.leave(SequenceState.FINISHED)
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
@@ -156,8 +157,11 @@ class Scheduler:
         self.tables.give_back(sequence, forget=forget)
         self._slots.append(sequence.slot)
         self._num_running_of[sequence.tenant] -= 1
-        for waiting in self._adapters.leave(sequence):
-            self._waiting.push(waiting)
+        self._requeue(self._adapters.leave(sequence))
+
+    def _requeue(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._waiting.push(sequence)
 
     def plan(self, now: float = 0.0) -> Step | None:
         """Plan the next step, or return None if there is nothing that a step could compute now.
