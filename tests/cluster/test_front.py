@@ -17,11 +17,14 @@ from tgi_asgi.settings import Settings
 
 @pytest.fixture
 async def front() -> AsyncIterator[Front]:
-    """Two models with one key."""
+    """Two models with one key, for browsers of any origin, too."""
     async with AsyncExitStack() as stack:
         apps = []
         for name in ("org/a", "org/b"):
-            settings = Settings(model_id=name, api_key=("k",), strict_model_names=True, payload_limit=5000)
+            settings = Settings(
+                model_id=name, api_key=("k",), strict_model_names=True, payload_limit=5000,
+                cors_allow_origin=("*",),
+            )  # fmt: skip
             apps.append((await stack.enter_async_context(LocalCluster(1, settings))).app)
         yield Front(apps)
 
@@ -57,6 +60,26 @@ async def test_all_models_are_listed_and_described(front: Front) -> None:
     described = (await send(front, request("GET", "/v1/models/org/b", headers=KEY))).json()
     assert [each["id"] for each in listed["data"]] == ["org/a", "org/b"]
     assert described["id"] == "org/b"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
+async def test_what_all_models_answer_together_has_the_headers_of_one(front: Front, path: str) -> None:
+    headers = {**KEY, "x-request-id": "mine"}
+    answer = await send(front, request("GET", path, headers=headers))
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.headers["content-length"] == str(len(answer.content))
+    head = await send(front, request("HEAD", path, headers=headers))
+    assert (head.status, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
+async def test_other_methods_than_reading_are_answered_as_by_one_server(front: Front, path: str) -> None:
+    asks = {"origin": "https://example.org", "access-control-request-method": "GET"}
+    preflight = await send(front, request("OPTIONS", path, headers=asks))
+    assert "GET" in preflight.headers["access-control-allow-methods"]
+    assert (await send(front, request("DELETE", path, headers=KEY))).status == 405
+    assert (await post(front, path, {})).status == 405
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/org/b"])

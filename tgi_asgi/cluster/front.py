@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 import orjson
 
-from tgi_asgi.api.asgi import Message, Receive, Scope, Send, header
+from tgi_asgi.api.asgi import Header, Message, Receive, Scope, Send, header
 from tgi_asgi.api.errors import NATIVE
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.routes import path_of
@@ -24,12 +25,9 @@ from tgi_asgi.errors import TgiError
 from tgi_asgi.types import EngineState
 
 _PROBES = frozenset({"/health", "/ping", "/livez", "/readyz"})
+_READS = frozenset({"GET", "HEAD"})  # others, as the preflight of a browser, are the first application's
 _SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
 _LARGE = 32 * 1024
-
-
-class _Parameters(msgspec.Struct):
-    adapter_id: Any = None
 
 
 class _Named(msgspec.Struct):
@@ -63,9 +61,9 @@ class Front:
             await self._apps[0](scope, receive, send)
             return
         method, path = scope["method"], _path_below(scope)
-        if path == "/v1/models":
+        if path == "/v1/models" and method in _READS:
             await self._list(scope, receive, send)
-        elif path == "/metrics":
+        elif path == "/metrics" and method in _READS:
             await self._measure(scope, send)
         elif path in _PROBES:
             await self._best(path)(scope, receive, send)
@@ -139,12 +137,12 @@ class Front:
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the models of all applications; those that load are not there yet."""
         answers = [await _asked(app, scope) for app in self._apps]
-        lists = [orjson.loads(body)["data"] for status, body in answers if status == 200 and body]
-        if not lists:
+        listed = [answer for answer in answers if answer.status == 200]
+        if not listed:
             await self._apps[0](scope, receive, send)
             return
-        body = orjson.dumps({"object": "list", "data": [each for models in lists for each in models]})
-        await _respond(send, body, b"application/json")
+        models = [model for answer in listed for model in orjson.loads(answer.body)["data"]]
+        await _respond(scope, send, listed[0], orjson.dumps({"object": "list", "data": models}))
 
     async def _measure(self, scope: Scope, send: Send) -> None:
         """Answer with the metrics of all applications, each sample with its model's name."""
@@ -152,9 +150,9 @@ class Front:
         names = [
             str(app.context.settings.served_model_name or app.context.settings.model_id) for app in self._apps
         ]
-        texts = [body.decode() for _, body in answers]
+        texts = [answer.body.decode() for answer in answers]
         body = await asyncio.to_thread(merged_metrics, dict(zip(names, texts, strict=True)))
-        await _respond(send, body.encode(), b"text/plain; charset=utf-8")
+        await _respond(scope, send, answers[0], body.encode())
 
 
 def _path_below(scope: Scope) -> str:
@@ -197,25 +195,36 @@ def merged_metrics(texts: dict[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
-async def _asked(app: App, scope: Scope) -> tuple[int, bytes]:
-    """Return what an application answers."""
-    status, parts = 500, list[bytes]()
+@dataclass(slots=True)
+class _Answer:
+    """What an application has answered."""
+
+    status: int = 500
+    headers: Sequence[Header] = ()
+    body: bytes = b""
+
+
+async def _asked(app: App, scope: Scope) -> _Answer:
+    """Return what an application answers to a GET, whatever the request's own method."""
+    answer = _Answer()
 
     async def take(message: Message) -> None:
-        nonlocal status
         if message["type"] == "http.response.start":
-            status = message["status"]
+            answer.status, answer.headers = message["status"], message["headers"]
         else:
-            parts.append(message.get("body", b""))
+            answer.body += message.get("body", b"")
 
     async def nothing() -> Message:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     await app({**scope, "method": "GET"}, nothing, take)
-    return status, b"".join(parts)
+    return answer
 
 
-async def _respond(send: Send, body: bytes, kind: bytes) -> None:
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+async def _respond(scope: Scope, send: Send, like: _Answer, body: bytes) -> None:
+    """Answer as one application has (its request id, what lets a browser read it), with another body."""
+    headers = [header for header in like.headers if header[0] != b"content-length"]
+    headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    shown = b"" if scope["method"] == "HEAD" else body
+    await send({"type": "http.response.body", "body": shown, "more_body": False})
