@@ -406,7 +406,7 @@ class ModelInfo:
     revision: str | None  # commit or file hash, where known
     architecture: str  # e.g. "LlamaForCausalLM"
     dtype: str  # of the arithmetic, e.g. "float32"
-    device: str  # "cpu" or "cuda:0"
+    device: str  # "cpu" or "cuda"
     vocab_size: int
     max_input_tokens: int
     max_total_tokens: int  # prompt and output together

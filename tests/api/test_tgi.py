@@ -334,7 +334,7 @@ async def test_a_trailing_slash_is_the_same_route(path: str) -> None:
 
 async def test_info_has_tgis_keys_and_the_effective_limits() -> None:
     app = scripted_app(
-        ScriptedEngine(), Settings(max_stop_sequences=9), info=toy_info(kv_tokens=4096, device="cuda:0")
+        ScriptedEngine(), Settings(max_stop_sequences=9), info=toy_info(kv_tokens=4096, device="cuda")
     )
     async with client_of(app) as client:
         info = (await client.get("/info")).json()

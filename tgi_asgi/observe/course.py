@@ -72,9 +72,7 @@ class Course:
 def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:
     """Return what a stream's headers say; `characters` are those of the prompt's text."""
     # The operator's COMPUTE_TYPE, else TGI's `{shards}-{device}`.
-    compute_type = exchange.context.settings.compute_type or (
-        f"{info.num_shards}-{info.device.partition(':')[0]}"
-    )
+    compute_type = exchange.context.settings.compute_type or f"{info.num_shards}-{info.device}"
     return [
         (b"x-compute-type", compute_type.encode("latin-1", "replace")),
         (b"x-compute-characters", b"%d" % characters),

@@ -57,7 +57,7 @@ async def info(exchange: Exchange) -> None:
         "model_sha": model.revision,
         "model_pipeline_tag": _task(served),
         "model_dtype": model.dtype,
-        "model_device_type": model.device.partition(":")[0],
+        "model_device_type": model.device,
         "model_impl": model.implementation,
         "batch_invariant": model.is_batch_invariant,
         "kernel_set": model.kernel_set,
