@@ -30,8 +30,7 @@ class ChoiceOutput:
     """Turn each token of a choice into its event; the event that ends the choice has `finish` set.
 
     The model's EOS and the request's stop ids win over stop strings, those over the end of the grammar and
-    over the length. The token that
-    ends the choice gives text only with `include_stop`.
+    over the length. A token of the first two gives text only with `include_stop`.
     """
 
     __slots__ = ("_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_stop", "_tokenizer")

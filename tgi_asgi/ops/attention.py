@@ -30,9 +30,9 @@ def attention(
     result is multiplied by their sigmoid.
 
     Returns an activation [n_tokens, num_heads * value_dim]; from latents rows, which `heads_linear` goes on
-    with. A row's bits depend on its own sequence only:
-    not on the batch, on how its prompt was cut, on block ids or on threads. Chunks of 256 positions are
-    reduced alone and merged in order (Dao, FlashAttention, section 3.1; flash-decoding).
+    with. A row's bits depend on its own sequence only: not on the batch, on how its prompt was cut, on block
+    ids or on threads. Chunks of 256 positions are reduced alone and merged in order (Dao, FlashAttention,
+    section 3.1; flash-decoding).
 
     Raises:
         ValueError: as `AttentionSpec`, or the gate does not have the result's columns.

@@ -12,7 +12,6 @@ from tgi_asgi import _C
 from tgi_asgi.ops.layout import STRIP
 from tgi_asgi.ops.states import StateLayer
 
-BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 512
 MAX_LATENT_DIM = 640
 _MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips

@@ -71,14 +71,21 @@ class CudaRunner:
                             max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
 
-    The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
-    cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
-    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn, which keeps keys and values divided by
-    each layer's `kv_scales` (None: by 1). With `is_batch_invariant` a token's logits are the
-    same bits whatever else is in the step, and however a prompt is cut. With `gathers_prompts`
-    prompts attend by torch (`ops/cuda_attention.py`). A sequence can ask for `max_top`
-    log-probabilities beside that of its token. With `shards` the model is a part of one, of which
-    other processes have the rest.
+    The model's weights are plain tensors; it is not kept once it is recorded.
+
+    Args:
+        choose: gives the size of the cache for the bytes that are free once all else is there and a step of
+            the largest size has run.
+        dtype: of weights and activations.
+        kv_dtype: of the cache: `dtype` (None), or float8_e4m3fn, which keeps keys and values divided by
+            `kv_scales`.
+        kv_scales: each layer's, of keys and of values; None: 1.
+        is_batch_invariant: a token's logits are the same bits whatever else is in the step, and however a
+            prompt is cut.
+        gathers_prompts: prompts attend by torch (`ops/cuda_attention.py`).
+        has_dependent_launches: a kernel begins before the one in front of it has ended.
+        max_top: log-probabilities that a sequence can ask for beside that of its token.
+        shards: other processes have the rest of the model.
 
     Attributes:
         max_context: tokens that a sequence can have.

@@ -95,18 +95,7 @@ def read_request(
     given = request.parameters
     p = given or _ABSENT
     limits = Limits.of(context.settings, is_tgi=True)
-    best_of = 1 if p.best_of is None else p.best_of
-    message = f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}"
-    _require((p.seed or 0) <= MAX_SEED, message, "seed")
-    if is_stream:
-        _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
-        message = "`decoder_input_details` == true is not supported when streaming tokens"
-        _require(not p.decoder_input_details, message, "decoder_input_details")
-    if best_of > 1:
-        _require(limits.best_of != 1, "`best_of` != 1 is not allowed for this endpoint", "best_of")
-        message = f"`best_of` must be > 0 and <= {limits.best_of}. Given: {best_of}"
-        _require(best_of <= limits.best_of, message, "best_of")
-    n = max(best_of, 1)
+    n = _check_before_permit(p, limits, is_stream=is_stream)
     full_text = full_text if p.return_full_text is None else p.return_full_text
     is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
     shown = Shown(
@@ -118,7 +107,7 @@ def read_request(
         seeds=tuple(drawn_seed() if p.seed is None else p.seed for _ in range(n)),
     )
     # Every token of a stream shows its own; the best of several sequences is the likeliest.
-    needs_logprobs = is_stream or shown.details or best_of > 1
+    needs_logprobs = is_stream or shown.details or n > 1
     shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
     info = context.ready().info
     job = Job(
@@ -148,6 +137,22 @@ def read_request(
         adapter=p.adapter_id,
     )
     return job, shown
+
+
+def _check_before_permit(p: GenerateParameters, limits: Limits, *, is_stream: bool) -> int:
+    """Check what TGI does before it takes a permit; return how many sequences there are."""
+    best_of = 1 if p.best_of is None else p.best_of
+    message = f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}"
+    _require((p.seed or 0) <= MAX_SEED, message, "seed")
+    if is_stream:
+        _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
+        message = "`decoder_input_details` == true is not supported when streaming tokens"
+        _require(not p.decoder_input_details, message, "decoder_input_details")
+    if best_of > 1:
+        _require(limits.best_of != 1, "`best_of` != 1 is not allowed for this endpoint", "best_of")
+        message = f"`best_of` must be > 0 and <= {limits.best_of}. Given: {best_of}"
+        _require(best_of <= limits.best_of, message, "best_of")
+    return max(best_of, 1)
 
 
 def _check(
