@@ -144,3 +144,11 @@ def test_importing_the_server_loads_neither_torch_nor_pillow(module: str) -> Non
     code = f"import sys, {module}; sys.exit(len({{'torch', 'transformers', 'PIL'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
+
+
+def test_loading_a_model_imports_neither_torch_s_compiler_nor_the_code_of_transformers() -> None:
+    """They take as long as all the rest of the start: `torch.nn.attention.bias` alone imports the first."""
+    slow = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "transformers"}
+    code = f"import sys, tgi_asgi.app, tgi_asgi.runner.load; print(*({slow} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.stdout.strip(), found.returncode) == ("", 0), found.stderr

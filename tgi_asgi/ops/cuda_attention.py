@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
@@ -35,6 +34,9 @@ class GatheredAttention:
     """
 
     def __init__(self, layer: CudaKvLayer, scale: float, kept: Tensor, room: Tensor) -> None:
+        from torch.nn.attention.bias import causal_lower_right  # a second and a half, of torch's compiler
+
+        self._bias = causal_lower_right
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length of a prompt
         self._layer, self._scale = layer, scale
         self._kept, self._room = kept, room
@@ -58,7 +60,7 @@ class GatheredAttention:
         for index, (num_tokens, context_len) in enumerate(lengths):
             keys, values = self._gather(block_table[index], context_len)
             # torch makes a tensor [num_tokens, context_len] of this bias, which nobody writes or reads.
-            bias = None if num_tokens == context_len else causal_lower_right(num_tokens, context_len)
+            bias = None if num_tokens == context_len else self._bias(num_tokens, context_len)
             # The scales of an FP8 cache: that of keys is in the scores', that of values in the result's.
             attended = torch.nn.functional.scaled_dot_product_attention(
                 query[first : first + num_tokens].transpose(0, 1)[None],
