@@ -397,7 +397,7 @@ async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_e
     runner = FakeRunner(num_blocks=200)
     runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler says it of a row without a token
     engine = make_engine(runner)
-    grammar = Grammar(None, None)
+    grammar = Grammar(lambda: None, None)
     banned = make_request([POISON], 5, sampling=SamplingParams(logit_bias=((7, -100.0),)), grammar=grammar)
     for _ in range(10):
         answer = await ask(engine, banned)
@@ -416,7 +416,7 @@ async def test_a_grammar_that_cannot_go_on_fails_its_request_alone(
         result = execute(plan, is_tainted=is_tainted)
         for row, sampled in zip(plan.rows, result.sampled, strict=True):
             if row.slot == 0 and sampled is not None:
-                sampled.failure = "too many states"
+                sampled.failure = "too many expressions"
         return result
 
     monkeypatch.setattr(runner, "execute", failing)
@@ -426,5 +426,5 @@ async def test_a_grammar_that_cannot_go_on_fails_its_request_alone(
     runner.is_manual = False
     runner.run_next()
     failed, fine = await asyncio.gather(collect(bound), collect(free))
-    assert isinstance(failed.error, GenerationFailed) and "too many states" in str(failed.error)
+    assert isinstance(failed.error, InvalidRequest) and "too many expressions" in str(failed.error)
     assert fine.error is None and fine.finish() is FinishReason.LENGTH

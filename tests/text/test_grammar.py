@@ -180,6 +180,9 @@ def test_a_token_that_is_not_allowed_is_the_matcher_s_error(compiler: GrammarCom
     assert matcher.error is not None
 
 
+_ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
 @pytest.mark.parametrize(
     ("source", "word"),
     [
@@ -187,6 +190,7 @@ def test_a_token_that_is_not_allowed_is_the_matcher_s_error(compiler: GrammarCom
         (lambda: sources.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (lambda: sources.json_schema({"$ref": "#/$defs/absent"}), "absent"),
         (lambda: sources.json_schema({"$ref": "#"}), "no text can match"),
+        (lambda: sources.json_schema(_ENDLESS), "has no end"),
         (lambda: sources.json_schema({"type": "string", "pattern": "a(?=b)"}), "`pattern`.*look-around"),
         (lambda: sources.json_schema({"type": "string", "format": "regex"}), "`format` regex"),
         (lambda: sources.regex("(a"), "regex"),
@@ -287,3 +291,43 @@ def test_equal_grammars_are_compiled_once_and_the_least_used_is_forgotten(
     compiler.compile(sources.choice(["c"]))
     assert compiler.compile(sources.choice(["a"])) is first
     assert len(compiler._compiled) == 2
+
+
+def _read(matcher: Matcher, text: bytes) -> str | None:
+    """Take a text, with a mask before each byte; return what went wrong."""
+    mask = np.zeros(NUM_WORDS, np.int32)
+    for byte in text:
+        matcher.fill_mask(mask)
+        assert mask.view(np.uint32)[byte // 32] >> byte % 32 & 1 or matcher.error
+        matcher.accept(byte)
+    return matcher.error
+
+
+def test_a_long_bounded_string_goes_on_when_its_lexer_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 1_000)
+    compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+    matcher = compiler.compile(sources.json_schema({"type": "string", "maxLength": 3_000})).matcher()
+    assert _read(matcher, b'"' + b"a" * 600) is None
+    assert _read(matcher.copy(), b'a"') is None
+
+
+def test_what_answers_have_built_takes_no_room_from_those_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 1_000)
+    compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+    source = sources.regex("(foo|bar|[a-z]+[0-9]*){1,40}(x[a-z]*y|z{2,30}[a-f0-9]*){0,30}")
+    rng = random.Random(1)
+    half_way = compiler.compile(source).matcher(list(b"foobar"))
+    for _ in range(60):
+        words = rng.choices(["foo", "bar", "q1", "abc", "x", "e", "k77"], k=20)
+        assert _read(compiler.compile(source).matcher(), "".join(words).encode()) is None
+    assert _read(half_way, b"foo12bar") is None
+    matchers = [compiler.compile(source).matcher(list(b"foo") * n) for n in range(1, 7)]
+    masks = np.zeros((len(matchers), NUM_WORDS), np.int32)
+    for byte in b"barq1abc" * 4:
+        Matcher.fill_masks(matchers, range(len(matchers)), masks)
+        assert all(mask.view(np.uint32)[byte // 32] >> byte % 32 & 1 for mask in masks)
+        for matcher in matchers:
+            matcher.accept(byte)
+            assert matcher.error is None

@@ -314,7 +314,13 @@ class ServingLoop:
             self.lose(sequence, "the model's logits were not finite")
             return
         if sampled.failure is not None:
-            self.lose(sequence, f"the grammar cannot go on: {sampled.failure}")
+            # The limits are those of what a request may ask for: a 500 is what clients send again.
+            log.warning(
+                "request %s, choice %d: grammar: %s",
+                sequence.request.request_id, sequence.choice, sampled.failure,
+            )  # fmt: skip
+            self.scheduler.remove(sequence, forget=True)
+            self._end(channel, InvalidRequest(f"the grammar cannot go on: {sampled.failure}"))
             return
         stats = channel.stats
         stats.generated_tokens += 1

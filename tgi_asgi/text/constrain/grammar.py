@@ -3,6 +3,9 @@
 `api` compiles in a worker thread, a runner asks for masks from its own; both release the GIL meanwhile.
 A mask costs 10 to 80 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time. It
 looks at all the text that must follow (15 us for 100 characters): behind a slow one that is looked up once.
+
+What a grammar's lexer has built it keeps for all answers, up to a limit: a string with a `maxLength` takes
+four to ten states a character. When it is full, answers go on with another, which has what these need.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +26,12 @@ from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.reason import reason_of, refusing_panics
 from tgi_asgi.text.constrain.source import GrammarSource
 
-MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
+MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 40 MB
 
 _MAX_MASK_THREADS = 32
 _FEWEST_SHARED = 4  # masks that several threads compute: handing over costs as much as one does (15 us)
+_MAX_LEXER_STATES = 20_000  # 8 MB of JSON's strings, at most 40; as many bytes may one bounded string have
+_IS_FULL = "too many states"  # what the compiler says of them
 _SLOW_S = (
     0.001  # a mask that takes longer may be slow for the text that must follow, and all of it is looked at
 )
@@ -89,19 +95,20 @@ class GrammarCompiler:
             if self._backend is None:
                 self._backend = _make_backend(self._tokenizer, self._vocab_size)
                 self._executor = _make_executor()
-        backend = _make_matcher(self._backend, text)
+        grammar = Grammar(partial(_make_matcher, self._backend, text), self._executor, source)
         # The first mask builds most of the lexer, which copies share: here, and not while a batch waits.
-        # Some are too complex behind their first token only.
+        # Some are too complex behind their first token only, and one whose text has no end behind the second.
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
-        grammar = Grammar(backend, self._executor)
-        for matcher in (Matcher(backend, self._executor), grammar.matcher()):
-            token_id = _first_allowed(mask)
-            if token_id is not None and token_id not in self._tokenizer.eos_ids:
-                matcher.accept(token_id)
+        matcher = grammar.matcher()
+        for _ in range(3):
             matcher.fill_mask(mask)
-            if matcher.error is not None:
-                raise InvalidRequest(f"grammar is not valid: {matcher.error}")
-        grammar = Grammar(backend, self._executor, self._free_texts.find(source, grammar.matcher), source)
+            token_id = None if matcher.error else _first_allowed(mask)
+            if token_id is None or token_id in self._tokenizer.eos_ids:
+                break
+            matcher.accept(token_id)
+        if matcher.error is not None:
+            raise InvalidRequest(f"grammar is not valid: {matcher.error}")
+        grammar.free = self._free_texts.find(source, grammar.matcher)
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -110,44 +117,58 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled grammar, shared by all requests that use it; `source` is what it was compiled from."""
+    """A compiled grammar, shared by all requests that use it.
 
-    __slots__ = ("_executor", "_free", "_prototype", "source")
+    Attributes:
+        source: what it was compiled from.
+        free: where its answers are free, if they are.
+    """
 
-    def __init__(
-        self,
-        prototype: Any,
-        executor: Any,
-        free: FreeText | None = None,
-        source: GrammarSource | None = None,
-    ) -> None:
+    __slots__ = ("_executor", "_lock", "_make", "_prototype", "free", "source")
+
+    def __init__(self, make: Callable[[], Any], executor: Any, source: GrammarSource | None = None) -> None:
         self.source = source
-        self._prototype = prototype
+        self.free: FreeText | None = None
+        self._make = make
+        self._prototype = make()
         self._executor = executor
-        self._free = free
+        self._lock = threading.Lock()
 
     def watch(self) -> Watch | None:
         """Return what says from where on a choice needs a matcher; None if that is from its beginning."""
-        return None if self._free is None else self._free.watch()
+        return None if self.free is None else self.free.watch()
 
     def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
         """Return the state of one choice, after the tokens that it has already; free text is not read."""
-        if self._free is not None:
-            token_ids = self._free.constrained(token_ids)
-        return Matcher(self._prototype.deep_copy(), self._executor, token_ids)
+        if self.free is not None:
+            token_ids = self.free.constrained(token_ids)
+        return Matcher(self, self._prototype, self._executor, token_ids)
+
+    def renewed(self, full: Any) -> Any:
+        """Return a prototype other than `full`, whose lexer is: the first who asks compiles it."""
+        with self._lock:
+            if self._prototype is full:
+                self._prototype = self._make()
+            return self._prototype
 
 
 class Matcher:
     """How far one choice has come in its grammar. For one thread at a time."""
 
-    __slots__ = ("_backend", "_executor", "_forced")
+    __slots__ = ("_backend", "_executor", "_forced", "_grammar", "_prototype", "_token_ids")
 
-    def __init__(self, backend: Any, executor: Any, token_ids: Sequence[int] = ()) -> None:
-        self._backend = backend
+    def __init__(
+        self, grammar: Grammar, prototype: Any, executor: Any, token_ids: Sequence[int] = ()
+    ) -> None:
+        self._grammar = grammar
+        self._prototype = prototype
+        self._backend = prototype.deep_copy()
         self._executor = executor
         self._forced: deque[int] = deque()  # what must come next, where it was looked up
+        self._token_ids = list(token_ids)  # all that it has read
         if token_ids:
-            backend.consume_tokens(list(token_ids))
+            self._backend.consume_tokens(self._token_ids)
+            self._has_renewed()
 
     @property
     def error(self) -> str | None:
@@ -161,7 +182,9 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """Return another one that has come as far."""
-        made = Matcher(self._backend.deep_copy(), self._executor)
+        made = Matcher(self._grammar, self._prototype, self._executor)
+        made._backend = self._backend.deep_copy()
+        made._token_ids = self._token_ids.copy()
         made._forced.extend(self._forced)
         return made
 
@@ -170,11 +193,9 @@ class Matcher:
         if self._fill_forced(mask):
             return
         begun_s = time.perf_counter()
-        try:
-            self._backend.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        except ValueError:  # the matcher holds the reason
-            if self.error is None:
-                raise
+        self._compute(mask)
+        if self._has_renewed():
+            self._compute(mask)
         if time.perf_counter() - begun_s > _SLOW_S:
             self._look_ahead(mask)
 
@@ -182,7 +203,25 @@ class Matcher:
         """Move on by a token. See `error` afterwards."""
         if self._forced and self._forced.popleft() != token_id:
             self._forced.clear()
+        self._token_ids.append(token_id)
         self._backend.consume_token(token_id)
+        self._has_renewed()
+
+    def _compute(self, mask: Mask) -> None:
+        try:
+            self._backend.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        except ValueError:  # the matcher holds the reason
+            if self.error is None:
+                raise
+
+    def _has_renewed(self) -> bool:
+        """Go on with another lexer if this one is full, be it of other answers; tell whether that was so."""
+        if not self._backend.is_error() or _IS_FULL not in self._backend.get_error():
+            return False
+        self._prototype = self._grammar.renewed(self._prototype)
+        self._backend = self._prototype.deep_copy()
+        self._backend.consume_tokens(self._token_ids)
+        return True
 
     def _fill_forced(self, mask: Mask) -> bool:
         """Write the mask of a token that is known to come next; tell whether one is."""
@@ -200,7 +239,8 @@ class Matcher:
 
     def forced_ids(self) -> list[int]:
         """Return the tokens that must come next, where there is one text and one way to write it; or none."""
-        return list(self._backend.compute_ff_tokens())
+        ahead = self._backend.deep_copy()  # 1 to 10 us; what is too complex ahead must not end this one
+        return list(ahead.compute_ff_tokens())
 
     @staticmethod
     def fill_masks(matchers: Sequence[Matcher], rows: Sequence[int], masks: Mask) -> None:
@@ -220,6 +260,9 @@ class Matcher:
         begun_s = time.perf_counter()
         pairs = [(matcher._backend, row) for matcher, row in todo]
         matchers[0]._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
+        for matcher, row in todo:
+            if matcher._has_renewed():
+                matcher._compute(masks[row])
         if time.perf_counter() - begun_s > _SLOW_S * max(1, len(todo) / 8):
             for matcher, row in todo:
                 matcher._look_ahead(masks[row])
@@ -241,7 +284,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
         initial_lexer_fuel=300_000,  # 10 ms; 0.4 s and 50 MB, for a while, if counted repetitions are nested
         step_lexer_fuel=200_000,  # 15 ms
         step_max_items=50_000,  # 3 ms
-        max_lexer_states=10_000,  # 20 MB
+        max_lexer_states=_MAX_LEXER_STATES,
         max_grammar_size=200_000,
         verbose_errors=False,
     )

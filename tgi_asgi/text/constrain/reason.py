@@ -21,6 +21,10 @@ _WORDS = (
         "`oneOf` of schemas that one value may match together",
     ),
     (re.compile(r"^NoExtension(Bias)?$"), "no text can match it"),
+    (
+        re.compile(r"^parser error: Too many items.*ff_tokens.*"),
+        "the text that must follow is too long, or has no end",
+    ),
     (re.compile(r"^min/maxProperties"), "`minProperties` and `maxProperties` are"),
     (re.compile(r"^Unknown format: (.*)"), r"`format` \1 cannot be enforced"),
     (re.compile(r"^Resource '(.*)' is not present.*"), r"`$ref` \1 is not part of the schema"),
