@@ -155,6 +155,18 @@ def test_a_pydantic_model_of_what_can_be_enforced_is_strict(
         ({"type": "integer", "minimum": 2**60}, ("minimum",), "1"),
         ({"type": "integer", "multipleOf": 1_000_003}, ("multipleOf",), "1"),
         ({"type": "object", "minProperties": 2}, ("minProperties",), '{"a":1}'),
+        ({"properties": {"a": {}, "b": {}}, "minProperties": 1}, (), '{"b":1}'),
+        ({"properties": {"a": {}}, "required": ["a"], "minProperties": 1}, (), '{"a":1}'),
+        (
+            {"properties": {"a": {}}, "additionalProperties": {"type": "null"}, "minProperties": 1},
+            ("minProperties",),
+            '{"a":1}',
+        ),
+        (
+            {"properties": {"a": {}, "b": {}}, "additionalProperties": False, "minProperties": 2},
+            ("minProperties",),
+            '{"a":1,"b":1}',
+        ),
         ({"oneOf": [{"minimum": 1}, {"maximum": 2}]}, ("oneOf",), "1"),
         (
             {"type": "object", "patternProperties": {"a": True, "b": True}, "additionalProperties": False},

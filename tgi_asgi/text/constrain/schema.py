@@ -40,7 +40,7 @@ _VALUES = ("const", "enum", "multipleOf", "minimum", "maximum", "exclusiveMinimu
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _DATA = ("const", "enum", "default", "examples")  # what looks like a schema in these is none
 _OF_OTHERS = frozenset(
-    {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "propertyNames"}
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"}
 )
 _BRANCHES = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "dependentSchemas"})
 _IN_WARNINGS = {"oneOf": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties")}
@@ -140,13 +140,26 @@ class _Adapter:
                 self._drop(schema, "additionalProperties")
 
     def _bound_below(self, schema: dict[str, Any]) -> None:
-        """Ask an open object for one property more than it requires at most: two may have the same name."""
-        least, required = schema.get("minProperties"), schema.get("required")
-        most = 1 + (len(set(map(str, required))) if isinstance(required, list) else 0)
+        """Ask for no more properties than the compiler can count.
+
+        That is one more than is required: in an open object two may have the same name. Of an open object
+        that lists what it does not require the compiler wants one that is not listed.
+        """
+        least, required, known = (schema.get(name) for name in ("minProperties", "required", "properties"))
+        if not isinstance(least, int):
+            return
+        needed = set(map(str, required)) if isinstance(required, list) else set()
+        listed = set(known) if isinstance(known, Mapping) else set()
         is_closed = schema.get("additionalProperties") is False and "patternProperties" not in schema
-        if isinstance(least, int) and least > most and not is_closed:
+        if least <= len(needed):
+            del schema["minProperties"]
+        elif not is_closed and listed - needed:
+            self._drop(schema, "minProperties", "beside optional properties and others")
+        elif least > len(needed) + 1 and not is_closed:
             self._drop(schema, "minProperties", f"{least} of an object whose properties are not all listed")
-            schema["minProperties"] = most
+            schema["minProperties"] = len(needed) + 1
+        elif len(needed) + 1 < least <= len(listed | needed):
+            self._drop(schema, "minProperties", f"{least} of optional properties")
 
     def _drop(self, schema: dict[str, Any], name: str, why: str = "") -> None:
         del schema[name]
@@ -178,11 +191,14 @@ def _put_right(schema: dict[str, Any]) -> None:
 def _is_listed(schema: Mapping[str, Any]) -> bool:
     """Tell whether a schema lists all properties that it needs, and says nothing of others."""
     properties, required = schema.get("properties"), schema.get("required", [])
+    least = schema.get("minProperties", 0)
     return (
         isinstance(properties, Mapping)
         and bool(properties)
         and isinstance(required, list)
         and all(isinstance(name, str) and name in properties for name in required)
+        and isinstance(least, int)
+        and least <= len(properties)
         and not _OF_OTHERS & schema.keys()
     )
 
