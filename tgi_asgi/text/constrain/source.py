@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.gbnf import gbnf_to_lark, is_gbnf
 from tgi_asgi.text.constrain.reason import refusing_panics
 from tgi_asgi.text.constrain.schema import enforceable
 
@@ -155,12 +156,10 @@ def ebnf(text: str) -> GrammarSource:
     Raises:
         InvalidRequest: it is too long, has too many rules, or is GBNF with a mistake.
     """
-    from llguidance.gbnf_to_lark import any_to_lark
-
     _check_size(text)
     try:
-        lark = any_to_lark(text)
-    except Exception as error:  # the converter's own
+        lark = gbnf_to_lark(text) if is_gbnf(text) else text
+    except ValueError as error:
         raise InvalidRequest(f"grammar is not valid: {error}") from None
     num_rules = sum(":" in line for line in lark.splitlines())
     if lark.count("&") > MAX_CONJUNCTS:
