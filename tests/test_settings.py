@@ -125,6 +125,11 @@ def test_speculation_is_given_in_tgis_way_or_in_vllms() -> None:
         '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 3, "prompt_lookup_max": 9}'
     )
     assert Settings(speculative_config=config).speculation == Speculation(4, 3, 9)
+    given = '{"method": "ngram", "num_speculative_tokens": 4, '
+    assert Settings(speculative_config=given + '"prompt_lookup_max": 1}').speculation == Speculation(4, 1, 1)
+    assert Settings(speculative_config=given + '"prompt_lookup_min": 33}').speculation == Speculation(
+        4, 33, 33
+    )
     named = Settings(speculative_config='{"model": "[ngram]", "num_speculative_tokens": 4}')
     assert named.speculation == Speculation(4)
 
@@ -140,7 +145,10 @@ def test_speculation_is_given_in_tgis_way_or_in_vllms() -> None:
         ('{"method": "ngram"}', "num_speculative_tokens"),
         ('{"method": "ngram", "num_speculative_tokens": 65}', "1..64, got 65"),
         ('{"method": "ngram", "num_speculative_tokens": true}', "got True"),
-        ('{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 33}', "prompt_lookup_max"),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 9, "prompt_lookup_max": 8}',
+            "prompt_lookup_max",
+        ),
         ('{"method": "ngram", "num_speculative_tokens": 4, "quantization": "fp8"}', "'quantization'"),
     ],
 )

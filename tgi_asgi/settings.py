@@ -134,6 +134,9 @@ class Speculation:
             values[sizes[name]] = value
         if "num_tokens" not in values:
             raise _bad_speculation("have num_speculative_tokens", text)
+        if "shortest" not in values:  # one of the two alone moves the other, as vLLM does
+            values["shortest"] = min(cls(1).shortest, values.get("longest", MOST_DRAFTS))
+        values.setdefault("longest", max(cls(1).longest, values["shortest"]))
         found = cls(**values)
         if found.shortest > found.longest:
             raise _bad_speculation("have prompt_lookup_min up to prompt_lookup_max", text)
