@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from typing import Any
 
 import pytest
@@ -75,6 +77,26 @@ def test_random_calls_come_back_equal(name: str, calls: list[Call], size: int, b
     assert found == calls
     shown = "".join(piece.text for piece in pieces if isinstance(piece, Content))
     assert shown == (before.strip() if text.startswith(before) and before else "")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_run_of_blanks_holds_the_server_up(name: str) -> None:
+    """The server reads answers on one thread: a call that ends in 500 blanks took it for many seconds."""
+    text = write(name, [("f", {"text": "v w", "number": 1}), ("get_it", {})])
+    begun_s = time.process_time()
+    for place in re.finditer(r"\W(?=\w|$)|\w(?=\W)", text):
+        parse(AnswerParser(None, FORMATS[name], SPECS), text[: place.end()] + " " * 500 + "#", 16)
+    assert time.process_time() - begun_s < 5
+
+
+@pytest.mark.parametrize("behind", ['"' + 60_000 * "x", 20_000 * " "], ids=["text", "blanks"])
+def test_what_follows_arguments_is_read_in_time(behind: str) -> None:
+    """An id may stand there. All of it was matched anew at each of its characters."""
+    call = '{"name": "f", "arguments": {"text": "v"}, "id":'
+    begun_s = time.process_time()
+    pieces = parse(AnswerParser(None, FORMATS["hermes"], SPECS), f"<tool_call>{call}{behind}", 16)
+    assert [type(piece) for piece in pieces[:2]] == [CallStart, CallArguments]
+    assert time.process_time() - begun_s < 3
 
 
 def texts_of(value: Any) -> list[str]:

@@ -42,14 +42,14 @@ _DS_BEGIN, _DS_END, _DS_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁
 _DS_CALLS, _DS_CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 # With and without the kind and the fence, which both of DeepSeek's versions now forget and now write.
 _DS_HEAD = re.compile(
-    f'(?:function{_DS_SEP})?([\\w.-]+)\\s*(?:{_DS_SEP})?\\s*(?:```(?:json)?\\s*)?(\\{{\\s*["}}])'
+    f'(?:function{_DS_SEP})?([\\w.-]+)\\s*(?:{_DS_SEP}\\s*)?(?:```(?:json)?\\s*)?(\\{{\\s*["}}])'
 )
-_MISTRAL_HEAD = re.compile(r"([\w.-]+)(?:\[CALL_ID\][\w-]*)?\s*(?:\[ARGS\])?\s*(\{\s*[\"}])")
+_MISTRAL_HEAD = re.compile(r"([\w.-]+)(?:\[CALL_ID\][\w-]*)?\s*(?:\[ARGS\]\s*)?(\{\s*[\"}])")
 _KIMI_HEAD = re.compile(
-    r"(?:functions\.)?([\w.-]+?)(?::\d+)?\s*(?:<\|tool_call_argument_begin\|>)?\s*(\{\s*[\"}])"
+    r"(?:functions\.)?([\w.-]+?)(?::\d+)?\s*(?:<\|tool_call_argument_begin\|>\s*)?(\{\s*[\"}])"
 )
 _SOLAR_HEAD = re.compile(
-    r"(?:[\w-]*<\|tool_call:name\|>)?([\w.-]+)\s*(?:<\|tool_call:args\|>)?\s*(\{\s*[\"}])"
+    r"(?:[\w-]*<\|tool_call:name\|>)?([\w.-]+)\s*(?:<\|tool_call:args\|>\s*)?(\{\s*[\"}])"
 )
 _LINE_HEAD = re.compile(r"([\w.-]+)\s*(\{\s*[\"}])")
 _TAG_HEAD = re.compile(r"([\w.-]+)>?\s*(\{\s*[\"}])")

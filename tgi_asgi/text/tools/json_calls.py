@@ -19,8 +19,8 @@ NAMED = re.compile(
 KEYED = re.compile(r'\{\s*"([^"]{1,128})"\s*:\s*(\{\s*["}])')
 # Behind the arguments, where the call is an object: its end, maybe after an id.
 _TAIL = re.compile(r'\s*(?:,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.]+)\s*)?\}')
-_IN_TAIL = re.compile(r'\s*(?:,\s*(?:"\w*(?:"\s*(?::\s*(?:"[^"]*"?|[\w.]*)\s*)?)?)?)?')
-_MAX_HEAD = 256
+_IN_TAIL = re.compile(r'\s*(?:,\s*(?:"\w*(?:"\s*(?::\s*(?:(?:"[^"]*"?|[\w.]+)\s*)?)?)?)?)?')
+_MAX_HEAD = _MAX_TAIL = 256  # characters: at each one, all that was read of a head or a tail is matched again
 _CLOSERS = ("```", "}", "]", ",", ";")
 _OPENERS = ("```json", "```", "[")
 
@@ -116,7 +116,7 @@ class JsonCallParser:
         assert self._nesting is not None
         is_object = self._buffer[0] == "{"
         head = self._object_head if is_object or self._head is None else self._head
-        found = head.fullmatch(self._buffer)
+        found = head.fullmatch(self._buffer) if len(self._buffer) <= _MAX_HEAD else None
         is_complete = self._nesting.push(character) == 0
         if found and found[1] in self._names:
             self._begin(found[1], pieces)
@@ -155,7 +155,7 @@ class JsonCallParser:
     def _read_tail(self, pieces: list[Piece]) -> None:
         if _TAIL.fullmatch(self._buffer):
             self._buffer, self._is_in_tail = "", False
-        elif not _IN_TAIL.fullmatch(self._buffer):
+        elif len(self._buffer) > _MAX_TAIL or not _IN_TAIL.fullmatch(self._buffer):
             self._is_in_tail = False
             self._again(self._buffer, pieces)
 

@@ -46,7 +46,9 @@ class XmlTags:
         before, middle, _ = self.argument
         kind = "" if "%t" in middle else "()"
         value = _loose(middle).replace("%t", "(true|false)") + kind
-        return re.compile(rf"\s*{_loose(before)}\s*([^<>\"\n]+?)\s*{value}")
+        # A name neither begins nor ends with a blank: where a run of them may be shared out in several ways,
+        # each is tried, and one of some hundred stops the server.
+        return re.compile(rf"\s*{_loose(before)}\s*([^<>\"\s](?:[^<>\"\n]*[^<>\"\s])?)\s*{value}")
 
     def end(self) -> re.Pattern[str]:
         """Return how a call ends: by its own tag, or where that is missing, by what follows it."""
