@@ -146,7 +146,8 @@ def test_speculation_is_given_in_tgis_way_or_in_vllms() -> None:
         ('{"method": "ngram", "num_speculative_tokens": 65}', "1..64, got 65"),
         ('{"method": "ngram", "num_speculative_tokens": true}', "got True"),
         (
-            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 9, "prompt_lookup_max": 8}',
+            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 9, '
+            '"prompt_lookup_max": 8}',
             "prompt_lookup_max",
         ),
         ('{"method": "ngram", "num_speculative_tokens": 4, "quantization": "fp8"}', "'quantization'"),
