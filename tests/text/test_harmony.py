@@ -48,6 +48,10 @@ F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
         ),
         (f"{LATE}no object<|call|>", [Content(f"{LATE}no object")]),
         ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", [Reasoning("1 + 1")]),
+        # A header of which no message comes was read for ever.
+        (f"{THOUGHT}<|channel|>{'x' * 600}<|end|>{FINAL}y", [Reasoning("hm"), Content("x" * 600 + "y")]),
+        (f"<|start|>assistant {'x' * 600}", [Content(f"assistant {'x' * 600}")]),
+        (f"{'<|channel|>' * 50}{'x' * 600}", [Content("x" * 600)]),
     ],
 )
 def test_channels_are_told_apart_however_the_text_is_cut(text: str, pieces: list[Piece]) -> None:

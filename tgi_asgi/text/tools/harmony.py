@@ -21,11 +21,13 @@ MARKERS = (
 )  # fmt: skip
 
 _MESSAGE = "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
-_BEGINS = ("<|start|>", "<|channel|>", "assistant", "to=")
+_OPENERS = ("<|start|>", "<|channel|>")  # of a header
+_ENDS = ("<|end|>", "<|call|>", "<|return|>", *_OPENERS)
+_BEGINS = (*_OPENERS, "assistant", "to=")
+_OPENER = re.compile("|".join(map(re.escape, _OPENERS)))
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
-_MAX_HEADER = 512
+_MAX_HEADER = 512  # characters; what has no message in as many is text
 
 
 def recognises(template: str) -> bool:
@@ -86,7 +88,7 @@ class HarmonyParser:
     def _read_header(self, pieces: list[Piece], is_end: bool) -> bool:
         """Read up to a message's text; False while it has not begun."""
         head = self._held.lstrip()
-        at = self._held.find(_MESSAGE)
+        at = self._held.find(_MESSAGE, 0, _MAX_HEADER)
         if not head or not any(head.startswith(each) or each.startswith(head) for each in _BEGINS):
             if not head:
                 return False
@@ -95,10 +97,13 @@ class HarmonyParser:
         if at < 0:
             if not is_end and len(self._held) < _MAX_HEADER:
                 return False
-            is_whole = head.startswith(("<|start|>", "<|channel|>"))
-            if is_end and (is_whole or self._must_call):  # cut in a header: no text for anyone
+            if is_end and (head.startswith(_OPENERS) or self._must_call):  # cut in it: no text for anyone
                 self._held = ""
                 return False
+            if not is_end:
+                # Marks are left out: one would end the text, and begin the same header, for ever.
+                marks = list(_OPENER.finditer(self._held, 0, _MAX_HEADER))
+                self._held = self._held[marks[-1].end() if marks else 0 :]
             self._kind, self._header = Content, ""
             return True
         self._header, self._held = self._held[: at + len(_MESSAGE)], self._held[at + len(_MESSAGE) :]
@@ -128,7 +133,7 @@ class HarmonyParser:
             self._show(pieces, text, len(rest))
         self._held = rest
         if found:
-            self._held = rest if end in ("<|start|>", "<|channel|>") else rest[len(end) :]
+            self._held = rest if end in _OPENERS else rest[len(end) :]
             self._kind, self._header = None, ""
         return bool(found)
 
