@@ -47,6 +47,7 @@ F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
             [Content('<|channel|>commentary to=functions.no<|message|>{"a": 1}')],
         ),
         (f"{LATE}no object<|call|>", [Content(f"{LATE}no object")]),
+        (f"{LATE}  no object<|call|>", [Content(f"{LATE}  no object")]),
         ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", [Reasoning("1 + 1")]),
         # A header of which no message comes was read for ever.
         (f"{THOUGHT}<|channel|>{'x' * 600}<|end|>{FINAL}y", [Reasoning("hm"), Content("x" * 600 + "y")]),

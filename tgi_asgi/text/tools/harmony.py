@@ -142,6 +142,7 @@ class HarmonyParser:
         if self._name is not None:
             begun = text.lstrip()
             if not begun and not is_end:
+                self._header += text  # it is shown, too, where what follows is no object
                 return
             if begun and not begun.startswith("{"):
                 self._kind = Content
