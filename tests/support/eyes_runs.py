@@ -21,7 +21,7 @@ from tests.support.serving import serving
 from tgi_asgi import ops
 from tgi_asgi.app import App, create_app
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.generic.check import _batch
+from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
@@ -69,7 +69,7 @@ def run(
                 rows.append((slot, np.array(ids[start:end]), start))
         if not rows:
             break
-        batch = _batch(rows, width)
+        batch = flat_rows(rows, width)
         logits = program.run(batch, range(len(batch.ids)))
         for (slot, _, _), part in zip(rows, logits.split([len(ids) for _, ids, _ in rows]), strict=True):
             found[slot].append(part.clone())

@@ -384,4 +384,31 @@ FAMILIES: Mapping[str, Family] = {
         {"size": _SIDE, "image_seq_length": 16},
         image_key="image_token_index",
     ),
+    "deepseek_vl": Family(
+        "DeepseekVLForConditionalGeneration",
+        {"text_config": _LLAMA, "vision_config": {**_SIGLIP, "vision_use_head": False}},
+        "DeepseekVLImageProcessor",
+        {"size": _SIDE, "min_size": 14},
+        {"num_image_tokens": 16},
+        {"image_token": "<image_placeholder>"},
+    ),
+    "qianfan_ocr": Family(
+        "QianfanOCRForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "model_type": "qwen3"},
+            "image_seq_length": 4,
+            "downsample_ratio": 0.5,
+            "vision_config": {**_VIT, "image_size": [28, 28], "patch_size": [7, 7]},
+        },
+        "GotOcr2ImageProcessor",
+        {"size": _SIDE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        {"image_seq_length": 4},
+        {
+            "image_token": "<image>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+        image_token="<IMG_CONTEXT>",
+    ),
 }

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _LENGTHS = (27, 14)  # of the sequences
 _CUT = 16  # where the first is cut
-_LARGEST = 2e-3  # difference of logits, of the largest logit
-_BLOCK = 16
+LARGEST = 2e-3  # difference of logits, of the largest logit
+BLOCK = 16
 _LONGEST_WINDOW = 192  # that is worth a sequence longer than it
 _TRIES = 2  # a token whose experts are all but tied may go to another: once
 
@@ -46,10 +46,10 @@ def check(model: GenericModel) -> None:
 
 def _check(model: GenericModel) -> None:
     worst, where = _smallest_difference(model)
-    if worst > _LARGEST and model.recurrent is not None:
+    if worst > LARGEST and model.recurrent is not None:
         model.recurrent.continues_by_token = True  # plain scans of Mamba forget the state that they are given
         worst, where = _smallest_difference(model)
-    if worst <= _LARGEST:
+    if worst <= LARGEST:
         return
     raise ModelLoadError(
         f"{model.config.architecture} does not compute here what its own code does: logits differ by "
@@ -62,7 +62,7 @@ def _smallest_difference(model: GenericModel) -> tuple[float, str]:
     tried = []
     for seed in range(_TRIES):
         tried.append(_difference(model, seed))
-        if tried[-1][0] <= _LARGEST:
+        if tried[-1][0] <= LARGEST:
             break
     return min(tried)
 
@@ -104,14 +104,18 @@ def _longest(model: GenericModel) -> int:
 
 def _eager(model: GenericModel, ids: Any) -> Tensor:
     """Return the logits of one sequence by the model's own attention."""
+    # Without positions: they are what the model makes of them.
+    return whole_logits(model, input_ids=torch.from_numpy(ids)[None])
+
+
+def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
+    """Return the logits [n_tokens, vocab] of one sequence, all at once, by the model's own attention."""
     configs = configurations(model.module)
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
             config._attn_implementation_internal = "eager"
-        given = arguments(
-            model.module, input_ids=torch.from_numpy(ids)[None], use_cache=False
-        )  # without positions: they are what the model makes of them
+        given = arguments(model.module, **inputs, use_cache=False)
         with torch.inference_mode():
             logits: Tensor = model.module(**given).logits
             return logits[0, :, : model.config.vocab_size].float()
@@ -123,7 +127,7 @@ def _eager(model: GenericModel, ids: Any) -> Tensor:
 def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int, Tensor]]:
     """Return logits by steps of several sequences: (name of the part, sequence, first position, logits)."""
     longest = max(map(len, sequences))
-    width = -(-longest // _BLOCK)
+    width = -(-longest // BLOCK)
     pool = _pool(model, 2 * width)
     program = model.program([] if pool is None else pool.layers, longest)
     first, second = sequences
@@ -137,7 +141,7 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     ]
     found = []
     for name, rows in steps:
-        batch = _batch(rows, width)
+        batch = flat_rows(rows, width)
         logits = program.run(batch, range(len(batch.ids)))
         at = 0
         for index, ids, start in rows:
@@ -154,7 +158,7 @@ def run_step(model: GenericModel, num_tokens: int) -> None:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.seeing is not None:
         ids[ids == model.config.seeing.image_token_id] = model.config.seeing.pad_token_id
-    model.program([] if pool is None else pool.layers, _BLOCK).run(_batch([(0, ids, 0)], 1), [0])
+    model.program([] if pool is None else pool.layers, BLOCK).run(flat_rows([(0, ids, 0)], 1), [0])
     if pool is not None:
         pool.close()
 
@@ -162,26 +166,26 @@ def run_step(model: GenericModel, num_tokens: int) -> None:
 def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:
     shapes = model.config.caches
     return (
-        ops.KvPool(shapes, num_blocks=num_blocks, block_size=_BLOCK, dtype=torch.float32) if shapes else None
+        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32) if shapes else None
     )
 
 
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
     """Tell whether a sequence has the logits that it has alone, bit for bit, in several places of a step."""
-    alone = program.run(_batch([(0, first, 0)], width), range(len(first))).clone()
+    alone = program.run(flat_rows([(0, first, 0)], width), range(len(first))).clone()
     for before in (1, 2, 5):
-        batch = _batch([(1, second[:before], 0), (0, first, 0)], width)
+        batch = flat_rows([(1, second[:before], 0), (0, first, 0)], width)
         if not torch.equal(program.run(batch, range(before, before + len(first))), alone):
             return False
     return True
 
 
-def _batch(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
+def flat_rows(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
     """Lay out rows of (slot, ids, start); a slot's blocks are in descending order."""
     tables = {slot: list(range((slot + 1) * width - 1, slot * width - 1, -1)) for slot, _, _ in rows}
     positions = [np.arange(start, start + len(ids)) for _, ids, start in rows]
     slots = [
-        np.array(tables[slot])[at // _BLOCK] * _BLOCK + at % _BLOCK
+        np.array(tables[slot])[at // BLOCK] * BLOCK + at % BLOCK
         for (slot, _, _), at in zip(rows, positions, strict=True)
     ]
     lengths = [len(ids) for _, ids, _ in rows]

@@ -37,6 +37,7 @@ _KNOWN: Mapping[str, str] = {
     "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
     "RwkvForCausalLM": "has a state of its own kind",
+    "UnlimitedOcrForConditionalGeneration": "lets what it writes see all of the prompt, whatever its window",
     "XLMWithLMHeadModel": "has no cache to go on from",
     "XLNetLMHeadModel": "goes on from its own memories",
     "xLSTMForCausalLM": "has a cache of its own kind",

@@ -26,7 +26,8 @@ from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
 from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
 from tgi_asgi.models.generic.states import state_bytes
-from tgi_asgi.models.generic.vision.processor import load_processor
+from tgi_asgi.models.generic.vision.check import check_images, check_processor
+from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
 from tgi_asgi.models.generic.vision.text import find as find_seeing
@@ -120,6 +121,7 @@ class OpenGeneric:
         check_servable(self._model)
         adapt(self._model)
         self._seeing = find_seeing(self._model)
+        self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._seeing is None else TextView(self._model)
         text = self._model.config.get_text_config()
         first = first_position(self._model)
@@ -158,7 +160,11 @@ class OpenGeneric:
         if self._seeing is None:
             return None
         config = self._model.config.to_dict()
-        return load_processor(directory, config, self._seeing.image_token_id, input_names(self._model))
+        names = input_names(self._model)
+        self._processor = load_processor(directory, config, self._seeing.image_token_id, names)
+        if self._processor is not None:
+            check_processor(self._processor, self.config.architecture)
+        return self._processor
 
     def held(self, weights: Weights) -> list[tuple[str, int]]:
         """Return formats and elements of what the module will hold of these weights; before they are loaded.
@@ -208,6 +214,8 @@ class OpenGeneric:
             recurrent = RecurrentLayers(self._recurrent)
         loaded = GenericModel(model, self.config, made[0], recurrent, max_positions)
         self_check.check(loaded)
+        if self._processor is not None:
+            check_images(loaded, self._processor)
         return loaded
 
 

@@ -45,8 +45,8 @@ class VisionProcessor:
 
     @property
     def placeholder(self) -> str:
-        """What chat templates write for an image."""
-        return str(self._processor.image_token)
+        """What chat templates write for an image: not what it becomes, with Qianfan-OCR."""
+        return str(getattr(self._processor, "image_placeholder_token", self._processor.image_token))
 
     def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
         """Return the images of one prompt as the tower takes them.
@@ -56,6 +56,14 @@ class VisionProcessor:
         """
         num_images = len(images) if self._is_together else 1
         return [self._process(image, num_images) for image in images]
+
+    def whole(self, image: Image, text: str) -> dict[str, Any]:
+        """Return what the processor's class gives for a text with an image in the place of `{}`.
+
+        To check a model with: where a class has no code for all of a prompt, this raises.
+        """
+        prompt = text.replace("{}", self.placeholder)
+        return dict(self._processor(images=[image.pixels], text=[prompt], return_tensors="pt"))
 
     def _process(self, image: Image, num_images: int) -> ProcessedImage:
         try:
@@ -117,7 +125,9 @@ def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
     """Return the image processor: the one for Pillow, which gives the same on any machine."""
     from transformers import AutoImageProcessor
 
-    if options.get("image_processor_type", "").startswith("Lfm2Vl"):
+    nested = options.get("image_processor")  # of a processor_config.json that has all in one file
+    options = nested if isinstance(nested, dict) else options
+    if str(options.get("image_processor_type", "")).startswith("Lfm2Vl"):
         return Lfm2Images(options)
     return AutoImageProcessor.from_pretrained(directory, backend="pil")
 

@@ -6,6 +6,7 @@ Everything is asked of the model, but for the masks that it makes outside its de
 from __future__ import annotations
 
 import enum
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,13 @@ class Ahead(enum.Enum):
     PROMPT = "prompt"  # all
 
 
+# What reads an image otherwise than as rows in the places of its tokens.
+_OTHERWISE = {
+    "Ernie4_5_VLMoeForConditionalGeneration": "sends the tokens of images to experts of their own",
+    "Llama4ForConditionalGeneration": "has its tower beside a decoder with a head, which is not read",
+    "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
+    "Ovis2ForConditionalGeneration": "replaces the tokens round an image's, too",
+}
 _AHEAD = {"Gemma3ForConditionalGeneration": Ahead.IMAGES, "PaliGemmaForConditionalGeneration": Ahead.PROMPT}
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
@@ -84,13 +92,21 @@ def find(model: Any) -> Seeing | None:
         ModelLoadError: in a way that is not served.
     """
     config = model.config
-    if getattr(config, "vision_config", None) is None or not hasattr(model, "get_image_features"):
+    inner = getattr(model, "model", model)
+    if getattr(config, "vision_config", None) is None or not hasattr(inner, "get_image_features"):
         return None
     name = type(model).__name__
+    if name in _OTHERWISE:
+        raise ModelLoadError(f"{name} cannot be served: it {_OTHERWISE[name]}")
     text = config.get_text_config()
     token = next((getattr(config, key, None) for key in _TOKEN_NAMES if getattr(config, key, None)), None)
     if token is None:
         raise ModelLoadError(f"{name} has no token that stands for an image")
+    counts = getattr(inner, "get_rope_index", None)
+    if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
+        raise ModelLoadError(
+            f"{name} cannot be served: it counts the positions of images in a way of its own"
+        )
     decoder = model.get_decoder()
     ahead = _AHEAD.get(name, Ahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
@@ -98,7 +114,7 @@ def find(model: Any) -> Seeing | None:
     return Seeing(
         image_token_id=int(token),
         ahead=ahead,
-        has_axes=hasattr(model.model, "get_rope_index"),
+        has_axes=counts is not None,
         has_layer_inputs=takes_layer_inputs(decoder),
         pad_token_id=int(getattr(text, "pad_token_id", None) or 0),
         first_position=_FIRST_POSITION.get(name, 0),

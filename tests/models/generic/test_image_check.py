@@ -1,0 +1,136 @@
+"""Classes that see and that no test holds to `transformers`: checked with an image, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support import eyes_models as eyes
+from tests.support.eyes_table import FAMILIES
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.models.generic.guards import check_servable
+from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.generic.vision import check
+from tgi_asgi.models.generic.vision.own import Lfm2Images
+from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_image_processor
+from tgi_asgi.models.generic.vision.text import find
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
+
+
+@pytest.fixture(autouse=True)
+def threads() -> None:
+    ops.configure_threads(1, nice=0, pin=False)
+
+
+def load(name: str, folder: Path) -> GenericModel:
+    """Load a new checkpoint of a family as a server does: its processor first."""
+    eyes.make(name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    opened = OpenGeneric(folder, config, trusts_code=False)
+    opened.image_processor(folder)
+    weights = SafetensorsWeights(folder, Quantisation.from_json(config))
+    model = opened.load(weights, ops.Packing(is_exact=True, quantise=None), 2048)
+    assert isinstance(model, GenericModel)
+    return model
+
+
+def test_classes_that_are_not_checked_are_those_that_tests_hold() -> None:
+    assert {family.architecture for family in FAMILIES.values()} == check.HELD
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_a_class_that_is_not_held_is_served_where_its_rows_are_all_there_is_of_an_image(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    differs = check._difference
+
+    def noted(model: GenericModel, processor: VisionProcessor) -> float:
+        seen.append(differs(model, processor))
+        return seen[-1]
+
+    monkeypatch.setattr(check, "_difference", noted)
+    monkeypatch.setattr(check, "HELD", frozenset())
+    load(name, tmp_path)
+    assert 0 < seen[0] < 1e-4
+
+
+def test_a_class_that_does_more_with_an_image_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llava.modeling_llava import LlavaModel
+
+    forward = LlavaModel.forward
+
+    def more(self: Any, input_ids: Any, pixel_values: Any = None, **given: Any) -> Any:
+        found = forward(self, input_ids, pixel_values, **given)
+        if pixel_values is not None:
+            found.last_hidden_state[:, -3:] *= 0.5
+        return found
+
+    monkeypatch.setattr(LlavaModel, "forward", more)
+    monkeypatch.setattr(check, "HELD", frozenset())
+    with pytest.raises(ModelLoadError, match="does not make of an image here what its own code does"):
+        load("llava", tmp_path)
+
+
+def test_a_processor_that_fails_refuses_the_model_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process(*_: Any) -> None:
+        raise NotImplementedError
+
+    eyes.make("llava", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    opened = OpenGeneric(tmp_path, config, trusts_code=False)
+    monkeypatch.setattr(VisionProcessor, "process", process)
+    monkeypatch.setattr(check, "HELD", frozenset())
+    with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration does not take images here"):
+        opened.image_processor(tmp_path)
+
+
+def model_named(name: str, **inner: Any) -> Any:
+    config = SimpleNamespace(vision_config={}, image_token_id=7, get_text_config=lambda: SimpleNamespace())
+    model = SimpleNamespace(get_image_features=None, **inner)
+    return type(name, (), {"config": config, "model": model, "get_image_features": None})()
+
+
+@pytest.mark.parametrize(
+    ("stem", "reason"),
+    [
+        ("Ernie4_5_VLMoe", "experts of their own"),
+        ("Llama4", "beside a decoder with a head"),
+        ("Molmo2", "see each other"),
+        ("Ovis2", "round an image"),
+    ],
+)
+def test_classes_that_read_images_otherwise_are_refused_by_name(stem: str, reason: str) -> None:
+    with pytest.raises(ModelLoadError, match=rf"{stem}ForConditionalGeneration cannot be served.*{reason}"):
+        find(model_named(f"{stem}ForConditionalGeneration"))
+
+
+def test_positions_that_are_asked_for_in_another_way_are_refused_by_name() -> None:
+    model = model_named("OtherForConditionalGeneration", get_rope_index=lambda input_ids, audio_seqlens: None)
+    with pytest.raises(ModelLoadError, match=r"OtherForConditionalGeneration .* positions of images"):
+        find(model)
+
+
+def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadError, match=r"UnlimitedOcr.* see all of the prompt"):
+        check_servable(model_named("UnlimitedOcrForConditionalGeneration"))
+
+
+def test_lfm2_s_image_processor_is_found_in_a_file_that_has_all_of_the_processor(tmp_path: Path) -> None:
+    options = {"image_processor": {"image_processor_type": "Lfm2VlImageProcessor", "tile_size": 28}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(options))
+    found = load_image_processor(tmp_path, options)
+    assert isinstance(found, Lfm2Images)
+    assert found.tile_size == 28

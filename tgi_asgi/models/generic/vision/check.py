@@ -1,0 +1,117 @@
+"""A model that sees checks itself with an image: its own forward, and steps with rows of the tower.
+
+For classes that no test holds to the logits of `transformers`. The self-check with text alone does not see
+what such a class does with an image beside putting rows in the places of its tokens: experts that only
+images have, tokens that see those behind them, another token that is replaced as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, whole_logits
+from tgi_asgi.models.generic.vision.processor import VisionProcessor
+from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.text.images import located
+from tgi_asgi.types import Image
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.model import GenericModel
+
+# Those that tests hold to `transformers` (tests/support/eyes_table.py).
+HELD = frozenset(
+    f"{stem}ForConditionalGeneration"
+    for stem in (
+        "AyaVision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Idefics3", "InternVL", "Lfm2Vl", "Llava",
+        "LlavaNext", "LlavaOnevision", "Mistral3", "PaliGemma", "QianfanOCR", "Qwen2VL", "Qwen2_5_VL",
+        "Qwen3VL", "Qwen3_5", "SmolVLM",
+    )
+)  # fmt: skip
+_SIZE = (48, 32)
+
+
+def check_processor(processor: VisionProcessor, architecture: str) -> None:
+    """Prepare an image, of a class that is not held by tests; no weights are needed.
+
+    Raises:
+        ModelLoadError: with the reason why none can be.
+    """
+    if architecture in HELD:
+        return
+    try:
+        processor.process([_picture()])
+    except Exception as error:  # whatever code for another kind of processor raises
+        raise _refused(architecture, error) from error
+
+
+def check_images(model: GenericModel, processor: VisionProcessor) -> None:
+    """Compare the logits of a prompt with an image, of a class that is not held by tests.
+
+    Raises:
+        ModelLoadError: they differ, or the class wants something else of an image.
+    """
+    name = model.config.architecture
+    if name in HELD:
+        return
+    try:
+        worst = _difference(model, processor)
+    except Exception as error:  # whatever the model's code raises
+        raise _refused(name, error) from error
+    if not worst <= LARGEST:
+        raise ModelLoadError(
+            f"{name} does not make of an image here what its own code does: logits differ by {worst:.2g} of "
+            f"the largest, and {LARGEST} are allowed. Without preprocessor_config.json and "
+            "processor_config.json its text is served"
+        )
+
+
+def _refused(architecture: str, error: Exception) -> ModelLoadError:
+    reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return ModelLoadError(
+        f"{architecture} does not take images here ({reason}). Without preprocessor_config.json and "
+        "processor_config.json its text is served"
+    )
+
+
+def _picture() -> Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
+    return Image(PIL.Image.fromarray(pixels), bytes(32), "image")
+
+
+def _difference(model: GenericModel, processor: VisionProcessor) -> float:
+    """Return the largest difference of logits, relative to the largest logit."""
+    image = _picture()
+    (processed,) = processor.process([image])
+    given = processor.whole(image, "a {} b")
+    ids = given["input_ids"][0].tolist()
+    if ids.count(processed.token_id) != processed.num_tokens:
+        raise ValueError("its processor writes other tokens for an image than are computed")
+    precision = model.replaced.precision
+    precision.is_exact = True
+    try:
+        expected = whole_logits(model, **given)
+        found = _steps(model, ids, located(ids, [(image.digest, processed)]))
+    finally:
+        precision.is_exact = False
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
+    """Return the logits of a prompt by steps: all of it but the last token, which is as one of an answer."""
+    width = -(-len(ids) // BLOCK)
+    pool = ops.KvPool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype=torch.float32)
+    program = model.program(pool.layers, len(ids))
+    assert isinstance(program, VisionProgram)
+    program.start(0, ids[:-1], images)
+    parts = []
+    for first, stop in ((0, len(ids) - 1), (len(ids) - 1, len(ids))):
+        batch = flat_rows([(0, np.array(ids[first:stop]), first)], width)
+        parts.append(program.run(batch, range(stop - first)).clone())
+    pool.close()
+    return torch.cat(parts)
