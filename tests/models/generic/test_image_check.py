@@ -12,7 +12,7 @@ import pytest
 from tests.support import eyes_models as eyes
 from tests.support.eyes_table import FAMILIES
 from tgi_asgi import ops
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.generic.guards import check_servable
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
@@ -21,6 +21,7 @@ from tgi_asgi.models.generic.vision.own import Lfm2Images
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_image_processor
 from tgi_asgi.models.generic.vision.text import find
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.types import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
@@ -95,6 +96,20 @@ def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     monkeypatch.setattr(check, "HELD", frozenset())
     with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration does not take images here"):
         opened.image_processor(tmp_path)
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), ZeroDivisionError("by zero")])
+def test_an_image_that_a_processor_stumbles_over_is_a_client_s_mistake(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(*_: Any, **__: Any) -> None:
+        raise error
+
+    eyes.make("llava", tmp_path)
+    processor = eyes.processor_of(tmp_path)
+    monkeypatch.setattr(processor._processor, "_process_images", stumble)
+    with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
+        processor.process([Image(eyes.picture(1, 1), b"d" * 32, "image_url")])
 
 
 def model_named(name: str, **inner: Any) -> Any:

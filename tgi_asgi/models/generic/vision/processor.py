@@ -72,7 +72,11 @@ class VisionProcessor:
             found, texts = self._processor._process_images(
                 [given] if self._is_together else given, **self._options
             )
-        except ValueError as error:  # as for a strip that is too narrow
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # a strip too narrow, an image of no token
             raise InvalidRequest(
                 f"`{image.param}` is an image that the model does not take: {error}", param=image.param
             ) from error
