@@ -1,5 +1,5 @@
 #!/bin/bash
-# Install Ubuntu's packages for one of the image's stages.
+# Install the distribution's packages for one of the image's stages.
 #   docker/packages.sh build|run
 set -euo pipefail
 case $1 in

@@ -1,6 +1,6 @@
 """Tools for chat templates that know none: a system prompt, and the history spelled out as text.
 
-It is the prompt that Hermes models were trained on, with their format; the README says so.
+It is the prompt that Hermes models were trained on, with their format, as docs/structured-outputs.md says.
 """
 
 from __future__ import annotations

@@ -137,9 +137,10 @@ class _PythonicParser:
 def _to_json(arguments: str) -> str:
     """Turn `a=1, b=[true, None]` into a JSON object; what is JSON stays as it is written."""
     nesting, values, start = Nesting(), [], 0
-    for index, character in enumerate(f"{arguments},"):
+    text = f"{arguments},"
+    for index, character in enumerate(text):
         if nesting.push(character) == 0 and character == ",":
-            name, equals, value = f"{arguments},"[start:index].partition("=")
+            name, equals, value = text[start:index].partition("=")
             if equals:
                 values.append(f"{json.dumps(name.strip(), ensure_ascii=False)}: {_json_value(value.strip())}")
             start = index + 1
