@@ -68,6 +68,31 @@ def test_open_bounds_of_numbers_stay_outside(
     assert not any(accepts(compiler, source, text) for text in outside)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (
+            {"type": "number", "minimum": 0, "maximum": 1},
+            ("0.1234567891", "0.5000"),
+            ("0.12345678912", "1.5"),
+        ),
+        (
+            {"type": ["number", "null"], "minimum": -1, "exclusiveMaximum": 9},
+            ("null", "-0.5"),
+            ("0." + "3" * 11,),
+        ),
+        ({"type": "number", "minimum": 0, "maximum": 2, "enum": [0.5, 1]}, ("0.5", "1"), ("1.5",)),
+        ({"type": "number", "minimum": 0, "maximum": 1e-12}, ("0.0000000000003",), ("1",)),
+    ],
+)
+def test_a_number_of_a_range_has_an_end(
+    compiler: GrammarCompiler, bounds: dict[str, Any], inside: tuple[str, ...], outside: tuple[str, ...]
+) -> None:
+    source = sources.json_schema({"type": "number", **bounds})
+    assert all(accepts(compiler, source, text) for text in inside)
+    assert not any(accepts(compiler, source, text) for text in outside)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_refused_where_it_is_strict_is_ignored_and_named_where_it_is_not(
     compiler: GrammarCompiler, family: str

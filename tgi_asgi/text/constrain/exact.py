@@ -10,6 +10,10 @@ from typing import Any, TypeGuard
 _NUDGE = Decimal("0.000001")
 _MAX_MULTIPLE = 10_000
 _MAX_DIGITS = 15  # of a fraction: the compiler rounds further ones
+_FINEST = 1e-10  # the compiler reads no finer one
+_MOST_OF_RANGE = 1e12
+# What the compiler works out together with a range; of one value it then says that no multiple is in it.
+_COMBINED = frozenset({"multipleOf", "const", "enum", "$ref", "anyOf", "oneOf", "allOf"})
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only as \u0000, which `inline_json` does not allow
 
 
@@ -50,6 +54,25 @@ def nudge_bounds(schema: dict[str, Any]) -> None:
     """Put right the exclusive bounds of one schema that the compiler would include."""
     _nudge(schema, "Minimum", 1)
     _nudge(schema, "Maximum", -1)
+
+
+def bound_digits(schema: dict[str, Any]) -> None:
+    """Let the numbers of a range have ten digits behind the point at the most.
+
+    A small model that has begun a fraction may find no end to it. Numbers without a range stay as they are:
+    of these some have an exponent, which the compiler allows no multiple of anything.
+    """
+    limits = [
+        next((value for name in names if is_number(value := schema.get(name))), None)
+        for names in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
+    ]
+    least, most = limits
+    kinds = schema.get("type")
+    is_any = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
+    if not is_any or least is None or most is None or _COMBINED & schema.keys():
+        return
+    if most - least >= 1 and max(abs(least), abs(most)) <= _MOST_OF_RANGE:
+        schema["multipleOf"] = _FINEST
 
 
 def _nudge(schema: dict[str, Any], bound: str, direction: int) -> None:

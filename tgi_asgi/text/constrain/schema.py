@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.exact import count, is_exact, is_number, is_small_multiple, nudge_bounds
+from tgi_asgi.text.constrain.exact import (
+    bound_digits,
+    count,
+    is_exact,
+    is_number,
+    is_small_multiple,
+    nudge_bounds,
+)
 from tgi_asgi.text.constrain.exclusive import are_disjoint
 from tgi_asgi.text.constrain.reason import problem_of, warnings_of
 
@@ -99,6 +106,8 @@ class _Adapter:
                 result[key] = value if key in _DATA else self.adapt(value)
         self._leave_out(result)
         _put_right(result)
+        if self._closes:
+            bound_digits(result)
         if self._closes and _is_listed(result):
             result["additionalProperties"] = False
         self._bound_below(result)
