@@ -156,6 +156,16 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -
         PeftAdapter(tmp_path, 100, ": so it is")
 
 
+def test_names_without_the_prefix_are_read_as_transformers_saves_them(tmp_path: Path) -> None:
+    bare = NAME.removeprefix("base_model.model.")
+    adapter = PeftAdapter(write(tmp_path, matrices(bare), alpha_pattern={"q_proj": 4}))
+    [target] = adapter.targets
+    assert (target.module, target.scale) == (bare, 1.0)
+    assert {target.down.name, target.up.name} == set(matrices(bare))
+    with pytest.raises(ModelLoadError, match=r"with the prefix 'base_model\.model\.', too"):
+        PeftAdapter(write(tmp_path, matrices() | matrices(bare)))
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

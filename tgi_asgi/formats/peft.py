@@ -24,7 +24,7 @@ from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # without it `transformers` saves, with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _DTYPES = ("F32", "F16", "BF16")
 # Keys that are about training, or that others here make needless: the file's matrices say where they belong.
@@ -211,11 +211,14 @@ def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
     found: list[PeftTarget] = []
     for name, tensor in file.tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
-        if not name.startswith(_PREFIX) or not name.endswith((_DOWN, _UP)):
+        if not name.endswith((_DOWN, _UP)):
             what = next((what for part, what in _STRANGERS.items() if part in name), None)
             reason = "is no matrix of LoRA" if what is None else f"belongs to {what}"
             raise ModelLoadError(f"tensor {name!r} {reason}: it is not served")
-        other = f"{_PREFIX}{module}{_UP if name.endswith(_DOWN) else _DOWN}"
+        if f"{_PREFIX}{name}" in file.tensors:
+            raise ModelLoadError(f"tensor {name!r} is there with the prefix {_PREFIX!r}, too")
+        prefix = name.removesuffix(_DOWN).removesuffix(_UP).removesuffix(module)
+        other = f"{prefix}{module}{_UP if name.endswith(_DOWN) else _DOWN}"
         if other not in file.tensors:
             raise ModelLoadError(f"tensor {name!r} has no {other!r} beside it")
         if tensor.dtype not in _DTYPES:
