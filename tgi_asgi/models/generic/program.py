@@ -89,7 +89,8 @@ class Caller:
 def decoders_of(model: Any) -> list[Any]:
     """Return what a module may call for the states that its head takes: the models that have its embedding.
 
-    `get_decoder` is not to be trusted: Llama 4 returns itself, ModernBERT a product.
+    `get_decoder` is not to be trusted: Llama 4 returns itself, ModernBERT a product. A model that has
+    the head as well, as Kosmos 2.5 has one, returns logits: of the rows of its last call alone.
     """
     from transformers import PreTrainedModel
 
@@ -97,7 +98,12 @@ def decoders_of(model: Any) -> list[Any]:
     path = next(name for name, module in model.named_modules() if module is embedding)
     parts = path.split(".")[:-1]
     around = (model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts)))
-    return [module for module in around if isinstance(module, PreTrainedModel)]
+    head = model.get_output_embeddings()
+    return [
+        module
+        for module in around
+        if isinstance(module, PreTrainedModel) and all(each is not head for each in module.modules())
+    ]
 
 
 class ModuleProgram(Protocol):
