@@ -52,5 +52,20 @@ def test_a_missing_key_means_the_default_of_transformers(kind: str) -> None:
     assert not others
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("bloom", ["vocab_size", "hidden_size", "n_layer", "n_head"]),
+        ("mpt", ["vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"]),
+        ("hunyuan_v1_moe", ["num_experts", "moe_topk"]),
+        ("lfm2_moe", ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]),
+    ],
+)
+def test_sizes_and_counts_of_experts_that_a_class_has_need_not_be_there(kind: str, keys: list[str]) -> None:
+    values: dict[str, Any] = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    assert _read({key: value for key, value in values.items() if key not in keys}) == _read(values)
+
+
 def _read(values: dict[str, Any]) -> ModelConfig:
     return read_config(values)[1]

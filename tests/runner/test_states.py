@@ -9,7 +9,7 @@ from tests.support.families_page import config_of
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.models.loading.open import is_native, read_config
 from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
@@ -141,6 +141,11 @@ def test_positions_of_layers_that_attend_may_be_stretched() -> None:
 def test_convolutions_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         read_config({**config_of(LFM2), **changes})
+
+
+def test_a_convolution_over_one_token_is_left_to_the_code_of_transformers() -> None:
+    with pytest.raises(NotInFamily, match=r"goes over must be 2\.\.16, got 1"):
+        read_config({**config_of(LFM2), "conv_L_cache": 1})
 
 
 @pytest.mark.parametrize(

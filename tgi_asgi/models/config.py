@@ -436,7 +436,7 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         low <= spec.num_channels <= high,
         f"the channels of a convolution must be in {low}..{high}, got {spec.num_channels}",
     )
-    check(
+    check_computed(
         2 <= spec.num_taps <= MAX_TAPS,
         f"the tokens that a convolution goes over must be 2..{MAX_TAPS}, got {spec.num_taps}",
     )

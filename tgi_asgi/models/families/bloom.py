@@ -28,6 +28,8 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=("seq_length",),
         layer_norm_eps=("layer_norm_epsilon",),
     )
+    # The class's own, small as they are: a file without a key means them.
+    reader.defaults(vocab_size=250880, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
     reader.defaults(
         intermediate_size=4 * reader.integer("hidden_size"),
         max_position_embeddings=2048,

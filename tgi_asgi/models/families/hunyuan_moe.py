@@ -19,6 +19,7 @@ _LISTED = ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_exper
 
 def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Hunyuan's; experts are as large as `intermediate_size`, and so is the shared one."""
+    reader.defaults(num_experts=1, moe_topk=1)
     for key in () if reader.is_gguf else _LISTED:
         reader.replace(key, _only(key, reader.get(key)))
     config = read_hunyuan(reader, architecture)

@@ -44,6 +44,7 @@ def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
         if reader.is_gguf
         else reader.flag("use_expert_bias", True)
     )
+    reader.defaults(num_experts=32, num_experts_per_tok=4, moe_intermediate_size=1792)
     experts = read_experts(
         reader, count="num_experts", top_k="num_experts_per_tok", kind="sigmoid",
         has_correction=has_correction, is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-6,

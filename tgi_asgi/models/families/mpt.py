@@ -29,6 +29,10 @@ def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=("max_seq_len",),
         layer_norm_eps=("layer_norm_epsilon",),
     )
+    reader.defaults(
+        vocab_size=50368, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
+        max_position_embeddings=2048,
+    )  # fmt: skip
     reader.defaults(intermediate_size=4 * reader.integer("hidden_size"), tie_word_embeddings=True)
     reader.ignore("norm_type", "learned_pos_emb")  # positions are not learned where there is ALiBi
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
