@@ -140,6 +140,15 @@ def _gemma4(text: Mapping[str, Any]) -> Family:
     )  # fmt: skip
 
 
+_INTERNVL: Mapping[str, Any] = {
+    "image_seq_length": 4,
+    "downsample_ratio": 0.5,
+    "vision_config": {**_VIT, "image_size": [28, 28], "patch_size": [7, 7]},
+}
+_INTERNVL_TILES: Mapping[str, Any] = {
+    "size": _SIDE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4,
+}  # fmt: skip
+
 FAMILIES: Mapping[str, Family] = {
     "smolvlm": Family("SmolVLMForConditionalGeneration", image_processor="SmolVLMImageProcessor", **_IDEFICS),
     "idefics3": Family(
@@ -200,12 +209,10 @@ FAMILIES: Mapping[str, Family] = {
         "InternVLForConditionalGeneration",
         {
             "text_config": _QWEN2,
-            "image_seq_length": 4,
-            "downsample_ratio": 0.5,
-            "vision_config": {**_VIT, "image_size": [28, 28], "patch_size": [7, 7]},
+            **_INTERNVL,
         },
         "GotOcr2ImageProcessor",
-        {"size": _SIDE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        _INTERNVL_TILES,
         {"image_seq_length": 4},
         {
             "start_image_token": "<img>",
@@ -396,12 +403,10 @@ FAMILIES: Mapping[str, Family] = {
         "QianfanOCRForConditionalGeneration",
         {
             "text_config": {**_LLAMA, "model_type": "qwen3"},
-            "image_seq_length": 4,
-            "downsample_ratio": 0.5,
-            "vision_config": {**_VIT, "image_size": [28, 28], "patch_size": [7, 7]},
+            **_INTERNVL,
         },
         "GotOcr2ImageProcessor",
-        {"size": _SIDE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        _INTERNVL_TILES,
         {"image_seq_length": 4},
         {
             "image_token": "<image>",

@@ -50,6 +50,14 @@ def test_schemas_are_held_to_or_refused_by_name(compiler: GrammarCompiler, famil
     assert num_answers or family in REFUSED
 
 
+def check_numbers(
+    compiler: GrammarCompiler, bounds: dict[str, Any], inside: tuple[str, ...], outside: tuple[str, ...]
+) -> None:
+    source = sources.json_schema({"type": "number", **bounds})
+    assert all(accepts(compiler, source, text) for text in inside)
+    assert not any(accepts(compiler, source, text) for text in outside)
+
+
 @pytest.mark.parametrize(
     ("bounds", "inside", "outside"),
     [
@@ -63,9 +71,7 @@ def test_schemas_are_held_to_or_refused_by_name(compiler: GrammarCompiler, famil
 def test_open_bounds_of_numbers_stay_outside(
     compiler: GrammarCompiler, bounds: dict[str, Any], inside: tuple[str, ...], outside: tuple[str, ...]
 ) -> None:
-    source = sources.json_schema({"type": "number", **bounds})
-    assert all(accepts(compiler, source, text) for text in inside)
-    assert not any(accepts(compiler, source, text) for text in outside)
+    check_numbers(compiler, bounds, inside, outside)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +94,7 @@ def test_open_bounds_of_numbers_stay_outside(
 def test_a_number_of_a_range_has_an_end(
     compiler: GrammarCompiler, bounds: dict[str, Any], inside: tuple[str, ...], outside: tuple[str, ...]
 ) -> None:
-    source = sources.json_schema({"type": "number", **bounds})
-    assert all(accepts(compiler, source, text) for text in inside)
-    assert not any(accepts(compiler, source, text) for text in outside)
+    check_numbers(compiler, bounds, inside, outside)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

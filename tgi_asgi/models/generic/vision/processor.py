@@ -45,7 +45,7 @@ class VisionProcessor:
 
     @property
     def placeholder(self) -> str:
-        """What chat templates write for an image: not what it becomes, with Qianfan-OCR."""
+        """What chat templates write for an image; with Qianfan-OCR another word than its tokens become."""
         return str(getattr(self._processor, "image_placeholder_token", self._processor.image_token))
 
     def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
@@ -76,7 +76,7 @@ class VisionProcessor:
             ValueError,
             ArithmeticError,
             LookupError,
-        ) as error:  # a strip too narrow, an image of no token
+        ) as error:  # too narrow a strip, no token left
             raise InvalidRequest(
                 f"`{image.param}` is an image that the model does not take: {error}", param=image.param
             ) from error
