@@ -103,7 +103,7 @@ def test_the_tour_goes_through_twelve_files_and_names_what_is_in_them() -> None:
 
 def test_the_tour_says_how_long_its_files_are() -> None:
     page = _text("docs/tour.md")
-    said = re.search(r"some ([\d,]+) lines", page)
+    said = re.search(r"about ([\d,]+) lines", page)
     assert said is not None
     length = sum(len(lines_of(path)) for path in re.findall(r"^### \d+\. `([^`]+)`", page, re.MULTILINE))
     assert abs(int(said[1].replace(",", "")) - length) < 0.1 * length, f"{length} lines"
