@@ -20,10 +20,10 @@ def _lines() -> Iterator[str]:
     others = [name for name in TYPES if name not in table.NATIVE and name not in NOT_BUILT]
     by_tier = {tier: [name for name in others if table.tier_of(name) == tier] for tier in table.TIERS}
     num_served = len(TYPES) - len(NOT_BUILT) - len(by_tier["refused"])
-    yield f"Of {len(TYPES)} architectures {num_served} are served."
-    yield from _paragraph("By a family of ours", list(table.NATIVE))
-    yield from _paragraph("Of the common shape", by_tier["common"])
-    yield from _paragraph("By the code of transformers, on our kernels", by_tier["generic"])
+    yield f"Of {len(TYPES)} architectures, {num_served} are served."
+    yield from _paragraph("By a native family", list(table.NATIVE))
+    yield from _paragraph("By the common shape", by_tier["common"])
+    yield from _paragraph("By the code of transformers, on the server's kernels", by_tier["generic"])
     yield from _rows("One sequence at a time", table.FLOOR)
     yield from _rows("Refused before weights are read", table.REFUSED)
     yield from _rows("Not tried", NOT_BUILT)
