@@ -203,11 +203,12 @@ class Settings:
         _one_of("auto bfloat16"),
     )
     prompt_attention: str = _model(
-        "How prompts attend on a GPU: paged by our kernel, where keys and values lie; sdpa by torch's fused "
-        "kernels, over copies in one piece. Layers with windows, soft caps, sinks or slopes, and "
-        "--batch-invariant, keep paged.",
+        "What computes the attention of prompts on a GPU: paged is the native kernel, on the paged cache; "
+        "sdpa is torch's fused kernels, on contiguous copies; flashinfer is the package flashinfer-python, "
+        "on the paged cache. Layers that the choice cannot compute (sdpa: windows and soft caps; both: sinks, "
+        "ALiBi) and --batch-invariant use paged.",
         "paged",
-        _one_of("paged sdpa"),
+        _one_of("paged sdpa flashinfer"),
     )
     dependent_launches: bool = _model(
         "On GPUs of compute capability 9.0 or later, let a kernel begin before the one in front of it has "

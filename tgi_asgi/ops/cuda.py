@@ -18,7 +18,8 @@ from torch import Tensor
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Uses
-from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
+from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
+from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import Given, LaunchList, Rows, Size, When
@@ -96,7 +97,7 @@ class CudaProgram:
         max_blocks: columns of the block tables.
         dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
         is_batch_invariant: a token's results are the same bits whatever else is in the step.
-        gathers_prompts: prompts attend by torch over gathered keys and values where that can be.
+        prompt_attention: what computes the attention of prompts in the layers that it can compute.
         shard: which of several devices it is that compute the same steps, each with its part of the weights.
     """
 
@@ -111,14 +112,16 @@ class CudaProgram:
         dtype: torch.dtype,
         device: torch.device,
         is_batch_invariant: bool = False,
-        gathers_prompts: bool = False,
+        prompt_attention: PromptAttention = PromptAttention.PAGED,
         shard: CudaShard | None = None,
     ) -> None:
         self._shard = shard
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
-        self._is_batch_invariant, self._gathers_prompts = is_batch_invariant, gathers_prompts
+        self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
+        self._flashinfer: FlashInfer | None = None  # made by the first layer that it computes
+        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what all layers of a plan share
         self._launches = LaunchList(_SIZES, _GIVEN)
         self._head = LaunchList((Size.ROWS,), (Given.ROWS,))
         self._logits = torch.empty(0)
@@ -262,27 +265,50 @@ class CudaProgram:
             "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Given.CONTEXT_LEN),
             _decodes(Given.BLOCK_TABLE), *kind, plan, workspace, _decodes(out), when=When(Size.DECODES, 1),
         )  # fmt: skip
-        gathered = self._gathered(layer, spec)
-        if gathered is not None:
-            self._launches.add(
-                functools.partial(_attend, gathered), query, _prompts(Given.BLOCK_TABLE), Size.DECODES,
-                Given.PROMPT_LENS, out, when=When(Size.KNOWN_PROMPTS, 1),
-            )  # fmt: skip
+        is_by_library = self._attend_by_library(layer, spec, query, out)
         self._launches.add(
             "tgi_cuda::attention_prefill", _tokens(query), layer.pool, _prompts(Given.QUERY_START),
             _prompts(Given.CONTEXT_LEN), _prompts(Given.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind, _tokens(out),
-            when=When(Size.PROMPTS if gathered is None else Size.UNKNOWN_PROMPTS, 1),
+            when=When(Size.UNKNOWN_PROMPTS if is_by_library else Size.PROMPTS, 1),
         )  # fmt: skip
 
-    def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention | None:
-        """Return what prompts attend by in the place of our kernel, if anything."""
-        if not self._gathers_prompts or not can_gather(spec):
-            return None
+    def _attend_by_library(self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, out: Tensor) -> bool:
+        """Add the launches of another library for prompts of known lengths; return whether there are any."""
+        when = When(Size.KNOWN_PROMPTS, 1)
+        if self._prompt_attention is PromptAttention.SDPA and can_gather(spec):
+            self._launches.add(
+                functools.partial(_attend_gathered, self._gathered(layer, spec)), query,
+                _prompts(Given.BLOCK_TABLE), Size.DECODES, Given.PROMPT_LENS, out, when=when,
+            )  # fmt: skip
+            return True
+        if self._prompt_attention is PromptAttention.FLASHINFER and can_plan(spec, layer.head_dim):
+            planned = self._planned_for(layer, spec, query, when)
+            self._launches.add(
+                functools.partial(planned.attend, layer), query, Size.DECODES, out, when=when
+            )  # fmt: skip
+            return True
+        return False
+
+    def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention:
         size = self._max_blocks * layer.pool[0].numel()
         kept = self._scratch.buffer("gathered", (size,), layer.pool.dtype)
         is_plain = layer.pool.dtype is self._dtype
         room = kept if is_plain else self._scratch.buffer("gathered", (size,))
         return GatheredAttention(layer, spec.scale, kept, room)
+
+    def _planned_for(
+        self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, when: When
+    ) -> PlannedAttention:
+        """Return FlashInfer's plan for a layer; the first layer of its kind launches the planning."""
+        self._flashinfer = self._flashinfer or FlashInfer(self._device)
+        kind = (spec.scale, spec.window, spec.soft_cap, *layer.pool.shape[1:], *query.shape[1:])
+        if kind not in self._planned:
+            planned = self._planned[kind] = PlannedAttention(self._flashinfer, spec, layer.pool, query)
+            self._launches.add(
+                functools.partial(_plan_prompts, planned), _prompts(Given.BLOCK_TABLE), Given.PROMPT_LENS,
+                when=when,
+            )  # fmt: skip
+        return self._planned[kind]
 
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""
@@ -459,10 +485,14 @@ def _prompts(rows: Given) -> Rows:
     return Rows(rows, None, first=Size.DECODES)
 
 
-def _attend(
+def _attend_gathered(
     gathered: GatheredAttention, query: Tensor, block_table: Tensor, first: int, lengths: Tensor, out: Tensor
 ) -> None:
     gathered.attend(query, block_table, first, lengths.tolist(), out)
+
+
+def _plan_prompts(planned: PlannedAttention, block_table: Tensor, lengths: Tensor) -> None:
+    planned.plan(block_table, lengths.tolist())
 
 
 def _most_codes(recorded: Sequence[calls.Call]) -> int:

@@ -8,12 +8,21 @@ graph has these calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+
+
+class PromptAttention(StrEnum):
+    """What computes the attention of prompts on a GPU; values are those of `--prompt-attention`."""
+
+    PAGED = "paged"  # the project's kernel
+    SDPA = "sdpa"  # torch, over copies of keys and values: this module
+    FLASHINFER = "flashinfer"  # `cuda_flashinfer.py`
 
 
 def can_gather(spec: AttentionSpec) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -82,7 +83,7 @@ class CudaRunner:
         kv_scales: each layer's, of keys and of values; None: 1.
         is_batch_invariant: a token's logits are the same bits whatever else is in the step, and however a
             prompt is cut.
-        gathers_prompts: prompts attend by torch (`ops/cuda_attention.py`).
+        prompt_attention: what computes the attention of prompts.
         has_dependent_launches: a kernel begins before the one in front of it has ended.
         max_top: log-probabilities that a sequence can ask for beside that of its token.
         shards: other processes have the rest of the model.
@@ -105,7 +106,7 @@ class CudaRunner:
         kv_dtype: torch.dtype | None = None,
         kv_scales: Sequence[tuple[float, float]] | None = None,
         is_batch_invariant: bool = False,
-        gathers_prompts: bool = False,
+        prompt_attention: PromptAttention = PromptAttention.PAGED,
         has_dependent_launches: bool = False,
         max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
@@ -130,7 +131,7 @@ class CudaRunner:
         self._steps = CudaSteps(
             model, device, limits,
             CudaTypes(
-                dtype, kv_dtype, kv_scales, is_batch_invariant, gathers_prompts, has_dependent_launches
+                dtype, kv_dtype, kv_scales, is_batch_invariant, prompt_attention, has_dependent_launches
             ),
             last_ids=self._sampler.state.last_ids, draw=self._draw,
             shard=None if shards is None else shards.join(device.device),

@@ -21,6 +21,7 @@ from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
@@ -217,15 +218,33 @@ def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
     """Return what a model computes in, but for the scales that its files say.
 
     Raises:
-        ModelLoadError: --kv-cache-dtype asks for what the GPU does not have.
+        ModelLoadError: --kv-cache-dtype or --prompt-attention ask for what is not there.
     """
     return CudaTypes(
         dtype,
         _choose_kv_dtype(settings.kv_cache_dtype, dtype),
         is_batch_invariant=settings.batch_invariant,
-        gathers_prompts=settings.prompt_attention == "sdpa" and not settings.batch_invariant,
+        prompt_attention=_choose_prompt_attention(settings),
         has_dependent_launches=settings.dependent_launches,
     )
+
+
+def _choose_prompt_attention(settings: Settings) -> PromptAttention:
+    wanted = PromptAttention(settings.prompt_attention)
+    if wanted is not PromptAttention.PAGED and settings.batch_invariant:
+        logger.warning(
+            "--prompt-attention %s is ignored: --batch-invariant needs the project's own kernel", wanted
+        )
+        return PromptAttention.PAGED
+    if wanted is PromptAttention.FLASHINFER:
+        try:
+            import flashinfer  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ModelLoadError(
+                f"--prompt-attention flashinfer needs the package flashinfer-python, which could not be "
+                f"imported: {error}"
+            ) from error
+    return wanted
 
 
 def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
@@ -268,10 +287,6 @@ def make_runner(
     types = types_of(settings, dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
-    if settings.prompt_attention == "sdpa" and settings.batch_invariant:
-        logger.warning(
-            "--prompt-attention sdpa is ignored: with --batch-invariant prompts attend by our kernel"
-        )
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
@@ -294,7 +309,7 @@ def make_runner(
             kv_dtype=types.kv,
             kv_scales=kv_scales,
             is_batch_invariant=settings.batch_invariant,
-            gathers_prompts=types.gathers_prompts,
+            prompt_attention=types.prompt_attention,
             has_dependent_launches=types.has_dependent_launches,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
             shards=shards,

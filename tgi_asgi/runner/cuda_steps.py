@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -56,7 +57,7 @@ class CudaTypes:
     Attributes:
         kv: of the cache; None: as `dtype`.
         kv_scales: each layer's of keys and of values; None: all 1.
-        gathers_prompts: prompts attend by torch (`ops/cuda_attention.py`).
+        prompt_attention: what computes the attention of prompts.
         has_dependent_launches: a kernel begins before the one in front of it has ended, in the whole process.
     """
 
@@ -64,7 +65,7 @@ class CudaTypes:
     kv: torch.dtype | None = None
     kv_scales: Sequence[tuple[float, float]] | None = None
     is_batch_invariant: bool = False
-    gathers_prompts: bool = False
+    prompt_attention: PromptAttention = PromptAttention.PAGED
     has_dependent_launches: bool = False
 
 
@@ -137,7 +138,7 @@ class CudaSteps:
             record(model, self._kv), max_tokens=limits.max_step_tokens, max_sequences=limits.max_batch_size,
             max_rows=limits.max_batch_size, max_blocks=limits.max_blocks, dtype=types.dtype,
             device=device.device, is_batch_invariant=types.is_batch_invariant,
-            gathers_prompts=types.gathers_prompts, shard=shard,
+            prompt_attention=types.prompt_attention, shard=shard,
         )  # fmt: skip
         self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
         # Where graphs read block tables. Of a step only the columns that it has go up, and are put here; what
@@ -146,8 +147,9 @@ class CudaSteps:
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
         self._own_rows: Tensor | None = None  # whose logits the last step computed
-        # Of steps with prompts there are none where torch attends, which wants their lengths on the host.
-        self._shapes = graph_shapes(limits, has_mixed=not types.gathers_prompts)
+        # Other libraries' attention needs the prompts' lengths on the host, which a graph does not have.
+        has_mixed = types.prompt_attention is PromptAttention.PAGED
+        self._shapes = graph_shapes(limits, has_mixed=has_mixed)
         self._graphs: dict[tuple[int, ...], Graphs] = {}
 
     def profile(self) -> None:
