@@ -205,8 +205,8 @@ class Settings:
     prompt_attention: str = _model(
         "What computes the attention of prompts on a GPU: paged is the native kernel, on the paged cache; "
         "sdpa is torch's fused kernels, on contiguous copies; flashinfer is the package flashinfer-python, "
-        "on the paged cache. Layers that the choice cannot compute (sdpa: windows and soft caps; both: sinks, "
-        "ALiBi) and --batch-invariant use paged.",
+        "on the paged cache. Layers that the choice cannot compute (sdpa: windows and soft caps; both: "
+        "sinks, ALiBi) and --batch-invariant use paged.",
         "paged",
         _one_of("paged sdpa flashinfer"),
     )
