@@ -75,7 +75,7 @@ def test_a_model_in_parts_computes_what_it_does_in_one_file(tmp_path: Path) -> N
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     parts = write_parts(tmp_path)
     parts[2].unlink()
-    assert f"{parts[2]} is missing, a part of the model that {parts[0]} is" in refusal(parts[0])
+    assert f"{parts[2]} is missing, which is part of the same model as {parts[0]}" in refusal(parts[0])
 
 
 def test_a_part_of_a_model_of_other_parts_is_named(tmp_path: Path) -> None:
@@ -121,7 +121,11 @@ def part_bytes(keys: dict[str, Any], tensors: int = 1) -> bytes:
             {"split.count": 3, "split.no": 1},
             r"is part 2 of 3 .* such as model-00002-of-00003\.gguf",
         ),
-        ("m-00000-of-00002.gguf", {"split.count": 2}, "is part 1 of 2 of a model: only by a name"),
+        (
+            "m-00000-of-00002.gguf",
+            {"split.count": 2},
+            "is part 1 of 2 of a model: the others can only be found",
+        ),
         ("m.gguf", {"split.count": "2"}, "`split.count` must be an integer, got 2"),
     ],
 )

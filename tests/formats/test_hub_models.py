@@ -102,7 +102,7 @@ def test_a_gguf_file_is_fetched_alone_and_found_again_without_network(hub: Hub, 
     folder = snapshot(tmp_path, "org/m-GGUF")
     (found,), log = find(tmp_path, hub.address, "org/m-GGUF", REVISION="v2")
     assert found == ["org/m-GGUF", "gguf", str(folder / "m-Q4_K_M.gguf"), COMMIT]
-    assert "org/m-GGUF: Q4_K_M is taken" in log
+    assert "org/m-GGUF: using Q4_K_M" in log
     assert hub.fetched() == ["m-Q4_K_M.gguf"]
     assert (folder / "m-Q4_K_M.gguf").read_bytes() == b"four"
     names = ("org/m-GGUF:q4_k_m", "org/m-GGUF", "org/m-GGUF:Q8_0", "org/other-GGUF:Q8_0")
@@ -152,7 +152,7 @@ def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(hub: Hu
     (pipeline, whisper, no_gguf), _ = find(
         tmp_path, hub.address, "org/pipeline", "org/whisper", "org/whisper:Q4_K_M"
     )
-    assert "org/pipeline is a pipeline of diffusers" in pipeline
+    assert "org/pipeline is a diffusers pipeline" in pipeline
     assert "is an encoder-decoder" in whisper
     assert no_gguf == "org/whisper has no GGUF file that 'Q4_K_M' could name"
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]

@@ -162,7 +162,7 @@ def test_names_without_the_prefix_are_read_as_transformers_saves_them(tmp_path: 
     [target] = adapter.targets
     assert (target.module, target.scale) == (bare, 1.0)
     assert {target.down.name, target.up.name} == set(matrices(bare))
-    with pytest.raises(ModelLoadError, match=r"with the prefix 'base_model\.model\.', too"):
+    with pytest.raises(ModelLoadError, match=r"also present with the prefix 'base_model\.model\.'"):
         PeftAdapter(write(tmp_path, matrices() | matrices(bare)))
 
 
@@ -173,7 +173,7 @@ def test_names_without_the_prefix_are_read_as_transformers_saves_them(tmp_path: 
         ({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9), np.float32)}, "embeddings"),
         ({f"{NAME}.lora_B.bias": np.ones(4, np.float32)}, "lora_bias"),
         ({"base_model.model.lm_head.modules_to_save.weight": np.ones((4, 4), np.float32)}, "modules_to_save"),
-        ({"other.weight": np.ones((4, 4), np.float32)}, "'other.weight' is no matrix of LoRA"),
+        ({"other.weight": np.ones((4, 4), np.float32)}, "'other.weight' is not a LoRA matrix"),
     ],
 )
 def test_a_tensor_that_is_no_matrix_of_lora_is_refused_by_name(

@@ -227,7 +227,7 @@ def test_second_copies_and_adapters_are_no_weights(tmp_path: Path) -> None:
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234567\n"
     (tmp_path / "model.safetensors").write_text(text)
-    with pytest.raises(ModelLoadError, match=r"model\.safetensors is a pointer of Git LFS .*`git lfs pull`"):
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is a Git LFS pointer.*`git lfs pull`"):
         Checkpoint.open(tmp_path)
 
 

@@ -66,7 +66,7 @@ class TestPaths:
         ("name", "reason"),
         [
             ("model.bin", "pickled weights are never read"),
-            ("model.safetensors", "weights alone"),
+            ("model.safetensors", "contains only weights"),
             ("README.md", "not a model"),
         ],
     )

@@ -1,4 +1,4 @@
-"""Requests become sequences become steps: the scheduler, the block pool and the one engine coroutine."""
+"""Turn requests into sequences and steps: the scheduler, the block pool and the engine coroutine."""
 
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.stats import EngineStats, Histogram

@@ -1,6 +1,6 @@
-"""Which adapters the running sequences have, and who waits until there is room for another one.
+"""Which LoRA adapters the running sequences use, and which sequences wait for a free place in that set.
 
-Called by the scheduler alone; knows neither torch nor asyncio.
+Called only by the scheduler; knows neither torch nor asyncio.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from tgi_asgi.engine.sequence import Sequence
 
 
 class RunningAdapters:
-    """At most so many different adapters run at a time.
+    """The adapters of the running sequences, of which only a limited number differ at a time.
 
-    A sequence whose adapter would be one too many is held until one of them has no sequence left. From then
-    on all that come with an adapter are held behind it, also where theirs runs: adapters that are always in
-    use would keep it waiting for ever. Sequences without an adapter pass.
+    A sequence whose adapter would exceed the limit is held until one of the running adapters has no sequence
+    left. From then on, all further sequences with an adapter are held behind it, even if their adapter is
+    running: adapters in constant use would otherwise keep it waiting for ever. Sequences without an adapter
+    pass.
     """
 
     __slots__ = ("_counts", "_held", "_most")
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._counts: dict[str, int] = {}  # running sequences, by their adapters' keys; in order of entry
+        self._counts: dict[str, int] = {}  # by adapter key: number of running sequences; in order of entry
         self._held: list[Sequence] = []
 
     @property
     def num_running(self) -> int:
-        """Different adapters of the running sequences."""
+        """Number of different adapters of the running sequences."""
         return len(self._counts)
 
     def may_run(self, sequence: Sequence) -> bool:
-        """Tell whether a sequence can start."""
+        """Return whether a sequence may start."""
         key = _key(sequence)
         if key is None:
             return True
         return not self._held and (key in self._counts or len(self._counts) < self._most)
 
     def hold(self, sequence: Sequence) -> None:
-        """Let a sequence wait that may not run; `leave` or `give_up` returns it."""
+        """Hold a sequence that may not run yet; `leave` or `give_up` returns it."""
         self._held.append(sequence)
 
     def enter(self, sequence: Sequence) -> None:
@@ -48,7 +49,7 @@ class RunningAdapters:
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def leave(self, sequence: Sequence) -> list[Sequence]:
-        """Count a running sequence no more; return those that are to wait with all others again."""
+        """Stop counting a running sequence; return the held sequences that go back to the waiting queue."""
         key = _key(sequence)
         if key is None:
             return []
@@ -59,7 +60,7 @@ class RunningAdapters:
         return self._release()
 
     def give_up(self, sequence: Sequence) -> list[Sequence]:
-        """Forget a sequence that waits no more; if it was held, return those that were held beside it."""
+        """Drop a sequence that no longer waits; if it was held, return the others that were held with it."""
         if sequence not in self._held:
             return []
         self._held.remove(sequence)

@@ -1,4 +1,4 @@
-"""The adapters that requests may name: loaded in a thread, kept in memory while there is room, let go of.
+"""The LoRA adapters that requests may name: loaded in a thread, kept in memory up to a limit, unloaded.
 
     adapters = Adapters(load, [AdapterSource("sql", "/adapters/sql")], max_loaded=16)
     await adapters.start()
@@ -6,8 +6,8 @@
     ...
     lease.release()
 
-Everything but `load` runs on one event loop. What a request holds stays in memory until it lets go, whatever
-becomes of the name meanwhile.
+Everything except `load` runs on one event loop. An adapter that a request holds stays in memory until the
+request releases it, even if the name is removed or replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tgi_asgi.types import Adapter
 
 logger = logging.getLogger(__name__)
 
-_WAIT_S = 30.0  # for an adapter that is read again
-_PAUSE_S = 30.0  # after a failure, before it is tried again
+_WAIT_S = 30.0  # for an adapter that is being reloaded
+_PAUSE_S = 30.0  # after a failure, before the next attempt
 
 
 class Loaded(Protocol):
-    """What `load` returns: `models.adapters.LoadedAdapter`."""
+    """The return value of `load`: `models.adapters.LoadedAdapter`."""
 
     @property
     def weights(self) -> object: ...
@@ -44,17 +44,17 @@ class Loaded(Protocol):
 
 
 class _Entry:
-    """An adapter that can be asked for.
+    """An adapter that requests can name.
 
     Attributes:
-        adapter: while it is in memory.
-        key: of its contents, once it has been read.
-        task: that loads it.
-        is_queued: it is about to be read for the first time, in its turn.
-        num_users: leases.
-        used: when it was leased last, as a number that grows.
-        failed_s: when loading failed last, for a reason of its own.
-        failure: why it could not be read the last time.
+        adapter: The adapter, while it is in memory.
+        key: Key of its contents, once it has been read.
+        task: The task that loads it.
+        is_queued: Whether it waits for its turn to be read for the first time.
+        num_users: Number of leases.
+        used: Turn number of its last lease; turn numbers only grow.
+        failed_s: When loading last failed for a reason of its own.
+        failure: Why the last attempt to read it failed.
     """
 
     __slots__ = (
@@ -89,7 +89,7 @@ class Lease:
         entry.idle.clear()
 
     def release(self) -> None:
-        """Let go. Idempotent."""
+        """Release the adapter. Idempotent."""
         entry, self._entry = self._entry, None
         if entry is not None:
             entry.num_users -= 1
@@ -98,13 +98,13 @@ class Lease:
 
 
 class Adapters:
-    """See above.
+    """The adapters that requests may name; see the module's docstring.
 
     Args:
-        load: reads an adapter, in a thread; raises `ModelLoadError`.
-        sources: those that can be asked for from the start.
-        max_loaded: that are in memory at a time, those included that are being read.
-        taken: names that no adapter can have.
+        load: Reads an adapter, in a thread; raises `ModelLoadError`.
+        sources: Adapters that can be requested from the start.
+        max_loaded: Maximum number of adapters in memory, including those being read.
+        taken: Names that no adapter can have.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class Adapters:
         self._taken = frozenset(taken)
         self._clock = clock
         self._entries = {source.name: _Entry(source) for source in sources}
-        self._nameless: set[_Entry] = set()  # in memory or being read: to replace another, or to leave
+        self._nameless: set[_Entry] = set()  # in memory or being read: about to replace another, or to leave
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = itertools.count(1)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tgi-adapters")
 
     def start(self) -> asyncio.Task[None]:
-        """Begin to read those that there are; each that fails does so alone, with a line in the log.
+        """Begin to read the given adapters; a failure affects only that adapter and is logged.
 
-        All are read, also where memory holds fewer: so that those which cannot be served are known. The task
-        that is returned ends when they have been.
+        All are read, even if memory holds fewer, to find out which of them cannot be served. The returned
+        task ends when all have been read.
         """
         entries = list(self._entries.values())
         for entry in entries:
@@ -142,42 +142,42 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Those that can be asked for, in the order in which they came: in memory, or to be read again."""
+        """Names that can be requested, in the order of arrival: in memory, or reloaded on request."""
         return [name for name, entry in self._entries.items() if entry.has_loaded]
 
     @property
     def keys(self) -> dict[str, str]:
-        """Of those in `names`, the keys of their contents."""
+        """The content key of each adapter in `names`."""
         return {name: self._entries[name].key for name in self.names}
 
     @property
     def num_loaded(self) -> int:
-        """How many are in memory, or being read; those included that are to leave once nobody uses them."""
+        """Number of adapters in memory or being read, including those that leave once they are unused."""
         entries = (*self._entries.values(), *self._nameless)
         return sum(entry.adapter is not None or entry.task is not None for entry in entries)
 
     async def lease(self, name: str) -> Lease:
-        """Return a hold on an adapter, which is read first if it has left the memory.
+        """Return a hold on an adapter, which is reloaded first if it was unloaded.
 
         Raises:
-            UnknownAdapter: there is none of that name.
-            Unavailable: it is being read for the first time, or that takes long.
-            InvalidRequest: it could not be read.
-            Overloaded: all that memory may hold are in use.
+            UnknownAdapter: if there is none of that name.
+            Unavailable: if it is being read for the first time, or reading it takes long.
+            InvalidRequest: if it could not be read.
+            Overloaded: if all adapters that memory may hold are in use.
         """
         entry = self._find(name, param="model")
         while entry.adapter is None:
             await self._wait(entry)
-            entry = self._find(name, param="model")  # it may have been unloaded, or replaced
+            entry = self._find(name, param="model")  # it may have been removed or replaced
         entry.used = next(self._turns)
         return Lease(entry, entry.adapter)
 
     async def add(self, name: str, location: str) -> None:
-        """Read an adapter; from then on it can be asked for.
+        """Read an adapter; from then on it can be requested.
 
         Raises:
-            InvalidRequest: the name is taken, or the adapter could not be read.
-            Overloaded: all that memory may hold are in use.
+            InvalidRequest: if the name is taken, or the adapter could not be read.
+            Overloaded: if all adapters that memory may hold are in use.
         """
         if name in self._entries or name in self._taken:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
@@ -187,15 +187,15 @@ class Adapters:
         _check(entry)
 
     async def replace(self, name: str, location: str) -> None:
-        """Read an adapter that then gets the name of another; return when nobody has that one.
+        """Read an adapter that replaces the one of this name; return once the old one is no longer used.
 
-        Until it has been read, and where it cannot be, the name means the old one. Where there is no old one,
-        this is `add`.
+        Until the new adapter has been read, or if it cannot be read, the name means the old one. If there is
+        no old one, this is `add`.
 
         Raises:
-            InvalidRequest: it could not be read.
-            Overloaded: all that memory may hold are in use; both must have room.
-            UnknownAdapter: the name was unloaded meanwhile.
+            InvalidRequest: if it could not be read.
+            Overloaded: if all adapters that memory may hold are in use; memory must hold both.
+            UnknownAdapter: if the name was removed meanwhile.
         """
         if name not in self._entries:
             await self.add(name, location)
@@ -206,10 +206,10 @@ class Adapters:
         _check(entry)
 
     async def remove(self, name: str) -> None:
-        """Forget an adapter: nobody gets it any more; return when nobody has it.
+        """Remove an adapter at once for new requests; return when no request holds it any more.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: if there is none of that name.
         """
         entry = self._find(name, param="lora_name")
         del self._entries[name]
@@ -217,7 +217,7 @@ class Adapters:
         await self._finish(self._leave(entry))
 
     def close(self) -> None:
-        """Let the thread end; what waits is given up."""
+        """Shut the thread down and cancel all pending work."""
         entries = (*self._entries.values(), *self._nameless)
         for task in (*self._tasks, *(entry.task for entry in entries)):
             if task is not None:
@@ -237,7 +237,7 @@ class Adapters:
         return task
 
     async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for work that goes on though whoever waits for it has gone."""
+        """Await work that continues even if the awaiting task is cancelled."""
         await asyncio.shield(self._spawn(work))
 
     async def _read_in_turn(self, entries: Iterable[_Entry]) -> None:
@@ -246,13 +246,13 @@ class Adapters:
                 await self._begin(entry)
 
     async def _read_first(self, entry: _Entry) -> None:
-        """Read one that has its name already, which it loses where it fails."""
+        """Read an adapter that already has its name, and take the name back if that fails."""
         await self._begin(entry)
         if entry.failure is not None and self._entries.get(entry.source.name) is entry:
             del self._entries[entry.source.name]
 
     async def _read_and_swap(self, entry: _Entry) -> None:
-        """Read one that has no name as yet; give it that of another, and wait until nobody has that."""
+        """Read an adapter, give it the name of another, and wait until that one is unused."""
         name = entry.source.name
         try:
             await self._begin(entry)
@@ -269,7 +269,7 @@ class Adapters:
         await self._leave(old)
 
     async def _leave(self, entry: _Entry) -> None:
-        """Let go of one that has lost its name, once nobody uses it."""
+        """Unload an adapter that has lost its name, once it is unused."""
         try:
             if entry.task is not None:
                 await asyncio.wait({entry.task})
@@ -279,7 +279,7 @@ class Adapters:
             self._nameless.discard(entry)
 
     async def _wait(self, entry: _Entry) -> None:
-        """Have an adapter read that is not in memory; returns once it is, or another has its name.
+        """Load an adapter that is not in memory; return once it is, or another adapter has its name.
 
         Raises:
             Unavailable, InvalidRequest, Overloaded: as `lease`.
@@ -314,7 +314,7 @@ class Adapters:
                 entry.failed_s = self._clock()
                 logger.error("adapter %r: %s", source.name, error)
             elif isinstance(error, Overloaded):
-                logger.warning("adapter %r: not read, as all that memory may hold are in use", source.name)
+                logger.warning("adapter %r not loaded: all adapters in memory are in use", source.name)
             else:
                 entry.failed_s = self._clock()
                 logger.exception("adapter %r could not be read", source.name)
@@ -331,10 +331,10 @@ class Adapters:
         )  # fmt: skip
 
     def _make_room(self) -> None:
-        """Let go of adapters that nobody uses until there is room for the one that is about to be read.
+        """Unload unused adapters until there is room for the one that is about to be read.
 
         Raises:
-            Overloaded: all are in use.
+            Overloaded: if all are in use.
         """
         while self.num_loaded > self._max_loaded:
             unused = [
@@ -344,11 +344,11 @@ class Adapters:
                 raise Overloaded(f"All {self._max_loaded} adapters that memory may hold are in use")
             oldest = min(unused, key=lambda entry: entry.used)
             oldest.adapter = None
-            logger.info("adapter %r: let go of, to be read again when it is asked for", oldest.source.name)
+            logger.info("adapter %r unloaded; it is reloaded on request", oldest.source.name)
 
 
 def _check(entry: _Entry) -> None:
-    """Tell the operator why an adapter could not be read, if it could not."""
+    """Raise the reason why an adapter could not be read, if any; this one is for the operator."""
     if isinstance(entry.failure, ModelLoadError):
         message = f"The adapter '{entry.source.name}' cannot be served: {entry.failure.message}"
         raise InvalidRequest(message, param="lora_path")
@@ -357,7 +357,7 @@ def _check(entry: _Entry) -> None:
 
 
 def _told(entry: _Entry) -> Exception:
-    """Return what a client is told of a failure; the log has the reason, which may name files."""
+    """Return the error for a client; the reason, which may name files, is only in the log."""
     if isinstance(entry.failure, Overloaded):
         return Overloaded(entry.failure.message)
     return InvalidRequest(

@@ -1,4 +1,4 @@
-"""Permits: how many choices run and wait together, whose they are, and what one who finds no room is told."""
+"""Admission permits: how many choices run and wait at a time, for whom, and when to retry after a refusal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tgi_asgi.errors import InvalidRequest, Overloaded
 from tgi_asgi.types import Permit
 
 _MAX_RETRY_AFTER_S = 60
-_MEMORY = 64  # releases that the drain rate is taken from
-_WINDOW_S = 60.0  # older ones say nothing of now
+_MEMORY = 64  # number of releases that the drain rate is estimated from
+_WINDOW_S = 60.0  # older releases say nothing about the present
 
 
 class AdmissionPermit:
-    """Room for `n` choices of a tenant, until it is released."""
+    """A permit for `n` choices of a tenant, until it is released."""
 
     __slots__ = ("_admission", "n", "tenant")
 
@@ -25,20 +25,20 @@ class AdmissionPermit:
         self.tenant = tenant
 
     def split(self, n: int) -> AdmissionPermit:
-        """Return a permit of its own for n of the choices; it is released apart from the rest."""
+        """Return a permit split off for n of the choices; it is released separately."""
         assert self._admission is not None and 0 < n <= self.n
         self.n -= n
         return AdmissionPermit(self._admission, n, self.tenant)
 
     def release(self, *, has_run: bool = False) -> None:
-        """Give the room back, after a request that `has_run` or was refused before. Idempotent."""
+        """Return the permit, after a request that `has_run` or was refused before it ran. Idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
             admission._on_release(self, has_run)
 
 
 class Admission:
-    """Count permits out of a fixed number, and measure how fast they come back."""
+    """A fixed number of permits, with a measure of how fast they are released."""
 
     def __init__(self, capacity: int, clock: Callable[[], float]) -> None:
         self.capacity = capacity
@@ -48,14 +48,14 @@ class Admission:
         self._releases: deque[tuple[float, int]] = deque(maxlen=_MEMORY)
 
     def is_full(self, n: int) -> bool:
-        """Tell whether n choices find no room now, and could find some later."""
+        """Return whether n choices do not fit now but could later."""
         return self.num_taken + n > self.capacity >= n
 
     def to_displace(self, n: int, tenant: str | None, others: Iterable[Permit]) -> list[Permit]:
-        """Return which of `others`, taken in order, must go so that n choices of a tenant find room.
+        """Return which of `others`, taken in order, must go so that n choices of a tenant fit.
 
-        Each one's tenant must keep at least as much as this one comes to have: shares only ever become more
-        equal. None go if that does not make room enough.
+        A permit is chosen only if its tenant keeps at least as many choices as this tenant comes to have, so
+        that shares only become more equal. Returns none if that does not free enough.
         """
         taken = self._taken_by.copy()
         chosen: list[Permit] = []
@@ -68,11 +68,11 @@ class Admission:
         return chosen if missing <= 0 else []
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
-        """Take room for n choices.
+        """Take a permit for n choices.
 
         Raises:
-            InvalidRequest: there could never be room for so many.
-            Overloaded: there is none now.
+            InvalidRequest: if n exceeds the capacity.
+            Overloaded: if too few permits are free now.
         """
         if n > self.capacity:
             raise InvalidRequest(
@@ -88,7 +88,7 @@ class Admission:
     def retry_after_s(self, missing: int) -> int:
         """Estimate the seconds until `missing` more permits are free, from the last minute's releases.
 
-        Those of requests that never ran do not count: refusals are fast whatever the engine does.
+        Releases of requests that never ran do not count: refusals are fast whatever the engine does.
         """
         now = self._clock()
         recent = [(at, n) for at, n in self._releases if at > now - _WINDOW_S]

@@ -1,6 +1,6 @@
-"""The pool of KV-cache blocks: reference counts, the LRU of what may be reused, the index of cached contents.
+"""The pool of KV-cache blocks: reference counts, the LRU list of free blocks, the index of cached contents.
 
-Called by the scheduler alone; knows neither torch nor asyncio, nor what a block's memory looks like.
+Called only by the scheduler; knows neither torch nor asyncio, nor the memory layout of a block.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from tgi_asgi.engine.journal import BlockJournal
 
 
 class Dependents(Protocol):
-    """What is of no use without blocks."""
+    """Data that is useless without certain blocks."""
 
     def lost(self, digest: bytes) -> None:
-        """Learn that these contents can no longer be found."""
+        """Handle that these contents can no longer be found."""
 
 
 class BlockPool:
-    """Count the references to each block and remember the contents of the freed ones.
+    """Reference counts of all blocks, and the contents of free ones.
 
     A block is used (it has references) or free. A free block may still be *registered*: known by the digest
     of its contents, so that `take` can bring it back until `allocate` hands it out for something else. The
-    free list is the LRU order: blocks without a digest first, then registered ones, oldest first.
+    free list is in LRU order: blocks without a digest first, then registered ones, oldest first.
 
-    On a CPU a block takes memory from when it is first written. So the pool walks through its blocks only as
-    far as that pays: beyond the first `num_eager` a new one is taken where all others are used, or while
-    cached contents that were given up have been asked for again (`miss`).
+    On a CPU a block uses memory only once it is written. The pool therefore touches new blocks only as far as
+    that pays: beyond the first `num_eager`, it takes a new block only if all others are used, or if evicted
+    contents have been asked for again (`miss`).
 
     `num_free + num_used == num_blocks` always.
 
     Attributes:
-        journal: hears which contents can be found from now on, and which no longer, if there is one.
-        dependents: hear the latter, if there are any.
+        journal: Records which contents become findable and which no longer are, if set.
+        dependents: Is told which contents can no longer be found, if set.
     """
 
     __slots__ = (
@@ -48,7 +48,7 @@ class BlockPool:
         self.journal: BlockJournal | None = None
         self.dependents: Dependents | None = None
         self.num_used = 0
-        self.num_touched = 0  # blocks that were ever handed out: those from here on are free and not listed
+        self.num_touched = 0  # blocks ever handed out; those with higher numbers are free but not listed
         self._num_eager = num_blocks if num_eager is None else num_eager
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
@@ -63,9 +63,9 @@ class BlockPool:
         return len(self._free) + self.num_blocks - self.num_touched
 
     def allocate(self) -> int:
-        """Take a new block, or the one that is longest unused, which forgets what it held.
+        """Return a new block, or the least recently used free one, whose contents are then evicted.
 
-        Needs `num_free > 0`.
+        Requires `num_free > 0`.
         """
         if self._wants_new():
             block = self.num_touched
@@ -94,9 +94,9 @@ class BlockPool:
             self._given_up.popitem(last=False)
 
     def miss(self, digest: bytes) -> bool:
-        """Learn that contents are wanted that `find` did not find; tell whether they were here once.
+        """Record that `find` did not find wanted contents; return whether they were cached once.
 
-        If so a larger cache would have them still: from now on it keeps one block more.
+        If so, a larger cache would still have them, so the pool may use one more block from now on.
         """
         if digest not in self._given_up:
             return False
@@ -115,7 +115,7 @@ class BlockPool:
 
     @property
     def num_known(self) -> int:
-        """How many contents can be found."""
+        """Number of contents that can be found."""
         return len(self._by_digest)
 
     @property
@@ -137,7 +137,7 @@ class BlockPool:
         self._references[block] += 1
 
     def register(self, block: int, digest: bytes) -> None:
-        """Make a used block findable by its contents. A digest that is already known keeps its block."""
+        """Make a used block findable by its contents; a digest that is already known keeps its block."""
         assert self._references[block] > 0, f"block {block} is free"
         if digest not in self._by_digest and self._digests[block] is None:
             self._by_digest[digest] = block
@@ -147,7 +147,7 @@ class BlockPool:
                 self.journal.found(digest)
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Make blocks unfindable: what they hold is not to be trusted."""
+        """Make blocks unfindable because their contents cannot be trusted."""
         for block in blocks:
             digest = self._digests[block]
             if digest is not None:
@@ -169,10 +169,10 @@ class BlockPool:
         return num_known
 
     def release(self, blocks: list[int]) -> None:
-        """Drop one reference of each block of a table.
+        """Drop one reference to each block of a table.
 
-        From the last to the first: a chain of cached blocks is then evicted from its end, and what is left of
-        it can still be found.
+        Goes from the last block to the first, so that a chain of cached blocks is evicted from its end and
+        the rest of it can still be found.
         """
         for block in reversed(blocks):
             count = self._references[block] - 1

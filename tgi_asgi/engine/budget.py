@@ -1,28 +1,29 @@
-"""How many prompt tokens a step may compute so that running streams keep their pace and prompts theirs."""
+"""How many prompt tokens a step may compute so that both running streams and prompts keep their pace."""
 
 from __future__ import annotations
 
 from tgi_asgi.engine.step_time import StepTime
 
-_UNKNOWN_COST_TOKENS = 128  # the first prompt chunk, whose time teaches the cost of a token
-_PATIENCE_S = 1.0  # once a prompt has waited so long, the second of each pair below holds; before, between
-_SHARE = (0.5, 2.5)  # what prompts get of a step at the least, of its decode time
-_STRETCH = (1.0, 1.3)  # of the target
-_ALIKE = 8  # steps of one size are learnt from together: each says the same, and learning takes 17 us
-_PROBE_EVERY = 128  # steps, of which the first eight take a draft for cheap: see `cost_s`
-_PROBED_SHARE = 0.25  # of a step of one row, that a row costs at the most in these
+_UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration reveals the cost of a token
+_PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
+_SHARE = (0.5, 2.5)  # least time for prompts, as a multiple of the step's decode time
+_STRETCH = (1.0, 1.3)  # multiple of the target
+_ALIKE = 8  # steps of one size are averaged: each says the same, and learning takes 17 us
+_PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
+_PROBED_SHARE = 0.25  # cost of a row assumed in these at most, as a share of a step of one row
 
 
 class TokenBudget:
-    """Choose a step's prompt tokens by what steps have taken so far.
+    """The choice of a step's number of prompt tokens, from the durations of earlier steps.
 
-    Prompts get what decoding leaves of the target, and no less than half as long as decoding takes: where
-    that alone misses the target the streams are late anyway, and starving prompts would not help them. Both
-    grow with the wait, to 1.3 times the target and 2.5 times the decode time within a second: when many
-    arrive at once all of them are answered soon, and those that stream go slower until then.
+    Prompts get the time that decoding leaves of the target, and at least half as long as decoding takes: if
+    decoding alone misses the target, the streams are late anyway and starving prompts would not help them.
+    Both limits grow with a prompt's wait, to 1.3 times the target and 2.5 times the decode time within a
+    second. When many requests arrive at once, all of them are answered soon, and running streams slow down
+    until then.
 
     Args:
-        least_tokens: of a prompt in a step, at least as many as a block has: fewer would take as long.
+        least_tokens: Least number of prompt tokens in a step, at least a block; fewer would take as long.
     """
 
     __slots__ = (
@@ -42,12 +43,12 @@ class TokenBudget:
     def __init__(self, *, max_tokens: int, block_size: int, target_s: float, least_tokens: int = 0) -> None:
         self._max_tokens = max_tokens
         self._least_tokens = max(least_tokens, block_size)
-        self._limit = max_tokens  # less after a step that found no memory
+        self._limit = max_tokens  # smaller after a step that ran out of memory
         self._block_size = block_size
         self._target_s = target_s
         self._time = StepTime()
         self._size = (0, 0)  # of the last step: decode rows, prompt tokens
-        self._alike_s: list[float] = []  # what steps of that size took that have not been learnt from
+        self._alike_s: list[float] = []  # durations of steps of that size that are not learnt from yet
         self._num_alike_drafts = 0
         self._num_due = 1
         self._num_steps = 0
@@ -55,7 +56,10 @@ class TokenBudget:
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
-        Never none, so that prompts always advance. `waited_s`: how long the next prompt has waited.
+        Never zero, so that prompts always advance.
+
+        Args:
+            waited_s: How long the next prompt has waited.
         """
         return min(self._wanted(num_decode_rows, waited_s), self._limit)
 
@@ -71,7 +75,7 @@ class TokenBudget:
         return min(max(aligned, self._least_tokens), self._max_tokens)
 
     def room_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
-        """Return how long the next step may take beside its decoding."""
+        """Return how long the next step may take in addition to its decoding."""
         decode_s = self._time.predict_s(num_decode_rows, 0)
         patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
         share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
@@ -79,10 +83,10 @@ class TokenBudget:
 
     @property
     def cost_s(self) -> tuple[float, float]:
-        """The seconds of a step that decodes, and of each of its tokens; zeros while nothing is known.
+        """Seconds of a decode step: the fixed part, and the part per token; zeros while nothing is known.
 
-        Rows that were once taken for dear, as a few steps were held up, would have no drafts, and no step
-        would tell that they are cheap. So now and then a few steps take them for cheap, and are learnt from.
+        If a few delayed steps made rows look expensive, no row would get drafts and no step could show that
+        they are cheap. Therefore a few steps now and then assume that rows are cheap, and are learnt from.
         """
         whole = self._time.predict_s(1, 0)
         row = whole - self._time.predict_s(0, 0)
@@ -93,9 +97,10 @@ class TokenBudget:
     def observe(
         self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float, *, num_drafts: int = 0
     ) -> None:
-        """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then.
+        """Learn from a step that took `duration_s`: at once if its size is new, otherwise every eighth step.
 
-        A draft costs what a row does; their number alone makes no new size, as it changes from step to step.
+        A draft costs as much as a row. The number of drafts alone makes no new size, as it changes with every
+        step.
         """
         self._num_steps += 1
         size = (num_decode_rows, num_prefill_tokens)
@@ -116,7 +121,7 @@ class TokenBudget:
             self._limit = min(self._limit + self._block_size, self._max_tokens)
 
     def shrink(self, num_prefill_tokens: int) -> None:
-        """Learn that a step of so many prompt tokens found no memory: take half, and creep up again."""
+        """Limit steps to half as many prompt tokens after one ran out of memory; the limit grows again."""
         self._limit = max(min(self._limit, num_prefill_tokens // 2), self._block_size)
 
     def predict_s(self, num_decode_rows: int, num_prefill_tokens: int) -> float:

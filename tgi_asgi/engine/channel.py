@@ -1,4 +1,4 @@
-"""A request's mailbox: the engine pushes events, and whoever wants them attaches a sink."""
+"""A request's mailbox: the engine pushes events, and the consumer attaches a sink."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tgi_asgi.types import GenerationRequest, Permit, RequestStats, TokenEvent
 
 
 class RequestChannel(Outbox):
-    """What the engine knows of a request, and where its events wait until they are taken.
+    """The engine's record of a request, and the buffer for its events.
 
-    `attach` and `cancel` are for the taker; everything else is the engine's.
+    `attach` and `cancel` are for the consumer; everything else is for the engine.
     """
 
     __slots__ = (
@@ -37,32 +37,32 @@ class RequestChannel(Outbox):
         self.outputs: list[ChoiceOutput] = []
         self.num_open = request.n
         self.is_cancelled = False
-        self.refusal: TgiError | None = None  # why it will not run (on) after all
-        self.timer: asyncio.TimerHandle | None = None  # of its wait for the first step
+        self.refusal: TgiError | None = None  # why it will not start or continue
+        self.timer: asyncio.TimerHandle | None = None  # limits its wait for the first step
         self._on_cancel = on_cancel
         self._is_ended = False
         self._has_begun = False
 
     @property
     def is_ended(self) -> bool:
-        """Whether the last event or the error is here, taken or not."""
+        """Whether the last event or the error is here, delivered or not."""
         return self._is_ended
 
     @property
     def is_urgent(self) -> bool:
-        """Whether somebody waits for what is new: it is the first token, or the end."""
+        """Whether the consumer waits for the new events: they hold the first token or the end."""
         return self._is_ended or not self._has_begun
 
     def cancel(self) -> None:
-        """Give the request up; it ends with `IncompleteGeneration` unless it has ended already."""
+        """Cancel the request; it ends with `IncompleteGeneration` unless it has ended already."""
         if not self.is_cancelled and not self._is_ended:
             self.is_cancelled = True
             self._on_cancel(self)
 
     def refuse(self, error: TgiError) -> bool:
-        """End the request with an error, its taker's wish or not; tell whether it had not ended yet.
+        """End the request with an error on the server's side; return whether it was still open.
 
-        The room of one that has not run is free at once.
+        The permit of a request that has not run is released at once.
         """
         if self.is_cancelled or self._is_ended or self.refusal is not None:
             return False
@@ -73,7 +73,7 @@ class RequestChannel(Outbox):
         return True
 
     def push(self, event: TokenEvent) -> None:
-        """Add an event; it is seen at the next `flush`."""
+        """Add an event; it is delivered at the next `flush`."""
         self._events.append(event)
         if event.finish is not None:
             self.num_open -= 1
@@ -82,13 +82,13 @@ class RequestChannel(Outbox):
                 self._is_ended = True
 
     def fail(self, error: TgiError) -> None:
-        """End the request with an error, behind the events that wait."""
+        """End the request with an error, after the events that are waiting."""
         if not self._is_ended:
             self._is_ended = True
             self._error = error
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what is new: one call of the sink."""
+        """Pass new events on, in one call of the sink."""
         self._has_begun |= bool(self._events)
         super().flush()

@@ -1,4 +1,4 @@
-"""What the engine holds, as plain values for a person to read. Nothing of what clients wrote is in it."""
+"""The engine's contents as plain values for a person to read; contains no text of any client."""
 
 from __future__ import annotations
 

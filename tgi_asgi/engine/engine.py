@@ -1,4 +1,4 @@
-"""The engine as HTTP sees it: permits, requests in, channels out; ready, draining or dead.
+"""The engine's interface to HTTP: permits, requests in, channels out; ready, draining or dead.
 
     engine = Engine(runner, tokenizer, settings, info, on_fatal=end_the_process)
     engine.start()
@@ -6,7 +6,7 @@
     await engine.drain(timeout_s=90)
     await engine.stop()
 
-What it does between is `loop.py`.
+`loop.py` does the work in between.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from tgi_asgi.types import EngineState, GenerationRequest, ModelInfo, Permit
 
 log = logging.getLogger(__name__)
 
-_EAGER_BYTES = 256 * MIB  # of KV cache on a CPU: the system commits memory as blocks are first written
+_EAGER_BYTES = 256 * MIB  # of KV cache on a CPU, where the system commits memory as blocks are first written
 
 
 class Engine:
-    """Serve requests with one runner, on the event loop that calls `start`.
+    """A server of requests with one runner, on the event loop that calls `start`.
 
     Args:
-        runner: computes the steps; `stop` closes it.
-        on_fatal: called once if the engine dies (a hung step, a lost device, a bug); every request has had
-            its error by then, and the process should end. May be set later, as an attribute.
+        runner: Computes the steps; `stop` closes it.
+        on_fatal: Called once if the engine dies (a hung step, a lost device, a bug). Every request has
+            received its error by then, and the process should end. May be set later, as an attribute.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         self.stats = EngineStats()
         self.stats.blocks_total = runner.num_blocks
         self.admission = Admission(settings.max_concurrent_requests, clock)
-        # A tokenizer may have more tokens than the model can draw; such an end must not be masked, either.
+        # A tokenizer may have more ids than the model has logits; an EOS id beyond them must not be masked.
         eos_ids = frozenset(i for i in tokenizer.eos_ids | info.eos_token_ids if i < info.vocab_size)
         self._loop = ServingLoop(
             runner,
@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What runs and waits, and the block pool; to look at only."""
+        """The scheduler, with the running and waiting sequences and the block pool; read-only."""
         return self._loop.scheduler
 
     def describe(self) -> dict[str, Any]:
@@ -104,19 +104,23 @@ class Engine:
         return describe(self.admission, self.scheduler.tables, self._loop.channels, self.stats, self._clock())
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start serving."""
         assert self._task is None, "an engine starts once"
         self._state = EngineState.READY
         self._host = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._loop.run(), name="engine")
         self._task.add_done_callback(self._on_end)
-        self._host.call_soon(self._on_loss)  # should that have come before
+        self._host.call_soon(self._on_loss)  # in case `lose` was called before
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
-        """Take room for n choices; raises `Overloaded` or `Unavailable`.
+        """Take a permit for n choices.
 
-        Where there is none, a tenant that holds less than another takes the place of that one's newest
-        request that has not begun to run, which fails with `Overloaded` in its stead.
+        If none is free, a tenant that holds fewer choices than another displaces the other's newest request
+        that has not begun to run; the displaced request fails with `Overloaded`.
+
+        Raises:
+            Overloaded: if no permit is free or can be freed.
+            Unavailable: if the engine is draining or dead.
         """
         self._check_state()
         if self.admission.is_full(n):
@@ -127,11 +131,11 @@ class Engine:
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:
-        """Queue a request. The permit is released at its end, or at once if this raises.
+        """Queue a request. Its permit is released when the request ends, or at once if this raises.
 
         Raises:
-            InvalidRequest: the request could never run in this KV cache.
-            Unavailable: the engine is draining or dead.
+            InvalidRequest: if the request could never run in this KV cache.
+            Unavailable: if the engine is draining or dead.
         """
         try:
             self._check_state()
@@ -147,7 +151,7 @@ class Engine:
         return channel
 
     def _on_late(self, channel: RequestChannel) -> None:
-        """Refuse a request that has waited for its first step for too long."""
+        """Refuse a request that has waited too long for its first step."""
         if channel.stats.scheduled_s is None:
             retry_after_s = self.admission.retry_after_s(channel.permit.n)
             channel.refuse(
@@ -155,17 +159,17 @@ class Engine:
             )
 
     def abort(self, request_id: str) -> int:
-        """End the requests of this id, running or waiting, with an error; return how many there were."""
+        """End the requests with this id, running or waiting, with an error; return how many there were."""
         error = RequestAborted("the request was aborted")
         named = [channel for channel in self._loop.channels if channel.request.request_id == request_id]
         return sum(channel.refuse(error) for channel in named)
 
     def reset_prefix_cache(self) -> int:
-        """Forget all that is cached; blocks in use stay with who uses them. Return how many were known."""
+        """Forget all cached contents; used blocks keep their holders. Return how many contents were known."""
         return self.scheduler.pool.reset()
 
     def lose(self, reason: str) -> None:
-        """Be dead, as what computes has lost a part of itself; from any thread, before or behind `start`."""
+        """Mark the engine dead because a part of its runner is lost; from any thread, at any time."""
         self._lost = reason
         if self._host is not None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
@@ -179,7 +183,10 @@ class Engine:
             self._task.cancel()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what runs finish; what has not by then gets `IncompleteGeneration`."""
+        """Accept nothing new and let open requests finish; at the timeout, end the rest.
+
+        The requests left at the timeout get `IncompleteGeneration`.
+        """
         if self._state is EngineState.READY:
             self._state = EngineState.DRAINING
         try:
@@ -203,7 +210,7 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._step_timeout_s):
                     await self._loop.pipeline.drain()
-                self._runner.close()  # which has nothing left to compute: else it would wait for that
+                self._runner.close()  # it would otherwise wait for the steps
         self._loop.pipeline.close()
 
     def _check_state(self) -> None:
@@ -211,7 +218,7 @@ class Engine:
             raise Unavailable(f"the engine is {self._state.value}")
 
     def _check_request(self, request: GenerationRequest) -> None:
-        """Refuse what could never run, or would hurt others if it did."""
+        """Raise `InvalidRequest` if a request could never run, or would hurt others if it did."""
         prompt, max_tokens = request.prompt_ids, request.stop.max_tokens
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise InvalidRequest(f"a prompt is one or more token ids in [0, {self._vocab_size})")
@@ -232,7 +239,7 @@ class Engine:
         if max_tokens < 1 or request.n < 1:
             raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
         if request.pooling is not None:
-            max_tokens = 0  # none is drawn
+            max_tokens = 0  # nothing is sampled
         num_tokens = len(prompt) + max_tokens
         if num_tokens > self._max_total_tokens:
             raise InvalidRequest(
@@ -240,7 +247,7 @@ class Engine:
                 f"got {len(prompt)} + {max_tokens}",
                 code="context_length_exceeded",
             )
-        # The last token drawn is never fed back.
+        # The last sampled token is never fed back.
         needs, num_blocks = self.scheduler.tables.needs, self._runner.num_blocks
         wants_all = request.prompt_logprobs is not None or (
             request.pooling is not None and request.pooling.needs_all
@@ -256,7 +263,7 @@ class Engine:
             )
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
-        """Be dead when the loop has ended, whatever ended it: only `stop` may."""
+        """Mark the engine dead when the loop has ended for any reason other than `stop`."""
         error = None if task.cancelled() else task.exception()
         if not self._is_stopping:
             log.error("the engine's task has ended", exc_info=error)
@@ -268,21 +275,21 @@ class Engine:
             self._task.cancel()
 
     def _die(self, error: TgiError) -> None:
-        """Be dead: refuse everything, end every request, tell the owner of the process."""
+        """Mark the engine dead: refuse everything, end every request, notify the owner of the process."""
         if self._state is EngineState.DEAD:
             return
         self._state = EngineState.DEAD
         log.critical("the engine is dead: %s", error)
         self._loop.pipeline.close()
-        self._loop.end_all(GenerationFailed("the engine has failed"))  # what of is the log's to tell
+        self._loop.end_all(GenerationFailed("the engine has failed"))  # the cause is in the log
         if self.on_fatal is not None:
             self.on_fatal(error)
 
 
 def _num_eager_blocks(num_blocks: int, info: ModelInfo) -> int:
-    """Return how much of the KV cache is filled before anything cached is given up for new contents.
+    """Return how many blocks of the KV cache are filled before cached contents are evicted.
 
-    On a GPU all of it, as its memory is taken from the start.
+    On a GPU all of them, as their memory is allocated at the start.
     """
     if info.device != "cpu" or not info.kv_bytes:
         return num_blocks

@@ -1,13 +1,13 @@
-"""How much of a prompt the prefix cache has: as much as the groups of layers can all go on from.
+"""How much of a prompt the prefix cache holds: the longest prefix from which all groups of layers can resume.
 
-A group that sees all positions wants every block from the prompt's start, one with a window only those that
-it reaches into where the prompt is resumed.
+A group that sees all positions needs every block from the prompt's start. A group with a window needs only
+the blocks that the window covers where the prompt resumes.
 
     window 5, blocks of 4 tokens; which blocks are found
     all positions    0 1 2 3 4 5 -
-    window           0 - - 3 4 - -     resumed behind 4 (positions 16 on see 12 and later); 3 and 4 are taken
+    window           0 - - 3 4 - -     resumes after 4 (positions from 16 on see 12 and later) with 3 and 4
 
-Where a model has recurrent layers, a state must have been kept there, too.
+A model with recurrent layers also needs a state that was kept there.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tgi_asgi.runner.groups import BlockNeeds
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What a prompt can begin with.
+    """The cached part of a prompt.
 
     Attributes:
-        num_blocks: of tokens, from the prompt's start.
-        blocks: of each group the last of them, as many as it still reads.
-        num_found: blocks that were there, also where there was no state to go on with.
-        state: the place of the one that there is.
+        num_blocks: Number of blocks of tokens, from the prompt's start.
+        blocks: For each group, the last of these blocks: as many as the group still reads.
+        num_found: Number of blocks that were found, even if no state was there to resume from.
+        state: Place of the state to resume from, if any.
     """
 
     num_blocks: int
@@ -39,19 +39,19 @@ class Hit:
 
     @classmethod
     def none(cls, num_groups: int) -> Hit:
-        """Return the hit of a prompt that nothing is known of."""
+        """Return the hit of a prompt of which nothing is cached."""
         return cls(0, [[] for _ in range(num_groups)])
 
 
 def group_key(digest: bytes, group: int) -> bytes:
-    """Return what a group's block is found by: of the first group the digest of its tokens itself."""
+    """Return the key of a group's block; for the first group, this is the digest of the tokens itself."""
     return digest + group.to_bytes(2, "little") if group else digest
 
 
 def find_hit(
     pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int, states: KeptStates | None = None
 ) -> Hit:
-    """Return the longest hit of at most `num_blocks`; with `states` it needs one."""
+    """Return the longest hit of at most `num_blocks` blocks; with `states`, it must end at a kept state."""
     size, num_groups = needs.block_size, len(needs.windows)
     blocks: list[list[int]] = [[] for _ in range(num_groups)]
     end = num_blocks
@@ -80,7 +80,7 @@ def find_hit(
             blocks[group] = [
                 block for index in range(first, end) if (block := find(group, index)) is not None
             ]
-    for group in range(num_groups):  # the pool learns what it should have kept
+    for group in range(num_groups):  # tell the pool which evicted contents were wanted
         first = max(needs.first_read(group, num_blocks * size), end)
         for index in range(first, num_blocks):
             key = _key(sequence, group, index)
@@ -94,8 +94,8 @@ def _key(sequence: Sequence, group: int, index: int) -> bytes:
 
 
 def _resumable(needs: BlockNeeds, find: Callable[[int, int], int | None], end: int) -> int:
-    """Return how many blocks, up to `end`, can be followed by a token that finds all that windows show it."""
-    known = [end] * len(needs.windows)  # from here on, up to `end`, all of a group's are found
+    """Return how many blocks, up to `end`, can be followed by a token whose windows are all covered."""
+    known = [end] * len(needs.windows)  # all of a group's blocks in [known, end) are found
     before = -1
     while end != before:
         before = end

@@ -1,6 +1,6 @@
-"""What came into the prefix cache and what left it, in order, for those who route by it.
+"""The ordered log of what enters and leaves the prefix cache, for routers that use it.
 
-Filled by the block pool; read by a cluster's replica. Pure Python.
+Written by the block pool; read by a cluster's replica. Pure Python.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import islice
 
 
 class BlockJournal:
-    """The newest changes of what a block pool can find; the n-th change of its life has the number n.
+    """The newest changes of what a block pool can find; the pool's n-th change has the number n.
 
         pool.journal = journal = BlockJournal()
         ...
@@ -18,7 +18,7 @@ class BlockJournal:
         seen = journal.end
 
     Args:
-        most: changes that are kept, about 100 bytes each.
+        most: Maximum number of changes to keep, at about 100 bytes each.
     """
 
     def __init__(self, most: int = 65536) -> None:
@@ -26,17 +26,17 @@ class BlockJournal:
         self.end = 0
 
     def found(self, digest: bytes) -> None:
-        """Note that contents can be found from now on."""
+        """Record that contents can be found from now on."""
         self._changes.append((digest, True))
         self.end += 1
 
     def lost(self, digest: bytes) -> None:
-        """Note that contents can no longer be found."""
+        """Record that contents can no longer be found."""
         self._changes.append((digest, False))
         self.end += 1
 
     def since(self, number: int) -> dict[bytes, bool] | None:
-        """Return what became of each digest that changed from that number on; None: not all is kept."""
+        """Return the newest state of each digest changed since; None if some changes were dropped."""
         start = number - (self.end - len(self._changes))
         if start < 0 or number > self.end:
             return None

@@ -1,7 +1,7 @@
 """Images in prompts: which are encoded ahead of the chunks that need them, and where chunks may end.
 
-A chunk ends before the first image that is not encoded yet; until it is, steps carry it as a view, beside the
-rows of others. Called by the scheduler; pure Python.
+A chunk ends before the first image that has not been encoded yet. Until it is encoded, steps carry it as a
+view, alongside the rows of other sequences. Called by the scheduler; pure Python.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.types import Eyes, ImageInput
 
-ALONE_S = 1.0  # what a step encodes while nobody decodes: an engine that hears of nothing longer seems hung
+ALONE_S = 1.0  # longest that a step spends on encoding: after a longer silence the engine seems hung
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An image that a step encodes, and whose it is."""
+    """An image that a step encodes, and the sequence that it belongs to."""
 
     sequence: Sequence
     epoch: int
@@ -32,7 +32,7 @@ class Look:
 
 
 def looks_for(sequence: Sequence, end: int) -> list[Look]:
-    """Return the images that are not known to be encoded of those with a token in [num_computed, end)."""
+    """Return the images with a token in [num_computed, end) that are not known to be encoded."""
     start = sequence.num_computed
     return [
         Look(sequence, sequence.epoch, index)
@@ -42,12 +42,12 @@ def looks_for(sequence: Sequence, end: int) -> list[Look]:
 
 
 def is_looking(sequence: Sequence) -> bool:
-    """Tell whether the next token of a sequence is an image's that is not known to be encoded."""
+    """Return whether the sequence's next token belongs to an image that is not known to be encoded."""
     return bool(sequence.request.images) and bool(looks_for(sequence, sequence.num_computed + 1))
 
 
 def settle(looks: Many[Look], result: StepResult) -> None:
-    """Learn which images a step has encoded: of each sequence the first ones."""
+    """Record which images a step has encoded: for each sequence, only a leading run of its images."""
     waiting: set[Sequence] = set()
     for look, is_viewed in zip(looks, result.is_viewed, strict=False):
         sequence = look.sequence
@@ -58,7 +58,7 @@ def settle(looks: Many[Look], result: StepResult) -> None:
 
 
 def plan_views(plan: StepPlan, looks: Many[Look], room_s: Callable[[], float]) -> None:
-    """Give the images of a step the time that there is; most of all where no token waits for its end."""
+    """Give a step's images the time that is left, or `ALONE_S` if no row of the step samples a token."""
     plan.views = [look.image for look in looks]
     plan.view_s = min(room_s(), ALONE_S) if any(row.samples for row in plan.rows) else ALONE_S
 
@@ -66,17 +66,17 @@ def plan_views(plan: StepPlan, looks: Many[Look], room_s: Callable[[], float]) -
 class Cuts:
     """Where a prompt may be cut into chunks.
 
-    Cached blocks with the beginning of an image can be taken: they were computed with all of it.
+    Cached blocks may end inside an image: they were computed with all of it.
 
     Args:
-        eyes: what must not be cut; None: nothing.
+        eyes: Which parts of a prompt must not be cut; None: nothing is protected.
     """
 
     def __init__(self, eyes: Eyes | None) -> None:
         self._eyes = eyes
 
     def spans(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Return what must be computed in one step: [start, end) of the tokens."""
+        """Return the token ranges [start, end) that must each be computed in one step."""
         if self._eyes is Eyes.PROMPT:
             return [(0, sequence.prompt_len)]
         if self._eyes is Eyes.IMAGES:
@@ -84,17 +84,17 @@ class Cuts:
         return []
 
     def end(self, sequence: Sequence, start: int, end: int) -> int:
-        """Return where a chunk ends that would end here: before what it would cut, or behind it."""
+        """Return where to end a chunk planned to end at `end`: before or after the span that it cuts."""
         for first, stop in self.spans(sequence):
             if first < end < stop:
                 return first if first > start else stop
         return end
 
     def before_images(self, sequence: Sequence, count: int, room: int) -> tuple[int, list[Look]]:
-        """Return how many tokens of a chunk can be computed: up to an image that is to be encoded first.
+        """Return how many tokens of a chunk can be computed, up to an image that must be encoded first.
 
-        What must not be cut is left to the next step where it is more than `room`. Also returns what is to be
-        encoded.
+        A span that must not be cut is left to the next step if it exceeds `room`. Also returns the images to
+        encode.
         """
         start = sequence.num_computed
         end = self.end(sequence, start, start + count)
@@ -107,7 +107,7 @@ class Cuts:
         return (end - start if end - start <= room else 0), looks
 
     def longest(self, images: Many[ImageInput], prompt_len: int) -> int:
-        """Return how many tokens of a prompt a step must compute at the least."""
+        """Return the least number of the prompt's tokens that a single step must be able to compute."""
         if self._eyes is Eyes.PROMPT:
             return prompt_len
         sizes = [each.num_tokens for each in images] if self._eyes is Eyes.IMAGES else []

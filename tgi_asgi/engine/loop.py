@@ -1,8 +1,8 @@
-"""The one coroutine that serves: takes requests from a queue, plans steps, runs them, delivers their tokens.
+"""The coroutine that serves: takes requests from a queue, plans steps, runs them, delivers their tokens.
 
-Owned by `Engine`, which is what HTTP sees; knows the runner's protocol, the tokenizer's byte table and the
-scheduler. Everything here runs on one event loop. While this coroutine lives nobody else changes the
-scheduler, but that `Engine.reset_prefix_cache` makes blocks unfindable between two of its turns.
+Owned by `Engine`, the interface to HTTP; knows the runner's protocol, the tokenizer's byte table and the
+scheduler. Everything here runs on one event loop. While this coroutine runs, nothing else changes the
+scheduler, except that `Engine.reset_prefix_cache` makes blocks unfindable between two of its turns.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
-_SLICE_S = 0.001  # delivery holds the loop no longer
-_MAX_DELAY_S = 0.05  # what a token waits at most, where the event loop is slower than the steps
+_LIMIT_FACTOR = 10  # a step hangs if it takes this many times its expected time, and `step_timeout_s`
+_SLICE_S = 0.001  # longest that delivery may hold the event loop
+_MAX_DELAY_S = 0.05  # longest a token may wait when the event loop is slower than the steps
 
 
 class ServingLoop:
-    """The engine's coroutine and all that it owns.
+    """The engine's coroutine and everything that it owns.
 
     Args:
-        eos_ids: of the model.
-        num_eager_blocks: see `Scheduler`.
-        on_hang: called once when a step has run for longer than its limit, with its duration in seconds.
+        eos_ids: End-of-sequence ids of the model.
+        num_eager_blocks: As in `Scheduler`.
+        on_hang: Called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ServingLoop:
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
-        self.is_idle = asyncio.Event()  # no request is open
+        self.is_idle = asyncio.Event()  # set while no request is open
         self.is_idle.set()
         self._block_size = runner.block_size
         self._tokenizer = tokenizer
@@ -104,28 +104,28 @@ class ServingLoop:
         self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
         self._num_arrived = 0
         self._yield_at = 0.0
-        self._flush_by: float | None = None  # when the tokens that wait in `_touched` must leave
+        self._flush_by: float | None = None  # when the tokens waiting in `_touched` must leave
         self._last_done_s = 0.0
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._open)
 
     @property
     def channels(self) -> list[RequestChannel]:
-        """The requests that have not ended; to look at only."""
+        """The requests that have not ended; read-only."""
         return list(self._open)
 
     def open(self, channel: RequestChannel) -> None:
-        """Queue a new request; from here on it will end exactly once."""
+        """Queue a new request; from now on it ends exactly once."""
         self._open.add(channel)
         self.is_idle.clear()
         self._stats.accepted += 1
         self.inbox.put_nowait(channel)
 
     def _adapter_names(self) -> tuple[list[str], list[str]]:
-        """Return the names of adapters that requests have which run, and which wait."""
+        """Return the names of the adapters of running requests and of waiting requests."""
         names: tuple[set[str], set[str]] = (set(), set())
         for channel in self._open:
             if channel.request.adapter is not None:
@@ -133,7 +133,7 @@ class ServingLoop:
         return sorted(names[0]), sorted(names[1])
 
     def waiting_newest_first(self) -> dict[Permit, RequestChannel]:
-        """Return the requests that have not run yet and have not been given up, by their permits."""
+        """Return the requests that have not run, been cancelled or been refused, by their permits."""
         waiting = [
             channel
             for channel in self._open
@@ -146,7 +146,7 @@ class ServingLoop:
         """Serve until cancelled.
 
         Raises:
-            Exception: nothing can be served any more: the device is lost, or there is a bug.
+            Exception: if nothing can be served any more: the device is lost, or there is a bug.
         """
         while True:
             self._take(await self._next_message())
@@ -159,7 +159,7 @@ class ServingLoop:
             self._fill()
 
     def end_all(self, error: TgiError) -> None:
-        """End every request that is open; those that have ended well have their last events first."""
+        """End every open request with an error; pending events of all requests are delivered first."""
         for channel in self._touched:
             channel.flush()
         self._touched.clear()
@@ -168,7 +168,7 @@ class ServingLoop:
         self._show()
 
     async def _next_message(self) -> RequestChannel | TgiError | None:
-        """Wait for a message; where that really waits, a new slice of the loop's time begins."""
+        """Wait for a message; if that really waits, a new time slice begins."""
         if not self.inbox.empty():
             return self.inbox.get_nowait()
         message = await self.inbox.get()
@@ -183,7 +183,7 @@ class ServingLoop:
             self._take(self.inbox.get_nowait())
 
     def _take(self, message: RequestChannel | TgiError | None) -> None:
-        """Handle a message: a channel is new or cancelled, an error ends all, None means a step is done."""
+        """Handle a message: a new, cancelled or refused channel, an error for all, None for a done step."""
         if isinstance(message, RequestChannel):
             if message.is_cancelled:
                 self._end(message, IncompleteGeneration("the request was cancelled"))
@@ -218,7 +218,7 @@ class ServingLoop:
     def _fill(self) -> None:
         """Plan and submit until two steps are in flight or there is nothing to compute.
 
-        Messages come first: what was given up or refused since the last step must not run.
+        Messages are handled first: requests cancelled or refused since the last step must not run.
         """
         self.take_waiting()
         while self.pipeline.has_room:
@@ -240,7 +240,7 @@ class ServingLoop:
         return flight
 
     async def complete(self, flight: Flight) -> None:
-        """Take over a finished step."""
+        """Process a finished step."""
         error = flight.error
         if error is not None:
             await self._recovery.recover(flight.step, error)
@@ -252,7 +252,7 @@ class ServingLoop:
                 step.num_decode_rows, step.num_prefill_tokens, duration_s, num_drafts=result.num_drafts
             )
             self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
-        # A decode row had its last token from the step before.
+        # A decode row got its last token from the step before.
         self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
         if result.num_drafts:
             self._count_drafts(result)
@@ -273,11 +273,11 @@ class ServingLoop:
         stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
 
     async def _deliver(self, step: Step, result: StepResult) -> None:
-        """Turn a result into events and end what has ended; `flush` hands them on."""
+        """Turn a result into events and end finished requests; `flush` passes the events on."""
         now = self._clock()
         for row, sequence in self.scheduler.apply(step, result):
             if sequence.state is SequenceState.FINISHED:
-                continue  # a sibling failed in this same step
+                continue  # another choice of the request failed in this step
             channel: RequestChannel = sequence.owner
             if row in result.prompt_logprobs:
                 self._keep_prompt_logprobs(channel, step, row, result)
@@ -294,7 +294,7 @@ class ServingLoop:
                 await self._breathe()
 
     def _deliver_further(self, sequence: Sequence, further: list[Sampled], now: float) -> None:
-        """Turn the tokens that came of drafts into events, up to the one that ends the sequence."""
+        """Turn the tokens from drafts into events, up to the one that ends the sequence."""
         for count, sampled in enumerate(further):
             if sequence.state is SequenceState.FINISHED:
                 further = further[:count]
@@ -303,7 +303,7 @@ class ServingLoop:
         self._stats.skipped_tokens.observe(len(further))
 
     def _deliver_token(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        """Turn a token into an event, and end what ends with it."""
+        """Turn a token into an event, and end the sequence or request that it ends."""
         channel: RequestChannel = sequence.owner
         if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
             self.scheduler.remove(sequence)
@@ -314,7 +314,7 @@ class ServingLoop:
             self.lose(sequence, "the model's logits were not finite")
             return
         if sampled.failure is not None:
-            # The limits are those of what a request may ask for: a 500 is what clients send again.
+            # The limit is on what a request may ask for; clients would resend the request after a 500.
             log.warning(
                 "request %s, choice %d: grammar: %s",
                 sequence.request.request_id, sequence.choice, sampled.failure,
@@ -343,7 +343,7 @@ class ServingLoop:
                 self._end(channel, None)
 
     def _end_pooled(self, sequence: Sequence, vector: Vector, now: float) -> None:
-        """End a request that wants a vector; its one event says no more than that."""
+        """End a request for a vector; its only event carries nothing but the finish reason."""
         channel: RequestChannel = sequence.owner
         if not bool(np.isfinite(vector).all()):
             self._recovery.num_lost_rows += 1
@@ -367,10 +367,10 @@ class ServingLoop:
         channel.stats.prompt_logprobs = known
 
     async def flush(self) -> None:
-        """Hand on what is new, one call a request, and let the loop do other things in between.
+        """Pass new events on, one call per request, and yield to the event loop in between.
 
-        First tokens and ends go first. While the next step is done already the event loop is what is slow:
-        then the others wait, for a while, and leave with that step's in larger frames.
+        First tokens and ends go first. If the next step is already done, the event loop is the bottleneck:
+        the other events then wait up to `_MAX_DELAY_S` and leave with later tokens in larger frames.
         """
         urgent = [channel for channel in self._touched if channel.is_urgent]
         others = [channel for channel in self._touched if not channel.is_urgent]
@@ -381,7 +381,7 @@ class ServingLoop:
         else:
             self._flush_by = None
         for channel in urgent + others:
-            # One by one: whoever ends the engine while this waits finds those that are left (`end_all`).
+            # Removed one by one: if the engine ends while this yields, `end_all` finds the rest.
             self._touched.pop(channel, None)
             channel.flush()
             if self._clock() > self._yield_at:
@@ -392,9 +392,9 @@ class ServingLoop:
         self._yield_at = self._clock() + _SLICE_S
 
     def lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
-        """Fail the request of a row; what it wrote is not to be found in the cache.
+        """Fail the request of a row and keep what it wrote out of the cache.
 
-        The log has the cause; the client has the id by which it is found there.
+        The log has the cause; the client gets the request id to find it there.
         """
         request_id = sequence.request.request_id
         detail = "" if cause is None else f": {cause!r}"
@@ -403,7 +403,7 @@ class ServingLoop:
         self._end(sequence.owner, GenerationFailed(f"{reason} (request {request_id})"))
 
     def _end(self, channel: RequestChannel, error: TgiError | None) -> None:
-        """End a request once: give back all that it holds, and tell its taker if it is an error."""
+        """End a request once: release everything that it holds, and report `error` to its consumer if set."""
         if channel not in self._open:
             return
         self._open.remove(channel)

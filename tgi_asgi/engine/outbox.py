@@ -1,4 +1,4 @@
-"""A request's events on their way to whoever takes them: of an engine here, or of one elsewhere."""
+"""A request's events on their way to their consumer, from an engine in this process or in another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Outbox(ABC):
-    """Where events wait until a sink is attached, and from then on until the next `flush`."""
+    """A buffer where events wait until a sink is attached, and from then on until the next `flush`."""
 
     __slots__ = ("_error", "_events", "_sink", "request")
 
@@ -24,20 +24,20 @@ class Outbox(ABC):
         self._sink: Sink | None = None
 
     def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting."""
+        """Call `sink` from now on, first with the events that are waiting."""
         assert self._sink is None, "a channel takes one sink"
         self._sink = sink
         self.flush()
 
     @abstractmethod
     def cancel(self) -> None:
-        """Give the request up."""
+        """Cancel the request."""
 
     def flush(self) -> None:
-        """Hand on what is new: one call of the sink."""
+        """Pass new events on, in one call of the sink."""
         if self._sink is None:
             return
-        # What a sink does wrong is its own request's problem: nobody else's tokens may be lost for it.
+        # A faulty sink affects only its own request; no other request may lose tokens because of it.
         try:
             if self._events:
                 events, self._events = self._events, []
@@ -45,6 +45,6 @@ class Outbox(ABC):
             if self._error is not None:
                 error, self._error = self._error, None
                 self._sink.on_error(error)
-        except (Exception, asyncio.CancelledError):  # nothing is awaited here: nobody cancels the caller
+        except (Exception, asyncio.CancelledError):  # not the caller's: nothing is awaited here
             log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
             self.cancel()

@@ -1,6 +1,6 @@
-"""One choice's tokens become events: bytes, whole characters, stop strings, and the reason to end.
+"""Turn one choice's tokens into events: bytes, whole characters, stop strings, and the finish reason.
 
-Called by the engine once a token, so it is short; knows neither the scheduler nor asyncio.
+Called by the engine once per token, so it is kept short; knows neither the scheduler nor asyncio.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 
 
 class TokenTable(Protocol):
-    """What the engine needs of a tokenizer."""
+    """The part of a tokenizer that the engine needs."""
 
     @property
     def eos_ids(self) -> frozenset[int]: ...
@@ -23,14 +23,14 @@ class TokenTable(Protocol):
     def special_ids(self) -> frozenset[int]: ...
 
     def token_bytes(self, token_id: int, /) -> bytes:
-        """Return the token's own bytes in running text."""
+        """Return the token's own bytes within running text."""
 
 
 class ChoiceOutput:
-    """Turn each token of a choice into its event; the event that ends the choice has `finish` set.
+    """A converter of a choice's tokens to events; the event that ends the choice has `finish` set.
 
-    The model's EOS and the request's stop ids win over stop strings, those over the end of the grammar and
-    over the length. A token of the first two gives text only with `include_stop`.
+    Precedence: the model's EOS and the request's stop ids, then stop strings, then the end of the grammar,
+    then the length. An EOS or stop-id token contributes text only with `include_stop`.
     """
 
     __slots__ = ("_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_stop", "_tokenizer")
@@ -81,7 +81,7 @@ class ChoiceOutput:
         return text
 
     def _end(self, event: TokenEvent) -> None:
-        """Release what was held back, unless a stop string cut it off."""
+        """Append the text that was held back, unless a stop string cut it off."""
         matcher = self._matcher
         tail = self._assembler.flush()
         if matcher is None:

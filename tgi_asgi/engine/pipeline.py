@@ -1,4 +1,4 @@
-"""The steps in flight: hands them to the runner, times them, and notices one that hangs. The engine's own."""
+"""The steps in flight: submit them to the runner, time them, and detect one that hangs. Internal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
 log = logging.getLogger(__name__)
 
 _DEPTH = 2
-_GRACE_S = 1.0  # a process that was stopped for a while finds its step late, but not hung
+_GRACE_S = 1.0  # a process that was suspended finds its step late, but not hung
 
 
 class Flight:
-    """A step that the runner has: `begun_s` is when it had the runner to itself."""
+    """A step that the runner has; `begun_s` is when the runner could begin it."""
 
     __slots__ = ("begun_s", "done_s", "future", "is_done", "limit_s", "step")
 
@@ -34,18 +34,18 @@ class Flight:
 
     @property
     def error(self) -> BaseException | None:
-        """Return why the finished step failed."""
+        """Why the finished step failed; None if it succeeded."""
         if self.future.cancelled():
             return DeviceLost("the runner gave a step up")
         return self.future.exception()
 
 
 class Pipeline:
-    """Keep at most two steps with the runner, in order.
+    """The queue of steps that the runner has: at most two, in order.
 
     Args:
-        on_done: called when a step has finished, well or not.
-        on_hang: called once when a step has run for longer than its limit, with its duration in seconds.
+        on_done: Called when a step has finished, successfully or not.
+        on_hang: Called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Pipeline:
 
     @property
     def has_room(self) -> bool:
-        """Whether another step may be submitted; not while a failed one has not been dealt with."""
+        """Whether another step may be submitted; false until a failed step has been handled."""
         return len(self._flights) < _DEPTH and not self._has_failed
 
     @property
@@ -79,7 +79,7 @@ class Pipeline:
         return bool(self._flights) and self._flights[0].is_done
 
     def submit(self, step: Step, limit_s: float) -> Flight:
-        """Hand a step to the runner; a refusal becomes the step's failure."""
+        """Submit a step to the runner; a refusal becomes the step's failure."""
         loop = asyncio.get_running_loop()
         now = self._clock()
         try:
@@ -96,13 +96,13 @@ class Pipeline:
         return flight
 
     def pop_done(self) -> Flight | None:
-        """Take the oldest step if it has finished."""
+        """Return and remove the oldest step if it has finished."""
         if self.has_done:
             return self._flights.popleft()
         return None
 
     async def drain(self) -> list[Flight]:
-        """Wait until every step has finished and take them all, oldest first."""
+        """Wait until every step has finished; return and remove them all, oldest first."""
         flights = list(self._flights)
         if flights:
             await asyncio.wait([flight.future for flight in flights])
@@ -111,7 +111,7 @@ class Pipeline:
         return flights
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching for hung steps."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -119,7 +119,7 @@ class Pipeline:
     def _finish(self, flight: Flight, future: asyncio.Future[StepResult]) -> None:
         flight.is_done = True
         flight.done_s = self._clock()
-        # Looked at here, so that the loop does not complain if nobody waits for this step any more.
+        # Retrieve the error here, so that asyncio does not complain if nothing awaits this step any more.
         self._has_failed |= flight.error is not None
         for other in self._flights:
             if not other.is_done:
@@ -127,7 +127,7 @@ class Pipeline:
         self._on_done()
 
     def _watch(self) -> None:
-        """Look at the oldest step; the timer runs on only while there is one."""
+        """Check whether the oldest step hangs; the timer restarts only while there is a step."""
         self._timer = None
         if not self._flights:
             return

@@ -1,7 +1,7 @@
 """Keys of the prefix cache: a chained 128-bit hash per full block of tokens.
 
-A key names a block's tokens and everything before them, so equal keys mean equal KV contents. Called by the
-scheduler; knows nothing of blocks.
+A key identifies a block's tokens and everything before them, so equal keys mean equal KV contents. Called by
+the scheduler; knows nothing of blocks.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from hashlib import blake2b
 from tgi_asgi.types import ImageInput
 
 _DIGEST_SIZE = 16
-_PLACE = struct.Struct("<qQ")  # where an image begins, counted from the block's first token, and its length
+_PLACE = struct.Struct("<qQ")  # an image's start, relative to the block's first token, and its length
 
 
 def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
-    """Return the parent of a first block: what beside the tokens decides its contents, or who may share."""
+    """Return the parent of a first block: what its contents or its sharing depend on besides tokens."""
     return blake2b(repr((adapter, cache_salt)).encode(), digest_size=_DIGEST_SIZE).digest()
 
 
 class HashChain:
-    """The digests of one sequence's full blocks, computed as far as they are asked for, each once.
+    """The digests of one sequence's full blocks, each computed once, when it is first asked for.
 
-    About 60 ns a token (`bench.scheduler`): 16 tokens a block are one blake2b of 80 bytes. All images have
-    the same tokens, so a block with some of one has the image's digest in its own, and where the image lies:
+    Takes about 60 ns per token (`bench.scheduler`): a block of 16 tokens is one blake2b of 80 bytes. All
+    images have the same placeholder tokens, so the digest of a block that contains some of them also covers
+    the image's digest and position:
 
-        tokens    a b I I | I I I c        I: of an image that begins at 2 and has five
+        tokens    a b I I | I I I c        I: of an image of five tokens that begins at 2
         hashed    parent, tokens, (2, 5, image) | parent, tokens, (-2, 5, image)
     """
 
@@ -42,7 +43,7 @@ class HashChain:
         self._digests: list[bytes] = []
 
     def digest(self, index: int, token_ids: Sequence[int]) -> bytes:
-        """Return the digest of full block `index` of `token_ids`, which may only have grown since."""
+        """Return the digest of full block `index` of `token_ids`, which may only have grown between calls."""
         digests = self._digests
         size = self._block_size
         while len(digests) <= index:
@@ -59,7 +60,7 @@ class HashChain:
         return digests[index]
 
     def _seen(self, start: int) -> bytes:
-        """Return what tells apart the images of which the block from `start` on has a token."""
+        """Return the bytes that identify the images with a token in the block that begins at `start`."""
         end = start + self._block_size
         return b"".join(
             _PLACE.pack(image.start - start, image.num_tokens) + image.digest

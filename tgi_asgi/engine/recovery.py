@@ -1,6 +1,6 @@
-"""What becomes of a step that failed: its rows run again by halves, until those at fault are alone.
+"""Recovery from a failed step: retry its rows by halves until the faulty ones are isolated.
 
-Owned by the engine's loop, which submits and delivers; knows no request, only sequences.
+Owned by the engine's loop, which submits and delivers; knows sequences, but no requests.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tgi_asgi.runner.plan import DeviceLost
 
 log = logging.getLogger(__name__)
 
-_PROBE_AFTER = 4  # rows that failed with no good one between them: is the fault in the requests?
+_PROBE_AFTER = 4  # consecutive failed rows after which the engine itself is suspected
 
 
 class Host(Protocol):
-    """The loop whose steps they are."""
+    """The loop that runs the steps."""
 
     def take_waiting(self) -> None:
-        """Handle what has been asked for meanwhile."""
+        """Handle the messages that have arrived meanwhile."""
 
     def submit(self, step: Step) -> Flight: ...
 
@@ -39,10 +39,10 @@ class Host(Protocol):
 
 
 class Recovery:
-    """Find out which rows make a step fail, and whether it is the rows at all.
+    """The search for the rows that make a step fail, if it is the rows' fault at all.
 
     Attributes:
-        num_lost_rows: that have failed since one was good; the host counts, too.
+        num_lost_rows: Number of rows that failed since the last good one; the host updates it, too.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Recovery:
         self.num_lost_rows = 0
 
     async def recover(self, failed: Step, error: BaseException) -> None:
-        """Run the rows of a failed step again; those that fail alone lose their requests.
+        """Retry the rows of a failed step; rows that fail on their own lose their requests.
 
         Raises:
-            Exception: nothing can be computed any more.
+            Exception: if nothing can be computed any more.
         """
         for flight in reversed(await self._pipeline.drain()):
             self._scheduler.rollback(flight.step)
@@ -93,7 +93,7 @@ class Recovery:
                 if again is None:
                     continue
                 if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
-                    self._scheduler.rollback(again)  # an image, which is not cut
+                    self._scheduler.rollback(again)  # an image, which cannot be cut
                     for _, sequence in again.live():
                         self._host.lose(sequence, "there is no memory for an image", error)
                     continue
@@ -105,18 +105,18 @@ class Recovery:
                 await self._host.flush()
 
     async def test_itself(self) -> None:
-        """Once several rows have failed in a row, run a step of our own: only if that fails, too, give up.
+        """Run a probe step once several rows in a row have failed, and give up only if that fails, too.
 
-        A client whose every prompt fails is its own problem; an engine that cannot compute is everybody's.
+        A client whose every prompt fails affects only itself; an engine that cannot compute affects everyone.
 
         Raises:
-            Exception: our step failed.
+            Exception: if the probe failed.
         """
         if self.num_lost_rows < _PROBE_AFTER:
             return
         for flight in await self._pipeline.drain():
             await self._host.complete(flight)
-        await self._host.flush()  # should this be the end: what has finished well is to be told so
+        await self._host.flush()  # if this is the end, successful requests get their tokens first
         step = self._scheduler.probe() if self.num_lost_rows >= _PROBE_AFTER else None
         if step is None:
             return
@@ -131,7 +131,7 @@ class Recovery:
         self.num_lost_rows = 0
 
     async def _run(self, step: Step) -> Flight:
-        """Compute a step alone."""
+        """Run a step on its own."""
         self._host.submit(step)
         (flight,) = await self._pipeline.drain()
         return flight

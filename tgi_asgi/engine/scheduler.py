@@ -1,25 +1,27 @@
 """Decide what each step computes: rows, chunks, blocks and slots. No torch, no asyncio, no clock.
 
-Called by the engine, which keeps up to two steps in flight: `plan` is called before the result of the step
-before is known, `apply` is called with the results in order.
+Called by the engine, which keeps up to two steps in flight: `plan` is called before the previous step's
+result is known, and `apply` is called with the results in order.
 
-Why blocks that a step in flight has yet to write can be shared, and given back. (1) Steps run in the order
-planned; within one, each layer writes the keys and values of all rows before any row reads them. (2) A row
-writes only to blocks that its sequence alone has in its table, or that were shared after it was planned.
-(3) A block of known tokens is registered when the row that fills it is planned, one that fills by decoding
-when that row's result is applied; its sequence's later rows write behind it. (4) A row reads only positions
-that it, or a row planned before it, writes for the same tokens. So a hit on a planned block reads what it
-should (1, 3), and a late write for a sequence that has ended lands before its block's next owner writes (1),
-and is overwritten before it is read (4), or is what a hit wanted.
+Blocks that a step in flight has yet to write can already be shared or freed, for these reasons. (1) Steps run
+in the order in which they were planned; within a step, each layer writes the keys and values of all rows
+before any row reads them. (2) A row writes only to blocks that no other table held when the row was planned.
+(3) A block of known tokens is registered when the row that fills it is planned; a block filled by decoding is
+registered when that row's result is applied. Later rows of the same sequence write after it. (4) A row reads
+only positions that it, or a row planned before it, writes for the same tokens. A hit on a planned block
+therefore reads the right contents (1, 3). A late write for a sequence that has ended lands before the block's
+next owner writes (1); it is either overwritten before it is read (4), or is what a hit wanted.
 
-Behind a window a sequence gives blocks back while it runs: when the result of a row is applied, those that no
-token behind that row reads. Its rows in flight begin there, so they neither read nor write them; so does a
-row that is run again, but for a prompt whose scores begin again: that keeps all until it is computed.
+With a sliding window, a running sequence frees blocks early: applying a row's result frees the blocks that no
+later token can read. The sequence's rows in flight begin where that row ends or later, so they neither read
+nor write these blocks. The same holds for retried rows, except for those of a prompt that starts over because
+all of its tokens must be computed in order (`Sequence.needs_all`): such a prompt keeps all blocks until it is
+computed.
 
-After a failed step (1) does not hold. `rollback` forgets what the step was to fill and takes their blocks
-from those that were to read it: no row is run again before what it reads is there. Only rows are run again
-whose sequence still holds its blocks, and the source of a copy is held until the copy has been applied. A
-prompt whose scores begin again writes all of its blocks anew: they count as lost, too.
+After a failed step, (1) does not hold. `rollback` makes the blocks that the step was to fill unfindable and
+preempts the sequences that were to read them, so no row is retried before its inputs are there. A row is
+retried only if its sequence still holds its blocks, and the source of a copy is held until the copy has been
+applied. A prompt that starts over rewrites all of its blocks, so they count as lost, too.
 """
 
 from __future__ import annotations
@@ -48,24 +50,27 @@ _urgency = attrgetter("urgency")
 class Scheduler:
     """Continuous batching with chunked prefill, a prefix cache and preemption by recomputation.
 
-    The running sequences are kept in order of urgency; decode rows go first, then chunks of running prompts,
-    then new ones as long as tokens, slots and blocks last. When a sequence needs a block and none is free the
-    tenant that holds most blocks loses its least urgent one. The most urgent of all is never preempted, and
-    every request fits the pool alone (the engine checks), so there is always progress.
+    The running sequences are kept in order of urgency. Decode rows go first, then chunks of running prompts,
+    then new prompts, as long as tokens, slots and blocks last. When a sequence needs a block and none is
+    free, the tenant that holds the most blocks loses its least urgent sequence. The most urgent sequence of
+    all is never preempted, and every request fits into the pool on its own (the engine checks), so there is
+    always progress.
 
     Args:
-        num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
-        eyes: of a model that takes images.
-        num_kept_states: as the runner's.
-        takes_whole_prompts: no prompt is cut; one that exceeds the budget is a step of its own.
-        has_prompt_arithmetic: tokens of prompts have other bits than the same tokens drawn. Then a row has
-            the one or the other, and a block with drawn tokens is its sequence's alone: so the bits of a
-            text depend on what is prompt in it, and not on what others have asked, or on a preemption.
-        drafts: how many the runner takes.
-        windows: of the groups of layers, as the runner's.
-        waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
-            `max_waiting_steps`: steps without prompts are shorter. 0: at once.
-        max_adapters: different ones that a step may have.
+        num_eager_blocks: Number of blocks to fill before cached ones are evicted (default: all).
+        eyes: Which parts of a prompt a step must compute whole, for a model that accepts images.
+        num_kept_states: As `Runner.num_kept_states`.
+        takes_whole_prompts: Whether no prompt may be cut; one that exceeds the budget gets its own step.
+        has_prompt_arithmetic: Whether prompt tokens yield other bits than the same tokens sampled. A row then
+            holds either prompt tokens or sampled tokens, and blocks with sampled tokens are never shared. A
+            sequence's bits then depend only on which of its tokens are prompt, not on other requests or on
+            preemption.
+        drafts: How many drafts the runner accepts.
+        windows: Window of each group of layers, as `Runner.windows`.
+        waiting_served_ratio: Least ratio of waiting to decoding sequences at which new prompts start; below
+            it they wait for up to `max_waiting_steps` steps, because steps without prompts are shorter. 0:
+            they start at once.
+        max_adapters: Maximum number of different adapters in a step.
     """
 
     def __init__(
@@ -110,7 +115,7 @@ class Scheduler:
         self._num_waiting = 0
         self._served_ratio = waiting_served_ratio
         self._max_waiting_steps = max_waiting_steps
-        self._num_held_back = 0  # steps since prompts that could have started were not
+        self._num_held_back = 0  # steps for which prompts that could have started were held back
         self._slots = list(reversed(range(max_batch_size)))  # free ones, lowest last
         self._next_step = 0
 
@@ -129,18 +134,18 @@ class Scheduler:
 
     @property
     def resumable(self) -> BlockPool:
-        """What tells by its digests how far prompts are found: the blocks, or the states behind some."""
+        """The pool whose digests show how far prompts can be resumed: the blocks, or the kept states."""
         return self.pool if self.tables.states is None else self.tables.states.pool
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue a request's sequences, the first of which computes the prompt for all."""
+        """Queue a request's sequences; the first one computes the prompt for all of them."""
         leader, *followers = sequences
         leader.followers = followers
         self._num_waiting += len(sequences)
         self._waiting.push(leader)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
-        """Give back all that a sequence holds, for good; with `forget` none of it stays in the cache."""
+        """Release all that a sequence holds, for good; with `forget`, none of it stays cached."""
         if sequence.state is SequenceState.FINISHED:
             return
         if sequence.state is SequenceState.RUNNING:
@@ -164,10 +169,10 @@ class Scheduler:
             self._waiting.push(sequence)
 
     def plan(self, now: float = 0.0) -> Step | None:
-        """Plan the next step, or return None if there is nothing that a step could compute now.
+        """Plan the next step, or return None if there is nothing to compute now.
 
         Args:
-            now: of the clock that arrivals are of; how long prompts have waited sizes their chunks.
+            now: Current time on the clock of the arrival times; waiting time determines the chunk size.
         """
         step = Step(self._next_step)
         prefilling = self._plan_decodes(step)
@@ -201,9 +206,9 @@ class Scheduler:
         return step
 
     def _plan_decodes(self, step: Step) -> list[Sequence]:
-        """Add a row for every sequence that decodes; return those that do not yet.
+        """Add a row for every decoding sequence; return the sequences that are still in prefill.
 
-        About 1 us a row.
+        Takes about 1 us per row.
         """
         if self.pool.num_free < len(self._running) * self.tables.num_groups:
             self._make_room()
@@ -213,7 +218,7 @@ class Scheduler:
         states = self.tables.states
         if states is not None and not states.keeps_answers:
             states = None
-        if self._adapters.num_running:  # rows of one adapter side by side; the others first
+        if self._adapters.num_running:  # rows of one adapter next to each other, rows without one first
             running = self._adapters.grouped(running)
         for sequence in running:
             if sequence.is_prefilling:
@@ -247,7 +252,7 @@ class Scheduler:
         return prefilling
 
     def _make_room(self) -> None:
-        """Preempt until there are blocks for each sequence that needs its next ones."""
+        """Preempt sequences until every remaining one can get the blocks that it needs next."""
         missing = {sequence: self._num_missing(sequence) for sequence in self._running}
         while sum(missing.values()) > self.pool.num_free:
             victim = self._victim()
@@ -256,7 +261,7 @@ class Scheduler:
             del missing[victim]
 
     def _num_missing(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence must get for its next token."""
+        """Return how many blocks a sequence needs for its next token."""
         if sequence.is_prefilling:
             return self.tables.num_missing(sequence)
         end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
@@ -267,7 +272,10 @@ class Scheduler:
         return self.tables.num_groups if is_growing else 0
 
     def _victim(self) -> Sequence:
-        """Return the least urgent sequence of the tenant that holds most blocks; not the first of all."""
+        """Return the least urgent sequence of the tenant with the most blocks.
+
+        The most urgent sequence of all is exempt unless it is the only one.
+        """
         num_held = Counter[str | None]()
         for sequence in self._running:
             num_held[sequence.tenant] += self.tables.num_held(sequence)
@@ -275,7 +283,7 @@ class Scheduler:
         return max(others, key=lambda sequence: (num_held[sequence.tenant], sequence.urgency))
 
     def _suspend(self, sequence: Sequence) -> None:
-        """Take all from a running sequence and let it wait: a further choice for its prompt, if need be."""
+        """Preempt a running sequence; hold a further choice if its leader still computes the prompt."""
         self._running.remove(sequence)
         self._stop_running(sequence)
         self._num_waiting += 1
@@ -290,8 +298,9 @@ class Scheduler:
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
         """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
 
-        A chunk that does not finish them ends at a block boundary; a sliver is left to the next step, unless
-        it is all that this one has. So is a prompt that may not be cut, and what there are no blocks for.
+        A chunk that does not finish them ends at a block boundary. A chunk of less than a block is left to
+        the next step, unless this step has no other prompt tokens. The same holds for a prompt that may not
+        be cut and exceeds the budget. Tokens without free blocks are left to the next step, too.
         """
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
@@ -315,17 +324,17 @@ class Scheduler:
         return count
 
     def _cover(self, sequence: Sequence, end: int) -> int:
-        """Give a prompt blocks up to a position; return up to where it has them."""
+        """Allocate a prompt's blocks up to position `end`; return the position up to which it has them."""
         return self.tables.cover(sequence, end, spare=len(self._running) * self.tables.num_groups)
 
     def _end_of_kind(self, sequence: Sequence, end: int) -> int:
-        """Return where a row that is to end there must end: a prompt's before tokens that were drawn."""
+        """Return `end`, or an earlier end so that a row of prompt tokens stops before the sampled ones."""
         if not self._has_prompt_arithmetic or sequence.is_behind_prompt:
             return end
         return min(end, sequence.prompt_len)
 
     def _add_row(self, step: Step, sequence: Sequence, count: int, *, samples: bool) -> None:
-        """Add a row of `count` known tokens, with the slot's start and the block to copy where due."""
+        """Add a row of `count` known tokens, and the slot's start and the block to copy if they are due."""
         start = sequence.num_computed
         plan = step.plan
         if sequence.starts_slot:
@@ -357,7 +366,7 @@ class Scheduler:
         sequence.starts_slot = False
 
     def _end_prefills(self, step: Step) -> None:
-        """Let sequences that sample decode from the next step on, and what waits for their prompt start."""
+        """Let sequences that sample decode from the next step on; queue the choices they held back."""
         for index in range(step.num_decode_rows, len(step.sequences)):
             if step.plan.rows[index].samples:
                 sequence = step.sequences[index]
@@ -372,7 +381,7 @@ class Scheduler:
         leader.followers = []
 
     def _may_admit(self, step: Step) -> bool:
-        """Tell whether enough wait, or long enough, to make those that decode wait for a prompt."""
+        """Return whether enough sequences wait, or wait long enough, for a prompt to slow decoding."""
         is_soon = self._num_held_back < self._max_waiting_steps
         if self._num_waiting < self._served_ratio * step.num_decode_rows and self._num_waiting and is_soon:
             self._num_held_back += 1
@@ -383,8 +392,8 @@ class Scheduler:
     def _admit(self, step: Step, budget: int) -> None:
         """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
 
-        What is left of the tokens starts nobody if it is less than a block: a sequence that started without
-        computing would have looked into the cache too early.
+        If fewer tokens than a block remain, no sequence starts: one that started without computing anything
+        would have looked into the cache too early.
         """
         while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(self._num_running_of)
@@ -394,7 +403,8 @@ class Scheduler:
                 continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
-            # Each that runs needs its next block soon: without a reserve one of them would be preempted.
+            # Each running sequence needs its next block soon; without a reserve one of them would be
+            # preempted.
             if sequence is None or not self.tables.start(sequence, reserve=len(self._running)):
                 return
             self._waiting.pop(sequence)
@@ -407,26 +417,26 @@ class Scheduler:
             budget -= self._plan_chunk(step, sequence, budget)
 
     def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
-        """Tell whether some of a sequence can be computed: where prompts come whole, all of it."""
+        """Return whether part of a sequence can be computed, or all of it if prompts may not be cut."""
         is_small = sequence.prompt_len <= budget or not step.num_prefill_tokens
         return is_small or not self.takes_whole_prompts
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
-        """Take over a step's result; return (row, sequence) of the rows that still matter.
+        """Apply a step's result; return (row, sequence) of the live rows.
 
-        A drawn token is appended unless its logits were not finite; ending sequences is the caller's part.
+        Appends each sampled token unless its logits were not finite. The caller ends sequences.
         """
         return take_over(step, result, self.tables)
 
     def rollback(self, step: Step) -> None:
-        """Undo a step that failed, or came after one that did; of several the newest first."""
+        """Undo a step that failed, or that followed a failed one; undo the newest of several first."""
         live = dict(step.live())
-        lost: dict[int, int] = {}  # blocks, and from which position on
+        lost: dict[int, int] = {}  # by block: position from which its contents are lost
         for index, row in enumerate(step.plan.rows):
             begin = row.start
             sequence = live.get(index)
             if sequence is not None:
-                # What the runner keeps of a prompt from chunk to chunk begins again at the beginning.
+                # Results that the runner accumulates over a prompt's chunks start over from position 0.
                 begin = 0 if sequence.needs_all else sequence.num_computed - row.num_tokens
                 sequence.num_computed = begin
                 sequence.num_ahead -= row.num_drafts
@@ -444,17 +454,17 @@ class Scheduler:
                 self._suspend(sequence)
 
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
-        """Plan some rows of a step again after `rollback`; None if none of them matters any more.
+        """Plan some rows of a step again after `rollback`; return None if none of them is live any more.
 
-        With `max_tokens` each computes at most so many tokens; later steps compute the others, as they do
-        where a prompt whose scores begin again is more than a step holds.
+        With `max_tokens`, each row computes at most that many tokens and later steps compute the rest. The
+        same happens if a prompt that starts over is longer than a step allows.
         """
         step = Step(self._next_step)
         room = self._max_step_tokens
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
-                # A row that decodes may begin later than it was planned to.
+                # A decode row may begin later than planned.
                 whole_end = end = max(row.start + row.num_tokens, sequence.num_computed + 1)
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
@@ -473,9 +483,9 @@ class Scheduler:
         return step
 
     def probe(self) -> Step | None:
-        """Plan a step of one token that is nobody's, to see whether steps can succeed; None without room.
+        """Plan a step of one token that belongs to no request, to test whether steps can succeed.
 
-        `end_probe` gives back what it holds.
+        Returns None if no slot or block is free. `end_probe` releases what the step holds.
         """
         if not self._slots or self.pool.num_free < self.tables.num_groups:
             return None
@@ -488,7 +498,7 @@ class Scheduler:
         return step
 
     def end_probe(self, step: Step) -> None:
-        """Give back what a probe held."""
+        """Release what a probe held."""
         [row] = step.plan.rows
         self._slots.append(row.slot)
         for table in row.block_tables:

@@ -1,4 +1,4 @@
-"""One choice of one request as the scheduler sees it: tokens, blocks, and how far they are computed."""
+"""The scheduler's state of one choice of a request: tokens, blocks, and how far they are computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is; only a RUNNING one holds a slot and blocks."""
+    """A sequence's stage; only a RUNNING sequence holds a slot and blocks."""
 
-    HELD = "held"  # a further choice, until the first one computes the prompt
+    HELD = "held"  # a further choice, until the first choice has computed the prompt
     WAITING = "waiting"  # in the queue, new or preempted
     RUNNING = "running"
     FINISHED = "finished"
@@ -29,16 +29,22 @@ class SequenceState(enum.Enum):
 class Sequence:
     """The scheduler's state of one choice.
 
-    `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
-    step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
-    written or being written by a step in flight, `num_taken` those among them that are others' work: cached
-    ones, or a leader's; `num_pending` the tokens that steps in flight will draw at the least, `num_ahead` how
-    many more they may draw and compute; `num_settled` those of `num_computed` that no step in flight writes;
-    `num_seen` the first images of the prompt, which are encoded.
+    `urgency` is fixed at arrival, and smaller values come first. It orders the waiting queue and the rows of
+    a step; preemption picks victims in the reverse order.
 
-    `tables` has a list of blocks, by position, for each group of layers; the first `num_given_back` of each
-    are behind its window, and no longer the sequence's. `epoch` changes whenever the sequence leaves the
-    running set: what older steps say of it is then void.
+    Counters:
+        `num_computed`: tokens whose KV entries are written or being written by a step in flight.
+        `num_taken`: those of `num_computed` that the sequence did not compute itself: cached, or from its
+            leader.
+        `num_settled`: those of `num_computed` that no step in flight writes.
+        `num_pending`: tokens that the steps in flight will sample at least.
+        `num_ahead`: how many more tokens the steps in flight may sample and compute.
+        `num_seen`: leading images of the prompt that are known to be encoded.
+
+    `tables` has one block list per group of layers, indexed by position. The first `num_given_back` entries
+    of each list lie before the group's window; the sequence no longer owns those blocks. `epoch` changes
+    whenever the sequence leaves the running set or restarts its slot; what older steps computed for it is
+    then void.
     """
 
     __slots__ = (
@@ -55,12 +61,12 @@ class Sequence:
         choice: int,
         *,
         arrival_s: float,
-        number: int,  # of the request: one more than that of the one that arrived before
+        number: int,  # of the request: one more than that of the previous request
         chain: HashChain,
         eos_ids: frozenset[int] = frozenset(),
         leader: Sequence | None = None,  # the request's first choice
         owner: Any = None,
-        tenant: str | None = None,  # whom it is counted for
+        tenant: str | None = None,  # the client that the request is counted against
     ) -> None:
         stop = request.stop
         self.request = request
@@ -68,16 +74,17 @@ class Sequence:
         self.choice = choice
         self.arrival_s = arrival_s
         self.urgency = (arrival_s + request.priority * AGING_S, number, choice)
-        self.chain = chain  # of a further choice: its own from when it first runs
+        self.chain = chain  # a further choice gets its own when it first runs
         self.leader = leader
         self.tenant = tenant
-        self.owner = owner  # the caller's handle; the scheduler never looks at it
+        self.owner = owner  # the caller's handle, opaque to the scheduler
         self.stop_ids = stop.stop_token_ids if stop.ignore_eos else stop.stop_token_ids | eos_ids
         self.max_tokens = stop.max_tokens
         self.min_tokens = stop.min_tokens
         self.wants_prompt_logprobs = request.prompt_logprobs is not None and leader is None
         self.pooling = request.pooling
-        # While it writes free text it needs no grammar; `min_tokens` needs its list of masked ids.
+        # Free text needs no grammar mask. With `min_tokens` there is no watch, as both use the slot's
+        # `masked_ids`.
         self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
         self.token_ids = list(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
@@ -85,11 +92,11 @@ class Sequence:
         self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
         self.epoch = 0
         self.slot = 0
-        self.num_cached: int | None = None  # prompt tokens taken from the cache, as of its first result
+        self.num_cached: int | None = None  # prompt tokens found in the cache, set with the first result
         self._reset()
 
     def _reset(self) -> None:
-        """Hold nothing: the tables are new lists, for steps in flight may still read the old ones."""
+        """Hold nothing; the tables are new lists, as steps in flight may still read the old ones."""
         self.tables: tuple[list[int], ...] = ()
         self.num_given_back: list[int] = []
         self.num_settled = 0
@@ -105,43 +112,43 @@ class Sequence:
         self.states = HeldStates()
 
     def leave(self, state: SequenceState) -> None:
-        """Leave the running set (or the queue); blocks and slot have been given back."""
+        """Leave the running set or the queue; the caller has already released blocks and slot."""
         self.state = state
         self.epoch += 1
         self._reset()
 
     @property
     def needs_all(self) -> bool:
-        """Whether the runner keeps something of each prompt token: none is cached, all come in order."""
+        """Whether every prompt token must be computed, in order, so that none may come from the cache."""
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property
     def is_behind_prompt(self) -> bool:
-        """Whether the next token to compute is one that was drawn."""
+        """Whether the next token to compute is a sampled one."""
         return self.num_computed >= self.prompt_len
 
     @property
     def num_output(self) -> int:
-        """Tokens drawn and known."""
+        """Number of sampled tokens known so far."""
         return len(self.token_ids) - self.prompt_len
 
     @property
     def last_end(self) -> int:
-        """Behind the last position that is ever computed: the last token is only drawn."""
+        """End of the positions that are ever computed: the last token is sampled but never fed back."""
         return self.prompt_len + self.max_tokens - 1
 
     @property
     def was_preempted(self) -> bool:
-        """Whether it has run before and had to leave."""
+        """Whether the sequence has run before and was preempted."""
         return self.epoch > 0
 
     @property
     def has_computed_prompt(self) -> bool:
-        """Whether its table holds the prompt, as of a step before the one that is planned."""
+        """Whether its table holds the prompt, as of a step before the one being planned."""
         return self.state is SequenceState.RUNNING and not self.is_prefilling
 
     def follow(self, watch: Watch) -> bool:
-        """Watch the token known last; tell whether the slot must start again, as others may follow it."""
+        """Feed the newest token to `watch`; return whether the slot must restart with another mask."""
         if not watch.push(self.token_ids[-1]):
             return False
         if watch.is_over:
@@ -149,7 +156,7 @@ class Sequence:
         return True
 
     def slot_start(self) -> SlotStart:
-        """Return what the runner needs to draw this sequence's next token."""
+        """Return what the runner needs to sample this sequence's next token."""
         sampling, choice = self.request.sampling, self.choice
         if self.request.seeds:
             sampling, choice = dataclasses.replace(sampling, seed=self.request.seeds[choice]), 0

@@ -1,19 +1,20 @@
-"""States that are kept of sequences: where prompts can be gone on with, of models with recurrent layers.
+"""States of recurrent layers that are kept so that later prompts can resume from them.
 
-What such a model has of a text beside keys and values is one state, as of its last token. So a prompt is
-resumed at a block boundary where the state was kept that was there in passing. Each is found by the digest of
-the block before it, and forgotten with that; places are given up as blocks are, the longest unused first.
+Besides keys and values, a model with recurrent layers has one state per sequence, as of its last token. A
+prompt can therefore resume only at a block boundary where an earlier sequence kept its state in passing. A
+state is found by the digest of the block before it and is forgotten together with that block. Places for
+states are evicted like blocks, least recently used first.
 
-    one prompt      a a a a b b b      a letter a block
-    kept                        |      where its last full block ends
-    another         a a a a c c c c    its first four blocks are found, and a state behind none of them
-    kept                  |     |      so its own is kept there, too
-    a third         a a a a d d        goes on behind the fourth block
+    one prompt      a a a a b b b      one letter per block
+    kept                        |      after its last full block
+    another         a a a a c c c c    its first four blocks are found, but no state after any of them
+    kept                  |     |      so its own state is kept there, too
+    a third         a a a a d d        resumes after the fourth block
 
-Kept are states where the last full block of a prompt ends, if something follows; where the blocks end that it
-shares with others, if no state is there (the idea of Marconi, Pan et al., arXiv 2411.19379); and of an answer
-that runs the one at the newest boundary. They can be found once their step has succeeded. Called by the block
-tables and the scheduler; knows neither torch nor asyncio.
+States are kept after the last full block of a prompt, if something follows it; after the blocks that a prompt
+shares with others, if no state is there yet (the idea of Marconi, Pan et al., arXiv 2411.19379); and, for a
+running answer, at its newest block boundary. They can be found once their step has succeeded. Called by the
+block tables and the scheduler; knows neither torch nor asyncio.
 """
 
 from __future__ import annotations
@@ -31,33 +32,33 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class HeldStates:
-    """What a sequence that runs has to do with kept states; places that it holds nobody else is given."""
+    """A running sequence's use of kept states; the places that it holds are not reused."""
 
-    resumes: int | None = None  # the place that its first row goes on from, until that has been computed
+    resumes: int | None = None  # the place that its first row resumes from, until that row is computed
     keep_at: tuple[int, ...] = ()  # positions, ascending
-    for_choices: int | None = None  # the place in front of the prompt's last token, for the other choices
-    num_forks: int = 0  # of those that have gone on from there
-    answer: int | None = None  # the place of what it keeps while it decodes
+    for_choices: int | None = None  # place before the prompt's last token, for other choices
+    num_forks: int = 0  # number of choices that have resumed from there
+    answer: int | None = None  # the place of the state that it keeps while it decodes
 
 
 class Keep(NamedTuple):
     """A state that a step in flight keeps."""
 
     place: int
-    digest: bytes | None  # None: it is the leader's, for its other choices
+    digest: bytes | None  # None: the state is the leader's, for its other choices
     leader: Sequence | None = None
 
 
 class KeptStates:
-    """Say which rows keep their state, and where; remember which is where.
+    """The kept states: which rows keep theirs, in which place, and which place holds what.
 
     Args:
-        num_places: of the runner.
-        blocks: the pool of blocks; a state is no use without those before it.
-        keeps_answers: also what was drawn is found again.
+        num_places: Number of places that the runner has.
+        blocks: Pool of blocks; a state is useless without the blocks before it.
+        keeps_answers: Whether sampled tokens can be found again, too.
 
     Attributes:
-        pool: the places, in the manner of blocks.
+        pool: The places, managed like blocks.
     """
 
     def __init__(self, num_places: int, blocks: BlockPool, block_size: int, *, keeps_answers: bool) -> None:
@@ -65,31 +66,31 @@ class KeptStates:
         self.keeps_answers = keeps_answers
         self._blocks = blocks
         self._block_size = block_size
-        self._pending: set[bytes] = set()  # what steps in flight keep
-        self._num_answers = 0  # places that sequences hold which decode
+        self._pending: set[bytes] = set()  # digests of the states that steps in flight keep
+        self._num_answers = 0  # places held by sequences that decode
 
     @property
     def num_known(self) -> int:
-        """How many can be found."""
+        """Number of states that can be found."""
         return self.pool.num_known
 
     def find(self, digest: bytes) -> int | None:
-        """Return the place with the state behind this block."""
+        """Return the place that holds the state after this block."""
         return self.pool.find(digest)
 
     def lost(self, digest: bytes) -> None:
-        """Learn that a block can no longer be found."""
+        """Forget the state after a block that can no longer be found."""
         place = self.pool.find(digest)
         if place is not None:
             self.pool.forget([place])
 
     def resume(self, sequence: Sequence, place: int) -> None:
-        """Let a sequence begin with a state that `find` returned, or that its leader holds."""
+        """Let a sequence start from a state that `find` returned, or that its leader holds."""
         self.pool.take(place)
         sequence.states.resumes = place
 
     def fork(self, sequence: Sequence, leader: Sequence) -> None:
-        """Let a further choice begin in front of the prompt's last token; the last one ends the keeping."""
+        """Start a further choice before the prompt's last token; the last one releases the state there."""
         held = leader.states
         assert held.for_choices is not None
         self.resume(sequence, held.for_choices)
@@ -99,7 +100,7 @@ class KeptStates:
             held.for_choices = None
 
     def plan_row(self, keeps: list[Keep], row: StepRow, sequence: Sequence) -> None:
-        """Say what becomes of the states of a row of known tokens; `keeps` are its step's."""
+        """Plan the states that a row of known tokens resumes from and keeps; `keeps` is its step's."""
         held, end = sequence.states, row.start + row.num_tokens
         planned: list[tuple[int, int]] = []
         for position in held.keep_at:
@@ -118,12 +119,12 @@ class KeptStates:
             row.states = StateMoves(resumes, planned)
 
     def plan_answer(self, keeps: list[Keep], row: StepRow, sequence: Sequence) -> None:
-        """Keep the state in front of a row that decodes, at a block boundary, in the sequence's own place.
+        """Keep the state before a decode row, at a block boundary, in the sequence's own place.
 
-        At most half of all places are held by sequences that run: others' prompts want to be found, too.
+        Running sequences hold at most half of all places, so that other prompts can be found, too.
         """
         held, digest = sequence.states, self._digest(sequence, row.start)
-        if held.answer is not None and self.pool.num_holders(held.answer) > 1:  # somebody begins with it
+        if held.answer is not None and self.pool.num_holders(held.answer) > 1:  # a sequence resumes here
             self._leave_answer(held)
         if not self._wants(digest, has_place=held.answer is not None):
             return
@@ -138,7 +139,7 @@ class KeptStates:
         self._note(keeps, held.answer, digest)
 
     def settle(self, keeps: Iterable[Keep]) -> None:
-        """Make findable what a step has kept; a digest that is known already keeps its place."""
+        """Make the states that a step kept findable; a digest that is already known keeps its place."""
         for keep in keeps:
             if keep.digest is not None:
                 self._pending.discard(keep.digest)
@@ -147,7 +148,7 @@ class KeptStates:
             self.pool.release([keep.place])
 
     def undo(self, keeps: Iterable[Keep]) -> set[int]:
-        """Learn that a step has failed; return the places whose states are void."""
+        """Undo the keeps of a failed step; return the places whose states are void."""
         void = set()
         for place, digest, leader in keeps:
             if digest is not None:
@@ -160,13 +161,13 @@ class KeptStates:
         return void
 
     def begin(self, sequence: Sequence) -> None:
-        """Learn that the first row of a sequence has been computed."""
+        """Release the state that a sequence resumed from, as its first row has been computed."""
         if sequence.states.resumes is not None:
             self.pool.release([sequence.states.resumes])
             sequence.states.resumes = None
 
     def leave(self, sequence: Sequence) -> None:
-        """Take back all that a sequence holds."""
+        """Release all places that a sequence holds."""
         held = sequence.states
         self.begin(sequence)
         if held.for_choices is not None:
@@ -182,7 +183,7 @@ class KeptStates:
         self._num_answers -= 1
 
     def _is_for_choices(self, sequence: Sequence) -> bool:
-        """Tell whether others wait to go on from a prompt: from its second token on."""
+        """Return whether other choices wait to resume from a prompt of two or more tokens."""
         is_leader = sequence.request.n > 1 and sequence.leader is None
         has_none = sequence.states.for_choices is None and sequence.num_output == 0
         return is_leader and has_none and sequence.prompt_len > 1
@@ -191,7 +192,7 @@ class KeptStates:
         return sequence.chain.digest(position // self._block_size - 1, sequence.token_ids)
 
     def _wants(self, digest: bytes, *, has_place: bool = False) -> bool:
-        """Tell whether a state is to be kept, and can be."""
+        """Return whether a state should be kept and can be."""
         is_new = digest not in self._pending and self.pool.find(digest) is None
         return is_new and (has_place or self.pool.num_free > 0)
 

@@ -1,18 +1,18 @@
-"""Counters of the engine, filled by it and read by whoever shows metrics. Plain numbers of one thread."""
+"""Counters that the engine fills and the metrics routes read. Plain numbers, used from one thread."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
 
-# Upper bounds of histograms, here and in metrics, as TGI has them.
+# Upper bounds of histograms, here and in the metrics; the same as TGI's.
 DURATION_BUCKETS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # seconds: 0.15 ms to 145.6 s
 BATCH_BUCKETS = tuple(float(size) for size in range(1, 1025))
 SKIPPED_BUCKETS = tuple(float(count) for count in range(65))
 
 
 class Histogram:
-    """Count values by upper bound, as Prometheus does; `counts` has one more entry, for what is above all."""
+    """Counts of values by upper bound, as in Prometheus; the last count is for values above all bounds."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -31,24 +31,25 @@ class Histogram:
 
 
 class EngineStats:
-    """What the engine did since it started (counters) and holds now (gauges).
+    """The engine's counters since it started, and gauges of what it holds now.
 
     Attributes:
-        accepted, finished, failed, cancelled: requests; accepted = finished + failed + cancelled + open.
-        sampled_tokens: tokens delivered; prefill_tokens: prompt tokens computed.
-        prefix_query_tokens, prefix_hit_tokens: prompt tokens looked up in the prefix cache, and found.
-        steps, failed_steps, preemptions: as they say.
-        step_s: durations of steps, by "prefill" (some prompt tokens) and "decode" (none).
-        inter_token_s: time between two tokens of a sequence, each counted.
-        prefill_size: sequences that a step with prompt tokens read them for.
-        batch_size: rows of the newest step.
-        drafted_rows, draft_tokens, accepted_draft_tokens: rows with drafts, these, and those that were drawn.
-        skipped_tokens: tokens that a row drew beyond its first, where it drew any.
-        running, waiting: sequences with a slot, and without.
-        blocks_used, blocks_total: of the KV cache.
-        states_kept: that prompts can go on from, of models with recurrent layers.
-        adapters: returns the names of adapters of requests that run, and that wait; None: none are served.
-        max_adapters: different ones that a step may have.
+        accepted, finished, failed, cancelled: Requests; accepted = finished + failed + cancelled + open.
+        sampled_tokens: Tokens delivered.
+        prefill_tokens: Prompt tokens computed.
+        prefix_query_tokens, prefix_hit_tokens: Prompt tokens looked up in the prefix cache, and found there.
+        steps, failed_steps, preemptions: Number of each.
+        step_s: Durations of steps, by "prefill" (some prompt tokens) and "decode" (none).
+        inter_token_s: Time between two tokens of a sequence, one value per token.
+        prefill_size: Number of sequences in prefill, per step that has any.
+        batch_size: Rows of the newest step.
+        drafted_rows, draft_tokens, accepted_draft_tokens: Rows with drafts, drafts, and accepted drafts.
+        skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled any.
+        running, waiting: Sequences with a slot, and without.
+        blocks_used, blocks_total: Blocks of the KV cache.
+        states_kept: Kept states that prompts can resume from, for models with recurrent layers.
+        adapters: Returns the names of the adapters of running and of waiting requests; None: none are served.
+        max_adapters: Maximum number of different adapters in a step.
     """
 
     __slots__ = (

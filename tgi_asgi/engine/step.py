@@ -1,4 +1,4 @@
-"""A planned step, and what becomes of its result: tokens appended, blocks registered."""
+"""A planned step, and the handling of its result: append tokens, register blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
 
 
 class Step:
-    """A planned step: what the runner gets, and whom each row belongs to."""
+    """A planned step: the plan for the runner, and the sequence that each row belongs to."""
 
     __slots__ = (
         "epochs", "keeps", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan",
@@ -25,17 +25,17 @@ class Step:
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
         self.num_decode_rows = 0
-        self.num_generated_rows = 0  # these, and those that compute drawn tokens again
+        self.num_generated_rows = 0  # these, and the rows that recompute sampled tokens
         self.num_prefill_tokens = 0
 
     def live(self) -> list[tuple[int, Sequence]]:
-        """Return (row, sequence) of the rows that matter: not finished, cancelled or preempted since."""
+        """Return (row, sequence) of the live rows: not finished, cancelled or preempted since."""
         pairs = zip(self.sequences, self.epochs, strict=True)
         return [(row, sequence) for row, (sequence, epoch) in enumerate(pairs) if sequence.epoch == epoch]
 
 
 def take_over(step: Step, result: StepResult, tables: BlockTables) -> list[tuple[int, Sequence]]:
-    """Give sequences what a step computed and drew for them; as `Scheduler.apply`."""
+    """Apply a step's result to its sequences, as `Scheduler.apply`."""
     live = step.live()
     settle(step.looks, result)
     for index, sequence in live:
@@ -58,7 +58,7 @@ def take_over(step: Step, result: StepResult, tables: BlockTables) -> list[tuple
 
 
 def _append(sequence: Sequence, token_id: int) -> bool:
-    """Append a drawn token; tell whether what was drawn behind it is void, as the slot starts again."""
+    """Append a sampled token; return whether the slot restarts, which voids the tokens after it."""
     sequence.token_ids.append(token_id)
     if sequence.watch is None or not sequence.follow(sequence.watch):
         return False
@@ -69,7 +69,7 @@ def _append(sequence: Sequence, token_id: int) -> bool:
 def _take_drafted(
     row: StepRow, sequence: Sequence, result: StepResult, index: int, tables: BlockTables
 ) -> None:
-    """Take over what a row with a `stop` has drawn, which may be nothing where its sequence has ended."""
+    """Apply the tokens of a row with a `stop`; there may be none if its sequence has ended."""
     first, further = result.sampled[index], result.further.get(index, [])
     drawn = [] if first is None else [first, *further]
     sequence.num_pending -= 1
@@ -82,7 +82,7 @@ def _take_drafted(
 
 
 def _restart_slot(sequence: Sequence) -> None:
-    """Have the next row start the slot again behind the token known last; one in flight is void."""
+    """Make the next row restart the slot after the newest known token; rows in flight are void."""
     sequence.epoch += 1
     sequence.num_computed = len(sequence.token_ids) - 1
     sequence.num_pending = sequence.num_ahead = 0

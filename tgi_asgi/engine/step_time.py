@@ -1,20 +1,20 @@
-"""How long a step will take: a line through the steps so far, that follows the machine as it changes."""
+"""Predict a step's duration with a linear model that follows the machine as it changes."""
 
 from __future__ import annotations
 
 import math
 
-_DRIFT = 0.03  # what a coefficient changes from step to step, of itself
-_NOISE = 0.1  # what a step's time is off the line, of itself
-_MOST_DEVIATIONS = 4.0  # a step that is further off was held up: no trend
+_DRIFT = 0.03  # random relative change of a coefficient from step to step
+_NOISE = 0.1  # random relative deviation of a step's time from the line
+_MOST_DEVIATIONS = 4.0  # a step further off was delayed and shows no trend
 
 
 class StepTime:
-    """Model a step's time as `base + rows * row + tokens * token`; rows decode, tokens are a prompt's.
+    """A model of a step's time, `base + rows * row + tokens * token`, for decode rows and prompt tokens.
 
-    The coefficients drift (contexts grow, neighbours on the machine come and go), so a Kalman filter of a
-    random walk estimates them (Kalman 1960). Its covariance knows what steps of one size leave open, which of
-    the three took the time, and the first step of another size settles it.
+    The coefficients drift (contexts grow, other load on the machine comes and goes), so a Kalman filter of a
+    random walk estimates them (Kalman 1960). Steps of one size leave open which of the three terms took the
+    time; the covariance records that, and the first step of another size resolves it.
     """
 
     __slots__ = ("_coefficients", "_covariance")
@@ -54,7 +54,7 @@ class StepTime:
                 covariance[i][j] -= spread[i] * spread[j] / variance
 
     def _begin(self, num_rows: float, num_tokens: int, duration_s: float) -> None:
-        """Let the first step that has rows, or tokens, say how much they could take at the most."""
+        """Take the variance of each term from the first step with rows, or tokens: an upper bound."""
         if num_rows and not self._covariance[1][1]:
             self._covariance[0][0] = duration_s**2
             self._covariance[1][1] = (duration_s / num_rows) ** 2

@@ -1,8 +1,8 @@
-"""Which sequence has which blocks: new ones, cached prefixes, forks, growth, and giving all of it back.
+"""The block tables of sequences: new blocks, cached prefixes, forks, growth, and releasing all of it.
 
-A sequence has a block table for each group of layers, by position: a block of tokens is one block of each.
-Of a group with a window it holds no more than the window reaches into. Called by the scheduler, which decides
-who gets blocks; knows neither torch nor asyncio.
+A sequence has one block table per group of layers, indexed by position, so a block of tokens takes one block
+in each group. In a group with a window, a sequence holds no more blocks than the window covers. Called by the
+scheduler, which decides who gets blocks; knows neither torch nor asyncio.
 
     window 5, blocks of 4 tokens, a prompt of 19 in chunks of 8
                                     all positions   window
@@ -22,24 +22,24 @@ from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.runner.groups import BlockNeeds
 
-_GIVEN_BACK = -1  # stands where a sequence never had a block: behind the window of its first token
+_GIVEN_BACK = -1  # entry that never held a block: before the window of the sequence's first token
 
 
 class BlockTables:
-    """Fill and empty the block tables of sequences from one pool.
+    """The block tables of sequences, filled from one pool.
 
-    Tables cover all tokens of a prompt from the start, those of windows as many as are planned; when a
-    sequence decodes they all grow block by block. `reserve` is how many sequences run already, each of which
-    needs its next block soon.
+    When a sequence starts, its tables without a window cover all tokens of its prompt, and those with a
+    window cover the planned tokens. While it decodes, all tables grow block by block. `reserve` is the number
+    of sequences already running, each of which needs its next block soon.
 
     Args:
-        needs: of each group, in the order of a sequence's tables.
-        shares_prompts_alone: blocks with tokens that were drawn are neither found nor left to be found: the
-            same tokens of a prompt would fill them otherwise.
-        num_kept_states: as `Runner.num_kept_states`.
+        needs: Block needs of each group, in the order of a sequence's tables.
+        shares_prompts_alone: Whether blocks with sampled tokens are neither looked up nor registered, because
+            the same tokens as part of a prompt would fill them with other bits.
+        num_kept_states: As `Runner.num_kept_states`.
 
     Attributes:
-        states: what is kept of them; None: nothing, or they have none.
+        states: The kept states; None if the model has none or none are kept.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class BlockTables:
         return sum(map(len, sequence.tables)) - sum(sequence.num_given_back)
 
     def start(self, sequence: Sequence, reserve: int) -> bool:
-        """Give a sequence blocks, from the cache or its leader as far as they reach."""
+        """Give a sequence its first blocks, shared with the cache or its leader as far as possible."""
         leader = sequence.leader
         is_new = sequence.num_output == 0
         if leader is not None and is_new and self._prefix_cache:
@@ -87,7 +87,7 @@ class BlockTables:
         return self._take(sequence, reserve)
 
     def _take(self, sequence: Sequence, reserve: int) -> bool:
-        """Take the longest cached prefix, and new blocks for what comes behind."""
+        """Take the longest cached prefix, and new blocks for the tokens after it."""
         pool = self.pool
         hit = Hit.none(self.num_groups)
         num_shared = self._num_shared(sequence, len(sequence.token_ids) - 1)
@@ -123,13 +123,13 @@ class BlockTables:
         return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.needs_all
 
     def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
-        """Return how many blocks the first `num_tokens` tokens fill that others may share."""
+        """Return how many blocks that others may share are filled by the first `num_tokens` tokens."""
         if self._shares_prompts_alone:
             num_tokens = min(num_tokens, sequence.prompt_len)
         return num_tokens // self.block_size
 
     def _may_fork(self, sequence: Sequence, leader: Sequence) -> bool:
-        """Tell whether a leader holds all that the last token of the prompt reads."""
+        """Return whether the leader holds everything that the prompt's last token reads."""
         if not self._can_fork or not leader.has_computed_prompt:
             return False
         if self.states is not None and leader.states.for_choices is None:
@@ -142,7 +142,7 @@ class BlockTables:
     def _fork(self, sequence: Sequence, leader: Sequence, reserve: int) -> bool:
         """Share the leader's full blocks before the last prompt token, and copy the partial one.
 
-        That token is computed again, so that each choice draws its own first token.
+        That token is computed again, so that each choice samples its own first token.
         """
         if self.pool.num_free - self.num_groups < reserve * self.num_groups:
             return False
@@ -169,18 +169,19 @@ class BlockTables:
         return True
 
     def grow(self, sequence: Sequence) -> None:
-        """Add a block to each table; needs so many free ones."""
+        """Add a block to each table; requires that many free blocks."""
         for table in sequence.tables:
             table.append(self.pool.allocate())
 
     def cover(self, sequence: Sequence, end: int, spare: int = 0) -> int:
-        """Give a prompt that is being computed blocks up to this position, as far as there are any.
+        """Allocate blocks for a prompt in prefill up to position `end`, as far as blocks are free.
 
-        All but the next one leave so many free blocks to others. Returns the position up to which it has all.
+        All but the next block leave `spare` blocks free for others. Returns the position up to which every
+        group has blocks.
         """
         if not self._windowed:
             return self.blocks_for(len(sequence.token_ids)) * self.block_size
-        num_entries = len(sequence.tables[self._windowed[0]])  # of each window's
+        num_entries = len(sequence.tables[self._windowed[0]])  # of each windowed group
         given_back, needs = sequence.num_given_back, self.needs
         most = min(given_back[group] + needs.most_held(group, end) for group in self._windowed)
         count = min(self.blocks_for(end), most) - num_entries
@@ -194,14 +195,14 @@ class BlockTables:
         return num_entries * self.block_size
 
     def num_missing(self, sequence: Sequence) -> int:
-        """Return how many blocks a prompt lacks for its next token, where no step in flight will free any."""
+        """Return how many blocks a prompt lacks for its next token, if no step in flight will free any."""
         if not self._windowed or sequence.num_settled < sequence.num_computed:
             return 0
         is_covered = sequence.num_computed < len(sequence.tables[self._windowed[0]]) * self.block_size
         return 0 if is_covered else len(self._windowed)
 
     def register(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make what the first `num_tokens` tokens fill findable: the steps planned so far write it."""
+        """Make the blocks that `num_tokens` tokens fill findable; the steps planned so far write them."""
         num_full = self._num_shared(sequence, num_tokens)
         if num_full <= sequence.num_registered:
             return
@@ -213,7 +214,7 @@ class BlockTables:
         sequence.num_registered = num_full
 
     def settle(self, sequence: Sequence, num_computed: int) -> None:
-        """Learn that the first `num_computed` tokens are in the cache for good, and no row begins before."""
+        """Record that `num_computed` tokens are in the cache for good and no row begins before."""
         if sequence.copy_sources:
             self._release_copies(sequence)
         if self.states is not None:
@@ -229,7 +230,7 @@ class BlockTables:
             self._leave_behind(sequence, num_computed)
 
     def _leave_behind(self, sequence: Sequence, position: int) -> None:
-        """Give back what no token from this position on reads. Their ids stay: a step may still be read."""
+        """Release the blocks that no token from `position` on reads; steps in flight still use the ids."""
         for group in self._windowed:
             first, before = self.needs.first_read(group, position), sequence.num_given_back[group]
             if first > before:
@@ -237,7 +238,11 @@ class BlockTables:
                 sequence.num_given_back[group] = first
 
     def reads(self, sequence: Sequence, lost: Mapping[int, int]) -> bool:
-        """Tell whether a sequence was to read of others what is lost: blocks, and from which position on."""
+        """Return whether a sequence was to read shared contents that are lost.
+
+        Args:
+            lost: By block, the position from which its contents are lost.
+        """
         num_shared = sequence.num_taken // self.block_size
         for table, first in zip(sequence.tables, sequence.num_given_back, strict=True):
             if not lost.keys().isdisjoint(table[first:num_shared]):
@@ -247,7 +252,7 @@ class BlockTables:
         )
 
     def give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
-        """Release all blocks of a sequence; with `forget` none of them can be found any more."""
+        """Release all blocks of a sequence; with `forget`, none of them can be found any more."""
         held = [table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)]
         self._release_copies(sequence)
         if self.states is not None:

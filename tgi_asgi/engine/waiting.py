@@ -1,7 +1,7 @@
-"""Who gets the next free slot: the most urgent sequence of the tenant that has the fewest running.
+"""The waiting queue: the next free slot goes to the most urgent sequence of the tenant that runs the fewest.
 
-Called by the scheduler alone; knows neither torch nor asyncio. A tenant is whom a request is counted for (an
-API key); without keys there is one, and the order is that of urgency.
+Called only by the scheduler; knows neither torch nor asyncio. A tenant is the client that a request is
+counted against (an API key). Without keys there is one tenant, and urgency alone decides.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from heapq import heapify, heappop, heappush
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 
 _Heap = list[tuple[tuple[float, int, int], Sequence]]
-_MAX_STALE = 64  # entries that nobody waits for any more
+_MAX_STALE = 64  # number of stale entries to tolerate
 
 
 class WaitingQueue:
     """Sequences that wait for a slot. One that stops waiting may stay here as a stale entry for a while.
 
-    Between tenants the count of running sequences decides, so that none of them can starve another whatever
-    it sends (max-min fairness). A preempted sequence's client is reading already: it counts as if its tenant
-    ran nothing.
+    Between tenants the number of running sequences decides, so that no tenant can starve another, whatever it
+    sends (max-min fairness). A preempted sequence's client is already reading, so that sequence counts as if
+    its tenant ran nothing.
     """
 
     __slots__ = ("_heaps", "_num_entries")
@@ -30,16 +30,16 @@ class WaitingQueue:
         self._num_entries = 0
 
     def __len__(self) -> int:
-        """Entries, stale ones among them."""
+        """Return the number of entries, including stale ones."""
         return self._num_entries
 
     def push(self, sequence: Sequence) -> None:
-        """Let a sequence wait."""
+        """Add a waiting sequence."""
         heappush(self._heaps.setdefault(sequence.tenant, []), (sequence.urgency, sequence))
         self._num_entries += 1
 
     def first(self, num_running: Counter[str | None]) -> Sequence | None:
-        """Return the sequence whose turn it is."""
+        """Return the sequence whose turn it is, if any."""
         best: Sequence | None = None
         best_key: tuple[int, tuple[float, int, int]] | None = None
         for tenant, heap in list(self._heaps.items()):
@@ -55,11 +55,11 @@ class WaitingQueue:
         return best
 
     def pop(self, sequence: Sequence) -> None:
-        """Take out what `first` has returned."""
+        """Remove the sequence that `first` returned."""
         self._drop_head(self._heaps[sequence.tenant])
 
     def compact(self, num_waiting: int) -> None:
-        """Throw stale entries away once they are the greater part."""
+        """Drop stale entries once they are in the majority."""
         if self._num_entries <= 2 * num_waiting + _MAX_STALE:
             return
         for tenant, heap in list(self._heaps.items()):

@@ -1,1 +1,1 @@
-"""Model files: where they come from and what is in them, every header checked. A leaf without torch."""
+"""Model files: where they come from and what they contain, all headers checked. A leaf without torch."""

@@ -1,4 +1,4 @@
-"""Read a checkpoint's config.json, with what older ones say beside it of how they are quantised."""
+"""Read a checkpoint's config.json, and the quantisation files that older checkpoints keep next to it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from tgi_asgi.formats.files import read_json
 
-# AutoGPTQ's and AutoAWQ's own, of before `transformers` had a place for it.
+# AutoGPTQ's and AutoAWQ's own files, from before `transformers` had a key for them.
 _OF_QUANTISERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """Return what config.json says; `quantization_config` may be that of a file beside it.
+    """Return the contents of config.json; `quantization_config` may come from a file next to it.
 
     Raises:
-        ModelLoadError: a file is absent or damaged.
+        ModelLoadError: if a file is absent or damaged.
     """
     config = read_json(directory / "config.json")
     for name, method in _OF_QUANTISERS.items():

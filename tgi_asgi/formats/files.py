@@ -1,4 +1,4 @@
-"""What the readers of model files share: mapping and reading a file, JSON, refusing ranges that overlap."""
+"""Helpers shared by the readers of model files: map or read a file, parse JSON, refuse overlapping ranges."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 
-_MAPPED_BYTES = 16 << 20  # that readers of a mapped file may have made resident
+_MAPPED_BYTES = 16 << 20  # limit of resident bytes through views of a mapped file
 _MAX_POINTER_BYTES = 1024
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 MB
+_MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has about 40 MB
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
     """Map a regular file read-only.
 
-    The array is flat; the file stays mapped as long as the array or a view of it lives. Who cuts a mapped
-    file short ends the process: files that come while it serves are read with `read_file`.
+    The array is flat; the file stays mapped as long as the array or a view of it is referenced. Truncating a
+    mapped file crashes the process, so files that arrive while the server runs are read with `read_file`.
 
     Raises:
-        ModelLoadError: no such file, not a regular file, unreadable or empty.
+        ModelLoadError: if there is no such file, or it is not a regular file, unreadable or empty.
     """
     with _opened(path) as (file, _):
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -37,16 +37,16 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def read_file(path: Path, max_bytes: int, why: str = "") -> npt.NDArray[np.uint8]:
-    """Read a regular file into memory: a flat, read-only array that nobody can change or cut any more.
+    """Read a regular file into memory: a flat, read-only array that later changes to the file do not affect.
 
     Args:
-        why: follows the bound in the message of what is refused.
+        why: Text appended to the message if the file is too large.
 
     Raises:
-        ModelLoadError: as `map_file`, and for more bytes than these, of which none is read.
+        ModelLoadError: as `map_file`, or if the file has more than `max_bytes` bytes.
     """
     with _opened(path) as (file, size):
-        # It may grow or shrink while it is read: what was read is what there is.
+        # The file may grow or shrink while it is read, so check the bytes that were read, too.
         data = file.read(size + 1) if size <= max_bytes else b""
         if max(size, len(data)) > max_bytes:
             raise ModelLoadError(f"{path} has {size} bytes; at most {max_bytes} are read{why}")
@@ -55,7 +55,7 @@ def read_file(path: Path, max_bytes: int, why: str = "") -> npt.NDArray[np.uint8
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file that is not empty; yields it and its size in bytes."""
+    """Open a regular file that is not empty; yield it and its size in bytes."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -65,7 +65,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
                 raise ModelLoadError(f"{path} is empty")
             if status.st_size < _MAX_POINTER_BYTES and file.peek(64).startswith(_LFS_POINTER):
                 raise ModelLoadError(
-                    f"{path} is a pointer of Git LFS and not the file: `git lfs pull` fetches it"
+                    f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
                 )
             yield file, status.st_size
     except FileNotFoundError:
@@ -75,21 +75,21 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 class MappedFile:
-    """A mapped file, of which little is resident at a time, however much of it is read.
+    """A mapped file of which little is resident at a time, however much of it is read.
 
         file = MappedFile(map_file(path))
         file.view(offset, size)      # uint8, valid as long as it is referenced
 
-    Weights are packed once and not read again, but the pages of a file stay resident until it is unmapped:
-    a model that is loaded would be in memory twice.
+    Weights are packed once and not read again, but the pages of a mapped file stay resident until it is
+    unmapped. Without this, a loaded model would occupy memory twice.
     """
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._data = data
-        self._num_viewed = 0  # bytes, since pages were given back
+        self._num_viewed = 0  # bytes since pages were last released
 
     def view(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
-        """Return bytes, flat and read-only; what was read before may be given back, and is read anew."""
+        """Return bytes, flat and read-only; pages read earlier may be released and are then read again."""
         if self._num_viewed > _MAPPED_BYTES:
             release_pages(self._data)
             self._num_viewed = 0
@@ -97,16 +97,16 @@ class MappedFile:
         return self._data[offset : offset + size]
 
     def close(self) -> None:
-        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
+        """Release the mapping; it is unmapped when its last view is gone. Idempotent.
 
-        A view may wait for the collector, which nothing hurries: the pages are given back now.
+        Views may wait for the garbage collector, so the pages are released now.
         """
         release_pages(self._data)
         self._data = self._data[:0].copy()
 
 
 def release_pages(data: npt.NDArray[np.uint8]) -> None:
-    """Give back the memory of what `map_file` returned; views of it that still live read the file anew."""
+    """Release the pages of an array from `map_file`; its remaining views read the file again."""
     mapping = data.base.obj if isinstance(data.base, memoryview) else data.base
     if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a model's directory.
 
     Raises:
-        ModelLoadError: absent, unreadable, too large, not JSON, or not an object.
+        ModelLoadError: if it is absent, unreadable, too large, not JSON, or not an object.
     """
     data = read_file(path, _MAX_JSON_BYTES)
     try:
@@ -126,16 +126,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, **hooks: Any) -> dict[str, Any]:
-    """Parse a JSON object; `hooks` go to `json.loads` and may raise ValueError.
+    """Parse a JSON object; `hooks` are passed to `json.loads` and may raise ValueError.
 
     Raises:
-        ModelLoadError: not UTF-8, not JSON, nested too deep, or not an object.
+        ModelLoadError: if it is not UTF-8, not JSON, nested too deep, or not an object.
     """
     try:
         value = json.loads(str(data, "utf-8"), **hooks)
     except RecursionError:
         raise ModelLoadError("the JSON nests too deep") from None
-    except ValueError as error:  # also what UnicodeDecodeError and JSONDecodeError are
+    except ValueError as error:  # the base class of UnicodeDecodeError and JSONDecodeError
         raise ModelLoadError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"expected a JSON object, got {type(value).__name__}")
@@ -146,7 +146,7 @@ def refuse_overlaps(ranges: Iterable[tuple[int, int, str]]) -> None:
     """Check that the byte ranges (start, stop, name of a tensor) are disjoint.
 
     Raises:
-        ModelLoadError: two of them share a byte.
+        ModelLoadError: if two of them share a byte.
     """
     end, owner = 0, ""
     for start, stop, name in sorted(ranges):
@@ -156,5 +156,5 @@ def refuse_overlaps(ranges: Iterable[tuple[int, int, str]]) -> None:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open so that a FIFO given for a model is refused instead of waited for."""
+    """Open without blocking, so that a FIFO given as a model is refused instead of waited for."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

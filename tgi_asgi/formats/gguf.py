@@ -1,10 +1,10 @@
 """Read GGUF files (versions 2 and 3, little-endian): metadata, and views of the tensors' raw blocks.
 
-A model may lie in several files, as llama.cpp's `gguf-split` cuts it: the first has the metadata, each has
-tensors. They are one `GgufFile`.
+A model may be split into several files by llama.cpp's `gguf-split`: the first has the metadata, and each has
+some of the tensors. They are read as one `GgufFile`.
 
-The file is untrusted: every count, length, offset and product is checked against the file's size before it
-is used. `models/loading` and `text/gguf_vocab.py` use this; it knows neither models nor torch.
+The file is untrusted: every count, length, offset and product is checked against the file's size before it is
+used. Used by `models/loading` and `text/gguf_vocab.py`; knows neither models nor torch.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -32,28 +32,28 @@ _NUMBER, _COUNT, _NUM_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies; `shape` is in numpy's order (rows first), the reverse of the file's."""
+    """Location of a tensor; `shape` is in numpy's order (rows first), the reverse of the file's."""
 
     name: str
     shape: tuple[int, ...]
-    type: str  # a weight format's name
+    type: str  # name of a weight format
     offset: int  # in bytes from the start of its file
     nbytes: int
 
 
 class GgufFile:
-    """A model's open GGUF file, or the files that it is cut into.
+    """A model's open GGUF file, or all files that it is split into.
 
         with GgufFile.open("model.gguf") as file:
             file.metadata["general.architecture"]        # "llama"
             blocks = file.raw("token_embd.weight")       # uint8, a view of the mapped file
 
     Attributes:
-        path: the file, of several the first.
-        metadata: bool, int, float and str; arrays of numbers as read-only numpy arrays, arrays of strings
-            as `GgufStrings`, arrays of arrays as lists. Of several files that of the first.
-        tensors: by name, in the files' order. A tensor of a type that is not read is left out
-            here, and `tensor` and `raw` refuse it by that reason.
+        path: The file, or the first of several.
+        metadata: Values are bool, int, float and str; arrays of numbers are read-only numpy arrays, arrays of
+            strings `GgufStrings`, arrays of arrays lists. For several files, that of the first.
+        tensors: Tensors by name, in the files' order. A tensor of an unsupported type is omitted here, and
+            `tensor` and `raw` refuse it with that reason.
     """
 
     def __init__(self, parts: list[_PartFile]) -> None:
@@ -66,14 +66,14 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Map a file, and the other parts of its model, and read their headers.
+        """Map a file and the other parts of its model, and read their headers.
 
         Args:
-            path: of one of several parts any.
+            path: The file, or any of several parts.
 
         Raises:
-            ModelLoadError: one cannot be read, is no GGUF file, or its header contradicts itself; a part is
-                missing or of another model.
+            ModelLoadError: if one cannot be read, is no GGUF file, or its header contradicts itself; if a
+                part is missing or belongs to another model.
         """
         path = Path(path)
         named = Part.of(path.name)
@@ -82,8 +82,8 @@ class GgufFile:
             return cls([part])
         if named is None:
             raise ModelLoadError(
-                f"{path} is part {part.number} of {part.count} of a model: only by a name such as "
-                f"model-{part.number:05}-of-{part.count:05}.gguf can the others be found"
+                f"{path} is part {part.number} of {part.count} of a model: the others can only be found if "
+                f"it has a name such as model-{part.number:05}-of-{part.count:05}.gguf"
             )
         _check_part(part, named.number, named.count)
         parts = []
@@ -96,14 +96,14 @@ class GgufFile:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, of unknown types, too."""
+        """The names of all tensors, including those of unknown types."""
         return [*self.tensors, *self._unknown]
 
     def tensor(self, name: str) -> GgufTensor:
-        """Look a tensor up.
+        """Return a tensor's location.
 
         Raises:
-            ModelLoadError: there is none of that name, or its type is unknown.
+            ModelLoadError: if there is none of that name, or its type is not supported.
         """
         info = self.tensors.get(name)
         if info is not None:
@@ -121,7 +121,7 @@ class GgufFile:
         return self._part_of[name].file.view(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the mappings, as `MappedFile.close` says."""
+        """Release the mappings, as `MappedFile.close`."""
         for part in self._parts:
             part.file.close()
 
@@ -135,16 +135,16 @@ class GgufFile:
 
 
 class _PartFile:
-    """One file, mapped: its header, and what that says of the parts of its model.
+    """One mapped file: its header, and what the header says about the parts of its model.
 
     Raises:
-        ModelLoadError: as `GgufFile.open` says; `wanted_by` is the part that was named.
+        ModelLoadError: as `GgufFile.open`; `wanted_by` is the part that was named.
     """
 
     def __init__(self, path: Path, wanted_by: Path | None = None) -> None:
         self.path = path
         if wanted_by is not None and not path.exists():
-            raise ModelLoadError(f"{path} is missing, a part of the model that {wanted_by} is a part of")
+            raise ModelLoadError(f"{path} is missing, which is part of the same model as {wanted_by}")
         data = map_file(path)
         self.file = MappedFile(data)
         try:
@@ -161,11 +161,11 @@ class _PartFile:
         value: Any = self.metadata.get(key, default)
         if type(value) is not int:
             raise ModelLoadError(f"`{key}` must be an integer, got {str(value)[:100]}")
-        return max(value, 1) if key == _COUNT else value  # 0 is what a model in one file may say
+        return max(value, 1) if key == _COUNT else value  # a model in one file may say 0
 
 
 def _check_part(part: _PartFile, number: int, count: int) -> None:
-    """Refuse a part that does not say of itself what its name says."""
+    """Refuse a part whose metadata contradicts its name."""
     if _COUNT not in part.metadata:
         raise ModelLoadError(
             f"{part.path} is named as part {number} of {count}, but its metadata says nothing of parts "
@@ -200,10 +200,10 @@ def _check_whole(parts: list[_PartFile]) -> None:
 
 
 def _locate(header: Header, file_size: int) -> tuple[dict[str, GgufTensor], dict[str, int]]:
-    """Turn descriptions into byte ranges, all inside the file and none over another.
+    """Turn descriptions into byte ranges, all inside the file and without overlaps.
 
     Returns:
-        The tensors by name, and the types of those whose type is unknown.
+        The tensors by name, and the types of the tensors with unsupported types.
     """
     tensors: dict[str, GgufTensor] = {}
     unknown: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, read without trust: every count and length is checked before it is used.
+"""Read the untrusted header of a GGUF file: every count and length is checked before it is used.
 
-`gguf.py` is the only caller. Strings of arrays stay in the file until somebody reads them.
+`gguf.py` is the only caller. Arrays of strings stay in the file until they are read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from tgi_asgi.errors import ModelLoadError
 
-# Bounds on what a hostile header can make us build; real files have some 50 keys and 2,000 tensors.
+# Limits on what a hostile header can allocate; real files have about 50 keys and 2,000 tensors.
 _MAX_KEYS = 1 << 16
-_MAX_KEY_BYTES = (1 << 16) - 1  # the specification's own bound
+_MAX_KEY_BYTES = (1 << 16) - 1  # the specification's own limit
 _MAX_TENSORS = 1 << 17
 _MAX_NAME_CHARS = 1024  # ggml itself allows 63
 _MAX_DIMS = 4
@@ -32,7 +32,7 @@ _U64 = struct.Struct("<Q")
 class GgufStrings(Sequence[str]):
     """An array of strings that stays in the file until its first element is read.
 
-    Its bounds are checked already; reading raises `ModelLoadError` where a string is not UTF-8.
+    Its bounds are already checked; reading raises `ModelLoadError` if a string is not UTF-8.
     """
 
     __slots__ = ("_buffer", "_count", "_items", "_key", "_start")
@@ -78,7 +78,7 @@ class GgufStrings(Sequence[str]):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's description as the file has it, but `shape` in numpy's order (rows first)."""
+    """A tensor's description as in the file, except that `shape` is in numpy's order (rows first)."""
 
     name: str
     shape: tuple[int, ...]
@@ -88,7 +88,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the tensors' data."""
+    """The contents of a file before the tensors' data."""
 
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
@@ -100,7 +100,7 @@ def read_header(buffer: memoryview) -> Header:
     """Read the header of the file whose bytes are `buffer`.
 
     Raises:
-        ModelLoadError: not a GGUF file, or one that is cut off or contradicts itself.
+        ModelLoadError: if it is not a GGUF file, is truncated, or contradicts itself.
     """
     reader = _Reader(buffer)
     num_tensors, num_keys = _read_preamble(reader)
@@ -111,7 +111,7 @@ def read_header(buffer: memoryview) -> Header:
 
 
 class _Reader:
-    """A cursor over the header that refuses to leave the file."""
+    """A cursor over the header that refuses to go past the end of the file."""
 
     __slots__ = ("at", "buffer", "nested", "size")
 
@@ -144,7 +144,7 @@ class _Reader:
             raise ModelLoadError(f"{what} is not UTF-8: {error}") from None
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Step over `count` strings. A hot loop: the default model's 98,000 take 10 ms of the start-up."""
+        """Skip `count` strings. A hot loop: the default model's 98,000 take 10 ms of the start-up."""
         buffer, at, unpack = self.buffer, self.at, _U64.unpack_from
         if count * 8 > self.size - at:
             raise ModelLoadError(f"{what}: {count} strings do not fit into the file (truncated?)")

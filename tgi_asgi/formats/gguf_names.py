@@ -1,9 +1,9 @@
-"""What the names of GGUF files say: which files are parts of one model, and how its weights are quantised.
+"""Parse the names of GGUF files: which files are parts of one model, and how its weights are quantised.
 
     models = models_of(["a/m-Q4_K_M-00001-of-00002.gguf", "a/m-Q4_K_M-00002-of-00002.gguf", "m-Q8_0.gguf"])
     choose(models, "q8_0", "org/repo-GGUF").files         # ("m-Q8_0.gguf",)
 
-`sources.py` asks for a repository's or a directory's files, `gguf.py` for the parts of one model.
+`sources.py` passes the files of a repository or a directory; `gguf.py` looks up the parts of one model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from tgi_asgi.errors import ModelLoadError
 
-PREFERRED = ("Q4_K_M", "Q8_0")  # where nobody says which
+PREFERRED = ("Q4_K_M", "Q8_0")  # if the user names none
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
-# Files beside a model: of what sees or hears, of statistics for quantising, of drafts.
+# Files that accompany a model: vision and audio encoders, quantisation statistics, draft models.
 _NO_MODEL = re.compile(r"mmproj|imatrix|^mtp-", re.IGNORECASE)
 _QUANT = re.compile(
     r"(?<![a-z0-9])(?:ud-)?(?:i?q\d+(?:_\w+)*|t?q\d+_\d+|mxfp4(?:_moe)?|nvfp4|b?f16|f32|fp16|fp32)(?![a-z0-9_])",
@@ -27,7 +27,7 @@ _MOST_LISTED = 40
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a name says of a file that is one of several: `m-00002-of-00003.gguf`."""
+    """The parts of the name of one file of several: `m-00002-of-00003.gguf`."""
 
     stem: str
     number: int  # from 1
@@ -36,7 +36,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str) -> Part | None:
-        """Read a name; None: it is not of a part."""
+        """Parse a name; return None if it is not the name of a part."""
         found = _PART.fullmatch(name)
         if found is None or not 1 <= int(found["number"]) <= int(found["count"]):
             return None
@@ -52,9 +52,9 @@ class GgufModel:
     """One model of a repository.
 
     Attributes:
-        files: its parts in their order, or the one file; paths inside the repository.
-        num_missing: parts that are named by others, and not there.
-        quant: as the name has it, `Q4_K_M`; empty where it says nothing.
+        files: Its parts in order, or the single file; paths inside the repository.
+        num_missing: Number of parts that other parts' names imply but that are not there.
+        quant: Quantisation as written in the name, `Q4_K_M`; empty if the name has none.
     """
 
     files: tuple[str, ...]
@@ -63,12 +63,12 @@ class GgufModel:
 
     @property
     def label(self) -> str:
-        """What names it behind the colon of an id."""
+        """The model's name after the colon of an id."""
         return self.quant or self.files[0]
 
 
 def models_of(names: Iterable[str]) -> list[GgufModel]:
-    """Return the models among a repository's files, by name; those of images and the like are left out."""
+    """Return the models among a repository's files, sorted by name; skip vision encoders and the like."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name in sorted(names):
         if not name.lower().endswith(".gguf") or _NO_MODEL.search(name.rpartition("/")[2]):
@@ -82,10 +82,10 @@ def models_of(names: Iterable[str]) -> list[GgufModel]:
 
 
 def quant_of(path: str) -> str:
-    """Return the quantisation that a path names, in upper case: the file's, else the folder's."""
+    """Return the quantisation in a path, in upper case: the file name's, or else the folder's."""
     folder, _, name = path.rpartition("/")
     for text in (name.rpartition(".")[0], folder):
-        # Names join words by any of `-._`, and quantisations have underscores of their own.
+        # Names join words with any of `-._`, and quantisation names contain underscores themselves.
         found = [match.group() for match in _QUANT.finditer(text)]
         if found:
             return found[-1].upper()
@@ -93,14 +93,14 @@ def quant_of(path: str) -> str:
 
 
 def choose(models: Collection[GgufModel], quant: str | None, where: str) -> GgufModel:
-    """Return the model that is named, or that most people take: Q4_K_M, else Q8_0, else the first by name.
+    """Return the named model, or by default the most popular quantisation: Q4_K_M, else Q8_0, else the first.
 
     Args:
-        quant: a quantisation in any case, or the path or name of one of a model's files.
-        where: the repository, for messages.
+        quant: Quantisation in any case, or the path or name of one of a model's files.
+        where: Repository, for messages.
 
     Raises:
-        ModelLoadError: none is named so, or several are; the message lists what there is.
+        ModelLoadError: if no model or several models match; the message lists the choices.
     """
     if quant is None:
         whole = [model for model in models if not model.num_missing] or list(models)
@@ -127,7 +127,7 @@ def _base(path: str) -> str:
 
 
 def _has_word(path: str, word: str) -> bool:
-    """Say whether a path has a word: UD-Q4_K_XL has Q4_K_XL, but Q4_K_M has no Q4_K."""
+    """Return whether a path has a word: UD-Q4_K_XL has Q4_K_XL, but Q4_K_M does not have Q4_K."""
     return re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9_])", path.casefold()) is not None
 
 

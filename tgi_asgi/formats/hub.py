@@ -1,7 +1,7 @@
 """List and fetch files of the Hugging Face Hub, through `huggingface_hub` and its own settings.
 
-HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. Which files a model
-takes is `hub_models.py`'s to say.
+HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE have the same meaning as there.
+`hub_models.py` decides which files a model needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
-_NOTHING = ("?*\n",)  # a pattern that no file's name fits
+_NOTHING = ("?*\n",)  # a pattern that matches no file name
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class Listing:
     """The files of a repository at a revision."""
 
     names: frozenset[str]
-    is_cached: bool  # the Hub could not be asked: these are what is on disk already
+    is_cached: bool  # whether the Hub could not be asked, so that these are the files already on disk
 
 
 def list_files(repo_id: str, revision: str | None) -> Listing:
-    """Ask the Hub for a repository's files, or look into its cache where it cannot be asked.
+    """List a repository's files on the Hub, or those in its cache if the Hub cannot be asked.
 
     Raises:
         ModelLoadError: as `fetch`.
@@ -42,7 +42,7 @@ def list_files(repo_id: str, revision: str | None) -> Listing:
         return Listing(frozenset(each.rfilename for each in found.siblings or ()), is_cached=False)
     except errors.RevisionNotFoundError:
         raise _no_revision(repo_id, revision) from None
-    except Exception:  # the client falls back on its cache after any other, and says why if there is none
+    except Exception:  # after any other error, the client falls back on its cache, or says why it cannot
         folder, _ = fetch(repo_id, revision, lambda stage, done, total: None, patterns=_NOTHING)
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Listing(frozenset(names), is_cached=True)
@@ -51,10 +51,10 @@ def list_files(repo_id: str, revision: str | None) -> Listing:
 def fetch(
     repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str]
 ) -> tuple[Path, str]:
-    """Download what is missing of a repository's files of these patterns.
+    """Download the missing files of a repository that match these patterns.
 
     Returns:
-        The snapshot's directory, and the commit that it is of.
+        The snapshot's directory, and its commit.
 
     Raises:
         ModelLoadError: with the Hub's own reason and what to do about it.
@@ -86,7 +86,7 @@ def fetch(
             f"{where} is no file or directory here and not in the Hub's cache, and the Hub cannot be reached "
             f"(no network, or HF_HUB_OFFLINE is set): {_first_line(error)}"
         ) from None
-    # The client has another tree of network errors in each major version, and none of them is our bug.
+    # `huggingface_hub` changes its network exceptions with each major version; none of them is a bug here.
     except Exception as error:
         raise ModelLoadError(f"cannot download {where} from the Hub: {_first_line(error)}") from error
     if not Path(path).is_dir():
@@ -104,19 +104,19 @@ def _first_line(error: Exception) -> str:
 
 
 def _reporting_bar(stage: str, progress: Progress) -> Any:
-    """Make a tqdm class that prints nothing and reports the bytes of its furthest bar."""
+    """Return a tqdm class that prints nothing and reports the bytes of its most advanced bar."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     lock = threading.Lock()
     furthest = 0
 
     class ReportingBar(tqdm):  # type: ignore[misc]
-        monitor_interval = 0  # no thread that watches over bars nobody sees
+        monitor_interval = 0  # no monitor thread for bars that are not shown
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             kwargs["disable"] = False
-            kwargs["file"] = io.StringIO()  # closing a bar ends its line, also of one that is not shown
+            kwargs["file"] = io.StringIO()  # closing even a hidden bar ends its line
             super().__init__(*args, **kwargs)
 
         def display(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def _reporting_bar(stage: str, progress: Progress) -> Any:
         def update(self, n: float | None = 1) -> Any:
             nonlocal furthest
             shown = super().update(n)
-            # Files are counted by another bar; newer versions have two bars in bytes (received, written).
+            # Another bar counts files; newer versions have two bars in bytes (received, written).
             if self.unit == "B":
                 with lock:
                     furthest = max(furthest, int(self.n))

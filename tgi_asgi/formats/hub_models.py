@@ -1,6 +1,6 @@
-"""Which files of a repository on the Hub are a model, and fetching them: configuration before weights.
+"""Choose the files of a Hub repository that make up a model, and fetch them: configuration before weights.
 
-What cannot be served is so refused before gigabytes of it are here.
+A model that cannot be served is thereby refused before gigabytes of it are downloaded.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from tgi_asgi.types import Progress
 logger = logging.getLogger(__name__)
 
 _CONFIGURATION = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-_CODE = ("*.py",)  # of models that bring code of their own, for those who trust it
-_OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with the model once more
+_CODE = ("*.py",)  # code that a model brings, for operators who trust it
+_OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with copies of the model
 _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
 
 
 class Fetched(NamedTuple):
-    """A model of the Hub on this machine's disk."""
+    """A Hub model on the local disk."""
 
     kind: Literal["gguf", "directory"]
-    path: Path  # the .gguf file, of several the first, or the snapshot's directory
+    path: Path  # the .gguf file, or the first of several, or the snapshot's directory
     commit: str
 
 
 def fetch_model(
     repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool = False
 ) -> Fetched:
-    """Choose a model among a repository's files, and fetch it: safetensors if there are, else GGUF.
+    """Choose a model among a repository's files, and fetch it: safetensors if there are any, otherwise GGUF.
 
     Args:
-        quant: what stands behind the colon of an id, which means GGUF.
-        with_code: fetch the model's own code as well.
+        quant: Text after the colon of an id, which selects a GGUF model.
+        with_code: Whether to fetch the model's own code, too.
 
     Raises:
-        ModelLoadError: there is no such repository or model in it, or it cannot be served or fetched.
+        ModelLoadError: if there is no such repository or no model in it, or it cannot be served or fetched.
     """
     listing = hub.list_files(repo_id, revision)
     where = f"the Hub's cache of {repo_id}" if listing.is_cached else repo_id
@@ -56,7 +56,7 @@ def fetch_model(
     if ggufs and (quant is not None or not _has_checkpoint(listing)):
         model = choose(ggufs, quant, where)
         if quant is None:
-            logger.info("%s: %s is taken; REPOSITORY:NAME takes another", where, model.label)
+            logger.info("%s: using %s; name REPOSITORY:NAME to use another", where, model.label)
         if model.num_missing:
             raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(model.files))
@@ -72,7 +72,7 @@ def fetch_model(
 
 
 def _matching(listing: hub.Listing, patterns: Sequence[str]) -> list[str]:
-    """Return the files of these patterns that are the model's own."""
+    """Return the files that match these patterns and belong to the model itself."""
     return [
         name
         for name in sorted(listing.names)

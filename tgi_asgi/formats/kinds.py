@@ -1,6 +1,6 @@
-"""What a folder or a repository is if it is no model that can be served: one sentence each, and a way out.
+"""Recognise folders and repositories that are not models that can be served, and say what to do instead.
 
-`sources.py` asks before weights are fetched or read: by the files' names, then by config.json.
+`sources.py` calls this before weights are fetched or read. It checks the files' names, then config.json.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.safetensors import weight_names
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
-_TAKE_ANOTHER = "take the model that it was made from, or one in GGUF"
-# Weights that are never read, by patterns of their names; the first that fits speaks.
+_TAKE_ANOTHER = "use the original model, or one in GGUF"
+# Weight formats that are never read, by file-name patterns; the first match gives the message.
 _UNREAD = (
-    (("*ggml*.bin",), f"weights in GGML's format of before GGUF: {_TAKE_ANOTHER}"),
+    (("*ggml*.bin",), f"a file in GGML's format, which GGUF has replaced: {_TAKE_ANOTHER}"),
     (
         ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json"),
-        "a checkpoint of pickled weights, which are never read, as they may run any code: convert them to "
-        "safetensors, or look on the Hub for a revision that has them (--revision refs/pr/N)",
+        "a checkpoint of pickled weights, which are never read because they can run any code: convert them "
+        "to safetensors, or look on the Hub for a revision that has them (--revision refs/pr/N)",
     ),
     (("*.onnx", "onnx"), f"an export to ONNX, which is not read: {_TAKE_ANOTHER}"),
     (("openvino*.xml",), f"an export to OpenVINO, which is not read: {_TAKE_ANOTHER}"),
     (("*.mlmodel", "*.mlpackage", "*.mlpackage/*", "*.mlmodelc"), f"an export to Core ML: {_TAKE_ANOTHER}"),
     (("*.tflite", "*.task", "*.litertlm"), f"an export to LiteRT, which is not read: {_TAKE_ANOTHER}"),
-    (("*.engine", "*.plan"), f"an engine of TensorRT, which is not read: {_TAKE_ANOTHER}"),
-    (("*.nemo",), f"a checkpoint of NeMo, which is not read: {_TAKE_ANOTHER}"),
-    (("*.h5", "*.msgpack"), f"a checkpoint of TensorFlow or Flax, which is not read: {_TAKE_ANOTHER}"),
+    (("*.engine", "*.plan"), f"a TensorRT engine, which is not read: {_TAKE_ANOTHER}"),
+    (("*.nemo",), f"a NeMo checkpoint, which is not read: {_TAKE_ANOTHER}"),
+    (("*.h5", "*.msgpack"), f"a TensorFlow or Flax checkpoint, which is not read: {_TAKE_ANOTHER}"),
 )
-# Architectures whose names tell it; of others the generic path says why it cannot serve them.
+# Architectures recognised by name; for others, the generic path reports why it cannot serve them.
 _SEES = re.compile(
     r"For(?:\w*Image(?!Text)\w*|\w*Object\w*|\w*Segmentation|\w*Depth\w*|Video\w*|Keypoint\w*)$"
     r"|CLIP\w*Model$|^(?:Siglip|ViT|DeiT|Beit|Swin|Dinov|ConvNext|ResNet|Sam\d?|Align|Hiera|TimmWrapper)"
@@ -46,18 +46,18 @@ _HEARS = re.compile(
 
 
 def refuse_others(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:
-    """Return the config.json of a model with safetensors; refuse all else.
+    """Return the config.json of a model with safetensors; refuse everything else.
 
     Args:
-        names: of all its files, where it comes from.
-        directory: where its JSON files are.
+        names: Names of all files in the folder or repository.
+        directory: Directory with its JSON files.
 
     Raises:
-        ModelLoadError: it is something else; the message says what.
+        ModelLoadError: if it is something else; the message says what.
     """
     if "model_index.json" in names:
         raise ModelLoadError(
-            f"{model_id} is a pipeline of diffusers, which makes images: text models are served"
+            f"{model_id} is a diffusers pipeline, which generates images: only text models are served"
         )
     weights = weight_names(names)
     if _ADAPTER in names and not weights:
@@ -71,8 +71,8 @@ def refuse_others(model_id: str, names: Collection[str], directory: Path) -> dic
         return config
     if "params.json" in names and any(name.startswith("consolidated") for name in names):
         raise ModelLoadError(
-            f"{model_id} is in the format of its makers' own code (params.json, consolidated.*): take its "
-            "version for transformers, or one in GGUF"
+            f"{model_id} is in its authors' own format (params.json, consolidated.*): use its version "
+            "for transformers, or one in GGUF"
         )
     for patterns, what in () if weights else _UNREAD:
         if any(fnmatchcase(name.lower(), pattern) for name in names for pattern in patterns):
@@ -92,18 +92,18 @@ def _refuse_quantised(model_id: str, names: Collection[str], config: Mapping[str
 
 
 def _refuse_no_text(model_id: str, config: Mapping[str, Any]) -> None:
-    """Refuse models that do not go on with a text, nor give vectors of one."""
+    """Refuse models that neither continue a text nor embed one."""
     listed = config.get("architectures")
     architecture = str(listed[0])[:100] if isinstance(listed, list) and listed else ""
     if config.get("is_encoder_decoder") is True and not architecture.endswith("EncoderModel"):
-        what = "listens, and is" if "num_mel_bins" in config else "is"
+        what = "transcribes audio and is" if "num_mel_bins" in config else "is"
         raise ModelLoadError(
-            f"{model_id} ({architecture}) {what} an encoder-decoder: models with a decoder alone are served, "
-            "and encoders that give vectors"
+            f"{model_id} ({architecture}) {what} an encoder-decoder: only decoder-only models and "
+            "embedding encoders are served"
         )
     if _HEARS.search(architecture):
-        raise ModelLoadError(f"{model_id} ({architecture}) is a model of sound: models of text are served")
+        raise ModelLoadError(f"{model_id} ({architecture}) is an audio model: only text models are served")
     if _SEES.search(architecture):
         raise ModelLoadError(
-            f"{model_id} ({architecture}) looks at images and writes no text: models that write are served"
+            f"{model_id} ({architecture}) reads images but writes no text: only text models are served"
         )

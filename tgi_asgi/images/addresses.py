@@ -1,7 +1,7 @@
-"""Which addresses are the public internet's: what a server may be sent to by its clients.
+"""Which addresses belong to the public internet, so that clients may make the server connect to them.
 
-The tables are IANA's registries of special addresses, written out: what `ipaddress` takes for global differs
-from one release of Python to the next.
+The tables are IANA's registries of special addresses, written out, because Python's `ipaddress` classifies
+global addresses differently from release to release.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SPECIAL_V4 = tuple(
             "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
             "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
             "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-            "168.63.129.16/32",  # Azure's own, inside of its machines
+            "168.63.129.16/32",  # Azure's own, inside its virtual machines
         ),
     )
 )  # fmt: skip
@@ -26,11 +26,11 @@ _SPECIAL_V6 = tuple(
         ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
     )
 )
-_NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address that a gateway speaks to
+_NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address reached through a gateway
 
 
 def is_public(address: str) -> bool:
-    """Tell whether a literal address is one that anybody could reach."""
+    """Return whether a literal address can be reached from the public internet."""
     try:
         parsed = ip_address(address)
     except ValueError:

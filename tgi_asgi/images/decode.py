@@ -1,10 +1,10 @@
-"""A picture's bytes to upright RGB pixels, as transformers' `load_image` has them; by Pillow, in two steps:
+"""Decode an image's bytes to upright RGB pixels, as transformers' `load_image` does; by Pillow, in two steps:
 
     opened = open_picture(data, max_pixels, param)    # the header
-    ...                                               # room for `opened.decoding_bytes`
+    ...                                               # reserve `opened.decoding_bytes` of memory
     image = opened.decode()                           # the pixels
 
-Both belong in a worker thread. Pillow is imported here and by nobody else, when the first picture comes.
+Both belong in a worker thread. Pillow is imported only here, when the first image arrives.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from tgi_asgi.types import Image
 if TYPE_CHECKING:
     import PIL.Image
 
-FORMATS = {  # how files begin; those of other formats are no pictures
+FORMATS = {  # first bytes of a file; other formats are refused
     "PNG": b"\x89PNG\r\n\x1a\n",
     "JPEG": b"\xff\xd8\xff",
     "WEBP": b"RIFF",
     "GIF": b"GIF8",
     "BMP": b"BM",
 }
-PIXEL_BYTES = 4  # of an RGB picture in Pillow
-_DECODING_BYTES = {"WEBP": 16}  # a pixel, at the peak (measured); it has two canvases and a copy
-_OTHER_DECODING_BYTES = 8  # the file's mode and RGB, or two turned ways
+PIXEL_BYTES = 4  # of an RGB image in Pillow
+_DECODING_BYTES = {"WEBP": 16}  # per pixel at the peak (measured): two canvases and a copy
+_OTHER_DECODING_BYTES = 8  # the file's mode and RGB, or the image before and after a rotation
 _DIGEST_SIZE = 32
 _DIGEST_ROWS = 64
-# What Pillow raises for bytes that are broken.
+# Exceptions that Pillow raises for broken bytes.
 _BROKEN = (
     OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError,
     RuntimeError, MemoryError, struct.error, zlib.error, Warning,
@@ -54,11 +54,11 @@ _BROKEN = (
 
 @dataclass(slots=True)
 class Opened:
-    """A picture whose header has been read.
+    """An image whose header has been read.
 
     Attributes:
-        decoding_bytes: that `decode` takes at its peak.
-        decoded_bytes: that its result takes.
+        decoding_bytes: Peak memory of `decode`.
+        decoded_bytes: Memory of its result.
     """
 
     _picture: PIL.Image.Image
@@ -74,7 +74,7 @@ class Opened:
         """Return the pixels; of an animation, those of its first frame.
 
         Raises:
-            InvalidRequest: the file is broken.
+            InvalidRequest: if the file is broken.
         """
         import PIL.Image
 
@@ -96,13 +96,14 @@ class Opened:
 
 
 def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
-    """Read a picture's header.
+    """Read an image's header.
 
     Args:
-        param: the field that it comes from, for errors.
+        max_pixels: Maximum number of pixels.
+        param: Request field that it comes from, for errors.
 
     Raises:
-        InvalidRequest: it is of no format that is read, too large, or broken.
+        InvalidRequest: if its format is not supported, or it is too large or broken.
     """
     import PIL.Image
 
@@ -136,10 +137,10 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
 
 
 def bytes_of_url(url: str, param: str) -> bytes:
-    """Return the bytes that a `data:` URL holds.
+    """Return the bytes in a `data:` URL.
 
     Raises:
-        InvalidRequest: it is of no type of images, or not in base64.
+        InvalidRequest: if its media type is not an image's, or it is not in base64.
     """
     head, comma, text = url[len("data:") :].partition(",")
     media_type, *parameters = head.split(";")
@@ -151,10 +152,10 @@ def bytes_of_url(url: str, param: str) -> bytes:
 
 
 def bytes_of_base64(text: str, param: str) -> bytes:
-    """Return what is written in base64, with or without its padding, and in lines or not.
+    """Return the bytes of a base64 text, with or without padding and line breaks.
 
     Raises:
-        InvalidRequest: it is not base64.
+        InvalidRequest: if it is not base64.
     """
     try:
         data = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
@@ -167,7 +168,7 @@ def bytes_of_base64(text: str, param: str) -> bytes:
 def _opened(data: bytes, kind: str) -> PIL.Image.Image:
     import PIL.Image
 
-    # Else Pillow looks for the format's plugin among some fifty.
+    # Import only this format's plugin; otherwise Pillow imports about fifty to find it.
     match kind:
         case "PNG":
             import PIL.PngImagePlugin
@@ -183,7 +184,7 @@ def _opened(data: bytes, kind: str) -> PIL.Image.Image:
 
 
 def _orientation_of(picture: PIL.Image.Image) -> int:
-    """Return a picture's orientation, from what Pillow has found when it opened it."""
+    """Return an image's orientation from the metadata that Pillow found when it opened the file."""
     exif, xmp = picture.info.get("exif"), picture.info.get("xmp", b"")
     found = exif_orientation(exif) if isinstance(exif, bytes) else None
     return found or (xmp_orientation(xmp) if isinstance(xmp, bytes) else None) or 1
@@ -203,7 +204,7 @@ def _too_large(max_pixels: int, given: str, param: str) -> InvalidRequest:
 
 
 def _digest_of(picture: PIL.Image.Image) -> bytes:
-    """Return the digest of a picture's size and pixels, by strips: its bytes at once are a copy of it."""
+    """Return the digest of an image's size and pixels, in strips, to avoid a copy of the whole image."""
     width, height = picture.size
     digest = blake2b(struct.pack("<QQ", width, height), digest_size=_DIGEST_SIZE)
     for top in range(0, height, _DIGEST_ROWS):

@@ -1,10 +1,11 @@
-"""Fetch pictures by http(s) from public addresses, for clients that may name any URL.
+"""Fetch images over http(s) from public addresses, for clients that may name any URL.
 
     fetcher = Fetcher(frozenset(), lookup, tls)
     data = await fetcher.fetch("https://example.com/a.png", "messages[0].content[1].image_url", room)
 
-A name is looked up once; its addresses are checked, and the connection is made to one of them, for TLS under
-the URL's name. HTTP clients look names up themselves, behind such a check: hence h11, which only parses.
+A host name is resolved once. Its addresses are checked, and the connection is made to one of them, with the
+URL's name for TLS. HTTP client libraries would resolve the name again after the check, so this uses h11,
+which only parses.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ from tgi_asgi.images.addresses import is_public
 
 MAX_REDIRECTS = 5
 MAX_URL_CHARS = 8192
-_MAX_ADDRESSES = 4  # of a name that are tried
-_CONNECT_TIMEOUT_S = 3.0  # of one address
+_MAX_ADDRESSES = 4  # of a host name, tried in turn
+_CONNECT_TIMEOUT_S = 3.0  # per address
 _MAX_HEADER_BYTES = 64 << 10
 _READ_BYTES = 64 << 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PORTS = {"http": 80, "https": 443}
-_PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"  # what a path or a query may hold as it is
+_PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"  # characters allowed unquoted in a path or a query
 
-Lookup = Callable[[str, int], Awaitable[Sequence[str]]]  # a name's addresses; raises OSError
+Lookup = Callable[[str, int], Awaitable[Sequence[str]]]  # returns a host name's addresses; raises OSError
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Room(Protocol):
-    """Counts what is read, for all pictures of a request; raises where that is too much."""
+    """A budget of bytes to read, shared by all images of a request; raises when it is exceeded."""
 
     def expect(self, size: int) -> None:
-        """Learn how many bytes an answer says it has."""
+        """Check the announced size of a response against the budget."""
 
     def take(self, size: int) -> None:
-        """Learn of bytes before they are kept."""
+        """Count bytes before they are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where a URL leads."""
+    """The parts of a URL."""
 
     url: str
     is_tls: bool
@@ -63,13 +64,13 @@ class _Target:
 
 
 class Fetcher:
-    """Fetches what public servers answer with, or those of some hosts only.
+    """A client that fetches from public servers, or only from an operator's list of hosts.
 
     Args:
-        allowed_hosts: lower-case names; none: any host.
-        lookup: finds a name's addresses.
-        tls: makes the context that certificates are checked with; called once.
-        is_allowed: tells whether an address may be connected to.
+        allowed_hosts: Lower-case host names; empty: any host.
+        lookup: Resolves a host name to its addresses.
+        tls: Makes the context for checking certificates; called once.
+        is_allowed: Returns whether an address may be connected to.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class Fetcher:
         self._is_allowed = is_allowed
 
     async def fetch(self, url: str, param: str, room: Room) -> bytes:
-        """Return the body that a GET of the URL is answered with. The caller bounds the time.
+        """Return the body of the response to a GET of the URL. The caller limits the time.
 
         Raises:
-            InvalidRequest: the URL may not be fetched, or there is nothing to be had.
+            InvalidRequest: if the URL may not be fetched, or yields no image data.
         """
         for _ in range(MAX_REDIRECTS + 1):
             target = self._target(url, param)
@@ -104,14 +105,14 @@ class Fetcher:
         _refuse(param, f"its URL redirects more than {MAX_REDIRECTS} times")
 
     def takes_host_of(self, url: str) -> bool:
-        """Tell whether a URL's host is one of those that the operator has listed."""
+        """Return whether a URL's host is on the operator's list."""
         try:
             return bool(self._allowed_hosts) and bool(self._target(url, ""))
         except InvalidRequest:
             return False
 
     def _target(self, url: str, param: str) -> _Target:
-        """Take a URL apart, and check all of it that can be checked by its looks."""
+        """Parse a URL, and check everything that can be checked without resolving it."""
         if len(url) > MAX_URL_CHARS:
             _refuse(param, f"its URL has more than {MAX_URL_CHARS} characters")
         try:
@@ -144,14 +145,14 @@ class Fetcher:
                 request = h11.Request(method="GET", target=target.path, headers=headers)
                 writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
                 return await _read(http, reader, param, room)
-        except (OSError, h11.ProtocolError, ValueError):  # which tell of our network what nobody should know
+        except (OSError, h11.ProtocolError, ValueError):  # their messages may reveal the server's network
             _refuse(param, "its URL gives no whole answer")
 
     @asynccontextmanager
     async def _connected(self, target: _Target, param: str) -> AsyncIterator[Connection]:
-        """Connect to an address of the target that has been checked."""
+        """Connect to an address of the target after checking all of them."""
         addresses = await self._lookup(target.host, target.port)
-        if not all(map(self._is_allowed, addresses)):  # one of several may be meant for us
+        if not all(map(self._is_allowed, addresses)):  # one of several may be in the server's network
             _refuse(param, "its URL leads to an address that is not public")
         context = await self._context() if target.is_tls else None
         writer = None
@@ -165,14 +166,14 @@ class Fetcher:
                         server_hostname=target.host if target.is_tls else None,
                     )
                 break
-            except OSError:  # a TimeoutError is one
+            except OSError:  # includes TimeoutError
                 continue
         if writer is None:
             raise OSError("no address answers")
         try:
             yield reader, writer
         finally:
-            writer.transport.abort()  # there is nothing to say goodbye for
+            writer.transport.abort()  # no orderly shutdown is needed
 
     async def _context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -188,7 +189,7 @@ class _Redirect:
 async def _read(
     http: h11.Connection, reader: asyncio.StreamReader, param: str, room: Room
 ) -> bytes | _Redirect:
-    """Read an answer: its body, or where else to look."""
+    """Read a response: return its body, or the redirect."""
     parts: list[bytes] = []
     while True:
         event = http.next_event()
@@ -215,7 +216,7 @@ async def _read(
 
 
 def _ascii(host: str) -> str:
-    """Return a host's name as DNS has it."""
+    """Return a host name in the form that DNS uses."""
     host = host.rstrip(".").lower()
     return host if host.isascii() else host.encode("idna").decode("ascii")
 

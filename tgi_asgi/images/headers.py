@@ -1,6 +1,6 @@
-"""What is read of a picture's bytes before a library sees them: what that would do too late or at length.
+"""Checks of an image's bytes before a library sees them, which would check too late or take too long.
 
-Pure; called by `decode.py`.
+Pure functions, called by `decode.py`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 import struct
 
-MAX_SCANS = 100  # of a JPEG; ten are usual, and of empty ones 300,000 fit into a body: minutes of decoding
-MAX_SEGMENTS = 1000  # of a JPEG: 16 MiB are 256 long ones
-MAX_CHUNKS = 20_000  # of a PNG: 16 MiB are 2,000 of 8 KiB, as libpng writes them
+MAX_SCANS = 100  # of a JPEG; ten are usual, but a body can hold 300,000 empty ones: minutes of decoding
+MAX_SEGMENTS = 1000  # of a JPEG; 16 MiB are 256 long ones
+MAX_CHUNKS = 20_000  # of a PNG; 16 MiB are 2,000 of 8 KiB, as libpng writes them
 
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
-_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, restart or fill
+_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a stuffed byte, restart or fill
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a segment
-_UNUSED = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})  # of the segments for applications only two matter
+_UNUSED = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})  # comments, and APPn except 0 and 14
 _ORIENTATION = 0x0112
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _PNG_XMP = b"XML:com.adobe.xmp\0"
@@ -24,17 +24,17 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 class BadHeader(ValueError):
-    """Raised when bytes are no picture that should be decoded; the message says why."""
+    """Raised if bytes are not an image that should be decoded; the message says why."""
 
 
 def jpeg_parts(data: bytes) -> tuple[bytes, int]:
-    """Return a JPEG with nothing but what its pixels need, and its orientation, 1 to 8.
+    """Return a JPEG reduced to what its pixels need, and its orientation, 1 to 8.
 
-    What else is in it (EXIF, XMP, further pictures, a film behind the end) can be as long as the body, and
-    libraries read it when they open the file.
+    The rest (EXIF, XMP, further images, a video after the end) can be as long as the body, and libraries read
+    it when they open the file.
 
     Raises:
-        BadHeader: it is cut off, or has more than `MAX_SCANS` scans.
+        BadHeader: if it is cut off, or has more than `MAX_SCANS` scans or `MAX_SEGMENTS` segments.
     """
     kept, orientation, at, num_scans = [data[:2]], 1, 2, 0
     for _ in range(MAX_SEGMENTS):
@@ -65,13 +65,13 @@ def jpeg_parts(data: bytes) -> tuple[bytes, int]:
 
 
 def png_parts(data: bytes) -> tuple[bytes, int]:
-    """Return a PNG with nothing but what its pixels need, and its orientation, 1 to 8.
+    """Return a PNG reduced to what its pixels need, and its orientation, 1 to 8.
 
-    What else is in it is unpacked when libraries open the file: of colour profiles 13,000 of a megabyte each
-    fit into a body, which take them 40 s. Of an animation the picture remains that others see.
+    Libraries decompress the rest when they open the file: a body can hold 13,000 colour profiles of a
+    megabyte each, which take them 40 s. An animation is reduced to its default image.
 
     Raises:
-        BadHeader: it is cut off, or has more than `MAX_CHUNKS` chunks.
+        BadHeader: if it is cut off, or has more than `MAX_CHUNKS` chunks.
     """
     kept, exif, xmp, at = [data[:8]], None, None, 8
     for _ in range(MAX_CHUNKS):
@@ -97,7 +97,7 @@ def _orientation_of(segment: bytes) -> int | None:
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """Return the orientation in EXIF data, or None; of what is broken, too."""
+    """Return the orientation in EXIF data; None if there is none, or the data is broken."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
@@ -121,10 +121,10 @@ def xmp_orientation(xmp: bytes) -> int | None:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """Return a WebP's width and height: Pillow's decoder takes memory for them when it is made.
+    """Return a WebP's width and height, because Pillow's decoder allocates memory for them when created.
 
     Raises:
-        BadHeader: its first chunk is none of WebP's.
+        BadHeader: if its first chunk is not one of WebP's.
     """
     try:
         match data[12:16]:

@@ -1,4 +1,4 @@
-"""Bytes of tokens to text, a push a token; called by the engine's delivery, knows nothing of tokenizers."""
+"""Token bytes to text, one push per token; called by the engine's delivery, knows nothing of tokenizers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from codecs import utf_8_decode
 
 
 class Utf8Assembler:
-    """Turn a choice's bytes into text, never splitting a character.
+    """An incremental decoder of a choice's bytes that never splits a character.
 
-    Whatever the cuts, the pieces join to `data.decode("utf-8", "replace")`: each maximal part of an
+    However the bytes are cut, the pieces join to `data.decode("utf-8", "replace")`: each maximal part of an
     ill-formed sequence becomes one U+FFFD (Unicode 16, section 3.9, "U+FFFD Substitution of Maximal
     Subparts"), as soon as it can no longer become a character.
     """
@@ -16,10 +16,10 @@ class Utf8Assembler:
     __slots__ = ("_pending",)
 
     def __init__(self) -> None:
-        self._pending = b""  # the head of a character: at most three bytes
+        self._pending = b""  # the first bytes of a character, at most three
 
     def push(self, data: bytes) -> str:
-        """Return the characters that `data` completes; the head of an unfinished one is kept."""
+        """Return the characters that `data` completes; keep the first bytes of an unfinished one."""
         if self._pending:
             data = self._pending + data
         text, used = utf_8_decode(data, "replace", False)
@@ -28,10 +28,10 @@ class Utf8Assembler:
             return text
         self._pending = data[used:]
         if len(self._pending) == 2 and b"\xed\xa0" <= self._pending <= b"\xed\xbf":
-            text += self.flush()  # the head of a surrogate, on which Python's decoder alone would wait
+            text += self.flush()  # the head of a surrogate, for which Python's decoder would wait
         return text
 
     def flush(self) -> str:
-        """Return what is kept as U+FFFD: the text ended inside a character."""
+        """Return the kept bytes as U+FFFD, as the text ended inside a character."""
         text, self._pending = self._pending.decode("utf-8", "replace"), b""
         return text

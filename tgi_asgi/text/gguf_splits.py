@@ -1,7 +1,7 @@
-"""How text is cut before the merges of a byte-pair vocabulary, by the names that GGUF files give it.
+"""How text is split before the merges of a byte-pair vocabulary, by the names used in GGUF files.
 
-The names are llama.cpp's (`tokenizer.ggml.pre`). Each means what the model's own tokenizer.json says, or what
-llama.cpp does where that is not known. `gguf_vocab` is the only caller.
+The names are llama.cpp's (`tokenizer.ggml.pre`). Each split follows the model's own tokenizer.json, or
+llama.cpp's behaviour if that is not known. `gguf_vocab` is the only caller.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from tokenizers import Regex, pre_tokenizers
 
 
 class Step(Enum):
-    """A way to cut that is no pattern."""
+    """A way to split that is not a pattern."""
 
-    DIGIT = auto()  # every digit alone
-    DIGITS = auto()  # runs of them
-    PUNCTUATION = auto()  # runs of it
-    GPT2 = auto()  # GPT-2's pattern; what follows sees bytes in its alphabet, a character each
+    DIGIT = auto()  # every digit separately
+    DIGITS = auto()  # runs of digits
+    PUNCTUATION = auto()  # runs of punctuation
+    GPT2 = auto()  # GPT-2's pattern; later steps see bytes in GPT-2's alphabet, one character each
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How one vocabulary's text is cut.
+    """How one vocabulary's text is split.
 
-    Each step cuts what the one before left; the matches of a pattern become pieces of their own.
+    Each step splits the pieces of the previous one; the matches of a pattern become pieces of their own.
     """
 
     steps: tuple[str | Step, ...]
-    is_byte_level: bool = True  # else pieces are plain text in which "▁" stands for a space
-    ignores_merges: bool = False  # a piece that is a token is not merged up from its bytes
-    adds_bos: bool = False  # unless the file says otherwise
+    is_byte_level: bool = True  # otherwise pieces are plain text in which "▁" stands for a space
+    ignores_merges: bool = False  # whether a piece that is a token is used as is, without merging its bytes
+    adds_bos: bool = False  # unless the file specifies it
     normalizes: bool = False  # to NFC
 
     def pre_tokenizer(self) -> Any:
-        """Build the pre-tokenizer; None where the whole text is one piece."""
+        """Build the pre-tokenizer; return None if the whole text is one piece."""
         steps = [_BUILT[step]() if isinstance(step, Step) else _isolate(step) for step in self.steps]
         if self.is_byte_level and Step.GPT2 not in self.steps:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -90,7 +90,7 @@ _DEEPSEEK_CODER = (
     r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
     Step.DIGIT,
 )
-# The letters with case, as Unicode had them when the model was trained.
+# The cased letters of the Unicode version with which the model was trained.
 _OLD_CASED = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8a\u2d00-\u2d2d\ua790-\ua7fa\uab30-\uab68"
     r"\x{10570}-\x{105bc}\x{10d50}-\x{10d85}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df2a}]]"
@@ -127,7 +127,7 @@ _BAILING_SPLIT = Split(
         rf"| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*|\s*[\r\n]|{_SPACES}",
     )
 )
-# Of a whole text nothing is cut, and so its spaces are no obstacle to the merges.
+# The text is not split, so its spaces do not block merges.
 SENTENCEPIECE = Split((), is_byte_level=False, adds_bos=True)
 
 SPLITS = {
@@ -210,7 +210,7 @@ SPLITS = {
     "spark2_5": Split(
         (r"\p{N}{1,3}", _ASIAN, rf"{_MARKED_WORDS}| ?[\p{{P}}\p{{S}}]+|[\r\n]|{_SPACES}", Step.DIGIT)
     ),
-    # Digits by threes, counted from their end.
+    # Digits in groups of three, counted from their end.
     "afmoe": Split((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _AFMOE_ASIAN, _MARKED)),
     "superbpe": Split((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "bloom": Split((_BLOOM,)),

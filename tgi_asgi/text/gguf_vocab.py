@@ -1,9 +1,9 @@
 """Rebuild a tokenizer from a GGUF file's metadata, as the model's own tokenizer.json would build it.
 
-Three kinds of vocabulary are known. "gpt2" is byte-level BPE; its merges are in the file, and how text is cut
-before them is only named there (`tokenizer.ggml.pre`; `gguf_splits` knows what each name means). "llama" is
-sentencepiece BPE; its merges follow from the scores. "gemma4" is that with the merges in the file. All others
-are refused: a wrong cut gives wrong tokens in silence.
+Three kinds of vocabulary are supported. "gpt2" is byte-level BPE: the file contains its merges, but only
+names how text is split before them (`tokenizer.ggml.pre`; `gguf_splits` knows what each name means). "llama"
+is sentencepiece BPE: its merges follow from the scores. "gemma4" is sentencepiece BPE with the merges in the
+file. Other kinds are refused, because a wrong split silently yields wrong tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SPECIAL_IDS = {
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
-# A GGUF file names one end token where generation_config.json lists several; these control tokens always end
+# A GGUF file names one end token where generation_config.json lists several. These control tokens always end
 # a turn or a text.
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TEXTS = frozenset(
@@ -42,12 +42,12 @@ _END_TEXTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class GgufVocab:
-    """What the metadata says of the tokenizer."""
+    """The tokenizer that the metadata describes."""
 
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # "bos_token" -> text
     eos_ids: frozenset[int]
-    adds_bos: bool  # the BOS token goes before every text
+    adds_bos: bool  # whether the BOS token goes before every text
     adds_eos: bool
 
 
@@ -55,7 +55,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     """Build the tokenizer that `metadata` (of a GGUF file) describes.
 
     Raises:
-        ModelLoadError: the vocabulary is absent, contradicts itself, or is of a kind not known here.
+        ModelLoadError: if the vocabulary is absent, contradicts itself, or is of an unsupported kind.
     """
     kind = metadata.get(_KEY + "model")
     if kind not in ("gpt2", "llama", "gemma4"):
@@ -79,7 +79,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         add_tokens(backend, tokens, types, frozenset(special_ids.values()))
     except ModelLoadError:
         raise
-    except Exception as error:  # what `tokenizers` raises is a bare Exception
+    except Exception as error:  # `tokenizers` raises a bare Exception
         raise ModelLoadError(f"the GGUF file's vocabulary is damaged: {error}") from error
     ends = {_token_id(metadata, key, len(tokens)) for key in _END_KEYS}
     ends |= {index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in _END_TEXTS}
@@ -87,7 +87,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         backend,
         {name: tokens[token_id] for name, token_id in special_ids.items()},
         frozenset(index for index in ends if index is not None),
-        # The first files of Gemma 4 deny it, and the model gives nonsense without (llama.cpp#21500).
+        # The first Gemma 4 files say no, but the model outputs nonsense without BOS (llama.cpp#21500).
         adds_bos=kind == "gemma4" or _flag(metadata, "add_bos_token", adds_bos),
         adds_eos=_flag(metadata, "add_eos_token", False),
     )
@@ -122,7 +122,7 @@ def _merged(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> tok
 
 
 def _scored(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> tokenizers.Tokenizer:
-    """Build the tokenizer of a vocabulary whose scores say what is merged first."""
+    """Build the tokenizer of a vocabulary whose scores determine the order of merges."""
     scores = _read_array(metadata, "scores", len(tokens))
     if scores is None:
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.scores`")
@@ -133,7 +133,7 @@ def _scored(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], merges: list[Any], *, has_prefix: bool
 ) -> tokenizers.Tokenizer:
-    """Build a tokenizer that merges a text whole; `has_prefix` puts a space before it."""
+    """Build a tokenizer that merges a text as a whole; `has_prefix` puts a space before it."""
     backend = sentencepiece_vocab.bpe(tokens, merges, _token_id(metadata, "unknown_token_id", len(tokens)))
     sentencepiece_vocab.set_spaces(backend, has_prefix=has_prefix)
     return backend

@@ -1,4 +1,4 @@
-"""Places of images in prompts: a placeholder in the text becomes what the model has for the image.
+"""Images in prompts: each placeholder in the text is replaced by the model's own tokens for the image.
 
 "<user> <image> what is it?"  ──►  "<user> <image><image><image> what is it?"  ──►  ids, and where in them
 """
@@ -12,11 +12,10 @@ from tgi_asgi.types import ImageInput, ProcessedImage
 
 
 def written_out(source: str, placeholder: str, texts: Sequence[str]) -> str:
-    """Return a prompt with a text in the place of each placeholder.
+    """Return a prompt with each placeholder replaced by a text.
 
     Raises:
-        InvalidRequest: there are more of one than of the other: the template drops images, or a client has
-            written a placeholder.
+        InvalidRequest: if their numbers differ: the template drops images, or a client wrote a placeholder.
     """
     pieces = source.split(placeholder)
     if len(pieces) != len(texts) + 1:
@@ -25,10 +24,10 @@ def written_out(source: str, placeholder: str, texts: Sequence[str]) -> str:
 
 
 def located(ids: Sequence[int], images: Sequence[tuple[bytes, ProcessedImage]]) -> tuple[ImageInput, ...]:
-    """Return where in a prompt's tokens its images lie; each comes with its digest.
+    """Return the positions of a prompt's images in its tokens; each image comes with its digest.
 
     Raises:
-        InvalidRequest: a client has written tokens that stand for images.
+        InvalidRequest: if a client wrote tokens that stand for images.
     """
     kinds = {image.token_id for _, image in images}
     places = [at for at, token_id in enumerate(ids) if token_id in kinds]

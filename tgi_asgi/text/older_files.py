@@ -1,8 +1,8 @@
-"""Tokenizers of checkpoints that have no tokenizer.json, as those of before 2023, of Mistral, of InternLM.
+"""Tokenizers of checkpoints without tokenizer.json: those from before 2023, Mistral's and InternLM's.
 
-sentencepiece's tokenizer.model is read here, where the class that the checkpoint names does nothing else to a
-text; the other kinds (vocab.json with merges.txt, vocab.txt, tekken.json ...) are left to `transformers`,
-which knows what each class does.
+sentencepiece's tokenizer.model is read here if the checkpoint's tokenizer class does nothing else to a text.
+The other kinds (vocab.json with merges.txt, vocab.txt, tekken.json ...) are left to `transformers`, which
+knows what each class does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.text.sentencepiece_file import read_model
 
 _SENTENCEPIECE = "tokenizer.model"
-# Classes that put a beginning before a text and an end behind it, if asked to, and take ids as they are.
+# Classes that only add an optional BOS before a text and an EOS after it, and use ids unchanged.
 _PLAIN_CLASSES = frozenset({
     "", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLMTokenizer", "InternLM2Tokenizer",
     "BaichuanTokenizer", "YiTokenizer", "OrionTokenizer", "PreTrainedTokenizer", "TokenizersBackend",
 })  # fmt: skip
-# Sets of files, of which one must be there for `transformers` to make a tokenizer: without any it makes an
-# empty one for some classes.
+# Sets of files; one must be complete before `transformers` is asked for a tokenizer. Without any of them it
+# returns an empty one for some classes.
 _KNOWN = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
@@ -39,15 +39,15 @@ _ADVICE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transforme
 
 
 def make_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Make the tokenizer of a directory without tokenizer.json.
+    """Build the tokenizer of a directory without tokenizer.json.
 
-    Also returned is what the files add to the configuration.
+    Also returns what the files add to the configuration.
 
     Args:
-        config: what tokenizer_config.json says.
+        config: Contents of tokenizer_config.json.
 
     Raises:
-        ModelLoadError: there are no files that one could be made of, or they are damaged.
+        ModelLoadError: if there are no files to build it from, or they are damaged.
     """
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     path = directory / _SENTENCEPIECE
@@ -65,10 +65,10 @@ def make_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers
 
 
 def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
-    """Refuse a vocabulary in which an added token has not the id that the configuration has for it.
+    """Refuse a vocabulary in which an added token's id differs from the one in the configuration.
 
     Raises:
-        ModelLoadError: it is so; the message names the token.
+        ModelLoadError: if one differs; the message names the token.
     """
     for token_id, entry in listed.items():
         content = entry["content"]
@@ -78,7 +78,7 @@ def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
 
 
 def _is_tiktoken(path: Path) -> bool:
-    """Tell a file of ranks in base64, which begins with a text, from sentencepiece's."""
+    """Return whether a file is a list of ranks in base64, which begins with text, and not sentencepiece's."""
     with path.open("rb") as file:
         line = file.readline(1000)
     return line.strip().isascii() and line.count(b" ") == 1 and line.split()[-1].isdigit()
@@ -92,7 +92,7 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         backend = model.backend()
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from None
-    except Exception as error:  # what `tokenizers` raises is a bare Exception
+    except Exception as error:  # `tokenizers` raises a bare Exception
         raise ModelLoadError(f"{path} is damaged: {error}") from error
     ids = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unknown}
     named = {
@@ -105,7 +105,7 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
 
 
 def _surround(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Put a beginning before texts unless it is denied, and an end behind them if it is said."""
+    """Put BOS before texts unless it is disabled, and EOS after them if it is enabled."""
     parts: dict[str, str] = {}
     for name, default in (("bos", True), ("eos", False)):
         given, flag = config.get(f"{name}_token"), config.get(f"add_{name}_token")
@@ -141,21 +141,21 @@ def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, A
             raise ValueError(f"{type(made).__name__} is not of the tokenizers library")
         if not set(backend.get_vocab(with_added_tokens=False)) - set(made.all_special_tokens):
             raise ValueError(f"{type(made).__name__} finds no vocabulary")
-    except Exception as error:  # whatever a configuration makes a class of `transformers` raise
+    except Exception as error:  # a configuration can make a `transformers` class raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(
             f"{directory} has no tokenizer.json, and transformers cannot make one of what there is "
             f"({lines[0][:300]}); {_ADVICE}"
         ) from error
     named = dict(made.special_tokens_map)
-    if (directory / "tekken.json").is_file() and not named:  # which names none, and whose models know these
+    if (directory / "tekken.json").is_file() and not named:  # the file names none, but its models know these
         named = {"bos_token": "<s>", "eos_token": "</s>"}
         _surround(backend, named)
     return backend, named
 
 
 def _added_tokens(directory: Path) -> dict[str, Any]:
-    """Read added_tokens.json, which older checkpoints have: in the form of `added_tokens_decoder`."""
+    """Read added_tokens.json of older checkpoints, in the form of `added_tokens_decoder`."""
     path = directory / "added_tokens.json"
     if not path.is_file():
         return {}

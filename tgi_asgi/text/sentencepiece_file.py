@@ -1,6 +1,6 @@
 """Read sentencepiece's tokenizer.model, for checkpoints that have no tokenizer.json.
 
-The file is protobuf of a few messages, read here field by field and without trust. Layout:
+The file is protobuf with a few messages; it is untrusted and parsed here field by field. Layout:
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -19,14 +19,14 @@ from tgi_asgi.formats.files import read_file
 from tgi_asgi.text import sentencepiece_vocab
 from tgi_asgi.text.sentencepiece_vocab import MAX_TOKENS, NORMAL, add_tokens, merges_by_score
 
-_MAX_BYTES = 100_000_000  # the largest in use have some 5 MB
+_MAX_BYTES = 100_000_000  # the largest in use have about 5 MB
 _UNIGRAM, _BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(slots=True)
 class SentencepieceModel:
-    """What a file says; defaults are the format's."""
+    """The contents of a file; defaults are the format's."""
 
     tokens: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -40,14 +40,14 @@ class SentencepieceModel:
     is_squeezed: bool = True
 
     def token(self, token_id: int) -> str | None:
-        """Return the text of a special token; None where there is none."""
+        """Return the text of a special token; None if there is none."""
         return self.tokens[token_id] if 0 <= token_id < len(self.tokens) else None
 
     def backend(self) -> tokenizers.Tokenizer:
         """Build the tokenizer, which adds nothing around a text.
 
         Raises:
-            ModelLoadError: the vocabulary contradicts itself, or is of another kind.
+            ModelLoadError: if the vocabulary contradicts itself, or is of another kind.
         """
         if len(set(self.tokens)) != len(self.tokens):
             raise ModelLoadError("the vocabulary has the same token twice")
@@ -72,7 +72,7 @@ def read_model(path: Path) -> SentencepieceModel:
     """Read a file.
 
     Raises:
-        ModelLoadError: it cannot be read, or is no such file.
+        ModelLoadError: if it cannot be read, or is not a sentencepiece model.
     """
     data = read_file(path, _MAX_BYTES).tobytes()
     try:
@@ -126,7 +126,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield a message's fields: their number, and an integer or bytes.
 
     Raises:
-        IndexError, ValueError: it is cut off, or no message.
+        IndexError, ValueError: if it is cut off, or no message.
     """
     at = 0
     while at < len(data):

@@ -1,4 +1,4 @@
-"""Tokenizers of sentencepiece's vocabularies, from what a GGUF file or a tokenizer.model says of them."""
+"""Build tokenizers for sentencepiece vocabularies, from a GGUF file or a tokenizer.model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from tgi_asgi.errors import ModelLoadError
 
-# What a token is, by the number that both files have for it.
+# Token types, by the numbers that both file formats use.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_TOKENS = 1 << 21
-# Of a token (the trainer's default is 16): the cuts of one are tried all.
+# Of a token (the trainer's default is 16); all ways to cut one are tried.
 _MAX_PIECE_CHARS = 512
 _SPACE = "\u2581"
 
@@ -21,7 +21,7 @@ _SPACE = "\u2581"
 def bpe(
     tokens: Sequence[str], merges: Sequence[tuple[str, str]], unknown: int | None
 ) -> tokenizers.Tokenizer:
-    """Return a tokenizer that merges a text whole, without what is done to the text before."""
+    """Return a tokenizer that merges a text as a whole, without any normalisation before."""
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     return tokenizers.Tokenizer(
         models.BPE(
@@ -37,12 +37,12 @@ def bpe(
 def set_spaces(
     backend: tokenizers.Tokenizer, *, has_prefix: bool, is_squeezed: bool = False, charsmap: bytes = b""
 ) -> None:
-    """Say how text becomes what the vocabulary is made of, and back.
+    """Set how text is converted to the vocabulary's characters, and back.
 
     Args:
-        has_prefix: a space goes before a text.
-        is_squeezed: of several spaces one is left, and none at the ends.
-        charsmap: sentencepiece's compiled rules of normalisation.
+        has_prefix: Whether a space goes before a text.
+        is_squeezed: Whether runs of spaces become one, and spaces at the ends are removed.
+        charsmap: sentencepiece's compiled normalisation rules.
     """
     before: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if is_squeezed:
@@ -59,12 +59,12 @@ def set_spaces(
 def merges_by_score(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """List every way to put a token together from two others, best score of the result first.
+    """List every way to build a token from two others, best score of the result first.
 
-    Control and byte tokens take no part: sentencepiece never builds them from text.
+    Control and byte tokens are excluded, because sentencepiece never builds them from text.
 
     Raises:
-        ModelLoadError: a token is so long that this would take minutes.
+        ModelLoadError: if a token is so long that this would take minutes.
     """
     ranks = {token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, UNUSED)}
     longest = max(map(len, ranks), default=0)
@@ -83,10 +83,10 @@ def merges_by_score(
 def add_tokens(
     backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], named: Collection[int]
 ) -> None:
-    """Let control and user-defined tokens be found whole in text, before anything else is done to it.
+    """Make control and user-defined tokens match as a whole in text, before any other processing.
 
     Args:
-        named: ids of further tokens that are special.
+        named: Ids of further tokens that are special.
     """
     special, plain = [], []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):

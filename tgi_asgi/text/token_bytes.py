@@ -1,7 +1,8 @@
 """The bytes that each token stands for in running text, so that a stream needs no decoder.
 
-Three families are known: byte-level vocabularies (GPT-2's alphabet, a printable character a byte),
-sentencepiece ones ("▁" for a space, "<0x0A>" for a byte) and BERT's word pieces ("##" where no word begins).
+Three families are supported: byte-level vocabularies (GPT-2's alphabet, one printable character per byte),
+sentencepiece vocabularies ("▁" for a space, "<0x0A>" for a byte) and BERT's word pieces ("##" if no word
+begins).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SPACE = "\u2581"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet, character -> byte: printable bytes are themselves, others start at U+0100."""
+    """Return GPT-2's alphabet, character -> byte: printable bytes map to themselves, others to U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {
@@ -31,11 +32,11 @@ def token_byte_table(backend: tokenizers.Tokenizer, added: Mapping[int, str]) ->
     """Build the table, by id; `added` are the tokens whose text stands for itself.
 
     Raises:
-        ModelLoadError: the vocabulary is of another family.
+        ModelLoadError: if the vocabulary is of another family.
     """
     vocab = backend.get_vocab(with_added_tokens=True)
     size = max(vocab.values(), default=-1) + 1
-    if size > 2 * len(vocab) + 1024:  # a hostile file may give one token a huge id
+    if size > 2 * len(vocab) + 1024:  # a hostile file may give a token a huge id
         raise ModelLoadError(f"the tokenizer has {len(vocab)} tokens but ids up to {size - 1}")
     pieces = {token_id: text for text, token_id in vocab.items() if token_id not in added}
     table = [b""] * size
@@ -58,7 +59,7 @@ def token_byte_table(backend: tokenizers.Tokenizer, added: Mapping[int, str]) ->
 
 
 def _steps_of(backend: tokenizers.Tokenizer) -> set[str]:
-    """Name the steps of the decoder."""
+    """Return the names of the decoder's steps."""
     if backend.decoder is None:
         return set()
     state = json.loads(backend.decoder.__getstate__())
@@ -66,10 +67,10 @@ def _steps_of(backend: tokenizers.Tokenizer) -> set[str]:
 
 
 def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
-    """Translate all pieces in one go (a piece at a time takes three times as long: 60 ms for 49,000)."""
+    """Translate all pieces at once (one by one takes three times as long: 60 ms for 49,000)."""
     alphabet = byte_alphabet()
     if set("".join(pieces.values())) - alphabet.keys():
-        # As the decoder has it, a piece with any other character stands for its own text.
+        # As in the decoder, a piece with any other character stands for its own text.
         is_foreign = re.compile(f"[^{re.escape(''.join(alphabet))}]").search
         foreign = {token_id: text for token_id, text in pieces.items() if is_foreign(text)}
         for token_id, text in foreign.items():

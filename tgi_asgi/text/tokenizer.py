@@ -1,4 +1,4 @@
-"""Text to token ids and back: one wrapper over `tokenizers`, whatever file the vocabulary came from.
+"""Text to token ids and back: one wrapper over `tokenizers` for every vocabulary format.
 
 Built in the loading thread, then used by the HTTP layer's worker threads (`encode`) and by the engine
 (`token_bytes`, on the event loop). Knows neither HTTP nor the engine.
@@ -37,14 +37,14 @@ class Tokenizer:
     All methods may be called from several threads at once.
 
     Attributes:
-        vocab_size: ids are in [0, vocab_size); the model's own vocabulary may be padded beyond it.
-        special_tokens: "bos_token", "eos_token", ... -> text, those that there are; for the chat template.
-        special_ids: control tokens, which give no text unless a request wants them.
-        bos_id, eos_id: of those two, or None.
-        eos_ids: every token that ends an answer.
-        guard: keeps special tokens in messages from acting as such; `is_marked` texts are its.
-        longest_token: characters that a token stands for at most.
-        adds_bos: `encode(..., add_special_tokens=True)` starts with the BOS token.
+        vocab_size: Ids are in [0, vocab_size); the model's own vocabulary may be padded beyond it.
+        special_tokens: "bos_token", "eos_token", ... -> text, those that exist; for the chat template.
+        special_ids: Control tokens, which yield no text unless a request wants them.
+        bos_id, eos_id: Ids of these two tokens, or None.
+        eos_ids: Every token that ends an answer.
+        guard: Keeps special tokens in messages from acting as such; it makes the texts that are `is_marked`.
+        longest_token: Upper bound of the characters that a token stands for.
+        adds_bos: Whether `encode(..., add_special_tokens=True)` starts with the BOS token.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         eos_ids: Iterable[int] = (),
     ) -> None:
-        # tokenizer.json files of embedding models carry these; a server's limits are its own.
+        # The tokenizer.json files of embedding models contain these; a server sets its own limits.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -64,10 +64,10 @@ class Tokenizer:
         self._bytes = token_byte_table(backend, self._added)
         self.guard = PromptGuard(self._added[token_id] for token_id in self.special_ids)
         self._marked_backend: tokenizers.Tokenizer | None = None
-        self._acting: dict[int, int] = {}  # the marked backend's id of a special token -> the token's own
+        self._acting: dict[int, int] = {}  # marked backend's id of a special token -> the token's own id
         self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
-        self.longest_token = max(map(len, self._bytes), default=1)  # bytes, and so no fewer than characters
+        self.longest_token = max(map(len, self._bytes), default=1)  # in bytes, so no fewer than characters
         if isinstance(backend.model, tokenizers.models.WordPiece):  # an unknown word is one token
             self.longest_token = max(self.longest_token, backend.model.max_input_chars_per_word)
         self.bos_id = self._id_of("bos_token")
@@ -79,15 +79,15 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read tokenizer.json and the configuration files beside it, as transformers does.
+        """Read tokenizer.json and the configuration files next to it, as transformers does.
 
-        Without one, the older files that have a vocabulary are read (`older_files.py`).
+        If there is none, the older vocabulary files are read (`older_files.py`).
 
-        The tokens that end an answer are those of generation_config.json, else of config.json, and the
+        The tokens that end an answer are those of generation_config.json, or else of config.json, and the
         tokenizer's own `eos_token`.
 
         Raises:
-            ModelLoadError: there is no vocabulary, or a file is damaged.
+            ModelLoadError: if there is no vocabulary, or a file is damaged.
         """
         config = _read_json(directory / "special_tokens_map.json")
         overrides = _read_json(directory / "tokenizer_config.json")
@@ -107,13 +107,13 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path, config: Mapping[str, Any], *, eos_ids: Iterable[int] = ()) -> Tokenizer:
-        """Read a tokenizer.json; `config` is the content of the tokenizer_config.json that goes with it.
+        """Read a tokenizer.json; `config` is the content of the tokenizer_config.json that belongs to it.
 
-        What surrounds a text (BOS, EOS) is tokenizer.json's to say: `add_bos_token` and `add_eos_token` of
-        the configuration are for vocabularies without one, and transformers ignores them here as well.
+        tokenizer.json decides what surrounds a text (BOS, EOS). `add_bos_token` and `add_eos_token` of the
+        configuration are for vocabularies without a tokenizer.json; transformers ignores them here, too.
 
         Raises:
-            ModelLoadError: the file is absent or damaged.
+            ModelLoadError: if the file is absent or damaged.
         """
         try:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
@@ -121,7 +121,7 @@ class Tokenizer:
             raise ModelLoadError(f"no such file: {path}") from None
         except OSError as error:
             raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
-        except Exception as error:  # what `tokenizers` raises is a bare Exception
+        except Exception as error:  # `tokenizers` raises a bare Exception
             raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
         return cls._configured(backend, config, eos_ids, path)
 
@@ -135,7 +135,7 @@ class Tokenizer:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
         made = cls(backend, named, eos_ids)
-        inputs = config.get("model_input_names")  # what transformers gives a model of the tokenizer's output
+        inputs = config.get("model_input_names")  # the tokenizer's outputs that the model gets
         made._has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
         return made
 
@@ -144,7 +144,7 @@ class Tokenizer:
         """Rebuild the tokenizer that a GGUF file's metadata describes.
 
         Raises:
-            ModelLoadError: the vocabulary is absent, damaged, or of a kind that is not supported.
+            ModelLoadError: if the vocabulary is absent, damaged, or of a kind that is not supported.
         """
         vocab = gguf_vocab.build(metadata)
         bos = vocab.special_tokens.get("bos_token") if vocab.adds_bos else None
@@ -153,19 +153,19 @@ class Tokenizer:
         return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let it go to another process: the tables are made there again."""
+        """Support pickling to another process, which rebuilds the tables."""
         state = (self._backend.to_str(), self.special_tokens, self.eos_ids, self._has_token_types)
         return _restored, state
 
     def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
-        """Turn text into ids. Text of special tokens in it becomes those tokens, or only where it is marked.
+        """Turn text into ids; special tokens in it act as such, but if `is_marked` only after a mark.
 
-        The GIL is released meanwhile, so long text belongs into a worker thread (1 ms takes some 500 tokens).
+        Releases the GIL. Long text belongs in a worker thread: 1 ms encodes about 500 tokens.
 
         Raises:
-            InvalidRequest: the text has a lone surrogate, which no UTF-8 can carry.
+            InvalidRequest: if the text has a lone surrogate, which UTF-8 cannot encode.
         """
-        # `encode` would hold the GIL even in a thread; the batch call does not.
+        # `encode` holds the GIL even in a thread; the batch call does not.
         if is_marked:
             ids = self._encode(self._marked().encode_batch_fast, text, add_special_tokens).ids
             return [self._acting.get(token_id, token_id) for token_id in ids]
@@ -174,7 +174,7 @@ class Tokenizer:
     def encode_cut(
         self, text: str, keep: int, *, add_special_tokens: bool, from_left: bool = False
     ) -> list[int]:
-        """Turn text into at most `keep` ids: of its beginning, or its end; what is put around it is not cut.
+        """Turn the beginning or the end of a text into at most `keep` ids; added special tokens are not cut.
 
         Raises:
             InvalidRequest: as `encode`.
@@ -189,14 +189,14 @@ class Tokenizer:
     def encode_pair(
         self, first: str, second: str, *, keep: int | None = None, from_left: bool = False
     ) -> tuple[list[int], int | None]:
-        """Turn two texts into the ids of one pair, with what the tokenizer puts around and between them.
+        """Turn two texts into the ids of one pair, with special tokens around and between them.
 
-        With the ids comes where the second segment begins, which is marked for models that have token types;
-        None where the tokenizer marks none.
+        Also returns the index at which the second segment begins, for models that have token types; None if
+        the tokenizer marks no segments.
 
         Args:
-            keep: cut the second text, at its end or its beginning, so that there are no more ids than that;
-                there may be nevertheless, without any of it.
+            keep: Maximum number of ids; the second text is cut, at its end or its beginning, to fit. If
+                cutting all of it does not suffice, there are more ids.
 
         Raises:
             InvalidRequest: as `encode`.
@@ -218,7 +218,7 @@ class Tokenizer:
         """Turn text into (id, start, stop), where the token covers bytes [start, stop) of the text's UTF-8.
 
         Tokens that share a character all cover the whole of it; added special tokens cover nothing. Marks are
-        taken out first: offsets are those of the text without them.
+        removed first: offsets refer to the text without them.
 
         Raises:
             InvalidRequest: as `encode`.
@@ -238,7 +238,7 @@ class Tokenizer:
         return [(token_id, at[start], at[stop]) for token_id, (start, stop) in zip(ids, offsets, strict=True)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token stands for inside running text (b"" for an id without a token)."""
+        """Return the bytes that a token stands for within running text (b"" for an id without a token)."""
         return self._bytes[token_id] if token_id < self.vocab_size else b""
 
     def token_text(self, token_id: int) -> str:
@@ -246,11 +246,11 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Turn ids into text; unknown ids give none. For whole texts: streams use `token_bytes`."""
+        """Turn ids into text; unknown ids yield none. For whole texts; streams use `token_bytes`."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json, with what surrounds a text, for other programs to read."""
+        """Write a tokenizer.json, including what surrounds a text, for other programs to read."""
         self._backend.save(str(path))
 
     def _id_of(self, name: str) -> int | None:
@@ -258,9 +258,9 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def _marked(self) -> tokenizers.Tokenizer:
-        """Return a backend that reads special tokens as text, and the mark before one as that token.
+        """Return a backend that reads special tokens as text unless the mark precedes them.
 
-        Made when a prompt first needs it: a copy takes a quarter of a second (49,000 tokens).
+        Built when a prompt first needs it: the copy takes a quarter of a second (49,000 tokens).
         """
         with self._lock:
             if self._marked_backend is None:
@@ -283,7 +283,7 @@ class Tokenizer:
     ) -> tokenizers.Encoding:
         try:
             encoding: tokenizers.Encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
-        except TypeError:  # said of a string that has no UTF-8
+        except TypeError:  # raised for a string that has no UTF-8
             raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
         return encoding
 
@@ -297,7 +297,7 @@ def _restored(
 
 
 def _span(sequence_ids: Sequence[int | None], wanted: int) -> tuple[int, int] | None:
-    """Return where in a pair's tokens the first or the second text begins and ends; None: it has none."""
+    """Return where the wanted text begins and ends in a pair's tokens; None if it has none."""
     if wanted not in sequence_ids:
         return None
     begin = sequence_ids.index(wanted)
@@ -305,7 +305,7 @@ def _span(sequence_ids: Sequence[int | None], wanted: int) -> tuple[int, int] | 
 
 
 def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list[tuple[int, int]]:
-    """Return what character offsets of a marked text are in the text without the marks."""
+    """Convert character offsets in a marked text to offsets in the text without its marks."""
     at = [match.start() for match in re.finditer(mark, text)]
     size = len(mark)
     return [
@@ -315,7 +315,7 @@ def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read an optional JSON object; {} where there is no such file."""
+    """Read an optional JSON object; return {} if the file does not exist."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -334,7 +334,7 @@ def _text_of(token: Any) -> str | None:
 
 
 def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Add the tokens that the configuration has and tokenizer.json lacks or has with other flags.
+    """Add the configuration's tokens that tokenizer.json lacks or has with other flags.
 
     `listed` is `added_tokens_decoder`: id -> token. Named tokens (BOS, EOS, ...) are special in any case.
     """
@@ -354,7 +354,7 @@ def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named
 
 
 def _set_affixes(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Let `bos` go before every text and `eos` after it, and nothing else."""
+    """Put `bos` before every text and `eos` after it, and nothing else."""
     around = dict.fromkeys(text for text in (bos, eos) if text is not None)
     backend.post_processor = processors.TemplateProcessing(
         single=[*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])],

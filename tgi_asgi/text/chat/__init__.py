@@ -1,1 +1,1 @@
-"""Chat templates, and what keeps them in bounds: messages to prompt text."""
+"""Chat templates and their limits: messages to prompt text."""

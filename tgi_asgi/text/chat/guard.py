@@ -1,13 +1,13 @@
-"""Keep what clients write from being read as control tokens: `<|im_end|>` in a message is ten characters.
+"""Keep client text from being read as control tokens: `<|im_end|>` in a message is ten characters.
 
     guard = tokenizer.guard
     if guard.is_needed(messages):
         text, marked = guard.marks(template.render(guard.protect(messages)))
         ids = tokenizer.encode(marked, add_special_tokens=False, is_marked=True)
 
-Before the template runs, a separator that no client can write is put into the special tokens' texts in the
-messages. What stands whole in the template's output is then the template's own, and is marked. Knows no
-tokenizer and no HTTP.
+Before the template runs, a separator that no client can write is inserted into the texts of special tokens in
+the messages. Special tokens that are whole in the template's output are then the template's own and are
+marked. Knows no tokenizer and no HTTP.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_SLICE = 1 << 16  # characters that a search holds the GIL for
-_PRIVATE = 0x100000  # a plane that no character will ever be assigned in
-_STRUCTURAL = frozenset({"role", "type"})  # templates compare these; they are checked before
+_SLICE = 1 << 16  # characters per search that holds the GIL
+_PRIVATE = 0x100000  # private-use plane, in which no character will ever be assigned
+_STRUCTURAL = frozenset({"role", "type"})  # templates compare these values, which are validated elsewhere
 
 
 def _nonce() -> str:
@@ -28,20 +28,20 @@ def _nonce() -> str:
 
 
 class PromptGuard:
-    """Tells the special tokens that a template writes from those that stand in what it was given.
+    """A filter that tells a template's own special tokens from those in the text that it was given.
 
     Args:
-        special_texts: of the tokens that are to be guarded.
+        special_texts: Texts of the tokens to guard against.
 
     Attributes:
-        mark: what `marks` puts before each special token that is to act as one.
+        mark: The text that `marks` puts before each special token that acts as one.
     """
 
     def __init__(self, special_texts: Iterable[str]) -> None:
         texts = sorted({text for text in special_texts if text}, key=len, reverse=True)
         self.mark = _nonce()
-        self._inert = _nonce()  # before a special token that is text
-        self._break = _nonce()  # within one, and where one might come about by joining
+        self._inert = _nonce()  # before a special token that is plain text
+        self._break = _nonce()  # inside such a token, and where joining texts might form one
         self._firsts = {text[0] for text in texts}
         self._whole = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._open = re.compile(f"(?<!{self._inert})(?:{self._whole.pattern})")
@@ -50,7 +50,7 @@ class PromptGuard:
         self._longest = max(map(len, texts), default=0)
 
     def is_needed(self, *values: Any) -> bool:
-        """Tell whether special tokens stand in a value's strings, or would if some were joined."""
+        """Return whether a value's strings contain special tokens, or would if some were joined."""
         keys: list[str] = []
         text = "".join(text for value in values for text in _strings(value, keys))
         text = "\0".join((text, *keys))
@@ -60,7 +60,7 @@ class PromptGuard:
         return any(self._whole.search(text, start, start + _SLICE + self._longest) for start in starts)
 
     def protect(self, value: Any) -> Any:
-        """Return a copy of a value of plain dicts, lists and strings in which no special token is whole."""
+        """Return a copy of a value (plain dicts, lists, strings) in which every special token is broken."""
         if isinstance(value, str):
             return self._protect_text(value)
         if isinstance(value, list):
@@ -73,17 +73,17 @@ class PromptGuard:
         return value
 
     def marked(self, text: str) -> str:
-        """Return a text of ours with the mark before each special token: all of them are to act."""
+        """Return a trusted text with the mark before each special token, so that all of them act as such."""
         return self._whole.sub(lambda match: self.mark + match[0], text)
 
     def marks(self, rendered: str) -> tuple[str, str]:
-        """Return a rendered prompt as it reads, and the same with the mark before what is to act."""
+        """Return a rendered prompt as plain text, and with the mark before each token that acts as such."""
         marked = self._open.sub(lambda match: self.mark + match[0], rendered)
         marked = marked.replace(self._inert, "").replace(self._break, "")
         return marked.replace(self.mark, ""), marked
 
     def _protect_text(self, text: str) -> str:
-        while self._open.search(text):  # breaking one may lay bare another that overlaps it
+        while self._open.search(text):  # breaking one may expose another that overlaps it
             text = self._open.sub(lambda m: f"{self._inert}{m[0][0]}{self._break}{m[0][1:]}", text)
         sizes = range(1, min(self._longest, len(text) + 1))
         if any(text[-size:] in self._heads for size in sizes):
@@ -94,7 +94,7 @@ class PromptGuard:
 
 
 def _strings(value: Any, keys: list[str]) -> Iterator[str]:
-    """Yield a value's strings, as a template might put them together, and collect its keys."""
+    """Yield a value's strings in an order in which a template might join them, and collect its keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

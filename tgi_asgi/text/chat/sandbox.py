@@ -1,7 +1,7 @@
 """The jinja2 sandbox of chat templates: the extensions, filters and globals of transformers, with limits.
 
-Templates are the model's or the operator's own files: they cannot reach Python, loop for ever, or take the
-machine with one expression; but how much a loop of theirs may pile up is left to whoever chose the model.
+Templates come from the model or the operator. They cannot reach Python, loop for ever, or exhaust the machine
+with one expression. How much a template's loops accumulate is not limited; the operator chose the model.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tgi_asgi.text.chat.time_limit import TICK, TickingLoops, tick, tick_filter
 
-MAX_CHARS = 1 << 25  # that a text is repeated to, and of all that is written: twice the default payload limit
+MAX_CHARS = 1 << 25  # of a repeated text and of the whole output: twice the default payload limit
 MAX_RANGE = 10_000
 _MAX_POWER = 1_000  # of base and exponent
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Transformers' environment, in which loops and calls pass the clock and nothing is repeated for ever."""
+    """Transformers' environment, with time checks in loops and calls, and a limit on repetition."""
 
     intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # type: ignore[misc]
 
@@ -40,7 +40,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"a chat template repeats a text to at most {MAX_CHARS} characters")
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as jinja
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as in jinja
         tick()
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -50,7 +50,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training; for a prompt it is transparent."""
+    """`{% generation %}` marks the assistant's text for training; it has no effect on a prompt."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja's own declaration
 
@@ -62,7 +62,7 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """`namespace()` without underscore names, so that none shadows what the sandbox guards."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja: `self` is a name templates may use
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as in jinja: templates may use the name `self`
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_name(name)
@@ -74,7 +74,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, with none of the class's other attributes."""
+    """`dict(...)` and `dict.fromkeys(...)`, without the class's other attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -102,7 +102,7 @@ def make_environment() -> Sandbox:
         "namespace": _Namespace,
     }
     environment.globals.update(functions)
-    del environment.globals["lipsum"]  # as many words as it is asked for
+    del environment.globals["lipsum"]  # it generates as many words as requested
     return environment
 
 
@@ -113,7 +113,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write a value as transformers' filter does; jinja's own escapes <>&' and sorts keys."""
+    """Serialise a value as transformers' filter does; jinja's own escapes <>&' and sorts keys."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

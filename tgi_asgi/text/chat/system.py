@@ -1,4 +1,4 @@
-"""Instructions among the other messages, for templates that take them once and at the front.
+"""Merge scattered instructions for templates that accept them only once, at the front.
 
 Agents send several: a system prompt, a developer's, and reminders between the turns.
 """
@@ -14,7 +14,7 @@ _ROLES = ("system", "developer")
 
 
 def joined_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages with the texts of all instructions in the first message, in the role of their first."""
+    """Return messages with all instructions merged into the first message, with the first one's role."""
     instructions = [message for message in messages if message["role"] in _ROLES]
     if not instructions:
         return list(messages)
@@ -24,12 +24,12 @@ def joined_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_scattered(messages: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether there are several instructions, or one that does not come first."""
+    """Return whether there are several instructions, or one that does not come first."""
     return any(message["role"] in _ROLES for message in messages[1:])
 
 
 def takes_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_developer: bool) -> bool:
-    """Tell whether a template shows instructions wherever they stand: it may refuse them, or drop them."""
+    """Return whether a template shows instructions at any position; it may refuse or drop them."""
     second = "developer" if has_developer else "system"
     first, late = {"role": "system", "content": "PROBE-1"}, {"role": second, "content": "PROBE-2"}
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -1,7 +1,7 @@
 """Chat templates: messages to prompt text in jinja2's immutable sandbox, by the rules of transformers.
 
-The source comes from the model or the operator, never from a request; what it is given does. `render` takes
-up to milliseconds and belongs in a worker thread. Knows no tokenizer and no HTTP.
+The source comes from the model or the operator, never from a request; its variables do come from requests.
+`render` takes up to milliseconds and belongs in a worker thread. Knows no tokenizer and no HTTP.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import is_scattered, joined_system, takes_scattered
 from tgi_asgi.text.chat.time_limit import limited_time
 
-_SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
+_SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# What a template can raise: jinja's own errors, and those of Python operations on values of the wrong type.
+# Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError,
     TypeError, ValueError,
@@ -32,12 +32,12 @@ class ChatTemplate:
     """One model's chat template, compiled.
 
     Args:
-        source: the template.
-        special_tokens: `bos_token`, `eos_token`, ... : variables of the template.
-        tool_use_source: a second template that serves requests with tools.
+        source: Source of the template.
+        special_tokens: `bos_token`, `eos_token`, ...: variables of the template.
+        tool_use_source: Source of a second template, for requests with tools.
 
     Raises:
-        TemplateError: the source does not compile.
+        TemplateError: if the source does not compile.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class ChatTemplate:
         self._default = self._compile(source)
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
         self.iterates_parts = self._probe_parts()
-        """Whether content may stay a list of parts; else the caller joins the texts."""
+        """Whether content may stay a list of parts; otherwise the caller joins the texts."""
         self._drops_texts = self.iterates_parts and not self._probe_text()
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
         self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
-        """Whether system messages may stand anywhere; else `render` joins them to one at the front."""
+        """Whether system messages may come anywhere; otherwise `render` joins them into one at the front."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let it go to another process: it is compiled there again."""
+        """Support pickling to another process, which compiles the template again."""
         return _restored, (self.source, self._special_tokens, self._tool_use_source)
 
     @property
     def tool_source(self) -> str:
-        """The template that serves requests with tools."""
+        """Source of the template for requests with tools."""
         return self._tool_use_source or self.source
 
     def mentions(self, name: str) -> bool:
@@ -71,12 +71,12 @@ class ChatTemplate:
         return name in self._words
 
     def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages in an order that the template takes: several system messages may become one."""
+        """Return messages in an order that the template accepts; several system messages may become one."""
         is_refused = is_scattered(messages) and not self.takes_scattered_system
         return joined_system(messages) if is_refused else messages
 
     def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages with their texts as parts where the template shows no others (SmolVLM's)."""
+        """Return messages with texts as parts, if the template shows no plain texts (SmolVLM's)."""
         if not self._drops_texts:
             return messages
         return [
@@ -99,13 +99,13 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
 
-        Tool-call arguments that are a JSON object in a string are given to the template as the object, but to
-        one that adds them to text (DeepSeek's) as text. With `continue_final_message` the prompt ends right
-        behind the last message's content. Several system messages, or one among the others, become one at the
-        front where the template would refuse or drop them.
+        Tool-call arguments given as a string with a JSON object reach the template as the object, or as text
+        if the template concatenates them with text (DeepSeek's). With `continue_final_message` the prompt
+        ends right after the last message's content. If the template would refuse or drop system messages that
+        are not a single one at the front, they are joined into one there.
 
         Raises:
-            TemplateError: the template refused the messages, failed on them, or wrote too much.
+            TemplateError: if the template refused the messages, failed on them, or wrote too much.
         """
         messages = self.arranged(messages)
         chat = [self._prepare(message) for message in messages]
@@ -159,7 +159,7 @@ class ChatTemplate:
         return "PROBE" in text and "'text'" not in text and '"text"' not in text
 
     def _probe_call(self, arguments: object) -> bool:
-        """Tell whether the template shows a call with such arguments."""
+        """Return whether the template shows a call with such arguments."""
         return "PROBE" in self._probe_answer(arguments)
 
     def _probe_none(self) -> bool:
@@ -191,16 +191,16 @@ def load_chat_template(
     directory: Path | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ChatTemplate | None:
-    """Find the model's chat template and compile it; None if there is none.
+    """Find the model's chat template and compile it; return None if there is none.
 
-    The first of these that has one: the operator's `override` (a tokenizer_config.json, or a bare .jinja
-    file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
-    its chat_template.json (of older models with eyes) or tokenizer_config.json, `tokenizer.chat_template` of
-    a GGUF file's `metadata`.
+    The first of these that exists is used: the operator's `override` (a tokenizer_config.json, or a bare
+    .jinja file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
+    its chat_template.json (of older vision models) or tokenizer_config.json, `tokenizer.chat_template` of a
+    GGUF file's `metadata`.
 
     Raises:
-        ModelLoadError: a file cannot be read, or the override holds no template.
-        TemplateError: the template does not compile.
+        ModelLoadError: if a file cannot be read, or the override holds no template.
+        TemplateError: if the template does not compile.
     """
     named = _find_sources(override, directory, metadata or {})
     if not named:
@@ -313,7 +313,8 @@ def _cut_at_end(text: str, final: dict[str, Any]) -> str:
     at = text.rfind(_SENTINEL.strip())
     if at < 0 or content.strip() not in text:
         raise TemplateError("continue_final_message: the chat template drops or changes the final message")
-    # A template that trims content has taken the sentinel's space: then the content's own goes as well.
+    # If the template trims content, it removed the sentinel's space; then the content's trailing space goes,
+    # too.
     return text[:at] if text.startswith(_SENTINEL, at) else text[:at].rstrip()
 
 

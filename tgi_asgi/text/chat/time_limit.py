@@ -1,9 +1,9 @@
-"""How long a chat template may compute: in loops without output, in macros that call each other.
+"""Limit the time that a chat template may compute, in loops without output or macros that call each other.
 
     with limited_time():
         template.render(...)  # SecurityError once its thread has computed for too long
 
-Every turn of a loop and every call passes `tick`, which now and then looks at the clock.
+Every iteration of a loop and every call passes `tick`, which checks the clock now and then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_CPU_S = 10.0  # 16 MiB of the shortest messages take half of it
 TICK = "_tick"
-_STRIDE = 64  # ticks between two looks at the clock, which costs 0.3 us
+_STRIDE = 64  # ticks between two checks of the clock, which take 0.3 us
 
 
 class _Clock(threading.local):
@@ -45,10 +45,10 @@ def limited_time() -> Iterator[None]:
 
 
 def tick() -> None:
-    """Look at the clock if it is time to.
+    """Check the clock if it is due.
 
     Raises:
-        SecurityError: the template has computed for too long.
+        SecurityError: if the template has computed for too long.
     """
     _clock.left -= 1
     if _clock.left < 0:
@@ -57,15 +57,15 @@ def tick() -> None:
             raise SecurityError(f"a chat template computed for more than {MAX_CPU_S:g} s")
 
 
-@pass_context  # else jinja would call it once, while compiling
+@pass_context  # without it, jinja would call the filter once, at compile time
 def tick_filter(context: Context, value: Any) -> bool:
-    """Tick as a filter, whose name no template can take; true, for conditions."""
+    """Tick as a filter, under a name that no template can use; returns True, for conditions."""
     tick()
     return True
 
 
 class TickingLoops(NodeTransformer):
-    """Let each turn of a loop tick, and each item that its condition leaves out."""
+    """A transformer that adds a tick to each iteration of a loop, and to each item that it skips."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)

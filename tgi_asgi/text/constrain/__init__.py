@@ -1,1 +1,1 @@
-"""What an output must match: schemas, regular expressions and grammars, down to masks of tokens."""
+"""Constrained output: from schemas, regular expressions and grammars to token masks."""

@@ -1,6 +1,6 @@
-"""What a whole answer may consist of, as one grammar: reasoning, then content or tool calls.
+"""The grammar of a whole answer: reasoning, then content or tool calls.
 
-Calls are constrained from their marker on, or from the first character where an answer must be one; text
+Calls are constrained from their marker on, or from the first character if the answer must be a call; text
 before a marker is free (`free.py`).
 """
 
@@ -24,7 +24,7 @@ class ToolUse:
     format: ToolFormat
     specs: Sequence[ToolSpec]
     must_call: bool = False
-    is_parallel: bool = True  # several calls are allowed
+    is_parallel: bool = True  # whether several calls are allowed
 
 
 def answer_grammar(
@@ -39,14 +39,14 @@ def answer_grammar(
     """Return the grammar of an answer; None if nothing constrains it.
 
     Args:
-        content: constrains what is no call.
-        reasoning: how a reasoning section, which is free, may come first; None if there is none.
-        is_reasoning_open: the prompt has opened it.
-        mark: how markers are written: some tokenizers have tokens of their own for them.
-        wrapper: what may stand around the text of the answer.
+        content: Grammar of everything that is no call.
+        reasoning: Style of the reasoning section, which is free, that may come first; None if there is none.
+        is_reasoning_open: Whether the prompt has opened the reasoning section.
+        mark: Writes a marker as a grammar expression; some tokenizers have single tokens for markers.
+        wrapper: Markers that may surround the text of the answer.
 
     Raises:
-        InvalidRequest: a strict schema is too large, or cannot be enforced.
+        InvalidRequest: if a strict schema is too large, or cannot be enforced.
     """
     if content is None and tools is None:
         return None
@@ -73,9 +73,9 @@ def answer_grammar(
         body = f"reasoning{optional} body"
         start = opening
         free = (ending, *free) if free or not start else ()
-        if " <[" in ending:  # what is free ends with one token
+        if " <[" in ending:  # free text must end at a single token
             start, free = "", ()
-    if "<[" in begin + end:  # they are no text, and not told from it by one token either
+    if "<[" in begin + end:  # markers as tokens are no text, and no single token separates them from it
         start, free = "", ()
     named = (("answer", content.lark), *content.parts) if content is not None else ()
     ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
@@ -84,7 +84,7 @@ def answer_grammar(
 
 
 def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:
-    """Return what may stand before and behind the answer's text, as expressions; "" for nothing."""
+    """Return the expressions that may precede and follow the answer's text; "" for nothing."""
     if wrapper is None:
         return "", ""
     starts = [spelled(start, mark, wrapper.markers) for start in wrapper.start]
@@ -93,7 +93,7 @@ def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:
 
 
 def _from_token(expression: str) -> str:
-    """Return a marker from its first special token on: what stands before that is text, too."""
+    """Return a marker from its first special token on; anything before that counts as text."""
     return expression[expression.index("<[") :] if "<[" in expression else expression
 
 
@@ -105,7 +105,7 @@ def _body(
     begin: str,
     end: str,
 ) -> tuple[str, list[str]]:
-    """Return what follows the reasoning, and the rules that it needs."""
+    """Return the expression that follows the reasoning, and the rules that it needs."""
     answer = f"{begin} @answer {end}".strip()
     if tools is None:
         return answer, []
@@ -121,7 +121,7 @@ def _body(
         rules.append(f"PLAIN: /\\s*[^\\s\\{kind.first}](.|\\n)*/")
         return 'PLAIN | "" | calls', rules
     rules.append(f"TEXT: {_ANY}")
-    text = f"{begin} TEXT {end}" if "<[" in begin + end else "TEXT"  # else both are text
+    text = f"{begin} TEXT {end}" if "<[" in begin + end else "TEXT"  # otherwise both are text
     if not marker:
         return f"{text} | calls", rules
     if "<[" in marker:  # a special token ends text by itself

@@ -1,4 +1,4 @@
-"""Numbers and texts of a schema: which of them the compiler takes as they are, and how it has to be told."""
+"""Which numbers and texts of a schema the compiler handles exactly, and rewrites for the others."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, TypeGuard
 
 _NUDGE = Decimal("0.000001")
 _MAX_MULTIPLE = 10_000
-_MAX_DIGITS = 15  # of a fraction: the compiler rounds further ones
-_FINEST = 1e-10  # the compiler reads no finer one
+_MAX_DIGITS = 15  # of a fraction; the compiler rounds further digits
+_FINEST = 1e-10  # the compiler accepts no finer step
 _MOST_OF_RANGE = 1e12
-# What the compiler works out together with a range; of one value it then says that no multiple is in it.
+# Keywords that the compiler combines with a range; it then claims that a single value holds no multiple.
 _COMBINED = frozenset({"multipleOf", "const", "enum", "$ref", "anyOf", "oneOf", "allOf"})
-_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only as \u0000, which `inline_json` does not allow
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only writable as \u0000, which `inline_json` forbids
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether a value is one of JSON's numbers."""
+    """Return whether a value is a JSON number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_exact(value: object) -> bool:
-    """Tell whether the compiler can write a JSON value without a change; it computes in doubles."""
+    """Return whether the compiler can write a JSON value unchanged; it computes in doubles."""
     if isinstance(value, str):
         return _UNWRITABLE.search(value) is None
     if isinstance(value, Mapping):
@@ -38,7 +38,7 @@ def is_exact(value: object) -> bool:
 
 
 def is_small_multiple(value: float) -> bool:
-    """Tell whether the automaton of `multipleOf`, which counts in steps of the last digit, stays small."""
+    """Return whether the automaton of `multipleOf`, which counts in units of the last digit, stays small."""
     if isinstance(value, int):
         return abs(value) <= _MAX_MULTIPLE
     digits = f"{value:.12g}".replace(".", "").replace("-", "").lstrip("0")
@@ -46,21 +46,21 @@ def is_small_multiple(value: float) -> bool:
 
 
 def count(value: Any) -> Any:
-    """Return a number of characters, items or properties as an integer, which 2.0 is, too."""
+    """Return a count of characters, items or properties as an integer; 2.0 is one, too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def nudge_bounds(schema: dict[str, Any]) -> None:
-    """Put right the exclusive bounds of one schema that the compiler would include."""
+    """Correct the exclusive bounds of one schema that the compiler would include."""
     _nudge(schema, "Minimum", 1)
     _nudge(schema, "Maximum", -1)
 
 
 def bound_digits(schema: dict[str, Any]) -> None:
-    """Let the numbers of a range have ten digits behind the point at the most.
+    """Limit the numbers of a range to ten digits after the decimal point.
 
-    A small model that has begun a fraction may find no end to it. Numbers without a range stay as they are:
-    of these some have an exponent, which the compiler allows no multiple of anything.
+    A small model that has begun a fraction may not find its end. Numbers without a range stay unrestricted,
+    because some of them have an exponent, which the compiler does not allow together with `multipleOf`.
     """
     limits = [
         next((value for name in names if is_number(value := schema.get(name))), None)
@@ -76,9 +76,9 @@ def bound_digits(schema: dict[str, Any]) -> None:
 
 
 def _nudge(schema: dict[str, Any], bound: str, direction: int) -> None:
-    """Move a whole exclusive bound a little away from zero where the other one is less than 1 beyond it.
+    """Move an integral exclusive bound slightly away from zero if the opposite bound is less than 1 away.
 
-    llguidance 1.9 allows the bound itself then: 7 where a number has to be above 7 and at most 7.5.
+    llguidance 1.9 would allow the bound itself: 7 for a number above 7 and at most 7.5.
     """
     limit = schema.get(f"exclusive{bound}")
     facing = ("maximum", "exclusiveMaximum") if direction > 0 else ("minimum", "exclusiveMinimum")

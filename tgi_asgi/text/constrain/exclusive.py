@@ -1,6 +1,6 @@
-"""Whether no value matches two branches of a `oneOf`, so that it is `anyOf`.
+"""Detect when no value matches two branches of a `oneOf`, so that it means `anyOf`.
 
-The compiler sees that of strings and types by itself, but not of numbers and of properties.
+The compiler detects this for strings and types, but not for numbers and properties.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 from tgi_asgi.text.constrain.exact import is_number
 
-_MAX_BRANCHES = 50  # each is compared with each
+_MAX_BRANCHES = 50  # all pairs are compared
 
 
 def are_disjoint(branches: list[Any]) -> bool:
-    """Tell whether no value matches two of the branches."""
+    """Return whether no value matches two of the branches."""
     return len(branches) <= _MAX_BRANCHES and all(
         _excludes(first, second) or _excludes(second, first) for first, second in combinations(branches, 2)
     )
 
 
 def _excludes(first: Any, second: Any) -> bool:
-    """Tell whether an object that matches the first schema cannot match the second one."""
+    """Return whether an object that matches the first schema cannot match the second one."""
     if not (_is_object(first) and _is_object(second)):
         return False
     known = second.get("properties", {})
@@ -47,7 +47,7 @@ def _is_object(schema: Any) -> bool:
 
 
 def _values(schema: Any) -> set[str] | None:
-    """Return the constants that a schema allows, as texts that are equal where JSON's values are; or None."""
+    """Return the constants that a schema allows, as texts that are equal if the JSON values are; or None."""
     if not isinstance(schema, Mapping):
         return None
     values = [schema["const"]] if "const" in schema else schema.get("enum")

@@ -1,8 +1,8 @@
-"""Where an answer's text is free: no mask is needed before the first token of a mark, as of a tool call.
+"""Where an answer's text is free: before the first token of a mark, such as a tool call's, no mask is needed.
 
-What the grammar forbids there is the same whatever was written, so the sampler is given it once. Except for
-pieces of characters: which of them may come depends on the token before, and they are left to the model, as
-in an answer without a grammar.
+In free text the grammar forbids the same tokens at every position, so the sampler gets them once. Tokens with
+incomplete characters are an exception: which of them may come depends on the token before. They are left to
+the model, as in an answer without a grammar.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Matcher, Vocabulary
     from tgi_asgi.text.constrain.source import GrammarSource
 
-MAX_MASKED = 1024  # tokens that free text must not hold: more are left to masks
+MAX_MASKED = 1024  # tokens forbidden in free text; a grammar with more uses masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Part:
     """One free part of an answer.
 
     Attributes:
-        masked_ids: tokens that the grammar does not allow in it.
-        wakes: tokens behind which the grammar decides: they begin a mark, or have it in them.
-        following: the part behind each mark that is a token of its own.
-        otherwise: the part behind any other token.
+        masked_ids: Tokens that the grammar does not allow in this part.
+        wakes: Tokens after which the grammar decides: they begin a mark or contain one.
+        following: The part after each mark that is a single token.
+        otherwise: The part after any other token.
     """
 
     masked_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Part:
 
 
 class FreeText:
-    """The parts of a grammar's answers, of which the first is where an answer begins."""
+    """The free parts of a grammar's answers; an answer begins in the first one."""
 
     __slots__ = ("_parts",)
 
@@ -47,11 +47,11 @@ class FreeText:
         self._parts = parts
 
     def watch(self) -> Watch:
-        """Return the state of one choice that has no token yet."""
+        """Return the state of a choice that has no token yet."""
         return Watch(self._parts)
 
     def constrained(self, token_ids: Sequence[int]) -> list[int]:
-        """Return what a matcher must read of an answer: the marks before free parts, and what is not free."""
+        """Return the tokens a matcher must read: the marks before free parts, and all that is not free."""
         watch, marks = self.watch(), list[int]()
         for index, token_id in enumerate(token_ids):
             if token_id in watch.part.following:
@@ -62,11 +62,11 @@ class FreeText:
 
 
 class Watch:
-    """Whether a choice still writes free text.
+    """The position of a choice in free text, and whether it still writes any.
 
     Attributes:
-        part: where it is, while it does.
-        is_over: it does not, from the token pushed last on.
+        part: The current part, while the text is free.
+        is_over: Whether constrained text has begun, with the newest token.
     """
 
     __slots__ = ("_parts", "is_over", "part")
@@ -77,7 +77,7 @@ class Watch:
         self.is_over = False
 
     def push(self, token_id: int) -> bool:
-        """Take the next token; tell whether another part begins with it, or what is not free."""
+        """Process the next token; return whether another part, or constrained text, begins with it."""
         part = self.part
         if token_id in part.wakes:
             self.is_over = True
@@ -88,14 +88,14 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How a mark shows among tokens: as one of its own, or as the tokens that can begin or hold its text."""
+    """A mark as tokens: a single token of its own, or the tokens that can begin or contain its text."""
 
     own_id: int | None
     wakes: frozenset[int]
 
     @classmethod
     def of(cls, expression: str, texts: Iterable[tuple[int, bytes]]) -> Mark:
-        """Read a mark as grammars write it; `texts` are the tokens that are no special ones."""
+        """Read a mark's grammar expression; `texts` are the tokens that are not special."""
         if expression.startswith("<["):
             own_id = int(expression[2 : expression.index("]")])  # text may follow it
             return cls(own_id, frozenset((own_id,)))
@@ -105,7 +105,7 @@ class Mark:
 
 
 class FreeTexts:
-    """Finds what is free in grammars of one vocabulary; remembers the marks, which are a model's few."""
+    """A search for the free parts of grammars of one vocabulary, with a cache of the model's few marks."""
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -113,10 +113,10 @@ class FreeTexts:
         self._marks: dict[str, Mark] = {}
 
     def find(self, source: GrammarSource, matcher: Callable[[Sequence[int]], Matcher]) -> FreeText | None:
-        """Return where answers are free; None if they are not, or what they must not hold is too much.
+        """Return where answers are free; None if nowhere, or if too many tokens would have to be masked.
 
         Args:
-            matcher: makes one of the compiled grammar, behind some tokens.
+            matcher: Makes a matcher of the compiled grammar, after some tokens.
         """
         if not source.free:
             return None
@@ -135,7 +135,7 @@ class FreeTexts:
         for at, mark in enumerate(marks, start=len(parts)):
             is_last = mark is marks[-1]
             own = {} if mark.own_id is None or is_last else {mark.own_id: at + 1}
-            # What is behind an optional part is where an answer without it is, too.
+            # An answer without the optional part is in the same state as after that part.
             before = [] if opening is not None and is_last else path
             masked_ids = self._forbidden(matcher([*before, plain]))
             parts.append(Part(masked_ids, mark.wakes.difference(own), own, at))
@@ -148,28 +148,28 @@ class FreeTexts:
         return self._marks[expression]
 
     def _plain(self, marks: Sequence[Mark]) -> int | None:
-        """Return a token that is text and nothing else."""
+        """Return a token that is plain text and nothing else."""
         for token_id, data in self._texts():
             if data.isalpha() and data.isascii() and not any(token_id in mark.wakes for mark in marks):
                 return token_id
         return None
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
-        """Return the tokens that are no special ones."""
+        """Yield the tokens that are not special."""
         tokenizer = self._tokenizer
         for token_id in range(min(tokenizer.vocab_size, self._vocab_size)):
             if token_id not in tokenizer.special_ids:
                 yield token_id, tokenizer.token_bytes(token_id)
 
     def _forbidden(self, matcher: Matcher) -> tuple[int, ...]:
-        """Return the tokens that cannot follow, pieces of characters aside."""
+        """Return the tokens that cannot follow, except those with incomplete characters."""
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
         matcher.fill_mask(mask)
         flags = np.unpackbits(mask.view(np.uint8), count=self._vocab_size, bitorder="little")
         return tuple(token_id for token_id in np.flatnonzero(flags == 0).tolist() if self._is_whole(token_id))
 
     def _is_whole(self, token_id: int) -> bool:
-        """Tell whether a token is whole characters, or special."""
+        """Return whether a token consists of whole characters, or is special."""
         if token_id >= self._tokenizer.vocab_size or token_id in self._tokenizer.special_ids:
             return True
         try:

@@ -1,9 +1,10 @@
-r"""GBNF, llama.cpp's grammars, and the EBNF of XGrammar, whose words are the same, as llguidance's Lark.
+r"""Convert GBNF, the grammars of llama.cpp (and XGrammar's EBNF, with the same syntax), to llguidance's Lark.
 
     gbnf_to_lark('root ::= "\\u00e9"\n  | [^\\x00-\\x1f]')
 
-llguidance converts most of it. It spoils what is put right before: escapes of characters by number, classes
-in which its regexes see set operations, alternatives that begin a line, and a rule that is called `start`.
+llguidance's converter does most of the work. This module first rewrites what the converter gets wrong:
+numeric character escapes, character classes in which its regexes see set operations, alternatives that begin
+a line, and a rule named `start`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ _PIECE = re.compile(
     r'(?P<comment>#[^\n]*)|"(?P<text>(?:\\.|[^"\\])*)"|\[(?P<chars>(?:\\.|[^\]\\])*)\]', re.DOTALL
 )
 _NEXT_LINE = re.compile(r"((?:\r?\n[ \t]*)+)\|")
-_START = re.compile(r"(?<![\w-])start(?![\w-])")  # a name that `root` is given
+_START = re.compile(r"(?<![\w-])start(?![\w-])")  # the converter renames `root` to this
 _CHAR = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|(.)", re.DOTALL)
-_CONTROL = re.compile(r"([\x00-\x08\x0b\x0c\x0e-\x1f])")  # those without an escape of one letter
+_CONTROL = re.compile(r"([\x00-\x08\x0b\x0c\x0e-\x1f])")  # those without a single-letter escape
 _LETTERS = {"n": "\n", "r": "\r", "t": "\t"}
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
-_IN_CLASSES = re.compile(r"[\x00-\x1f^&~-]")  # what is written by number there
+_IN_CLASSES = re.compile(r"[\x00-\x1f^&~-]")  # written by number inside classes
 
 
 def is_gbnf(text: str) -> bool:
-    """Tell whether a grammar has a rule as GBNF writes it; Lark has one colon."""
+    """Return whether a grammar has a rule in GBNF's form (`::=`); Lark has a single colon."""
     return _RULE.search(text) is not None
 
 
@@ -32,7 +33,7 @@ def gbnf_to_lark(text: str) -> str:
     """Turn a grammar that begins with its rule `root` into one that begins with `start`.
 
     Raises:
-        ValueError: it is not GBNF; the message says where.
+        ValueError: if it is not GBNF; the message says where.
     """
     from llguidance.gbnf_to_lark import gbnf_to_lark as converted
 
@@ -46,13 +47,13 @@ def gbnf_to_lark(text: str) -> str:
         end = piece.end()
     plain += _START.sub("start_", text[end:])
     try:
-        return converted(_NEXT_LINE.sub(r"|\1", plain))  # the line before goes on
-    except Exception as error:  # the converter's own are nothing else
+        return converted(_NEXT_LINE.sub(r"|\1", plain))  # moves `|` to the end of the previous line
+    except Exception as error:  # the converter raises a bare Exception
         raise ValueError(str(error)) from None
 
 
 def _literal(text: str) -> str:
-    """Return a string in whose escapes are letters alone; control characters stand beside it, as classes."""
+    """Return a string with single-letter escapes only; other control characters become classes next to it."""
     chars = "".join(plain or _meant(escape) for escape, plain in _CHAR.findall(text))
     parts = [part for part in _CONTROL.split(chars) if part]
     spelled = [
@@ -63,7 +64,7 @@ def _literal(text: str) -> str:
 
 
 def _class(chars: str) -> str:
-    """Return a class of characters, in which nothing but `^` and `-` of GBNF's has a meaning."""
+    """Return a character class in which only GBNF's `^` and `-` keep their special meaning."""
     negation = "^" if chars.startswith("^") else ""
     spelled = [
         plain if plain == "-" else _in_class(plain or _meant(escape))
@@ -77,7 +78,7 @@ def _in_class(char: str) -> str:
 
 
 def _meant(escape: str) -> str:
-    """Return the character that is written as a backslash and this."""
+    """Return the character that an escape stands for, given without its backslash."""
     if len(escape) > 1:
         number = int(escape[1:], 16)
         if number > 0x10FFFF or 0xD800 <= number < 0xE000:

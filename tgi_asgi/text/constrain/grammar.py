@@ -1,11 +1,13 @@
 """Compiled grammars: which tokens may come next, computed by llguidance.
 
-`api` compiles in a worker thread, a runner asks for masks from its own; both release the GIL meanwhile.
-A mask costs 10 to 80 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time. It
-looks at all the text that must follow (15 us for 100 characters): behind a slow one that is looked up once.
+`api` compiles in a worker thread, and a runner requests masks from its own; both release the GIL meanwhile. A
+mask takes 10 to 80 us, or up to 15 ms for a hostile grammar: the limits below count fuel, not time. Computing
+a mask scans all text that must follow (15 us per 100 characters); after a slow mask that text is looked up
+once for all its tokens.
 
-What a grammar's lexer has built it keeps for all answers, up to a limit: a string with a `maxLength` takes
-four to ten states a character. When it is full, answers go on with another, which has what these need.
+A grammar's lexer keeps the states that it builds for all answers, up to a limit; a string with a `maxLength`
+needs four to ten states per character. When the lexer is full, answers continue with a new one, which holds
+only what they need.
 """
 
 from __future__ import annotations
@@ -26,21 +28,19 @@ from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.reason import reason_of, refusing_panics
 from tgi_asgi.text.constrain.source import GrammarSource
 
-MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 40 MB
+MAX_CACHED = 64  # compiled grammars; one uses from 10 kB to 40 MB
 
 _MAX_MASK_THREADS = 32
-_FEWEST_SHARED = 4  # masks that several threads compute: handing over costs as much as one does (15 us)
-_MAX_LEXER_STATES = 20_000  # 8 MB of JSON's strings, at most 40; as many bytes may one bounded string have
-_IS_FULL = "too many states"  # what the compiler says of them
-_SLOW_S = (
-    0.001  # a mask that takes longer may be slow for the text that must follow, and all of it is looked at
-)
+_FEWEST_SHARED = 4  # fewest masks to compute on several threads: handing over costs as much as a mask (15 us)
+_MAX_LEXER_STATES = 20_000  # 8 MB for JSON strings, at most 40; also the most bytes of one bounded string
+_IS_FULL = "too many states"  # the compiler's message about them
+_SLOW_S = 0.001  # a slower mask may be due to text that must follow, so all of that is looked up
 
 Mask = npt.NDArray[np.int32]  # [ceil(vocab_size / 32)]: bit i % 32 of word i / 32 allows token i
 
 
 class Vocabulary(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that is needed here."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -52,20 +52,20 @@ class Vocabulary(Protocol):
     def special_ids(self) -> frozenset[int]: ...
 
     def token_bytes(self, token_id: int, /) -> bytes:
-        """Return the token's own bytes in running text."""
+        """Return the token's own bytes within running text."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Turn text into ids."""
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary, and remembers those used last.
+    """A compiler of grammars for one vocabulary, with a cache of those used last.
 
-    Made without work: the trie over the vocabulary, 0.3 s for 50,000 tokens, waits for the first grammar. All
-    methods may be called from several threads at once.
+    Cheap to construct: the trie over the vocabulary, 0.3 s for 50,000 tokens, is built with the first
+    grammar. All methods may be called from several threads at once.
 
     Args:
-        vocab_size: of the model's logits, which may have more columns than the tokenizer tokens.
+        vocab_size: Number of the model's logits, which may exceed the tokenizer's number of tokens.
     """
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
@@ -78,11 +78,11 @@ class GrammarCompiler:
         self._free_texts = FreeTexts(tokenizer, vocab_size)
 
     def compile(self, source: GrammarSource) -> Grammar:
-        """Compile a grammar: milliseconds, up to a second for the largest.
+        """Compile a grammar, which takes milliseconds, and up to a second for the largest.
 
         Raises:
-            InvalidRequest: it is not valid, too complex, or holds what cannot be enforced; the message says
-                what.
+            InvalidRequest: if it is not valid, too complex, or contains something that cannot be enforced;
+                the message says what.
         """
         if not self._tokenizer.eos_ids:
             raise InvalidRequest("grammar is not supported: the model has no token that ends a text")
@@ -96,8 +96,9 @@ class GrammarCompiler:
                 self._backend = _make_backend(self._tokenizer, self._vocab_size)
                 self._executor = _make_executor()
         grammar = Grammar(partial(_make_matcher, self._backend, text), self._executor, source)
-        # The first mask builds most of the lexer, which copies share: here, and not while a batch waits.
-        # Some are too complex behind their first token only, and one whose text has no end behind the second.
+        # The first mask builds most of the lexer, which copies share; do that here and not while a batch
+        # waits. Some grammars are too complex only after their first token, and one whose text has no end
+        # after the second.
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
         matcher = grammar.matcher()
         for _ in range(3):
@@ -120,8 +121,8 @@ class Grammar:
     """A compiled grammar, shared by all requests that use it.
 
     Attributes:
-        source: what it was compiled from.
-        free: where its answers are free, if they are.
+        source: The grammar's text.
+        free: Where its answers are free, if anywhere.
     """
 
     __slots__ = ("_executor", "_lock", "_make", "_prototype", "free", "source")
@@ -135,17 +136,17 @@ class Grammar:
         self._lock = threading.Lock()
 
     def watch(self) -> Watch | None:
-        """Return what says from where on a choice needs a matcher; None if that is from its beginning."""
+        """Return the watch that tells when a choice needs a matcher; None if it needs one at once."""
         return None if self.free is None else self.free.watch()
 
     def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
-        """Return the state of one choice, after the tokens that it has already; free text is not read."""
+        """Return the state of a choice after the tokens that it already has; free text is skipped."""
         if self.free is not None:
             token_ids = self.free.constrained(token_ids)
         return Matcher(self, self._prototype, self._executor, token_ids)
 
     def renewed(self, full: Any) -> Any:
-        """Return a prototype other than `full`, whose lexer is: the first who asks compiles it."""
+        """Return a prototype other than `full`, whose lexer is full; the first caller compiles it."""
         with self._lock:
             if self._prototype is full:
                 self._prototype = self._make()
@@ -153,7 +154,7 @@ class Grammar:
 
 
 class Matcher:
-    """How far one choice has come in its grammar. For one thread at a time."""
+    """One choice's progress in its grammar. For one thread at a time."""
 
     __slots__ = ("_backend", "_executor", "_forced", "_grammar", "_prototype", "_token_ids")
 
@@ -164,7 +165,7 @@ class Matcher:
         self._prototype = prototype
         self._backend = prototype.deep_copy()
         self._executor = executor
-        self._forced: deque[int] = deque()  # what must come next, where it was looked up
+        self._forced: deque[int] = deque()  # tokens that must come next, if they were looked up
         self._token_ids = list(token_ids)  # all that it has read
         if token_ids:
             self._backend.consume_tokens(self._token_ids)
@@ -172,7 +173,7 @@ class Matcher:
 
     @property
     def error(self) -> str | None:
-        """What went wrong: the grammar is too complex here, or was given a token that it does not allow."""
+        """What went wrong: the grammar is too complex here, or it was given a token it does not allow."""
         return reason_of(self._backend.get_error()) if self._backend.is_error() else None
 
     @property
@@ -181,7 +182,7 @@ class Matcher:
         return bool(self._backend.is_stopped())
 
     def copy(self) -> Matcher:
-        """Return another one that has come as far."""
+        """Return another matcher with the same progress."""
         made = Matcher(self._grammar, self._prototype, self._executor)
         made._backend = self._backend.deep_copy()
         made._token_ids = self._token_ids.copy()
@@ -189,7 +190,7 @@ class Matcher:
         return made
 
     def fill_mask(self, mask: Mask) -> None:
-        """Write which tokens may come next: EOS only where the text may end. See `error` afterwards."""
+        """Write which tokens may come next; EOS only if the text may end here. Check `error` afterwards."""
         if self._fill_forced(mask):
             return
         begun_s = time.perf_counter()
@@ -200,7 +201,7 @@ class Matcher:
             self._look_ahead(mask)
 
     def accept(self, token_id: int) -> None:
-        """Move on by a token. See `error` afterwards."""
+        """Advance by a token. Check `error` afterwards."""
         if self._forced and self._forced.popleft() != token_id:
             self._forced.clear()
         self._token_ids.append(token_id)
@@ -215,7 +216,7 @@ class Matcher:
                 raise
 
     def _has_renewed(self) -> bool:
-        """Go on with another lexer if this one is full, be it of other answers; tell whether that was so."""
+        """Continue with a new lexer if this one is full, perhaps of other answers; return whether it was."""
         if not self._backend.is_error() or _IS_FULL not in self._backend.get_error():
             return False
         self._prototype = self._grammar.renewed(self._prototype)
@@ -224,7 +225,7 @@ class Matcher:
         return True
 
     def _fill_forced(self, mask: Mask) -> bool:
-        """Write the mask of a token that is known to come next; tell whether one is."""
+        """Write the mask of the token that must come next, if it is known; return whether it is."""
         if not self._forced:
             return False
         mask[:] = 0
@@ -232,21 +233,21 @@ class Matcher:
         return True
 
     def _look_ahead(self, mask: Mask) -> None:
-        """Where one token may come, find out what must follow it: the next masks need no computing."""
+        """If only one token may come, look up all that must follow, to save computing the next masks."""
         words = mask[np.flatnonzero(mask)].view(np.uint32)
         if words.size == 1 and int(words[0]).bit_count() == 1:
             self._forced.extend(self.forced_ids())
 
     def forced_ids(self) -> list[int]:
-        """Return the tokens that must come next, where there is one text and one way to write it; or none."""
-        ahead = self._backend.deep_copy()  # 1 to 10 us; what is too complex ahead must not end this one
+        """Return the tokens that must come next, if there is one text and one way to write it; or none."""
+        ahead = self._backend.deep_copy()  # takes 1 to 10 us; an error ahead must not end this matcher
         return list(ahead.compute_ff_tokens())
 
     @staticmethod
     def fill_masks(matchers: Sequence[Matcher], rows: Sequence[int], masks: Mask) -> None:
-        """Write the masks of several matchers to rows of masks [n_rows, n_words]; many of them on all cores.
+        """Write the masks of several matchers to rows of masks [n_rows, n_words]; many use all cores.
 
-        See each one's `error` afterwards.
+        Check each matcher's `error` afterwards.
         """
         todo = [
             (matcher, row)
@@ -280,8 +281,8 @@ def _make_matcher(backend: Any, text: str) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
-        max_items_in_row=10_000,  # an object of 2,000 optional properties
-        initial_lexer_fuel=300_000,  # 10 ms; 0.4 s and 50 MB, for a while, if counted repetitions are nested
+        max_items_in_row=10_000,  # enough for an object of 2,000 optional properties
+        initial_lexer_fuel=300_000,  # 10 ms; 0.4 s and, briefly, 50 MB for nested counted repetitions
         step_lexer_fuel=200_000,  # 15 ms
         step_max_items=50_000,  # 3 ms
         max_lexer_states=_MAX_LEXER_STATES,

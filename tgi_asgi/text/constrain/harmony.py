@@ -1,4 +1,4 @@
-"""What an answer in harmony's channels may consist of: thoughts, then text or a call."""
+"""The grammar of an answer in harmony's channels: reasoning, then text or a call."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def harmony_grammar(
     *,
     is_reasoning_open: bool = False,
 ) -> GrammarSource | None:
-    """Return the grammar of an answer, as `answer_grammar` does; a call ends it, which is this format's way.
+    """Return the grammar of an answer, as `answer_grammar` does; in this format a call ends the answer.
 
     Raises:
-        InvalidRequest: a strict schema is too large, or cannot be enforced.
+        InvalidRequest: if a strict schema is too large, or cannot be enforced.
     """
     if content is None and tools is None:
         return None
@@ -50,7 +50,7 @@ def harmony_grammar(
 
 
 def _calls(tools: Sequence[ToolArguments], channel: str, message: str, constrain: str) -> list[str]:
-    """Return the rules of a call, whose recipient stands before the channel or behind it."""
+    """Return the rules of a call, whose recipient comes before or after the channel."""
     calls = []
     for tool in tools:
         name = literal(tool.name)

@@ -1,4 +1,4 @@
-"""What llguidance says of a grammar, in JSON Schema's words, and what it says of a schema alone."""
+"""llguidance's messages about grammars and schemas, reworded in the terms of JSON Schema."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _WORDS = (
 
 
 def reason_of(message: str) -> str:
-    """Return what the compiler's message says, on one line, keywords in the words of JSON Schema."""
+    """Return the compiler's message on one line, with keywords in the terms of JSON Schema."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "unknown error"
     reason = _PLACE.sub("", lines[0])
-    if reason.endswith("regex parse error:"):  # the pattern follows, then the place, then the reason
+    if reason.endswith("regex parse error:"):  # followed by the pattern, the position and the reason
         cause = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
         reason = f"the regex (`pattern`) {''.join(lines[1:2])} is not supported: {cause}"
     for pattern, words in _WORDS:
@@ -47,10 +47,10 @@ def reason_of(message: str) -> str:
 
 @contextmanager
 def refusing_panics() -> Iterator[None]:
-    """Refuse what the compiler, which is written in Rust, panics on: its panics are no `Exception`s.
+    """Refuse input on which the compiler, written in Rust, panics; its panics are not `Exception`s.
 
     Raises:
-        InvalidRequest: it has panicked.
+        InvalidRequest: if it has panicked.
     """
     try:
         yield
@@ -67,10 +67,10 @@ def problem_of(schema: Mapping[str, Any]) -> str | None:
 
 
 def warnings_of(schema: Mapping[str, Any]) -> list[str]:
-    """Return what the compiler says that it would leave out of a schema.
+    """Return the compiler's warnings about parts of a schema that it would ignore.
 
     Raises:
-        InvalidRequest: it would not compile it at all.
+        InvalidRequest: if it would not compile the schema at all.
     """
     is_refused, messages = _validate(json.dumps({**schema, "x-guidance": {"lenient": True}}))
     if is_refused:
@@ -80,7 +80,7 @@ def warnings_of(schema: Mapping[str, Any]) -> list[str]:
 
 @lru_cache(_MAX_CACHED)
 def _validate(schema: str) -> tuple[bool, list[str]]:
-    """Compile a schema without a vocabulary, 0.1 to 1 ms: whether it is refused, and messages."""
+    """Compile a schema without a vocabulary, in 0.1 to 1 ms; return whether it is refused, and messages."""
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=200_000, verbose_errors=False)

@@ -1,9 +1,10 @@
-"""A JSON schema as llguidance can hold an answer to it, and the keywords of it that nothing can be held to.
+"""Adapt a JSON schema to what llguidance can enforce, and find the keywords that it cannot.
 
     schema, ignored = enforceable(schema, is_strict=False)
 
-What llguidance reads otherwise than JSON Schema 2020-12 means it is put right: what the result allows, the
-keywords that are left in it do, too. As deep as the schema: check its depth before.
+Keywords that llguidance reads differently from JSON Schema 2020-12 are rewritten, so that everything the
+result allows is also allowed by the keywords left in it. Recurses as deep as the schema: check its depth
+first.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _DATE = (
     r"|02-(?:0[1-9]|1\d|2[0-8]))"
     r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
 )
-_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}"}  # its own know no leap years
-_CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # of a literal that is one the compiler drops it
+_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}"}  # llguidance's lack leap years
+_CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # the compiler drops a control-character literal
 _FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 _UNENFORCEABLE = frozenset(
     {
@@ -41,11 +42,11 @@ _UNENFORCEABLE = frozenset(
         "$dynamicRef", "$recursiveRef",
     }
 )  # fmt: skip
-_MAX_PATTERNS = 16  # of an object: the compiler compares each with each, hundreds take minutes
+_MAX_PATTERNS = 16  # per object; the compiler compares all pairs, hundreds take minutes
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _VALUES = ("const", "enum", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_DATA = ("const", "enum", "default", "examples")  # what looks like a schema in these is none
+_DATA = ("const", "enum", "default", "examples")  # values that only look like schemas
 _OF_OTHERS = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"}
 )
@@ -54,16 +55,17 @@ _IN_WARNINGS = {"oneOf": ("oneOf",), "min/maxProperties": ("minProperties", "max
 
 
 def enforceable(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return a schema that the compiler understands, and the names of the keywords that it leaves out.
+    """Return a schema that the compiler understands, and the names of the keywords left out of it.
 
-    Objects that list their properties and say nothing of others get no others: the schema would allow any,
-    and a model that begins to invent some finds no end. The result may share parts with the given schema.
+    Objects that list their properties and say nothing about others get no others. The schema would allow any,
+    but a model that begins to invent properties does not stop. The result may share parts with the given
+    schema.
 
     Args:
-        is_strict: refuse a schema of which a keyword would be left out.
+        is_strict: Whether to refuse a schema of which a keyword would be left out.
 
     Raises:
-        InvalidRequest: it is strict and not all of it can be enforced, or no answer can match it.
+        InvalidRequest: if it is strict and not all of it can be enforced, or if no answer can match it.
     """
     adapter = _Adapter(schema, is_strict=is_strict)
     result: dict[str, Any] = adapter.adapt(schema)
@@ -72,18 +74,18 @@ def enforceable(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[dict[str
             raise InvalidRequest(f"cannot be enforced: {', '.join(adapter.left_out.values())[:300]}")
         return result, frozenset()
     ignored = set(adapter.left_out)
-    for warning in warnings_of(result):  # of what only the compiler can see
+    for warning in warnings_of(result):  # about what only the compiler can see
         for start, names in _IN_WARNINGS.items():
             ignored.update(names if warning.startswith(start) else ())
     return result, frozenset(ignored & adapter.keywords)
 
 
 class _Adapter:
-    """Adapts the schemas of one document.
+    """A converter for the schemas of one document.
 
     Attributes:
-        left_out: what was left out, by keyword, each in words for the client.
-        keywords: all that were met.
+        left_out: The parts left out, by keyword, each described for the client.
+        keywords: All keywords encountered.
     """
 
     def __init__(self, document: Mapping[str, Any], *, is_strict: bool) -> None:
@@ -114,7 +116,7 @@ class _Adapter:
         return result
 
     def _leave_out(self, schema: dict[str, Any]) -> None:
-        """Take from one schema what cannot be enforced."""
+        """Remove from one schema what cannot be enforced."""
         if schema.get("uniqueItems") is False:
             del schema["uniqueItems"]
         for name in sorted(_UNENFORCEABLE & schema.keys()):
@@ -129,7 +131,7 @@ class _Adapter:
             self._drop(schema, "format", form)
         reference = schema.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:
-            self._drop(schema, "$ref", reference)  # it may name an `$id`, which the compiler knows
+            self._drop(schema, "$ref", reference)  # it may refer to an `$id`, which the compiler knows
         pattern, names = schema.get("pattern"), schema.get("patternProperties")
         if isinstance(pattern, str):
             problem = problem_of({"type": "string", "pattern": pattern}) or (
@@ -145,14 +147,14 @@ class _Adapter:
             )
             if problem:
                 self._drop(schema, "patternProperties", problem)
-            if problem and "additionalProperties" in schema:  # these are all but the ones left out
+            if problem and "additionalProperties" in schema:  # all names that no dropped pattern covers
                 self._drop(schema, "additionalProperties")
 
     def _bound_below(self, schema: dict[str, Any]) -> None:
-        """Ask for no more properties than the compiler can count.
+        """Lower `minProperties` to what the compiler can count.
 
-        That is one more than is required: in an open object two may have the same name. Of an open object
-        that lists what it does not require the compiler wants one that is not listed.
+        It can count one more than the required properties, because an open object may have two with the same
+        name. In an open object that lists optional properties, the compiler would demand an unlisted one.
         """
         least, required, known = (schema.get(name) for name in ("minProperties", "required", "properties"))
         if not isinstance(least, int):
@@ -176,10 +178,10 @@ class _Adapter:
 
 
 def _put_right(schema: dict[str, Any]) -> None:
-    """Say what one schema says in the way in which the compiler understands it."""
-    schema.pop("$schema", None)  # keywords that an old draft lacks are meant, too
+    """Rewrite the keywords of one schema into the forms that the compiler understands."""
+    schema.pop("$schema", None)  # keywords newer than the draft apply, too
     schema.pop("$recursiveAnchor", None)
-    if "$dynamicAnchor" in schema:  # where no `$dynamicRef` is
+    if "$dynamicAnchor" in schema:  # a plain anchor without `$dynamicRef`
         schema.setdefault("$anchor", schema.pop("$dynamicAnchor"))
     if not isinstance(schema.get("items"), list):
         schema.pop("additionalItems", None)  # it would hide `prefixItems`
@@ -198,7 +200,7 @@ def _put_right(schema: dict[str, Any]) -> None:
 
 
 def _is_listed(schema: Mapping[str, Any]) -> bool:
-    """Tell whether a schema lists all properties that it needs, and says nothing of others."""
+    """Return whether a schema lists all properties that it needs, and says nothing about others."""
     properties, required = schema.get("properties"), schema.get("required", [])
     least = schema.get("minProperties", 0)
     return (
@@ -213,7 +215,7 @@ def _is_listed(schema: Mapping[str, Any]) -> bool:
 
 
 def _combines(schema: Any) -> bool:
-    """Tell whether an object's properties may be listed in several places, none of which knows them all."""
+    """Return whether an object's properties may be listed in several places that are each incomplete."""
     if isinstance(schema, list):
         return any(map(_combines, schema))
     if not isinstance(schema, Mapping):

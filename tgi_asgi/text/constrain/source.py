@@ -1,7 +1,7 @@
-"""What constrains an answer, as grammar text: JSON schemas, regexes, choices, EBNF, and how they combine.
+"""Constraints as grammar text: JSON schemas, regexes, choices, EBNF, and their combinations.
 
-Pure functions from what clients send to llguidance's Lark dialect, with limits that keep compiling short.
-Text only: `grammar.py` compiles it.
+Pure functions from client input to llguidance's Lark dialect, with limits that keep compilation short. Text
+only; `grammar.py` compiles it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from tgi_asgi.text.constrain.gbnf import gbnf_to_lark, is_gbnf
 from tgi_asgi.text.constrain.reason import refusing_panics
 from tgi_asgi.text.constrain.schema import enforceable
 
-MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
+MAX_CHARS = 128 * 1024  # of a grammar; compiling that much takes up to 0.1 s
 MAX_DEPTH = 64  # of a schema; the compiler itself stops at 128
-MAX_REFERENCES = 512  # the compiler recurses along chains of them: 5,000 overflow its stack
-MAX_PROPERTIES = 1_000  # in a schema; compiling is quadratic in those of an object: 9,000 take 7 s
-MAX_CONJUNCTS = 8  # regexes that must match together: time and memory are exponential in them
+MAX_REFERENCES = 512  # the compiler recurses along chains of them; 5,000 overflow its stack
+MAX_PROPERTIES = 1_000  # in a schema; compile time is quadratic in an object's properties: 9,000 take 7 s
+MAX_CONJUNCTS = 8  # regexes that must match together; time and memory are exponential in their number
 
 COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
 SPACED: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# Without \u0000: a property's name that is written so would pass for one that the schema does not list.
+# Without \u0000: a property name escaped that way would pass for one that the schema does not list.
 _ESCAPES: Mapping[str, Any] = {"json_allowed_escapes": 'nrbtf\\"'}
 
 
@@ -33,11 +33,11 @@ class GrammarSource:
     """A grammar that has not been compiled.
 
     Attributes:
-        lark: rules in llguidance's dialect, beginning with `start`.
-        parts: further grammars, which the rules name as `@<name>`.
-        ignored: keywords of schemas that it does not enforce, sorted.
-        free: marks up to each of which, in turn, an answer is any text.
-        opening: a mark without which, at the very beginning, the first of these parts is left out.
+        lark: Rules in llguidance's dialect, beginning with `start`.
+        parts: Further grammars, which the rules refer to as `@<name>`.
+        ignored: Schema keywords that the grammar does not enforce, sorted.
+        free: Marks; before each of them, in turn, an answer is any text.
+        opening: Mark that must begin the answer for the first of these parts to be present.
     """
 
     lark: str
@@ -48,7 +48,7 @@ class GrammarSource:
 
     @property
     def text(self) -> str:
-        """The whole as the compiler reads it; equal grammars have equal text."""
+        """The whole grammar as the compiler reads it; equal grammars have equal text."""
         named = [{"name": name, "lark_grammar": lark} for name, lark in self.parts]
         return json.dumps({"grammars": [{"lark_grammar": self.lark}, *named]})
 
@@ -57,23 +57,23 @@ def json_schema(schema: Mapping[str, Any] | bool, *, is_strict: bool = True) -> 
     """Constrain to JSON of a schema, without whitespace between tokens, properties in the schema's order.
 
     Args:
-        is_strict: refuse keywords that cannot be enforced, instead of naming them as ignored.
+        is_strict: Whether to refuse keywords that cannot be enforced, instead of listing them as ignored.
 
     Raises:
-        InvalidRequest: the schema is too large or too deep, cannot be matched, or not be enforced.
+        InvalidRequest: if the schema is too large or too deep, cannot be matched, or cannot be enforced.
     """
     text, ignored = inline_json(schema, COMPACT, is_strict=is_strict)
     return GrammarSource("start: " + text, ignored=tuple(sorted(ignored)))
 
 
-KINDS = ("json", "regex", "choice", "grammar", "json_object")  # of constraints, as clients call them
+KINDS = ("json", "regex", "choice", "grammar", "json_object")  # kinds of constraints, as clients name them
 
 
 def source_of(kind: str, value: Any, *, is_strict: bool = False) -> GrammarSource:
-    """Return what a value constrains to that a client sent for one of `KINDS`.
+    """Return the grammar for a client's value of one of `KINDS`.
 
     Raises:
-        InvalidRequest: the value is of the wrong shape, or as the functions below.
+        InvalidRequest: if the value has the wrong shape, or as the functions below.
     """
     match kind, value:
         case "json", _:
@@ -106,8 +106,8 @@ def inline_json(
 ) -> tuple[str, frozenset[str]]:
     """Return a schema as an expression inside a rule, and the keywords it ignores; raises as `json_schema`.
 
-    One that lists properties but gives no type describes an object, as in TGI's guides; by the letter of
-    JSON Schema it would allow numbers, too.
+    A schema that lists properties but no type describes an object, as in TGI's guides; by the letter of JSON
+    Schema it would allow numbers, too.
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
@@ -128,7 +128,7 @@ def regex(pattern: str) -> GrammarSource:
     r"""Constrain to texts that a regex matches as a whole; `\d`, `\w` and `\s` are ASCII.
 
     Raises:
-        InvalidRequest: the pattern is too long.
+        InvalidRequest: if the pattern is too long.
     """
     from llguidance import regex_to_lark
 
@@ -138,10 +138,10 @@ def regex(pattern: str) -> GrammarSource:
 
 
 def choice(texts: Sequence[str]) -> GrammarSource:
-    """Constrain to one of some texts.
+    """Constrain to one of several texts.
 
     Raises:
-        InvalidRequest: there are none, or too many.
+        InvalidRequest: if there are none, or too many.
     """
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("a choice takes a list of at least one string")
@@ -154,7 +154,7 @@ def ebnf(text: str) -> GrammarSource:
     """Constrain to a context-free grammar: Lark as llguidance reads it, or llama.cpp's GBNF.
 
     Raises:
-        InvalidRequest: it is too long, has too many rules, or is GBNF with a mistake.
+        InvalidRequest: if it is too long, has too many rules, or is GBNF with a mistake.
     """
     _check_size(text)
     try:
@@ -170,7 +170,7 @@ def ebnf(text: str) -> GrammarSource:
 
 
 def literal(text: str) -> str:
-    """Return a text as a string of the grammar's."""
+    """Return a text as a string literal of the grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -178,7 +178,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     """Check the size of a schema, without recursion.
 
     Raises:
-        InvalidRequest: it is too large, too deep, or holds what takes too long to compile.
+        InvalidRequest: if it is too large, too deep, or contains something that takes too long to compile.
     """
     num_references = num_properties = num_patterns = 0
     has_conjunction = False
@@ -200,7 +200,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
 
 def _walk(schema: object) -> Iterator[tuple[int, str | None, object]]:
-    """Yield (depth, key, value) of all that is in a JSON value."""
+    """Yield (depth, key, value) for everything inside a JSON value."""
     waiting: list[tuple[int, object]] = [(0, schema)]
     while waiting:
         depth, value = waiting.pop()

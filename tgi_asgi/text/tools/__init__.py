@@ -27,7 +27,7 @@ __all__ = [
 def choose_format(template: str, wanted: str | None = None) -> ToolFormat:
     """Return the format that a chat template's model was trained on, or the operator's choice.
 
-    Templates that are not recognised get the generic one.
+    Templates that are not recognised get the generic format.
     """
     return FORMATS[wanted] if wanted is not None else recognised_format(template) or GENERIC
 
@@ -38,7 +38,7 @@ def recognised_format(template: str) -> ToolFormat | None:
 
 
 def assumption(template: str, *, has_tools: bool) -> str | None:
-    """Return what is assumed of a model whose template shows tools in a way that is not known, or None."""
+    """Return the assumption made about a model whose template shows tools in an unknown way, or None."""
     if not has_tools or recognised_format(template) is not None or harmony.recognises(template):
         return None
     return (
@@ -48,5 +48,5 @@ def assumption(template: str, *, has_tools: bool) -> str | None:
 
 
 def channels_of(template: str) -> str | None:
-    """Return harmony's name if a chat template's source shows its channels, else None."""
+    """Return harmony's name if a chat template's source shows its channels, otherwise None."""
     return harmony.NAME if harmony.recognises(template) else None

@@ -1,6 +1,6 @@
-"""One choice's text, taken apart while it is generated: reasoning, content, tool calls.
+"""Split one choice's text while it is generated: reasoning, content, tool calls.
 
-Made by `api` for each choice that may have more than content; knows no wire format.
+Created by `api` for each choice that may have more than content; knows no wire format.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
 class AnswerParser:
-    """Splits an answer into pieces. Markers are never shown, nor text that may turn out to be one.
+    """An incremental parser of an answer. Markers are never shown, nor is text that may turn out to be one.
 
         parser = AnswerParser(style, format, is_reasoning_open=False)
         for text in texts: pieces = parser.push(text)
         pieces = parser.finish()
 
     Args:
-        style: how reasoning is marked, or None if the answer has none.
-        tools: how calls are written, or None if there are none.
-        specs: the tools that may be called.
-        is_reasoning_open: the prompt has opened the reasoning section.
-        must_call: the grammar lets nothing but calls follow the reasoning.
-        wrapper: what the model may write around the text of its answer.
+        style: Markers of the reasoning section, or None if the answer has none.
+        tools: Format of the calls, or None if there are none.
+        specs: Tools that may be called.
+        is_reasoning_open: Whether the prompt has opened the reasoning section.
+        must_call: Whether the grammar allows only calls after the reasoning.
+        wrapper: Markers that the model may write around the text of its answer.
 
     Attributes:
-        is_reasoning: the text is inside the reasoning section.
+        is_reasoning: Whether the text is inside the reasoning section.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class AnswerParser:
         self._specs = specs
         self._calls: CallParser | None = None
         self._held = ""
-        self._num_known = 0  # characters of what is held in which no marker is looked for
-        self._opening = ""  # the marker that led to the calls, and blanks before it
-        self._has_called = False  # since then
+        self._num_known = 0  # leading characters of `_held` in which no marker is searched
+        self._opening = ""  # the marker that led to the calls, with the blanks before it
+        self._has_called = False  # since that marker
         self._num_read = 0  # characters so far
         self._has_content = False
         self._may_reason = style is not None and not is_reasoning_open
@@ -62,13 +62,13 @@ class AnswerParser:
         self._is_after_section = False
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         self._held += text
         self._num_read += len(text)
         return self._read(is_end=False)
 
     def finish(self) -> list[Piece]:
-        """Return what was held back, at the end of the answer."""
+        """Return the pieces that were held back, at the end of the answer."""
         pieces = self._read(is_end=True) if self._calls is None else []
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
@@ -94,7 +94,7 @@ class AnswerParser:
                 return pieces
 
     def _begin_reasoning(self, is_end: bool) -> bool:
-        """Look for the section's start; False while it cannot be told yet."""
+        """Look for the section's start; return False while that is undecided."""
         assert self._style is not None
         start, head = self._style.start, self._held.lstrip()
         if head.startswith(start):
@@ -106,7 +106,7 @@ class AnswerParser:
         return True
 
     def _take_reasoning(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Give out reasoning; True once the section has ended."""
+        """Emit reasoning; return True once the section has ended."""
         assert self._style is not None
         if self._label and self._label.startswith(self._held) and self._held != self._label and not is_end:
             return False
@@ -125,7 +125,7 @@ class AnswerParser:
         return True
 
     def _unwrap(self, is_end: bool) -> bool:
-        """Look for what stands before the answer's text; False while it cannot be told yet."""
+        """Look for the marker before the answer's text; return False while that is undecided."""
         head = self._held.lstrip()
         found = next((start for start in self._starts if head.startswith(start)), None)
         if found is None and not is_end and any(start.startswith(head) for start in self._starts):
@@ -138,7 +138,7 @@ class AnswerParser:
         return True
 
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Give out text; True where calls were read, and text follows them."""
+        """Emit text; return True if calls were read and text follows them."""
         tools = self._tools
         if tools is None:
             self._give(pieces, 0, is_end=is_end)
@@ -158,15 +158,16 @@ class AnswerParser:
                 pieces.append(Content(before, self._num_read - len(self._held)))
             size = at + len(marker) if marker == tools.marker else at
             return self._enter_calls(pieces, tools, self._held[size_before:size], self._held[size:])
-        is_cut = is_end and self._must_call  # inside a marker: no text for anyone
+        is_cut = is_end and self._must_call  # inside a marker, so not text to show
         held = max(_num_held(self._held, marker, self._num_known) for marker in markers)
         self._give(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> tuple[bool, bool]:
-        """Read an answer that is either text (JSON among it) or calls, as its beginning tells.
+        """Read an answer whose beginning decides whether it is text (possibly JSON) or calls.
 
-        Returns: whether it is known which, and whether calls were read and text follows them.
+        Returns:
+            Whether the decision has been made, and whether calls were read and text follows them.
         """
         head = self._held.lstrip()
         is_call: bool | None = False
@@ -182,7 +183,7 @@ class AnswerParser:
         return is_known, False
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, opening: str, rest: str) -> bool:
-        """Read calls; True where they have ended, and text follows."""
+        """Read calls; return True if they have ended and text follows."""
         self._calls, self._opening, self._held = tools.parser(self._specs), opening, rest
         self._has_called = False
         return self._read_calls(pieces)
@@ -198,7 +199,7 @@ class AnswerParser:
         return self._calls is None
 
     def _leave_calls(self, rest: str) -> None:
-        """Go on with text; what was taken for a marker is part of it if no call came."""
+        """Continue with text; if no call came, the supposed marker is part of the text."""
         self._calls = None
         self._held = rest if self._has_called else self._opening + rest
         self._num_known = 0 if self._has_called else len(self._opening) + 1
@@ -214,9 +215,10 @@ class AnswerParser:
             self._has_content = True
 
     def _num_closing(self, num_held: int, is_end: bool) -> int:
-        """Return how much to hold where the last characters are held, and what may close the wrapper is.
+        """Return how many characters to hold back, so that a closing wrapper is held back as well.
 
-        That is no text if nothing follows it but calls.
+        `num_held` is how many are already held back. The end of the wrapper is not text if only calls follow
+        it.
         """
         text = self._held[: len(self._held) - num_held]
         at = text.rfind(self._end)
@@ -225,7 +227,7 @@ class AnswerParser:
         return num_held if is_end else num_held + _num_held(text, self._end)
 
     def _release(self, num_held: int) -> str:
-        """Return what is held, but for the last characters."""
+        """Return the held text except for its last `num_held` characters."""
         size = len(self._held) - num_held
         shown, self._held = self._held[:size], self._held[size:]
         self._num_known = max(0, self._num_known - size)
@@ -233,9 +235,9 @@ class AnswerParser:
 
 
 def _num_held(text: str, marker: str, num_known: int = 0) -> int:
-    """Return how much of the end of `text` to hold: what may begin the marker, and blanks before it.
+    """Return how much of the end of `text` to hold: a possible start of the marker, and blanks before it.
 
-    The first `num_known` characters begin none.
+    No marker starts in the first `num_known` characters.
     """
     size = num_held(text[num_known:], marker)
     shown = text[: len(text) - size]

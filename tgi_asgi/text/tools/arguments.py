@@ -1,4 +1,4 @@
-"""What the arguments of a tool may be: its schema, and expressions of it for the formats' grammars."""
+"""The arguments of a tool: its schema, and grammar expressions of it for the tool-call formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additio
 class ToolSpec:
     """A function that may be called.
 
-    `is_strict`: a keyword of its parameters that cannot be enforced refuses the request; else it is ignored.
+    `is_strict`: Whether a keyword of its parameters that cannot be enforced refuses the request; otherwise
+    the keyword is ignored.
     """
 
     name: str
@@ -35,14 +36,14 @@ class ToolSpec:
         return properties if isinstance(properties, Mapping) else {}
 
 
-# What may say more of a text or a truth value than its type.
+# Keywords that restrict a text or a boolean beyond its type.
 CONDITIONS = frozenset(
     {
         "enum", "const", "pattern", "minLength", "maxLength", "format", "$ref", "$dynamicRef", "anyOf",
         "oneOf", "allOf", "not", "if",
     }
 )  # fmt: skip
-# What a schema of arguments may say where each is written by itself: nothing that binds them together.
+# Keywords allowed in a schema if each argument is written separately; none relates several arguments.
 _OF_EACH = frozenset(
     {
         "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id",
@@ -52,14 +53,14 @@ _OF_EACH = frozenset(
 
 
 class ToolArguments:
-    """One tool's arguments as expressions of a grammar, spaced as models have learned to write JSON.
+    """One tool's arguments as grammar expressions, with JSON spaced as models have learned to write it.
 
-    A schema that is too large, or no schema at all, refuses a strict tool. The arguments of another one are
-    free then, and `ignored` names it: an agent's twenty other tools are still worth a call.
+    A strict tool is refused if its schema is too large or invalid. The arguments of any other such tool are
+    unconstrained, and `ignored` names it, because an agent's twenty other tools remain usable.
 
     Attributes:
-        name: the tool's.
-        ignored: keywords that its expressions do not enforce; `tools.<name>` where they enforce none.
+        name: Name of the tool.
+        ignored: Keywords that its expressions do not enforce; `tools.<name>` if they enforce none.
     """
 
     def __init__(self, spec: ToolSpec) -> None:
@@ -72,10 +73,11 @@ class ToolArguments:
         return self._expression(self._spec.schema, otherwise={"type": "object"})
 
     def each(self) -> Iterator[tuple[str, Any, bool]]:
-        """Yield name, schema and whether it is required of each, for formats that write them one by one.
+        """Yield each argument's name, schema and whether it is required, for formats that write each alone.
 
         Raises:
-            InvalidRequest: the tool is strict, and its schema says more than such a format can hold to.
+            InvalidRequest: if the tool is strict, and its schema requires more than such a format can
+                enforce.
         """
         schema, properties = self._spec.schema, self._spec.properties
         beyond = sorted(schema.keys() - _OF_EACH)
@@ -101,7 +103,7 @@ class ToolArguments:
                 yield name, {}, True
 
     def value(self, schema: Any) -> str:
-        """Return one argument's value: JSON, booleans also as Python writes them."""
+        """Return one argument's value: JSON, with booleans also as Python writes them."""
         if isinstance(schema, Mapping) and schema.get("type") == "boolean" and not CONDITIONS & schema.keys():
             return '("true" | "false" | "True" | "False")'
         whole = self._spec.schema
@@ -110,17 +112,17 @@ class ToolArguments:
         return self._expression({**described, **shared}, otherwise={})
 
     def definition(self, reference: str) -> Any:
-        """Return the part of the tool's schema that `#/...` names, or None."""
+        """Return the part of the tool's schema that `#/...` refers to, or None."""
         found: Any = self._spec.schema
         for key in reference.removeprefix("#/").split("/"):
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
     def leave_out(self, keywords: Collection[str]) -> None:
-        """Note keywords that a format cannot hold its arguments to.
+        """Record keywords that a format cannot enforce.
 
         Raises:
-            InvalidRequest: the tool is strict.
+            InvalidRequest: if the tool is strict.
         """
         if self._spec.is_strict and keywords:
             raise InvalidRequest(

@@ -1,6 +1,6 @@
-"""What a family's tool-call format has to say: how calls are written, as a grammar, and how they are read.
+"""The interface of a family's tool-call format: the grammar of calls, and their parser.
 
-A `ToolFormat` is one row of `formats.py`, of a class for all that are written alike.
+A `ToolFormat` is one row of `formats.py`; formats that write calls alike share a class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the answer's text; `start` is its place in all that was read, markers included."""
+    """A piece of the answer's text; `start` is its offset in everything read so far, markers included."""
 
     text: str
     start: int = field(default=0, compare=False)
@@ -25,14 +25,14 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of what the model thinks before it answers."""
+    """A piece of the model's reasoning before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins; pieces of its arguments follow, until the next one."""
+    """The beginning of a call; pieces of its arguments follow, until the next call."""
 
     name: str
 
@@ -47,26 +47,26 @@ class CallArguments:
 Piece = Content | Reasoning | CallStart | CallArguments
 
 
-Mark = Callable[[str], str]  # a marker as an expression of a grammar: a special token, or its text
+Mark = Callable[[str], str]  # turns a marker into a grammar expression: a special token, or its text
 
 
 class CallParser(Protocol):
-    """Reads calls as they are written, from behind the marker on.
+    """A parser of calls as models write them, starting after the marker.
 
-    Models leave out ends, add blanks and fences, write several calls in one place, call what there is not,
-    and go on with text: what is no call of a known tool is handed back.
+    Models omit end markers, add blanks and fences, write several calls in one section, call unknown tools,
+    and continue with text. Everything that is no call of a known tool is returned as text.
 
     Attributes:
-        rest: what follows the calls, once that is known; all that was read if the first is none.
+        rest: The text after the calls, once it is known; all text read if there is no call.
     """
 
     rest: str | None
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells; not to be called once there is a `rest`."""
+        """Return the pieces in the next part of the text; must not be called once there is a `rest`."""
 
     def finish(self) -> str:
-        """Return what was begun and is no call, at the end of the answer."""
+        """Return the text that looked like the start of a call but is none, at the end of the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +74,15 @@ class ToolFormat(ABC):
     """One family's way to write calls.
 
     Attributes:
-        name: what operators call it: vLLM's name where it has one.
-        families: the models that write it, for the documents.
-        shows: texts that a chat template of it has, all of a group.
-        lacks: texts that none of its templates has, by which it is told from formats that share the others.
-        marker: the text that opens the first call, or "" where a call begins the whole answer.
-        openers: further texts that do, which some models write in its place; the parser reads them, too.
-        markers: every text of the format that some tokenizers have a token of its own for.
-        first: where `marker` is "": the character that tells a call from text, which must not begin with it;
-            "" where any character may begin either.
+        name: Name for operators; vLLM's name if it has one.
+        families: Models that write this format, for the documentation.
+        shows: Groups of texts; a chat template of this format contains all texts of at least one group.
+        lacks: Texts that none of its templates contain, to exclude formats that share the texts in `shows`.
+        marker: Text that opens the first call, or "" if a call begins the whole answer.
+        openers: Alternative texts that some models write instead; the parser reads them, too.
+        markers: Every text of the format for which some tokenizers have a single token.
+        first: If `marker` is "": the character that begins a call and must not begin text; "" if any
+            character may begin either.
     """
 
     name: str
@@ -96,29 +96,29 @@ class ToolFormat(ABC):
 
     @property
     def may_begin(self) -> bool:
-        """Whether an answer may begin with a call that has no marker: `begins` tells."""
+        """Whether an answer may begin with a call that has no marker, as decided by `begins`."""
         return not self.marker
 
     def recognises(self, template: str) -> bool:
-        """Tell from a chat template's source whether its model was trained on this format."""
+        """Return whether a chat template's source shows that its model was trained on this format."""
         is_shown = any(all(text in template for text in group) for group in self.shows)
         return is_shown and not any(text in template for text in self.lacks)
 
     def begins(self, text: str, names: Collection[str]) -> bool | None:
-        """Tell whether an answer that begins so is a call without a marker; None: not known yet."""
+        """Return whether an answer with this beginning is a call without a marker; None: not known yet."""
         return False
 
     @abstractmethod
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        """Return grammar rules, of which `calls` is what follows the marker."""
+        """Return grammar rules, in which `calls` is everything after the marker."""
 
     @abstractmethod
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        """Return a reader of one answer's calls; the tools tell the types of what is not written as JSON."""
+        """Return a parser for one answer's calls; `tools` give the types of values not written as JSON."""
 
 
 def alternatives(rule: str, expressions: Sequence[str]) -> str:
-    """Return a rule of several expressions."""
+    """Return a rule with several alternatives."""
     return f"{rule}: " + " | ".join(expressions)
 
 
@@ -126,15 +126,15 @@ _BLANKS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n
 
 
 def spelled(text: str, mark: Mark, markers: Sequence[str]) -> str:
-    """Return a text as an expression of a grammar, markers in it as `mark` writes them.
+    """Return a text as an expression of a grammar, with its markers as `mark` writes them.
 
-    `%d` stands for a number, `%s` for an id, `%_` and `%n` for a blank and a line's end that may be left out.
+    `%d` stands for a number, `%s` for an id, `%_` and `%n` for an optional blank and an optional newline.
     """
     known = sorted(markers, key=len, reverse=True)
     expressions: list[str] = []
     plain = ""
-    # A line's end is a lexeme of its own: the compiler's lexer, which never goes back, could not tell
-    # "\n" before a further call from "\n</calls>" else.
+    # A newline is a lexeme of its own. The compiler's lexer never backtracks and could not tell "\n" before a
+    # further call from "\n</calls>" otherwise.
     for part in re.split("|".join(["(%[ds_n]", r"\n", *map(re.escape, known)]) + ")", text):
         special = (
             literal(part) if part == "\n" else _BLANKS.get(part) or (mark(part) if part in known else "")

@@ -1,7 +1,8 @@
-"""Every tool-call format, a row each: what stands where, and what tells a template of it from others.
+"""Every tool-call format, one row each: its texts, and how its templates are recognised.
 
-A template is of one format at most: a test holds that of all templates that llama.cpp and vLLM carry. Where a
-family's marks are part of another's, the other's row says what it lacks.
+A template matches at most one format; a test checks this for all templates that llama.cpp and vLLM include.
+If a family's marks are part of another's, the row of the former lists in `lacks` the texts that exclude the
+latter.
 """
 
 # ruff: noqa: RUF001  # the bars are DeepSeek's own
@@ -40,7 +41,7 @@ GENERIC = JsonFormat(
 
 _DS_BEGIN, _DS_END, _DS_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 _DS_CALLS, _DS_CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-# With and without the kind and the fence, which both of DeepSeek's versions now forget and now write.
+# With or without the kind and the fence: both DeepSeek versions sometimes write and sometimes omit them.
 _DS_HEAD = re.compile(
     f'(?:function{_DS_SEP})?([\\w.-]+)\\s*(?:{_DS_SEP}\\s*)?(?:```(?:json)?\\s*)?(\\{{\\s*["}}])'
 )

@@ -1,4 +1,4 @@
-"""Gemma's calls: `call:f{key:value,...}`, where a token of its own stands for the quotes of strings."""
+"""Gemma's calls: `call:f{key:value,...}`, with a special token as the quotes of strings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ from tgi_asgi.text.tools.pythonic import keywords
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
-_SAID = frozenset(
-    {"type", "description", "title", "default", "examples"}
-)  # of a value, and bind nothing more
+_SAID = frozenset({"type", "description", "title", "default", "examples"})  # keywords that add no condition
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
-_MAX_DEPTH = 16  # of what is enforced: references may lead in circles
+_MAX_DEPTH = 16  # of the enforced part: references may be circular
 _SCALARS = ("integer", "number", "boolean", "null")
 _FREE = """gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
 | gemma_list | gemma_object
@@ -38,11 +36,11 @@ gemma_item: /[a-zA-Z0-9_-]+/ ":" gemma_value"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmaFormat(ToolFormat):
-    """`<|tool_call>call:f{a:1,s:<|"|>text<|"|>}<tool_call|>`, once a call.
+    """`<|tool_call>call:f{a:1,s:<|"|>text<|"|>}<tool_call|>`, repeated for each call.
 
     Attributes:
-        quote: what stands on both sides of a string.
-        end: what stands behind a call.
+        quote: Text on both sides of a string.
+        end: Text after a call.
     """
 
     quote: str
@@ -68,14 +66,14 @@ class GemmaFormat(ToolFormat):
 
 
 class _Values:
-    """Writes the rules of one tool's values."""
+    """The grammar rules of one tool's values."""
 
     def __init__(self, rule: str, tool: ToolArguments, quote: str) -> None:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
 
     def items(self, each: Iterable[tuple[str, Any, bool]], depth: int = 0) -> list[str]:
-        """Return rules of the items of the tool's object number n; `<rule>_<n>_first_0` is all of them."""
+        """Return rules for the items of the tool's n-th object; `<rule>_<n>_first_0` matches all of them."""
         name = f"{self._rule}_{self._num_objects}"
         self._num_objects += 1
         lines: list[str] = []
@@ -85,7 +83,7 @@ class _Values:
         return [*lines, *keywords(name, keys, ",")]
 
     def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
-        """Return the expression of a value; what it needs goes to `lines`."""
+        """Return the expression of a value; append the rules that it needs to `lines`."""
         described = self._resolved(schema) if isinstance(schema, Mapping) and depth < _MAX_DEPTH else {}
         said = described.keys() - _SAID
         if said == {"const"} or said == {"enum"}:
@@ -118,7 +116,7 @@ class _Values:
         return "gemma_value"
 
     def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Any) -> None:
-        """Say what is not enforced of a schema; one that is none at all is refused, or free, by its tool."""
+        """Report unenforced keywords; an invalid schema is refused, or left free, by its tool."""
         num_ignored = len(self._tool.ignored)
         self._tool.value(schema)
         is_free = kind in ("string", "array", "object") and not described.keys() - _SAID
@@ -127,7 +125,7 @@ class _Values:
             self._tool.leave_out(said - _OF_OBJECTS - {"items"} or said)
 
     def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what a reference to one of the tool's definitions stands for; {} where there is none."""
+        """Resolve a reference to one of the tool's definitions; return {} if there is none."""
         reference = schema.get("$ref")
         if not isinstance(reference, str):
             return schema
@@ -135,7 +133,7 @@ class _Values:
         return found if isinstance(found, Mapping) and "$ref" not in found else {}
 
     def _written(self, value: Any) -> str:
-        """Return the one way to write a value."""
+        """Return the only way to write a value."""
         if isinstance(value, str):
             return f"{self._quote} {literal(value)} {self._quote}"
         if isinstance(value, list):
@@ -153,21 +151,21 @@ def _items(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
 
 
 class _GemmaParser:
-    """Reads calls; a call's arguments come out once it is complete."""
+    """A parser that emits a call's arguments once the call is complete."""
 
     def __init__(self, tools: Sequence[ToolSpec], form: GemmaFormat) -> None:
         self.rest: str | None = None
         self._schemas = {tool.name: tool.properties for tool in tools}
         self._form = form
         self._buffer = ""
-        self._opening = ""  # what was skipped, and is text if no call follows
+        self._opening = ""  # skipped text, which counts as text if no call follows
         self._name: str | None = None  # of the call whose arguments are being read
         self._has_called = False
         self._depth = 0
         self._is_in_string = False
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         pieces: list[Piece] = []
         for at, character in enumerate(text):
             self._buffer += character
@@ -181,13 +179,13 @@ class _GemmaParser:
         return pieces
 
     def finish(self) -> str:
-        """Return what was begun and is no call; of one that has begun, nothing is."""
+        """Return the text that resembled a call but is none; nothing of a call that has begun."""
         if self._name is not None:
             return ""
         return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
 
     def _skip(self, pieces: list[Piece]) -> None:
-        """Look for the next call, behind marks and blanks."""
+        """Look for the next call, after marks and blanks."""
         text = self._buffer.lstrip()
         name, brace, _ = text.removeprefix(_CALL).partition("{")
         if text.startswith(_CALL) and brace and name in self._schemas:
@@ -221,7 +219,7 @@ class _GemmaParser:
 
 
 def _to_json(text: str, quote: str, schemas: Mapping[str, Any]) -> str:
-    """Turn `a:1,b:[...]}` into a JSON object; an empty one where it nests too deeply to be anyone's."""
+    """Turn `a:1,b:[...]}` into a JSON object; an empty one if it is nested too deeply."""
     try:
         return json.dumps(_Reader(text, quote).items(schemas), ensure_ascii=False)
     except RecursionError:
@@ -229,13 +227,13 @@ def _to_json(text: str, quote: str, schemas: Mapping[str, Any]) -> str:
 
 
 class _Reader:
-    """Reads values whose brackets and quotes are known to match."""
+    """A reader of values whose brackets and quotes are known to match."""
 
     def __init__(self, text: str, quote: str) -> None:
         self._text, self._quote, self._at = text, quote, 0
 
     def items(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
-        """Read items up to the bracket that closes them; `schemas` tell what a string stands for."""
+        """Read items up to their closing bracket; `schemas` give the types of strings."""
         result: dict[str, Any] = {}
         while self._at < len(self._text) and not self._take("}"):
             if self._take(","):
@@ -262,7 +260,7 @@ class _Reader:
                 if not self._take(",") and not self._take("}"):
                     items.append(self._value())
             return items
-        if self._text.startswith('"', self._at):  # as JSON has it
+        if self._text.startswith('"', self._at):  # as in JSON
             try:
                 value, self._at = json.JSONDecoder(strict=False).raw_decode(self._text, self._at)
             except ValueError:
@@ -286,7 +284,7 @@ class _Reader:
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """Return what a string stands for where it must be none: FunctionGemma quotes numbers, too."""
+    """Convert a string if its schema requires another type: FunctionGemma quotes numbers, too."""
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind in (None, "string") or (isinstance(kind, list) and "string" in kind):
         return text

@@ -1,6 +1,6 @@
-"""Tools for chat templates that know none: a system prompt, and the history spelled out as text.
+"""Tools for chat templates without tool support: a system prompt, and the history written out as text.
 
-It is the prompt that Hermes models were trained on, with their format, as docs/structured-outputs.md says.
+The prompt is the one that Hermes models were trained on, with their format; see docs/structured-outputs.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# Where a template looks for tools: in a message, or where it is given them.
+# Where a template looks for tools: in a message, or in the variable `tools`.
 _IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
 _AS_VARIABLE = re.compile(r"(?<![.\w'\"|])tools\b(?!['\"|])")
 _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 
 
 def _prompt(tools: Sequence[dict[str, Any]]) -> str:
-    """Return what the system message says of the tools."""
+    """Return the system message's text about the tools."""
     lines = "\n".join(_dump(tool) for tool in tools)
     return (
         "You may call one or more functions to assist with the user query.\n\n"
@@ -62,7 +62,7 @@ def spell_out(
 def with_own_tools(
     messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str
 ) -> list[dict[str, Any]]:
-    """Return messages with the tools in the system message, where a template looks there (Phi-4-mini's)."""
+    """Return messages with the tools in the system message, if the template reads them there (Phi-4-mini)."""
     if not tools or not _IN_MESSAGE.search(template) or _AS_VARIABLE.search(template):
         return list(messages)
     functions = _dump([tool.get("function", tool) for tool in tools])
@@ -74,7 +74,7 @@ def with_own_tools(
 
 
 def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-    """Return messages with TGI's `tool_prompt` behind the last one's text, as TGI put it there."""
+    """Return messages with TGI's `tool_prompt` appended to the last one's text, as TGI does."""
     *before, last = messages
     content, text = last.get("content") or "", f"\n---\n{prompt}"
     added = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
@@ -82,7 +82,7 @@ def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dic
 
 
 def shorten_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Return a history with ids of nine characters where the template refuses all others, as Mistral's do.
+    """Return a history with ids of nine characters, if the template refuses all others, as Mistral's do.
 
     OpenAI's clients send back the ids that they were given, which are longer.
     """
@@ -102,14 +102,14 @@ def shorten_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[
 
 
 def _short(call_id: str) -> str:
-    """Return an id of nine letters and digits: a given one unchanged, equal ones from equal ones."""
+    """Return an id of nine letters and digits: the given id if it has that form, else a hash of it."""
     if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
         return call_id
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # integers may be of any size, which orjson refuses
+    return json.dumps(value, ensure_ascii=False)  # orjson refuses large integers
 
 
 def _call(call: dict[str, Any]) -> str:

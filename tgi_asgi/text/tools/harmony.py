@@ -1,9 +1,9 @@
-"""Harmony, gpt-oss's format: an answer is messages in channels, of thoughts, calls and text.
+"""Harmony, gpt-oss's format: an answer is a series of messages in channels: reasoning, calls and text.
 
     <|channel|>analysis<|message|>thoughts<|end|><|start|>assistant<|channel|>final<|message|>text<|return|>
     <|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>
 
-Its reader takes the place of `AnswerParser`: nothing in an answer is outside of it.
+Its parser replaces `AnswerParser`, because nothing in an answer is outside a message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Content, Piece, Reasoning, num_held
 
-NAME = "openai"  # vLLM's name of it
+NAME = "openai"  # vLLM's name
 FAMILIES = "gpt-oss"
 MARKERS = (
     "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>",
@@ -27,26 +27,26 @@ _BEGINS = (*_OPENERS, "assistant", "to=")
 _OPENER = re.compile("|".join(map(re.escape, _OPENERS)))
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
-_MAX_HEADER = 512  # characters; what has no message in as many is text
+_MAX_HEADER = 512  # characters; a longer header without a message is text
 
 
 def recognises(template: str) -> bool:
-    """Tell from a chat template's source whether its model writes channels."""
+    """Return whether a chat template's source shows that its model writes channels."""
     return "<|channel|>analysis<|message|>" in template
 
 
 def is_open(prompt: str) -> bool:
-    """Tell whether a prompt ends inside a message of thoughts."""
+    """Return whether a prompt ends inside a reasoning message."""
     return prompt.rstrip().endswith("<|channel|>analysis<|message|>")
 
 
 class HarmonyParser:
-    """Splits an answer into pieces, as `AnswerParser` does.
+    """An incremental parser of an answer, as `AnswerParser`.
 
     Args:
-        specs: the tools that may be called; a call of another is text.
-        is_reasoning_open: the prompt has opened a message of thoughts.
-        must_call: the grammar lets nothing but a call follow the thoughts.
+        specs: Tools that may be called; a call of another tool is text.
+        is_reasoning_open: Whether the prompt has opened a reasoning message.
+        must_call: Whether the grammar allows only a call after the reasoning.
     """
 
     def __init__(
@@ -56,27 +56,26 @@ class HarmonyParser:
         self._must_call = must_call
         self._held = ""
         self._num_read = 0
-        self._header = ""  # of the message that is read, as it was written
-        self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = (
-            None  # of it; None: in a header
-        )
+        self._header = ""  # of the current message, as written
+        # Of the current message; None inside a header.
+        self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = None
         self._name: str | None = None  # of the call, until its arguments begin
         if is_reasoning_open:
             self._kind = Reasoning
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether the text is inside a message of thoughts."""
+        """Whether the text is inside a reasoning message."""
         return self._kind is Reasoning
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         self._held += text
         self._num_read += len(text)
         return self._read(is_end=False)
 
     def finish(self) -> list[Piece]:
-        """Return what was held back, at the end of the answer."""
+        """Return the pieces that were held back, at the end of the answer."""
         return self._read(is_end=True)
 
     def _read(self, *, is_end: bool) -> list[Piece]:
@@ -86,7 +85,7 @@ class HarmonyParser:
         return pieces
 
     def _read_header(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Read up to a message's text; False while it has not begun."""
+        """Read up to a message's text; return False while it has not begun."""
         head = self._held.lstrip()
         at = self._held.find(_MESSAGE, 0, _MAX_HEADER)
         if not head or not any(head.startswith(each) or each.startswith(head) for each in _BEGINS):
@@ -97,11 +96,11 @@ class HarmonyParser:
         if at < 0:
             if not is_end and len(self._held) < _MAX_HEADER:
                 return False
-            if is_end and (head.startswith(_OPENERS) or self._must_call):  # cut in it: no text for anyone
+            if is_end and (head.startswith(_OPENERS) or self._must_call):  # cut inside a header: not shown
                 self._held = ""
                 return False
             if not is_end:
-                # Marks are left out: one would end the text, and begin the same header, for ever.
+                # Drop the markers: one would end the text and begin the same header, for ever.
                 marks = list(_OPENER.finditer(self._held, 0, _MAX_HEADER))
                 self._held = self._held[marks[-1].end() if marks else 0 :]
             self._kind, self._header = Content, ""
@@ -114,12 +113,12 @@ class HarmonyParser:
             self._kind = Reasoning
         else:
             self._kind = Content
-            if recipient is not None and recipient[1] != "assistant":  # a call of what there is not: text
+            if recipient is not None and recipient[1] != "assistant":  # a call of an unknown tool: text
                 self._show(pieces, self._header, len(self._held))
         return True
 
     def _read_body(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Give out a message's text; True once it has ended."""
+        """Emit a message's text; return True once it has ended."""
         found = [(at, end) for end in _ENDS if (at := self._held.find(end)) >= 0]
         at, end = min(found) if found else (len(self._held), "")
         held = 0 if found or is_end else max(num_held(self._held, each) for each in _ENDS)
@@ -138,11 +137,11 @@ class HarmonyParser:
         return bool(found)
 
     def _call(self, pieces: list[Piece], text: str, *, is_end: bool, rest: int) -> None:
-        """Give out a piece of a call; one whose arguments are no object is text."""
+        """Emit a piece of a call; a call whose arguments are no object is text."""
         if self._name is not None:
             begun = text.lstrip()
             if not begun and not is_end:
-                self._header += text  # it is shown, too, where what follows is no object
+                self._header += text  # also shown if no object follows
                 return
             if begun and not begun.startswith("{"):
                 self._kind = Content

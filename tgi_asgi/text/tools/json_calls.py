@@ -1,4 +1,4 @@
-"""Reads calls whose arguments are JSON objects: most families'."""
+"""Parser for calls whose arguments are JSON objects; most families' format."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
 from tgi_asgi.text.tools.literals import Nesting, literal_value
 
-# How calls begin that are objects: with their name, maybe behind an id, or keyed by it.
+# Beginnings of calls that are objects: a name, possibly after an id, or the name as the key.
 NAMED = re.compile(
     r'\{\s*(?:"tool_call_id"\s*:\s*"[^"]*"\s*,\s*)?'
     r'"(?:tool_)?name"\s*:\s*"([^"]{1,128})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{\s*["}])'
 )
 KEYED = re.compile(r'\{\s*"([^"]{1,128})"\s*:\s*(\{\s*["}])')
-# Behind the arguments, where the call is an object: its end, maybe after an id.
+# The end of a call that is an object, after its arguments and possibly an id.
 _TAIL = re.compile(r'\s*(?:,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.]+)\s*)?\}')
 _IN_TAIL = re.compile(r'\s*(?:,\s*(?:"\w*(?:"\s*(?::\s*(?:(?:"[^"]*"?|[\w.]+)\s*)?)?)?)?)?')
-_MAX_HEAD = _MAX_TAIL = 256  # characters: at each one, all that was read of a head or a tail is matched again
+_MAX_HEAD = _MAX_TAIL = 256  # characters; after each, the whole head or tail is matched again
 _CLOSERS = ("```", "}", "]", ",", ";")
 _OPENERS = ("```json", "```", "[")
 
 
 class JsonCallParser:
-    """Reads `{"name": "f", "arguments": {...}}`, or what `head` matches before an object.
+    """A parser of `{"name": "f", "arguments": {...}}`, or of what `head` matches before an object.
 
-    Arguments come out as they are written, where the call is written as it was learned. Else (keys in another
-    order, arguments as a string, Python's quotes) they come once the call is complete. All but the arguments
-    is read by the character: what comes out does not depend on how the text was cut.
+    Arguments are emitted as they are written if the call has the form that the model was trained on.
+    Otherwise (keys in another order, arguments as a string, Python's quotes) they are emitted once the call
+    is complete. Everything except the arguments is read one character at a time, so that the output does not
+    depend on how the text was cut.
 
     Args:
-        openers: what may stand before a call, besides fences and brackets.
-        closers: what may stand behind one.
-        head: group 1 is the name, group 2 the beginning of the arguments.
-        object_head: the same of a call that is an object.
-        is_bare: a name needs nothing before it.
+        openers: Texts that may precede a call, besides fences and brackets.
+        closers: Texts that may follow a call.
+        head: Beginning of a call: group 1 is the name, group 2 the beginning of the arguments.
+        object_head: The same for a call that is an object.
+        is_bare: Whether a name needs nothing before it.
     """
 
     def __init__(
@@ -55,20 +56,20 @@ class JsonCallParser:
         self._openers, self._closers = {*_OPENERS, *openers}, {*_CLOSERS, *closers}
         self._head, self._object_head, self._is_bare = head, object_head, is_bare
         self._buffer = ""
-        self._opening = ""  # what was skipped, and is text if no call follows
+        self._opening = ""  # skipped text, which counts as text if no call follows
         self._has_called = False
         self._nesting: Nesting | None = None  # of a call whose head is being read
         self._arguments: _ObjectScanner | None = None
         self._is_in_tail = False
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         pieces: list[Piece] = []
         self._feed(text, pieces)
         return pieces
 
     def finish(self) -> str:
-        """Return what was begun and is no call, at the end of the answer."""
+        """Return the text that looked like the start of a call but is none, at the end of the answer."""
         is_begun = self._nesting is not None or self._opening.strip() or not self._has_called
         return self._opening + self._buffer if is_begun and not self._is_in_tail else ""
 
@@ -90,7 +91,7 @@ class JsonCallParser:
             self.rest += text[at:]
 
     def _skip(self, pieces: list[Piece]) -> None:
-        """Look for the next call, behind blanks, markers, fences and brackets."""
+        """Look for the next call, after blanks, markers, fences and brackets."""
         text = self._buffer.lstrip()
         marks = self._openers | self._closers
         if not text or any(mark.startswith(text) and mark != text for mark in marks):
@@ -133,7 +134,7 @@ class JsonCallParser:
             self._give_up()
 
     def _is_no_name(self) -> bool:
-        """Tell whether what should begin with a name, with nothing before it, does not."""
+        """Return whether the buffer should begin with a bare name but does not."""
         name, *rest = self._buffer.split(None, 1) or [""]
         if not self._is_bare or rest:
             return self._is_bare and rest != [] and name not in self._names
@@ -172,7 +173,7 @@ class JsonCallParser:
 def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
     """Return name and arguments of a call that is a whole object, or None."""
     call = literal_value(text)
-    if isinstance(call, dict) and isinstance(call.get("function"), dict):  # as OpenAI's API has it
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):  # as in OpenAI's API
         call = call["function"]
     if not isinstance(call, dict):
         return None
@@ -194,7 +195,7 @@ def _dump(value: Any) -> str:
 
 
 class _ObjectScanner:
-    """Finds the end of a JSON object in a stream of text."""
+    """A scanner for the end of a JSON object in a stream of text."""
 
     __slots__ = ("_depth", "_is_escaped", "_is_in_string", "is_done")
 

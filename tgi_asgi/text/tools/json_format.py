@@ -1,4 +1,4 @@
-"""Calls whose arguments are a JSON object, whatever stands around it: most families'."""
+"""Calls whose arguments are a JSON object, with any text around it; most families' format."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ PARAMETERS = ('{"name": "', '", "parameters": ', "}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonFormat(ToolFormat):
-    """Calls one behind the other: `head`, a call, `between`, a call, ..., `tail`.
+    """A sequence of calls: `head`, a call, `between`, a call, ..., `tail`.
 
     Attributes:
-        call: what stands before a call's name, between name and arguments, and behind them.
-        head, between, tail: what stands around calls, from behind the marker on.
-        inner: what models write before each call, inside the marker.
-        closers: what they write behind a call, or behind the last.
-        object_head: how a call that is an object begins: group 1 is the name, 2 where the arguments begin.
-        name_head: how one that is none begins, where there are such.
+        call: Texts before a call's name, between name and arguments, and after the arguments.
+        head, between, tail: Texts before, between and after calls, starting after the marker.
+        inner: Texts that models write before each call, after the marker.
+        closers: Texts that models write after a call, or after the last one.
+        object_head: Beginning of a call that is an object: group 1 is the name, group 2 the start of the
+            arguments.
+        name_head: Beginning of a call that is no object, if there are such calls.
     """
 
     call: tuple[str, str, str] = OBJECT
@@ -59,14 +60,14 @@ class JsonFormat(ToolFormat):
         )
 
 
-# What tells a call from other JSON, without blanks: what comes before the name, and after it.
+# Text before and after the name that distinguishes a call from other JSON, without blanks.
 _OPENING = '{"name":"'
 _ARGUMENTS = (',"parameters":{', ',"arguments":{')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BareJsonFormat(JsonFormat):
-    """Calls without a marker: an answer that begins with one is calls, as a list where `head` is "["."""
+    """Calls without a marker: an answer that begins with a call is calls, as a list if `head` is "["."""
 
     def begins(self, text: str, names: Collection[str]) -> bool | None:
         squeezed = "".join(text.split())
@@ -81,7 +82,7 @@ class BareJsonFormat(JsonFormat):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BareNameFormat(JsonFormat):
-    """Calls that begin with their name, without a marker: an answer that begins with a tool's is one."""
+    """Calls without a marker that begin with their name: an answer that begins with a tool's is one."""
 
     @property
     def may_begin(self) -> bool:

@@ -1,4 +1,4 @@
-"""Values as models write them: JSON, or Python's literals with JSON's constants among them."""
+"""Values as models write them: JSON, or Python literals mixed with JSON's constants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 class Nesting:
-    """Follows brackets and quotes."""
+    """The nesting of brackets and quotes in a text that is read by the character."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -23,7 +23,7 @@ class Nesting:
         return bool(self._quote)
 
     def push(self, character: str) -> int:
-        """Take a character; return how many brackets are open behind it, with one more inside quotes."""
+        """Process a character; return how many brackets are open after it, plus one inside quotes."""
         if self._is_escaped:
             self._is_escaped = False
         elif self._quote:
@@ -40,7 +40,7 @@ class Nesting:
 
 
 def literal_value(text: str) -> Any:
-    """Return the value that a text stands for; None if it is none. Strings may go over several lines."""
+    """Return the value that a text stands for; None if it is none. Strings may span several lines."""
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ def literal_value(text: str) -> Any:
 
 
 def _on_one_line(text: str) -> str:
-    """Return Python with the line ends in its strings escaped."""
+    """Return Python source with the newlines in its strings escaped."""
     if "\n" not in text:
         return text
     nesting, written = Nesting(), []
@@ -63,7 +63,7 @@ def _on_one_line(text: str) -> str:
 
 
 def as_json(text: str) -> str | None:
-    """Return JSON as it is written, Python's literals as JSON, and None for all else."""
+    """Return JSON unchanged, Python literals as JSON, and None for everything else."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):

@@ -29,11 +29,11 @@ _IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonicFormat(ToolFormat):
-    """`[f(a=1, b="x"), g()]`: values are JSON, or Python's.
+    """`[f(a=1, b="x"), g()]`: values are JSON or Python literals.
 
     Attributes:
-        head, between, tail: what stands around calls, from behind the marker on.
-        closers: what models write behind the calls.
+        head, between, tail: Texts before, between and after calls, starting after the marker.
+        closers: Texts that models write after the calls.
     """
 
     head: str = "["
@@ -67,13 +67,15 @@ class PythonicFormat(ToolFormat):
 
 
 def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
-    """Return rules for arguments in order, some of which may be left out.
+    """Return rules for arguments in order, some of which are optional.
 
-    `<rule>_first_0` is all. From number i on: `<rule>_first_i` behind none, `<rule>_more_i` behind one.
+    `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came
+    before, `<rule>_more_i` if one did.
 
     Args:
-        keys: the expressions of each argument's beginning and of its value, and whether it is required.
-        comma: what stands between two.
+        keys: For each argument, the expressions of its beginning and of its value, and whether it is
+            required.
+        comma: Separator between arguments.
     """
     rules = []
     end = 0
@@ -87,7 +89,7 @@ def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> li
 
 
 class _PythonicParser:
-    """Reads calls; a call's arguments come out once it is complete."""
+    """A parser that emits a call's arguments once the call is complete."""
 
     def __init__(self, tools: Sequence[ToolSpec], closers: Sequence[str]) -> None:
         self.rest: str | None = None
@@ -99,7 +101,7 @@ class _PythonicParser:
         self._nesting = Nesting()
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         pieces: list[Piece] = []
         for at, character in enumerate(text):
             self._buffer += character
@@ -124,7 +126,7 @@ class _PythonicParser:
         return pieces
 
     def finish(self) -> str:
-        """Return what was begun and is no call; of one that has begun, nothing is."""
+        """Return the text that resembled a call but is none; nothing of a call that has begun."""
         return (
             "" if self._name is not None else self._buffer.strip(" ,\n") if self._has_called else self._buffer
         )
@@ -135,7 +137,7 @@ class _PythonicParser:
 
 
 def _to_json(arguments: str) -> str:
-    """Turn `a=1, b=[true, None]` into a JSON object; what is JSON stays as it is written."""
+    """Turn `a=1, b=[true, None]` into a JSON object; JSON values are kept as written."""
     nesting, values, start = Nesting(), [], 0
     text = f"{arguments},"
     for index, character in enumerate(text):
@@ -148,6 +150,6 @@ def _to_json(arguments: str) -> str:
 
 
 def _json_value(text: str) -> str:
-    """Return a value as JSON; what is neither JSON nor Python, as a string."""
+    """Return a value as JSON; a value that is neither JSON nor Python becomes a string."""
     written = as_json(text)
     return json.dumps(text, ensure_ascii=False) if written is None else written

@@ -1,4 +1,4 @@
-"""Reasoning sections: how models mark what they think before they answer, and what they write around that."""
+"""Reasoning sections: the markers of a model's reasoning, and of the answer after it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningStyle:
-    """The markers of one family; they show nowhere in what clients get.
+    """The markers of one family; clients never see them.
 
     Attributes:
-        name: what operators call it.
-        families: the models that write it, for the documents.
-        start, end: what stands before the section and behind it.
-        label: what follows `start` and is no thought.
-        closed: what a prompt ends with that has the section behind it, if that is not `end`.
-        shows: texts that a chat template of it has, all of them; `end` if none are given.
-        markers: what some tokenizers have a token of its own for; `start` and `end` if none are given.
+        name: Name for operators.
+        families: Models that write this style, for the documentation.
+        start, end: Markers before and after the section.
+        label: Text after `start` that is not reasoning.
+        closed: End of a prompt that already contains the section, if that is not `end`.
+        shows: Texts that a chat template of this style contains, all of them; `end` if none are given.
+        markers: Texts for which some tokenizers have a single token; `start` and `end` if none are given.
     """
 
     name: str
@@ -31,20 +31,20 @@ class ReasoningStyle:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Every text of it that some tokenizers have a token of its own for."""
+        """All texts of the style for which some tokenizers have a single token."""
         return self.markers or (self.start, self.end)
 
     def is_open(self, prompt: str) -> bool:
-        """Tell whether a prompt ends inside the section, so that the answer begins in it."""
+        """Return whether a prompt ends inside the section, so that the answer begins in it."""
         text = prompt.rstrip()
         return text.endswith((self.start, self.start + self.label.rstrip()))
 
     def is_closed(self, prompt: str) -> bool:
-        """Tell whether a prompt ends with a whole section, so that the answer has none."""
+        """Return whether a prompt ends with a whole section, so that the answer has none."""
         return prompt.rstrip().endswith(self.closed or self.end)
 
     def recognises(self, template: str) -> bool:
-        """Tell from a chat template's source whether its model writes sections so."""
+        """Return whether a chat template's source shows that its model writes sections in this style."""
         return all(text in template for text in self.shows or (self.end,))
 
 
@@ -107,7 +107,7 @@ STYLES = (
 
 
 def style_of(template: str, wanted: str | None = None) -> ReasoningStyle | None:
-    """Return the style that a chat template's source shows, or the operator's choice; None: none."""
+    """Return the style that a chat template's source shows, or the operator's choice; None: no style."""
     if wanted is not None:
         return next((style for style in STYLES if style.name == wanted), None)
     return next((style for style in STYLES if style.recognises(template)), None)
@@ -118,12 +118,12 @@ _TOKEN = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """What some models write around the answer behind their reasoning; clients do not get it.
+    """Markers that some models write around the answer after their reasoning; clients do not see them.
 
     Attributes:
-        start: what stands before it, one of these.
-        end: what stands behind it.
-        shows: texts that a chat template of it has, all of them.
+        start: Possible markers before the answer.
+        end: Marker after the answer.
+        shows: Texts that a chat template with this wrapper contains, all of them.
     """
 
     start: tuple[str, ...]
@@ -132,7 +132,7 @@ class Wrapper:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Every text of it that some tokenizers have a token of its own for."""
+        """All texts of the wrapper for which some tokenizers have a single token."""
         return tuple(part for text in (*self.start, self.end) for part in _TOKEN.findall(text))
 
 
@@ -152,5 +152,5 @@ WRAPPERS = (
 
 
 def wrapper_of(template: str) -> Wrapper | None:
-    """Return what a chat template's source shows to stand around answers, or None."""
+    """Return the wrapper of answers that a chat template's source shows, or None."""
     return next((each for each in WRAPPERS if all(text in template for text in each.shows)), None)

@@ -1,4 +1,4 @@
-"""Reads calls written as tags."""
+"""Parser for calls written as tags."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MAX_NAME = 128
 
 @dataclass(frozen=True, slots=True)
 class XmlTags:
-    """The texts of a format, as the reader finds them.
+    """The texts of a format, as the parser searches for them.
 
     Attributes:
-        call: what stands before a call's name, behind it, and behind the arguments.
-        argument: the same of an argument's name and value.
-            `%t` between the two is "true" where the value is text, else "false".
-        wraps: what stands around calls, and may be left out; first what opens them.
-        quotes: what may stand around a value, and is none of it.
+        call: Texts before a call's name, after the name, and after the arguments.
+        argument: The same for an argument's name and value. `%t` between the two is "true" if the value is
+            text, otherwise "false".
+        wraps: Optional texts around calls; the first opens them.
+        quotes: Optional texts around a value that are not part of it.
     """
 
     call: tuple[str, str, str]
@@ -34,7 +34,7 @@ class XmlTags:
     quotes: tuple[str, str] = ("", "")
 
     def head(self) -> re.Pattern[str]:
-        """Return how a call begins; what is known by the next tag only is group 2, and left to be read."""
+        """Return a pattern for the start of a call; group 2, a tag that confirms it, is read again."""
         before, middle, behind = self.call
         if middle.strip():
             return re.compile(rf"{re.escape(before)}([^<>\"\n]{{1,128}}?){_loose(middle)}()")
@@ -42,23 +42,23 @@ class XmlTags:
         return re.compile(rf"{re.escape(before)}([\w.-]{{1,128}})\s*({follows})")
 
     def head_argument(self) -> re.Pattern[str]:
-        """Return how an argument begins: its name, and its type where it has one."""
+        """Return a pattern for the start of an argument: its name, and its type if there is one."""
         before, middle, _ = self.argument
         kind = "" if "%t" in middle else "()"
         value = _loose(middle).replace("%t", "(true|false)") + kind
-        # A name neither begins nor ends with a blank: where a run of them may be shared out in several ways,
-        # each is tried, and one of some hundred stops the server.
+        # A name neither begins nor ends with a blank. Otherwise the regex would try every way to divide a run
+        # of blanks, and a run of a few hundred would hang the server.
         return re.compile(rf"\s*{_loose(before)}\s*([^<>\"\s](?:[^<>\"\n]*[^<>\"\s])?)\s*{value}")
 
     def end(self) -> re.Pattern[str]:
-        """Return how a call ends: by its own tag, or where that is missing, by what follows it."""
+        """Return a pattern for the end of a call: its own tag, or what follows if that is missing."""
         before, _, behind = self.call
         marks = {*self.wraps, before} - {behind, ""}
         missing = f"|(?={'|'.join(map(re.escape, marks))})" if marks else ""
         return re.compile(rf"\s*(?:{_loose(behind)}{missing})")
 
     def may_begin(self, text: str) -> bool:
-        """Tell whether a text may be the beginning of a call's beginning."""
+        """Return whether a text may be the beginning of a call's head."""
         before, middle, behind = self.call
         if not text.startswith(before):
             return before.startswith(text)
@@ -75,7 +75,7 @@ def _loose(text: str) -> str:
 
 
 class XmlCallParser:
-    """Reads calls; text values come out as they are written, others once they are complete."""
+    """A parser that emits text values as they are written, others once they are complete."""
 
     def __init__(self, tools: Sequence[ToolSpec], tags: XmlTags) -> None:
         self.rest: str | None = None
@@ -84,23 +84,23 @@ class XmlCallParser:
         self._marks = (*tags.wraps, *_FENCES)
         self._head, self._argument, self._end = tags.head(), tags.head_argument(), tags.end()
         self._buffer = ""
-        self._opening = ""  # what was skipped, and is text if no call follows
+        self._opening = ""  # skipped text, which counts as text if no call follows
         self._has_called = False
         self._function: str | None = None
         self._parameter: str | None = None
-        self._kind = ""  # of the parameter's value, where the text tells: "true" if it is text
-        self._ends: tuple[str, ...] = ()  # of the parameter's value
+        self._kind = ""  # type of the parameter's value, if given: "true" for text
+        self._ends: tuple[str, ...] = ()  # possible ends of the parameter's value
         self._num_parameters = 0
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return the pieces in the next part of the text."""
         pieces: list[Piece] = []
         while text and self.rest is None:
             if self._parameter is not None:
                 self._buffer += text
                 text = self._buffer if self._read_value(pieces) else ""
                 self._buffer = self._buffer if not text else ""
-            else:  # by the character: what comes out does not depend on how the text was cut
+            else:  # one character at a time, so that the output does not depend on how the text was cut
                 self._buffer += text[0]
                 text = text[1:]
                 while self._parameter is None and self._step(pieces):
@@ -110,13 +110,13 @@ class XmlCallParser:
         return pieces
 
     def finish(self) -> str:
-        """Return what was begun and is no call, at the end of the answer."""
+        """Return the text that looked like the start of a call but is none, at the end of the answer."""
         if self._function is not None:
             return ""
         return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
 
     def _step(self, pieces: list[Piece]) -> bool:
-        """Read one thing; False where more text is needed, or none is wanted."""
+        """Read one element; return False if more text is needed, or if reading has ended."""
         if self.rest is not None:
             return False
         if self._function is None:
@@ -132,9 +132,9 @@ class XmlCallParser:
         return end is not None
 
     def _begin(self, pieces: list[Piece]) -> bool:
-        """Look for the next function, behind blanks and markers; True where one was skipped, or it begins."""
+        """Look for the next call after blanks and markers; return True if more can be read now."""
         text = self._buffer.lstrip()
-        # Where nothing stands before a name but the marker, any word of what follows a call might be one.
+        # If only the marker precedes a name, any word in the text after a call might pass for one.
         is_open = bool(self._tags.call[0] or self._opening) or not self._has_called
         found = self._head.fullmatch(text) if is_open else None
         if found and found[1] in self._schemas:
@@ -156,7 +156,7 @@ class XmlCallParser:
         return False
 
     def _begin_argument(self, found: re.Match[str], pieces: list[Piece]) -> bool:
-        """Take an argument's beginning; False while it cannot be told whether its value is quoted."""
+        """Process an argument's start; return False while it is unknown whether its value is quoted."""
         quote = self._tags.quotes[0]
         rest = self._buffer[found.end() :]
         is_quoted = quote != "" and rest.startswith(quote)
@@ -171,7 +171,7 @@ class XmlCallParser:
         return True
 
     def _ends_of_value(self, quote: str) -> tuple[str, ...]:
-        """Return what ends a value: its own end, or where that is missing, what follows and is left."""
+        """Return the texts that end a value: its own end, or the following tags if that is missing."""
         behind, (before, middle, own) = self._tags.call[2], self._tags.argument
         names = self._schemas.get(self._function or "", ())
         tag = middle.partition("%t")[0]
@@ -182,7 +182,7 @@ class XmlCallParser:
         return (quote + own, *follows)
 
     def _read_value(self, pieces: list[Piece]) -> bool:
-        """Read of a value what there is; True once it has ended."""
+        """Read the available part of a value; return True once it has ended."""
         is_text = self._is_text()
         found = [(at, end) for end in self._ends if (at := self._buffer.find(end)) >= 0]
         if not found:
@@ -200,7 +200,7 @@ class XmlCallParser:
         return True
 
     def _json(self, value: str) -> str:
-        """Return a value that is JSON by its schema; what is none, as a string."""
+        """Return a value that is JSON by its schema; one that is not JSON becomes a string."""
         schema = self._schema()
         if choices(schema) is not None:
             return _dump(value)
@@ -219,12 +219,12 @@ class XmlCallParser:
 
 
 def is_text(schema: Any) -> bool:
-    """Tell whether any text is a value: strings without a further condition are written as they are."""
+    """Return whether any text is a valid value: unrestricted strings are written as plain text."""
     return isinstance(schema, Mapping) and schema.get("type") == "string" and not CONDITIONS & schema.keys()
 
 
 def choices(schema: Any) -> list[str] | None:
-    """Return the texts of an enumeration of strings, which are written as they are, too."""
+    """Return the texts of an enumeration of strings, which are also written as plain text."""
     values = schema.get("enum") if isinstance(schema, Mapping) else None
     if values and schema.keys() <= {"type", "enum", "description", "title", "default"}:
         texts = [value for value in values if isinstance(value, str)]

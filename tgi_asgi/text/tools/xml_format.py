@@ -1,4 +1,4 @@
-"""Calls written as tags, a tag for each argument, whose values are text and not JSON strings."""
+"""Calls written as tags, with one tag per argument and values that are plain text instead of JSON strings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _ANY = r"/(.|\n)*/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XmlFormat(ToolFormat):
-    """Calls of tags. Each text is as templates write it; the reader minds no blanks between tags.
+    """Calls as tags. Each text is written as templates do; the parser ignores blanks between tags.
 
     Attributes:
-        call: what stands before a call's name, behind it, and behind the arguments.
-        argument: what stands before an argument's name, before its value, and behind that; `%t` is "true"
-            where the value is text, else "false".
-        quotes: what stands around a value that is text, or around any.
-        quotes_all: around any.
-        head, between, tail: what stands around calls, from behind the marker on.
-        wraps: tags around calls that models leave out, write twice, or in the place of the marker.
+        call: Texts before a call's name, after the name, and after the arguments.
+        argument: Texts before an argument's name, before its value, and after the value; `%t` is "true" if
+            the value is text, otherwise "false".
+        quotes: Texts around a value that is text, or around every value.
+        quotes_all: Whether `quotes` go around every value.
+        head, between, tail: Texts before, between and after calls, starting after the marker.
+        wraps: Tags around calls that models omit, write twice, or write instead of the marker.
     """
 
     call: tuple[str, str, str]
@@ -65,11 +65,11 @@ class XmlFormat(ToolFormat):
         return written if is_required else f"({written})?"
 
     def _text_value(self, spell: Callable[[str], str]) -> list[str]:
-        """Return the rules of a text up to its end: a special token ends it, or else the first such text."""
+        """Return the rules of a text value, which ends at a special token, or else at the first end text."""
         end = self.quotes[1] + self.argument[2]
         if "<[" not in spell(end):
             return [f"text_value[lazy]: {_ANY} {literal(end)}"]
-        # What stands before the token is text, too: the two cannot be told apart.
+        # The text before the token belongs to the value, too: the grammar cannot separate the two.
         return [f"text_value: TEXT_VALUE {spell(end)[spell(end).index('<[') :]}", f"TEXT_VALUE: {_ANY}"]
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
@@ -79,7 +79,7 @@ class XmlFormat(ToolFormat):
 
 
 def _bare(texts: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return texts of a format without the blanks that its templates write."""
+    """Return a format's texts without the blanks that its templates write."""
     before, middle, behind = (text.replace("%n", "").strip() for text in texts)
     return before, middle, behind
 
