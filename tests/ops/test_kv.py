@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
         ({"value_dim": 7}, "`value_dim` must be even and at most 512, got 7"),
         ({"head_dim": 0}, "`head_dim` must be even"),
         ({"dtype": torch.float16}, r"`dtype` must be float32, bfloat16 or int8, got torch\.float16"),
-        ({"dtype": torch.int8}, "an int8 cache would keep heads of 16 as 32: take bfloat16"),
+        ({"dtype": torch.int8}, "an int8 cache would pad heads of 16 to 32: use bfloat16"),
         ({"num_layers": 0}, "`layers` must be 1 to 65536, got 0"),
         ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, got 0"),
         ({"num_kv_heads": 1 << 50}, "`num_kv_heads` must be at most"),

@@ -187,7 +187,7 @@ def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
     for scale in (0.25, 0.5):
         a = ops.attention(values.query, values.layer, scale)
     x = ops.linear_add(a, values.square, values.residual)
-    with pytest.raises(ValueError, match="a query can be attended with one scale only"):
+    with pytest.raises(ValueError, match="a query can be used with only one scale"):
         made(values.recorder)
     values = Values()
     ops.head(values.residual, values.ones, values.square)
@@ -330,7 +330,7 @@ def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
     layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
     ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, 0.25, chunk=8)
-    with pytest.raises(ValueError, match="attention with `chunk` is not among the CUDA kernels"):
+    with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
         cuda.CudaProgram(
             recorder, max_tokens=1, max_sequences=1, max_rows=1, max_blocks=1, dtype=torch.bfloat16,
             device=torch.device("cpu"),

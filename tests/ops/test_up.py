@@ -91,7 +91,7 @@ def test_an_unknown_function_and_numbers_that_are_not_its_own_are_refused() -> N
     ):
         at_once.up(torch.randn(1, 8), weight, "tanh")
     for activation, alphas in (("xielu", None), ("relu", ALPHAS)):
-        with pytest.raises(ValueError, match="`alphas` are xielu's"):
+        with pytest.raises(ValueError, match="no other activation needs `alphas`"):
             at_once.up(torch.randn(1, 8), weight, activation, alphas)
     with pytest.raises(ValueError, match="`alphas` must be finite"):
         at_once.up(torch.randn(1, 8), weight, "xielu", (1.0, float("nan")))

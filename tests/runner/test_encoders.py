@@ -193,7 +193,7 @@ def test_a_fault_of_ours_does_not_pass_the_check(
     else:
         monkeypatch.setattr("tgi_asgi.models.generic.encoder._first_position", lambda model: 0)
     with (
-        pytest.raises(ModelLoadError, match="does not compute here what"),
+        pytest.raises(ModelLoadError, match="fails its self-check"),
         loaded(tmp_path),
     ):
         pass
@@ -227,7 +227,7 @@ def test_the_layers_of_a_step_must_be_those_that_were_found() -> None:
     [
         ("BigBird", {}, "in another way to short texts"),
         ("T5", {}, "encoder-decoder"),
-        ("ViT", {}, "does not make vectors of tokens"),
+        ("ViT", {}, "does not produce vectors of tokens"),
     ],
 )
 def test_what_does_not_embed_is_refused_before_weights_are_read(

@@ -65,7 +65,7 @@ def test_an_int8_cache_takes_half_the_memory_and_its_scales() -> None:
 def test_an_int8_cache_is_refused_where_it_cannot_be_had() -> None:
     with pytest.raises(ModelLoadError, match="contradicts --dtype float32"):
         choose(Settings(kv_cache_dtype="int8"), dtype=torch.float32)
-    with pytest.raises(ModelLoadError, match="would keep heads of 16 as 32: take bfloat16"):
+    with pytest.raises(ModelLoadError, match="would pad heads of 16 to 32: use bfloat16"):
         choose(Settings(kv_cache_dtype="int8"))
 
 

@@ -1,8 +1,9 @@
-"""The public operators, and the constructors of what they work on. All that `models/` knows of arithmetic.
+"""The public operators and the constructors of their operands: the only arithmetic that `models/` uses.
 
-An operator is given values while a model is recorded (`Recorder`). Each has one file here, a float64
-reference in tests/reference and a test. Models that compute in torch call `direct` and `PagedAttention` with
-tensors. Weights and caches are opaque above this line: their layout is the kernels' own affair.
+Operators are called with `Value`s while a model is recorded (`Recorder`). Each operator has one file here, a
+float64 reference in tests/reference and a test. Models that compute in torch call `direct` and
+`PagedAttention` with tensors. Weights and caches are opaque outside this package: their layout is private to
+the kernels.
 """
 
 from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows

@@ -8,12 +8,12 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
 def activation(x: Value, columns: int | None = None) -> Value:
-    """Return the residual or the rows x [n_tokens, columns], as they are now, as an activation.
+    """Return the residual or rows x [n_tokens, columns], as they are now, as an activation.
 
-    `columns`: so many of them, the first, in blocks of 32; None: all.
+    `columns` is how many of the first columns to take, a multiple of 32; None: all.
 
     Raises:
-        ValueError: there are not so many, or not whole blocks.
+        ValueError: if x has fewer columns, or `columns` is not a multiple of 32.
     """
     kind = Kind.ROWS if isinstance(x, Value) and x.kind is Kind.ROWS else Kind.RESIDUAL
     recorder = recorder_of("activation", x=(x, kind, None))

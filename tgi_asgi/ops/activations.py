@@ -1,4 +1,4 @@
-"""The activation functions of MLPs: their names, and what they are in torch."""
+"""The activation functions of MLPs: their names and torch implementations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-# Of `gate_up`, and of `up`.
+# For both `gate_up` and `up`.
 GATED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -15,5 +15,5 @@ GATED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
     "relu_squared": lambda x: torch.nn.functional.relu(x).square(),
 }
-XIELU = "xielu"  # of `up` alone: it has two numbers of its own
+XIELU = "xielu"  # `up` only: it has two parameters
 ACTIVATIONS = (*GATED_ACTIVATIONS, XIELU)

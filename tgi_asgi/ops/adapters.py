@@ -1,12 +1,12 @@
-"""Adapters (LoRA) on packed weights: which of a model's products they may change, and by what.
+"""LoRA adapters on packed weights: which of a model's products they may change, and by what.
 
     layout = AdapterLayout({"layers.0.mlp.down_proj": Target(weight, 0, 2048)}, max_rank=16)
     adapter = layout.pack({"layers.0.mlp.down_proj": Delta(down, up, scale)})
-    CpuProgram(recorder, adapters=layout, ...)      # whose rows may then have this adapter
+    CpuProgram(recorder, adapters=layout, ...)      # whose rows may then use this adapter
 
-Several targets may be packed as one product: q, k and v, or gate and up. Then their `down` lie one below the
-other, and each panel of the product's rows knows which inner values are its own. Source: Hu et al., LoRA,
-arXiv 2106.09685.
+Several targets may be packed as one product: q, k and v, or gate and up. Their `down` matrices are then
+stacked by rows, and each panel of the product's rows records which inner values belong to it. Source: Hu et
+al., LoRA, arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _Bits = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Rows [start, stop) of a weight, its matrices one below the other: q, k and v, or gate and up."""
+    """Rows [start, stop) of a weight, whose matrices are stacked by rows: q, k and v, or gate and up."""
 
     weight: AdaptableWeight
     start: int
     stop: int
-    order: Order | None = None  # which row of an adapter's matrix each of these is; None: they lie in order
+    order: Order | None = None  # row of an adapter's matrix for each of these; None: the same order
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to a target's matrix: scale * up @ down. The matrices are rounded to bfloat16."""
+    """The change to a target's matrix: scale * up @ down. The matrices are rounded to bfloat16."""
 
     down: Tensor  # [rank, columns]
     up: Tensor  # [rows, rank]
@@ -56,32 +56,32 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A packed matrix, and which of its weight's rows each of its own is (-1: none)."""
+    """A packed matrix, and the row of its weight for each of its own rows (-1: none)."""
 
     part: PackedLinear
     order: Order
 
     @property
     def columns(self) -> int:
-        """Of the packed matrix: whole blocks."""
+        """Columns of the packed matrix, in whole blocks."""
         return -(-self.part.matrix.num_columns // layout.STRIP) * layout.STRIP
 
 
 class AdapterLayout:
-    """The targets of a model by name, and what the products of a program have room for.
+    """The targets of a model by name, and the adapter capacity of a program's products.
 
     Args:
-        targets: what adapters may name.
-        max_rank: of a target's `down`.
+        targets: The targets that adapters may name.
+        max_rank: Maximum rank of a target's `down`.
 
     Attributes:
-        native: what the extension knows of it.
+        native: the extension's layout.
     """
 
     def __init__(self, targets: Mapping[str, Target], max_rank: int) -> None:
         self.targets, self.max_rank = dict(targets), max_rank
         self._products: list[_Product] = []
-        self._of_weight: dict[int, range] = {}  # by id of a weight: its products
+        self._of_weight: dict[int, range] = {}  # products of each weight, by the weight's id
         sizes: list[tuple[int, int, int]] = []
         for target in self.targets.values():
             if id(target.weight) in self._of_weight:
@@ -91,21 +91,21 @@ class AdapterLayout:
             self._of_weight[id(target.weight)] = range(first, first + len(products))
             self._products += products
             for each in products:
-                # Targets of one product are its matrices: no more than three.
+                # The targets of one product are its matrices: three at most.
                 sizes.append((each.columns, each.part.matrix.num_stored_rows, 3 * max_rank))
         self._of_part = {id(each.part): index for index, each in enumerate(self._products)}
         self.native = _C.AdapterLayout(sizes)
 
     def product(self, part: PackedLinear) -> int | None:
-        """Return the number of a product; None if no adapter can change it."""
+        """Return the index of a product; None if no adapter can change it."""
         return self._of_part.get(id(part))
 
     def pack(self, deltas: Mapping[str, Delta]) -> NativeAdapter:
-        """Return an adapter that adds these to their targets.
+        """Return an adapter that adds these deltas to their targets.
 
         Raises:
-            ValueError: a name is no target's, a shape is not its target's, a rank exceeds `max_rank`, a value
-                is not finite, or two targets are the same rows.
+            ValueError: if a name is not a target, a shape differs from its target's, a rank exceeds
+                `max_rank`, a value is not finite, or two targets cover the same rows.
         """
         of_weight: dict[int, list[tuple[str, Target, Delta]]] = {}
         for name, delta in deltas.items():
@@ -139,7 +139,7 @@ class AdapterLayout:
 
 
 def _products_of(weight: AdaptableWeight) -> list[_Product]:
-    """Return a weight's packed matrices, with the order of their rows as `Packing` has chosen it."""
+    """Return a weight's packed matrices, with the row order that `Packing` has chosen."""
     made = weight.made
     if isinstance(weight, LinearWeight):
         return [_Product(made, layout.row_order(weight.rows))]
@@ -173,9 +173,9 @@ def _shifted(
 
 
 def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[Any, ...] | None:
-    """Return what the extension wants of a product's part of an adapter; None where nothing changes it."""
+    """Return the extension's arguments for one product of an adapter; None if nothing changes the product."""
     panels = product.order.reshape(-1, layout.PANEL)
-    inner = np.zeros((len(panels), 2), np.int64)  # a panel's first inner value, and how many
+    inner = np.zeros((len(panels), 2), np.int64)  # a panel's first inner value, and their number
     starts = np.zeros(len(panels), np.int64)  # where a panel's rows are in `ups`
     downs: list[_Bits] = []
     ups: list[_Bits] = []
@@ -193,7 +193,7 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
         scales += [delta.scale] * rank
         downs.append(np.pad(_bits(delta.down), ((0, 0), (0, product.columns - delta.down.shape[1]))))
         rows = np.where(panels[mine] >= 0, panels[mine] - target.start, target.stop - target.start)
-        padded = np.pad(_bits(delta.up), ((0, 1), (0, 0)))  # the last row is that of padding
+        padded = np.pad(_bits(delta.up), ((0, 1), (0, 0)))  # the last row stands for padding
         ups.append(padded[rows].swapaxes(1, 2).reshape(-1, layout.PANEL))  # [panels * rank, 16]
         num_up += len(mine) * rank
     if not scales:

@@ -1,4 +1,4 @@
-"""The operator `attention`: paged, variable-length, causal; one for prefill and decode."""
+"""The operator `attention`: paged, variable-length, causal, the same for prefill and decode."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def attention(
     rotary_dim: int | None = None,
     gate: Value | None = None,
 ) -> Value:
-    """Attend the queries to the cache; `AttentionSpec` says what the numbers are.
+    """Attend the queries to the cache; `AttentionSpec` documents the parameters.
 
-    `rotary_dim` is that of the keys, for queries that are an input of the program (None: whole heads): the
-    cache keeps dims in the order in which they turn. `gate` is rows [n_tokens, num_heads * value_dim]: the
-    result is multiplied by their sigmoid.
+    `rotary_dim` is that of the keys. It is needed for queries that are an input of the program (None: whole
+    heads), because the cache stores dims in the order of their rotation pairs. `gate` is rows [n_tokens,
+    num_heads * value_dim]; the result is multiplied by their sigmoid.
 
-    Returns an activation [n_tokens, num_heads * value_dim]; from latents rows, which `heads_linear` goes on
-    with. A row's bits depend on its own sequence only: not on the batch, on how its prompt was cut, on block
-    ids or on threads. Chunks of 256 positions are reduced alone and merged in order (Dao, FlashAttention,
+    Returns an activation [n_tokens, num_heads * value_dim]; from a latent cache, rows for `heads_linear`. A
+    row's bits depend only on its own sequence, not on the batch, on how its prompt was split, on block ids or
+    on threads. Chunks of 256 positions are reduced separately and merged in order (Dao, FlashAttention,
     section 3.1; flash-decoding).
 
     Raises:
-        ValueError: as `AttentionSpec`, or the gate does not have the result's columns.
-        TypeError: `cache` is of states.
+        ValueError: as for `AttentionSpec`, or if the gate does not have the result's columns.
+        TypeError: if `cache` holds recurrent states.
     """
     cache = keys_and_values("attention", cache)
     spec = AttentionSpec(scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks, slopes=slopes)

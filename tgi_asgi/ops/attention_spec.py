@@ -1,4 +1,4 @@
-"""How a layer attends: which positions it sees, and what is done with its scores."""
+"""How a layer attends: which positions a query sees, and how its scores are transformed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from tgi_asgi.ops.layout import Floats
 
 
 class AttentionSpec:
-    """One layer's attention, checked once.
+    """One layer's attention parameters, validated on construction.
 
         spec = AttentionSpec(head_dim**-0.5, window=4096, soft_cap=50.0)  # Gemma 2
 
     Args:
-        scale: what scores are multiplied by.
-        window: so many positions a query sees, its own the last; None: all before it.
-        chunk: a query sees those of its own chunk of so many positions only (Llama 4).
-        soft_cap: scores, scaled, become soft_cap * tanh(score / soft_cap) (Gemma 2).
-        sinks: float32 [num_heads], scores that join the sum of weights and have no value (gpt-oss).
-        slopes: float32 [num_heads], slope * (position of the key - of the query) is added to a score, behind
-            its cap: ALiBi (Press et al., 2022).
+        scale: Factor on the scores.
+        window: Number of positions that a query sees, its own last; None: all before it.
+        chunk: Size of the chunks of positions; a query sees only those of its own chunk (Llama 4).
+        soft_cap: Cap on the scaled scores, which become soft_cap * tanh(score / soft_cap) (Gemma 2).
+        sinks: float32 [num_heads], attention sinks: scores that enter the softmax's sum but have no value
+            (gpt-oss).
+        slopes: float32 [num_heads], ALiBi slopes: slope * (key position - query position) is added to a score
+            after its cap (Press et al., 2022).
 
     Raises:
-        ValueError: a number is not finite, or a window, chunk or cap not positive.
-        TypeError: sinks or slopes are not float32.
+        ValueError: if a number is not finite, or a window, chunk or cap is not positive.
+        TypeError: if sinks or slopes are not float32.
     """
 
     __slots__ = ("chunk", "native", "scale", "sinks", "slopes", "soft_cap", "window")

@@ -1,4 +1,4 @@
-"""Which buffers the values of a program lie in: each is used again once nobody reads what is in it."""
+"""The buffers of a program's values: each is reused once no later call reads its contents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tgi_asgi.ops.values import Kind, Value
 
 
 class Uses:
-    """Who takes which value, in what precision, and until when.
+    """Which calls use which value, in which precisions, and for how long.
 
     Args:
-        recorded: the calls, in order.
-        inputs: values that are written before the first call.
-        outputs: values that are wanted behind the last one.
-        precisions_of: the precisions in which a call wants its activation.
+        recorded: The calls, in order.
+        inputs: Values that are written before the first call.
+        outputs: Values that are needed after the last call.
+        precisions_of: Function that returns the precisions in which a call needs its activation.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Uses:
         outputs: Sequence[Value],
         precisions_of: Callable[[calls.Call], list[str]],
     ) -> None:
-        self._spans: dict[Value, tuple[int, int]] = {}  # by root: the first call and the last
+        self._spans: dict[Value, tuple[int, int]] = {}  # by root: its first call and its last
         self._precisions: dict[Value, list[str]] = {}
         self._scales: dict[Value, float] = {}
         for value in inputs:
@@ -43,7 +43,7 @@ class Uses:
                 isinstance(call, calls.Attention)
                 and self._scales.setdefault(call.q, call.spec.scale) != call.spec.scale
             ):
-                raise ValueError("a query can be attended with one scale only")
+                raise ValueError("a query can be used with only one scale")
         for value in (*inputs, *outputs):
             self._touch(value, len(recorded))
         for value in outputs:
@@ -59,32 +59,32 @@ class Uses:
         wanted += [precision for precision in dict.fromkeys(precisions) if precision not in wanted]
 
     def precisions(self, value: Value) -> list[str]:
-        """Return the precisions that an activation is taken in; none if nobody takes it."""
+        """Return the precisions in which an activation is read; empty if no call reads it."""
         return self._precisions.get(value, [])
 
     def query_scale(self, value: Value) -> float | None:
-        """Return what a query's scores are multiplied by; None where nobody attends with it."""
+        """Return the factor on a query's scores; None if no call attends with it."""
         return self._scales.get(value)
 
     def ending_at(self, index: int) -> list[Value]:
-        """Return the values that no call behind this one reads."""
+        """Return the values that no call after this one reads."""
         return [value for value, (_, last) in self._spans.items() if last == index]
 
     def alive_behind(self, index: int) -> list[Value]:
-        """Return the values made up to this call that a later one reads."""
+        """Return the values computed up to this call that a later one reads."""
         return [value for value, (first, last) in self._spans.items() if first <= index < last]
 
 
 class Buffers:
-    """What the values of a program lie in. Residuals that replace each other share one buffer."""
+    """The buffers of a program's values. Residuals that replace each other share one buffer."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Value, str], tuple[Hashable, Any]] = {}
         self._free: dict[Hashable, list[Any]] = {}
-        self._lent: dict[int, Hashable] = {}  # by id of what was taken
+        self._lent: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
 
     def hold(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """Give a value a buffer of this kind, for one of its forms, until `free`."""
+        """Assign a value a buffer of this kind, for one of its forms, until `free`."""
         buffer = self.take(kind, make)
         self._held[value.root, form] = (self._lent.pop(id(buffer)), buffer)
         return buffer
@@ -93,7 +93,7 @@ class Buffers:
         """Return the buffer of a value's form.
 
         Raises:
-            LookupError: it has none: nothing has made the value in this form, or it has ended.
+            LookupError: if it has none: no call computes the value in this form, or its buffer was freed.
         """
         found = self.find(value, form)
         if found is None:
@@ -106,18 +106,18 @@ class Buffers:
         return None if found is None else found[1]
 
     def take(self, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """Take a buffer of this kind, one that is free if there is one, until `give_back`."""
+        """Take a buffer of this kind, a free one if possible, until `give_back`."""
         free = self._free.get(kind)
         buffer = free.pop() if free else make()
         self._lent[id(buffer)] = kind
         return buffer
 
     def give_back(self, buffer: Any) -> None:
-        """End the use of what was taken."""
+        """Return a buffer taken with `take`."""
         self._free.setdefault(self._lent.pop(id(buffer)), []).append(buffer)
 
     def free(self, values: Iterable[Value]) -> None:
-        """Use the buffers of values for others."""
+        """Release the buffers of values for reuse."""
         ended = set(values)
         for key in [key for key in self._held if key[0] in ended]:
             kind, buffer = self._held.pop(key)
@@ -125,43 +125,44 @@ class Buffers:
 
 
 class CpuBuffers(Buffers):
-    """Those of a program of the extension."""
+    """The buffers of a program of the extension."""
 
     def __init__(self, native: _C.Program) -> None:
         super().__init__()
         self._native = native
 
     def rows(self, value: Value, columns: int) -> Any:
-        """Give a value rows of float32."""
+        """Assign a value a float32 buffer."""
         return self.hold(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
 
     def activation(self, value: Value, precision: str) -> Any:
-        """Give a value room in this precision."""
+        """Assign a value an activation buffer of this precision."""
         kind = ("activation", value.columns, precision)
         return self.hold(value, precision, kind, lambda: self._native.activation(value.columns, precision))
 
     def query(self, value: Value, pool: KvPool, num_heads: int) -> Any:
-        """Give a value room for queries, as this pool wants them."""
+        """Assign a value a buffer for queries, in this pool's layout."""
         kind = ("query", id(pool), num_heads)
         return self.hold(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
 
     def choice(self, value: Value, num_experts: int, top_k: int) -> Any:
-        """Give a value room for each token's experts."""
+        """Assign a value a buffer for each token's experts."""
         kind = ("choice", num_experts, top_k)
         return self.hold(value, "choice", kind, lambda: self._native.choice(num_experts, top_k))
 
     def expert_rows(self, columns: int, precision: str, num_experts: int) -> Any:
-        """Take room for rows that lie expert by expert, until `give_back`: each may begin a tile."""
+        """Take a buffer for rows sorted by expert, until `give_back`; each expert may start a new tile."""
         kind = ("expert rows", columns, precision, num_experts)
         return self.take(kind, lambda: self._native.activation(columns, precision, min_tiles=num_experts))
 
     def scratch(self, columns: int) -> Any:
-        """Take rows that `give_back` ends, for a call's own use."""
+        """Take rows for a call's internal use, until `give_back`."""
         return self.take(("rows", columns), lambda: self._native.rows(columns))
 
     def head_rows(self, columns: int) -> Any:
-        """Take rows for attention's result, which does not write the padding: it stays zero.
+        """Take rows for attention's result. Attention does not write the padding, which must stay zero.
 
-        A product does, and NaN in a row of its would stay there for the steps that follow.
+        These buffers are kept apart from products' rows: a product writes the padding, and a NaN there would
+        persist into the following steps.
         """
         return self.take(("head rows", columns), lambda: self._native.rows(columns))

@@ -1,6 +1,6 @@
-"""The list that a recording is: one plain struct an operator, with its weights and the values it joins.
+"""The calls in a recording: one plain struct per operator, with its weights and its input and output values.
 
-`recorder.py` notes them; `cpu_calls.py` and `cuda.py` turn them into calls of kernels, in the same order.
+`recorder.py` collects them; `cpu_calls.py` and `cuda.py` turn them into kernel calls, in the same order.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Call:
-    """One operator; `out` is what it makes."""
+    """One operator call; `out` is its result."""
 
     out: Value
 
     @property
     def inputs(self) -> list[Value]:
-        """The values that it reads."""
+        """The values that the call reads."""
         found = (getattr(self, field.name) for field in fields(self) if field.name != "out")
         return [value for value in found if isinstance(value, Value)]
 
@@ -74,7 +74,7 @@ class NormAdd(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NormResidual(Call):
-    """out = norm(x), in the place of x"""
+    """out = norm(x), which replaces x"""
 
     x: Value
     weight: NormWeight
@@ -88,17 +88,17 @@ class Qkv(Call):
     weight: QkvWeight
     cache: KvCache
     rope: RopeTable | None
-    clip: float | None  # what q, k and v are cut to first
-    query_scales: Tensor | None  # [positions] float32, what queries are multiplied by at last
+    clip: float | None  # q, k and v are first clamped to [-clip, clip]
+    query_scales: Tensor | None  # [positions] float32, factors applied to the queries last
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LatentQkv(Call):
-    """out = the queries of both parts, the second rotated; the rows' latent goes to the cache."""
+    """out = the queries, both parts, the second rotated; the rows' latents go to the cache."""
 
     absorbed: Value
     turning: Value
-    turning_column: int  # where the second part begins in its rows
+    turning_column: int  # first column of the second part in its rows
     latents: Value
     norm: NormWeight
     rope: RopeTable
@@ -107,7 +107,7 @@ class LatentQkv(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HeadsLinear(Call):
-    """out = of each head its columns of a @ its W.T"""
+    """out = for each head, its columns of a @ its W.T"""
 
     a: Value
     weight: HeadsWeight
@@ -115,13 +115,13 @@ class HeadsLinear(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attention(Call):
-    """out = softmax(scores) @ values (* sigmoid(gate)), of scores as the spec says"""
+    """out = softmax(scores) @ values (* sigmoid(gate)), with scores as the spec defines them"""
 
     q: Value
     cache: KvCache
     head_dim: int
     value_dim: int
-    rotary_dim: int | None  # of queries that no `qkv` has made
+    rotary_dim: int | None  # of queries that no `qkv` call computed
     spec: AttentionSpec
     gate: Value | None
 
@@ -165,7 +165,7 @@ class GateUp(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Route(Call):
-    """out = the experts that the logits choose, and their weights"""
+    """out = the experts that the logits select, and their weights"""
 
     logits: Value
     spec: RouteSpec

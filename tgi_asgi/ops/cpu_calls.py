@@ -1,7 +1,7 @@
-"""What each call of a recorder's list becomes on a CPU: its buffers are chosen and its kernels noted in C++.
+"""Lowering of recorded calls to CPU kernels: chooses buffers and appends calls to a C++ program.
 
-`cpu_program.py` goes through the list once. An activation is written once for each precision that its takers
-want; a buffer is used again as soon as no later call reads what is in it.
+`cpu_program.py` goes through the list once. An activation is written once per precision that its consumers
+need. A buffer is reused as soon as no later call reads its contents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.values import Kind, Value
 
 _Made = TypeVar("_Made")
-# What changes the residual in place.
+# Calls that change the residual in place.
 _CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
@@ -34,23 +34,23 @@ _KEEPING = (
     calls.ShortConv,
     calls.SelectiveScan,
     calls.DeltaRule,
-)  # what writes what later steps read
+)  # calls that write what later steps read
 
 
 class CpuCalls:
-    """Turns calls into those of a program of the extension.
+    """Lowers recorded calls to those of an extension program.
 
     Args:
-        native: the program that they are noted in.
-        recorded: the list.
-        inputs: values that no call makes.
-        outputs: values that are wanted behind the last one.
-        adapters: what may change its products.
-        shard: which of several shards the program is; None: it is whole.
+        native: Program to append to.
+        recorded: The recorded calls.
+        inputs: Values that no call computes.
+        outputs: Values that are needed after the last call.
+        adapters: Adapters that may change the program's products.
+        shard: The program's shard; None: not sharded.
 
     Attributes:
-        buffers: where values lie.
-        residual: the rows of the residual; None before there is one.
+        buffers: The values' buffers.
+        residual: The rows of the residual; None before it exists.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CpuCalls:
         self._tables: dict[int, tuple[RopeTable, layout.Floats, layout.Floats]] = {}
 
     def emit_all(self) -> None:
-        """Note all calls, and behind the last that writes keys, values or states what others still read."""
+        """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
         writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _KEEPING)]
         for index, call in enumerate(self._recorded):
             _EMITTERS[type(call)](self, index, call)
@@ -79,7 +79,7 @@ class CpuCalls:
             self.buffers.free(self._uses.ending_at(index))
 
     def take_input(self, value: Value, columns: int) -> None:
-        """Make room for a value that is given as rows; as activations these are packed when a step begins."""
+        """Allocate an input that is given as rows; an activation is packed from them when a step begins."""
         rows = self.buffers.rows(value, columns)
         if value.kind is Kind.ACTIVATION:
             self._pack(rows, value)
@@ -101,9 +101,10 @@ class CpuCalls:
         self._pack(self.buffers.of(call.x, "rows"), call.out)
 
     def _norm(self, index: int, call: calls.Norm) -> None:
-        # Few tokens are normed by each member for itself, without a barrier: only if the call behind the
-        # norms does not write to what others may still be reading, be it that x ends here and its buffer is
-        # used again; and a product that is added cannot take what is private.
+        # For few tokens, each team member computes the norm for itself, without a barrier. That is safe only
+        # if the call after the norms does not write what other members may still be reading: neither the
+        # residual, nor a buffer of x that is reused because x ends here. `linear_add` cannot read a private
+        # activation.
         behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
         is_private = (
             not isinstance(behind, (*_CHANGING, type(None)))
@@ -224,14 +225,14 @@ class CpuCalls:
             self._native.linear_add(product=product, factor=call.factor, x=x)
 
     def _sum(self, product: Any, factor: float, *, adds: bool, x: Any) -> None:
-        """Note a product of which each shard makes a part, and the sum of these."""
+        """Emit a product of which each shard computes a part, and the sum of the parts."""
         part = self._native.part()
         self._native.linear(product=product, out=part)
         self._native.sum_shards(part=part, factor=factor, adds=adds, x=x)
 
     def _up(self, index: int, call: calls.Up) -> None:
         made = _made(call.weight.made, PackedLinear)
-        for precision in self._uses.precisions(call.out):  # one, but where several formats take the result
+        for precision in self._uses.precisions(call.out):  # one, unless consumers have several formats
             out = self.buffers.activation(call.out, precision)
             product = self._product(call.a, made)
             self._native.up(product=product, activation=call.activation, alphas=call.alphas, out=out)
@@ -240,7 +241,7 @@ class CpuCalls:
         parts = _made(call.weight.made, PackedGateUp).parts
         precisions = self._uses.precisions(call.out)
         if len(parts) == 1:
-            for precision in precisions:  # one, but where products of several formats take the result
+            for precision in precisions:  # one, unless the consumers' weights have several formats
                 out = self.buffers.activation(call.out, precision)
                 product = self._product(call.a, parts[0])
                 self._native.gate_up(product=product, activation=call.activation, out=out)
@@ -317,7 +318,7 @@ class CpuCalls:
         self._native.delta_rule(rule=rule, **self._heads_of(call))
 
     def _heads_of(self, call: calls.SelectiveScan | calls.DeltaRule) -> dict[str, Any]:
-        """Return what heads with states read and write."""
+        """Return the buffers that heads with recurrent states read and write."""
         source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
         return {
             "source": source, "steps": steps, "states": call.cache.pool.native, "layer": call.cache.index,
@@ -337,7 +338,7 @@ class CpuCalls:
 
     def _head(self, index: int, call: calls.Head) -> None:
         if index != len(self._recorded) - 1:
-            raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
+            raise ValueError("`head` must be the last operator: it reads the final residual")
         made = _made(call.weight.made, PackedLinear)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self._native.norm(
@@ -357,7 +358,7 @@ class CpuCalls:
         return _C.Product(weight=part.matrix, source=source, bias=part.bias, adapter=number)
 
     def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
-        """Return the attention's queries; those that were given as rows are brought into their layout."""
+        """Return the attention's queries; queries given as rows are converted to the pool's layout."""
         found = self.buffers.find(call.q, "query")
         if found is not None:
             return found
@@ -375,11 +376,11 @@ class CpuCalls:
         return query
 
     def _end_cache_writes(self, index: int) -> None:
-        """Say what the rest of a step reads of its tokens, so that it can go on with those drawn after."""
+        """Declare what the rest of a step reads of its tokens, so that it can go on with sampled rows."""
         alive = self._uses.alive_behind(index)
         can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.CHOICE) for value in alive)
         kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]
-        queries = [query for query in kept if query is not None]  # others were given as rows
+        queries = [query for query in kept if query is not None]  # the others were given as rows
         found = [self.buffers.find(value, "rows") for value in alive]
         rows = [each for each in found if each is not None]
         self._native.end_cache_writes(
@@ -389,7 +390,7 @@ class CpuCalls:
     def _table(
         self, rope: RopeTable | None, head_dim: int, rotary_dim: int
     ) -> tuple[layout.Floats | None, layout.Floats | None]:
-        """Return cosines and sines of all pairs of a packed head; those that do not turn have 1 and 0."""
+        """Return cosines and sines of all pairs of a packed head; pairs that are not rotated have 1 and 0."""
         if rope is None:
             return None, None
         if rope.rotary_dim != rotary_dim:
@@ -398,7 +399,7 @@ class CpuCalls:
             pairs = -(-head_dim // layout.STRIP) * layout.PANEL
             missing = (0, pairs - rotary_dim // 2)
             cosines, sines = rope.cos, rope.sin
-            if missing[1]:  # else they would be copied: 64 MiB for 131,072 positions of Llama 3
+            if missing[1]:  # otherwise no copy: it is 64 MiB for Llama 3's 131,072 positions
                 pad = torch.nn.functional.pad
                 cosines, sines = pad(cosines, missing, value=1.0), pad(sines, missing)
             self._tables[id(rope)] = (rope, cosines.contiguous().numpy(), sines.contiguous().numpy())

@@ -1,4 +1,4 @@
-"""A recorder's list as a program of the CPU's kernels, which a team of threads runs without Python."""
+"""A recorded model as a program of CPU kernels, which a team of threads runs without Python."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from tgi_asgi.ops.values import Kind, Value
 
 
 class CpuProgram:
-    """Steps of a recorded model on the team of threads.
+    """Runs steps of a recorded model on the team of threads.
 
         program = CpuProgram(recorder, max_tokens=4224, max_sequences=128, max_rows=128, max_context=8192)
         result = program.draw(batch, rows, slots, state)
 
-    For the set of kernels in use and at most the team's present number of threads.
+    It is built for the kernel set in use and at most the team's current number of threads.
 
     Args:
-        max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
-        max_context: tokens of a sequence.
-        inputs: values that no call makes: `write` gives them.
-        outputs: values that `read` returns, beside the residual.
-        adapters: what rows of a step may have.
-        shard: which of several shards it is, where the model's weights are one's.
+        max_tokens, max_sequences, max_rows: Maximum tokens and sequences of a step, and rows of logits at a
+            time.
+        max_context: Maximum number of tokens of a sequence.
+        inputs: Values that no call computes; `write` sets them.
+        outputs: Values that `read` can return, in addition to the residual.
+        adapters: Adapters that rows of a step may use.
+        shard: Which of several shards it is, if the model's weights are a shard's.
 
     Attributes:
-        native: what `StepQueue` runs without Python.
+        native: The extension's program, which `StepQueue` runs without Python.
     """
 
     def __init__(
@@ -68,21 +69,21 @@ class CpuProgram:
 
     @property
     def num_calls(self) -> int:
-        """How many kernel calls a step is."""
+        """Number of kernel calls in a step."""
         return self.native.num_operators
 
     @property
     def num_steps(self) -> int:
-        """How many steps have been computed, to the last one's states."""
+        """Number of steps that have been computed, including the last one's states."""
         return self.native.num_steps
 
     def forget_since(self, num_steps: int) -> None:
-        """Take back the states of a step that was computed after so many, and then failed."""
+        """Discard the states of a step that was computed after the first `num_steps` and then failed."""
         self.native.forget_since(num_steps)
 
     @property
     def residual(self) -> npt.NDArray[np.float32]:
-        """The residual [max_tokens, padded columns] that the last step left; overwritten by the next."""
+        """The residual [max_tokens, padded columns] after the last step; the next step overwrites it."""
         found: npt.NDArray[np.float32] = self._calls.residual.array()
         return found
 
@@ -93,7 +94,7 @@ class CpuProgram:
             [n_rows, vocab] float32, a view of the program's buffer: valid until the next call.
 
         Raises:
-            ValueError: a size, id, slot or block is out of range; nothing has been computed.
+            ValueError: if a size, id, slot or block is out of range. Nothing has been computed then.
         """
         return torch.from_numpy(self.native.run(batch, list(rows)))
 
@@ -106,13 +107,13 @@ class CpuProgram:
         mask: npt.NDArray[np.int32] | None = None,
         drafts: Sequence[int] = (),
     ) -> SampleResult:
-        """Compute a step and draw a token after each of `rows`, for a slot each: `run` and `sample` in one.
+        """Compute a step and sample a token after each of `rows`, in its slot: `run` and `sample` in one.
 
-        Nothing of Python lies between them. `mask` and `drafts` are those of `sample`. Of the last layer only
-        what rows need is computed, beside keys and values, so that `run_head` is not possible afterwards.
+        No Python runs between them. `mask` and `drafts` are those of `sample`. The last layer computes only
+        keys, values and what `rows` need, so `run_head` cannot be called afterwards.
 
         Raises:
-            ValueError: as `run` and `sample`; nothing has been computed.
+            ValueError: as for `run` and `sample`. Nothing has been computed then.
         """
         return SampleResult.of(self.native.draw(batch, rows, slots, state.arrays, mask, drafts))
 
@@ -121,13 +122,13 @@ class CpuProgram:
         return self.native.profile(batch, rows)
 
     def run_head(self, rows: Sequence[int]) -> Tensor:
-        """Compute the logits of other rows of the last step, which `run` computed; as it."""
+        """Compute the logits of other rows of the last step, which `run` must have computed; see `run`."""
         return torch.from_numpy(self.native.run_head(rows))
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return the states [n_tokens, hidden] behind the last norm of tokens of a step that `run` computed.
+        """Return the states [n_tokens, hidden] after the last norm, of tokens of a step that `run` computed.
 
-        A token's bits depend on nothing else in the step.
+        A token's bits do not depend on the rest of the step.
         """
         head = next(call for call in reversed(self._recorded) if isinstance(call, calls.Head))
         x = torch.from_numpy(self.residual[start:stop, : head.norm.columns]).double()
@@ -135,7 +136,7 @@ class CpuProgram:
         return states
 
     def write(self, value: Value, rows: Tensor) -> None:
-        """Give an input its rows [n_tokens, columns] float32."""
+        """Set an input's rows [n_tokens, columns] float32."""
         array = self._calls.buffers.of(value, "rows").array()
         if value.kind is Kind.QUERY:
             rows = _packed_heads(rows, *self._query_shape(value)[:3])
@@ -152,21 +153,21 @@ class CpuProgram:
         return torch.from_numpy(read[:num_tokens, : value.columns].copy())
 
     def _query_shape(self, value: Value) -> tuple[int, int, int, bool]:
-        """Return heads, their size, how many dims turn, and whether with their neighbours, of a query."""
+        """Return a query's heads, head size and rotated dims, and whether neighbours are rotated together."""
         for call in self._recorded:
             if isinstance(call, calls.Qkv) and call.out is value:
                 weight = call.weight
                 return weight.num_heads, weight.head_dim, weight.rotary_dim, weight.is_interleaved
             if isinstance(call, calls.Attention) and call.q is value:
                 return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
-        raise ValueError("nothing takes this query")
+        raise ValueError("no call uses this query")
 
     def _read_query(self, value: Value, num_tokens: int) -> Tensor:
         heads, head_dim, rotary, is_interleaved = self._query_shape(value)
         array = torch.from_numpy(self._calls.buffers.of(value, "query").array()[:num_tokens])
         dtype = {4: torch.float32, 2: torch.bfloat16}.get(array.shape[1] // (heads * head_dim))
         if dtype is None or array.shape[1] != heads * head_dim * dtype.itemsize:
-            raise ValueError("queries for an int8 cache are integers: take a cache of floats")
+            raise ValueError("queries for an int8 cache are integers: use a float cache")
         dims = layout.kept_dims(
             head_dim, rotary, is_paired=dtype is torch.bfloat16, is_interleaved=is_interleaved
         )
@@ -177,7 +178,7 @@ class CpuProgram:
         return out.flatten(1)
 
     def _columns(self, value: Value) -> int:
-        """Return what an input has as rows: of queries whole strips a head."""
+        """Return the columns of an input given as rows; query heads are padded to whole strips."""
         if value.kind is not Kind.QUERY:
             return value.columns
         heads, head_dim, *_ = self._query_shape(value)
@@ -185,6 +186,6 @@ class CpuProgram:
 
 
 def _packed_heads(rows: Tensor, num_heads: int, head_dim: int, rotary_dim: int) -> Tensor:
-    """Bring queries [n_tokens, num_heads * head_dim] into the order of packed rows, zeros where these are."""
+    """Convert queries [n_tokens, num_heads * head_dim] to packed row order, with zeros for padding rows."""
     order = torch.from_numpy(layout.head_order(num_heads, head_dim, rotary_dim))
     return torch.where(order >= 0, rows[:, order.clamp(min=0)], torch.zeros(()))

@@ -1,8 +1,8 @@
-"""A recorder's list as a program of a CUDA device, as `cpu_program.py` makes one of a CPU.
+"""A recorded model as a program for a CUDA device, the counterpart of `cpu_program.py`.
 
-A call is a launch of our kernels or a product of torch's, on buffers that stay where they are, so that a list
-of calls can be captured as a CUDA graph. Imports without CUDA; the kernels exist where tgi_asgi._cuda was
-built.
+A call becomes a launch of a native kernel or a torch product, on buffers with fixed addresses, so that the
+list can be captured as a CUDA graph. The module imports without CUDA; the kernels exist only if
+tgi_asgi._cuda was built.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _kernels: Any = torch.ops.tgi_cuda
 
 @dataclass(frozen=True, slots=True)
 class CudaBatch:
-    """The tokens of one step on the device, sequence after sequence: first those of one token each.
+    """The tokens of one step on the device, sequence by sequence: sequences of one token come first.
 
-    A padding sequence has the context length 0, and its token the slot -1.
+    A padding sequence has context length 0, and its token has slot -1.
     """
 
     ids: Tensor  # [n_tokens] int32
@@ -55,8 +55,8 @@ class CudaBatch:
     context_len: Tensor  # [n_sequences] int32
     block_table: Tensor  # [n_sequences, max_blocks] int32
     num_decodes: int  # sequences of one token, which come first
-    max_query_len: int  # of the others
-    # Tokens here and in all of each of the others, which a step that is no graph may know on the host.
+    max_query_len: int  # of the other sequences
+    # (tokens in this step, tokens in total) of each other sequence; outside graphs the host may know them.
     prompt_lens: Sequence[tuple[int, int]] = ()
 
     @property
@@ -69,7 +69,7 @@ class CudaBatch:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What a list of launches counts by, in the order of `_SIZES`."""
+        """The sizes that select launches, in the order of `_SIZES`."""
         num_prompts = self.num_sequences - self.num_decodes
         num_known = len(self.prompt_lens)
         num_unknown = 0 if num_known else num_prompts
@@ -77,7 +77,7 @@ class CudaBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it takes, in the order of `_GIVEN`."""
+        """The tensors that launches read, in the order of `_GIVEN`."""
         lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
         return (
             self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
@@ -85,7 +85,7 @@ class CudaBatch:
 
 
 class CudaProgram:
-    """Steps of a recorded model on a device.
+    """Runs steps of a recorded model on a device.
 
         program = CudaProgram(recorder, max_tokens=4224, max_rows=128, max_sequences=128, max_blocks=512, ...)
         program.forward(batch)
@@ -93,12 +93,13 @@ class CudaProgram:
         program.logits[: len(rows)]
 
     Args:
-        max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
-        max_blocks: columns of the block tables.
-        dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
-        is_batch_invariant: a token's results are the same bits whatever else is in the step.
-        prompt_attention: what computes the attention of prompts in the layers that it can compute.
-        shard: which of several devices it is that compute the same steps, each with its part of the weights.
+        max_tokens, max_sequences, max_rows: Maximum tokens and sequences of a step, and rows of logits at a
+            time.
+        max_blocks: Number of columns of the block tables.
+        dtype: Dtype of activations and weights, bfloat16 or float16; the residual and logits are float32.
+        is_batch_invariant: Whether a token's results have the same bits whatever else is in the step.
+        prompt_attention: Implementation of prompt attention, for the layers that it supports.
+        shard: Which of several devices this is, each computing the same steps with its part of the weights.
     """
 
     def __init__(
@@ -120,20 +121,20 @@ class CudaProgram:
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
-        self._flashinfer: FlashInfer | None = None  # made by the first layer that it computes
-        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what all layers of a plan share
+        self._flashinfer: FlashInfer | None = None  # created by the first layer that uses it
+        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers of one plan share
         self._launches = LaunchList(_SIZES, _GIVEN)
         self._head = LaunchList((Size.ROWS,), (Given.ROWS,))
         self._logits = torch.empty(0)
         self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _most_codes(recorder.calls))
         self._values = Buffers()
-        self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's, and the device's
-        self._plans: dict[int, Tensor] = {}  # of decode attention, by window
+        self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's tensor, and the device's
+        self._plans: dict[int, Tensor] = {}  # for decode attention, by window
         uses = Uses(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
             self._values.free(uses.ending_at(index))
-        self._moved.clear()  # the host's own references are all that is left of what was moved
+        self._moved.clear()  # releases the host tensors that nothing else references
         self._launches.finish()
         self._head.finish()
 
@@ -143,18 +144,18 @@ class CudaProgram:
         return self._logits
 
     def num_launches(self, batch: CudaBatch, num_rows: int) -> int:
-        """Return how many operators compute a batch and the logits of so many rows."""
+        """Return how many operators compute a batch and the logits of `num_rows` rows."""
         return self._launches.count(batch.sizes) + self._head.count((num_rows,))
 
     def forward(self, batch: CudaBatch) -> None:
-        """Compute the residual of all tokens, and write their keys and values; without the GIL."""
+        """Compute the residual of all tokens and write their keys and values, without the GIL."""
         self._launches.run(batch.sizes, batch.tensors)
 
     def head(self, rows: Tensor) -> None:
-        """Compute the logits of rows [n_rows] int32 of the last batch: the first of `logits`."""
+        """Compute the logits of rows [n_rows] int32 of the last batch into the first rows of `logits`."""
         self._head.run((rows.shape[0],), (rows,))
 
-    # What each operator becomes.
+    # Lowering of each operator.
 
     def _embed(self, call: calls.Embed) -> None:
         table = self._dense(call.table.made)
@@ -187,7 +188,7 @@ class CudaProgram:
         self._launches.add("tgi_cuda::norm", x, *self._norm_of(call.weight), None, x)
 
     def _norm_of(self, weight: NormWeight) -> tuple[Tensor, Tensor | None, float]:
-        """Return a norm's weight and bias on the device, and what keeps it finite."""
+        """Return a norm's weight and bias on the device, and its eps."""
         return self._move(weight.weight, torch.float32), self._floats(weight.bias), weight.eps
 
     def _qkv(self, call: calls.Qkv) -> None:
@@ -217,7 +218,7 @@ class CudaProgram:
         )  # fmt: skip
 
     def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> None:
-        """Normalise all heads of queries together, and all of keys, in place."""
+        """Normalise all heads of queries together, and all heads of keys, in place."""
         first = 0
         for norm in (norms.query, norms.key):
             scale = self._head_norm(norm.weight, weight)
@@ -229,25 +230,25 @@ class CudaProgram:
             first += scale.numel()
 
     def _head_norm(self, norm: Tensor, weight: QkvWeight) -> Tensor:
-        """Return weights or biases of heads' norms on the device, in the order of their rows there."""
+        """Return weights or biases of head norms on the device, in the device's row order."""
         if weight.is_interleaved:
             norm = norm[joined_halves(weight, norm.numel() // weight.head_dim)]
         return self._move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines on the device; without rotation those of no dims."""
+        """Return cosines and sines on the device; empty tables [1, 0] without rotation."""
         if rope is not None:
             return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
         none = self._scratch.buffer("no angles", (1, 0), torch.float32)
         return none, none
 
     def _attention(self, call: calls.Attention) -> None:
-        """Sequences of one token by one kernel, the others by another, or by torch."""
+        """Launch one kernel for sequences of one token, and another kernel or library for the rest."""
         layer, spec = _layer_of(call.cache), call.spec
         if spec.chunk is not None:
-            raise ValueError("attention with `chunk` is not among the CUDA kernels")
+            raise ValueError("no CUDA kernel supports attention with `chunk`")
         if call.gate is not None:
-            raise ValueError("attention with `gate` is not among the CUDA kernels")
+            raise ValueError("no CUDA kernel supports attention with `gate`")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
         query = self._heads(self._in(call.q), head_dim)
         out = self._heads(self._make(call.out, self._dtype), head_dim)
@@ -255,7 +256,7 @@ class CudaProgram:
             self._max_sequences, self._max_blocks, block_size, query.shape[1], head_dim
         )
         workspace = self._scratch.buffer("workspace", (num_bytes,), torch.uint8)
-        seen = spec.window or 0  # as the kernels have it, 0 is all
+        seen = spec.window or 0  # the kernels use 0 for no window
         plan = self._plan(block_size, seen)
         kind = (
             seen, spec.scale, spec.soft_cap or 0.0, self._floats(spec.sinks), self._floats(spec.slopes),
@@ -311,7 +312,7 @@ class CudaProgram:
         return self._planned[kind]
 
     def _plan(self, block_size: int, window: int) -> Tensor:
-        """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""
+        """Return the plan [max_sequences + 1] of layers with this window; the first of them computes it."""
         if window not in self._plans:
             plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
             self._plans[window] = plan
@@ -328,7 +329,7 @@ class CudaProgram:
         self._add_up(call.weight, out)
 
     def _linear_add(self, call: calls.LinearAdd) -> None:
-        """The sum in float32."""
+        """Add the product to the residual in float32."""
         source, x, linear = self._in(call.a), self._in(call.x), self._product_of(call.weight.made)
         product = self._scratch.buffer("linear_add", (self._max_tokens, call.weight.rows))
         if call.factor == 1.0 and not self._is_part(call.weight):
@@ -339,11 +340,11 @@ class CudaProgram:
         self._launches.add("aten::add_.Tensor", _tokens(x), _tokens(product), call.factor)
 
     def _is_part(self, weight: LinearWeight) -> bool:
-        """Tell whether other devices have more of its columns."""
+        """Return whether other devices hold more of the weight's columns."""
         return weight.is_partial and self._shard is not None
 
     def _add_up(self, weight: LinearWeight, product: Tensor) -> None:
-        """Make a product of some columns that of all."""
+        """Sum a partial product over all devices."""
         shard = self._shard
         if shard is None or not weight.is_partial:
             return
@@ -388,7 +389,7 @@ class CudaProgram:
             self._logits = whole.logits
 
     def _product(self, a: Value, made: DeviceMatrix, rows: int, name: str) -> Tensor:
-        """Launch `a @ W.T (+ bias)`; return the buffer it comes to."""
+        """Launch `a @ W.T (+ bias)`; return its output buffer."""
         out = self._scratch.buffer(name, (self._max_tokens, rows))
         self._product_of(made).multiply(self._launches, self._in(a), out, Size.TOKENS)
         return out
@@ -405,13 +406,13 @@ class CudaProgram:
         return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
 
     def _dense(self, made: DeviceMatrix) -> Tensor:
-        """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
+        """Return a matrix on the device as plain (decoded) weights, which `embed` gathers from."""
         if not isinstance(made.matrix, CudaQuantMatrix):
             return self._move(made.matrix)
         return self._move_codes(made.matrix).plain(self._dtype)
 
     def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
-        """Return the matrix on the device; the same matrix is moved once."""
+        """Return the matrix on the device; the same matrix is moved only once."""
         kept = self._moved.setdefault(id(matrix), (matrix, None))
         if kept[1] is None:
             self._moved[id(matrix)] = kept = (matrix, matrix.to(self._device))
@@ -419,7 +420,7 @@ class CudaProgram:
         return found
 
     def _move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the tensor on the device; the same tensor is moved once."""
+        """Return the tensor on the device; the same tensor is moved only once."""
         kept = self._moved.get(id(tensor))
         if kept is None:
             moved = tensor.to(self._device, dtype or self._dtype).contiguous()
@@ -428,11 +429,11 @@ class CudaProgram:
         return found
 
     def _floats(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the tensor on the device in float32, if there is one."""
+        """Return the tensor on the device in float32, or None."""
         return None if tensor is None else self._move(tensor, torch.float32)
 
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
-        """Give a value its buffer [max_tokens, columns]."""
+        """Assign a value its buffer [max_tokens, columns]."""
         shape = (self._max_tokens, value.columns)
         made: Tensor = self._values.hold(
             value, "rows", (shape, dtype), lambda: torch.zeros(shape, dtype=dtype, device=self._device)
@@ -476,7 +477,7 @@ def _tokens(rows: Tensor) -> Rows:
 
 
 def _decodes(rows: Tensor | Given) -> Rows:
-    """Return the rows of sequences that decode."""
+    """Return the rows of decoding sequences."""
     return Rows(rows, Size.DECODES)
 
 
@@ -496,7 +497,7 @@ def _plan_prompts(planned: PlannedAttention, block_table: Tensor, lengths: Tenso
 
 
 def _most_codes(recorded: Sequence[calls.Call]) -> int:
-    """Return the weights of the largest quantised matrix that products are with."""
+    """Return the number of weights in the largest quantised matrix that a product uses."""
     made = (getattr(getattr(call, "weight", None), "made", None) for call in recorded)
     matrices = (found.matrix for found in made if isinstance(found, DeviceMatrix))
     shapes = [matrix.shape for matrix in matrices if isinstance(matrix, CudaQuantMatrix)]

@@ -1,8 +1,8 @@
-"""Attention of prompts by torch's `scaled_dot_product_attention`, in the place of our kernel.
+"""Prompt attention by torch's `scaled_dot_product_attention`, instead of the native kernel.
 
-A sequence's keys and values are gathered from its blocks to one piece of memory first, which costs one read
-and one write of them; what torch then takes is FlashAttention-2 (Dao, 2023). Lengths are the host's, so no
-graph has these calls.
+A sequence's keys and values are first gathered from its blocks into contiguous memory, which costs one read
+and one write of them. torch then uses FlashAttention-2 (Dao, 2023). Lengths come from the host, so graphs
+cannot contain these calls.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 
 class PromptAttention(StrEnum):
-    """What computes the attention of prompts on a GPU; values are those of `--prompt-attention`."""
+    """Implementation of prompt attention on a GPU; the values are those of `--prompt-attention`."""
 
-    PAGED = "paged"  # the project's kernel
-    SDPA = "sdpa"  # torch, over copies of keys and values: this module
+    PAGED = "paged"  # the native kernel
+    SDPA = "sdpa"  # torch, over gathered keys and values: this module
     FLASHINFER = "flashinfer"  # `cuda_flashinfer.py`
 
 
 def can_gather(spec: AttentionSpec) -> bool:
-    """Tell whether torch's fused kernels attend so: to all before, by scores that are only scaled."""
+    """Return whether torch's fused kernels support this: causal attention whose scores are only scaled."""
     others = (spec.window, spec.chunk, spec.soft_cap, spec.sinks, spec.slopes)
     return all(each is None for each in others)
 
@@ -38,15 +38,15 @@ class GatheredAttention:
         attention.attend(query, block_table, first, lengths, out)
 
     Args:
-        kept: [max_blocks * elements of a block], of the pool's dtype; layers may share it.
-        room: the same of the dtype of queries; `kept` itself where these are one.
+        kept: Buffer [max_blocks * elements of a block] of the pool's dtype; layers may share it.
+        room: The same buffer in the queries' dtype; `kept` itself if the dtypes are equal.
     """
 
     def __init__(self, layer: CudaKvLayer, scale: float, kept: Tensor, room: Tensor) -> None:
-        from torch.nn.attention.bias import causal_lower_right  # a second and a half, of torch's compiler
+        from torch.nn.attention.bias import causal_lower_right  # takes 1.5 s: it imports torch's compiler
 
         self._bias = causal_lower_right
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length of a prompt
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would make a plan for each new prompt length
         self._layer, self._scale = layer, scale
         self._kept, self._room = kept, room
 
@@ -58,19 +58,20 @@ class GatheredAttention:
         lengths: Sequence[tuple[int, int]],
         out: Tensor,
     ) -> None:
-        """Attend sequence after sequence.
+        """Attend one sequence at a time.
 
         Args:
             query, out: [n_tokens, num_heads, head_dim].
             block_table: [n_sequences or more, n_columns] int32.
-            first: the first sequence's first token.
-            lengths: tokens of each sequence in `query`, and of all of it; both at least 1.
+            first: Index of the first sequence's first token.
+            lengths: (tokens in `query`, tokens in total) of each sequence; both at least 1.
         """
         for index, (num_tokens, context_len) in enumerate(lengths):
             keys, values = self._gather(block_table[index], context_len)
-            # torch makes a tensor [num_tokens, context_len] of this bias, which nobody writes or reads.
+            # torch allocates a tensor [num_tokens, context_len] for this bias, but never writes or reads it.
             bias = None if num_tokens == context_len else self._bias(num_tokens, context_len)
-            # The scales of an FP8 cache: that of keys is in the scores', that of values in the result's.
+            # Scales of an FP8 cache: the keys' scale is applied to the scores, the values' scale to the
+            # result.
             attended = torch.nn.functional.scaled_dot_product_attention(
                 query[first : first + num_tokens].transpose(0, 1)[None],
                 keys[None],
@@ -85,13 +86,13 @@ class GatheredAttention:
             first += num_tokens
 
     def _gather(self, row: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-        """Return a sequence's keys and values, each [num_kv_heads, context_len, head_dim]; until the next."""
+        """Return keys and values [num_kv_heads, context_len, head_dim] of a sequence, until the next call."""
         pool = self._layer.pool
         _, _, num_kv_heads, block_size, head_dim = pool.shape
         num_blocks = -(-context_len // block_size)
         shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
         size = num_blocks * pool[0].numel()
-        # Eight bytes at a time: an element costs index_select as much, whatever its size.
+        # Moves eight bytes at a time: index_select's cost per element does not depend on the element's size.
         words = pool.view(torch.int64).permute(1, 2, 0, 3, 4)
         kept = self._kept[:size].view(shape)
         torch.index_select(words, 2, row[:num_blocks], out=kept.view(torch.int64))

@@ -1,4 +1,4 @@
-"""Prefill attention by FlashInfer over the pools as they are, instead of the project's own kernel.
+"""Prompt attention by FlashInfer, directly on the paged pools, instead of the native kernel.
 
 FlashInfer (Ye et al., 2025) splits the work of a step's prompts over the GPU once, on the host (`plan`), and
 every layer of the same kind runs that plan (`run`). Its "HND" layout of a paged cache is `CudaKvLayer.pool`.
@@ -17,9 +17,9 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 _HEAD_DIMS = (64, 128, 256)  # FlashInfer's prefill kernels are compiled for these
 # A plan is copied to the GPU from pinned memory of its wrapper, which the next plan overwrites. Two steps are
-# in flight, and a step that failed may have left its copy in the queue behind them.
+# in flight, and a failed step may have left its copy queued after them.
 _NUM_WRAPPERS = 3
-_WORKSPACE_BYTES = 256 << 20  # partial results of prompts that are split: FlashInfer advises 128 MiB or more
+_WORKSPACE_BYTES = 256 << 20  # partial results of split prompts; FlashInfer advises 128 MiB or more
 
 
 def can_plan(spec: AttentionSpec, head_dim: int) -> bool:
@@ -29,10 +29,10 @@ def can_plan(spec: AttentionSpec, head_dim: int) -> bool:
 
 
 class FlashInfer:
-    """The package, and the device memory that all its plans share, as they run one after another.
+    """The package, and the device memory that its plans share, since they run one after another.
 
     Raises:
-        ImportError: the package flashinfer-python is not installed.
+        ImportError: if the package flashinfer-python is not installed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,26 +42,26 @@ class FlashInfer:
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def wrappers(self) -> list[Any]:
-        """Make what the plans of one kind of attention are kept in, in turn."""
+        """Return wrappers that hold the plans of one kind of attention in turn."""
         return [self._make(self._workspace, "HND") for _ in range(_NUM_WRAPPERS)]
 
 
 class PlannedAttention:
-    """Prefill attention of all layers with one spec.
+    """Prompt attention of all layers with one spec.
 
         attention = PlannedAttention(package, spec, layer.pool, query)
-        attention.plan(block_table, lengths)  # once a step
-        attention.attend(layer, query, first, out)  # once a layer
+        attention.plan(block_table, lengths)  # once per step
+        attention.attend(layer, query, first, out)  # once per layer
 
     Args:
-        pool: any of the layers' pools.
-        query: [n_tokens, num_heads, head_dim], any step's.
+        pool: Pool of any of the layers.
+        query: Queries of any step, [n_tokens, num_heads, head_dim].
     """
 
     def __init__(self, package: FlashInfer, spec: AttentionSpec, pool: Tensor, query: Tensor) -> None:
         self._wrappers = package.wrappers()
         self._num_plans = 0
-        self._num_tokens = 0  # of the step that is planned
+        self._num_tokens = 0  # of the planned step
         self._spec, self._pool, self._query = spec, pool, query
 
     def plan(self, block_table: Tensor, lengths: Sequence[tuple[int, int]]) -> None:
@@ -69,7 +69,7 @@ class PlannedAttention:
 
         Args:
             block_table: [n_prompts or more, n_columns] int32, on the device.
-            lengths: of each prompt, its tokens in this step and its tokens up to the end of this step.
+            lengths: For each prompt, its tokens in this step and its tokens up to the end of this step.
         """
         self._num_plans += 1
         _, _, num_kv_heads, block_size, head_dim = self._pool.shape
@@ -104,7 +104,7 @@ class PlannedAttention:
 
         Args:
             query, out: [n_tokens, num_heads, head_dim].
-            first: the first prompt's first token.
+            first: Index of the first prompt's first token.
         """
         rows = slice(first, first + self._num_tokens)
         scales = {}

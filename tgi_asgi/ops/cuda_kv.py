@@ -1,4 +1,4 @@
-"""The KV cache of a CUDA device: each layer's pool of blocks, in the layout that the kernels have."""
+"""The KV cache of a CUDA device: each layer's pool of blocks, in the kernels' layout."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class CudaKvLayer:
-    """One layer's keys and values, as `KvLayer` on a CPU."""
+    """One layer's keys and values, the counterpart of the CPU's `KvLayer`."""
 
     pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
-    key_scale: float = 1.0  # keys and values are stored divided by these
+    key_scale: float = 1.0  # keys and values are stored divided by their scales
     value_scale: float = 1.0
 
     def grow(self, pool: Tensor) -> None:
-        """Give `pool`, in whosever hands, the memory of one of more blocks; until a graph is captured."""
+        """Replace the layer's memory by a larger pool's, for every holder; before graph capture only."""
         self.pool.set_(pool.untyped_storage(), 0, pool.shape, pool.stride())
 
     @property
     def head_dim(self) -> int:
-        """Dims of a head."""
+        """Number of dims of a head."""
         return int(self.pool.shape[4])
 
     @property
     def value_dim(self) -> int:
-        """Dims of a head of values."""
+        """Number of dims of a head of values."""
         return self.head_dim
 
 
@@ -41,17 +41,17 @@ def make_cuda_pools(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
-    """Make the pools of all layers, of zeros: a block that was never written must not hold NaN."""
+    """Make the pools of all layers, filled with zeros: a block that was never written must not hold NaN."""
     shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
 
 def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+    """Copy blocks (from, to) in every layer, as if simultaneously: no block is both."""
     if not pairs:
         return
     host = torch.tensor(pairs, dtype=torch.int64)  # [num_pairs, 2]
-    table = host.to(layers[0].pool.device, non_blocking=True)  # CUDA has its copy when the call returns
+    table = host.to(layers[0].pool.device, non_blocking=True)  # CUDA has copied it when the call returns
     for layer in layers:
-        pool = layer.pool.view(torch.uint8)  # torch does not index floats of eight bits
+        pool = layer.pool.view(torch.uint8)  # torch cannot index 8-bit floats
         pool[table[:, 1]] = pool[table[:, 0]]

@@ -1,4 +1,4 @@
-"""Products with a model's weights on a CUDA device: which kernel computes them, for how many tokens."""
+"""Products with a model's weights on a CUDA device: which kernel computes them, by number of tokens."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from tgi_asgi.ops.cuda_list import LaunchList, Rows, Size, When
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 
-# Plain products of up to so many tokens are our kernel's, of more cuBLAS's. Not measured: it is where a block
-# of our kernel reads as many bytes of activations, from the L2 cache, as of weights.
+# Maximum number of tokens for which the native kernel, not cuBLAS, computes a plain product. Not measured: at
+# this size a block of the kernel reads as many bytes of activations, from the L2 cache, as of weights.
 MAX_SKINNY_TOKENS = 32
-# The same for products with codes; above, the matrix is decoded for cuBLAS. Not measured either.
+# The same for quantised products; above it, the matrix is decoded for cuBLAS. Not measured either.
 MAX_CODED_TOKENS = 32
 
 
 class CudaLinear(Protocol):
-    """`a @ W.T (+ bias)` of the first rows of a [max_rows, columns]: as many as the size `count` says."""
+    """`a @ W.T (+ bias)` of the first rows of a [max_rows, columns]; the size `count` is their number."""
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product to out [max_rows, rows], of a's dtype or float32."""
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
-        """Add the product to x [max_rows, rows] float32; `product`, as x but of a's dtype, is room for it."""
+        """Add the product to x [max_rows, rows] float32; `product`, like x in a's dtype, is scratch space."""
 
 
 class Scratch:
-    """Buffers that launches share: each is done with what is in one before the next writes it.
+    """Buffers that launches share: each finishes with a buffer before the next writes it.
 
     Args:
-        dtype: of activations.
-        num_decoded: weights of the largest matrix that is decoded.
+        dtype: Dtype of activations.
+        num_decoded: Number of weights in the largest matrix that is decoded.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, num_decoded: int = 0) -> None:
@@ -42,14 +42,14 @@ class Scratch:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return the buffer of that name, shape and dtype (None: of activations), of zeros at first."""
+        """Return the buffer of that name, shape and dtype (None: the activations'), initially zero."""
         key = (name, shape, dtype or self._dtype)
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(shape, dtype=key[2], device=self._device)
         return self._buffers[key]
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
-        """Return room for a decoded matrix, which all have in common."""
+        """Return the buffer for a decoded matrix, which all matrices share."""
         return self._decoded[: shape[0] * shape[1]].view(shape)
 
 
@@ -59,8 +59,8 @@ class PlainLinear:
     Args:
         matrix: [rows, columns] bfloat16 or float16.
         bias: [rows] float32.
-        is_batch_invariant: a token's result is the same bits whatever the others are. Not so cuBLAS's: it
-            chooses the order of additions by their number.
+        is_batch_invariant: Whether a token's result has the same bits whatever the other tokens are. cuBLAS
+            does not guarantee that: it chooses the order of additions by the number of tokens.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PlainLinear:
         self._is_batch_invariant = is_batch_invariant
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
-        """Write the product, as `CudaLinear.multiply` says."""
+        """Write the product; see `CudaLinear.multiply`."""
         few, many = self._split(count)
         launches.add(
             "tgi_cuda::linear", Rows(a, count), self._matrix, self._bias, False, Rows(out, count), when=few
@@ -79,7 +79,7 @@ class PlainLinear:
             _multiply(launches, a, self._matrix, self._bias, out, self._scratch, many)
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
-        """Add the product, as `CudaLinear.add` says: few tokens in one kernel, without rounding it first."""
+        """Add the product; see `CudaLinear.add`. Few tokens use one kernel, which does not round it first."""
         few, many = self._split(count)
         launches.add(
             "tgi_cuda::linear", Rows(a, count), self._matrix, self._bias, True, Rows(x, count), when=few
@@ -89,17 +89,18 @@ class PlainLinear:
             launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count), when=many)
 
     def _split(self, count: Size) -> tuple[When | None, When | None]:
-        """Return when our kernel computes (None: always), and when cuBLAS does (None: never)."""
+        """Return when the native kernel computes (None: always), and when cuBLAS does (None: never)."""
         return _split(count, MAX_SKINNY_TOKENS, self._is_batch_invariant)
 
 
 class QuantLinear:
-    """A product with a quantised matrix: by its codes, or once it is decoded.
+    """A product with a quantised matrix, computed from its codes or after decoding it.
 
     Args:
         bias: [rows] float32.
-        scratch: has room for the decoded matrix, unless `is_batch_invariant`.
-        is_batch_invariant: by the codes for any number of tokens: they are then read again for every eight.
+        scratch: Buffers, with space for the decoded matrix unless `is_batch_invariant`.
+        is_batch_invariant: Whether codes are used for any number of tokens; they are then read again for
+            every eight tokens.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class QuantLinear:
         self._is_batch_invariant = is_batch_invariant
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
-        """Write the product, as `CudaLinear.multiply` says."""
+        """Write the product; see `CudaLinear.multiply`."""
         matrix = self._matrix
         if matrix.order is not None:
             ordered = self._scratch.buffer("ordered", (a.shape[0], a.shape[1]), a.dtype)
@@ -129,7 +130,7 @@ class QuantLinear:
             _multiply(launches, a, plain, self._bias, out, self._scratch, many)
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
-        """Add the product, as `CudaLinear.add` says."""
+        """Add the product; see `CudaLinear.add`."""
         self.multiply(launches, a, product, count)
         launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count))
 
@@ -149,7 +150,7 @@ def _multiply(
     scratch: Scratch,
     when: When,
 ) -> None:
-    """Add a product of cuBLAS's: to float32 without rounding, where torch has that."""
+    """Append a cuBLAS product; a float32 output is not rounded if torch supports that."""
     source, target = Rows(a, when.size), Rows(out, when.size)
     if out.dtype is not torch.float32:
         if bias is None:
@@ -170,7 +171,7 @@ def _multiply(
 
 @functools.cache
 def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch multiplies 16-bit matrices into float32 here: logits then keep all their bits."""
+    """Return whether torch multiplies 16-bit matrices into float32 here, so that logits keep all bits."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(ones, ones, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))

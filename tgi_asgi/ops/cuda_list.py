@@ -1,7 +1,7 @@
-"""The list of launches that a step of a CUDA device is, run by csrc/bindings/cuda/program.cpp without Python.
+"""A CUDA step as a list of launches, which csrc/bindings/cuda/program.cpp runs without Python.
 
-A launch is an operator, its arguments, and when it runs. What is another in every step stands in the
-arguments by name: a `Size`, a tensor that is `Given`, `Rows` of either kind of tensor.
+A launch is an operator, its arguments, and a condition. Arguments that differ between steps are symbolic: a
+`Size`, a `Given` tensor, or `Rows` of a fixed or `Given` tensor.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class Size(Enum):
-    """What a step counts."""
+    """The counts of a step."""
 
     TOKENS = "tokens"
     DECODES = "decodes"  # sequences of one token, which come first
     PROMPTS = "prompts"  # the other sequences
-    KNOWN_PROMPTS = "known_prompts"  # all of them, where the host tells their lengths
-    UNKNOWN_PROMPTS = "unknown_prompts"  # all of them, where it does not
-    MAX_QUERY_LEN = "max_query_len"  # of these
+    KNOWN_PROMPTS = "known_prompts"  # all of the prompts, if their lengths are known on the host
+    UNKNOWN_PROMPTS = "unknown_prompts"  # all of the prompts, if they are not
+    MAX_QUERY_LEN = "max_query_len"  # of the prompts
     ROWS = "rows"  # of logits
 
 
 class Given(Enum):
-    """What a step brings, on the device; the shapes are `CudaBatch`'s."""
+    """A step's input tensors on the device; shapes are those of `CudaBatch`."""
 
     IDS = "ids"
     POSITIONS = "positions"
@@ -40,12 +40,12 @@ class Given(Enum):
     CONTEXT_LEN = "context_len"
     BLOCK_TABLE = "block_table"
     PROMPT_LENS = "prompt_lens"  # [n_prompts, 2] int64 on the host
-    ROWS = "rows"  # [n_rows] int32: tokens whose logits are wanted
+    ROWS = "rows"  # [n_rows] int32: tokens whose logits are requested
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Rows of a tensor: from the `first`-th on (None: the first), up to the `stop`-th (None: the last)."""
+    """Rows of a tensor: from index `first` (None: 0) up to `stop` (None: the end)."""
 
     of: Tensor | Given
     stop: Size | None
@@ -54,22 +54,22 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """While `size` is in [least, most]."""
+    """The condition that `size` is in [least, most]."""
 
     size: Size
     least: int = 0
     most: int = sys.maxsize
 
     def holds(self, sizes: dict[Size, int]) -> bool:
-        """Tell whether it is so."""
+        """Return whether the condition holds."""
         return self.least <= sizes[self.size] <= self.most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Launch:
-    """A call of `namespace::name.overload`, whose schema has the order of the arguments; or of a function.
+    """A call of `namespace::name.overload` with arguments in the schema's order, or of a Python function.
 
-    A function is Python's own: it gets tensors and integers, and takes the GIL.
+    A function gets tensors and integers, and takes the GIL.
     """
 
     op: str | Callable[..., object]
@@ -85,10 +85,10 @@ class LaunchList:
         launches.run((3,), (ids,))
 
     Args:
-        sizes, given: what a run brings, in this order.
+        sizes, given: The values that a run passes, in this order.
 
     Attributes:
-        launches: all that were added.
+        launches: All launches added so far.
     """
 
     def __init__(self, sizes: Sequence[Size], given: Sequence[Given]) -> None:
@@ -97,16 +97,16 @@ class LaunchList:
         self._program: Program | None = None
 
     def add(self, op: str | Callable[..., object], *arguments: object, when: When | None = None) -> None:
-        """Add a launch behind the others; None: in every run."""
+        """Append a launch, which runs if `when` holds (None: always)."""
         self.launches.append(Launch(op, arguments, when))
 
     def finish(self) -> None:
-        """Turn the launches into calls of operators, which must be there now.
+        """Turn the launches into operator calls; the operators must be registered by now.
 
         Raises:
-            TypeError, ValueError: an operator takes other arguments, or is not there.
+            TypeError, ValueError: if an operator has other arguments or is not registered.
         """
-        from tgi_asgi._cuda import Program  # where it was built
+        from tgi_asgi._cuda import Program  # exists only if it was built
 
         program = Program([size.value for size in self._sizes], [given.value for given in self._given])
         for launch in self.launches:
@@ -117,22 +117,22 @@ class LaunchList:
         self._program = program
 
     def run(self, sizes: Sequence[int], given: Sequence[Tensor]) -> None:
-        """Launch all whose condition holds, without the GIL; from any thread, on its stream.
+        """Launch all whose condition holds, without the GIL; from any thread, on that thread's stream.
 
         Raises:
-            IndexError: there are fewer rows than `sizes` says.
+            IndexError: if a tensor has fewer rows than `sizes` says.
         """
         assert self._program is not None, "the list is not finished"
         self._program.run(sizes, given)
 
     def count(self, sizes: Sequence[int]) -> int:
-        """Return how many launches a run of these sizes is."""
+        """Return the number of launches of a run with these sizes."""
         known = dict(zip(self._sizes, sizes, strict=True))
         return sum(launch.when is None or launch.when.holds(known) for launch in self.launches)
 
 
 def _operand(program: Program, argument: object) -> object | Operand:
-    """Return what stands for an argument in the program; constants stay as they are."""
+    """Return the program's operand for an argument; constants are returned as they are."""
     if isinstance(argument, Size):
         return program.size(argument.value)
     if isinstance(argument, Given):

@@ -1,7 +1,8 @@
-"""Quantised weights as the CUDA kernels read them: codes in the order of columns, scales beside them.
+"""Quantised weights as the CUDA kernels read them: codes in column order, scales in a separate array.
 
-Made once, at load, from the files' blocks: these are of 18 to 210 bytes, which no vector load fits. Nothing
-is rounded again: every weight equals what `sources.decode` gives, or `in_order` (act-order without a kernel).
+They are made once, at load, from the files' blocks, whose 18 to 210 bytes fit no vector load. Nothing is
+rounded again: every weight equals the result of `sources.decode`, or of `in_order` (act-order without a
+kernel).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tgi_asgi.ops.sources import WeightSource, plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
-PIECE_BYTES = 8 << 20  # of a matrix on its way to the device
+PIECE_BYTES = 8 << 20  # of a matrix, moved to the device at a time
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMatrix:
-    """A matrix on the device and its bias: what `LinearWeight.made` and the others are there."""
+    """A matrix on the device and its bias: `made` of `LinearWeight` and the other weights on CUDA."""
 
     matrix: Tensor | CudaQuantMatrix  # [rows, columns]
     bias: Tensor | None  # [rows] float32
@@ -34,22 +35,23 @@ class DeviceMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Repacking:
-    """How products compute on a CUDA device, an `Arithmetic`: from the file's own codes where it has them.
+    """How a CUDA device computes products, an `Arithmetic`: from the file's own codes if it has them.
 
-    Else in `dtype`. Matrices are made on `device`, in pieces: little of one is ever the host's.
+    Otherwise weights are converted to `dtype`. Matrices are built on `device` in pieces, so the host holds
+    only a small part of one at a time.
     """
 
     dtype: torch.dtype
-    device: torch.device = field(default=torch.device("cpu"), repr=False)  # no bit of the output hangs on it
+    device: torch.device = field(default=torch.device("cpu"), repr=False)  # does not affect the output's bits
 
     def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> DeviceMatrix:
-        """Make a matrix, as `Arithmetic.linear` says."""
+        """Make a matrix; see `Arithmetic.linear`."""
         return DeviceMatrix(self._stack([source]), bias)
 
     def qkv(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
     ) -> DeviceMatrix:
-        """Stack q, k and v, as `Arithmetic.qkv` says; rows that turn together half a rotary size apart."""
+        """Stack q, k and v; see `Arithmetic.qkv`. Rows rotated together are placed rotary_dim / 2 apart."""
         if shape.is_interleaved:
             orders = [joined_halves(shape, shape.num_heads), joined_halves(shape, shape.num_kv_heads)]
             sources = [
@@ -61,15 +63,15 @@ class Repacking:
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> DeviceMatrix:
-        """Stack gate and up, as `Arithmetic.gate_up` says."""
+        """Stack gate and up; see `Arithmetic.gate_up`."""
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
     def router(self, source: WeightSource, bias: Tensor | None) -> DeviceMatrix:
-        """Refuse routers, as experts."""
+        """Refuse routers, because experts have no CUDA kernels."""
         raise ValueError("routed experts are computed on CPUs only, not on CUDA")
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> DeviceMatrix:
-        """Refuse products of heads, which have no CUDA kernels."""
+        """Refuse per-head products, which have no CUDA kernels."""
         raise ValueError("latent attention is computed on CPUs only, not on CUDA")
 
     def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceMatrix:
@@ -88,7 +90,7 @@ class Repacking:
 
 
 def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:
-    """Return rows of heads with those that turn together, 2i and 2i + 1, as i and i + rotary_dim / 2."""
+    """Return the heads' rows with the pairs rotated together, 2i and 2i + 1, at i and i + rotary_dim / 2."""
     pairs = np.arange(shape.rotary_dim).reshape(-1, 2)
     one = np.concatenate([pairs.T.reshape(-1), np.arange(shape.rotary_dim, shape.head_dim)])
     starts = np.arange(num_heads, dtype=np.int64)[:, None] * shape.head_dim
@@ -99,8 +101,8 @@ def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:
 def _write(matrix: Tensor, source: WeightSource) -> None:
     """Write a source's weights to a matrix of any dtype and device, rounded once.
 
-    They cross to a device as the file has them, and are rounded there: rounding here would take as much
-    memory again.
+    They are copied to the device as stored and rounded there: rounding on the host would need as much memory
+    again.
     """
     weights = plain_tensor(source)
     num_rows = max(PIECE_BYTES // (weights.shape[1] * weights.itemsize), 1)
@@ -110,19 +112,19 @@ def _write(matrix: Tensor, source: WeightSource) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CudaQuantMatrix:
-    """A matrix whose weights are scale * (code - zero) + offset, one scale and offset a group of columns."""
+    """A matrix with weights scale * (code - zero) + offset, one scale and offset per group of columns."""
 
-    codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn: without zero point and offsets
-    scales: Tensor  # [rows, columns / group] float16, or float32 where float16 would round
-    offsets: Tensor | None  # the same
+    codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn without zero point and offsets
+    scales: Tensor  # [rows, columns / group] float16, or float32 if float16 would round
+    offsets: Tensor | None  # the same shape and dtype
     shape: tuple[int, int]  # rows, columns
     bits: int  # 4 or 8
     zero: int
-    order: Tensor | None = None  # [columns] int64: which column of the matrix each of the codes' is
+    order: Tensor | None = None  # [columns] int64: matrix column of each column of codes
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that it occupies."""
         parts = (self.codes, self.scales, self.offsets, self.order)
         return sum(0 if part is None else part.nbytes for part in parts)
 
@@ -139,7 +141,7 @@ class CudaQuantMatrix:
         )
 
     def decode(self, out: Tensor) -> None:
-        """Write the matrix to out [rows, columns], bfloat16 or float16, its columns as the codes lie."""
+        """Write the matrix to out [rows, columns], bfloat16 or float16, its columns in the codes' order."""
         _kernels.dequantise(self.codes, self.scales, self.offsets, self.bits, self.zero, out)
 
     def plain(self, dtype: torch.dtype) -> Tensor:
@@ -150,7 +152,7 @@ class CudaQuantMatrix:
 
 
 def can_repack(sources: Sequence[WeightSource]) -> bool:
-    """Tell whether sources become one matrix: all of codes, those of floats alone, columns in one order."""
+    """Return whether sources can form one matrix: all quantised, FP8 only with FP8, in one column order."""
     rows = [FORMATS[source.format] for source in sources]
     is_one = len({row.name for row in rows}) == 1 or not any(row.is_float8 for row in rows)
     orders = {None if source.order is None else source.order.tobytes() for source in sources}
@@ -158,9 +160,9 @@ def can_repack(sources: Sequence[WeightSource]) -> bool:
 
 
 def repack(sources: Sequence[WeightSource], device: torch.device | None = None) -> CudaQuantMatrix:
-    """Stack sources by rows; where their formats differ (v of Q4_K_M files), as eight bits with offsets.
+    """Stack sources by rows; if their formats differ (v of Q4_K_M files), as 8-bit codes with offsets.
 
-    They are stacked on the device; on the way there a piece takes several times its bytes of the host.
+    They are stacked on the device. A piece needs several times its bytes on the host while it is converted.
     """
     target = device or torch.device("cpu")
     parts = [_repack_one(piece).to(target) for source in sources for piece in _pieces(source)]
@@ -180,7 +182,7 @@ def repack(sources: Sequence[WeightSource], device: torch.device | None = None) 
 
 
 def _pieces(source: WeightSource) -> Iterator[WeightSource]:
-    """Cut a matrix into rows of about `PIECE_BYTES`."""
+    """Split a matrix by rows into pieces of about `PIECE_BYTES`."""
     rows, columns = source.shape
     data = source.data.reshape(rows, -1)
     step = max(PIECE_BYTES // data.shape[1], 1)
@@ -206,9 +208,10 @@ def _repack_one(source: WeightSource) -> CudaQuantMatrix:
 
 
 def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
-    """Write a matrix with codes of eight bits, no zero point, float32 scales and offsets of this group.
+    """Convert a matrix to 8-bit codes without zero point, with float32 scales and offsets of this group.
 
-    Exact: scales have at most 18 bits of mantissa, codes at most eight, and a zero point is a power of two.
+    This is exact: scales have at most 18 bits of mantissa, codes at most eight, and a zero point is a power
+    of two.
     """
     rows, columns = matrix.shape
     codes = matrix.codes

@@ -1,7 +1,7 @@
-"""Sampling parameters and history of every slot on a CUDA device, and the draw from them.
+"""Sampling parameters and history of every slot on a CUDA device, and sampling from them.
 
-A slot is started from the host; afterwards the device alone moves it on, so that a step's draw needs nothing
-of the step before but what is there already.
+The host starts a slot; afterwards only the device advances it, so that a step's sampling needs nothing from
+the previous step that is not already on the device.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
 
 _kernels: Any = torch.ops.tgi_cuda
-MAX_IDS = 2048  # biased or masked ids of a slot: graphs hold the lists' addresses, so these never grow
+MAX_IDS = 2048  # biased or masked ids per slot; fixed, because graphs hold the lists' addresses
 
 
 class CudaSampleState:
-    """A `SampleState` whose arrays are the device's.
+    """A `SampleState` whose arrays are on the device.
 
         state = CudaSampleState(num_slots=128, vocab_size=49152, device=torch.device("cuda"))
         state.start(3, SamplingParams(temperature=0.7, seed=1), choice=0, prompt_ids=[1, 2, 3])
         state.draw(logits, slots, None, None, result)
 
-    All of it stays where it is, so that a draw can be part of a CUDA graph.
+    All arrays keep their addresses, so that sampling can be part of a CUDA graph.
 
     Attributes:
-        last_ids: [num_slots] int32 on the device, the token that each slot drew last.
+        last_ids: [num_slots] int32 on the device, the token that each slot sampled last.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -51,10 +51,11 @@ class CudaSampleState:
         self.last_ids = self._records.view(torch.int32)[:, offset // 4]
 
     def start(self, slot: int, sampling: SamplingParams, **history: Any) -> None:
-        """Give the slot to a sequence, as `SampleState.start` does.
+        """Assign the slot to a sequence; see `SampleState.start`.
 
         Raises:
-            ValueError: the slot or a token id is out of range, or more than `MAX_IDS` are biased or masked.
+            ValueError: if the slot or a token id is out of range, or more than `MAX_IDS` are biased or
+                masked.
         """
         num_biased, num_masked = len(sampling.logit_bias), len(history.get("masked_ids", ()))
         if max(num_biased, num_masked) > MAX_IDS:
@@ -70,14 +71,14 @@ class CudaSampleState:
                 _put(target[slot, :count], source[slot, :count])
 
     def _put_counts(self, slot: int) -> None:
-        """Bring up a slot's counts: of the tokens that occur; the others are set to 0 where they lie."""
+        """Upload a slot's counts, only those of tokens that occur; the device sets the others to 0."""
         row = self._host.counts[slot]
         ids = np.flatnonzero(row)
         up = torch.from_numpy(np.stack([ids, row[ids]])).to(self._counts.device, non_blocking=True)
         self._counts[slot].zero_().scatter_(0, up[0], up[1].int())
 
     def max_top(self, slots: Sequence[int]) -> int:
-        """Return the largest number of top log-probabilities that one of these slots wants."""
+        """Return the largest number of top log-probabilities that any of these slots wants."""
         return int(self._host.records["num_top"][list(slots)].max(initial=0))
 
     def draw(
@@ -88,10 +89,10 @@ class CudaSampleState:
         mask_rows: Tensor | None,
         result: SampleResult,
     ) -> None:
-        """Draw a token for each row of logits into `result`, all on the device; as the operator `sample`.
+        """Sample a token for each row of logits into `result`, entirely on the device; see `sample`.
 
-        A row whose slot is -1 is padding. `mask` [n_masks, n_words] has a row for some of the logits only:
-        which, `mask_rows` [n_rows] int32 says; -1: none.
+        A row whose slot is -1 is padding. `mask` [n_masks, n_words] has rows for only some of the logits;
+        `mask_rows` [n_rows] int32 is each row's index in it, or -1 for none.
         """
         _kernels.sample(
             logits, slots, self._records, self._counts, self._biased_ids, self._biased_values,
@@ -104,10 +105,10 @@ class CudaSampleState:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogprobs:
-    """Score logits on the device, as the operator of that name; only the results come down.
+    """Score logits on the device, as `logprobs.token_logprobs` does; only the results are copied to the host.
 
     Raises:
-        ValueError: a token id is out of range, or `num_top` is more than the vocabulary.
+        ValueError: if a token id is out of range, or `num_top` is more than the vocabulary.
     """
     (rows, vocab), device = logits.shape, logits.device
     if not 0 <= num_top <= vocab or bool(((token_ids < 0) | (token_ids >= vocab)).any()):
@@ -119,5 +120,5 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
 
 
 def _put(target: Tensor, source: Tensor) -> None:
-    """Copy from pageable memory, of which CUDA keeps a copy: the host may write it again at once."""
+    """Copy from pageable memory. CUDA stages a copy of it, so the host may overwrite it at once."""
     target.copy_(source, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The operator `delta_rule`: states of heads that are corrected token by token.
+"""The operator `delta_rule`: recurrent states per head, corrected token by token.
 
 Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, section 3.
 """
@@ -17,18 +17,19 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DeltaRuleWeight:
-    """The heads' own numbers, float32 [num_heads] each.
+    """The heads' parameters, float32 [num_heads] each.
 
     Attributes:
-        head_dim: of values, a multiple of 16.
-        num_key_heads: divides the heads: several have one key and query.
-        key_dim: of keys and queries, up to 256.
-        a: negative: a state is multiplied by e^(a * softplus(step + dt_bias)).
-        is_tiled: head h has the key of h % num_key_heads; else neighbours have one.
+        head_dim: Dims of a head's values, a multiple of 16.
+        num_key_heads: Number of heads of queries and keys, which divides `num_heads`: several heads share
+            one.
+        key_dim: Dims of keys and queries, up to 256.
+        a: Negative; a state is multiplied by e^(a * softplus(step + dt_bias)).
+        is_tiled: Whether head h uses key head h % num_key_heads; otherwise neighbouring heads share one.
 
     Raises:
-        TypeError: they are not float32.
-        ValueError: they do not have an element a head.
+        TypeError: if a tensor is not float32.
+        ValueError: if a tensor does not have one element per head.
     """
 
     num_heads: int
@@ -49,33 +50,32 @@ class DeltaRuleWeight:
 
     @property
     def columns(self) -> int:
-        """Those of queries, keys and values."""
+        """Columns of queries, keys and values together."""
         return self.width + 2 * self.num_key_heads * self.key_dim
 
     @property
     def num_floats(self) -> int:
-        """What the heads' states are."""
+        """Number of floats in the heads' states."""
         return self.width * self.key_dim
 
 
 def delta_rule(rows: Value, steps: Value, weight: DeltaRuleWeight, cache: Cache) -> Value:
-    """Take each sequence's tokens through its heads' states, which `cache` keeps.
+    """Update the heads' states, held in `cache`, with each sequence's tokens; return the outputs.
 
-    With queries and keys divided by their lengths, queries by sqrt(key_dim) as well, decay =
-    e^(a * softplus(step + dt_bias)) and rate = sigmoid(other step): state = decay * state; state +=
-    rate * (v - state . k) k; y = state . q. A token's bits do not depend on how its sequence was cut into
-    steps.
+    Queries and keys are divided by their lengths, and queries by sqrt(key_dim) as well. With decay = e^(a *
+    softplus(step + dt_bias)) and rate = sigmoid(other step): state = decay * state; state += rate * (v -
+    state . k) k; y = state . q. A token's bits do not depend on how its sequence was split into steps.
 
     Args:
-        rows: q and k [key heads, key_dim] and v [heads, head_dim], side by side.
-        steps: of each head that of its rate, then of each that of its decay.
+        rows: Columns of q and k [key heads, key_dim] and v [heads, head_dim], side by side.
+        steps: Columns of each head's step for its rate, followed by each head's step for its decay.
 
     Returns:
         Rows y [n_tokens, heads * head_dim].
 
     Raises:
-        TypeError: `cache` is of keys and values.
-        ValueError: columns or states do not fit the weight.
+        TypeError: if `cache` holds keys and values.
+        ValueError: if columns or states do not fit the weight.
     """
     layer = states_of("delta_rule", cache, weight.num_floats)
     recorder = recorder_of(

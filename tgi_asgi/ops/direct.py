@@ -1,6 +1,6 @@
-"""Products, norms and embeddings of torch's tensors, one call each, for models that compute in torch.
+"""Products, norms and embeddings of torch tensors, one call each, for models that compute in torch.
 
-A row has the same bits whatever else is in the tensor. Memory of activations is kept and serves all calls.
+A row has the same bits whatever else is in the tensor. The memory of activations is reused by all calls.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def linear(
 ) -> Tensor:
     """Return x @ W.T (+ bias), [n, rows] float32, of x [n, columns] float32.
 
-    x is rounded to the precision that the weight is multiplied in, unless `is_exact`. The result may be a
-    view of a wider tensor: rows are padded to whole strips. Where x has the tokens of a `step`, and
-    `adapters` may change the weight, those that the step's rows have are added.
+    x is rounded to the precision in which the weight is multiplied, unless `is_exact`. The result may be a
+    view of a wider tensor, because rows are padded to whole strips. If x holds the tokens of `step` and
+    `adapters` may change the weight, the adapters of the step's rows are applied.
 
     Raises:
-        ValueError: x has another number of columns.
-        TypeError: x is not float32.
+        ValueError: if x has another number of columns.
+        TypeError: if x is not float32.
     """
     _check_columns(x, weight.columns)
     return _product(weight.made, weight.rows, x, is_exact, step, adapters)
@@ -50,7 +50,7 @@ def gate_up(
     step: _C.FlatRows | None = None,
     adapters: AdapterLayout | None = None,
 ) -> Tensor:
-    """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise as `linear`."""
+    """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise the same as `linear`."""
     made: PackedGateUp = weight.made
     _check_columns(x, weight.columns)
     if len(made.parts) == 2:  # of different formats
@@ -75,13 +75,14 @@ def experts(
     clamped: ClampedGate | None = None,
     is_exact: bool = False,
 ) -> Tensor:
-    """Return the weighted sum of what each row's experts make of it, [n, columns] float32.
+    """Return the weighted sum of the outputs of each row's experts, [n, columns] float32.
 
-    ids, weights: [n, k]; an id beyond the experts is none of theirs. As `ops.experts_add` computes it.
+    ids, weights: [n, k]. An id beyond the experts selects none of them. The arithmetic is that of
+    `ops.experts_add`.
 
     Raises:
-        ValueError: x has another number of columns, or an id is negative.
-        TypeError: x or weights are not float32.
+        ValueError: if x has another number of columns, or an id is negative.
+        TypeError: if x or weights are not float32.
     """
     made: PackedExperts = weight.made
     _check_columns(x, weight.columns)
@@ -97,10 +98,10 @@ def experts(
 
 
 class LinearStack:
-    """A product of each expert, for rows that lie expert by expert.
+    """A product per expert, for rows sorted by expert.
 
     Raises:
-        ValueError: they are of several shapes.
+        ValueError: if the weights' shapes differ.
     """
 
     def __init__(self, weights: Sequence[LinearWeight]) -> None:
@@ -109,10 +110,12 @@ class LinearStack:
         self.nbytes = self._native.nbytes
 
     def multiply(self, x: Tensor, sizes: Tensor, is_exact: bool = False) -> Tensor:
-        """Return each row of x times its expert's matrix, [n, rows]; `sizes` [num_experts] rows have each.
+        """Return each row of x times its expert's matrix, [n, rows].
+
+        x is sorted by expert; `sizes` [num_experts] is the number of rows of each.
 
         Raises:
-            ValueError: x has another number of columns, or the sizes do not add up.
+            ValueError: if x has another number of columns, or the sizes do not add up.
         """
         _check_columns(x, self.columns)
         out = torch.empty(x.shape[0], -(-self.rows // 32) * 32, dtype=torch.float32)
@@ -139,7 +142,7 @@ def _product(
 def _changed(
     part: PackedLinear, step: _C.FlatRows | None, adapters: AdapterLayout | None
 ) -> tuple[_C.FlatRows | None, int]:
-    """Return what the extension is told of adapters: the step, and which product of theirs this is."""
+    """Return the extension's adapter arguments: the step, and the index of this product in the layout."""
     number = None if step is None or adapters is None else adapters.product(part)
     return (None, 0) if number is None else (step, number)
 
@@ -148,12 +151,12 @@ def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
     """Return factor * W[ids], [n, columns] float32, of ids [n].
 
     Raises:
-        ValueError: an id is not in the table.
+        ValueError: if an id is not in the table.
     """
     made: PackedLinear = weight.made
     columns = -(-weight.columns // 32) * 32
     out = torch.empty(ids.shape[0], columns, dtype=torch.float32)
-    narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # not around the end: 2^32 + 1 is no 1
+    narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # clamped, as int32 would wrap 2^32 + 1 around to 1
     _C.embed_rows(made.matrix, narrow.contiguous().numpy(), factor, out.numpy())
     return out if columns == weight.columns else out[:, : weight.columns]
 
@@ -162,8 +165,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight, [n, columns] float32.
 
     Raises:
-        ValueError: the weight has another number of elements than x has columns.
-        TypeError: one is not float32.
+        ValueError: if the weight does not have one element per column of x.
+        TypeError: if one of them is not float32.
     """
     out = torch.empty(x.shape, dtype=torch.float32)
     _C.norm_rows(_array(x), weight.numpy(), eps, out.numpy())

@@ -15,13 +15,13 @@ def embed(
 ) -> Value:
     """Gather the rows of `table` at the batch's ids, times a factor: the residual [n_tokens, hidden] float32.
 
-    A step with an id or a position that is not a row of its table is refused when it runs.
+    A step with an id or position outside its table is refused when it runs.
 
     Args:
-        positions: float32 [positions, hidden], of which each token's row is added (GPT-2).
+        positions: float32 [positions, hidden], position embeddings to add (GPT-2).
 
     Raises:
-        ValueError: `positions` are of another width.
+        ValueError: if `positions` has another width.
     """
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != table.columns):
         raise ValueError(f"`positions` must be [n, {table.columns}], got {tuple(positions.shape)}")

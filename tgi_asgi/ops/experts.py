@@ -1,11 +1,11 @@
-"""The operators `route`, `experts_add` and `gated_add`: a layer whose MLP is a few of many.
+"""The operators `route`, `experts_add` and `gated_add`: mixture-of-experts layers.
 
     rows = ops.linear(a, w.router)                                # the router's logits
     choice = ops.route(rows, RouteSpec(num_experts=64, top_k=8))
     x = ops.experts_add(a, choice, w.experts, x)
 
-Source: Shazeer et al., Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer,
-arXiv 1701.06538.
+Source: Shazeer et al., Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv
+1701.06538.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ from tgi_asgi.ops.weights import ExpertsWeight
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RouteSpec:
-    """How a token's experts are chosen and weighed.
+    """How a token's experts are chosen and weighted.
 
         RouteSpec(64, 8)                                             # softmax, the eight best (OLMoE)
         RouteSpec(128, 8, "sigmoid", correction=bias, eps=1e-20, is_renormalised=True, scale=2.5)  # GLM 4.5
 
-    Of equal scores the lower expert is chosen.
+    If scores are equal, the expert with the lower index is chosen.
 
     Attributes:
-        num_experts, top_k: of the layer, and of a token.
-        kind: what scores are of logits: `softmax`, `sigmoid`, or `sparsemixer`, the softmax over those not
-            yet chosen whose logits are near the best one's (Phi 3.5 MoE; Liu et al., arXiv 2409.12136).
-        correction: float32 [num_experts], added to scores for the choice, not to weights (Wang et al.,
-            Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664).
-        num_groups: experts are so many groups of neighbours, of which only the best `top_groups` are chosen
-            from (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
-        adds_two_best: a group is as good as its two best experts together, not as its best.
-        is_renormalised: a token's weights are divided by their sum plus `eps`.
-        scale: on weights, behind that.
-        jitter: of `sparsemixer`: logits are near whose distance, relative, is at most twice this.
+        num_experts, top_k: Number of experts of the layer, and of a token.
+        kind: Function from logits to scores: `softmax`, `sigmoid`, or `sparsemixer`, the softmax over the
+            experts not yet chosen whose logits are near the best one's (Phi 3.5 MoE; Liu et al., arXiv
+            2409.12136).
+        correction: float32 [num_experts], added to the scores for the choice, not to the weights (Wang et
+            al., Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664).
+        num_groups: Number of groups of consecutive experts; experts are chosen only from the best
+            `top_groups` (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+        adds_two_best: Whether a group's score is the sum of its two best experts' scores, not its best
+            expert's score.
+        is_renormalised: Whether a token's weights are divided by their sum plus `eps`.
+        scale: Factor on the weights, applied after renormalisation.
+        jitter: For `sparsemixer`: logits count as near if their relative distance is at most twice this.
 
     Raises:
-        ValueError: a number is out of its range, or groups do not divide the experts.
-        TypeError: `correction` is not float32.
+        ValueError: if a number is out of range, or groups do not divide the experts.
+        TypeError: if `correction` is not float32.
     """
 
     num_experts: int
@@ -73,9 +75,9 @@ class RouteSpec:
 
 @dataclass(frozen=True, slots=True)
 class ClampedGate:
-    """A gate of silu's kind on bounded values: min(gate, limit) * sigmoid(slope * that) * (up + offset).
+    """A silu-like gate on clamped values: g * sigmoid(slope * g) * (up + offset), with g = min(gate, limit).
 
-    `up` is bounded on both sides. gpt-oss has 7, 1.702 and 1 (its model card, arXiv 2508.10925).
+    `up` is clamped on both sides. gpt-oss has 7, 1.702 and 1 (its model card, arXiv 2508.10925).
     """
 
     limit: float
@@ -84,7 +86,7 @@ class ClampedGate:
 
 
 def route(logits: Value, spec: RouteSpec) -> Value:
-    """Return each token's choice of experts, by a router's logits [n_tokens, num_experts]."""
+    """Return each token's choice of experts, from a router's logits [n_tokens, num_experts]."""
     recorder = recorder_of("route", logits=(logits, Kind.ROWS, spec.num_experts))
     return recorder.note(calls.Route(recorder.value(Kind.CHOICE, spec.num_experts), logits, spec))
 
@@ -98,19 +100,19 @@ def experts_add(
     clamped: ClampedGate | None = None,
     factor: float = 1.0,
 ) -> Value:
-    """Add to x `factor` times the weighted sum of what each token's experts make of it; return x.
+    """Add `factor` times the weighted sum of the outputs of each token's experts to x; return x.
 
-    An expert is f(a @ gate.T) * (a @ up.T) @ down.T, with biases where it has them. A token's experts are
-    added in ascending order: its bits do not depend on the step.
+    An expert is f(a @ gate.T) * (a @ up.T) @ down.T, with biases if it has them. A token's experts are added
+    in ascending order, so its bits do not depend on the step.
 
     Args:
-        a: the activation [n_tokens, columns].
-        choice: of `route`.
-        x: the residual [n_tokens, columns], added to in place.
-        clamped: bounds gates and ups; with silu.
+        a: Activation [n_tokens, columns].
+        choice: Result of `route`.
+        x: Residual [n_tokens, columns], added to in place.
+        clamped: Bounds on gates and ups; requires silu.
 
     Raises:
-        ValueError: `activation` is not one of `GATED_ACTIVATIONS`.
+        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`.
     """
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
@@ -125,11 +127,12 @@ def experts_add(
 def gated_add(rows: Value, gate: Value, x: Value, factor: float = 1.0) -> Value:
     """Add `factor * sigmoid(gate) * rows` to the residual x in place, and return it.
 
-    rows: [n_tokens, hidden]; gate: rows [n_tokens, 1]: an expert that all tokens have, as much as each wants.
+    rows: [n_tokens, hidden]; gate: rows [n_tokens, 1]. This adds a shared expert, which all tokens use,
+    weighted by each token's gate.
     """
     recorder = recorder_of(
         "gated_add", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, 1), x=(x, Kind.RESIDUAL, None)
     )
     if rows.columns != x.columns:
-        raise ValueError(f"`gated_add` takes rows of the {x.columns} columns of `x`, not {rows.columns}")
+        raise ValueError(f"`gated_add` takes rows with the {x.columns} columns of `x`, not {rows.columns}")
     return recorder.note(calls.GatedAdd(recorder.added(x), rows, gate, x, factor))

@@ -1,7 +1,7 @@
-"""The table of weight formats, which csrc/formats.def holds, and the making of blocks that no file has.
+"""The table of weight formats, read from csrc/formats.def, and the conversion of other encodings to blocks.
 
-Quantised safetensors keep codes, scales and zero points as tensors of their own; here they become rows of
-blocks like ggml's, so that rows can be moved alike.
+Quantised safetensors store codes, scales and zero points as separate tensors. They are converted to rows of
+blocks like ggml's, so that rows of every format can be moved in the same way.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy.typing as npt
 from tgi_asgi import _C
 
 _Array = npt.NDArray[Any]
-RUNS = (128, 64, 32)  # columns of a block of INT4 or F8, the longest first
+RUNS = (128, 64, 32)  # columns per block of INT4 or F8, largest first
 FORMATS: dict[str, _C.WeightFormat] = {row.name: row for row in _C.formats()}
 
 
 def int4_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, str] | None:
-    """Make blocks of weights scale * (code - zero); None where no format holds them.
+    """Make blocks of weights scale * (code - zero); return None if no format can hold them.
 
-    Groups must be multiples of 32 columns, scales float16's.
+    Groups must be multiples of 32 columns, and scales must be exact in float16.
 
     Args:
-        codes: [rows, columns / 2] uint8, the first of two in the low half.
+        codes: [rows, columns / 2] uint8, the first of each pair in the low half.
         scales, zeros: [rows, num_groups] float32 and uint8, groups of equal size.
 
     Returns:
@@ -44,9 +44,9 @@ def int4_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, s
 
 
 def int8_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, str] | None:
-    """Make blocks of Q8_0 of codes [rows, columns], else as `int4_blocks`; None where they do not hold them.
+    """Make Q8_0 blocks of codes [rows, columns], otherwise as `int4_blocks`; None if Q8_0 cannot hold them.
 
-    They hold zero points of 128, and scales of float16.
+    Zero points must be 128, and scales must be exact in float16.
     """
     rows, columns = codes.shape
     repeats, rest = divmod(columns // scales.shape[1], 32)

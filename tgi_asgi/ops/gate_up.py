@@ -1,4 +1,4 @@
-"""The operator `gate_up`: the gated half of the MLP."""
+"""The operator `gate_up`: the first half of a gated MLP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def gate_up(a: Value, weight: GateUpWeight, activation: str = "silu") -> Value:
     Source: Shazeer, GLU Variants Improve Transformer, equation 5 and following.
 
     Raises:
-        ValueError: `activation` is not one of `GATED_ACTIVATIONS`.
+            ValueError: if `activation` is not one of `GATED_ACTIVATIONS`.
     """
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")

@@ -1,4 +1,4 @@
-"""The operator `gated_norm`: rows, normed by groups of columns, as much of them as gates let through."""
+"""The operator `gated_norm`: a gate and an RMSNorm by groups of columns, in either order."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def gated_norm(
     """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), [n_tokens, columns] as `rows`.
 
     Args:
-        gate: rows whose columns from `gate_column` on are the gates.
-        weight: float32 [columns] of the RMSNorm, each group of `group_width` columns by itself; None: none.
-        is_gate_first: gates come before the norm (Mamba-2), not behind it.
-        is_sigmoid: f is the sigmoid, not silu.
+        gate: Rows whose columns from `gate_column` on are the gates.
+        weight: float32 [columns], weight of the RMSNorm, which normalises each group of `group_width` columns
+            separately; None: no norm.
+        is_gate_first: Whether the gate comes before the norm (Mamba-2), not after it.
+        is_sigmoid: Whether f is the sigmoid, not silu.
         gate_scale: s.
 
     Raises:
-        ValueError: a number of columns does not fit.
-        TypeError: `weight` is not float32.
+        ValueError: if a number of columns does not fit.
+        TypeError: if `weight` is not float32.
     """
     recorder = recorder_of("gated_norm", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, None))
     columns = rows.columns

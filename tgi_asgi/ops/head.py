@@ -1,4 +1,4 @@
-"""The operator `head`: the final norm and the logits of the rows asked for."""
+"""The operator `head`: the final norm and the logits of the requested rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tgi_asgi.ops.weights import LinearWeight
 
 
 def head(x: Value, norm: NormWeight, weight: LinearWeight, *, scale: float = 1.0, cap: float = 0.0) -> Value:
-    """Return logits [n_rows, vocab] float32 of the residual x, of the rows that a step asks for.
+    """Return logits [n_rows, vocab] float32 of the rows of the residual x that a step requests.
 
     Logits are multiplied by `scale`, then capped to cap * tanh(logits / cap), unless `cap` is 0.
     """

@@ -1,4 +1,4 @@
-"""The operator `heads_linear`: a product of each head by itself, as latent attention has them."""
+"""The operator `heads_linear`: a separate product per head, as latent attention needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels this process runs: the set that suits the machine, or the one that TGI_ISA names."""
+"""The kernel set that this process runs: the best for the machine, or the one that TGI_ISA names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class KernelSet:
     """A set of kernels.
 
     Attributes:
-        name: of its instructions: `avx512`, `amx`.
-        arithmetic: how products of bfloat16 round; sets that have the same give the same bits.
-        refused: why a better one that the processor has is not used, if so.
+        name: Its instruction set: `avx512`, `amx`.
+        arithmetic: How bfloat16 products are rounded; sets with the same value give the same bits.
+        refused: Why a better set that the processor supports is not used; None if there is none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The KV cache of a CPU: a pool of fixed-size blocks. Only this file and the kernels know its layout."""
+"""The CPU's KV cache: a pool of fixed-size blocks. Only this file and the kernels know its layout."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tgi_asgi.ops.states import StateLayer
 
 MAX_HEAD_DIM = 512
 MAX_LATENT_DIM = 640
-_MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips
+_MOST_GROWTH = 1.2  # limit on how much int8's padding to whole strips may enlarge a head
 _PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
-    """Return how many dims of a head the cache keeps: all that there are; int8 pads them to strips of 32.
+    """Return how many dims of a head the cache stores: all of them, which int8 pads to strips of 32.
 
-    `name` is what a message calls them.
+    `name` is the head size's name in error messages.
 
     Raises:
-        ValueError: the cache cannot have this head size, or this dtype.
+        ValueError: if the cache does not support this head size or dtype.
     """
     if dtype not in _PRECISIONS:
         raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype}")
@@ -34,14 +34,14 @@ def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
         return head_dim
     padded = -(-head_dim // STRIP) * STRIP
     if padded > head_dim * _MOST_GROWTH:
-        raise ValueError(f"an int8 cache would keep heads of {head_dim} as {padded}: take bfloat16")
+        raise ValueError(f"an int8 cache would pad heads of {head_dim} to {padded}: use bfloat16")
     return padded
 
 
 class HeadShape(Protocol):
-    """The heads of one layer's keys and values; values have `value_dim` dims a head.
+    """The KV heads of one layer; values have `value_dim` dims per head.
 
-    Of latents (MLA) there is one head, and its values are its keys' first dims: kept once.
+    A latent cache (MLA) has one head, whose values are the first dims of its keys and are stored once.
     """
 
     @property
@@ -55,23 +55,23 @@ class HeadShape(Protocol):
 
 
 def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
-    """Return what a token takes in the cache of a layer of this shape.
+    """Return the bytes that a token occupies in the cache of a layer of this shape.
 
     Raises:
-        ValueError: as `kept_dim`.
+        ValueError: as for `kept_dim`.
     """
     if shape.is_latent:
         return _kept_latent(shape, dtype)[0] * dtype.itemsize
     kept = kept_dim(shape.head_dim, dtype) + kept_dim(shape.value_dim, dtype, "value_dim")
-    scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # of float16, one a strip
+    scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # float16, one per strip
     return shape.num_kv_heads * (kept * dtype.itemsize + scales)
 
 
 def _kept_latent(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the dims of a latent, and of the values in it.
+    """Return the number of dims of a latent, and of the values in it.
 
     Raises:
-        ValueError: the cache cannot have these, or not in this dtype.
+        ValueError: if the cache does not support these sizes or this dtype.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"latents are kept as float32 or bfloat16, not as {dtype}")
@@ -83,7 +83,7 @@ def _kept_latent(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _kept(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the dims of a head of keys and of values, as they are kept."""
+    """Return the dims stored per head, of keys and of values."""
     if shape.is_latent:
         return _kept_latent(shape, dtype)
     return kept_dim(shape.head_dim, dtype), kept_dim(shape.value_dim, dtype, "value_dim")
@@ -101,13 +101,13 @@ class KvCache(Protocol):
         """Dims of a head of values, without padding."""
 
 
-# What one layer keeps of sequences. Opaque above `ops`.
+# One layer's cached state of sequences. Opaque outside `ops`.
 Cache: TypeAlias = KvCache | StateLayer
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's keys and values: the `KvCache` of a CPU. Dims are without padding."""
+    """One layer's keys and values: the `KvCache` of a CPU. Dims exclude padding."""
 
     pool: KvPool
     index: int
@@ -118,25 +118,25 @@ class KvLayer:
 
 
 class KvPool:
-    """The memory of all layers; the system commits it as blocks are first written.
+    """The KV memory of all layers; the system commits it as blocks are first written.
 
         pool = KvPool([CacheShape(3, 64, 64)] * 30, num_blocks=512, block_size=16, dtype=torch.bfloat16)
         q = ops.qkv(a, weight, pool.layers[0], rope)
 
-    A block's keys and values of all layers of a group lie together; a step has a block table for each group,
-    and any block may be any group's. Inside a layer [keys, values][KV head], in sub-blocks of 16 tokens, see
-    KvLayerView in csrc/cpu/step/step.h.
+    A block is contiguous and holds the keys and values of all layers of one group. A step has a block table
+    per group, and any block can belong to any group. Within a layer the layout is [keys, values][KV head], in
+    sub-blocks of 16 tokens; see KvLayerView in csrc/cpu/step/step.h.
 
     Args:
-        shapes: of each layer.
-        groups: of each layer; None: there is one.
+        shapes: The layers' shapes.
+        groups: Group of each layer; None: one group for all.
 
     Raises:
-        ValueError: a size or dtype that the kernels do not have.
-        MemoryError: the system does not grant so much.
+        ValueError: if the kernels do not support a size or the dtype.
+        MemoryError: if the system does not grant the memory.
 
     Attributes:
-        native: the same in the extension.
+        native: the extension's pool.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class KvPool:
         kept = [(each.num_kv_heads, *_kept(each, dtype)) for each in shapes]
         has_latents = any(each.is_latent for each in shapes)
         if has_latents and not all(each.is_latent for each in shapes):
-            raise ValueError("a pool is of latents in all layers, or in none")
+            raise ValueError("a pool must hold latents in all layers or in none")
         self.native = _C.KvPool(
             layers=[(*shape, group) for shape, group in zip(kept, groups or [0] * len(kept), strict=True)],
             num_blocks=num_blocks, block_size=block_size, precision=_PRECISIONS[dtype],
@@ -164,27 +164,28 @@ class KvPool:
         ]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to), whichever group's they are, as if all at once.
+        """Copy blocks (from, to) of any group, as if simultaneously.
 
         Raises:
-            ValueError: a block is not there, is both, or is copied to twice; nothing has been copied.
+            ValueError: if a block does not exist, is both source and destination, or is a destination twice.
+                Nothing has been copied then.
         """
         self.native.copy(pairs)
 
     def supply(self, num_bytes: int) -> None:
-        """Begin to have the system supply the pool's first bytes, in a thread, before they are written."""
+        """Start a thread that has the system supply the pool's first bytes before they are written."""
         self.native.supply(num_bytes)
 
     def close(self) -> None:
-        """End that thread. Idempotent."""
+        """Stop the `supply` thread. Idempotent."""
         self.native.close_supply()
 
 
 def latents(operator: str, cache: Cache) -> KvLayer:
-    """Return a cache of latents as what it is.
+    """Return the cache as a latent `KvLayer`.
 
     Raises:
-        TypeError: it is another.
+        TypeError: if it is another kind of cache.
     """
     if not isinstance(cache, KvLayer) or not cache.is_latent:
         raise TypeError(f"`{operator}` takes latents as `cache`, not {type(cache).__name__}")
@@ -192,10 +193,10 @@ def latents(operator: str, cache: Cache) -> KvLayer:
 
 
 def keys_and_values(operator: str, cache: Cache) -> KvCache:
-    """Return a cache of keys and values as what it is.
+    """Return the cache as a `KvCache`.
 
     Raises:
-        TypeError: it is of states.
+        TypeError: if it holds recurrent states.
     """
     if isinstance(cache, StateLayer):
         raise TypeError(f"`{operator}` takes keys and values as `cache`, not {type(cache).__name__}")

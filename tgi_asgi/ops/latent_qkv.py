@@ -1,8 +1,8 @@
 """The operator `latent_qkv`: queries against latents, and the write of latents into the cache.
 
-A token's latent is what all heads' keys and values are made of, and one key that turns, which all share.
-Queries are multiplied by what makes keys of latents, so that keys need not be made.
-Source: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434, section 2.1.
+A token's latent is a vector from which all heads' keys and values are computed, and one rotated key that all
+heads share. The matrices that compute keys from latents are multiplied into the queries, so that the keys
+themselves are never computed. Source: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434, section 2.1.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ def latent_qkv(
     """Write the latents of rows to `cache`; return the queries, for `attention` with the same cache.
 
     Args:
-        absorbed: rows [n_tokens, num_heads * value_dim], of each head what meets the latents' values.
-        turning: rows whose columns from `turning_column` on are [num_heads * rotary_dim], what is rotated.
-        rows: [n_tokens, value_dim + rotary_dim], the latents: values before their norm, the key that turns.
+        absorbed: Rows [n_tokens, num_heads * value_dim], each head's query against the latents' values.
+        turning: Rows whose columns from `turning_column` on are [num_heads * rotary_dim], the part to be
+            rotated.
+        rows: [n_tokens, value_dim + rotary_dim], the latents: values before their norm, then the key to be
+            rotated.
         norm: RMSNorm of the values.
 
     Raises:
-        TypeError: `cache` is not of latents.
-        ValueError: a number of columns does not fit, or the norm is none of RMSNorm.
+        TypeError: if `cache` is not a latent cache.
+        ValueError: if a number of columns does not fit, or the norm is not an RMSNorm.
     """
     layer = latents("latent_qkv", cache)
     rotary_dim = layer.head_dim - layer.value_dim
     if norm.columns != layer.value_dim or norm.bias is not None:
         raise ValueError(f"`norm` must be an RMSNorm of {layer.value_dim} columns, got {norm.columns}")
     if rope.rotary_dim != rotary_dim:
-        raise ValueError(f"the rotary table must turn {rotary_dim} dims, it turns {rope.rotary_dim}")
+        raise ValueError(f"the rotary table must rotate {rotary_dim} dims, it rotates {rope.rotary_dim}")
     recorder = recorder_of(
         "latent_qkv", absorbed=(absorbed, Kind.ROWS, None), turning=(turning, Kind.ROWS, None),
         rows=(rows, Kind.ROWS, layer.head_dim),

@@ -1,6 +1,6 @@
-"""In which order the rows of weights lie in the CPU kernels' panels, and vectors beside them.
+"""The order of weight rows in the CPU kernels' panels, and of the vectors that go with them.
 
-A panel is 16 rows, a strip is two panels. docs/kernels.md has the drawing.
+A panel is 16 rows, a strip is two panels. docs/kernels.md has a drawing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 PANEL = 16
 STRIP = 2 * PANEL
-Order = npt.NDArray[np.int64]  # which row each packed row is; -1: a row of zeros
+Order = npt.NDArray[np.int64]  # source row of each packed row; -1: a row of zeros
 Floats = npt.NDArray[np.float32]
 
 
 def row_order(rows: int) -> Order:
-    """Rows in order, padded to whole strips."""
+    """Return rows in order, padded to whole strips."""
     order = np.full(-(-rows // STRIP) * STRIP, -1, np.int64)
     order[:rows] = np.arange(rows)
     return order
@@ -26,11 +26,12 @@ def row_order(rows: int) -> Order:
 def head_order(
     num_heads: int, head_dim: int, rotary_dim: int | None, *, is_interleaved: bool = False
 ) -> Order:
-    """Heads one after the other, each padded to whole strips.
+    """Return the row order of consecutive heads, each padded to whole strips.
 
-    A rotated head (queries, keys) has in every strip 16 pairs of dims above each other, the first of each
-    pair in panel 0 and the second in panel 1: rows i and i + rotary_dim / 2, which turn together (or 2i and
-    2i + 1), then the dims behind rotary_dim in any pairs. With rotary_dim None (values) dims are in order.
+    In a rotated head (queries, keys), each strip holds 16 pairs of dims, the first of each pair in panel 0
+    and the second in panel 1. The pairs that rotate together come first: i and i + rotary_dim / 2, or 2i and
+    2i + 1 if interleaved. The dims from rotary_dim on follow, paired arbitrarily. With rotary_dim None
+    (values), dims are in order.
     """
     if rotary_dim is None:
         one = row_order(head_dim)
@@ -43,7 +44,7 @@ def head_order(
         num_pairs = -(-head_dim // STRIP) * PANEL
         pairs = np.full((2, num_pairs), -1, np.int64)
         pairs[0, : len(first)], pairs[1, : len(second)] = first, second
-        one = pairs.reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)  # [strip, which of the pair, 16]
+        one = pairs.reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)  # [strip, position in the pair, 16]
     starts = np.arange(num_heads)[:, None] * head_dim
     return np.where(one >= 0, starts + one, -1).reshape(-1)
 
@@ -51,9 +52,10 @@ def head_order(
 def kept_dims(
     head_dim: int, rotary_dim: int | None, *, is_paired: bool, is_interleaved: bool = False
 ) -> Order:
-    """Return which dim of a head each place of a cache or query of floats has.
+    """Return, for each position of a head in a float cache or query, the dim that it holds.
 
-    They are those of the packed rows without padding; bfloat16 (`is_paired`) has the two of a pair in a word.
+    The order is that of the packed rows without padding; bfloat16 (`is_paired`) stores both dims of a pair in
+    one word.
     """
     one = head_order(1, head_dim, rotary_dim, is_interleaved=is_interleaved)
     strips = one.reshape(-1, 2, PANEL)
@@ -62,20 +64,20 @@ def kept_dims(
 
 
 def interleaved_order(rows: int) -> Order:
-    """Panels of gate and of up in turn: two strips give 32 outputs, a block of the next input."""
+    """Return alternating panels of gate and up: two strips give 32 outputs, one block of the next input."""
     panels = row_order(rows).reshape(-1, PANEL)
     return np.concatenate([panels, np.where(panels >= 0, panels + rows, -1)], axis=1).reshape(-1)
 
 
 def ordered(vector: Tensor, order: Order) -> Floats:
-    """Return a bias or a norm's weight in the order of packed rows, zero where a row is padding."""
+    """Return a bias or a norm's weight in the order of the packed rows, zero for padding rows."""
     values = vector.numpy()
     found: Floats = np.where(order >= 0, values[order], np.float32(0))
     return found
 
 
 def padded(vector: Tensor) -> Floats:
-    """Return a vector, or rows, with zeros behind up to a multiple of 32 columns."""
+    """Return a vector, or rows, padded with zeros to a multiple of 32 columns."""
     missing = -vector.shape[-1] % STRIP
     return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, missing)).numpy())
 
@@ -83,7 +85,7 @@ def padded(vector: Tensor) -> Floats:
 def qkv_orders(
     num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, is_interleaved: bool
 ) -> list[Order]:
-    """Return the orders of the rows of q, of k and of v."""
+    """Return the row orders of q, k and v."""
     turning = [
         head_order(count, head_dim, rotary_dim, is_interleaved=is_interleaved)
         for count in (num_heads, num_kv_heads)

@@ -1,4 +1,4 @@
-"""What norms are: of a row, and of the heads of queries and keys."""
+"""Parameters of norms: of a row, and of the heads of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NormWeight:
-    """RMSNorm, or where there is a bias LayerNorm: one value, whatever a file says of it.
+    """An RMSNorm, or with a bias a LayerNorm, in one representation for all file formats.
 
         NormWeight(weight, 1e-5)                    # x / rms(x) * weight
         NormWeight(weight, 1e-5, bias)              # (x - mean) / deviation * weight + bias
@@ -20,8 +20,8 @@ class NormWeight:
     Normalization, section 3.
 
     Attributes:
-        weight, bias: float32 [columns]; of heads [head_dim], one for all, or [num_heads * head_dim].
-        eps: what is added to the mean square, or to the variance.
+        weight, bias: float32 [columns]; for heads [head_dim], shared by all, or [num_heads * head_dim].
+        eps: Number added to the mean square, or to the variance.
     """
 
     weight: Tensor
@@ -38,7 +38,7 @@ class NormWeight:
     def layer(
         cls, columns: int, eps: float, *, weight: Tensor | None, bias: Tensor | None = None
     ) -> NormWeight:
-        """Make a LayerNorm; of ones or zeros what it has not learnt."""
+        """Make a LayerNorm, with ones and zeros for a missing weight and bias."""
         return cls(
             torch.ones(columns) if weight is None else weight,
             eps,
@@ -47,16 +47,16 @@ class NormWeight:
 
     @classmethod
     def rms(cls, columns: int, eps: float, *, weight: Tensor | None) -> NormWeight:
-        """Make an RMSNorm, of ones where it has learnt nothing."""
+        """Make an RMSNorm, with ones for a missing weight."""
         return cls(torch.ones(columns) if weight is None else weight, eps)
 
     @property
     def columns(self) -> int:
-        """Of the rows that it takes."""
+        """Number of columns of its input rows."""
         return self.weight.numel()
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the norm of rows [..., columns] in their dtype: for what runs beside the kernels."""
+        """Return the norm of rows [..., columns] in their dtype, for code that does not use the kernels."""
         weight = self.weight.to(x)
         if self.bias is None:
             return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
@@ -66,12 +66,12 @@ class NormWeight:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """Norms of queries and keys, both of one kind: of each head (Qwen 3), or of all together (OLMo 2).
+    """Norms of queries and keys, both of one kind: per head (Qwen 3), or over all heads together (OLMo 2).
 
     Attributes:
-        query, key: of one weight for all heads, or of one for each.
-        is_whole: over all heads together, as RMSNorm.
-        is_last: once heads are rotated (Hunyuan), not before.
+        query, key: Norms with one weight for all heads, or one for each.
+        is_whole: Whether each norm is an RMSNorm over all heads together.
+        is_last: Whether they are applied after the rotation (Hunyuan), not before.
     """
 
     query: NormWeight
@@ -80,10 +80,10 @@ class HeadNorms:
     is_last: bool = False
 
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        """Hold the sizes to those of the heads.
+        """Check the sizes against those of the heads.
 
         Raises:
-            ValueError: a norm has another size, or the two are not of one kind.
+            ValueError: if a norm has another size, or the two are of different kinds.
         """
         query, key = self.query, self.key
         if (query.bias is None) != (key.bias is None) or query.eps != key.eps:

@@ -1,4 +1,4 @@
-"""Weights in the layout of the CPU's kernels: packed once from the file's own bytes, never held twice."""
+"""Weights in the layout of the CPU kernels: packed once from the file's own bytes, never held twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.sources import WeightSource, decode, from_floats, plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
-# A product's precision where that is the tokens': int8 for generated ones, bfloat16 for those of prompts.
+# Precision that depends on the token: int8 for generated tokens, bfloat16 for prompt tokens.
 BY_KIND = "by_kind"
 
 
@@ -27,13 +27,13 @@ class PackedLinear:
     """A matrix in panels, and how it is multiplied."""
 
     matrix: _C.Matrix
-    precision: str  # of the activation: int8, bfloat16 or float32, or by kind of token
+    precision: str  # of the activation: int8, bfloat16 or float32, or `BY_KIND`
     bias: Floats | None  # in the order of the packed rows
 
 
 @dataclass(frozen=True, slots=True)
 class PackedQkv:
-    """Queries, keys and values: one matrix, or three where their formats differ; norms in packed order."""
+    """Queries, keys and values: one matrix, or three if their formats differ; norms in packed order."""
 
     parts: tuple[PackedLinear, ...]
     norms: _C.HeadNorms | None
@@ -41,16 +41,16 @@ class PackedQkv:
 
 @dataclass(frozen=True, slots=True)
 class PackedGateUp:
-    """Gate and up: one matrix whose panels alternate, or two where their formats differ."""
+    """Gate and up: one matrix whose panels alternate, or two if their formats differ."""
 
     parts: tuple[PackedLinear, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """A product of all experts each, and how they are multiplied."""
+    """The products of all experts, and the precisions in which they are multiplied."""
 
-    gate_up: tuple[_C.ExpertStack, ...]  # as the parts of `PackedGateUp`
+    gate_up: tuple[_C.ExpertStack, ...]  # one per part of `PackedGateUp`
     down: _C.ExpertStack
     precision: str  # of the input
     inner_precision: str  # of the input of `down`
@@ -58,7 +58,7 @@ class PackedExperts:
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """How a product shares a matrix's strips out: csrc/cpu/step/shares.h."""
+    """How a product divides a matrix's strips between the team's members: csrc/cpu/step/shares.h."""
 
     unit_strips: int = 1
     query_strips: int = 0
@@ -69,8 +69,8 @@ _ALONE = _Shares()
 
 
 def _qkv_shares(shape: QkvWeight) -> _Shares:
-    """Return how `qkv` shares its rows out: by heads where these are normalised, else by strips."""
-    if shape.norms is not None and shape.norms.is_whole:  # products of their own come first
+    """Return how `qkv` divides its rows between threads: by heads if these are normalised, else by strips."""
+    if shape.norms is not None and shape.norms.is_whole:  # computed as separate products first
         return _ALONE
     strips = -(-shape.head_dim // layout.STRIP)
     heads = shape.num_heads + 2 * shape.num_kv_heads
@@ -78,7 +78,7 @@ def _qkv_shares(shape: QkvWeight) -> _Shares:
 
 
 def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
-    """Return a norm of heads in packed order: of all of them, or of one."""
+    """Return a norm of all heads, or of each head, in packed order."""
     if norm.columns == head_dim:
         order = order[: -(-head_dim // layout.STRIP) * layout.STRIP]
     weight, bias = (
@@ -90,25 +90,27 @@ def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a model's products compute on a CPU: an `Arithmetic`.
+    """How a CPU computes a model's products: an `Arithmetic`.
 
-    `is_exact` keeps activations in float32. Otherwise quantised weights are multiplied by activations of
-    8 bits in blocks of 32, bfloat16 weights by bfloat16; float16 and float32 weights by float32 in both.
-    With `has_float_prompts` tokens of prompts meet quantised weights decoded to bfloat16, in bfloat16; but
-    not a vocabulary's, whose products are of few tokens.
+    `is_exact` keeps activations in float32. Otherwise quantised weights are multiplied by 8-bit activations
+    in blocks of 32, and bfloat16 weights by bfloat16 activations. float16 and float32 weights are multiplied
+    by float32 activations in both modes. With `has_float_prompts`, quantised weights are decoded to bfloat16
+    and multiplied in bfloat16 for prompt tokens. This excludes the vocabulary's weights, whose products have
+    few tokens.
 
     Attributes:
-        by_kind: bytes of the weights that tokens of prompts meet in another precision, by format.
+        by_kind: Bytes, by format, of the weights that prompt tokens multiply in another precision than
+            generated tokens.
     """
 
     is_exact: bool
-    quantise: str | None = None  # Q8_0 or Q4_0: what float weights become; a vocabulary stays at eight bits
+    quantise: str | None = None  # Q8_0 or Q4_0: format for float weights; a vocabulary stays at eight bits
     has_float_prompts: bool = field(default=False, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
     def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> PackedLinear:
-        """Pack a matrix, as `Arithmetic.linear` says."""
+        """Pack a matrix; see `Arithmetic.linear`."""
         order = layout.row_order(source.shape[0])
         stored = self._stored(source, is_vocabulary=is_vocabulary)
         return self._pack([stored], bias, order, is_vocabulary=is_vocabulary)
@@ -116,7 +118,7 @@ class Packing:
     def qkv(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
     ) -> PackedQkv:
-        """Pack q, k and v, as `Arithmetic.qkv` says."""
+        """Pack q, k and v; see `Arithmetic.qkv`."""
         orders = layout.qkv_orders(
             shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim,
             is_interleaved=shape.is_interleaved,
@@ -133,7 +135,7 @@ class Packing:
         return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), norms)
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> PackedGateUp:
-        """Pack gate and up, as `Arithmetic.gate_up` says."""
+        """Pack gate and up; see `Arithmetic.gate_up`."""
         stored = [self._stored(source) for source in sources]
         rows = sources[0].shape[0]
         if stored[0].format != stored[1].format:
@@ -143,20 +145,20 @@ class Packing:
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
 
     def router(self, source: WeightSource, bias: Tensor | None) -> PackedLinear:
-        """Pack a matrix as its file has it, as `Arithmetic.router` says."""
+        """Pack a matrix without quantising it; see `Arithmetic.router`."""
         return replace(self, quantise=None).linear(source, bias, is_vocabulary=False)
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> PackedLinear:
-        """Pack the heads' matrices one below the other, as `Arithmetic.heads` says."""
+        """Pack the heads' matrices, stacked by rows; see `Arithmetic.heads`."""
         if is_transposed:
             source = self._transposed(source.in_order(), num_heads)
         return self.router(source, None)
 
     def experts(self, gate_ups: Sequence[PackedGateUp], downs: Sequence[PackedLinear]) -> PackedExperts:
-        """Put experts side by side, as `Arithmetic.experts` says.
+        """Group the experts' packed matrices; see `Arithmetic.experts`.
 
         Raises:
-            ValueError: of some gate and up are of one format, of others of two.
+            ValueError: if gate and up share one format in some experts and not in others.
         """
         counts = {len(packed.parts) for packed in gate_ups}
         if len(counts) > 1:
@@ -173,7 +175,7 @@ class Packing:
         orders: Sequence[Order],
         shares: _Shares,
     ) -> tuple[PackedLinear, ...]:
-        """Pack matrices into one, each with an order of its own, if they have one format."""
+        """Pack matrices, each with its own row order, into one if they share a format."""
         stored = [self._stored(source) for source in sources]
         if len({source.format for source in stored}) > 1:
             return self._pack_each(stored, biases, orders, shares)
@@ -230,7 +232,7 @@ class Packing:
         return "bfloat16" if name == "BF16" else "float32"
 
     def _transposed(self, source: WeightSource, num_heads: int) -> WeightSource:
-        """Transpose each head's matrix; codes, whose blocks lie along rows, become floats as FP8 does."""
+        """Transpose each head's matrix. Codes, whose blocks run along rows, become floats, as FP8 does."""
         rows, columns = source.shape
         values = plain_tensor(source)
         if FORMATS[source.format].is_quantised and not self.is_exact:
@@ -239,13 +241,13 @@ class Packing:
         return from_floats(heads.reshape(num_heads * columns, -1))
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
-        """Return a matrix as it will be packed: the file's own bytes, unless it is quantised here."""
+        """Return a matrix as it will be packed: the file's own bytes, unless quantised or decoded here."""
         source = source.in_order()
         info = FORMATS[source.format]
         if info.has_kernel and (info.is_quantised or self.quantise is None):
             return source
         if self.quantise is None:
-            weights = decode(source)  # FP8: rounded to bfloat16, which has more bits than it
+            weights = decode(source)  # FP8: rounded to bfloat16, which has more bits
             return from_floats(weights if self.is_exact else weights.bfloat16())
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
@@ -257,13 +259,13 @@ class Packing:
 
 
 def stacked(parts: Sequence[PackedLinear]) -> tuple[_C.ExpertStack, str]:
-    """Put a product of several experts side by side; return also the precision that all are multiplied in."""
+    """Group one product of several experts; return the stack and the precision in which it is computed."""
     biases = [part.bias for part in parts if part.bias is not None]
     stack = _C.ExpertStack([part.matrix for part in parts], biases or None)
     return stack, _common(part.precision for part in parts)
 
 
 def _common(precisions: Iterable[str]) -> str:
-    """Return the precision of all, or float32, which any product can have, where they differ."""
+    """Return the common precision, or float32, which every product supports, if they differ."""
     found = set(precisions)
     return found.pop() if len(found) == 1 else "float32"

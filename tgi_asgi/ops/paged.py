@@ -11,28 +11,28 @@ from tgi_asgi.ops.kv import KvLayer
 
 
 class PagedAttention:
-    """Writes a batch's keys and values to the cache, and attends: what a generic model's layers share.
+    """Writes a batch's keys and values to the cache and attends; shared by the layers of a generic model.
 
         attention = PagedAttention(max_context=8192)
-        attention.begin(batch)                                   # once a step
-        out = attention.run(pool.layers[i], q, k, v, spec)       # once a layer
+        attention.begin(batch)                                   # once per step
+        out = attention.run(pool.layers[i], q, k, v, spec)       # once per layer
 
-    A row's bits depend on its own sequence only, as those of `ops.attention`. Memory for one layer's work is
-    kept and serves all. Calls from several threads take turns, but a batch is everybody's.
+    As in `ops.attention`, a row's bits depend only on its own sequence. All layers share one layer's scratch
+    memory. Calls from several threads are serialised, but all threads share the current batch.
     """
 
     def __init__(self, *, max_context: int) -> None:
         self._native = _C.PagedAttention(max_context=max_context)
 
     def begin(self, batch: _C.FlatRows, visible_until: Tensor | None = None) -> None:
-        """Take the batch that the next calls of `run` are of.
+        """Set the batch for the following calls of `run`.
 
-        `visible_until` [num_tokens] int32 says for each token where the positions of its sequence end that
-        it sees: its position + 1, or more where it sees tokens of this step behind it (an image's see each
-        other). A window or a chunk still hides what lies before it.
+        `visible_until` [num_tokens] int32 is, for each token, the end of the positions of its sequence that
+        it sees: its position + 1, or more if it sees later tokens of this step (the tokens of an image see
+        each other). A window or chunk still limits how far back a token sees.
 
         Raises:
-            ValueError: lengths do not fit together, or a context is longer than `max_context`.
+            ValueError: if lengths do not match, or a context is longer than `max_context`.
         """
         self._native.begin(batch, None if visible_until is None else visible_until.contiguous().numpy())
 
@@ -42,12 +42,12 @@ class PagedAttention:
         """Write k and v to the batch's slots, attend q to the cache; return [n_tokens, num_heads, value_dim].
 
         q is [n_tokens, num_heads, head_dim], k [n_tokens, num_kv_heads, head_dim] and v [n_tokens,
-        num_kv_heads, value_dim], float32, rotated already, of any strides (copied where a head's dims are not
-        side by side). k and v None: attend to what another layer has written.
+        num_kv_heads, value_dim], all float32 and already rotated, with any strides (copied unless a head's
+        dims are contiguous). If k and v are None, q attends to what another layer has written.
 
         Raises:
-            ValueError: a shape does not fit, or the batch's blocks or slots are not in the pool.
-            TypeError: a tensor is not float32.
+            ValueError: if a shape does not fit, or the batch's blocks or slots are not in the pool.
+            TypeError: if a tensor is not float32.
         """
         out = torch.empty(q.shape[0], q.shape[1], layer.value_dim, dtype=torch.float32)
         self._native.run(

@@ -1,4 +1,4 @@
-"""How long a prompt's product takes in bfloat16, against int8, with the kernels and threads in use."""
+"""Time of a prompt's product in bfloat16, relative to int8, with the kernels and threads in use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from tgi_asgi import _C
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.formats import FORMATS
 
-_TOKENS, _ROWS, _COLUMNS = 256, 512, 1024  # 0.3 ms at one multiply-add a picosecond
+_TOKENS, _ROWS, _COLUMNS = 256, 512, 1024  # 0.3 ms at one multiply-add per picosecond
 _ROUNDS = 4
 
 
 def bfloat16_time(format: str) -> float:
-    """Return the time of a product of many tokens by a weight of this format, decoded, over that in int8."""
+    """Return the time of a many-token product in bfloat16 over int8, for a weight of this format."""
+
     info = FORMATS[format]
     data = np.zeros(_ROWS * _COLUMNS // info.block_columns * info.block_bytes, np.uint8)
     matrix = _C.pack(
@@ -23,7 +24,7 @@ def bfloat16_time(format: str) -> float:
     )
     x, out = np.ones((_TOKENS, _COLUMNS), np.float32), np.empty((_TOKENS, _ROWS), np.float32)
     best = dict.fromkeys(("int8", "bfloat16"), float("inf"))
-    for _ in range(_ROUNDS):  # in turns, so that a clock that rises favours neither
+    for _ in range(_ROUNDS):  # alternating, so that a rising clock rate favours neither
         for precision in best:
             begun_s = time.perf_counter()
             _C.linear_rows(matrix, None, x, out, precision)

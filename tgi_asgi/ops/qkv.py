@@ -1,4 +1,4 @@
-"""The operator `qkv`: projections, norms of heads, rotary embedding, and the write into the KV cache."""
+"""The operator `qkv`: projections, head norms, rotary embedding, and the write into the KV cache."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def qkv(
 ) -> Value:
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 
-    Where the weight has norms, queries and keys are normalised before they are rotated, or after; without a
-    rotary table they are not rotated. Returns the queries, for `attention` with the same cache.
+    If the weight has norms, queries and keys are normalised before or after the rotation. Without a rotary
+    table they are not rotated. Returns the queries, for `attention` with the same cache.
 
     Args:
-        clip: queries, keys and values are first cut to [-clip, clip] (OLMo 1, MPT).
-        query_scales: float32 [positions], what queries are at last multiplied by (Ministral 3).
+        clip: Bound to which queries, keys and values are first clamped, [-clip, clip] (OLMo 1, MPT).
+        query_scales: float32 [positions], factors applied to the queries last (Ministral 3).
 
     Raises:
-        ValueError: `clip` is not positive, or the weight has norms over all heads.
-        TypeError: `cache` is of states.
+        ValueError: if `clip` is not positive, or the weight has norms over all heads.
+        TypeError: if `cache` holds recurrent states.
     """
     cache = keys_and_values("qkv", cache)
     if clip is not None and not 0 < clip < math.inf:

@@ -1,6 +1,6 @@
-"""Records a model: calls its own code once with values, and keeps the list of what it did.
+"""Recording of a model: its own code is called once with `Value`s, and its operator calls are listed.
 
-The list knows no device. `CpuProgram` and `CudaProgram` make their steps of it.
+The list is independent of the device. `CpuProgram` and `CudaProgram` make their steps from it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from tgi_asgi.ops.values import Kind, Value
 
 
 class RecordedBatch:
-    """Stands for a step's tokens: `embed` begins with it."""
+    """A placeholder for a step's tokens, which `embed` starts from."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
 
 class Recorder:
-    """What operators note their calls in.
+    """Collects the operators' calls.
 
         recorder = Recorder()
         x = model.forward(recorder.batch, pool.layers)
@@ -25,7 +25,7 @@ class Recorder:
         program = CpuProgram(recorder, pool, ...)
 
     Attributes:
-        calls: in the order in which a step computes them.
+        calls: The calls, in the order in which a step computes them.
     """
 
     def __init__(self) -> None:
@@ -33,15 +33,15 @@ class Recorder:
         self.calls: list[Call] = []
 
     def value(self, kind: Kind, columns: int) -> Value:
-        """Make a value that a call is about to write."""
+        """Make a value for a call's result."""
         return Value(self, kind, columns)
 
     def added(self, x: Value) -> Value:
-        """Make the residual that takes the place of x, which cannot be used any more."""
+        """Make the residual that replaces x; x cannot be used any more."""
         x.is_replaced = True
         return Value(self, Kind.RESIDUAL, x.columns, storage=x.root)
 
     def note(self, call: Call) -> Value:
-        """Note a call; return what it makes."""
+        """Record a call; return its result."""
         self.calls.append(call)
         return call.out

@@ -8,32 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_POSITIONS = 4096  # whose angles are computed at once
+_POSITIONS = 4096  # positions whose angles are computed at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RopeTable:
-    """Cosines and sines of every position; dimension i is rotated with i + rotary_dim / 2.
+    """Cosines and sines of every position; dim i is rotated with dim i + rotary_dim / 2.
 
     A head's dims from rotary_dim on are not rotated.
     """
 
     cos: Tensor  # [max_positions, rotary_dim / 2] float32
-    sin: Tensor  # the same
+    sin: Tensor  # the same shape and dtype
 
     @property
     def rotary_dim(self) -> int:
-        """Dims of a head that are rotated, its first."""
+        """Number of dims of a head that are rotated, which are its first."""
         return 2 * int(self.cos.shape[1])
 
     @classmethod
     def create(
         cls, inverse_frequencies: Sequence[float], max_positions: int, *, scale: float = 1.0
     ) -> RopeTable:
-        """Build the table from one inverse frequency a pair, after whatever scaling the model asks for.
+        """Build the table from one inverse frequency per pair, to which the model's scaling has been applied.
 
-        Angles are rounded to float32 where transformers rounds them: at position 1,500 the last bit of an
-        angle is 1e-4, which shows in log-probabilities. `scale` multiplies both (YaRN's attention factor).
+        Angles are rounded to float32, as in transformers: at position 1,500 the last bit of an angle is 1e-4,
+        which shows in log-probabilities. `scale` multiplies both cosines and sines (YaRN's attention factor).
         """
         frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32)
         cos = torch.empty(max_positions, frequencies.numel())
@@ -48,5 +48,5 @@ class RopeTable:
 
     @staticmethod
     def bytes_per_position(rotary_dim: int) -> int:
-        """Return the memory that a position takes."""
+        """Return the bytes that a position occupies."""
         return rotary_dim // 2 * (4 + 4)

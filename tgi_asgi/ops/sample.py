@@ -1,4 +1,4 @@
-"""The operator `sample`: one token a row of logits, with its log-probabilities."""
+"""The operator `sample`: one token per row of logits, with its log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tgi_asgi.ops.sample_state import SampleState
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What was drawn; fresh tensors, one entry a row of the logits."""
+    """The sampled tokens; fresh tensors, one entry per row of the logits."""
 
     token_ids: Tensor  # [n_rows] int32
-    is_finite: Tensor  # [n_rows] bool; False: the logits held NaN or +inf, or nothing could be drawn
-    logprobs: Tensor  # [n_rows] float32, of the drawn token; NaN where the slot wants none
+    is_finite: Tensor  # [n_rows] bool; False: the logits held NaN or +inf, or no token could be sampled
+    logprobs: Tensor  # [n_rows] float32, of the sampled token; NaN if the slot wants none
     top_ids: Tensor  # [n_rows, max_top] int32, most probable first, lowest id first on ties
     top_logprobs: Tensor  # [n_rows, max_top] float32
-    num_top: Tensor  # [n_rows] int32: how many of a row's top entries are filled
-    # [n_rows] bool: False where another token was drawn than a draft before the row; None: nowhere.
+    num_top: Tensor  # [n_rows] int32: number of a row's top entries that are filled
+    # [n_rows] bool: False if a draft before the row was rejected (another token was sampled); None: no
+    # drafts.
     is_kept: Tensor | None = None
 
     @classmethod
@@ -41,28 +42,29 @@ def sample(
     mask: npt.NDArray[np.int32] | None = None,
     drafts: Sequence[int] = (),
 ) -> SampleResult:
-    """Draw one token for each row of logits [n_rows, vocab] float32, by the parameters of its slot.
+    """Sample one token for each row of logits [n_rows, vocab] float32, with the parameters of its slot.
 
     In order: penalties (repetition, frequency, presence), bias, masked ids, `mask`, temperature, top-k, top-p
-    over the renormalised top-k set, min-p, typical-p, draw. Cut-offs keep whole ties. The draw is Gumbel-max
-    (as its equal, the race of exponentials) with Philox4x32-10, key (seed, choice), counter (position, token
-    id): it depends on nothing else in the batch. Temperature 0 is the argmax after the masks, lowest id on
-    ties.
+    over the renormalised top-k set, min-p, typical-p, draw. Cut-offs keep all tied tokens. The draw is
+    Gumbel-max (in the equivalent form of a race of exponentials) with Philox4x32-10, key (seed, choice),
+    counter (position, token id), so it does not depend on the rest of the batch. Temperature 0 is the argmax
+    after the masks, lowest id on ties.
 
-    Log-probabilities describe, by the slot's mode, the softmax of the raw logits, or the distribution that
-    was drawn from (where greedy: the softmax after penalties, bias and masks); ids outside of it are not
-    listed.
+    Depending on the slot's mode, log-probabilities describe the softmax of the raw logits or the distribution
+    that was sampled from (for greedy: the softmax after penalties, bias and masks). Ids outside that
+    distribution are not listed.
 
     Args:
-        logits: not changed.
-        state: of each slot named, the position, the last id and the counts move on by the token drawn. A
-            row that is not finite draws id 0, and its slot stays as it was.
-        slots: one a row, all different but for rows that follow drafts.
-        mask: [n_rows, ceil(vocab / 32)] int32, bit i % 32 of word i / 32 set where token i is allowed.
-        drafts: [n_rows] or empty: where it is not negative the row is the next of the slot of the row before,
-            and its logits are those behind this token. It is drawn as if that one had been, and counts if so.
+        logits: Not changed.
+        state: The state of the slots. For each slot named, the position, the last id and the counts advance
+            by the sampled token. A row that is not finite yields id 0, and its slot stays unchanged.
+        slots: Slot of each row; all different, except for rows that follow drafts.
+        mask: [n_rows, ceil(vocab / 32)] int32, bit i % 32 of word i / 32 set if token i is allowed.
+        drafts: [n_rows] or empty. A non-negative entry is a draft token: the row continues the slot of the
+            row before it, and its logits follow this token. The row is sampled as if the row before had
+            yielded this token, and counts only if it did.
 
     Raises:
-        ValueError: shapes do not fit, or a slot is out of range or named twice.
+        ValueError: if shapes do not fit, or a slot is out of range or named twice.
     """
     return SampleResult.of(_C.sample(logits.numpy(), list(slots), state.arrays, mask, drafts))

@@ -1,6 +1,6 @@
 """Sampling parameters and history of every slot, in the arrays that the `sample` kernel reads.
 
-The runner starts a slot when a sequence takes it; `sample` moves it on by one token a call.
+The runner starts a slot when it assigns it to a sequence; each `sample` call advances it by one token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tgi_asgi import _C
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
-# csrc/params.h, SampleSlot: the kernel reads this very memory, and a test holds the two equal.
+# csrc/params.h, SampleSlot: the kernel reads this memory directly; a test checks that the two are equal.
 SLOT = np.dtype(
     [
         ("temperature", np.float32),  # 0: greedy
@@ -26,10 +26,10 @@ SLOT = np.dtype(
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("seed", np.uint64),
-        ("position", np.int64),  # of the token to be drawn next; the draw's counter
+        ("position", np.int64),  # of the next token to be sampled; the counter of the draw
         ("masked_until", np.int64),  # the masked ids cannot be drawn at positions below this one
         ("choice", np.int32),
-        ("last_id", np.int32),  # drawn last
+        ("last_id", np.int32),  # sampled last
         ("num_biased", np.int32),
         ("num_masked", np.int32),
         ("num_top", np.int32),
@@ -43,20 +43,20 @@ BAN = -100.0  # a bias of this or less forbids the token, as OpenAI documents
 
 
 class SampleState:
-    """What sampling knows of each slot: one record of parameters, token counts, biased and masked ids.
+    """Sampling state of each slot: one record of parameters, token counts, biased and masked ids.
 
         state = SampleState(num_slots=128, vocab_size=49152)
         state.start(3, SamplingParams(temperature=0.7, seed=1), choice=0, prompt_ids=[1, 2, 3])
         result = sample(logits, state, [3])
 
-    Not thread-safe: started and sampled from by the runner's thread.
+    Not thread-safe: only the runner's thread starts slots and samples from them.
 
     Attributes:
         records: [num_slots] of `SLOT`; may be read at any time between calls of `sample`.
-        last_ids: [num_slots] int32, the token that each slot drew last: a view of the records.
+        last_ids: [num_slots] int32, the token that each slot sampled last: a view of the records.
         counts: [num_slots, vocab_size] int32: twice the count in the output, plus one if in the prompt.
-            Maintained for slots with penalties only; memory is committed for those only.
-        arrays: all of it, as the extension draws from it.
+            Maintained, and its memory committed, only for slots with penalties.
+        arrays: All of the state, in the form that the extension samples from.
     """
 
     def __init__(self, num_slots: int, vocab_size: int) -> None:
@@ -83,13 +83,13 @@ class SampleState:
         min_tokens: int = 0,
         masked_ids: Sequence[int] = (),
     ) -> None:
-        """Give the slot to a sequence that has `output_ids` already (when resumed; else none).
+        """Assign the slot to a sequence, whose `output_ids` are empty unless it is resumed.
 
-        The next draw is of position `len(prompt_ids) + len(output_ids)`. Until the output has `min_tokens`,
-        `masked_ids` cannot be drawn.
+        The next token sampled is that of position `len(prompt_ids) + len(output_ids)`. Until the output has
+        `min_tokens`, `masked_ids` cannot be sampled.
 
         Raises:
-            ValueError: the slot or a token id is out of range.
+            ValueError: if the slot or a token id is out of range.
         """
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"`slot` must be in [0, {self.num_slots}), got {slot}")
@@ -119,11 +119,11 @@ class SampleState:
 
     @property
     def lists(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """Biased ids [num_slots, capacity], what their logits get, masked ids; until the next start."""
+        """Biased ids [num_slots, capacity], their biases, and masked ids; valid until the next `start`."""
         return self._biased.ids, self._biased.values, self._masked.ids
 
     def _share_lists(self) -> None:
-        """Tell the extension where the lists lie, as they are replaced when they grow."""
+        """Pass the lists' addresses to the extension; the arrays are replaced when they grow."""
         self.arrays.set_lists(*self.lists)
 
     def _count(
@@ -140,7 +140,7 @@ class SampleState:
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    """Tell whether these parameters look at the tokens so far."""
+    """Return whether these parameters depend on the tokens so far."""
     return (
         sampling.repetition_penalty != 1.0
         or sampling.frequency_penalty != 0.0
@@ -154,7 +154,7 @@ def _flags(sampling: SamplingParams) -> int:
 
 
 class _Lists:
-    """A short list of (id, value) a slot, in two rectangles that grow to the longest list seen."""
+    """A short list of (id, value) per slot, in two rectangular arrays that grow to the longest list seen."""
 
     def __init__(self, num_slots: int) -> None:
         self.ids = np.zeros((num_slots, _FIRST_CAPACITY), np.int32)

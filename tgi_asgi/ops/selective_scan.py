@@ -1,4 +1,4 @@
-"""The operator `selective_scan`: state spaces of heads, which a sequence's tokens go through one by one.
+"""The operator `selective_scan`: state-space recurrence per head, applied to a sequence's tokens in order.
 
 Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060, section 7 (Mamba-2).
 """
@@ -18,19 +18,19 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SelectiveScanWeight:
-    """The heads' own numbers, float32 [num_heads] each.
+    """The heads' parameters, float32 [num_heads] each.
 
     Attributes:
-        head_dim: a multiple of 16.
-        num_groups: of heads, which share B and C.
-        a: negative: a state is multiplied by e^(dt * a).
-        d: how much of x goes past the state.
-        dt_bias: is added to `dt_scale` times a token's step before softplus, whose result is cut to
+        head_dim: Dims of a head, a multiple of 16.
+        num_groups: Number of groups of heads; the heads of a group share B and C.
+        a: Negative; a state is multiplied by e^(dt * a).
+        d: Factor with which x bypasses the state.
+        dt_bias: Added to `dt_scale` times a token's step before softplus, whose result is clamped to
             `dt_limit`.
 
     Raises:
-        TypeError: they are not float32.
-        ValueError: they do not have an element a head.
+        TypeError: if a tensor is not float32.
+        ValueError: if a tensor does not have one element per head.
     """
 
     num_heads: int
@@ -53,28 +53,28 @@ class SelectiveScanWeight:
 
     @property
     def columns(self) -> int:
-        """Those of x, B and C."""
+        """Columns of x, B and C together."""
         return self.width + 2 * self.num_groups * self.state_size
 
 
 def selective_scan(
     rows: Value, steps: Value, weight: SelectiveScanWeight, cache: Cache, *, steps_column: int = 0
 ) -> Value:
-    """Take each sequence's tokens through its heads' states, which `cache` keeps.
+    """Update the heads' states, held in `cache`, with each sequence's tokens; return the outputs.
 
-    With dt = softplus(dt_scale * step + dt_bias): state = e^(dt * a) * state + dt * x * B; y = state . C +
-    d * x. A token's bits do not depend on how its sequence was cut into steps.
+    With dt = softplus(dt_scale * step + dt_bias): state = e^(dt * a) * state + dt * x * B; y = state . C + d
+    * x. A token's bits do not depend on how its sequence was split into steps.
 
     Args:
-        rows: x [heads, head_dim], B and C [groups, state_size], side by side.
-        steps: rows that have each head's step, from `steps_column` on.
+        rows: Columns of x [heads, head_dim], B and C [groups, state_size], side by side.
+        steps: Rows that hold each head's step, from column `steps_column` on.
 
     Returns:
         Rows y [n_tokens, heads * head_dim].
 
     Raises:
-        TypeError: `cache` is of keys and values.
-        ValueError: columns or states do not fit the weight.
+        TypeError: if `cache` holds keys and values.
+        ValueError: if columns or states do not fit the weight.
     """
     layer = states_of("selective_scan", cache, weight.width * weight.state_size)
     recorder = recorder_of(

@@ -1,7 +1,7 @@
-"""One of several processes that compute a model's steps together, each with some heads and columns.
+"""CPU tensor parallelism: several processes compute a model's steps, each with some heads and columns.
 
-Sums over columns that shards have apart are made by `linear` and `linear_add` of weights that say so
-(`LinearWeight.is_partial`), and by `embed`, of whose table a shard has some rows.
+`linear` and `linear_add` sum over the shards' columns for weights that are marked partial
+(`LinearWeight.is_partial`), and so does `embed`, since a shard has only some rows of its table.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tgi_asgi.ops import layout
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a program must know to be one of several.
+    """A program's place among the shards.
 
     Attributes:
-        group: the memory that all share; its first member leads, the others `follow`.
-        first_word: of the vocabulary's rows that this shard has.
+        group: The memory that all shards share; its first member leads, the others `follow`.
+        first_word: First row of the vocabulary that this shard has.
     """
 
     group: _C.ShardGroup
@@ -28,23 +28,23 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardMemory:
-    """How large the memory is that shards share: each of them opens the same."""
+    """Size of the memory that the shards share; every shard opens the same one."""
 
-    count: int  # shards
-    num_threads: int  # of each
+    count: int  # number of shards
+    num_threads: int  # threads per shard
     num_columns: int  # of the residual
-    max_tokens: int  # of a step, as what follows
+    max_tokens: int  # per step, as are the next two
     max_sequences: int
-    max_rows: int  # of logits
+    max_rows: int  # rows of logits
     vocab_size: int
-    num_groups: int  # of layers that share block tables
+    num_groups: int  # groups of layers that share block tables
     table_width: int  # blocks of the longest sequence
 
     def create(self) -> int:
         """Return a descriptor of the memory, all zero.
 
         Raises:
-            OSError: the system has no such memory.
+            OSError: if the system does not provide such memory.
         """
         fd = os.memfd_create("tgi-shards")
         os.ftruncate(fd, self._shape().num_bytes)

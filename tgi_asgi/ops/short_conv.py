@@ -17,8 +17,8 @@ class ShortConvWeight:
     """The taps of each channel, [channels, taps] float32, the oldest token's first, and a bias [channels].
 
     Raises:
-        TypeError: they are not float32.
-        ValueError: they are not of these shapes.
+        TypeError: if a tensor is not float32.
+        ValueError: if a tensor has another shape.
     """
 
     taps: Tensor
@@ -43,18 +43,18 @@ def short_conv(
     has_silu: bool = False,
     first_column: int = 0,
 ) -> Value:
-    """Convolve columns of rows along their sequences; write what the next step reads to `cache`.
+    """Convolve columns of rows along their sequences; write the tokens that the next step needs to `cache`.
 
-    Gated (LFM2), rows are three of the channels' width side by side, B, C and x: returns C * conv(B * x).
-    Else x is the columns from `first_column` on. Returns rows [n_tokens, channels]. Tokens go in one after
-    the other: a token's bits do not depend on how its sequence was cut into steps.
+    Gated (LFM2), rows are B, C and x side by side, each as wide as the channels; the result is C * conv(B *
+    x). Otherwise x is the columns from `first_column` on. Returns rows [n_tokens, channels]. Tokens are
+    processed one after the other, so a token's bits do not depend on how its sequence was split into steps.
 
     Args:
-        has_silu: of the convolution's result, silu.
+        has_silu: Whether silu is applied to the convolution's result.
 
     Raises:
-        TypeError: `cache` is of keys and values.
-        ValueError: channels, taps or columns are not those of the weight.
+        TypeError: if `cache` holds keys and values.
+        ValueError: if channels, taps or columns do not fit the weight.
     """
     layer = states("short_conv", cache)
     channels, taps = weight.taps.shape

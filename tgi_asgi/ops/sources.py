@@ -1,4 +1,4 @@
-"""Tensors as files hold them, and what they mean."""
+"""Tensors as files hold them, and their decoding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ class WeightSource:
         WeightSource(array.view(np.uint8), "F32", (576, 576))
 
     Attributes:
-        data: its bytes, uint8, contiguous; may be a view of a mapped file, read only while constructing.
-        format: one of `FORMATS`.
+        data: Its bytes, uint8, contiguous; may be a view of a mapped file, which is read only while weights
+            are constructed.
+        format: One of `FORMATS`.
         shape: (rows, columns) with rows outermost in memory, or (elements,).
-        order: [columns], which column of the matrix each of the data's is (GPTQ's act-order); None: the same.
+        order: [columns], the matrix column of each column of the data (GPTQ's act-order); None: the same
+            column.
 
     Raises:
-        ValueError: the format is unknown, or the bytes are not as many as format and shape say.
+        ValueError: if the format is unknown, or the number of bytes does not match format and shape.
     """
 
     data: npt.NDArray[np.uint8]
@@ -60,10 +62,10 @@ class WeightSource:
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
     def columns(self, start: int, stop: int) -> WeightSource:
-        """Return columns [start, stop) of a matrix: a copy; of one with an order as floats.
+        """Return columns [start, stop) of a matrix: a copy, in floats if the matrix has an order.
 
         Raises:
-            ValueError: they begin or end within a block of the format.
+            ValueError: if the range begins or ends within a block of the format.
         """
         source = self.in_order()
         info = FORMATS[source.format]
@@ -76,14 +78,14 @@ class WeightSource:
         )
 
     def in_rows(self, order: npt.NDArray[np.int64]) -> WeightSource:
-        """Return the rows of a matrix, or the elements of a vector, of these numbers: a copy."""
+        """Return the rows of a matrix, or the elements of a vector, at these indices: a copy."""
         data = np.ascontiguousarray(self.data.reshape(self.shape[0], -1)[order]).reshape(-1)
         return replace(self, data=data, shape=(len(order), *self.shape[1:]))
 
     def in_order(self) -> WeightSource:
-        """Return the matrix with its columns in order, as floats: no block holds groups that lie apart.
+        """Return the matrix with its columns in order, as floats, because a group's columns are not adjacent.
 
-        In float16, as AutoGPTQ computes, unless one would be infinite.
+        The result is float16, as AutoGPTQ computes, or float32 if a float16 value would be infinite.
         """
         if self.order is None:
             return self
@@ -94,7 +96,7 @@ class WeightSource:
 
 
 def each_row(source: WeightSource, first: int, step: int) -> WeightSource:
-    """Return every so many rows of a matrix from the first on: a copy."""
+    """Return every `step`-th row of a matrix, from row `first` on: a copy."""
     data = np.ascontiguousarray(source.data.reshape(source.shape[0], -1)[first::step])
     return replace(source, data=data.reshape(-1), shape=(len(data), source.shape[1]))
 
@@ -106,27 +108,28 @@ def integer_source(
     bits: int,
     order: npt.NDArray[np.int64] | None = None,
 ) -> WeightSource | None:
-    """Wrap a matrix of weights scale * (code - zero) as it is; None if no format holds it.
+    """Wrap a matrix of weights scale * (code - zero) without rounding; return None if no format holds it.
 
-    Groups must be multiples of 32 columns, scales float16's; zero points of codes of eight bits 128.
+    Groups must be multiples of 32 columns, and scales must be exact in float16. With 8-bit codes the zero
+    points must be 128.
 
     Args:
         codes: [rows, columns * bits / 8], of two nibbles the first in the low half.
-        scales, zeros: [rows, num_groups], of equal groups of columns.
+        scales, zeros: [rows, num_groups], of groups of equal size.
         bits: 4 or 8.
-        order: as `WeightSource` has it.
+        order: Column order, as in `WeightSource`.
     """
     made = (int4_blocks if bits == 4 else int8_blocks)(codes, scales, zeros)
     return None if made is None else WeightSource(*made, (codes.shape[0], codes.shape[1] * 8 // bits), order)
 
 
 def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> WeightSource:
-    """Wrap a matrix of E4M3 codes [rows, columns] with scales [rows, columns / run], a run 32, 64 or 128."""
+    """Wrap E4M3 codes [rows, columns] with scales [rows, columns / run], where run is 32, 64 or 128."""
     return WeightSource(*float8_blocks(codes, scales), codes.shape)
 
 
 def decode(source: WeightSource) -> Tensor:
-    """Return a source as float32 of its shape, its columns as they lie."""
+    """Return a source as float32 in its shape, its columns in stored order."""
     plain = _PLAIN.get(source.format)
     if plain is not None:
         return as_tensor(source.data).view(plain).view(source.shape).float()
@@ -136,16 +139,16 @@ def decode(source: WeightSource) -> Tensor:
 
 
 def plain_tensor(source: WeightSource) -> Tensor:
-    """Return a source of floats as they are stored, a view; of another format decoded."""
+    """Return a source of floats as stored, a view; any other format is decoded."""
     plain = _PLAIN.get(source.format)
     return decode(source) if plain is None else as_tensor(source.data).view(plain).view(source.shape)
 
 
 def one_below_another(sources: Sequence[WeightSource]) -> WeightSource:
-    """Return the rows of several matrices as one; of one format they keep their bytes.
+    """Return several matrices stacked by rows; if they share a format, their bytes are kept.
 
     Raises:
-        ValueError: they have different columns.
+        ValueError: if their numbers of columns differ.
     """
     if len(sources) == 1:
         return sources[0]
@@ -167,7 +170,7 @@ def from_floats(values: Tensor) -> WeightSource:
 
 
 def as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
-    """Wrap bytes without a copy; torch warns about read-only memory, which is only read."""
+    """Wrap bytes without a copy. Avoids torch's warning about read-only memory, which is only read here."""
     if data.flags.writeable:
         return torch.from_numpy(data.reshape(-1))
     if data.size == 0:
@@ -179,7 +182,7 @@ def as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
 
 
 class _Borrowed:
-    """Present read-only memory as writable, and keep its owner alive."""
+    """Presents read-only memory as writable and keeps its owner alive."""
 
     def __init__(self, interface: dict[str, object], owner: object) -> None:
         self.__array_interface__ = interface

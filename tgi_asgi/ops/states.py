@@ -1,6 +1,6 @@
-"""What recurrent layers keep of sequences, those that run and those that are gone on with: a pool of states.
+"""The recurrent states of sequences, both running and kept for later continuation: a pool of states.
 
-Only this file and the kernels know their layout, which csrc/cpu/step/states.h draws.
+Only this file and the kernels know their layout, which csrc/cpu/step/states.h describes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tgi_asgi import _C
 from tgi_asgi.ops.layout import PANEL, STRIP
 
 _FLOAT_BYTES = 4
-_HALVES = 2  # of a sequence's places: what a step begins with stays until the next has been computed
+_HALVES = 2  # places per running sequence: a step's initial state stays until the next has been computed
 
 
 class StateShape(Protocol):
-    """What one layer keeps: the window of a short convolution, and floats behind it.
+    """Sizes of one layer's state: the window of a short convolution, followed by floats.
 
-    The window is of `num_taps` - 1 tokens of `num_channels`.
+    The window holds `num_taps` - 1 tokens of `num_channels`.
     """
 
     @property
@@ -33,12 +33,12 @@ class StateShape(Protocol):
 
 
 def state_bytes(shape: StateShape, num_drafts: int = 0) -> int:
-    """Return what a sequence that runs takes in the pool for one layer, with a state behind each draft."""
+    """Return the bytes of a running sequence's state in one layer, including one state after each draft."""
     return _HALVES * (1 + num_drafts) * kept_state_bytes(shape)
 
 
 def kept_state_bytes(shape: StateShape) -> int:
-    """Return what a state that is kept takes in the pool for one layer."""
+    """Return the bytes of a kept state in one layer."""
     window = (shape.num_taps - 1) * _padded(shape.num_channels, STRIP)
     return (window + _padded(shape.num_floats, PANEL)) * _FLOAT_BYTES
 
@@ -59,10 +59,10 @@ class StateLayer:
 
 
 def states(operator: str, cache: object) -> StateLayer:
-    """Return what an operator of a recurrent layer is given as `cache`.
+    """Return the `cache` argument of a recurrent layer's operator as a `StateLayer`.
 
     Raises:
-        TypeError: it is of keys and values.
+        TypeError: if it holds keys and values.
     """
     if not isinstance(cache, StateLayer):
         raise TypeError(f"`{operator}` takes states as `cache`, not {type(cache).__name__}")
@@ -70,11 +70,11 @@ def states(operator: str, cache: object) -> StateLayer:
 
 
 def states_of(operator: str, cache: object, num_floats: int) -> StateLayer:
-    """Return the same of heads that keep so many floats.
+    """Return `cache` as a `StateLayer` whose heads keep `num_floats` floats.
 
     Raises:
-        TypeError: it is of keys and values.
-        ValueError: its states are of another size.
+        TypeError: if it holds keys and values.
+        ValueError: if its states have another size.
     """
     layer = states(operator, cache)
     if layer.num_floats != num_floats:
@@ -83,11 +83,11 @@ def states_of(operator: str, cache: object, num_floats: int) -> StateLayer:
 
 
 def check_heads(num_heads: int, **tensors: Tensor) -> None:
-    """Refuse numbers of heads that are not float32 [num_heads].
+    """Check that per-head parameters are float32 [num_heads].
 
     Raises:
-        TypeError: some are of another dtype.
-        ValueError: some are not one a head.
+        TypeError: if a tensor has another dtype.
+        ValueError: if a tensor does not have one element per head.
     """
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != (num_heads,):
@@ -97,27 +97,29 @@ def check_heads(num_heads: int, **tensors: Tensor) -> None:
 
 
 class StatePool:
-    """The states of all layers; the system commits it as places are first used.
+    """The states of all layers; the system commits the memory as places are first used.
 
         pool = StatePool([StateShape(2048, 3)] * 10, num_slots=128)
         y = ops.short_conv(rows, weight, pool.layers[0], is_gated=True)
 
-    A sequence is known by its slot, `row_slots` of a step. A step that begins at position 0 begins with
-    zeros; any other goes on where the slot's last or last but one has ended, or from a state that was kept
-    (`resumes` of a step). `keeps` of a step: of which row a state is kept, in front of which position, where.
+    A sequence is identified by its slot, `row_slots` of a step. A row that begins at position 0 starts from
+    zeros. Any other row continues where the slot's last or second-to-last step ended, or from a kept state
+    (`resumes` of a step). `keeps` of a step lists the states to keep: the row, the position before which its
+    state is kept, and the place.
 
     Args:
-        shapes: of each layer.
-        num_slots: sequences that run.
-        num_kept: places for states that are kept.
-        num_drafts: most drafts of a row; which of them are right is known by where the next row begins.
+        shapes: State sizes of each layer.
+        num_slots: Maximum number of running sequences.
+        num_kept: Number of places for kept states.
+        num_drafts: Maximum number of draft tokens per row; where the next row begins tells how many were
+            accepted.
 
     Raises:
-        ValueError: a size that the kernels do not have.
-        MemoryError: the system does not grant so much.
+        ValueError: if the kernels do not support a size.
+        MemoryError: if the system does not grant the memory.
 
     Attributes:
-        native: the same in the extension.
+        native: the extension's pool.
     """
 
     def __init__(

@@ -10,16 +10,16 @@ import torch
 
 from tgi_asgi import _C
 
-# Lets a waking event loop go first. At 19 nothing more is won on an idle machine, and beside one busy program
-# 16 streams got 88 tokens/s instead of 114, with an inter-token p99 of 168 ms instead of 73.
+# Lets a waking event loop run first. On an idle machine, nice 19 gains nothing more; next to one busy program
+# it gave 16 streams 88 tokens/s instead of 114, and an inter-token p99 of 168 ms instead of 73.
 _NICE_ON_FEW_CORES = 5
 
-# What Python does between two operators of a layer takes less, most of the time.
+# Python's work between two operators of a layer usually takes less than this.
 _SPIN_US = 1000
 
 
 def num_threads() -> int:
-    """Return the number of compute threads, the caller's own included."""
+    """Return the number of compute threads, including the caller's own."""
     return _C.num_threads()
 
 
@@ -30,16 +30,17 @@ def configure_threads(
     pin: bool | None = None,
     num_shards: int = 1,
 ) -> int:
-    """Start the compute team; return how many threads it has, the launching one included.
+    """Start the compute team; return its number of threads, including the caller.
 
-    By default as many as the process may use of cores, by affinity and cgroup quota, not their SMT siblings;
-    nice 5 where these are four or fewer, so that the event loop is not kept waiting (at equal priority
-    4-11 ms); pinned to their cores if they are as many as these (a smaller team would take the cores of
-    another process's).
-    torch's own threads would fight the team for the cores: they are switched off for the process.
+    The default is one thread per core that the process may use, by affinity and cgroup quota, not counting
+    SMT siblings. On four cores or fewer the threads run at nice 5, so that the event loop does not have to
+    wait for them (at equal priority, 4-11 ms). Threads are pinned if they are as many as the cores; a smaller
+    team would take cores that another process's team uses. torch's own threads would compete with the team,
+    so they are switched off for the process.
 
     Args:
-        num_shards: processes that share the cores: each has as many threads. This one has the first cores.
+        num_shards: Number of processes that share the cores, each with as many threads. This one has the
+            first cores.
     """
     count = num_threads or max(_C.default_num_threads() // num_shards, 1)
     if nice is None:
@@ -52,9 +53,9 @@ def configure_threads(
 
 
 def use_share_of_cores(rank: int, num_shards: int) -> int:
-    """Keep this process, one of several, to cores of its own; return how many these are.
+    """Restrict this process, one of several, to its own cores; return their number.
 
-    Where there are fewer cores than processes, it stays on all of them.
+    With fewer cores than processes, it stays on all of them.
     """
     cores = _C.usable_cores()
     each = len(cores) // num_shards
@@ -64,7 +65,7 @@ def use_share_of_cores(rank: int, num_shards: int) -> int:
 
 
 def wake_threads() -> None:
-    """Wake the team ahead of a step, so that its 20 us pass while the step's arrays are written."""
+    """Wake the team before a step, so that the 20 us this takes overlap with writing the step's arrays."""
     _C.wake_team()
 
 
@@ -72,8 +73,8 @@ def wake_threads() -> None:
 def threads_kept_awake() -> Iterator[None]:
     """Keep the team from parking between operators that Python calls one by one.
 
-    Each wake-up costs 16 to 25 us; a model of 16 layers that computes in torch calls some hundred operators
-    for a token, and decodes a tenth faster so.
+    Each wake-up costs 16 to 25 us. A model of 16 layers that computes in torch calls about a hundred
+    operators per token, and decodes a tenth faster this way.
     """
     _C.team_spin(_SPIN_US)
     try:
@@ -83,5 +84,5 @@ def threads_kept_awake() -> Iterator[None]:
 
 
 def join_threads() -> None:
-    """Make the calling thread member 0 for good (its core, its nice value): for the runner's own thread."""
+    """Make the calling thread member 0 for good (its core, its nice value); for the runner's own thread."""
     _C.join_team()

@@ -1,4 +1,4 @@
-"""The operator `up`: the first half of an MLP that has no gate."""
+"""The operator `up`: the first half of an MLP without a gate."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ def up(a: Value, weight: LinearWeight, activation: str, alphas: tuple[float, flo
     """Return the activation f(a @ W.T (+ bias)), [n_tokens, rows] of the weight.
 
     Args:
-        alphas: xIELU's two numbers, for what lies above zero and below; no other function has any.
+        alphas: xIELU's two parameters, for inputs above zero and below; no other function has any.
 
     Raises:
-        ValueError: `activation` is not one of `ACTIVATIONS`, or its numbers are not finite or too many.
+        ValueError: if `activation` is not one of `ACTIVATIONS`, or `alphas` are not finite, missing or
+            superfluous.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     if (alphas is None) != (activation != XIELU):
-        raise ValueError(f"`alphas` are xielu's, got {alphas} for {activation}")
+        raise ValueError(f"xielu and no other activation needs `alphas`, got {alphas} for {activation}")
     if alphas is not None and not all(map(math.isfinite, alphas)):
         raise ValueError(f"`alphas` must be finite, got {alphas}")
     recorder = recorder_of("up", a=(a, Kind.ACTIVATION, weight.columns))

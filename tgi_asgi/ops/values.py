@@ -1,6 +1,6 @@
-"""What passes between operators while a step is recorded: values that know their kind, size and recorder.
+"""The symbolic values that operators exchange while a step is recorded, with their kind, size and recorder.
 
-An operator says which kinds it takes; anything else is a TypeError that names both.
+Each operator accepts certain kinds; any other raises a TypeError that names both.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ if TYPE_CHECKING:
 
 
 class Kind(enum.Enum):
-    """What a value is, in the words of messages."""
+    """The kind of a value, as error messages name it."""
 
-    RESIDUAL = "a residual"  # float32, one for all layers, which operators add to in place
-    ACTIVATION = "an activation"  # input of products, in the precision that each wants
+    RESIDUAL = "a residual"  # float32, shared by all layers; operators add to it in place
+    ACTIVATION = "an activation"  # input of products, in the precision that each needs
     ROWS = "rows"  # float32, the result of a product
-    QUERY = "a query"  # heads, rotated; their keys and values are in the cache
+    QUERY = "a query"  # rotated heads; their keys and values are in the cache
     CHOICE = "a choice of experts"
     LOGITS = "logits"
 
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """A value of a step that is being recorded: no data, and nothing that torch would take.
+    """A value of a step being recorded; it holds no data and is not a tensor.
 
     Attributes:
-        columns: of each token's row.
-        storage: the value whose memory this one is: of a residual the first, which all later ones replace.
-        is_replaced: a residual that was added to; only what came of it can be used.
+        columns: columns of each token's row.
+        storage: the value whose memory this one shares: for a residual, the first one, which later ones
+            replace.
+        is_replaced: whether this is a residual that was added to; only the result of the addition can be
+            used.
     """
 
     recorder: Recorder = field(repr=False)
@@ -42,16 +44,16 @@ class Value:
 
     @property
     def root(self) -> Value:
-        """The value whose memory this one has."""
+        """The value that owns this value's memory."""
         return self if self.storage is None else self.storage
 
 
 def recorder_of(operator: str, **given: tuple[object, Kind, int | None]) -> Recorder:
-    """Check an operator's values, each given by name with its kind and columns (None: any).
+    """Check an operator's values, given by name with kind and columns (None: any); return their recorder.
 
     Raises:
-        TypeError: one is no value, of another kind, of another recording, or a residual that was replaced.
-        ValueError: one has another number of columns.
+        TypeError: if one is not a value, is of another kind or another recording, or is a replaced residual.
+        ValueError: if one has another number of columns.
     """
     found: Recorder | None = None
     for name, (value, kind, columns) in given.items():

@@ -1,7 +1,7 @@
-"""Weights as the operators want them, made from what the files hold.
+"""Operator weights, made from the tensors that files hold.
 
-`models/loading` wraps a tensor's bytes in a `WeightSource`, a model calls a constructor here, and the
-arithmetic of the device (`Packing` for a CPU, `Repacking` for CUDA) decides what comes out.
+`models/loading` wraps a tensor's bytes in a `WeightSource`, and a model calls a constructor here. The
+device's arithmetic (`Packing` for a CPU, `Repacking` for CUDA) decides the resulting layout.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tgi_asgi.ops.sources import WeightSource, decode
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """A matrix W [rows, columns] of `a @ W.T (+ bias)`; also what `embed` gathers from."""
+    """A matrix W [rows, columns] for `a @ W.T (+ bias)`; also the table that `embed` gathers from."""
 
     rows: int
     columns: int
-    made: Any  # the device's own
-    is_partial: bool = False  # some of the columns: what all shards make of theirs is added
+    made: Any  # the device's representation
+    is_partial: bool = False  # has only some of the columns: the products of all shards are summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class QkvWeight:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int  # dims of a head that turn, its first
+    rotary_dim: int  # dims of a head that are rotated, which are its first
     norms: HeadNorms | None
     made: Any
-    is_interleaved: bool = False  # dims 2i and 2i + 1 turn together, not i and i + rotary_dim / 2
+    is_interleaved: bool = False  # dims 2i and 2i + 1 are rotated together, not i and i + rotary_dim / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class GateUpWeight:
 
 @dataclass(frozen=True, slots=True)
 class HeadsWeight:
-    """A matrix [rows, columns] of each head, one below the other."""
+    """One matrix [rows, columns] per head, stacked by rows."""
 
     num_heads: int
     rows: int
@@ -62,7 +62,7 @@ class HeadsWeight:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsWeight:
-    """The MLPs of a layer's experts, all of one shape."""
+    """The MLPs of a layer's experts, all of the same shape."""
 
     num_experts: int
     columns: int
@@ -71,29 +71,29 @@ class ExpertsWeight:
 
 
 class Arithmetic(Protocol):
-    """How a device's products compute, and the layout that it wants of weights for that."""
+    """How a device computes products, and the weight layout that it needs for them."""
 
     def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> Any:
-        """Make what `LinearWeight.made` is."""
+        """Make `LinearWeight.made`."""
 
     def qkv(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight) -> Any:
-        """Make what `QkvWeight.made` is, of the sources of q, k and v."""
+        """Make `QkvWeight.made` from the sources of q, k and v."""
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> Any:
-        """Make what `GateUpWeight.made` is, of the sources of gate and up."""
+        """Make `GateUpWeight.made` from the sources of gate and up."""
 
     def router(self, source: WeightSource, bias: Tensor | None) -> Any:
-        """Make what `LinearWeight.made` is of a matrix that is never quantised: a choice hangs on it."""
+        """Make `LinearWeight.made` for a router: never quantised, as the choice of experts depends on it."""
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> Any:
-        """Make what `HeadsWeight.made` is; it is never quantised: it is small, and all heads hang on it."""
+        """Make `HeadsWeight.made`, which is never quantised: it is small, and all heads depend on it."""
 
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
-        """Make what `ExpertsWeight.made` is, of what `gate_up` and `linear` have made of each expert's."""
+        """Make `ExpertsWeight.made` from the results of `gate_up` and `linear` for each expert."""
 
 
 def vector(source: WeightSource) -> Tensor:
-    """Return a norm's weight or a bias as float32 [elements]: a copy, which keeps no file mapped."""
+    """Return a norm's weight or a bias as float32 [elements]: a copy, so that no file stays mapped."""
     return decode(source).reshape(-1).clone()
 
 
@@ -107,12 +107,12 @@ def linear_weight(
 ) -> LinearWeight:
     """Make the weight of `linear`, `linear_add`, `head` and `embed` from a [rows, columns] source.
 
-    `is_vocabulary` says that it is an embedding or a head: its errors show in log-probabilities directly, so
-    that it is never quantised below eight bits. `is_partial`: these are a shard's columns of a matrix whose
-    other columns are other shards'; one of them alone has the bias.
+    `is_vocabulary` marks an embedding or a head. It is never quantised below eight bits, because its errors
+    show in log-probabilities directly. `is_partial` marks one shard's columns of a matrix whose other columns
+    belong to other shards; only one of the shards has the bias.
 
     Raises:
-        ValueError: the source is no matrix, or the bias has another number of elements than it has rows.
+        ValueError: if the source is not a matrix, or the bias does not have one element per row.
     """
     rows, columns = _matrix("source", source)
     biases = _biases([bias] if bias is not None else None, [source])
@@ -123,7 +123,7 @@ def linear_weight(
 def router_weight(
     source: WeightSource, arithmetic: Arithmetic, *, bias: WeightSource | None = None
 ) -> LinearWeight:
-    """Make the weight of a `linear` whose rows choose between experts; otherwise as `linear_weight`."""
+    """Make the weight of a `linear` whose rows are router logits; otherwise the same as `linear_weight`."""
     rows, columns = _matrix("source", source)
     biases = _biases([bias] if bias is not None else None, [source])
     return LinearWeight(rows, columns, arithmetic.router(source, biases[0] if biases else None))
@@ -137,7 +137,8 @@ def heads_weight(
     `is_transposed`: the source has the transpose of each head's matrix, [num_heads * columns, rows].
 
     Raises:
-        ValueError: rows or columns are no whole blocks of 32 of each head, or the device has no such product.
+        ValueError: if each head's rows or the columns are not a multiple of 32, or the device has no such
+            product.
     """
     rows, columns = _matrix("source", source)
     if rows % (num_heads * STRIP) or columns % STRIP:
@@ -166,11 +167,11 @@ def qkv_weight(
 ) -> QkvWeight:
     """Make the weight of `qkv` from [heads * head_dim, columns] sources.
 
-    Dim i of a head turns with i + rotary_dim / 2, or dim 2i with 2i + 1 where `is_interleaved` (GPT-J, GLM);
-    all of a head turn where `rotary_dim` is None.
+    Dim i of a head is rotated with dim i + rotary_dim / 2, or dim 2i with 2i + 1 if `is_interleaved` (GPT-J,
+    GLM). If `rotary_dim` is None, all dims of a head are rotated.
 
     Raises:
-        ValueError: a source or bias has other rows than the heads say, or a norm has another size.
+        ValueError: if a source's or bias's rows do not match the heads, or a norm has another size.
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim or head_dim % 2:
@@ -198,7 +199,7 @@ def gate_up_weight(
     """Make the weight of `gate_up` from two [intermediate, columns] sources.
 
     Raises:
-        ValueError: the two differ in shape, or a bias does not fit.
+        ValueError: if the two differ in shape, or a bias does not fit.
     """
     rows, columns = _matrix("gate", gate)
     if up.shape != gate.shape:
@@ -209,10 +210,10 @@ def gate_up_weight(
 def experts_weight(
     experts: Iterable[tuple[GateUpWeight, LinearWeight]], arithmetic: Arithmetic
 ) -> ExpertsWeight:
-    """Make the weight of `experts_add` from each expert's gate and up, and down: one after the other.
+    """Make the weight of `experts_add` from each expert's gate-up and down weights.
 
     Raises:
-        ValueError: there is no expert, they are of several shapes, or the device has no experts.
+        ValueError: if there is no expert, the experts' shapes differ, or the device does not support experts.
     """
     made = list(experts)
     if not made:
@@ -223,7 +224,7 @@ def experts_weight(
         if found != (first.columns, first.intermediate_size, first.columns, first.intermediate_size):
             raise ValueError(
                 f"the experts of a layer must be of {first.columns} columns and {first.intermediate_size} "
-                f"between, got {found}"
+                f"inner ones, got {found}"
             )
     products = arithmetic.experts([gate_up.made for gate_up, _ in made], [down.made for _, down in made])
     return ExpertsWeight(len(made), first.columns, first.intermediate_size, products)

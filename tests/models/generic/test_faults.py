@@ -29,7 +29,7 @@ Checkpoint = Callable[[str], Path]
 
 EQUAL = 1e-3  # of the largest logit, as in test_table.py
 WRONG = 1e-2  # a fault differs by far more than what is right
-REFUSAL = "does not compute here what its own code does: logits differ by"
+REFUSAL = "fails its self-check against its own code: logits differ by"
 
 # Rotary tables of a Llama of so many positions: beyond the self-check's sequences, within one of these two.
 ORIGINAL = 30

@@ -79,7 +79,7 @@ def test_a_class_that_does_more_with_an_image_is_refused(
 
     monkeypatch.setattr(LlavaModel, "forward", more)
     monkeypatch.setattr(check, "HELD", frozenset())
-    with pytest.raises(ModelLoadError, match="does not make of an image here what its own code does"):
+    with pytest.raises(ModelLoadError, match="fails its image self-check against its own code"):
         load("llava", tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     opened = OpenGeneric(tmp_path, config, trusts_code=False)
     monkeypatch.setattr(VisionProcessor, "process", process)
     monkeypatch.setattr(check, "HELD", frozenset())
-    with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration does not take images here"):
+    with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration cannot process images here"):
         opened.image_processor(tmp_path)
 
 
@@ -121,10 +121,10 @@ def model_named(name: str, **inner: Any) -> Any:
 @pytest.mark.parametrize(
     ("stem", "reason"),
     [
-        ("Ernie4_5_VLMoe", "experts of their own"),
-        ("Llama4", "beside a decoder with a head"),
+        ("Ernie4_5_VLMoe", "separate experts"),
+        ("Llama4", "a decoder with its own head"),
         ("Molmo2", "see each other"),
-        ("Ovis2", "round an image"),
+        ("Ovis2", "around an image"),
     ],
 )
 def test_classes_that_read_images_otherwise_are_refused_by_name(stem: str, reason: str) -> None:

@@ -215,7 +215,9 @@ def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
         "vision_config": vision,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelLoadError, match="MllamaForConditionalGeneration attends to images by layers"):
+    with pytest.raises(
+        ModelLoadError, match="MllamaForConditionalGeneration attends to images by cross-attention"
+    ):
         OpenGeneric(tmp_path, config, trusts_code=False)
 
 

@@ -1,5 +1,5 @@
-"""Any decoder of `transformers`: its own module, with our products, norms, attention and cache under it.
+"""Any decoder of `transformers`: its own module, on native products, norms, attention and cache.
 
-`build` makes the module without weights, `discover` learns what each attention layer is, `weights` fills it,
-`program` runs steps of it. `docs/generic.md` tells the whole story.
+`build` makes the module without weights, `discover` finds the properties of each attention layer, `weights`
+fills the module, `program` runs steps of it. `docs/generic.md` describes all of it.
 """

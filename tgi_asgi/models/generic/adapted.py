@@ -1,7 +1,7 @@
-"""Which products of a module of `transformers` adapters may change: those that see each token of a step once.
+"""Which products of a `transformers` module adapters may change: those that see each token of a step once.
 
-A product that sees other rows (some of them in experts, images in a tower, one sequence at a time in a
-recurrent layer) could not tell whose rows they are. It is asked, not guessed: by steps of random tokens.
+A product that sees other rows (some tokens in experts, images in a tower, one sequence at a time in a
+recurrent layer) could not assign rows to sequences. This is probed, not guessed, with steps of random tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from tgi_asgi.models.generic.modules import GatedMlp, Linear
 
 
 def adaptable(module: nn.Module, run_step: Callable[[int], None]) -> dict[str, ops.Target]:
-    """Return the products that see every token once, by their paths.
+    """Return the products that see every token once, by path.
 
     Args:
-        run_step: computes a step of so many random tokens.
+        run_step: Function that computes a step of the given number of random tokens.
     """
     products = {path: each for path, each in module.named_modules() if isinstance(each, (Linear, GatedMlp))}
     kept = dict(products)
@@ -31,7 +31,7 @@ def adaptable(module: nn.Module, run_step: Callable[[int], None]) -> dict[str, o
 
 
 def attach(module: nn.Module, layout: ops.AdapterLayout) -> None:
-    """Let the products that the layout knows be changed by its adapters."""
+    """Enable the layout's adapters on the products that it contains."""
     for path, each in module.named_modules():
         if isinstance(each, (Linear, GatedMlp)) and any(
             name in layout.targets for name in _targets(path, each)
@@ -40,7 +40,7 @@ def attach(module: nn.Module, layout: ops.AdapterLayout) -> None:
 
 
 def _rows_seen(products: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, list[int]]:
-    """Return how many rows each product has had, call by call."""
+    """Return the number of rows of each call, by product."""
     seen: dict[str, list[int]] = {}
 
     def note(path: str) -> Callable[[Any, tuple[Tensor, ...]], None]:

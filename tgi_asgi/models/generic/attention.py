@@ -1,8 +1,8 @@
 """Attention of `transformers` on the paged cache: the function that its models call, and the running step.
 
-`transformers` hands queries, keys and values of one sequence [1, heads, tokens, dims]; here it is the flat
-batch of a step. What the step is does not reach the function as an argument (models drop what they do not
-know): it is the thread's running step.
+`transformers` passes queries, keys and values of one sequence, [1, heads, tokens, dims]; here these are the
+flat batch of a step. The step is not passed as an argument, because models drop arguments that they do not
+know: it is stored per thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PagedLayers:
     """The attention layers of a model over a pool of blocks.
 
     Args:
-        layers: in the order in which a step calls them.
-        caches: of each.
+        layers: Layers in the order in which a step calls them.
+        caches: Cache of each layer.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class PagedLayers:
         self._layers, self._caches = layers, caches
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
         self._paged = ops.PagedAttention(max_context=max_context)
-        self._paged_ahead: ops.PagedAttention | None = None  # made where one is needed
-        self._ahead: ops.PagedAttention | None = None  # of this step's layers with windows
+        self._paged_ahead: ops.PagedAttention | None = None  # created when first needed
+        self._ahead: ops.PagedAttention | None = None  # for this step's layers with windows
         self._max_context = max_context
         self._positions = torch.empty(0)
         self._next = 0
@@ -50,10 +50,10 @@ class PagedLayers:
         self._next = 0
 
     def look_ahead(self, batch: ops.FlatRows, visible_until: Tensor, *, in_windows: bool) -> None:
-        """Let a step's tokens see others behind them, as `PagedAttention.begin` says; after `begin`.
+        """Let a step's tokens see later tokens, as in `PagedAttention.begin`; call it after `begin`.
 
         Args:
-            in_windows: only in layers that have a window.
+            in_windows: Whether this applies only to layers with a window.
         """
         if not in_windows:
             self._paged.begin(batch, visible_until)
@@ -67,7 +67,7 @@ class PagedLayers:
         """End a step.
 
         Raises:
-            RuntimeError: it was not of as many calls as discovery found.
+            RuntimeError: if it made another number of calls than discovery found.
         """
         if self._next != len(self._layers):
             raise RuntimeError(f"a step called attention {self._next} times, not {len(self._layers)}")
@@ -91,9 +91,10 @@ class PagedLayers:
 
 
 def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
-    """Return what makes of Llama 4's temperature of a token's place in the batch that of its position.
+    """Return the factor that corrects Llama 4's query temperature for the tokens' true positions.
 
-    Its layers without rotary embedding multiply queries by a factor that they take from the place.
+    Its layers without rotary embedding scale queries by a factor that their code derives from a
+    token's index in the batch.
     """
 
     def factor(at: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
 def spec_of(
     kwargs: Mapping[str, Any], *, scale: float, window: int | None, chunk: int | None = None
 ) -> ops.AttentionSpec:
-    """Return how a layer attends, of what its calls are given."""
+    """Return how a layer attends, from the arguments of its calls."""
     sinks = kwargs.get("s_aux")
     return ops.AttentionSpec(
         scale=scale,
@@ -119,13 +120,13 @@ def spec_of(
 
 
 def by_token(heads: Tensor) -> Tensor:
-    """Return [tokens, heads, dims] of what `transformers` hands over, [1, heads, tokens, dims]."""
+    """Return heads as [tokens, heads, dims] from the layout of `transformers`, [1, heads, tokens, dims]."""
     return heads[0].transpose(0, 1)
 
 
 @contextlib.contextmanager
 def running(layers: Any) -> Iterator[None]:
-    """Have a thread's calls of attention go to these layers."""
+    """Direct this thread's attention calls to these layers."""
     before = getattr(_running, "layers", None)
     _running.layers = layers
     try:
@@ -147,7 +148,7 @@ def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, **_: A
 
 
 def register() -> None:
-    """Make the functions known to `transformers`. No mask function has this name: then it makes no masks."""
+    """Register the functions with `transformers`. No mask function has this name, so no masks are built."""
     from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

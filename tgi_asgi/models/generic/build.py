@@ -1,7 +1,7 @@
-"""A module of `transformers` without weights: parameters on the meta device, buffers real.
+"""A `transformers` module without weights: parameters on the meta device, buffers real.
 
-Buffers are computed when a module is made (rotary frequencies, multipliers, scales), so that building all
-of it on the meta device would lose them.
+Buffers (rotary frequencies, multipliers, scales) are computed when a module is created, so building
+everything on the meta device would lose them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tgi_asgi.settings import GivenRope
 def build(
     directory: Path, config: Mapping[str, Any], *, trusts_code: bool = False, rope: GivenRope | None = None
 ) -> Any:
-    """Return a `PreTrainedModel` in evaluation mode, float32, all parameters on the meta device.
+    """Return a `PreTrainedModel` in evaluation mode, float32, with all parameters on the meta device.
 
     Args:
-        config: the model's config.json, which names an architecture.
-        trusts_code: a checkpoint may bring its own code, which is run.
-        rope: how positions are scaled, in the place of what the configuration says.
+        config: The model's config.json, which names an architecture.
+        trusts_code: Whether code that the checkpoint brings may be run.
+        rope: Position scaling that replaces the configuration's.
 
     Raises:
-        ModelLoadError: `transformers` does not know the architecture, or cannot make it.
+        ModelLoadError: if `transformers` does not know the architecture or cannot build it.
     """
     import transformers
 
-    transformers.logging.set_verbosity_error()  # it tells of kernels that a CPU would not have
+    transformers.logging.set_verbosity_error()  # it warns about kernels that no CPU has
     architecture = str(config["architectures"][0])
     has_code = "auto_map" in config
     model_class = getattr(transformers, architecture, None)
@@ -44,7 +44,7 @@ def build(
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
         for part in (parsed, parsed.get_text_config()):
             if getattr(part, "quantization_config", None) is not None:
-                del part.quantization_config  # our readers have it
+                del part.quantization_config  # the server's own readers handle it
         if rope is not None:
             scale_positions(parsed.get_text_config(), rope)
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -57,7 +57,7 @@ def build(
                 model = model_class._from_config(parsed, **options)
     except ModelLoadError:
         raise
-    except Exception as error:  # whatever a configuration makes a class of `transformers` raise
+    except Exception as error:  # a configuration can make a `transformers` class raise anything
         raise ModelLoadError(f"transformers cannot build {architecture}: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()

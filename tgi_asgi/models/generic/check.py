@@ -1,8 +1,9 @@
-"""A loaded model checks itself: random tokens through its own eager forward and through the flat path.
+"""Self-check of a loaded model: random tokens through its own eager forward and through the flat batch path.
 
-Both run on the packed weights, with activations and cache in float32, so that they differ by rounding
-alone. It catches what depends on the batch: states lost between chunks, positions that do not arrive,
-masks that are not what discovery found. What both sides share (a wrong weight) it does not see.
+Both run on the packed weights, with activations and cache in float32, so that they differ only by rounding.
+The check catches faults that depend on the batch: states lost between chunks, positions that do not arrive,
+masks that differ from what discovery found. It cannot detect an error that both sides share, such as a wrong
+weight.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from tgi_asgi.models.generic.discover import arguments, configurations
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
 
-_LENGTHS = (27, 14)  # of the sequences
-_CUT = 16  # where the first is cut
-LARGEST = 2e-3  # difference of logits, of the largest logit
+_LENGTHS = (27, 14)  # tokens of the two sequences
+_CUT = 16  # split point of the first sequence
+LARGEST = 2e-3  # allowed difference of logits, relative to the largest logit
 BLOCK = 16
-_LONGEST_WINDOW = 192  # that is worth a sequence longer than it
-_TRIES = 2  # a token whose experts are all but tied may go to another: once
+_LONGEST_WINDOW = 192  # longest window for which a longer sequence is affordable
+_TRIES = 2  # a token whose experts nearly tie may be routed differently in one of the tries
 
 
 def check(model: GenericModel) -> None:
-    """Compare the two.
+    """Compare the logits of the two paths.
 
     Raises:
-        ModelLoadError: they differ; the message says by how much.
+        ModelLoadError: if they differ; the message says by how much.
     """
     try:
         _check(model)
@@ -47,18 +48,18 @@ def check(model: GenericModel) -> None:
 def _check(model: GenericModel) -> None:
     worst, where = _smallest_difference(model)
     if worst > LARGEST and model.recurrent is not None:
-        model.recurrent.continues_by_token = True  # plain scans of Mamba forget the state that they are given
+        model.recurrent.continues_by_token = True  # plain Mamba scans ignore the state given to them
         worst, where = _smallest_difference(model)
     if worst <= LARGEST:
         return
     raise ModelLoadError(
-        f"{model.config.architecture} does not compute here what its own code does: logits differ by "
-        f"{worst:.2g} of the largest ({where}), and 0.002 are allowed"
+        f"{model.config.architecture} fails its self-check against its own code: logits differ by "
+        f"{worst:.2g} of the largest ({where}); 0.002 is allowed"
     )
 
 
 def _smallest_difference(model: GenericModel) -> tuple[float, str]:
-    """Return the smallest of a few tries, and in which part it is."""
+    """Return the smallest difference of a few tries, and the step that it occurs in."""
     tried = []
     for seed in range(_TRIES):
         tried.append(_difference(model, seed))
@@ -68,12 +69,12 @@ def _smallest_difference(model: GenericModel) -> tuple[float, str]:
 
 
 def _difference(model: GenericModel, seed: int) -> tuple[float, str]:
-    """Return the largest difference of logits, relative to the largest logit, and in which part it is."""
+    """Return the largest difference of logits, relative to the largest logit, and the step it occurs in."""
     longest = _longest(model)
     lengths = (longest, _LENGTHS[1])
     generator = np.random.default_rng(seed)
     sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
-    if model.config.seeing is not None:  # text alone: no image has these places
+    if model.config.seeing is not None:  # text only: no image belongs to such placeholders
         for ids in sequences:
             ids[ids == model.config.seeing.image_token_id] = model.config.seeing.pad_token_id
     precision = model.replaced.precision
@@ -95,7 +96,7 @@ def _difference(model: GenericModel, seed: int) -> tuple[float, str]:
 
 
 def _longest(model: GenericModel) -> int:
-    """Return the first sequence's length: beyond the smallest window or chunk, where that costs little."""
+    """Return the first sequence's length: beyond the smallest window or chunk, if that is affordable."""
     sizes = [layer.rule.window or layer.rule.chunk or 0 for layer in model.config.layers]
     windows = [size for size in sizes if 0 < size <= _LONGEST_WINDOW]
     longest = max(_LENGTHS[0], min(windows, default=0) + 11)
@@ -103,13 +104,13 @@ def _longest(model: GenericModel) -> int:
 
 
 def _eager(model: GenericModel, ids: Any) -> Tensor:
-    """Return the logits of one sequence by the model's own attention."""
-    # Without positions: they are what the model makes of them.
+    """Return the logits of one sequence, computed with the model's own attention."""
+    # Positions are not passed: the model's own are the reference.
     return whole_logits(model, input_ids=torch.from_numpy(ids)[None])
 
 
 def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
-    """Return the logits [n_tokens, vocab] of one sequence, all at once, by the model's own attention."""
+    """Return the logits [n_tokens, vocab] of one sequence, by one call with the model's own attention."""
     configs = configurations(model.module)
     before = [config._attn_implementation for config in configs]
     try:
@@ -125,7 +126,7 @@ def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
 
 
 def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int, Tensor]]:
-    """Return logits by steps of several sequences: (name of the part, sequence, first position, logits)."""
+    """Return logits from steps of several sequences: (step name, sequence, first position, logits)."""
     longest = max(map(len, sequences))
     width = -(-longest // BLOCK)
     pool = _pool(model, 2 * width)
@@ -136,7 +137,7 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     cut = min(_CUT, len(first) - 2)
     steps = [
         ("the beginning of a prompt", [(0, first[:cut], 0)]),
-        ("the rest of a prompt beside another", [(0, first[cut:-1], cut), (1, second, 0)]),
+        ("the rest of a prompt next to another", [(0, first[cut:-1], cut), (1, second, 0)]),
         ("a single token", [(0, first[-1:], len(first) - 1)]),
     ]
     found = []
@@ -153,7 +154,7 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
 
 
 def run_step(model: GenericModel, num_tokens: int) -> None:
-    """Compute a step of one sequence of random tokens; of its logits only those after the first."""
+    """Compute a step of one sequence of random tokens, with the logits of the first token only."""
     pool = _pool(model, 1)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.seeing is not None:
@@ -171,7 +172,7 @@ def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:
 
 
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
-    """Tell whether a sequence has the logits that it has alone, bit for bit, in several places of a step."""
+    """Return whether a sequence's logits at several offsets of a step have the bits that it has alone."""
     alone = program.run(flat_rows([(0, first, 0)], width), range(len(first))).clone()
     for before in (1, 2, 5):
         batch = flat_rows([(1, second[:before], 0), (0, first, 0)], width)
@@ -181,7 +182,7 @@ def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
 
 
 def flat_rows(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
-    """Lay out rows of (slot, ids, start); a slot's blocks are in descending order."""
+    """Build a batch from rows of (slot, ids, start); a slot's blocks are in descending order."""
     tables = {slot: list(range((slot + 1) * width - 1, slot * width - 1, -1)) for slot, _, _ in rows}
     positions = [np.arange(start, start + len(ids)) for _, ids, start in rows]
     slots = [

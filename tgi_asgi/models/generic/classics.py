@@ -1,8 +1,8 @@
-"""Attention of six older architectures, whose code writes it inline: the same heads, handed to the interface.
+"""Attention of six older architectures whose code writes it inline, redirected to the attention interface.
 
-Only the place where scores are made is replaced; projections and rotary embeddings stay the model's own.
-The linear biases of BLOOM, Falcon and MPT (Press et al., ALiBi) become a slope a head: a bias that only
-depends on the key's position differs from it by a constant of each row, which the softmax drops.
+Only the computation of scores is replaced; projections and rotary embeddings stay the model's own. The linear
+biases of BLOOM, Falcon and MPT (Press et al., ALiBi) become one slope per head: a bias that depends only on
+the key's position differs from ALiBi's by a constant per row, which the softmax cancels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tgi_asgi.models.generic.rules import window_rule
 
-# Implementations of attention that are ours: the probe's, and that of steps.
+# Prefix of this package's attention implementations: the probe's, and that of steps.
 _PREFIX = "tgi"
 
 
 def adapt(model: Any) -> None:
-    """Let the inline attention of a model go through the interface, where it is asked to."""
+    """Redirect a model's inline attention to the interface whenever a native implementation is selected."""
     for module in model.modules():
         kind = type(module)
         install = _KINDS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
@@ -44,13 +44,13 @@ def _attend(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
-    rule = torch.full((1, 1, 1, 1), float(window_rule(window)))  # as the probe's masks say it
+    rule = torch.full((1, 1, 1, 1), float(window_rule(window)))  # encoded like the probe's masks
     rows: Tensor = function(module, query, key, value, rule, scaling=scale, slopes=slopes)[0]
     return rows
 
 
 def _with_scores(scale: Callable[[Any], float], window: Callable[[Any, Any], int]) -> Any:
-    """Make what replaces `_attn(query, key, value, mask)`, which returns [1, heads, tokens, dims]."""
+    """Make the replacement for `_attn(query, key, value, mask)`, which returns [1, heads, tokens, dims]."""
 
     def install(module: Any, config: Any) -> None:
         own = module._attn
@@ -103,7 +103,7 @@ def _falcon(
     slopes = None
     if alibi is None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    else:  # Falcon scales the biases as well
+    else:  # Falcon also scales the biases
         slopes = alibi_slopes(module.num_heads) * module.inv_norm_factor
     scale = 1 / math.sqrt(module.head_dim)
     rows = _attend(module, config, query, key, value, scale=scale, slopes=slopes)
@@ -122,7 +122,7 @@ def _mpt(module: Any, config: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
 
 
 def _let_mpt_do_without_mask() -> None:
-    """MPT turns its mask into one of booleans; where there is none, let there be one that nobody reads."""
+    """Give MPT, which converts its mask to booleans, an unused mask when there is none."""
     from transformers.masking_utils import create_causal_mask
     from transformers.models.mpt import modeling_mpt
 
@@ -134,7 +134,7 @@ def _let_mpt_do_without_mask() -> None:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """Return the slopes [num_heads] of Press et al.: a geometric series, doubled up beyond a power of two."""
+    """Return the slopes [num_heads] of Press et al.: a geometric series, extended past a power of two."""
     power = 1 << int(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]
@@ -142,7 +142,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def mpt_slopes(num_heads: int, largest: float) -> Tensor:
-    """Return those of MPT: of the next power of two, every second one first."""
+    """Return the slopes of MPT: those of the next power of two, every second one first."""
     power = 1 << math.ceil(math.log2(num_heads))
     slopes = [2 ** (-largest * (head + 1) / power) for head in range(power)]
     if power != num_heads:

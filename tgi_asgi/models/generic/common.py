@@ -1,9 +1,10 @@
-"""Decoders of the common shape: found in a module, built of our own operators, and held against its code.
+"""Decoders of the common shape: detected in a module, rebuilt natively, and compared with its code.
 
-The shape is that of `models/decoder.py`. Nothing is taken from a configuration: sizes are the module's,
-rotary frequencies its buffers, windows and scales what discovery saw; norms are asked what they compute. Then
-both run: a layer of each kind with its true weights, between the model's own embedding, last norm and head.
-Only where they are equal the model is computed like a family of ours: as one recorded program.
+The shape is that of `models/decoder.py`. Nothing is read from a configuration: sizes come from the module,
+rotary frequencies from its buffers, windows and scales from discovery, and norms are probed for what they
+compute. Then both versions run: one layer of each kind with its true weights, between the model's own
+embedding, last norm and head. Only if the results are equal is the model computed like a native family, as
+one recorded program.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
-_LENGTH = 29  # tokens that both run
-_SOME_ROWS = 512  # of the embedding and the head are enough to compare
+_LENGTH = 29  # number of tokens run through both versions
+_SOME_ROWS = 512  # rows of the embedding and the head: enough for the comparison
 _BLOCK = 16
-_LARGEST = 1e-3  # difference of logits, of the largest logit
+_LARGEST = 1e-3  # allowed difference of logits, relative to the largest logit
 
 
 class CommonDecoder:
-    """A module that looks like a decoder of the common shape.
+    """A module that appears to be a decoder of the common shape.
 
         common = CommonDecoder.find(module, layers, max_positions)
         if common is not None and common.is_equal(weights):
             model = common.load(weights, arithmetic)
 
     Attributes:
-        config: what its sizes and buffers say.
+        config: Configuration read from the module's sizes and buffers.
     """
 
     def __init__(self, module: Any, layers: Sequence[AttentionLayer], max_positions: int) -> None:
@@ -58,7 +59,7 @@ class CommonDecoder:
 
     @classmethod
     def find(cls, module: Any, layers: Sequence[AttentionLayer], max_positions: int) -> CommonDecoder | None:
-        """Return a module as such a decoder; None where it is none."""
+        """Return the module as such a decoder; None if it is not one."""
         try:
             return cls(module, layers, max_positions)
         except (_Other, AttributeError, ModelLoadError, NotImplementedError) as reason:
@@ -68,7 +69,7 @@ class CommonDecoder:
     def _read(self, layers: Sequence[AttentionLayer]) -> ModelConfig:
         decoder, head = self._decoder, self._module.get_output_embeddings()
         _need({"embed_tokens", "layers", "norm"} <= set(dict(decoder.named_children())), "other parts")
-        _need(len(decoder.layers) == len(layers), "a layer has not one call of attention")
+        _need(len(decoder.layers) == len(layers), "the number of attention calls is not the number of layers")
         _need(type(head) is nn.Linear and head.bias is None, "another head")
         kinds = [self._read_layer(layer) for layer in decoder.layers]
         _need(len(set(kinds)) == 1, "layers of several shapes")
@@ -77,7 +78,7 @@ class CommonDecoder:
             _need(
                 (found.num_heads, found.num_kv_heads, found.head_dim)
                 == (shape["num_heads"], shape["num_kv_heads"], shape["head_dim"]),
-                "heads that are not those of the products",
+                "heads that do not match the products",
             )
             _need(found.is_plain and found.rule.chunk is None, "another attention")
         rope = self._rope(shape["head_dim"])
@@ -95,7 +96,7 @@ class CommonDecoder:
 
     def _read_layer(self, layer: nn.Module) -> tuple[tuple[str, Any], ...]:
         children = dict(layer.named_children())
-        _need(set(children) == _LAYER, "layers of other parts")
+        _need(set(children) == _LAYER, "layers with other parts")
         attention: Any = children["self_attn"]
         mlp: Any = children["mlp"]
         products = {name for name, child in attention.named_children() if type(child) is nn.Linear}
@@ -106,10 +107,10 @@ class CommonDecoder:
         )
         biases = [attention.get_submodule(name).bias is not None for name in ("q_proj", "k_proj", "v_proj")]
         mlp_biases = [mlp.get_submodule(name).bias is not None for name in _MLP]
-        _need(len(set(biases)) == 1 and len(set(mlp_biases)) == 1, "biases here and there")
+        _need(len(set(biases)) == 1 and len(set(mlp_biases)) == 1, "biases in only some products")
         eps = {eps_of(module) for name, module in layer.named_modules() if name.endswith("norm")}
         eps.add(eps_of(self._decoder.norm))
-        _need(len(eps) == 1, "norms of several eps")
+        _need(len(eps) == 1, "norms with different eps")
         head_dim = int(attention.head_dim)
         shape = {
             "intermediate_size": mlp.gate_proj.out_features,
@@ -133,7 +134,7 @@ class CommonDecoder:
         return RopeSpec(2 * len(frequencies), 1.0, scaling, frequencies)
 
     def _norm_offset(self) -> float:
-        """Return what norms add to their weights, 0 or 1; the same in all of them."""
+        """Return what norms add to their weights, 0 or 1; all norms must add the same."""
         norms = [module for name, module in self._decoder.named_modules() if name.endswith("norm")]
         offsets = {norm_offset(module) for module in norms}
         _need(len(offsets) == 1 and None not in offsets, "norms that are not RMSNorm")
@@ -144,7 +145,8 @@ class CommonDecoder:
         return any(name.startswith("lm_head.") for name in tied)
 
     def is_equal(self, weights: NamedWeights) -> bool:
-        """Run a layer of each kind by both codes, on random tokens; tell whether they give the same."""
+        """Run a layer of each kind through both versions on random tokens; return whether they agree."""
+
         chosen = self._kinds()
         rows = min(_SOME_ROWS, self.config.vocab_size)
         source = _Canonical(self._module, weights, chosen, self._offset, rows)
@@ -167,7 +169,7 @@ class CommonDecoder:
         return difference <= _LARGEST
 
     def load(self, weights: NamedWeights, arithmetic: ops.Arithmetic) -> Model:
-        """Make the model of our own operators, of all layers."""
+        """Build the model from native operators, with all layers."""
         everything = list(range(self.config.num_layers))
         source = _Canonical(self._module, weights, everything, self._offset, self.config.vocab_size)
         model = Decoder(self.config, source, arithmetic, self._max_positions)
@@ -188,7 +190,7 @@ class CommonDecoder:
         return list(found.values())
 
     def _own(self, source: _Canonical, chosen: Sequence[int], ids: Any) -> tuple[Tensor, Tensor]:
-        """Run the module's own code, of these layers alone; return the first's input, and the logits."""
+        """Run the module's own code on these layers only; return the first one's input, and the logits."""
         seen: list[Tensor] = []
         decoder, config = self._decoder, self._decoder.config
         kept, types = decoder.layers, getattr(config, "layer_types", None)
@@ -224,12 +226,13 @@ class CommonDecoder:
                 owner._parameters[name] = value
 
     def _check_positions(self, given: dict[str, Any], logits: Tensor) -> None:
-        """Refuse a module in which positions do more than turn queries and keys: the last ones served tell.
+        """Raise if positions affect more than the rotation of queries and keys.
 
-        Ministral 3 multiplies queries by a number that is one up to position 16,384.
+        The check uses the last positions served: Ministral 3 multiplies queries by a factor that is 1 up to
+        position 16,384.
 
         Raises:
-            ValueError: the logits are others where tokens are the last ones, but are turned as the first.
+            ValueError: if tokens at the last positions, rotated like those at the first, give other logits.
         """
         shift = max(self._max_positions - len(logits), 0)
         rotary, rotate = self._decoder.rotary_emb, self._decoder.rotary_emb.forward
@@ -243,19 +246,19 @@ class CommonDecoder:
         finally:
             del rotary.forward
         if not torch.allclose(found, logits, rtol=1e-5, atol=1e-6 * float(logits.abs().max())):
-            raise ValueError("positions do more than turn queries and keys")
+            raise ValueError("positions affect more than the rotation of queries and keys")
 
 
 class _Canonical:
-    """A module's weights by the names that `Decoder` asks for.
+    """A module's weights by the names that `Decoder` requests.
 
     Args:
-        chosen: which layers stand for layers 0, 1, ...
-        offset: what its norms add to their weights.
-        rows: of the embedding and the head, from the first on.
+        chosen: Indices of the module's layers that serve as layers 0, 1, ...
+        offset: Number that the module's norms add to their weights.
+        rows: Number of first rows of the embedding and the head to provide.
 
     Attributes:
-        prefix: the path of the decoder in the module.
+        prefix: Path of the decoder in the module.
     """
 
     def __init__(
@@ -271,10 +274,10 @@ class _Canonical:
         self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
 
     def __contains__(self, name: object) -> bool:
-        return False  # of tensors that only some files have
+        return False  # no tensor is optional here
 
     def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
-        """Return a tensor, as `Weights.get` says."""
+        """Return a tensor; see `Weights.get`."""
         source = self._filler.source(self._own_name(name))
         if name.endswith("norm.weight") and self._offset:
             return ops.from_floats(ops.plain_tensor(source).float() + self._offset)
@@ -285,7 +288,7 @@ class _Canonical:
         return source
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the module itself needs for its chosen layers, as float32, by its own names."""
+        """Yield the tensors that the module needs for its chosen layers, as float32, by its own names."""
         layers = {f"{self.prefix}.layers.{index}." for index in self._chosen}
         vocabulary = {f"{self.prefix}.embed_tokens.weight", f"{self._head}.weight"}
         for name in self._filler.names():
@@ -298,15 +301,15 @@ class _Canonical:
             yield name, ops.plain_tensor(source.in_order()).float()
 
     def unread(self) -> list[str]:
-        """None: the filler has refused what nobody wants."""
+        """Return nothing: the filler has already refused unknown tensors."""
         return []
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Nothing: memory has been counted."""
+        """Return nothing: memory has already been counted."""
         return {}
 
     def close(self) -> None:
-        """Do nothing: the files are another's."""
+        """Do nothing: the caller owns the files."""
 
     def _own_name(self, name: str) -> str:
         if name.startswith("lm_head."):
@@ -319,7 +322,7 @@ class _Canonical:
 
 
 def _ratio(found: Tensor, rows: Tensor) -> float:
-    """Return the number that rows were multiplied by."""
+    """Return the factor by which rows were multiplied."""
     factor = float((found * rows).sum() / (rows * rows).sum())
     if not torch.allclose(found, factor * rows, rtol=1e-5, atol=1e-7):
         raise ValueError("the embedding is not a number times its rows")
@@ -327,7 +330,7 @@ def _ratio(found: Tensor, rows: Tensor) -> float:
 
 
 class _Other(Exception):
-    """A module is not of the common shape."""
+    """Raised when a module is not of the common shape."""
 
 
 def _need(holds: object, reason: str) -> None:
@@ -336,7 +339,7 @@ def _need(holds: object, reason: str) -> None:
 
 
 def _activation(mlp: Any) -> str:
-    """Return the name of an MLP's activation, by what it computes."""
+    """Return the name of an MLP's activation, identified by its outputs."""
     x = torch.linspace(-6, 6, 97)
     found = mlp.act_fn(x)
     for name, function in ACTIVATIONS.items():
@@ -346,7 +349,7 @@ def _activation(mlp: Any) -> str:
 
 
 def _run(model: Model, ids: Any) -> Tensor:
-    """Return the logits of a model of ours for these tokens."""
+    """Return a native model's logits for these tokens."""
     config = model.config
     num_blocks = -(-len(ids) // _BLOCK)
     pool = ops.KvPool(config.caches, num_blocks=num_blocks, block_size=_BLOCK, dtype=torch.float32)

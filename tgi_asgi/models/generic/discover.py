@@ -1,8 +1,8 @@
-"""What each attention layer of a module is, found by running it once without weights.
+"""Properties of each attention layer of a module, found by running it once without weights.
 
-The module runs on the meta device with an attention function that notes its calls, and a mask function that
-reads the rule off the mask's predicate. A layer is known by the order of calls: one module may be called for
-several layers, and `layer_idx` is not everywhere.
+The module runs on the meta device with an attention function that records its calls, and a mask function that
+reads the rule from the mask's predicate. A layer is identified by the order of calls: one module may be
+called for several layers, and `layer_idx` is not always present.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rul
 
 PROBE = "tgi_probe"
 _TOKENS = 3
-# What attention functions are given beside queries, keys and values, and may ignore.
+# Arguments other than queries, keys and values that attention functions receive and may ignore.
 IGNORED = frozenset({
     "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
     "use_cache", "output_attentions", "output_hidden_states", "training", "cache_position", "layer_idx",
@@ -36,14 +36,14 @@ IGNORED = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One call of attention in a step: the shape of its heads, and what its queries see."""
+    """One call of attention in a step: the shape of its heads, and which keys its queries see."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
     rule: Rule
-    scale: float  # what scores are multiplied by
+    scale: float  # factor on the scores
     is_plain: bool  # no soft cap, no sinks, no slopes
 
 
@@ -51,7 +51,7 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
     """Run the module on three tokens without weights; return its attention layers in the order of calls.
 
     Raises:
-        ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
+        ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
     with probe.installed(), implementation(model, PROBE), torch.no_grad():
@@ -78,7 +78,7 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
     """Run the module on three tokens without weights, with a cache under this name; return the cache.
 
     Raises:
-        NotProbed: it does not run without weights.
+            NotProbed: if it does not run without weights.
     """
     with _Probe(LONGEST).installed(), implementation(model, PROBE), torch.no_grad():
         for run in (run_on_meta, run_on_zeros):
@@ -90,14 +90,14 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
 
 
 class NotProbed(Exception):
-    """The module cannot run without weights."""
+    """Raised when a module cannot run without weights."""
 
 
 def run_on_meta(model: nn.Module, **more: Any) -> None:
     """Call a module on three tokens of the meta device, with `more` arguments.
 
     Raises:
-        NotProbed: it raised.
+            NotProbed: if the module raises.
     """
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TOKENS, device="meta")[None]
@@ -115,12 +115,13 @@ def run_on_meta(model: nn.Module, **more: Any) -> None:
 
 
 def run_on_zeros(model: nn.Module, **more: Any) -> None:
-    """Call a module on three tokens, each parameter one zero that is seen as many, with `more` arguments.
+    """Call a module on three tokens, with `more` arguments; each parameter is a single zero, expanded.
 
-    For code that asks tensors for values (which experts are chosen); slower, as products copy their matrices.
+    For code that needs tensor values, such as which experts are chosen. Slower, because products copy their
+    matrices.
 
     Raises:
-        NotProbed: it raised.
+        NotProbed: if the module raises.
     """
     parameters = [
         (owner, name, value) for owner in model.modules() for name, value in owner._parameters.items()
@@ -142,17 +143,17 @@ def run_on_zeros(model: nn.Module, **more: Any) -> None:
 
 
 def arguments(model: nn.Module, **given: Any) -> dict[str, Any]:
-    """Return those of the arguments that a module's `forward` has, or may hand on to its decoder."""
+    """Return the arguments that a module's `forward` accepts, or may pass on to its decoder."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return {name: value for name, value in given.items() if takes_any or name in parameters}
 
 
 def require_positions(model: Any) -> None:
-    """Refuse a module that would not hear of positions: several swallow what they do not know.
+    """Refuse a module that positions would not reach: several ignore unknown arguments silently.
 
     Raises:
-        ModelLoadError: neither it nor its decoder takes `position_ids` by name.
+        ModelLoadError: if neither it nor its decoder accepts `position_ids` by name.
     """
     for part in (model, model.base_model, _decoder(model)):
         if part is not None and "position_ids" in inspect.signature(part.forward).parameters:
@@ -174,21 +175,21 @@ def _has_no_interface(model: Any) -> bool:
 
 
 class _Probe:
-    """Notes the calls of attention, and what their masks say."""
+    """Records the calls of attention and the rules in their masks."""
 
     def __init__(self, length: int) -> None:
         self.layers: list[AttentionLayer] = []
         self.problems: list[str] = []
-        self.has_slopes = False  # linear biases: positions do not matter otherwise
+        self.has_slopes = False  # linear biases: positions have no other effect
         self._length = length
 
     def forget(self) -> None:
-        """Begin again."""
+        """Discard all records."""
         self.layers, self.problems, self.has_slopes = [], [], False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Be the attention and the mask function of this name, and keep experts from needing values."""
+        """Install the probe's attention and mask functions, and skip experts, which need values."""
         from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -197,7 +198,7 @@ class _Probe:
         ALL_EXPERTS_FUNCTIONS.register(PROBE, lambda module, hidden, *args, **kwargs: hidden)
         packed, chunked = masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay
         masking: Any = masking_utils
-        masking.find_packed_sequence_indices = lambda position_ids: None  # asks for values
+        masking.find_packed_sequence_indices = lambda position_ids: None  # requires values
         masking.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
         try:
             yield
@@ -211,16 +212,16 @@ class _Probe:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Note a call; return something of the shape of a result."""
+        """Record a call; return a tensor with a result's shape."""
         heads, tokens = query.shape[1], query.shape[2]
         unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED)
         if unknown:
-            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
+            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not support")
         for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
             try:
                 ops.kept_dim(dim, torch.float32, name)
             except ValueError as error:
-                self.problems.append(f"the cache cannot have a layer's heads: {error}")
+                self.problems.append(f"the cache does not support a layer's heads: {error}")
         self.has_slopes |= kwargs.get("slopes") is not None
         rule = Rule()
         if isinstance(attention_mask, Tensor):
@@ -245,14 +246,14 @@ class _Probe:
 
 
 def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
-    """Return what scores are multiplied by: what the call says, or the root of the heads' size."""
+    """Return the factor on the scores: the call's, or by default head_dim**-0.5."""
     scale = kwargs.get("scaling")
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @contextlib.contextmanager
 def implementation(model: Any, name: str) -> Iterator[None]:
-    """Have a module's attention and experts be those of this name."""
+    """Switch a module's attention and experts to the implementations of this name."""
     configs = configurations(model)
     before = [(each, each._attn_implementation, each._experts_implementation) for each in configs]
     try:
@@ -266,7 +267,7 @@ def implementation(model: Any, name: str) -> Iterator[None]:
 
 
 def configurations(model: Any) -> list[Any]:
-    """Return the configurations that a module's parts read: each once."""
+    """Return the configurations that a module's parts read, each once."""
     found = {id(each): each for each in (model.config, model.config.get_text_config())}
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -1,8 +1,8 @@
-"""Models of `transformers` that give vectors and no text: opened without weights, loaded, run with no cache.
+"""Models of `transformers` that produce vectors, not text: opened without weights, loaded, run uncached.
 
-Encoders first of all (BERT, XLM-R, ModernBERT), their classifiers, and decoders that are no family of ours
-and have no head. Prompts come whole. Where a model's attention can be ours, all of a step are computed side
-by side; else one after the other, by the model's own code.
+These are mainly encoders (BERT, XLM-R, ModernBERT), their classifiers, and decoders without a head that no
+native family covers. Prompts are computed whole. If native attention supports the model, all prompts of a
+step are computed in one batch; otherwise the model's own code computes them one after the other.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whol
 from tgi_asgi.models.loading import NamedWeights, Weights
 
 _CLASSIFIER = "ForSequenceClassification"
-_HEADS = ("ForMaskedLM", "ForPreTraining")  # which give tokens: states are what comes before
-_MOST_SCORES = 1 << 28  # of one layer's [heads, tokens, tokens], where a model's own code attends: 1 GiB
+_HEADS = ("ForMaskedLM", "ForPreTraining")  # heads that give tokens, which are left out
+_MOST_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """What the server must know of a model that gives vectors."""
+    """The facts about an embedding model that the server needs."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
     context_length: int
-    num_labels: int  # of a classifier; 0: it is none
-    num_token_types: int  # below 2: the second text of a pair is not marked; 0: the model takes none
-    first_position: int  # of a prompt's first token
+    num_labels: int  # of a classifier; 0: it is not one
+    num_token_types: int  # below 2: a pair's second text is not marked; 0: the model accepts none
+    first_position: int  # position of a prompt's first token
     layers: tuple[WholeLayer, ...]
     floor_reason: str = ""  # why prompts run one by one; empty: they do not
 
@@ -60,7 +60,7 @@ class EncoderConfig:
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """None: nothing of a prompt is kept."""
+        """Empty: nothing of a prompt is kept."""
         return ()
 
     @property
@@ -69,7 +69,7 @@ class EncoderConfig:
 
     @property
     def states(self) -> tuple[StateShape, ...]:
-        """None: nothing of a prompt is kept."""
+        """Empty: nothing of a prompt is kept."""
         return ()
 
     @property
@@ -78,7 +78,7 @@ class EncoderConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """None: `OpenEncoder.table_bytes` counts what is kept of them."""
+        """Empty: `OpenEncoder.table_bytes` counts the memory of rotary tables."""
         return ()
 
     @property
@@ -87,7 +87,7 @@ class EncoderConfig:
 
 
 def gives_vectors(architecture: str) -> bool:
-    """Tell whether an architecture is of a model without a head that gives the tokens of a text."""
+    """Return whether an architecture is a model without a head that generates text."""
     is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
     return architecture.endswith(("Model", _CLASSIFIER, *_HEADS)) and not is_head
 
@@ -96,7 +96,7 @@ class OpenEncoder:
     """A checkpoint directory's model, built without weights.
 
     Raises:
-        ModelLoadError: it is none that gives vectors; nothing of the weights has been read.
+        ModelLoadError: if it does not produce vectors. No weights have been read then.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
@@ -107,7 +107,9 @@ class OpenEncoder:
         except ModelLoadError:
             raise
         except Exception as error:  # a model of something other than text
-            raise ModelLoadError(f"{self.architecture} does not make vectors of tokens: {error!r}") from error
+            raise ModelLoadError(
+                f"{self.architecture} does not produce vectors of tokens: {error!r}"
+            ) from error
 
     def _describe(self) -> EncoderConfig:
         model, base = self._model, self._model.base_model
@@ -115,10 +117,10 @@ class OpenEncoder:
         if getattr(model.config, "is_encoder_decoder", False) and not self.architecture.endswith(
             "EncoderModel"
         ):
-            raise ModelLoadError(f"{self.architecture} is an encoder-decoder: it is not served")
-        if hasattr(base, "set_attention_type"):  # BigBird: for good, by the first text that is short
+            raise ModelLoadError(f"{self.architecture} is an encoder-decoder, which is not supported")
+        if hasattr(base, "set_attention_type"):  # BigBird: its first short text switches it for good
             raise ModelLoadError(
-                f"{self.architecture} attends in another way to short texts: it is not served"
+                f"{self.architecture} attends in another way to short texts, which is not supported"
             )
         rows, columns = base.get_input_embeddings().weight.shape
         first = _first_position(base)
@@ -148,21 +150,21 @@ class OpenEncoder:
         )
 
     def held(self, weights: Weights) -> list[tuple[str, int]]:
-        """Return formats and elements of what the module will hold, as `OpenGeneric.held` says."""
+        """Return formats and numbers of elements that the module will hold; see `OpenGeneric.held`."""
         filler = Filler(
             self._model, cast(NamedWeights, weights), lambda name, value: False, is_unused=self._is_unused
         )
         return filler.held(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
-        """Return about what rotary tables will take."""
+        """Return the approximate bytes of the rotary tables."""
         return table_bytes(self._model, max_positions)
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> EncoderModel:
-        """Fill the module with its weights, packed; check that it computes what its own code does.
+        """Fill the module with its packed weights, and check that it computes the same as its own code.
 
         Raises:
-            ModelLoadError: a tensor is missing, does not fit or is not known, or the check fails.
+            ModelLoadError: if a tensor is missing, does not fit or is unknown, or the check fails.
         """
         model = self._model
         made: list[Replaced] = []
@@ -185,9 +187,9 @@ class OpenEncoder:
         return loaded
 
     def _is_unused(self, name: str) -> bool:
-        """Tell whether a tensor is of a head or a pooler, which vectors are not made of.
+        """Return whether a tensor belongs to a head or a pooler, which vectors do not need.
 
-        What the model needs and does not get is refused elsewhere: so this may be wide.
+        This may match too much: a tensor that the model needs and lacks is refused elsewhere.
         """
         model, base = self._model, self._model.base_model
         prefix, _, rest = name.partition(".")
@@ -200,9 +202,10 @@ class EncoderModel:
     """A module with its weights.
 
     Attributes:
-        config: what it is.
-        is_batch_invariant: a vector has the same bits whatever runs beside it. Not so where torch multiplies
-            rows of several prompts, or takes their sines: a number's place then matters.
+        config: The model's configuration.
+        is_batch_invariant: Whether a vector has the same bits whatever else is in the batch. It does not if
+            torch multiplies rows of several prompts, or applies sines to them: rounding then depends on an
+            element's position.
     """
 
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
@@ -213,7 +216,7 @@ class EncoderModel:
         )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
-        """Return what runs steps of so many tokens and prompts at most."""
+        """Return a program for steps of at most these numbers of tokens and prompts."""
         layers = None
         if not self.config.floor_reason:
             layers = WholeLayers(
@@ -226,17 +229,17 @@ class EncoderModel:
 
 
 def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code: bool) -> Any:
-    """Return the module that makes the vectors: without a head that gives tokens, and its pooler."""
+    """Return the module that computes the vectors, without a token head and without its pooler."""
     for head in _HEADS:
         name = name.removesuffix(head) + "Model" if name.endswith(head) else name
     model = build(directory, {**config, "architectures": [name]}, trusts_code=trusts_code)
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
-        model.pooler = None  # which vectors are not made of; many checkpoints lack it
+        model.pooler = None  # vectors do not need it, and many checkpoints lack it
     return model
 
 
 def _first_position(model: nn.Module) -> int:
-    """Return the position of a prompt's first token: RoBERTa and its kin begin behind the padding's id."""
+    """Return a prompt's first position: RoBERTa and its variants start after the padding id."""
     for module in model.modules():
         if any(hasattr(module, name) for name in _POSITIONS):
             return int(module.padding_idx) + 1  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""A loaded encoder checks itself: random prompts side by side, and each through the model's own forward.
+"""Self-check of a loaded encoder: random prompts in one batch, and each through the model's own forward.
 
-As `check.py` does for decoders: on the packed weights, in float32. Prompts that see each other, positions or
-a pair's segments that do not arrive, and windows that are not what discovery found show here.
+Like `check.py` for decoders, it runs on the packed weights in float32. It detects prompts that see each
+other, positions or segments of a pair that do not arrive, and windows that differ from what discovery found.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from tgi_asgi.models.generic.encoder import EncoderModel
 
 _LENGTHS = (27, 14)
-_LARGEST = 2e-3  # difference, of the largest value
-_LONGEST_WINDOW = 192  # that is worth a prompt longer than it
+_LARGEST = 2e-3  # allowed difference, relative to the largest value
+_LONGEST_WINDOW = 192  # longest window for which a longer prompt is affordable
 
 
 def check(model: EncoderModel) -> None:
-    """Compare the two.
+    """Compare the two results.
 
     Raises:
-        ModelLoadError: they differ; the message says by how much.
+        ModelLoadError: if they differ; the message says by how much.
     """
     name = model.config.architecture
     try:
@@ -41,13 +41,13 @@ def check(model: EncoderModel) -> None:
         model.is_batch_invariant &= has_same_bits
     else:
         raise ModelLoadError(
-            f"{name} does not compute here what its own code does: {what} differ by {worst:.2g} of the "
-            "largest, and 0.002 are allowed"
+            f"{name} fails its self-check against its own code: {what} differ by {worst:.2g} of the "
+            "largest; 0.002 is allowed"
         )
 
 
 def _difference(model: EncoderModel) -> tuple[float, str]:
-    """Return the largest relative difference, and of what."""
+    """Return the largest relative difference, and whether it is of states or logits."""
     prompts = _prompts(model)
     program = model.program(max_tokens=1024, max_rows=len(prompts), max_context=512)
     model.replaced.precision.is_exact = True
@@ -75,7 +75,7 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
 
 
 def _has_same_bits(model: EncoderModel) -> bool:
-    """Tell whether prompts have the states that they have alone, bit for bit, in several places of a step."""
+    """Return whether prompts' states at several offsets of a step have the bits that they have alone."""
     first, second = _prompts(model)
     prompts = [Prompt(first.ids[:5]), Prompt(first.ids[:1]), second, Prompt(second.ids[:2]), first]
     program = model.program(max_tokens=1024, max_rows=5, max_context=512)
@@ -92,7 +92,7 @@ def _relative(found: Floats, wanted: Floats) -> float:
 
 
 def _prompts(model: EncoderModel) -> list[Prompt]:
-    """Return random prompts, each a pair; the first is longer than the smallest window, if that is small."""
+    """Return random prompts, each a pair; the first exceeds the smallest window, if that is small."""
     reaches = [layer.reach for layer in model.config.layers]
     sizes = [size for each in reaches for size in (each.before, each.after) if size is not None]
     longest = max(_LENGTHS[0], min((size for size in sizes if 0 < size <= _LONGEST_WINDOW), default=0) + 11)
@@ -107,7 +107,7 @@ def _prompts(model: EncoderModel) -> list[Prompt]:
 
 
 def _eager(model: EncoderModel, prompt: Prompt) -> tuple[Floats, Floats | None]:
-    """Return a prompt's states and logits by the model's own attention, positions left to it."""
+    """Return a prompt's states and logits, by the model's own attention and positions."""
     configs = configurations(model.module)
     before = [config._attn_implementation for config in configs]
     kept: list[Any] = []

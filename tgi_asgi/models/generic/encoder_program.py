@@ -1,4 +1,4 @@
-"""Steps of whole prompts through a module of `transformers`: states of their tokens, or labels' logits."""
+"""Steps of whole prompts through a `transformers` module: their tokens' states, or a classifier's logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt:
     """The tokens of a prompt.
 
     Attributes:
-        second_start: of a pair: where its second text begins.
+        second_start: For a pair, the index of its second text's first token.
     """
 
     ids: Sequence[int]
@@ -34,11 +34,11 @@ class EncoderProgram:
     """Computes prompts, each as if it were alone.
 
     Args:
-        module: with its weights; its attention is ours if there are `layers`.
-        layers: None: prompts run one after the other.
-        first_position: what a prompt's first token has.
-        num_token_types: as `EncoderConfig`.
-        is_classifier: the module has labels.
+        module: Module with its weights; it uses native attention if `layers` is given.
+        layers: The attention layers; None: prompts run one after the other.
+        first_position: Position of a prompt's first token.
+        num_token_types: As in `EncoderConfig`.
+        is_classifier: Whether the module has labels.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class EncoderProgram:
             self._base.forward = self._stand_in
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Floats, Floats | None]]:
-        """Yield each prompt's states [n_tokens, hidden] behind the last norm, and a classifier's logits.
+        """Yield each prompt's states [n_tokens, hidden] after the last norm, and a classifier's logits.
 
-        Both may share memory with the next step's.
+        Both may share memory with the next step's results.
         """
         with torch.inference_mode():
             for part in [prompts] if self._layers is not None else [[each] for each in prompts]:
@@ -72,14 +72,14 @@ class EncoderProgram:
                     start = stop
 
     def close(self) -> None:
-        """Give memory back. Idempotent."""
+        """Release memory. Idempotent."""
         if self._layers is not None:
             self._layers.close()
 
     def _compute(self, prompts: Sequence[Prompt]) -> Any:
-        """Return what the model without its head makes of prompts, all in one row."""
+        """Return the output of the model without its head for prompts laid out in one row."""
         inputs = {"input_ids": _row([each.ids for each in prompts])}
-        if self._num_types:  # by default some models take as many as they had positions
+        if self._num_types:  # without them, some models assume as many as they have positions
             inputs["token_type_ids"] = _row([self._types(each) for each in prompts])
         if "use_cache" in self._parameters:
             inputs["use_cache"] = False  # type: ignore[assignment]
@@ -100,7 +100,7 @@ class EncoderProgram:
         return [0] * num_first + [1] * (num_tokens - num_first)
 
     def _logits(self, found: Any, prompt: Prompt, start: int, stop: int) -> Floats:
-        """Return the labels' logits of one of the prompts, whose states stand for the model's."""
+        """Return the labels' logits of one prompt; its part of `found` replaces the base model's output."""
         self._given = self._part(found, start, stop) if self._layers is not None else found
         try:
             logits = self._module(input_ids=_row([prompt.ids])).logits[0]
@@ -116,7 +116,7 @@ class EncoderProgram:
         return type(found)(last_hidden_state=states, **pooled)
 
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand for the `forward` of the model without its head."""
+        """Replace the base model's `forward`: return the given output, if any, instead of computing."""
         return self._forward(*args, **kwargs) if self._given is None else self._given
 
 

@@ -1,7 +1,7 @@
-"""Experts of `transformers`' modules that go through its `ExpertsInterface`, on our kernels.
+"""Native computation of experts in `transformers` modules that use its `ExpertsInterface`.
 
-What a module does between its products is asked, not guessed: where `ops.experts_add` does the same on random
-rows, a layer is one call, else one for each product, and the module's own code between.
+The code between a module's products is probed, not guessed. If `ops.experts_add` computes the same on random
+rows, a layer is one call. Otherwise each product is one call, with the module's own code in between.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SLOPES = ("alpha", "swiglu_alpha")
 
 
 class Experts(Protocol):
-    """The experts of a layer, packed."""
+    """The packed experts of a layer."""
 
     @property
     def nbytes(self) -> int:
-        """What their matrices take."""
+        """Bytes of their matrices."""
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, added in ascending order of experts.
@@ -38,21 +38,21 @@ class Experts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """How gates meet ups, as `ops.experts_add` has it."""
+    """How gates are combined with ups, in the terms of `ops.experts_add`."""
 
     activation: str = "silu"
     clamped: ops.ClampedGate | None = None
-    is_interleaved: bool = False  # of the rows of gate and up together, each other one is a gate
+    is_interleaved: bool = False  # gate and up rows alternate, gates first
 
     def halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gates and the ups of [..., 2 * size]."""
+        """Return the gates and the ups of rows [..., 2 * size]."""
         if self.is_interleaved:
             return rows[..., ::2], rows[..., 1::2]
         first, second = rows.chunk(2, dim=-1)
         return first, second
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return what the kernels make of [n, 2 * size], by torch."""
+        """Return, computed with torch, the kernels' result for rows [n, 2 * size]."""
         gate, up = self.halves(rows)
         if self.clamped is None:
             return ops.GATED_ACTIVATIONS[self.activation](gate) * up
@@ -62,7 +62,7 @@ class Gate:
 
 
 class GatedExperts:
-    """Those whose gates the kernels have."""
+    """Experts whose gates the kernels support."""
 
     def __init__(
         self, gate: Gate, gate_up: list[ops.GateUpWeight], down: list[ops.LinearWeight], how: _How
@@ -72,12 +72,12 @@ class GatedExperts:
 
     @property
     def nbytes(self) -> int:
-        """What their matrices take."""
+        """Bytes of their matrices."""
         made = self._weight.made
         return sum(stack.nbytes for stack in (*made.gate_up, made.down))
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return the experts' sum, as `Experts.forward` says."""
+        """Return the experts' sum; see `Experts.forward`."""
         gate = self._gate
         return direct.experts(
             self._weight, hidden, index, weights, gate.activation, gate.clamped, self._precision.is_exact
@@ -85,7 +85,7 @@ class GatedExperts:
 
 
 class OtherExperts:
-    """Those whose own code runs between the products."""
+    """Experts whose own code runs between the products."""
 
     def __init__(self, up: list[ops.LinearWeight], down: list[ops.LinearWeight], how: _How) -> None:
         self._up, self._down = direct.LinearStack(up), direct.LinearStack(down)
@@ -93,13 +93,13 @@ class OtherExperts:
 
     @property
     def nbytes(self) -> int:
-        """What their matrices take."""
+        """Bytes of their matrices."""
         return self._up.nbytes + self._down.nbytes
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return the experts' sum, as `Experts.forward` says."""
+        """Return the experts' sum; see `Experts.forward`."""
         order = index.flatten().argsort(stable=True)
-        order = order[index.flatten()[order] < self._num_experts]  # others are no experts
+        order = order[index.flatten()[order] < self._num_experts]  # other ids select no expert
         tokens = order // index.shape[1]
         sizes = index.flatten()[order].bincount(minlength=self._num_experts)
         is_exact = self._precision.is_exact
@@ -113,23 +113,23 @@ class OtherExperts:
 
 @dataclass(frozen=True, slots=True)
 class _How:
-    """How experts are packed and compute."""
+    """How experts are packed and computed."""
 
     arithmetic: ops.Arithmetic
     precision: Precision
 
 
 class ExpertsLoader:
-    """Packs a module's experts as its tensors come; they are then the module's `tgi_experts`."""
+    """Packs a module's experts as their tensors arrive; they become the module's `tgi_experts`."""
 
     def __init__(self, module: Any, arithmetic: ops.Arithmetic, precision: Precision) -> None:
         self._module, self._how = module, _How(arithmetic, precision)
         self._gate = gate_of(module)
-        self._waiting: dict[str, dict[str, Any]] = {}  # by product: what has come of weight and bias
+        self._waiting: dict[str, dict[str, Any]] = {}  # by product: the weight and bias received so far
         self._packed: dict[str, list[Any]] = {}
 
     def place(self, leaf: str, value: ops.WeightSource | Tensor | Iterator[ops.WeightSource]) -> bool:
-        """Take a tensor; False where it is none of theirs, or comes in an order that is not known."""
+        """Accept a tensor; return False if it is not of the experts, or comes in an unknown order."""
         name = leaf.removesuffix("_bias")
         module = self._module
         if name not in LEAVES or (isinstance(value, Iterator) and module.is_transposed):
@@ -145,7 +145,7 @@ class ExpertsLoader:
         biases = waiting.get("bias", [None] * shape[0])
         matrices = zip(waiting["weight"], biases, strict=True)
         self._packed[name] = [pack(self._source(weight), bias) for weight, bias in matrices]
-        module._parameters[name] = None  # what would read it fails loudly
+        module._parameters[name] = None  # any code that reads it fails loudly
         waiting.clear()
         if len(self._packed) == 2:
             self._finish()
@@ -186,15 +186,15 @@ class ExpertsLoader:
 
 
 def gate_of(module: Any) -> Gate | None:
-    """Ask a module of experts how its gates meet its ups; None where it is otherwise than the kernels do."""
+    """Probe how a module of experts combines gates and ups; return None if the kernels do not support it."""
     if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return None
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(7, 48, generator=generator) * 8  # beyond any limit
+    rows = torch.randn(7, 48, generator=generator) * 8  # exceeds any limit
     try:
         with torch.no_grad():
             found = module._apply_gate(rows)
-    except Exception:  # a class that wants other sizes
+    except Exception:  # the class requires other sizes
         return None
     for gate in _candidates(module):
         made = gate.apply(rows)
@@ -216,7 +216,7 @@ def _candidates(module: nn.Module) -> Iterator[Gate]:
 
 
 def is_experts(module: Any) -> bool:
-    """Tell whether a module is the experts of a layer."""
+    """Return whether a module holds the experts of a layer."""
     return (
         hasattr(module, "is_transposed")
         and hasattr(module, "has_gate")

@@ -1,6 +1,6 @@
-"""What is refused by name before any weight is read: models whose code would compute something else here.
+"""Models refused by name before any weight is read, because their code would compute something else here.
 
-Each rule was met as a silent error: logits that were wrong, and nothing that said so.
+Each rule comes from a silent error that was met: wrong logits, and nothing that reported them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.recurrent import forward_source
 
-# What a module may ask of the cache that it is given: keys, values, how many there are, and whose they are.
+# Uses of the cache that a module may make: keys, values, their number, and the sequences they belong to.
 _ALLOWED = frozenset({
     "update", "get_seq_length", "layers", "is_updated", "is_sliding", "self_attention_cache",
     "cross_attention_cache", "get_mask_sizes", "get_query_offset", "is_compileable", "is_initialized",
@@ -27,7 +27,7 @@ _RECURRENT = frozenset({
     "is_recording_past", "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache",
     "value_cache", "conv_states", "recurrent_states", "has_conv_state",
 })  # fmt: skip
-# Architectures of `transformers` whose code cannot be served in steps, each for a reason of its own.
+# Architectures of `transformers` whose code cannot be served in steps, with the reason.
 _KNOWN: Mapping[str, str] = {
     "BltForCausalLM": "groups bytes into patches, of which attention sees fewer than tokens",
     "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
@@ -42,13 +42,13 @@ _KNOWN: Mapping[str, str] = {
     "XLNetLMHeadModel": "goes on from its own memories",
     "xLSTMForCausalLM": "has a cache of its own kind",
 }
-# What changes with how a prompt is cut, also in the model's own cache.
+# Uses whose result depends on how a prompt is split, even in the model's own cache.
 _REFUSED = frozenset({"update_indexer"})
 _USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
 
 
 def check_servable(model: Any) -> None:
-    """Refuse a module that this server would run wrongly.
+    """Refuse a module that this server would run incorrectly.
 
     Raises:
         ModelLoadError: with the reason.
@@ -58,19 +58,19 @@ def check_servable(model: Any) -> None:
     if name in _KNOWN:
         raise ModelLoadError(f"{name} cannot be served: it {_KNOWN[name]}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadError(f"{name} is an encoder-decoder: it is not served")
+        raise ModelLoadError(f"{name} is an encoder-decoder, which is not supported")
     if model.get_output_embeddings() is None:
-        raise ModelLoadError(f"{name} has no head that gives logits of tokens")
+        raise ModelLoadError(f"{name} has no head that computes token logits")
     if getattr(config.get_text_config(), "is_decoder", None) is False and _is_encoder_by_default(model):
         raise ModelLoadError(f"{name} is an encoder here: its config.json does not say `is_decoder`")
     _refuse_uses(model, _REFUSED.__contains__)
 
 
 def check_keeps_little(model: nn.Module) -> None:
-    """Refuse a module that keeps more of a sequence than keys, values and recurrent states.
+    """Refuse a module that keeps more state per sequence than keys, values and recurrent states.
 
     Raises:
-        ModelLoadError: with what it asks of its cache.
+        ModelLoadError: with the uses of its cache that are not supported.
     """
     _refuse_uses(model, lambda use: use not in _ALLOWED and use not in _RECURRENT)
 
@@ -87,5 +87,5 @@ def _refuse_uses(model: nn.Module, is_refused: Callable[[str], bool]) -> None:
 
 
 def _is_encoder_by_default(model: nn.Module) -> bool:
-    """Tell whether a class attends in both directions unless its configuration says otherwise."""
+    """Return whether a class attends in both directions unless its configuration says otherwise."""
     return "is_decoder" in inspect.getsource(type(model).__init__)

@@ -1,4 +1,4 @@
-"""A model of `transformers` as the runner has it: opened without weights, loaded, made into a program."""
+"""A model of `transformers` as the runner uses it: opened without weights, loaded, turned into a program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 1 << 17  # of models that name no length
+_LONGEST = 1 << 17  # for models that name no length
 _CONTEXT_NAMES = (
     "max_position_embeddings",
     "seq_length",
@@ -54,34 +54,34 @@ _CONTEXT_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class GenericConfig:
-    """What the server must know of a model that `transformers` runs."""
+    """The facts about a `transformers` model that the server needs."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
     context_length: int
     layers: tuple[AttentionLayer, ...]
-    has_states: bool  # a sequence has more than keys and values: nothing of it can be shared
+    has_states: bool  # a sequence has state other than keys and values: none of it can be shared
     num_layers: int
-    first_position: int = 0  # of a sequence's first token
-    floor_reason: str = ""  # why its sequences run one by one, on a cache of its own; empty: they do not
-    seeing: Seeing | None = None  # of a model that takes images
-    is_dynamic: bool = False  # its rotary tables are made for the context that is served
-    other_state_bytes: int = 0  # of the states of a sequence that runs
+    first_position: int = 0  # position of a sequence's first token
+    floor_reason: str = ""  # why sequences run one by one, each on its own cache; empty: they do not
+    seeing: Seeing | None = None  # for models that accept images
+    is_dynamic: bool = False  # rotary tables are computed for the context served
+    other_state_bytes: int = 0  # bytes of a running sequence's states
 
     @property
     def other_bytes_per_token(self) -> int:
-        """About what a token takes in a cache of the model's own: float32, of two states."""
+        """Approximate bytes per token in a cache of the model's own: float32, for two states."""
         return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
 
     @property
     def states(self) -> tuple[StateShape, ...]:
-        """None of ours: what is kept of a sequence is its own."""
+        """Empty: the program keeps sequence states itself, not in a native `StatePool`."""
         return ()
 
     @property
     def longest_context(self) -> int:
-        """Any, where rotary tables are made for the context that is served."""
+        """Longest context that may be served: any, if rotary tables are computed for the context served."""
         return MAX_CONTEXT if self.is_dynamic else self.context_length
 
     @property
@@ -94,12 +94,12 @@ class GenericConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """None: `OpenGeneric.table_bytes` counts what is kept of them."""
+        """Empty: `OpenGeneric.table_bytes` counts the memory of rotary tables."""
         return ()
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """The keys and values of each layer, in the order of calls."""
+        """The KV cache shape of each layer, in the order of calls."""
         return tuple(
             CacheShape(layer.num_kv_heads, layer.head_dim, layer.value_dim, layer.rule.longest)
             for layer in self.layers
@@ -110,7 +110,7 @@ class OpenGeneric:
     """A checkpoint directory's model, built without weights and found to be servable.
 
     Raises:
-        ModelLoadError: it is not; nothing of the weights has been read.
+        ModelLoadError: if it is not servable. No weights have been read then.
     """
 
     def __init__(
@@ -152,10 +152,10 @@ class OpenGeneric:
         )
 
     def image_processor(self, directory: Path) -> ImageProcessor | None:
-        """Return what prepares images; None where none are taken.
+        """Return the model's image processor; None if it accepts no images.
 
         Raises:
-            ModelLoadError: it cannot be made.
+            ModelLoadError: if the processor cannot be created.
         """
         if self._seeing is None:
             return None
@@ -167,16 +167,18 @@ class OpenGeneric:
         return self._processor
 
     def held(self, weights: Weights) -> list[tuple[str, int]]:
-        """Return formats and elements of what the module will hold of these weights; before they are loaded.
+        """Return formats and numbers of elements that the module will hold of these weights.
+
+        Called before they are loaded.
 
         Raises:
-            ModelLoadError: it has no place for a tensor.
+            ModelLoadError: if the module has no place for a tensor.
         """
         filler = Filler(self._model, cast(NamedWeights, weights), lambda name, value: False)
         return filler.held(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
-        """Return about what rotary tables will take."""
+        """Return the approximate bytes of the rotary tables."""
         return table_bytes(self._text, max_positions)
 
     def _common(self, max_positions: int) -> CommonDecoder | None:
@@ -186,12 +188,12 @@ class OpenGeneric:
         return CommonDecoder.find(self._model, self.config.layers, max_positions)
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel | Model:
-        """Fill the module with its weights, packed; check that it computes what its own code does.
+        """Fill the module with its packed weights, and check that it computes the same as its own code.
 
-        A decoder of the common shape becomes one of ours.
+        A decoder of the common shape becomes a native model.
 
         Raises:
-            ModelLoadError: a tensor is missing, does not fit or is not known, or the check fails.
+            ModelLoadError: if a tensor is missing, does not fit or is unknown, or the check fails.
         """
         model = self._model
         common = self._common(max_positions)
@@ -223,10 +225,11 @@ class GenericModel:
     """A module with its weights.
 
     Attributes:
-        config: what it is.
-        tower: what makes rows of images, where it takes any.
-        is_batch_invariant: a token has the same bits whatever runs beside it. Products that are torch's may
-            round differently with the number of rows, its sines with a number's place, scans with the cut.
+        config: The model's configuration.
+        tower: The vision tower that encodes images, if the model accepts any.
+        is_batch_invariant: Whether a token has the same bits whatever else is in the batch. torch's products
+            may round differently with the number of rows, torch's sines with an element's position, and
+            recurrent scans with the way a prompt is split.
     """
 
     def __init__(
@@ -241,18 +244,18 @@ class GenericModel:
         )
 
     def adapter_targets(self) -> dict[str, ops.Target]:
-        """Return the products that adapters may change, by their paths; runs a few tokens."""
+        """Return the products that adapters may change, by path; runs a few tokens to find them."""
         return adaptable(self.module, lambda count: self_check.run_step(self, count))
 
     def program(
         self, caches: Sequence[ops.KvLayer], max_context: int, image_cache: int = 0,
         adapters: ops.AdapterLayout | None = None,
     ) -> GenericProgram | FloorProgram:  # fmt: skip
-        """Return what runs steps over these caches, one for each of the configuration's.
+        """Return a program that runs steps over these caches, one for each of the configuration's.
 
         Args:
-            image_cache: bytes of encoded images that are kept.
-            adapters: what rows may have.
+            image_cache: Maximum bytes of encoded images to keep.
+            adapters: Adapters that rows may use.
         """
         if adapters is not None:
             attach(self.module, adapters)
@@ -272,7 +275,7 @@ class GenericModel:
 
 
 def first_position(model: Any) -> int:
-    """Return the position of a sequence's first token: RoBERTa and its kin begin behind the padding's id."""
+    """Return a sequence's first position: RoBERTa and its variants start after the padding id."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
             return int(module.padding_idx) + 1
@@ -280,7 +283,7 @@ def first_position(model: Any) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Return how many positions a configuration names."""
+    """Return the number of positions that a configuration names."""
     named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
     return min(found, MAX_CONTEXT)

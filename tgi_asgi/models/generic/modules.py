@@ -1,7 +1,7 @@
-"""Modules of ours that take the place of a model's: products, embeddings and norms on packed weights.
+"""Native modules that replace a model's own: products, embeddings and norms on packed weights.
 
-Each takes tensors of any leading dimensions, float32, and gives a row the same bits whatever rows are
-beside it.
+Each accepts float32 tensors with any leading dimensions, and computes a row's bits independently of the other
+rows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tgi_asgi.ops import AdapterLayout, FlatRows, GateUpWeight, LinearWeight, di
 
 @dataclass(slots=True)
 class Precision:
-    """How a model's products compute now; all its modules share one.
+    """How a model's products currently compute; all its modules share one instance.
 
     Attributes:
-        is_exact: activations stay float32: how a model is checked when it is loaded.
-        step: whose tokens they compute, and the adapters that these have; None: there are none.
+        is_exact: Whether activations stay float32, as in the self-check at load.
+        step: The step whose tokens are computed, for its adapters; None outside a step.
     """
 
     is_exact: bool = False
@@ -29,10 +29,12 @@ class Precision:
 
 
 class PackedModule(nn.Module):
-    """A module whose weight is packed. Others may ask a weight's type, device or shape; its values are NaN.
+    """A module whose weight is packed.
+
+    `weight` has the dtype, device and shape that other code may ask for, but its values are NaN.
 
     Attributes:
-        made: the packed weight, once there is one.
+        made: The packed weight, once loaded.
     """
 
     def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
@@ -52,12 +54,12 @@ class PackedModule(nn.Module):
 
 
 class Linear(PackedModule):
-    """`nn.Linear`, and GPT-2's `Conv1D`."""
+    """Replaces `nn.Linear` and GPT-2's `Conv1D`."""
 
     def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
         super().__init__(rows, columns, has_bias=has_bias, precision=precision)
         self.in_features, self.out_features = columns, rows
-        self.adapters: AdapterLayout | None = None  # which may change it
+        self.adapters: AdapterLayout | None = None  # adapters that may change it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T (+ bias)`."""
@@ -67,17 +69,17 @@ class Linear(PackedModule):
 
 
 class GatedMlp(nn.Module):
-    """`down(f(gate(x)) * up(x))`, of which gate and up are one product."""
+    """`down(f(gate(x)) * up(x))`, with gate and up as one product."""
 
     def __init__(self, activation: str, precision: Precision) -> None:
         super().__init__()
         self.activation, self.precision = activation, precision
         self.gate_up: GateUpWeight | None = None
         self.down: LinearWeight | None = None
-        self.adapters: AdapterLayout | None = None  # which may change it
+        self.adapters: AdapterLayout | None = None  # adapters that may change it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the MLP's rows."""
+        """Return the MLP's output."""
         assert self.gate_up is not None and self.down is not None
         how, rows = self.precision, x.reshape(-1, x.shape[-1])
         rows = direct.gate_up(self.gate_up, rows, self.activation, how.is_exact, how.step, self.adapters)
@@ -85,7 +87,7 @@ class GatedMlp(nn.Module):
 
 
 class Embedding(PackedModule):
-    """`nn.Embedding`, and subclasses that multiply its rows by a number."""
+    """Replaces `nn.Embedding` and subclasses that multiply its rows by a constant."""
 
     def __init__(self, rows: int, columns: int, *, factor: float, precision: Precision) -> None:
         super().__init__(rows, columns, has_bias=False, precision=precision)
@@ -111,15 +113,15 @@ class RmsNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """The head: of all rows that it is given it computes those that are asked for."""
+    """Wraps the head, which computes only the requested rows."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.rows: Tensor | None = None  # indices of tokens; None: all
+        self.rows: Tensor | None = None  # indices of the requested tokens; None: all
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the rows that are asked for."""
+        """Return the logits of the requested rows."""
         logits: Tensor = self.inner(x if self.rows is None else x[:, self.rows])
         return logits
 

@@ -1,7 +1,7 @@
-"""Steps of a module of `transformers`: all tokens of all sequences at once, in Python, over our kernels.
+"""Steps of a `transformers` module: all tokens of all sequences in one call, in Python, on native kernels.
 
-`FloorProgram` is what is left for models whose attention cannot be ours: one sequence after the other,
-each on the cache that the model's own code keeps.
+`FloorProgram` is the fallback for models that native attention does not support: one sequence after the
+other, each on a cache kept by the model's own code.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class Caller:
-    """Calls a whole module, and remembers what its decoder returned: a step's other logits come of that.
+    """Calls a whole module and keeps its decoder's output, from which a step's further logits are computed.
 
     Args:
-        model: with its weights.
-        head: its head, which computes the rows that are asked for.
-        decode: stands for the decoder, and all that comes before it.
+        model: Model with its weights.
+        head: The model's head, which computes only the requested rows.
+        decode: Function that replaces the decoder and everything before it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Caller:
             decoder.forward = functools.partial(self._forward, type(decoder).forward.__get__(decoder))
 
     def compute(self, rows: Iterable[int], **inputs: Any) -> tuple[Tensor, Any]:
-        """Return the logits [n_rows, vocab] of these tokens, and what `compute_more` wants for others."""
+        """Return the logits [n_rows, vocab] of these tokens, and the decoder output for `compute_more`."""
         self._known, self._is_calling = None, True
         try:
             return self._call(rows, **inputs), self._known
@@ -55,13 +55,13 @@ class Caller:
             self._known, self._is_calling = None, False
 
     def compute_more(self, rows: Iterable[int], known: Any) -> Tensor:
-        """Return the logits of other tokens of a call.
+        """Return the logits of other tokens of an earlier call.
 
         Raises:
-            RuntimeError: the module's decoder is none of those that it names.
+            RuntimeError: if that call returned no decoder output.
         """
         if known is None:
-            raise RuntimeError("nothing is known of the last step but its logits")
+            raise RuntimeError("the last step has no decoder output, only logits")
         self._known, self._is_calling = known, True
         try:
             return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long))
@@ -77,7 +77,7 @@ class Caller:
         return logits[0, :, : self._vocab_size].float().contiguous()
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stand for the `forward` of a decoder: that which the module calls itself counts."""
+        """Replace a decoder's `forward`: record the output of the outermost call, or return the known one."""
         if not self._is_calling:
             return forward(*args, **kwargs)
         if self._known is None:
@@ -87,10 +87,10 @@ class Caller:
 
 
 def decoders_of(model: Any) -> list[Any]:
-    """Return what a module may call for the states that its head takes: the models that have its embedding.
+    """Return the models that a module may call for the head's input: those that contain its embedding.
 
-    `get_decoder` is not to be trusted: Llama 4 returns itself, ModernBERT a product. A model that has
-    the head as well, as Kosmos 2.5 has one, returns logits: of the rows of its last call alone.
+    `get_decoder` is not reliable: Llama 4 returns itself, ModernBERT a product. A model that also contains
+    the head, as in Kosmos 2.5, is left out: it returns logits, only of the rows of its last call.
     """
     from transformers import PreTrainedModel
 
@@ -107,18 +107,18 @@ def decoders_of(model: Any) -> list[Any]:
 
 
 class ModuleProgram(Protocol):
-    """A `Program` of the runner that is Python."""
+    """A `Program` of the runner that is written in Python."""
 
     native: None
     _states: SlotStates
 
     @property
     def num_steps(self) -> int:
-        """How many steps have been computed, to the last one's states."""
+        """Number of steps that have been computed, including the last one's states."""
         return self._states.num_steps
 
     def forget_since(self, num_steps: int) -> None:
-        """Take back the states of a step that was computed after so many, and then failed."""
+        """Discard the states of a step that was computed after the first `num_steps` and then failed."""
         if self.num_steps > num_steps:
             self._states.forget()
 
@@ -135,7 +135,7 @@ class ModuleProgram(Protocol):
         mask: npt.NDArray[np.int32] | None = None,
         drafts: Sequence[int] = (),
     ) -> ops.SampleResult:
-        """Compute a step and draw a token after each of `rows`, as `CpuProgram.draw`."""
+        """Compute a step and sample a token after each of `rows`; see `CpuProgram.draw`."""
         return ops.sample(self.run(batch, rows), state, slots, mask=mask, drafts=drafts)
 
 
@@ -143,13 +143,13 @@ class GenericProgram(ModuleProgram):
     """All sequences of a step in one call of the module.
 
     Args:
-        model: with its weights, its attention set to ours.
-        head: what computes the rows that are asked for.
-        layers: its attention.
-        recurrent: its recurrent layers, if it has any.
-        first_position: what a sequence's first token has.
-        precision: what its products are told of a step.
-        decode: see `Caller`.
+        model: Model with its weights, set to native attention.
+        head: Head that computes only the requested rows.
+        layers: The model's attention layers.
+        recurrent: The model's recurrent layers, if any.
+        first_position: Position of a sequence's first token.
+        precision: Shared settings of its products, including the step.
+        decode: See `Caller`.
     """
 
     native = None
@@ -200,7 +200,7 @@ class GenericProgram(ModuleProgram):
 
     @contextlib.contextmanager
     def _adapting(self) -> Iterator[None]:
-        """Tell the products whose tokens they compute."""
+        """Give the products access to the step, for its adapters."""
         self._precision.step = self._batch
         try:
             yield
@@ -208,7 +208,7 @@ class GenericProgram(ModuleProgram):
             self._precision.step = None
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return the states [n_tokens, hidden] behind the last norm of tokens of the last step."""
+        """Return the states [n_tokens, hidden] after the last norm, for tokens of the last step."""
         states: npt.NDArray[np.float32] = self._known.last_hidden_state[0, start:stop].numpy()
         return states
 
@@ -217,7 +217,7 @@ class FloorProgram(ModuleProgram):
     """One sequence after the other, on the model's own cache.
 
     Args:
-        model: with its weights, its attention its own.
+        model: Model with its weights and its own attention.
     """
 
     native = None
@@ -227,11 +227,11 @@ class FloorProgram(ModuleProgram):
         self._states = SlotStates(lambda: empty_cache(model))
         self._cache_name = str(cache_name(model))
         self._vocab_size = vocab_size
-        # Of the last step's sequences: the first token, the one behind the last, what the decoder returned.
+        # For each sequence of the last step: its first token, the end of its tokens, the decoder's output.
         self._known: list[tuple[int, int, Any]] = []
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
-        """Compute a step; as `GenericProgram.run`."""
+        """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64))
         starts, lengths = _spans(batch)
@@ -266,7 +266,7 @@ class FloorProgram(ModuleProgram):
         return out
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return states of the last step; as `GenericProgram.hidden`."""
+        """Return states of tokens of the last step; see `GenericProgram.hidden`."""
         parts = [
             known.last_hidden_state[0, max(start - first, 0) : stop - first]
             for first, last, known in self._known
@@ -277,12 +277,12 @@ class FloorProgram(ModuleProgram):
 
 
 def cache_name(model: Any) -> str | None:
-    """Return the name under which a module takes its cache; None where it takes none that is known."""
+    """Return the name of a module's cache argument; None if it has none that is known."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def _spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:
-    """Return each sequence's first position of a step, and how many tokens it has in it."""
+    """Return each sequence's first position in a step, and its number of tokens in it."""
     stops = batch.query_start
     return batch.positions[stops[:-1]].tolist(), np.diff(stops).tolist()

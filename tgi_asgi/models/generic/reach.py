@@ -1,6 +1,6 @@
-"""How far a token of a whole prompt sees, in both directions: read off mask functions as in `rules.py`.
+"""How far a token of a whole prompt sees in both directions, read from mask functions as in `rules.py`.
 
-For models that compute prompts whole, without a cache: encoders, and decoders that only embed.
+For models that compute whole prompts without a cache: encoders, and decoders used for embeddings only.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 
 from tgi_asgi.models.generic.rules import MaskFunction
 
-_PAIRS = 4096  # random ones that a reach is held to
-_DENSE = 48  # positions of which all pairs are: those that all may see lie there
+_PAIRS = 4096  # random pairs on which a reach is checked
+_DENSE = 48  # first positions of which all pairs are checked: global tokens would be among them
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """A token at position p sees those at p - before ... p + after; None: all there are."""
+    """A token at position p sees positions p - before ... p + after; None: all on that side."""
 
     before: int | None = None
     after: int | None = None
 
     @property
     def window(self) -> int | None:
-        """Positions up to a token's own that it sees."""
+        """Number of positions that a token sees up to and including its own."""
         return None if self.before is None else self.before + 1
 
     @property
@@ -35,7 +35,7 @@ class Reach:
 
 
 def reach_of(sees: MaskFunction, length: int) -> Reach | None:
-    """Return the reach of a mask function among positions below `length`; None where it has none."""
+    """Return the reach of a mask function among positions below `length`; None if it has none."""
     everywhere = torch.arange(length)
     after = _num_seen(_call(sees, torch.zeros_like(everywhere), everywhere))
     before = _num_seen(_call(sees, torch.full_like(everywhere, length - 1), everywhere.flip(0)))
@@ -54,7 +54,7 @@ def reach_of(sees: MaskFunction, length: int) -> Reach | None:
 
 
 def _num_seen(seen: torch.Tensor) -> int:
-    """Return how many are seen before the first that is not."""
+    """Return the number of positions seen before the first one that is not."""
     hidden = (~seen).nonzero()
     return int(hidden[0]) if hidden.numel() else len(seen)
 

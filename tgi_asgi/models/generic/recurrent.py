@@ -1,7 +1,7 @@
-"""Recurrent layers, sequence by sequence: their code takes a cache of one sequence, and a step has many.
+"""Recurrent layers, run sequence by sequence: their code accepts one sequence's cache, a step has many.
 
-Found by what their source calls. The innermost module that keeps a state is called once a sequence, with that
-sequence's tokens and cache, and the results are joined.
+They are found by the cache methods that their source calls. The innermost module that keeps a state is called
+once per sequence, with that sequence's tokens and cache, and the results are concatenated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value")
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the innermost modules that keep a state of a sequence beside keys and values."""
+    """Return the innermost modules that keep sequence state other than keys and values."""
     modules: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in model.modules()]
     found = [module for module, kind in modules if _STATE.search(forward_source(kind))]
     return [
@@ -34,7 +34,7 @@ def recurrent_modules(model: nn.Module) -> list[nn.Module]:
 
 @functools.lru_cache(maxsize=512)
 def forward_source(kind: Any) -> str:
-    """Return the source of a class of `transformers`; of any other nothing."""
+    """Return the source of a class, or an empty string for torch's classes and classes without source."""
     if kind.__module__.startswith("torch."):
         return ""
     try:
@@ -44,10 +44,10 @@ def forward_source(kind: Any) -> str:
 
 
 class RecurrentLayers:
-    """Stands before the recurrent modules of a model; `begin` says what the next step's sequences are.
+    """Wraps the recurrent modules of a model; `begin` sets the next step's sequences.
 
     Attributes:
-        continues_by_token: what follows on a state goes in one token at a time.
+        continues_by_token: Whether tokens that continue from a state are run one at a time.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -61,12 +61,12 @@ class RecurrentLayers:
             module.forward = functools.partial(self._run, module, forward)
 
     def begin(self, starts: list[int], lengths: list[int], states: list[SequenceState]) -> None:
-        """Let the next calls be of these sequences."""
+        """Set the sequences of the following calls."""
         self._starts, self._lengths, self._states = starts, lengths, states
         self._is_active = True
 
     def end(self) -> None:
-        """Let calls go to the modules as they are."""
+        """Let calls pass to the modules unchanged."""
         self._is_active = False
         self._states = []
 
@@ -89,7 +89,7 @@ class RecurrentLayers:
 
 
 def _cut(value: Any, total: int, first: int, count: int) -> Any:
-    """Return tokens [first, first + count) of what has all tokens in its second dimension."""
+    """Return tokens [first, first + count) of values whose second dimension is all tokens."""
     if isinstance(value, tuple):
         return tuple(_cut(each, total, first, count) for each in value)
     if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == total:
@@ -106,4 +106,4 @@ def _join(parts: list[Any], total: int) -> Any:
     for dim in (1, 2, 0):
         if dim < first.dim() and sum(part.shape[dim] for part in parts) == total:
             return torch.cat(parts, dim)
-    return parts[-1]  # a state, which nobody reads
+    return parts[-1]  # a state, which no other code reads

@@ -1,7 +1,7 @@
-"""Puts modules of ours where a model's are plain: products, the embedding, the head, experts, RMSNorms.
+"""Replaces plain modules of a model by native ones: products, the embedding, the head, experts, RMSNorms.
 
-What is replaced is asked, not guessed: a norm or an embedding is replaced where ours gives the same on random
-rows, a product where nobody reads its matrix otherwise.
+Modules are probed, not guessed. A norm or an embedding is replaced if the native one gives the same on random
+rows, and a product if no other code reads its matrix.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from tgi_asgi.models.generic.weights import Placed, owner_of
 EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
-_ASKED = frozenset({"dtype", "device", "shape"})  # which `PackedModule` answers
-_PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
-# What `ops.gate_up` has, as torch has it.
+_ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
+_PLACED = {"sin", "cos", "tanh"}  # torch rounds these differently by an element's position in the tensor
+# Activations that `ops.gate_up` supports, in torch.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -45,21 +45,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Replaced:
-    """The modules that were put in, and what is still to come of their weights.
+    """The native modules inserted into a model, and the weights that they still need.
 
         replaced = Replaced(model, arithmetic)     # without weights
         Filler(model, weights, replaced.place).fill()
         replaced.finish()                          # with weights
 
     Attributes:
-        head: the module's head, which computes the rows that it is asked for.
-        precision: how all of them compute.
+        head: The module's head, which computes only the requested rows.
+        precision: How all of the modules compute.
     """
 
     def __init__(self, model: Any, arithmetic: ops.Arithmetic) -> None:
         self.precision = Precision()
         self._model, self._arithmetic = model, arithmetic
-        self._waiting: dict[str, dict[str, Any]] = {}  # by path of a module: what has come, by leaf
+        self._waiting: dict[str, dict[str, Any]] = {}  # tensors so far, by path and leaf
         self._modules: dict[str, PackedModule] = {}
         self._is_transposed: set[str] = set()
         self._experts: dict[str, ExpertsLoader] = {}
@@ -115,7 +115,7 @@ class Replaced:
         raise ValueError("the model has no head")
 
     def place(self, name: str, value: Placed) -> bool:
-        """Take a tensor that belongs to a module of ours; False where it belongs to none."""
+        """Accept a tensor that belongs to a native module; return False if it belongs to none."""
         path, _, leaf = name.rpartition(".")
         if path in self._experts:
             return self._experts[path].place(leaf, value)
@@ -152,12 +152,12 @@ class Replaced:
             del self._waiting[path]
 
     def finish(self) -> None:
-        """Replace norms; stand before the head."""
+        """Replace norms and wrap the head."""
         self.finish_norms()
         self.head = self._wrap_head()
 
     def finish_norms(self) -> None:
-        """Replace, once there are weights, the norms that compute what ours does."""
+        """Replace the norms that compute the same as the native one; requires weights."""
         for path, module in list(self._model.named_modules()):
             offset = norm_offset(module) if "norm" in type(module).__name__.lower() else None
             if offset is not None:
@@ -176,7 +176,7 @@ def _source(value: ops.WeightSource | Tensor) -> ops.WeightSource:
 
 
 class _Part(enum.Enum):
-    """What a module is replaced as."""
+    """The kind of native module that replaces a module."""
 
     EXPERTS = "experts"
     LINEAR = "linear"
@@ -196,12 +196,12 @@ def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part 
 
 
 def _vocabulary_of(model: Any) -> set[int]:
-    """Return which modules are the embedding and the head."""
+    """Return the ids of the embedding and the head."""
     return {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
 
 
 def packed_names(model: Any) -> set[str]:
-    """Return the names of the matrices that `Replaced` would pack, of a model that it has not seen."""
+    """Return the names of the matrices that `Replaced` would pack, for a model not yet replaced."""
     vocabulary = _vocabulary_of(model)
     parts = {path: _part_of(model, path, module, vocabulary) for path, module in model.named_modules()}
     leaves = {_Part.EXPERTS: experts.LEAVES}
@@ -214,9 +214,9 @@ def packed_names(model: Any) -> set[str]:
 
 
 def gated_activation(module: nn.Module) -> str | None:
-    """Ask a module whether it is an MLP with a gate: return its activation's name; None where it is none.
+    """Probe whether a module is a gated MLP: return its activation's name, or None if it is not.
 
-    It runs with three small products in the place of its own.
+    The module runs with three small products instead of its own.
     """
     children = dict(module.named_children())
     if not _MLP <= set(children) <= {*_MLP, "act_fn"}:
@@ -235,7 +235,7 @@ def gated_activation(module: nn.Module) -> str | None:
             module._modules[name] = small
         with torch.no_grad():
             found = module(x)
-    except Exception:  # a class that wants more than rows, or other sizes
+    except Exception:  # the class requires other arguments or sizes
         return None
     finally:
         module._modules.update(children)
@@ -248,7 +248,7 @@ def gated_activation(module: nn.Module) -> str | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Ask a module whether it is `nn.Linear`, be it by another name (Falcon)."""
+    """Probe whether a module is an `nn.Linear`, even under another name (Falcon)."""
     if type(module) is nn.Linear or not isinstance(module, nn.Linear):
         return type(module) is nn.Linear
     parameters = module._parameters
@@ -263,7 +263,7 @@ def _is_linear(module: nn.Module) -> bool:
         module._parameters = {"weight": nn.Parameter(weight), "bias": bias}
         with torch.no_grad():
             found = module(rows)
-    except Exception:  # a class that wants more than rows, or other sizes
+    except Exception:  # the class requires other arguments or sizes
         return False
     finally:
         module._parameters = parameters
@@ -278,7 +278,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def reads_weight(model: nn.Module, path: str) -> bool:
-    """Tell whether the model's code reads this module's matrix by name, as more than its type and place."""
+    """Return whether the model's code reads this module's matrix, beyond its dtype, device and shape."""
     leaf = path.rpartition(".")[2]
     owner, _ = owner_of(model, path)
     return any(leaf in _read_by(name) for name in {type(model).__module__, type(owner).__module__})
@@ -286,7 +286,7 @@ def reads_weight(model: nn.Module, path: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _read_by(name: str) -> frozenset[str]:
-    """Return the names of modules whose `weight` or `bias` the code of a module of Python reads."""
+    """Return the names of modules whose `weight` or `bias` is read by the code of a Python module."""
     module = sys.modules.get(name)
     try:
         source = "" if module is None else inspect.getsource(module)
@@ -298,7 +298,7 @@ def _read_by(name: str) -> frozenset[str]:
 
 
 class _Reads(ast.NodeVisitor):
-    """Finds `x.name.weight` and `x.name.bias`, but where weights are drawn: here they are loaded."""
+    """Finds `x.name.weight` and `x.name.bias`, except in `_init_weights`, which is not run here."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -318,7 +318,7 @@ class _Reads(ast.NodeVisitor):
 
 
 def factor_of(module: nn.Embedding) -> float | None:
-    """Return the number that an embedding multiplies its rows by; None where it does something else."""
+    """Return the factor by which an embedding multiplies its rows; None if it does something else."""
     weight, padding = module._parameters["weight"], module.padding_idx
     assert weight is not None
     small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -326,7 +326,7 @@ def factor_of(module: nn.Embedding) -> float | None:
         module.padding_idx = None
         module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
         found = module(torch.arange(4)[None])[0]
-    except Exception:  # a class that wants other arguments, or more than a table
+    except Exception:  # the class requires other arguments, or is more than a table
         return None
     finally:
         module._parameters["weight"], module.padding_idx = weight, padding
@@ -337,7 +337,7 @@ def factor_of(module: nn.Embedding) -> float | None:
 
 
 def all_products_are_ours(model: nn.Module) -> bool:
-    """Tell whether no matrix is left that torch would multiply by."""
+    """Return whether torch multiplies by none of the model's matrices."""
     return all(
         isinstance(module, (PackedModule, nn.Embedding))
         or not any(value is not None and value.dim() > 1 for value in module._parameters.values())
@@ -346,7 +346,7 @@ def all_products_are_ours(model: nn.Module) -> bool:
 
 
 def takes_sines(base: nn.Module) -> bool:
-    """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several sequences."""
+    """Return whether torch's sine, cosine or hyperbolic tangent is applied to rows of several sequences."""
     for path, module in base.named_modules():
         if isinstance(module.__dict__.get("forward"), RotaryLookup):
             continue
@@ -357,13 +357,13 @@ def takes_sines(base: nn.Module) -> bool:
 
 
 def eps_of(module: nn.Module) -> float | None:
-    """Return a norm's epsilon; None where it names none."""
+    """Return a norm's epsilon; None if it names none."""
     found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     return found if isinstance(found, float) else None
 
 
 def norm_offset(module: nn.Module) -> float | None:
-    """Ask a module whether it is an RMSNorm: return what it adds to its weight; None where it is none."""
+    """Probe whether a module is an RMSNorm: return what it adds to its weight, or None if it is not one."""
     weight, eps = module._parameters.get("weight"), eps_of(module)
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
         return None
@@ -373,12 +373,12 @@ def norm_offset(module: nn.Module) -> float | None:
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, weight.numel(), generator=generator)
-    rows[1] *= 1e-3  # where eps shows
+    rows[1] *= 1e-3  # small enough for eps to matter
     scale = torch.rand(weight.shape, generator=generator)
     try:
         module._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
         found = module(rows)
-    except Exception:  # whatever a class that is no such norm makes of rows
+    except Exception:  # any other class may raise anything
         return None
     finally:
         module._parameters["weight"] = weight

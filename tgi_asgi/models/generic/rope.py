@@ -1,7 +1,7 @@
-"""Rotary tables that depend on a batch are chosen once, by the longest context that is served.
+"""Rotary tables that would depend on the batch are fixed once, for the longest context served.
 
-`transformers` takes the longest position of a call to choose between tables ("longrope") or to compute one
-("dynamic"): one long sequence would change all others, and a sequence its own past.
+`transformers` uses the longest position in a call to choose between tables ("longrope") or to compute one
+("dynamic"). One long sequence would then change all others, and a growing sequence its own past.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import GivenRope
 
-_MOST_BYTES = 256 << 20  # of all tables of a model
-_AT_ONCE = 4096  # positions whose angles are computed in one call
-# The arguments of rotary embeddings that depend on nothing but positions.
+_MOST_BYTES = 256 << 20  # limit for all tables of a model
+_AT_ONCE = 4096  # positions whose angles are computed per call
+# Signatures of rotary embeddings that depend only on positions.
 _FORMS = (["x", "position_ids"], ["x", "position_ids", "layer_type"])
 
 
 def scale_positions(config: Any, rope: GivenRope) -> None:
-    """Have a configuration of `transformers` scale positions so, and have the context that this gives.
+    """Set a `transformers` configuration's position scaling, and the resulting context length.
 
-    Of layers with rotary embeddings of several kinds those without a window are meant.
+    If layers have several kinds of rotary embeddings, only those without a window are scaled.
 
     Raises:
-        ModelLoadError: the model has none that could be scaled.
+        ModelLoadError: if the model has no rotary embedding that can be scaled.
     """
     given, context = (
         getattr(config, "rope_parameters", None),
@@ -36,7 +36,7 @@ def scale_positions(config: Any, rope: GivenRope) -> None:
     )
     if not given or type(context) is not int:
         raise ModelLoadError(
-            f"--rope-scaling: models of type {config.model_type!r} have no rotary embedding that it knows"
+            f"--rope-scaling: models of type {config.model_type!r} have no rotary embedding that it can scale"
         )
     kinds = [name for name, value in given.items() if isinstance(value, dict)]
     scaled = [name for name in kinds if "sliding" not in name] or kinds
@@ -49,7 +49,7 @@ def scale_positions(config: Any, rope: GivenRope) -> None:
     else:
         made = _scaled(given, changed)
     config.rope_parameters = made
-    # A dynamic table is computed from the context before it is stretched.
+    # A dynamic table is computed from the context length before scaling.
     config.max_position_embeddings = context if rope.kind == "dynamic" else int(context * rope.factor)
 
 
@@ -59,14 +59,14 @@ def _scaled(given: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, A
 
 
 def is_dynamic(model: nn.Module) -> bool:
-    """Tell whether rotary embeddings of a model are computed from the context."""
+    """Return whether a model's rotary embeddings are computed from the context length."""
     kinds = [getattr(module, "rope_type", None) for module in model.modules()]
     names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
     return any(isinstance(name, str) and "dynamic" in name for name in names)
 
 
 def fix_rotary_tables(model: nn.Module, max_positions: int) -> None:
-    """Have each rotary embedding of a model keep one table, whatever positions a step has."""
+    """Make each rotary embedding of a model use one table for all positions of all steps."""
     module: Any
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -92,10 +92,10 @@ def _fix(module: Any, kind: str, layer_type: str | None, max_positions: int) -> 
 
 
 def tabulate(model: nn.Module, max_positions: int) -> None:
-    """Compute what rotary embeddings give for each position once, and look it up in every step.
+    """Compute the rotary embeddings of all positions once, and look them up in every step.
 
-    Beside being faster, a token then has the same angles bit for bit wherever it stands in a batch: torch
-    rounds sines otherwise at the end of a tensor than in its middle.
+    This is faster. It also gives a token the same angles bit for bit wherever it is in a batch: torch rounds
+    sines differently at the end of a tensor than in its middle.
     """
     room = _MOST_BYTES
     for module in _embeddings(model):
@@ -108,17 +108,17 @@ def tabulate(model: nn.Module, max_positions: int) -> None:
 
 
 def table_bytes(model: nn.Module, max_positions: int) -> int:
-    """Return about what `tabulate` keeps: a cosine and a sine for each number of a head that turns."""
+    """Return the approximate bytes of `tabulate`'s tables: a cosine and a sine per rotated dim of a head."""
     each = 0
     for module in _embeddings(model):
         for kind in _kinds(module):
             frequencies = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
-            each += 0 if frequencies is None else 2 * 4 * 2 * frequencies.numel()  # of half of the numbers
+            each += 0 if frequencies is None else 2 * 4 * 2 * frequencies.numel()  # of half of the dims
     return min(each * max_positions, _MOST_BYTES)
 
 
 def _embeddings(model: nn.Module) -> list[Any]:
-    """Return the rotary embeddings that could be looked up."""
+    """Return the rotary embeddings that lookups could replace."""
     return [
         module
         for module in model.modules()
@@ -127,17 +127,17 @@ def _embeddings(model: nn.Module) -> list[Any]:
 
 
 def _kinds(module: Any) -> list[str | None]:
-    """Return the kinds of layers that an embedding has tables for; None: there is one kind."""
+    """Return the layer types for which an embedding has tables; None: there is one kind."""
     kinds = getattr(module, "rope_type", None)
     return list(kinds) if isinstance(kinds, dict) else [None]
 
 
 class RotaryLookup:
-    """Stands for the `forward(x, position_ids)` of a rotary embedding.
+    """Replaces a rotary embedding's `forward(x, position_ids)`.
 
     Args:
-        own: what it stands for, where positions are more than one a token.
-        tables: [max_positions, ...] each, by kind of layer (None: there is one kind).
+        own: The original, used for positions outside the tables or with several axes.
+        tables: [max_positions, ...] each, by layer type (None: there is one kind).
     """
 
     def __init__(self, own: Callable[..., Any], tables: Mapping[Any, tuple[Tensor, ...]]) -> None:
@@ -154,14 +154,14 @@ class RotaryLookup:
 def _tables(
     own: Callable[..., Any], max_positions: int, layer_type: Any, most_bytes: int
 ) -> tuple[Tensor, ...] | None:
-    """Return what `own` gives for each position; None where that is too large, or no tensor a position."""
+    """Return `own`'s result for each position; None if it is too large or has no tensor per position."""
     given = () if layer_type is None else (layer_type,)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, max_positions, _AT_ONCE):
         positions = torch.arange(start, min(start + _AT_ONCE, max_positions))[None]
         try:
             made = own(torch.zeros(1), positions, *given)
-        except Exception:  # whatever a class makes of such a call
+        except Exception:  # a class may raise anything on such a call
             return None
         rows = made if isinstance(made, tuple) else (made,)
         if not all(isinstance(row, Tensor) and row.shape[:2] == positions.shape for row in rows):

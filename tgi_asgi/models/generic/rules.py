@@ -1,7 +1,7 @@
-"""Which keys a query sees: read off the mask functions of `transformers`, never off a configuration.
+"""Which keys a query sees: read from the mask functions of `transformers`, never from a configuration.
 
-A mask function is a predicate (batch, head, query index, key index) -> bool. It is the authority: models
-carry `sliding_window` that they ignore, and windows that no field names.
+A mask function is a predicate (batch, head, query index, key index) -> bool. It is authoritative: some models
+have a `sliding_window` that they ignore, and some have windows that no field names.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PAIRS = 4096  # random ones that a rule is held to
-_DENSE = 48  # positions of which all pairs are: prefixes that all may see lie there
+_PAIRS = 4096  # random pairs on which a rule is checked
+_DENSE = 48  # first positions of which all pairs are checked: prefixes visible to all are there
 _UNKNOWN, _BIDIRECTIONAL = -(1 << 30), -(1 << 29)
-# The number of "causal": a window's size is added, a chunk's taken off. Exact in float32, and far from what a
-# model's own code would fill a mask with: zeros that it made are no rule.
+# The number that stands for "causal"; a window's size is added, a chunk's subtracted. It is exact in float32,
+# and far from the values with which a model's own code fills masks: its zeros must not read as a rule.
 _CAUSAL = 1 << 22
-LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
+LONGEST = 1 << 17  # positions for which masks are read; a larger window counts as none
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A query at position q sees keys k <= q, of these:
+    """A query at position q sees keys k <= q that satisfy both of:
 
     Attributes:
-        window: those with q - k < window; None: all.
-        chunk: those with q // chunk == k // chunk; None: all.
+        window: q - k < window; None: no limit.
+        chunk: q // chunk == k // chunk; None: no limit.
     """
 
     window: int | None = None
@@ -37,7 +37,7 @@ class Rule:
 
     @property
     def longest(self) -> int | None:
-        """How many positions a query sees at the most, its own the last; None: all."""
+        """Maximum number of positions that a query sees, its own last; None: all."""
         return self.chunk if self.window is None else self.window
 
     def __str__(self) -> str:
@@ -47,11 +47,11 @@ class Rule:
 
 
 class UnknownRule(ValueError):
-    """A layer's mask is none that the kernels have."""
+    """Raised when the kernels do not support a layer's mask."""
 
 
 def rule_of(sees: MaskFunction, length: int) -> int:
-    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads.
+    """Return a mask function's rule among positions below `length`, encoded as a number for `decode_rule`.
 
     `length` is at most `LONGEST`.
     """
@@ -76,15 +76,15 @@ def rule_of(sees: MaskFunction, length: int) -> int:
 
 
 def window_rule(window: int | None) -> int:
-    """Return the number of a window, or of none."""
+    """Return the number that encodes a window, or none."""
     return _CAUSAL + (window or 0)
 
 
 def decode_rule(code: int) -> Rule:
-    """Return the rule that a number stands for.
+    """Return the rule that a number encodes.
 
     Raises:
-        UnknownRule: it stands for none that a decoder has.
+        UnknownRule: if it encodes no rule that decoders support.
     """
     if code == _UNKNOWN:
         raise UnknownRule("a mask that is neither causal nor a window nor chunks")

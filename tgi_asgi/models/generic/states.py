@@ -1,8 +1,8 @@
-"""What a model keeps of a sequence beside paged keys and values: recurrent states, or a cache of its own.
+"""Sequence state other than paged keys and values: recurrent states, or a cache of the model's own.
 
-One a slot, made when a sequence begins. Rows can run again: those of a step that failed, which leaves the
-states as they were before it, and those of one that was in flight when it became void, behind one that failed
-or behind a token that woke a grammar.
+There is one per slot, created when a sequence begins. Rows can run again in two cases. A failed step leaves
+the states as they were before it. A step in flight can become void, because the step before it failed or
+sampled a token that activates a grammar.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import NotProbed, run_with_cache
 
-_KEPT = 2  # states of a slot, see `SlotStates`
+_KEPT = 2  # states per slot, see `SlotStates`
 _FLOAT_BYTES = 4
-_REPLACED = frozenset({"keys", "values"})  # what an update makes anew: it never writes into them
+_REPLACED = frozenset({"keys", "values"})  # replaced by each update, which never writes into the old tensors
 
 
 @dataclass(slots=True)
 class SequenceState:
-    """A sequence's own state.
+    """One sequence's state.
 
     Attributes:
-        cache: what the model's code keeps it in.
-        num_tokens: those that it has seen.
+        cache: Object in which the model's code keeps it.
+        num_tokens: Number of tokens that it has processed.
     """
 
     cache: Any
@@ -37,25 +37,25 @@ class SequenceState:
 
 
 class SlotStates:
-    """The states of the sequences that run.
+    """The states of the running sequences.
 
-        of_rows = states.begin(slots, starts, lengths)   # they may be changed
+        of_rows = states.begin(slots, starts, lengths)   # may be modified
         states.commit()                                  # once the step is done
-        states.forget()                                  # if it fails all the same
+        states.forget()                                  # if it fails after all
 
-    Of each slot the last two states are kept: a step that is in flight may turn out to be void.
+    The last two states of each slot are kept, because a step in flight may become void.
 
     Args:
-        make: makes an empty cache.
+        make: Function that makes an empty cache.
 
     Attributes:
-        num_steps: those that were done.
+        num_steps: Number of committed steps.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.num_steps = 0
         self._make = make
-        self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the last one behind
+        self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the latest last
         self._under_way: dict[int, list[SequenceState]] = {}
         self._done: tuple[int, ...] = ()  # slots of the last step
 
@@ -63,7 +63,7 @@ class SlotStates:
         """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
 
         Raises:
-            RuntimeError: a row goes on where its state has not come to.
+            RuntimeError: if a row continues at a position for which there is no state.
         """
         self._under_way = {}
         found = []
@@ -79,20 +79,20 @@ class SlotStates:
         return found
 
     def commit(self) -> None:
-        """Keep what the step made of the states."""
+        """Keep the states that the step has computed."""
         self._states.update(self._under_way)
         self._done, self._under_way = tuple(self._under_way), {}
         self.num_steps += 1
 
     def forget(self) -> None:
-        """Take back what the last step made: a step behind it must not go on from there."""
+        """Discard the states of the last step, so that no later step continues from them."""
         for slot in self._done:
             self._states[slot].pop()
         self._done = ()
 
 
 def _copy(cache: Any) -> Any:
-    """Return a cache that may change in place without the other; keys and values are shared."""
+    """Return a copy that may change in place without affecting the original; keys and values are shared."""
     made = copy.copy(cache)
     for name, value in vars(cache).items():
         if isinstance(value, list):
@@ -114,17 +114,17 @@ def _copy_layer(layer: Any) -> Any:
 
 
 def state_bytes(model: Any, cache_name: str | None) -> int:
-    """Return what the states of a sequence take, both of them, beside its keys and values; without weights.
+    """Return the bytes of both states of a sequence, without its keys and values; needs no weights.
 
     Raises:
-        ModelLoadError: it cannot be found out.
+        ModelLoadError: if the size cannot be determined.
     """
     if cache_name is None:
         return 0
     try:
         cache = run_with_cache(model, cache_name, lambda: empty_cache(model))
     except NotProbed as error:
-        raise ModelLoadError(f"what a sequence's states take is not known: {error}") from None
+        raise ModelLoadError(f"the size of a sequence's states cannot be determined: {error}") from None
     tensors = [
         tensor
         for value in vars(cache).values()
@@ -136,7 +136,7 @@ def state_bytes(model: Any, cache_name: str | None) -> int:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a layer's state."""
+    """Yield the tensors of a layer's state, except keys and values."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list):
@@ -149,7 +149,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def empty_cache(model: Any) -> Any:
-    """Return an empty cache of one sequence: of the model's own class where it has one (MiniMax)."""
+    """Return an empty cache for one sequence, of the model's own class if it has one (MiniMax)."""
     from transformers import DynamicCache
 
     written_in = sys.modules[type(model).__module__]

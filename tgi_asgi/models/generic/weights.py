@@ -1,8 +1,8 @@
-"""Fills a module that has no weights: names and conversions are those of `transformers`, packing is ours.
+"""Fills a module that has no weights: names and conversions come from `transformers`, packing is native.
 
-What `transformers` renames keeps the file's own bytes, also where they are quantised; so do experts that it
-stacks. What it converts otherwise (projections joined or split) goes through its own operations, as floats,
-one target at a time.
+Tensors that `transformers` only renames keep the file's own bytes, even if quantised; so do experts that it
+stacks. Other conversions (joined or split projections) run through its own operations, as floats, one target
+at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.modules import PackedModule
 from tgi_asgi.models.loading import KEPT, NamedWeights
 
-# What older checkpoints hold and nothing reads: it is computed, or was a mask.
+# Tensors in older checkpoints that nothing reads: computed values and masks.
 _UNUSED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
     r"|position_ids$|token_type_ids$"
@@ -33,14 +33,14 @@ Placed = ops.WeightSource | Tensor | Iterator[ops.WeightSource]
 
 @dataclass(slots=True)
 class _Target:
-    """One tensor of the module, and what it is made of."""
+    """One tensor of the module, and the file tensors that it is made from."""
 
     converter: Any = None
     sources: list[tuple[str, str]] = field(default_factory=list)  # (name, the converter's pattern)
 
     @property
     def is_stack(self) -> bool:
-        """It is [n, rows, columns], made of matrices: one for each of n, or several one below another."""
+        """Whether it is a stack [n, rows, columns] of matrices, each one file tensor or several stacked."""
         from transformers.core_model_loading import Concatenate, MergeModulelist
 
         if self.converter is None or len(self.converter.target_patterns) > 1:
@@ -49,7 +49,7 @@ class _Target:
         return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
     def stacked(self) -> list[tuple[str, ...]]:
-        """Return the names that make up each matrix of a stack; none where they are not equally many."""
+        """Return the file tensors of each matrix of a stack; empty if their numbers differ."""
         names: dict[str, list[str]] = {pattern: [] for pattern in self.converter.source_patterns}
         for name, pattern in self.sources:
             names.setdefault(pattern, []).append(name)
@@ -58,16 +58,18 @@ class _Target:
 
 
 class Filler:
-    """Gives each tensor of a checkpoint to the module that wants it.
+    """Passes each tensor of a checkpoint to the module that needs it.
 
         Filler(model, weights, packed).fill()
 
-    Made before any module is replaced: names are matched against those that the module has now.
+    It must be created before any module is replaced, because names are matched against the module's current
+    ones.
 
     Args:
-        place: takes what belongs to a module of ours; returns False where it is none. Of a stack of matrices
-            it is given an iterator over them, each as the file has it, and may leave it alone.
-        is_unused: says of a tensor that has no place, by its name in the file, that it needs none.
+        place: Function that accepts tensors of native modules and returns False for others. For a stack of
+            matrices it receives an iterator over them, each as the file has it, which it may leave unused.
+        is_unused: Function that returns whether a tensor without a place, given by its name in the file, may
+            be ignored.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class Filler:
         return targets
 
     def _check_unused(self, name: str) -> None:
-        """Refuse a tensor that the module has no place for, unless its class says that it is of no use."""
+        """Refuse a tensor that the module has no place for, unless it is known to be unused."""
         ignored: Iterable[str] = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         if _UNUSED.search(name) or any(re.search(pattern, name) for pattern in ignored):
             return
@@ -128,13 +130,13 @@ class Filler:
         """Load everything.
 
         Raises:
-            ModelLoadError: a tensor is missing, does not fit, or belongs nowhere.
+            ModelLoadError: if a tensor is missing, does not fit, or has no place.
         """
         given: set[str] = set()
         for name, target in self._targets.items():
             if target.converter is None:
                 if len(target.sources) > 1:
-                    raise ModelLoadError(f"{[each for each, _ in target.sources]} are all {name!r}")
+                    raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
                 self._give(name, self._weights.get(target.sources[0][0], self._shapes[name]))
                 given.add(name)
                 continue
@@ -148,28 +150,28 @@ class Filler:
         self._check_missing(given)
 
     def names(self) -> list[str]:
-        """Return the module's names of the tensors that the files have, be it under what they are tied to."""
+        """Return the module's tensor names for which the files have a tensor, directly or by tying."""
         tied = [name for name, other in self._tied.items() if other in self._targets]
         return list(dict.fromkeys([*self._targets, *tied]))
 
     def source(self, name: str) -> ops.WeightSource:
-        """Return what the files have for a tensor of the module, or for the one that it is tied to.
+        """Return the files' tensor for a tensor of the module, or for the one that it is tied to.
 
         Raises:
-            ModelLoadError: there is none, or it is made of others.
+            ModelLoadError: if there is none, or it is made from several.
         """
         target = self._targets.get(name) or self._targets.get(self._tied.get(name, ""))
         if target is None:
             raise ModelLoadError(_missing(name))
         if target.converter is not None or len(target.sources) > 1:
-            raise ModelLoadError(f"{name!r} is made of {[each for each, _ in target.sources]}")
+            raise ModelLoadError(f"{name!r} is made from {[each for each, _ in target.sources]}")
         return self._weights.get(target.sources[0][0], self._shapes[name])
 
     def held(self, packed: Container[str]) -> list[tuple[str, int]]:
-        """Return formats and elements of what the module will hold: `Weights.stored`, but of its own tensors.
+        """Return formats and numbers of elements that the module will hold: `Weights.stored` for its tensors.
 
         Args:
-            packed: the names of those that are packed; torch keeps the others as float32.
+            packed: Names of the tensors that are packed; torch keeps the others as float32.
         """
         stored = self._weights.stored()
 
@@ -179,7 +181,7 @@ class Filler:
                 parts = self._weights.parts(source)
                 if name in packed and (keeps_bytes or parts == [source]):
                     yield from (stored[part] for part in parts)
-                else:  # what is converted is decoded before
+                else:  # converted tensors are decoded first
                     yield "F32" if name in packed else KEPT, math.prod(self._weights.shape(source))
 
         found = [each for name, target in self._targets.items() for each in counted(name, target)]
@@ -192,7 +194,7 @@ class Filler:
         return found
 
     def _fits_stack(self, name: str, target: _Target) -> bool:
-        """Tell whether a target is a stack of matrices that fit: `_convert` says of others why not."""
+        """Return whether a target is a stack of matrices that fit; `_convert` says why others do not."""
         if not target.is_stack:
             return False
         found = set()
@@ -217,17 +219,20 @@ class Filler:
         except ModelLoadError:
             raise
         except Exception as error:
-            raise ModelLoadError(f"{name!r} cannot be made of {target.sources[0][0]!r}: {error}") from error
+            raise ModelLoadError(
+                f"{name!r} cannot be converted from {target.sources[0][0]!r}: {error}"
+            ) from error
         found = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
         for key, value in found.items():
             if key not in self._shapes or tuple(value.shape) != self._shapes[key]:
                 raise ModelLoadError(
-                    f"{key!r} becomes {list(value.shape)}, not {list(self._shapes.get(key, ()))}"
+                    f"{key!r} has shape {list(value.shape)} after conversion, "
+                    f"not {list(self._shapes.get(key, ()))}"
                 )
         return found
 
     def _tensor(self, name: str) -> Tensor:
-        """Return a tensor of the file, of the type that it has there."""
+        """Return a tensor of the file in the dtype that it has there."""
         shape = self._weights.shape(name)
         return ops.plain_tensor(self._weights.get(name, shape).in_order()).reshape(shape)
 
@@ -244,7 +249,7 @@ class Filler:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def _tie(self, given: set[str]) -> None:
-        """Let what the class ties, and the file does not have, be what it is tied to."""
+        """Fill tensors that the class ties, and the file lacks, from the tensors that they are tied to."""
         for name, source in self._tied.items():
             if name in given or source not in given:
                 continue
@@ -273,6 +278,6 @@ def _missing(name: str) -> str:
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that a tensor belongs to, and its name there."""
+    """Return the module that owns a tensor, and the tensor's name there."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf

@@ -1,7 +1,8 @@
-"""Attention of `transformers` over whole prompts that lie side by side: what each layer is, and the layers.
+"""Attention of `transformers` over whole prompts in one batch: finding the layers, and computing them.
 
-No cache is kept: a layer writes its keys and values to a scratch of one step, which all layers share, and
-reads them with the kernel that decoders have. What `attention.py` and `discover.py` do for decoders.
+There is no cache. A layer writes its keys and values to a scratch pool for one step, which all layers share,
+and reads them with the decoders' kernel. This is the counterpart of `attention.py` and `discover.py` for
+encoders.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.rules import LONGEST
 
 _PROBE = "tgi_whole_probe"
-# The number of the first reach: exact in float32, and nothing that a model's own code would fill a mask with.
+# The number that encodes the first reach: exact in float32, and no value with which a model's code fills
+# masks.
 _FIRST = 1 << 22
 _BLOCK = 16
 
@@ -49,7 +51,7 @@ class WholeLayer:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of its keys and values."""
+        """Shape of its keys and values."""
         return self.num_kv_heads, self.head_dim, self.value_dim
 
 
@@ -57,7 +59,7 @@ def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
     """Run a module without weights; return its attention layers in the order of calls.
 
     Raises:
-        ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
+        ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
     name = type(model).__name__
@@ -79,7 +81,7 @@ def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
 
 
 class _Probe:
-    """Notes the calls of attention, and what their masks say."""
+    """Records the calls of attention and the rules in their masks."""
 
     def __init__(self, length: int) -> None:
         self.layers: list[WholeLayer] = []
@@ -89,7 +91,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Be the attention and the mask function of this name; no experts run."""
+        """Install the probe's attention and mask functions; experts are skipped."""
         from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -98,29 +100,30 @@ class _Probe:
         ALL_EXPERTS_FUNCTIONS.register(_PROBE, lambda module, hidden, *args, **kwargs: hidden)
         masking: Any = masking_utils
         packed = masking.find_packed_sequence_indices
-        masking.find_packed_sequence_indices = lambda position_ids: None  # asks for values
+        masking.find_packed_sequence_indices = lambda position_ids: None  # requires values
         try:
             yield
         finally:
             masking.find_packed_sequence_indices = packed
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
-        """Return a mask filled with the number that its reach has here."""
+        """Return a mask filled with the number of its reach."""
         self._reaches.append(reach_of(mask_function, self._length))
         return torch.full((1, 1, q_length, kv_length), float(_FIRST + len(self._reaches) - 1))
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Note a call; return something of the shape of a result."""
+        """Record a call; return a tensor with a result's shape."""
         unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED)
         if unknown:
-            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
+            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not support")
         if key.shape[2] != query.shape[2]:
             self.problems.append("a layer attends to something other than the prompt")
         reach: Reach | None = Reach()
         if isinstance(attention_mask, Tensor):
-            number = attention_mask.reshape(-1)[0].item() - _FIRST  # infinite, where it is the model's own
+            number = attention_mask.reshape(-1)[0].item() - _FIRST  # infinite for a mask of the model's own
+
             reach = self._reaches[int(number)] if 0 <= number < len(self._reaches) else None
         elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
             reach = Reach(after=0)
@@ -142,8 +145,8 @@ class WholeLayers:
         layers.end()
 
     Args:
-        layers: in the order in which a step calls them.
-        max_tokens, max_rows, max_context: of a step, and the longest prompt.
+        layers: Layers in the order in which a step calls them.
+        max_tokens, max_rows, max_context: Maximum tokens and prompts of a step, and length of a prompt.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class WholeLayers:
         self._next = 0
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """Begin a step of prompts of these lengths."""
+        """Begin a step of prompts with these lengths."""
         batch = _batch(lengths)
         ends = np.repeat(lengths, lengths)
         for reach, paged in self._paged.items():
@@ -176,7 +179,7 @@ class WholeLayers:
         """End a step.
 
         Raises:
-            RuntimeError: it was not of as many calls as discovery found.
+            RuntimeError: if it made another number of calls than discovery found.
         """
         if self._next != len(self._layers):
             raise RuntimeError(f"a step called attention {self._next} times, not {len(self._layers)}")
@@ -197,20 +200,20 @@ class WholeLayers:
         return rows[None], None
 
     def close(self) -> None:
-        """Give the scratch back. Idempotent."""
+        """Release the scratch pools. Idempotent."""
         for pool in self._pools.values():
             pool.close()
 
 
 def _batch(lengths: Sequence[int]) -> ops.FlatRows:
-    """Lay prompts out one behind the other, each from a block of its own on."""
+    """Lay out prompts one after the other, each starting at a new block."""
     sizes = np.asarray(lengths)
     blocks = -(-sizes // _BLOCK)
     first = np.cumsum(blocks) - blocks
     positions = np.concatenate([np.arange(length) for length in lengths])
     table = first[:, None] + np.minimum(np.arange(int(blocks.max())), blocks[:, None] - 1)
     return ops.FlatRows(
-        ids=np.zeros(len(positions), np.int64),  # the module has them
+        ids=np.zeros(len(positions), np.int64),  # the module gets the ids
         positions=positions,
         slots=np.repeat(first * _BLOCK, sizes) + positions,
         query_start=np.cumsum([0, *lengths]),

@@ -1,6 +1,6 @@
-"""Models of `transformers` that see: a tower makes rows of an image, which take the place of its tokens.
+"""Vision models of `transformers`: a tower encodes an image to rows that replace its placeholder tokens.
 
-`text` finds the decoder in such a model, `processor` makes of pictures what the tower takes, `tower` runs it
-piece by piece, `sight` says what each sequence sees where, `program` runs steps. `docs/images.md` tells the
-whole story.
+`text` finds the decoder in such a model, `processor` converts images to the tower's inputs, `tower` runs the
+tower in pieces, `sight` records which images each sequence sees and where, `program` runs steps.
+`docs/images.md` describes all of it.
 """

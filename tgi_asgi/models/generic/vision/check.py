@@ -1,8 +1,8 @@
-"""A model that sees checks itself with an image: its own forward, and steps with rows of the tower.
+"""Self-check of a vision model with an image: its own forward, against steps with the tower's rows.
 
-For classes that no test holds to the logits of `transformers`. The self-check with text alone does not see
-what such a class does with an image beside putting rows in the places of its tokens: experts that only
-images have, tokens that see those behind them, another token that is replaced as well.
+It runs for classes that no test compares with the logits of `transformers`. The text-only self-check cannot
+detect what such a class does with an image other than replacing its placeholder tokens by rows: experts for
+images only, tokens that see later tokens, other tokens that are replaced as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgi_asgi.types import Image
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
 
-# Those that tests hold to `transformers` (tests/support/eyes_table.py).
+# Classes that tests compare with `transformers` (tests/support/eyes_table.py).
 HELD = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
@@ -37,45 +37,45 @@ _SIZE = (48, 32)
 
 
 def check_processor(processor: VisionProcessor, architecture: str) -> None:
-    """Prepare an image, of a class that is not held by tests; no weights are needed.
+    """Prepare an image, for a class that no test covers; needs no weights.
 
     Raises:
-        ModelLoadError: with the reason why none can be.
+        ModelLoadError: if it cannot be prepared, with the reason.
     """
     if architecture in HELD:
         return
     try:
         processor.process([_picture()])
-    except Exception as error:  # whatever code for another kind of processor raises
+    except Exception as error:  # code for another kind of processor may raise anything
         raise _refused(architecture, error) from error
 
 
 def check_images(model: GenericModel, processor: VisionProcessor) -> None:
-    """Compare the logits of a prompt with an image, of a class that is not held by tests.
+    """Compare the logits of a prompt with an image, for a class that no test covers.
 
     Raises:
-        ModelLoadError: they differ, or the class wants something else of an image.
+        ModelLoadError: if they differ, or the class handles images in another way.
     """
     name = model.config.architecture
     if name in HELD:
         return
     try:
         worst = _difference(model, processor)
-    except Exception as error:  # whatever the model's code raises
+    except Exception as error:  # the model's code may raise anything
         raise _refused(name, error) from error
     if not worst <= LARGEST:
         raise ModelLoadError(
-            f"{name} does not make of an image here what its own code does: logits differ by {worst:.2g} of "
-            f"the largest, and {LARGEST} are allowed. Without preprocessor_config.json and "
-            "processor_config.json its text is served"
+            f"{name} fails its image self-check against its own code: logits differ by {worst:.2g} of "
+            f"the largest; {LARGEST} is allowed. Remove preprocessor_config.json and "
+            "processor_config.json to serve it for text only"
         )
 
 
 def _refused(architecture: str, error: Exception) -> ModelLoadError:
     reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
     return ModelLoadError(
-        f"{architecture} does not take images here ({reason}). Without preprocessor_config.json and "
-        "processor_config.json its text is served"
+        f"{architecture} cannot process images here ({reason}). Remove preprocessor_config.json and "
+        "processor_config.json to serve it for text only"
     )
 
 
@@ -91,7 +91,7 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     given = processor.whole(image, "a {} b")
     ids = given["input_ids"][0].tolist()
     if ids.count(processed.token_id) != processed.num_tokens:
-        raise ValueError("its processor writes other tokens for an image than are computed")
+        raise ValueError("its processor writes other tokens for an image than the server computes")
     precision = model.replaced.precision
     precision.is_exact = True
     try:
@@ -103,7 +103,7 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
 
 
 def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
-    """Return the logits of a prompt by steps: all of it but the last token, which is as one of an answer."""
+    """Return the logits of a prompt from two steps: all tokens but the last, then the last, as in decode."""
     width = -(-len(ids) // BLOCK)
     pool = ops.KvPool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype=torch.float32)
     program = model.program(pool.layers, len(ids))

@@ -1,4 +1,4 @@
-"""What `transformers` has for torchvision alone: the same with Pillow's and torch's means."""
+"""Pillow and torch equivalents of parts of `transformers` that need torchvision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.nn.functional import interpolate, pad
 class PixtralHalf:
     """The image half of `PixtralProcessor`, whose module needs torchvision.
 
-    An image becomes its rows of tokens, with a break behind each but the last, which an end follows.
+    An image becomes its rows of tokens, with a break token after each but the last, which an end token
+    follows.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ _LFM2 = {
 
 
 class Lfm2Images:
-    """`Lfm2VlImageProcessor`: an image of any size in patches, a large one as tiles and a small view of all.
+    """`Lfm2VlImageProcessor`: an image of any size as patches, a large one as tiles and a thumbnail.
 
     Args:
-        options: of the checkpoint's preprocessor_config.json.
+        options: Contents of the checkpoint's preprocessor_config.json.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -79,11 +80,11 @@ class Lfm2Images:
         self._num_patches = max(self._most * self.downsample_factor**2, tile_patches)
 
     def fetch_images(self, images: Any) -> Any:
-        """Return the images, which are none of the network's."""
+        """Return the images unchanged: none needs to be fetched from the network."""
         return images
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Any]:
-        """Return patches [tiles, patches, values] of all images, which of them are there, and their grids."""
+        """Return patches [tiles, patches, values] of all images, masks of the valid ones, and their grids."""
         patches, masks, shapes = [], [], []
         layout: dict[str, list[Any]] = {"image_rows": [], "image_cols": [], "image_sizes": []}
         for image in images:
@@ -104,7 +105,7 @@ class Lfm2Images:
         }
 
     def _tiles(self, pixels: Tensor) -> tuple[list[Tensor], int, int, tuple[int, int]]:
-        """Return the parts of an image, in how many rows and columns they are, and the size of all of it."""
+        """Return the tiles of an image, their rows and columns, and the size of the whole image."""
         height, width = pixels.shape[-2:]
         size = self._fitting(height, width)
         if not (self._has_tiles and self._is_large(height, width)):
@@ -127,7 +128,7 @@ class Lfm2Images:
         return bool(area > self._most * side**2 * self._values["max_pixels_tolerance"])
 
     def _fitting(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that an image is given which is seen at once: of whole tokens, not too many."""
+        """Return the size to which an untiled image is resized: whole tokens, within the allowed number."""
         side = self._token_side
         least, most = self._least * side**2, self._most * side**2
         high, wide = (max(side, round(each / side) * side) for each in (height, width))
@@ -140,7 +141,7 @@ class Lfm2Images:
         return high, wide
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the columns and rows of tiles whose proportions are most alike to the image's."""
+        """Return the columns and rows of the tile grid whose proportions are closest to the image's."""
         best, least = (1, 1), math.inf
         for columns, rows in self._grids():
             difference = abs(width / height - columns / rows)
@@ -152,17 +153,17 @@ class Lfm2Images:
     def _grids(self) -> list[tuple[int, int]]:
         low, high = self._values["min_tiles"], self._values["max_tiles"]
         sides = range(1, high + 1)
-        # Among grids of one area the first one wins, and the original's order is that of a set.
+        # Among grids of equal area the first wins, so the set's iteration order must be the original's.
         found = {
             (w, h) for n in sides for w in sides[:n] for h in sides[:n] if low <= w * h <= high and n >= low
         }
         return sorted(found, key=lambda grid: grid[0] * grid[1])
 
     def _patches(self, tile: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return the patches of a tile, filled up, which of them are there, and their rows and columns.
+        """Return a tile's padded patches, a mask of the valid ones, and their rows and columns.
 
         Raises:
-            ValueError: they are more than the tower takes.
+            ValueError: if there are more than the tower accepts.
         """
         values, side = self._values, self.encoder_patch_size
         mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))

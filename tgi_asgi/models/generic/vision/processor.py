@@ -1,7 +1,7 @@
-"""A checkpoint's own image processor of `transformers`, and the text that stands for an image in prompts.
+"""A checkpoint's image processor from `transformers`, and the text that represents an image in prompts.
 
-Of a processor's class only its image half is used: how images are prepared, and what a placeholder becomes.
-torchvision is not needed where the image processor has a form for Pillow.
+Only the image half of a processor's class is used: preparing images, and expanding placeholders. torchvision
+is not needed if the image processor has a Pillow version.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tgi_asgi.types import Image, ProcessedImage
 logger = logging.getLogger(__name__)
 
 _OWN = {"PixtralProcessor": PixtralHalf}
-_TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # which see an image otherwise where it is one of several
+_TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 
 
 class VisionProcessor:
     """A `types.ImageProcessor`.
 
     Args:
-        processor: of `transformers`.
-        token_id: of the tokens that an image's rows replace.
-        input_names: what the model's tower takes.
+        processor: Processor of `transformers`.
+        token_id: Id of the placeholder tokens that an image's rows replace.
+        input_names: Names of the inputs that the model's tower accepts.
     """
 
     def __init__(self, processor: Any, token_id: int, input_names: frozenset[str]) -> None:
@@ -45,29 +45,30 @@ class VisionProcessor:
 
     @property
     def placeholder(self) -> str:
-        """What chat templates write for an image; with Qianfan-OCR another word than its tokens become."""
+        """Text that chat templates write for an image; in Qianfan-OCR it differs from the image's tokens."""
         return str(getattr(self._processor, "image_placeholder_token", self._processor.image_token))
 
     def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
-        """Return the images of one prompt as the tower takes them.
+        """Return the images of one prompt as inputs of the tower.
 
         Raises:
-            InvalidRequest: the processor does not take one.
+            InvalidRequest: if the processor rejects an image.
         """
         num_images = len(images) if self._is_together else 1
         return [self._process(image, num_images) for image in images]
 
     def whole(self, image: Image, text: str) -> dict[str, Any]:
-        """Return what the processor's class gives for a text with an image in the place of `{}`.
+        """Return the output of the processor's class for a text with an image in place of `{}`.
 
-        To check a model with: where a class has no code for all of a prompt, this raises.
+        Used for the self-check. It raises if the class has no code for whole prompts.
         """
         prompt = text.replace("{}", self.placeholder)
         return dict(self._processor(images=[image.pixels], text=[prompt], return_tensors="pt"))
 
     def _process(self, image: Image, num_images: int) -> ProcessedImage:
         try:
-            # As often as there are images: then the processor knows how many, and prepares this one so.
+            # Repeated once per image, so that the processor knows their number and prepares this one
+            # accordingly.
             given = [image.pixels] * num_images
             found, texts = self._processor._process_images(
                 [given] if self._is_together else given, **self._options
@@ -91,20 +92,20 @@ class VisionProcessor:
 def load_processor(
     directory: Path, config: Mapping[str, Any], token_id: int, input_names: frozenset[str]
 ) -> VisionProcessor | None:
-    """Return the processor of a checkpoint's files; None, with a line in the log, where they have none.
+    """Return the processor of a checkpoint's files; None, with a warning in the log, if they have none.
 
     Raises:
-        ModelLoadError: it needs a library that is not installed, or its files are damaged.
+        ModelLoadError: if it needs a library that is not installed, or its files are damaged.
     """
     names = ("preprocessor_config.json", "processor_config.json")
     if not any((directory / name).exists() for name in names):
-        logger.warning("the model takes images, but its files have no preprocessor_config.json: none are")
+        logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
         return VisionProcessor(_build(directory, config, names), token_id, input_names)
-    except Exception as error:  # whatever a file makes a class of `transformers` raise
+    except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        raise ModelLoadError(f"the model's image processor cannot be made: {reason}") from error
+        raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error
 
 
 def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -126,10 +127,10 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
 
 
 def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
-    """Return the image processor: the one for Pillow, which gives the same on any machine."""
+    """Return the image processor, in its Pillow version, which gives the same result on any machine."""
     from transformers import AutoImageProcessor
 
-    nested = options.get("image_processor")  # of a processor_config.json that has all in one file
+    nested = options.get("image_processor")  # for a processor_config.json that has everything in one file
     options = nested if isinstance(nested, dict) else options
     if str(options.get("image_processor_type", "")).startswith("Lfm2Vl"):
         return Lfm2Images(options)
@@ -151,7 +152,7 @@ def _processor_class(options: Mapping[str, Any], config: Mapping[str, Any]) -> A
 
 
 def _known_classes() -> dict[str, str]:
-    """Return the names of processors' classes by types of models."""
+    """Return the class names of processors by model type."""
     from transformers.models.auto import processing_auto
 
     found: Any = processing_auto
@@ -166,10 +167,10 @@ def _class_name(options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _image_half(kind: Any) -> Any:
-    """Return a processor's class that can be made without what it has for videos and sounds."""
+    """Return a subclass of a processor's class that can be created without its video and audio parts."""
     written_in: Any = inspect.getmodule(kind)
     if getattr(written_in, "num2words", "") is None:
-        written_in.num2words = str  # which spells numbers of a video's frames
+        written_in.num2words = str  # it spells out numbers of video frames
     return type(f"{kind.__name__}ForImages", (kind,), {"check_argument_for_proper_class": _accept})
 
 
@@ -178,14 +179,14 @@ def _accept(self: Any, name: str, value: Any) -> None:
 
 
 def _image_options(processor: Any) -> dict[str, Any]:
-    """Return what the processor's class says of images."""
+    """Return the image options of the processor's class."""
     merge = processor._merge_kwargs
     kinds = inspect.signature(merge).parameters.get("ModelProcessorKwargs")
-    # 5.19 wants to be given what later versions ask the processor for.
+    # transformers 5.19 must be passed what later versions read from the processor.
     given = [processor.valid_processor_kwargs] if kinds is not None and kinds.default is kinds.empty else []
     merged = merge(*given, tokenizer_init_kwargs=processor.tokenizer.init_kwargs)
     options: dict[str, Any] = dict(merged["images_kwargs"])
-    texts = merged.get("text_kwargs", {})  # where LFM2-VL has one of them, in 5.19
+    texts = merged.get("text_kwargs", {})  # LFM2-VL has one of its options there, in 5.19
     options |= {name: texts[name] for name in ("use_image_special_tokens",) if name in texts}
     named = inspect.signature(processor._process_images).parameters
     options |= {name: merged[name] for name in named if name in merged}
@@ -194,7 +195,7 @@ def _image_options(processor: Any) -> dict[str, Any]:
 
 
 def _tensor(value: Any) -> Tensor:
-    """Return a tensor of arrays, or of a list of them for each image."""
+    """Return a tensor from an array, or from a list of one array per image."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (np.ndarray, Tensor)):

@@ -1,4 +1,4 @@
-"""Steps of a model that sees: as those of any module, but its decoder is given rows instead of ids."""
+"""Steps of a vision model: like those of any module, except that its decoder receives rows instead of ids."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _EYES = {
 
 
 class VisionProgram(GenericProgram):
-    """All sequences of a step in one call of the decoder, images' rows in the places of their tokens.
+    """All sequences of a step in one call of the decoder, with images' rows in place of their tokens.
 
     Attributes:
-        views: what the tower has made of images.
-        eyes: what of a prompt a step must have as a whole.
+        views: Cache of image encodings.
+        eyes: Which parts of a prompt must be in one step.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class VisionProgram(GenericProgram):
         self._inputs: dict[str, Any] = {}
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
-        """Let a slot be of a sequence with these images."""
+        """Assign a slot to a sequence with these images."""
         self._sights[slot] = sight_of(self._model, self._seeing, prompt_ids, images)
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
-        """Encode images ahead of the steps that need them; see `Views.advance`. Also returns what it took."""
+        """Encode images before the steps that need them, as `Views.advance`; also return the time spent."""
         begun = time.monotonic()
         return self.views.advance(images, seconds), time.monotonic() - begun
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
-        """Compute a step; as `GenericProgram.run`."""
+        """Compute a step; see `GenericProgram.run`."""
         with torch.inference_mode():
             self._inputs = self._look(batch)
         return super().run(batch, rows)
@@ -77,11 +77,11 @@ class VisionProgram(GenericProgram):
             self._layers.look_ahead(batch, torch.from_numpy(ends.astype(np.int32)), in_windows=in_windows)
 
     def _decode(self, *_: Any, **__: Any) -> DecoderOutput:
-        """Stand for the part of the model that has the tower and the decoder."""
+        """Replace the part of the model that contains the tower and the decoder."""
         return DecoderOutput(self._decoder(**self._inputs).last_hidden_state)
 
     def _parts(self, batch: ops.FlatRows) -> list[tuple[int, Sight, Any]]:
-        """Return of each row of a step its first token in it, what its sequence sees, and its positions."""
+        """Return, for each row of a step, its first token's index, its `Sight`, and its positions."""
         stops = batch.query_start.tolist()
         positions = batch.positions.astype(np.int64)
         return [
@@ -90,10 +90,10 @@ class VisionProgram(GenericProgram):
         ]
 
     def _look(self, batch: ops.FlatRows) -> dict[str, Any]:
-        """Return what the decoder is given of a step."""
+        """Return the decoder's arguments for a step."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))
         axes: list[Tensor] = []
-        places: list[Tensor] = []  # of rows, in the step
+        places: list[Tensor] = []  # indices in the step of images' rows
         rows: list[Tensor] = []
         deep: list[tuple[Tensor, ...]] = []
         for first, sight, positions in self._parts(batch):
@@ -131,7 +131,7 @@ class VisionProgram(GenericProgram):
 
 
 def _positions(sight: Sight, begin: int, end: int) -> Tensor:
-    """Return the positions [3, end - begin] of a sequence's tokens, all axes alike where there is one."""
+    """Return the positions [3, end - begin] of a sequence's tokens; a single axis is repeated."""
     split = min(max(sight.num_prompt, begin), end) if sight.positions is not None else begin
     behind = (torch.arange(split, end) + sight.delta).expand(3, -1)
     if sight.positions is None or split == begin:

@@ -1,4 +1,4 @@
-"""What each running sequence sees, and where: places of its images' rows, and positions with several axes."""
+"""Which images each running sequence sees, and where: positions of their rows, and multi-axis positions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SeenImage:
-    """An image in a prompt. The request has it: a slot that nobody has taken since keeps no pixels."""
+    """An image in a prompt. Only the request owns it, so that an idle slot keeps no pixels alive."""
 
     image: weakref.ref[ImageInput]
-    places: Ints  # the positions of its rows, ascending
+    places: Ints  # positions of its rows, ascending
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What a sequence sees.
+    """The images of a sequence, and the positions of its tokens.
 
     Attributes:
-        num_prompt: tokens of its prompt.
-        positions: [axes, num_prompt] of the prompt's tokens; None where each is its index.
-        delta: what is added to the index of a token behind the prompt.
+        num_prompt: Number of tokens of its prompt.
+        positions: [axes, num_prompt] positions of the prompt's tokens; None if each is the token's index.
+        delta: Number added to the index of a token after the prompt.
     """
 
     num_prompt: int
@@ -42,7 +42,7 @@ class Sight:
     delta: int = 0
 
     def ends(self, ahead: Ahead, positions: Ints) -> Ints:
-        """Return where what each of these tokens sees ends, at least behind itself."""
+        """Return, for each of these tokens, where the range that it sees ends, at least after itself."""
         ends = positions + 1
         if ahead is Ahead.PROMPT:
             return np.where(positions < self.num_prompt, self.num_prompt, ends)
@@ -56,13 +56,13 @@ NOTHING_SEEN = Sight(0)
 
 
 def runs(places: Ints) -> list[tuple[int, int]]:
-    """Return the runs [first, stop) of successive numbers among ascending ones."""
+    """Return the runs [first, stop) of consecutive numbers in an ascending array."""
     cuts = np.flatnonzero(np.diff(places) != 1) + 1
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, cuts) if len(part)]
 
 
 def sight_of(model: Any, seeing: Seeing, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> Sight:
-    """Return what a sequence of this prompt sees."""
+    """Return the `Sight` of a sequence with this prompt."""
     num_prompt = len(prompt_ids)
     if not images:
         return Sight(num_prompt)
@@ -80,9 +80,9 @@ def sight_of(model: Any, seeing: Seeing, prompt_ids: Sequence[int], images: Sequ
 
 
 def _axes(model: Any, ids: Ints, seen: Sequence[SeenImage], grids: Tensor) -> tuple[Tensor, int]:
-    """Return the positions [axes, n] that the model's own function gives a prompt, and its delta.
+    """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta.
 
-    grids: [images, 3]: of each, its patches in time, height and width.
+    grids: [images, 3], the numbers of patches of each image in time, height and width.
     """
     kinds = np.zeros((1, len(ids)), np.int32)
     for each in seen:

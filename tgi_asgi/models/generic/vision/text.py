@@ -1,6 +1,7 @@
-"""The text decoder inside a model with a vision tower, and what is particular about how it sees.
+"""The text decoder inside a vision model, and the particulars of its image handling.
 
-Everything is asked of the model, but for the masks that it makes outside its decoder: these are named.
+Everything is read from the model, except masks that it creates outside its decoder: those are listed by
+class.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from tgi_asgi.models.generic.discover import arguments
 
 
 class Ahead(enum.Enum):
-    """Which tokens of a prompt see tokens behind them."""
+    """Which tokens of a prompt see later tokens."""
 
     NOTHING = "nothing"
-    IMAGES = "images"  # an image's see each other
-    IMAGES_IN_WINDOWS = "images in windows"  # only in layers that have a window
-    PROMPT = "prompt"  # all
+    IMAGES = "images"  # tokens of an image see each other
+    IMAGES_IN_WINDOWS = "images in windows"  # the same, only in layers that have a window
+    PROMPT = "prompt"  # all tokens of the prompt
 
 
-# What reads an image otherwise than as rows in the places of its tokens.
+# Classes that do not treat an image as rows in place of its placeholder tokens.
 _OTHERWISE = {
-    "Ernie4_5_VLMoeForConditionalGeneration": "sends the tokens of images to experts of their own",
-    "Llama4ForConditionalGeneration": "has its tower beside a decoder with a head, which is not read",
+    "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
+    "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
-    "Ovis2ForConditionalGeneration": "replaces the tokens round an image's, too",
+    "Ovis2ForConditionalGeneration": "also replaces the tokens around an image's",
 }
 _AHEAD = {"Gemma3ForConditionalGeneration": Ahead.IMAGES, "PaliGemmaForConditionalGeneration": Ahead.PROMPT}
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
@@ -38,14 +39,14 @@ _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 @dataclass(frozen=True, slots=True)
 class Seeing:
-    """What a model with a tower has beside a decoder.
+    """Properties of a vision model that text models lack.
 
     Attributes:
-        image_token_id: of the tokens that an image's rows replace.
-        ahead: which tokens see those behind them.
-        has_axes: positions have several axes.
-        has_layer_inputs: layers are given something of each token's id.
-        pad_token_id: what stands for an image's tokens where their ids are read.
+        image_token_id: Id of the placeholder tokens that an image's rows replace.
+        ahead: Which tokens see later tokens.
+        has_axes: Whether positions have several axes.
+        has_layer_inputs: Whether layers receive an extra input for each token id.
+        pad_token_id: Id that replaces placeholder tokens where ids are read.
     """
 
     image_token_id: int
@@ -57,7 +58,7 @@ class Seeing:
 
 
 class TextView(nn.Module):
-    """A model's text decoder, called with ids as a model of text alone is; discovery runs it."""
+    """A vision model's text decoder, callable with ids like a text model; used by discovery."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -86,10 +87,10 @@ class TextView(nn.Module):
 
 
 def find(model: Any) -> Seeing | None:
-    """Return how a model sees; None if it is one of text alone.
+    """Return a model's `Seeing`; None if it is text only.
 
     Raises:
-        ModelLoadError: in a way that is not served.
+        ModelLoadError: if its image handling is not supported.
     """
     config = model.config
     inner = getattr(model, "model", model)
@@ -101,12 +102,10 @@ def find(model: Any) -> Seeing | None:
     text = config.get_text_config()
     token = next((getattr(config, key, None) for key in _TOKEN_NAMES if getattr(config, key, None)), None)
     if token is None:
-        raise ModelLoadError(f"{name} has no token that stands for an image")
+        raise ModelLoadError(f"{name} has no image placeholder token")
     counts = getattr(inner, "get_rope_index", None)
     if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
-        raise ModelLoadError(
-            f"{name} cannot be served: it counts the positions of images in a way of its own"
-        )
+        raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
     decoder = model.get_decoder()
     ahead = _AHEAD.get(name, Ahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
@@ -125,27 +124,27 @@ _TOKEN_NAMES = ("image_token_id", "image_token_index")
 
 
 def takes_layer_inputs(decoder: Any) -> bool:
-    """Tell whether a decoder's layers are given something of each token's id (Gemma 4)."""
+    """Return whether a decoder's layers receive an extra input for each token id (Gemma 4)."""
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0)) and hasattr(
         decoder, "get_per_layer_inputs"
     )
 
 
 def check_looks_through_rows(model: Any) -> None:
-    """Refuse a model that reads an image otherwise than as rows among those of its tokens.
+    """Refuse a model that does not treat an image as rows among those of its tokens.
 
     Raises:
-        ModelLoadError: it has layers that attend to images.
+        ModelLoadError: if it has cross-attention layers for images.
     """
     text = model.config.get_text_config()
     if getattr(text, "cross_attention_layers", None):
         raise ModelLoadError(
-            f"{type(model).__name__} attends to images by layers of cross-attention: it is not served"
+            f"{type(model).__name__} attends to images by cross-attention layers, which are not supported"
         )
 
 
 class DecoderOutput:
-    """What a decoder returned, for code that asks more of it than it has: None."""
+    """A decoder's output for code that expects more attributes than it has: the others are None."""
 
     def __init__(self, rows: Tensor) -> None:
         self.last_hidden_state = rows

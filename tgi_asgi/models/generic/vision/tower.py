@@ -1,8 +1,8 @@
-"""Runs a vision tower piece by piece, so that steps of streams come between.
+"""Runs a vision tower in pieces, so that steps of text streams can run in between.
 
-The tower's code is called as it is. What it is made of (embeddings, the layers of its encoder, what comes
-behind them) remembers the results of a picture, and so do the products of the layer under way: where time is
-up the call is broken off, and the next one comes through what is known at once.
+The tower's code is called unchanged. Its parts (embeddings, encoder layers, what follows them) cache their
+results for an image, and so do the products of the layer in progress. When the time is up, the call is
+aborted; the next call passes through the cached parts at once.
 
     embed ─ layer ─ layer(q k v ✗                 first call: then time is up
     known   known   layer(known  attention o ✗    second call
@@ -24,20 +24,21 @@ from torch import Tensor, nn
 from tgi_asgi.models.generic.modules import PackedModule
 
 NAME = "tgi_tower"
-# Queries times keys of a piece of attention. 256 queries of a tile of 1,024 patches take 11 ms, all of them
-# 41 (12 heads of 64). Of a photo of 12 megapixels Qwen2-VL has 60,000 patches: minutes a layer in one piece.
+# Queries times keys in a piece of attention. For a tile of 1,024 patches (12 heads of 64), 256 queries take
+# 11 ms and all of them 41 ms. A photo of 12 megapixels has 60,000 patches in Qwen2-VL, which would take
+# minutes per layer in one piece.
 ATTENTION_SIZE = 1 << 18
-_LEAST_QUERIES = 128  # where there are 4,096 keys, 64 would cost 40% more a query
+_LEAST_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
 _running = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the tower makes of a picture.
+    """The encoding of an image.
 
     Attributes:
-        rows: [n, hidden]: what takes the place of its tokens.
-        deep: of each of the decoder's first layers, [n, hidden]: what is added behind it (Qwen3-VL).
+        rows: [n, hidden], the rows that replace its placeholder tokens.
+        deep: For each of the decoder's first layers, [n, hidden] rows to add after it (Qwen3-VL).
     """
 
     rows: Tensor
@@ -45,22 +46,22 @@ class View:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of all rows."""
         return sum(each.numel() * each.element_size() for each in (self.rows, *self.deep))
 
 
 class _TimeIsUp(BaseException):
-    """Breaks off a call of the tower; no code of the tower's catches it."""
+    """Aborts a call of the tower; a BaseException, so that the tower's code does not catch it."""
 
 
 class Tower:
-    """A model's vision tower, with what brings its rows to the width of the decoder.
+    """A model's vision tower, including the projection to the decoder's width.
 
         tower.begin(inputs)
         while (view := tower.go_on(seconds)) is None: ...
 
     Attributes:
-        num_pieces: computed so far, of all pictures.
+        num_pieces: Number of pieces computed so far, over all images.
     """
 
     def __init__(self, model: Any) -> None:
@@ -68,7 +69,7 @@ class Tower:
         self._features = self._inner.get_image_features
         self._inputs: Mapping[str, Any] = {}
         self._known: list[Any] = []
-        self._parts: list[Any] = []  # of the piece under way: its tiles
+        self._parts: list[Any] = []  # finished tiles of the piece in progress
         self._products = _Products()
         self._next = 0
         self._ends_at: float | None = None
@@ -83,19 +84,19 @@ class Tower:
             piece.forward = functools.partial(self._run, piece.forward, is_layer)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Take a picture; what is known of another one is forgotten."""
+        """Start an image; discards the results of any other."""
         self.forget()
         self._inputs = inputs
 
     def forget(self) -> None:
-        """Let go of a picture, and of what is known of it."""
+        """Discard the current image and its results."""
         self._inputs, self._known, self._parts = {}, [], []
         self._products.forget()
 
     def go_on(self, seconds: float | None) -> View | None:
-        """Compute pieces, at least one, as long as another is likely to be done in time; None: any time.
+        """Compute pieces, at least one, as long as the next is likely to finish in time (None: no limit).
 
-        Returns None while it is not done.
+        Returns None until the encoding is complete.
         """
         self._next = 0
         self._ends_at = None if seconds is None else time.monotonic() + seconds
@@ -112,7 +113,7 @@ class Tower:
         return _view(found)
 
     def encode(self, inputs: Mapping[str, Any]) -> View:
-        """Compute a picture at once."""
+        """Encode an image at once."""
         self.begin(inputs)
         try:
             view = self.go_on(None)
@@ -122,7 +123,7 @@ class Tower:
         return view
 
     def _run(self, forward: Callable[..., Any], is_layer: bool, *args: Any, **kwargs: Any) -> Any:
-        """Stand for a piece's `forward`."""
+        """Replace a piece's `forward`."""
         if not self._is_inside:
             return forward(*args, **kwargs)
         index, self._next = self._next, self._next + 1
@@ -146,7 +147,7 @@ class Tower:
         return self._known[-1]
 
     def _multiply(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stand for a product in a layer, or its attention."""
+        """Replace the `forward` of a layer's product, or its attention."""
         if not self._is_inside:
             return forward(*args, **kwargs)
         known = self._products.next()
@@ -158,23 +159,23 @@ class Tower:
         return found
 
     def _stop_if_late(self, next_s: float) -> None:
-        """Break off behind a piece where the next one, of about so many seconds, would be late."""
+        """Abort after a piece if the next one, of about `next_s` seconds, would exceed the time."""
         if self._ends_at is not None and time.monotonic() + next_s > self._ends_at:
             raise _TimeIsUp
 
 
 class _Products:
-    """The results of a layer's products so far, and how long they took: as those of the layer before."""
+    """Results of a layer's products so far, and their durations, which predict those of the next layer."""
 
     def __init__(self) -> None:
         self._known: list[Any] = []
         self._taken_s: list[float] = []
-        self._before_s: list[float] = []  # in the last layer: each with what comes before it
+        self._before_s: list[float] = []  # durations in the last layer, each including what precedes it
         self._next = 0
         self._since = 0.0
 
     def begin(self) -> None:
-        """Begin a layer, or come back to it."""
+        """Begin a layer, or return to it."""
         self._next, self._since = 0, time.monotonic()
 
     def next(self) -> Any:
@@ -186,7 +187,7 @@ class _Products:
         return None
 
     def add(self, found: Any) -> float:
-        """Keep a result; return how long the next one is likely to take."""
+        """Store a result; return how long the next one is likely to take."""
         now = time.monotonic()
         self._known.append(found)
         self._taken_s.append(now - self._since)
@@ -195,7 +196,7 @@ class _Products:
         return self._before_s[at] if at < len(self._before_s) else 0.0
 
     def end(self) -> bool:
-        """End a layer, and forget its results; tell whether there were any."""
+        """End a layer and discard its results; return whether there were any."""
         had_any = bool(self._known)
         if had_any:
             self._before_s = self._taken_s
@@ -203,21 +204,21 @@ class _Products:
         return had_any
 
     def forget(self) -> None:
-        """Forget the results."""
+        """Discard the results."""
         self._known, self._taken_s = [], []
 
 
 def input_names(model: Any) -> frozenset[str]:
-    """Return what of an image processor's output a model's tower takes."""
+    """Return the names of the image processor outputs that a model's tower accepts."""
     found = inspect.signature(getattr(model, "model", model).get_image_features).parameters.values()
     return frozenset(each.name for each in found if each.kind is not each.VAR_KEYWORD)
 
 
 def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
-    """Return the parts of a model beside its decoder that are called one after the other, finely cut.
+    """Return the parts of a model, except its decoder, that are called one after the other, finely divided.
 
-    A list of at least two modules is cut into them, what has such a list in it into its children. With each
-    comes whether it is of a list, that is, a layer.
+    A list of at least two modules is divided into them; a module that contains such a list, into its
+    children. Each part comes with whether it is of a list, that is, a layer.
     """
     found: list[tuple[Any, bool]] = []
     for child in root.children():
@@ -235,9 +236,10 @@ def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """Attend as `transformers` does by torch's own function; a tower that runs remembers the results.
+    """Attend with torch's own function, as `transformers` does; a running tower caches the results.
 
-    query, key, value: [n, n_heads, n_tokens, head_dim]. Many queries are some pieces, for all keys each.
+    query, key, value: [n, n_heads, n_tokens, head_dim]. Many queries are split into pieces, each with all
+    keys.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -250,7 +252,7 @@ def _attend(
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if is_causal or kwargs.get("position_bias") is not None:  # whose masks are made of all queries
+    if is_causal or kwargs.get("position_bias") is not None:  # their masks cover all queries
         count = num_queries
     found = []
     for first in range(0, num_queries, count):
@@ -263,7 +265,7 @@ def _attend(
 
 
 def _take_attention(root: nn.Module, decoder: nn.Module) -> None:
-    """Have the attention of a tower be ours, where its code can do with torch's own."""
+    """Install this attention in a tower whose code supports torch's own."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
@@ -292,7 +294,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _num_tiles(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return how many pictures [tiles, patches, width] a layer is given, which do not see each other."""
+    """Return the number of independent images [tiles, patches, width] in a layer's arguments."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] == hidden.shape[1]:
         return 1
@@ -300,7 +302,7 @@ def _num_tiles(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def _tile(value: Any, tile: int, num_tiles: int) -> Any:
-    """Return what one of the tiles has of a layer's arguments."""
+    """Return one tile's part of a layer's arguments."""
     if isinstance(value, tuple):
         return tuple(_tile(each, tile, num_tiles) for each in value)
     if isinstance(value, dict):
@@ -327,6 +329,6 @@ def _deep(found: Any) -> Any:
 
 
 def _joined(rows: Any) -> Tensor:
-    """Return rows [n, hidden] of a tensor of any leading dimensions, or of a list of them."""
+    """Return rows [n, hidden] of a tensor with any leading dimensions, or of a list of such tensors."""
     parts = [rows] if isinstance(rows, Tensor) else list(rows)
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().contiguous()

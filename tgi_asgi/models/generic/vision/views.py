@@ -1,4 +1,4 @@
-"""What the tower made of pictures, kept by their digests: one in the second turn is not encoded again."""
+"""Image encodings, cached by image digest: an image that returns in a later turn is not encoded again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Key = tuple[bytes, int]
 
 
 class Views:
-    """Encodes pictures, a few pieces at a time or at once, and keeps the last ones.
+    """Encodes images, a few pieces at a time or at once, and caches the latest encodings.
 
     Args:
-        max_bytes: of what is kept; the last view is, whatever its size.
+        max_bytes: Maximum bytes of the cache; the latest encoding is kept whatever its size.
 
     Attributes:
-        num_encoded: pictures that the tower has run for.
+        num_encoded: Number of images that the tower has run for.
     """
 
     def __init__(self, tower: Tower, max_bytes: int) -> None:
@@ -32,15 +32,15 @@ class Views:
         self._kept: OrderedDict[Key, View] = OrderedDict()
         self._num_bytes = 0
         self._under_way: Key | None = None
-        self._wanted_by: weakref.ref[ImageInput] | None = None  # of a request: the one under way
+        self._wanted_by: weakref.ref[ImageInput] | None = None  # request image of the encoding under way
         self._failed: OrderedDict[Key, None] = OrderedDict()
         self.num_encoded = 0
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> list[bool]:
-        """Encode in turn until time is up, one piece at least; tell which need no more of this.
+        """Encode images in turn until the time is up, at least one piece; return which need no more of this.
 
-        One that fails needs no more: `get` will raise what it did. To be called in every step, also for no
-        images: then what is known of one that nobody waits for any more is let go of.
+        An image that fails needs no more: `get` will raise its error. Call this in every step, even without
+        images, so that a partial encoding that no request needs any more is released.
         """
         is_unwanted = self._wanted_by is not None and self._wanted_by() is None
         if is_unwanted and self._under_way not in [key_of(image) for image in images]:
@@ -50,16 +50,16 @@ class Views:
             if self._is_done(image):
                 continue
             self._go_on(image, max(ends_at - time.monotonic(), 0.0))
-            # The tower has one under way: to begin the next would be to forget this one.
+            # The tower holds one partial encoding; starting the next image would discard it.
             if not self._is_done(image) or time.monotonic() >= ends_at:
                 break
         return [self._is_done(image) for image in images]
 
     def get(self, image: ImageInput) -> View:
-        """Return what the tower makes of a picture, which is encoded at once if it is not kept.
+        """Return the encoding of an image, which is computed at once if it is not cached.
 
         Raises:
-            Exception: whatever the tower does.
+            Exception: if the tower raises it.
         """
         key = key_of(image)
         view = self._kept.get(key)
@@ -85,7 +85,7 @@ class Views:
                 self.num_encoded += 1
                 self._tower.begin(_inputs(image))
             view = self._tower.go_on(seconds)
-        except Exception:  # a picture that the tower cannot take fails its own request, when its rows are due
+        except Exception:  # the tower's error fails the image's own request when its rows are due
             logger.exception("an image could not be encoded")
             self._end()
             self._failed[key] = None
@@ -97,7 +97,7 @@ class Views:
             self._keep(key, view)
 
     def _end(self) -> None:
-        """Let go of all that is known of the picture under way."""
+        """Release the partial encoding."""
         self._under_way = self._wanted_by = None
         self._tower.forget()
 
@@ -111,7 +111,7 @@ class Views:
 
 
 def key_of(image: ImageInput) -> Key:
-    """Return what names a picture's view: some models see it otherwise where it is one of several."""
+    """Return the cache key of an image: some models encode it differently if it is one of several."""
     return image.digest, image.num_tokens
 
 
