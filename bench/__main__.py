@@ -1,7 +1,7 @@
-"""Measure this server alone in five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
+"""Measure this server on its own in five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
 
-Runs the programs of this folder one after the other, each in a process of its own, and prints their tables,
-then a summary. All JSON objects go to --out, the latency distributions beside it. Other flags are settings
+Runs the programs of this folder one after another, each in its own process, and prints their tables, then a
+summary. Writes all JSON objects to --out and the latency distributions next to it. Other flags are settings
 of the server.
 """
 
@@ -25,7 +25,7 @@ TIMEOUT_S = 180
 
 
 def programs(out: Path, model_id: str, settings: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return what is run: programs and their flags."""
+    """Return the programs to run, with their flags."""
     model = ["--model-id", model_id]
     picture = ["--picture", str(out.with_suffix(".svg"))]
     return [
@@ -40,10 +40,10 @@ def programs(out: Path, model_id: str, settings: Sequence[str]) -> list[tuple[st
 
 
 def run(name: str, flags: Sequence[str]) -> dict[str, Any]:
-    """Run a program, show what it prints but for its JSON object, and return that.
+    """Run a program, print its output except its JSON object, and return that object.
 
     Raises:
-        SystemExit: the program failed, or took longer than `TIMEOUT_S`.
+        SystemExit: if the program fails, or takes longer than `TIMEOUT_S`.
     """
     start_s = time.perf_counter()
     command = [sys.executable, "-m", f"bench.{name}", *flags]
@@ -67,7 +67,7 @@ def run(name: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> list[tuple[str, Any]]:
-    """Return the figures that matter most."""
+    """Return the most important figures."""
     engine = {row["what"]: row for row in found["engine"]["rows"]}
     served = {load["load"]: load for load in found["serve"]["loads"]}
     rows: list[tuple[str, Any]] = [(f"{what}, tokens/s", row["tokens_per_s"]) for what, row in engine.items()]

@@ -1,4 +1,4 @@
-"""Adapters of random values: as `peft` writes them, and as llama.cpp reads them."""
+"""LoRA adapters of random values, in the formats of `peft` and of llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GGUF = {
 def write_adapter(
     folder: Path, targets: Mapping[str, tuple[int, int]], rank: int, random: np.random.Generator
 ) -> None:
-    """Write an adapter on all of a model's products, {path: (rows, columns)}; small, but not nothing."""
+    """Write an adapter on all of a model's products, {path: (rows, columns)}, with small non-zero values."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ def _matrix(random: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def write_gguf(folder: Path) -> None:
-    """Write `adapter.gguf` beside an adapter of `write_adapter`, for a model of the architecture llama."""
+    """Write `adapter.gguf` next to an adapter of `write_adapter`, for a model of the architecture llama."""
     import gguf
     from safetensors.numpy import load_file
 

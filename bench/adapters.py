@@ -1,10 +1,10 @@
-"""What adapters cost: decoding with one, and with eight different ones in a batch of eight, beside none.
+"""The cost of LoRA adapters: decoding without, with one, and with eight different ones in a batch of eight.
 
     python -m bench.adapters --model-id 1b-q8_0.gguf [--rank 16] [--rounds 7] [--llama-programs DIR]
 
-Adapters of random values on all products are written for the model. Rounds are interleaved, a few steps of
-each kind in turn; printed is the median of each and the median of its ratio to the same batch without
-adapters, with the spread of the middle half. With llama.cpp's programs its server gets the same adapters,
+Writes adapters of random values on all products for the model. Rounds are interleaved, a few steps of each
+kind in turn. Prints each kind's median, the median of its ratio to the same batch without adapters, and the
+interquartile range of that ratio. If llama.cpp's programs are given, its server gets the same adapters
 through its API.
 """
 
@@ -29,7 +29,7 @@ _PROMPT = 16
 
 
 class Kind:
-    """A batch: how many sequences, and which adapter each has (None: none)."""
+    """A batch: the number of sequences, and the adapter of each (None: none)."""
 
     def __init__(self, name: str, base: str, which: list[int | None]) -> None:
         self.name, self.base, self.which = name, base, which
@@ -37,7 +37,7 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    """Return what is measured; each kind is compared with its base."""
+    """Return the kinds to measure; each kind is compared with its base."""
     return [
         Kind("x1, none", "x1, none", [None]),
         Kind("x1, one adapter", "x1, none", [0]),
@@ -49,7 +49,7 @@ def kinds() -> list[Kind]:
 
 
 async def measure(engine: Engine, weights: list[Any], rounds: int, steps: int) -> list[Kind]:
-    """Decode with each kind in turn, again and again."""
+    """Decode with each kind in turn, repeatedly."""
     found = kinds()
     for turn in range(rounds + 1):
         for kind in found:
@@ -59,13 +59,13 @@ async def measure(engine: Engine, weights: list[Any], rounds: int, steps: int) -
             await engine.prefill(sequences, CHUNK)
             await engine.decode(sequences, 4)
             taken_s = await engine.decode(sequences, steps) / steps
-            if turn:  # the first warms up
+            if turn:  # the first round warms up
                 kind.times.append(taken_s)
     return found
 
 
 def rows_of(found: list[Kind]) -> list[dict[str, Any]]:
-    """Return a row a kind: the median step, and its ratio to the base's of the same round."""
+    """Return a row per kind: the median step, and its ratio to the base's step of the same round."""
     by_name = {kind.name: kind for kind in found}
     rows = []
     for kind in found:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a turn")
     parser.add_argument("--llama-programs", type=Path, help="folder of llama-server")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of([*arguments, "--enable-lora", "true"])
     files = resolve(settings, lambda stage, done, total: None)

@@ -1,8 +1,8 @@
-"""How fast this machine reads memory right now, by as many threads as it has cores.
+"""Measure this machine's current memory read bandwidth, with as many threads as it has cores.
 
     python -m bench.bandwidth
 
-Every memory-bound figure needs this beside it: virtual machines drift by a factor of two within minutes.
+Every memory-bound figure needs this for comparison: virtual machines drift by a factor of two within minutes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from bench.report import emit, machine, median, table
 
 MIB = 1 << 20
-MODEL_MIB = 96  # the default model's weights: what a decode step reads
+MODEL_MIB = 96  # the default model's weights, which a decode step reads
 
 
 def read_bandwidth(*, num_threads: int | None = None, mib: int = MODEL_MIB, repeats: int = 15) -> float:
     """Return the median GB/s of passes over `mib` MiB in 2 MiB pages, each thread over its own share.
 
-    A maximum of 64-bit integers is one instruction a vector: numpy's runs at the speed of memory, starts no
-    threads of its own and releases the GIL.
+    A maximum of 64-bit integers is one instruction per vector: numpy's implementation runs at the speed of
+    memory, starts no threads of its own and releases the GIL.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
     memory = mmap.mmap(-1, mib * MIB)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     values = np.frombuffer(memory, np.int64)
-    values[:] = 1  # pages exist once they are written
+    values[:] = 1  # pages exist only once they are written
     shares = np.array_split(values, num_threads)
     with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(np.max, shares))  # the first pass starts the threads
@@ -48,7 +48,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print the bandwidth of one thread and of all, by size of what is read."""
+    """Print the bandwidth of one thread and of all threads, by the size of the data read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.parse_args()
     sizes = (8, 24, MODEL_MIB, 1024)

@@ -1,10 +1,10 @@
-"""Make a model of 1.07 billion weights to measure speed with: random bfloat16 weights, a real tokenizer.
+"""Make a model of 1.07 billion weights for speed measurements: random bfloat16 weights, a real tokenizer.
 
     python -m bench.billion directory
 
 The shape is that of the small Llamas: 16 layers, hidden 2,048, 32 query and 8 KV heads of 64, MLP of 8,192.
-Speed does not depend on what the weights say; the tokenizer and the chat template are those of the
-demonstration model, so that prompts and answers are the same as its own.
+Speed does not depend on the values of the weights. The tokenizer and the chat template are those of the
+demonstration model, so prompts and answers have the same lengths.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
 
 
 def shapes(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight, by the name that transformers gives it."""
+    """Return the shape of each weight, by its name in transformers."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     layer = {
@@ -71,7 +71,7 @@ def make(directory: Path, config: dict[str, Any] | None = None) -> None:
     """Write the checkpoint.
 
     Args:
-        config: config.json's content; None: the one above.
+        config: Content of config.json; None: the one above.
     """
     config = config or CONFIG
     export_tokenizer.export(DEMO_MODEL, directory)
@@ -83,7 +83,7 @@ def make(directory: Path, config: dict[str, Any] | None = None) -> None:
     ).items():
         if len(shape) == 1:
             weights[name] = torch.ones(shape, dtype=torch.bfloat16)
-        else:  # in its own type: 1 B of float32 would be 4 GB
+        else:  # in its final type: 1 B of float32 would be 4 GB
             values = torch.empty(shape, dtype=torch.bfloat16)
             weights[name] = values.normal_(0, shape[1] ** -0.5, generator=generator)
     save_file(weights, directory / "model.safetensors", {"format": "pt"})

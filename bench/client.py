@@ -1,7 +1,7 @@
-"""A client of OpenAI's streaming chat that parses nothing while it runs: the server shares its cores.
+"""A client of OpenAI's streaming chat that parses nothing while it runs, because the server shares its cores.
 
-It keeps what arrives with the time of arrival; `Answer.read` makes sense of the bytes when the run is over.
-HTTP/1.1 over plain sockets, connections kept alive; works with any server that speaks the API.
+It stores the received bytes with their arrival times; `Answer.read` parses them when the run is over.
+HTTP/1.1 over plain sockets with kept-alive connections; works with any server that implements the API.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_LAST_CHUNK = b"\n0\r\n\r\n"  # with the end of the line before: a header may end in 0 as well
+_LAST_CHUNK = b"\n0\r\n\r\n"  # including the end of the line before: a header may end in 0 as well
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and the raw bytes of its answer, each piece with its time."""
+    """One request and the raw bytes of its answer, each piece with its arrival time."""
 
-    due_s: float  # when it was meant to be sent: open-loop latency counts from here
+    due_s: float  # when it was meant to be sent; open-loop latency is measured from here
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an exchange said.
+    """The parsed contents of an exchange.
 
     Attributes:
-        due_s, end_s: when it was to be sent, when its last byte came.
-        token_s: when each chunk with text came; a chunk is one token, or a few where a server joins them.
-        num_prompt_tokens, num_tokens: as the server counted them.
-        num_cached_tokens: of the prompt, where the server says.
+        due_s, end_s: When it was to be sent, and when its last byte arrived.
+        token_s: When each chunk with text arrived; a chunk is one token, or a few if a server joins them.
+        num_prompt_tokens, num_tokens: As the server counted them.
+        num_cached_tokens: Cached tokens of the prompt, if the server reports them.
     """
 
     due_s: float
@@ -65,7 +65,7 @@ class Answer:
         """Parse an exchange.
 
         Raises:
-            ValueError: the request failed, or the answer is not a complete stream.
+            ValueError: if the request failed, or the answer is not a complete stream.
         """
         if exchange.error is not None:
             raise ValueError(exchange.error)
@@ -95,7 +95,7 @@ class Answer:
 
 
 class _Times:
-    """Tells when a byte of the body arrived; asked in ascending order."""
+    """Returns when a byte of the body arrived; must be asked in ascending order."""
 
     def __init__(self, pieces: list[tuple[float, bytes]], skip: int) -> None:
         self._pieces = iter(pieces)
@@ -110,7 +110,7 @@ class _Times:
 
 
 def _events(body: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the data of each server-sent event, and where in the body the chunk that completes it ends."""
+    """Yield the data of each server-sent event, and the end of its last chunk within the body."""
     position, rest = 0, b""
     while position < len(body):
         line = body.index(b"\r\n", position)
@@ -122,7 +122,7 @@ def _events(body: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class _Connection(asyncio.Protocol):
-    """One socket: sends a request, notes when the bytes of the answer come."""
+    """One socket: sends a request and records when the bytes of the answer arrive."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -144,7 +144,7 @@ class _Connection(asyncio.Protocol):
             self._num_left = _body_length(data)
         elif self._num_left is not None:
             self._num_left -= len(data)
-        # It may come in two pieces.
+        # The marker may arrive in two pieces.
         self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
         if self._tail == _LAST_CHUNK or (self._num_left is not None and self._num_left <= 0):
             self._finish(None)
@@ -176,7 +176,7 @@ class _Connection(asyncio.Protocol):
 
 
 def _body_length(data: bytes) -> int | None:
-    """Return how much of a body with Content-Length is still to come after the first piece."""
+    """Return how many bytes of a body with Content-Length are still to come after the first piece."""
     head, _, body = data.partition(b"\r\n\r\n")
     for line in head.lower().split(b"\r\n"):
         if line.startswith(b"content-length:"):
@@ -200,7 +200,7 @@ class Client:
         self._idle: list[_Connection] = []
 
     async def chat(self, body: dict[str, Any], *, due_s: float | None = None) -> Exchange:
-        """Send one streaming request and return when its answer has ended, well or badly."""
+        """Send one streaming request and return when its answer has ended, successfully or not."""
         payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
         head = (
             f"POST {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"

@@ -1,14 +1,14 @@
-"""What our routing is worth on Ray Serve: times to first tokens, cache hits, and what one lost replica costs.
+"""The benefit of native routing on Ray Serve: times to first tokens, cache hits, and a lost replica's cost.
 
     python -m bench.cluster [--out bench/results/cluster.json]          # needs pip install 'tgi-asgi[ray]'
 
-Three questions, each on a local Ray that is started and stopped:
+Three measurements, each on a local Ray that is started and stopped:
 
-- `ttft`: two replicas of the default model, one thread each. Conversations with a common system prompt are
-  held with our routing and with Ray's own (power of two choices by queue length), in turn, with equal texts.
-- `hits`: prompt tokens that replicas without a model found in their caches, over what one alone finds.
-- `loss`: streams on three replicas, of which one is killed. Those that it had must end with an error event,
-  the others whole.
+- `ttft`: two replicas of the default model, one thread each. Conversations with a common system prompt run
+  with native routing and with Ray's own (power of two choices by queue length), in turn, with equal texts.
+- `hits`: prompt tokens that replicas without a model find in their caches, relative to a single replica.
+- `loss`: streams on three replicas, of which one is killed. Its streams must end with an error
+  event, the others must be complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RAYS_OWN = "ray"
 
 
 class RayCluster:
-    """A Ray of one machine with Serve in it.
+    """A single-machine Ray with Serve.
 
     with RayCluster() as cluster:
         url = cluster.serve({"num_replicas": 2})
@@ -51,7 +51,7 @@ class RayCluster:
         serve.start(http_options={"port": self._port})
 
     def serve(self, arguments: dict[str, Any], *, name: str = NAME, **options: Any) -> str:
-        """Start an application of ours; return its address once it answers."""
+        """Start one of this project's applications; return its address once it answers."""
         from tgi_asgi.cluster.serving import make_app
 
         self._serve.run(make_app(arguments, **options), name=name, route_prefix=f"/{name}")
@@ -67,7 +67,7 @@ class RayCluster:
         return sorted(each for each in actors if each.startswith(f"SERVE_REPLICA::{name}#model"))
 
     def kill(self, replica: str) -> None:
-        """End an actor at once, as a lost machine does."""
+        """End an actor at once, as if its machine were lost."""
         self._ray.kill(self._ray.get_actor(replica, namespace="serve"))
 
     def delete(self, name: str = NAME) -> None:
@@ -131,7 +131,7 @@ async def converse(url: str, seed: str, options: argparse.Namespace) -> list[Ans
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return what counts of some answers."""
+    """Return the summary figures of some answers."""
     prompt = sum(answer.num_prompt_tokens for answer in answers)
     cached = sum(answer.num_cached_tokens for answer in answers)
     times = spread([answer.ttft_s for answer in answers], 1e3, 1)
@@ -139,7 +139,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def measure_ttft(options: argparse.Namespace) -> dict[str, Any]:
-    """Hold conversations with our routing and with Ray's, in turn."""
+    """Hold conversations with native routing and with Ray's, in turn."""
     arguments = {
         "num_replicas": 2, "num_threads": options.threads, "max_batch_total_tokens": 65536,
         "thread_nice": 0, "log_level": "warn",
@@ -174,7 +174,7 @@ def measure_ttft(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_hits(options: argparse.Namespace) -> dict[str, Any]:
-    """Count cached tokens of one replica and of three, without a model."""
+    """Count the cached tokens of one replica and of three, without a model."""
     from tests.support.local_cluster import toy_loader
 
     small = argparse.Namespace(
@@ -205,7 +205,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def lose_one(cluster: RayCluster, url: str, num_streams: int, *, name: str = NAME) -> dict[str, Any]:
-    """Stream, kill a replica, and tell what became of every stream and of those that came after."""
+    """Stream, kill a replica, and report the outcome of every stream and of those that came later."""
     import httpx
 
     async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--pause-s", type=float, default=1.6, help="before a turn, on average")
     parser.add_argument("--streams", type=int, default=60, help="of `loss`")
     parser.add_argument("--seed", default="1")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     questions = {"ttft": measure_ttft, "hits": measure_hits, "loss": measure_loss}
     record: dict[str, Any] = {}

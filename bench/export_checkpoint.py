@@ -3,8 +3,8 @@
     python -m bench.export_checkpoint model.gguf directory
 
 Weights are float32, which holds every value of a quantised file; llama.cpp's order of rotary rows is undone.
-With it come config.json, the tokenizer and the chat template. Only of models that are Llama without biases,
-rotary scaling and the like.
+Also writes config.json, the tokenizer and the chat template. Supports only models that are Llama without
+biases, rotary scaling and the like.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYER_WEIGHTS = (
 
 
 def weight_names(config: ModelConfig) -> list[str]:
-    """List the names that transformers gives to the weights of a model of the Llama kind."""
+    """List the names of the weights of a Llama model in transformers."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.has_tied_embeddings:
         names.append("lm_head.weight")
@@ -83,7 +83,7 @@ def describe(config: ModelConfig) -> dict[str, object]:
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Tell whether a model is all that `describe` says, and nothing else."""
+    """Return whether a model is fully described by `describe`."""
     first = config.layers[0].rope
     if first is None:
         return False
@@ -97,7 +97,7 @@ def export(path: Path, directory: Path) -> None:
     """Write the checkpoint.
 
     Raises:
-        SystemExit: the model has parts that this script does not write.
+        SystemExit: if the model has parts that this script does not write.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = GgufFile.open(path)

@@ -1,10 +1,10 @@
-"""Write a model's tokenizer as a folder that transformers loads offline: the field's benchmarks want one.
+"""Write a model's tokenizer as a folder that transformers loads offline, as other projects' benchmarks need.
 
     python -m bench.export_tokenizer directory                       # of the demonstration model
     python -m bench.export_tokenizer directory --model-id model.gguf
 
-tokenizer.json has the tokens and what surrounds a text; tokenizer_config.json the special tokens and the chat
-template. `AutoTokenizer.from_pretrained(directory)` then counts as the server does.
+tokenizer.json has the tokens and the tokens added around a text; tokenizer_config.json has the special tokens
+and the chat template. `AutoTokenizer.from_pretrained(directory)` then counts tokens as the server does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write a checkpoint with its linear weights as INT8 W8A8, which vLLM's documentation has for x86.
+"""Write a checkpoint with its linear weights as INT8 W8A8, which vLLM's documentation recommends for x86.
 
     python -m bench.export_w8a8 checkpoint directory
 
-compressed-tensors, "int-quantized": a scale for each row of a weight, activations quantised as they come,
-with a scale for each token. Rounded to nearest: the speed of such a checkpoint does not depend on how it
-was calibrated, its quality does, so that is not to be judged by this one.
+compressed-tensors, "int-quantized": one scale per row of a weight; activations are quantised dynamically,
+with one scale per token. Weights are rounded to nearest: the speed of such a checkpoint does not depend on
+its calibration. Its quality does, so this checkpoint says nothing about quality.
 """
 
 from __future__ import annotations

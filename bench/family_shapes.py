@@ -1,9 +1,9 @@
-"""Make models of about a billion random weights of other families than Llama's, to measure speed with.
+"""Make models of about a billion random weights of families other than Llama, for speed measurements.
 
     python -m bench.family_shapes gemma3 directory
 
-Their shapes are those of published models; the tokenizer is the demonstration model's, with words that no
-text has. `transformers` makes them, so that llama.cpp's converter takes them.
+Their shapes are those of published models; the tokenizer is the demonstration model's, padded with words that
+occur in no text. `transformers` writes them, so llama.cpp's converter accepts them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def make(directory: Path, name: str) -> None:
     """Write a checkpoint of this shape.
 
     Raises:
-        KeyError: there is none of this name.
+        KeyError: if there is no shape of this name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ def make(directory: Path, name: str) -> None:
 
 
 def _fill_vocabulary(path: Path, size: int) -> None:
-    """Give every id a word: llama.cpp's converter cuts off Gemma 3's rows behind the last."""
+    """Give every id a word: llama.cpp's converter cuts off Gemma 3's embedding rows after the last one."""
     tokenizer = json.loads(path.read_text("utf-8"))
     words = tokenizer["model"]["vocab"]
     taken = {*words.values(), *(each["id"] for each in tokenizer["added_tokens"])}

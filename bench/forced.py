@@ -1,10 +1,10 @@
-"""How many tokens of an answer its grammar leaves no choice about: what jumping over them could save.
+"""Count the tokens of an answer that its grammar forces, and the steps that jumping over them could save.
 
     python -m bench.forced [--model-id model.gguf] [--out forced.json]
 
-Walks through the grammars of some schemas along a fitting answer. Where the grammar forces the next tokens,
-they count as forced. When they are known the next step is in flight already, so a run of n saves n - 1 steps.
-Loads no more of the model than its tokenizer.
+Walks through the grammars of some schemas along a matching answer. Tokens for which the grammar allows no
+alternative count as forced. When they become known the next step is already in flight, so a run of n saves n
+- 1 steps. Loads only the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tgi_asgi.text.constrain.source import COMPACT, SPACED, GrammarSource, inlin
 
 
 def record(**properties: Any) -> dict[str, Any]:
-    """Return a schema that asks for all of some properties and allows no others."""
+    """Return a schema that requires all of some properties and allows no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def count(compiler: GrammarCompiler, tokenizer: Any, name: str, *, is_compact: bool) -> dict[str, Any]:
-    """Walk along one answer; count its tokens, those that are forced, and the steps that jumping saves."""
+    """Walk along one answer; count its tokens, the forced ones, and the steps that jumping saves."""
     schema, answer = CASES[name]
     text = json.dumps(answer, separators=(",", ":") if is_compact else None).encode()
     style = COMPACT if is_compact else SPACED
@@ -101,7 +101,7 @@ def count(compiler: GrammarCompiler, tokenizer: Any, name: str, *, is_compact: b
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     with OpenModel(resolve(settings_of(arguments), lambda stage, done, total: None)) as opened:
         tokenizer, _ = opened.read_text()

@@ -1,10 +1,11 @@
-"""A model by both of its implementations in one process, interleaved: our own code, and that of transformers.
+"""Compare a model's two implementations, native and `transformers`, interleaved in one process.
 
     python -m bench.generic --model-id DIRECTORY --quantize Q8_0 [--unrecognised]
 
-With `--unrecognised` the module's own code runs also where it has the common shape.
+With `--unrecognised` the module's own code runs even if it has the common shape.
 
-For every row the ratio of speeds, generic over native: median of the pairs, and the middle half of them.
+Prints for every row the ratio of speeds, generic over native: the median of the pairs, and their
+interquartile range.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All that a GPU can show, by one command: builds, checks, measures, compares.
+"""Everything to run on a GPU in one command: builds, checks, measurements, comparisons.
 
     python -m bench.gpu --only build,ceilings,checks,step [--out FOLDER]  # first: some four minutes
     python -m bench.gpu --only operators,engine,peers                     # builds first if nothing is built
@@ -6,11 +6,11 @@
     python -m bench.gpu --wheels wheels --only served                     # what the server imports, as wheels
     pip download --only-binary=:all: --dest wheels $(python -m bench.gpu --requirements)   # the same Python
 
-Each stage is a process with a deadline: one that fails, hangs or crashes is reported, and the others go on.
-All together are cut off after --limit-s (570). The result is one JSON object in a file, written whenever a
-stage has reported something, so that whoever ends this command loses nothing; a short table is printed after
-each stage. The exit status is 1 unless all is well. The machine needs torch with CUDA, numpy, pytest, ninja,
-pybind11 and nvcc, and no network.
+Each stage is a process with a deadline: one that fails, hangs or crashes is reported, and the others
+continue. All together are cut off after --limit-s (570). The result is one JSON object in a file, which is
+rewritten whenever a stage reports something, so killing this command loses nothing; a short table is printed
+after each stage. The exit status is 1 unless all is well. The machine needs torch with CUDA, numpy, pytest,
+ninja, pybind11 and nvcc, and no network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "tgi-gpu-2"
-TOTAL_S = 570  # of a call of ten minutes
+TOTAL_S = 570  # within a call of ten minutes
 INSTALL_S = 40
 _GRACE_S = 3.0
 _POLL_S = 0.25
@@ -41,7 +41,7 @@ _ROOT = Path(__file__).parents[1]
 _LISTS = ("checks", "ops", "step", "runs", "profile", "skipped")
 _OBJECTS = ("device", "ceilings", "build", "sanitizer")
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-_PACKAGES = _ROOT / "build" / "gpu-packages"  # what --wheels brings, for `served` alone
+_PACKAGES = _ROOT / "build" / "gpu-packages"  # the contents of --wheels, only for `served`
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Stage:
 
     name: str
     deadline_s: float
-    is_needed: bool = True  # for `ok`; a comparison with others is not
-    group: int = 1  # of the stages that fit into one call
+    is_needed: bool = True  # for `ok`; comparisons with other projects are not needed
+    group: int = 1  # the stages of a group fit into one call
 
 
-STAGES = (  # by what they are worth, but for what the later ones need
-    Stage("build", 240, group=0),  # as every call's first
+STAGES = (  # ordered by value, except where later stages depend on earlier ones
+    Stage("build", 240, group=0),  # the first of every call
     Stage("ceilings", 30),
     Stage("checks", 120),
     Stage("step", 150),
@@ -69,7 +69,7 @@ STAGES = (  # by what they are worth, but for what the later ones need
 
 
 def requirements() -> list[str]:
-    """Return what the stages need but for torch: what the project does, its build, and a few of its tests."""
+    """Return the stages' requirements except torch: the project's, its build's, and those of a few tests."""
     needs = re.findall(r"^(?!torch\b)[^#\s;]+", (_ROOT / "requirements.txt").read_text(), re.MULTILINE)
     with open(_ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)
@@ -80,18 +80,18 @@ def requirements() -> list[str]:
         *for_build,
         *(need for need in for_tests if re.match("(pytest|transformers|httpx)>", need)),
     ]
-    return [*found, "setuptools<82"]  # as torch 2.11 wants it
+    return [*found, "setuptools<82"]  # required by torch 2.11
 
 
 def install(wheels: Path) -> str | None:
-    """Unpack the wheels into a folder that the process of `served` sees; return why that failed, or None."""
+    """Unpack the wheels into a folder that only `served` uses; return why that failed, or None."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-compile", "--upgrade"]
     command += ["--find-links", str(wheels), "--target", str(_PACKAGES)]
     return _run_group([*command, *requirements()], INSTALL_S)[0] or None
 
 
 def empty_result(commit: str = "unknown") -> dict[str, Any]:
-    """Return a result in which nothing has happened."""
+    """Return an empty result."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     start: dict[str, Any] = {"schema": SCHEMA, "commit": commit, "utc": now}
     return (
@@ -107,10 +107,10 @@ def run(
     skipped: Sequence[dict[str, Any]] = (),
     commit: str = "unknown",
 ) -> dict[str, Any]:
-    """Run stages of a module in turn; `skipped` failed before them.
+    """Run stages of a module in turn; `skipped` lists stages that failed before them.
 
-    The result is written whenever a stage reports; one that is running is among those skipped, as if this
-    process had been killed just then.
+    The result is written whenever a stage reports; a running stage is listed as skipped, as if this process
+    had been killed at that moment.
     """
     result, start = empty_result(commit), time.monotonic()
     result["skipped"] += skipped
@@ -140,7 +140,7 @@ def run(
 
 
 def write_whole(path: Path, result: dict[str, Any]) -> None:
-    """Write a result so that whoever reads the file, or kills this process, finds one in one piece."""
+    """Write a result atomically: readers find a complete file even if this process is killed."""
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)
@@ -152,10 +152,10 @@ def run_stage(
     result: dict[str, Any],
     changed: Callable[[], None] = lambda: None,
 ) -> tuple[str, str]:
-    """Run a stage's process and merge what it reports as it does; return why it ended badly, and its log.
+    """Run a stage's process and merge its reports as they arrive; return why it ended badly, and its log.
 
-    Both are empty if it did. It appends lines of `[name, value]` to a file whose name is its last argument;
-    what it had written when it was killed counts.
+    Both are empty if it ended well. The process appends lines of `[name, value]` to the file that its last
+    argument names; lines that it wrote before being killed count.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
@@ -176,7 +176,7 @@ def run_stage(
 
 
 def _whole_lines(file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what lines a process has finished since the last call."""
+    """Yield the lines that a process has completed since the last call."""
     while True:
         at = file.tell()
         line = file.readline()
@@ -193,9 +193,9 @@ def _run_group(
     poll: Callable[[], None] = lambda: None,
     environment: dict[str, str] | None = None,
 ) -> tuple[str, str]:
-    """Run a process; at its deadline kill it with all that it started (compilers, servers, sanitizers).
+    """Run a process; at its deadline kill it and its children (compilers, servers, sanitizers).
 
-    Return why it did not end well, and the end of what it printed; both are empty if it did.
+    Return why it did not end well, and the end of its output; both are empty if it did.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -213,7 +213,7 @@ def _run_group(
                     status = process.wait(min(_POLL_S, max(end - time.monotonic(), 0.01)))
                 poll()
             if status is None:
-                process.terminate()  # it may have a server to stop, which is in a group of its own
+                process.terminate()  # it may have a server to stop, which is in another process group
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_GRACE_S)
         finally:
@@ -230,13 +230,13 @@ def _run_group(
 
 
 def _environment(command: Sequence[str]) -> dict[str, str]:
-    """Return what a stage's process has beside ours: that of `served` the wheels, before all else."""
+    """Return extra environment variables of a stage: for `served`, the wheels come first in the path."""
     packages = [str(_PACKAGES)] if "served" in command else []
     return {"PYTHONPATH": os.pathsep.join([*packages, str(_ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def is_ok(result: dict[str, Any]) -> bool:
-    """Tell whether all that is needed ran, every check passed, and no sanitizer found anything."""
+    """Return whether all needed stages ran, every check passed, and no sanitizer found anything."""
     return (
         not any(skipped["needed"] for skipped in result["skipped"])
         and all(check["ok"] for check in result["checks"])
@@ -245,7 +245,7 @@ def is_ok(result: dict[str, Any]) -> bool:
     )
 
 
-_COLUMNS = {  # of the tables: what a stage reports under, and what of it is shown
+_COLUMNS = {  # of the tables: the key that a stage reports under, and the columns shown
     "checks": ("checks", ("op", "dtype", "cases", "worst_rel", "tol", "ok")),
     "step": (
         "step",
@@ -265,7 +265,7 @@ _WHATS = {"engine": ("ttft", "decode", "mixed"), "peers": ("transformers",), "se
 
 
 def table(result: dict[str, Any], stage: str) -> Iterator[str]:
-    """Yield the lines of what a stage has found; each ends where the next is to begin."""
+    """Yield a stage's results as lines; each ends where the next is to begin."""
     if stage in _OBJECTS and result[stage]:
         yield f"  {json.dumps(result[stage])}\n"
     if stage in _TOOLS and stage in result["sanitizer"]:
@@ -288,10 +288,10 @@ def _cell(value: object) -> str:
 
 
 def chosen(only: str | None, *, is_built: bool) -> list[Stage]:
-    """Return the stages that --only names, in their order, behind a build if there is none.
+    """Return the stages that --only names, in their order, after a build if nothing is built.
 
     Raises:
-        SystemExit: there is no such stage.
+        SystemExit: if there is no such stage.
     """
     names = only.split(",") if only else [stage.name for stage in STAGES]
     unknown = sorted(set(names) - {stage.name for stage in STAGES})
@@ -303,7 +303,7 @@ def chosen(only: str | None, *, is_built: bool) -> list[Stage]:
 
 
 def is_built() -> bool:
-    """Tell whether both extensions are there, and no source is newer."""
+    """Return whether both extensions exist and are newer than all sources."""
     built = [*_ROOT.glob("tgi_asgi/_C.*.so"), *_ROOT.glob("tgi_asgi/_cuda.*.so")]
     sources = [path for path in (_ROOT / "csrc").rglob("*") if path.is_file()]
     newest = max(path.stat().st_mtime for path in sources)
@@ -317,12 +317,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results", help="folder of the result")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for `served`")
-    parser.add_argument("--requirements", action="store_true", help="print what the wheels are, and end")
-    parser.add_argument("--only", help="stages, with commas between; default: all")
     parser.add_argument(
-        "--limit-s", type=float, default=TOTAL_S, help="seconds for all; default: %(default)s"
+        "--requirements", action="store_true", help="print the requirements of the wheels and exit"
     )
-    parser.add_argument("--commit", help="what the result is of; default: as git has it")
+    parser.add_argument("--only", help="comma-separated stages; default: all")
+    parser.add_argument(
+        "--limit-s", type=float, default=TOTAL_S, help="seconds for all stages; default: %(default)s"
+    )
+    parser.add_argument("--commit", help="commit that the result is for; default: from git")
     parser.add_argument("--dry-run", action="store_true", help="run nothing; write a result that says so")
     options = parser.parse_args(arguments)
     if options.requirements:

@@ -1,10 +1,10 @@
-"""Host time of a GPU's step: what it takes to launch Llama-3-8B's operators, where these do nothing.
+"""Host time of a GPU step: the time to launch Llama-3-8B's operators when these do nothing.
 
     python -m bench.gpu_host [--layers 32] [--batch 32] [--prompt 512] [--weights int4]
 
-Needs no GPU, but g++: the program of csrc/bindings/cuda is compiled beside operators of no arithmetic, on
-torch's device without memory. Prints one JSON object: how many operators a mixed step is, and the median
-microseconds of launching them all.
+Needs no GPU, only g++: the program of csrc/bindings/cuda is compiled together with operators that compute
+nothing, on torch's meta device. Prints one JSON object: the number of operators in a mixed step, and the
+median microseconds to launch them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.gpu_model import SHAPE, StepKind
 from tests.cuda import emulated_ops
 from tests.emulation import program
 
-# An operator returns the tensor that it has written, if anything.
+# An operator returns the tensor that it has written, if any.
 _NOTHING = """
 #include <torch/library.h>
 
@@ -57,7 +57,7 @@ def _module(names: list[str]) -> str:
 
 
 def main() -> None:
-    """Time a mixed step and print what came of it."""
+    """Time a mixed step and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=SHAPE.num_layers)
     parser.add_argument("--batch", type=int, default=32)

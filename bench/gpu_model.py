@@ -1,6 +1,6 @@
-"""Llama-3-8B's shape with random weights on the device: what a step costs does not depend on their values.
+"""Llama-3-8B's shape with random weights on the device: the cost of a step does not depend on their values.
 
-Used by bench/gpu_stages.py and gpu_runs.py; the forward pass is that of models/decoder.py, over the same
+Used by bench/gpu_stages.py and gpu_runs.py; the forward pass is that of models/decoder.py, with the same
 operators.
 """
 
@@ -35,7 +35,7 @@ GREEDY = SamplingParams(temperature=0.0)
 TOP_P = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
 _KV_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _DRAWS = {"greedy": GREEDY, "top-p": TOP_P}
-# Codes: bits, columns that share a scale, zero point, whether there are offsets.
+# Codes: bits, columns per scale, zero point, whether there are offsets.
 CODES = {
     "int4": (4, 128, 0, True), "q8_0": (8, 32, 128, False), "q6_k": (8, 16, 32, False),
     "fp8": (8, 128, 0, False),
@@ -44,21 +44,21 @@ CODES = {
 
 @dataclass(frozen=True, slots=True)
 class StepKind:
-    """What a step of the random model does."""
+    """The contents of a step of the random model."""
 
     batch: int  # sequences that decode
-    context: int  # tokens of each
-    weights: str = "bf16"  # or a name of `CODES`
+    context: int  # tokens per sequence
+    weights: str = "bf16"  # or a name in `CODES`
     kv: str = "bf16"  # or fp8
-    prompt: int = 0  # tokens of a prompt's chunk beside them, a multiple of a block
-    draw: str = ""  # greedy or top-p; empty: ends with logits
+    prompt: int = 0  # tokens of an additional prompt chunk, a multiple of a block
+    draw: str = ""  # greedy or top-p; empty: the step ends with logits
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that can be called again and again, and what it cannot do without."""
+    """A repeatable step and its minimum costs."""
 
-    call: Callable[[], Tensor]  # returns logits [batch (+ 1), vocab], or the tokens drawn
+    call: Callable[[], Tensor]  # returns logits [batch (+ 1), vocab], or the sampled tokens
     num_bytes: int
     num_flops: int
     num_calls: int  # operators
@@ -68,7 +68,7 @@ class RandomLlama:
     """A model of this shape, for `CudaProgram` and `CudaRunner`.
 
     Args:
-        weights: bf16, or a name of `CODES`; embedding and head stay bf16.
+        weights: Format of the weights, bf16 or a name in `CODES`; embedding and head stay bf16.
     """
 
     def __init__(self, config: ModelConfig, max_positions: int, weights: str = "bf16") -> None:
@@ -95,13 +95,13 @@ class RandomLlama:
 
     @property
     def num_weights(self) -> int:
-        """Weights that each token is multiplied by, but for the head's."""
+        """Number of weights that each token is multiplied by, except the head's."""
         config, hidden = self.config, self.config.hidden_size
         rows = (config.num_heads * 2 + 2 * config.num_kv_heads) * config.head_dim
         return config.num_layers * hidden * (rows + 3 * config.intermediate_size)
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
-        """Return the residual, as `Model.forward`."""
+        """Return the residual stream, like `Model.forward`."""
         config = self.config
         heads, kv_heads, dim, hidden = (
             config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size,
@@ -118,7 +118,7 @@ class RandomLlama:
         return x
 
     def logits(self, x: ops.Value) -> ops.Value:
-        """Return logits, as `Model.logits`."""
+        """Return logits, like `Model.logits`."""
         return ops.head(x, self.norm, self.head)
 
 
@@ -133,10 +133,10 @@ def quantised(name: str, rows: int, columns: int) -> DeviceMatrix:
 
 
 def random_codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
-    """Make a random matrix of one of `CODES`, which comes to about one a column's square root."""
+    """Make a random matrix of one of `CODES`, scaled so that its values are about 1 / sqrt(columns)."""
     bits, group, zero, has_offsets = CODES[name]
     group, device = min(group, columns), gpu_timing.DEVICE
-    most = 256 if bits == 4 else 120  # of FP8 these are numbers
+    most = 256 if bits == 4 else 120  # as FP8, larger codes would not be numbers
     codes = torch.randint(most, (rows, columns * bits // 8), dtype=torch.uint8, device=device)
     scales = torch.rand(rows, columns // group, device=device) * (0.2 if bits == 4 else 0.02) * columns**-0.5
     offsets = -8 * scales if has_offsets else None
@@ -153,7 +153,7 @@ def block_table(batch: int, context: int) -> Tensor:
 
 
 def make_sampler(rows: int, vocab: int, sampling: SamplingParams) -> Callable[[Tensor], Tensor]:
-    """Return a call that draws a token for each row of logits, and returns them."""
+    """Return a call that samples a token for each row of logits and returns the tokens."""
     device = gpu_timing.DEVICE
     state = CudaSampleState(rows, vocab, device)
     for slot in range(rows):
@@ -173,7 +173,7 @@ def make_sampler(rows: int, vocab: int, sampling: SamplingParams) -> Callable[[T
 
 
 def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
-    """Return a step of the random model: sequences that decode, and perhaps a prompt's first chunk."""
+    """Return a step of the random model: sequences that decode, and optionally a prompt's first chunk."""
     device, batch, prompt = gpu_timing.DEVICE, kind.batch, kind.prompt
     longest = max(kind.context, prompt)
     sequences = batch + (1 if prompt else 0)

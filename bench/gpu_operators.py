@@ -1,6 +1,6 @@
-"""What bench/gpu_stages.py times one by one: the kernels in Llama-3-8B's shapes, each beside its peers.
+"""The kernels that bench/gpu_stages.py times one by one: Llama-3-8B's shapes, each compared with its peers.
 
-Peers take data in turn as ours do: neither finds its inputs in the cache.
+Peers rotate their inputs as the native kernels do: neither finds them in the cache.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
 PREFILLS, ROWS, DRAWS = (2048, 8192), (64, 4096), (1, 64)
-PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens: where cuBLAS takes over is to be seen
+PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens; shows where cuBLAS takes over
 _kernels: Any = torch.ops.tgi_cuda
 
 Measurement = tuple[str, str, int, str, list[Call], dict[str, Call]]
 
 
 def makers() -> Iterator[functools.partial[Measurement]]:
-    """Yield what makes each measurement, which takes memory.
+    """Yield a function per measurement that makes it; making it uses memory.
 
-    That is: operator, shape, bytes (or FLOP), the ceiling they meet, calls on rotating data, and peers.
+    A measurement has the operator, shape, bytes (or FLOP), the ceiling that applies, calls on rotating data,
+    and peers.
     """
     for batch, context in DECODES:
         yield functools.partial(_decode, batch, context)
@@ -82,13 +83,13 @@ def _decode(batch: int, context: int) -> Measurement:
 
 
 def _plain_sets(count: int, batch: int, context: int) -> list[tuple[Tensor, Tensor]]:
-    """Return sets of keys and values that lie in one piece."""
+    """Return sets of contiguous keys and values."""
     k, v = (random(count, batch, KV_HEADS, context, HEAD_DIM) for _ in range(2))
     return list(zip(k, v, strict=True))
 
 
 def _flashinfer(q: Tensor, sets: list[tuple[Tensor, Tensor]], context: int) -> Call:
-    """Return FlashInfer's decode on the same pools by one table: made by the first call, if it is there."""
+    """Return FlashInfer's decode on the same pools with one table; the first call imports and plans it."""
     table, kv = sets[0]
 
     @functools.cache
@@ -110,7 +111,7 @@ def _flashinfer(q: Tensor, sets: list[tuple[Tensor, Tensor]], context: int) -> C
 
 
 def _flashinfer_prefill(q: Tensor, sets: list[tuple[Tensor, Tensor]]) -> Call:
-    """Return FlashInfer's attention of one prompt on the same pools, as `_flashinfer` that of decodes."""
+    """Return FlashInfer's attention of one prompt on the same pools; `_flashinfer` is that of decodes."""
     table, kv = sets[0]
 
     @functools.cache
@@ -133,7 +134,7 @@ def _flashinfer_prefill(q: Tensor, sets: list[tuple[Tensor, Tensor]]) -> Call:
 
 
 def _sdpa(q: Tensor, sets: list[tuple[Tensor, Tensor]], *, is_causal: bool) -> dict[str, Call]:
-    """Return torch's own attention by each backend."""
+    """Return torch's own attention with each backend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     attend: Any = torch.nn.functional.scaled_dot_product_attention
@@ -169,7 +170,7 @@ def _prefill(tokens: int) -> Measurement:
 
 
 def _prefill_gathered(tokens: int) -> Measurement:
-    """What `--prompt-attention sdpa` computes, the copies included: to be held against the kernel's time."""
+    """Measure `--prompt-attention sdpa`, copies included, for comparison with the kernel's time."""
     sets = [_pool(1, tokens) for _ in range(copies_past_l2(4 * tokens * KV_HEADS * HEAD_DIM))]
     q = random(tokens, HEADS, HEAD_DIM)
     out, room = torch.empty_like(q), torch.empty_like(sets[0][1]).flatten()
@@ -201,7 +202,7 @@ def _norm(rows: int) -> Measurement:
 
 
 def _compiled(function: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Call:
-    """Return a call of what torch.compile (Triton) makes of a function, when it is first called."""
+    """Return a call of a function compiled by torch.compile (Triton), which compiles at the first call."""
 
     @functools.cache
     def compiled() -> Any:

@@ -1,6 +1,6 @@
 """The stages of bench/gpu.py that run whole models: a step, the engine's loop, `transformers`, a profile.
 
-Weights are random, of Llama-3-8B's shape.
+Weights are random, in Llama-3-8B's shape.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tgi_asgi.runner.load import LoadedModel
 from tgi_asgi.runner.plan import SlotStart, StepRow
 from tgi_asgi.types import SamplingParams
 
-KINDS = (  # by what they are worth
+KINDS = (  # in order of importance
     StepKind(1, 1024), StepKind(64, 1024), StepKind(64, 1024, prompt=512), StepKind(64, 1024, draw="top-p"),
     StepKind(256, 1024), StepKind(16, 8192), StepKind(64, 1024, kv="fp8"), StepKind(1, 1024, "int4"),
     StepKind(16, 1024, "int4"), StepKind(16, 1024, "q8_0"), StepKind(64, 1024, draw="greedy"),
     StepKind(16, 1024), StepKind(16, 8192, kv="fp8"), StepKind(16, 1024, "fp8"), StepKind(1, 8192),
     StepKind(1, 1024, prompt=2048),
 )  # fmt: skip
-DEPENDENT = KINDS[:2]  # also with kernels that begin while the one before still runs
+DEPENDENT = KINDS[:2]  # also with kernels that begin while the previous one still runs
 CONTEXT, STEPS = 1024, 64
 BATCHES = (16, 64, 1)
-PROMPTS = (128, 1024, 4096)  # tokens: the time to the first token of one alone
-CHUNK = 512  # tokens of a prompt beside sequences that decode
+PROMPTS = (128, 1024, 4096)  # tokens: the time to the first token of a single prompt
+CHUNK = 512  # prompt tokens in a step with sequences that decode
 ENGINES = (  # weights, cache, sampling
     ("bf16", "bf16", GREEDY), ("bf16", "bf16", TOP_P), ("bf16", "fp8", GREEDY), ("int4", "bf16", GREEDY),
     ("q8_0", "fp8", TOP_P),
@@ -48,7 +48,7 @@ PROFILED = (StepKind(1, 1024), StepKind(64, 1024, draw="top-p"), StepKind(16, 10
 
 
 def step(report: Report) -> None:
-    """Time steps of the model, as a graph and launch by launch; one that fails is reported, others go on."""
+    """Time steps of the model, as a graph and launch by launch; report failing ones and continue."""
     limits, failed = measure_ceilings(), 0
     for kind in KINDS:
         try:
@@ -63,9 +63,10 @@ def step(report: Report) -> None:
 def time_step(
     kind: StepKind, limits: dict[str, float], report: Report, config: ModelConfig = gpu_model.SHAPE
 ) -> None:
-    """Time one kind of step: the graph first, then without, then with dependent launches.
+    """Time one kind of step: the graph first, then without it, then with dependent launches.
 
-    These must leave the same bits: cuBLAS may take other kernels in a graph, so each is held to its own kind.
+    Dependent launches must produce the same bits. cuBLAS may use other kernels in a graph, so each variant is
+    compared only with its own kind.
     """
     made = gpu_model.make_step(kind, config)
     floor = max(made.num_bytes / limits["read"], made.num_flops / limits["bf16"]) * 1e6
@@ -92,7 +93,7 @@ def _of(kind: StepKind) -> dict[str, Any]:
 
 
 def engine(report: Report) -> None:
-    """Drive the runner as the engine does: steps, time to the first token, prompts beside decoding."""
+    """Drive the runner as the engine does: steps, time to the first token, prompts alongside decodes."""
     for weights, kv, sampling in ENGINES:
         runner = make_runner(gpu_model.SHAPE, CudaDevice(), max(BATCHES), weights, kv)
         name = {"weights": weights, "kv": kv, "draw": "greedy" if sampling is GREEDY else "top-p"}
@@ -111,7 +112,7 @@ def engine(report: Report) -> None:
 def make_runner(
     config: ModelConfig, device: Device, max_batch: int, weights: str = "bf16", kv: str = "bf16"
 ) -> CudaRunner:
-    """Make a runner of a random model, with room for all its sequences."""
+    """Make a runner of a random model, with enough cache for all its sequences."""
     longest = max(CONTEXT + 8 * STEPS, max(PROMPTS) + gpu_model.BLOCK)
     tokens = (max_batch + 1) * (CONTEXT + 8 * STEPS) + longest
     size = KvSize(-(-tokens // gpu_model.BLOCK), gpu_model.BLOCK, 1, torch.bfloat16)
@@ -130,7 +131,7 @@ async def drive(
     busy_us: Callable[[Callable[[], object]], float | None],
     sampling: SamplingParams = GREEDY,
 ) -> None:
-    """Time prompts alone, decode steps of each batch size, and steps that have both.
+    """Time prompts alone, decode steps of each batch size, and steps with both.
 
     `busy_us` returns how long the GPU works in a call.
     """
@@ -173,7 +174,7 @@ async def drive(
 
 
 async def mixed(engine: Engine, batch: int) -> dict[str, Any]:
-    """Time steps in which sequences decode while a prompt comes in, chunk by chunk, one step in flight."""
+    """Time steps in which sequences decode while a prompt is prefilled chunk by chunk, one step in flight."""
     *sequences, newcomer = engine.sequences(batch + 1, CONTEXT, 4 * STEPS)
     await engine.prefill(sequences, 2048)
     await engine.decode(sequences, 4)
@@ -193,7 +194,7 @@ async def mixed(engine: Engine, batch: int) -> dict[str, Any]:
 
 
 def _busy_us(call: Callable[[], object]) -> float | None:
-    """Add up the time of all kernels that run during a call; None where they cannot be observed."""
+    """Return the total time of all kernels that run during a call; None if they cannot be observed."""
     return sum(us for _, _, us in _kernels_of(call)) or None
 
 
@@ -209,7 +210,7 @@ def _kernels_of(call: Callable[[], object]) -> list[tuple[str, int, float]]:
 
 
 def profiler(report: Report) -> None:
-    """Say which kernels steps spend their time in: the fifteen that take most."""
+    """Report the kernels in which steps spend their time: the fifteen that take most."""
     for kind in PROFILED:
         made = gpu_model.make_step(kind)
         made.call()
@@ -237,7 +238,7 @@ def peers(report: Report) -> None:
 
 
 def time_transformers(config: Any, report: Report, batches: tuple[int, ...]) -> None:
-    """Time `transformers` on a random model of this configuration, with the best attention that it has."""
+    """Time `transformers` on a random model of this configuration, with the best available attention."""
     import transformers
 
     try:

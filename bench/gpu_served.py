@@ -1,6 +1,6 @@
-"""The stage of bench/gpu.py that serves: a checkpoint of SmolLM2-135M's shape, random, over sockets.
+"""The serving stage of bench/gpu.py: a checkpoint of SmolLM2-135M's shape, random, over sockets.
 
-It needs what the server imports, which a machine with torch alone has not: `python -m bench.gpu --wheels`.
+It needs the server's dependencies, which a machine with only torch lacks: `python -m bench.gpu --wheels`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def serve(directory: Path, streams: int, requests: int) -> dict[str, Any]:
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any]) -> None:
-    """Write random weights in bfloat16, a tokenizer to which a word is a token, and a chat template."""
+    """Write random weights in bfloat16, a tokenizer in which each word is a token, and a chat template."""
     from safetensors.torch import save_file
 
     from bench.export_checkpoint import weight_names
@@ -80,7 +80,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any]) -> None:
 
 
 def _write_tokenizer(path: Path, vocab_size: int) -> None:
-    """Bytes, each word of `bench.loads` with the space before it, and names for the ids that are left."""
+    """Write a tokenizer of bytes, the words of `bench.loads` with a leading space, and filler names."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokens = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))

@@ -1,6 +1,6 @@
-"""Whether two GPUs compute a small model as one does: the first that NCCL's collectives show of themselves.
+"""Whether two GPUs compute a small model as one does: the first check of NCCL's collectives.
 
-Part of the stage `checks` of bench/gpu.py, where there are two.
+Part of the stage `checks` of bench/gpu.py, if there are two GPUs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SETTINGS: dict[str, Any] = {"max_batch_size": 8, "max_batch_prefill_tokens": 12
 
 
 def check(device_class: type[Device], report: Callable[[str, Any], None], **shape: int) -> bool:
-    """Score a prompt and decode by one device and by two; return whether these agree, where there are two."""
+    """Score a prompt and decode on one device and, if available, on two; return whether the results agree."""
     skipped: dict[str, Any] = {"what": "two ranks", "needed": False}
     if device_class.count() < 2:
         report("skipped", skipped | {"why": f"GPUs that can be seen: {device_class.count()}"})
@@ -83,7 +83,7 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
 
 
 def _logprobs(device: Device, folder: Path, count: int) -> torch.Tensor:
-    """Return the log-probabilities of a prompt's tokens, in three chunks, and of the first two drawn."""
+    """Return the log-probabilities of a prompt's tokens, in three chunks, and of the first two samples."""
     from tests.support.driving import Job, generate
 
     with _runner(device, folder, count) as runner:

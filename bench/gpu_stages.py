@@ -1,6 +1,6 @@
-"""The stages of bench/gpu.py that look at kernels, each a process: `python -m bench.gpu_stages STAGE REPORT`.
+"""The kernel stages of bench/gpu.py, each in its own process: `python -m bench.gpu_stages STAGE REPORT`.
 
-Those that run whole models are in gpu_runs.py. What a stage reports is in its file at once.
+gpu_runs.py has the stages that run whole models. A stage's reports are written to its file immediately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Report = Callable[[str, Any], None]
 
 
 def build(report: Report) -> None:
-    """Build the extension for the GPU that is there."""
+    """Build the extension for the installed GPU."""
     start = time.monotonic()
     environment = os.environ | {"TGI_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
     environment.setdefault("TORCH_CUDA_ARCH_LIST", _architecture(torch.cuda.get_device_capability()))
@@ -41,13 +41,13 @@ def build(report: Report) -> None:
 
 
 def _architecture(capability: tuple[int, int]) -> str:
-    """Name what is compiled for: this GPU alone, a third of the time, with Hopper's own instructions."""
+    """Return the target architecture: only this GPU (a third of the time), with Hopper's instructions."""
     name = ".".join(map(str, capability))
     return f"{name}a" if capability == (9, 0) else name
 
 
 def ceilings(report: Report) -> None:
-    """Measure what the device can do: copying, reading, multiplying."""
+    """Measure the device's limits: copying, reading, multiplying."""
     properties = torch.cuda.get_device_properties(0)
     report(
         "device",
@@ -60,7 +60,7 @@ def ceilings(report: Report) -> None:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Return bytes a second of copying (read and written) and reading, and FLOP a second in bfloat16."""
+    """Return bytes per second of copying (read and written) and reading, and FLOP per second in bfloat16."""
     big = torch.randn(1 << 28, device=gpu_timing.DEVICE)
     other = torch.empty_like(big)
     copy_us = time_calls([lambda: other.copy_(big)]).us
@@ -75,10 +75,10 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def checks(report: Report) -> None:
-    """Hold every operator to its float64 reference on real sizes.
+    """Compare every operator with its float64 reference at realistic sizes.
 
-    A row's `worst_rel` is what came nearest to its limit, `tol`: of a whole tensor, its worst element against
-    the largest, or a probability. A limit of 0 is equality.
+    A row's `worst_rel` is the distance that came nearest to its limit, `tol`: of a whole tensor, of its worst
+    element relative to the largest, or of a probability. A limit of 0 means equality.
     """
     from tests.cuda import cases
     from tests.cuda.gpu_device import GpuDevice
@@ -103,7 +103,7 @@ def checks(report: Report) -> None:
 
 
 def _nearest(distances: Sequence[Any]) -> dict[str, float | None]:
-    """Return the distance that came nearest to its limit, or beyond; None where it is no number."""
+    """Return the distance nearest to or furthest beyond its limit; None if it is not a number."""
     if not distances:
         return {"worst_rel": None, "tol": None}
     nearest = max(distances, key=lambda distance: (distance.share, distance.limit))
@@ -116,9 +116,9 @@ def _kind(case: Any) -> tuple[str, str]:
 
 
 def operators(report: Report) -> None:
-    """Time each kernel in Llama-3-8B's shapes against its floor, and against the fastest peer that runs.
+    """Time each kernel in Llama-3-8B's shapes against its lower bound and the fastest peer that runs.
 
-    One that cannot be measured is reported, and the others go on.
+    A kernel that cannot be measured is reported, and the others continue.
     """
     from bench.gpu_operators import makers
 
@@ -153,27 +153,27 @@ def compare(us: float, peers: dict[str, Call]) -> dict[str, Any]:
 
 
 def memcheck(report: Report) -> None:
-    """Look for bad addresses."""
+    """Check for invalid addresses."""
     _sanitize("memcheck", report)
 
 
 def racecheck(report: Report) -> None:
-    """Look for races in shared memory."""
+    """Check for races in shared memory."""
     _sanitize("racecheck", report)
 
 
 def synccheck(report: Report) -> None:
-    """Look for barriers that not all threads reach."""
+    """Check for barriers that not all threads reach."""
     _sanitize("synccheck", report)
 
 
 def initcheck(report: Report) -> None:
-    """Look for reads of what nobody wrote."""
+    """Check for reads of uninitialised memory."""
     _sanitize("initcheck", report)
 
 
 def _sanitize(name: str, report: Report) -> None:
-    """Run the small cases under a tool of compute-sanitizer's, kernels of torch left out."""
+    """Run the small cases under a tool of compute-sanitizer, excluding torch's kernels."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise FileNotFoundError("there is no compute-sanitizer")
@@ -194,15 +194,15 @@ STAGES = (build, ceilings, checks, operators, memcheck, racecheck, synccheck, in
 
 
 def main(name: str, path: str) -> None:
-    """Run a stage, of this module, gpu_runs or gpu_served; what it reports is in the file at once."""
+    """Run a stage of this module, gpu_runs or gpu_served; its reports are written to the file immediately."""
     stages = {stage.__name__: stage for stage in STAGES}
     if name not in stages:  # imported only now: they need the extension, which the first stage builds
         from bench import gpu_runs, gpu_served
 
         stages = {stage.__name__: stage for stage in (*gpu_runs.STAGES, *gpu_served.STAGES)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # so that what it started ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # so that child processes end, too
     if name != "build":
-        importlib.import_module("tgi_asgi._cuda")  # has torch know its operators
+        importlib.import_module("tgi_asgi._cuda")  # registers the operators with torch
     with open(path, "a", buffering=1) as file:
         stages[name](lambda key, value: print(json.dumps([key, value]), file=file))
 

@@ -1,6 +1,7 @@
-"""How bench/gpu_*.py time what a GPU does: medians of CUDA events over inputs that rotate past the L2 cache.
+"""GPU timing for bench/gpu_*.py: medians of CUDA events over inputs that rotate past the L2 cache.
 
-A kernel of less than 20 us is as long as its launch: such calls are timed 20 at a time inside a CUDA graph.
+A kernel of less than 20 us takes no longer than its launch, so such calls are timed 20 at a time inside a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 DEVICE = torch.device("cuda")
-L2_BYTES = 256 << 20  # more than any cache: inputs together are at least this
+L2_BYTES = 256 << 20  # more than any cache: the total size of the inputs is at least this
 SHORT_US = 20.0
 CALLS_A_GRAPH = 20
 _RUNS = 21
@@ -24,21 +25,21 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a call takes."""
+    """The time of a call."""
 
     us: float  # the median
-    spread: float  # the middle half of all runs over the median
+    spread: float  # interquartile range of all runs, relative to the median
     in_graph: bool = False  # timed among others in a CUDA graph, without launches
 
     def row(self) -> dict[str, Any]:
-        """Return it as a result has it."""
+        """Return the timing in the form of a result."""
         return {"us": round(self.us, 2), "spread": round(self.spread, 3), "in_graph": self.in_graph}
 
 
 def time_calls(calls: Sequence[Call], *, may_capture: bool = True) -> Timing:
-    """Return the time of one of `calls`, which do the same on data of their own, taken in turn.
+    """Return the time of one of `calls`, which do the same on different data and are made in turn.
 
-    With `may_capture` short ones are timed inside a graph, unless they cannot be captured.
+    With `may_capture` short calls are timed inside a graph, unless they cannot be captured.
     """
     turn = in_turn(calls)
     for _ in range(min(_WARM_UP, len(calls))):
@@ -54,7 +55,7 @@ def time_calls(calls: Sequence[Call], *, may_capture: bool = True) -> Timing:
 
     try:
         replay = capture(many)
-    except RuntimeError:  # it waits for the device, or a library of it does
+    except RuntimeError:  # it, or a library that it uses, waits for the device
         return single
     replay()
     together = _time(replay)
@@ -68,12 +69,12 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 
 def copies_past_l2(num_bytes: int) -> int:
-    """Return how many sets of inputs of this size no cache holds together."""
+    """Return the number of input sets of this size that together exceed any cache."""
     return max(1, min(_RUNS, -(-L2_BYTES // max(num_bytes, 1))))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Return random numbers on the device: never zeros, which cost a GPU less."""
+    """Return random numbers on the device, never zeros, which need less power."""
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
@@ -89,7 +90,7 @@ def _time(call: Call) -> Timing:
     return Timing(middle, (times[len(times) * 3 // 4] - times[len(times) // 4]) / max(middle, 1e-9))
 
 
-# What a test without a GPU puts others in the place of.
+# The functions that a test without a GPU replaces.
 
 
 def make_event() -> Any:
@@ -99,12 +100,12 @@ def make_event() -> Any:
 
 
 def synchronize() -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all its work."""
     torch.cuda.synchronize()
 
 
 def capture(call: Callable[[], object]) -> Call:
-    """Return the replay of a CUDA graph of a call, which has been called before."""
+    """Return the replay of a CUDA graph of a call, which must have been called before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -1,12 +1,12 @@
-"""What a grammar costs: steps with constrained rows and steps without, in turn, on the bare runner.
+"""The cost of a grammar: steps with constrained rows and steps without, in turn, on the bare runner.
 
     python -m bench.grammar [--model-id model.gguf] [--streams 1,64] [--out bench/results/grammar.json]
 
-Two sets of sequences with the same prompts decode in turn, a step each: one is free, of the other every
-second sequence (so, a single one) has a grammar. The grammars ask for endless lists: nobody runs out of them.
-The ratio is the median of those of neighbouring steps, so that other programs' doing counts little. A step is
-submitted when the one before is done, so the times have the runner's hand-over in them.
-Unknown flags are our server's settings, as its command line takes them.
+Two sets of sequences with the same prompts decode alternately, one step each. One set is free; in the other
+every second sequence (a single sequence, too) has a grammar. The grammars describe endless lists, so that no
+sequence reaches their end. The ratio is the median of the ratios of neighbouring steps, so other programs'
+activity matters little. A step is submitted when the previous one is finished, so the times include the
+runner's hand-over. Unknown flags are settings of the project's server, as on its command line.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import SamplingParams
 
 CONTEXT = 64  # prompt tokens
-PREFILL = 16  # prompts a step
-WARM_UP = 8  # steps that nobody times: a grammar's first masks build most of its automaton
+PREFILL = 16  # prompts per step
+WARM_UP = 8  # untimed steps: a grammar's first masks build most of its automaton
 PROMPT = "Fill in the form for each of the customers in this list, one after the other: "
 
 
@@ -75,7 +75,7 @@ class Bench:
         self._grammars = {name: compiler.compile(source) for name, source in GRAMMARS.items()}
 
     async def compare(self, streams: int, name: str, steps: int) -> dict[str, Any]:
-        """Measure `steps` steps of free streams, and as many of streams half of which are constrained."""
+        """Measure `steps` steps of free streams, and as many of streams of which half are constrained."""
         sequences = self._engine.sequences(2 * streams, CONTEXT, steps + WARM_UP)
         bound = range(streams, 2 * streams, 2)
         for first in range(0, len(sequences), PREFILL):
@@ -120,9 +120,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--streams", type=numbers(int), default=[1, 64], help="streams at a time: 1,64")
-    parser.add_argument("--steps", type=int, default=400, help="of each kind, divided by the streams")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="steps of each kind, divided by the number of streams"
+    )
     parser.add_argument("--least", type=int, default=20, help="but at least these")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of(arguments)
     files = resolve(settings, lambda stage, done, total: None)

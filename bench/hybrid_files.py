@@ -1,6 +1,6 @@
 """The layers of published models with gated delta nets or latent attention, for `bench.moe_files` to write.
 
-Formats are those that llama.cpp's Q4_K_M gives each tensor.
+The formats are those that llama.cpp's Q4_K_M assigns to each tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Tensors = dict[str, tuple[str, Shape]]
 
 @dataclass(frozen=True, slots=True)
 class DeltaModel:
-    """Qwen3.5, dense: a gated delta net in all layers but each fourth, and tied embeddings."""
+    """Qwen3.5, dense: a gated delta net in all layers except every fourth, and tied embeddings."""
 
     name = "qwen35"
     num_experts = top_k = 1
@@ -30,12 +30,12 @@ class DeltaModel:
     delta_dim: int
 
     def ends(self, vocab_size: int) -> Tensors:
-        """Return format and shape of what is before and behind the layers."""
+        """Return format and shape of the tensors before and after the layers."""
         norm = ("F32", (self.hidden,))
         return {"token_embd.weight": ("Q6_K", (vocab_size, self.hidden)), "output_norm.weight": norm}
 
     def layer(self, index: int, *, has_more: bool) -> Tensors:
-        """Return those of a layer, which may be one that gets more bits."""
+        """Return format and shape of a layer's tensors; `has_more`: the layer gets more bits."""
         hidden, size, more = self.hidden, self.size, "Q6_K" if has_more else "Q4_K"
         found: Tensors = {
             "attn_norm.weight": ("F32", (hidden,)), "post_attention_norm.weight": ("F32", (hidden,)),
@@ -61,7 +61,7 @@ class DeltaModel:
         }  # fmt: skip
 
     def numbers(self) -> dict[str, Any]:
-        """Return what the file's metadata says of it."""
+        """Return the model's sizes for the file's metadata."""
         return {
             "feed_forward_length": self.size, "attention.head_count": self.num_heads,
             "attention.head_count_kv": self.num_kv_heads, "attention.key_length": self.head_dim,
@@ -75,7 +75,7 @@ class DeltaModel:
 
 @dataclass(frozen=True, slots=True)
 class LatentModel:
-    """GLM 4.7 Flash, and what else has DeepSeek V3's layers: the first is dense."""
+    """GLM 4.7 Flash, and other models with DeepSeek V3's layers: the first layer is dense."""
 
     name = "deepseek2"
     num_layers: int
@@ -84,17 +84,17 @@ class LatentModel:
     num_heads: int
     query_rank: int
     rank: int
-    key_dim: int  # of a head, without what turns
+    key_dim: int  # of a head, without its rotated part
     rotary_dim: int
     value_dim: int
     dense_size: int
     num_experts: int
     top_k: int
-    size: int  # of an expert, and of the one that all tokens have
+    size: int  # of an expert, and of the shared one
     scale: float
 
     def ends(self, vocab_size: int) -> Tensors:
-        """Return format and shape of what is before and behind the layers."""
+        """Return format and shape of the tensors before and after the layers."""
         shape = (vocab_size, self.hidden)
         norm = ("F32", (self.hidden,))
         return {
@@ -102,7 +102,7 @@ class LatentModel:
         }  # fmt: skip
 
     def layer(self, index: int, *, has_more: bool) -> Tensors:
-        """Return those of a layer, which may be one that gets more bits."""
+        """Return format and shape of a layer's tensors; `has_more`: the layer gets more bits."""
         hidden, heads, more = self.hidden, self.num_heads, "Q6_K" if has_more else "Q4_K"
         found: Tensors = {
             "attn_norm.weight": ("F32", (hidden,)), "ffn_norm.weight": ("F32", (hidden,)),
@@ -111,7 +111,8 @@ class LatentModel:
             "attn_q_b.weight": ("Q4_K", (heads * (self.key_dim + self.rotary_dim), self.query_rank)),
             "attn_kv_a_mqa.weight": ("Q4_K", (self.rank + self.rotary_dim, hidden)),
             "attn_kv_a_norm.weight": ("F32", (self.rank,)),
-            "attn_k_b.weight": ("Q5_0", (heads, self.rank, self.key_dim)),  # whose rows no Q4_K divides
+            # Its rows are not a multiple of Q4_K's block.
+            "attn_k_b.weight": ("Q5_0", (heads, self.rank, self.key_dim)),
             "attn_v_b.weight": ("Q4_K", (heads, self.value_dim, self.rank)),
             "attn_output.weight": ("Q4_K", (hidden, heads * self.value_dim)),
         }  # fmt: skip
@@ -131,7 +132,7 @@ class LatentModel:
         }  # fmt: skip
 
     def numbers(self) -> dict[str, Any]:
-        """Return what the file's metadata says of it."""
+        """Return the model's sizes for the file's metadata."""
         return {
             "feed_forward_length": self.dense_size, "attention.head_count": self.num_heads,
             "attention.head_count_kv": 1, "attention.key_length": self.rank + self.rotary_dim,

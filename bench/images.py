@@ -1,12 +1,13 @@
-"""What streams notice of an image that arrives, beside a text prompt of the same cost.
+"""The effect of an arriving image on running streams, compared with a text prompt of the same cost.
 
     python -m bench.images [--edge 1024] [--streams 4] [--repeats 8] [--out FILE]
 
-The model has the shape of SmolVLM-256M-Instruct, with random weights (`bench.images_model`). First the length
-of a text prompt is found whose time to the first token is the image's where nothing else runs. Then, in turn,
-an image and such a prompt come to streams that decode. For each: the times between the streams' tokens (ITL)
-from when the prompt was sent to when its first token came, and that time (TTFT). The ratio is p99 of ITL,
-image over text, of the two of a turn: its median, the least and the most. Unknown flags go to the server.
+The model has the shape of SmolVLM-256M-Instruct, with random weights (`bench.images_model`). First the
+program finds the length of a text prompt whose time to the first token on an idle server equals the image's.
+Then images and such prompts arrive alternately while streams decode. For each it measures the times between
+the streams' tokens (ITL) from sending the prompt to its first token, and that time itself (TTFT). The ratio
+is the p99 of ITL, image over text, within a turn; its median, minimum and maximum are printed. Unknown flags
+go to the server.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from bench.servers import Server
 _TUNING_ROUNDS = 6
 _TUNED_SHARE = 0.05  # how near the text prompt's time must come to the image's
 _ANSWER_TOKENS = 4
-_WARM_UP_S = 1.5  # streams decode before the prompt comes
+_WARM_UP_S = 1.5  # streams decode for this long before the prompt arrives
 
 
 @dataclass(slots=True)
 class Arrivals:
-    """What was measured of one kind of prompt.
+    """The measurements of one kind of prompt.
 
     Attributes:
-        itl_s: of each turn, the times between tokens of all streams while the prompt was computed.
+        itl_s: Per turn, the times between tokens of all streams while the prompt was computed.
     """
 
     itl_s: list[list[float]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Arrivals:
 
     @property
     def p99_s(self) -> list[float]:
-        """Of each turn."""
+        """Return the p99 of each turn."""
         return [percentile(each, 0.99) for each in self.itl_s]
 
     def summary(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Arrivals:
 
 
 class Load:
-    """Sends streams, images and texts, each unlike all before."""
+    """Sends streams, images and texts, each different from all before."""
 
     def __init__(self, url: str, options: argparse.Namespace) -> None:
         self._client, self._options = Client(url), options
@@ -76,11 +77,11 @@ class Load:
         return Answer.read(await self._client.chat(body))
 
     def prompt(self, kind: str) -> Any:
-        """Return the content of an image's prompt or of a text's."""
+        """Return the content of an image prompt or of a text prompt."""
         return self._image() if kind == "image" else self._text(self.num_words)
 
     async def tune(self) -> float:
-        """Find the text's length; return the time to the first token of an image alone, in seconds."""
+        """Find the text's length; return the seconds to the first token of an image on an idle server."""
         image_s = statistics.median([(await self.ask(self._image())).ttft_s for _ in range(4)][1:])
         for _ in range(_TUNING_ROUNDS):
             text_s = min([(await self.ask(self._text(self.num_words))).ttft_s for _ in range(2)])
@@ -90,7 +91,7 @@ class Load:
         return image_s
 
     async def arrive(self, kind: str, into: Arrivals) -> list[float]:
-        """Let a prompt come to the streams; return the times between their tokens after it, alone."""
+        """Send a prompt while the streams run; return the times between their tokens after its answer."""
         options = self._options
         streams = [
             asyncio.create_task(self.ask(self._text(10), options.stream_tokens))
@@ -128,7 +129,7 @@ class Load:
 
 
 async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Tune, then let images and texts come in turn."""
+    """Tune, then send images and texts in turn."""
     load = Load(url, options)
     found = {"image": Arrivals(), "text": Arrivals()}
     alone: list[float] = []
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, help="folder of the checkpoint, to make it once (default: none)"
     )
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     record: dict[str, Any] = {"bench": "images", "command": command_line(), "machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:

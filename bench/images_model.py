@@ -1,7 +1,7 @@
 """Writes a checkpoint of the shape of SmolVLM-256M-Instruct with random weights, a tokenizer and a processor.
 
-The speed is that of the real one, what it says means nothing; its context is longer, for texts that cost as
-much as an image. Called by `bench.images`.
+It is as fast as the real model, but its output is meaningless; its context is longer, for texts that cost as
+much as an image. Used by `bench.images`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 
 VOCAB_SIZE = 49_280
-TILE = 512  # pixels a side
+TILE = 512  # pixels per side
 _IMAGE, _ROUND, _WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 _TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 _SPECIAL = ["<s>", "</s>", "<pad>", _IMAGE, _ROUND, _WHOLE, *_TILES]
@@ -27,7 +27,7 @@ def make_checkpoint(folder: Path, longest_edge: int) -> None:
     """Write the checkpoint.
 
     Args:
-        longest_edge: pixels that images are brought to, before they are cut into tiles.
+        longest_edge: Size in pixels to which images are scaled before they are cut into tiles.
     """
     import torch
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, longest_edge: int) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of letters, and of as many beginnings of words as the vocabulary has room for."""
+    """Write a tokenizer of letters, and of as many beginnings of words as fit in the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     texts = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -1,9 +1,8 @@
-"""Medians and ratios of a few rounds, with the interval that a bootstrap gives them.
+"""Medians and ratios over a few rounds, with bootstrap intervals.
 
-Rounds are what is drawn again (Efron and Tibshirani, An Introduction to the Bootstrap,
-1993, chapter 13: the percentile interval). A ratio is taken within a round, of two contenders that were
-measured within minutes of each other, so that a machine that is faster in one round than in another does
-not widen it.
+The bootstrap resamples rounds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13: the
+percentile interval). A ratio is taken within a round, between two contenders measured within minutes of each
+other, so speed differences of the machine between rounds do not widen the interval.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A median over rounds, and the interval that holds the true one with `CONFIDENCE`."""
+    """A median over rounds, and the interval that contains the true one with probability `CONFIDENCE`."""
 
     median: float
     low: float
@@ -28,16 +27,16 @@ class Estimate:
     rounds: int
 
     def rounded(self) -> dict[str, float]:
-        """Return it for a record: four significant digits, and no interval of a single round."""
+        """Return it for a record, to four significant digits; a single round has no interval."""
         names = ("median", "low", "high") if self.rounds > 1 else ("median",)
         return {**{name: float(f"{getattr(self, name):.4g}") for name in names}, "rounds": self.rounds}
 
 
 def estimate(values: Sequence[float], *, resamples: int = RESAMPLES) -> Estimate:
-    """Return the median of values, one a round, with its bootstrap interval. Repeatable: the seed is fixed.
+    """Return the median of values, one per round, with its bootstrap interval. Repeatable: the seed is fixed.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: if there are no values.
     """
     if not values:
         raise ValueError("an estimate needs at least one value")
@@ -53,11 +52,11 @@ def advantage(
     """Return how many times better ours is (above 1: ours is better), paired by round.
 
     Args:
-        ours, theirs: a figure by round. Rounds that one of them lacks do not count.
-        is_lower_better: it is a time or a size: theirs over ours.
+        ours, theirs: A figure by round. Rounds that one of them lacks do not count.
+        is_lower_better: Whether the figure is a time or a size; the ratio is then theirs over ours.
 
     Returns:
-        None if no round has both, or a divisor is zero: nothing is so many times better than nothing.
+        None if no round has both, or a divisor is zero.
     """
     above, below = (theirs, ours) if is_lower_better else (ours, theirs)
     rounds = sorted(ours.keys() & theirs.keys())

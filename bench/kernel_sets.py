@@ -1,10 +1,10 @@
-"""Every set of kernels that this machine runs, operator by operator: share of its own peak, and of bandwidth.
+"""All kernel sets that this machine runs, operator by operator: share of the set's peak and of bandwidth.
 
     python -m bench.kernel_sets --out bench/results/kernels-zen4.json
 
 Runs `bench.kernels` for each set (TGI_ISA) and model: the default one, and Llama 1B's shape in Q8_0 and
-Q4_K_M. Sets take turns, `--rounds` times; of each operator the round with the fastest time is kept, with the
-peak and the bandwidth of that round. Unknown flags are `bench.kernels`' own.
+Q4_K_M. Sets take turns, `--rounds` times; for each operator the fastest round is kept, with that round's peak
+and bandwidth. Unknown flags go to `bench.kernels`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bench.shapes import SHAPES
 from tgi_asgi import _C
 
 ROOT = Path(__file__).parent.parent
-SLOW = ("portable", "amx_model")  # never serve by themselves
+SLOW = ("portable", "amx_model")  # never selected for serving
 DEFAULT = "default"
 
 
 def measure(name: str, model: str, arguments: list[str]) -> dict[str, Any]:
-    """Return what `bench.kernels` says of a model by one set of kernels."""
+    """Return the output of `bench.kernels` for a model with one kernel set."""
     chosen = [] if model == DEFAULT else ["--shape", model]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
@@ -41,7 +41,7 @@ def measure(name: str, model: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def fastest(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each operator's fastest round, in their order, with numbers that can be read."""
+    """Return each operator's fastest round, in order, with rounded numbers."""
     rows = []
     for same in zip(*(each["operators"] for each in rounds), strict=True):
         row = min(same, key=lambda each: float(each["ms"]))
@@ -52,13 +52,13 @@ def fastest(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure all, and keep them in one object."""
+    """Measure all sets and write one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     sets = [name for name in _C.kernel_sets() if name not in SLOW]
     parser.add_argument("--sets", nargs="+", choices=_C.kernel_sets(), default=sets)
     parser.add_argument("--models", nargs="+", choices=(DEFAULT, *SHAPES), default=[DEFAULT, *SHAPES])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     record: dict[str, Any] = {
         "bench": "kernel_sets",

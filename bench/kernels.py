@@ -1,12 +1,12 @@
-"""Each operator of the recorded step, its time beside its floor: of memory or of arithmetic.
+"""Each operator of the recorded step, its time compared with its lower bound by memory or by arithmetic.
 
     python -m bench.kernels [--model-id model.gguf] [--decode 1,16,64] [--context 100,4000] [--prefill 512]
     python -m bench.kernels --shape 1b-q4_k_m       # random weights
 
-A step is run with a clock read by one thread after each operator, so a time has the operator's barrier in it.
-The floor is the longer of two: bytes read (weights once a step, each sequence's KV) over the bandwidth, and
-multiply-adds over the peak of their instruction on all threads, both measured just before. Shares of the
-one and of the other are said beside it.
+One thread reads a clock after each operator of a step, so a time includes the operator's barrier. The bound
+is the longer of two: bytes read (weights once per step, each sequence's KV) over the bandwidth, and
+multiply-adds over the peak of their instruction on all threads, both measured just before. The shares of both
+are printed as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LAYER = ("norm", "qkv", "attention", "linear_add o", "norm", "gate_up", "linear_
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One kind of step: so many sequences, tokens of each, and tokens of context with these."""
+    """One kind of step: the number of sequences, tokens of each, and tokens of context including these."""
 
     sequences: int
     tokens: int
@@ -74,7 +74,7 @@ class Bench:
             block_size=BLOCK,
             dtype=kv_dtype,
         )
-        pool.native.memory()[:] = 12  # 2.4e-4 as the scale of int8, and next to nothing as bfloat16
+        pool.native.memory()[:] = 12  # 2.4e-4 as the scale of int8, and close to zero as bfloat16
         self._program = ops.CpuProgram(
             record(model, pool.layers),
             max_tokens=max(shape.num_tokens for shape in shapes),
@@ -84,7 +84,7 @@ class Bench:
         )
 
     def seconds(self, shape: Shape, repeats: int) -> list[tuple[str, float]]:
-        """Return each operator's median seconds a step, all layers together, in order of first use."""
+        """Return each operator's median seconds per step, summed over layers, in order of first use."""
         batch, rows = _batch(self.config, shape)
         names = ["embed", *LAYER * self.config.num_layers, "norm", "logits"]
         if len(names) != self._program.num_calls:
@@ -121,7 +121,8 @@ class Bench:
         hidden, queries = config.hidden_size, config.num_heads * config.head_dim
         if name == "attention":
             seen = sum(range(shape.context - shape.tokens + 1, shape.context + 1))
-            all_seen = (config.num_layers - 1) * seen + shape.context  # of the last layer the last token
+            # In the last layer only the last token attends.
+            all_seen = (config.num_layers - 1) * seen + shape.context
             halves = 2 if self.kv_dtype is torch.int8 else 1  # a high and a low byte of queries and weights
             return 4 * queries * all_seen * shape.sequences * halves
         outputs = {
@@ -133,7 +134,7 @@ class Bench:
         if name == "logits":
             return 2 * config.vocab_size * hidden * shape.sequences
         tokens = config.num_layers * shape.num_tokens
-        if name != "qkv":  # what follows the last keys and values is computed of the last tokens only
+        if name != "qkv":  # after the last keys and values, only the last tokens are computed
             tokens -= shape.num_tokens - shape.sequences
         return 2 * outputs.get(name, 0) * tokens
 
@@ -157,7 +158,7 @@ def _batch(config: ModelConfig, shape: Shape) -> tuple[ops.FlatRows, list[int]]:
 
 
 def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """Measure a shape; one row an operator."""
+    """Measure a shape; return one row per operator."""
     bandwidth = read_bandwidth(repeats=7)
     rows = []
     for name, seconds in bench.seconds(shape, repeats):
@@ -196,16 +197,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model-id", default=DEMO_MODEL)
-    parser.add_argument(
-        "--shape", choices=SHAPES, help="random weights of this shape, in the place of a model"
-    )
+    parser.add_argument("--shape", choices=SHAPES, help="use random weights of this shape instead of a model")
     parser.add_argument("--decode", type=numbers(int), default=[1, 16, 64], help="sequences of a decode step")
     parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
     parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
     parser.add_argument("--kv-cache-dtype", choices=("bfloat16", "int8"), default="bfloat16")
     parser.add_argument("--prompt-precision", choices=("auto", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--repeats", type=int, default=40, help="of a decode step; a tenth of it for prefill")
+    parser.add_argument(
+        "--repeats", type=int, default=40, help="repetitions of a decode step; a tenth for prefill"
+    )
     parser.add_argument("--out", type=Path, default=None, help="write the JSON object here too")
     arguments = parser.parse_args()
     threads = ops.configure_threads(arguments.threads, nice=0)

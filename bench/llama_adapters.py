@@ -1,4 +1,4 @@
-"""The same through llama-server's API: it computes one request's adapters at a time, others wait."""
+"""The same through llama-server's API, which computes one request's adapters at a time while others wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLIENTS, _TOKENS, _PROMPT = 8, 48, 128
 def measure_llama(
     programs: Path, gguf: Path, folders: Sequence[Path], threads: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return tokens/s of eight clients together, without adapters, with one, with eight; and of one alone."""
+    """Return tokens/s of eight clients together, without adapters, with one, with eight; and of one."""
     port = free_port()
     adapters = ",".join(str(folder / "adapter.gguf") for folder in folders)
     command = [
@@ -59,7 +59,7 @@ def measure_llama(
 
 
 async def _rate(url: str, clients: Sequence[Any], seed: int) -> float:
-    """Return tokens/s of all clients together, the prompts' time left out for one client."""
+    """Return tokens/s of all clients together, excluding the prompt time if there is one client."""
     begun = time.perf_counter()
     answers = await asyncio.gather(
         *(asyncio.to_thread(_complete, url, lora, seed * 100 + index) for index, lora in enumerate(clients))

@@ -1,9 +1,9 @@
-"""Write llama.cpp's logits of given tokens; an interpreter with llama-cpp-python runs this, not ours.
+"""Write llama.cpp's logits of given tokens; run by an interpreter with llama-cpp-python, not the project's.
 
     python llama_logits.py model.gguf texts.json folder num_threads
 
-texts.json is a list of lists of token ids; folder/<index>.npy gets float32 [n_tokens, vocab]. Prompts are
-computed in batches, as its server computes them.
+texts.json is a list of lists of token ids; folder/<index>.npy receives float32 [n_tokens, vocab]. Prompts are
+computed in batches, as llama.cpp's server computes them.
 """
 
 from __future__ import annotations

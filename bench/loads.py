@@ -1,4 +1,4 @@
-"""Loads: what is sent, when, and what is made of the answers.
+"""Loads: the requests, their timing, and the evaluation of the answers.
 
 load = ClosedLoop(clients=16, requests=64)
 measured = await run(load, Prompts(tokens=100), url, max_tokens=64)
@@ -16,7 +16,7 @@ from typing import Any
 from bench.client import Answer, Client, Exchange
 from bench.report import spread
 
-# Words that are one token, with the space before them, in the usual English vocabularies.
+# Words that are one token, including a leading space, in the usual English vocabularies.
 WORDS = (
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
     "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
@@ -31,11 +31,11 @@ WORDS = (
 
 
 class Prompts:
-    """Makes chat messages of a given number of tokens, each unlike all before, so that no prefix is cached.
+    """Makes chat messages of a given number of tokens, each different, so that no prefix is cached.
 
-    `tokens` counts what the server counts, the chat template's own included: `calibrate` asks it once.
-    The first `shared_tokens` of the words are the same in every prompt. Prompts of two objects differ, in any
-    process; only their lengths are repeatable, which is what matters to a model that is never read.
+    `tokens` is the server's count, including the chat template's own tokens: `calibrate` asks it once. The
+    first `shared_tokens` of the words are the same in every prompt. Prompts of two objects differ, in any
+    process; only their lengths are repeatable, which is enough because their contents do not matter.
     """
 
     def __init__(self, tokens: int, *, shared_tokens: int = 0) -> None:
@@ -46,14 +46,14 @@ class Prompts:
         self._is_calibrated = False
 
     def resized(self, tokens: int) -> Prompts:
-        """Return one for another length that need not ask again: the template takes as much of any."""
+        """Return one for another length without asking again: the template's share is constant."""
         other = Prompts(tokens, shared_tokens=len(self._shared))
         other._num_words += self._num_words - self.tokens
         other._is_calibrated = self._is_calibrated
         return other
 
     def messages(self) -> list[dict[str, str]]:
-        """Return the next prompt. The system turn is part of it: templates put a fixed one otherwise."""
+        """Return the next prompt. It includes a system turn, because templates add a fixed one otherwise."""
         own = self.words(max(self._num_words - len(self._shared), 1))
         words = self._shared + own
         return [
@@ -65,7 +65,7 @@ class Prompts:
         """Ask the server, once, how many tokens a prompt has, and adjust the number of words.
 
         Raises:
-            ValueError: the server does not answer, or the template alone is longer than the prompt.
+            ValueError: if the server does not answer, or the template alone is longer than the prompt.
         """
         if self._is_calibrated:
             return
@@ -77,7 +77,7 @@ class Prompts:
         self._is_calibrated = True
 
     def words(self, count: int) -> list[str]:
-        """Return so many words, about one token each."""
+        """Return this many words, about one token each."""
         return self._random.choices(WORDS, k=count)
 
 
@@ -105,7 +105,7 @@ class ClosedLoop:
 
 @dataclass(frozen=True, slots=True)
 class OpenLoop:
-    """Requests that arrive at random (Poisson), `rate` a second, whether or not earlier ones are answered."""
+    """Requests that arrive at random (Poisson), `rate` per second, even if earlier ones are unanswered."""
 
     rate: float
     requests: int
@@ -116,7 +116,7 @@ class OpenLoop:
         return f"{self.rate:g} requests/s"
 
     async def drive(self, send: _Sender) -> None:
-        """Send all requests; each counts from when it was due, so that a late client hides nothing."""
+        """Send all requests; latency counts from when a request was due, so a late client hides nothing."""
         gaps = random.Random(self.seed)
         due_s = time.perf_counter()
         async with asyncio.TaskGroup() as group:
@@ -128,7 +128,7 @@ class OpenLoop:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A latency that users notice: a request is good if it meets both."""
+    """Latency targets that users notice: a request is good if it meets both."""
 
     ttft_ms: float = 1000.0
     tpot_ms: float = 50.0

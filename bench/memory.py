@@ -1,8 +1,8 @@
-"""Resident memory of our server: healthy but unused, and after a number of KV tokens have been written.
+"""Resident memory of the project's server: healthy but unused, and after a number of KV tokens were written.
 
     python -m bench.memory --kv-tokens 8192 [--model-id model.gguf]
 
-The prompts are fresh, so each token takes its own place in the KV cache, whose pages exist once written.
+The prompts are fresh, so each token occupies its own place in the KV cache, whose pages exist once written.
 Prints one JSON object. Unknown flags go to the server.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kv-tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     load = ClosedLoop(clients=4, requests=-(-options.kv_tokens // PROMPT_TOKENS))
     record = {"bench": "memory", "command": command_line(), "machine": machine()}

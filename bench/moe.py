@@ -1,11 +1,11 @@
-"""Models with routed experts, states or latents: decode beside what memory allows, and all beside llama.cpp.
+"""Models with routed experts, states or latents: decode versus the memory bound, and versus llama.cpp.
 
     python -m bench.moe --llama-bench path/to/llama-bench [--models olmoe-1b-7b:8,gpt-oss-20b:6] [--rounds 3]
 
 Files of real layers with random weights (`bench.moe_files`) are made once, in --folder. In each round this
-server's runner and llama-bench take turns on the same file: one stream generates --tokens, and a prompt is
-computed. The bound of a generated token is the bytes of the weights that it needs (of experts the chosen
-ones, of an embedding that is no head nothing) over the bandwidth that was measured just before it.
+project's runner and llama-bench take turns on the same file: one stream generates --tokens, and a prompt is
+computed. The bound of a generated token is the bytes of the weights that it needs (only the selected experts,
+and no embedding unless it is also the head) over the bandwidth measured just before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
 
-CONTEXT = 16  # tokens before those that are generated
+CONTEXT = 16  # tokens before the generated ones
 FOLDER = Path(__file__).parents[1] / "build" / "moe"
 
 
@@ -46,7 +46,7 @@ def active_bytes(path: Path, model: Model) -> int:
 
 
 async def turn(loaded: LoadedModel, options: argparse.Namespace, num_bytes: int) -> dict[str, float]:
-    """Return tokens a second of generating and of a prompt, and the share of the bound."""
+    """Return tokens per second of generating and of a prompt, and the share of the bound."""
     engine = Engine(loaded)
     await engine.prefill(engine.sequences(1, CONTEXT, 0), CONTEXT)  # wakes the threads
     sequences = engine.sequences(1, CONTEXT, options.tokens)
@@ -63,10 +63,10 @@ async def turn(loaded: LoadedModel, options: argparse.Namespace, num_bytes: int)
 
 
 def llama_turn(path: Path, options: argparse.Namespace, threads: int) -> dict[str, float]:
-    """Return llama-bench's tokens a second of both.
+    """Return llama-bench's tokens per second of both.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: if it fails.
     """
     numbers = {"-p": options.prompt, "-n": options.tokens, "-t": threads, "-r": 1}
     arguments = [word for name, number in numbers.items() for word in (name, str(number))]
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="generated in a turn")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     rows = [compare(name, layers, options) for name, layers in options.models]
     record = {"bench": "moe", "command": command_line(), "commit": commit(), "machine": machine()}

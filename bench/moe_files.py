@@ -1,10 +1,11 @@
-"""GGUF files of newer models, most with routed experts, to measure speed with: real layers, random weights.
+"""GGUF files of newer models, most with routed experts, for speed measurements: real layers, random weights.
 
     python -m bench.moe_files qwen3-30b-a3b model.gguf --layers 8
 
-Formats are those that llama.cpp gives each tensor (Q4_K_M; gpt-oss as it is published). The vocabulary is
-cut as the layers are, so that the head has the share of a step that it has in the whole model. All experts of
-a tensor hold the same random blocks: what is multiplied takes the same time whatever it says.
+The formats are those that llama.cpp assigns to each tensor (Q4_K_M; gpt-oss as it is published). The
+vocabulary is cut in proportion to the layers, so that the head has the same share of a step as in the whole
+model. All experts of a tensor hold the same random blocks: the time of a product does not depend on the
+values.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class MoeModel:
     """A published model's sizes.
 
     Attributes:
-        name: llama.cpp's of the architecture.
-        num_layers, vocab_size: of the whole model.
-        matrices, head: formats; `more`: of values and of experts' downs in layers that get more bits.
-        metadata: what its architecture says beside sizes.
-        qk_norm: queries and keys are normalised whole, or each head; None: they are not.
-        mlp_norm: what the norm before the experts is called.
+        name: llama.cpp's name of the architecture.
+        num_layers, vocab_size: Sizes of the whole model.
+        matrices, head: Formats; `more`: format of values and of experts' down projections in layers that get
+            more bits.
+        metadata: The architecture's metadata other than sizes.
+        qk_norm: Whether queries and keys are normalised as a whole or per head; None: not at all.
+        mlp_norm: Name of the norm before the experts.
     """
 
     name: str
@@ -58,7 +60,7 @@ class MoeModel:
     has_sinks: bool = False
 
     def ends(self, vocab_size: int) -> Tensors:
-        """Return format and shape of what is before and behind the layers."""
+        """Return format and shape of the tensors before and after the layers."""
         vocabulary = (vocab_size, self.hidden)
         return {
             "token_embd.weight": (self.matrices, vocabulary),
@@ -67,7 +69,7 @@ class MoeModel:
         }
 
     def layer(self, index: int, *, has_more: bool) -> Tensors:
-        """Return those of a layer, which may be one that gets more bits."""
+        """Return format and shape of a layer's tensors; `has_more`: the layer gets more bits."""
         return {
             name: (self._format(name, shape, has_more=has_more), shape)
             for name, shape in self._shapes().items()
@@ -102,14 +104,14 @@ class MoeModel:
         return self.experts if stem in EXPERTS else self.matrices
 
     def numbers(self) -> dict[str, Any]:
-        """Return what the file's metadata says of it."""
+        """Return the model's sizes for the file's metadata."""
         numbers = {
             "feed_forward_length": self.size, "expert_count": self.num_experts,
             "expert_used_count": self.top_k,
             "attention.head_count": self.num_heads, "attention.head_count_kv": self.num_kv_heads,
             "attention.key_length": self.head_dim, "attention.value_length": self.head_dim, **self.metadata,
         }  # fmt: skip
-        if self.name != "olmoe":  # whose only size of an MLP is the experts'
+        if self.name != "olmoe":  # its only MLP size is that of the experts
             numbers["expert_feed_forward_length"] = self.size
         return numbers
 
@@ -118,12 +120,12 @@ Model = MoeModel | DeltaModel | LatentModel
 
 
 def cut_vocabulary(model: Model, num_layers: int) -> int:
-    """Return the tokens of a file of so many layers: a multiple of 64."""
+    """Return the vocabulary size of a file with this many layers: a multiple of 64."""
     return -(-model.vocab_size * num_layers // model.num_layers // 64) * 64
 
 
 def _tensors(model: Model, num_layers: int) -> Tensors:
-    """Return format and shape of each tensor of a file of so many layers, by name."""
+    """Return format and shape of each tensor of a file with this many layers, by name."""
     found = model.ends(cut_vocabulary(model, num_layers))
     for index in range(num_layers):
         of_layer = model.layer(index, has_more=is_more(index, num_layers))
@@ -141,7 +143,7 @@ def _header(model: Model, num_layers: int) -> dict[str, Any]:
 
 
 def is_more(index: int, num_layers: int) -> bool:
-    """Tell whether llama.cpp's Q4_K_M gives a layer's values and downs six bits (`use_more_bits`)."""
+    """Return whether llama.cpp's Q4_K_M gives a layer's values and downs six bits (`use_more_bits`)."""
     eighth = num_layers // 8
     return index < eighth or index >= 7 * num_layers // 8 or (index - eighth) % 3 == 2
 
@@ -171,7 +173,7 @@ MODELS: dict[str, Model] = {
 
 
 def make(path: Path, model: Model, num_layers: int) -> None:
-    """Write a file of so many layers; a tensor at a time is in memory."""
+    """Write a file with this many layers, holding one tensor at a time in memory."""
     tensors, random = _tensors(model, num_layers), np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, model.name)
     for key, value in _header(model, num_layers).items():
@@ -201,7 +203,7 @@ def make(path: Path, model: Model, num_layers: int) -> None:
         if (format, matrix) not in kept:
             kept[format, matrix] = random_matrix(format, shape[-2], shape[-1], shape[-1] ** -0.5, random).data
         data = kept[format, matrix]
-        if "gate_inp" in name or name.endswith(".bias"):  # of each layer its own choice of experts
+        if "gate_inp" in name or name.endswith(".bias"):  # each layer selects different experts
             values = random.standard_normal(shape) * (0.1 if name.endswith(".bias") else 1.0)
             data = values.astype(np.float32).view(np.uint8)
         writer.write_tensor_data(np.broadcast_to(data, (*shape[:-2], *data.shape[-2:])))

@@ -1,7 +1,7 @@
-"""What each contender of bench.peers is asked, and the figures that are taken from its answers.
+"""The requests that each contender of bench.peers gets, and the figures computed from its answers.
 
-All through the API, with one client: engines that have no benchmark of their own are measured as those that
-have.
+All use the API, with one client program, so engines without a benchmark of their own are measured in the same
+way.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from bench.client import Answer
 from bench.loads import ClosedLoop, Prompts, run
 from bench.report import percentile
 
-MIN_REQUESTS = 3  # of a load
+MIN_REQUESTS = 3  # per load
 TPOT_TARGETS_MS = (25, 50, 100)
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Prompts alone by their lengths, and clients that chat side by side.
+    """Single prompts by length, and concurrent chat clients.
 
     Attributes:
-        prompts: tokens of each prompt whose first token is waited for, on an idle server.
-        clients: of each load; all start at once.
-        prompt_tokens, max_tokens: of a chat.
+        prompts: Tokens of each prompt whose first token is awaited on an idle server.
+        clients: Number of clients of each load; all start at once.
+        prompt_tokens, max_tokens: Sizes of a chat.
     """
 
     prompts: Sequence[int]
@@ -41,10 +41,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The loads that one server gets: all with as many clients.
+    """The loads that one server instance gets, all with the same number of clients.
 
     Attributes:
-        tokens: of the longest request, prompt and answer.
+        tokens: Tokens of the longest request, prompt and answer.
     """
 
     clients: int
@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages(plan: Plan) -> list[Stage]:
-    """Return the stages of a turn, by number of clients: prompts alone are of one client."""
+    """Return the stages of a turn, by number of clients: single prompts have one client."""
     found = []
     for clients in sorted({*plan.clients, *([1] if plan.prompts else [])}):
         prompts = plan.prompts if clients == 1 else ()
@@ -64,10 +64,10 @@ def stages(plan: Plan) -> list[Stage]:
 
 
 def measure(url: str, model: str, plan: Plan, stage: Stage) -> Figures:
-    """Run a stage's loads, after two requests that warm the server up and calibrate the prompts.
+    """Run a stage's loads, after two requests that warm up the server and calibrate the prompts.
 
     Raises:
-        SystemExit: a request failed.
+        SystemExit: if a request fails.
     """
     return asyncio.run(_measure(url, model, plan, stage))
 
@@ -96,9 +96,9 @@ async def _measure(url: str, model: str, plan: Plan, stage: Stage) -> Figures:
 def chat_figures(clients: int, answers: Sequence[Answer]) -> Figures:
     """Return the figures of a load of chats.
 
-    "decode" is what all streams get between prompts: clients over the median gap between tokens. Goodput
-    counts the requests whose mean time of a token after the first meets a target; what the first token took
-    has rows of its own.
+    "decode" is the total speed of all streams between prompts: clients over the median gap between tokens.
+    Goodput counts the requests whose mean time per token after the first meets a target; the first token's
+    time has separate rows.
     """
     seconds = max(each.end_s for each in answers) - min(each.due_s for each in answers)
     tokens = sum(each.num_tokens for each in answers)
@@ -106,8 +106,8 @@ def chat_figures(clients: int, answers: Sequence[Answer]) -> Figures:
     ttft_s = [each.ttft_s for each in answers]
     name = "1 client: " if clients == 1 else f"{clients} clients: "
     figures = Figures()
-    if gaps:  # none where answers come in one piece
-        joined = (tokens - len(answers)) / len(gaps)  # tokens that come in a chunk
+    if gaps:  # none if answers come in one piece
+        joined = (tokens - len(answers)) / len(gaps)  # tokens per chunk
         figures[f"decode x{clients}: tokens/s"] = clients * joined / percentile(gaps, 0.5)
         figures[name + "ITL p99, ms"] = percentile(gaps, 0.99) * 1e3
     figures |= {
@@ -115,7 +115,7 @@ def chat_figures(clients: int, answers: Sequence[Answer]) -> Figures:
         name + "TTFT p50, ms": percentile(ttft_s, 0.5) * 1e3,
         name + "TTFT p99, ms": percentile(ttft_s, 0.99) * 1e3,
     }
-    for target_ms in TPOT_TARGETS_MS if clients > 1 else ():  # one alone is as fast as it gets
+    for target_ms in TPOT_TARGETS_MS if clients > 1 else ():  # a single client runs at full speed
         good = sum(each.tpot_s * 1e3 <= target_ms for each in answers)
         figures[name + f"share within {target_ms} ms a token"] = good / len(answers)
         figures[name + f"requests/s within {target_ms} ms a token"] = good / seconds

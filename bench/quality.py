@@ -1,13 +1,14 @@
-"""How far fast arithmetic is from float32: teacher-forced log-probabilities and KL divergence.
+"""The distance of fast arithmetic from float32: teacher-forced log-probabilities and KL divergence.
 
     python -m bench.quality [--model-id model.gguf] [--llama-python python --llama-dir llama.cpp/build/bin]
 
 The oracle is transformers in float32 with eager attention on the exactly dequantised weights
-(bench.export_checkpoint). All see the same tokens: the golden cases of tests/models/oracle, which are prompts
-and greedy continuations of the default model, and texts that it drew itself at temperature 1. Of every
-position but a text's first: the error |log p(token) - oracle's log p(token)|, and KL(oracle || contender)
-over the whole vocabulary, both in float64. llama.cpp gives its logits through llama-cpp-python, in any
-interpreter that has it (--llama-dir makes it load that build), so nothing is cut off or rounded.
+(bench.export_checkpoint). All contenders get the same tokens: the golden cases of tests/models/oracle, which
+are prompts and greedy continuations of the default model, and texts that the model itself sampled at
+temperature 1. For every position except a text's first it computes the error |log p(token) - oracle's log
+p(token)| and KL(oracle || contender) over the whole vocabulary, both in float64. llama.cpp's logits come from
+llama-cpp-python, in any interpreter that has it (--llama-dir makes it load that build), so nothing is cut off
+or rounded.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ Texts = list[tuple[str, list[int]]]  # (kind, token ids)
 
 @dataclass(slots=True)
 class Errors:
-    """What is collected of one contender."""
+    """The collected errors of one contender."""
 
-    logprob: list[Tensor] = field(default_factory=list)  # of each text [n - 1]
+    logprob: list[Tensor] = field(default_factory=list)  # per text [n - 1]
     divergence: list[Tensor] = field(default_factory=list)
     is_same_best: list[Tensor] = field(default_factory=list)
 
@@ -61,7 +62,7 @@ class Errors:
             self.is_same_best.append(expected.argmax(-1) == found.argmax(-1))
 
     def summary(self) -> dict[str, Any]:
-        """Return means and worsts."""
+        """Return means and maxima."""
         errors, divergence = torch.cat(self.logprob), torch.cat(self.divergence)
         if not bool(errors.isfinite().all()):
             raise SystemExit("a contender's logits are not finite")
@@ -78,7 +79,7 @@ class Errors:
 
 
 def make_texts(files: ModelFiles, drawn_tokens: int) -> Texts:
-    """Return the golden cases, and continuations that the model draws in its exact arithmetic."""
+    """Return the golden cases, and continuations that the model samples in its exact arithmetic."""
     cases = json.loads(GOLDEN.read_text())["cases"]
     texts: Texts = [("golden", case["prompt_ids"] + case["token_ids"]) for case in cases.values()]
     if drawn_tokens:
@@ -118,7 +119,7 @@ def our_logits(
 
 
 def llama_logits(gguf: Path, options: argparse.Namespace, texts: Texts) -> Iterator[Tensor]:
-    """Compute every text with llama.cpp, in a process of its own."""
+    """Compute every text with llama.cpp, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "texts.json"
         tokens.write_text(json.dumps([ids for _, ids in texts]))
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--llama-dir", type=Path, help="folder of libllama.so and llama-quantize")
     parser.add_argument("--drawn-tokens", type=int, default=160, help="of each drawn text, or 0")
     parser.add_argument("--work-dir", type=Path, help="keeps the dequantised checkpoint")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     files = resolve(Settings(model_id=options.model_id), lambda stage, done, total: None)
     with tempfile.TemporaryDirectory() as scratch:

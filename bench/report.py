@@ -1,4 +1,4 @@
-"""Numbers to text: percentiles, tables, JSON files, and the machine that they were measured on."""
+"""Formatting of results: percentiles, tables, JSON files, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Clouds call all generations of a processor by one name.
+# Clouds use one name for all generations of a processor.
 _GENERATION = (("cpu family", "family"), ("model", "model"))
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,7 +40,7 @@ def median(values: Iterable[float], digits: int = 2) -> float:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Lay rows out as a Markdown table, which also reads well in a terminal."""
+    """Format rows as a Markdown table, which is also readable in a terminal."""
     cells = [list(head), *[[_cell(value) for value in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [

@@ -2,9 +2,9 @@
 
     python -m bench.scheduler --sequences 64 --steps 400
 
-Prints one JSON object: CPU microseconds a step of the scheduler alone and of the whole engine with sinks
-attached (tokens to text, stop strings, events, one call of a sink a request), and nanoseconds a token of a
-prefix-cache look-up.
+Prints one JSON object: CPU microseconds per step of the scheduler alone and of the whole engine with sinks
+attached (tokens to text, stop strings, events, one call of a sink per request), and nanoseconds per token of
+a prefix-cache lookup.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Words:
 
 
 class InstantRunner:
-    """Draws token 1 everywhere, in no time."""
+    """Samples token 1 everywhere, instantly."""
 
     def __init__(self, num_blocks: int, max_batch_size: int) -> None:
         self.num_blocks = num_blocks
@@ -90,7 +90,7 @@ def make_request(index: int, prompt_len: int, max_tokens: int) -> GenerationRequ
 
 
 def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
-    """Return the time of `plan` and `apply` of a decode step, one step ahead as the engine runs."""
+    """Return the time of `plan` and `apply` for a decode step, one step ahead as the engine runs."""
     budget = TokenBudget(max_tokens=1 << 20, block_size=BLOCK_SIZE, target_s=1e9)
     blocks = num_sequences * -(-(prompt_len + num_steps + 4) // BLOCK_SIZE) + num_sequences
     scheduler = Scheduler(
@@ -122,7 +122,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
 
 
 async def engine_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
-    """Return the time of a decode step of a whole engine whose runner only makes the results."""
+    """Return the time of a decode step of a whole engine whose runner only creates results."""
     blocks = num_sequences * -(-(prompt_len + num_steps) // BLOCK_SIZE) + num_sequences
     runner = InstantRunner(blocks, num_sequences)
     info = ModelInfo("m", None, "M", "f", "cpu", VOCAB_SIZE, 1 << 20, 1 << 20, frozenset({0}))
@@ -137,7 +137,7 @@ async def engine_us(num_sequences: int, num_steps: int, prompt_len: int) -> floa
 
 
 def lookup_ns(prompt_len: int = 8192) -> float:
-    """Return nanoseconds a token of hashing a prompt, which is nearly all of a look-up."""
+    """Return nanoseconds per token of hashing a prompt, which is nearly the whole cost of a lookup."""
     tokens = list(range(prompt_len))
     best = min(
         timed(

@@ -1,4 +1,4 @@
-"""Two hundred realistic JSON schemas, by family: what programs ask for, and each keyword of draft 2020-12.
+"""Two hundred realistic JSON schemas, by family: common requests, and each keyword of draft 2020-12.
 
 Written for this project after the families that JSONSchemaBench (Geng et al., 2025) collected from the field:
 function calls, web APIs, configuration files, Kubernetes, tables. `suite()` is the same on every call.
@@ -26,7 +26,7 @@ NAMES = (
     "count",
     "note",
 )
-VARIANTS = 10  # of each family
+VARIANTS = 10  # per family
 
 
 def suite() -> Iterator[tuple[str, Schema]]:
@@ -63,12 +63,12 @@ def _properties(rng: random.Random, count: int) -> Schema:
 
 
 def function_call(rng: random.Random) -> Schema:
-    """Flat parameters with descriptions, as assistants' functions have them."""
+    """Flat parameters with descriptions, as in assistants' functions."""
     return _record(_properties(rng, rng.randint(1, 5)), rng)
 
 
 def strict_answer(rng: random.Random) -> Schema:
-    """OpenAI's strict subset: all is required, nothing else allowed, optional by null."""
+    """OpenAI's strict subset: everything is required, nothing else allowed, optional values are nullable."""
     properties = _properties(rng, 3)
     properties["steps"] = {"type": "array", "items": function_call(rng)}
     properties["next"] = {"anyOf": [function_call(rng), {"type": "null"}]}
@@ -101,7 +101,7 @@ def web_api(rng: random.Random) -> Schema:
 
 
 def workflow(rng: random.Random) -> Schema:
-    """A build workflow: maps of jobs, steps that are one of two kinds, events as text, list or map."""
+    """A build workflow: maps of jobs, steps of one of two kinds, events as text, list or map."""
     step = {"type": "object", "properties": {"name": {"type": "string"}, "run": {"type": "string"}}}
     uses = {
         "type": "object",
@@ -201,7 +201,7 @@ def tree(rng: random.Random) -> Schema:
 
 
 def linked(rng: random.Random) -> Schema:
-    """References to references, with annotations beside them."""
+    """References to references, with annotations next to them."""
     return {
         **_record({"a": {"$ref": "#/$defs/x", "description": "One"}, "b": {"$ref": "#/$defs/y"}}, rng),
         "$defs": {"x": {"$ref": "#/$defs/y"}, "y": _scalar(rng)},
@@ -209,7 +209,7 @@ def linked(rng: random.Random) -> Schema:
 
 
 def union(rng: random.Random) -> Schema:
-    """Kinds told apart by a constant."""
+    """Kinds distinguished by a constant."""
     kinds = ("circle", "square", "line")[: rng.randint(2, 3)]
     shapes = [
         {
@@ -224,7 +224,7 @@ def union(rng: random.Random) -> Schema:
 
 
 def merged(rng: random.Random) -> Schema:
-    """Parts of an object put together by allOf."""
+    """Parts of an object combined by allOf."""
     first, second = _properties(rng, 2), _properties(rng, 2)
     return {
         "allOf": [
@@ -295,7 +295,7 @@ def mapping(rng: random.Random) -> Schema:
 
 
 def loose(rng: random.Random) -> Schema:
-    """Little is said: open objects, any values, no types."""
+    """Few constraints: open objects, any values, no types."""
     return rng.choice(
         [
             {"type": "object"},
@@ -321,7 +321,7 @@ def large(rng: random.Random) -> Schema:
 
 
 def condition(rng: random.Random) -> Schema:
-    """What depends on the values of others."""
+    """Properties that depend on the values of others."""
     base = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
     return {
         **base,
@@ -340,7 +340,7 @@ def condition(rng: random.Random) -> Schema:
 
 
 def collection(rng: random.Random) -> Schema:
-    """What is said of a list's members together."""
+    """Constraints on all members of a list together."""
     return {
         "type": "array",
         "items": {"type": "integer"},

@@ -1,9 +1,9 @@
-"""How many realistic JSON schemas are accepted, refused by the name of a keyword, and held to.
+"""How many realistic JSON schemas are accepted or refused by keyword, and whether answers comply.
 
     python -m bench.schemas [--model-id model.gguf] [--answers 5] [--out schemas.json]
 
-From each accepted schema's grammar answers are drawn at random among the tokens that it allows, preferring
-those that end something, and `jsonschema` checks them, formats included. Loads of the model its tokenizer.
+From each accepted schema's grammar, answers are drawn at random among the tokens that it allows, preferring
+those that end something, and `jsonschema` checks them, formats included. Loads only the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Writer:
 
 
 def problem(text: str, schema: dict[str, Any]) -> str | None:
-    """Return why a text is no answer to a schema, if it is none; numbers count as written."""
+    """Return why a text does not comply with a schema, or None; numbers are compared as written."""
     checker = jsonschema.Draft202012Validator(
         schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
     )
@@ -94,7 +94,7 @@ def main() -> None:
     """Judge the suite and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--answers", type=int, default=5, help="answers drawn from each accepted schema")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     with OpenModel(resolve(settings_of(arguments), lambda stage, done, total: None)) as opened:
         tokenizer, _ = opened.read_text()

@@ -5,8 +5,8 @@
     python -m bench.serve --url http://127.0.0.1:8000 --model name  # a server that runs already, of any make
 
 Prompts are fresh, so that no prefix cache helps (--shared-tokens gives them a common beginning); decoding is
-greedy and goes past EOS. Unknown flags go to our server. Prints one JSON object and a table; --picture
-writes the distributions of TTFT and inter-token latency as SVG.
+greedy and continues past EOS. Unknown flags go to the project's server. Prints one JSON object and a table;
+--picture writes the distributions of TTFT and inter-token latency as SVG.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from bench.loads import ClosedLoop, Measured, OpenLoop, Prompts, Target, run
 from bench.report import command_line, emit, machine, numbers, table
 from bench.servers import Server
 
-ROUNDS = 3  # closed loop: requests a client, unless --requests says otherwise
-MIN_REQUESTS = 8  # a load
+ROUNDS = 3  # closed loop: requests per client, unless --requests is given
+MIN_REQUESTS = 8  # per load
 
 
 def loads_of(options: argparse.Namespace) -> list[ClosedLoop | OpenLoop]:
@@ -38,7 +38,7 @@ def loads_of(options: argparse.Namespace) -> list[ClosedLoop | OpenLoop]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what describes requests and loads; shared with bench.peers."""
+    """Add the flags that describe requests and loads; shared with bench.peers."""
     parser.add_argument("--clients", type=numbers(int), default=[1, 16, 64], help="closed loop: 1,16,64")
     parser.add_argument("--rates", type=numbers(float), default=[], help="open loop: requests a second")
     parser.add_argument("--requests", type=int, help=f"a load (default {ROUNDS} a client, 20 s open loop)")
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-ttft-ms", type=float, default=1000.0, help="goodput: first token within")
     parser.add_argument("--target-tpot-ms", type=float, default=50.0, help="goodput: mean time of a token")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals in open loop")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
 
 
 def measure(
     url: str, model: str, loads: Sequence[ClosedLoop | OpenLoop], options: argparse.Namespace
 ) -> list[Measured]:
-    """Run the loads one after the other, after a request that warms the server up."""
+    """Run the loads one after another, after a request that warms up the server."""
     found = []
     warm_up = Prompts(options.prompt_tokens)
     asyncio.run(run(ClosedLoop(1, 2), warm_up, url, max_tokens=8, model=model))
@@ -84,7 +84,7 @@ def row_of(summary: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def server_of(options: argparse.Namespace, arguments: list[str]) -> Iterator[tuple[str, Server | None]]:
-    """Give the address of the server to measure; start ours if none was named."""
+    """Yield the address of the server to measure; start the project's server if none was named."""
     if options.url:
         yield options.url, None
         return

@@ -1,4 +1,4 @@
-"""Start a server as its users do, wait until it answers, stop it; and how much memory it holds meanwhile."""
+"""Start a server as its users do, wait until it answers, stop it, and measure its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -29,16 +29,16 @@ def free_port() -> int:
 
 
 class Server:
-    """A server process and all that it starts.
+    """A server process and all its child processes.
 
         with Server.ours(["--model-id", "model.gguf"]) as server:
             ... server.url ...
 
     Attributes:
-        start_s: seconds from exec until `/health` said 200.
+        start_s: Seconds from exec until `/health` returned 200.
 
     Raises:
-        SystemExit: it ended, or did not become healthy within `timeout_s`; its last output is printed.
+        SystemExit: if it ends, or does not become healthy within `timeout_s`; its last output is printed.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End the process politely, then for certain. Idempotent."""
+        """End the process with SIGTERM, then by force. Idempotent."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -103,7 +103,7 @@ class Server:
         self._log.close()
 
     def memory_mib(self, kind: str = "Pss") -> float:
-        """Return the memory that its processes hold now.
+        """Return the current memory of its processes.
 
         Args:
             kind: "Pss", in which pages that several processes share count once, or "Rss".

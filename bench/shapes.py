@@ -1,7 +1,7 @@
-"""Models of random weights in the shapes that benchmarks need and no small download has.
+"""Models of random weights in shapes that benchmarks need and for which there is no small download.
 
-`bench.kernels --shape 1b-q8_0`: Llama 3.2 1B's layers, with SmolLM2's vocabulary, as llama.cpp would have
-quantised them. What is multiplied takes the same time whatever it says.
+`bench.kernels --shape 1b-q8_0`: Llama 3.2 1B's layers, with SmolLM2's vocabulary, in the formats that
+llama.cpp would use. The time of a product does not depend on the values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load_shape(name: str, packing: ops.Packing, positions: int) -> tuple[ModelCo
 
 
 class RandomWeights:
-    """Weights that are made as they are asked for."""
+    """Weights that are made on request."""
 
     num_bytes, is_gguf = 0, False
 
@@ -57,7 +57,7 @@ class RandomWeights:
 
 
 def _k_format(name: str) -> str:
-    """Return what llama.cpp's Q4_K_M has of a tensor: six bits where they matter most."""
+    """Return the format that llama.cpp's Q4_K_M gives a tensor: six bits where they matter most."""
     if name.startswith(("model.embed", "lm_head")):
         return "Q6_K"
     if not name.endswith(("v_proj.weight", "down_proj.weight")):

@@ -1,4 +1,4 @@
-"""Time from exec to the first token of an answer, and where it goes. The model must be cached.
+"""Time from exec to the first token of an answer, by phase. The model must be cached.
 
     python -m bench.startup --runs 3 [--model-id model.gguf]
 
@@ -32,10 +32,10 @@ BODY = {
 
 
 def first_chunk(port: int) -> bool:
-    """Ask for one token; return whether it came.
+    """Ask for one token; return whether it arrived.
 
     Raises:
-        SystemExit: the server refuses, other than by saying that it is not ready (503).
+        SystemExit: if the server refuses for a reason other than not being ready (503).
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Content-Type": "application/json"}
@@ -88,7 +88,7 @@ def main() -> None:
     """Run it several times and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     runs = [run_once(arguments) for _ in range(options.runs)]
     names = sorted(runs[0], key=runs[0].__getitem__)

@@ -3,7 +3,7 @@
     teacher = Teacher(files, dtype="auto", max_tokens=2048)
     logits = teacher.logits(ids)  # [len(ids), vocab] float32
 
-The runner hands out log-probabilities of a few tokens only; a KL divergence needs all of them.
+The runner returns log-probabilities of only a few tokens; a KL divergence needs all of them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ROWS = 64  # of logits at a time
 
 
 class Teacher:
-    """A loaded model with one sequence, computed on the team of threads.
+    """A loaded model with one sequence, computed on the thread team.
 
     Args:
         dtype: "float32" for the exact arithmetic, "auto" for the fast one; as --dtype.
         kv_cache_dtype: "auto" or "int8"; as --kv-cache-dtype.
-        prompt_precision: "auto" or "bfloat16"; as --prompt-precision. All tokens count as a prompt's.
+        prompt_precision: "auto" or "bfloat16"; as --prompt-precision. All tokens count as prompt tokens.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Teacher:
         return torch.cat([self._program.run_head(part).clone() for part in parts])
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-        """Continue a prompt by `count` tokens drawn at temperature 1, past EOS too."""
+        """Continue a prompt by `count` tokens sampled at temperature 1, past EOS too."""
         generator = torch.Generator().manual_seed(seed)
         found: list[int] = []
         last = self.logits(prompt)[-1]

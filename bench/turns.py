@@ -1,8 +1,7 @@
-"""Whose turn it is: interleaved rounds in changing order, and turns that must be repeated.
+"""The order of turns: interleaved rounds in changing order, and turns that must be repeated.
 
-A turn is one contender's, in one round: all its loads, with the machine's bandwidth read before and after.
-What comes next is computed from the turns that were taken, so a run that was interrupted goes on from its
-file.
+A turn is one contender's part of one round: all its loads, with the machine's bandwidth measured before and
+after. The next turn is computed from the finished ones, so an interrupted run continues from its file.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-TOLERANCE = 0.1  # of the round's median bandwidth
+TOLERANCE = 0.1  # relative to the round's median bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one contender did in one round.
+    """The results of one contender in one round.
 
     Attributes:
-        before, after: bandwidth in GB/s.
-        figures: values by name.
+        before, after: Bandwidth in GB/s.
+        figures: Values by name.
     """
 
     round: int
@@ -32,19 +31,19 @@ class Turn:
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> Self:
-        """Take it from a record."""
+        """Read a turn from a record."""
         return cls(**record)
 
     def record(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return the turn in the form of the JSON record."""
         return asdict(self)
 
 
 def order_of(names: Sequence[str], index: int) -> list[str]:
     """Return the order of a round: a row of a Williams design.
 
-    Over len(names) rounds (twice as many for an odd number) everyone is at every place equally often, and
-    behind every other equally often (Williams, Australian Journal of Scientific Research A 2, 1949).
+    Over len(names) rounds (twice as many for an odd number) each contender is at every place equally often,
+    and follows every other equally often (Williams, Australian Journal of Scientific Research A 2, 1949).
     """
     count = len(names)
     zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2 …
@@ -54,14 +53,16 @@ def order_of(names: Sequence[str], index: int) -> list[str]:
 
 
 def deviation(turn: Turn, round_turns: Iterable[Turn]) -> float:
-    """Return how far a turn's bandwidth, before or after, was from the median of its round's: 0.1 is 10 %."""
+    """Return how far a turn's bandwidth, before or after, is from its round's median: 0.1 is 10 %."""
     usual = statistics.median(value for each in round_turns for value in (each.before, each.after))
     return max(abs(turn.before / usual - 1), abs(turn.after / usual - 1))
 
 
 def counted(turns: Sequence[Turn]) -> list[tuple[Turn, bool]]:
-    """Return the turn of each contender and round that counts, the one nearest to the round's bandwidth; and
-    whether it is within `TOLERANCE` of that."""
+    """Return the turn that counts for each contender and round, with whether it is within `TOLERANCE`.
+
+    It is the turn whose bandwidth is nearest to that of the round.
+    """
     found = []
     for index in sorted({turn.round for turn in turns}):
         of_round = [turn for turn in turns if turn.round == index]
@@ -77,8 +78,8 @@ def next_turn(
 ) -> tuple[int, str] | None:
     """Return the round and the contender of the next turn, or None when all is measured.
 
-    A round's missing turns come first, in its order; then those are repeated, up to `most_tries` in all,
-    whose bandwidth was not the round's.
+    A round's missing turns come first, in its order; then turns whose bandwidth deviated from the round's are
+    repeated, up to `most_tries` turns in all.
     """
     for index in range(rounds):
         of_round = [turn for turn in turns if turn.round == index]

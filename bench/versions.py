@@ -1,12 +1,12 @@
-"""Two versions of the engine side by side: every row of `bench.engine` in short turns, as ratios.
+"""Compare two versions of the engine: every row of `bench.engine` in short alternating turns, as ratios.
 
     git worktree add ../before HEAD~20 && (cd ../before && python setup.py build_ext --inplace)
     python -m bench.versions ../before [--turns 24] [--rows "decode x4"] [--model-id model.gguf]
 
-A shared machine's bandwidth changes by half within minutes, so two runs one after the other say nothing of
-two per cent. Here each version waits in a process of its own while the other computes a few steps; turns go
-A B B A, and a ratio is that of two neighbours: above 1, this tree is faster. Unknown flags are settings, as
-in `bench.engine`, whose `Engine` both trees must have.
+A shared machine's bandwidth changes by half within minutes, so two consecutive runs cannot show a difference
+of two per cent. Here each version runs in its own process and waits while the other computes a few steps.
+Turns go A B B A, and a ratio is that of two neighbours: above 1, this tree is faster. Unknown flags are
+settings, as in `bench.engine`, whose `Engine` both trees must have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# A row's sequences, tokens before the clock starts, and steps timed; 0 steps: the prompt is what is timed.
+# A row's sequences, tokens before the clock starts, and steps timed; 0 steps: the prompt itself is timed.
 ROWS = {
     "prefill 512": (1, 512, 0),
     "prefill 2048": (1, 2048, 0),
@@ -35,7 +35,7 @@ ROWS = {
 
 
 def work(arguments: list[str]) -> None:
-    """Answer each name of a row on standard input with the seconds that it took; of the tree on the path."""
+    """For each row name on standard input, print the seconds that the row took, with the tree on the path."""
     from bench.engine import CHUNK, Engine, settings_of
     from tgi_asgi.formats.sources import resolve
     from tgi_asgi.runner.load import load
@@ -52,7 +52,7 @@ def work(arguments: list[str]) -> None:
             chunk = min(context, model.runner.max_step_tokens)
             return await engine.prefill(engine.sequences(1, context, 0), chunk)
         if name not in prepared:
-            prepared.clear()  # slots and blocks are those of one row
+            prepared.clear()  # slots and blocks belong to one row at a time
             prepared[name] = engine.sequences(count, context, steps)
             await engine.prefill(prepared[name], CHUNK)
         for sequence in prepared[name]:
@@ -70,7 +70,7 @@ def work(arguments: list[str]) -> None:
 
 
 class Version:
-    """A tree's engine in a process of its own."""
+    """A tree's engine in a separate process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -93,7 +93,7 @@ class Version:
 
 @contextmanager
 def version(tree: Path, arguments: list[str]) -> Iterator[Version]:
-    """Start a tree's engine; it ends with its input."""
+    """Start a tree's engine; it ends when its input is closed."""
     command = [sys.executable, "-P", str(Path(__file__).resolve()), "--worker", *arguments]
     environ, pipe = {**os.environ, "PYTHONPATH": str(tree)}, subprocess.PIPE
     with subprocess.Popen(command, cwd=tree, env=environ, text=True, stdin=pipe, stdout=pipe) as process:
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="the other tree, built in place")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--turns", type=int, default=24, help="of each row and version")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     other = options.other.resolve()
     with version(ROOT, arguments) as here, version(other, arguments) as there:

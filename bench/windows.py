@@ -1,14 +1,14 @@
-"""What layers with a window cost: a decode step behind short and long contexts, and blocks that streams hold.
+"""The cost of sliding windows: decode steps after short and long contexts, and blocks that streams hold.
 
     python -m bench.windows [--contexts 1024,16384] [--repeats 9] [--out bench/results/windows.json]
 
 Models of random weights (Q8_0) in the shapes of published ones, whose layers have a window of 512: all of
-them, or five of six. Steps of one stream behind one context and behind the other come in turns; nothing of
-the contexts is computed, as it matters to no step's time what a cache holds.
+them, or five of six. Steps of one stream after each context alternate. The contexts themselves are not
+computed, because the time of a step does not depend on the cache's contents.
 
 Then the engine's scheduler plans --streams of --tokens each, for a runner that takes no time: how many run
-together, what they hold at the most, how many are preempted, in a cache of --memory-tokens for each stream.
-Prints one JSON object and tables.
+concurrently, how many blocks they hold at most, and how many are preempted, with a cache of --memory-tokens
+per stream. Prints one JSON object and tables.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tgi_asgi.types import SamplingParams
 
 BLOCK = 16
 WINDOW = 512
-STEPS = 8  # that one time is of
+STEPS = 8  # per measured time
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -66,7 +66,7 @@ def shapes() -> dict[str, ModelConfig]:
 
 
 class Stream:
-    """A stream behind a context of which nothing was computed, with blocks of its own."""
+    """A stream with its own blocks, after a context that was not computed."""
 
     def __init__(self, runner: CpuRunner, slot: int, context: int, first_block: int) -> None:
         self._runner, self._slot, self._context = runner, slot, context
@@ -80,7 +80,7 @@ class Stream:
             self.end_block += end - first
 
     async def time(self) -> float:
-        """Return the seconds of a step, by some of them, two in flight."""
+        """Return the seconds per step, measured over several steps, two in flight."""
         start = SlotStart(self._slot, GREEDY, 0, (5,) * 9)
         await self._runner.submit(StepPlan(0, [self._row(0, [5])], [start]))
         begun_s = time.perf_counter()
@@ -97,7 +97,7 @@ class Stream:
 
 
 async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> list[float]:
-    """Return the median milliseconds of a step behind each context, in turns."""
+    """Return the median milliseconds of a step after each context, in turns."""
     longest = max(contexts) + 64 * STEPS
     model = Decoder(config, RandomWeights("q8_0"), ops.Packing(False), longest)
     groups = groups_of(config, torch.bfloat16)
@@ -118,7 +118,7 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
 
 
 def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Have streams planned to their ends; return what they held."""
+    """Plan streams until they end; return what they held."""
     groups = groups_of(config, torch.bfloat16)
     num_groups, chunk = len(groups.windows), options.chunk
     stats = EngineStats()
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=4096)
     parser.add_argument("--memory-tokens", type=int, default=1536, help="of a stream that keeps all")
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens a step")
-    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     rows = []
     for name, config in shapes().items():

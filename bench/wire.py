@@ -1,19 +1,19 @@
-"""What HTTP costs without a model: reading a chat request, making a frame, sending it.
+"""The cost of HTTP without a model: reading a chat request, making a frame, sending it.
 
     python -m bench.wire                                   # the costs inside the process
     python -m bench.wire --streams 1000 --rate 20          # and over sockets, under hypercorn
     python -m bench.wire --streams 1000 --server uvicorn --stalled 1
-    python -m bench.wire --streams 100 --server hypercorn-alone   # without our short way for chunks
-    python -m bench.wire --streams 100 --server bare       # the floor: the system's calls alone
+    python -m bench.wire --streams 100 --server hypercorn-alone   # without the project's shortcut for chunks
+    python -m bench.wire --streams 100 --server bare       # the lower bound: only the system calls
     python -m bench.wire --streams 100 --profile           # where the server's time goes
 
-Costs are CPU time, of which a busy machine changes little. Prints one JSON object.
+Costs are CPU time, which a busy machine affects little. Prints one JSON object.
 
-`request_us` reads, checks and renders a chat of 20 messages; `token_us` is a streamed token's own cost (bytes
-to text, stop match, frame, hand-over to a `send` that does nothing). Over sockets an engine without a model
-gives every stream a token a step: `sent_token_us` is the server's CPU time a token, `cores` its share of one
-core, `late_ms` how long after its step a token reached a client (wall time; the client takes CPU of the same
-machine); `--stalled` adds readers that never read, whose streams do not count.
+`request_us` is reading, checking and rendering a chat of 20 messages; `token_us` is a streamed token's own
+cost (bytes to text, stop matching, frame, hand-over to a `send` that does nothing). Over sockets an engine
+without a model gives every stream one token per step: `sent_token_us` is the server's CPU time per token,
+`cores` its share of one core, `late_ms` how long after its step a token reached a client (wall time; the
+client uses CPU of the same machine). `--stalled` adds readers that never read, whose streams do not count.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class Channel:
         self.sink = None
 
     def step(self) -> None:
-        """Do what the engine does for one sampled token."""
+        """Do the engine's work for one sampled token."""
         if self.sink is not None:
             self.sink.on_events([self.output.push(Sampled(1))])
 
 
 class Engine:
-    """Takes every request; `step` gives each of them a token."""
+    """Accepts every request; `step` gives each of them a token."""
 
     def __init__(self, words: Words) -> None:
         self.state = EngineState.READY
@@ -134,7 +134,7 @@ class Engine:
 
 
 class Bare(asyncio.Protocol):
-    """The floor: a stream of equal frames with no server and no app around it."""
+    """The lower bound: a stream of equal frames without a server or an app."""
 
     def __init__(self, engine: Engine, words: Words) -> None:
         self._engine = engine
@@ -205,7 +205,7 @@ def request_us() -> dict[str, float]:
 
 
 def best_us(function: Callable[[], object], rounds: int = 30, repeats: int = 20) -> float:
-    """Return the least mean CPU time of a few calls: what the code costs when nothing else runs."""
+    """Return the least mean CPU time of a few calls: the cost of the code when nothing else runs."""
     best = float("inf")
     for _ in range(rounds):
         begun = time.thread_time()
@@ -247,7 +247,7 @@ async def token_us(num_streams: int = 100) -> float:
 
 
 async def serve_steps(args: argparse.Namespace) -> None:
-    """Be the server: when all streams are there, step at the rate, then print what it cost and leave."""
+    """Run the server: once all streams are open, step at the given rate, then print the cost and exit."""
     app, engine, words = make_app()
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -289,7 +289,7 @@ async def serve_steps(args: argparse.Namespace) -> None:
 
 
 def shares(profile: cProfile.Profile, most: int = 14) -> dict[str, str]:
-    """Return the functions that the time went to, waiting left out, with their own shares of it."""
+    """Return the functions in which the time is spent, excluding waiting, with their own shares."""
     stats = cast(Any, pstats.Stats(profile)).stats
     own = {name: times[2] for name, times in stats.items() if "run_forever" not in name[2]}
     total = sum(own.values())
@@ -352,7 +352,7 @@ async def read_streams(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Reader(asyncio.Protocol):
-    """A client that reads one stream; `late_s` collects how old its tokens are."""
+    """A client that reads one stream; `late_s` collects the age of its tokens."""
 
     def __init__(self, refusal: asyncio.Future[bytes], late_s: list[float] | None, is_stalled: bool) -> None:
         self._refusal = refusal
@@ -380,7 +380,7 @@ class Reader(asyncio.Protocol):
 
 
 def stamps(data: bytes) -> Iterator[float]:
-    """Return the times that a piece of a stream carries as text."""
+    """Return the timestamps contained as text in a piece of a stream."""
     for part in data.split(b'"content":" ')[1:]:
         yield float(part[: part.index(b'"')].split()[-1])
 
@@ -390,11 +390,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--streams", type=int, default=0, help="over sockets; 0: only inside the process")
-    parser.add_argument("--stalled", type=int, default=0, help="further streams whose reader never reads")
+    parser.add_argument("--stalled", type=int, default=0, help="additional streams whose reader never reads")
     parser.add_argument("--rate", type=float, default=20.0, help="tokens a second of each stream")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--server", choices=SERVERS, default="hypercorn")
-    parser.add_argument("--profile", action="store_true", help="say which functions the time goes to")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the functions in which the time is spent"
+    )
     parser.add_argument("--out", type=Path, help="file to keep the JSON object in")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-// What the CPU's and the CUDA kernels share: plain structs of pointers, and of int64 sizes and
-// strides in elements. The bindings (or the recorded program) have checked everything that a kernel
-// trusts.
+// Parameter structs shared by the CPU and CUDA kernels: plain structs of pointers, and of int64
+// sizes and strides in elements. The bindings (or the recorded program) check everything that a
+// kernel relies on.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,11 @@ enum class MlpActivation : int32_t {
   kGelu = 2,
   kRelu = 3,
   kReluSquared = 4,
-  kXielu = 5,  // with two numbers that are learned
+  kXielu = 5,  // with two learned numbers
 };
 
-// One slot's sampling parameters and place; tgi_asgi/ops/sample_state.py has the same record in
-// numpy.
+// The sampling parameters and position of one slot; tgi_asgi/ops/sample_state.py defines the same
+// record in numpy.
 struct SampleSlot {
   float temperature;  // 0: greedy
   int32_t top_k;      // 0: off
@@ -28,20 +28,20 @@ struct SampleSlot {
   float frequency_penalty;
   float presence_penalty;
   uint64_t seed;
-  int64_t position;      // of the token to be drawn next
-  int64_t masked_until;  // the masked ids cannot be drawn at positions below this one
+  int64_t position;      // of the next token to sample
+  int64_t masked_until;  // masked ids cannot be sampled at positions below this one
   int32_t choice;
-  int32_t last_id;  // drawn last
+  int32_t last_id;  // the last sampled token
   int32_t num_biased;
   int32_t num_masked;
-  int32_t num_top;  // top log-probabilities wanted
+  int32_t num_top;  // number of top log-probabilities wanted
   int32_t flags;    // SampleFlag bits
 };
 static_assert(sizeof(SampleSlot) == 80, "the record is shared with numpy");
 
 enum SampleFlag : int32_t {
   kWantsLogprobs = 1,
-  kIsProcessed = 2,  // log-probabilities of the distribution drawn from; else of the raw logits
+  kIsProcessed = 2,  // log-probabilities of the filtered distribution; otherwise of the raw logits
 };
 
 struct SampleParams {
@@ -58,7 +58,7 @@ struct SampleParams {
   float* logprobs;             // [num_rows]
   int32_t* top_ids;            // [num_rows, max_top]
   float* top_logprobs;         // [num_rows, max_top]
-  int32_t* num_top;            // [num_rows] entries filled
+  int32_t* num_top;            // [num_rows] number of entries filled in
   int64_t vocab;
   int64_t biased_stride;
   int64_t masked_stride;

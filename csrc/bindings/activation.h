@@ -1,4 +1,4 @@
-// The activations by name, for the bindings of both devices.
+// Maps activation names to enum values, for the bindings of both devices.
 #pragma once
 
 #include <optional>

@@ -15,7 +15,7 @@ constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// What a part takes of the memory: scales, `down`, `up`.
+// The memory that a part occupies: scales, `down`, `up`.
 int64_t bytes_of(const Adapter::Part& part) {
   return aligned(part.scales.nbytes()) + aligned(part.down.nbytes()) + aligned(part.up.nbytes());
 }

@@ -1,4 +1,4 @@
-// Adapters as Python holds them: what is added to the products of a model, checked once.
+// LoRA adapters as Python holds them: the terms added to a model's products, checked once.
 #pragma once
 
 #include <cstdint>
@@ -18,22 +18,22 @@ struct AdapterLayout {
   struct Product {
     int64_t num_columns;  // of the packed weight
     int64_t num_panels;
-    int64_t max_inner;  // inner values that an adapter may have here
+    int64_t max_inner;  // maximum number of inner values (rank) of an adapter here
   };
   std::vector<Product> products;
 
-  // Throws where there is no such product.
+  // Throws if there is no such product.
   const Product& at(int64_t product) const;
 };
 
 using LayoutPtr = std::shared_ptr<const AdapterLayout>;
 
-// The weights of one adapter, in one piece of memory in the order in which a step reads them.
-// Steps in flight share it, so that whoever has loaded it may let go of it at any time.
+// The weights of one adapter, in one block of memory in the order in which a step reads them. Steps
+// in flight share it, so the owner may release it at any time.
 class Adapter {
  public:
-  // What is added to a product. `panels` says of each panel its first inner value and how many it
-  // has; `up` has as many rows a panel, those of the first panel first.
+  // The term added to one product. `panels` holds each panel's first inner value and its number of
+  // inner values; `up` has that many rows per panel, in panel order.
   struct Part {
     int64_t product;
     Array<uint16_t> down;   // [num_inner, columns], bf16
@@ -54,7 +54,7 @@ class Adapter {
   const LayoutPtr layout_;
   cpu::Memory memory_;
   int64_t num_bytes_ = 0;
-  std::vector<step::AdapterTerm> terms_;  // one a product
+  std::vector<step::AdapterTerm> terms_;  // one per product
   std::vector<std::vector<step::AdapterPanel>> panels_;
 };
 

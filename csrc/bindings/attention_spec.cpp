@@ -16,7 +16,7 @@ int64_t positive_or_all(const std::optional<int64_t>& value, const char* name) {
   return value.value_or(INT64_MAX);
 }
 
-// One a head, times log2(e); a sink of minus infinity has no weight.
+// Returns one value per head, times log2(e); a sink of minus infinity has no weight.
 std::vector<float> of_heads(const std::optional<Array<float>>& given, const char* name,
                             bool may_be_minus_infinity) {
   std::vector<float> found;

@@ -1,4 +1,4 @@
-// How a layer attends: what it sees of its sequence, and what is done with its scores.
+// How a layer attends: which positions it sees and how its scores are modified.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ class AttentionSpec {
 
   float q_scale() const { return q_scale_; }
   const cpu::step::AttentionRule& rule() const { return rule_; }
-  // For so many heads: throws where there are sinks or slopes for other numbers of them. Points
-  // into this.
+  // Returns the score parameters for this many heads; throws if the number of sinks or slopes
+  // differs. The result points into this object.
   cpu::step::ScoreParams scores(int64_t num_heads) const;
 
  private:
-  // All times log2(e), as softmax is of powers of two.
+  // All scaled by log2(e), because the softmax uses powers of two.
   float q_scale_, cap_;
   cpu::step::AttentionRule rule_;
   std::vector<float> sinks_, slopes_;

@@ -1,5 +1,5 @@
-// Checks of what Python gives: kernels trust what has passed here. Messages name the operand, what
-// it must be and what it is; std::invalid_argument is Python's ValueError.
+// Checks of arguments from Python; kernels rely on what has passed here. A message names the
+// operand, the requirement and the actual value. std::invalid_argument becomes Python's ValueError.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -13,10 +13,10 @@ namespace tgi {
 
 namespace py = pybind11;
 
-constexpr int64_t kMostLayers = 1 << 16;  // of a model
+constexpr int64_t kMostLayers = 1 << 16;  // per model
 
-// A contiguous numpy array; arguments of this type are bound with noconvert(), so that another
-// dtype is a TypeError and what is written to is the caller's own memory.
+// A contiguous numpy array. Arguments of this type are bound with noconvert(), so another dtype is
+// a TypeError, and writes go to the caller's own memory.
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -28,7 +28,7 @@ void check(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-// An array of this shape; a size of -1 may be anything.
+// Checks an array's shape; a size of -1 matches any.
 template <class T>
 void check_shape(const Array<T>& array, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = array.ndim() == static_cast<int64_t>(shape.size());
@@ -45,7 +45,7 @@ void check_shape(const Array<T>& array, const char* name, std::initializer_list<
         "]");
 }
 
-// Every element in [0, limit).
+// Checks that every element is in [0, limit).
 template <class Integer>
 void check_range(const Integer* values, int64_t count, int64_t limit, const char* name) {
   for (int64_t i = 0; i < count; ++i) {
@@ -58,7 +58,7 @@ inline void check_positive(int64_t value, const char* name) {
   check(value > 0, "`", name, "` must be positive, got ", value);
 }
 
-// A size that others are multiplied by without a look.
+// Checks a size that is later multiplied by others without an overflow check.
 inline void check_size(int64_t value, const char* name) {
   check_positive(value, name);
   check(value <= INT32_MAX, "`", name, "` must be at most ", INT32_MAX, ", got ", value);

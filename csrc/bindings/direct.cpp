@@ -17,7 +17,7 @@ namespace tgi {
 
 namespace {
 
-// Of all calls, which take turns.
+// Work memory shared by all calls, which the mutex serialises.
 struct DirectMemory {
   std::mutex mutex;
   Workspace input, scratch, inner;
@@ -28,7 +28,7 @@ DirectMemory& direct_memory() {
   return memory;
 }
 
-// Tensors [rows, columns]: the distance of rows.
+// Returns the row stride of a tensor [rows, columns].
 int64_t row_stride(const FloatArray& rows, const char* name) {
   check_rows_of(rows, 2, name);
   return float_stride(rows, 0, name);
@@ -40,15 +40,16 @@ void check_out(const FloatArray& out, int64_t num_rows, int64_t columns) {
         "`out` must be contiguous [", num_rows, ", ", columns, "]");
 }
 
-// What adapters change of a product: the rows of x are the tokens of a step.
+// The adapters that change a product; the rows of x are the tokens of a step.
 struct Adapted {
-  const FlatRows* rows = nullptr;  // null: nothing
+  const FlatRows* rows = nullptr;  // null: no adapters
   int64_t product = 0;
 
   static Adapted of(const FlatRows* rows, int64_t product) {
     return rows == nullptr || rows->adapter_spans.empty() ? Adapted() : Adapted{rows, product};
   }
-  // The inner values of a token, where the adapters are of this weight and these rows.
+  // Returns the stride of a token's inner values; throws unless the adapters fit this weight and
+  // these rows.
   int64_t check_fits(const step::PackedMatrix& weight, int64_t num_rows) const {
     check(static_cast<int64_t>(rows->ids.size()) == num_rows,
           "the product of a step with adapters has ", num_rows, " rows, the step ",
@@ -66,7 +67,8 @@ struct Adapted {
   }
 };
 
-// A product of tensors: x is packed in `precision`, then `function(linear, header)` does the rest.
+// Computes a product on tensors: packs x in `precision`, then `function(linear, header)` does the
+// rest.
 template <class Function>
 void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,
               const std::string& precision_name, int64_t unit_strips, const Adapted& adapted,
@@ -157,12 +159,12 @@ void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
            });
 }
 
-// Few rows that are looked up or normalised are not worth waking the team for.
+// Up to this size a lookup or norm is not worth waking the team for.
 constexpr int64_t kAloneFloats = 16384;
 
 void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, FloatArray& out) {
   check(table.num_rows > 0 && table.has_padding_last,
-        "`table` must have its rows first, and padding behind them");
+        "`table` must have its padding after all of its rows");
   check_shape(ids, "ids", {-1});
   check_out(out, ids.size(), table.packed.num_columns);
   check_range(ids.data(), ids.size(), table.num_rows, "ids");

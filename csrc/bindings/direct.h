@@ -1,5 +1,5 @@
-// Products, norms and embeddings on tensors of others, one call each: for models that compute in
-// torch. A row's bits are the same in any batch.
+// Products, norms and embeddings on caller-provided tensors, one call each, for models that compute
+// in torch. A row's bits are the same in any batch.
 #pragma once
 
 #include "bindings/checks.h"

@@ -93,17 +93,17 @@ void append(cpu::Drafter& drafter, int64_t slot, int32_t id) {
 
 void bind_drafting(py::module_& module) {
   py::class_<cpu::Drafter, std::shared_ptr<cpu::Drafter>>(
-      module, "Drafter", "Guesses of slots' next tokens, see csrc/cpu/drafter.h.")
+      module, "Drafter", "Drafts the next tokens of slots, see csrc/cpu/drafter.h.")
       .def(py::init([](int64_t num_slots, int64_t shortest, int64_t longest) {
              return std::make_shared<cpu::Drafter>(make_drafter(num_slots, shortest, longest));
            }),
            py::kw_only(), py::arg("num_slots"), py::arg("shortest"), py::arg("longest"))
       .def("start", &start, py::arg("slot"), py::arg("ids").noconvert(),
-           "Give a slot to a sequence that has these tokens.")
-      .def("append", &append, py::arg("slot"), py::arg("id"), "Take a token that was drawn.")
+           "Assign a slot to a sequence with these tokens.")
+      .def("append", &append, py::arg("slot"), py::arg("id"), "Append a sampled token.")
       .def("choose", &choose, py::arg("wishes"), py::kw_only(), py::arg("base"), py::arg("token"),
            py::arg("num_tokens"),
-           "Return the drafts of each (slot, most, what is certain), by a step's cost.");
+           "Return the drafts for each (slot, maximum number, certain tokens), by a step's cost.");
 }
 
 }  // namespace tgi

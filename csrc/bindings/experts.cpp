@@ -202,7 +202,7 @@ void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats)
 
 namespace {
 
-// Of calls on tensors, which take turns.
+// Work memory of direct calls, which the mutex serialises.
 struct ExpertsMemory {
   std::mutex mutex;
   Workspace in, gathered, inner, gates, scratch;
@@ -213,7 +213,7 @@ ExpertsMemory& experts_memory() {
   return memory;
 }
 
-// What the tokens of tensors go to; ids beyond the experts are none of theirs.
+// Builds the routing from arrays; ids beyond the number of experts are ignored.
 ChoiceBuffer choice_of(const Array<int32_t>& ids, const Array<float>& weights,
                        int64_t num_experts) {
   check_shape(ids, "ids", {-1, -1});
@@ -231,7 +231,7 @@ void check_contiguous(const FloatArray& out, int64_t num_rows, int64_t columns) 
         "`out` must be contiguous [", num_rows, ", ", columns, "]");
 }
 
-// x @ gate, up and down of each token's experts, weighted, to out.
+// Writes each token's experts, weighted and summed, to out: gate, up and down applied to x.
 void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array<float>& weights,
                   const FloatArray& x, FloatArray& out, const std::string& precision,
                   const std::string& inner_precision) {
@@ -260,7 +260,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   const int64_t floats = set_experts(mlps, params);
   const py::gil_scoped_release release;
   step::sort_by_expert(choice.view, num_tokens, num_tokens);
-  int64_t most = 0;  // of an expert: an id may be given twice
+  int64_t most = 0;  // tokens of one expert; a token may name the same id twice
   for (int64_t i = 0; i < *choice.view.num_used; ++i) {
     most = std::max<int64_t>(most, choice.view.experts[i].num_tokens);
   }
@@ -296,7 +296,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   cpu::run_small(ids.size() * 3 * width * mlps.num_columns(), prepare, run);
 }
 
-// Rows that lie expert by expert, `sizes` of each: every expert's product of its own.
+// Multiplies rows that are grouped by expert, `sizes` per expert, by each expert's own matrix.
 void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const FloatArray& x,
                     FloatArray& out, const std::string& precision_name) {
   check_rows_of(x, 2, "x");
@@ -376,7 +376,8 @@ void bind_experts(py::module_& module) {
            py::arg("top_groups") = 1, py::arg("adds_two_best") = false,
            py::arg("is_renormalised") = false, py::arg("eps") = 0.0, py::arg("scale") = 1.0,
            py::arg("jitter") = 0.0);
-  py::class_<ExpertStack, StackPtr>(module, "ExpertStack", "One product of a layer's experts.")
+  py::class_<ExpertStack, StackPtr>(module, "ExpertStack",
+                                    "The matrices of a layer's experts for one product.")
       .def(py::init<const std::vector<const Matrix*>&,
                     const std::optional<std::vector<Array<float>>>&>(),
            py::arg("matrices"), py::arg("biases") = py::none())
@@ -386,7 +387,7 @@ void bind_experts(py::module_& module) {
       .def(py::init(&ExpertMlps::make), py::kw_only(), py::arg("gate_up"),
            py::arg("down").none(false), py::arg("activation"), py::arg("limit") = 0.0,
            py::arg("slope") = 1.0, py::arg("offset") = 0.0);
-  py::class_<ChoiceBuffer, ChoicePtr>(module, "Choice", "Which experts tokens go to.")
+  py::class_<ChoiceBuffer, ChoicePtr>(module, "Choice", "The experts selected for each token.")
       .def(
           "arrays",
           [](const ChoiceBuffer& choice) {
@@ -397,14 +398,14 @@ void bind_experts(py::module_& module) {
             std::copy_n(view.weights, weights.size(), weights.mutable_data());
             return py::make_tuple(ids, weights);
           },
-          "Return ids and weights of all tokens that there is room for, copies.");
+          "Return copies of the ids and weights, [capacity in tokens, top_k] each.");
   module.def("experts_rows", &experts_rows, py::arg("mlps"), py::arg("ids").noconvert(),
              py::arg("weights").noconvert(), py::arg("x").noconvert(), py::arg("out").noconvert(),
              py::arg("precision"), py::arg("inner_precision"),
              "Write the weighted sum of each token's experts to out [n, down's stored rows].");
   module.def("rows_by_expert", &rows_by_expert, py::arg("stack"), py::arg("sizes").noconvert(),
              py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
-             "Write products of rows that lie expert by expert to out [n, stored rows].");
+             "Write the products of rows grouped by expert to out [n, stored rows].");
 }
 
 }  // namespace tgi

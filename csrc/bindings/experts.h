@@ -1,5 +1,5 @@
-// Routed experts as Python has them: how tokens are routed, what they go to, the experts' weights.
-// All is checked here; the kernels trust it.
+// Routed experts as Python holds them: routing rules, routing results and expert weights.
+// Everything is checked here; the kernels rely on it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace tgi {
 
-// How experts are chosen, and what they weigh.
+// How experts are selected and weighted.
 class RouteSpec {
  public:
   RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
@@ -22,7 +22,7 @@ class RouteSpec {
 
   int64_t num_experts() const { return params_.out.num_experts; }
   int64_t top_k() const { return params_.out.top_k; }
-  // Without logits, and with nowhere to write to. Points into this.
+  // Without logits and output pointers. Points into this object.
   const step::RouteParams& params() const { return params_; }
 
  private:
@@ -30,7 +30,7 @@ class RouteSpec {
   step::RouteParams params_ = {};
 };
 
-// What tokens go to: written by `route`.
+// The experts selected for each token; written by `route`.
 struct ChoiceBuffer {
   cpu::Memory memory;
   int64_t num_rows;  // tokens
@@ -39,7 +39,8 @@ struct ChoiceBuffer {
   static ChoiceBuffer make(int64_t num_tokens, int64_t num_experts, int64_t top_k);
 };
 
-// One product of all experts of a layer: of one shape, each in the format that its file has.
+// One product of all experts of a layer: matrices of the same shape, each in the format of its
+// file.
 class ExpertStack {
  public:
   ExpertStack(const std::vector<const Matrix*>& matrices,
@@ -49,11 +50,11 @@ class ExpertStack {
   int64_t num_rows() const { return weights_.front().num_rows; }  // as stored
   int64_t num_columns() const { return weights_.front().num_columns; }
   int64_t nbytes() const;
-  // Throws where one cannot be multiplied so.
+  // Throws if any of them cannot be multiplied in this precision.
   void check_precision(step::Precision precision, int64_t unit_strips) const;
-  // The work memory that the largest wants, in floats.
+  // The work memory that the largest matrix needs, in floats.
   int64_t scratch_floats(step::Precision precision, int64_t unit_strips) const;
-  // Points into this.
+  // Points into this object.
   step::ExpertMatrices view() const {
     return {weights_.data(), biases_.empty() ? nullptr : biases_.data()};
   }
@@ -69,14 +70,15 @@ using RoutePtr = std::shared_ptr<RouteSpec>;
 using ChoicePtr = std::shared_ptr<ChoiceBuffer>;
 using StackPtr = std::shared_ptr<ExpertStack>;
 
-// The experts of a layer, and how their gates meet their ups.
+// The experts of a layer, and how their gate and up outputs are combined.
 struct ExpertMlps {
-  std::vector<StackPtr> gate_up;  // one whose panels alternate, or gate and up apart
+  std::vector<StackPtr> gate_up;  // one stack with alternating panels, or separate gate and up
+                                  // stacks
   StackPtr down;
   MlpActivation activation;
   step::ClampedGate clamped;
 
-  // Throws where the parts do not fit.
+  // Throws if the parts do not fit together.
   static ExpertMlps make(std::vector<StackPtr> gate_up, StackPtr down,
                          const std::string& activation, double limit, double slope, double offset);
   int64_t unit_strips() const { return gate_up.size() == 1 ? 2 : 1; }
@@ -85,9 +87,9 @@ struct ExpertMlps {
 
 using MlpsPtr = std::shared_ptr<ExpertMlps>;
 
-// Puts the weights into parameters, of which the choice, the input and the room of a pass are there
-// already; after all is checked. Returns the floats of a member's work memory, for which
-// `set_scratch` then makes room.
+// Checks the weights and writes them to parameters whose choice, input and buffers are already set.
+// Returns the number of floats of work memory per member, which the caller allocates and passes to
+// `set_scratch`.
 int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params);
 void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats);
 

@@ -1,4 +1,5 @@
-// Float32 tensors of others, as numpy sees them: what the operators called directly read and write.
+// Float32 tensors owned by the caller, as numpy views: the operands of operators that are called
+// directly.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +9,19 @@
 
 namespace tgi {
 
-// Of any strides. Arguments of this type are bound with noconvert().
+// Accepts any strides. Arguments of this type are bound with noconvert().
 using FloatArray = py::array_t<float, 0>;
 
 constexpr int64_t kFloatBytes = sizeof(float);
 
-// How far elements along an axis are from each other, in floats.
+// Returns the distance between elements along an axis, in floats.
 inline int64_t float_stride(const FloatArray& array, int64_t axis, const char* name) {
   const int64_t bytes = array.strides(axis);
   check(bytes % kFloatBytes == 0, "`", name, "` must be aligned to its elements");
   return bytes / kFloatBytes;
 }
 
-// So many axes, elements of the last side by side.
+// Checks the number of axes, and that the elements of the last axis are adjacent.
 inline void check_rows_of(const FloatArray& array, int64_t num_axes, const char* name) {
   check(array.ndim() == num_axes, "`", name, "` must have ", num_axes, " axes, got ", array.ndim());
   check(array.size() == 0 || array.shape(num_axes - 1) == 1 ||
@@ -28,7 +29,7 @@ inline void check_rows_of(const FloatArray& array, int64_t num_axes, const char*
         "`", name, "` must have the elements of its last axis side by side");
 }
 
-// Memory for one call at a time: it grows, and is used again by the next.
+// Memory for one call at a time: it grows and is reused by the next call.
 class Workspace {
  public:
   uint8_t* reserve(int64_t bytes) {

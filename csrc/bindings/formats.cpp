@@ -1,4 +1,4 @@
-// The table of weight formats and its readers as parts of tgi_asgi._C: rows as float32, rows for
+// Bindings of the table of weight formats and its readers in tgi_asgi._C: rows as float32, rows for
 // CUDA.
 #include "cpu/step/formats.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 using Bytes = Array<uint8_t>;
 
-// Checks whole rows, flat, and returns how many there are.
+// Checks that `data` is flat and consists of whole rows; returns their number.
 int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
   const int64_t unit = step::format_info(format).block_columns;
   check(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit, ", got ",

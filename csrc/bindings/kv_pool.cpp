@@ -14,7 +14,7 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kMostBytes = int64_t{1} << 55;  // of a block: a layer's are below 2^50
+constexpr int64_t kMostBytes = int64_t{1} << 55;  // per block; a single layer's part is below 2^50
 
 void check_heads(const KvShape& shape, step::Precision precision) {
   const int64_t unit = precision == step::Precision::kInt8 ? step::kStripRows : 2;
@@ -49,7 +49,7 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
         "`num_blocks` must be positive, and all slots below 2^31, got ", num_blocks);
   check(block_size == 16 || block_size == 32 || block_size == 64,
         "`block_size` must be 16, 32 or 64, got ", block_size);
-  std::vector<int64_t> offsets, sizes;  // of layers in their group's block; of groups' blocks
+  std::vector<int64_t> offsets, sizes;  // of layers within their group's block; of groups' blocks
   for (const KvShape& shape : layers) {
     if (has_latents) {
       check_latent(shape, precision_);
@@ -120,7 +120,7 @@ void KvPool::close_supply() {
 
 namespace {
 
-// layers: of each KV heads, the dims of keys and of values, and its group.
+// layers: per layer the number of KV heads, the dims of keys and of values, and the group.
 std::shared_ptr<KvPool> make_pool(
     const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& layers, int64_t num_blocks,
     int64_t block_size, const std::string& precision, bool has_latents) {
@@ -155,7 +155,7 @@ void bind_kv_pool(py::module_& module) {
             const auto& pool = self.cast<const KvPool&>();
             return py::array_t<uint8_t>({pool.num_blocks(), pool.block_bytes()}, pool.data(), self);
           },
-          "Return the bytes of all blocks, as they lie (for tests).");
+          "Return the bytes of all blocks, without copying (for tests).");
 }
 
 }  // namespace tgi

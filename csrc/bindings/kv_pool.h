@@ -1,6 +1,7 @@
-// The memory of keys and values of all layers. Those of a block lie together, so that the memory
-// that consecutive blocks have touched has no holes, whatever the size of a page. A block is of one
-// group of layers, whichever: all groups' are of one size, that of the largest.
+// The KV cache memory of all layers. All keys and values of a block are contiguous, so that
+// consecutive blocks touch memory without holes, whatever the page size. A block belongs to one
+// group of layers, which may be any group: all groups have the same block size, that of the
+// largest.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@
 
 namespace tgi {
 
-// A layer's heads, as kept, and its group.
+// A layer's heads, as stored, and its group.
 struct KvShape {
   int64_t num_kv_heads;
   int64_t head_dim;
@@ -25,11 +26,12 @@ struct KvShape {
 
 class KvPool {
  public:
-  // Latents: of all layers the values are the first dims of keys, and nothing of their own.
+  // With latents, the values of every layer are the first dims of its keys and are not stored
+  // separately.
   KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_size,
          const std::string& precision, bool has_latents = false);
 
-  // A layer's part [block][keys, values][KV head].
+  // Returns a layer's part: [block][keys, values][KV head].
   cpu::step::KvLayerView layer(int64_t index) const;
   int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
   int64_t num_groups() const { return num_groups_; }
@@ -38,9 +40,10 @@ class KvPool {
   int64_t block_bytes() const { return block_bytes_; }
   cpu::step::Precision precision() const { return precision_; }
 
-  // Copies blocks (from, to), as if all at once: refuses one that is both, or copied to twice.
+  // Copies blocks (from, to) as if simultaneously. Throws if a block is both source and target, or
+  // the target of two.
   void copy(const std::vector<std::pair<int64_t, int64_t>>& pairs);
-  // Has the system supply the first bytes in a thread, before they are written.
+  // Starts a thread that makes the system commit the first bytes before they are written.
   void supply(int64_t num_bytes);
   void wait_for_supply();
   void close_supply();

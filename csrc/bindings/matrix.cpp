@@ -1,4 +1,4 @@
-// Packing: from a file's rows to the panels that kernels read, and back.
+// Packing from a file's rows to the panels that kernels read, and unpacking.
 #include "bindings/matrix.h"
 
 #include <pybind11/stl.h>
@@ -15,7 +15,7 @@ namespace {
 
 using Bytes = Array<uint8_t>;
 
-// The rows of `sources`, one after the other.
+// Returns pointers to the rows of all `sources`, in order.
 std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t row_bytes) {
   std::vector<const uint8_t*> rows;
   for (const Bytes& source : sources) {
@@ -63,7 +63,8 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   check_shares(shares, num_rows / step::kStripRows);
   const std::vector<const uint8_t*> rows = rows_of(sources, step::file_row_bytes(format, columns));
   std::vector<const uint8_t*> ordered;
-  int64_t num_true = 0, end = 0;  // rows that are no padding, and where the last of them ends
+  int64_t num_true = 0, end = 0;  // number of rows that are not padding, and the end of the last of
+                                  // them
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t row = order.at(i);
     check(row >= -1 && row < static_cast<int64_t>(rows.size()), "`order`[", i, "] must be in [-1, ",
@@ -149,7 +150,7 @@ void check_product(const step::PackedMatrix& weight, step::Precision precision,
 }
 
 void bind_matrices(py::module_& module) {
-  py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
+  py::class_<cpu::Arena>(module, "Arena", "Memory for packed weights, in the order of packing.")
       .def(py::init<>());
   py::class_<Matrix>(module, "Matrix", "A weight in panels; see csrc/cpu/step/packed.h.")
       .def_property_readonly(
@@ -164,7 +165,7 @@ void bind_matrices(py::module_& module) {
       py::arg("columns"), py::arg("order").noconvert(), py::arg("arena"),
       py::arg("unit_strips") = 1, py::arg("query_strips") = 0, py::arg("all_strips") = 0,
       py::arg("first_strip") = 0,
-      "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1. Each "
+      "Pack rows: row i of the result is row order[i] of the sources, zeros if that is -1. Each "
       "member packs what it will read; see csrc/cpu/step/shares.h.");
   module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
              "Quantise float32 rows to the file format Q8_0 or Q4_0.");

@@ -1,4 +1,4 @@
-// Weights in the layout of the kernels, as Python holds them.
+// Weights in the kernels' layout, as Python holds them.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ namespace tgi {
 
 namespace step = cpu::step;
 
-// A matrix in panels. Whoever records a product with it shares its memory.
+// A matrix in panels. Recorded products share its memory.
 struct Matrix {
   cpu::Memory memory;
   step::PackedMatrix packed;
   int64_t num_rows;     // without padding
-  int64_t num_columns;  // as packed from: where the server quantised, padded to 32
+  int64_t num_columns;  // as packed from; padded to 32 if the server quantised it
   bool has_padding_last;
   int64_t nbytes() const { return packed.num_rows / step::kPanelRows * packed.panel_size(); }
 };
@@ -28,11 +28,11 @@ step::Format format_of(const std::string& name);
 step::Precision precision_of(const std::string& name);
 const char* precision_name(step::Precision precision);
 
-// Throws where no product in this precision, of units of so many strips, reads this weight.
+// Throws if no product in this precision, with units of this many strips, can read this weight.
 void check_product(const step::PackedMatrix& weight, step::Precision precision,
                    int64_t unit_strips);
 
-// Packing, and the table of formats with its readers, as parts of tgi_asgi._C.
+// Binds packing, and the table of formats with its readers, in tgi_asgi._C.
 void bind_matrices(py::module_& module);
 void bind_formats(py::module_& module);
 

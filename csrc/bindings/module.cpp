@@ -1,5 +1,5 @@
-// The pybind11 module tgi_asgi._C: the thread team, the sets of kernels, weights, the cache,
-// sampling and recorded steps. Knows no torch.
+// The pybind11 module tgi_asgi._C: the thread team, kernel sets, weights, the cache, sampling and
+// recorded steps. Independent of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,11 +45,11 @@ void use_kernel_set(const std::string& name) {
   throw std::invalid_argument("`name` must be one of kernel_sets(), got " + name);
 }
 
-// A wish that cannot be met is an error: whoever sets TGI_ISA compares sets.
+// Fails if TGI_ISA names a kernel set that is unavailable: whoever sets it wants to compare sets.
 void check_wish() {
   const char* wanted = std::getenv("TGI_ISA");
-  // Now, as the system grants AMX's tiles only to a process whose threads have no small signal
-  // stacks.
+  // Done at import: the system grants AMX's tiles only to a process whose threads have no small
+  // signal stacks.
   const std::vector<std::string> names = kernel_set_names();
   if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == step::kernels().name) return;
   std::string known;
@@ -75,8 +75,8 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
   cpu::configure_team({num_threads, nice, pin, spin_us});
 }
 
-// Operations a second of the whole team at the instruction behind products of this precision, two a
-// multiply-add: the floor that benchmarks hold products against.
+// Measures the whole team's operations per second with the instruction that products of this
+// precision use; a multiply-add counts as two. Benchmarks compare products with this upper bound.
 double arithmetic_peak(const std::string& precision_name) {
   constexpr int64_t kTimes = 20000;
   constexpr auto kLength = std::chrono::milliseconds(100);
@@ -98,7 +98,7 @@ double arithmetic_peak(const std::string& precision_name) {
 void bind_team(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.def("num_threads", &cpu::num_threads, release(),
-             "Return the number of compute threads, the caller's own included.");
+             "Return the number of compute threads, including the caller's.");
   module.def(
       "set_num_threads",
       [](int num_threads) {
@@ -108,18 +108,19 @@ void bind_team(py::module_& module) {
       py::arg("num_threads"), release(), "Set the number of compute threads; 0 means the default.");
   module.def(
       "num_cores", [] { return cpu::usable_cores().size(); }, release(),
-      "Return the cores that the process may use by affinity, each once whatever its SMT.");
-  module.def("default_num_threads", &cpu::default_num_threads, release(),
-             "Return the cores that the process may use, by affinity (SMT not counted) and by "
-             "cgroup quota.");
+      "Return the number of cores that the process may use by affinity, not counting SMT.");
+  module.def(
+      "default_num_threads", &cpu::default_num_threads, release(),
+      "Return the number of cores that the process may use by affinity (not counting SMT) and "
+      "cgroup quota.");
   module.def(
       "usable_cores", [] { return cpu::usable_cores(); },
-      "Return the numbers of the cores that the process may use, by affinity (SMT not counted).");
+      "Return the ids of the cores that the process may use by affinity, not counting SMT.");
   module.def("configure_team", &configure_team, py::arg("num_threads") = 0, py::arg("nice") = 0,
              py::arg("pin") = false, py::arg("spin_us") = 75, release(),
              "Restart the team with these options.");
   module.def("join_team", &cpu::join_team, release(),
-             "Give the calling thread the team's nice value and member 0's core, for good.");
+             "Give the calling thread the team's nice value and member 0's core permanently.");
   module.def(
       "team_spin",
       [](int spin_us) {
@@ -127,10 +128,11 @@ void bind_team(py::module_& module) {
         cpu::team_spin(spin_us);
       },
       py::arg("spin_us"),
-      "Have idle members spin so long from now on; 0: as the team is configured.");
+      "Have idle members spin for this long from now on. Set 0 for the configured time.");
   module.def("wake_team", &cpu::team_wake, release(), "Unpark the team ahead of a step.");
-  module.def("arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),
-             "Measure the operations a second of the team's inner product, two a multiply-add.");
+  module.def(
+      "arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),
+      "Measure the team's operations per second in inner products; a multiply-add counts as two.");
 }
 
 }  // namespace
@@ -139,24 +141,24 @@ void bind_team(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   tgi::check_wish();
-  module.doc() = "The engine's own arithmetic on CPUs; tgi_asgi.ops is what to call.";
+  module.doc() = "The engine's own arithmetic on CPUs; call it through tgi_asgi.ops.";
   module.def(
       "kernel_set", [] { return std::string(tgi::step::kernels().name); },
-      "Return the name of the set of kernels in use: an instruction set's.");
+      "Return the name of the kernel set in use, which is that of an instruction set.");
   module.def(
       "kernel_arithmetic", [] { return std::string(tgi::step::kernels().arithmetic); },
-      "Return how the set in use rounds products of bfloat16.");
+      "Return how the kernel set in use rounds bfloat16 products.");
   module.def("kernel_sets", &tgi::kernel_set_names,
-             "Return the names of the sets that this machine runs, best last.");
+             "Return the names of the kernel sets that this machine can run, best last.");
   module.def(
       "refused_kernel_set",
       []() -> std::optional<std::string> {
         const char* const refused = tgi::step::refused_kernel_set();
         return refused == nullptr ? std::nullopt : std::optional<std::string>(refused);
       },
-      "Return why a set that the processor has is not used, or None.");
+      "Return why a kernel set that the processor supports is not used, or None.");
   module.def("use_kernel_set", &tgi::use_kernel_set, pybind11::arg("name"),
-             "Use this set from now on (for tests).");
+             "Use this kernel set from now on (for tests).");
   tgi::bind_team(module);
   tgi::bind_formats(module);
   tgi::bind_matrices(module);

@@ -19,7 +19,7 @@ step::PlainHeads heads_of(const FloatArray& heads, const char* name, int64_t num
   return {heads.data(), float_stride(heads, 0, name), float_stride(heads, 1, name), heads.shape(2)};
 }
 
-// Whether heads of `dim` are those that are kept as `kept`.
+// Checks that heads of `dim` are stored as `kept` dims.
 void check_dim(const step::KvLayerView& kv, int64_t dim, int64_t kept, const char* name) {
   const bool is_padded = kv.precision == step::Precision::kInt8;
   check((is_padded ? step::padded_columns(dim) : dim) == kept, "heads of `", name, "` must have ",

@@ -1,5 +1,5 @@
-// Attention for models that compute in torch: a call a layer, from heads as tensors, and back. What
-// one batch has in common for all layers is checked and shared out once.
+// Attention for models that compute in torch: one call per layer, from heads as tensors to tensors.
+// Checks and work splits that all layers of a batch share are done once.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +20,18 @@ class PagedAttention {
  public:
   explicit PagedAttention(int64_t max_context);
 
-  // Takes the batch that the next calls of `run` are of. visible_until: [num_tokens], positions
-  // that a token sees where these are more than up to its own.
+  // Sets the batch of the following calls of `run`. visible_until: [num_tokens], where the visible
+  // positions of each token end, if it sees more than those up to its own.
   void begin(const FlatRows& batch, const std::optional<Array<int32_t>>& visible_until);
 
-  // q: [num_tokens, heads, head_dim]; k, v: [num_tokens, KV heads, head_dim and value_dim], or
-  // none: they are in the cache; out: [num_tokens, heads, value_dim], contiguous.
+  // q: [num_tokens, heads, head_dim]; k, v: [num_tokens, KV heads, head_dim and value_dim], or none
+  // if they are in the cache already; out: [num_tokens, heads, value_dim], contiguous.
   void run(const KvPool& pool, int64_t layer, const FloatArray& q,
            const std::optional<FloatArray>& k, const std::optional<FloatArray>& v, FloatArray& out,
            const AttentionSpec& spec);
 
  private:
-  // How the present batch's work is shared out for layers of one shape and rule.
+  // How the current batch's work is split for layers of one shape and rule.
   struct Split {
     cpu::step::AttentionRule rule;
     cpu::step::HeadSplit heads;
@@ -55,10 +55,11 @@ class PagedAttention {
   FlatRows batch_;
   std::vector<int32_t> visible_until_;
   cpu::step::StepHeader header_ = {};
-  int64_t checked_blocks_ = 0, checked_block_size_ = 0;  // of the pool that the batch fits
-  std::vector<Split> splits_;                            // memory of earlier batches is used again
+  int64_t checked_blocks_ = 0, checked_block_size_ = 0;  // of the pool that the batch was checked
+                                                         // against
+  std::vector<Split> splits_;                            // entries of earlier batches are reused
   size_t num_splits_ = 0;
-  int64_t num_pairs_ = 0;  // of a query and a key, at most
+  int64_t num_pairs_ = 0;  // upper bound on the query-key pairs
   Workspace queries_;
   std::unique_ptr<cpu::step::AttentionWorkspace> partials_;
   int64_t partials_rows_ = 0, partials_dim_ = 0;

@@ -1,4 +1,4 @@
-// Recording: what a step's operators read and write, checked once.
+// Recording: checks the operands of a step's operators once.
 #include "bindings/program.h"
 
 #include <algorithm>
@@ -28,10 +28,10 @@ MlpActivation gated_of(const std::string& name) {
   return found;
 }
 
-// Behind a part of a sum all shards meet.
+// After writing a part of a sum all shards meet.
 Sync sync_behind(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
 
-// Operators that write an activation without copies of the members' own.
+// Marks an activation as written without private copies per member.
 const step::Activation& shared(const ActivationPtr& out) {
   out->is_private = false;
   return out->view;
@@ -104,7 +104,7 @@ void Program::embed(const Matrix& table, double factor, const std::optional<Floa
   check_before_end("embed");
   check_rows_buffer(out, table.packed.num_columns, "out");
   check(table.num_rows > 0 && table.has_padding_last,
-        "`table` must have its rows first, and padding behind them");
+        "`table` must have its padding after all of its rows");
   const int64_t num_ids = shards_ == nullptr ? table.num_rows : shards_->shape().vocab_size;
   num_ids_ = num_ids_ == 0 ? num_ids : std::min(num_ids_, num_ids);
   step::EmbedParams params = {table.packed, static_cast<float>(factor), out->data(), nullptr};
@@ -392,7 +392,7 @@ const float* Program::keep(const Floats& array) {
 }
 
 float* Program::scratch_of(int64_t floats) {
-  // One buffer serves all operators, as they run one after the other; old ones stay valid.
+  // One buffer serves all operators, because they run one after another; older buffers stay valid.
   if (scratch_.empty() || scratch_.back().second < floats) {
     scratch_.emplace_back(cpu::allocate(floats * kFloatBytes), floats);
   }
@@ -405,7 +405,7 @@ void Program::check_rows_buffer(const RowsPtr& rows, int64_t columns, const char
 }
 
 void Program::check_before_end(const char* name) const {
-  check(!has_ended_writes_, "`end_cache_writes` must come behind ", name);
+  check(!has_ended_writes_, "`end_cache_writes` must come after ", name);
 }
 
 }  // namespace tgi

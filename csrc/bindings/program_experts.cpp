@@ -1,4 +1,4 @@
-// Recording of routed experts: what they read and write, checked once.
+// Recording of routed experts: checks their operands once.
 #include <algorithm>
 
 #include "bindings/program.h"

@@ -1,5 +1,4 @@
-// Recording of heads of queries, keys and values: how they are normalised and rotated, and where
-// they go.
+// Recording of query, key and value heads: their norms, rotation and destination.
 #include <algorithm>
 #include <tuple>
 
@@ -103,7 +102,8 @@ void Program::use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadPar
 }
 
 void Program::share_scratch(step::QkvParams& params) {
-  // Members may be in different parts at once: all have their work memory at the same distance.
+  // Members may be in different parts at the same time, so every part uses the same scratch stride
+  // per member.
   int64_t floats = 0;
   for (const step::LinearParams& part : params.parts) {
     floats = std::max(floats, part.scratch_floats);

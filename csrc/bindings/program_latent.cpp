@@ -1,4 +1,4 @@
-// Recording of latent attention: what it reads, writes and keeps, checked once.
+// Recording of latent attention (MLA): checks its operands once.
 #include <algorithm>
 
 #include "bindings/program.h"

@@ -1,4 +1,4 @@
-// tgi_asgi._C.Program: its methods by name.
+// tgi_asgi._C.Program: the Python binding.
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -31,7 +31,7 @@ Floats rows_of_tiles(const ActivationBuffer& a) {
 }
 
 void bind_buffers(py::module_& module) {
-  py::class_<RowsBuffer, RowsPtr>(module, "Rows", "Rows of float32, one a token.")
+  py::class_<RowsBuffer, RowsPtr>(module, "Rows", "Rows of float32, one per token.")
       .def_readonly("num_columns", &RowsBuffer::num_columns)
       .def(
           "array",
@@ -39,12 +39,12 @@ void bind_buffers(py::module_& module) {
             const auto& rows = self.cast<const RowsBuffer&>();
             return Floats({rows.num_rows, rows.num_columns}, rows.data(), self);
           },
-          "Return the rows themselves, columns of padding included.");
+          "Return the rows without copying, including padding columns.");
   py::class_<ActivationBuffer, ActivationPtr>(module, "Activation", "The input of products.")
       .def_property_readonly(
           "precision", [](const ActivationBuffer& a) { return precision_name(a.view.precision); })
-      .def("array", &rows_of_tiles, "Return the rows of a float32 activation, a copy.");
-  py::class_<QueryBuffer, QueryPtr>(module, "Query", "Queries, as a cache wants them.")
+      .def("array", &rows_of_tiles, "Return a copy of a float32 activation's rows.");
+  py::class_<QueryBuffer, QueryPtr>(module, "Query", "Queries, in the cache's layout.")
       .def(
           "array",
           [](const py::object& self) {
@@ -68,7 +68,7 @@ void bind_buffers(py::module_& module) {
            }),
            py::kw_only(), py::arg("query"), py::arg("key"), py::arg("is_whole"),
            py::arg("is_last"));
-  py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
+  py::class_<Heads>(module, "Heads", "How heads are normalised, rotated and stored.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
                        std::optional<double> scale, MaybeFloats cosines, MaybeFloats sines,
                        std::optional<HeadNorms> norms, double clip, MaybeFloats query_scales) {
@@ -87,7 +87,7 @@ void bind_buffers(py::module_& module) {
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
            py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
            py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
-  py::class_<LatentHeads>(module, "LatentHeads", "What latent attention does with rows.")
+  py::class_<LatentHeads>(module, "LatentHeads", "The parameters of latent attention.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, double scale, Floats norm,
                        double eps, Floats cosines, Floats sines, int64_t turning_column) {
              return LatentHeads{std::move(pool), layer, num_heads,          scale,
@@ -97,7 +97,7 @@ void bind_buffers(py::module_& module) {
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
            py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("turning_column"));
-  py::class_<ShortConv>(module, "ShortConv", "A short convolution of columns of rows.")
+  py::class_<ShortConv>(module, "ShortConv", "A short convolution over columns of rows.")
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
                        std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
                        bool has_silu) {
@@ -141,7 +141,7 @@ void bind_buffers(py::module_& module) {
 
 }  // namespace
 
-// Operands that Python may not leave out are bound with none(false): None would be a null pointer.
+// Required operands are bound with none(false), because None would become a null pointer.
 void bind_program(py::module_& module) {
   bind_buffers(module);
   py::class_<Program, std::shared_ptr<Program>>(module, "Program", "See csrc/bindings/program.h.")

@@ -1,4 +1,4 @@
-// Running a recorded step: its arrays checked, its work shared out, its operators replayed.
+// Running a recorded step: checks its arrays, splits its work and replays its operators.
 #include <algorithm>
 #include <chrono>
 #include <utility>
@@ -18,7 +18,7 @@ void check_limit(int64_t size, int64_t limit, const char* name) {
   check(size <= limit, "`", name, "` must have at most ", limit, " elements, got ", size);
 }
 
-// A batch's header with the rows that are asked for.
+// Returns a batch's header with the requested rows.
 step::StepHeader header_of(const FlatRows& batch, const std::vector<int32_t>& rows) {
   step::StepHeader header = batch.header();
   header.rows = rows.data();
@@ -40,7 +40,7 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   std::vector<int32_t> kept_rows = rows;
   check_adapters(batch);
   begin(header_of(kept, kept_rows), kept);
-  batch_ = std::move(kept);  // the header's arrays stay where they are, for `run_head`
+  batch_ = std::move(kept);  // the header's arrays stay in place, for `run_head`
   rows_ = std::move(kept_rows);
   {
     const py::gil_scoped_release release;

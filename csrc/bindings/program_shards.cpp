@@ -1,5 +1,5 @@
-// A program that is one of several shards: its parts of sums, and what the first shard has others
-// compute.
+// A program that is one of several shards: its parts of sums, and the work that the first shard
+// sends to the others.
 #include <stdexcept>
 #include <utility>
 

@@ -1,4 +1,4 @@
-// Recording of recurrent layers: what they read, write and keep, checked once.
+// Recording of recurrent layers: checks their operands once.
 #include <initializer_list>
 #include <utility>
 
@@ -9,10 +9,10 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kMostHeads = 1 << 20;  // and of what else a state's size is a product of
+constexpr int64_t kMostHeads = 1 << 20;  // also bounds the other factors of a state's size
 constexpr int64_t kVectorFloats = 16;
 
-// Columns of rows.
+// Returns a pointer to columns of rows.
 const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const char* name) {
   check(first >= 0 && first <= rows->num_columns && count <= rows->num_columns - first, "columns [",
         first, ", ", first + count, ") must be in `", name, "`, which has ", rows->num_columns);

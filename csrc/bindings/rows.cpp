@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The names of a row's attributes, made once: looking one up by a C string makes a new str.
+// Attribute names of a row, interned once: looking one up by a C string creates a new str.
 struct Names {
   PyObject* slot = PyUnicode_InternFromString("slot");
   PyObject* token_ids = PyUnicode_InternFromString("token_ids");
@@ -53,7 +53,7 @@ int64_t integer(PyObject* value, const char* name, int64_t stop) {
   return found;
 }
 
-// A list or tuple as it is, any other sequence as a list.
+// Uses a list or tuple as is and converts any other sequence to a list.
 class Items {
  public:
   explicit Items(py::handle sequence)
@@ -116,8 +116,8 @@ void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
 
 namespace {
 
-// Appends a row's blocks, group by group. Those behind a window are not looked at: the first that
-// is read stands for them.
+// Appends a row's blocks, group by group. Blocks before the window are not examined: the first
+// block that is read takes their entries.
 void read_tables(const py::object& given, const PlannedRows::Row& row, const RowLimits& limits,
                  std::vector<int32_t>& blocks) {
   const Items tables(given);
@@ -141,7 +141,7 @@ void read_tables(const py::object& given, const PlannedRows::Row& row, const Row
   }
 }
 
-// Reads which kept state a row goes on from, and which are kept of it.
+// Reads which kept state a row resumes from, and which of its states to keep.
 void read_states(const py::object& given, const RowLimits& limits, PlannedRows::Row& row,
                  std::vector<StateKeep>& keeps) {
   static const Names names;
@@ -157,10 +157,10 @@ void read_states(const py::object& given, const RowLimits& limits, PlannedRows::
   int64_t last = row.start;
   for (int64_t i = 0; i < items.size(); ++i) {
     const Items pair((py::handle(items[i])));
-    if (pair.size() != 2) throw PlanError("a state is kept in front of a position, in a place");
+    if (pair.size() != 2) throw PlanError("a kept state is a pair of a position and a place");
     const int64_t position = integer(pair[0], "position of a state", row.stop);
     if (position < last || position == 0 || (row.is_floating && position > row.start))
-      throw PlanError("states are kept in the order of a row's positions, and none at 0");
+      throw PlanError("states to keep must be in the order of a row's positions, and none at 0");
     keeps.push_back({0, narrow(position), place_of(pair[1])});
     last = position;
   }
@@ -195,7 +195,7 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
       const py::object given = attribute(item, names.stop);
       row.is_floating = !given.is_none();
       if (row.is_floating) {
-        stop = integer(given.ptr(), "position behind a row", limits.max_context + 1);
+        stop = integer(given.ptr(), "end position", limits.max_context + 1);
         const int64_t most_drafts =
             integer(attribute(item, names.num_drafts).ptr(), "number of drafts", limits.max_tokens);
         if (stop < start) throw PlanError("a row stops before it starts");
@@ -215,7 +215,7 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
     if (num_tokens > limits.max_tokens)
       throw PlanError("a step has at most " + std::to_string(limits.max_tokens) + " tokens");
     if (most_tokens == 0 || stop > limits.max_context)
-      throw PlanError("a row has no token, or leaves the context of " +
+      throw PlanError("a row has no token, or exceeds the context of " +
                       std::to_string(limits.max_context));
     row.num_blocks = static_cast<size_t>((stop + limits.block_size - 1) / limits.block_size);
     read_tables(attribute(item, names.block_tables), row, limits, planned.blocks);
@@ -242,7 +242,7 @@ int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place) {
 
 namespace {
 
-// Writes the block tables and slots of rows whose tokens are there.
+// Writes the block tables and slots of rows whose tokens are already laid out.
 void lay_out_tables(const PlannedRows& planned, const std::vector<const PlannedRows::Row*>& rows,
                     const RowLimits& limits, FlatRows& flat) {
   const size_t num_tokens = flat.ids.size(), width = static_cast<size_t>(flat.table_width);
@@ -282,7 +282,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     const int64_t start = start_of(row, places[index]);
     const auto first = static_cast<int64_t>(flat.ids.size());
     if (row.is_from_slot) {
-      if (start >= row.stop) continue;  // its sequence has all its tokens
+      if (start >= row.stop) continue;  // the sequence already has all its tokens
       flat.ids.push_back(places[index].last_id);
       if (!drafts.empty()) {
         const std::vector<int32_t>& list = drafts[index];
@@ -309,7 +309,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     flat.num_drafts.push_back(row.is_from_slot ? narrow(stop - first - 1) : 0);
     flat.resumes.push_back(row.resumes);
     if (row.num_keeps > 0 && start != row.start)
-      throw PlanError("a state is kept of a row that does not begin there");
+      throw PlanError("a state is kept for a row that starts elsewhere");
     for (size_t i = row.first_keep; i < row.first_keep + row.num_keeps; ++i) {
       flat.keeps.push_back(planned.keeps[i]);
       flat.keeps.back().row = narrow(flat.num_rows() - 1);
@@ -334,7 +334,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
 
 namespace {
 
-// last_ids, positions: of the slots, with any stride. drafts: a list a row, or none at all.
+// last_ids, positions: one element per slot, with any stride. drafts: a list per row, or empty.
 FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
                           const py::array_t<int32_t, 0>& last_ids,
                           const std::optional<py::array_t<int64_t, 0>>& positions,
@@ -360,7 +360,7 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
   return lay_out(planned, limits, places, drafts);
 }
 
-// Arrays that others have laid out (tests); only their lengths are checked.
+// Uses prepared arrays (for tests); checks only their lengths.
 FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
                      std::vector<int32_t> context_len, const Array<int32_t>& block_table,
@@ -372,7 +372,7 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
   check_shape(block_table, "block_table", {static_cast<int64_t>(context_len.size()), -1});
-  FlatRows flat;  // of one group
+  FlatRows flat;  // with a single group
   flat.ids = std::move(ids);
   flat.positions = std::move(positions);
   flat.slots = std::move(slots);
@@ -409,7 +409,7 @@ RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size
                       max_rows,   max_tokens, {},         num_kept_states};
   check(num_kept_states >= 0 && num_kept_states <= INT32_MAX, "`num_kept_states` must be in [0, ",
         INT32_MAX, "], got ", num_kept_states);
-  check(!windows.empty(), "there is a group at the least");
+  check(!windows.empty(), "there must be at least one group");
   for (const std::optional<int64_t>& window : windows) {
     check(!window || *window > 0, "a window must be positive");
     limits.windows.push_back(window.value_or(kNoWindow));
@@ -426,7 +426,7 @@ void bind_rows(py::module_& module) {
            py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"),
            py::arg("max_tokens"), py::arg("windows"), py::arg("num_kept_states") = 0);
   py::class_<FlatRows>(module, "FlatRows",
-                       "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
+                       "A plan's rows as flat arrays, see csrc/bindings/rows.h.")
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
            py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
            py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>(),

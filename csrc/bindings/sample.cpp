@@ -45,7 +45,7 @@ void SampleArrays::check_slots(const std::vector<int32_t>& slots,
     const int32_t slot = slots[row];
     if (!drafts.empty() && drafts[row] >= 0) {
       check(row > 0 && slots[row - 1] == slot && drafts[row] < vocab(), "`drafts`[", row,
-            "] must be in [0, ", vocab(), "), behind a row of its slot, got ", drafts[row]);
+            "] must be in [0, ", vocab(), "), after a row of its slot, got ", drafts[row]);
       continue;
     }
     check(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
@@ -54,8 +54,8 @@ void SampleArrays::check_slots(const std::vector<int32_t>& slots,
   }
 }
 
-// The record's own counts stay within its lists, the ids in the lists within the vocabulary, and
-// its shares within [0, 1]: beyond, and for NaN, no token is left to be drawn.
+// Checks that the record's counts are within its lists, the ids in the lists within the vocabulary,
+// and its shares within [0, 1]: with other shares, or NaN, no token could be sampled.
 void SampleArrays::check_record(int32_t slot) const {
   const SampleSlot& found = record(slot);
   check(found.temperature >= 0, "slot ", slot, " has the temperature ", found.temperature);
@@ -142,7 +142,7 @@ const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_
 
 namespace {
 
-// A token of a row costs a draw about as much as so many products of numbers.
+// Sampling costs about as much per token of a row as this many multiplications.
 constexpr int64_t kTokenWork = 16;
 
 py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, SampleArrays& state,

@@ -1,5 +1,5 @@
-// Draws on the CPU: the state of all slots, and one call, by `sample` or as the end of a recorded
-// step.
+// Sampling on the CPU: the state of all slots, and one call, made by `sample` or at the end of a
+// recorded step.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +25,10 @@ class SampleArrays {
   const SampleSlot& record(int32_t slot) const { return params_.records[slot]; }
   // A call's parameters without rows, logits and results.
   const SampleParams& params() const { return params_; }
-  // Throws unless `slots` are in range, all different but for rows that follow drafts, and their
-  // records within their lists.
+  // Throws unless `slots` are in range and distinct (except for rows that follow drafts), and their
+  // records' counts are within their lists.
   void check_slots(const std::vector<int32_t>& slots, const std::vector<int32_t>& drafts) const;
-  // Makes work memory for so many members.
+  // Allocates work memory for this many members.
   void reserve(int num_members);
   uint8_t* scratch() const { return scratch_.get(); }
 
@@ -40,13 +40,13 @@ class SampleArrays {
   Array<float> biased_values_;
   SampleParams params_ = {};
   cpu::Memory scratch_;
-  int64_t num_scratch_ = 0;  // members that it has room for
+  int64_t num_scratch_ = 0;  // members that it is allocated for
 };
 
-// What one call draws: a row each.
+// What one call samples: one token per row.
 struct Draws {
   std::vector<int32_t> slots;
-  std::vector<int32_t> drafts;  // see cpu::DraftRows; empty: no row follows one
+  std::vector<int32_t> drafts;  // see cpu::DraftRows; empty: no row follows a draft
   std::vector<int32_t> ahead;
   std::vector<int32_t> token_ids;
   std::unique_ptr<bool[]> is_finite, is_kept;
@@ -57,16 +57,16 @@ struct Draws {
   int64_t max_top = 0;
 
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }
-  // Makes room for the slots' results.
+  // Allocates the results of all rows.
   void prepare(const SampleArrays& state);
   cpu::DraftRows draft_rows() const {
     return drafts.empty() ? cpu::DraftRows{} : cpu::DraftRows{drafts.data(), ahead.data()};
   }
-  // As numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top, is_kept.
+  // Returns numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top, is_kept.
   py::tuple arrays() const;
 };
 
-// A draw of prepared rows from logits [num_rows, vocab].
+// Samples prepared rows from logits [num_rows, vocab].
 class SampleCall {
  public:
   // mask: [num_rows, ceil(vocab / 32)], or null.
@@ -75,9 +75,9 @@ class SampleCall {
   int64_t num_rows() const { return num_rows_; }
   int64_t vocab() const { return params_.vocab; }
   void reserve(int num_members) const { state_.reserve(num_members); }
-  // A member's part.
+  // Runs one member's part.
   void run(int member, int num_members) const;
-  // Moves the slots on, once all members have run.
+  // Advances the slots, once all members have run.
   void finish();
 
  private:
@@ -87,7 +87,7 @@ class SampleCall {
   int64_t num_rows_;
 };
 
-// The mask's data, its shape checked; null where there is none.
+// Checks the mask's shape and returns its data, or null if there is none.
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
                          int64_t vocab);
 

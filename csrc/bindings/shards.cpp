@@ -10,8 +10,8 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kWord = 8;      // everything lies at multiples of it
-constexpr int64_t kNumbers = 16;  // room for what is no array, and arrays' sizes
+constexpr int64_t kWord = 8;      // everything is aligned to it
+constexpr int64_t kNumbers = 16;  // reserved for single numbers and array sizes
 constexpr int64_t kMostCopies = 4096;
 
 int64_t whole_words(int64_t bytes) { return (bytes + kWord - 1) / kWord * kWord; }
@@ -161,7 +161,7 @@ void bind_shards(py::module_& module) {
             write_mail({ShardMail::Kind::kEnd}, group);
             group.send();
           },
-          "Let the other shards end; for the first, behind its last step.")
+          "Make the other shards end; for the first shard, after its last step.")
       .def("give_up", &Group::give_up)
       .def_property_readonly("is_given_up", &Group::is_given_up);
 }

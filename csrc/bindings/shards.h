@@ -1,4 +1,4 @@
-// What the first shard sends the others: a step's arrays, the rows of another head, or blocks to
+// What the first shard sends to the others: a step's arrays, the rows of another head, or blocks to
 // copy.
 #pragma once
 
@@ -20,15 +20,15 @@ using BlockPairs = std::vector<std::pair<int64_t, int64_t>>;
 struct ShardMail {
   enum class Kind : int64_t { kStep, kHead, kCopy, kEnd };
   Kind kind;
-  bool only_rows = false;     // of a step: of other tokens nothing is read behind it
-  FlatRows batch;             // of a step
-  std::vector<int32_t> rows;  // of a step, or of the head
+  bool only_rows = false;     // for a step: only `rows` are read afterwards
+  FlatRows batch;             // for a step
+  std::vector<int32_t> rows;  // for a step or the head
   BlockPairs copies;
 };
 
-// Puts it into the mailbox. Throws std::invalid_argument where it is larger than that.
+// Writes to the mailbox. Throws std::invalid_argument if the mail does not fit.
 void write_mail(const ShardMail& mail, cpu::ShardGroup& group);
-// A step's arrays without a copy of them.
+// The same for a step's arrays, without copying them first.
 void write_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows,
                 cpu::ShardGroup& group);
 void read_mail(const cpu::ShardGroup& group, ShardMail& mail);

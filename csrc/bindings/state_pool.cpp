@@ -14,10 +14,10 @@ namespace step = cpu::step;
 
 namespace {
 
-constexpr int64_t kMostFloats = int64_t{1} << 40;  // of a layer
+constexpr int64_t kMostFloats = int64_t{1} << 40;  // per layer
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kMostPlaces = INT32_MAX / 4;
-constexpr int64_t kMostDrafts = 1 << 10;  // of a row
+constexpr int64_t kMostDrafts = 1 << 10;  // per row
 
 }  // namespace
 
@@ -131,7 +131,7 @@ void StatePool::check_keeps(const FlatRows& rows, const step::StepHeader& header
     touched.push_back(each.place);
     last = &each;
   }
-  for (const int32_t place : rows.resumes) {  // two rows may go on from one
+  for (const int32_t place : rows.resumes) {  // two rows may resume from the same place
     check(std::find(touched.begin(), touched.end(), place) == touched.end(),
           "a state is kept where another row begins");
   }
@@ -170,7 +170,8 @@ void StatePool::begin(const FlatRows& rows, step::StepHeader& header) {
     const int32_t first = header.query_start[s], end = header.query_start[s + 1];
     const int64_t start = header.context_len[s] - (end - first);
     clear(slot, half, -1);
-    // What was drafted and is wrong; where it begins elsewhere, what another sequence has left.
+    // Invalidates states after wrong drafts or, if the row does not start in its slot, those of an
+    // earlier sequence.
     clear(slot, 1 - half, sources[s].half < 0 ? -1 : start);
     int32_t from = sources[s].place, begin = first;
     for (; keep != rows.keeps.end() && keep->row == static_cast<int32_t>(s); ++keep) {

@@ -1,6 +1,6 @@
-// The memory of what recurrent layers keep of sequences: of a slot two rows of places, as many as a
-// row of a step may leave states, and some for states that are kept, see cpu/step/states.h. The
-// system commits it as places are first used.
+// The memory of recurrent states. Each slot has two halves, each with as many places as one row of
+// a step may write states; more places hold kept states, see cpu/step/states.h. The system commits
+// places when they are first used.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace tgi {
 
-// What a layer keeps: the window of a short convolution, and numbers behind it.
+// The state of one layer: the window of a short convolution, followed by other floats.
 struct StateShape {
   int64_t num_channels;
   int64_t num_taps;
@@ -27,7 +27,7 @@ struct StateShape {
 
 class StatePool {
  public:
-  // num_drafts: of a row, at the most.
+  // num_drafts: the maximum per row.
   StatePool(std::vector<StateShape> layers, int64_t num_slots, int64_t num_kept,
             int64_t num_drafts);
 
@@ -35,30 +35,30 @@ class StatePool {
   const StateShape& shape(int64_t layer) const;
   cpu::step::StateView window(int64_t layer) const;
   cpu::step::StateView floats(int64_t layer) const;
-  // What the states of a sequence take, of all places.
+  // The bytes that the states of one sequence occupy, over all places.
   int64_t slot_bytes() const { return 2 * depth_ * stride_; }
 
-  // Chooses the places of a step, and lets its header know them; what is written to counts as
-  // nothing until `commit`. Throws std::invalid_argument where a row goes on from a state that is
-  // not there, or a place is written to that another row has to do with; then nothing has changed.
+  // Chooses the places of a step and sets them in its header; states that the step writes are not
+  // valid until `commit`. Throws std::invalid_argument, without changing anything, if a row starts
+  // from a state that does not exist, or if a place would be written that another row uses.
   void begin(const FlatRows& rows, cpu::step::StepHeader& header);
-  // The step has been computed.
+  // Call it when the step has been computed.
   void commit();
-  // It is void all the same: what it has written counts as nothing, also to a step that would go
-  // on from there and write to where this one began.
+  // Voids a step after `commit`: the states that it wrote become invalid. A later step therefore
+  // cannot start from them and overwrite the state with which the voided step started.
   void forget();
 
  private:
   struct Place {
-    int64_t num_tokens = -1;  // that its sequence has had; -1: it holds nothing
+    int64_t num_tokens = -1;  // tokens of the sequence up to this state; -1: empty
   };
 
-  // Where a row of a step begins: the place, and in which half of its slot's places that is.
+  // Where a row of a step starts: the place, and in which half of its slot's places that is.
   struct Source {
-    int32_t place;  // negative: with nothing
-    int32_t half;   // negative: in none
+    int32_t place;  // negative: no state
+    int32_t half;   // negative: in neither half
   };
-  // Which half a row of a step writes to.
+  // The half that a row of a step writes to.
   struct Target {
     int32_t slot, half;
   };
@@ -73,18 +73,18 @@ class StatePool {
   Source source_of(const FlatRows& rows, size_t row, int64_t start) const;
   void check_rows(const FlatRows& rows, const cpu::step::StepHeader& header) const;
   void check_keeps(const FlatRows& rows, const cpu::step::StepHeader& header) const;
-  // Forgets the states of a half of more tokens than these.
+  // Invalidates the states in a half that have more than `num_tokens` tokens.
   void clear(int32_t slot, int32_t half, int64_t num_tokens);
 
   std::vector<StateShape> layers_;
   const int64_t num_slots_, depth_;
-  std::vector<int64_t> offsets_;  // of layers in a place
-  int64_t stride_ = 0;            // bytes of a place
+  std::vector<int64_t> offsets_;  // of layers within a place
+  int64_t stride_ = 0;            // bytes per place
   cpu::Memory memory_;
-  std::vector<Place> places_;                // [slots][2][depth], then the kept ones
-  std::vector<int32_t> newest_;              // of each slot the half that was written last
-  std::vector<cpu::step::StateSpan> spans_;  // of the present step
-  std::vector<int64_t> ends_;                // how many tokens each leaves in its state
+  std::vector<Place> places_;                // [slots][2][depth], followed by the kept ones
+  std::vector<int32_t> newest_;              // per slot, the half written last
+  std::vector<cpu::step::StateSpan> spans_;  // of the current step
+  std::vector<int64_t> ends_;                // number of tokens in the state that each span writes
   std::vector<Target> targets_;
 };
 

@@ -107,7 +107,7 @@ void StepQueue::draw(Step& step) {
 
 py::list StepQueue::done() {
   std::deque<Item> items;
-  signal_.clear();  // first: what ends from here on raises it again
+  signal_.clear();  // first: a step that ends from here on raises it again
   {
     const std::lock_guard<std::mutex> guard(lock_);
     items.swap(done_);
@@ -117,7 +117,8 @@ py::list StepQueue::done() {
     py::object outcome;
     try {
       outcome = outcome_of(item);
-    } catch (py::error_already_set& error) {  // as of memory: the others' results must not be lost
+    } catch (py::error_already_set& error) {  // such as out of memory: the other results must not
+                                              // be lost
       outcome = error.value();
     } catch (const std::exception& error) {
       outcome = py::reinterpret_borrow<py::object>(PyExc_RuntimeError)(error.what());
@@ -131,7 +132,7 @@ namespace {
 
 py::object drawn_of(const Draws& draws, size_t i) {
   py::object logprob = py::none(), top = py::none();
-  if (!std::isnan(draws.logprobs[i])) {  // the slot wants them
+  if (!std::isnan(draws.logprobs[i])) {  // the slot wants log-probabilities
     logprob = py::float_(draws.logprobs[i]);
     py::list pairs(draws.num_top[i]);
     for (size_t k = 0; k < pairs.size(); ++k) {

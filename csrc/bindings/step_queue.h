@@ -1,6 +1,6 @@
-// Steps on their way from the event loop to the thread that computes them, and back. Those that
-// need nothing of Python run here, one after the other, without the GIL; the loop learns of each by
-// a file descriptor that it watches.
+// Steps on their way from the event loop to the compute thread and back. Steps that need no Python
+// run here one after another, without the GIL; the event loop learns of finished steps from a file
+// descriptor that it watches.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,53 +23,54 @@
 namespace tgi {
 
 // `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling`
-// for one thread that computes, `finish` for any. Numbers are the caller's, and leave in the order
-// in which they are finished.
+// for a single compute thread, `finish` for any thread. The caller chooses the step numbers; `done`
+// returns them in the order of completion.
 class StepQueue {
  public:
-  // Without a program there can be no rows. Throws std::runtime_error where there is no descriptor.
+  // Without a program, steps cannot be pushed as rows. Throws std::runtime_error if there is no
+  // file descriptor left.
   StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits);
 
-  // Readable while something is done that `done` has not returned.
+  // Readable while there are finished steps that `done` has not returned.
   int fileno() const { return signal_.fd(); }
   // Queues a step that `compute_rows` returns.
   void push(int64_t number);
-  // Queues a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
-  // What its tokens cost says how many drafts pay. Throws PlanError.
+  // Queues a step that `compute_rows` computes: none of its slots starts, and no row has a grammar.
+  // The token cost decides how many drafts pay off. Throws PlanError.
   void push_rows(int64_t number, pybind11::handle rows, double cost_base, double cost_token);
-  // Takes nothing more; `compute_rows` returns none behind what is queued.
+  // Accepts no further steps; `compute_rows` returns none once the queue is empty.
   void close();
-  // What is done since the last call: (number, outcome), where the outcome is None of a step that
-  // `compute_rows` returned, an exception, or (rows, further, drafted): for each row None or what
-  // was drawn first, a dict of what rows have drawn behind that, and how many rows had drafts, and
-  // how many. What was drawn is (token id, log-probability or None, the most probable or None,
-  // whether the logits were finite).
+  // Returns the steps finished since the last call as (number, outcome). The outcome is None for a
+  // step that `compute_rows` returned, an exception, or (rows, further, drafted): for each row None
+  // or its first sampled token; a dict of the tokens that rows sampled after the first; and the
+  // number of rows with drafts with the number of drafts. A sampled token is (token id,
+  // log-probability or None, the most probable tokens or None, whether the logits were finite).
   pybind11::list done();
 
-  // Computes steps that were pushed as rows, until one comes that was not: returns its number.
-  // Waits for more. None: the queue is closed and empty. Without the GIL.
+  // Computes steps pushed as rows until one comes that was not, and returns its number. Waits if
+  // the queue is empty. None: the queue is closed and empty. Call it without the GIL.
   std::optional<int64_t> compute_rows();
-  // Says that the step which `compute_rows` returned is done.
+  // Reports that the step which `compute_rows` returned is finished.
   void finish(int64_t number);
-  // What the next steps draw with.
+  // Sets the sampling state for the next steps.
   void set_sampling(std::shared_ptr<SampleArrays> state);
-  // What drafts their rows; before the first step.
+  // Sets the drafter of their rows; call it before the first step.
   void set_drafter(std::shared_ptr<cpu::Drafter> drafter);
 
  private:
-  // A step with its results, a row each.
+  // A step with its results, one per row.
   struct Step {
     PlannedRows planned;
     cpu::StepCost cost = {};
     FlatRows rows;
     Draws draws;
-    std::string error;  // why it failed
+    std::string error;  // why the step failed
     bool has_failed = false;
     bool is_out_of_memory = false;
   };
   struct Item {
     int64_t number;
-    std::unique_ptr<Step> step;  // null: it is for Python
+    std::unique_ptr<Step> step;  // null: a step for Python
   };
 
   void enqueue(Item item);
@@ -83,7 +84,7 @@ class StepQueue {
   std::shared_ptr<SampleArrays> sampling_;
   std::shared_ptr<cpu::Drafter> drafter_;  // or null
   cpu::Signal signal_;
-  std::mutex lock_;  // of what follows
+  std::mutex lock_;  // guards the members below
   std::condition_variable has_more_;
   std::deque<Item> queued_, done_;
   bool is_closed_ = false;

@@ -1,4 +1,4 @@
-// Draws of rows that follow drafts.
+// Sampling of rows that follow draft tokens.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +7,27 @@
 
 namespace tgi::cpu {
 
-// Which rows of logits follow drafts. A slot has one row, or several in a row, of which each but
-// the first was given a draft as the token before:
+// Says which rows of logits follow draft tokens. A slot has one row, or several consecutive rows,
+// of which each but the first was computed with a draft as its preceding token:
 //
 //     row      0         1         2         3
 //     slot     5         5         5         2
-//     drafts   -1        a         b         -1        5 may go on with a, then b
+//     drafts   -1        a         b         -1        drafts of slot 5: a, then b
 //     ahead    0         1         2         0
-//     drawn    a         x         (y)       c         5 goes on with a, x; the draw of row 2 is
-//     void
+//     sampled  a         x         (y)       c         slot 5 gets a, x; row 2 is void
 //
-// Both [num_rows]; or null, where no row follows a draft.
+// Both arrays are [num_rows], or null if no row follows a draft.
 struct DraftRows {
   const int32_t* drafts;
   const int32_t* ahead;
 };
 
-// As `sample` of sample.h, each row as if the drafts before it had been drawn.
+// Does the same as `sample` in sample.h, treating the drafts before a row as sampled.
 void sample(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
             uint8_t* scratch, int member, int num_members);
 
-// Moves the slots of all rows on by what `sample` has drawn, up to the first token of each that is
-// not its draft. is_kept: [num_rows], whether the row's draw counts.
+// Advances each row's slot by the tokens that `sample` has sampled, up to and including the first
+// that differs from its draft. is_kept: [num_rows], whether the row's sampled token counts.
 void keep_drawn(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
                 bool* is_kept);
 

@@ -8,15 +8,15 @@ namespace tgi::cpu {
 
 namespace {
 
-constexpr int kMostCandidates = 32;      // of a chain that are looked at
-constexpr double kSlotFading = 0.95;     // of a sequence's own cases, from one to the next
-constexpr double kCommonFading = 0.998;  // of those of all
+constexpr int kMostCandidates = 32;      // of a chain, that are examined
+constexpr double kSlotFading = 0.95;     // of a sequence's own cases, per new case
+constexpr double kCommonFading = 0.998;  // of the cases of all sequences
 constexpr double kSlotWeight = 4;        // cases that the common share counts as in a sequence
-constexpr double kFirstWeight = 16;      // and that the shares below count as in the common one
-// What a draft must bring beyond its cost: estimates err, and a step that is longer than it had to
-// be makes others wait.
+constexpr double kFirstWeight = 16;      // cases that kFirstShares count as in the common share
+// Required gain of a draft over its cost: estimates err, and a step that is longer than necessary
+// delays others.
 constexpr double kMargin = 1.15;
-// By length class: chats and edits of texts with a model of 135 million parameters.
+// By length class, measured with chats and text edits on a model of 135 million parameters.
 constexpr double kFirstShares[MatchScores::kNumLengths] = {0.2, 0.3,  0.4,  0.5,
                                                            0.6, 0.75, 0.85, 0.9};
 constexpr size_t kFirstHeads = 256;
@@ -60,7 +60,7 @@ void TokenHistory::extend(std::vector<int32_t>& drafts) const {
   drafts.push_back(at < ids_.size() ? ids_[at] : drafts[at - ids_.size()]);
 }
 
-// Of the run of the shortest match that ends with place `end`.
+// Returns the bucket of the run of `limits.shortest` tokens that ends at place `end`.
 size_t TokenHistory::bucket(size_t end, const MatchLimits& limits) const {
   uint64_t hash = 0;
   for (int64_t i = 0; i < limits.shortest; ++i) {
@@ -77,7 +77,8 @@ void TokenHistory::index(size_t end, const MatchLimits& limits) {
   heads_[at] = static_cast<int32_t>(end);
 }
 
-// Tokens that the texts up to two places have in common, backwards.
+// Returns the number of tokens that the texts ending at two places have in common, counted
+// backwards.
 int64_t TokenHistory::common(size_t end, size_t other, const MatchLimits& limits) const {
   int64_t count = 0;
   while (count < limits.longest && static_cast<size_t>(count) <= other &&
@@ -143,13 +144,13 @@ double Drafter::likelihood(const Slot& slot, int64_t match) const {
   return slot.scores.share(match, scores_.share(match, first, kFirstWeight), kSlotWeight);
 }
 
-// Tokens over time is largest when drafts are added, likeliest first, as long as one brings more
-// tokens a second than the step has without it.
+// Tokens per second are highest when drafts are added in order of probability, for as long as a
+// draft brings more tokens per second than the step has without it.
 std::vector<std::vector<int32_t>> Drafter::choose(const std::vector<DraftWish>& wishes,
                                                   const StepCost& cost, int64_t num_tokens) const {
   std::vector<std::vector<int32_t>> drafts(wishes.size());
   struct Next {
-    double likelihood;  // that this draft and those before it are drawn
+    double likelihood;  // that this draft and those before it are sampled
     size_t wish;
     bool operator<(const Next& other) const { return likelihood < other.likelihood; }
   };

@@ -1,5 +1,6 @@
-// Drafts: guesses of a sequence's next tokens, which a step checks all at once. They come from the
-// sequence itself: what followed the last time its newest tokens stood there. For one thread.
+// Draft tokens: guesses of a sequence's next tokens, which one step verifies together. They come
+// from the sequence itself: the tokens that followed the previous occurrence of its newest tokens.
+// Not thread-safe.
 #pragma once
 
 #include <array>
@@ -11,32 +12,34 @@ namespace tgi::cpu {
 
 using std::size_t;
 
-// Where tokens that end alike are looked for.
+// Lengths of the matches to search for.
 struct MatchLimits {
-  int64_t shortest;  // tokens of a match
-  int64_t longest;   // tokens that are compared
+  int64_t shortest;  // minimum number of tokens in a match
+  int64_t longest;   // maximum number of tokens compared
 };
 
-// A sequence's tokens, and the place before which stands the longest text that they end with:
+// A sequence's tokens, and the place that follows an earlier occurrence of the longest matching
+// suffix:
 //
-//     the cat sat on the mat and the cat sat      match "the cat sat": 3 tokens, goes on with "on"
+//     the cat sat on the mat and the cat sat      match "the cat sat": 3 tokens, followed by "on"
 //                 ^ source            newest ^
 //
-// Found as LZ77 finds it (Ziv and Lempel, 1977): places behind equal short runs are chained by a
-// hash, newest first, and the longest match among the first 32 of them counts. It follows the text
-// at no cost while that goes on as before. A suffix automaton, which finds the longest of all, was
-// measured beside it: it drafts no better, for ten times the memory (docs/drafts.md).
+// The search works as in LZ77 (Ziv and Lempel, 1977): a hash chains the places that follow equal
+// short runs, newest first, and the longest match among the first 32 of them is used. While the
+// text continues as before, the match is extended at no cost. A suffix automaton, which finds the
+// longest match of all, was measured as well: it drafts no better and needs ten times the memory
+// (docs/drafts.md).
 class TokenHistory {
  public:
   void start(std::vector<int32_t> ids, const MatchLimits& limits);
   void append(int32_t id, const MatchLimits& limits);
 
-  // Tokens of the match; 0: there is none.
+  // Number of tokens in the match; 0 if there is none.
   int64_t match() const { return match_; }
-  // What follows it. Needs a match.
+  // The token that follows the match. Requires a match.
   int32_t next() const { return ids_[source_]; }
-  // Appends to `drafts` what follows behind those that are there, all of this match; a source that
-  // ends is read on in the drafts.
+  // Appends the next token to `drafts`, which holds only tokens drafted from this match. If the
+  // source reaches the end of the text, it continues in the drafts.
   void extend(std::vector<int32_t>& drafts) const;
 
  private:
@@ -46,27 +49,27 @@ class TokenHistory {
   int64_t common(size_t end, size_t other, const MatchLimits& limits) const;
 
   std::vector<int32_t> ids_;
-  std::vector<int32_t> before_;  // of each place, the one before with the same hash; -1: none
-  std::vector<int32_t> heads_;   // by hash, the newest place; a power of two of them
+  std::vector<int32_t> before_;  // per place, the previous place with the same hash; -1: none
+  std::vector<int32_t> heads_;   // by hash, the newest place; the size is a power of two
   size_t source_ = 0;
   int64_t match_ = 0;
 };
 
-// How often what followed a match was drawn, by the match's length; old cases fade.
+// How often the token that followed a match was sampled, by match length. Old cases fade.
 class MatchScores {
  public:
   static constexpr int kNumLengths = 8;
   static int length_class(int64_t match);
 
   void observe(int64_t match, bool was_drawn, double fading);
-  // The share that was drawn, where `prior` counts as so many cases.
+  // Returns the share that was sampled; `prior` counts as `weight` cases.
   double share(int64_t match, double prior, double weight) const;
 
  private:
   std::array<double, kNumLengths> cases_ = {}, drawn_ = {};
 };
 
-// What a step costs: base + tokens * token, in any unit.
+// The cost of a step: base + tokens * token, in any unit.
 struct StepCost {
   double base;
   double token;
@@ -75,8 +78,8 @@ struct StepCost {
 // A row that may have drafts.
 struct DraftWish {
   int32_t slot;
-  int64_t most;                  // tokens
-  std::vector<int32_t> certain;  // what must come next
+  int64_t most;                  // maximum number of drafts
+  std::vector<int32_t> certain;  // tokens that must come next
 };
 
 class Drafter {
@@ -84,12 +87,13 @@ class Drafter {
   Drafter(int64_t num_slots, MatchLimits limits);
   int64_t num_slots() const { return static_cast<int64_t>(slots_.size()); }
 
-  // Gives a slot to a sequence that has these tokens.
+  // Assigns a slot to a sequence with these tokens.
   void start(int32_t slot, std::vector<int32_t> ids);
-  // Takes a token that the slot's sequence has drawn.
+  // Appends a token that was sampled for the slot's sequence.
   void append(int32_t slot, int32_t id);
-  // The drafts of each wish, in a step of so many tokens beside them: as many in all as make the
-  // step's tokens come fastest, by the cost and by how likely each is to be drawn.
+  // Returns the drafts for each wish, in a step with `num_tokens` tokens besides the drafts. The
+  // total number of drafts is the one that maximises the expected tokens per second, given the cost
+  // and each draft's probability.
   std::vector<std::vector<int32_t>> choose(const std::vector<DraftWish>& wishes,
                                            const StepCost& cost, int64_t num_tokens) const;
 
@@ -102,7 +106,7 @@ class Drafter {
 
   MatchLimits limits_;
   std::vector<Slot> slots_;
-  MatchScores scores_;  // of all sequences: what a new one is taken for
+  MatchScores scores_;  // over all sequences: the prior for a new one
 };
 
 }  // namespace tgi::cpu

@@ -12,7 +12,7 @@ namespace tgi::cpu {
 
 namespace {
 
-constexpr int64_t kMappedBytes = 1 << 16;  // from here on by the system itself, which gives zeros
+constexpr int64_t kMappedBytes = 1 << 16;  // from this size on mmap is used, which returns zeros
 constexpr int64_t kPieceBytes = 64 << 20;
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostBytes = int64_t{1} << 62;

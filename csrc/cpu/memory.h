@@ -1,5 +1,4 @@
-// Memory of weights, buffers and the cache: aligned, and in huge pages where the system grants
-// them.
+// Memory for weights, buffers and the cache: aligned, and in huge pages if the system grants them.
 #pragma once
 
 #include <cstdint>
@@ -10,16 +9,17 @@ namespace tgi::cpu {
 
 using Memory = std::shared_ptr<uint8_t>;
 
-// `bytes` at a multiple of 64, zero where they were never written. The system commits large memory
-// as it is first touched. Throws std::bad_alloc.
+// Allocates `bytes`, aligned to 64 and zero-initialised. The system commits large memory when it is
+// first touched. Throws std::bad_alloc.
 Memory allocate(int64_t bytes);
 
-// The product of sizes. Throws std::bad_alloc where no memory has so many bytes: above 2^62, so
-// that a little can be added to it.
+// Returns the product of sizes. Throws std::bad_alloc above 2^62, more than any machine has; the
+// limit leaves headroom for small additions.
 int64_t product_of_sizes(std::initializer_list<int64_t> sizes);
 
-// Memory in large pieces, so that huge pages hold what is smaller than one. What is taken lies in
-// the order in which it was taken: a layer's weights after the other's, as a step reads them.
+// Allocates memory from large pieces, so that objects smaller than a huge page share one.
+// Allocations are laid out in the order in which they are made: the weights of consecutive layers,
+// in the order in which a step reads them.
 class Arena {
  public:
   Memory take(int64_t bytes);

@@ -8,8 +8,9 @@ namespace tgi::cpu {
 
 namespace {
 
-// Writes to a byte what it holds: zero if the page is fresh, else whatever is found. Not an `or` of
-// zero, which a compiler may turn into a read, for which the system supplies no page.
+// Writes to a byte the value that it holds: zero if the page is fresh, otherwise the existing
+// value. Not an `or` of zero, which a compiler may turn into a read; a read does not make the
+// system commit the page.
 void touch(char* byte) {
   char expected = 0;
   __atomic_compare_exchange_n(byte, &expected, char{0}, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);

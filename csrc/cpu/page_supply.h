@@ -1,4 +1,4 @@
-// Memory that is to be there before it is first written.
+// Commits memory pages ahead of their first write.
 #pragma once
 
 #include <atomic>
@@ -7,13 +7,13 @@
 
 namespace tgi::cpu {
 
-// A thread of the lowest priority that touches the pages of [data, data + bytes), so that the
-// system supplies them; their contents stay, whoever writes there meanwhile. First writes would do
-// it in the middle of a step: 0.1 ms for two MiB, and 5 in a virtual machine whose host has not
-// supplied them yet. It is no thread of Python's, which would come back for the interpreter's lock:
-// that ends the process if the interpreter is at its end. And it makes no system call: in
-// MADV_POPULATE_WRITE it would hold the lock that every mmap of the process waits for, for as long
-// as busy cores keep a thread of this priority waiting (0.4 s were seen).
+// A lowest-priority thread that touches the pages of [data, data + bytes), so that the system
+// commits them. It preserves their contents, including concurrent writes. Otherwise the first write
+// would commit the page in the middle of a step: 0.1 ms for two MiB, and 5 ms in a virtual machine
+// whose host has not committed the memory yet. A Python thread would not do: reacquiring the GIL
+// during interpreter shutdown ends the process. The thread makes no system call to commit the
+// pages: MADV_POPULATE_WRITE would hold the lock that every mmap of the process needs for as long
+// as busy cores keep a thread of this priority waiting (0.4 s was observed).
 class PageSupply {
  public:
   PageSupply(void* data, int64_t bytes);
@@ -21,9 +21,9 @@ class PageSupply {
   PageSupply(const PageSupply&) = delete;
   PageSupply& operator=(const PageSupply&) = delete;
 
-  // Waits until all is there.
+  // Waits until all pages are committed.
   void wait();
-  // Ends the thread where it is.
+  // Stops the thread early.
   void close();
 
  private:

@@ -31,7 +31,8 @@ namespace tgi::cpu {
 namespace {
 
 #if defined(__linux__)
-// The process's path in the hierarchy whose controllers include `controller` ("" is version 2's).
+// Returns the process's path in the hierarchy whose controllers include `controller` ("" means
+// version 2).
 std::string cgroup_path(const char* membership, const std::string& controller) {
   std::ifstream file(membership);
   std::string line;
@@ -48,7 +49,7 @@ std::string cgroup_path(const char* membership, const std::string& controller) {
   return "/";
 }
 
-// quota / period of one directory in cores, or a negative number where it sets none.
+// Returns quota / period of one directory in cores, or a negative number if it sets no limit.
 double version2_limit(const std::string& directory) {
   std::ifstream file(directory + "/cpu.max");
   std::string quota;
@@ -65,7 +66,7 @@ double version1_limit(const std::string& directory) {
   return quota / period;
 }
 
-// The tightest limit from `path` up to the root of the hierarchy mounted at `root`.
+// Returns the tightest limit from `path` up to the root of the hierarchy mounted at `root`.
 double tightest(const std::string& root, std::string path, double (*limit)(const std::string&)) {
   double result = -1;
   for (;;) {
@@ -82,7 +83,8 @@ double tightest(const std::string& root, std::string path, double (*limit)(const
 #endif
 
 #if defined(__linux__)
-// The first hardware thread of a thread's core: "3,67" and "6-7" are lists of them, ascending.
+// Returns the first hardware thread of a thread's core. The file lists them in ascending order:
+// "3,67" or "6-7".
 int first_sibling(const std::string& topology, int thread) {
   std::ifstream file(topology + "/cpu" + std::to_string(thread) + "/topology/thread_siblings_list");
   int first = thread;
@@ -206,7 +208,8 @@ Signal::~Signal() {
   if (write_fd_ != read_fd_) close(write_fd_);
 }
 
-// Neither call can fail in a way that matters: what is full is readable, what is empty is clear.
+// No failure of either call matters: a full descriptor is readable already, an empty one is clear
+// already.
 void Signal::raise() {
   const uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = write(write_fd_, &one, sizeof one);

@@ -1,5 +1,5 @@
-// What the thread team needs of the operating system, in one place: Linux calls, with a portable
-// fallback that is slower but right. No torch header, no knowledge of kernels.
+// The operating-system calls that the thread team needs: Linux calls, with a portable fallback that
+// is slower but correct. Depends neither on torch nor on the kernels.
 #pragma once
 
 #include <atomic>
@@ -8,13 +8,14 @@
 
 namespace tgi::cpu {
 
-// Cores that the process's main thread may run on, ascending. (Team threads may be pinned to one.)
-// Of the hardware threads of one core (SMT) the first alone: two share its vector units and caches,
-// and a step ends when the slower of them does. Tests give it a topology of their own.
+// Returns the cores that the process's main thread may run on, in ascending order. (Team threads
+// may be pinned to one.) Only the first hardware thread of each core (SMT) counts: two share the
+// core's vector units and caches, and a step ends when the slower one finishes. Tests pass their
+// own topology.
 std::vector<int> usable_cores(const char* topology = "/sys/devices/system/cpu");
 
-// Cores worth of CPU time that the control group grants (version 1 or 2, the tightest level), or
-// `fallback` where there is no limit. At least 1. Tests give it a hierarchy of their own.
+// Returns the CPU time, in cores, that the control group grants (version 1 or 2, the tightest
+// level), or `fallback` if there is no limit. At least 1. Tests pass their own hierarchy.
 int quota_cores(int fallback, const char* hierarchy = "/sys/fs/cgroup",
                 const char* membership = "/proc/self/cgroup");
 
@@ -33,7 +34,8 @@ bool nice_thread(int nice);
 // Names the calling thread for top and perf; at most 15 characters are kept.
 void name_thread(const char* name);
 
-// Asks for huge pages in [data, data + bytes): 3-9 % in decode. A hint; failure is ignored.
+// Asks for huge pages in [data, data + bytes), which make decode 3-9 % faster. A hint; failure is
+// ignored.
 void advise_huge_pages(void* data, int64_t bytes);
 
 // Tells the core that this is a spin loop.
@@ -46,7 +48,7 @@ inline void spin_pause() {
 }
 
 // A descriptor that an event loop can watch and any thread can make readable: an eventfd on Linux,
-// a pipe elsewhere. Throws std::runtime_error where the system grants none.
+// a pipe elsewhere. Throws std::runtime_error if the system grants no descriptor.
 class Signal {
  public:
   Signal();
@@ -55,14 +57,14 @@ class Signal {
   Signal& operator=(const Signal&) = delete;
 
   int fd() const { return read_fd_; }
-  void raise();  // readable from now on
-  void clear();  // until it is raised again
+  void raise();  // makes the descriptor readable
+  void clear();  // makes it unreadable until the next raise()
 
  private:
   int read_fd_ = -1, write_fd_ = -1;
 };
 
-// What the calling thread does with denormals while it lives.
+// Sets how the calling thread treats denormals, for the lifetime of the object.
 class DenormalMode {
  public:
   DenormalMode(const DenormalMode&) = delete;
@@ -76,13 +78,13 @@ class DenormalMode {
   uint64_t saved_ = 0;
 };
 
-// Flushes denormals to zero: torch's own switch does not reach the team, and a denormal costs over
-// 100 cycles.
+// Flushes denormals to zero: torch's own switch does not reach the team's threads, and a denormal
+// costs over 100 cycles.
 struct FlushDenormals : DenormalMode {
   FlushDenormals() : DenormalMode(true) {}
 };
 
-// Computes with them: where each bit of a file's weights counts.
+// Keeps denormals, for code in which every bit of a file's weights counts.
 struct KeepDenormals : DenormalMode {
   KeepDenormals() : DenormalMode(false) {}
 };

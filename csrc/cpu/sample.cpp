@@ -16,7 +16,7 @@ namespace tgi::cpu {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kScratchRows = 4;  // of vocab floats
+constexpr int64_t kScratchRows = 4;  // each of vocab floats
 
 bool has_penalties(const SampleSlot& slot) {
   return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f ||
@@ -51,8 +51,8 @@ void apply_mask(const int32_t* mask, float* x, Range part) {
   }
 }
 
-// The row's logits after penalties, bias and masks: in `room` where anything applies, else where
-// they are. Each member changes its own part.
+// Returns the row's logits after penalties, bias and masks: in `room` if any of these applies,
+// otherwise the original logits. Each member changes its own part.
 const float* modified(const RowTeam& team, const SampleParams& p, const DraftRows& drafts,
                       int64_t row, float* room) {
   const int64_t slot_index = p.slots[row], ahead = ahead_of(drafts, row);
@@ -66,7 +66,7 @@ const float* modified(const RowTeam& team, const SampleParams& p, const DraftRow
   if (has_penalties(slot)) {
     const int32_t* const counts = p.counts + slot_index * p.vocab;
     apply_penalties(slot, counts, room, part);
-    for (int64_t i = 0; i < ahead; ++i) {  // of the drafts before, which are not counted yet
+    for (int64_t i = 0; i < ahead; ++i) {  // the preceding drafts, which are not counted yet
       const int32_t* const end = drafts.drafts + row + 1;
       const int32_t id = end[i - ahead];
       const auto in_drafts = static_cast<int32_t>(std::count(end - ahead, end, id));
@@ -86,8 +86,9 @@ const float* modified(const RowTeam& team, const SampleParams& p, const DraftRow
   return room;
 }
 
-// log softmax of values [n] that are >= floor, whose masses add up to `mass`, at `id` and of the
-// best; returns how many of these there are. top_ids and top_logprobs: [wanted].
+// Computes log softmax over the values [n] that are >= floor, whose masses add up to `mass`, at
+// `id` and for the best values; returns the number of the latter. top_ids and top_logprobs:
+// [wanted].
 int64_t describe(const RowPasses& rows, const float* values, int64_t n, float max, float floor,
                  double mass, int64_t id, int64_t wanted, float* logprob, int32_t* top_ids,
                  float* top_logprobs) {
@@ -99,7 +100,7 @@ int64_t describe(const RowPasses& rows, const float* values, int64_t n, float ma
   return filled;
 }
 
-// scratch: kScratchRows rows, in common. Results are written by the first member.
+// scratch: kScratchRows rows, shared. The first member writes the results.
 void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, int64_t row,
                 float* scratch) {
   const SampleSlot& slot = p.records[p.slots[row]];
@@ -122,14 +123,14 @@ void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, i
     id = team.find(values, p.vocab, stats.max);
   } else {
     float* scores = scratch + p.vocab;
-    // A temperature near 0 must not make the best score 0 * infinity.
+    // With a temperature near 0 the best score must not become 0 * infinity.
     const float factor = std::min(1.0f / slot.temperature, FLT_MAX);
     team.scale(values, p.vocab, stats.max, factor, scores);
     floor = cut_off(team, slot, scores, p.vocab, scratch + 2 * p.vocab);
     const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
                          static_cast<uint64_t>(slot.position + ahead_of(drafts, row))};
     id = team.race(scores, p.vocab, floor, key);
-    if (id == p.vocab) return;  // nothing can be drawn
+    if (id == p.vocab) return;  // nothing can be sampled
     values = scores;
     max = 0.0f;
   }
@@ -151,7 +152,7 @@ void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, i
   p.is_finite[row] = true;
 }
 
-// A member's rows of work memory, each a whole number of cache lines from the others' beginning.
+// The size of a member's work rows, rounded up to whole cache lines so that members share none.
 int64_t member_bytes(int64_t vocab) {
   const int64_t bytes = kScratchRows * vocab * static_cast<int64_t>(sizeof(float));
   return (bytes + 63) / 64 * 64;
@@ -171,7 +172,8 @@ void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, ui
   RowTeam alone(rows);
   auto* const room = reinterpret_cast<float*>(scratch + member * member_bytes(p.vocab));
   for (int64_t row = own.begin; row < own.end; ++row) sample_row(alone, p, drafts, row, room);
-  // The first member's room serves all: it is written when all have met in the row's first pass.
+  // The first member's work memory is shared: it is written only after all members have met in the
+  // row's first pass.
   const auto board =
       SampleBoard::at(scratch + num_members * member_bytes(p.vocab), p.vocab, num_members);
   RowTeam together(rows, board, member, num_members);

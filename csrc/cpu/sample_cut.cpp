@@ -9,19 +9,19 @@ namespace tgi::cpu {
 
 namespace {
 
-// Scores this far below the best weigh 6e-6 of it: cut-offs nearly always lie above, so a search
-// through those alone will do; where it does not, all are searched.
+// A score this far below the best weighs 6e-6 of it. Cut-offs are nearly always higher, so
+// searching only the scores above this bound is usually enough; otherwise all scores are searched.
 constexpr float kNear = -12.0f;
 
-// The k-th largest of values [n], 1 <= k <= n; reorders them.
+// Returns the k-th largest of values [n], 1 <= k <= n; reorders them.
 float kth_largest(float* values, int64_t n, int64_t k) {
   std::nth_element(values, values + k - 1, values + n, std::greater<float>());
   return values[k - 1];
 }
 
-// Of values [n] in the order of `precedes`, the first at which those up to it weigh `target`, or
-// the last; reorders them. Halving: each round moves the first half to the front and adds up its
-// weight by mass(values, count), so all rounds together cost two passes.
+// Returns the first of values [n], in the order of `precedes`, at which the values up to it weigh
+// `target`, or the last value; reorders them. By halving: each round moves the first half to the
+// front and adds up its weight with mass(values, count), so all rounds together cost two passes.
 template <typename Value, typename Precedes, typename Mass>
 Value value_at_mass(Value* values, int64_t n, double target, const Precedes& precedes,
                     const Mass& mass) {
@@ -42,12 +42,12 @@ Value value_at_mass(Value* values, int64_t n, double target, const Precedes& pre
 }
 
 struct Deviation {
-  float distance;  // of the score from the mean score: information less entropy
+  float distance;  // of the score from the mean score, that is, information minus entropy
   float weight;
 };
 
-// Keeps the most typical scores that weigh typical_p of those >= floor; the others become
-// -infinity. Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
+// Keeps the most typical scores, up to typical_p of the mass of those >= floor, and sets the others
+// to -infinity. Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
 void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, float* room) {
   auto* deviations = reinterpret_cast<Deviation*>(room);
   double mass = 0, weighted = 0;
@@ -76,10 +76,10 @@ void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, fl
   }
 }
 
-// The scores among which the cut is looked for.
+// The scores among which the cut-off is searched.
 struct Candidates {
   int64_t count;
-  double mass;  // of all scores; of no use where top-k comes first
+  double mass;  // of all scores; unused if top-k applies first
 };
 
 Candidates gather(RowTeam& team, const SampleSlot& slot, const float* scores, int64_t vocab,
@@ -94,7 +94,7 @@ Candidates gather(RowTeam& team, const SampleSlot& slot, const float* scores, in
   return {team.compact(scores, vocab, is_near ? kNear : -FLT_MAX, room), mass};
 }
 
-// The least score that top-k and top-p leave of those in room; reorders them.
+// Returns the lowest score that top-k and top-p keep among those in room; reorders them.
 float least_of(const RowPasses& rows, const SampleSlot& slot, Candidates found, float* room) {
   float floor = -FLT_MAX;
   if (slot.top_k > 0) {

@@ -1,4 +1,4 @@
-// The filters of sampling: which of a row's scores may be drawn.
+// The sampling filters: which of a row's scores may be sampled.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,9 @@
 
 namespace tgi::cpu {
 
-// Applies top-k, top-p, min-p and typical-p to scores [vocab] (best 0): returns the least score
-// that stays. room: 2 * vocab floats, the members' own in common. Called by all of the team.
+// Applies top-k, top-p, min-p and typical-p to scores [vocab] (the best is 0) and returns the
+// lowest score that remains. room: 2 * vocab floats, shared by all members. Every member of the
+// team calls it.
 float cut_off(RowTeam& team, const SampleSlot& slot, float* scores, int64_t vocab, float* room);
 
 }  // namespace tgi::cpu

@@ -1,9 +1,9 @@
-// One row's passes, split over the members of a team.
+// Splits the passes over one row among the members of a team.
 //
-// All members that draw a row call the same passes with the same arguments in the same order, and
-// each gets the whole result: so every member takes the same decisions. A pass is split at
-// multiples of kSumBlock, and what parts give is put together in a fixed order: the bits are those
-// of one member alone.
+// All members that sample a row call the same passes with the same arguments in the same order, and
+// each gets the complete result, so all members take the same decisions. A pass is split at
+// multiples of kSumBlock, and the partial results are combined in a fixed order, so the bits equal
+// those of a single member.
 #pragma once
 
 #include <cfloat>
@@ -16,27 +16,28 @@
 
 namespace tgi::cpu {
 
-// What members tell each other.
+// Partial results that members exchange.
 struct SampleBoard {
   struct alignas(64) Part {
     RowStats stats;
     int64_t index;
     double arrival;
   };
-  // Two of each, in turn: a member may write for its next pass while others read of this one.
+  // Double-buffered: a member may write for its next pass while others still read this one's.
   Part* parts[2];   // [num_members]
   double* sums[2];  // [vocab / kSumBlock, rounded up]
 
-  // Bytes behind a multiple of 64 that `at` fills, for so many members.
+  // Returns the size in bytes that `at` lays out, from an address aligned to 64, for this many
+  // members.
   static int64_t num_bytes(int64_t vocab, int num_members);
   static SampleBoard at(uint8_t* memory, int64_t vocab, int num_members);
 };
 
 class RowTeam {
  public:
-  // Alone.
+  // A team of one.
   explicit RowTeam(const RowPasses& rows) : rows_(rows) {}
-  // Inside a team's run; with all its members, if they are several.
+  // Inside a team's run; if there are several members, all of them take part.
   RowTeam(const RowPasses& rows, const SampleBoard& board, int member, int num_members)
       : rows_(rows), board_(board), member_(member), num_members_(num_members) {}
 
@@ -44,12 +45,12 @@ class RowTeam {
   bool is_first() const { return member_ == 0; }
   // This member's part of a row of n.
   Range part(int64_t n) const { return split(n, member_, num_members_, kSumBlock); }
-  // Waits until what all members wrote is there.
+  // Waits until the writes of all members are visible.
   void meet() const {
     if (num_members_ > 1) team_barrier();
   }
 
-  // As in RowPasses; what they write is there for all when they return.
+  // The passes of RowPasses; their output is visible to all members on return.
   RowStats stats(const float* x, int64_t n);
   int64_t find(const float* x, int64_t n, float bound);  // the first x[index] >= bound, or n
   void scale(const float* x, int64_t n, float max, float factor, float* out);
@@ -57,7 +58,7 @@ class RowTeam {
   int64_t compact(const float* x, int64_t n, float floor, float* out);
   int64_t race(const float* scores, int64_t n, float floor, const DrawKey& key);
 
-  // What the first member computes, for all: a number.
+  // Computes a number on the first member and returns it to all.
   template <typename Compute>
   double once(const Compute& compute) {
     if (num_members_ == 1) return compute();
@@ -68,7 +69,7 @@ class RowTeam {
 
  private:
   SampleBoard::Part& mine() const { return board_.parts[turn_][member_]; }
-  // Waits for all members' parts of this pass, and returns them.
+  // Waits for all members' partial results of this pass and returns them.
   const SampleBoard::Part* exchange() {
     team_barrier();
     const SampleBoard::Part* all = board_.parts[turn_];

@@ -6,7 +6,8 @@ namespace tgi::cpu {
 
 namespace {
 
-// A binary heap in two arrays: the worst is first, and nobody is worse than its parent (i - 1) / 2.
+// A binary heap in two arrays: the worst entry is first, and no entry is worse than its parent (i -
+// 1) / 2.
 struct Heap {
   float* values;
   int32_t* ids;
@@ -16,7 +17,7 @@ struct Heap {
     return values[a] != values[b] ? values[a] < values[b] : ids[a] > ids[b];
   }
 
-  // Puts right a heap whose entry i may be better than its children.
+  // Restores a heap whose entry i may be better than its children.
   void sink(int64_t i) {
     for (int64_t child = 2 * i + 1; child < size; child = 2 * i + 1) {
       if (child + 1 < size && is_worse(child + 1, child)) ++child;
@@ -30,7 +31,7 @@ struct Heap {
     for (int64_t i = size / 2 - 1; i >= 0; --i) sink(i);
   }
 
-  // Leaves the best first. The heap is gone.
+  // Sorts the entries best first. They no longer form a heap.
   void sort() {
     while (size > 1) {
       --size;

@@ -1,5 +1,5 @@
-// The best of a row, listed in the caller's own arrays: a team's run must not allocate, for a
-// failure there would end the process.
+// Lists the best values of a row in the caller's own arrays. A team's run must not allocate,
+// because a failure there would end the process.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace tgi::cpu {
 
 // Writes the `wanted` best of values [n] that are >= floor, best first and lowest id first on ties,
-// to best [wanted] and ids [wanted]; returns how many there are.
+// to best [wanted] and ids [wanted]; returns their number.
 int64_t list_top(const RowPasses& rows, const float* values, int64_t n, float floor, int64_t wanted,
                  float* best, int32_t* ids);
 

@@ -22,13 +22,13 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kFloat = 4;
-// How long a shard looks for mail before it sleeps: between two steps of a stream pass 20 to 60 us.
+// How long a shard polls for mail before it sleeps: 20 to 60 us pass between two steps of a stream.
 constexpr std::chrono::microseconds kLookFor{200};
-// Where there are more threads than cores, who waits holds up who works.
+// With more threads than cores, waiting threads hold up working ones.
 constexpr std::chrono::microseconds kYieldWhenCrowded{5};
 
-// As platform.h's, of a word that other processes wait on, too. Shards are for Linux alone: on
-// others there is no memory for them.
+// Like wait_on and wake_all in platform.h, for a word that other processes wait on as well. Shards
+// are supported on Linux only: other systems provide no memory for them.
 #if defined(__linux__)
 void wait_on_shared(std::atomic<uint32_t>* word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT, expected, nullptr, nullptr, 0);
@@ -55,7 +55,7 @@ int64_t parts_bytes(const ShardShape& shape) {
 
 }  // namespace
 
-// Each on a line of its own: many spin on one that another writes.
+// Each member has its own cache line: many threads spin on one that another thread writes.
 struct ShardGroup::Head {
   alignas(64) std::atomic<uint32_t> num_arrived;
   alignas(64) std::atomic<uint32_t> generation;
@@ -146,7 +146,7 @@ bool ShardGroup::receive() {
 
 void ShardGroup::give_up() {
   head().is_given_up.store(1, std::memory_order_seq_cst);
-  // Who is about to sleep then sees another number, and does not.
+  // A shard that is about to sleep then sees a different number and does not sleep.
   head().num_sent.fetch_add(1, std::memory_order_seq_cst);
   wake_all_shared(&head().num_sent);
 }

@@ -12,7 +12,7 @@ using Clock = std::chrono::steady_clock;
 constexpr int kSpinsPerClockRead = 64;  // reading the clock costs as much as ten pauses
 constexpr std::chrono::microseconds kYieldAfter{1000};
 
-// Spins until ready() holds. After `yield_after` it gives its core away between looks.
+// Spins until ready() holds. After `yield_after` it yields its core between checks.
 template <typename Ready>
 void spin_until(const Ready& ready, std::chrono::microseconds yield_after = kYieldAfter) {
   for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {

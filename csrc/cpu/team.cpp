@@ -19,7 +19,8 @@ namespace tgi::cpu {
 
 namespace {
 
-// Counter and generation on lines of their own: members spin on the one that nobody increments.
+// Counter and generation are on separate cache lines, so that members spin on the one that is not
+// incremented.
 class Barrier {
  public:
   void reset(int num_members) {
@@ -46,7 +47,8 @@ class Barrier {
 std::atomic<int> other_spin_us{0};  // see team_spin
 
 class Team;
-thread_local Team* current_team = nullptr;  // whose run this thread is inside of; null in run_alone
+thread_local Team* current_team = nullptr;  // the team whose run this thread is inside of; null in
+                                            // run_alone
 
 class Team {
  public:
@@ -90,14 +92,14 @@ class Team {
 
   void barrier() { barrier_.wait(); }
 
-  // In a forked child the threads do not exist: forget them without joining.
+  // The threads do not exist in a forked child: forgets them without joining.
   void abandon() {
     for (std::thread& thread : threads_) thread.detach();
     threads_.clear();
   }
 
  private:
-  // Lets the threads that have started return from serve(), and waits for them.
+  // Makes the running threads return from serve() and waits for them.
   void end() {
     fn_ = nullptr;
     publish();
@@ -124,7 +126,7 @@ class Team {
   }
 
   // Waits for the run after number `seen`: spins for spin_us, then parks until signalled, and
-  // again.
+  // repeats.
   uint32_t next_run(uint32_t seen) {
     for (;;) {
       const uint32_t signal = signal_.load(std::memory_order_seq_cst);
@@ -156,7 +158,7 @@ class Team {
   std::vector<std::thread> threads_;
 };
 
-// One team a process, started by its first run. The lock is what makes several callers take turns.
+// One team per process, started by its first run. The lock serialises the runs of several callers.
 struct Shared {
   std::mutex lock;
   TeamOptions options;
@@ -182,7 +184,7 @@ Shared& shared() {
 
 int resolved(int num_threads) { return num_threads > 0 ? num_threads : default_num_threads(); }
 
-// The team, started if need be. The caller holds the lock.
+// Returns the team, starting it if necessary. The caller holds the lock.
 Team& started(Shared& state) {
   if (!state.team) {
     TeamOptions options = state.options;

@@ -11,50 +11,51 @@ namespace tgi::cpu {
 
 struct TeamOptions {
   int num_threads = 0;  // 0: default_num_threads()
-  int nice = 0;         // of the team's own threads; raised where cores are few: HTTP goes first
-  bool pin = false;     // bind member i to the i-th core that the process may use
-  int spin_us = 75;     // how long an idle member spins before it parks (a wake-up costs 16-25 us)
+  int nice = 0;  // of the team's own threads; raised when cores are few, so that HTTP goes first
+  bool pin = false;  // bind member i to the i-th core that the process may use
+  int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
 };
 
-// Cores by affinity and by cgroup quota, whichever is less: spinning under a quota is throttled.
+// The cores by affinity or by cgroup quota, whichever is fewer: threads that spin under a quota are
+// throttled.
 int default_num_threads();
 
-// Ends the present team, if any; the next run starts one with these options. Must not be called
+// Ends the current team, if any; the next run starts one with these options. Must not be called
 // inside a run; waits for a run on another thread to end.
 void configure_team(const TeamOptions& options);
 
-// configure_team() with another number of threads.
+// Does the same as configure_team(), changing only the number of threads.
 void set_num_threads(int num_threads);
 
-// Members of the team as the next run will have them, at least 1.
+// Returns the number of members that the next run will have, at least 1.
 int num_threads();
 
-// Applies the team's nice value and member 0's core to the calling thread, for good: for the thread
-// that launches all steps. Others only borrow the team.
+// Applies the team's nice value and member 0's core to the calling thread permanently. For the
+// thread that launches all steps; other callers only borrow the team.
 void join_team();
 
 // Runs fn(context, member, num_members) once on every member and returns when all have returned.
-// The first run starts the team; it throws std::runtime_error where the system refuses a thread, as
-// do join_team() and team_wake().
-// Runs of several callers take turns. fn must not throw and must not call team_run. Memory written
-// before the call is visible to all members; what they wrote is visible after it. Denormals are
-// flushed inside.
-// `prepare`, if given, is called first on the caller alone with the number of members, which cannot
-// change before the run ends: work memory is made there. It may throw, and then nothing runs.
+// The first run starts the team; it throws std::runtime_error if the system refuses a thread, as do
+// join_team() and team_wake(). Runs of several callers are serialised. fn must not throw and must
+// not call team_run. Memory written before the call is visible to all members; their writes are
+// visible after it. Denormals are flushed inside the run. `prepare`, if given, is called first, on
+// the caller only, with the number of members, which cannot change before the run ends: it
+// allocates work memory. It may throw, in which case nothing runs.
 using TeamFunction = void (*)(void* context, int member, int num_members);
 using PrepareFunction = void (*)(void* context, int num_members);
 void team_run(TeamFunction fn, void* context, PrepareFunction prepare = nullptr);
 
-// Inside a run: waits until every member has arrived. All members must call it equally often.
-// About 0.06 us on two cores. After about 1 ms of spinning it yields: a peer was descheduled.
+// Inside a run: waits until every member has arrived. All members must call it equally often. It
+// takes about 0.06 us on two cores. After about 1 ms of spinning it yields, because a peer was
+// descheduled.
 void team_barrier();
 
 // Unparks the team ahead of a run, so that the wake-up overlaps with the caller's last
 // preparations.
 void team_wake();
 
-// How long idle members of any team spin from now on, in the place of TeamOptions::spin_us; 0: as
-// that says. For steps between whose runs the caller does something short.
+// Sets how long idle members of any team spin from now on, overriding TeamOptions::spin_us; 0
+// restores that option. For steps between whose runs the caller does only short work.
 void team_spin(int spin_us);
 
 // team_run for a callable: run_on_team([&](int member, int num_members) { ... }).
@@ -86,9 +87,9 @@ struct Range {
   int64_t end;
 };
 
-// Member's part of [0, size): contiguous, in order, sizes differing by at most one grain; every
-// inner border is a multiple of grain. Depends on nothing else, so a split is the same in every
-// run.
+// Returns a member's part of [0, size): contiguous, in order, with sizes that differ by at most one
+// grain; every inner border is a multiple of grain. The split depends only on the arguments, so it
+// is the same in every run.
 inline Range split(int64_t size, int member, int num_members, int64_t grain = 1) {
   const int64_t grains = (size + grain - 1) / grain;
   const int64_t each = grains / num_members, extra = grains % num_members;
@@ -98,8 +99,8 @@ inline Range split(int64_t size, int member, int num_members, int64_t grain = 1)
   return {begin < size ? begin : size, end < size ? end : size};
 }
 
-// Flushes denormals on the caller and runs callable(0, 1) there: a team of one. For work so small
-// that a hand-over would cost more (1 us to a spinning member, 25 to a parked one).
+// Flushes denormals and runs callable(0, 1) on the caller: a team of one. For work so small that
+// handing it over would cost more (1 us to a spinning member, 25 us to a parked one).
 void run_alone(TeamFunction fn, void* context);
 
 template <typename Callable>
@@ -110,10 +111,10 @@ void run_alone(Callable&& callable) {
             const_cast<void*>(static_cast<const void*>(&callable)));
 }
 
-// Products of numbers that one core has done before a parked member has woken up.
+// Number of multiplications that one core finishes before a parked member wakes up.
 constexpr int64_t kSmallWork = 1 << 19;
 
-// run_on_team(prepare, callable), or on the caller alone where the work is so small.
+// run_on_team(prepare, callable), or on the caller only if the work is at most kSmallWork.
 template <typename Prepare, typename Callable>
 void run_small(int64_t work, Prepare&& prepare, Callable&& callable) {
   if (work > kSmallWork) return run_on_team(prepare, callable);
@@ -121,8 +122,8 @@ void run_small(int64_t work, Prepare&& prepare, Callable&& callable) {
   run_alone(callable);
 }
 
-// kernel(begin, end) over [0, size), split over the team; on the caller alone below `serial_below`
-// grains.
+// Runs kernel(begin, end) over [0, size), split over the team; on the caller only below
+// `serial_below` grains.
 template <typename Kernel>
 void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t serial_below = 2) {
   if (size <= 0) return;

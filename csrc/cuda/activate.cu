@@ -1,5 +1,4 @@
-// The MLP between its products: the activation of the gate, times up; or without a gate the
-// activation alone.
+// The activation between the products of an MLP: f(gate) * up, or only f(x) without a gate.
 #include "kernels.h"
 #include "vec.cuh"
 

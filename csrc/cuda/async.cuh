@@ -1,6 +1,6 @@
-// Copies from global to shared memory that run beside the arithmetic. A thread's copies are
-// committed in groups and waited for by count; other threads see them after a barrier that follows
-// the wait.
+// Asynchronous copies from global to shared memory, which overlap with arithmetic. A thread commits
+// its copies in groups and waits for them by count; other threads see the data after a barrier that
+// follows the wait.
 #pragma once
 
 #include "launch.cuh"
@@ -9,7 +9,7 @@ namespace tgi::cuda {
 
 #ifdef __CUDACC__
 
-// Copies 16 bytes, or writes zeros and reads nothing; both addresses are multiples of 16.
+// Copies 16 bytes, or writes zeros without reading; both addresses are multiples of 16.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global, bool is_valid) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address),
@@ -21,7 +21,7 @@ __device__ __forceinline__ void async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Returns when at most kPending of this thread's groups are on their way.
+// Returns when at most kPending of this thread's groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");

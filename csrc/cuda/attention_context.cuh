@@ -1,4 +1,4 @@
-// How decode attention cuts contexts into chunks, and where chunks leave their results.
+// How decode attention splits contexts into chunks, and where chunks write their results.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +10,7 @@ __host__ __device__ constexpr int64_t chunk_length(int64_t context) {
   return context <= 8192 ? 256 : context <= 32768 ? 512 : 1024;
 }
 
-// The most chunks that a context of up to `longest` can have.
+// The maximum number of chunks in a context of up to `longest`.
 constexpr int64_t max_chunks(int64_t longest) {
   if (longest <= 8192) return ceil_divide<int64_t>(longest, 256);
   if (longest <= 32768) return max(int64_t{32}, ceil_divide<int64_t>(longest, 512));
@@ -36,8 +36,8 @@ struct Context {
   }
 };
 
-// The workspace: what chunks leave for the merge. Where each sequence's begin among all is in the
-// plan.
+// The workspace: the chunks' results, which the second kernel merges. The plan holds the index of
+// each sequence's first chunk.
 struct Workspace {
   float* out;     // [chunk, num_heads, head_dim], not yet divided
   float2* stats;  // [chunk, num_heads]: maximum, sum

@@ -1,5 +1,5 @@
-// Decode attention: the plan that layers of a step share, and the choice of the kernel. Each
-// type has a file of its own: five head sizes are seconds of nvcc.
+// Decode attention: the plan that the layers of a step share, and the choice of kernel. Each type
+// has its own file, because five head sizes take nvcc seconds.
 #include "attention_context.cuh"
 #include "vec.cuh"
 
@@ -7,9 +7,9 @@ namespace tgi::cuda {
 namespace {
 
 constexpr int kPlanThreads = kWarpSize;
-constexpr int64_t kMaxGroup = 16;  // query heads of a KV head: the rows of mma
+constexpr int64_t kMaxGroup = 16;  // query heads per KV head: the rows of mma
 
-// One warp: the running count of chunks before each sequence.
+// One warp computes the running count of chunks before each sequence.
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p) {
   wait_for_kernel_before();
   start_kernel_after();
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p
   for (int64_t first = 0; first < p.num_sequences; first += kWarpSize) {
     const int64_t sequence = first + lane;
     const auto own = int32_t(sequence < p.num_sequences ? Context(p, sequence).num_chunks() : 0);
-    int32_t before = own;  // and own, of this round
+    int32_t before = own;  // including own, within this round
 #pragma unroll
     for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
       const int32_t other = __shfl_up_sync(0xffffffffu, before, lanes);

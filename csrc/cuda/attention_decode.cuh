@@ -1,10 +1,10 @@
-// Attention of one token a sequence, split over the context (flash-decoding).
+// Attention of one token per sequence, split over the context (flash-decoding).
 //
 // The work is a list of items (sequence, chunk of its context, KV head). A chunk's length depends
-// on its own sequence's length only, so a row's bits do not depend on the batch. A persistent grid
-// takes the items in turn; the query heads of a KV head share an item as the rows of mma, and each
-// warp walks every fourth tile of sixteen tokens by itself, without barriers. Chunks of one
-// sequence are merged in order by a second kernel.
+// only on its own sequence's length, so a row's bits do not depend on the batch. A persistent grid
+// processes the items in turn. The query heads of a KV head share an item as the rows of mma, and
+// each of four warps (two with a head size of 256) processes every fourth (second) tile of sixteen
+// tokens by itself, without barriers. A second kernel merges the chunks of each sequence in order.
 #pragma once
 
 #include "attention_context.cuh"
@@ -20,16 +20,17 @@ struct Decode {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = HeadDim <= 64 ? 3 : 2;  // within 99 KB: sm_86, 89 and 120
   static constexpr int kTile = 16;                       // tokens
-  static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;  // of 16 bytes: keys, or values
+  // of 16 bytes, for keys or for values
+  static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;
   static constexpr int kSharedChunks =
       kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
   static constexpr int kSharedBytes = kSharedChunks * 16;
   static_assert(kSharedBytes <= 99 << 10);
-  // The merge of the warps lies where the tiles were.
+  // The merge of the warps reuses the tiles' memory.
   static_assert(kWarps * kRows * (HeadDim + 2) * 4 <= kWarps * kStages * 2 * kTileChunks * 16);
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
-  // Rows of queries past the group are zeros.
+  // Query rows beyond the group are zero.
   static __device__ __forceinline__ void load_queries(const AttentionParams& p, int64_t sequence,
                                                       int64_t kv_head, int group, uint4* queries) {
     const Element* q =
@@ -42,8 +43,8 @@ struct Decode {
     }
   }
 
-  // This warp's part of the tokens [begin, end): tiles warp, warp + kWarps ... of them. The query
-  // is the last of `context_end` tokens.
+  // Processes this warp's part of the tokens [begin, end): tiles warp, warp + kWarps and so on. The
+  // query is the last of `context_end` tokens.
   static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence,
                                               int64_t kv_head, int64_t begin, int64_t end,
                                               int64_t context_end, const uint4* queries,
@@ -53,8 +54,8 @@ struct Decode {
     const int num_tiles =
         int((ceil_divide<int64_t>(end, kTile) - first_tile - warp + kWarps - 1) / kWarps);
     const auto token_of = [&](int i) { return (first_tile + warp + int64_t{i} * kWarps) * kTile; };
-    // Lane i knows the i-th tile's block: ids stand in front of every address, so they are fetched
-    // all at once.
+    // Lane i holds the i-th tile's block id. Every address depends on an id, so all ids are fetched
+    // at once.
     int32_t own_block = 0;
     if (lane < num_tiles) {
       own_block =
@@ -86,12 +87,12 @@ struct Decode {
     }
     for (int i = 0; i < num_tiles; ++i) {
       async_wait<kStages - 2>();
-      __syncwarp();  // tile i is there for all lanes, and all have done with tile i - 1
+      __syncwarp();  // all lanes see tile i and have finished with tile i - 1
       if (i + kStages - 1 < num_tiles) bring_tile(i + kStages - 1);
       async_commit();
       const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
       const int first = int(max(begin - token_of(i), int64_t{0}));
-      const int stop = int(context_end - token_of(i));  // chunks end where tiles end
+      const int stop = int(context_end - token_of(i));  // chunks end at tile borders
       attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks, scores,
                                       first == 0 && stop >= kTile,
                                       Visible{{first, first}, {stop, stop}});
@@ -99,8 +100,7 @@ struct Decode {
     finish_sums(state);
   }
 
-  // Leaves the warp's rows in shared memory: [warp][row] sums, then of each the maximum and the
-  // total.
+  // Writes the warp's rows to shared memory: [warp][row] sums, then each row's maximum and total.
   static __device__ __forceinline__ void leave(const RowState<HeadDim>& state, float* sums,
                                                float* stats) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
@@ -118,7 +118,7 @@ struct Decode {
   }
 };
 
-// What parts (of a softmax over parts of the keys) make together, in their order.
+// Combines the partial results of a softmax over parts of the keys, in order.
 struct Merged {
   float out, max, sum;
 
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
   using Kernel = Decode<Element, KvElement, HeadDim>;
   DYNAMIC_SHARED(uint4, queries);  // [16 rows], then the warps' tiles
   uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
-  auto* sums = reinterpret_cast<float*>(tiles);  // once the tiles are done with
+  auto* sums = reinterpret_cast<float*>(tiles);  // reuses the tiles' memory after them
   float* stats = sums + Kernel::kWarps * kRows * HeadDim;
   const int group = int(divide_narrow(p.num_heads, p.num_kv_heads));
   const Workspace workspace(p);
@@ -157,14 +157,14 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
     const int64_t start = (context.first_chunk() + chunk - p.plan[sequence]) * context.length;
     const int64_t begin = max(context.begin, start), end = min(context.end, start + context.length);
     Kernel::load_queries(p, sequence, kv_head, group, queries);
-    __syncthreads();  // also: all have done with the merge of the item before, and its tiles are
+    __syncthreads();  // also: all threads have finished merging the previous item, so its tiles are
                       // free
     RowState<HeadDim> state;
     state.clear();
     Kernel::walk(p, sequence, kv_head, begin, end, context.end, queries,
                  tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks,
                  state);
-    __syncthreads();  // the tiles are done with
+    __syncthreads();  // the tiles are no longer needed
     Kernel::leave(state, sums, stats);
     __syncthreads();
     for (int i = int(threadIdx.x); i < group * HeadDim; i += Kernel::kThreads) {
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
   }
 }
 
-// One block a (sequence, head): merges its chunks and divides.
+// One block per (sequence, head): merges its chunks and divides.
 template <typename Element, int HeadDim>
 __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams p) {
   wait_for_kernel_before();

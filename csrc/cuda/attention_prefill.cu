@@ -1,4 +1,4 @@
-// Prefill attention: the choice of the kernel. Each type has a file of its own.
+// Prefill attention: the choice of kernel. Each type has its own file.
 #include "kernels.h"
 #include "vec.cuh"
 

@@ -1,10 +1,10 @@
-// Attention of many tokens a sequence over the paged cache: causal, chunked or whole, with a
-// sliding window.
+// Attention of many tokens per sequence over the paged cache: causal, for chunked or whole prompts,
+// with an optional sliding window.
 //
-// A block takes 64 rows of one KV head: row r is query token r / group and query head r % group, so
-// that the heads of a group read keys and values once. Its four warps have sixteen rows each and
-// share the tiles of keys, which begin at multiples of the tile's length: a row's bits do not
-// depend on how its prompt was cut.
+// A block processes 64 rows of one KV head: row r is query token r / group and query head r %
+// group, so the heads of a group read keys and values once. Its four warps have sixteen rows each
+// and share the tiles of keys, which begin at multiples of the tile's length: a row's bits do not
+// depend on how its prompt was split into chunks.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -18,7 +18,8 @@ struct Prefill {
   static constexpr int kBlockRows = kWarps * kRows;
   static constexpr int kKeys = HeadDim <= 128 ? 64 : 32;
   static constexpr int kStages = 2;
-  static constexpr int kUnroll = HeadDim <= 128 ? 2 : 1;  // the sums leave no more registers
+  static constexpr int kUnroll = HeadDim <= 128 ? 2 : 1;  // limited by the registers that the sums
+                                                          // occupy
   static constexpr int kTileChunks = kKeys * Row<HeadDim>::kStride;
   static constexpr int kPlaces = 2 * kKeys;  // of two tiles' rows in the cache
   static constexpr int kSharedBytes =
@@ -27,8 +28,9 @@ struct Prefill {
   static_assert(kSharedBytes <= 99 << 10);
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
-  // Finds where the rows of the tile of keys from `token` on lie, once for keys, values and all
-  // their 16 bytes; -1: nowhere, it is outside of [begin, end). Read behind the next barrier.
+  // Finds the cache positions of the rows in the tile of keys that begins at `token`, once for
+  // keys, values and all their 16-byte pieces; -1: outside of [begin, end). They may be read after
+  // the next barrier.
   static __device__ __forceinline__ void find_tile(const AttentionParams& p, const KvCache& cache,
                                                    const int32_t* table, int token, int begin,
                                                    int end, int64_t* places) {
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   const int64_t query_end =
       min(max(int64_t{p.query_start[sequence + 1]}, query_begin), p.num_tokens);
   const int num_rows = int(query_end - query_begin) * group;
-  // The last rows see the most keys: they start first.
+  // The last rows see the most keys, so they start first.
   const int first_row = int(gridDim.x - 1 - blockIdx.x) * Kernel::kBlockRows;
   if (first_row >= num_rows) return;
   const int last_row = min(first_row + Kernel::kBlockRows, num_rows) - 1;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   state.clear();
   for (int tile = first_tile; tile < stop_tile; ++tile) {
     async_wait<0>();
-    __syncthreads();  // this tile is there for all, and all have done with the one before
+    __syncthreads();  // all threads see this tile and have finished with the previous one
     const int stage = (tile - first_tile) % Kernel::kStages;
     const int token = tile * Kernel::kKeys;
     if (tile + 1 < stop_tile) {
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
                          tiles + (stage ^ 1) * 2 * Kernel::kTileChunks);
     }
     async_commit();
-    // Over this tile's, which all have brought before the barrier.
+    // Overwrites this tile's positions, which all threads finished using before the barrier.
     Kernel::find_tile(p, cache, table, token + 2 * Kernel::kKeys, begin, end, places);
     Visible visible;
 #pragma unroll

@@ -1,6 +1,6 @@
-// What decode and prefill attention share: tiles of keys and values in shared memory, and sixteen
-// query rows of a warp attending to one. Dao, FlashAttention-2, algorithm 1; the layout of
-// fragments is in mma.cuh.
+// Shared by decode and prefill attention: tiles of keys and values in shared memory, and the
+// attention of a warp's sixteen query rows to one tile. Dao, FlashAttention-2, algorithm 1; mma.cuh
+// describes the layout of fragments.
 #pragma once
 
 #include <cfloat>
@@ -12,10 +12,10 @@
 
 namespace tgi::cuda {
 
-constexpr int kRows = 16;  // of queries a warp
+constexpr int kRows = 16;  // query rows per warp
 
 // A row of HeadDim 16-bit elements in shared memory: chunks of 16 bytes, whose order changes from
-// row to row so that ldmatrix meets each bank once.
+// row to row so that ldmatrix accesses each bank once.
 template <int HeadDim>
 struct Row {
   static constexpr int kChunks = HeadDim / 8;
@@ -25,12 +25,12 @@ struct Row {
   }
 };
 
-// The softmax of a warp's rows so far. A lane holds rows l / 4 and l / 4 + 8.
+// The running softmax of a warp's rows. A lane holds rows l / 4 and l / 4 + 8.
 template <int HeadDim>
 struct RowState {
-  float out[HeadDim / 8][4];  // not yet divided; as mma's d
+  float out[HeadDim / 8][4];  // not yet divided; laid out as mma's d
   float max[2];               // of scores in units of log 2
-  float sum[2];               // of the lane's own columns
+  float sum[2];               // over the lane's own columns
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -43,13 +43,13 @@ struct RowState {
   }
 };
 
-// Where one layer's cache has a head's keys and values.
+// The position of a head's keys and values in one layer's cache.
 template <typename Element, typename KvElement, int HeadDim>
 struct Cache {
   static constexpr bool kIsSame = sizeof(KvElement) == 2;
-  static constexpr int kCopies = HeadDim * int(sizeof(KvElement)) / 16;  // of 16 bytes a row
+  static constexpr int kCopies = HeadDim * int(sizeof(KvElement)) / 16;  // 16-byte copies per row
 
-  const KvElement* head;  // of block 0
+  const KvElement* head;  // in block 0
   int64_t block_stride;   // elements
   int64_t value_offset;
 
@@ -58,13 +58,14 @@ struct Cache {
         block_stride(2 * p.num_kv_heads * p.block_size * HeadDim),
         value_offset(p.num_kv_heads * p.block_size * HeadDim) {}
 
-  // Where the keys of a token lie, in elements from `head`; its values are `value_offset` behind.
+  // Returns the offset of a token's keys from `head`, in elements; its values follow at
+  // `value_offset`.
   __device__ __forceinline__ int64_t row_at(int64_t block, int64_t offset) const {
     return block * block_stride + offset * HeadDim;
   }
 
-  // Starts to bring the i-th 16 bytes of the row at `at` (or zeros) into row `row` of a tile. A
-  // cache of 8 bits is converted on the way, at once.
+  // Starts copying the i-th 16 bytes of the row at `at` (or zeros) to row `row` of a tile. An 8-bit
+  // cache is converted synchronously.
   __device__ __forceinline__ void bring(uint4* tile, int row, int i, int64_t at,
                                         bool is_valid) const {
     const KvElement* from = head + at + i * (16 / int(sizeof(KvElement)));
@@ -87,7 +88,7 @@ struct Cache {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^x in one instruction; what is less than the least normal number becomes 0.
+// Computes 2^x in one instruction; results below the smallest normal number become 0.
 __device__ __forceinline__ float exp2_flushed(float x) {
 #ifdef __CUDACC__
   float result;
@@ -99,18 +100,18 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 #endif
 }
 
-// How products of queries and keys become scores in units of log 2.
+// Converts products of queries and keys to scores in units of log 2.
 struct Scores {
   float scale;
-  float bound;  // of products, where scores have a soft cap: cap / scale; 0: none
-  float rate;   // of 2^x in tanh
+  float bound;  // of products, if scores have a soft cap: cap / scale; 0: none
+  float rate;   // factor of the exponent of 2^x in tanh
   bool has_slopes;
-  float slope[2];  // of the lane's two rows; products grow by it with every position
+  float slope[2];  // of the lane's two rows; added to products per position
 
-  // The heads of the lane's two rows; a row that is nobody's may have any.
+  // The heads of the lane's two rows; an unused row may have any head.
   __device__ __forceinline__ Scores(const AttentionParams& p, int64_t head, int64_t other_head)
       : scale(p.scale * p.key_scale * kLog2E), has_slopes(p.slopes != nullptr) {
-    // Not as initialisers, which nvcc's host compiler sees.
+    // Not initialisers, because nvcc's host compiler would see those.
     bound = __fdividef(p.soft_cap * kLog2E, scale);
     rate = __fdividef(2.0f * scale, p.soft_cap);
     const float factor = __fdividef(kLog2E, scale);
@@ -124,22 +125,23 @@ struct Scores {
   }
 };
 
-// What a row's sums are multiplied by in the end. A sink has a weight and no value (Xiao et al.,
+// Returns the factor of a row's final sums. A sink has a weight but no value (Xiao et al.,
 // Efficient Streaming Language Models with Attention Sinks, section 3; gpt-oss).
 __device__ __forceinline__ float inverse_sum(const AttentionParams& p, int64_t head, float max,
                                              float sum) {
-  if (p.sinks != nullptr) sum += exp2f(p.sinks[head] * kLog2E - max);  // infinite: nothing is left
+  // if the sink's weight is infinite, the result is 0
+  if (p.sinks != nullptr) sum += exp2f(p.sinks[head] * kLog2E - max);
   return __fdividef(p.value_scale, sum);
 }
 
-// Keys that a lane's two rows see: those in [first, stop), counted from the tile's first. A row's
-// own position is the last of them.
+// The keys that a lane's two rows see: those in [first, stop), counted from the tile's first key. A
+// row's own position is stop - 1.
 struct Visible {
   int first[2];
   int stop[2];
 };
 
-// The warp's rows `queries` [16] attend to Keys keys and values.
+// Attends from the warp's rows `queries` [16] to `Keys` keys and values.
 template <typename Element, int HeadDim, int Keys>
 __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* queries,
                                        const uint4* keys, const uint4* values, const Scores& scores,
@@ -178,7 +180,7 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
       }
     }
   }
-  if (!is_all_visible) {  // of most tiles nothing is hidden: these are spared the comparisons
+  if (!is_all_visible) {  // most tiles hide nothing and skip the comparisons
 #pragma unroll
     for (int j = 0; j < Keys / 8; ++j) {
 #pragma unroll
@@ -200,7 +202,7 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
     largest = fmaxf(state.max[half], largest * scores.scale);   // scales are positive
-    const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet
+    const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing visible yet
     correction[half] = exp2_flushed(state.max[half] - shift);
     state.max[half] = largest;
     float sum = state.sum[half] * correction[half];
@@ -236,7 +238,7 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
   }
 }
 
-// The sums of the lanes that share a row.
+// Adds up the sums of the lanes that share a row.
 template <int HeadDim>
 __device__ __forceinline__ void finish_sums(RowState<HeadDim>& state) {
 #pragma unroll
@@ -246,7 +248,8 @@ __device__ __forceinline__ void finish_sums(RowState<HeadDim>& state) {
   }
 }
 
-// Calls body with the head size as a constant; false: there is no such kernel.
+// Calls body with the head size as a constant; returns cudaErrorInvalidValue if there is no such
+// kernel.
 template <typename Body>
 cudaError_t for_head_dim(int64_t head_dim, const Body& body) {
   switch (head_dim) {

@@ -1,4 +1,4 @@
-// Gathers rows of the embedding table into the residual.
+// Gathers rows of the embedding table into the residual stream.
 #include "kernels.h"
 #include "vec.cuh"
 

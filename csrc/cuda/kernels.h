@@ -1,7 +1,7 @@
-// The CUDA operators: one plain struct of device pointers and sizes each, and a launcher that
-// returns the launch's error. Activations, queries and the cache are 16 bits wide here (or 8, the
-// cache), the residual is float32. The bindings check everything a kernel trusts, but for what lies
-// on the device: ids and lengths there are clamped.
+// The CUDA operators: for each a plain struct of device pointers and sizes, and a launcher that
+// returns the launch's error. Activations, queries and the cache are 16 bits wide (the cache may
+// have 8), the residual stream is float32. The bindings check everything that a kernel relies on,
+// except data on the device: kernels clamp ids and lengths there.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@
 
 namespace tgi::cuda {
 
-// Lets kernels of a step begin while the one before still runs, where the device can; off at first.
+// Allows kernels of a step to begin while the previous one still runs, if the device supports it;
+// initially off.
 void set_dependent_launches(bool is_on);
 
 enum class Type : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat8 = 2 };
@@ -34,51 +35,52 @@ struct EmbedParams {
 };
 cudaError_t embed(const EmbedParams& p, cudaStream_t stream);
 
-// RMSNorm, or with a bias LayerNorm. Without `rows`, `out` may be x.
+// RMSNorm, or LayerNorm with a bias. Without `rows`, `out` may be x.
 struct NormParams {
   const float* x;       // [num_tokens, hidden]
   const float* weight;  // [hidden]
   const float* bias;    // [hidden], or null
-  const int32_t* rows;  // [num_rows] rows of x, clamped; or null: all in order
+  const int32_t* rows;  // [num_rows] rows of x, clamped; or null: all, in order
   void* out;            // [num_rows, hidden] of type, or float32
   int64_t num_tokens;
   int64_t num_rows;
   int64_t hidden;  // multiple of 8, at most kMaxHidden
   float eps;
-  float factor;      // of what is added
+  float factor;      // factor of the addend
   int32_t is_wide;   // out is float32
-  int32_t is_added;  // to what out holds, which is float32
+  int32_t is_added;  // add to out, which is float32
   Type type;
 };
 constexpr int64_t kMaxHidden = 16384;
 cudaError_t norm(const NormParams& p, cudaStream_t stream);
 
-// out = f(gate) * up, or f(x) where there is no gate.
+// out = f(gate) * up, or f(x) without a gate.
 struct ActivateParams {
   const void* x;  // [num_tokens, 2 * intermediate] of type: gate, then up; or [.., intermediate]
   void* out;      // [num_tokens, intermediate] of type
   int64_t num_tokens;
   int64_t intermediate;  // multiple of 8
   MlpActivation activation;
-  float above;  // xIELU's
+  float above;  // xIELU's two numbers
   float below;
   int32_t is_gated;
   Type type;
 };
 cudaError_t activate(const ActivateParams& p, cudaStream_t stream);
 
-// The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write
-// into the cache. Norms of heads are RMSNorm, or with a bias LayerNorm. The cache of a layer is
-// [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim] of kv_type.
+// The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write to
+// the cache. Head norms are RMSNorm, or LayerNorm with a bias. The cache of a layer is [num_blocks,
+// 2 (key, value), num_kv_heads, block_size, head_dim] of kv_type.
 struct RopeParams {
   const void* qkv;           // [num_tokens, num_heads + 2 * num_kv_heads, head_dim] of type
   const int32_t* positions;  // [num_tokens], clamped to the tables
-  const int64_t* slots;  // [num_tokens] block * block_size + offset; out of the pool: not written
-  const float* cos;      // [num_positions, rotary_dim / 2]
-  const float* sin;      // the same
-  const float* q_norm;   // [head_dim] or [num_heads, head_dim], or null: heads are not normed
-  const float* k_norm;   // the same of keys
-  const float* q_bias;   // as q_norm, or null
+  const int64_t* slots;      // [num_tokens] block * block_size + offset; outside of the pool: not
+                             // written
+  const float* cos;          // [num_positions, rotary_dim / 2]
+  const float* sin;          // the same
+  const float* q_norm;       // [head_dim] or [num_heads, head_dim], or null: no norm
+  const float* k_norm;       // the same for keys
+  const float* q_bias;       // like q_norm, or null
   const float* k_bias;
   void* q;  // [num_tokens, num_heads, head_dim] of type
   void* kv;
@@ -90,33 +92,33 @@ struct RopeParams {
   int64_t rotary_dim;  // multiple of 4, at most head_dim
   int64_t num_blocks;
   int64_t block_size;
-  int64_t
-      norm_stride;  // elements from one head's norm to the next: head_dim, or 0 for all the same
-  int32_t is_norm_last;  // heads are normed once they are rotated (Hunyuan)
+  int64_t norm_stride;   // elements between the norms of two heads: head_dim, or 0 if all share one
+  int32_t is_norm_last;  // heads are normalised after the rotation (Hunyuan)
   float eps;
-  float key_scale;  // keys and values are divided by these: 1 unless the cache is 8 bits wide
+  float key_scale;  // keys and values are divided by these; 1 unless the cache is 8 bits wide
   float value_scale;
   Type type;
   Type kv_type;
 };
 cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream);
 
-// A sequence's queries are its last tokens: query i of n sees the positions below context_len - n +
-// i + 1, and of these the last `window`.
+// A sequence's queries are its last tokens: query i of n sees the last `window` of the positions
+// below context_len - n + i + 1.
 struct AttentionParams {
   const void* q;               // [num_tokens, num_heads, head_dim] of type
   const void* kv;              // see RopeParams
-  const int32_t* query_start;  // [num_sequences + 1]; decode does not read it: one token a sequence
+  const int32_t* query_start;  // [num_sequences + 1]; unused by decode, which has one token per
+                               // sequence
   const int32_t* context_len;  // [num_sequences], queries included; 0: padding, output is 0
   const int32_t* block_table;  // [num_sequences, block_table_stride], clamped to the pool
   void* out;                   // [num_tokens, num_heads, head_dim] of type
-  const float* sinks;          // [num_heads] scores that have no value, or null
-  const float* slopes;         // [num_heads] of ALiBi, or null
-  int32_t* plan;               // decode: [num_sequences + 1], which attention_plan writes
+  const float* sinks;          // [num_heads] attention sinks: scores without a value, or null
+  const float* slopes;         // [num_heads] ALiBi slopes, or null
+  int32_t* plan;               // decode: [num_sequences + 1], written by attention_plan
   void* workspace;             // decode: attention_workspace_bytes
   int64_t num_tokens;
   int64_t num_sequences;
-  int64_t max_query_len;  // prefill: of any sequence
+  int64_t max_query_len;  // prefill: maximum over the sequences
   int64_t num_heads;
   int64_t num_kv_heads;  // divides num_heads; decode: at most 16 heads share one
   int64_t head_dim;      // 64, 80, 96, 128 or 256
@@ -125,22 +127,22 @@ struct AttentionParams {
   int64_t block_table_stride;
   int64_t window;  // 0: all positions
   float scale;
-  float soft_cap;   // of scores: they become soft_cap * tanh(score / soft_cap); 0: they do not
-  float key_scale;  // what was divided by when the cache was written
+  float soft_cap;   // scores become soft_cap * tanh(score / soft_cap); 0: off
+  float key_scale;  // divisor used when the cache was written
   float value_scale;
   Type type;
   Type kv_type;  // type or kFloat8
 };
-// One token a sequence. The plan depends on the lengths and the window only and serves all layers
-// of a step that have this window.
+// For one token per sequence. The plan depends only on the lengths and the window, and serves all
+// layers of a step with this window.
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim);
 
-// out = a W^T (+ bias), or that is added to out. For few tokens: more are computed in tiles of 64,
-// each of which streams W. A token's result does not depend on the others.
+// out = a W^T (+ bias), or out += that. For few tokens: above 64, each tile of 64 tokens streams W
+// again. A token's result does not depend on the other tokens.
 struct LinearParams {
   const void* a;       // [num_tokens, num_columns] of type
   const void* weight;  // [num_rows, num_columns] of type
@@ -150,20 +152,21 @@ struct LinearParams {
   int64_t num_rows;
   int64_t num_columns;  // multiple of 8
   int32_t is_wide;      // out is float32
-  int32_t is_added;     // to what out holds, which is float32
+  int32_t is_added;     // add to out, which is float32
   Type type;
 };
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
-// A weight is scale * (code - zero) + offset, or of codes that are floats (E4M3) scale * code;
-// codes lie in the order of the columns, the first in the low bits.
+// A weight is scale * (code - zero) + offset, or scale * code if the codes are floats (E4M3). Codes
+// are in column order, the first in the low bits.
 struct QuantMatrix {
   const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
   const void* scales;   // [num_rows, num_columns / group] float16, or float32
   const void* offsets;  // the same, or null: none
   int64_t num_rows;
   int64_t num_columns;
-  int64_t group;  // columns; a multiple of 32 (4 bits) or 16 (8 bits) that divides num_columns
+  int64_t group;  // columns per group; a multiple of 32 (4 bits) or 16 (8 bits) that divides
+                  // num_columns
   int32_t bits;   // 4 or 8
   int32_t zero;
   int32_t has_wide_scales;
@@ -175,7 +178,7 @@ struct QuantLinearParams {
   const void* a;       // [num_tokens, num_columns] of type
   const float* bias;   // [num_rows], or null
   void* out;           // [num_tokens, num_rows] of type, or float32
-  int64_t num_tokens;  // the codes are read again for every eight
+  int64_t num_tokens;  // the codes are read again for every eight tokens
   int32_t is_wide;     // out is float32
   Type type;
 };
@@ -188,10 +191,10 @@ struct DequantiseParams {
 };
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
-// A row of slots outside of [0, num_slots) is padding: it draws 0 and changes nothing.
+// A row whose slot is outside of [0, num_slots) is padding: it samples 0 and changes nothing.
 struct SampleParams {
   ::tgi::SampleParams base;  // its mask is [num_masks, ceil(vocab / 32)], or null
-  const int32_t* mask_rows;  // [num_rows]: each row's own in the mask; if that is none, it has none
+  const int32_t* mask_rows;  // [num_rows] each row's index in the mask; out of range: no mask
   float* scratch;            // [num_rows, vocab]
   void* workspace;           // sample_workspace_bytes, 16-byte aligned
   int64_t num_masks;

@@ -1,4 +1,4 @@
-// The switch of dependent launches.
+// The switch for dependent launches.
 #include "kernels.h"
 #include "launch.cuh"
 

@@ -1,16 +1,17 @@
-// Launching kernels and declaring shared memory: the one place that knows how CUDA does it. g++
-// compiles the same kernels for a CPU with the emulator's header instead.
+// Kernel launches and shared-memory declarations, the only code that depends on CUDA's syntax for
+// them. With the emulator's header instead, g++ compiles the same kernels for a CPU.
 //
-// What `launch_dependent` starts may begin while the kernel before it still runs ("programmatic
-// dependent launch", sm_90 and later; off until `set_dependent_launches`). Each of its threads
-// calls `wait_for_kernel_before` before it ends, or touches anything but memory that no kernel
-// writes: weights. Then `start_kernel_after` lets the next kernel begin.
+// A kernel started by `launch_dependent` may begin while the previous one still runs ("programmatic
+// dependent launch", sm_90 and later; off until `set_dependent_launches`). Each of its threads must
+// call `wait_for_kernel_before` before it ends or accesses any memory except weights, which no
+// kernel writes. `start_kernel_after` then lets the next kernel begin.
 //
-// Why that is as safe as one kernel after the other. The wait returns when all blocks of the kernel
-// before have ended and what they wrote is visible. That kernel had itself waited in each thread,
-// so the one before it had ended too, and so on: after the wait no earlier kernel runs. So whatever
-// is read is there, and whatever is written over nobody reads any more. A kernel started by
-// `launch` begins when all before it have ended; so does a library's, or it keeps the same rule.
+// This is as safe as running one kernel after another. The wait returns when all blocks of the
+// previous kernel have ended and their writes are visible. Each thread of that kernel has itself
+// waited, so the kernel before it had ended too, and so on: after the wait no earlier kernel is
+// running. All inputs are therefore complete, and no other kernel still reads the memory that is
+// overwritten. A kernel started by `launch` begins after all earlier ones have ended; a library's
+// kernel does too, or follows the same rule.
 #pragma once
 
 #ifdef __CUDACC__
@@ -32,7 +33,7 @@ extern bool allows_dependent_launches;  // launch.cu
 template <typename... Parameters>
 cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                       size_t shared_bytes, cudaStream_t stream, Parameters... arguments) {
-  if (shared_bytes > (48 << 10)) {  // more has to be asked for
+  if (shared_bytes > (48 << 10)) {  // larger sizes must be requested
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -48,12 +49,12 @@ cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 gri
   config.attrs = &attribute;
   config.numAttrs = is_dependent ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  cudaGetLastError();  // whoever checks next is not to find it again
+  cudaGetLastError();  // clears the error, so that the next check does not report it again
   return error;
 }
 
-// Whether the code that the device runs has griddepcontrol. Not so, on any device, what is compiled
-// there from PTX of an older architecture.
+// Returns whether the code that the device runs has griddepcontrol. Code compiled on the device
+// from PTX of an older architecture does not.
 template <typename... Parameters>
 bool has_wait(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void start_kernel_after() {
 #endif
 }
 
-// Of the current device; persistent kernels fill it a fixed number of times.
+// Returns the count for the current device; persistent kernels fill it a fixed number of times.
 inline int num_multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
@@ -111,7 +112,7 @@ TGI_EMULATOR cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 b
       grid, block, shared_bytes, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
-// The emulator holds such a kernel to its waiting whether or not the switch is on.
+// The emulator enforces the wait of such a kernel whether or not the switch is on.
 template <typename... Parameters, typename... Arguments>
 TGI_EMULATOR cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                           size_t shared_bytes, cudaStream_t stream,
@@ -138,7 +139,7 @@ __host__ __device__ constexpr Integer ceil_divide(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
-// a / b of numbers below 2^32: of 64 bits a division is a function, which is called.
+// Returns a / b for numbers below 2^32: a 64-bit division would be a function call.
 __host__ __device__ constexpr int64_t divide_narrow(int64_t a, int64_t b) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }

@@ -1,19 +1,20 @@
 // Products with plain weights for a few tokens: out [tokens, rows] = a [tokens, columns] times W
 // [rows, columns] transposed.
 //
-// The floor is W's bytes over the memory's bandwidth: 28672 x 4096 of 16 bits are 235 MB, 59 us at
-// 4 TB/s. To stream at that rate an SM needs about 30 KB on their way (bandwidth times latency,
-// over the SMs). In registers that would be most of a thread's, so a queue in shared memory holds
-// them: 24 KB a block of up to 8 tokens, two to four of which fit an SM, and 48 KB of up to 16.
+// The lower bound is W's size over the memory bandwidth: 28672 x 4096 elements of 16 bits are 235
+// MB, 59 us at 4 TB/s. To stream at that rate an SM needs about 30 KB in flight (bandwidth times
+// latency, divided by the number of SMs). Registers would be nearly exhausted by that, so a queue
+// in shared memory holds it: 24 KB of W in flight per block of up to 8 tokens, two to four of which
+// fit on an SM, and 48 KB for up to 16 tokens.
 //
-// Rows of W are the 16-row operand of mma, tokens the 8-wide one. Both operands have columns in the
-// same order in registers, and a sum does not mind which: so a lane takes 8 consecutive columns of
-// a row, 16 bytes, where the tables of mma would give it four pairs. It copies exactly what it
-// multiplies itself, and the queue needs no barrier, no swizzle and no ldmatrix.
+// Rows of W are the 16-row operand of mma, tokens the 8-wide one. Both operands have their columns
+// in the same order in registers, and the sum is the same in any order. A lane therefore takes 8
+// consecutive columns of a row, 16 bytes, instead of the four pairs of mma's layout. It copies
+// exactly the data that it multiplies itself, so the queue needs no barrier, swizzle or ldmatrix.
 //
-// A block's warps split the columns, and their sums are added in the order of the warps. The split,
-// and the order of all additions, is the same for every number of tokens: a token's result has the
-// same bits alone and among others.
+// A block's warps split the columns, and their sums are added in warp order. The split and the
+// order of all additions are the same for every number of tokens: a token's result has the same
+// bits alone and in a batch.
 #include "async.cuh"
 #include "kernels.h"
 #include "mma.cuh"
@@ -22,27 +23,28 @@
 namespace tgi::cuda {
 namespace {
 
-constexpr int kParts = 8;  // of the columns, one a warp
+constexpr int kParts = 8;  // of the columns, one per warp
 constexpr int kThreads = kParts * kWarpSize;
-constexpr int kStep = 32;  // columns that a warp takes at a time: 16 bytes a lane and row
+constexpr int kStep = 32;  // columns that a warp processes at a time: 16 bytes per lane and row
 
-// A block's part of the output. More rows mean fewer blocks that read the same activations (from
-// L2), but 16 are enough of them for 8 tokens, and make blocks for every SM.
+// A block's part of the output. With more rows, fewer blocks read the same activations (from L2).
+// For 8 tokens 16 rows suffice and leave blocks for every SM.
 template <int Tokens>
 struct Tile {
   static constexpr int kRowTiles = Tokens == 8 ? 1 : 2;  // of 16
   static constexpr int kTokenTiles = Tokens / 8;
   static constexpr int kRows = 16 * kRowTiles;
-  static constexpr int kCopies = 2 * kRowTiles + kTokenTiles;  // of 16 bytes a lane and step
+  static constexpr int kCopies = 2 * kRowTiles + kTokenTiles;  // 16-byte copies per lane and step
   static constexpr int kStages = Tokens <= 16 ? 4 : Tokens == 32 ? 3 : 2;
-  static constexpr int kBlocks = Tokens == 8 ? 4 : 2;  // an SM
-  static constexpr int kSumStride = kRows + 4;         // lanes that write sums meet each bank once
+  static constexpr int kBlocks = Tokens == 8 ? 4 : 2;  // per SM
+  static constexpr int kSumStride = kRows + 4;  // lanes that write sums access each bank once
   static constexpr int kQueueBytes = kStages * kCopies * kThreads * 16;
   static constexpr int kSumBytes = kParts * Tokens * kSumStride * 4;
-  static_assert(kSumBytes <= kQueueBytes && kQueueBytes <= 96 << 10);  // sm_86, 89 and 120 have 99
+  // sm_86, 89 and 120 have 99 KB
+  static_assert(kSumBytes <= kQueueBytes && kQueueBytes <= 96 << 10);
 };
 
-// The sums of one warp's columns; as mma's d.
+// The sums over one warp's columns, laid out as mma's d.
 template <int Tokens>
 struct Sums {
   float at[Tile<Tokens>::kRowTiles][Tile<Tokens>::kTokenTiles][4];
@@ -52,7 +54,7 @@ struct Sums {
 template <typename Element, int Tokens>
 __device__ __forceinline__ void multiply(const uint4* step, Sums<Tokens>& sums) {
   using T = Tile<Tokens>;
-  uint32_t weights[T::kRowTiles][2][4];  // of two mma
+  uint32_t weights[T::kRowTiles][2][4];  // for two mma
 #pragma unroll
   for (int i = 0; i < T::kRowTiles; ++i) {
     const uint4 low = step[2 * i * kThreads], high = step[(2 * i + 1) * kThreads];
@@ -72,7 +74,7 @@ __device__ __forceinline__ void multiply(const uint4* step, Sums<Tokens>& sums) 
   }
 }
 
-// This warp's columns: steps part, part + kParts ... of the row.
+// Processes this warp's columns: steps part, part + kParts and so on of the row.
 template <typename Element, int Tokens>
 __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, int64_t first_token,
                                      uint4* queue, Sums<Tokens>& sums) {
@@ -104,7 +106,7 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
                    is_inside(i) && token + k * 8 < p.num_tokens);
     }
   };
-  // Weights are never written: the first are on their way before the kernel before has ended.
+  // Weights are never written, so their first copies start before the previous kernel has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) bring_weights(i);
@@ -118,7 +120,7 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
   }
   for (int i = 0; i < num_steps; ++i) {
     async_wait<T::kStages - 2>();
-    if (i + T::kStages - 1 < num_steps) {  // to where this lane has read the step before
+    if (i + T::kStages - 1 < num_steps) {  // overwrites what this lane read in the previous step
       bring_weights(i + T::kStages - 1);
       bring_values(i + T::kStages - 1);
     }
@@ -128,7 +130,7 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
   async_wait<0>();
 }
 
-// Leaves the warp's sums in shared memory: [part][token][row].
+// Writes the warp's sums to shared memory: [part][token][row].
 template <int Tokens>
 __device__ __forceinline__ void leave(const Sums<Tokens>& sums, float* shared) {
   using T = Tile<Tokens>;
@@ -150,14 +152,14 @@ template <typename Element, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tile<Tokens>::kBlocks) linear_kernel(LinearParams p) {
   using T = Tile<Tokens>;
   DYNAMIC_SHARED(uint4, queue);  // [stage][copy][thread]; then the sums
-  // Blocks that share rows of W follow each other, so that all but the first find them in L2.
+  // Blocks that share rows of W are adjacent, so all but the first find them in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
   const int64_t row_tile = divide_narrow(blockIdx.x, token_tiles);
   const int64_t first_token = (blockIdx.x - row_tile * token_tiles) * Tokens;
   const int64_t first_row = row_tile * T::kRows;
   Sums<Tokens> sums = {};
   walk<Element>(p, first_row, first_token, queue, sums);
-  __syncthreads();  // the queue is done with
+  __syncthreads();  // the queue is no longer needed
   auto* shared = reinterpret_cast<float*>(queue);
   leave(sums, shared);
   __syncthreads();

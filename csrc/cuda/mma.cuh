@@ -1,12 +1,12 @@
-// Tensor cores: the product of 16 x 16 by 16 x 8 and the loads of its fragments. Layouts: PTX ISA,
-// "Matrix fragments for mma.m16n8k16" and "ldmatrix".
+// Tensor cores: the product of 16 x 16 by 16 x 8 matrices and the loads of its fragments. Layouts:
+// PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
 
 #include "vec.cuh"
 
 namespace tgi::cuda {
 
-// d += a b. Lane l holds rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the next, of d.
+// d += a b. Lane l holds rows l / 4 and l / 4 + 8 of d, columns l % 4 * 2 and the next.
 template <typename Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1);
@@ -33,8 +33,8 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
-// 8, and receives of each matrix row l / 4, columns l % 4 * 2 and the next.
+// Loads four 8 x 8 matrices of 16-bit elements; lane l provides the address of row l % 8 of matrix
+// l / 8, and receives row l / 4, columns l % 4 * 2 and the next, of each matrix.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* r
                : "memory");
 }
 
-// The same, each matrix transposed.
+// Does the same with each matrix transposed.
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"

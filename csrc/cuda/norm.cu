@@ -1,5 +1,6 @@
-// RMSNorm or LayerNorm of the residual, or of a product's rows: into the next product's activation,
-// into its own place, or added to the residual. One block a row, the row in registers.
+// RMSNorm or LayerNorm of the residual stream or of a product's rows. The result becomes the next
+// product's activation, replaces its input, or is added to the residual stream. One block per row,
+// with the row in registers.
 #include <type_traits>
 
 #include "kernels.h"
@@ -10,7 +11,7 @@ namespace tgi::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kVectors = 2;  // of eight elements, a thread
+constexpr int kVectors = 2;  // of eight elements, per thread
 
 template <typename Element>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(NormParams p) {

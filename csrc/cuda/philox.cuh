@@ -1,13 +1,14 @@
-// The draw's random numbers: Philox4x32-10, by key and counter alone. Salmon et al., Parallel
-// Random Numbers: As Easy as 1, 2, 3, section 3.3 and table 2. csrc/cpu/step/philox.h is the same
-// for sixteen counters at a time.
+// Random numbers for sampling: Philox4x32-10, a function of key and counter only. Salmon et al.,
+// Parallel Random Numbers: As Easy as 1, 2, 3, section 3.3 and table 2. csrc/cpu/step/philox.h
+// computes the same for sixteen counters at a time.
 #pragma once
 
 #include "launch.cuh"
 
 namespace tgi::cuda {
 
-// The first output word of counter (token, choice, position low, position high), key = seed.
+// Returns the first output word for counter (token, choice, position low, position high) and key =
+// seed.
 __device__ __forceinline__ uint32_t philox(uint32_t token, uint32_t choice, uint64_t position,
                                            uint64_t seed) {
   uint32_t c0 = token, c1 = choice, c2 = uint32_t(position), c3 = uint32_t(position >> 32);
@@ -26,13 +27,14 @@ __device__ __forceinline__ uint32_t philox(uint32_t token, uint32_t choice, uint
   return c0;
 }
 
-// The logarithm of an exponential variable made of a word: the earliest of log E - score wins the
-// race, which is Gumbel-max. u = (word + 1/2) / 2^32.
+// Returns the logarithm of an exponential variable made from a word. The lowest log E - score wins
+// the race, which is Gumbel-max. u = (word + 1/2) / 2^32.
 __device__ __forceinline__ double log_arrival(uint32_t word) {
   return log(-log1p(-(double(word) + 0.5) * 0x1p-32));
 }
 
-// The same to about 1e-6: enough to tell who cannot win. Near u = 1 it counts from the other end.
+// Returns the same to about 1e-6, enough to rule out losers. Near u = 1 it counts from the other
+// end.
 __device__ __forceinline__ float log_arrival_nearly(uint32_t word) {
   const float e = word < 0x80000000u ? -log1pf(-(float(word) + 0.5f) * 0x1p-32f)
                                      : -logf((float(~word) + 0.5f) * 0x1p-32f);

@@ -1,11 +1,11 @@
-// Products with quantised weights: a few rows of activations at a time straight from the codes, and
-// the weights as plain matrices for products of many rows.
+// Products with quantised weights: few rows of activations at a time directly from the codes, and
+// dequantised weights for products of many rows.
 //
-// A weight is scale * (code - zero) + offset, one scale (and offset) a group of columns. Codes are
-// integers of 4 or 8 bits or E4M3 floats, lie in the order of the columns, and are read 16 bytes at
-// a time. A warp makes two rows of the output, whose sums are in an order that depends on the shape
-// alone: a token has the same bits in any batch. Roundings do not depend on the compiler either:
-// fused operations are written out, for it might fuse others in another tile of tokens.
+// A weight is scale * (code - zero) + offset, with one scale (and offset) per group of columns.
+// Codes are integers of 4 or 8 bits or E4M3 floats, are in column order, and are read 16 bytes at a
+// time. A warp computes two rows of the output, whose order of summation depends only on the shape:
+// a token has the same bits in any batch. Rounding does not depend on the compiler either: fused
+// operations are explicit, because the compiler might fuse others for a different tile of tokens.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -17,8 +17,8 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kWarpRows = 2;  // of the weight: they share the loads of activations
 
-// An integer below 2^23 as a float: it becomes the mantissa of 2^23. Converting takes four times as
-// long.
+// Converts an integer below 2^23 to float by making it the mantissa of 2^23. A conversion
+// instruction takes four times as long.
 constexpr uint32_t kMagicBits = 0x4B000000u;
 constexpr float kMagic = 8388608.0f;
 
@@ -26,7 +26,7 @@ template <int Bits>
 struct Integers {
   static constexpr int kBits = Bits;
 
-  // Codes 8 i to 8 i + 7 of 16 bytes, less `shift` (kMagic and the zero point).
+  // Unpacks codes 8 i to 8 i + 7 of 16 bytes, minus `shift` (kMagic and the zero point).
   static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float shift,
                                                 float (&out)[8]) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
@@ -54,7 +54,7 @@ struct Floats {
   }
 };
 
-// Columns that a lane takes at a time.
+// Columns that a lane processes at a time.
 template <typename Code>
 constexpr int kStep = 128 / Code::kBits;
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
   wait_for_kernel_before();
   start_kernel_after();
   const int lane = int(threadIdx.x) % kWarpSize;
-  // Blocks that share rows follow each other, so that all but the first find the codes in L2.
+  // Blocks that share rows are adjacent, so all but the first find the codes in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
   const int64_t row_tile = divide_narrow(blockIdx.x, token_tiles);
   const int64_t first_token = (blockIdx.x - row_tile * token_tiles) * Tokens;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
           *reinterpret_cast<const uint4*>(codes + (from * columns + column) * Code::kBits / 8);
     }
     float products[kWarpRows][Tokens],
-        plain[Tokens];  // of this lane's columns; of activations alone
+        plain[Tokens];  // of this lane's columns; `plain` sums only activations
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       plain[token] = 0;
@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, 
   if (first >= m.num_rows * m.num_columns) return;
   const uint4 bytes = *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(m.codes) +
                                                       first * Code::kBits / 8);
-  // Groups of a row follow each other, and rows do; a group is a whole number of steps.
+  // Groups are contiguous within a row, and rows are contiguous; a group is a whole number of
+  // steps.
   const int64_t place = divide_narrow(step, m.group / kStep<Code>);
   const float scale = to_float(static_cast<const Scale*>(m.scales)[place]);
   const float offset =
@@ -179,7 +180,7 @@ bool fits(const QuantMatrix& m) {
          m.num_columns % m.group == 0;
 }
 
-// Calls body with the element's, the scales' and the codes' type.
+// Calls body with the types of the elements, the scales and the codes.
 template <typename Body>
 cudaError_t for_types(Type type, const QuantMatrix& m, const Body& body) {
   const auto with_bits = [&](auto element, auto scale) {

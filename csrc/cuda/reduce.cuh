@@ -1,4 +1,4 @@
-// Reductions over a warp and a block, in an order that is fixed by the number of threads.
+// Reductions over a warp and a block, in an order that depends only on the number of threads.
 #pragma once
 
 #include "launch.cuh"
@@ -18,7 +18,7 @@ struct Max {
   }
 };
 
-// All lanes get the result.
+// Returns the result to all lanes.
 template <typename T, typename Operation>
 __device__ __forceinline__ T warp_reduce(T x, Operation operation) {
 #pragma unroll
@@ -28,8 +28,8 @@ __device__ __forceinline__ T warp_reduce(T x, Operation operation) {
   return x;
 }
 
-// All threads get the result. scratch: [warps of the block] in shared memory, free again on return.
-// Called by every thread of a block of whole warps.
+// Returns the result to all threads. scratch: [warps of the block] in shared memory, free again on
+// return. Every thread of a block of whole warps must call it.
 template <typename T, typename Operation>
 __device__ __forceinline__ T block_reduce(T x, Operation operation, T* scratch) {
   const int num_warps = int(blockDim.x) / kWarpSize;

@@ -1,5 +1,5 @@
-// Norm of heads, rotary embedding and the write of keys and values into the cache: one warp a
-// (token, head).
+// Head norms, rotary embedding and the write of keys and values to the cache: one warp per (token,
+// head).
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMaxWords = 4;  // pairs of elements a lane holds: head_dim up to 256
+constexpr int kMaxWords = 4;  // pairs of elements per lane: head_dim up to 256
 
 struct Words {
   float2 at[kMaxWords];  // elements 2 (lane + 32 k) and the next
@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_pair(Element* p, float2 x) {
 
 // A head's norm.
 struct HeadNorm {
-  const float* weight;  // [head_dim], or null: it changes nothing
+  const float* weight;  // [head_dim], or null: no norm
   const float* bias;
   float mean, inverse;
 
@@ -62,7 +62,7 @@ struct HeadNorm {
     inverse = rsqrtf(__fdividef(warp_reduce(squares, Add()), float(head_dim)) + eps);
   }
 
-  // The pair at d.
+  // Returns the normalised pair at d.
   __device__ __forceinline__ float2 apply(float2 x, int d) const {
     if (weight == nullptr) return x;
     x.x = (x.x - mean) * inverse * weight[d];
@@ -72,8 +72,8 @@ struct HeadNorm {
   }
 };
 
-// Element pairs at d of the head, normed if need be and rotated. `head` is read again for the other
-// half: it is in L1.
+// Returns the head's element pair at d, normalised if requested and rotated. The other half is read
+// from `head` again: it is in L1.
 template <typename Element>
 __device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, int half,
                                          const float* cos, const float* sin, const HeadNorm& norm,

@@ -1,6 +1,7 @@
-// One token a row of logits, by its slot's parameters, without a sort: three kernels by parts of
-// rows (sample_parts.cuh), then one block a row. tgi_asgi/ops/sample.py has the order of the
-// filters; csrc/cpu/sample.cpp draws the same tokens, but for ties in the last bit.
+// Samples one token per row of logits with its slot's parameters, without a sort: three kernels
+// over parts of rows (sample_parts.cuh), then one block per row. tgi_asgi/ops/sample.py documents
+// the order of the filters; csrc/cpu/sample.cpp samples the same tokens, except for ties in the
+// last bit.
 #include "kernels.h"
 #include "sample_parts.cuh"
 
@@ -15,7 +16,7 @@ __device__ __forceinline__ Weight sum_of(const Histogram& histogram, RowRoom& ro
   return block_reduce(total, Add(), room.weights);
 }
 
-// The weight of these elements' scores, where they are kept.
+// Returns the weight of these elements' scores, as far as they are kept.
 template <typename Value>
 __device__ __forceinline__ Weight sum_of(const Elements& e, const Value& value, float max,
                                          RowRoom& room) {
@@ -24,7 +25,7 @@ __device__ __forceinline__ Weight sum_of(const Elements& e, const Value& value, 
   return block_reduce(total, Add(), room.weights);
 }
 
-// The elements that a histogram's list has, or all of the row where it has no room for them.
+// Returns the elements on a histogram's list, or the whole row if the list overflowed.
 __device__ __forceinline__ Elements listed_of(const float* x, int n, const Histogram& histogram) {
   if (histogram.num_listed > kCandidates) return {x, 0, n};
   return {x, 0, histogram.num_listed, histogram.listed};
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
     p.num_top[row.index] = 0;
   }
   if (!row.is_there) return;
-  // Not a copy, for which compute capability 8.0 has no registers left.
+  // Not a copy: compute capability 8.0 has no registers left for it.
   const SampleSlot& slot = row.slot(all);
   const RowWork& work = row.work(all);
   const MergedStats merged = merge_stats(work, num_parts);
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   const int n = row.n;
   const float* values = row.values(all);
   Kept kept = row.kept(slot, merged.stats.max);
-  Elements set = {values, 0, n};  // that has all which is kept
+  Elements set = {values, 0, n};  // contains everything that is kept
   int id;
   if (is_greedy(slot)) {
     id = merged.stats.first;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
         best, [](float x) { return x; }, merged.raw_max, normaliser, id, wanted,
         p.logprobs + row.index, top_ids, top_logprobs, room);
   }
-  __syncthreads();  // all have read the slot
+  __syncthreads();  // all threads have read the slot
   if (!is_first) return;
   p.num_top[row.index] = filled;
   p.token_ids[row.index] = id;
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
   }
 }
 
-// Blocks that share a row: as many as the device holds at a time, and none for a few elements.
+// Returns the number of blocks that share a row: as many as the device runs at a time, and a single
+// one for few elements.
 int parts_of(int64_t num_rows, int64_t vocab) {
   const int64_t most = min(int64_t{kMaxParts}, ceil_divide(vocab, int64_t{kLeastPart}));
   const int64_t held = 2 * num_multiprocessors() / num_rows;

@@ -1,5 +1,5 @@
-// What a slot's parameters make of a row: penalties, bias and masks, the set that may be drawn, the
-// race within it.
+// Applies a slot's parameters to a row: penalties, bias and masks, the set of candidates, and the
+// race among them.
 #pragma once
 
 #include "philox.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32
                         : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
 }
 
-// The row's words of the mask, or null.
+// Returns the row's words of the mask, or null.
 __device__ __forceinline__ const int32_t* mask_of(const SampleParams& all, int64_t row) {
   if (all.base.mask == nullptr) return nullptr;
   const int64_t index = all.mask_rows[row];
@@ -32,7 +32,7 @@ __device__ __forceinline__ bool is_held(const SampleSlot& slot) {
   return slot.num_masked > 0 && slot.position < slot.masked_until;
 }
 
-// Whether anything changes the slot's logits.
+// Returns whether anything changes the slot's logits.
 __device__ __forceinline__ bool is_modified(const SampleSlot& slot, const int32_t* mask) {
   return has_penalties(slot) || slot.num_biased != 0 || is_held(slot) || mask != nullptr;
 }
@@ -65,8 +65,7 @@ __device__ __forceinline__ void modify(const ::tgi::SampleParams& p, int64_t slo
   __syncthreads();
 }
 
-// The scores (best 0) that may be drawn: those of at least `floor`, and no further from `mean` than
-// `reach`.
+// The scores (the best is 0) that may be sampled: those >= `floor` and within `reach` of `mean`.
 struct Kept {
   float max, factor;
   float floor, mean, reach;
@@ -85,13 +84,13 @@ __device__ __forceinline__ bool has_top_k(const SampleSlot& slot, int n) {
   return slot.top_k > 0 && slot.top_k < n;
 }
 
-// What a share of the row's weight is, of top-p and typical-p.
+// Returns a share of the row's weight, for top-p and typical-p.
 __device__ __forceinline__ Weight share_of(Weight total, float p) {
   return static_cast<Weight>(ceil(double(total) * p));
 }
 
-// All scores of a row with this maximum. A temperature near 0 must not make the best score
-// 0 * infinity; greedy, scores are the values less the best.
+// Keeps all scores of a row with this maximum. A temperature near 0 must not make the best score 0
+// * infinity; in greedy mode, scores are the values minus the best.
 __device__ __forceinline__ Kept keep_all(const SampleSlot& slot, float max) {
   const float factor = is_greedy(slot) ? 1.0f : fminf(1.0f / slot.temperature, FLT_MAX);
   return {max, factor, -FLT_MAX, 0.0f, INFINITY};
@@ -101,7 +100,7 @@ __device__ __forceinline__ void keep_min_p(const SampleSlot& slot, Kept& kept) {
   if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
 }
 
-// Keeps the most typical scores that weigh typical_p of those kept so far. Meister et al., Locally
+// Keeps the most typical scores, up to typical_p of the weight kept so far. Meister et al., Locally
 // Typical Sampling, section 4.
 __device__ __forceinline__ void keep_typical(float typical_p, const Elements& e, Kept& kept,
                                              RowRoom& room) {
@@ -125,8 +124,8 @@ __device__ __forceinline__ void keep_typical(float typical_p, const Elements& e,
   kept.mean = mean;
 }
 
-// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep whole
-// ties. `total` is the row's weight, where `e` is not all of it; 0: it is.
+// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep complete
+// ties. `total` is the row's weight if `e` is not the whole row; 0 if it is.
 __device__ __forceinline__ void cut(const SampleSlot& slot, const Elements& e, Weight total, int n,
                                     Kept& kept, RowRoom& room) {
   if (has_top_k(slot, n)) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ void cut(const SampleSlot& slot, const Elements& e, W
     };
     const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
     kept.floor = -reach(e, Weight{0}, weigh, share, room);
-    total = 0;  // of the top-k set, which `e` has whole
+    total = 0;  // of the top-k set, all of which is in `e`
   }
   if (slot.top_p < 1.0f) {
     const auto weigh = [&](float x, float& distance) {
@@ -152,20 +151,20 @@ __device__ __forceinline__ void cut(const SampleSlot& slot, const Elements& e, W
   if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, e, kept, room);
 }
 
-// What wins the race: the element of the least log E - score, lowest on ties.
+// The winner of the race: the element with the lowest log E - score, lowest id on ties.
 struct Winner {
   double arrival;
   int64_t id;
 };
 
-// The exact time is taken only of those who come near the best so far: a logarithm in double costs
+// Computes the exact time only for elements close to the best so far: a logarithm in double costs
 // as much as a hundred other instructions.
 __device__ __forceinline__ Winner race(const SampleSlot& slot, const Elements& e, const Kept& kept,
                                        RowRoom& room) {
   double best = INFINITY;
   int winner = INT_MAX;
   float bound = INFINITY;
-  // By one, not by four: its code is long.
+  // One at a time, not four: the code of an iteration is long.
   for (int k = int(threadIdx.x); k < e.count; k += kRowThreads) {
     const int i = e.id_of(k);
     const float score = kept.score(e.x[i]);

@@ -1,49 +1,51 @@
-// What the blocks that share a row find out of their parts of it, and where they leave it: three
-// kernels in front of the one that draws.
+// Three kernels that run before the sampling kernel. The blocks that share a row each process their
+// part of it and write these results:
 //
 //     part_stats   maximum, whether all is finite; logits after penalties, bias and masks
-//     part_scores  the race, where nothing is cut; else a histogram of scores, added to the row's
-//     part_list    the elements up to the bin where the set ends: a few, of which the draw is made
+//     part_scores  the winner of the race if nothing is cut off; else a histogram of scores, added
+//     to the row's part_list    the elements up to the bin where the set ends: the few candidates
+//     for sampling
 //
-// Each begins when the one before has ended, so nobody waits for another block. Histograms are sums
-// of integers: neither the number of parts nor their order shows.
+// Each kernel begins when the previous one has ended, so no block waits for another. Histograms are
+// sums of integers, so neither the number of parts nor their order affects the result.
 #pragma once
 
 #include "sample_draw.cuh"
 
 namespace tgi::cuda {
 
-constexpr int kMaxParts = kWarpSize;    // a lane each
+constexpr int kMaxParts = kWarpSize;    // one per lane
 constexpr int kLeastPart = 512;         // elements
-constexpr int kCandidates = 2 * kBins;  // elements that a list has room for
+constexpr int kCandidates = 2 * kBins;  // capacity of a list
 
 struct PartStats {
-  float raw_max, max;  // of the logits as they came, and as they are drawn from
+  float raw_max, max;  // of the original logits, and of those sampled from
   int32_t first;       // element of `max`
   int32_t is_finite;
 };
 
-// Of a row: by bins of their distance from the best, elements, and the weight of e^score.
+// For one row, by bins of the distance from the best: the number of elements, and their weight
+// e^score.
 struct Histogram {
   uint32_t counts[kBins];
   Weight weights[kBins];
   int32_t listed[kCandidates];
-  int32_t num_listed;  // or more than there is room for
+  int32_t num_listed;  // may exceed the capacity
   int32_t padding[3];
 };
 
 struct RowWork {
   PartStats stats[kMaxParts];
   Winner winners[kMaxParts];
-  Histogram scores;  // of what is drawn from
-  Histogram raw;     // of the logits as they came
+  Histogram scores;  // of the values sampled from
+  Histogram raw;     // of the original logits
 };
 static_assert(sizeof(RowWork) % 16 == 0);
 
-// A row, and what its slot wants of it. Each kernel makes it anew.
+// A row, and what its slot requires. Each kernel constructs it again.
 struct DrawnRow {
   int64_t index, slot_index;
-  bool is_there;  // else it is padding
+  bool is_there;  // false: padding
   int n;
 
   __device__ __forceinline__ DrawnRow(const SampleParams& all, int64_t row)
@@ -61,13 +63,13 @@ struct DrawnRow {
   __device__ __forceinline__ const float* logits(const SampleParams& all) const {
     return all.base.logits + index * all.base.vocab;
   }
-  // What is drawn from: the logits, or what `part_stats` has made of them.
+  // Returns the values to sample from: the logits, or those that `part_stats` has modified.
   __device__ __forceinline__ const float* values(const SampleParams& all) const {
     return is_modified(slot(all), mask_of(all, index)) ? all.scratch + index * all.base.vocab
                                                        : logits(all);
   }
 
-  // Whether the set is less than all of at least min-p.
+  // Returns whether the set is smaller than all scores that min-p keeps.
   __device__ __forceinline__ bool is_cut(const SampleSlot& slot) const {
     return !is_greedy(slot) && (has_top_k(slot, n) || slot.top_p < 1.0f || slot.typical_p < 1.0f);
   }
@@ -80,7 +82,7 @@ struct DrawnRow {
   __device__ __forceinline__ int num_top(const SampleParams& all, const SampleSlot& slot) const {
     return min(max(slot.num_top, int32_t{0}), int32_t(all.base.max_top));
   }
-  // The weights of typical-p's mean are floats, which are added in the order of the row.
+  // The weights for typical-p's mean are floats, which must be added in row order.
   __device__ __forceinline__ bool has_candidates(const SampleSlot& slot) const {
     return is_cut(slot) && !(slot.typical_p < 1.0f);
   }
@@ -88,7 +90,7 @@ struct DrawnRow {
     return has_candidates(slot) || (wants_processed(slot) && !is_cut(slot));
   }
 
-  // The scores of part_scores' histogram: those of cut sets before they are cut.
+  // Returns the scores for part_scores' histogram: for cut sets, those before the cut.
   __device__ __forceinline__ Kept kept(const SampleSlot& slot, float max) const {
     Kept kept = keep_all(slot, max);
     if (!is_cut(slot) && !is_greedy(slot)) keep_min_p(slot, kept);
@@ -96,7 +98,7 @@ struct DrawnRow {
   }
 };
 
-// A block's part of a row: whole runs of four.
+// Returns a block's part of a row: whole runs of four.
 __device__ __forceinline__ Elements part_of(const float* x, int n, int part, int num_parts) {
   const int length = ceil_divide(ceil_divide(n, num_parts), 4) * 4;
   const int first = min(part * length, n);
@@ -112,7 +114,7 @@ struct MergedStats {
   }
 };
 
-// What the parts' maxima make, in each warp by itself.
+// Merges the parts' maxima, in each warp by itself.
 __device__ __forceinline__ MergedStats merge_stats(const RowWork& work, int num_parts) {
   const int lane = int(threadIdx.x) % kWarpSize;
   PartStats own = {-INFINITY, -INFINITY, INT_MAX, 1};
@@ -166,11 +168,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// Adds the elements of these scores to the row's histogram, by way of shared memory.
+// Adds the elements of these scores to the row's histogram, via shared memory.
 template <typename Score>
 __device__ __forceinline__ void fill(const Elements& e, float floor, const Score& score,
                                      uint32_t* counts, RowRoom& room, Histogram& histogram) {
-  __syncthreads();  // of an earlier one all have done with the bins
+  __syncthreads();  // all threads have finished with the bins of an earlier call
   clear_bins(room);
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) counts[bin] = 0;
   __syncthreads();
@@ -220,8 +222,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// The bin at which the set ends that these many elements make, or with `top_p` this share of the
-// weight; -1: there are none.
+// Returns the bin at which the set ends that consists of `count` elements, or with `top_p` of this
+// share of the weight; -1 if there are no elements.
 __device__ __forceinline__ int last_bin(const Histogram& histogram, int count, const float* top_p,
                                         RowRoom& room) {
   Weight total = 0;

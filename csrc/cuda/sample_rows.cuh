@@ -1,6 +1,6 @@
-// What one block finds out about a row of vocab values, or a part of one: extremes, cut-offs
-// without a sort, log-probabilities. Sums are of integers (or over a whole row, in a fixed order),
-// so a row's bits hang on nothing but the row: not on its parts, nor on the order of a list.
+// Operations of one block on a row of vocab values, or on a part of it: extremes, cut-offs without
+// a sort, log-probabilities. Sums are of integers (or over a whole row, in a fixed order), so a
+// row's bits depend only on the row: not on its parts, nor on the order of a list.
 #pragma once
 
 #include <cfloat>
@@ -15,8 +15,8 @@ namespace tgi::cuda {
 constexpr int kRowThreads = 512;
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 constexpr int kBins = 2048;
-constexpr int kListed = 2048;         // elements of one bin that a search goes on with
-constexpr float kBinsADistance = 64;  // the last bin has whatever is further off than 32
+constexpr int kListed = 2048;         // elements of one bin with which a search continues
+constexpr float kBinsADistance = 64;  // the last bin holds everything further away than 32
 
 struct Min {
   template <typename T>
@@ -29,34 +29,33 @@ using Weight = unsigned long long;  // a count, or e^score in units of 2^-40
 
 // The block's shared memory.
 struct RowRoom {
-  // Weights in two words: of 64 bits shared memory has no addition, only a loop of compare and
-  // swap.
+  // Weights in two words: shared memory has no 64-bit addition, only a compare-and-swap loop.
   uint32_t low[kBins];
   uint32_t high[kBins];
-  int listed[kListed];        // the elements of the bin found
-  int num_listed;             // or more than there is room for
-  Weight weights[kRowWarps];  // scratch of reductions, by type
+  int listed[kListed];        // the elements of the bin that was found
+  int num_listed;             // may exceed the capacity
+  Weight weights[kRowWarps];  // scratch for reductions, by type
   double doubles[kRowWarps];
   float floats[kRowWarps];
   int ints[kRowWarps];
-  Weight before;  // of a search: the weight before the bin found
+  Weight before;  // in a search: the weight before the bin that was found
   int bin;
 };
 
-// The elements of a row that a block looks at: `count` from `first` on, or those listed.
+// The elements of a row that a block processes: `count` from `first` on, or those listed.
 struct Elements {
   const float* x;  // [vocab], the row
   int first;
   int count;
-  const int32_t* listed = nullptr;  // [count], in any order; null: there is no list
+  const int32_t* listed = nullptr;  // [count], in any order; null: no list
 
   __device__ __forceinline__ int id_of(int k) const {
     return listed == nullptr ? first + k : listed[k];
   }
 };
 
-// Calls body(i, x[i]) for this thread's share: of runs of four by number, so that sums over a row
-// do not hang on where it lies; 16 bytes a load where these are aligned.
+// Calls body(i, x[i]) for this thread's share: runs of four by index, so that sums over a row do
+// not depend on its address; 16 bytes per load if the runs are aligned.
 template <typename Body>
 __device__ __forceinline__ void for_each(const Elements& e, const Body& body) {
   const float* x = e.x + e.first;
@@ -77,7 +76,7 @@ __device__ __forceinline__ void for_each(const Elements& e, const Body& body) {
 struct Stats {
   float max;
   int first;       // element of this value
-  bool is_finite;  // all are: neither NaN nor +infinity
+  bool is_finite;  // all values: neither NaN nor +infinity
 };
 
 __device__ __forceinline__ Stats find_stats(const Elements& e, RowRoom& room) {
@@ -114,15 +113,15 @@ __device__ __forceinline__ Weight weight_of_bin(const RowRoom& room, int bin) {
   return Weight{room.high[bin]} << 32 | room.low[bin];
 }
 
-// Of the bins' weights, the first bin at which those up to it reach target (at most their total):
-// room.bin, and room.before, the weight before it. Each thread takes four neighbouring bins.
+// Finds the first bin at which the weights up to it reach target (at most their total) and sets
+// room.bin and room.before, the weight before it. Each thread processes four adjacent bins.
 __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   constexpr int kOwn = kBins / kRowThreads;
   const int thread = int(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   Weight own = 0;
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) own += weight_of_bin(room, thread * kOwn + k);
-  Weight upto = own;  // of this warp's threads
+  Weight upto = own;  // over this warp's threads
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
     const Weight other = __shfl_up_sync(0xffffffffu, upto, lanes);
@@ -141,20 +140,21 @@ __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   __syncthreads();
 }
 
-// The bin of a distance in the first pass: linear, as logits lie densely near the middle, where
-// bits of floats would put a fifth of a vocabulary into one bin.
+// Returns the bin of a distance in the first pass: linear, because logits are dense near the
+// middle, where binning by float bits would put a fifth of a vocabulary into one bin.
 __device__ __forceinline__ int linear_bin(float distance) {
   return int(fminf(distance * kBinsADistance, float(kBins - 1)));
 }
 
-// The least distance at which the weight of all elements up to it reaches share(total); both
-// inclusive. weigh(x, distance) gives an element's weight and distance >= 0, or 0. `total` is that
-// of the row where elements beyond the cut-off are left out of `e`; 0: it has all.
+// Returns the least distance at which the weight of all elements up to it reaches share(total);
+// both inclusive. weigh(x, distance) returns an element's weight and sets its distance >= 0, or
+// returns 0. `total` is the row's weight if `e` omits elements beyond the cut-off; 0 if `e` is
+// complete.
 //
 //     n elements -> linear bins -> the bin of the target, its elements listed -> by their bits
 //
-// The list is searched by radix from the top bits of the distance, whose order is that of its bits;
-// where it has no room for all, so are all elements, the others passed over.
+// The list is searched by radix from the top bits of the distance, whose order equals that of its
+// bits. If the list overflows, all elements are searched instead, skipping those of other bins.
 template <typename Weigh, typename Share>
 __device__ __forceinline__ float reach(const Elements& e, Weight total, const Weigh& weigh,
                                        const Share& share, RowRoom& room) {
@@ -169,7 +169,7 @@ __device__ __forceinline__ float reach(const Elements& e, Weight total, const We
     add_to_bin(room, linear_bin(distance), weight);
     own += weight;
   });
-  own = block_reduce(own, Add(), room.weights);  // its barriers end the additions, too
+  own = block_reduce(own, Add(), room.weights);  // its barriers also end the additions
   if (total == 0) total = own;
   if (total == 0) return INFINITY;
   Weight target = min(max(share(total), Weight{1}), total);
@@ -213,13 +213,13 @@ __device__ __forceinline__ Weight to_weight(float score) {
   return static_cast<Weight>(expf(score) * 0x1p40f);
 }
 
-// The logarithm of a sum of weights of e^score.
+// Returns the logarithm of a sum of weights of e^score.
 __device__ __forceinline__ float log_of(Weight total) {
   return static_cast<float>(log(double(total) * 0x1p-40));
 }
 
-// log softmax of value(x[i]), where -infinity is out, at `id` and of the `wanted` best, which `e`
-// has; returns how many of these there are. Lowest id first on ties.
+// Computes log softmax of value(x[i]), where -infinity excludes an element, at `id` and for the
+// `wanted` best, which `e` contains; returns the number of the latter. Lowest id first on ties.
 template <typename Value>
 __device__ __forceinline__ int describe(const Elements& e, const Value& value, float max,
                                         float normaliser, int id, int wanted, float* logprob,

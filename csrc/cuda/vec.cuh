@@ -21,7 +21,7 @@ struct fp8 {  // E4M3: no infinity, largest 448
   uint8_t bits;
 };
 
-// Two neighbours to and from float; the first lies in the low half.
+// Converts two adjacent elements to and from float; the first is in the low half.
 template <typename Element>
 struct Pair;
 
@@ -87,7 +87,8 @@ inline uint8_t to_fp8(float x) {
   if (std::isnan(x)) return sign | 0x7f;
   if (magnitude >= 448.0f) return sign | 0x7e;
   const int exponent = std::max(magnitude == 0 ? -6 : std::ilogb(magnitude), -6);
-  const int steps = int(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));  // of the last bit
+  // units of the last bit
+  const int steps = int(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
   return uint8_t(sign | (exponent == -6 ? steps : steps + 8 * (exponent + 6)));
 }
 
@@ -129,7 +130,8 @@ struct Pair<fp8> {
 
 #endif
 
-// Eight consecutive elements, 16-byte aligned where they are 16 or 32 bits wide, 8-byte where 8.
+// Load eight consecutive elements: 16-byte aligned if they are 16 or 32 bits wide, 8-byte aligned
+// if 8 bits.
 __device__ __forceinline__ void load8(const float* p, float (&out)[8]) {
   const float4 first = *reinterpret_cast<const float4*>(p);
   const float4 second = *reinterpret_cast<const float4*>(p + 4);

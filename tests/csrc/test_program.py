@@ -220,7 +220,7 @@ def test_a_table_with_padding_before_its_rows_is_refused(order: np.ndarray) -> N
     source = random_source(31, 64)[1]
     table = _C.pack(sources=[source.data], format="F32", columns=64, order=order, arena=_C.Arena())
     program = make_program()
-    with pytest.raises(ValueError, match="`table` must have its rows first"):
+    with pytest.raises(ValueError, match="`table` must have its padding after"):
         program.embed(table=table, factor=1.0, positions=None, out=rows(program))
 
 
@@ -260,9 +260,9 @@ def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> Non
     program.end_cache_writes(can_gather=True, rows=[], query=None)
     for operator in ("embed", "qkv", "head_rows"):
         call, buffers = OPERATORS[operator]
-        with pytest.raises(ValueError, match="`end_cache_writes` must come behind"):
+        with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
             call(program, **{name: make(program) for name, make in buffers.items()})
-    with pytest.raises(ValueError, match="`end_cache_writes` must come behind"):
+    with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
         write_heads(program, program.rows(64), query(program), has_keys=False, cosines=TURNS, sines=TURNS)
     write_heads(program, program.rows(64), query(program), has_keys=False)
 

@@ -1,4 +1,4 @@
-"""What every operator must compute, as calls that take a device: the emulated one, or a GPU."""
+"""Checks of every operator's results as calls that take a device: the emulated one, or a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Case = tuple[str, torch.dtype, Callable[[Any], None]]  # operator, dtype, check
 
 
 def small() -> Iterator[Case]:
-    """Yield a few small cases an operator: for sanitizers, and for the emulation's own test of this list."""
+    """Yield a few small cases per operator: for sanitizers, and for the emulation's own test of this list."""
     for dtype in (BF16, FP16):
         yield "norm", dtype, _of(test_norm.check, 3, 576, dtype)
         yield "embed", dtype, _of(test_rows.check_embed, 17, 64, dtype)
@@ -41,7 +41,7 @@ def small() -> Iterator[Case]:
 
 
 def large() -> Iterator[Case]:
-    """Yield cases of real sizes, and all head sizes: seconds on a GPU."""
+    """Yield cases of realistic sizes with all head sizes: seconds on a GPU."""
     for dtype in (BF16, FP16):
         yield "norm", dtype, _of(test_norm.check, 300, 4096, dtype)
         yield "embed", dtype, _of(test_rows.check_embed, 300, 4096, dtype)
@@ -63,7 +63,7 @@ def attention(
     prefix: int,
     kv_dtype: torch.dtype | None = None,
 ) -> Iterator[Case]:
-    """Yield decode and prefill of these contexts; prefill's longest chunk is behind a prefix."""
+    """Yield decode and prefill of these contexts; prefill's longest chunk follows a prefix."""
     kinds: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "num_heads": 6}
     ones = Shape(contexts, [1] * len(contexts), **kinds)
     queries = [min(context, 200) if context > prefix else context for context in contexts]
@@ -79,7 +79,7 @@ def products(tokens: int, rows: int, columns: int) -> Iterator[Case]:
 
 
 def _of(check: Callable[..., object], *arguments: Any, **options: Any) -> Callable[[Any], None]:
-    """Return a check of everything but the device."""
+    """Bind all arguments of a check except the device."""
 
     def run(device: Any) -> None:
         check(device, *arguments, **options)

@@ -1,4 +1,4 @@
-"""The emulated device, and faults planted in copies of the kernels' sources."""
+"""Fixtures of the emulated device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def built_device() -> Device:
 
 @pytest.fixture
 def device(built_device: Device) -> Iterator[Device]:
-    """An emulated device with nothing on it."""
+    """An emulated device with empty memory."""
     built_device.reset()
     yield built_device
     built_device.reset()

@@ -1,4 +1,4 @@
-"""The runner's device for tests: kernels emulated, everything done at once, graphs as rigid as CUDA's."""
+"""The runner's device for tests: emulated kernels, synchronous execution, graphs as rigid as CUDA's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
-# What waits for the device, or copies from memory that is not pinned: CUDA captures none of it.
+# Operators that wait for the device, or copy from memory that is not pinned: CUDA cannot capture them.
 _FORBIDDEN = {
     _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.lift_fresh.default,
     _aten.masked_select.default,
@@ -19,18 +19,18 @@ _FORBIDDEN = {
 
 
 class Event:
-    """The end of work that is done already."""
+    """The end of work that is already finished."""
 
     def synchronize(self) -> None:
         pass
 
 
 class EmulatedDevice:
-    """A `Device` of emulated kernels: everything happens at once.
+    """A `Device` of emulated kernels, which runs everything synchronously.
 
     Attributes:
-        captured, replayed: how many graphs were made, and how often one of them ran.
-        failure: what replaying a graph raises, if anything.
+        captured, replayed: Number of graphs that were captured, and number of replays.
+        failure: Exception that replaying a graph raises, if any.
     """
 
     backend: ClassVar[str] = "gloo"
@@ -76,14 +76,14 @@ class EmulatedDevice:
 
 
 class Graph(TorchDispatchMode):
-    """Remembers the operators called, with the very tensors and numbers they were called with.
+    """Records the operators called, with the exact tensors and numbers that they were called with.
 
         with Graph() as graph:
             call()
-        graph.replay()  # no Python of `call` runs again: what it decided and read then stays as it was
+        graph.replay()  # does not run the Python of `call` again: its decisions and reads stay as they were
 
     Raises:
-        AssertionError: an operator that a CUDA graph cannot have.
+        AssertionError: if an operator cannot be part of a CUDA graph.
     """
 
     def __init__(self) -> None:
@@ -97,12 +97,13 @@ class Graph(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """Call all again; results come to where they were the first time."""
+        """Call everything again; results are written to the original outputs."""
         for func, args, kwargs, out in self._calls:
             again = func(*args, **kwargs)
             for work in pytree.tree_leaves(again):
-                if isinstance(work, torch.ScriptObject):  # a collective, which no stream puts in order here
+                if isinstance(work, torch.ScriptObject):  # a collective, which no stream orders here
                     work.wait()  # type: ignore[attr-defined]
             for old, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, nor in place
+                # Neither a view nor in place.
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)

@@ -1,4 +1,4 @@
-"""torch.ops.tgi_cuda on the CPU, by the emulated kernels: what is built on the operators runs without a GPU.
+"""torch.ops.tgi_cuda on the CPU with emulated kernels: code built on the operators runs without a GPU.
 
 The schemas are read from the extension's own source, and its program is compiled from there.
 """
@@ -23,7 +23,7 @@ _BINDINGS = Path(__file__).parents[2] / "csrc" / "bindings" / "cuda" / "library.
 
 @functools.cache
 def register() -> None:
-    """Define the operators, once a process; where the extension was built and has them, for CPUs alone."""
+    """Define the operators, once per process; if the built extension has them, only for the CPU."""
     is_built = hasattr(torch.ops.tgi_cuda, "attention_plan")
     device = Device(library.build())
     device.library.emu_allow_host(True)
@@ -40,7 +40,7 @@ def register() -> None:
         program.install()
 
 
-_KEPT: list[Any] = []  # a library that is collected takes its operators along
+_KEPT: list[Any] = []  # collecting a library would remove its operators
 _KEYS = dict.fromkeys(
     ("attention_workspace_bytes", "sample_workspace_bytes", "set_dependent_launches"),
     "CompositeExplicitAutograd",

@@ -1,4 +1,4 @@
-"""The CUDA runner on emulated kernels, small models for it, and what their text is held to."""
+"""The CUDA runner on emulated kernels, small models for it, and the checks of their text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]
 
 
 def make_device() -> EmulatedDevice:
-    """Return a device whose operators are there; the test is skipped where they cannot be built."""
+    """Return a device with its operators registered; skip the test if they cannot be built."""
     library.require()
     emulated_ops.register()
     return EmulatedDevice()
@@ -50,7 +50,7 @@ def make_runner(
 
 
 def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
-    """Hold each greedy token and its log-probability to the reference's."""
+    """Check each greedy token and its log-probability against the reference."""
     assert len(job.sampled) == job.num_tokens > 0
     expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]
     for row, sampled in zip(expected, job.sampled, strict=True):

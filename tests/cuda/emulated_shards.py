@@ -1,4 +1,4 @@
-"""Emulated devices of processes that compute together: each makes one of the class that rank 0 names."""
+"""Emulated devices of tensor-parallel processes: each creates one of the class that rank 0 names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tgi_asgi.ops.cuda_shards import DeviceGroup
 
 
 class ShardDevice(EmulatedDevice):
-    """A device of one process of several."""
+    """The device of one of several processes."""
 
     def __init__(self, index: int = 0) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -31,7 +31,7 @@ class SilentDevice(ShardDevice):
 
 
 class MissingDevice(ShardDevice):
-    """Rank 1 has none."""
+    """Rank 1 has no device."""
 
     def __init__(self, index: int = 0) -> None:
         if index == 1:

@@ -28,7 +28,7 @@ def main(name: str, path: str) -> None:
             time.sleep(60)
         elif name == "waiting":
             report("checks", {"ok": True, "op": "before the end"})
-            while os.getppid() != 1:  # until the run is no more
+            while os.getppid() != 1:  # until the parent has ended
                 time.sleep(0.1)
         elif name == "step":
             row = {
@@ -44,7 +44,7 @@ def main(name: str, path: str) -> None:
         elif name == "crashing":
             os.kill(os.getpid(), 11)
         else:
-            time.sleep(3)  # past the time at which what hung would have written
+            time.sleep(3)  # past the time at which the hanging stage's child would have written
             report("runs", {"what": name})
 
 

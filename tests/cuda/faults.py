@@ -15,7 +15,7 @@ from tests.emulation.device import Device, KernelFault
 class Fault:
     """A text replacement in a file of csrc/cuda, and how it shows: a report's kind, or "result".
 
-    Several kinds, where the schedule decides, have bars between.
+    Bars separate several kinds if the schedule decides which one occurs.
     """
 
     what: str
@@ -23,14 +23,14 @@ class Fault:
     old: str
     new: str
     kind: str
-    kernel: str = ""  # the .cu whose kernels have the fault; empty: `file`
+    kernel: str = ""  # the .cu file whose kernels have the fault; empty: `file`
 
     def __str__(self) -> str:
         return self.what
 
 
 def assert_caught(fault: Fault, check: Callable[[Device], None]) -> None:
-    """Build the kernels with the fault and see `check`, which passes without it, fail in the way expected."""
+    """Build the kernels with the fault and require `check`, which passes without it, to fail as expected."""
     library.require()
     variant = library.Variant(fault.file, fault.old, fault.new, fault.kernel or fault.file)
     device = Device(library.build(variant))

@@ -1,4 +1,4 @@
-"""The operators as a real GPU runs them, behind the interface of the emulated device."""
+"""The operators on a real GPU, with the interface of the emulated device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _ops: Any = torch.ops.tgi_cuda
 
 
 class GpuDevice:
-    """Runs `torch.ops.tgi_cuda` on a device; tensors are the host's, and copied for each run.
+    """Runs `torch.ops.tgi_cuda` on a device; tensors belong to the host and are copied for each run.
 
-    Fresh memory is poisoned as on the emulated device; what a kernel must not touch cannot be forbidden here.
+    Fresh memory is poisoned as on the emulated device; accesses to parts of it cannot be forbidden here.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Make a tensor of poison."""
+        """Make a tensor filled with NaN bytes."""
         count = torch.Size(shape).numel() * dtype.itemsize
         return torch.full((count,), 0xFF, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
@@ -40,15 +40,15 @@ class GpuDevice:
         """Do nothing: a GPU does not watch single elements."""
 
     def attention_workspace_bytes(self, *sizes: int) -> int:
-        """Return what decode attention needs."""
+        """Return the workspace size of decode attention."""
         return int(_ops.attention_workspace_bytes(*sizes))
 
     def sample_workspace_bytes(self, num_rows: int) -> int:
-        """Return what a draw for so many rows needs."""
+        """Return the workspace size for sampling this many rows."""
         return int(_ops.sample_workspace_bytes(num_rows))
 
     def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
-        """Run an operator twice from the same outputs, and hold the results to the same bits."""
+        """Run an operator twice from the same outputs, and require bit-identical results."""
         before = [output.clone() for output in outputs]
         self.launch(name, **params)
         first = [output.clone() for output in outputs]
@@ -60,7 +60,7 @@ class GpuDevice:
                 raise KernelFault("order", f"{name}: two runs give two results")
 
     def launch(self, name: str, seed: int = 1, **params: Any) -> None:
-        """Run an operator once, and bring back every tensor that it may have written."""
+        """Run an operator once, and copy back every tensor that it may have written."""
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def move(value: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Builds both extensions against torch's CUDA wheel and looks every symbol up (`make cuda-link`; no GPU).
+"""Builds both extensions against torch's CUDA wheel and resolves every symbol (`make cuda-link`; no GPU).
 
-A CUDA torch cannot be imported without NVIDIA's libraries (gigabytes), but its headers and its own libraries
-suffice to compile and link. So setup.py runs under the torch that is here, told to look for both in the
-unpacked wheel. The linker lets a shared library have undefined symbols; here each must be found in the
-libraries that the loader would open.
+A CUDA torch cannot be imported without NVIDIA's libraries (gigabytes), but its headers and libraries suffice
+to
+compile and link. setup.py therefore runs under the installed torch, with the include and library paths of the
+unpacked wheel. The linker allows undefined symbols in a shared library; this check requires each to be
+defined in
+one of the libraries that the loader would open.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _MB = 1_000_000
 
 
 def torch_requirement() -> str:
-    """Return the Makefile's torch as pip's `===`, which a CPU build's local version does not meet."""
+    """Return the Makefile's torch with pip's `===`, which a CPU build's local version does not satisfy."""
     found = re.search(r"^TORCH \?= torch==(\S+)$", (_ROOT / "Makefile").read_text(), re.MULTILINE)
     if found is None:
         raise SystemExit("the Makefile pins no torch")
@@ -36,7 +38,7 @@ def torch_requirement() -> str:
 
 
 def unpacked_torch() -> Path:
-    """Return the folder `torch` of PyPI's wheel: headers, libraries and version; fetched once (0.5 GB)."""
+    """Return the `torch` folder of PyPI's wheel: headers, libraries and version; fetched once (0.5 GB)."""
     torch = _FOLDER / "torch"
     if not (torch / "version.py").exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +50,7 @@ def unpacked_torch() -> Path:
                     name for name in archive.namelist() if name.startswith(("torch/include/", "torch/lib/"))
                 ]
                 archive.extractall(_FOLDER, needed)
-                archive.extract("torch/version.py", _FOLDER)  # last: it says that all is there
+                archive.extract("torch/version.py", _FOLDER)  # last: marks the folder as complete
     return torch
 
 
@@ -70,13 +72,13 @@ def build(torch_folder: Path) -> None:
 
 
 def unresolved(library: Path, folders: list[Path]) -> tuple[list[str], Counter[str]]:
-    """Look each undefined symbol of a library up in those that it needs, and in the interpreter.
+    """Look up each undefined symbol of a library in the libraries that it needs, and in the interpreter.
 
     Args:
-        folders: where needed libraries lie that the compiler does not find by itself.
+        folders: Folders with needed libraries that the compiler does not find by itself.
 
     Returns:
-        The symbols that none defines, and how many each library does.
+        The symbols that none defines, and the number of symbols that each library defines.
     """
     providers = {"Python": _defined(Path(sys.executable))}
     if shared := sysconfig.get_config_var("INSTSONAME"):
@@ -93,7 +95,7 @@ def unresolved(library: Path, folders: list[Path]) -> tuple[list[str], Counter[s
     found: Counter[str] = Counter()
     for line in _output("nm", "-D", "--undefined-only", library).splitlines():
         kind, symbol = line.split()[-2:]
-        if kind != "U":  # weak ones may be missing
+        if kind != "U":  # weak symbols may be missing
             continue
         home = next((name for name, symbols in providers.items() if symbol in symbols), None)
         if home is None:
@@ -104,7 +106,7 @@ def unresolved(library: Path, folders: list[Path]) -> tuple[list[str], Counter[s
 
 
 def _defined(path: Path) -> set[str]:
-    """Return the symbols that a library gives, with and without their versions."""
+    """Return the symbols that a library defines, with and without their versions."""
     names = [line.split()[-1] for line in _output("nm", "-D", "--defined-only", path).splitlines()]
     return {name.replace("@@", "@") for name in names} | {name.partition("@")[0] for name in names}
 
@@ -123,7 +125,7 @@ def _output(*command: object) -> str:
 
 
 def main() -> int:
-    """Fetch, build, look symbols up, say what came of it, and return the exit status."""
+    """Fetch the wheel, build, look up the symbols, print the results, and return the exit status."""
     if sys.argv[1:2] == ["build"]:
         build(Path(sys.argv[2]))
         return 0

@@ -1,8 +1,9 @@
-"""Compiles csrc/cuda with nvcc and reads what the assembler says: `make cuda-check`. Needs no GPU.
+"""Compiles csrc/cuda with nvcc and checks the assembler's report: `make cuda-check`. Needs no GPU.
 
-A warning, a spill, a stack frame or a register more than is noted below fails; where nvdisasm is found
-(sass.py) also a retry loop on shared memory, a call, local memory, and a loop of more instructions than are
-noted. Results are kept by what went into them, so that only files that changed are compiled again.
+The check fails on a warning, a spill, a stack frame or more registers than noted below. If nvdisasm is found
+(sass.py), it also fails on a retry loop on shared memory, a call, local memory, or a loop with more
+instructions than
+noted. Results are cached by a hash of their inputs, so only changed files are compiled again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _FLAGS = [
     f"-I{_ROOT / 'csrc'}",
 ]  # fmt: skip
 
-# The most registers a thread of each kernel may take: what it took when last measured, and a few for the next
-# compiler. 65,536 divided by them and by the block's threads is how many blocks an SM holds.
+# Maximum registers per thread of each kernel: the number last measured plus a few for the next compiler.
+# 65,536 divided by this number and by the block's threads is the number of blocks that an SM holds.
 _REGISTERS = {
     "embed_kernel": 32,
     "norm_kernel": 56,
@@ -58,10 +59,12 @@ _REGISTERS = {
     "sample_kernel": 64,
     "token_logprobs_kernel": 44,
 }
-# Of sm_90a, which the kernels are tuned for. Functions that may be called: in the draw logarithms in double,
-# which tell the winner, and divisions by penalties and temperatures, which are the CPU's to the bit.
+# For sm_90a, the architecture that the kernels are tuned for. Number of functions that may be called: in
+# sampling, logarithms in double, which determine the winner, and divisions by penalties and temperatures,
+# which match the CPU's bits.
 _CALLS = {"part_stats_kernel": 5, "part_scores_kernel": 2, "part_list_kernel": 1, "sample_kernel": 3}
-# The most instructions of a loop, from its farthest branch back: what was last counted, and a tenth.
+# Maximum instructions of a loop, ending at its farthest backward branch: the number last counted plus a
+# tenth.
 _LOOPS = {
     "embed_kernel": 8,
     "norm_kernel": 41,
@@ -82,7 +85,7 @@ _LOOPS = {
     "sample_kernel": 8050,
     "token_logprobs_kernel": 437,
 }
-# What the intermediate code must hold, by source: copies of 16 bytes, asynchronous ones, tensor cores.
+# Required contents of the intermediate code, by source: 16-byte copies, asynchronous copies, tensor cores.
 _INSTRUCTIONS = {
     "attention_decode_bf16": (
         "cp.async.cg",
@@ -102,7 +105,7 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a kernel's instructions are, as `sass.Sass` counts them."""
+    """A summary of a kernel's instructions, as counted by `sass.Sass`."""
 
     num_retries: int
     num_calls: int
@@ -112,7 +115,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What the assembler says of a kernel for an architecture."""
+    """The assembler's report on a kernel for one architecture."""
 
     source: str
     name: str
@@ -121,10 +124,10 @@ class Kernel:
     shared_bytes: int
     stack_bytes: int
     spill_bytes: int
-    code: Code | None = None  # of sm_90a, where there is nvdisasm
+    code: Code | None = None  # of sm_90a, if nvdisasm is available
 
     def complaints(self) -> Iterator[str]:
-        """Say what is wrong with it."""
+        """Yield a line for each bound that the kernel exceeds."""
         if self.stack_bytes or self.spill_bytes:
             yield (
                 f"{self.name} for {self.architecture} has {self.stack_bytes} bytes of stack and spills "
@@ -168,7 +171,7 @@ class Kernel:
 
 
 def find_nvcc() -> str | None:
-    """Return nvcc's path: of the system, else of PyPI's wheels (the extra `nvcc`); None: there is none."""
+    """Return nvcc's path: the system's, else the one of PyPI's wheels (the extra `nvcc`), else None."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     folders = [
         f"{home}/bin",
@@ -178,7 +181,7 @@ def find_nvcc() -> str | None:
 
 
 def compile_all(nvcc: str) -> tuple[list[Kernel], list[str]]:
-    """Compile every source, a few at once; return their kernels, and complaints."""
+    """Compile every source, a few at a time; return the kernels and the complaints."""
     sources = sorted(_SOURCES.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         results = list(executor.map(lambda source: _compile(nvcc, source), sources))
@@ -218,7 +221,7 @@ def _compile(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
 
 
 def _closure(source: Path) -> list[Path]:
-    """Return the source and what it includes of csrc."""
+    """Return the source and the files of csrc that it includes."""
     found, waiting = [], [source]
     while waiting:
         path = waiting.pop()
@@ -259,11 +262,12 @@ def _run(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
 
 
 def _disassemble(folder: Path) -> dict[tuple[str, str], Code]:
-    """Return what is in the cubin for sm_90a that nvcc kept, by mangled name and architecture."""
+    """Return the code in the cubin for sm_90a that nvcc kept, by mangled name and architecture."""
     nvdisasm, architecture = sass.find_nvdisasm(), ARCHITECTURES[-1]
     if nvdisasm is None:
         return {}
-    # nvcc calls it by the virtual architecture (compute_90a), other versions by the real one (sm_90a).
+    # Some versions of nvcc name it after the virtual architecture (compute_90a), others after the real one
+    # (sm_90a).
     (cubin,) = folder.glob(f"*_{architecture}.cubin")
     return {
         (kernel.name, architecture): Code(
@@ -301,9 +305,9 @@ def _demangle(name: str) -> str:
 
 
 def check_bindings(nvcc: str) -> list[str]:
-    """Parse the CUDA adapters with the host's compiler and the headers of the torch that is there.
+    """Parse the CUDA bindings with the host's compiler and the headers of the installed torch.
 
-    A torch without CUDA ships the headers of c10/cuda but for one, which only says how torch was built.
+    A torch without CUDA ships the headers of c10/cuda except one, which only says how torch was built.
     """
     from torch.utils.cpp_extension import include_paths
 
@@ -315,7 +319,7 @@ def check_bindings(nvcc: str) -> list[str]:
         stub.parent.mkdir(parents=True)
         stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
         includes = [f"-I{_ROOT / 'csrc'}"]
-        # As the toolkit has them, and as the wheels have.
+        # The folders of the toolkit and of the wheels.
         folders = (f"targets/{platform.machine()}-linux/include", "include")
         includes += [f"-isystem{toolkit[1]}/{folder}" for folder in folders]
         includes += [

@@ -1,4 +1,4 @@
-"""A paged cache on an emulated device, sequences scattered over it, and what attention makes of them."""
+"""A paged cache on an emulated device, sequences scattered over it, and the reference for attention."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.reference.compare import assert_within
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a case of attention is about."""
+    """The parameters of an attention case."""
 
     contexts: Sequence[int]
-    queries: Sequence[int]  # of each sequence
+    queries: Sequence[int]  # per sequence
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
@@ -28,12 +28,12 @@ class Shape:
     kv_dtype: torch.dtype | None = None  # None: dtype
     magnitude: float = 1.0  # of queries: the spread of the scores
     soft_cap: float = 0.0
-    sinks: float | None = None  # of the middle; heads differ
+    sinks: float | None = None  # of the middle head; heads differ
     has_slopes: bool = False
 
 
 def random_shape(max_context: int, *, is_decode: bool) -> Shape:
-    """Draw a shape by torch's generator: windows, caps, sinks and slopes in any company."""
+    """Generate a shape with torch's generator: windows, caps, sinks and slopes in any combination."""
 
     def pick(*choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), ()))]
@@ -50,9 +50,9 @@ def random_shape(max_context: int, *, is_decode: bool) -> Shape:
 
 
 class PagedCase:
-    """Random queries, keys and values of a shape, on the device; what no sequence owns is forbidden.
+    """Random queries, keys and values of a shape, on the device; blocks that no sequence owns are forbidden.
 
-    So are blocks that no query's window reaches, and their places in the block table.
+    Blocks that no query's window reaches, and their entries in the block table, are forbidden as well.
     """
 
     def __init__(self, device: Device, shape: Shape) -> None:
@@ -101,7 +101,7 @@ class PagedCase:
     def _fill(self, blocks: Tensor, context: int) -> None:
         shape, size = self.shape, self.shape.block_size
         both = torch.randn(2, context, shape.num_kv_heads, shape.head_dim)
-        both[1] += 1  # or the mean of many values would be 0
+        both[1] += 1  # otherwise the mean of many values would be 0
         stored = torch.stack([both[0] / self.kv_scales[0], both[1] / self.kv_scales[1]]).to(self.kv.dtype)
         for token in range(context):
             self.kv[blocks[token // size], :, :, token % size] = stored[:, token]
@@ -131,7 +131,7 @@ class PagedCase:
         }  # fmt: skip
 
     def expected(self) -> Tensor:
-        """Attend in float64: [num_tokens, num_heads, head_dim]."""
+        """Compute attention in float64: [num_tokens, num_heads, head_dim]."""
         shape = self.shape
         group = shape.num_heads // shape.num_kv_heads
         out = torch.zeros(self.q.shape, dtype=torch.float64)
@@ -164,11 +164,12 @@ class PagedCase:
         return joined.softmax(-1)[:, :keys]
 
 
-# Of the whole tensor: the results are rounded once, and weights once before they meet the values.
+# Relative to the whole tensor: results are rounded once, and weights once before their product with the
+# values.
 _TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 
 def assert_attended(case: PagedCase) -> None:
-    """Hold a case's output to the reference, as a whole and at its worst element."""
+    """Compare a case's output with the reference, as a whole and at its worst element."""
     limit = _TOLERANCE[case.shape.dtype]
     assert_within(case.out, case.expected(), whole=limit, worst=4 * limit)

@@ -1,8 +1,10 @@
-"""What a kernel is for the hardware: nvdisasm's text, read for what must not be in it.
+"""A kernel's machine code: parses nvdisasm's output to find undesired instructions.
 
-nvdisasm comes with the CUDA toolkit, by PyPI (the extra `test`) and with Triton's wheel. Retry loops on
-shared memory stand for an addition that it does not have, calls for a division or a function in double,
-loads and stores of local memory for registers that did not suffice.
+nvdisasm comes with the CUDA toolkit, from PyPI (the extra `test`) and with Triton's wheel. A retry loop on
+shared
+memory indicates an addition that shared memory lacks, a call indicates a division or a function in double,
+and loads and
+stores of local memory indicate that the registers did not suffice.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Sass:
 
     @property
     def num_retries(self) -> int:
-        """Instructions that compare and swap in shared memory."""
+        """Number of compare-and-swap instructions on shared memory."""
         return sum(code.startswith(("ATOMS.CAS", "ATOMS.CAST")) for code in self.opcodes)
 
     @property
@@ -41,17 +43,17 @@ class Sass:
 
     @property
     def num_local(self) -> int:
-        """Loads and stores of local memory."""
+        """Number of loads and stores of local memory."""
         return sum(code.partition(".")[0] in ("LDL", "STL") for code in self.opcodes)
 
     @property
     def longest_loop(self) -> int:
-        """Instructions from where the farthest branch back goes to that branch."""
+        """Number of instructions from the target of the farthest backward branch to that branch."""
         return max((last - first + 1 for first, last in self.loops), default=0)
 
 
 def find_nvdisasm() -> str | None:
-    """Return the disassembler's path; None: there is none."""
+    """Return the disassembler's path, or None if there is none."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packages = Path(sysconfig.get_paths()["purelib"])
     folders = [
@@ -71,7 +73,7 @@ def disassemble(nvdisasm: str, cubin: Path) -> list[Sass]:
 
 
 def parse(text: str) -> Iterator[Sass]:
-    """Yield the kernels of what nvdisasm prints."""
+    """Yield the kernels in nvdisasm's output."""
     for part in re.split(r"^(?=\.text\.\w+:)", text, flags=re.MULTILINE)[1:]:
         header = _FUNCTION.match(part)
         assert header is not None

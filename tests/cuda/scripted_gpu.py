@@ -1,4 +1,4 @@
-"""A GPU's clock for tests of bench/gpu_*.py: what is called runs at once, and takes what a test says."""
+"""A scripted GPU clock for tests of bench/gpu_*.py: calls run at once and take the time that a test sets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.cuda.emulated_device import EmulatedDevice
 
 
 class Clock:
-    """Counts microseconds: `advance` is what a call on the scripted device does.
+    """Counts microseconds: `advance` stands for a call on the scripted device.
 
     Attributes:
-        captures: how many graphs were made.
+        captures: Number of graphs that were captured.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Clock:
         return self._device.capture(lambda: (call(), None)[1])
 
     def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put it in the place of CUDA's events, graphs and waiting; tensors are the host's."""
+        """Replace CUDA's events, graphs and synchronisation; tensors stay on the host."""
         monkeypatch.setattr(gpu_timing, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(gpu_timing, "L2_BYTES", 1)
         monkeypatch.setattr(gpu_timing, "make_event", self.event)

@@ -59,8 +59,8 @@ def one_each(*contexts: int, **kinds: object) -> Shape:
         one_each(290, magnitude=30),
         one_each(300, 1, 40, soft_cap=5.0, magnitude=20),
         one_each(300, 1, 40, sinks=2.0),
-        one_each(270, magnitude=30, sinks=80.0),  # beyond all scores
-        one_each(270, magnitude=30, sinks=-200.0),  # below all
+        one_each(270, magnitude=30, sinks=80.0),  # above all scores
+        one_each(270, magnitude=30, sinks=-200.0),  # below all scores
         one_each(300, 17, has_slopes=True, num_heads=6),
         one_each(600, 40, window=128, sinks=1.0, num_heads=16, kv_dtype=FP8),
         one_each(70, 40, window=32, soft_cap=50.0, head_dim=256, num_heads=2, num_kv_heads=1),
@@ -146,8 +146,8 @@ FAULTS = [
     Fault(
         "lanes do not wait for each other's copies",
         "attention_decode.cuh",
-        "      __syncwarp();  // tile i is there",
-        "      // tile i is there",
+        "      __syncwarp();  // all lanes see tile i",
+        "      // all lanes see tile i",
         "race|async",
     ),
     Fault(
@@ -160,8 +160,8 @@ FAULTS = [
     Fault(
         "the merge begins while tiles are in use",
         "attention_decode.cuh",
-        "    __syncthreads();  // the tiles are done with",
-        "    // the tiles are done with",
+        "    __syncthreads();  // the tiles are no longer needed",
+        "    // the tiles are no longer needed",
         "race",
     ),
     Fault(

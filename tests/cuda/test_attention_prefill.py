@@ -1,4 +1,4 @@
-"""The CUDA kernels of prefill attention in emulation: whole prompts, chunks behind a prefix, windows."""
+"""The CUDA kernels of prefill attention in emulation: whole prompts, chunks after a prefix, windows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def check(device: Device, shape: Shape) -> None:
         Shape([1], [1]),
         Shape([17, 3, 64], [17, 3, 64]),
         Shape([129], [129], num_heads=2, num_kv_heads=1),
-        Shape([90, 40], [20, 40], dtype=FP16, block_size=32),  # a chunk behind a prefix, a whole prompt
-        Shape([65, 130, 1], [65, 1, 1], num_heads=3, num_kv_heads=1),  # decode rows beside a prompt
+        Shape([90, 40], [20, 40], dtype=FP16, block_size=32),  # a chunk after a prefix, a whole prompt
+        Shape([65, 130, 1], [65, 1, 1], num_heads=3, num_kv_heads=1),  # decode rows alongside a prompt
         Shape([5, 0, 9], [5, 0, 9]),
         Shape([70], [33], num_heads=6, num_kv_heads=2, head_dim=80),
         Shape([40], [40], num_heads=1, num_kv_heads=1, head_dim=96, block_size=64),
@@ -44,7 +44,7 @@ def check(device: Device, shape: Shape) -> None:
         Shape([80], [80], magnitude=30),
         Shape([90, 20], [60, 20], soft_cap=5.0, magnitude=20),
         Shape([90, 20], [60, 20], sinks=2.0),
-        Shape([40], [40], magnitude=30, sinks=80.0),  # beyond all scores
+        Shape([40], [40], magnitude=30, sinks=80.0),  # above all scores
         Shape([90, 20], [60, 20], has_slopes=True, num_heads=6),
         Shape([150], [80], window=33, sinks=1.0, num_heads=16, kv_dtype=FP8),
         Shape([70], [40], window=32, soft_cap=50.0, head_dim=256, num_heads=2, num_kv_heads=1),
@@ -116,8 +116,8 @@ FAULTS = [
     Fault(
         "warps do not wait for each other's copies",
         "attention_prefill.cuh",
-        "    __syncthreads();  // this tile",
-        "    __syncwarp();  // this tile",
+        "    __syncthreads();  // all threads see this tile",
+        "    __syncwarp();  // all threads see this tile",
         "async|race|uninit",
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""--batch-invariant on emulated kernels: a sequence's logits are the same bits alone and among others."""
+"""--batch-invariant on emulated kernels: a sequence's logits have the same bits alone and in a batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_logits_have_the_same_bits_alone_among_others_and_in_chunks(tmp_pa
     try:
         alone, cut, among = (Job(PROMPT, 5, SAMPLING) for _ in range(3))
         await generate(runner, [alone])
-        await generate(runner, [cut], chunk=len(PROMPT) - 1)  # the last token in a step of its own
+        await generate(runner, [cut], chunk=len(PROMPT) - 1)  # the last token in its own step
         others = [Job(PROMPT[3:] * 2, 6, SAMPLING), Job([7, 8], 9, SAMPLING), Job([4], 3, SAMPLING)]
         await generate(runner, [others[0], among, *others[1:]], chunk=52)
     finally:

@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: its result's shape, and that neither a stage's end nor a kill loses figures."""
+"""bench/gpu.py without a GPU: its result's shape, and that neither a stage's end nor a kill loses data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_stages_that_are_named_run_in_their_order_behind_a_build_where_there
 
 
 def test_a_run_goes_on_whatever_happens_to_its_stages(tmp_path: Path) -> None:
-    """Stages of fake_gpu_stages.py; the one that hangs has a child that would write a file after a while."""
+    """Runs the stages of fake_gpu_stages.py; the hanging one has a child that would write a file later."""
     late = Path("/tmp/tgi-fake-stage") / str(os.getpid())
     late.parent.mkdir(exist_ok=True)
     late.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def test_a_stage_s_figures_are_printed_as_a_table(capsys: pytest.CaptureFixture[
     assert lines[3].split() == ["1", "1024", "!", "out", "of", "memory"]
 
 
-# What a machine with torch and a GPU may not have, or not as new as we need it.
+# Modules that a machine with torch and a GPU may lack, or have in a version that is too old.
 LACKING = (
     "starlette",
     "hypercorn",
@@ -124,12 +124,12 @@ LACKING = (
     "peft",
     "pytest_asyncio",
     "uvicorn",
-    "transformers",  # of an older version than ours
+    "transformers",  # in a version older than required
 )
 
 
 def test_all_stages_but_the_served_one_run_where_torch_is_all_there_is() -> None:
-    """Imports alone: what is measured is called elsewhere. Weights get their meaning without `gguf`, too."""
+    """Checks only imports; other tests call the measured code. Weights must be readable without `gguf`."""
     code = f"""
 import importlib.abc, sys
 

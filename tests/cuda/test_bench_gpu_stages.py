@@ -1,4 +1,4 @@
-"""The stages of bench/gpu.py on emulated kernels, by a clock that a test moves."""
+"""The stages of bench/gpu.py on emulated kernels, with a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_long_calls_are_timed_one_by_one_and_short_ones_inside_a_graph_of_twenty(clock: Clock) -> None:
-    """A launch takes 0.5 us here, as an event does."""
+    """A launch takes 0.5 us here, as does an event."""
     made: list[int] = []
 
     def on(data: int, us: float) -> Callable[[], None]:
@@ -133,7 +133,7 @@ TINY = ModelConfig(
 
 @pytest.fixture
 def emulation(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulated kernels, of which a few runs are enough."""
+    """Emulated kernels, with few repetitions."""
     library.require()
     emulated_ops.register()
     monkeypatch.setattr(gpu_timing, "_RUNS", 3)
@@ -239,7 +239,7 @@ def test_a_check_that_fails_shows_by_how_much(emulation: None, monkeypatch: pyte
 def test_what_is_timed_runs_on_the_emulated_kernels(
     emulation: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One cannot be measured: it is reported, and the others are."""
+    """One operation cannot be measured: it is reported, and the others are measured."""
     for name, value in SMALL.items():
         monkeypatch.setattr(gpu_operators, name, value)
     monkeypatch.setattr(gpu_stages, "measure_ceilings", lambda: {"read": 1e12, "copy": 1e12, "bf16": 1e12})
@@ -266,7 +266,7 @@ def _broken(rows: int) -> None:
     ("kind", "bits", "of_layer"),
     [
         (StepKind(3, 48), 16, 9),
-        (StepKind(3, 48, "int4"), 4.5, 11),  # two sums more
+        (StepKind(3, 48, "int4"), 4.5, 11),  # two more sums
         (StepKind(3, 48, prompt=32), 16, 12),  # and attention of prompts
         (StepKind(3, 48, draw="top-p"), 16, 9),
         (StepKind(2, 16, "q8_0", "fp8", 48, "greedy"), 8.5, 16),  # and four matrices decoded

@@ -1,4 +1,4 @@
-"""What an error means for the device, as the device itself says when it is asked."""
+"""Classification of errors by asking the device itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device() -> CudaDevice:
 
 
 def answering(error: Exception | None) -> Callable[[torch.device], None]:
-    """Stand for torch's synchronize on a device in this state."""
+    """Return a replacement of torch's synchronize for a device in this state."""
 
     def synchronize(device: torch.device) -> None:
         if error is not None:

@@ -1,4 +1,4 @@
-"""What only some families have, by the CUDA runner on emulated kernels, against `transformers`."""
+"""Features that only some families have, on the CUDA runner with emulated kernels, against `transformers`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.family_files import checkpoint, reference
 from tests.support.family_scores import differences, score
 from tgi_asgi.runner import cuda_load
 
-# Heads of 64, the smallest that the kernels have.
+# Heads of 64, the smallest that the kernels support.
 _WIDE = {"head_dim": 64}
 _FEW = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
@@ -41,7 +41,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "olmo": _FEW,
 }
 _USUAL = ("gemma2", "mpt", "cohere-head-norms", "hunyuan")
-# Of a log-probability, in float16; or half of what bfloat16 does to `transformers`.
+# Of a log-probability, in float16; or half of the error of `transformers` in bfloat16.
 LARGEST, MEAN = 0.05, 0.02
 
 

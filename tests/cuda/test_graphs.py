@@ -1,4 +1,4 @@
-"""The CUDA runner's graphs: replayed for other slots, parameters and masks they do what calls would."""
+"""The CUDA runner's graphs: replayed for other slots, parameters and masks they compute what calls would."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VOCAB = 160
 
 
 class EagerDevice(EmulatedDevice):
-    """One without graphs: calls are called again."""
+    """A device without graphs: it repeats the calls."""
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         return call
@@ -55,7 +55,7 @@ def grammar() -> Grammar:
 def make_runner(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
-    """Make runners whose graphs have up to four decodes beside four prompts of 16 tokens together."""
+    """Make runners whose graphs hold up to four decodes and four prompts of 16 tokens in total."""
     library.require()
     emulated_ops.register()
     monkeypatch.setattr(cuda_steps, "MIXED_TOKENS", (16,))
@@ -76,8 +76,9 @@ def make_runner(
 
 
 def jobs(grammar: Grammar) -> list[Job]:
-    """Make sequences that differ in all that a draw depends on, and in their lengths."""
-    many = tuple((token, 1.0 + token % 7) for token in range(3, 140))  # more than a list's first room
+    """Make sequences that differ in everything that a draw depends on, and in their lengths."""
+    # More than the initial capacity of a list.
+    many = tuple((token, 1.0 + token % 7) for token in range(3, 140))
     ways = [
         SamplingParams(seed=1, temperature=0.8),
         SamplingParams(seed=2, top_k=9, top_p=0.9, logprobs=3, logprobs_mode=LogprobsMode.PROCESSED),
@@ -96,7 +97,7 @@ def jobs(grammar: Grammar) -> list[Job]:
 
 
 async def drawn_by(runner: CudaRunner, grammar: Grammar) -> list[list[Sampled]]:
-    """Run all, twice, in other slots the second time; then each alone."""
+    """Run all of them twice, in different slots the second time; then each alone."""
     first, second, alone = jobs(grammar), jobs(grammar), jobs(grammar)
     await generate(runner, first)
     await generate(runner, second[::-1])
@@ -123,7 +124,7 @@ async def test_graphs_draw_what_calls_draw_whatever_has_changed_since_they_were_
 
 
 def short() -> list[Job]:
-    """Make sequences of which some decode while others are still read, four tokens at a time."""
+    """Make sequences of which some decode while others are still in prefill, four tokens at a time."""
     lengths = ((3, 9), (14, 6), (9, 7), (2, 11), (11, 5))
     return [Job(list(range(5 * n, 6 * n)), m, SamplingParams(seed=n)) for n, m in lengths]
 
@@ -150,9 +151,9 @@ async def test_padding_that_is_none_would_be_felt(
     def fill_all(buffers: StepBuffers, *given: Any) -> None:
         fill(buffers, *given)
         values = getattr(buffers, section)
-        # Written where the first sequence's newest token is, or drawn for the first slot.
+        # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0
-        if section == "query_start":  # as if the padding of those that decode were not there
+        if section == "query_start":  # as if the decodes had no padding
             values -= buffers.shape.num_decodes - len(given[1])
 
     monkeypatch.setattr(StepBuffers, "fill", fill_all)

@@ -141,7 +141,7 @@ FAULTS = [
     Fault(
         "sums are written over what others still multiply",
         "linear.cu",
-        "  __syncthreads();  // the queue is done with\n",
+        "  __syncthreads();  // the queue is no longer needed\n",
         "",
         "race|async",
     ),

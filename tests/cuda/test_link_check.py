@@ -1,4 +1,4 @@
-"""The look-up of `make cuda-link`, on two small libraries."""
+"""The symbol lookup of `make cuda-link`, on two small libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_symbol_that_no_needed_library_defines_is_named(tmp_path: Path, is_giv
     text = "#include <stdio.h>\nint given(void), other(void);\n"
     text += 'int taker(void) { return given() + other() + puts(""); }\n'
     _compile(tmp_path / "libtaker.so", text, f"-L{tmp_path}", "-lgiver")
-    if not is_given:  # the library as it is when the program runs
+    if not is_given:  # the library at run time
         _compile(tmp_path / "libgiver.so", "int other(void) { return 2; }\n")
     complaints, found = unresolved(tmp_path / "libtaker.so", [tmp_path])
     assert complaints == ([] if is_given else ["given"])

@@ -1,4 +1,4 @@
-"""What becomes of a model on its way to a GPU: little of it is the host's, and all is reported."""
+"""Loading a model onto a GPU: little of it is ever on the host, and everything is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 
-META = torch.device("meta")  # takes no memory at all: what is left to be seen is the host's
+META = torch.device("meta")  # uses no memory, so that only the host's memory is measured
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 PIECE = 1 << 14
 SHAPE: dict[str, Any] = {
@@ -39,7 +39,7 @@ SHAPE: dict[str, Any] = {
 
 
 class HostTensors(TorchDispatchMode):
-    """Counts the bytes of the host's tensors that operators make and that live."""
+    """Counts the bytes of live host tensors that operators create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -75,15 +75,15 @@ def open_as(kind: str, directory: Path) -> ModelFiles:
     ("kind", "peak"),
     [
         ("F16", 1),  # as it is mapped
-        ("F32", 1.5),  # GGUF: queries and keys in another order, one at a time
-        ("Q8_0", 2.5),  # a piece's planes, and queries or keys in another order
+        ("F32", 1.5),  # GGUF: queries and keys are reordered, one at a time
+        ("Q8_0", 2.5),  # a piece's planes, and reordered queries or keys
         ("awq", 8),  # one matrix, unpacked from words into blocks
     ],
 )
 def test_a_model_s_matrices_are_never_the_host_s(
     tmp_path: Path, small_pieces: None, kind: str, peak: float
 ) -> None:
-    """In units of the largest matrix of a layer as the file has it; the whole model has nine and more."""
+    """In units of a layer's largest matrix in the file; the whole model has more than nine of them."""
     largest = 512 * 256 * {"F16": 2, "F32": 4, "Q8_0": 34 / 32, "awq": 5 / 8}[kind]
     with OpenModel(open_as(kind, tmp_path)) as opened:
         tracemalloc.start()

@@ -26,7 +26,7 @@ def check(
     factor: float | None = None,
     is_in_place: bool = False,
 ) -> None:
-    """Norm random rows, far from their mean 0, to `dtype`; with a factor what comes of it is added."""
+    """Norm random rows, whose mean is far from 0, to `dtype`; with a factor the result is added."""
     x, weight = device.tensor(torch.randn(tokens, hidden) * 3 + 2), device.tensor(torch.randn(hidden))
     bias = device.tensor(torch.randn(hidden)) if has_bias else None
     index = None if rows is None else device.tensor(torch.tensor(rows, dtype=torch.int32))

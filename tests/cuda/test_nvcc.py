@@ -15,7 +15,7 @@ def nvcc() -> str:
     return found
 
 
-@pytest.mark.time_limit(1800)  # anew on two cores: five minutes
+@pytest.mark.time_limit(1800)  # five minutes from scratch on two cores
 def test_every_kernel_compiles_within_its_bounds(nvcc: str) -> None:
     kernels, complaints = nvcc_check.compile_all(nvcc)
     assert not complaints, "\n".join(complaints)
@@ -36,7 +36,7 @@ def test_spills_and_registers_above_the_bound_are_complained_of() -> None:
     assert [len(list(kernel.complaints())) for kernel in (sound, spilling, unknown)] == [0, 2, 1]
 
 
-# As nvdisasm -c prints it: an outer loop with an inner one, and what is not to be.
+# As nvdisasm -c prints it: an outer loop with an inner one, and undesired instructions.
 SASS = """
 \t.section\t.text._Z5outerv,"ax",@progbits
 .text._Z5outerv:

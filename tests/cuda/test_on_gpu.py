@@ -1,4 +1,4 @@
-"""The same cases on a GPU, where there is one."""
+"""The same cases on a GPU, if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of launches, as C++ runs it: order, arguments, conditions, views, errors, threads."""
+"""The list of launches that C++ runs: order, arguments, conditions, views, errors, threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def emulation() -> None:
 
 
 def finished(*launches: tuple[Any, ...], when: When | None = None) -> LaunchList:
-    """Return a list of sizes `tokens` and `decodes`, which is given `ids` and `positions`."""
+    """Return a finished list with the sizes `tokens` and `decodes` and the tensors `ids` and `positions`."""
     made = LaunchList((Size.TOKENS, Size.DECODES), (Given.IDS, Given.POSITIONS))
     for launch in launches:
         made.add(*launch, when=when)
@@ -37,7 +37,7 @@ def finished(*launches: tuple[Any, ...], when: When | None = None) -> LaunchList
 
 
 class Calls(TorchDispatchMode):
-    """Notes the operators that are called, and counts them."""
+    """Records the operators that are called, and counts them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -149,7 +149,7 @@ def test_what_an_operator_does_not_take_is_refused_at_once(
 
 
 class Refusal(Exception):
-    """What no library knows of."""
+    """An exception that no library knows."""
 
 
 def test_what_an_operator_raises_is_raised() -> None:

@@ -1,4 +1,4 @@
-"""`--prompt-attention sdpa`: torch over gathered keys and values, and which layers keep our kernel."""
+"""`--prompt-attention sdpa`: torch over gathered keys and values, and which layers keep the native kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WANTED = SamplingParams(temperature=0.0, logprobs=0)
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count launches of our kernels by name, and sequences that attend by torch as "sdpa"."""
+    """Count launches of native kernels by name, and sequences whose attention torch computes as "sdpa"."""
     counts: Counter[str] = Counter()
     launch, attend = Device.launch, GatheredAttention.attend
 
@@ -70,7 +70,7 @@ def make_runner(
     [
         Shape([1], [1]),
         Shape([17, 3, 64], [17, 3, 64]),
-        Shape([129, 40], [20, 40], dtype=torch.float16, block_size=32),  # behind a prefix, and whole
+        Shape([129, 40], [20, 40], dtype=torch.float16, block_size=32),  # after a prefix, and whole
         Shape([65, 130], [1, 33], num_heads=3, num_kv_heads=1, head_dim=80),
         Shape([75, 16], [30, 16], kv_dtype=FP8, num_heads=6, head_dim=80),
         Shape([40], [13], kv_dtype=FP8, head_dim=128, dtype=torch.float16),
@@ -102,7 +102,7 @@ async def test_prompts_in_chunks_beside_others_follow_the_reference(
         runner.close()
     for job in jobs:
         assert_follows(job, reference)
-    # Two layers; 20, 20, 9 + 1 + 10 and 7 tokens of prompts, beside decodes at the end.
+    # Two layers; 20, 20, 9 + 1 + 10 and 7 prompt tokens, with decodes alongside at the end.
     assert (calls["sdpa"], calls["attention_prefill"]) == (2 * 6, 0)
     assert calls["attention_decode"] > 0
 

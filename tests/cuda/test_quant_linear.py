@@ -1,4 +1,4 @@
-"""The CUDA kernels of quantised weights in emulation: the files' blocks repacked, decoded, multiplied."""
+"""The CUDA kernels of quantised weights in emulation: file blocks repacked, decoded, multiplied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = [*QUANTISED, *GROUPED]
 
 
 def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
-    """Return random blocks, and the matrix that they are."""
+    """Return random blocks and the matrix that they decode to."""
     if name in GROUPED:
         return random_grouped(name, rows, columns)
     source = random_weight(name, rows, columns, seed=1)
@@ -177,7 +177,7 @@ def test_columns_of_one_matrix_must_lie_in_one_order() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: int) -> None:
-    """GPTQ's act-order: few tokens take the codes, many the matrix decoded."""
+    """GPTQ's act-order: few tokens use the codes, many use the decoded matrix."""
     library.require()
     emulated_ops.register()
     rows, columns, num_groups = 24, 256, 4

@@ -1,4 +1,4 @@
-"""The CUDA kernel rope_kv_write in emulation: norm of heads, rotation, and where keys and values land."""
+"""The CUDA kernel rope_kv_write in emulation: head norms, rotation, and where keys and values are written."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """A kind of norm that heads of queries and keys have."""
+    """A kind of norm of query and key heads."""
 
     has_bias: bool = False
     is_each: bool = False  # weights for each head
     is_last: bool = False
 
     def make(self, device: Device, heads: int, head_dim: int) -> NormWeight:
-        """Draw one; what is not learnt is not there."""
+        """Make a norm with random weights, and with a bias if this kind has one."""
         count = heads * head_dim if self.is_each else head_dim
         weight = device.tensor(torch.randn(count))
         return NormWeight(weight, EPS, device.tensor(torch.randn(count)) if self.has_bias else None)

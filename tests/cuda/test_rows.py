@@ -1,4 +1,4 @@
-"""The CUDA kernels of the embedding and of activations in emulation: a row, or an element, at a time."""
+"""The CUDA kernels of the embedding and of activations in emulation, by row or by element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA runner on emulated kernels: all of a step but for products, which are torch's."""
+"""The CUDA runner on emulated kernels: everything in a step except products, which torch computes."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def test_chunks_of_a_prompt_are_as_long_as_a_gpu_takes_for_a_token(runner:
 async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     model: Model, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is behind them in the device's tables is of the longer steps before, and changes nothing."""
+    """Later columns of the device's tables hold data of earlier, longer steps, which changes nothing."""
     runner = make_runner(model, device, max_context=640)
     sizes: list[tuple[int, int]] = []
     fill = runner._fill
@@ -193,7 +193,7 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
 
     monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
-    misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode behind a prompt
+    misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode after a prompt
     starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]
     await runner.submit(StepPlan(0, [chunk], starts))
     with pytest.raises(PlanError):
@@ -272,7 +272,7 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
 @pytest.mark.parametrize(
     ("recipe", "options", "num_bytes"),
     [
-        ("awq", {}, 256 * 128 * (4 + 64 / 32) / 8),  # codes, and a float32 scale and offset a group of 32
+        ("awq", {}, 256 * 128 * (4 + 64 / 32) / 8),  # codes, and a float32 scale and offset per group of 32
         ("gptq", {"group": 128, "is_centred": True}, 256 * 128 * (4 + 64 / 128) / 8),
         ("gptq", {"has_order": True, "is_centred": True}, 256 * 128 * (4 + 64 / 32) / 8 + 128 * 8),
         ("fp8", {"kind": "block"}, 256 * 128 * (8 + 32 / 32) / 8),
@@ -292,7 +292,7 @@ async def test_codes_of_a_checkpoint_are_multiplied_as_they_are(
     runner = make_runner(model, device)
     try:
         job = Job(PROMPT * 3, 3, SamplingParams(temperature=0.0, logprobs=0))
-        await generate(runner, [job], chunk=50)  # some steps take the codes, others the matrix decoded
+        await generate(runner, [job], chunk=50)  # some steps use the codes, others the decoded matrix
     finally:
         runner.close()
     assert_follows(job, reference)
@@ -365,7 +365,7 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
 async def test_quantised_weights_are_multiplied_as_the_file_has_them(
     tmp_path: Path, device: EmulatedDevice, kind: str
 ) -> None:
-    """The reference's own weights are what the file's blocks decode to."""
+    """The reference's own weights are those that the file's blocks decode to."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     reference = make_model(**shape, tie_word_embeddings=True)
     model = load_model(
@@ -376,7 +376,7 @@ async def test_quantised_weights_are_multiplied_as_the_file_has_them(
     runner = make_runner(model, device)
     try:
         jobs = [Job(PROMPT * 3, 3, SamplingParams(temperature=0.0, logprobs=0)), Job(PROMPT[:5], 4)]
-        await generate(runner, jobs, chunk=50)  # some steps take the codes, others the matrix decoded
+        await generate(runner, jobs, chunk=50)  # some steps use the codes, others the decoded matrix
     finally:
         runner.close()
     assert_follows(jobs[0], reference)

@@ -1,4 +1,4 @@
-"""The CUDA runner's cache of eight bits: its setting, its blocks, the scales that a checkpoint has for it."""
+"""The CUDA runner's 8-bit cache: its setting, its blocks, and a checkpoint's scales for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
-EIGHT_BITS = 0.06  # of a log-probability; 0.034 is seen, and 0.083 against a reference that does not round
+# Of a log-probability; 0.034 is measured, and 0.083 against a reference that does not round
+EIGHT_BITS = 0.06
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def device() -> EmulatedDevice:
 
 @pytest.fixture
 def rounded_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], None]:
-    """Return what has the reference round its keys and values to what a cache of a type holds of them."""
+    """Return a function that makes the reference round its keys and values to a cache type."""
 
     def patch(dtype: torch.dtype) -> None:
         plain = modeling_llama.eager_attention_forward
@@ -119,7 +120,7 @@ async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
     monkeypatch: pytest.MonkeyPatch,
     rounded_to: Callable[[torch.dtype], None],
 ) -> None:
-    """A checkpoint whose keys are 4096 and values 1024 times those of the reference, its queries less."""
+    """Uses a checkpoint whose keys are 4096 and values 1024 times the reference's, with smaller queries."""
     reference = make_model(**SHAPE)
     files = save_quantised(reference, tmp_path, "fp8", kind="row")
     save_tokenizer(tmp_path)

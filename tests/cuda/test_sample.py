@@ -1,4 +1,4 @@
-"""The CUDA kernels of sampling in emulation: what is drawn, from which set, and its log-probabilities."""
+"""The CUDA kernels of sampling in emulation: the sampled token, its candidates, and its log-probabilities."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT, OUTPUT = [1, 5, 5, 9, 11], [2, 5, 2, 2, 30]
 
 @dataclass
 class Drawn:
-    """What the kernel wrote, a list entry a row."""
+    """The kernel's output, one list entry per row."""
 
     ids: list[int]
     are_finite: list[bool]
@@ -93,9 +93,10 @@ def check(
     mask: Tensor | None = None,
     mask_rows: Sequence[int] = (),
 ) -> None:
-    """Hold the set drawn from, its log-probabilities and the draw to the reference.
+    """Compare the set of candidates, its log-probabilities and the sampled token with the reference.
 
-    Of a large set only the best are listed: a pass each. That none is missing, the others' sum shows.
+    Only the best of a large set are listed, because each takes a pass; the sum of the others shows that none
+    is missing.
     """
     vocab = logits.shape[1]
     max_top = min(vocab, 40)
@@ -128,7 +129,7 @@ def check(
 
 
 def assert_near(actual: float, expected: float) -> None:
-    """Hold a log-probability to its reference: its error is a relative one of the probability."""
+    """Compare a log-probability with its reference: its error is a relative error of the probability."""
     note(abs(actual - expected), 2e-5)
     assert actual == pytest.approx(expected, abs=2e-5)
 
@@ -160,19 +161,19 @@ def test_a_row_is_drawn_as_the_reference_draws(device: Device, sampling: Samplin
 def test_flat_logits_show_the_edge_of_the_set(device: Device) -> None:
     flat = 1 + torch.randperm(513).float()[None] * 1e-6
     check(device, flat, [SamplingParams(top_k=5)])
-    check(device, flat.round(decimals=5), [SamplingParams(top_k=5)])  # whole ties are kept
+    check(device, flat.round(decimals=5), [SamplingParams(top_k=5)])  # complete ties are kept
 
 
 @pytest.mark.parametrize("count", [2200, 4300])
 def test_a_bin_may_have_more_elements_than_a_list(device: Device, count: int) -> None:
-    """Tokens within a 64th, of which a block lists 2,048 and a row 4,096: many are kept, and some beyond."""
+    """Tokens within a 64th, of which a block lists 2,048 and a row 4,096: many are kept, others are not."""
     logits = torch.cat([torch.randperm(count).float() * 1e-6, torch.randn(77) - 1])[None]
     check(device, logits, [SamplingParams(top_k=count - 100)])
     check(device, logits, [SamplingParams(top_p=0.9)])
 
 
 def test_a_row_s_bits_do_not_hang_on_how_many_blocks_share_it(device: Device) -> None:
-    """Alone it is of five parts, among six rows of one."""
+    """A row alone is split into five parts; each of six rows is a single part."""
     row = torch.randn(1, 2501) * 3
     ways = [
         SamplingParams(seed=6, logprobs=5),
@@ -194,7 +195,7 @@ def test_a_row_s_bits_do_not_hang_on_how_many_blocks_share_it(device: Device) ->
 
 
 def test_a_row_s_bits_do_not_hang_on_where_it_lies(device: Device) -> None:
-    """Rows of 1,003 floats: of four one is aligned to 16 bytes."""
+    """Rows of 1,003 floats: one in four is aligned to 16 bytes."""
     logits = (torch.randn(1, 1003) * 3).expand(4, -1).contiguous()
     wanted = [SamplingParams(top_p=0.9, typical_p=0.9, seed=4, logprobs=9)] * 4
     drawn = run(device, logits, wanted, max_top=9)
@@ -406,7 +407,7 @@ FAULTS = [
     Fault(
         "the slot moves on while others read it",
         "sample.cu",
-        "  __syncthreads();  // all have read the slot\n",
+        "  __syncthreads();  // all threads have read the slot\n",
         "",
         "race",
     ),
@@ -439,7 +440,7 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
             crowded = torch.cat([torch.randperm(2200).float() * 1e-6, torch.randn(40) - 1])[None]
             check(device, crowded, [SamplingParams(top_k=2100)])
         check(device, torch.arange(131.0)[None], [SamplingParams(temperature=0)])
-        shared = torch.arange(600.0)[None] / 100  # by two blocks, the best of all in the second
+        shared = torch.arange(600.0)[None] / 100  # two blocks share it, with the best of all in the second
         for way in (SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(seed=1)):
             check(device, shared, [way])
         run(device, shared, [SamplingParams(temperature=0)], banned=(0, 7))

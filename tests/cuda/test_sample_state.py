@@ -1,4 +1,4 @@
-"""What sampling keeps on the device, and what of it goes up."""
+"""The sampling state on the device, and which parts of it are uploaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PENALISED = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2)
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that is read beside those that are there already, in bytes."""
+    """Records the size in bytes of the largest tensor read other than those that exist already."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Several devices that compute a model together: processes with emulated kernels, gloo in NCCL's place."""
+"""Several devices that compute a model together: processes with emulated kernels, gloo instead of NCCL."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 SCORED = SamplingParams(temperature=0.0, logprobs=2)
-# Of a log-probability, in float16: 0.003 is seen; by two devices or one, transformers' is within 0.016.
+# Of a log-probability, in float16: 0.003 is measured; with one device or two, the difference from
+# `transformers` is within 0.016.
 TOLERANCE = 0.005
 Serve = Callable[..., Any]
 
 
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Return what loads a model onto so many devices, and ends them."""
+    """Return a function that loads a model onto a number of devices, and ends them."""
     library.require()
 
     @asynccontextmanager
@@ -60,7 +61,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 @pytest.fixture(scope="module")
 def reference() -> transformers.PreTrainedModel:
-    """Of 2 heads and 1 KV head, 96 columns of an MLP, and 160 words: 64 and 32, 96 and 64."""
+    """A model with 2 heads, 1 KV head, 96 MLP columns (shards get 64 and 32) and 160 words (96 and 64)."""
     return make_model(**SHAPE)
 
 
@@ -93,7 +94,7 @@ async def test_two_devices_write_what_one_does(
         assert loaded.info.num_shards == 2
         drawn = await draw_over_a_shared_block(loaded.runner, PROMPT, SCORED)
         assert all(first == second for first, second in drawn)
-        # The last token of the prompt again, from copies of its blocks, which all devices make.
+        # The prompt's last token again, from copies of its blocks, which all devices make.
         row = StepRow(2, PROMPT[-1:], len(PROMPT) - 1, [[4, 6]], samples=True)
         starts = [SlotStart(2, SCORED, 0, PROMPT)]
         again = await loaded.runner.submit(StepPlan(10, [row], starts, copies=[(5, 4), (9, 6)]))
@@ -104,12 +105,12 @@ async def test_two_devices_write_what_one_does(
     compare(found, expected, TOLERANCE)
     for job in found:
         assert_follows(job, reference)
-    assert [process.returncode for process in processes] == [0]  # by itself
+    assert [process.returncode for process in processes] == [0]  # ended by itself
 
 
 @pytest.mark.models
 async def test_codes_are_cut_and_keys_and_values_of_eight_bits_kept(serving: Serve, tmp_path: Path) -> None:
-    """Of 3 KV heads, two and one; and of 5 groups of the MLP's columns three and two."""
+    """With 3 KV heads, shards get two and one; with 5 groups of MLP columns, three and two."""
     shape = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 1}
     model = make_model(**shape, head_dim=64, intermediate_size=160)
     files = save_quantised(model, tmp_path, "awq")

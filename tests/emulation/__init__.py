@@ -1,1 +1,1 @@
-"""Runs the CUDA kernels of csrc/cuda on a CPU, every access checked: see cuda_emu.h and memory.cpp."""
+"""Runs the CUDA kernels of csrc/cuda on a CPU and checks every access: see cuda_emu.h and memory.cpp."""

@@ -1,9 +1,9 @@
-// CUDA for g++: what csrc/cuda/*.cuh include instead of the CUDA headers, so that kernels run on a
-// CPU.
+// CUDA for g++: csrc/cuda/*.cuh include this header instead of the CUDA headers, so that kernels
+// run on a CPU.
 //
 // Threads of a block are fibers, blocks run one after another in random order, and every load and
-// store of a kernel is checked: kernels are compiled with -fsanitize=thread and the hooks that the
-// compiler then calls are defined in memory.cpp. Templates here carry TGI_EMULATOR, so that the
+// store of a kernel is checked: kernels are compiled with -fsanitize=thread, and memory.cpp defines
+// the hooks that the compiler then calls. Templates here are marked TGI_EMULATOR, so that the
 // emulator's own accesses are not checked.
 #pragma once
 
@@ -50,22 +50,22 @@ struct alignas(8) float2 {
 
 namespace emu {
 
-// Of the calling fiber. "const": they do not change while a kernel runs.
+// Indices of the calling fiber. "const", because they do not change while a kernel runs.
 dim3 thread_index() __attribute__((const));
 dim3 block_index() __attribute__((const));
 dim3 block_size() __attribute__((const));
 dim3 grid_size() __attribute__((const));
 
-// Runs body(context) once a thread of the grid. Returns cudaErrorInvalidValue where CUDA would
-// refuse.
+// Runs body(context) once per thread of the grid. Returns cudaErrorInvalidValue if CUDA would
+// refuse the launch.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 
-// Of the next launch: it may only read constant memory before each thread's wait, and all must
-// wait.
+// Applies to the next launch: before its wait a thread may only read constant memory, and every
+// thread must wait.
 void make_next_dependent();
 void wait_for_kernel_before();
 
-// This launch's memory for a shared array; `key` tells arrays apart.
+// Returns this launch's memory for a shared array; `key` identifies the array.
 void* shared_array(const void* key, size_t bytes);
 void* dynamic_shared();
 
@@ -83,7 +83,7 @@ void async_copy16(void* shared, const void* global, bool is_valid);
 void async_commit();
 void async_wait(int num_pending);
 
-// Declares an atomic access of `size` bytes before it is made.
+// Declares an atomic access of `size` bytes before it happens.
 void atomic_access(void* address, int size);
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""An emulated device: its memory as torch tensors, its operators by name, and what it has to complain of."""
+"""An emulated device: its memory as torch tensors, its operators by name, and its fault reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
 
 class KernelFault(AssertionError):
-    """Raised when a kernel did what CUDA does not allow, or its result hangs on the order of threads."""
+    """Raised when a kernel does something that CUDA forbids, or its result depends on the thread order."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -47,7 +47,7 @@ class Device:
         out = device.empty((3, 64), torch.bfloat16)
         device.run("norm", [out], x=x, out=out, ...)
 
-    All its memory begins as bytes of 0xff, NaN in every type.
+    All its memory is initialised with bytes of 0xff, NaN in every type.
     """
 
     def __init__(self, library: Path) -> None:
@@ -68,11 +68,11 @@ class Device:
             assert size() == ctypes.sizeof(params_struct(struct)), f"{struct} was not read right"
 
     def attention_workspace_bytes(self, *sizes: int) -> int:
-        """Return what decode attention needs; sizes as csrc/cuda/kernels.h names them."""
+        """Return the workspace size of decode attention; `sizes` are named in csrc/cuda/kernels.h."""
         return int(self.library.emu_attention_workspace_bytes(*map(ctypes.c_int64, sizes)))
 
     def sample_workspace_bytes(self, num_rows: int) -> int:
-        """Return what a draw for so many rows needs."""
+        """Return the workspace size for sampling this many rows."""
         return int(self.library.emu_sample_workspace_bytes(ctypes.c_int64(num_rows)))
 
     def reset(self) -> None:
@@ -80,7 +80,7 @@ class Device:
         self.library.emu_reset()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Allocate a tensor of poison."""
+        """Allocate a tensor filled with NaN bytes."""
         count = 1
         for size in shape:
             count *= size
@@ -99,7 +99,7 @@ class Device:
         return out
 
     def constant(self, values: Tensor) -> Tensor:
-        """Copy a tensor that kernels may read while the kernel before still runs, as they may weights."""
+        """Copy a tensor that kernels may read before their wait, as they may read weights."""
         out = self.tensor(values)
         self.library.emu_make_constant(out.data_ptr(), out.nbytes)
         return out
@@ -110,10 +110,10 @@ class Device:
         self.library.emu_forbid(part.data_ptr(), part.nbytes, is_forbidden)
 
     def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
-        """Run an operator under two schedules, from the same outputs, and hold the results to the same bits.
+        """Run an operator under two schedules, from the same outputs, and require bit-identical results.
 
         Raises:
-            KernelFault: a kernel accessed what it must not, or the results differ.
+            KernelFault: if a kernel made a forbidden access, or the results differ.
         """
         before = [output.clone() for output in outputs]
         results = []
@@ -130,7 +130,7 @@ class Device:
         """Run an operator once.
 
         Raises:
-            KernelFault: a kernel accessed what it must not.
+            KernelFault: if a kernel made a forbidden access.
         """
         struct = fill(params_struct(_STRUCTS[name])(), params)
         self.library.emu_seed(seed)

@@ -1,4 +1,5 @@
-// Blocks, threads, barriers and warp operations: each thread is a fiber, and a seed is a schedule.
+// Blocks, threads, barriers and warp operations: each thread is a fiber, and a seed determines the
+// schedule.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -98,7 +99,7 @@ void prepare_stack(Thread& thread) {
     thread.stack_low = reinterpret_cast<uintptr_t>(memory) + kGuardBytes;
     thread.stack_high = thread.stack_low + kStackBytes;
   }
-  // Tops are staggered, or all stacks would share a few cache sets.
+  // Stack tops are staggered, because otherwise all stacks would share a few cache sets.
   auto* top = reinterpret_cast<uint64_t*>(thread.stack_high - 64 - 128 * (thread.index % 32));
   *--top = 0;  // keeps the stack aligned as after a call
   *--top = reinterpret_cast<uint64_t>(&fiber_main);

@@ -1,4 +1,4 @@
-"""Builds the emulated kernels into a shared library; objects are cached by what went into them."""
+"""Builds the emulated kernels into a shared library; objects are cached by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CSRC = _HERE.parents[1] / "csrc"
 CACHE = _HERE.parents[1] / "build" / "emulation"
 _COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
 _RUNTIME_FLAGS = [*_COMMON, "-O2"]
-# The hooks that -fsanitize=thread calls before each access are memory.cpp's; libtsan is not linked.
+# memory.cpp defines the hooks that -fsanitize=thread calls before each access; libtsan is not linked.
 _KERNEL_FLAGS = [
     *_COMMON, "-O1", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=thread",
     "--param", "tsan-instrument-func-entry-exit=0",
@@ -32,7 +32,7 @@ _KERNEL_FLAGS = [
 
 
 def require() -> None:
-    """Skip the test where there is no emulation."""
+    """Skip the test if the emulation is unavailable."""
     if platform.machine() != "x86_64":
         pytest.skip(f"the emulator switches stacks on x86-64, not on {platform.machine()}")
     if shutil.which("g++") is None:
@@ -40,11 +40,11 @@ def require() -> None:
 
 
 def build(variant: Variant | None = None) -> Path:
-    """Build the library, with one file's kernels as the variant has them, and return its path.
+    """Build the library, with one file's kernels as changed by the variant, and return its path.
 
     Raises:
-        AssertionError: a variant's old text is not there exactly once.
-        CalledProcessError: it does not compile; the compiler's words are on stderr.
+        AssertionError: if a variant's old text does not occur exactly once.
+        CalledProcessError: if the code does not compile; the compiler's messages are on stderr.
     """
     files = _read_sources()
     jobs = [(files, name) for name in files if name.endswith(".cu")]
@@ -66,7 +66,7 @@ def build(variant: Variant | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A text replaced in `file` of csrc/cuda, for the kernels of `kernel` alone; others stay as they are."""
+    """A text replacement in `file` of csrc/cuda that applies only to the kernels of `kernel`."""
 
     file: str
     old: str
@@ -86,7 +86,7 @@ class Variant:
 
 
 def _read_sources() -> dict[str, str]:
-    """Return what a kernel's source can include, by the name it is included by."""
+    """Return the files that a kernel's source can include, keyed by the name used to include them."""
     files = {path.name: path.read_text() for path in sorted((_CSRC / "cuda").iterdir())}
     return files | {
         "params.h": (_CSRC / "params.h").read_text(),
@@ -95,7 +95,7 @@ def _read_sources() -> dict[str, str]:
 
 
 def _closure(files: Mapping[str, str], name: str) -> dict[str, str]:
-    """Return the file and all that it includes, directly or not."""
+    """Return the file and everything that it includes, directly or indirectly."""
     found, waiting = {}, [name]
     while waiting:
         current = waiting.pop()
@@ -112,7 +112,7 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # of several processes one compiles
+    with (folder / ".lock").open("w") as lock:  # only one of several processes compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             for part, text in closure.items():
@@ -122,7 +122,7 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
 
 
 def run(command: list[str], target: Path) -> None:
-    """Run a compiler; its output appears under its name only when whole."""
+    """Run a compiler; its output appears under the final name only when complete."""
     partial = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     subprocess.run([*command, "-o", str(partial)], check=True)
     partial.replace(target)
@@ -134,5 +134,5 @@ def _compiler() -> str:
 
 
 def digest(*parts: object) -> str:
-    """Return a name for what the parts are."""
+    """Return a name derived from the contents of the parts."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

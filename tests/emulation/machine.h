@@ -1,4 +1,4 @@
-// The emulator's state, shared by its files and by no kernel.
+// The emulator's state, shared by its files and invisible to kernels.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,13 @@ struct Thread {
   uint16_t index;
   uint8_t warp, lane;
   State state;
-  bool has_waited;   // for the kernel before
+  bool has_waited;   // for the previous kernel
   const void* site;  // where it waits
-  void* argument;    // to the collective that it waits in
+  void* argument;    // for the collective that it waits in
 };
 
-// What the lanes of a warp do together: the last to arrive calls compute(arguments by lane, mask).
+// A collective operation of the lanes of a warp: the last lane to arrive calls compute(arguments by
+// lane, mask).
 using Compute = void (*)(void* const* arguments, uint32_t mask);
 
 struct Warp {
@@ -31,7 +32,7 @@ struct Warp {
   uint32_t arrived;  // at the collective below
   uint32_t mask;
   Compute compute;
-  uint16_t epoch;  // counts the points that order its lanes
+  uint16_t epoch;  // counts the synchronisation points of its lanes
 };
 
 struct Block {
@@ -57,21 +58,22 @@ struct Machine {
 
 extern Machine machine;
 
-// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, dependent, mask,
+// Reports a fault by its kind: bounds, wild, align, uninit, async, race, blocks, dependent, mask,
 // deadlock, barrier, ub, launch.
 void report(const char* kind, const void* site, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 
-// Waits until all lanes of the mask are here.
+// Waits until all lanes of the mask have arrived.
 void collective(uint32_t mask, Compute compute, void* argument, const void* site);
 
-// An access by the running thread, checked.
+// Checks an access by the running thread.
 void check_access(const void* address, int size, bool is_write, bool is_atomic, const void* site);
 
-// Of the shared memory: forgets the launch's arrays; poisons them for the next block.
+// Shared memory: begin_launch forgets the launch's arrays, begin_block poisons them for the next
+// block.
 void begin_launch(size_t dynamic_bytes);
 void begin_block();
-void end_thread(int thread);  // drops what its asynchronous copies have not brought
+void end_thread(int thread);  // drops its pending asynchronous copies
 
 uint64_t next_random();
 

@@ -1,4 +1,5 @@
-// The device's memory and what is known of each two bytes of it; the hooks that check every access.
+// The device's memory, the state tracked for every two bytes of it, and the hooks that check every
+// access.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -21,7 +22,7 @@ constexpr size_t kArenaBytes = size_t{1} << 28;  // the shared memory, then buff
 constexpr size_t kRedZone = 512;
 constexpr uint8_t kManyWarps = 255, kManyLanes = 255;
 
-struct Cell {  // of two bytes; the masks have a bit a byte
+struct Cell {  // state of two bytes; the masks have one bit per byte
   uint32_t write_run, read_run;
   uint16_t write_epoch, write_warp_epoch, write_thread;
   uint16_t read_epoch, read_warp_epoch;
@@ -101,7 +102,7 @@ size_t allocate_shared(size_t bytes) {
   return offset;
 }
 
-// Whether what this warp's or block's other threads did then is ordered before now.
+// Returns whether an earlier access by another thread of this warp or block is ordered before now.
 bool is_ordered(int warp, uint16_t warp_epoch, uint16_t epoch) {
   const int own = machine.current->warp;
   return warp == own ? warp_epoch != machine.warps[own].epoch : epoch != machine.block.epoch;
@@ -212,7 +213,8 @@ void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_
   }
 }
 
-// Neither the device's memory nor this thread's stack: constants of this library may be read.
+// The address is neither in the device's memory nor on this thread's stack; only constants of this
+// library may be read.
 void check_elsewhere(uintptr_t address, bool is_write, const void* site) {
   const Thread& thread = *machine.current;
   if (address >= thread.stack_low && address < thread.stack_high) return;
@@ -328,7 +330,7 @@ void end_thread(int thread) {
 
 }  // namespace emu
 
-// A buffer of device memory, all bytes 0xff (NaN in every type), with red zones on both sides.
+// Allocates device memory, all bytes 0xff (NaN in every type), with red zones on both sides.
 EXPORT void* emu_allocate(size_t bytes) {
   using namespace emu;
   open_arena();
@@ -350,18 +352,18 @@ EXPORT void emu_forbid(void* begin, size_t bytes, bool is_forbidden) {
   }
 }
 
-// No kernel writes this memory.
+// Marks memory that no kernel writes.
 EXPORT void emu_make_constant(void* begin, size_t bytes) {
   using namespace emu;
   const size_t offset = static_cast<uint8_t*>(begin) - arena;
   for (size_t i = offset; i < offset + bytes; ++i) cells[i / 2].is_constant = 1;
 }
 
-// Kernels may work on the host's memory, of which nothing is known: for tests of what is built on
-// them.
+// Allows kernels to access the host's memory, whose state is not tracked: for tests of code built
+// on the kernels.
 EXPORT void emu_allow_host(bool allows) { emu::allows_host = allows; }
 
-// Frees all buffers and forgets all reports.
+// Frees all buffers and discards all reports.
 EXPORT void emu_reset() {
   using namespace emu;
   open_arena();
@@ -372,7 +374,7 @@ EXPORT void emu_reset() {
   num_reports = 0;
 }
 
-// "kind|offset of the place in this library|text" a line.
+// Returns lines of "kind|offset of the place in this library|text".
 EXPORT const char* emu_reports() { return emu::reports.c_str(); }
 
 #define HOOKS(size)                                                                             \

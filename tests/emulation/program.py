@@ -1,4 +1,4 @@
-"""The module tgi_asgi._cuda where there is no CUDA: the program alone, built against the CPU's torch."""
+"""The module tgi_asgi._cuda without CUDA: only the program, built against the CPU build of torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MODULE = """#include "bindings/cuda/program.h"
 
 PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
 """
-# torch 2.13's headers use one C++20 feature, which GCC grants to C++17 with a warning, and GCC 12 takes their
-# counts of references for buffers.
+# torch 2.13's headers use a C++20 feature, which GCC accepts in C++17 with a warning, and GCC 12 mistakes
+# their reference counts for buffers.
 _FLAGS = [
     "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-c++20-extensions",
     "-Wno-stringop-overflow",
@@ -29,10 +29,10 @@ _FLAGS = [
 
 @functools.cache
 def install(text: str = MODULE) -> None:
-    """Put the module of this text where `import` finds it, once a process.
+    """Install the module with this text so that `import` finds it, once per process.
 
     Raises:
-        CalledProcessError: it does not compile; the compiler's words are on stderr.
+        CalledProcessError: if the code does not compile; the compiler's messages are on stderr.
     """
     spec = importlib.util.spec_from_file_location(_NAME, build(text))
     assert spec is not None and spec.loader is not None
@@ -42,14 +42,14 @@ def install(text: str = MODULE) -> None:
 
 
 def build(text: str) -> Path:
-    """Build the library of the module's text and the program, and return its path."""
+    """Build the library from the module's text and the program, and return its path."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     sources = {path: path.read_text() for path in sorted((_CSRC / "bindings" / "cuda").glob("program.*"))}
     key = library.digest(list(sources.values()), text, _FLAGS, torch.__version__, sys.version)
     target = library.CACHE / f"program-{key}.so"
     library.CACHE.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:  # of several processes one compiles
+    with target.with_suffix(".lock").open("w") as lock:  # only one of several processes compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             module = target.with_suffix(".cpp")

@@ -1,4 +1,4 @@
-// A flat function an operator, for ctypes. Not instrumented: it runs outside of kernels.
+// A flat C function per operator, for ctypes. Not instrumented: it runs outside of kernels.
 #include "kernels.h"
 
 #define OPERATOR(name, Params)                                                           \

@@ -1,4 +1,4 @@
-"""The parameter structs of csrc as ctypes, read from the headers themselves."""
+"""The parameter structs of csrc as ctypes, parsed from the headers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// Tensor-core primitives: fragments are gathered into matrices by the tables of the PTX ISA
-// (9.7.15.5.8, the m16n8k16 fragments, and 9.7.15.5.15, ldmatrix), computed on, and dealt out
+// Tensor-core primitives: fragments are gathered into matrices according to the tables of the PTX
+// ISA (9.7.15.5.8, the m16n8k16 fragments, and 9.7.15.5.15, ldmatrix), computed on, and distributed
 // again.
 #include "machine.h"
 

@@ -1,4 +1,4 @@
-// CUDA adapters of paged attention.
+// torch bindings of paged attention on CUDA.
 #include <torch/library.h>
 
 #include <optional>
@@ -16,7 +16,7 @@ using tgi::cuda::check_type;
 using tgi::cuda::data_or_null;
 using tgi::cuda::run;
 
-// How a layer attends.
+// A layer's attention parameters.
 struct Spec {
   int64_t window;
   double scale, soft_cap;

@@ -1,5 +1,5 @@
-// Checks of operands of the CUDA operators, and the stream they run on. What lies on the device is
-// not looked at: kernels clamp ids and lengths.
+// Checks of the CUDA operators' operands, and launches on the current stream. Data on the device is
+// not checked: kernels clamp ids and lengths.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,27 +14,28 @@
 
 namespace tgi::cuda {
 
-// A contiguous tensor on a CUDA device, 16-byte aligned, as check_layout says.
+// Checks for a contiguous tensor on a CUDA device, 16-byte aligned, with the layout that
+// check_layout requires.
 inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
   TORCH_CHECK(tensor.device().is_cuda(), "`", name, "` must be on a CUDA device, got ",
               tensor.device());
   check_layout(tensor, name, dtype, shape);
-  // Vectors of 16 bytes are of floating-point data; lists of ids are read one by one, and may be
-  // slices.
+  // Only floating-point data is read in vectors of 16 bytes; lists of ids are read one by one and
+  // may be slices.
   TORCH_CHECK(
       !tensor.is_floating_point() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
       "`", name, "` must begin at a multiple of 16 bytes");
 }
 
-// The type of activations, queries and weights.
+// Returns the type of activations, queries and weights.
 inline Type check_type(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf, "`", name,
               "` must be bfloat16 or float16, got ", tensor.scalar_type());
   return tensor.scalar_type() == at::kBFloat16 ? Type::kBfloat16 : Type::kFloat16;
 }
 
-// The type of the cache: the queries' own, or 8 bits.
+// Returns the type of the cache: the queries' type, or 8 bits.
 inline Type check_kv_type(const at::Tensor& kv, const at::Tensor& q) {
   if (kv.scalar_type() == at::kFloat8_e4m3fn) return Type::kFloat8;
   TORCH_CHECK(kv.scalar_type() == q.scalar_type(), "`kv` must be ", q.scalar_type(),
@@ -42,7 +43,7 @@ inline Type check_kv_type(const at::Tensor& kv, const at::Tensor& q) {
   return check_type(kv, "kv");
 }
 
-// The optional tensor's data, or null.
+// Returns the optional tensor's data, or null.
 template <typename T>
 const T* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;

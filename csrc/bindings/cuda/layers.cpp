@@ -1,4 +1,4 @@
-// CUDA adapters of the layers' operators: check, fill the parameters, launch.
+// torch bindings of the layer operators on CUDA: check, fill in the parameters, launch.
 #include <torch/library.h>
 
 #include <optional>
@@ -108,7 +108,8 @@ void activate(const Tensor& x, c10::string_view activation, double above, double
   run_activation(x, activation, above, below, false, out);
 }
 
-// The weights of heads' norms: all together or none, of one weight for all heads or of one each.
+// Checks a weight of head norms. They must all be present or all absent, with one weight for all
+// heads or one per head.
 void check_norm(const std::optional<Tensor>& norm, const char* name, int64_t num_heads,
                 int64_t head_dim, bool is_there, bool is_each) {
   TORCH_CHECK(norm.has_value() == is_there,

@@ -1,5 +1,5 @@
-// A check of operands that needs no device: kernels trust what has passed here. Messages name the
-// operand, what it must be and what it is.
+// An operand check that needs no device; kernels rely on what has passed here. A message names the
+// operand, the requirement and the actual value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace tgi::cuda {
 
-// A contiguous tensor of this dtype and shape, wherever it lies; a size of -1 may be anything.
+// Checks for a contiguous tensor of this dtype and shape, on any device; a size of -1 matches any.
 inline void check_layout(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
   TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ",

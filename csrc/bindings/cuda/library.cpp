@@ -1,6 +1,6 @@
-// The module tgi_asgi._cuda: `Program`, and importing it registers torch.ops.tgi_cuda. Here are the
-// schemas, the operators as the CUDA kernels cut them, see csrc/cuda/kernels.h. Outputs are given
-// and marked as mutated; such an operator returns nothing.
+// The module tgi_asgi._cuda. It contains `Program`, and importing it registers torch.ops.tgi_cuda.
+// This file declares the operator schemas, one per CUDA launcher in csrc/cuda/kernels.h. Outputs
+// are passed in and marked as mutated; such an operator returns nothing.
 #include <torch/library.h>
 
 #include "bindings/cuda/program.h"

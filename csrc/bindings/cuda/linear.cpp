@@ -1,4 +1,4 @@
-// CUDA adapter of products with plain weights.
+// torch bindings of products with plain weights on CUDA.
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"

@@ -21,14 +21,14 @@ namespace {
 
 bool is_operand(const py::handle& value) { return py::isinstance<Operand>(value); }
 
-// The type of an argument, and whether it may be None.
+// Returns the type of an argument, and whether it may be None.
 std::pair<c10::TypePtr, bool> type_of(const c10::Argument& argument) {
   const c10::TypePtr& type = argument.type();
   if (type->kind() != TypeKind::OptionalType) return {type, false};
   return {type->containedType(0), true};
 }
 
-// What an operator is called with for a constant of Python's; none if the argument is of another
+// Converts a Python constant to an operator's argument; returns none if the argument has another
 // type.
 std::optional<IValue> to_value(const py::handle& value, const c10::Argument& argument) {
   const auto [type, is_optional] = type_of(argument);
@@ -70,7 +70,7 @@ bool takes(const c10::Argument& argument, const Operand& operand) {
   return kind == TypeKind::IntType || kind == TypeKind::SymIntType || kind == TypeKind::NumberType;
 }
 
-// The same memory seen in the same way, by whatever tensors; or no tensor at all.
+// Returns whether two tensors are the same view of the same memory, or both undefined.
 bool have_same_layout(const Tensor& one, const Tensor& other) {
   if (!one.defined() || !other.defined()) return one.defined() == other.defined();
   return one.storage().is_alias_of(other.storage()) &&
@@ -155,7 +155,7 @@ class Program::Run {
 
   const Program& program_;
   const std::vector<int64_t>& sizes_;
-  std::vector<Tensor> tensors_;  // the given ones, then views; undefined: not made yet
+  std::vector<Tensor> tensors_;  // the given tensors, then views; undefined: not made yet
   std::vector<IValue> stack_;
 };
 
@@ -288,7 +288,7 @@ std::vector<Tensor> unpack(const py::sequence& tensors) {
   return found;
 }
 
-// Raises what an operator raised as torch itself does: its own errors, and those of Python.
+// Re-raises an operator's exception as torch does, be it torch's own or a Python exception.
 void run(Program& program, const std::vector<int64_t>& sizes, const py::sequence& given) {
   const std::vector<Tensor> tensors = unpack(given);
   program.start(sizes, tensors);

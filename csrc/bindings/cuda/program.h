@@ -1,4 +1,4 @@
-// A recorded step as a list of calls of torch's dispatcher, run without Python.
+// A recorded step: a list of calls of torch's dispatcher that runs without Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,23 +14,24 @@
 
 namespace tgi::cuda {
 
-// What an argument stands for that is another in every step: one of its sizes, or a tensor.
+// A placeholder for an argument that differs from step to step: one of the step's sizes, or a
+// tensor.
 struct Operand {
   bool is_size;
-  int64_t index;  // of sizes, or of tensors: the given ones, then views
+  int64_t index;  // in sizes, or in tensors: the given ones, then views
 };
 
-// An entry runs while a size is in [least, most].
+// Makes an entry run only if a size is in [least, most].
 struct Condition {
   std::optional<Operand> size;  // none: it always runs
   int64_t least = 0;
   int64_t most = std::numeric_limits<int64_t>::max();
 };
 
-// Calls of operators on fixed buffers, and on what a step brings: its sizes, its tensors, and the
-// rows of either that it has. A view that several entries take is made once a run, when the first
-// of them runs. Entries are added with the GIL held, none after the first run; runs hold no state
-// here, so that any thread may run it.
+// Calls of operators on fixed buffers and on a step's arguments: its sizes, its tensors, and the
+// rows of either kind of tensor that the step uses. A view that several entries use is made once
+// per run, when the first of them runs. Entries are added with the GIL held, and none after the
+// first run; runs keep no state here, so any thread may run the program.
 class Program {
  public:
   Program(std::vector<std::string> sizes, std::vector<std::string> tensors);
@@ -38,32 +39,33 @@ class Program {
   Operand size(const std::string& name) const;
   Operand tensor(const std::string& name) const;
 
-  // The rows of a tensor from one size (none: the first) up to another (none: the last).
+  // Returns the rows of a tensor from one size (none: the first row) up to another (none: the last
+  // row).
   Operand rows(const pybind11::handle& base, std::optional<Operand> first,
                std::optional<Operand> stop);
 
   // Adds a call of an operator, `namespace::name.overload`. Arguments are in the schema's order,
-  // constants or operands; what is left out at the end has its default.
+  // constants or operands; omitted trailing arguments have their defaults.
   void add(const std::string& name, const pybind11::sequence& arguments, const Condition& when);
 
-  // Adds a call of a function of Python's, which takes the GIL.
+  // Adds a call of a Python function, which acquires the GIL.
   void add_function(pybind11::object function, const pybind11::sequence& arguments,
                     const Condition& when);
 
-  // Runs all entries whose condition holds, on the thread's device and stream; what one of them
-  // raises is raised. The caller does not hold the GIL.
+  // Runs all entries whose condition holds, on the thread's current device and stream, and
+  // propagates their exceptions. The caller must not hold the GIL.
   void run(const std::vector<int64_t>& sizes, const std::vector<at::Tensor>& tensors) const;
 
-  // What `run` may be called with, and that no entry is added any more.
+  // Checks the arguments of `run`; no entry can be added afterwards.
   void start(const std::vector<int64_t>& sizes, const std::vector<at::Tensor>& tensors);
 
   int64_t num_entries() const { return static_cast<int64_t>(entries_.size()); }
 
  private:
   struct View {
-    at::Tensor base;  // undefined: `given` is
+    at::Tensor base;  // undefined: the base is tensor number `given`
     int64_t given;
-    int64_t first, stop;  // sizes; -1: the first row, behind the last
+    int64_t first, stop;  // sizes; -1: the first row, or the end
   };
 
   struct Hole {
@@ -73,9 +75,9 @@ class Program {
 
   struct Entry {
     std::optional<c10::OperatorHandle> op;
-    std::vector<c10::IValue> arguments;  // where None stands a hole may be
-    pybind11::object function;           // where there is no operator
-    pybind11::tuple constants;           // of the function
+    std::vector<c10::IValue> arguments;  // holes are filled with None
+    pybind11::object function;           // if there is no operator
+    pybind11::tuple constants;           // the function's arguments
     std::vector<Hole> holes;
     Condition when;
   };

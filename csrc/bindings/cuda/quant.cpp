@@ -1,4 +1,4 @@
-// CUDA adapters of products with quantised weights.
+// torch bindings of products with quantised weights on CUDA.
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"

@@ -1,4 +1,4 @@
-// CUDA adapters of sampling and log-probabilities.
+// torch bindings of sampling and log-probabilities on CUDA.
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"
@@ -12,7 +12,7 @@ using at::Tensor;
 using tgi::cuda::check_tensor;
 using tgi::cuda::run;
 
-// Operands as the schema of `sample` names them; the mask may have any number of rows.
+// The operands are named as in the schema of `sample`; the mask may have any number of rows.
 tgi::SampleParams sample_params(const Tensor& logits, const Tensor& slots, const Tensor& records,
                                 const Tensor& counts, const Tensor& biased_ids,
                                 const Tensor& biased_values, const Tensor& masked_ids,
