@@ -152,5 +152,5 @@ def test_a_cache_that_the_gpu_does_not_have_is_refused(
     model: Model, device: EmulatedDevice, name: str
 ) -> None:
     settings = Settings(kv_cache_dtype=name)
-    with pytest.raises(ModelLoadError, match=f"{name} is not kept on a GPU.*CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(ModelLoadError, match=f"{name} is not supported on a GPU.*CUDA_VISIBLE_DEVICES="):
         cuda_load.make_runner(model, settings, device, FP16, 256)

@@ -252,7 +252,7 @@ def test_part_of_a_head_may_turn() -> None:
         ({"architectures": ["BertModel"]}, "BertModel.*supported are .*LlamaForCausalLM"),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported, only silu"),
-        ({"hidden_act": "xielu"}, "xielu is of MLPs without a gate"),
+        ({"hidden_act": "xielu"}, "xielu needs an MLP without a gate"),
         ({"vocab_size": 1 << 40}, "vocab_size must be an integer in"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be in 1..1024"),
@@ -290,7 +290,7 @@ def test_part_of_a_head_may_turn() -> None:
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}}, "original_max"),
         ({"rope_scaling": "linear"}, "must be an object"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "`rope_parameters` has kinds"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "`rope_parameters` differ by kind"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": "1"}}, "`mscale` must be a number"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1, "mscale_all_dim": -15}},
@@ -310,7 +310,7 @@ def test_part_of_a_head_may_turn() -> None:
         ),
         ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be in"),
-        ({"partial_rotary_factor": 0.5}, "whole heads turn in this architecture"),
+        ({"partial_rotary_factor": 0.5}, "this architecture rotates whole heads"),
         (
             {"architectures": ["GlmForCausalLM"], "partial_rotary_factor": 0.01},
             "the rotary size must be even",

@@ -207,7 +207,7 @@ def load_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Callable[...,
     [
         (5 * GIB, r"--quantize q4_0 \(3\.7 GiB\) would fit"),
         (8 * GIB, r"--quantize q8_0 \(6\.7 GiB\) or --quantize q4_0 \(3\.7 GiB\) would fit"),
-        (2 * GIB, "take a smaller model, or a smaller quantisation of it"),
+        (2 * GIB, "use a smaller model, or a smaller quantisation of it"),
     ],
 )
 def test_weights_beyond_the_memory_are_refused_unread(

@@ -176,7 +176,7 @@ STEM = "model.layers.1.mlp.down_proj."
         ("awq", {}, "qweight", lambda t: t[:-32].contiguous(), "do not fit|shape"),
         ("compressed", {}, "weight_packed", lambda t: t[:, :-1].contiguous(), "do not fit 256 columns"),
         ("fp8", {"kind": "block"}, "weight_scale_inv", lambda t: t[:-1], "do not fit blocks"),
-        ("fp8", {"kind": "row"}, "weight_scale", lambda t: None, "no weight_scale"),
+        ("fp8", {"kind": "row"}, "weight_scale", lambda t: None, "neither a weight_scale"),
         ("fp8", {"kind": "row"}, "weight_scale", lambda t: t[:-1], "weight_block_size"),
     ],
 )

@@ -213,4 +213,4 @@ def test_models_with_states_have_no_drafts(tmp_path: Path, caplog: pytest.LogCap
     architectures.make("mamba", tmp_path)
     model = load_generic(tmp_path, max_context=LONGEST)
     assert speculation_of(model, Settings(speculate=8)) is None
-    assert "cannot be taken back token by token" in caplog.text
+    assert "cannot be undone token by token" in caplog.text

@@ -85,7 +85,7 @@ def test_quantize_is_not_ignored_without_a_word(files: ModelFiles, caplog: pytes
     load_closed(files, settings(quantize="q8_0"))
     assert not caplog.text
     load_closed(files, settings(quantize="eetq"))
-    assert "--quantize eetq is ignored: q8_0 and q4_0 are known" in caplog.text
+    assert "--quantize eetq is ignored: only q8_0 and q4_0 are known" in caplog.text
 
 
 def test_kernels_that_the_system_refused_are_said(

@@ -42,7 +42,7 @@ FAST = ops.Packing(is_exact=False)
             r"take 4\.0 GiB, but 2\.0 GiB .*: --quantize q8_0 \(1\.1 GiB\) or --quantize q4_0 \(0\.6 GiB\)",
         ),
         (GIB, r"GiB of memory are free: --quantize q4_0 \(0\.6 GiB\) would fit"),
-        (GIB // 4, "take a smaller model"),
+        (GIB // 4, "use a smaller model"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: str | None) -> None:
@@ -152,7 +152,7 @@ def test_nothing_is_read_of_weights_that_do_not_fit(
 
     monkeypatch.setattr(SafetensorsWeights, "get", fail)
     monkeypatch.setattr(loading, "free_memory", lambda: 1000)
-    with pytest.raises(ModelLoadError, match=r"the model's weights take .* GiB .* are free: take a smaller"):
+    with pytest.raises(ModelLoadError, match=r"the model's weights take .* GiB .* are free: use a smaller"):
         load(files)
     assert not tables
 

@@ -182,7 +182,7 @@ def test_a_pooling_that_is_not_known_is_a_reason_and_no_failure(tmp_path: Path) 
 def test_layers_behind_the_pooling_must_fit(tmp_path: Path) -> None:
     save_embedder(tmp_path, modules=("Dense", "Dense"))
     shutil.copytree(tmp_path / "2_Dense", tmp_path / "3_Dense")
-    with pytest.raises(ModelLoadError, match="takes 64 numbers, and is given 24"), loaded(tmp_path):
+    with pytest.raises(ModelLoadError, match="expects 64 inputs, but gets 24"), loaded(tmp_path):
         pass
 
 
@@ -218,7 +218,7 @@ def _save_logit_score(directory: Path, config: dict[str, Any]) -> None:
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     save_embedder(tmp_path)
     edit(tmp_path / "config.json", is_causal=False)
-    with pytest.raises(ModelLoadError, match="tokens see those that follow"), loaded(tmp_path):
+    with pytest.raises(ModelLoadError, match="asks for bidirectional attention"), loaded(tmp_path):
         pass
 
 

@@ -132,7 +132,7 @@ def test_positions_of_layers_that_attend_may_be_stretched() -> None:
     [
         ({"layer_types": ["conv", "mamba", "conv", "conv"]}, "layer_types must be 4 of conv, full_attention"),
         ({"layer_types": ["conv"]}, "layer_types must be 4 of"),
-        ({"conv_L_cache": 17}, r"goes over must be 2\.\.16, got 17"),
+        ({"conv_L_cache": 17}, r"convolution must be 2\.\.16, got 17"),
         ({"block_multiple_of": 0}, "block_multiple_of must be positive"),
         ({"conv_activation": "gelu"}, "conv_activation"),
     ],
@@ -144,7 +144,7 @@ def test_convolutions_that_cannot_be_are_refused(changes: dict[str, object], mes
 
 
 def test_a_convolution_over_one_token_is_left_to_the_code_of_transformers() -> None:
-    with pytest.raises(NotInFamily, match=r"goes over must be 2\.\.16, got 1"):
+    with pytest.raises(NotInFamily, match=r"convolution must be 2\.\.16, got 1"):
         read_config({**config_of(LFM2), "conv_L_cache": 1})
 
 
@@ -154,9 +154,9 @@ def test_a_convolution_over_one_token_is_left_to_the_code_of_transformers() -> N
         ({"mamba_n_heads": 7}, "multiples of 16 wide"),
         ({"mamba_n_groups": 3}, "must divide its 8 heads, got 3"),
         ({"mamba_d_state": 0}, "state_size must be in 1"),
-        ({"mamba_d_conv": 1}, r"goes over must be 2\.\.16, got 1"),
+        ({"mamba_d_conv": 1}, r"convolution must be 2\.\.16, got 1"),
         ({"time_step_limit": [1.0]}, "time_step_limit must be two numbers"),
-        ({"time_step_limit": [0.5, 0.1]}, "steps cannot be cut to"),
+        ({"time_step_limit": [0.5, 0.1]}, "time steps cannot be clamped to"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu"),
         ({"layer_types": ["mamba", "rwkv", "mamba", "mamba"]}, "layer_types must be 4 of"),
     ],
@@ -194,7 +194,7 @@ def test_layers_side_by_side_that_cannot_be_are_refused(changes: dict[str, objec
         ({"linear_num_key_heads": 0}, "num_key_heads must be in 1"),
         ({"linear_value_head_dim": 24}, "multiples of 16 wide, got 24"),
         ({"linear_key_head_dim": 257}, r"key_dim must be in 1\.\.256, got 257"),
-        ({"linear_conv_kernel_dim": 1}, r"goes over must be 2\.\.16, got 1"),
+        ({"linear_conv_kernel_dim": 1}, r"convolution must be 2\.\.16, got 1"),
         ({"linear_key_head_dim": "24"}, "`linear_key_head_dim` must be one integer"),
         ({"layer_types": ["linear_attention"]}, "layer_types must be 4 of"),
         ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval must be positive"),

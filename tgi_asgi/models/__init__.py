@@ -1,1 +1,1 @@
-"""Model families, one short file each, written over `ops`; and the loading of their weights by name."""
+"""Native model families, one short file each, written over `ops`, and the loading of weights by name."""

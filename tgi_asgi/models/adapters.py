@@ -1,6 +1,6 @@
-"""Which products of a model adapters may change, and an adapter's files as what changes them.
+"""Maps a model's products to the LoRA adapters that may change them, and loads adapter files.
 
-Names are those of `transformers`, as `peft` writes them, whatever file the model itself came from.
+Names are those of `transformers`, as `peft` writes them, whatever file format the model itself has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import ServedModel
 
-_HEADER_BYTES = 2048  # of a file, for the two matrices of a module, and for what else it says
-# What is told of modules that no adapter can change here, by a part of their paths.
+_HEADER_BYTES = 2048  # per module, for the header entries of its two matrices and other metadata
+# Why no adapter can change a module, by a part of its path.
 _REASONS = {
     "experts": "experts of a mixture are not changed by adapters",
     "embed": "an embedding is not changed by adapters",
     "wte": "an embedding is not changed by adapters",
     "lm_head": "the head is not changed by adapters",
-    "kv_b_proj": "what makes keys and values of latents is not changed by adapters",
+    "kv_b_proj": "the product that expands latents to keys and values is not changed by adapters",
 }
 
 
@@ -35,8 +35,8 @@ class LoadedAdapter:
     """An adapter in memory.
 
     Attributes:
-        digest: of its files: equal ones compute the same.
-        rank: the largest of its matrices.
+        digest: Digest of its files; adapters with equal digests compute the same.
+        rank: Largest rank of its matrices.
     """
 
     weights: ops.NativeAdapter
@@ -54,10 +54,10 @@ class AdapterLoader:
         loader.load(Path("/adapters/sql")).weights      # any thread
 
     Attributes:
-        most_bytes: about what an adapter takes in memory that changes all, at the largest rank.
+        most_bytes: Approximate memory of an adapter that changes every product at the largest rank.
 
     Raises:
-        ModelLoadError: no adapter can change anything of this model.
+        ModelLoadError: if adapters cannot change anything in this model.
     """
 
     def __init__(self, model: ServedModel, max_rank: int) -> None:
@@ -70,10 +70,10 @@ class AdapterLoader:
         """Read an adapter's directory; the files are closed when this returns.
 
         Raises:
-            ModelLoadError: a file is missing or damaged, of another base model, or asks for what is not
-                computed; the message names the tensor.
+            ModelLoadError: if a file is missing or damaged, belongs to another base model, or asks for
+                something unsupported; the message names the tensor.
         """
-        why = f": this base's products take no more with --max-lora-rank {self.layout.max_rank}"
+        why = f": adapters of this model need no more with --max-lora-rank {self.layout.max_rank}"
         adapter = PeftAdapter(directory, self._max_file_bytes, why)
         try:
             for target in adapter.targets:
@@ -93,7 +93,7 @@ class AdapterLoader:
         return LoadedAdapter(weights, adapter.digest, rank, weights.num_bytes, adapter.base)
 
     def _check(self, target: PeftTarget) -> None:
-        """Refuse what does not fit before anything of it is read."""
+        """Refuse a tensor that does not fit, before reading it."""
         known = self.layout.targets.get(target.module)
         if known is None:
             parts = target.module.lower()
@@ -106,7 +106,7 @@ class AdapterLoader:
         for tensor, shape in ((target.down, (target.rank, columns)), (target.up, (rows, target.rank))):
             if tensor.shape != shape:
                 raise ModelLoadError(
-                    f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, this model's product takes "
+                    f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, this model's product needs "
                     f"{list(shape)}: is the adapter of another base?"
                 )
         if target.rank > self.layout.max_rank:
@@ -122,7 +122,7 @@ def _tensor(adapter: PeftAdapter, tensor: SafeTensor) -> Tensor:
 
 
 def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
-    """Return the numbers that an adapter of rank 1 on all products has, each once: apart, or fused."""
+    """Return the number of elements of a rank-1 adapter on all products, counting fused products once."""
     groups: dict[int, list[ops.Target]] = {}
     for target in targets:
         groups.setdefault(id(target.weight), []).append(target)
@@ -135,25 +135,25 @@ def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
 
 
 def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
-    """Return the products of a model that adapters may change, by the paths of their modules.
+    """Return the products of a model that adapters may change, by module path.
 
     Raises:
-        ModelLoadError: there are none, and why.
+        ModelLoadError: if there are none; the message says why.
     """
     if isinstance(model, Decoder):
         return _decoder_targets(model)
     if isinstance(model, GenericModel):
         if model.config.floor_reason:
             raise ModelLoadError(
-                f"{model.config.architecture} takes no adapters: it runs by the code of transformers alone, "
+                f"{model.config.architecture} takes no adapters: it runs by transformers' own code, "
                 f"one sequence at a time ({model.config.floor_reason})"
             )
         return model.adapter_targets()
-    raise ModelLoadError(f"{model.config.architecture} takes no adapters: it generates nothing")
+    raise ModelLoadError(f"{model.config.architecture} takes no adapters: it generates no text")
 
 
 def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
-    """Return those of a decoder: the single matrices, and the fused ones under their usual names."""
+    """Return a decoder's products: single matrices, and fused ones under their usual names."""
     config, checkpoint = model.config, model.checkpoint
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner = config.intermediate_size
@@ -175,7 +175,7 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
                 "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
                 "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
             }
-            if layer.gate is not None:  # half of it is another product
+            if layer.gate is not None:  # the other half is the gate's product
                 del of_layer["self_attn.q_proj"], of_layer["self_attn.qkv_proj"]
         if layer.experts is None:
             of_layer |= {

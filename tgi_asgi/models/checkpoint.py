@@ -1,4 +1,4 @@
-"""How checkpoints of a family keep what canonical names stand for, where that is not as Llama's do."""
+"""Describes how a family's checkpoints store canonical tensors, if not as Llama's do."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLayout:
-    """Names, and what becomes of tensors as they are read; GGUF files are none of its business.
+    """Tensor names of a checkpoint, and how tensors change when read; not used for GGUF files.
 
         CheckpointLayout(names={"model.layers": "transformer.h", "self_attn.o_proj": "attn.c_proj"})
 
     Attributes:
-        names: of modules, by canonical ones: of the model, or behind a layer's number.
-        is_transposed: matrices of layers lie [columns, rows], as GPT-2's `Conv1D` has them.
-        part: what names may have behind `model.`, where that is a part of a model that sees images, too.
-        row_order: returns for a canonical module which row of the file's tensor each of its rows is; None:
-            they lie in order.
+        names: Module names by canonical name: of the whole model, or relative to a layer.
+        is_transposed: Whether layers' matrices are stored as [columns, rows], as in GPT-2's `Conv1D`.
+        part: Optional name component after `model.`, if the decoder is part of a vision model.
+        row_order: Returns, for a canonical module, the index in the file's tensor of each of its rows; None:
+            in order.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class CheckpointLayout:
 
     @property
     def prefix(self) -> str:
-        """What the names of all but the head begin with, unless the model was saved without its head."""
+        """The name prefix of everything except the head; absent if the model was saved without its head."""
         return f"{self.names.get(_LAYERS, _LAYERS).rpartition('.')[0]}."
 
     def module(self, name: str) -> str:
-        """Translate a canonical module: model.layers.3.self_attn.o_proj is transformer.h.3.attn.c_proj."""
+        """Translate a canonical module: model.layers.3.self_attn.o_proj to transformer.h.3.attn.c_proj."""
         layer = _LAYER.fullmatch(name)
         if layer is None:
             return self.names.get(name, name)
@@ -49,11 +49,11 @@ class CheckpointLayout:
         return f"{layers}.{layer[1]}.{self.names.get(layer[2], layer[2])}"
 
     def tensor(self, name: str) -> str:
-        """Translate a canonical tensor, which is a module's weight or bias."""
+        """Translate a canonical tensor name, which is a module's weight or bias."""
         module, _, kind = name.rpartition(".")
         return f"{self.module(module)}.{kind}"
 
 
 def is_of_layer(name: str) -> bool:
-    """Tell whether a canonical name is of a layer."""
+    """Return whether a canonical name belongs to a layer."""
     return _LAYER.fullmatch(name) is not None

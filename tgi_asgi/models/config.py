@@ -1,6 +1,6 @@
-"""What a model looks like: one validated value, which a family reads from a config.json or a GGUF file.
+"""A model's configuration as one validated value, which a family reads from config.json or a GGUF file.
 
-Everything downstream (buffers, kernels, limits) trusts these numbers, so each is bounded here. Without torch.
+Buffers, kernels and limits trust these numbers, so each is bounded here. Without torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from tgi_asgi.models.shard import ModelCut
 
 MAX_CONTEXT = 1 << 24
 
-# Inclusive bounds of every integer: wide enough for any model known, narrow enough that products of them
-# stay within 64 bits.
+# Inclusive bounds of every integer: wide enough for any known model, narrow enough that their products fit 64
+# bits.
 _BOUNDS = {
     "vocab_size": (2, 1 << 21),
     "hidden_size": (1, 1 << 16),
     "intermediate_size": (1, 1 << 20),
     "num_heads": (1, 1 << 10),
     "num_kv_heads": (1, 1 << 10),
-    "head_dim": (2, 256),  # what the attention kernels have
+    "head_dim": (2, 256),  # limit of the attention kernels
     "context_length": (1, MAX_CONTEXT),
 }
 MAX_LAYERS = 1 << 10
-MAX_EXPERTS = 1 << 10  # of a layer, as the kernels have it
+MAX_EXPERTS = 1 << 10  # per layer; limit of the kernels
 MAX_LABELS = 1 << 16
-MAX_STATE = 1 << 14  # of what a recurrent layer's state is the product of
-MAX_TAPS = 16  # of a short convolution, as the kernels have it
-MAX_KEY_DIM = 256  # of the gated delta rule, as the kernels have it
+MAX_STATE = 1 << 14  # bound of each factor of a recurrent state's size
+MAX_TAPS = 16  # of a short convolution; limit of the kernels
+MAX_KEY_DIM = 256  # of the gated delta rule; limit of the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +48,33 @@ class RopeScaling:
     beta_fast: float = 32.0  # this and the next two: yarn
     beta_slow: float = 1.0
     is_truncated: bool = True
-    attention_factor: float = 1.0  # yarn and longrope: what cosines and sines are multiplied by
-    # longrope: divisors of each frequency up to the original context, and beyond; None: a GGUF file has them
+    attention_factor: float = 1.0  # yarn and longrope: factor on cosines and sines
+    # longrope: divisors of each frequency up to the original context, and beyond; None: stored in the GGUF
+    # file
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
-    is_given: bool = False  # by the operator: what a GGUF file's tensors say of it is passed over
+    is_given: bool = False  # by the operator; then a GGUF file's tensors for it are ignored
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """A rotary embedding: dims [0, dim) of each head turn, dim i with i + dim / 2."""
+    """A rotary embedding of dims [0, dim) of each head, which rotates dim i together with i + dim / 2."""
 
     dim: int
     theta: float
     scaling: RopeScaling | None = None
-    frequencies: tuple[float, ...] | None = None  # of each pair, where no formula gives them
+    frequencies: tuple[float, ...] | None = None  # per pair, if no formula yields them
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """The experts of a layer, and how tokens are routed to them: `ops.RouteSpec` has the words."""
+    """The experts of a layer, and how tokens are routed to them; `ops.RouteSpec` defines the terms."""
 
     num_experts: int
-    top_k: int  # of a token
+    top_k: int  # experts per token
     intermediate_size: int
     kind: str = "softmax"
-    has_correction: bool = False  # numbers that are added to scores for the choice alone
+    has_correction: bool = False  # whether a vector is added to the scores for the selection only
     num_groups: int = 1
     top_groups: int = 1
     adds_two_best: bool = False
@@ -83,8 +84,8 @@ class ExpertsSpec:
     jitter: float = 0.01
     has_bias: bool = False  # of the router, and of the experts' products
     clamp: tuple[float, float, float] | None = None  # limit, slope and offset of gates (gpt-oss)
-    shared_size: int = 0  # of an MLP beside them that all tokens have; 0: there is none
-    has_shared_gate: bool = False  # a token says how much it wants of that
+    shared_size: int = 0  # size of an MLP that all tokens use besides the experts; 0: none
+    has_shared_gate: bool = False  # whether a gate per token scales that MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +98,24 @@ class QueryGrowth:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one layer is: its attention, and experts where it has them in the place of an MLP.
+    """One layer: its attention, and experts if it has them instead of an MLP.
 
-    Of a layer that does not attend nothing counts that is said of attention.
+    In a layer without attention the attention fields are ignored.
     """
 
-    rope: RopeSpec | None  # None: nothing is rotated
-    window: int | None  # a query sees so many positions, its own included; None: all
-    scale: float  # what scores are multiplied by
-    chunk: int | None = None  # a query sees those of its own chunk of so many positions
+    rope: RopeSpec | None  # None: no rotation
+    window: int | None  # positions a query attends to, its own included; None: all
+    scale: float  # factor on the attention scores
+    chunk: int | None = None  # a query attends only within its own chunk of this many positions
     soft_cap: float | None = None  # scores become cap * tanh(score / cap)
-    slopes: tuple[float, ...] | None = None  # of each head: what a position adds to scores (ALiBi)
-    has_sinks: bool = False  # each head has a score that takes part in the sum of weights alone
+    slopes: tuple[float, ...] | None = None  # per head: ALiBi bias per position
+    has_sinks: bool = False  # whether each head has an attention sink
     query_growth: QueryGrowth | None = None
-    alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
+    alphas: tuple[float, float] | None = None  # xIELU's two parameters, if the configuration has them
     experts: ExpertsSpec | None = None
-    recurrent: RecurrentSpec | None = None  # what it has in the place of attention
-    hybrid: HybridSpec | None = None  # it has both, side by side
-    latent: LatentSpec | None = None  # how keys and values are made, where that is of latents
+    recurrent: RecurrentSpec | None = None  # replaces attention
+    hybrid: HybridSpec | None = None  # the layer has both attention and a recurrent part, in parallel
+    latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
 
     @property
     def attends(self) -> bool:
@@ -123,17 +124,17 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """One layer's keys and values, and for how long a sequence needs them."""
+    """The shape of one layer's keys and values, and how long a sequence needs them."""
 
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    window: int | None = None  # positions before this many, a token's own included, are never read again
-    is_latent: bool = False  # one head, whose values are its keys' first dims
+    window: int | None = None  # positions this far back are never read again; 1 is the token itself
+    is_latent: bool = False  # one head, whose values are the first dims of its keys
 
 
 class StateShape(Protocol):
-    """What a recurrent layer keeps of a sequence; `ops.StateShape` has the words."""
+    """State that a recurrent layer keeps per sequence; `ops.StateShape` defines the terms."""
 
     @property
     def num_channels(self) -> int: ...
@@ -144,7 +145,7 @@ class StateShape(Protocol):
 
 
 class ServedConfig(Protocol):
-    """What the runner must know of a model, whoever computes it."""
+    """What the runner needs to know about a model, native or not."""
 
     @property
     def architecture(self) -> str: ...
@@ -156,39 +157,39 @@ class ServedConfig(Protocol):
     def context_length(self) -> int: ...
     @property
     def longest_context(self) -> int:
-        """What may be asked for beyond `context_length`, which is what there is unless it is asked for."""
+        """Maximum context that may be requested; `context_length` is the default."""
 
     @property
     def generates(self) -> bool:
-        """Whether the model gives text."""
+        """Whether the model generates text."""
 
     @property
     def num_labels(self) -> int:
-        """Those of a classifier; 0: it is none."""
+        """Number of a classifier's labels; 0: not a classifier."""
 
     @property
     def caches(self) -> Sequence[CacheShape]:
-        """The keys and values of each layer that has any."""
+        """Shapes of the keys and values, for each layer that has any."""
 
     @property
     def other_bytes_per_token(self) -> int:
-        """What a token takes beside them."""
+        """Bytes per token besides the keys and values."""
 
     @property
     def states(self) -> Sequence[StateShape]:
-        """What each layer that is recurrent keeps of a sequence."""
+        """State shapes of the recurrent layers."""
 
     @property
     def other_state_bytes(self) -> int:
-        """What a sequence takes beside them, however long it is."""
+        """Bytes per sequence besides these states, independent of its length."""
 
     @property
     def rotary_dims(self) -> Sequence[int]:
-        """The dims of the rotary tables that are made for every position."""
+        """The dims of the rotary tables that are computed for every position."""
 
     @property
     def has_states(self) -> bool:
-        """A sequence has more than keys and values: from these alone nothing can go on."""
+        """Whether a sequence has state besides keys and values, without which it cannot continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class ModelConfig:
     """Shape and constants of a decoder-only transformer.
 
     Raises:
-        ModelLoadError: a number is out of bounds or contradicts another.
+        ModelLoadError: if a number is out of bounds or contradicts another.
     """
 
     architecture: str
@@ -212,39 +213,39 @@ class ModelConfig:
     activation: str = "silu"
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the product after attention
-    has_output_gate: bool = False  # heads' results are multiplied by the sigmoid of as many gates
+    has_output_gate: bool = False  # whether heads' results are multiplied by the sigmoid of a gate each
     has_mlp_bias: bool = False
-    has_gate: bool = True  # an MLP is f(gate) * up, not f(up)
-    is_parallel: bool = False  # attention and MLP read the residual as it comes to the layer
-    has_mlp_norm: bool = True  # False: the MLP reads the norm that attention reads
-    has_qk_norm: bool = False  # queries and keys are normalised before they are rotated
-    has_late_qk_norm: bool = False  # once they are rotated
-    has_interleaved_rope: bool = False  # dims 2i and 2i + 1 turn together
-    has_learnt_positions: bool = False  # a table has what each position adds to the embedding
-    has_layer_norm: bool = False  # norms are LayerNorms
+    has_gate: bool = True  # whether the MLP is f(gate) * up instead of f(up)
+    is_parallel: bool = False  # whether attention and MLP both read the layer's input
+    has_mlp_norm: bool = True  # False: the MLP uses the norm before attention
+    has_qk_norm: bool = False  # whether queries and keys are normalised, by default before rotation
+    has_late_qk_norm: bool = False  # whether that happens after rotation
+    has_interleaved_rope: bool = False  # whether dims 2i and 2i + 1 rotate together
+    has_learnt_positions: bool = False  # position embeddings are added to the token embedding
+    has_layer_norm: bool = False  # LayerNorm instead of RMSNorm
     has_norm_weight: bool = True
     has_norm_bias: bool = False
-    norm_offset: float = 0.0  # what is added to the norms' weights
-    clip: float | None = None  # q, k and v are cut to [-clip, clip]
-    has_tied_embeddings: bool = False  # the head is the embedding
+    norm_offset: float = 0.0  # added to the norms' weights
+    clip: float | None = None  # q, k and v are clamped to [-clip, clip]
+    has_tied_embeddings: bool = False  # whether the head is the embedding
     has_head_bias: bool = False
-    embedding_factor: float = 1.0  # on the embedding
-    residual_factor: float = 1.0  # on what a layer's parts add to the residual
+    embedding_factor: float = 1.0  # factor on the embedding
+    residual_factor: float = 1.0  # factor on what a layer's parts add to the residual
     logits_scale: float = 1.0
-    logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they do not
-    has_head: bool = True  # False: the embedding stands in for a head that there is not
-    num_labels: int = 0  # of a classifier, whose head has a row for each; 0: it is none
-    cut: ModelCut | None = None  # what this process computes of it; None: all
+    logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: no cap
+    has_head: bool = True  # False: the model has no head, and the embedding is used as one
+    num_labels: int = 0  # labels of a classifier, whose head has a row per label; 0: not a classifier
+    cut: ModelCut | None = None  # the part that this process computes; None: all
 
     @property
     def generates(self) -> bool:
-        """Whether the model gives text."""
+        """Whether the model generates text."""
         return self.has_head and not self.num_labels
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            refuse = check_computed if name == "head_dim" else check  # a limit of our kernels
+            refuse = check_computed if name == "head_dim" else check  # a limit of the native kernels
             refuse(
                 type(value) is int and low <= value <= high,
                 f"{name} must be an integer in {low}..{high}, got {value!r}",
@@ -255,9 +256,9 @@ class ModelConfig:
         check(0 <= self.logits_cap < math.inf, f"logits_cap must not be negative, got {self.logits_cap!r}")
         check(
             self.clip is None or 0 < self.clip < math.inf,
-            f"what q, k and v are cut to must be positive, got {self.clip!r}",
+            f"the bound of q, k and v must be positive, got {self.clip!r}",
         )
-        check_computed(not self.has_gate or self.activation != "xielu", "xielu is of MLPs without a gate")
+        check_computed(not self.has_gate or self.activation != "xielu", "xielu needs an MLP without a gate")
         for spec in fields(self):
             if spec.name.startswith(("has_", "is_")):
                 value = getattr(self, spec.name)
@@ -329,7 +330,7 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Any, where the rotary table is made for the context that is served."""
+        """Maximum context; unlimited if the rotary tables depend on the served context (dynamic scaling)."""
         ropes = [layer.rope for layer in self.layers if layer.rope is not None]
         is_dynamic = any(rope.scaling is not None and rope.scaling.kind == "dynamic" for rope in ropes)
         return MAX_CONTEXT if is_dynamic else self.context_length
@@ -340,7 +341,7 @@ class ModelConfig:
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """The keys and values of each layer that attends: all have one shape."""
+        """Shapes of the keys and values of each layer with attention."""
         return tuple(self._cache(layer) for layer in self.layers if layer.attends)
 
     def _cache(self, layer: LayerSpec) -> CacheShape:
@@ -352,7 +353,7 @@ class ModelConfig:
 
     @property
     def states(self) -> tuple[RecurrentSpec, ...]:
-        """What each recurrent layer keeps."""
+        """State of each recurrent layer."""
         return tuple(layer.recurrent for layer in self.layers if layer.recurrent is not None)
 
     @property
@@ -369,7 +370,7 @@ class ModelConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """The dims of each rotary table, and of its copy where heads are padded for the kernels."""
+        """The dims of each rotary table, and of its copy if heads are padded for the kernels."""
         padded = -(-self.head_dim // 32) * 32
         if all(layer.latent is not None for layer in self.layers):
             padded = 0
@@ -388,7 +389,7 @@ def _check_experts(experts: ExpertsSpec) -> None:
     )
     check(
         1 <= experts.top_groups <= experts.num_groups,
-        f"the groups that are chosen from must be 1..{experts.num_groups}, got {experts.top_groups}",
+        f"the groups selected per token must be 1..{experts.num_groups}, got {experts.top_groups}",
     )
     most = experts.num_experts // experts.num_groups * experts.top_groups
     check(1 <= experts.top_k <= most, f"the experts of a token must be 1..{most}, got {experts.top_k}")
@@ -419,7 +420,7 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         )
         _check_factors("the factors of a state", spec.factors)
         low, high = spec.dt_limit
-        check(0 <= low <= high and low < math.inf, f"steps cannot be cut to {low}..{high}")
+        check(0 <= low <= high and low < math.inf, f"time steps cannot be clamped to {low}..{high}")
     if isinstance(spec, GatedDeltaSpec):
         for name in ("num_heads", "head_dim", "num_key_heads", "key_dim"):
             value, most = getattr(spec, name), MAX_KEY_DIM if name == "key_dim" else MAX_STATE
@@ -438,7 +439,7 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
     )
     check_computed(
         2 <= spec.num_taps <= MAX_TAPS,
-        f"the tokens that a convolution goes over must be 2..{MAX_TAPS}, got {spec.num_taps}",
+        f"the tokens in a convolution must be 2..{MAX_TAPS}, got {spec.num_taps}",
     )
 
 
@@ -447,7 +448,7 @@ def _check_factors(what: str, factors: Sequence[float]) -> None:
 
 
 def check_scaling(scaling: RopeScaling) -> None:
-    """Bound the numbers of a rotary scaling."""
+    """Check the bounds of a rotary scaling."""
     check(1.0 <= scaling.factor <= 1e6, f"the rope scaling factor must be in 1..1e6, got {scaling.factor}")
     check(
         0 < scaling.low_freq_factor < scaling.high_freq_factor < 1e6,
@@ -469,12 +470,12 @@ def check_scaling(scaling: RopeScaling) -> None:
 
 
 def check(holds: bool, message: str) -> None:
-    """Refuse a model for this reason."""
+    """Refuse a model, for this reason, unless the condition holds."""
     if not holds:
         raise ModelLoadError(message)
 
 
 def check_computed(holds: bool, message: str) -> None:
-    """Refuse to compute a model by a family of ours, for this reason: the code of `transformers` may."""
+    """Refuse to compute a model natively, for this reason; the code of `transformers` may still run it."""
     if not holds:
         raise NotInFamily(message)

@@ -1,6 +1,6 @@
-"""A shard's part of weights: rows of what makes heads, inner values and logits, columns of what takes them.
+"""Cuts weights to a shard's part: rows of matrices that produce heads, inner values or logits, else columns.
 
-Used by `layers.py` and `decoder.py`, where what a matrix is for is known; `shard.py` says which part.
+Used by `layers.py` and `decoder.py`, which know what a matrix is for; `shard.py` chooses the parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tgi_asgi.models.shard import ModelCut
 
 
 def rows_of(sources: Sequence[ops.WeightSource], parts: Sequence[range]) -> list[ops.WeightSource]:
-    """Return of each matrix, or bias, the rows of its part: views."""
+    """Return, for each matrix or bias, a view of the rows of its part."""
     return [source.rows(part.start, part.stop) for source, part in zip(sources, parts, strict=True)]
 
 
@@ -27,7 +27,7 @@ def qkv_rows(cut: ModelCut, head_dim: int) -> list[range]:
 def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorms:
     """Return the norms of a shard's heads."""
     if norms.is_whole:
-        raise ModelLoadError("norms over all heads are not computed by several shards")
+        raise ModelLoadError("several shards do not compute norms over all heads")
     rows = qkv_rows(cut, head_dim)
     query, key = (_norm_of(norm, part, head_dim) for norm, part in zip(
         (norms.query, norms.key), rows[:2], strict=True
@@ -39,10 +39,10 @@ def linear_of(
     name: str, source: ops.WeightSource, bias: ops.WeightSource | None, cut: ModelCut, head_dim: int,
     arithmetic: ops.Arithmetic,
 ) -> ops.LinearWeight:  # fmt: skip
-    """Make a shard's part of a single product, by its canonical name.
+    """Make a shard's part of a single product, selected by its canonical name.
 
     Raises:
-        ModelLoadError: it is none that is known how to cut.
+        ModelLoadError: if the product cannot be cut.
     """
     if name == "mlp.up_proj":
         part = cut.inner
@@ -53,7 +53,7 @@ def linear_of(
     elif name == "mlp.down_proj":
         part = cut.inner
     else:
-        raise ModelLoadError(f"it is not known how {name} is cut for several shards: leave --num-shard out")
+        raise ModelLoadError(f"{name} cannot be cut for several shards: leave --num-shard out")
     return ops.linear_weight(
         source.columns(part.start, part.stop),
         arithmetic,
@@ -63,7 +63,7 @@ def linear_of(
 
 
 def _norm_of(norm: ops.NormWeight, rows: range, head_dim: int) -> ops.NormWeight:
-    """Return a norm of all heads alike as it is, of one for each those of the rows."""
+    """Return the shard's part of a norm with weights per head, or a norm shared by all heads unchanged."""
     if norm.columns == head_dim:
         return norm
     part = slice(rows.start, rows.stop)

@@ -1,7 +1,7 @@
-"""The decoder that most families are: an embedding, layers, a norm and a head.
+"""The decoder of most families: an embedding, layers, a norm and a head.
 
-Plain Python over the operators: it is called once, to be recorded. What layers are, and where their weights
-come from, is `layers.py`'s.
+Plain Python over the operators: it is called once, to be recorded. `layers.py` has the layers and reads their
+weights.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Decoder:
         recorder = record(model, pool.layers)
 
     Attributes:
-        layer_class, parallel_class, weights_class, checkpoint: what a family may replace.
-        path: of the module that has the layers, as adapters name it.
+        layer_class, parallel_class, weights_class, checkpoint: What a family may override.
+        path: Module path of the layers' parent, as adapters name it.
     """
 
     layer_class: type[Layer] = Layer
-    parallel_class: type[Layer] = ParallelLayer  # of models whose configuration says so
+    parallel_class: type[Layer] = ParallelLayer  # for models with `is_parallel`
     weights_class: type[LayerWeights] = LayerWeights
     checkpoint = CheckpointLayout()
 
@@ -57,7 +57,8 @@ class Decoder:
             if config.has_head_bias:
                 bias = weights.get("lm_head.bias", shape[:1]).rows(words.start, words.stop)
             self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
-        # Behind the head, of which all is resident while it is packed, be it a twentieth of the file.
+        # After the head, which is fully resident while it is packed, although it may be a twentieth of the
+        # file.
         layer_class = self.parallel_class if config.is_parallel else self.layer_class
         self.layers = [
             layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
@@ -65,12 +66,12 @@ class Decoder:
         ]
 
     def read_positions(self, weights: Weights) -> Tensor:
-        """Return what each position adds to its token's embedding: [positions, hidden] float32."""
+        """Return the position embeddings that are added to the tokens': [positions, hidden] float32."""
         shape = (self.config.context_length, self.config.hidden_size)
         return ops.vector(weights.get("model.embed_positions.weight", shape)).view(shape)
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
-        """Return the residual of a batch, as `Model.forward` says."""
+        """Return the residual stream of a batch, as described in `Model.forward`."""
         x = self.embed(batch)
         rest = iter(caches)
         for layer in self.layers:
@@ -78,11 +79,11 @@ class Decoder:
         return x
 
     def embed(self, batch: ops.RecordedBatch) -> ops.Value:
-        """Return the residual that the layers begin with."""
+        """Return the residual stream that enters the first layer."""
         return ops.embed(batch, self.embedding, self.config.embedding_factor, self.positions)
 
     def logits(self, x: ops.Value) -> ops.Value:
-        """Return logits [n_rows, vocab], as `Model.logits` says."""
+        """Return logits [n_rows, vocab], as described in `Model.logits`."""
         if self.config.num_labels:
             return ops.head(x, self.norm, self.head)
         scale, cap = self.config.logits_scale, self.config.logits_cap

@@ -1,4 +1,4 @@
-"""The experts of a layer: their weights, whatever a file calls them, and what they add to the residual."""
+"""The experts of a layer: their weights under any file's names, and what they add to the residual."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """What the tensors of a layer's experts are called, behind `model.layers.N.`.
+    """Tensor names of a layer's experts, relative to `model.layers.N.`.
 
     Attributes:
-        correction: a vector, or with `is_correction_row` a matrix of one row.
-        experts, gate, up, down: one's is `experts.5.gate_proj.weight`; llama.cpp has all of a kind in one
-            tensor, `experts.gate_proj.weight` [experts, rows, columns]. None: they are always joined.
-        joined, joined_down: as `transformers` 5 has them: gates and ups of all in one tensor, and downs.
-        shared: of the MLP that all tokens have: its products are called as those of any MLP.
-        shared_joined: its gate and up in one tensor; None: they never are.
+        correction: A vector, or with `is_correction_row` a matrix of one row.
+        experts, gate, up, down: A single expert's tensor is `experts.5.gate_proj.weight`; llama.cpp stores
+            all of a kind in one tensor, `experts.gate_proj.weight` [experts, rows, columns]. None: always
+            joined.
+        joined, joined_down: Joined tensors of `transformers` 5: all experts' gates and ups, and their downs.
+        shared: The MLP that all tokens use; its products are named as in any MLP.
+        shared_joined: Its gate and up in one tensor; None: never joined.
     """
 
     router: str = "mlp.gate"
@@ -38,14 +39,14 @@ class ExpertNames:
     shared_gate: str = "mlp.shared_expert_gate"
 
 
-_READ_AT_ONCE = 16 << 20  # bytes of a tensor; giving pages back takes some milliseconds in a large file
-GGUF_CORRECTION = "mlp.correction.bias"  # a name like those of other tensors, for llama.cpp's `exp_probs_b`
+_READ_AT_ONCE = 16 << 20  # bytes of a tensor; releasing pages takes some milliseconds in a large file
+GGUF_CORRECTION = "mlp.correction.bias"  # canonical-style name for llama.cpp's `exp_probs_b`
 Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, up and down
 ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
 
 
 class ExpertsSource(Protocol):
-    """A layer's weights, as `decoder.LayerWeights` has them."""
+    """The weights of a layer, as in `layers.LayerWeights`."""
 
     config: ModelConfig
     arithmetic: ops.Arithmetic
@@ -59,7 +60,7 @@ class ExpertsSource(Protocol):
 
 
 class Experts:
-    """A layer's experts, its router, and the MLP that all tokens share if there is one."""
+    """A layer's experts, its router and its shared MLP, if it has one."""
 
     def __init__(self, weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> None:
         config = weights.config
@@ -78,7 +79,7 @@ class Experts:
             self._shared_gate = _gate_of(weights, names, hidden)
 
     def add(self, a: ops.Value, x: ops.Value, factor: float) -> ops.Value:
-        """Add to the residual x what the experts make of the activation a, times `factor`."""
+        """Add the experts' output for the activation a, times `factor`, to the residual x."""
         choice = ops.route(ops.linear(a, self._router), self._route)
         x = ops.experts_add(a, choice, self._weight, x, self._activation, self._clamped, factor)
         if self._shared is None:
@@ -104,7 +105,7 @@ def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> 
 
 
 def _shared_of(weights: ExpertsSource, names: ExpertNames, size: int) -> ExpertProducts:
-    """Return the products of the MLP that all tokens have."""
+    """Return the products of the shared MLP."""
     hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
     down = "down_proj"
     if names.shared_joined is not None and weights.has(joined):
@@ -121,13 +122,13 @@ def _shared_of(weights: ExpertsSource, names: ExpertNames, size: int) -> ExpertP
 
 
 def _gate_of(weights: ExpertsSource, names: ExpertNames, hidden: int) -> ops.LinearWeight:
-    """Return the product of one row that says how much of the shared expert a token wants."""
+    """Return the one-row product that gates the shared expert per token."""
     source = weights.get(f"{names.shared_gate}.weight", 1, hidden)
     return ops.router_weight(source, weights.arithmetic)
 
 
 def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
-    """Make the products of each expert, one after the other: none is held as the file has it."""
+    """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
     for gate, up, down in _matrices(weights, names, spec):
         yield (
             ops.gate_up_weight(gate, up, weights.arithmetic),
@@ -157,10 +158,10 @@ def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> 
 
 
 def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
-    """Yield the matrices, or the vectors, of a tensor [count, *shape]: views, each to be used at once.
+    """Yield the matrices or vectors of a tensor [count, *shape] as views, each to be used at once.
 
-    The tensor is asked for anew every few of them: a file gives back what was read before, and a layer's
-    experts are large beside all that is in memory of it.
+    The tensor is requested again every few matrices, because the file then releases the pages read before; a
+    layer's experts are large compared with the rest of it in memory.
     """
     rows = 1 if len(shape) == 1 else shape[0]
     num_read = _READ_AT_ONCE

@@ -1,4 +1,4 @@
-"""What a family of models brings: names, how its configuration is read, where its weights are, its class."""
+"""Defines a model family: its names, how its configuration and weights are read, and its model class."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from tgi_asgi.models.reader import Reader
 
 
 class Model(Protocol):
-    """A model's code over the operators: all that a runner knows of it."""
+    """A model's code over the operators, as the runner sees it."""
 
     config: ModelConfig
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
-        """Return the residual of a batch.
+        """Return the residual stream of a batch.
 
-        caches: what layers write to, in order: keys and values of one that attends, its state of one that is
-            recurrent; a layer that is both has them in this order.
+        Args:
+            caches: What layers write to, in order: the KV cache of an attention layer, the state of a
+                recurrent layer, and both in this order for a layer that has both.
         """
 
     def logits(self, x: ops.Value) -> ops.Value:
@@ -30,7 +31,7 @@ class Model(Protocol):
 
 
 class ModelClass(Protocol):
-    """Makes a model of configuration, weights, arithmetic and the longest context."""
+    """Creates a model from configuration, weights, arithmetic and maximum context."""
 
     checkpoint: CheckpointLayout
 
@@ -39,7 +40,7 @@ class ModelClass(Protocol):
     ) -> Model: ...
 
 
-# llama.cpp's names of tensors, by those of `transformers`: of all families that it converts.
+# llama.cpp's tensor names, by those of `transformers`, for all families that it converts.
 GGUF_NAMES: Mapping[str, str] = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -92,19 +93,20 @@ class Family:
 
         FAMILIES = (Family("Qwen3ForCausalLM", "qwen3", read_config, Decoder),)
 
-    A module of `models/families` with such a tuple is all that a family takes; `registry.py` finds it.
+    A module of `models/families` with such a tuple is all that a family needs; `registry.py` finds it.
 
     Attributes:
         architecture: `architectures[0]` of config.json.
-        gguf_name: `general.architecture` of a GGUF file; None: there are none.
-        read_config: reads and bounds what both say; keys that it leaves are refused where they may matter.
-        model: makes the model, and says how its checkpoints keep it.
-        gguf_names: llama.cpp's names of tensors where they differ from `GGUF_NAMES`.
-        is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
-        computes: whether a config.json is of a model that is computed here, where the architecture has others
-            that are left to the code of transformers.
-        unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them;
-            `{num_layers}` stands for the number of layers, as of one behind the last that only drafts.
+        gguf_name: `general.architecture` of a GGUF file; None: no GGUF files.
+        read_config: Reads and bounds the configuration from either file; unread keys are refused if they may
+            matter.
+        model: Creates the model, and describes how its checkpoints store it.
+        gguf_names: llama.cpp's tensor names that differ from `GGUF_NAMES`.
+        is_rotary_permuted: Whether llama.cpp stores rotary pairs adjacent instead of half a head apart.
+        computes: Returns whether a config.json is of a model that this family computes, if the architecture
+            has others that are left to the code of transformers.
+        unused: Names (`fnmatch` patterns) of tensors that a file may hold although nothing reads them;
+            `{num_layers}` stands for the number of layers, for example for a further layer that only drafts.
     """
 
     architecture: str
@@ -118,11 +120,11 @@ class Family:
 
 
 def record(model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.StateLayer] = ()) -> ops.Recorder:
-    """Call a model's code once, and return the list of what it does.
+    """Call a model's code once, and return the recorded operations.
 
     Args:
-        caches: of the layers that attend, in order.
-        states: of those that are recurrent.
+        caches: KV caches of the attention layers, in order.
+        states: States of the recurrent layers, in order.
     """
     recorder = ops.Recorder()
     attending, recurrent = iter(caches), iter(states)

@@ -1,4 +1,4 @@
-"""Layers whose q, k and v are one tensor, and gate and up: Phi 3's, and those of the time before Llama."""
+"""Layers with fused q, k and v, and fused gate and up: Phi 3's, and those of models older than Llama."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _QKV = "self_attn.qkv_proj"
 
 
 class FusedWeights(LayerWeights):
-    """A layer whose products of one input are one tensor each."""
+    """A layer in which all products of one input are one tensor."""
 
     def qkv_sources(self) -> Sources:
         """Cut the tensor of q, k and v by rows."""
         return self.cut(f"{_QKV}.weight", self._qkv_rows(), self.config.hidden_size)
 
     def qkv_biases(self) -> Sources | None:
-        """Cut their bias likewise."""
+        """Cut the bias of q, k and v by rows."""
         return self.cut(f"{_QKV}.bias", self._qkv_rows()) if self.config.has_qkv_bias else None
 
     def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows; GGUF has it under the name of up."""
+        """Cut the tensor of gate and up by rows; in GGUF files it has the name of up."""
         rows = [self.config.intermediate_size] * 2
         return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
@@ -34,12 +34,13 @@ class FusedWeights(LayerWeights):
 
 
 def rows_by_group(config: ModelConfig, module: str) -> Rows | None:
-    """Put in order a tensor of q, k and v in which each KV head lies behind its query heads.
+    """Return the row order for a tensor of q, k and v in which each KV head follows its query heads.
 
-        q0 q1 k v | q2 q3 k v     as the file has them: rows of four query heads, two KV heads
-        q0 q1 q2 q3 | k k | v v   what is read
+        q0 q1 k v | q2 q3 k v     in the file: rows of four query heads, two KV heads
+        q0 q1 q2 q3 | k k | v v   as read
 
-    A `CheckpointLayout.row_order`; with a KV head for each query head, q, k and v of each lie together.
+    A `CheckpointLayout.row_order`. With as many KV heads as query heads, each head's q, k and v are adjacent
+    in the file.
     """
     if not module.endswith(_QKV):
         return None

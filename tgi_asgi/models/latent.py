@@ -1,8 +1,8 @@
-"""Latent attention (MLA): all heads' keys and values are made of one latent a token, which the cache keeps.
+"""Latent attention (MLA): all heads' keys and values derive from one latent per token, which is cached.
 
-What makes keys of latents is multiplied into the queries, what makes values into the results, so that neither
-is ever made. Plain Python over the operators, as `layers.py`.
-Source: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434, section 2.1.
+The matrices that expand latents to keys and to values are absorbed into the queries and the results, so keys
+and values are never computed. Plain Python over the operators, like `layers.py`. Source: DeepSeek-AI,
+DeepSeek-V2, arXiv 2405.04434, section 2.1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class LatentSource(Protocol):
-    """A layer's weights, as `layers.LayerWeights` has them."""
+    """The weights of a layer, as in `layers.LayerWeights`."""
 
     config: ModelConfig
     arithmetic: ops.Arithmetic
@@ -32,10 +32,10 @@ class LatentSource(Protocol):
 
 
 class LatentAttention:
-    """Everything between the norm before attention and the product behind it.
+    """Everything between the norm before attention and the output product after it.
 
     Attributes:
-        targets: its products by the names of their modules, as adapters have them.
+        targets: Its products by module name, for adapters.
     """
 
     def __init__(self, weights: LatentSource, spec: LatentSpec) -> None:
@@ -60,12 +60,12 @@ class LatentAttention:
         self._to_latent, self._from_latent = _read_ups(weights, spec)
 
     def attend(self, a: ops.Value, cache: ops.Cache, rope: ops.RopeTable | None, scale: float) -> ops.Value:
-        """Return what the heads make of the activation a, as the input of the product behind them."""
-        assert rope is not None  # as the configuration is checked
+        """Return the heads' results for the activation a, as input of the output product."""
+        assert rope is not None  # the configuration check requires it
         latents, inner = ops.linear(a, self._latent), a
         if self._inner is not None:
             inner = ops.norm(ops.linear(a, self._inner[0]), self._inner[1])
-        queries = ops.linear(inner, self._query)  # of all heads the plain dims, then those that turn
+        queries = ops.linear(inner, self._query)  # the plain dims of all heads, then the rotated ones
         absorbed = ops.heads_linear(ops.activation(queries, self._plain_columns), self._to_latent)
         q = ops.latent_qkv(
             absorbed, queries, latents, self._norm, rope, cache, turning_column=self._plain_columns
@@ -77,20 +77,20 @@ class LatentAttention:
 def _in_rows(
     weights: LatentSource, name: str, rows: Rows, columns: int, *, has_bias: bool
 ) -> ops.LinearWeight:
-    """Make the weight of a product whose rows are those of the file in another order."""
+    """Make the weight of a product whose rows are in another order than the file's."""
     source = weights.get(f"{name}.weight", len(rows), columns).in_rows(rows)
     bias = weights.get(f"{name}.bias", len(rows)).in_rows(rows) if has_bias else None
     return ops.linear_weight(source, weights.arithmetic, bias=bias)
 
 
 def _turning(spec: LatentSpec) -> Rows:
-    """Return the dims that turn, so that the two of a pair are half of them apart."""
+    """Return the rotated dims, ordered so that the two of a pair are half of them apart."""
     dims = np.arange(spec.rotary_dim)
     return np.concatenate([dims[::2], dims[1::2]]) if spec.is_interleaved else dims
 
 
 def _query_rows(spec: LatentSpec, num_heads: int) -> Rows:
-    """Return where rows of queries lie in the file: of all heads the plain ones, then those that turn."""
+    """Return the file's rows of queries in order: the plain dims of all heads, then the rotated ones."""
     starts = np.arange(num_heads)[:, None] * (spec.plain_dim + spec.rotary_dim)
     plain, turning = starts + np.arange(spec.plain_dim), starts + spec.plain_dim + _turning(spec)
     return np.concatenate([plain.reshape(-1), turning.reshape(-1)])
@@ -101,10 +101,10 @@ def _latent_rows(spec: LatentSpec) -> Rows:
 
 
 def _read_ups(weights: LatentSource, spec: LatentSpec) -> tuple[ops.HeadsWeight, ops.HeadsWeight]:
-    """Read what makes keys of latents, transposed, and what makes values of them.
+    """Read the matrices that expand latents to keys (transposed) and to values.
 
-    As checkpoints have it, each head's keys and values lie together; newer GGUF files have them apart, the
-    keys' transposed.
+    In checkpoints each head's keys and values are adjacent. Newer GGUF files store them separately, the keys'
+    transposed.
     """
     heads, arithmetic = weights.config.num_heads, weights.arithmetic
     plain, values, rank = spec.plain_dim, spec.value_dim, spec.rank

@@ -1,7 +1,8 @@
-"""The layers that most families are made of, and where their weights come from.
+"""The layers that most families consist of, and how their weights are read.
 
-Plain Python over the operators: a layer is called once, to be recorded. A family that differs in the names or
-the order of weights overrides `LayerWeights` (`families/phi3.py`), one that computes otherwise `Layer`.
+Plain Python over the operators: a layer is called once, to be recorded. A family whose weights have other
+names or another order overrides `LayerWeights` (`families/phi3.py`); one that computes differently overrides
+`Layer`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Sources = list[ops.WeightSource]
 
 
 def read_norm(config: ModelConfig, weights: Weights, name: str, *shape: int) -> ops.NormWeight:
-    """Read a norm, of the kind that the configuration says: of this shape, or of the residual's width."""
+    """Read a norm of the configured kind, of this shape or of the residual's width."""
     shape = shape or (config.hidden_size,)
     columns = math.prod(shape)
     weight = bias = None
@@ -44,8 +45,8 @@ class LayerWeights:
     """The weights of one layer, by their canonical names, which are those of `transformers`.
 
     Attributes:
-        expert_names: what experts may be called: the first whose router there is.
-        has_whole_norms: queries and keys are normalised over all heads together.
+        expert_names: Candidate names of experts; the first whose router exists is used.
+        has_whole_norms: Whether queries and keys are normalised over all heads together.
     """
 
     expert_names: tuple[ExpertNames, ...] = (ExpertNames(),)
@@ -57,7 +58,7 @@ class LayerWeights:
 
     @property
     def is_gguf(self) -> bool:
-        """Tell whether a GGUF file has them."""
+        """Whether the weights come from a GGUF file."""
         return self.weights.is_gguf
 
     def get(self, name: str, *shape: int) -> ops.WeightSource:
@@ -65,15 +66,15 @@ class LayerWeights:
         return self.weights.get(f"{self.prefix}{name}", shape)
 
     def has(self, name: str) -> bool:
-        """Tell whether there is such a tensor in this layer."""
+        """Return whether this layer has the tensor."""
         return f"{self.prefix}{name}" in self.weights
 
     def norm(self, name: str, *shape: int) -> ops.NormWeight:
-        """Return a norm of this layer, of the residual's width if no other is said."""
+        """Return a norm of this layer, of the residual's width by default."""
         return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape)
 
     def cut(self, name: str, rows: Sequence[int], *columns: int) -> Sources:
-        """Return the parts of a tensor that is several, one below the other: a matrix, or a bias."""
+        """Return the parts of a tensor (matrix or bias) that is several, one below the other."""
         fused = self.get(name, sum(rows), *columns)
         starts = [sum(rows[:index]) for index in range(len(rows))]
         return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
@@ -88,7 +89,7 @@ class LayerWeights:
         ]
 
     def qkv_biases(self) -> Sources | None:
-        """Return their biases, if they have any."""
+        """Return the biases of q, k and v, if they have any."""
         if not self.config.has_qkv_bias:
             return None
         return [self.get(f"self_attn.{name}.bias", rows) for name, rows in self._heads()]
@@ -99,7 +100,7 @@ class LayerWeights:
         return [self.get(f"mlp.{name}.weight", *shape) for name in ("gate_proj", "up_proj")]
 
     def gate_up_biases(self) -> Sources | None:
-        """Return their biases, if they have any."""
+        """Return the biases of gate and up, if they have any."""
         if not self.config.has_mlp_bias:
             return None
         return [
@@ -107,7 +108,7 @@ class LayerWeights:
         ]
 
     def norms(self) -> ops.HeadNorms | None:
-        """Return the norms of queries and keys, if there are any: here of each head."""
+        """Return the norms of queries and keys, if there are any; by default one norm per head."""
         if not self.config.has_qk_norm:
             return None
         query, key = (self.norm(f"self_attn.{name}_norm", self.config.head_dim) for name in ("q", "k"))
@@ -132,11 +133,11 @@ class LayerWeights:
         )  # fmt: skip
 
     def output_gate(self) -> ops.LinearWeight | None:
-        """Make the weight of the gates of heads' results, if there are any."""
+        """Make the weight of the gates on heads' results, if there are any."""
         return ops.linear_weight(self._queries(1), self.arithmetic) if self.config.has_output_gate else None
 
     def sinks(self) -> Tensor | None:
-        """Return the heads' sinks [num_heads] float32, if there are any."""
+        """Return the heads' attention sinks [num_heads] float32, if there are any."""
         return ops.vector(self.get("self_attn.sinks", self.config.num_heads)) if self.spec.has_sinks else None
 
     def up(self) -> ops.LinearWeight:
@@ -155,22 +156,22 @@ class LayerWeights:
         return ops.gate_up_weight(gate, up, self.arithmetic, biases=biases)
 
     def experts(self) -> Experts | None:
-        """Make the layer's experts, where it has them in the place of an MLP."""
+        """Make the layer's experts, if it has them instead of an MLP."""
         if self.spec.experts is None:
             return None
         found = (names for names in self.expert_names if self.has(f"{names.router}.weight"))
         return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
 
     def recurrent(self) -> Recurrent | None:
-        """Make what the layer has in the place of attention, or beside it."""
+        """Make the layer's recurrent part, if it has one instead of attention or in parallel to it."""
         return None if self.spec.recurrent is None else make_recurrent(self, self.spec.recurrent)
 
     def latent(self) -> LatentAttention | None:
-        """Make the layer's latent attention, if that is its kind."""
+        """Make the layer's latent attention, if it uses that."""
         return None if self.spec.latent is None else LatentAttention(self, self.spec.latent)
 
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
-        """Make gate and up, and down, of each expert in turn."""
+        """Yield gate and up, and down, of each expert in turn."""
         return read_products(self, names, spec)
 
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
@@ -182,7 +183,7 @@ class LayerWeights:
         return ops.linear_weight(source, self.arithmetic, bias=bias)
 
     def _queries(self, part: int) -> ops.WeightSource:
-        """Return the rows of heads' queries, or with 1 of their gates, which lie behind each query."""
+        """Return the rows of heads' queries (part 0) or gates (part 1), which follow each head's query."""
         heads, dim = self.config.num_heads, self.config.head_dim
         rows = np.arange(2 * heads * dim).reshape(heads, 2, dim)[:, part].reshape(-1)
         return self.get("self_attn.q_proj.weight", 2 * len(rows), self.config.hidden_size).in_rows(rows)
@@ -196,13 +197,13 @@ class Layer:
     """One transformer layer: each part reads a norm of the residual and adds to it.
 
     Attributes:
-        recurrent: what it has in the place of attention; None: it attends, with `qkv` and `output`.
-        num_caches: how many `forward` takes.
-        gate: of what heads make; None: all of it counts.
-        latent: its attention, where that is of latents: then there is no `qkv`.
-        experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
-        up: the first half of the MLP, with a gate or without.
-        alphas: the two numbers of xIELU, where that is the MLP's function.
+        recurrent: Part that replaces attention; None: the layer has attention, with `qkv` and `output`.
+        num_caches: Number of caches that `forward` accepts.
+        gate: Gate on the heads' results; None: no gate.
+        latent: Latent attention, if the layer uses it; it then has no `qkv`.
+        experts: Experts that replace the MLP; None: the layer has an MLP, `up` and `down`.
+        up: First half of the MLP, with or without a gate.
+        alphas: The two parameters of xIELU, if that is the MLP's activation.
     """
 
     alphas: tuple[float, float] | None = None
@@ -236,12 +237,12 @@ class Layer:
         )
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the layer's norms."""
+        """Read the weights of the layer's norms."""
         self.attention_norm = weights.norm("input_layernorm")
         self.mlp_norm = weights.norm("post_attention_layernorm")
 
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
-        """Add attention, or what is in its place, and MLP to the residual x [n_tokens, hidden]."""
+        """Add attention, or what replaces it, and MLP to the residual x [n_tokens, hidden]."""
         a = ops.norm(x, self.attention_norm)
         if self.recurrent is not None:
             x = self.recurrent.add(a, x, cache, self.factor)
@@ -253,10 +254,10 @@ class Layer:
         return ops.linear_add(self.activate(a), self.down, x, self.factor)
 
     def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
-        """Return what the heads make of the activation a."""
+        """Return the heads' results for the activation a."""
         if self.latent is not None:
             return self.latent.attend(a, cache, self.rope, self.spec.scale)
-        # Before keys and values: of the last layer's a step needs that of few tokens only behind them.
+        # Before keys and values: after them, a step needs the last layer's activation for few tokens only.
         gate = None if self.gate is None else ops.linear(a, self.gate)
         return self.attend_with(self.project(a, cache), cache, gate)
 
@@ -265,7 +266,7 @@ class Layer:
         return ops.qkv(a, self.qkv, cache, self.rope, self.config.clip, self.query_scales)
 
     def attend_with(self, q: ops.Value, cache: ops.Cache, gate: ops.Value | None = None) -> ops.Value:
-        """Return what queries find in the cache, as much of it as gates let through."""
+        """Return the attention of the queries over the cache, multiplied by the gates if given."""
         spec = self.spec
         return ops.attention(
             q, cache, spec.scale, window=spec.window, chunk=spec.chunk, soft_cap=spec.soft_cap,
@@ -273,17 +274,17 @@ class Layer:
         )  # fmt: skip
 
     def activate(self, a: ops.Value) -> ops.Value:
-        """Return the first half of the MLP of the activation a."""
+        """Return the first half of the MLP for the activation a."""
         if isinstance(self.up, ops.GateUpWeight):
             return ops.gate_up(a, self.up, self.config.activation)
         return ops.up(a, self.up, self.config.activation, self.alphas)
 
 
 class ParallelLayer(Layer):
-    """A layer whose parts both read the residual as it comes, by one norm or by two, and add to it."""
+    """A layer whose parts both read the layer's input, through one norm or two, and add to it."""
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the layer's norms."""
+        """Read the weights of the layer's norms."""
         self.attention_norm = self.mlp_norm = weights.norm("input_layernorm")
         if self.config.has_mlp_norm:
             self.mlp_norm = weights.norm("post_attention_layernorm")
@@ -291,8 +292,8 @@ class ParallelLayer(Layer):
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden].
 
-        The MLP's norm is computed behind the keys and values, be it the same: of the last layer's a step
-        needs that of few tokens only.
+        The MLP's norm is computed after the keys and values, even if it is the same norm: after them, a step
+        needs the last layer's activation for few tokens only.
         """
         q = self.project(ops.norm(x, self.attention_norm), cache)
         a = ops.norm(x, self.mlp_norm)
@@ -301,10 +302,10 @@ class ParallelLayer(Layer):
 
 
 class HybridLayer(Layer):
-    """A layer that attends and is recurrent, side by side, with a constant on what each part reads and adds.
+    """A layer with attention and recurrence in parallel, and constant factors around each part.
 
-    What is multiplied into what a part reads stands in the weights of the norm before it. The MLP's is
-    multiplied into gate and up alike.
+    Input factors are folded into the weights of the norm before the part. The MLP's applies to gate and up
+    alike.
     """
 
     num_caches = 2
@@ -320,8 +321,8 @@ class HybridLayer(Layer):
     def forward(self, x: ops.Value, cache: ops.Cache, *states: ops.Cache) -> ops.Value:
         """Add attention, state and MLP to the residual x [n_tokens, hidden].
 
-        Both caches are written before the residual changes, and attention comes behind: of the last layer's
-        a step needs that of few tokens only.
+        Both caches are written before the residual changes, and attention comes last: after the writes, a
+        step needs the last layer's activation for few tokens only.
         """
         (state,) = states
         a = ops.norm(x, self.attention_norm)
@@ -335,18 +336,18 @@ class HybridLayer(Layer):
 
 
 def _scaled(norm: ops.NormWeight, factor: float) -> ops.NormWeight:
-    """Return an RMSNorm of so many times the size."""
+    """Return an RMSNorm multiplied by `factor`."""
     return replace(norm, weight=norm.weight * factor)
 
 
 class PostNormLayer(Layer):
-    """A layer whose parts read the residual itself, and add the norm of what they make (OLMo 2, EXAONE 4).
+    """A layer whose parts read the residual itself and add a norm of their result (OLMo 2, EXAONE 4).
 
     Source: OLMo et al., 2 OLMo 2 Furious, arXiv 2501.00656, section 2.
     """
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the norms behind the parts."""
+        """Read the weights of the norms after the parts."""
         self.attention_norm = weights.norm("post_attention_layernorm")
         self.mlp_norm = weights.norm("post_feedforward_layernorm")
 
@@ -359,10 +360,10 @@ class PostNormLayer(Layer):
 
 
 class SandwichLayer(Layer):
-    """A layer with a norm before each part and one behind it (Gemma 2, GLM-4).
+    """A layer with a norm before and after each part (Gemma 2, GLM-4).
 
     Attributes:
-        norm_names: of attention's two, then of the MLP's.
+        norm_names: Names of attention's two norms, then of the MLP's.
     """
 
     norm_names = (
@@ -373,7 +374,7 @@ class SandwichLayer(Layer):
     )
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the four norms."""
+        """Read the weights of the four norms."""
         found = [weights.norm(name) for name in self.norm_names]
         self.attention_norm, self.attention_end, self.mlp_norm, self.mlp_end = found
 

@@ -1,6 +1,6 @@
-"""What a model needs of a device beyond the operators that every family takes: one list, by name.
+"""Names what a model needs from a device beyond the operators that every family uses. Without torch.
 
-A device says which of it it has, so that what it lacks is refused before any weight is read. No torch.
+A device lists those that it supports, so that a model is refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tgi_asgi.models.config import ModelConfig
 
 
 class Need(enum.StrEnum):
-    """One thing that a model may need, in the words of messages."""
+    """One thing that a model may need, as worded in messages."""
 
     LAYER_NORM = "LayerNorm"
     PLAIN_MLP = "MLPs without a gate"

@@ -1,6 +1,7 @@
-"""What a checkpoint's files say of pooling: those of sentence-transformers, or a GGUF file's key.
+"""Reads how a checkpoint pools, from the files of sentence-transformers or a GGUF file's key.
 
-Read once, by `runner/load_pooling.py`. What cannot be done is a reason and no error: the model may generate.
+Read once, by `runner/load_pooling.py`. Something unsupported yields a reason, not an error, because the model
+may still generate.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _GGUF_KINDS = {
     1: PoolingKind.MEAN,
     2: PoolingKind.CLS,
     3: PoolingKind.LAST,
-}  # llama.cpp's; 0: none, 4: a rank
-# The flags of `1_Pooling/config.json`; since version 5.4 `pooling_mode` has the name.
+}  # llama.cpp's numbers; 0: none, 4: a rank
+# The flags of `1_Pooling/config.json`; from version 5.4 on, `pooling_mode` holds the name.
 _MODES = {
     "cls": ("pooling_mode_cls_token", PoolingKind.CLS),
     "mean": ("pooling_mode_mean_tokens", PoolingKind.MEAN),
@@ -44,14 +45,14 @@ _MODES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A linear layer behind the pooling."""
+    """A linear layer after the pooling."""
 
     weight: Floats  # [out, in]
     bias: Floats | None  # [out]
     activation: str  # one of `ACTIVATIONS`
 
     def apply(self, x: Floats) -> Floats:
-        """Return what it makes of x [in]."""
+        """Return the layer's output for x [in]."""
         out = self.weight @ x
         if self.bias is not None:
             out = out + self.bias
@@ -60,13 +61,13 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class PoolingFiles:
-    """What the files say.
+    """The pooling settings in the files.
 
     Attributes:
-        kind: None: nothing, or what cannot be done, for a `reason`.
-        max_tokens: of a text.
-        score_tokens: whose logits score a pair: of "yes", or of "no" and "yes".
-        is_told: the files are an embedding's or a ranking's: the model is not for generating.
+        kind: None: not specified, or unsupported for a `reason`.
+        max_tokens: Maximum number of tokens in a text.
+        score_tokens: Tokens whose logits score a pair: "yes", or "no" and "yes".
+        is_told: Whether the files are those of an embedding or ranking model, which is not for generating.
     """
 
     kind: PoolingKind | None = None
@@ -83,7 +84,7 @@ class PoolingFiles:
 
 
 def read_gguf_pooling(metadata: Mapping[str, Any]) -> PoolingFiles:
-    """Read what a GGUF file says."""
+    """Read the pooling of a GGUF file."""
     kind = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
     return PoolingFiles(_GGUF_KINDS.get(kind) if type(kind) is int else None)
 
@@ -92,7 +93,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
     """Read the files of sentence-transformers, if there are any.
 
     Raises:
-        ModelLoadError: one of them is damaged.
+        ModelLoadError: if one of them is damaged.
     """
     modules = _read_list(directory / "modules.json")
     found = _read_optional(directory / "sentence_bert_config.json")
@@ -118,7 +119,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
                     config = _read_optional(path / "config.json")
                     result["kind"] = _pooling_kind(config)
                     if config.get("include_prompt") is False:
-                        result["prompts"] = {}  # whose tokens would have to be left out of the pooling
+                        result["prompts"] = {}  # their tokens would have to be excluded from the pooling
                 case "Dense":
                     if "kind" not in result or result["is_normalized"]:
                         raise _Unsupported("a Dense of modules.json is not between Pooling and Normalize")
@@ -135,7 +136,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
 
 
 class _Unsupported(Exception):
-    """Raised for what sentence-transformers can do and this server cannot."""
+    """Raised for what sentence-transformers supports and this server does not."""
 
 
 def _read_list(path: Path) -> list[tuple[str, Path]]:
@@ -205,10 +206,10 @@ def _floats(file: SafetensorsFile, name: str) -> Floats:
 
 
 def _score_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of "no", if that is given, and "yes"."""
+    """Return the ids of "no", if given, and of "yes"."""
     no, yes = config.get("false_token_id"), config.get("true_token_id")
     given = (yes,) if no is None else (no, yes)
     ids = tuple(token_id for token_id in given if type(token_id) is int and token_id >= 0)
     if len(ids) < len(given):
-        raise _Unsupported(f"the tokens {str(given)[:100]} of LogitScore are none")
+        raise _Unsupported(f"the tokens {str(given)[:100]} of LogitScore are not token ids")
     return ids

@@ -1,8 +1,8 @@
-"""A model's configuration key by key, from a config.json or a GGUF file: what is read is noted.
+"""Reads a model's configuration key by key, from config.json or a GGUF file, and records the keys read.
 
-Families read by the names of config.json; those of GGUF files are translated. Once a family has read what it
-knows, `finish` refuses what is left and might change the arithmetic: silently different text is the worst
-outcome. Knows no torch.
+Families use the names of config.json; those of GGUF files are translated. Once a family has read what it
+knows, `finish` refuses remaining keys that might change the arithmetic, because silently different text is
+the worst outcome. Without torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from tgi_asgi.errors import NotInFamily
 from tgi_asgi.models.config import check
 
-# Parts of names of config.json keys that change what a model computes.
+# Parts of config.json key names that suggest a change to what a model computes.
 _SUSPICIOUS = ("softcap", "scal", "multiplier", "norm", "bias", "rope", "window", "alibi", "act")
-# Such names that do not, whatever the family.
+# Keys with such names that do not, for any family.
 _HARMLESS = frozenset({"rope_interleaved", "activation_dropout", "bias_dropout_fusion", "norm_dropout"})
 _GGUF_NAMES = {
     "hidden_size": "embedding_length",
@@ -63,14 +63,14 @@ _GGUF_NAMES = {
     "mamba_d_state": "ssm.state_size",
     "mamba_d_conv": "ssm.conv_kernel",
 }
-# Keys of GGUF files that matter where there are such tensors: dense Granite 4's say how large its experts and
-# recurrent layers would be.
+# Prefixes of GGUF keys that matter only if the file has such tensors: dense Granite 4 files state sizes of
+# experts and recurrent layers that they do not have.
 _GGUF_PARTS = {"expert_shared_feed_forward_length": "_shexp.", "ssm.": ".ssm_"}
 _REQUIRED = object()
 
 
 def as_float(value: int | float) -> float:
-    """Return a number of a file as a float: JSON has integers that are beyond any."""
+    """Return a number of a file as a float; JSON integers may exceed the range of floats."""
     try:
         return float(value)
     except OverflowError:
@@ -85,29 +85,29 @@ class Reader:
         hidden_size = reader.integer("hidden_size")
 
     Attributes:
-        is_gguf: the file is GGUF, which says some things by its tensors' names.
-        tensors: these names; empty for a config.json.
+        is_gguf: Whether the file is GGUF, which expresses some settings by tensor names.
+        tensors: These names; empty for a config.json.
     """
 
     def __init__(self, values: Mapping[str, Any], *, is_gguf: bool, tensors: frozenset[str]) -> None:
         self.is_gguf, self.tensors = is_gguf, tensors
         self._values = values
         self._read: set[str] = set()
-        self._own: dict[str, str] = {}  # this family's names of keys, by the usual ones
+        self._own: dict[str, str] = {}  # this family's key names, by the usual ones
 
     @classmethod
     def of_json(cls, config: Mapping[str, Any]) -> Reader:
-        """Read a `config.json`, of transformers 4 or 5."""
+        """Read a `config.json` of transformers 4 or 5."""
         return cls(config, is_gguf=False, tensors=frozenset())
 
     @classmethod
     def of_gguf(cls, metadata: Mapping[str, Any], tensors: frozenset[str]) -> Reader:
-        """Read a GGUF file's keys under its architecture's name; `vocab_size` may be the tokenizer's."""
+        """Read a GGUF file's keys of its architecture; `vocab_size` may come from the tokenizer."""
         prefix = f"{metadata.get('general.architecture')}."
         values = {
             key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
         }
-        # The one group of keys that has no architecture's name before it.
+        # The only group of keys without the architecture's name as prefix.
         values |= {key: value for key, value in metadata.items() if key.startswith("xielu.")}
         tokens = metadata.get("tokenizer.ggml.tokens")
         if "vocab_size" not in values and tokens is not None:
@@ -118,9 +118,9 @@ class Reader:
         return cls(values, is_gguf=True, tensors=tensors)
 
     def rename(self, **names: tuple[str, ...]) -> None:
-        """Say what a config.json of this family calls keys; before `defaults`.
+        """Set the names of keys in this family's config.json; call before `defaults`.
 
-        The first of a key's names that has a value counts, where the usual name has none.
+        If the usual name has no value, the first of a key's other names that has one is used.
         """
         if self.is_gguf:
             return
@@ -130,18 +130,18 @@ class Reader:
             self._read.update(own)
 
     def defaults(self, **values: Any) -> None:
-        """Say what a config.json means where it lacks a key: what the family's class in transformers has."""
+        """Set the values of keys that a config.json lacks: the defaults of transformers' class."""
         if not self.is_gguf:
             missing = {key: value for key, value in values.items() if self._own.get(key, key) == key}
             self._values = {**missing, **self._values}
 
     def pass_over(self, *keys: str) -> None:
-        """Say of keys of a config.json, by these names, that this family's class in transformers has none."""
+        """Drop keys of a config.json that this family's class in transformers does not have."""
         if not self.is_gguf:
             self._values = {key: value for key, value in self._values.items() if key not in keys}
 
     def without(self, *keys: str) -> Reader:
-        """Return a view that lacks keys; what it reads is noted here."""
+        """Return a view without these keys; its reads are recorded here."""
         names = {self._name(key) for key in keys}
         values = {key: value for key, value in self._values.items() if key not in names}
         view = Reader(values, is_gguf=self.is_gguf, tensors=self.tensors)
@@ -149,11 +149,11 @@ class Reader:
         return view
 
     def replace(self, key: str, value: Any) -> None:
-        """Say what a value means that a family knows in more forms than the readers below."""
+        """Replace a value whose further forms only the family knows, before the typed readers see it."""
         self._values = {**self._values, self._name(key): value}
 
     def get(self, key: str) -> Any:
-        """Return a value as it is, None where there is none."""
+        """Return a raw value; None if it is absent."""
         key = self._name(key)
         self._read.add(key)
         return self._values.get(key)
@@ -161,7 +161,7 @@ class Reader:
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """Return an integer; None counts as absent."""
         value = self._given(key, default)
-        if self.is_gguf and isinstance(value, list) and len(set(value)) == 1:  # one a layer
+        if self.is_gguf and isinstance(value, list) and len(set(value)) == 1:  # one per layer
             value = value[0]
         check(type(value) is int, f"`{self._name(key)}` must be one integer, got {str(value)[:100]}")
         return int(value)
@@ -173,20 +173,20 @@ class Reader:
         return as_float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return true or false; None counts as absent."""
+        """Return a boolean; None counts as absent."""
         value = self._given(key, default)
         check(type(value) is bool, f"`{self._name(key)}` must be true or false, got {str(value)[:100]}")
         return bool(value)
 
     def ignore(self, *keys: str) -> None:
-        """Say of keys that they do not matter to this family."""
+        """Declare that keys do not matter to this family."""
         self._read.update(map(self._name, keys))
 
     def finish(self) -> None:
-        """Refuse keys that nobody has read and that might matter.
+        """Refuse keys that were not read and might matter.
 
         Raises:
-            NotInFamily: there is one; the message names it.
+            NotInFamily: if there is one; the message names it.
         """
         for key, value in self._values.items():
             if key not in self._read and self._matters(key, value):

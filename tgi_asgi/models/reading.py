@@ -1,4 +1,4 @@
-"""How families read what most configurations have: sizes, rotary embeddings, windows."""
+"""Reads what most configurations share: sizes, rotary embeddings, windows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check, check_computed
 from tgi_asgi.models.reader import Reader, as_float
 
-# Keys that the classes of older architectures do not have: what these mean has other names there.
+# Keys that the classes of older architectures do not have; they use other names for the same things.
 LLAMA_NAMES = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
 _SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 _SCALING_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow",
     "attention_factor", "attn_factor", "mscale", "mscale_all_dim",
 )  # fmt: skip
-# What configurations call the functions of `ops.ACTIVATIONS`.
+# Names that configurations use for the functions of `ops.ACTIVATIONS`.
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "swiglu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
@@ -31,8 +31,8 @@ def read_sizes(
     """Read the sizes and constants that every decoder has, as arguments of `ModelConfig`.
 
     Args:
-        eps: the key of what norms add.
-        activation: the MLP's function, where the file does not say it: GGUF files never do.
+        eps: Key of the norms' epsilon.
+        activation: The MLP's function if the file does not state it; GGUF files never do.
     """
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     check(num_heads > 0, f"num_attention_heads must be positive, got {num_heads}")
@@ -40,7 +40,7 @@ def read_sizes(
     if reader.is_gguf:
         value_dim = reader.integer("attention.value_length", head_dim)
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
-        # What files of 2023 and 2024 say of how they were made, and llama.cpp reads no more.
+        # Keys of files from 2023 and 2024 about how they were made, which llama.cpp no longer reads.
         reader.ignore("use_parallel_residual", "tensor_data_layout")
     return {
         "vocab_size": reader.integer("vocab_size"),
@@ -71,14 +71,14 @@ def _read_activation(reader: Reader, default: str) -> str:
 
 
 def _has_tied_embeddings(reader: Reader) -> bool:
-    """Tell whether the head is the embedding; a GGUF file then has no tensor of its own for it."""
+    """Return whether the head is the embedding; a GGUF file then has no separate tensor for it."""
     if reader.is_gguf:
         return "output.weight" not in reader.tensors
     return reader.flag("tie_word_embeddings", False)
 
 
 def read_kv_heads(reader: Reader, attends: Sequence[bool]) -> None:
-    """Read the KV heads of a GGUF file that has a list of them: of the layers that attend, zeros between."""
+    """Read a GGUF file's list of KV heads per layer, which has zeros for layers without attention."""
     given = reader.get("num_key_value_heads")
     if not isinstance(given, list):
         return
@@ -89,9 +89,10 @@ def read_kv_heads(reader: Reader, attends: Sequence[bool]) -> None:
 
 
 def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
-    """Tell which of the first layer's products have biases: a config.json says it of all by one key.
+    """Return which of the first layer's products have biases; in config.json one key covers all of them.
 
-    tensors: llama.cpp's names, as `attn_q`.
+    Args:
+        tensors: llama.cpp's names, such as `attn_q`.
     """
     if not reader.is_gguf:
         return [reader.flag(key, default)] * len(tensors)
@@ -109,9 +110,10 @@ def read_layers(
     soft_cap: float | None = None,
     turns_part: bool = False,
 ) -> tuple[LayerSpec, ...]:
-    """Make the layers' specifications: one rotary embedding unless `ropes` are given, and what differs.
+    """Make the layers' specifications, with one rotary embedding unless `ropes` are given.
 
-    turns_part: the architecture knows of a `partial_rotary_factor`.
+    Args:
+        turns_part: Whether the architecture supports `partial_rotary_factor`.
     """
     count = num_layers(reader)
     if ropes is None:
@@ -129,10 +131,10 @@ def read_layers(
 
 
 def check_layer_types(kinds: object, count: int, known: Sequence[str]) -> list[str]:
-    """Return what a config.json says that each layer is.
+    """Return the layer types that a config.json lists.
 
     Raises:
-        ModelLoadError: it is no list of one of `known` a layer.
+        ModelLoadError: if it is not a list with one of `known` per layer.
     """
     check_computed(
         isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
@@ -143,21 +145,21 @@ def check_layer_types(kinds: object, count: int, known: Sequence[str]) -> list[s
 
 
 def num_layers(reader: Reader) -> int:
-    """Return how many layers there are, within bounds: lists are made of this number."""
+    """Return the number of layers, checked because lists of this length are created."""
     count = reader.integer("num_hidden_layers")
     check(1 <= count <= MAX_LAYERS, f"num_hidden_layers must be in 1..{MAX_LAYERS}, got {count}")
     return count
 
 
 def read_rope(reader: Reader, head_dim: int, *, turns_part: bool = False) -> RopeSpec:
-    """Read the rotary embedding: what transformers 5 has in `rope_parameters`, and 4 in several keys."""
+    """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4."""
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
         return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
     values = rope_values(reader)
     check_computed(
         not any(isinstance(value, dict) for value in values.values()),
-        "`rope_parameters` has kinds of layers, which this server does not know for this architecture",
+        "`rope_parameters` differ by kind of layer, which this server does not know for this architecture",
     )
     return make_rope(reader, values, head_dim, turns_part=turns_part)
 
@@ -165,11 +167,12 @@ def read_rope(reader: Reader, head_dim: int, *, turns_part: bool = False) -> Rop
 def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
     """Read the rotary embeddings of layers with a window (True) and without (False).
 
-    transformers 5 has an object for each kind; before, all else of `rope_scaling` was that of layers without
-    a window. So llama.cpp's files have it.
+    transformers 5 has an object for each kind. Before, `rope_scaling` applied only to layers without a
+    window, and llama.cpp's files work that way.
 
     Args:
-        theta, local_theta: bases where the file has none, without a window and with one.
+        theta: Default base of layers without a window.
+        local_theta: Default base of layers with a window.
     """
     if reader.is_gguf:
         rope = read_rope(reader, head_dim)
@@ -193,7 +196,7 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
 
 
 def rope_values(reader: Reader) -> dict[str, Any]:
-    """Return what a config.json says of rotary embeddings, in the names of `rope_parameters`."""
+    """Return a config.json's settings of rotary embeddings, by the names of `rope_parameters`."""
     names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     values: dict[str, Any] = {name: reader.get(name) for name in names}
     for key in ("rope_scaling", "rope_parameters"):
@@ -207,13 +210,13 @@ def rope_values(reader: Reader) -> dict[str, Any]:
 def make_rope(
     reader: Reader, values: Mapping[str, Any], head_dim: int, *, turns_part: bool = False
 ) -> RopeSpec:
-    """Make a rotary embedding of what `rope_values` returns."""
+    """Make a rotary embedding from the result of `rope_values`."""
     rope = Reader.of_json(values)
     factor = rope.number("partial_rotary_factor", 1.0)
     check(0 < factor <= 1, f"partial_rotary_factor must be in (0, 1], got {factor}")
     check_computed(
         turns_part or factor == 1,
-        f"partial_rotary_factor is {factor}, but whole heads turn in this architecture",
+        f"partial_rotary_factor is {factor}, but this architecture rotates whole heads",
     )
     theta = rope.number("rope_theta", 10000.0)
     context = reader.integer("max_position_embeddings")
@@ -227,9 +230,9 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
     rope.ignore("rope_type", "type")
     original = rope.integer("original_max_position_embeddings", 0) or None
     if kind == "default":
-        rope.ignore(*_SCALING_NUMBERS)  # left over, and no part of anything
+        rope.ignore(*_SCALING_NUMBERS)  # leftovers without effect
         return None
-    kind = "longrope" if kind == "su" else kind  # as Phi-3 first called it
+    kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
     check_computed(
         kind in _SCALINGS,
         f"rope scaling of type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}",
@@ -255,10 +258,10 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
 
 
 def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
-    """Read YaRN's numbers, as `transformers` defaults them.
+    """Read YaRN's numbers, with the defaults of `transformers`.
 
-    It passes over `attn_factor`, which DeepSeek's Qwen3 8B has; vLLM, SGLang and TGI multiply by it. So did
-    that file's authors: the two factors make 1.
+    transformers ignores `attn_factor`, which DeepSeek's Qwen3 8B has; vLLM, SGLang and TGI multiply by it, as
+    done here. So did that file's authors: the two factors multiply to 1.
     """
     mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     check(min(mscale, mscale_all) >= 0, "mscale and mscale_all_dim must not be negative")
@@ -273,7 +276,7 @@ def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
 
 
 def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
-    """Return what YaRN multiplies cosines and sines by (Peng et al., arXiv 2309.00071, section 3.4)."""
+    """Return YaRN's factor on cosines and sines (Peng et al., arXiv 2309.00071, section 3.4)."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -287,9 +290,9 @@ def _factors(rope: Reader, key: str) -> tuple[float, ...]:
 
 
 def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
-    """Read a file's scaling; llama3's comes as a tensor of divisors instead (`rope_freqs.weight`).
+    """Read a file's scaling; llama3's is stored as a tensor of divisors instead (`rope_freqs.weight`).
 
-    As in llama.cpp a factor without a type is linear, and files of 2023 have it by another name.
+    As in llama.cpp, a factor without a type is linear; files of 2023 have it under another name.
     """
     prefix = "rope.scaling."
     reader.ignore(f"{prefix}finetuned")
@@ -298,7 +301,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     original = reader.integer(f"{prefix}original_context_length", 0) or None
     attention = reader.number(f"{prefix}attn_factor", 1.0)
     is_long = "rope_factors_long.weight" in reader.tensors
-    if is_long:  # llama.cpp goes by the tensors; the type may be missing
+    if is_long:  # llama.cpp decides by the tensors; the type may be missing
         context = reader.integer("max_position_embeddings")
         return RopeScaling(
             "longrope", max(context / (original or context), 1.0), original or context,
@@ -317,7 +320,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     for key in ("yarn_ext_factor", "yarn_attn_factor"):
         value = reader.number(f"{prefix}{key}", 1.0)
         check(value == 1, f"{prefix}{key} {value} is not supported, only 1 is")
-    # As llama.cpp has it: what config.json calls mscale_all_dim, beside an mscale of 1.
+    # llama.cpp's form of config.json's mscale_all_dim with an mscale of 1.
     undone = reader.number(f"{prefix}yarn_log_multiplier", 0.0)
     check(undone >= 0, f"{prefix}yarn_log_multiplier must not be negative, got {undone}")
     return RopeScaling(
@@ -329,13 +332,13 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
 
 
 def read_window(reader: Reader) -> list[int | None]:
-    """Read a window that all layers have, or none; what else a config.json says of windows has no effect."""
+    """Read a window that all layers have, or none; a config.json's other window keys have no effect."""
     reader.ignore("use_sliding_window", "layer_types", "max_window_layers")
     return [reader.integer("sliding_window", 0) or None] * num_layers(reader)
 
 
 def read_windows(reader: Reader, where: Sequence[bool]) -> list[int | None]:
-    """Read which layers have a window: none unless it is switched on; `layer_types` says, else `where`."""
+    """Read each layer's window: none unless switched on, then by `layer_types`, else by `where`."""
     window = reader.integer("sliding_window", 0) or None
     types = reader.get("layer_types")
     if types is not None:
@@ -347,7 +350,7 @@ def read_windows(reader: Reader, where: Sequence[bool]) -> list[int | None]:
 
 
 def read_sliding(reader: Reader, period: int) -> list[bool]:
-    """Read which layers have a window: those that are listed, else all but each `period`-th."""
+    """Return which layers have a window: those listed, else all except each `period`-th."""
     count = num_layers(reader)
     types, pattern = reader.get("layer_types"), reader.get("sliding_window_pattern")
     reader.ignore("_sliding_window_pattern")

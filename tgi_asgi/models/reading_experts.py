@@ -1,4 +1,4 @@
-"""How families read what configurations say of experts."""
+"""Reads what configurations say about experts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 from tgi_asgi.models.config import ExpertsSpec, LayerSpec, check
 from tgi_asgi.models.reader import Reader
 
-# What only training reads.
+# Keys that only training uses.
 _TRAINING = (
     "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "output_router_logits",
     "input_jitter_noise", "moe_capacity", "moe_aux_loss_lambda",
 )  # fmt: skip
-_SIGMOID = 2  # llama.cpp's number of it
+_SIGMOID = 2  # llama.cpp's number for it
 
 
 def read_experts(
     reader: Reader, *, count: str, top_k: str, size: str = "moe_intermediate_size", **more: Any
 ) -> ExpertsSpec:
-    """Read what all have: how many experts there are, how many a token has, and how large they are.
+    """Read what all experts have: their number, how many each token uses, and their size.
 
-    count, top_k, size: their keys.
-    more: other arguments of `ExpertsSpec`.
+    Args:
+        count, top_k, size: Keys of these.
+        more: Other arguments of `ExpertsSpec`.
     """
     reader.ignore(*_TRAINING)
     return ExpertsSpec(
@@ -33,7 +34,7 @@ def read_experts(
 
 
 def read_mixtral_experts(reader: Reader) -> ExpertsSpec:
-    """Read the experts of Mixtral, which are as large as the MLP that its other keys speak of."""
+    """Read the experts of Mixtral, whose size is that of the MLP in its other keys."""
     return read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
         is_renormalised=True,
@@ -41,7 +42,7 @@ def read_mixtral_experts(reader: Reader) -> ExpertsSpec:
 
 
 def read_corrected(reader: Reader) -> ExpertsSpec:
-    """Read experts as DeepSeek V3 has them: sigmoids, corrected for the choice, in groups."""
+    """Read experts as in DeepSeek V3: sigmoid scores with a correction for the selection, in groups."""
     if reader.is_gguf:
         kind = reader.integer("expert_gating_func", _SIGMOID)
         check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
@@ -62,9 +63,10 @@ def read_corrected(reader: Reader) -> ExpertsSpec:
 def with_experts(
     reader: Reader, layers: Sequence[LayerSpec], spec: ExpertsSpec, where: Callable[[int], bool]
 ) -> tuple[LayerSpec, ...]:
-    """Give experts to the layers of these indices; a GGUF file's tensors say which have them.
+    """Return the layers with experts added at these indices; in a GGUF file, tensors show which have them.
 
-    where: what a config.json says of a layer's index.
+    Args:
+        where: Returns whether the layer of an index has experts, according to config.json.
     """
     if reader.is_gguf:
         reader.ignore("leading_dense_block_count", "interleave_moe_layer_step")
@@ -78,18 +80,18 @@ def with_experts(
 
 
 def everywhere(index: int) -> bool:
-    """Tell of any layer that it has experts."""
+    """Return True: every layer has experts."""
     return True
 
 
 def behind_dense(reader: Reader) -> Callable[[int], bool]:
-    """Return which layers have experts where the first so many have none."""
+    """Return a predicate for layers with experts: all after the first dense ones."""
     first = 0 if reader.is_gguf else reader.integer("first_k_dense_replace", 0)
     return lambda index: index >= first
 
 
 def read_sparse_steps(reader: Reader) -> Callable[[int], bool]:
-    """Return which layers have experts by Qwen's two keys."""
+    """Return a predicate for layers with experts, from Qwen's two keys."""
     if reader.is_gguf:
         return everywhere
     step, dense = reader.integer("decoder_sparse_step", 1), reader.get("mlp_only_layers") or []

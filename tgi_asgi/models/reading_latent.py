@@ -1,4 +1,4 @@
-"""How families read what configurations say of latent attention."""
+"""Reads what configurations say about latent attention (MLA)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def has_our_sizes(config: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels have the sizes of a config.json, as far as it says them."""
+    """Return whether the kernels support the sizes of a config.json, as far as it states them."""
     given = [config.get(key) for key in _SIZES]
     if not all(value is None or (type(value) is int and value > 0) for value in given):
-        return True  # and refused, with the key's name
+        return True  # reading it refuses the value, naming its key
     rank, plain, turning, value = (32 if size is None else size for size in given)
     return LatentSpec(rank, plain, turning, value).is_computed
 
 
 def read_latent(reader: Reader) -> LatentSpec:
-    """Read the sizes of latents and heads; whether pairs are neighbours is the family's to say."""
+    """Read the sizes of latents and heads; the family decides whether rotary pairs are adjacent."""
     has_inner = (
         "blk.0.attn_q_a.weight" in reader.tensors if reader.is_gguf else reader.get("q_lora_rank") is not None
     )
@@ -54,7 +54,7 @@ def _read_json_heads(reader: Reader) -> tuple[int, int, int]:
 
 
 def _read_gguf_heads(reader: Reader) -> tuple[int, int, int]:
-    """Read what newer files say of heads beside the latents, which they count as one head's keys."""
+    """Read head sizes; newer files store them apart from the latents, which they count as one head's keys."""
     key, value = "attention.key_length", "attention.value_length"
     if reader.get(f"{key}_mla") is not None:
         reader.ignore(key, value)
@@ -66,9 +66,9 @@ def _read_gguf_heads(reader: Reader) -> tuple[int, int, int]:
 
 
 def read_latent_sizes(reader: Reader, latent: LatentSpec, **options: Any) -> dict[str, Any]:
-    """Read what `read_sizes` does of a model whose heads are these."""
+    """Read the sizes of `read_sizes` for a model with these heads."""
     width, heads = latent.plain_dim + latent.rotary_dim, reader.integer("num_attention_heads")
-    # What transformers 5 and llama.cpp say of heads is of latents, or of what turns.
+    # The head sizes of transformers 5 and llama.cpp are those of latents, or of the rotated dims.
     reader.replace("head_dim", width)
     reader.replace("attention.value_length", width)
     reader.replace("num_key_value_heads", heads)
@@ -76,18 +76,18 @@ def read_latent_sizes(reader: Reader, latent: LatentSpec, **options: Any) -> dic
 
 
 def latent_layers(reader: Reader, latent: LatentSpec, rope: RopeSpec, scale: float) -> tuple[LayerSpec, ...]:
-    """Make the layers' specifications: all are alike."""
+    """Make the layers' specifications, which are all equal."""
     return (LayerSpec(rope, None, scale, latent=latent),) * num_layers(reader)
 
 
 def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, float]:
-    """Read the rotary embedding, and what scores are multiplied by: YaRN's magnitude is part of it.
+    """Read the rotary embedding and the attention scale, which includes YaRN's magnitude.
 
-    In a GGUF file, as llama.cpp has it, DeepSeek's two magnitudes of cosines are one.
+    In a GGUF file, as in llama.cpp, DeepSeek's two magnitudes of cosines are taken as equal.
     """
     if reader.is_gguf:
         key = "rope.scaling.yarn_log_multiplier"
-        all_dims = 10 * reader.number(key, 0.0)  # of this architecture the files have a tenth
+        all_dims = 10 * reader.number(key, 0.0)  # files of this architecture store a tenth of it
         if all_dims:
             reader.replace(key, 1.0)
         rope = read_rope(reader, latent.rotary_dim)
@@ -102,5 +102,5 @@ def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, floa
 
 
 def interleaved(latent: LatentSpec, is_interleaved: bool) -> LatentSpec:
-    """Return latents whose keys turn in pairs of neighbours, or not."""
+    """Return latents whose rotary pairs are adjacent dims, or not."""
     return replace(latent, is_interleaved=is_interleaved)

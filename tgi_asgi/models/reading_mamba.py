@@ -1,4 +1,4 @@
-"""How families read what configurations say of Mamba-2."""
+"""Reads what configurations say about Mamba-2."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _SIZES = {"hidden_size": 4096, "mamba_expand": 2, "mamba_n_heads": 128, "mamba_d
 
 
 def has_kernels_for(config: Mapping[str, Any], width: object = None) -> bool:
-    """Tell of a config.json whether the kernels have the sizes of its states.
+    """Return whether the kernels support the state sizes of a config.json.
 
-    width: channels of all heads; None: a multiple of the residual's.
+    Args:
+        width: Channels of all heads; None: `mamba_expand` times the residual's.
     """
     hidden, expand, heads, taps = (config.get(key) or size for key, size in _SIZES.items())
     sizes = (hidden, expand, heads, taps) if width is None else (width, heads, taps)
     if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # and refused, with the key's name
+        return True  # reading it refuses the value, naming its key
     channels: Any = hidden * expand if width is None else width
     return channels % (16 * heads) == 0 and 2 <= taps <= MAX_TAPS
 
 
 def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
-    """Read what a recurrent layer is, also of models that have none."""
+    """Read the specification of a recurrent layer, even for models that have none."""
     heads = reader.integer("mamba_n_heads", 128)
     if reader.is_gguf:
         width = reader.integer("ssm.inner_size", 2 * hidden)
@@ -36,7 +37,7 @@ def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
         width = reader.integer("mamba_expand", 2) * hidden
         width = reader.integer("mamba_d_ssm", 0) or width
     check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
-    reader.ignore("mamba_d_head", "mamba_chunk_size")  # what these say; how some kernels go about it
+    reader.ignore("mamba_d_head", "mamba_chunk_size")  # derived from others; a kernel's block size
     (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
     (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
     return MambaSpec(
@@ -47,7 +48,7 @@ def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
 
 
 def _read_limit(reader: Reader) -> tuple[float, float]:
-    """Read what steps are cut to; `transformers` writes infinity as an object."""
+    """Read the limits of time steps; `transformers` writes infinity as an object."""
     given = reader.get("time_step_limit") or (0.0, math.inf)
     check(
         isinstance(given, list | tuple) and len(given) == 2,

@@ -1,6 +1,6 @@
-"""What a layer may have in the place of attention: something that keeps a state of a sequence, of one size.
+"""Layers that replace attention with a recurrent state of fixed size per sequence.
 
-Plain Python over the operators, as `layers.py`.
+Plain Python over the operators, like `layers.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, Recurrent
 
 
 class RecurrentSource(Protocol):
-    """A layer's weights, as `layers.LayerWeights` has them."""
+    """The weights of a layer, as in `layers.LayerWeights`."""
 
     config: ModelConfig
     arithmetic: ops.Arithmetic
@@ -29,20 +29,20 @@ class RecurrentSource(Protocol):
 
 
 class Recurrent(Protocol):
-    """Something of this kind.
+    """A recurrent part of a layer.
 
     Attributes:
-        products: by the names of their modules, as adapters have them.
+        products: Its products by module name, for adapters.
     """
 
     products: dict[str, ops.LinearWeight]
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
-        """Add to the residual x what this makes of the activation a, times `factor`."""
+        """Add the output for the activation a, times `factor`, to the residual x."""
 
 
 class ShortConv:
-    """A gated short convolution: C * conv(B * x), of which one product makes all three.
+    """A gated short convolution: C * conv(B * x); one product computes B, C and x.
 
     Source: Liquid AI, LFM2 Technical Report, arXiv 2511.23404, section 2.
     """
@@ -57,13 +57,13 @@ class ShortConv:
         self.products = {"conv.in_proj": self._input, "conv.out_proj": self._output}
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
-        """Add to the residual x what this makes of the activation a, times `factor`."""
+        """Add the output for the activation a, times `factor`, to the residual x."""
         rows = ops.short_conv(ops.linear(a, self._input), self._conv, cache, is_gated=True)
         return ops.linear_add(ops.activation(rows), self._output, x, factor)
 
 
 class Mamba:
-    """Mamba-2: a product makes gates, what is convolved (x, B and C) and the heads' steps.
+    """Mamba-2: one product computes the gates, the inputs of the convolution (x, B and C) and the time steps.
 
     Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060, section 7.
     """
@@ -79,7 +79,7 @@ class Mamba:
         factors = torch.tensor(convolved).repeat_interleave(torch.tensor([width, state, state]))
         bias = ops.vector(weights.get("mamba.conv1d.bias", spec.num_channels)) if spec.has_conv_bias else None
         self._conv = ops.ShortConvWeight(taps.view(len(factors), -1) * factors[:, None], bias)
-        is_llama_cpp = weights.has("mamba.A")  # where others have the logarithm of what it has
+        is_llama_cpp = weights.has("mamba.A")  # GGUF stores A itself, checkpoints its logarithm
         logs, steps = ("mamba.A", "mamba.dt.bias") if is_llama_cpp else ("mamba.A_log", "mamba.dt_bias")
         a = ops.vector(weights.get(logs, heads))
         self._scan = ops.SelectiveScanWeight(
@@ -93,9 +93,9 @@ class Mamba:
         self.products = {"mamba.in_proj": self._input, "mamba.out_proj": self._output}
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
-        """Add to the residual x what this makes of the activation a, times `factor`."""
+        """Add the output for the activation a, times `factor`, to the residual x."""
         width, channels = self._spec.width, self._spec.num_channels
-        rows = ops.linear(a, self._input)  # gates, what is convolved, steps
+        rows = ops.linear(a, self._input)  # gates, convolution inputs, time steps
         convolved = ops.short_conv(rows, self._conv, cache, has_silu=True, first_column=width)
         y = ops.selective_scan(convolved, rows, self._scan, cache, steps_column=width + channels)
         y = ops.gated_norm(
@@ -106,7 +106,7 @@ class Mamba:
 
 
 class GatedDelta:
-    """A gated delta net: queries, keys and values are convolved, then go through the heads' states.
+    """A gated delta net: queries, keys and values are convolved, then update and read the heads' states.
 
     Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464.
     """
@@ -118,7 +118,7 @@ class GatedDelta:
         self._steps = ops.router_weight(_steps(weights, spec), arithmetic)
         taps = ops.vector(weights.get("linear_attn.conv1d.weight", spec.num_channels, 1, spec.num_taps))
         self._conv = ops.ShortConvWeight(taps.view(spec.num_channels, spec.num_taps))
-        is_llama_cpp = weights.has("linear_attn.A")  # where others have the logarithm of what it has
+        is_llama_cpp = weights.has("linear_attn.A")  # GGUF stores A itself, checkpoints its logarithm
         a = ops.vector(weights.get("linear_attn.A" if is_llama_cpp else "linear_attn.A_log", heads))
         bias = weights.get("linear_attn.dt.bias" if is_llama_cpp else "linear_attn.dt_bias", heads)
         self._rule = ops.DeltaRuleWeight(
@@ -128,13 +128,13 @@ class GatedDelta:
         self._norm = ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)).repeat(heads)
         self._output = weights.linear("linear_attn.out_proj", hidden, spec.width, has_bias=False)
         self.products: dict[str, ops.LinearWeight] = {}
-        if not spec.is_tiled:  # else heads lie in another order than in adapters
+        if not spec.is_tiled:  # else heads are in another order than in adapters
             self.products["linear_attn.out_proj"] = self._output
             if weights.has("linear_attn.in_proj_qkv.weight"):
                 self.products |= {"linear_attn.in_proj_qkv": self._input, "linear_attn.in_proj_z": self._gate}
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
-        """Add to the residual x what this makes of the activation a, times `factor`."""
+        """Add the output for the activation a, times `factor`, to the residual x."""
         rows, gate, steps = (ops.linear(a, each) for each in (self._input, self._gate, self._steps))
         convolved = ops.short_conv(rows, self._conv, cache, has_silu=True)
         y = ops.delta_rule(convolved, steps, self._rule, cache)
@@ -158,7 +158,7 @@ def _inputs(weights: RecurrentSource, spec: GatedDeltaSpec) -> Iterator[ops.Weig
 
 
 def _steps(weights: RecurrentSource, spec: GatedDeltaSpec) -> ops.WeightSource:
-    """Return the product of each head's rate, and below that of each head's decay."""
+    """Return the product of each head's rate, and below it that of each head's decay."""
     hidden, both = weights.config.hidden_size, "linear_attn.in_proj_ba.weight"
     if weights.has(both):
         order = _ungrouped(spec.num_key_heads, [spec.num_heads // spec.num_key_heads] * 2)
@@ -168,10 +168,10 @@ def _steps(weights: RecurrentSource, spec: GatedDeltaSpec) -> ops.WeightSource:
 
 
 def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:
-    """Return the order of rows that lie group by group, in each the parts of these sizes.
+    """Return the row order for rows stored group by group, each group with parts of these sizes.
 
-    q0 k0 v0 z0 | q1 k1 v1 z1     as Qwen3-Next's files have them
-    q0 q1 | k0 k1 | v0 v1 | z0 z1     what is read
+    q0 k0 v0 z0 | q1 k1 v1 z1         in Qwen3-Next's files
+    q0 q1 | k0 k1 | v0 v1 | z0 z1     as read
     """
     rows = np.arange(num_groups * sum(sizes)).reshape(num_groups, -1)
     parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
@@ -179,7 +179,7 @@ def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:
 
 
 def make_recurrent(weights: RecurrentSource, spec: RecurrentSpec) -> Recurrent:
-    """Make what a configuration says."""
+    """Make the recurrent part that a specification describes."""
     if isinstance(spec, GatedDeltaSpec):
         return GatedDelta(weights, spec)
     return Mamba(weights, spec) if isinstance(spec, MambaSpec) else ShortConv(weights, spec)

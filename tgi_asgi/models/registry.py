@@ -1,4 +1,4 @@
-"""The families that can be served: those of the modules in `models/families`, each found by itself."""
+"""The native families that can be served: all modules in `models/families`, discovered automatically."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tgi_asgi.models.family import Family
 
 @functools.cache
 def all_families() -> tuple[Family, ...]:
-    """Import every module of `models/families`, and return what they have."""
+    """Import every module of `models/families`, and return their families."""
     modules = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
     imported = (importlib.import_module(f"{families.__name__}.{name}") for name in modules)
     return tuple(family for module in imported for family in module.FAMILIES)
 
 
 def has_family(name: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether there is a family of a config.json's architecture that computes what it says."""
+    """Return whether the family of a config.json's architecture exists and computes what it asks for."""
     family = _find(name)
     return family is not None and family.computes(config)
 
 
 def find_by_architecture(name: str) -> Family:
-    """Look up the family of a config.json's architecture, be it without a head or with a classifier's."""
+    """Return the family of a config.json's architecture, including variants without a head or with labels."""
     found = _find(name)
     if found is not None:
         return found
@@ -43,7 +43,7 @@ def _find(name: str) -> Family | None:
 
 
 def find_by_gguf_name(name: str) -> Family:
-    """Look up the family of a GGUF file's `general.architecture`; the first of its name speaks for all."""
+    """Return the family of a GGUF file's `general.architecture`; the first with the name represents all."""
     for family in all_families():
         if family.gguf_name == name:
             return family

@@ -1,4 +1,4 @@
-"""The rotary tables of a model: frequencies in float32, step by step as `transformers` computes them."""
+"""The rotary tables of a model: float32 frequencies, computed in the same steps as in `transformers`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tgi_asgi.settings import GivenRope
 
 
 class RopeTables:
-    """One table for each rotary embedding that layers have, and for what queries grow by.
+    """One table per rotary embedding of the layers, and one per query growth.
 
-    A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the
-    context, as the base of dynamic scaling does: both are chosen once, by the longest that is served. Keys in
-    the cache have then been turned by the table that queries are, and a text does not depend on others.
+    A GGUF file stores llama3's and longrope's scaling as tensors of divisors. longrope's divisors and dynamic
+    scaling's base depend on the context; both are chosen once, for the longest context served. Cached keys
+    and queries are then rotated by the same table, and a text does not depend on other requests.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
@@ -34,11 +34,11 @@ class RopeTables:
         self._growths = {growth: _query_scales(growth, max_positions) for growth in growths}
 
     def table(self, spec: RopeSpec | None) -> ops.RopeTable | None:
-        """Return a layer's table; None if positions do not matter to it."""
+        """Return a layer's table; None if it does not rotate."""
         return None if spec is None else self._tables[spec]
 
     def query_scales(self, growth: QueryGrowth | None) -> Tensor | None:
-        """Return what a layer multiplies queries by, [positions] float32; None: they stay as they are."""
+        """Return a layer's factors on queries, [positions] float32; None: no factors."""
         return None if growth is None else self._growths[growth]
 
 
@@ -48,12 +48,12 @@ def _query_scales(growth: QueryGrowth, max_positions: int) -> Tensor:
 
 
 def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:
-    """Return what frequencies are divided by, [dim / 2] float32, where a list or a tensor says it."""
+    """Return the divisors of the frequencies, [dim / 2] float32, if a list or a tensor has them."""
     scaling = spec.scaling
     if scaling is not None and scaling.is_given:
         for name in ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"):
             if name in weights:
-                weights.get(name, (spec.dim // 2,))  # it is known, and not applied
+                weights.get(name, (spec.dim // 2,))  # mark it as read, but do not apply it
         return None
     if scaling is not None and scaling.kind == "longrope":
         is_long = max_positions > scaling.original_context
@@ -71,9 +71,10 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
 
 
 def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None, max_positions: int = 0) -> Tensor:
-    """Return what a position is multiplied by to give each pair's angle: [dim / 2] float32.
+    """Return the angle of each pair per position: [dim / 2] float32.
 
-    max_positions: the context that is served, which dynamic scaling depends on.
+    Args:
+        max_positions: The context served, which dynamic scaling depends on.
     """
     if spec.frequencies is not None:
         return torch.tensor(spec.frequencies, dtype=torch.float32)
@@ -93,9 +94,9 @@ def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None, max_posi
 
 
 def _base(spec: RopeSpec, max_positions: int) -> float:
-    """Return theta; with dynamic scaling grown with the context, so that the slowest pair turns as far.
+    """Return theta; with dynamic scaling, increased with the context so that the slowest pair rotates as far.
 
-    Source: "Dynamically Scaled RoPE", NTK-aware, as `transformers` has it.
+    Source: "Dynamically Scaled RoPE", NTK-aware, as in `transformers`.
     """
     scaling = spec.scaling
     if scaling is None or scaling.kind != "dynamic":
@@ -106,17 +107,17 @@ def _base(spec: RopeSpec, max_positions: int) -> float:
 
 
 def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
-    """Return a configuration whose positions are scaled so, in the place of what it says, and its context.
+    """Return a configuration with this position scaling instead of its own, and the resulting context.
 
-    Of layers with rotary embeddings of several kinds those without a window are meant.
+    If layers have several rotary embeddings, those of layers without a window are scaled.
 
     Raises:
-        ModelLoadError: the model has no rotary embedding.
+        ModelLoadError: if the model has no rotary embedding.
     """
     ropes = {layer.rope for layer in config.layers if layer.rope is not None}
     if len(ropes) > 1:
         ropes = {layer.rope for layer in config.layers if layer.rope and layer.window is None} or ropes
-    check(bool(ropes), f"--rope-scaling: {config.architecture} has no rotary embedding that it could scale")
+    check(bool(ropes), f"--rope-scaling: {config.architecture} has no rotary embedding to scale")
     contexts = [
         spec.scaling.original_context
         for spec in ropes
@@ -134,7 +135,7 @@ def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
 
 
 def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
-    """Stretch long wavelengths by the factor, keep short ones, and go smoothly from one to the other.
+    """Divide the frequencies of long wavelengths by the factor, keep short ones, and interpolate in between.
 
     Source: `apply_scaling` of Llama 3.1's reference code.
     """
@@ -147,7 +148,7 @@ def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _scale_yarn(powers: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
-    """Stretch pairs that turn less than `beta_slow` times in the original context, keep from `beta_fast`.
+    """Stretch pairs with under `beta_slow` turns in the original context; keep those from `beta_fast` on.
 
     Source: Peng et al., YaRN, arXiv 2309.00071, section 3.2.
     """

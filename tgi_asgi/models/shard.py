@@ -1,10 +1,10 @@
-"""What each of several shards has of a model: heads, columns of MLPs, words. Without torch.
+"""Cuts a model into shards: attention heads, MLP columns and vocabulary words per rank. Without torch.
 
     9 query heads, 3 KV heads, two shards       queries 0..5 with KV heads 0 and 1 | 6..8 with 2
     2 KV heads for 8 query heads, four shards   queries 0, 1 with KV head 0 | 2, 3 with 0 | 4, 5 with 1 | ...
 
-Matrices that make heads and inner values are cut by rows, those that take them by columns, in whole blocks
-of their format (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).
+Matrices that produce heads and inner values are cut by rows, matrices that consume them by columns, in whole
+blocks of their format (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tgi_asgi.errors import ModelLoadError
 
-_STRIP = 32  # rows and columns that kernels take at a time: no more than that is padding
+_STRIP = 32  # rows and columns per kernel strip: padding is less than that
 _MOST_SHARDS = 64
 
 
@@ -24,10 +24,10 @@ class ModelCut:
     """One shard's part of a model.
 
     Attributes:
-        rank, count: which it is, and of how many.
-        heads, kv_heads: of queries, and the KV heads that they read.
-        inner: of the columns between an MLP's products.
-        words: of the vocabulary.
+        rank, count: The shard's rank, and the number of shards.
+        heads, kv_heads: Query heads, and the KV heads that they read.
+        inner: Columns between an MLP's products.
+        words: Vocabulary words.
     """
 
     rank: int
@@ -42,19 +42,19 @@ def cut_model(
     count: int, *, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int, vocab_size: int,
     output_block: int = 1, down_block: int = 1,
 ) -> list[ModelCut]:  # fmt: skip
-    """Cut a model for so many shards, as evenly as it goes; the first have what is left over.
+    """Cut a model into `count` shards, as evenly as possible; the first shards get the remainder.
 
     Args:
-        output_block, down_block: columns that the products behind attention, and behind the MLP's inner
-            values, have in a block, which cannot be cut.
+        output_block: Columns per block of the attention output product; blocks cannot be cut.
+        down_block: The same for the product of the MLP's inner values.
 
     Raises:
-        ModelLoadError: there are more shards than parts.
+        ModelLoadError: if there are more shards than parts.
     """
     if not 2 <= count <= _MOST_SHARDS:
         raise ModelLoadError(f"--num-shard must be in 1..{_MOST_SHARDS}, got {count}")
     heads, kv_heads = _cut_heads(count, num_heads, num_kv_heads, head_dim, output_block)
-    # As the kernels pad columns to strips, so that pieces are whole strips where there are enough.
+    # Kernels pad columns to strips; parts are whole strips if there are enough.
     unit = math.lcm(down_block, _STRIP) if intermediate_size >= count * _STRIP else down_block
     inner = _split(count, intermediate_size, unit, f"{intermediate_size} columns of the MLP")
     words = _split(count, vocab_size, 1 if vocab_size < count * _STRIP else _STRIP, f"{vocab_size} words")
@@ -65,7 +65,7 @@ def cut_model(
 def _cut_heads(
     count: int, num_heads: int, num_kv_heads: int, head_dim: int, block: int
 ) -> tuple[list[range], list[range]]:
-    """Give each shard KV heads with all their query heads, or where there are too few some queries of one."""
+    """Assign each shard KV heads with all their queries, or part of one head's queries if too few."""
     group = num_heads // num_kv_heads
     if count <= num_kv_heads:
         columns = group * head_dim
@@ -86,7 +86,7 @@ def _cut_heads(
 
 
 def _split(count: int, size: int, unit: int, what: str) -> list[range]:
-    """Split [0, size) into parts of whole units, but for the last unit, which may be less."""
+    """Split [0, size) into `count` parts of whole units; the last unit may be smaller."""
     units = -(-size // unit)
     if units < count:
         blocks = f", in {units} parts that cannot be cut (of {unit})," if unit > 1 else ""

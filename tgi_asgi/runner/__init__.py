@@ -1,1 +1,1 @@
-"""Runs step plans on a device: buffers, the KV pool, sampling state. Knows no scheduling policy."""
+"""Runs step plans on a device: buffers, the KV pool, sampling state. Contains no scheduling policy."""

@@ -1,4 +1,4 @@
-"""Put a model on this machine's processor: what it computes there, and how large the cache is."""
+"""Places a model on this machine's CPU: its arithmetic, its runner and the size of its cache."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.
 
 
 class OnCpu:
-    """A model on its way to this machine's processor, as `Placement` says; nothing of it has been read.
+    """A `Placement` of a model on this machine's CPU, made before its weights are read.
 
-    `longest` are the tokens that a sequence may have as far as the model goes, `free` the bytes of memory
-    that are free now.
+    Args:
+        longest: Maximum number of tokens in a sequence, as far as the model goes.
+        free: Bytes of memory that are free now.
 
     Raises:
-        ModelLoadError: the settings ask for what a CPU does not do, or for more memory than is free.
+        ModelLoadError: if the settings ask for what a CPU does not support, or for more memory than is free.
     """
 
     device = "cpu"
@@ -81,7 +82,7 @@ class OnCpu:
             self.shards = Shards(jobs)
 
     def load(self, weights: Weights) -> ServedModel:
-        """Load the model, as `Placement` says."""
+        """Load the model, as described in `Placement`."""
         model = load_by_team(self._opened, self.arithmetic, self.longest, weights)
         if self.shards is not None:
             self.shards.wait_ready()
@@ -90,7 +91,7 @@ class OnCpu:
         return model
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        """Make its cache and what computes its steps, as `Placement` says."""
+        """Create the model's cache and runner, as described in `Placement`."""
         settings, room = self.settings, self._room
         adapters = None
         if settings.serves_adapters:
@@ -125,24 +126,25 @@ class OnCpu:
 
     @property
     def bits(self) -> str:
-        """What decides the bits of results, as `Placement` says."""
+        """What decides output bits, as described in `Placement`."""
         prompts = " prompts bfloat16" if self.has_float_prompts else ""
         return f"{self.arithmetic} {self.kernels.arithmetic}{prompts}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
-        """Return whether a sequence's bits hang on it alone, as `Placement` says."""
+        """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
         return not isinstance(model, GenericModel | EncoderModel) or model.is_batch_invariant
 
     def abandon(self) -> None:
-        """End the other shards, as `Placement` says."""
+        """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
 
 
 def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights: Weights) -> ServedModel:
-    """Load a model in a thread with member 0's core, whose memory its weights are to lie in.
+    """Load a model in a thread on member 0's core, so that its weights are allocated in that core's memory.
 
-    A thread of its own, as it keeps core and nice value for good: the caller's is its executor's.
+    The thread is a separate one because it keeps the core and nice value permanently; the caller's belongs to
+    its executor.
     """
 
     def as_member() -> ServedModel:
@@ -154,51 +156,51 @@ def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights:
 
 
 def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
-    """Return how tokens are guessed; none, said once, where it could change the text or not be undone."""
+    """Return how to draft tokens; None, with a warning, if drafts could change the text or not be undone."""
     speculation = settings.speculation
     if speculation is None or not model.config.generates:
         return None
     generic = model if isinstance(model, GenericModel) else None
     reason = (
-        "what it keeps of a sequence cannot be taken back token by token"
+        "its state of a sequence cannot be undone token by token"
         if generic is not None and generic.config.has_states
         else "its logits depend on what else is computed"
         if generic is not None and not generic.is_batch_invariant
-        else "it takes images"
+        else "it accepts images"
         if generic is not None and generic.config.seeing is not None
         else None
     )
     if reason is None:
         return speculation
-    logger.warning("nothing is speculated for %s: %s", model.config.architecture, reason)
+    logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
     return None
 
 
 def _check_served(opened: OpenModel, settings: Settings) -> None:
-    """Refuse settings that are for GPUs, and a precision that the model cannot have."""
+    """Refuse settings that are for GPUs, and a precision that the model does not support."""
     refused = ops.kernel_set().refused
     if refused is not None:
         logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
     if settings.dependent_launches:
-        raise ModelLoadError("--dependent-launches is for GPUs: a CPU launches nothing")
+        raise ModelLoadError("--dependent-launches is for GPUs: a CPU launches no kernels")
     if settings.prompt_attention != "paged":
         raise ModelLoadError(
-            f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU prompts attend by our own "
-            "kernels only"
+            f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU native kernels compute "
+            "the attention of prompts"
         )
     if settings.prompt_precision != "auto":
         prompt_precision.check_served(opened)
     if settings.kv_cache_dtype.startswith("fp8"):
-        logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
+        logger.warning("--kv-cache-dtype %s is ignored on a CPU: use int8", settings.kv_cache_dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What the free memory is for, once weights and tables are there."""
+    """How the free memory is divided."""
 
     cache: KvSize
-    batch: int  # sequences that have room for their states
-    num_kept_states: int  # those of sequences that have ended
+    batch: int  # sequences whose states fit
+    num_kept_states: int  # states of sequences that have ended
     adapter_bytes: int
 
 
@@ -211,10 +213,10 @@ def _divide(
     cuts: Sequence[ModelCut],
     free: int,
 ) -> _Room:
-    """Divide the memory before anything is read: weights and tables first, the cache has what is left.
+    """Divide the memory before anything is read: weights and tables first; the cache gets the rest.
 
     Raises:
-        ModelLoadError: the weights do not fit, or a cache that the settings ask for.
+        ModelLoadError: if the weights, or a cache that the settings ask for, do not fit.
     """
     config = opened.config
     free = max(free - opened.table_bytes(longest), 0)
@@ -232,9 +234,7 @@ def _divide(
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
-        logger.warning(
-            "--max-kept-states is ignored: nothing can be kept of %s's states", config.architecture
-        )
+        logger.warning("--max-kept-states is ignored: the states of %s cannot be kept", config.architecture)
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
         cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
@@ -246,13 +246,13 @@ def _divide(
 def _choose_dtype(name: str) -> torch.dtype:
     dtype = _DTYPES.get(name)
     if dtype is None:
-        raise ModelLoadError(f"--dtype {name} is not computed on a CPU: take bfloat16 or float32")
+        raise ModelLoadError(f"--dtype {name} is not supported on a CPU: use bfloat16 or float32")
     return dtype
 
 
 def _quantised(method: str | None) -> str | None:
-    """Return the weight format that `--quantize` asks for."""
+    """Return the weight format that `--quantize` names."""
     if method is None or method.upper() in ("Q8_0", "Q4_0"):
         return method and method.upper()
-    logger.warning("--quantize %s is ignored: q8_0 and q4_0 are known", method)
+    logger.warning("--quantize %s is ignored: only q8_0 and q4_0 are known", method)
     return None

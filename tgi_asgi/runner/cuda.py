@@ -1,8 +1,8 @@
 """Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
-A thread launches steps in the order submitted and never waits for the device, but for grammars and prompt
-log-probabilities; another waits for each step's end and hands its tokens over. Tokens drawn stay on the
-device, where the next step takes them, so that it is launched before the host knows them.
+One thread launches steps in the order submitted; it waits for the device only for grammars and prompt
+log-probabilities. Another thread waits for each step's end and delivers its tokens. Sampled tokens stay on
+the device, where the next step reads them, so that it can be launched before the host knows them.
 """
 
 from __future__ import annotations
@@ -40,26 +40,27 @@ from tgi_asgi.types import Eyes
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a prompt in a step: a GPU reads the weights in the time of products of some 200 tokens.
+# Prompt tokens per step: a GPU computes products of about 200 tokens in the time it needs to read the
+# weights.
 LEAST_CHUNK = 512
-MAX_TOP = 20  # as OpenAI has it
+MAX_TOP = 20  # the limit of OpenAI's API
 
 
 @dataclass(slots=True)
 class _Launched:
-    """A step that the device is at."""
+    """A step in flight on the device."""
 
-    result: StepResult  # but for what was drawn
+    result: StepResult  # complete except for the sampled tokens
     event: Event
-    drawn: SampleResult | None  # the host's copy, there once the event is
-    sampling: list[int]  # plan rows that draw, each a row of `drawn`
-    places: list[int]  # and which one
+    drawn: SampleResult | None  # the host's copy, valid once `event` has passed
+    sampling: list[int]  # plan rows that sample
+    places: list[int]  # row of `drawn` of each
     slots: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """Pinned memory of one step in flight."""
+    """Pinned memory for one step in flight."""
 
     inputs: Tensor
     sampling: SampleStaging
@@ -72,24 +73,24 @@ class CudaRunner:
                             max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
 
-    The model's weights are plain tensors; it is not kept once it is recorded.
+    The model's weights are plain tensors. The model is not kept once it is recorded.
 
     Args:
-        choose: gives the size of the cache for the bytes that are free once all else is there and a step of
-            the largest size has run.
-        dtype: of weights and activations.
-        kv_dtype: of the cache: `dtype` (None), or float8_e4m3fn, which keeps keys and values divided by
+        choose: Returns the cache size for the bytes that are free after everything else is allocated and a
+            step of the largest size has run.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the cache: `dtype` (None), or float8_e4m3fn, which stores keys and values divided by
             `kv_scales`.
-        kv_scales: each layer's, of keys and of values; None: 1.
-        is_batch_invariant: a token's logits are the same bits whatever else is in the step, and however a
-            prompt is cut.
-        prompt_attention: what computes the attention of prompts.
-        has_dependent_launches: a kernel begins before the one in front of it has ended.
-        max_top: log-probabilities that a sequence can ask for beside that of its token.
-        shards: other processes have the rest of the model.
+        kv_scales: Scales of keys and of values per layer; None: 1.
+        is_batch_invariant: Whether a token's logits have the same bits whatever else is in the step and
+            however a prompt is chunked.
+        prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
+        has_dependent_launches: Whether a kernel may begin before the previous one has ended.
+        max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
+        shards: The processes that have the rest of the model.
 
     Attributes:
-        max_context: tokens that a sequence can have.
+        max_context: Maximum number of tokens in a sequence.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class CudaRunner:
         self.num_kept_states: int | None = None
         self.eyes: Eyes | None = None
         self.drafts: DraftLimits | None = None
-        # One block table serves all layers: what windows hide is not given back.
+        # One block table serves all layers, so blocks outside sliding windows are not freed.
         self.windows: tuple[int | None, ...] = (None,)
         self._device, self._shards = device, shards
         self._is_batch_invariant = is_batch_invariant
@@ -178,10 +179,10 @@ class CudaRunner:
         self._waiter.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        """Queue a step, from the event loop; the future fails if the step raises, and only it.
+        """Queue a step, from the event loop; the future fails if this step raises.
 
         Raises:
-            RuntimeError: the runner is closed, or two steps are in flight already.
+            RuntimeError: if the runner is closed or two steps are already in flight.
         """
         return self._jobs.submit(plan)
 
@@ -196,18 +197,18 @@ class CudaRunner:
             self._shards.close()
 
     def _together(self, message: Message, data: Tensor | None = None) -> AbstractContextManager[None]:
-        """Have other devices do what is done inside, where there are any."""
+        """Have the other devices, if any, do what is done inside."""
         return nullcontext() if self._shards is None else self._shards.together(message, data)
 
     def _fail_to_prepare(self, reason: str) -> None:
-        """End the start, as the launcher may wait for ever for a process that has ended."""
-        with suppress(InvalidStateError):  # it has ended otherwise
+        """Fail the start; otherwise the launcher could wait forever for a process that has ended."""
+        with suppress(InvalidStateError):  # it has already ended
             self._prepared.set_exception(ModelLoadError(reason))
 
     # The launcher's thread.
 
     def _launch_all(self) -> None:
-        """Prepare the device, then launch jobs until closed."""
+        """Prepare the device, then launch jobs until the queue is closed."""
         try:
             with suppress(InvalidStateError):
                 self._prepared.set_result(self._prepare())
@@ -228,7 +229,7 @@ class CudaRunner:
         self._launched.put(None)
 
     def _launch(self, plan: StepPlan) -> _Launched:
-        """Launch a step. One that raises has drawn nothing: its rows can be run again."""
+        """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
         if self._lost is not None:
             raise self._lost
         self._inputs.check(plan)
@@ -250,7 +251,7 @@ class CudaRunner:
         shape, places = self._fill(plan.rows, sampling, staging)
         with self._together(shape, staging.inputs[: shape.num_bytes]):
             graphs = self._steps.graphs_of(self._steps.upload(shape, staging.inputs))
-            self._num_launched += 1  # the device reads this staging, even if the step fails behind here
+            self._num_launched += 1  # the device reads this staging even if the step fails below
             graphs.forward()
         self._score(plan, result)
         self._start_grammars(plan, had_grammars)
@@ -262,7 +263,7 @@ class CudaRunner:
         return _Launched(result, self._device.record(), drawn, sampling, places, slots)
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
-        """Give slots their grammars. These move on by what earlier steps drew, which is waited for."""
+        """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
         if had_grammars or self._sampler.has_grammars:
             with self._delivered:
                 self._delivered.wait_for(lambda: self._num_undelivered == 0)
@@ -272,10 +273,11 @@ class CudaRunner:
     def _fill(
         self, rows: list[StepRow], sampling: list[int], staging: _Staging
     ) -> tuple[StepShape, list[int]]:
-        """Write a step's inputs; also return the row of logits of each plan row that samples.
+        """Write a step's inputs; also return the logits row of each plan row that samples.
 
-        A step that a graph computes has the graph's shape, and a row of logits a sequence; of others only
-        rows that sample have logits. No graph has a step whose prompts are scored, for its other logits.
+        A step that a graph computes has the graph's shape and one logits row per sequence. In other steps
+        only rows that sample have logits. A step whose prompts are scored uses no graph, because it needs
+        further logits.
         """
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
@@ -288,7 +290,7 @@ class CudaRunner:
         padded = None if is_scored else self._steps.padded(num_decodes, [length for length, _ in lens])
         if padded is not None:
             shape = replace(padded, num_columns=columns)
-            gap = shape.num_decodes - num_decodes  # behind the last sequence that decodes
+            gap = shape.num_decodes - num_decodes  # after the last decoding sequence
             slots = [row.slot if row.samples else -1 for row in rows]
             row_slots = [*slots[:num_decodes], *[-1] * gap, *slots[num_decodes:]]
             last = [stop - 1 for stop in stops[1:]]
@@ -304,16 +306,16 @@ class CudaRunner:
         return shape, places
 
     def _is_decode(self, row: StepRow) -> bool:
-        """Tell whether decode attention may compute the row.
+        """Return whether decode attention may compute the row.
 
-        Its order of additions is not that of prefill attention: to be batch invariant it must not get tokens
-        of a prompt, one of which may or may not be left for a step of its own.
+        Decode and prefill attention add in different orders. For batch invariance, prompt tokens must not use
+        decode attention, since chunking decides whether a single one is left for a step of its own.
         """
         is_prompt = row.start < self._prompt_lens[row.slot]
         return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
 
     def _score(self, plan: StepPlan, result: StepResult) -> None:
-        """Score the prompts of the rows that want it; the logits to draw from are computed again after."""
+        """Score the prompts of the rows that request it; then recompute the logits to sample from."""
         first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
@@ -324,7 +326,7 @@ class CudaRunner:
                 self._steps.head()
 
     def _logits_of(self, rows: Sequence[int]) -> Tensor:
-        """Return the logits of tokens of the last step, on the device; until the next call."""
+        """Return the logits of tokens of the last step, on the device; valid until the next call."""
         with self._together(Logits(list(rows))):
             self._steps.head(rows)
         return self._steps.program.logits[: len(rows)]
@@ -335,7 +337,7 @@ class CudaRunner:
     # The waiter's thread.
 
     def _wait_for_all(self) -> None:
-        """Wait for launched steps in turn, and hand their results over."""
+        """Wait for launched steps in order, and deliver their results."""
         while (item := self._launched.get()) is not None:
             job, launched = item
             outcome = launched if isinstance(launched, Exception) else self._finish(job, launched)
@@ -361,10 +363,10 @@ class CudaRunner:
         return launched.result
 
     def _describe(self, error: Exception) -> Exception:
-        """Say in the engine's terms what an error means."""
+        """Translate an error to the engine's exceptions."""
         if isinstance(error, torch.OutOfMemoryError):
             return MemoryError(str(error))
         if isinstance(error, DeviceLost) or self._device.is_lost(error):
-            self._lost = DeviceLost(str(error))  # without the frames, which hold graphs
+            self._lost = DeviceLost(str(error))  # without the traceback, whose frames hold graphs
             return self._lost
         return error

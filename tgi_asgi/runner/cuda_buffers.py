@@ -1,4 +1,4 @@
-"""One step's inputs and results as single buffers, so that each crosses to or from the device in one copy."""
+"""One step's inputs and results as single buffers, each copied to or from the device at once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class StepShape:
 
     num_tokens: int
     num_sequences: int
-    num_rows: int  # of logits
-    num_decodes: int  # sequences of one token, which come first
-    max_query_len: int  # of the others
-    num_columns: int  # of the block tables that go up: as many as the longest sequence has blocks
-    prompt_lens: tuple[tuple[int, int], ...] = ()  # of each of the others: tokens here, and in all
+    num_rows: int  # rows of logits
+    num_decodes: int  # sequences that decode one token; they come first
+    max_query_len: int  # longest query of the other sequences
+    num_columns: int  # of the uploaded block tables: the blocks of the longest sequence
+    prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
 
     def sections(self) -> list[_Section]:
         t, s, r = self.num_tokens, self.num_sequences, self.num_rows
@@ -54,7 +54,7 @@ class StepShape:
 
     @property
     def graph(self) -> tuple[int, ...]:
-        """What steps have in common that one graph computes: it reads no lengths, and tables elsewhere."""
+        """Key of the step's graph: graphs read no prompt lengths, and block tables from a fixed place."""
         return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len
 
 
@@ -68,10 +68,10 @@ class StepBuffers:
     positions: Tensor  # [n_tokens] int32
     query_start: Tensor  # [n_sequences + 1] int32
     context_len: Tensor  # [n_sequences] int32; 0: padding
-    from_slot: Tensor  # [n_decodes] int32: the slot whose last token is the sequence's; -1: `ids` has it
-    rows: Tensor  # [n_rows] int32: tokens whose logits are wanted
+    from_slot: Tensor  # [n_decodes] int32: slot to read the last token from; -1: use `ids`
+    rows: Tensor  # [n_rows] int32: tokens whose logits are computed
     row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
-    mask_rows: Tensor  # [n_rows] int32: rows of the grammars' masks; -1: none
+    mask_rows: Tensor  # [n_rows] int32: rows of the grammar masks; -1: none
     block_table: Tensor  # [n_sequences, n_columns] int32
 
     @classmethod
@@ -89,10 +89,11 @@ class StepBuffers:
     ) -> None:
         """Write a batch of at most this shape; the rest becomes padding.
 
-        The first of its sequences, as many as `from_slot` has, decode; the others begin where the shape's do.
+        The first `len(from_slot)` sequences decode; the others are placed where the shape's other sequences
+        begin.
         """
         decodes, first, r = len(from_slot), self.shape.num_decodes, len(rows)
-        (table,) = batch.block_tables  # of all layers
+        (table,) = batch.block_tables  # one table for all layers
         for target, values, padding in (
             (self.slots, batch.slots, -1),
             (self.ids, batch.ids, 0),
@@ -104,7 +105,7 @@ class StepBuffers:
             behind = first + len(source) - decodes
             target[:decodes], target[decodes:first] = source[:decodes], padding
             target[first:behind], target[behind:] = source[decodes:], padding
-        # No kernel reads those of sequences that decode.
+        # No kernel reads the entries of decoding sequences.
         starts = torch.from_numpy(batch.query_start[decodes:]) + (first - decodes)
         self.query_start[:first] = 0
         self.query_start[first : first + len(starts)] = starts
@@ -115,14 +116,14 @@ class StepBuffers:
         self.mask_rows[:r], self.mask_rows[r:] = torch.tensor(mask_rows, dtype=torch.int32), -1
 
     def clear(self) -> None:
-        """Make all of it padding, which writes to no cache and draws for no slot."""
+        """Make everything padding, which writes to no cache and samples for no slot."""
         for field in fields(self)[1:]:
             getattr(self, field.name).zero_()
         for tensor in (self.slots, self.from_slot, self.row_slots, self.mask_rows):
             tensor.fill_(-1)
 
     def batch(self, block_tables: Tensor) -> CudaBatch:
-        """Return what a program computes, with tables [n_sequences or more, max_blocks]."""
+        """Return the batch for a program, with tables [n_sequences or more, max_blocks]."""
         return CudaBatch(
             self.ids, self.positions, self.slots, self.query_start, self.context_len,
             block_tables[: self.shape.num_sequences], self.shape.num_decodes, self.shape.max_query_len,
@@ -131,12 +132,12 @@ class StepBuffers:
 
 
 def result_bytes(num_rows: int, max_top: int) -> int:
-    """Return the size of a draw's results."""
+    """Return the size of the sampling results."""
     return _num_bytes(_result_sections(num_rows, max_top))
 
 
 def view_result(memory: Tensor, num_rows: int, max_top: int) -> SampleResult:
-    """Lay a draw's results out in memory [result_bytes] uint8: the top ones last, to copy all but these."""
+    """Lay sampling results out in memory [result_bytes] uint8; top entries last, so copies can skip them."""
     return SampleResult(**_views(memory, _result_sections(num_rows, max_top)))
 
 

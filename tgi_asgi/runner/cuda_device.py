@@ -1,6 +1,6 @@
-"""What the CUDA runner needs of its device beside the operators: pinned memory, events, graphs, free memory.
+"""The device interface of the CUDA runner: pinned memory, events, graphs and free memory.
 
-A seam: tests put an emulated device in its place.
+Tests substitute an emulated device here.
 """
 
 from __future__ import annotations
@@ -21,65 +21,65 @@ class Event(Protocol):
     """A point in the device's work."""
 
     def synchronize(self) -> None:
-        """Wait until the device is there, without the GIL."""
+        """Wait, without the GIL, until the device has reached the event."""
 
 
 class Device(Protocol):
     """A device that computes in the order of the calls.
 
     Attributes:
-        backend: of `torch.distributed`, for devices that compute a model together.
+        backend: Backend of `torch.distributed`, for devices that compute a model together.
     """
 
     backend: ClassVar[str]
     device: torch.device
 
     def __init__(self, index: int) -> None:
-        """Take the device of this number, which is the rank of the process that has it."""
+        """Use the device of this index, which is the rank of its process."""
 
     @staticmethod
     def count() -> int:
-        """Return how many devices there are."""
+        """Return the number of devices."""
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Return host memory [num_bytes] uint8 that copies to and from the device need not wait for."""
+        """Return host memory [num_bytes] uint8 that is copied to and from the device asynchronously."""
 
     def record(self) -> Event:
-        """Mark the end of what was called so far."""
+        """Record an event after everything called so far."""
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Return something that does all of what `call` does, at the cost of one launch.
+        """Return a callable that does everything `call` does, at the cost of one launch.
 
-        `call` works on fixed buffers and never waits for the device.
+        `call` uses fixed buffers and never waits for the device.
         """
 
     def enter_thread(self) -> None:
-        """Prepare the calling thread, which will make all calls from now on."""
+        """Prepare the calling thread, which must make all further calls."""
 
     def is_lost(self, error: Exception) -> bool:
-        """Tell whether the error means that nothing can succeed on this device any more."""
+        """Return whether the error means that nothing can succeed on this device any more."""
 
     def free_bytes(self) -> int:
-        """Return the memory that is free."""
+        """Return the free memory in bytes."""
 
 
 class CudaDevice:
-    """A CUDA device as torch has it; the runner's work has a stream of its own."""
+    """A CUDA device through torch; the runner's work has its own stream."""
 
     backend: ClassVar[str] = "nccl"
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._stream = _cuda.Stream(self.device)
-        self._graph_memory: Any = None  # one pool: graphs run one at a time, and share what they use inside
+        self._graph_memory: Any = None  # one pool: graphs run one at a time and share their temporary memory
 
     @staticmethod
     def count() -> int:
-        """Ask torch, which sees those of CUDA_VISIBLE_DEVICES."""
+        """Return torch's count, which honours CUDA_VISIBLE_DEVICES."""
         return torch.cuda.device_count()
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Return pinned memory, as `Device.pinned` says."""
+        """Return pinned memory, as described in `Device.pinned`."""
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def record(self) -> Event:
@@ -89,11 +89,11 @@ class CudaDevice:
         return event
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Capture a CUDA graph; the first call, outside of it, lets libraries allocate what they need."""
+        """Capture a CUDA graph; a call before the capture lets libraries allocate what they need."""
         call()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # What this thread may not call is watched: NCCL's own asks for events whenever it likes.
+        # Only this thread's calls are checked: NCCL's own thread queries events at any time.
         with torch.cuda.graph(
             graph, pool=self._graph_memory, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -102,16 +102,16 @@ class CudaDevice:
         return graph.replay
 
     def enter_thread(self) -> None:
-        """Make the runner's stream the thread's, after what others have begun to put on the device."""
+        """Make the runner's stream current, after synchronising with work already on the device."""
         torch.cuda.set_device(self.device)
         torch.cuda.synchronize(self.device)
         torch.cuda.set_stream(self._stream)
 
     def is_lost(self, error: Exception) -> bool:
-        """Ask the device itself: errors that end its context come back with every call, others do not.
+        """Ask the device itself: errors that end its context are returned by every call, others are not.
 
-        A launch with wrong arguments fails alone, an illegal address all that follows until the process ends
-        (CUDA Runtime API, cudaErrorIllegalAddress). Their texts do not tell.
+        A launch with wrong arguments fails alone; an illegal address fails every later call until the process
+        ends (CUDA Runtime API, cudaErrorIllegalAddress). The messages do not distinguish the two.
         """
         if isinstance(error, torch.OutOfMemoryError):
             return False
@@ -123,7 +123,7 @@ class CudaDevice:
         return False
 
     def free_bytes(self) -> int:
-        """Ask the driver, after torch has given back what it keeps."""
+        """Ask the driver, after torch has released its cached memory."""
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free)

@@ -1,4 +1,4 @@
-"""A GPU that is a shard of a model but the first: its part, loaded, and the launches that rank 0 tells of."""
+"""A GPU that is a shard other than the first: loads its part and makes the launches that rank 0 requests."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tgi_asgi.runner.jobs import MAX_IN_FLIGHT
 
 
 class Follower:
-    """Loads a part at once; `run` computes until rank 0 wants no more.
+    """Loads its part on construction; `run` computes until rank 0 stops it.
 
     Raises:
-        ModelLoadError: a tensor is missing, or does not fit.
+        ModelLoadError: if a tensor is missing or does not fit.
     """
 
     def __init__(self, job: CudaShardJob, connection: Connection) -> None:
@@ -36,16 +36,16 @@ class Follower:
             opened.use_cut(job.cut)
             arithmetic = ops.Repacking(job.types.dtype, device.device)
             model = opened.load(arithmetic, job.limits.max_context)
-            assert isinstance(model, Decoder)  # what is cut is a family's
+            assert isinstance(model, Decoder)  # only native families are cut
             self._model = model
             self._types = replace(job.types, kv_scales=cuda_load.kv_scales_of(opened, settings))
 
     def run(self) -> None:
-        """Do what rank 0 does, until it says that this is all."""
+        """Do what rank 0 does, until it sends the end."""
         job, device, connection = self._job, self._device, self._connection
         shard = job.join(device.device)
         steps = CudaSteps(self._model, device, job.limits, self._types, shard=shard)
-        del self._model  # the program has all of it
+        del self._model  # the program holds all of it
         steps.profile()
         shard.group.least(device.free_bytes())
         staging = [device.pinned(job.limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
@@ -56,7 +56,7 @@ class Follower:
                 case StepShape():
                     at = num_steps % MAX_IN_FLIGHT
                     num_steps += 1
-                    taken[at].synchronize()  # the step before the last has its inputs
+                    taken[at].synchronize()  # the step before the last has read its inputs
                     connection.recv_bytes_into(staging[at].numpy())
                     buffers = steps.upload(message, staging[at])
                     taken[at] = device.record()

@@ -1,4 +1,4 @@
-"""Put a model on a CUDA device: whether there is one, what it computes, and how large the cache is there."""
+"""Places a model on a CUDA device: detects the device, checks support, and sizes the cache."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ HAS = frozenset(
         Need.SLOPES,
         Need.SINKS,
     }
-)  # of what only some models need
-_MAX_GROUP = 16  # query heads of a KV head
+)  # the special needs that the GPU kernels meet
+_MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
-_SHARE = 0.92  # of the memory free after a step of the largest size: graphs and fragments have the rest
+_SHARE = 0.92  # of the memory free after a step of the largest size; graphs and fragmentation use the rest
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def find_device() -> Device | None:
-    """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen.
+    """Return the device for steps; None if the extension has no CUDA or no GPU is visible.
 
-    One whose kernels or driver are too old is told of in a sentence, and the CPU computes.
+    If the GPU's compute capability or the driver is too old, log that and let the CPU compute.
     """
     register_kernels()
     if not hasattr(torch.ops.tgi_cuda, "attention_decode"):
@@ -80,12 +80,13 @@ def find_device() -> Device | None:
 
 
 class OnCuda:
-    """A model on its way to a GPU, or to several; a `Placement`.
+    """A `Placement` of a model on one or more GPUs.
 
-    `longest` are the tokens that a sequence may have.
+    Args:
+        longest: Maximum number of tokens in a sequence.
 
     Raises:
-        ModelLoadError: the model, or what the settings ask for, is not computed on a GPU.
+        ModelLoadError: if a GPU cannot compute the model or what the settings ask for.
     """
 
     device = "cuda"
@@ -108,7 +109,7 @@ class OnCuda:
             self.shards = make_shards(files, settings, cuts, device, self.dtype, longest)
 
     def load(self, weights: Weights) -> ServedModel:
-        """Load the model, as `Placement` says."""
+        """Load the model, as described in `Placement`."""
         with must_fit():
             model = self._opened.load(self.arithmetic, self.longest, weights)
         if self.shards is not None:
@@ -117,10 +118,10 @@ class OnCuda:
         return model
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        """Make its cache and what computes its steps, as `Placement` says; nothing pools on a GPU."""
-        assert not isinstance(model, GenericModel | EncoderModel)  # they have been refused
+        """Create the model's cache and runner, as described in `Placement`; GPUs do not pool."""
+        assert not isinstance(model, GenericModel | EncoderModel)  # refused by `_check_served`
         if self.settings.speculation is not None:
-            logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
+            logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
         runner, cache = make_runner(
             model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards
         )
@@ -128,22 +129,22 @@ class OnCuda:
 
     @property
     def bits(self) -> str:
-        """What decides the bits of results, as `Placement` says."""
+        """What decides output bits, as described in `Placement`."""
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
         return f"{self.arithmetic}{scales}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
-        """Return whether a sequence's bits hang on it alone, as `Placement` says."""
+        """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
         return self.settings.batch_invariant
 
     def abandon(self) -> None:
-        """End the other shards, as `Placement` says."""
+        """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
 
 
 def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
-    """Refuse what is computed on CPUs only; return the config of what is left."""
+    """Refuse what only CPUs compute; return the model's config."""
     config = opened.config
     if opened.is_generic:
         reason = f" ({opened.why_generic})" if opened.why_generic else ""
@@ -160,44 +161,44 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
         raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
     if settings.prompt_precision != "auto":
         raise ModelLoadError(
-            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts meet decoded weights anyway"
+            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts always use decoded weights"
         )
-    assert isinstance(config, ModelConfig)  # others are computed by transformers' code
+    assert isinstance(config, ModelConfig)  # other models are computed by transformers' code
     return config
 
 
 def register_kernels() -> None:
-    """Have `torch.ops.tgi_cuda`, where the extension was built with CUDA."""
+    """Register `torch.ops.tgi_cuda`, if the extension was built with CUDA."""
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("tgi_asgi._cuda")
 
 
 def _tell_of_old_driver() -> None:
-    """Say so where torch sees no GPU for the driver's age."""
+    """Log a warning if torch sees no GPU because the driver is too old."""
     try:
         torch.cuda.init()
-    except Exception as error:  # or there is no GPU, or it is hidden
+    except Exception as error:  # also raised if there is no GPU, or it is hidden
         if "too old" in str(error):
             logger.warning("the CPU computes: %s", str(error).partition(". ")[0])
 
 
 def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    """Return what products compute in, for --dtype.
+    """Return the type that products compute in, for --dtype.
 
     Raises:
-        ModelLoadError: the kernels do not have this dtype, the model's shapes, or what it needs.
+        ModelLoadError: if the kernels lack this dtype, the model's shapes or one of its needs.
     """
     dtype = _DTYPES.get(name)
     if dtype is None:
         raise ModelLoadError(
-            f"--dtype {name} is not computed on a GPU: take {' or '.join(_DTYPES)}, or hide the GPU by "
+            f"--dtype {name} is not supported on a GPU: use {' or '.join(_DTYPES)}, or hide the GPU with "
             "CUDA_VISIBLE_DEVICES="
         )
     lacking = sorted(needs_of(config) - HAS)
     if lacking:
         raise ModelLoadError(
-            f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have as yet: to "
-            "compute on the CPU, hide the GPU by CUDA_VISIBLE_DEVICES="
+            f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet: to "
+            "compute on the CPU, hide the GPU with CUDA_VISIBLE_DEVICES="
         )
     group = config.num_heads // config.num_kv_heads
     sizes = (config.hidden_size, config.intermediate_size)
@@ -208,17 +209,17 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
         or config.hidden_size > _MAX_HIDDEN
     ):
         raise ModelLoadError(
-            f"the GPU kernels have no head size {config.head_dim} with {group} queries a KV head, hidden "
-            f"sizes {sizes}: to compute on the CPU, hide the GPU by CUDA_VISIBLE_DEVICES="
+            f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head "
+            f"and hidden sizes {sizes}: to use the CPU, hide the GPU with CUDA_VISIBLE_DEVICES="
         )
     return dtype
 
 
 def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
-    """Return what a model computes in, but for the scales that its files say.
+    """Return the types and modes of a model, except the scales from its files.
 
     Raises:
-        ModelLoadError: --kv-cache-dtype or --prompt-attention ask for what is not there.
+        ModelLoadError: if what --kv-cache-dtype or --prompt-attention asks for is not available.
     """
     return CudaTypes(
         dtype,
@@ -248,7 +249,7 @@ def _choose_prompt_attention(settings: Settings) -> PromptAttention:
 
 
 def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
-    """Return each layer's scales of keys and of values, for a cache of FP8, as the files say."""
+    """Return each layer's scales of keys and of values from the files, for an FP8 cache; else None."""
     return opened.kv_scales() if settings.kv_cache_dtype == "fp8_e4m3fn" else None
 
 
@@ -259,7 +260,7 @@ def make_shards(
     """Start the processes of the other devices, which begin to load their parts.
 
     Raises:
-        ModelLoadError: the kernels do not compute one.
+        ModelLoadError: if the kernels cannot compute a part.
     """
     check_cuts(cuts)
     limits = StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens)
@@ -275,18 +276,19 @@ def make_runner(
     kv_scales: Sequence[tuple[float, float]] | None = None,
     shards: CudaShards | None = None,
 ) -> tuple[CudaRunner, KvSize]:
-    """Record a model whose weights are on the device, and give what memory is left to the cache.
+    """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
-    `kv_scales` are each layer's of keys and of values, for a cache of FP8; `shards` have the model's other
-    parts.
+    Args:
+        kv_scales: Scales of keys and of values per layer, for an FP8 cache.
+        shards: The processes that have the model's other parts.
 
     Raises:
-        ModelLoadError: it does not fit, or --kv-cache-dtype asks for what the GPU does not have; the message
-            says what to change.
+        ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
+            message says what to change.
     """
     types = types_of(settings, dtype)
     if settings.quantize is not None:
-        logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
+        logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
@@ -319,10 +321,10 @@ def make_runner(
 
 @contextlib.contextmanager
 def must_fit() -> Iterator[None]:
-    """Say what to change where the GPU's memory does not suffice.
+    """Turn out-of-memory errors of the GPU into one that says what to change.
 
     Raises:
-        ModelLoadError: it did not.
+        ModelLoadError: if the GPU ran out of memory.
     """
     try:
         yield
@@ -330,18 +332,18 @@ def must_fit() -> Iterator[None]:
         if isinstance(error, DeviceLost) and not isinstance(error.__cause__, torch.OutOfMemoryError):
             raise
         raise ModelLoadError(
-            "the model does not fit the GPU's memory: take a smaller one, lower --max-batch-prefill-tokens "
+            "the model does not fit the GPU's memory: use a smaller one, lower --max-batch-prefill-tokens "
             f"or --max-batch-size, or free memory ({error})"
         ) from error
 
 
 def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return what keys and values are kept in, for --kv-cache-dtype."""
+    """Return the type of keys and values, for --kv-cache-dtype."""
     if name == "auto":
         return dtype
     if name == "fp8_e4m3fn":
         return torch.float8_e4m3fn
     raise ModelLoadError(
-        f"--kv-cache-dtype {name} is not kept on a GPU: take auto or fp8_e4m3fn, or hide the GPU by "
+        f"--kv-cache-dtype {name} is not supported on a GPU: use auto or fp8_e4m3fn, or hide the GPU with "
         "CUDA_VISIBLE_DEVICES="
     )

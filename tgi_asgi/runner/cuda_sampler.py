@@ -1,8 +1,8 @@
-"""Draws a step's tokens on the device: grammars' masks up, the draw's kernels, what was drawn down.
+"""Samples a step's tokens on the device: uploads grammar masks, runs the kernels, fetches the results.
 
-What the kernels read and write stays where it is, whatever the step, so that the draw of a padded step is a
-graph. Masks go up between the graphs of the forward pass and the draw, only the rows that
-have one; results come down after it, into pinned memory of the step's own, which no graph could know.
+The kernels use fixed buffers for every step, so that the sampling of a padded step can be a graph. Masks are
+uploaded between the graphs of the forward pass and of sampling, only for rows that have a grammar. Results
+are then copied to the step's own pinned memory, which a graph cannot address.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tgi_asgi.runner.plan import Sampled, SlotStart
 
 @dataclass(frozen=True, slots=True)
 class SampleStaging:
-    """Pinned memory of one step in flight."""
+    """Pinned memory for one step in flight."""
 
     masks: Tensor  # [num_slots, n_words] int32
     results: Tensor  # [n_bytes] uint8
@@ -36,12 +36,12 @@ class CudaSampler:
         rows = sampler.mask_rows(row_slots)              # goes up with the step's inputs
         sampler.start_grammar(start)                     # once the steps before are done
         sampler.upload_masks(slots, staging)
-        sampler.draw(logits, buffers)                    # or the graph of it
-        drawn = sampler.fetch(slots, num_rows, staging)  # there once the device has come so far
-        sampler.accept(slots, drawn)                     # by the thread that waited for it
+        sampler.draw(logits, buffers)                    # or its graph
+        drawn = sampler.fetch(slots, num_rows, staging)  # valid once the device has got so far
+        sampler.accept(slots, drawn)                     # on the thread that waited for it
 
     Args:
-        max_top: log-probabilities that a slot can ask for beside that of its token.
+        max_top: Maximum number of log-probabilities that a slot can request besides its token's.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, max_top: int, device: Device) -> None:
@@ -57,19 +57,19 @@ class CudaSampler:
 
     @property
     def has_grammars(self) -> bool:
-        """Whether a slot has a grammar."""
+        """Whether any slot has a grammar."""
         return bool(self._constrained)
 
     def staging(self) -> SampleStaging:
-        """Make the pinned memory that a step in flight needs."""
+        """Allocate pinned memory for one step in flight."""
         masks = self._device.pinned(self._masks.nbytes).view(torch.int32).view(self._masks.shape)
         return SampleStaging(masks, self._device.pinned(self._results.nbytes))
 
     def start(self, start: SlotStart) -> None:
-        """Give a slot to a new sequence.
+        """Reset a slot for a new sequence.
 
         Raises:
-            ValueError: it asks for more than there is room for.
+            ValueError: if it requests more than `max_top` log-probabilities.
         """
         if (start.sampling.logprobs or 0) > self._max_top:
             raise ValueError(
@@ -90,11 +90,11 @@ class CudaSampler:
             self._constrained.add(start.slot)
 
     def start_grammar(self, start: SlotStart) -> None:
-        """Give the slot its grammar, or none. No step before may still have tokens to be accepted."""
+        """Set the slot's grammar, or none. All tokens sampled by earlier steps must have been accepted."""
         self._grammars.start(start)
 
     def mask_rows(self, row_slots: Sequence[int]) -> list[int]:
-        """Return which row of the masks each row of logits will have; -1: none."""
+        """Return the mask row of each row of logits; -1: none."""
         rows = {slot: row for row, slot in enumerate(self._bound(row_slots))}
         return [rows.get(slot, -1) for slot in row_slots]
 
@@ -107,20 +107,20 @@ class CudaSampler:
             self._masks[: len(bound)].copy_(masks, non_blocking=True)
 
     def draw(self, logits: Tensor, buffers: StepBuffers) -> None:
-        """Draw a token for each row of logits: fixed buffers and no waiting, so that it can be captured."""
+        """Sample a token for each row of logits; capturable, as it uses fixed buffers and never waits."""
         num_rows = buffers.shape.num_rows
         drawn = view_result(self._results, num_rows, self._max_top)
         self.state.draw(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, drawn)
 
     def fetch(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> SampleResult:
-        """Begin to copy the last draw of so many rows to the host; without the top ones if none is wanted."""
+        """Begin to copy the last results to the host, without the top entries if no slot wants them."""
         max_top = self._max_top if self.state.max_top(slots) > 0 else 0
         count = result_bytes(num_rows, max_top)
         staging.results[:count].copy_(self._results[:count], non_blocking=True)
         return view_result(staging.results, num_rows, max_top)
 
     def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
-        """Move grammars on by the tokens drawn, and mark those that end or fail their sequences."""
+        """Advance grammars by the sampled tokens, and mark samples that end or fail their sequences."""
         self._grammars.accept(slots, drawn)
 
     def _bound(self, slots: Sequence[int]) -> list[int]:

@@ -1,13 +1,13 @@
-"""Several GPUs that compute a model together: rank 0's side, which tells the others what to launch.
+"""Several GPUs that compute a model together: rank 0's side, which tells the other ranks what to launch.
 
 ```text
- rank 0   plan ─► inputs ─► pipe: shape, inputs ─────┐   the same calls, in the same order, by all:
- rank 1   (cuda_follower.py)  up, launch  ◄──────────┤   collectives meet on the devices, and nowhere
- rank 2   ...                             ◄──────────┘   waits a host for another
+ rank 0   plan ─► inputs ─► pipe: shape, inputs ─────┐   all ranks make the same calls in the same order:
+ rank 1   (cuda_follower.py)  up, launch  ◄──────────┤   collectives synchronise the devices, and no host
+ rank 2   ...                             ◄──────────┘   waits for another
 ```
 
-The others know no plan and no sampler: what a slot drew last is in the ids that rank 0 sends them from its
-device, within the step.
+The other ranks know no plan and no sampler. Rank 0's device sends them the ids within the step, including
+those that slots sampled last.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
 
-_MULTIPLE = 8  # of columns that a product of the CUDA kernels takes
+_MULTIPLE = 8  # divides the column counts of the CUDA kernels' products
 
 
 @dataclass(frozen=True, slots=True)
 class CudaShardJob:
-    """What a process must know to compute its part, as the first has chosen it."""
+    """What a process needs to know to compute its part, as chosen by rank 0."""
 
     files: ModelFiles
     settings: Settings
@@ -47,23 +47,23 @@ class CudaShardJob:
     rank: int
     device_class: type[Device]
     limits: StepLimits
-    types: CudaTypes  # but for the scales that files say
-    store: Path  # as `DeviceGroup` has it
+    types: CudaTypes  # without the scales from the files
+    store: Path  # as in `DeviceGroup`
     descriptors: Sequence[int] = ()
 
     @property
     def cut(self) -> ModelCut:
-        """What this rank has."""
+        """This rank's part of the model."""
         return self.cuts[self.rank]
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as `ProcessJob.load` says."""
-        from tgi_asgi.runner.cuda_follower import Follower  # which imports this module
+        """Load the part, as described in `ProcessJob.load`."""
+        from tgi_asgi.runner.cuda_follower import Follower  # that module imports this one
 
         return Follower(self, connection).run
 
     def join(self, device: torch.device) -> CudaShard:
-        """Meet the others."""
+        """Join the group of all ranks."""
         group = DeviceGroup(
             self.device_class.backend, self.store, rank=self.rank, count=len(self.cuts), device=device
         )
@@ -72,7 +72,7 @@ class CudaShardJob:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Make the cache of so many blocks, then the graphs."""
+    """Create a cache of `num_blocks` blocks, then the graphs."""
 
     num_blocks: int
 
@@ -86,26 +86,26 @@ class Copies:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Compute the logits of these tokens of the last step; None: of those that the step says."""
+    """Compute the logits of these tokens of the last step; None: of the step's own rows."""
 
     rows: Sequence[int] | None
 
 
-# Behind a `StepShape`, which means a step, come its inputs as bytes. None: end.
+# A `StepShape` means a step; its inputs follow as bytes. None: end.
 Message = Cache | Copies | Logits | StepShape | None
 
 
 def check_cuts(cuts: Sequence[ModelCut]) -> None:
-    """Refuse parts that the CUDA kernels do not multiply.
+    """Refuse parts that the CUDA kernels cannot multiply.
 
     Raises:
-        ModelLoadError: there is one.
+        ModelLoadError: if there is one.
     """
     sizes = sorted({len(cut.inner) for cut in cuts if len(cut.inner) % _MULTIPLE})
     if sizes:
         raise ModelLoadError(
-            f"--num-shard {len(cuts)}: a shard would have {sizes[0]} columns of the MLP, and the GPU kernels "
-            f"take multiples of {_MULTIPLE}: change it"
+            f"--num-shard {len(cuts)}: a shard would have {sizes[0]} columns of the MLP, but the GPU kernels "
+            f"need a multiple of {_MULTIPLE}: change --num-shard"
         )
 
 
@@ -135,21 +135,21 @@ class CudaShards:
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def join(self, device: torch.device) -> CudaShard:
-        """Meet the others, which have loaded their parts."""
+        """Join the other ranks, which have loaded their parts."""
         self._shard = self._job.join(device)
         return self._shard
 
     def least(self, value: int) -> int:
-        """Return the smallest of all ranks' values, which they give now."""
+        """Return the smallest of all ranks' values; every rank must call this now."""
         assert self._shard is not None, "they have not met"
         return self._shard.group.least(value)
 
     @contextlib.contextmanager
     def together(self, message: Message, data: Tensor | None = None) -> Iterator[None]:
-        """Have the others do something; what is called inside is the same of rank 0's device.
+        """Send the other ranks a message; the body must make the same calls on rank 0's device.
 
         Raises:
-            DeviceLost: they cannot be told, or rank 0 has failed within: no rank knows where the others are.
+            DeviceLost: if a rank cannot be reached, or the body failed; the ranks' states are then unknown.
         """
         try:
             for connection in self._others.connections:
@@ -161,10 +161,10 @@ class CudaShards:
             raise DeviceLost(self._lost or f"the shards of the model have parted: {error}") from error
 
     def check(self) -> None:
-        """Hold that what the device has computed means something.
+        """Check that the device's last results are valid.
 
         Raises:
-            DeviceLost: a process has ended, and nothing was waited for.
+            DeviceLost: if a process has ended, so that the device did not wait for it.
         """
         if self._lost is not None:
             raise DeviceLost(self._lost)
@@ -176,14 +176,14 @@ class CudaShards:
         if self._lost is None:
             with contextlib.suppress(DeviceLost), self.together(None):
                 pass
-            self._leave()  # as the others do now: NCCL's groups end together
+            self._leave()  # at the same time as the others, because NCCL groups end together
             self._others.end()
-        else:  # the others wait for the one that has ended
+        else:  # the others wait for the process that ended
             self._others.kill()
             self._leave()
 
     def abandon(self) -> None:
-        """End the others at once: this process will not serve."""
+        """End the others at once; this process will not serve."""
         self._others.begin_to_close()
         self._others.kill()
         self._leave()

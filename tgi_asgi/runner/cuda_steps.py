@@ -1,6 +1,6 @@
-"""The device's half of steps: inputs that are up, the program that computes them, and its graphs.
+"""The device's half of steps: uploaded inputs, the program that computes them, and its graphs.
 
-A `CudaRunner` has one; where several devices compute together, each process has one, and all do the same.
+A `CudaRunner` has one. If several devices compute together, each process has one, and all do the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device
 
-# Batches that decode alone are padded to one of these, for each of which there are graphs.
+# Decode-only batches are padded to one of these sizes; each size has graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-# Steps with a few short prompts: each of these decodes beside each of these tokens. A GPU computes what is
-# padding while it reads the weights; without a graph it would wait for some 400 launches.
+# Steps with a few short prompts: each number of decodes is combined with each number of prompt tokens. A GPU
+# computes the padding while it reads the weights; without a graph it would wait for about 400 launches.
 MIXED_DECODES = (0, 8, 32, 64, 128, 256)
 MIXED_TOKENS = (64, 256, 512)
 MIXED_PROMPTS = 4
@@ -40,12 +40,12 @@ class StepLimits:
 
     @property
     def max_blocks(self) -> int:
-        """Columns of the block tables."""
+        """Number of block table columns."""
         return -(-self.max_context // self.block_size)
 
     @property
     def largest(self) -> StepShape:
-        """The shape that takes the most memory."""
+        """The shape that needs the most memory."""
         most = self.max_batch_size
         return StepShape(self.max_step_tokens, most, most, most, self.max_step_tokens, self.max_blocks)
 
@@ -55,10 +55,11 @@ class CudaTypes:
     """What a model computes in, and how.
 
     Attributes:
-        kv: of the cache; None: as `dtype`.
-        kv_scales: each layer's of keys and of values; None: all 1.
-        prompt_attention: what computes the attention of prompts.
-        has_dependent_launches: a kernel begins before the one in front of it has ended, in the whole process.
+        kv: Type of the cache; None: `dtype`.
+        kv_scales: Scales of keys and of values per layer; None: all 1.
+        prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
+        has_dependent_launches: Whether a kernel may begin before the previous one has ended, in the whole
+            process.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -70,10 +71,10 @@ class CudaTypes:
 
 
 def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
-    """Return the shapes of steps that are replayed as graphs, those of the fewest tokens first.
+    """Return the shapes of steps that are replayed as graphs, those with the fewest tokens first.
 
-    Each has a row of logits a sequence. Up to 15 are of batches that decode alone, and with `has_mixed` up to
-    18 of such with short prompts.
+    Each has one logits row per sequence. Up to 16 are for decode-only batches and, with `has_mixed`, up to 18
+    for batches that also have short prompts.
     """
     most = limits.max_batch_size
     alone = {size for size in BUCKETS if size < most} | {most}
@@ -94,14 +95,14 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """What steps of one shape replay; the masks of grammars go up between the two."""
+    """The graphs of one shape; grammar masks are uploaded between the two."""
 
     forward: Callable[[], None]
     draw: Callable[[], None]
 
 
 class CudaSteps:
-    """Computes the logits of steps, of fixed buffers and without waiting.
+    """Computes the logits of steps, on fixed buffers and without waiting.
 
         steps = CudaSteps(model, device, limits, types)
         steps.profile()
@@ -112,9 +113,9 @@ class CudaSteps:
         steps.program.logits
 
     Args:
-        last_ids: [num_slots] int32 on the device, the token that each slot drew last; None on a device that
-            has them of rank 0's.
-        draw: what the second graph of a shape does; None on a device that does not draw.
+        last_ids: [num_slots] int32 on the device: the token that each slot sampled last; None on a device
+            that gets them from rank 0's.
+        draw: Body of a shape's second graph; None on a device that does not sample.
     """
 
     def __init__(
@@ -141,19 +142,19 @@ class CudaSteps:
             prompt_attention=types.prompt_attention, shard=shard,
         )  # fmt: skip
         self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
-        # Where graphs read block tables. Of a step only the columns that it has go up, and are put here; what
-        # is behind them is of earlier steps, and lies past every sequence's end.
+        # Fixed tables that graphs read. A step uploads only the columns that it has and copies them here;
+        # later columns are left from earlier steps and are past every sequence's end.
         self._tables = torch.zeros(
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
-        self._own_rows: Tensor | None = None  # whose logits the last step computed
+        self._own_rows: Tensor | None = None  # rows whose logits the last step computed
         # Other libraries' attention needs the prompts' lengths on the host, which a graph does not have.
         has_mixed = types.prompt_attention is PromptAttention.PAGED
         self._shapes = graph_shapes(limits, has_mixed=has_mixed)
         self._graphs: dict[tuple[int, ...], Graphs] = {}
 
     def profile(self) -> None:
-        """Run a step of the largest size, all padding, so that libraries take the memory they want."""
+        """Run a padding-only step of the largest size, so that libraries allocate the memory they need."""
         most, tokens = self.limits.max_batch_size, self.limits.max_step_tokens
         longest = min(tokens, self.limits.max_context)
         shape = StepShape(tokens, most, most, 0, tokens, 0, ((longest, longest),))
@@ -163,30 +164,30 @@ class CudaSteps:
         self._device.record().synchronize()
 
     def make_cache(self, num_blocks: int) -> None:
-        """Give the cache its size, before anything is captured."""
+        """Allocate the cache; must precede every capture."""
         pools = make_cuda_pools(len(self._kv), num_blocks, *self._pool_shape)
         for layer, pool in zip(self._kv, pools, strict=True):
             layer.grow(pool)
 
     def capture(self) -> None:
-        """Make all graphs, the largest first: the others fit in its memory."""
+        """Capture all graphs, the largest first so that the others fit in its memory."""
         for shape in reversed(self._shapes):
             buffers = StepBuffers.view(self._inputs, shape)
-            buffers.clear()  # what is called before the capture must leave no trace
+            buffers.clear()  # the calls before the capture must leave no trace
             calls = self._calls(buffers)
             forward = self._device.capture(calls.forward)
-            # Of a device that does not draw there is nothing to capture.
+            # A device that does not sample has nothing to capture.
             draw = calls.draw if self._draw is None else self._device.capture(calls.draw)
             self._graphs[shape.graph] = Graphs(forward, draw)
 
     def release(self) -> None:
-        """Let go of the graphs."""
+        """Release the graphs."""
         self._graphs.clear()
 
     def padded(self, num_decodes: int, prompts: Sequence[int]) -> StepShape | None:
-        """Return the smallest shape of a graph for so many decodes beside prompts of these lengths.
+        """Return the smallest graph shape that fits these decodes and prompt lengths; None if none does.
 
-        Its block tables have no columns yet. None: there is none.
+        Its block tables have no columns yet.
         """
         tokens = sum(prompts)
         for shape in self._shapes:
@@ -196,11 +197,11 @@ class CudaSteps:
         return None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) of the cache, as if all at once: no block is both."""
+        """Copy blocks (from, to) of the cache as if simultaneously; no block is both source and target."""
         copy_cuda_blocks(self._kv, pairs)
 
     def upload(self, shape: StepShape, staged: Tensor) -> StepBuffers:
-        """Begin to bring a step's inputs to the device; `staged` is pinned, and at least of their size."""
+        """Begin to copy a step's inputs to the device; `staged` is pinned and at least of their size."""
         count = shape.num_bytes
         self._inputs[:count].copy_(staged[:count], non_blocking=True)
         buffers = StepBuffers.view(self._inputs, shape)
@@ -209,7 +210,7 @@ class CudaSteps:
         return buffers
 
     def graphs_of(self, buffers: StepBuffers) -> Graphs:
-        """Return the graphs of a step of this shape; where there are none, the calls themselves."""
+        """Return the graphs of a step of this shape, or the plain calls if there are none."""
         found = self._graphs.get(buffers.shape.graph)
         if found is not None and not buffers.shape.prompt_lens:
             return found
@@ -220,14 +221,14 @@ class CudaSteps:
         return Graphs(functools.partial(self._forward, buffers), draw)
 
     def head(self, rows: Sequence[int] | None = None) -> None:
-        """Compute the logits of these tokens of the last step, `max_batch_size` at most; None: its own."""
+        """Compute logits of at most `max_batch_size` tokens of the last step; None: its own rows."""
         if rows is not None:
             self.program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
         elif self._own_rows is not None:
             self.program.head(self._own_rows)
 
     def _forward(self, buffers: StepBuffers) -> None:
-        """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""
+        """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
         decodes = buffers.shape.num_decodes
         if decodes > 0:
             ids = buffers.ids[:decodes]

@@ -1,7 +1,7 @@
-"""Drafts: which tokens a step computes behind a row's own, for the steps that Python lays out.
+"""Draft tokens: what a step computes after a row's own tokens, for steps that Python lays out.
 
-The drafter itself is the extension's, where steps of rows alone ask it by themselves; see
-csrc/cpu/drafter.h for how it guesses, and docs/drafts.md for the whole.
+The drafter itself is native. Steps that run without Python ask it directly. csrc/cpu/drafter.h describes how
+it guesses, docs/drafts.md the whole mechanism.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from tgi_asgi import ops
 from tgi_asgi.runner.plan import DraftLimits, Sampled, SlotStart, StepPlan
 from tgi_asgi.settings import Speculation
 
-MOST_PER_STEP = 64  # of all rows: there is a row of logits for each
+MOST_PER_STEP = 64  # over all rows: each draft needs a row of logits
 
 
 def most_drafts(how: Speculation | None) -> int:
-    """Return how many drafts a row has at the most."""
+    """Return the maximum number of drafts per row."""
     return 0 if how is None else min(how.num_tokens, MOST_PER_STEP)
 
 
 class SlotDrafts:
-    """What is drafted for the sequences of all slots. For the runner's thread.
+    """The draft tokens of all slots' sequences. For use on the runner's thread.
 
     Attributes:
-        limits: how many drafts steps have.
-        native: the drafter, which `StepQueue` asks, too.
+        limits: Maximum numbers of drafts per row and per step.
+        native: The native drafter, which `StepQueue` also asks.
     """
 
     def __init__(self, how: Speculation, num_slots: int) -> None:
@@ -35,17 +35,17 @@ class SlotDrafts:
         self.native = ops.Drafter(num_slots=num_slots, shortest=how.shortest, longest=how.longest)
 
     def start(self, start: SlotStart) -> None:
-        """Give a slot to its new sequence."""
+        """Reset a slot's history to the tokens of its new sequence."""
         self.native.start(start.slot, np.array([*start.prompt_ids, *start.output_ids], np.int32))
 
     def choose(
         self, plan: StepPlan, starts: Sequence[int], certain: Callable[[int], Sequence[int]]
     ) -> list[list[int]]:
-        """Return the drafts of each row; an empty list where no row may have any.
+        """Return each row's drafts, or an empty list if no row may have any.
 
         Args:
-            starts: where each row begins.
-            certain: says what must follow in a slot, where its grammar knows.
+            starts: Position at which each row begins.
+            certain: Returns the tokens that a slot's grammar forces next, if any.
         """
         wishes: list[tuple[int, int, Sequence[int]]] = []
         wishing: list[int] = []
@@ -65,7 +65,7 @@ class SlotDrafts:
         return drafts
 
     def tell(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
-        """Take what the slots' sequences have drawn, in order."""
+        """Append the tokens sampled for the slots, in order."""
         for slot, sampled in zip(slots, drawn, strict=True):
             if sampled.is_finite:
                 self.native.append(slot, sampled.token_id)

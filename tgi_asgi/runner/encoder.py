@@ -1,6 +1,7 @@
-"""Runs steps of models that give vectors, on the CPU: whole prompts in, pooled vectors out, nothing kept.
+"""Runs steps of embedding models on the CPU: whole prompts in, pooled vectors out, no state kept.
 
-What `CpuRunner` is for models that generate. Blocks are counted for the scheduler; no memory is behind them.
+The counterpart of `CpuRunner` for encoder models. It reports blocks only for the scheduler's accounting; they
+have no memory.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from tgi_asgi.types import Eyes, PoolingKind
 
 
 class EncoderRunner:
-    """A `Runner` of prompts that come whole.
+    """A `Runner` for prompts that are computed whole.
 
         runner = EncoderRunner(model, num_blocks=4096, block_size=16, max_batch_size=128,
                                max_step_tokens=4096, max_context=512)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:
-        max_step_tokens: raised to `max_context`: the longest prompt is a step.
-        dense: what pooled vectors go through.
+        max_step_tokens: Maximum number of tokens per step; raised to `max_context` so that the longest prompt
+            fits one step.
+        dense: Dense layers applied to pooled vectors.
 
     Attributes:
-        max_context: tokens that a prompt can have.
+        max_context: Maximum number of tokens in a prompt.
     """
 
     num_kept_states: int | None = 0
@@ -68,21 +70,21 @@ class EncoderRunner:
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        """Queue a step, as `CpuRunner.submit`."""
+        """Queue a step, as `CpuRunner.submit` does."""
         return self._jobs.submit(plan)
 
     def close(self) -> None:
-        """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
+        """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
         self._program.close()
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a step in the calling thread, which must be the only one that does.
+        """Compute a step in the calling thread; no other thread may call this.
 
         Raises:
-            PlanError: the plan contradicts itself or the bounds.
+            PlanError: if the plan is inconsistent or out of bounds.
         """
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         if not plan.rows:
@@ -94,7 +96,7 @@ class EncoderRunner:
             raise ops.PlanError("more prompts or tokens than a step has")
         ops.wake_threads()
         for index, (row, found) in enumerate(zip(plan.rows, self._program.run(prompts), strict=True)):
-            if row.pools is None:  # only the engine's probe asks for a token
+            if row.pools is None:  # only the engine's probe requests a token
                 result.sampled[index] = Sampled(0)
             else:
                 result.pooled[index] = self._vector(row, *found)
@@ -109,7 +111,7 @@ class EncoderRunner:
         return logits[list(row.pools.token_ids)]  # a copy
 
     def _prompt(self, row: StepRow) -> Prompt:
-        """Return a row's prompt, checked."""
+        """Return a row's prompt after checking it."""
         ids = row.token_ids
         if not ids or row.start or not row.samples or len(ids) > self.max_context:
             raise ops.PlanError(f"a prompt must come whole, and have 1..{self.max_context} tokens")

@@ -1,12 +1,12 @@
-"""Which layers share block tables, and how many blocks a sequence needs of each. Without torch.
+"""Groups layers that share block tables and counts the blocks that a sequence needs in each. Without torch.
 
-Layers that see all positions need all blocks of a sequence, layers with a window only those that it reaches
-into: they are of different groups, each with a block table of its own. All groups have blocks of one size, so
-that one pool serves them: layers of a kind are cut into groups of the same number.
+Full-attention layers need all blocks of a sequence; sliding-window layers need only those within the window.
+They therefore belong to different groups, each with its own block table. Layers of one kind are cut into
+groups of equal size, so that all groups use blocks of one size from a single pool.
 
-    Gemma 3 1B: 26 layers, of which each sixth sees all positions
-    groups     4 of these | 4, 4, 4, 4, 4 and 2 with a window of 512       two of 28 places have no layer
-    16k tokens 1024 blocks | 33 blocks each
+    Gemma 3 1B: 26 layers, every sixth with full attention
+    groups     4 full-attention | 4, 4, 4, 4, 4 and 2 with a window of 512  two of 28 places have no layer
+    16k tokens 1024 blocks      | 33 blocks each
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_MOST_PADDING = 0.1  # of the bytes of a token
+_MOST_PADDING = 0.1  # as a share of a token's bytes
 
 
 @dataclass(frozen=True, slots=True)
 class CacheGroups:
-    """The layers of a model, by what they need of a sequence.
+    """The layers of a model, grouped by which positions they read.
 
     Attributes:
-        windows: of each group: how many positions a token sees, its own the last; None: all. The longest
-            first.
-        of_layers: the group of each layer.
-        bytes_per_token: in the layers of a group, that of the most.
+        windows: Per group: number of positions a token attends to, itself included; None: all. Longest first.
+        of_layers: Group index of each layer.
+        bytes_per_token: Bytes of a token in the layers of the largest group.
     """
 
     windows: tuple[int | None, ...]
@@ -34,11 +33,13 @@ class CacheGroups:
 
     @classmethod
     def of(cls, windows: Sequence[int | None], sizes: Sequence[int]) -> CacheGroups:
-        """Cut layers into groups: as few as leave hardly a place of a block empty.
+        """Cut layers into the fewest groups that waste at most a tenth of a token's bytes.
+
+        If there are none, use the groups that waste the least.
 
         Args:
-            windows: of each layer.
-            sizes: the bytes that a token takes in it.
+            windows: Window of each layer.
+            sizes: Bytes per token in each layer.
         """
         if not windows:
             return cls((None,), (), 0)
@@ -68,7 +69,7 @@ class CacheGroups:
 
 
 def _cut(layers: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Return layers in parts whose sizes are no more than this together."""
+    """Return the layers in parts whose sizes add up to at most `most`."""
     parts: list[list[int]] = []
     room = 0
     for layer in layers:
@@ -84,8 +85,9 @@ def _cut(layers: Sequence[int], sizes: Sequence[int], most: int) -> list[list[in
 class BlockNeeds:
     """How many blocks of `block_size` tokens a sequence holds in each group.
 
-    Of a window's group a prompt holds those that the window reaches into and those that the steps in flight
-    fill, `max_step_tokens` together: what comes behind takes the place of what the window has left.
+    In a sliding-window group a prompt holds the blocks within the window plus those that the steps in flight
+    fill, which have at most `max_step_tokens` tokens together. Later tokens reuse the blocks that the window
+    has passed.
     """
 
     windows: tuple[int | None, ...]
@@ -93,12 +95,12 @@ class BlockNeeds:
     max_step_tokens: int
 
     def first_read(self, group: int, position: int) -> int:
-        """Return the first block that a token at this position reads."""
+        """Return the index of the first block that a token at this position reads."""
         window = self.windows[group]
         return 0 if window is None else max(position - window + 1, 0) // self.block_size
 
     def most_held(self, group: int, num_tokens: int) -> int:
-        """Return how many blocks a sequence of so many tokens holds at a time at the most."""
+        """Return the most blocks that a sequence of `num_tokens` tokens holds at a time."""
         num_blocks = -(-num_tokens // self.block_size)
         window = self.windows[group]
         if window is None:
@@ -107,16 +109,16 @@ class BlockNeeds:
         return min(num_blocks, reached + in_flight + 1)
 
     def of_tokens(self, num_tokens: int, *, keeps_all: bool = False) -> int:
-        """Return how many blocks a sequence of so many tokens holds in all groups at the most.
+        """Return the most blocks that a sequence of `num_tokens` tokens holds in all groups together.
 
-        `keeps_all`: nothing is given back before its prompt has been computed.
+        `keeps_all`: whether no block is freed before the whole prompt has been computed.
         """
         if keeps_all:
             return len(self.windows) * -(-num_tokens // self.block_size)
         return sum(self.most_held(group, num_tokens) for group in range(len(self.windows)))
 
     def longest(self, num_blocks: int, most: int) -> int:
-        """Return how many tokens, up to `most`, a sequence can have that holds at most so many blocks."""
+        """Return the most tokens, up to `most`, of a sequence that holds at most `num_blocks` blocks."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2

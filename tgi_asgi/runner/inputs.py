@@ -1,4 +1,4 @@
-"""A plan's rows as the flat arrays that operators read, checked."""
+"""Turns a plan's rows into the flat arrays that operators read, and checks them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["PlanError", "StepInputs"]
 
 
 class StepInputs:
-    """Lays out steps; each integer of a plan is held to the model and the pool.
+    """Lays out steps and checks each integer of a plan against the model's and the pool's bounds.
 
     Args:
-        vocab_size, num_blocks, max_context: bounds of token ids, block ids and positions.
-        max_rows: sequences in a step, and the bound of slots.
-        max_tokens: tokens in a step.
-        windows: as `Runner.windows`.
-        num_kept_states: the bound of places of kept states.
+        vocab_size, num_blocks, max_context: Bounds of token ids, block ids and positions.
+        max_rows: Maximum number of sequences in a step, and the bound of slots.
+        max_tokens: Maximum number of tokens in a step.
+        windows: As in `Runner.windows`.
+        num_kept_states: Bound of the places of kept recurrent states.
 
     Attributes:
-        limits: the same, for `ops.StepQueue`.
+        limits: The same bounds, for `ops.StepQueue`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class StepInputs:
         """Check what `fill` does not: the slots that start, and the blocks to copy.
 
         Raises:
-            PlanError: one is out of bounds, or copies depend on each other.
+            PlanError: if one is out of bounds, or copies depend on each other.
         """
         for start in plan.starts:
             _check_range("slot", start.slot, self._max_rows)
@@ -72,14 +72,14 @@ class StepInputs:
         positions: npt.NDArray[Any] | None = None,
         drafts: Sequence[Sequence[int]] = (),
     ) -> FlatRows:
-        """Return the rows as arrays; a row without token ids takes its slot's of `last_ids` [n_slots].
+        """Return the rows as arrays; a row without token ids uses its slot's entry of `last_ids` [n_slots].
 
         Args:
-            positions: of the token that each slot draws next, for rows that have a `stop`.
-            drafts: of each row; or none at all.
+            positions: Position of the token that each slot samples next, for rows that have a `stop`.
+            drafts: Drafts of each row, or empty.
 
         Raises:
-            PlanError: an id, a position, a slot or a block is out of bounds, or two rows have one slot.
+            PlanError: if an id, position, slot or block is out of bounds, or two rows have the same slot.
         """
         return flatten_rows(rows, self.limits, last_ids, positions, drafts)
 

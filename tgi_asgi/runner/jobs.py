@@ -1,4 +1,4 @@
-"""Steps on their way from the event loop to a runner's thread, and their results on the way back."""
+"""Carries steps from the event loop to a runner's thread, and their results back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class Job:
-    """A step that was submitted, and who waits for it."""
+    """A submitted step and the future that waits for its result."""
 
     number: int
     plan: StepPlan
@@ -29,37 +29,41 @@ class Job:
 
 
 class JobQueue:
-    """First in, first out, with at most two steps not yet delivered.
+    """A FIFO queue with at most two undelivered steps.
 
         queue = JobQueue()
         future = queue.submit(plan)              # on the event loop
         while (job := queue.take()) is not None: # on a thread
             queue.finish(job, compute(job.plan))
 
-    With a program, steps of rows alone are computed inside `take`, one after the other: neither they
-    nor the word that they are done need Python, or wait for its lock.
+    With a native program, `take` computes steps that consist only of rows itself, one after the other.
+    Neither the computation nor the completion signal runs Python or waits for the GIL.
 
-    `submit`, `close` and `end` are for the event loop; `take` and `finish` for any other thread.
+    Call `submit`, `close` and `end` on the event loop, `take` and `finish` on any other thread.
 
     Args:
-        program, limits: what computes rows alone, and the bounds of their integers.
+        program: Native program that computes steps that consist only of rows.
+        limits: Bounds of their integers.
     """
 
     def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
         self.steps = ops.StepQueue(program, None if program is None else limits)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # not yet delivered
-        self._loop: asyncio.AbstractEventLoop | None = None  # which watches
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop that delivers results
         self._is_closed = False
 
     def submit(self, plan: StepPlan, *, is_rows_alone: bool = False) -> asyncio.Future[StepResult]:
-        """Queue a step; the future fails if the step raises, and only it: at once if its rows are refused.
+        """Queue a step.
+
+        The future fails only if this step raises; if its rows are refused, it fails at once.
 
         Args:
-            is_rows_alone: rows, and nothing else: no slot starts, no row has a grammar or scores its prompt.
+            is_rows_alone: Whether the plan has only rows: no slot starts, and no row has a grammar or scores
+                its prompt.
 
         Raises:
-            RuntimeError: the queue is closed, or two steps are in flight already.
+            RuntimeError: if the queue is closed or two steps are already in flight.
         """
         if self._is_closed:
             raise RuntimeError("the runner is closed")
@@ -69,7 +73,7 @@ class JobQueue:
         if len(self._jobs) >= MAX_IN_FLIGHT:
             raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
         job = Job(next(self._numbers), plan, loop.create_future())
-        self._jobs[job.number] = job  # first: the thread that takes the number looks for it
+        self._jobs[job.number] = job  # before the push: the thread that takes the number looks the job up
         try:
             if is_rows_alone:
                 self.steps.push_rows(job.number, plan.rows, *plan.cost)
@@ -81,12 +85,12 @@ class JobQueue:
         return job.future
 
     def take(self) -> Job | None:
-        """Wait for the next job that is for Python; None means that there will be none."""
+        """Wait for the next job that needs Python; return None once the queue is closed and empty."""
         number = self.steps.compute_rows()
         return None if number is None else self._jobs[number]
 
     def serve(self, compute: Callable[[StepPlan], StepResult]) -> None:
-        """Compute jobs one after the other until closed: a runner thread's whole life."""
+        """Compute jobs one after the other until the queue is closed. The body of a runner's thread."""
         ops.join_threads()
         while (job := self.take()) is not None:
             try:
@@ -102,17 +106,17 @@ class JobQueue:
         self.steps.finish(job.number)
 
     def close(self) -> None:
-        """Take no more; after what is queued `take` returns None. Idempotent."""
+        """Accept no more steps; after those queued, `take` returns None. Idempotent."""
         self._is_closed = True
         self.steps.close()
 
     def end(self) -> None:
-        """Deliver what has finished, and watch no more: once no thread is left that computes. Idempotent."""
+        """Deliver what has finished and stop watching. Call once no thread computes any more. Idempotent."""
         self._deliver()
         self._watch(None)
 
     def _watch(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Have this loop deliver, and no other; what another one waited for is over with it."""
+        """Deliver results on this loop only; the waiters of a previous loop are gone with it."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self.steps.fileno())
         self._loop = None
@@ -122,7 +126,7 @@ class JobQueue:
             self._deliver()
 
     def _deliver(self) -> None:
-        """End the steps that are done; runs on the event loop."""
+        """Complete the futures of finished steps. Runs on the event loop."""
         for number, drawn in self.steps.done():
             job = self._jobs.pop(number)
             outcome: StepResult | Exception
@@ -148,7 +152,7 @@ def _end(job: Job, outcome: StepResult | Exception) -> None:
     future = job.future
     if future.get_loop().is_closed():
         logger.debug("the result of step %s has no taker", job.plan.step_id)
-    elif future.done():  # cancelled by its waiter
+    elif future.done():  # cancelled by the caller
         return
     elif isinstance(outcome, Exception):
         future.set_exception(outcome)
@@ -157,5 +161,5 @@ def _end(job: Job, outcome: StepResult | Exception) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's ways of saying that there is no memory from other errors."""
+    """Return whether an error is one of torch's out-of-memory errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""How large the KV cache is: as many tokens as could ever be used at once, within the memory that is free."""
+"""Sizes the KV cache: enough tokens for all sequences at full length, within the free memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
-_LEAST_BYTES = 64  # that a token is counted as, where a model keeps no keys and values
-_SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
+_LEAST_BYTES = 64  # minimum per token, when a model keeps no keys and values
+_SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
-# Versions 2 and 1: the hierarchy's name, the files of its limit and use, the prefix of its statistics.
+# cgroup versions 2 and 1: the hierarchy's name, the limit and usage files, the prefix of the statistics.
 _CONTROLLERS = (
     ("", ("memory.max", "memory.current", "")),
     ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
@@ -26,30 +26,30 @@ _CONTROLLERS = (
 
 @dataclass(frozen=True, slots=True)
 class KvSize:
-    """Size of the pool."""
+    """Size of the block pool."""
 
     num_blocks: int
     block_size: int  # tokens
-    bytes_per_token: int  # in a block, which is of one of the groups
+    bytes_per_token: int  # of one group's layers
     dtype: torch.dtype
     windows: tuple[int | None, ...] = (None,)  # of the groups
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it holds in all layers."""
+        """Number of tokens that the pool holds in all layers."""
         return self.num_blocks // len(self.windows) * self.block_size
 
     @property
     def num_bytes(self) -> int:
-        """Address space of the pool; the system commits memory as blocks are first written."""
+        """Address space of the pool; the system commits memory when blocks are first written."""
         return self.num_blocks * self.block_size * self.bytes_per_token
 
     def longest(self, most: int, settings: Settings) -> int:
-        """Return how many tokens, up to `most`, a sequence can have."""
+        """Return the most tokens, up to `most`, that a sequence can have."""
         return self._needs(settings).longest(self.num_blocks, most)
 
     def held_tokens(self, longest: int, settings: Settings) -> int:
-        """Return how many tokens it holds, in sequences of `longest`: what windows leave is not held."""
+        """Return how many tokens it holds in sequences of `longest`, counting those that windows drop."""
         num_sequences = self.num_blocks // self._needs(settings).of_tokens(longest)
         return max(num_sequences * longest, self.num_tokens)
 
@@ -58,7 +58,7 @@ class KvSize:
 
 
 def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
-    """Return which of a model's layers share block tables, on a CPU."""
+    """Return which of a model's layers share block tables on a CPU."""
     sizes = [ops.kv_bytes_per_token(cache, kv_dtype) for cache in config.caches]
     return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
@@ -74,22 +74,27 @@ def choose_size(
     kv_dtype: torch.dtype | None = None,
     repeats: float = 1.0,
 ) -> KvSize:
-    """Choose the pool's size for sequences of up to `max_total_tokens`, of `kv_dtype` or what the CPU takes.
+    """Choose the pool's size for sequences of up to `max_total_tokens`.
 
-    `max_batch_total_tokens` decides where the operator set it: so many tokens in all layers, whatever is
-    given back behind windows. Otherwise all slots could be filled to the end, unless this share of the free
-    memory is less. `repeats`: how often shards have each KV head, on average.
+    If the operator set `max_batch_total_tokens`, the pool holds that many tokens in all layers, regardless of
+    what sliding windows free. Otherwise it holds all slots at full length, or as much as `share` of the free
+    memory holds.
+
+    Args:
+        share: Share of the free memory that the pool may use.
+        kv_dtype: Type of the keys and values; None: chosen for the CPU.
+        repeats: How many shards hold each KV head, on average.
 
     Raises:
-        ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
-            the cache cannot have the type that --kv-cache-dtype asks for.
+        ModelLoadError: if not even one block fits, the operator's own limits contradict each other, or the
+            cache cannot have the type given by --kv-cache-dtype.
     """
     windows: tuple[int | None, ...] = (None,)
     if kv_dtype is None:
         kv_dtype = _choose_dtype(config, settings, dtype)
         groups = groups_of(config, kv_dtype)
         windows, per_token = groups.windows, groups.bytes_per_token
-    else:  # a GPU's, which is plain, and of one group
+    else:  # a GPU's: plain values, one group
         per_token = sum(
             cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
             for cache in config.caches
@@ -105,31 +110,31 @@ def choose_size(
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
         raise ModelLoadError(
-            f"there is no room for a KV cache: a block of {size} tokens takes {all_bytes * size} bytes, "
+            f"there is no memory for a KV cache: a block of {size} tokens needs {all_bytes * size} bytes, "
             f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
         )
     num_blocks = min(num_blocks, (1 << 31) // size - 1)
     if settings.max_total_tokens is not None and num_blocks < needs.of_tokens(max_total_tokens):
         longest = needs.longest(num_blocks, max_total_tokens)
         raise ModelLoadError(
-            f"the KV cache holds {longest} tokens of a sequence, less than one of --max-total-tokens "
+            f"the KV cache holds {longest} tokens of a sequence, fewer than --max-total-tokens "
             f"{settings.max_total_tokens}: set that to at most {longest}, or "
             + (
                 "raise --max-batch-total-tokens"
                 if settings.max_batch_total_tokens is not None
-                else f"free memory: a token takes {all_bytes} bytes, {free_bytes} are free"
+                else f"free memory: a token needs {all_bytes} bytes, {free_bytes} are free"
             )
         )
     return KvSize(num_blocks, size, per_token, kv_dtype, windows)
 
 
 def step_tokens(settings: Settings) -> int:
-    """Return how many tokens a step of a CPU or a GPU may have."""
+    """Return the maximum number of tokens in a step, on a CPU or a GPU."""
     return settings.max_batch_prefill_tokens + settings.max_batch_size
 
 
 def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
-    """Return what keys and values are kept in: the arithmetic's type, unless the operator wants int8."""
+    """Return the type of keys and values: that of the arithmetic, unless the operator chose int8."""
     if settings.kv_cache_dtype != "int8":
         return torch.float32 if dtype is torch.float32 else torch.bfloat16
     if dtype is torch.float32:
@@ -143,7 +148,7 @@ def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) 
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still take: of the machine, and of its control groups."""
+    """Return the bytes that this process may still use, limited by the machine and its control groups."""
     free = _meminfo("MemAvailable")
     for controller, names in _CONTROLLERS:
         for group in _groups(controller):
@@ -154,7 +159,7 @@ def free_memory() -> int:
 
 
 def _groups(controller: str) -> list[Path]:
-    """Return the directories of this process's control group and those above it, where they can be seen."""
+    """Return the directories of this process's control group and its visible ancestors."""
     root = _CGROUP / controller
     for line in _read_text(_MEMBERSHIP).splitlines():
         _, _, rest = line.partition(":")
@@ -166,7 +171,7 @@ def _groups(controller: str) -> list[Path]:
 
 
 def _page_cache(group: Path, prefix: str) -> int:
-    """Return the bytes of files that a group is charged for, as of a model just read: given up at need."""
+    """Return the reclaimable page-cache bytes charged to a group, such as the files of a model just read."""
     cached = 0
     for line in _read_text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
@@ -184,7 +189,7 @@ def _meminfo(key: str) -> int:
 
 
 def _read_number(path: Path) -> int | None:
-    """Read a control group's number; None where there is none ("max", or no such file)."""
+    """Read a control group's number; None if there is none ("max", or no such file)."""
     try:
         return int(_read_text(path))
     except ValueError:

@@ -1,6 +1,6 @@
-"""Load a model: from its files on disk to a runner that waits for steps. Called once, in a thread.
+"""Loads a model from its files into a runner that is ready for steps. Called once, in a thread.
 
-Prints nothing: `progress` hears what is being done and how many bytes of it are done.
+Prints nothing: `progress` receives the current activity and its bytes done.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """All that serving a model takes."""
+    """Everything needed to serve a model."""
 
     runner: Runner
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
-    image_processor: ImageProcessor | None = None  # of a model that takes images
-    adapters: AdapterLoader | None = None  # where adapters are served
-    shards: Shards | CudaShards | None = None  # where the model is split
+    image_processor: ImageProcessor | None = None  # for models that accept images
+    adapters: AdapterLoader | None = None  # if adapters are served
+    shards: Shards | CudaShards | None = None  # if the model is split
 
     @property
     def num_blocks(self) -> int:
@@ -55,12 +55,14 @@ class LoadedModel:
 
 
 def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
-    """Load the model of `files`; its weights are held once, in the kernels' layout, and unmapped after.
+    """Load the model of `files`.
+
+    Weights are held once, in the kernels' layout; the files are unmapped afterwards.
 
     Raises:
-        ModelLoadError: the files are damaged or not supported, or settings and memory do not suffice.
+        ModelLoadError: if the files are damaged or not supported, or settings and memory do not suffice.
     """
-    with ExitStack() as failing:  # what is to be undone if this fails
+    with ExitStack() as failing:  # callbacks that undo a failed load
         loaded = _load(settings, files, progress, failing)
         failing.pop_all()
     _return_freed_memory()
@@ -82,7 +84,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):
-        reading = executor.submit(opened.read_text)  # beside the weights: both take about as long
+        reading = executor.submit(opened.read_text)  # in parallel with the weights: both take about as long
         free = free_memory()
         longest = choose_context(opened.config, settings.max_total_tokens, free)
         place: Placement
@@ -112,7 +114,7 @@ def _describe(
     place: Placement, placed: Placed, opened: OpenModel, model: ServedModel, files: ModelFiles,
     weights: TrackedWeights, tokenizer: Tokenizer, num_threads: int,
 ) -> ModelInfo:  # fmt: skip
-    """Return what the API says of the model, but for how it embeds and scores."""
+    """Return the API's description of the model, without how it embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
     max_total_tokens = cache.longest(place.longest, settings)
@@ -144,7 +146,10 @@ def _describe(
 
 
 def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
-    """Name what decides bits beside the model's files: arithmetic, cache, tables, the order of sums, code."""
+    """Name what decides output bits besides the model's files.
+
+    That is the arithmetic, the cache, the rotary tables, the order of sums and the code.
+    """
     settings = place.settings
     is_stretched = config.longest_context > config.context_length
     parts = [
@@ -160,36 +165,36 @@ def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
 
 
 def _announce(model: ServedModel, why_generic: str | None) -> None:
-    """Say in a line each why and how the code of `transformers` computes the model."""
+    """Log why and how `transformers` code computes the model, one line each."""
     import transformers
 
     if why_generic:
-        logger.warning("no family of ours computes this model: %s", why_generic)
+        logger.warning("no native family computes this model: %s", why_generic)
 
     architecture, version = model.config.architecture, transformers.__version__
     if isinstance(model, EncoderModel) and model.config.floor_reason:
         logger.warning(
-            "%s runs one text at a time, by the code of transformers %s, slowly: %s",
+            "%s runs one text at a time, slowly, on the code of transformers %s: %s",
             architecture, version, model.config.floor_reason,
         )  # fmt: skip
     elif not isinstance(model, GenericModel | EncoderModel):
-        logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
+        logger.info("%s of transformers %s has the common shape: native code runs it", architecture, version)
     elif model.config.floor_reason:
         logger.warning(
-            "%s runs one sequence at a time, by the code of transformers %s alone, slowly: %s",
+            "%s runs one sequence at a time, slowly, on the code of transformers %s only: %s",
             architecture, version, model.config.floor_reason,
         )  # fmt: skip
     else:
         logger.info(
-            "%s runs by the code of transformers %s, on our kernels%s",
+            "%s runs by the code of transformers %s, on native kernels%s",
             architecture, version, "" if model.is_batch_invariant else "; batch_invariant: false",
         )  # fmt: skip
 
 
 def _return_freed_memory() -> None:
-    """Give the system what loading has freed: glibc would keep it for an allocation that does not come."""
+    """Return freed memory to the system; glibc would keep it for allocations that never come."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have none
+    if trim is not None:  # other C libraries lack it
         trim(0)
 
 

@@ -1,4 +1,4 @@
-"""Find out how a model that is being loaded embeds and scores, from its files and the settings."""
+"""Determines how a model embeds and scores, from its files and the settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
 
 logger = logging.getLogger(__name__)
 
-# As Qwen3-Reranker's model card has it; of models that are asked for a "yes".
+# From Qwen3-Reranker's model card; for models that are asked for a "yes".
 RANKING = """\
 {%- set ns = namespace(instruct="Given a web search query, retrieve relevant passages that answer the query",
  query="", document="") -%}
@@ -42,7 +42,7 @@ the answer can only be "yes" or "no".<|im_end|>
 
 @dataclass(frozen=True, slots=True)
 class LoadedText:
-    """What a model reads with."""
+    """The tokenizer and chat template of a model."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -51,18 +51,18 @@ class LoadedText:
 def with_pooling(
     info: ModelInfo, config: ServedConfig, files: PoolingFiles, settings: Settings, text: LoadedText
 ) -> ModelInfo:
-    """Return what the API says of a model, with how it embeds and scores.
+    """Return the API's description of a model with how it embeds and scores added.
 
     Raises:
-        ModelLoadError: `--score-tokens` or those of the files are no tokens of the model, or a `Dense` does
-            not fit.
+        ModelLoadError: if `--score-tokens` or the files name tokens that the model lacks, or a `Dense` layer
+            does not fit.
     """
     if info.device != "cpu":
         reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
         return replace(info, generates=config.generates, why_no_pooling=reason)
     kind = files.kind if settings.pooling is None else PoolingKind(settings.pooling)
     if kind is not None and files.reason:
-        logger.warning("--pooling %s stands for all that the files ask for: %s", kind.value, files.reason)
+        logger.warning("--pooling %s overrides all that the files ask for: %s", kind.value, files.reason)
     longest = min(settings.max_input_tokens or info.max_total_tokens, info.max_total_tokens)
     longest = min(longest, files.max_tokens or longest)
     given: dict[str, Any] = {}
@@ -81,12 +81,12 @@ def with_pooling(
 
 
 def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:
-    """Return how many numbers a vector has; refuse layers behind the pooling that do not fit together."""
+    """Return the dimension of a vector; raise `ModelLoadError` if the dense layers do not fit together."""
     dimensions = config.hidden_size
     for dense in files.dense:
         num_out, num_in = dense.weight.shape
         if num_in != dimensions:
-            raise ModelLoadError(f"a Dense of modules.json takes {num_in} numbers, and is given {dimensions}")
+            raise ModelLoadError(f"a Dense of modules.json expects {num_in} inputs, but gets {dimensions}")
         dimensions = num_out
     return dimensions
 
@@ -94,7 +94,7 @@ def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:
 def _score_tokens(
     config: ServedConfig, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-    """Return whose logits make a score: a classifier's labels, or tokens that the files or settings name."""
+    """Return whose logits make a score: a classifier's labels, or tokens named by files or settings."""
     if config.num_labels:
         return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
     if settings.score_tokens is None:
@@ -105,7 +105,7 @@ def _score_tokens(
     found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     if len(found) > 2 or any(len(ids) != 1 for ids in found):
         raise ModelLoadError(
-            f"--score-tokens {settings.score_tokens}: takes one or two words, each a token of the model"
+            f"--score-tokens {settings.score_tokens}: expects one or two words, each a token of the model"
         )
     return tuple(token for [token] in found)
 

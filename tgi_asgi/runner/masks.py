@@ -1,4 +1,4 @@
-"""Keeps constrained slots to their grammars: computes the masks of a step, takes what was drawn."""
+"""Constrains slots to their grammars: computes a step's masks and advances matchers by the sampled tokens."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy.typing as npt
 from tgi_asgi.runner.plan import Sampled, SlotStart
 from tgi_asgi.text.constrain.grammar import Mask, Matcher
 
-_ALL = -1  # every bit of a word set
+_ALL = -1  # all bits of a word set
 
 
 class SlotMasks:
     """The matchers of all slots whose sequences have a grammar.
 
         masks.start(start)                    # for each slot start of a step
-        mask = masks.compute(slots, drafts)   # before the draw; None if no row is constrained
-        masks.accept(slots, drawn)            # after it
+        mask = masks.compute(slots, drafts)   # before sampling; None if no row is constrained
+        masks.accept(slots, drawn)            # after sampling
 
-    For the runner's thread. A step that raises between `compute` and `accept` changes nothing.
+    For use on the runner's thread. A step that raises between `compute` and `accept` changes nothing.
 
     Attributes:
-        num_words: of 32 tokens each, in a row of a mask.
+        num_words: Number of words in a mask row; each covers 32 tokens.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -31,17 +31,17 @@ class SlotMasks:
         self._slots: dict[int, _Slot] = {}
 
     def start(self, start: SlotStart) -> None:
-        """Give a slot the grammar of its new sequence, or none."""
+        """Set the slot's grammar to that of its new sequence, or to none."""
         if start.grammar is None:
             self._slots.pop(start.slot, None)
         else:
             self._slots[start.slot] = _Slot(start, self.num_words * 32)
 
     def compute(self, slots: Sequence[int], drafts: Sequence[list[int]] = ()) -> npt.NDArray[np.int32] | None:
-        """Compute masks [n_draws, n_words] for slots that will draw; None if none has a grammar.
+        """Compute masks [n_draws, n_words] for the slots that will sample; return None if none has a grammar.
 
-        A slot draws once, and once more behind each of its `drafts`, which are cut short in place where its
-        grammar allows no more of them, or ends.
+        A slot samples once, plus once after each of its `drafts`. Drafts are truncated in place at the first
+        token that the grammar forbids, or at the grammar's end.
         """
         if not self._bound(slots):
             return None
@@ -66,12 +66,12 @@ class SlotMasks:
         return masks[:row]
 
     def certain(self, slot: int) -> Sequence[int]:
-        """Return the tokens that must come next in a slot, where its grammar knows them."""
+        """Return the tokens that the slot's grammar forces next; empty if it forces none."""
         one = self._slots.get(slot)
         return () if one is None or one.matcher.is_ended else one.matcher.forced_ids()
 
     def fill(self, slots: Sequence[int], masks: Mask) -> None:
-        """Write the masks of slots that will draw to masks [n_slots, n_words]: all ones without a grammar."""
+        """Write the masks of the sampling slots to masks [n_slots, n_words]; all ones without a grammar."""
         masks[...] = _ALL
         bound = self._bound(slots)
         Matcher.fill_masks([one.matcher for _, one in bound], [row for row, _ in bound], masks)
@@ -79,7 +79,7 @@ class SlotMasks:
             one.correct(masks[row])
 
     def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
-        """Move matchers on by the tokens drawn, and mark those that end or fail their sequences."""
+        """Advance matchers by the sampled tokens, and mark samples that end or fail their sequences."""
         if not self._slots:
             return
         for slot, sampled in zip(slots, drawn, strict=True):
@@ -88,7 +88,7 @@ class SlotMasks:
                 constrained.accept(sampled)
 
     def _bound(self, slots: Sequence[int]) -> list[tuple[int, _Slot]]:
-        """Return those that have a grammar, with their rows; one that has ended may draw anything."""
+        """Return (row, slot) pairs for grammars that have not ended; after its end any token is allowed."""
         if not self._slots:
             return []
         return [
@@ -106,13 +106,14 @@ class _Slot:
     def __init__(self, start: SlotStart, num_bits: int) -> None:
         assert start.grammar is not None
         self.matcher: Matcher = start.grammar.matcher(start.output_ids)
-        self._num_early = start.min_tokens - len(start.output_ids)  # draws to come that should not end it
-        self._early = _bits(start.masked_ids, num_bits)  # what would end it
+        self._num_early = start.min_tokens - len(start.output_ids)  # samples left that must not end it
+        self._early = _bits(start.masked_ids, num_bits)  # the tokens that would end it
 
     def fill_along(self, drafts: Sequence[int], masks: Mask) -> int:
-        """Write masks from row 0 on, one more than drafts; return how many of these can be drawn.
+        """Write one mask per draft plus one, from row 0 on; return how many drafts the grammar allows.
 
-        The matcher stays where it is: a copy goes along the drafts, and stops before one that ends the text.
+        The matcher itself does not advance: a copy follows the drafts and stops before one that ends the
+        text.
         """
         self.matcher.fill_mask(masks[0])
         self.correct(masks[0])
@@ -133,16 +134,16 @@ class _Slot:
         return len(drafts)
 
     def correct(self, mask: Mask, num_ahead: int = 0) -> None:
-        """Take out of the matcher's mask, behind so many drafts, what would end the text too early."""
+        """Clear mask bits that would end the text too early, `num_ahead` drafts past the matcher."""
         if self.matcher.error is not None:
             mask[:] = _ALL
         elif self._num_early > num_ahead:
             longer = mask & ~self._early
-            if longer.any():  # else the text can only end here, whatever `min_tokens` wants
+            if longer.any():  # else the text can only end here, despite `min_tokens`
                 mask[:] = longer
 
     def accept(self, sampled: Sampled) -> None:
-        """Take the token drawn."""
+        """Advance the matcher by the sampled token."""
         if sampled.is_finite and not self.matcher.is_ended:
             self.matcher.accept(sampled.token_id)
             self._num_early -= 1

@@ -1,4 +1,4 @@
-"""Whether a model fits the memory of a CPU, known before any of it is read."""
+"""Checks whether a model fits a CPU's memory before any of its weights are read."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from tgi_asgi.models.config import ModelConfig, ServedConfig
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
-# Of the free memory, that rotary tables may take: where the model's own context decides, and the operator.
+# Shares of the free memory for rotary tables: when the model's own context decides, and when the operator
+# does.
 _ROPE_SHARE = 1 / 32
 _MOST_ROPE_SHARE = 1 / 2
-_MOST_ADAPTER_SHARE = 1 / 2  # of what is free once the weights are there
+_MOST_ADAPTER_SHARE = 1 / 2  # of the memory free after the weights
 _ADAPTER_BYTES = 2  # bfloat16
-_MOST_STATE_SHARE = 1 / 2  # likewise of what is free behind weights and adapters
-_KEPT_SHARE = 1 / 10  # of the cache's memory, for states that are kept
-_FEWEST_KEPT, _MOST_KEPT = 8, 1 << 16  # of them, where the operator says nothing
+_MOST_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
+_KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
+_FEWEST_KEPT, _MOST_KEPT = 8, 1 << 16  # number of kept states if the operator sets none
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
-    """Return about what weights take once they are packed.
+    """Estimate the bytes that weights occupy once they are packed.
 
     Args:
-        tensors: the format of each, and its elements.
-        vocabulary: the elements of an embedding or a head, which stays at eight bits; by this it is known.
+        tensors: Format and number of elements of each tensor.
+        vocabulary: Number of elements of an embedding or head; tensors of this size are recognised as such
+            and stay at eight bits.
     """
     return int(
         sum(elements * _bytes_each(name, packing, elements == vocabulary) for name, elements in tensors)
@@ -36,7 +38,7 @@ def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocab
 
 def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
-    if info is None:  # `KEPT`, or a part of a quantised matrix: words of codes, zero points
+    if info is None:  # `KEPT`, or part of a quantised matrix: words of codes, zero points
         return 4.0
     if info.has_kernel and (info.is_quantised or packing.quantise is None):
         return info.block_bytes / info.block_columns
@@ -49,10 +51,10 @@ def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
 def check_weights_fit(
     tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int
 ) -> int:
-    """Return what the weights will take; the arguments are those of `packed_bytes`.
+    """Return the bytes that the weights will occupy; the arguments are those of `packed_bytes`.
 
     Raises:
-        ModelLoadError: it is more than is free; the message says what would fit.
+        ModelLoadError: if that exceeds the free memory; the message says what would fit.
     """
     needed = packed_bytes(tensors, packing, vocabulary)
     if needed <= free_bytes:
@@ -65,7 +67,7 @@ def check_weights_fit(
     advice = (
         f"{' or '.join(smaller)} would fit"
         if smaller
-        else "take a smaller model, or a smaller quantisation of it"
+        else "use a smaller model, or a smaller quantisation of it"
     )
     raise ModelLoadError(
         f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
@@ -74,10 +76,10 @@ def check_weights_fit(
 
 
 def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int) -> int:
-    """Return what is kept free for adapters: the memory of as many as it may hold, at the largest rank.
+    """Return the bytes to keep free for adapters: `num_adapters` at the largest rank.
 
-    At most half of what is free: few have that rank on all products, and the cache needs room, too. Only of
-    families of ours the shapes are known before the model is there; others get nothing here.
+    At most half of the free memory: few adapters have that rank on all products, and the cache needs memory
+    too. Only native families have known shapes before the model is loaded; others reserve nothing.
     """
     if not isinstance(config, ModelConfig):
         return 0
@@ -89,20 +91,20 @@ def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, fr
 
 
 def state_bytes(config: ServedConfig, num_drafts: int = 0) -> int:
-    """Return what the states of a sequence that runs take, whose rows have so many drafts at the most."""
+    """Return the bytes of a running sequence's states, with up to `num_drafts` drafts per row."""
     return sum(ops.state_bytes(each, num_drafts) for each in config.states) + config.other_state_bytes
 
 
 def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, num_drafts: int = 0) -> int:
-    """Return how many sequences may run at once, up to `max_batch_size`: those whose states have room.
+    """Return how many sequences, up to `max_batch_size`, may run at once given the memory for their states.
 
-    At most half of what is free is for states: the cache needs room, too.
+    States may use at most half of the free memory, since the cache needs memory too.
 
     Args:
-        num_drafts: most of a row, each of which leaves a state.
+        num_drafts: Maximum number of drafts per row; each needs a state.
 
     Raises:
-        ModelLoadError: there is not room for one.
+        ModelLoadError: if there is not enough memory for one sequence.
     """
     each, room = state_bytes(config, num_drafts), int(free_bytes * _MOST_STATE_SHARE)
     if max_batch_size * each <= room:
@@ -110,7 +112,7 @@ def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, nu
     if each > room:
         raise ModelLoadError(
             f"the states of a sequence take {each / _GIB:.2f} GiB, {free_bytes / _GIB:.2f} GiB are free: "
-            "free memory, or take a smaller model, or a smaller quantisation of it"
+            "free memory, or use a smaller model, or a smaller quantisation of it"
         )
     logger.warning(
         "%d sequences run at once, not the %d of --max-batch-size: the states of each take %.3f GiB%s, and "
@@ -122,17 +124,17 @@ def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, nu
 
 
 def kept_state_bytes(config: ServedConfig) -> int:
-    """Return what a state that is kept takes; 0: none can be."""
+    """Return the bytes of one kept state; 0 if the model's states cannot be kept."""
     return sum(map(ops.kept_state_bytes, config.states))
 
 
 def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: int, free_bytes: int) -> int:
-    """Return how many states are kept: as many as are wanted, or as a tenth of the cache's memory holds.
+    """Return how many states to keep: `wanted`, or as many as fit a tenth of the cache's memory.
 
-    At most half of what is free is for them.
+    Kept states may use at most half of the free memory.
 
     Raises:
-        ModelLoadError: more are wanted.
+        ModelLoadError: if `wanted` exceeds that.
     """
     each = kept_state_bytes(config)
     if not each:
@@ -149,7 +151,7 @@ def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: in
 
 
 def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:
-    """Say what adapters may take, and warn where less than that was kept free for them."""
+    """Log what adapters may occupy; warn if less than that was kept free for them."""
     most = num_adapters * each_bytes
     tell = logger.info if most <= kept_bytes else logger.warning
     tell(
@@ -160,10 +162,10 @@ def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:
 
 
 def choose_context(config: ServedConfig, max_total_tokens: int | None, free_bytes: int) -> int:
-    """Return how many tokens a sequence may have: those of --max-total-tokens, or of the model.
+    """Return the maximum number of tokens of a sequence: that of --max-total-tokens, or the model's.
 
-    A configuration may claim millions, and the rotary tables of all are there from the start: what the model
-    claims is cut to what a small share of the memory holds.
+    A configuration may claim millions of tokens, and the rotary tables are allocated for all of them at
+    start. The model's own claim is therefore cut to what a small share of the free memory holds.
     """
     if max_total_tokens is not None:
         return min(config.longest_context, max_total_tokens)
@@ -181,10 +183,10 @@ def choose_context(config: ServedConfig, max_total_tokens: int | None, free_byte
 
 
 def check_rope_fits(config: ServedConfig, max_positions: int, free_bytes: int) -> None:
-    """Refuse a context whose rotary tables alone take most of the memory.
+    """Refuse a context whose rotary tables would occupy more than half of the free memory.
 
     Raises:
-        ModelLoadError: it is so; the message says which context would do.
+        ModelLoadError: if they would; the message says which context fits.
     """
     each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MOST_ROPE_SHARE)
     if max_positions * each > fitting:
@@ -196,5 +198,5 @@ def check_rope_fits(config: ServedConfig, max_positions: int, free_bytes: int) -
 
 
 def _rope_bytes_per_position(config: ServedConfig) -> int:
-    """Return what a position takes in all rotary tables: as made, and once more padded for the kernels."""
+    """Return the bytes of a position in all rotary tables: as built, plus a copy padded for the kernels."""
     return sum(map(ops.RopeTable.bytes_per_position, config.rotary_dims))

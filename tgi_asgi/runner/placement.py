@@ -1,4 +1,4 @@
-"""Where a model computes: what loading asks of a processor or a GPU, each in its turn."""
+"""The device that a model computes on: the steps of loading that differ between CPU and GPU."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ Runner = CpuRunner | CudaRunner | EncoderRunner
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model that computes, with its cache."""
+    """A model ready to compute, with its cache."""
 
     runner: Runner
     cache: KvSize
-    adapters: AdapterLoader | None = None  # where adapters are served
+    adapters: AdapterLoader | None = None  # if adapters are served
 
 
 class Placement(Protocol):
     """A model between the opening of its files and its first step.
 
-    Made before any weight is read: what cannot be served there is refused by its constructor. Then `load` and
-    `place`, each once.
+    It is constructed before any weight is read; the constructor refuses what the device cannot serve. Then
+    `load` and `place` are called, once each.
     """
 
     @property
     def device(self) -> str:
-        """Where that is: cpu or cuda."""
+        """The device: cpu or cuda."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What products compute in."""
+        """The type that products compute in."""
 
     @property
     def arithmetic(self) -> ops.Arithmetic:
-        """The layout that weights are packed in."""
+        """The layout of packed weights."""
 
     @property
     def longest(self) -> int:
-        """Tokens that a sequence may have."""
+        """Maximum number of tokens in a sequence."""
 
     @property
     def settings(self) -> Settings:
-        """Those given, with as many sequences as have room."""
+        """The given settings, with the batch size reduced to what memory allows."""
 
     @property
     def kernels(self) -> ops.KernelSet | None:
@@ -66,32 +66,32 @@ class Placement(Protocol):
 
     @property
     def has_float_prompts(self) -> bool:
-        """Prompts have an arithmetic of their own; known once the weights are loaded."""
+        """Whether prompts have an arithmetic of their own; known once the weights are loaded."""
 
     @property
     def shards(self) -> Shards | CudaShards | None:
-        """The other processes, where the model is split."""
+        """The other processes, if the model is split."""
 
     @property
     def bits(self) -> str:
-        """What decides the bits of results, beside the model's files and the cache; known likewise."""
+        """What decides output bits besides the model's files and the cache; known after `load`."""
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, and wait until the other shards have loaded theirs.
 
         Raises:
-            ModelLoadError: a tensor is missing or does not fit, or memory does not suffice.
+            ModelLoadError: if a tensor is missing or does not fit, or memory does not suffice.
         """
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        """Make its cache and what computes its steps; `dense` are the layers behind its pooling.
+        """Create the model's cache and runner; `dense` are the layers after pooling.
 
         Raises:
-            ModelLoadError: memory does not suffice.
+            ModelLoadError: if memory does not suffice.
         """
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
-        """Return whether a sequence's bits are the same whatever runs beside it."""
+        """Return whether a sequence's output bits are independent of what else runs."""
 
     def abandon(self) -> None:
-        """End the other shards at once: this process will not serve."""
+        """End the other shards at once; this process will not serve."""

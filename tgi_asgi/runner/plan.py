@@ -1,4 +1,4 @@
-"""What passes between the engine and a runner: one step's plan down, its sampled tokens up.
+"""The interface between the engine and a runner: a step's plan in, its sampled tokens out.
 
 Plain values without torch, so that the scheduler can be tested alone and the engine with a scripted runner.
 """
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SlotStart:
-    """Give a slot to a sequence: the runner resets the slot's sampling state to this.
+    """Assigns a slot to a sequence: the runner resets the slot's sampling state to this.
 
-    `output_ids` are the tokens that the sequence had generated before it was preempted (else empty); they
-    count for penalties, and the first draw is of output token number `len(output_ids)`.
+    `output_ids` are the tokens that the sequence generated before it was preempted (else empty). They count
+    for penalties, and the first sampled token is output token number `len(output_ids)`.
     """
 
     slot: int
     sampling: SamplingParams
-    choice: int  # the draw's key is (seed, choice)
+    choice: int  # sampling is keyed by (seed, choice)
     prompt_ids: Sequence[int]
     output_ids: Sequence[int] = ()
-    min_tokens: int = 0  # output tokens before which `masked_ids` cannot be sampled
+    min_tokens: int = 0  # number of output tokens before which `masked_ids` cannot be sampled
     masked_ids: tuple[int, ...] = ()  # EOS and stop token ids
     grammar: Grammar | None = None  # what the output must match
-    images: tuple[ImageInput, ...] = ()  # of the prompt
+    images: tuple[ImageInput, ...] = ()  # of the prompt, in order
 
 
 @dataclass(slots=True)
 class StateMoves:
-    """What of a row's states is not its slot's: of models with recurrent layers alone.
+    """Recurrent states that a row reads or writes besides its slot's; only for models with recurrent layers.
 
-    The state that a row begins with is its slot's, else that of place `resumes`. On the way the row's states
-    are kept, each in front of a position that the row computes, above 0, in a place that no other row of the
-    step has to do with; positions ascend. Of a row that may have drafts only its `start` may be one, and it
-    begins there. Of a step that fails none is kept.
+    A row begins with its slot's state, or with that of place `resumes`. `keeps` stores the row's state just
+    before each given position: positions ascend, are above 0 and are among those that the row computes, and
+    no other row of the step uses the place. A row that may have drafts can keep only the state at its
+    `start`, and must begin there. A failed step keeps no state.
     """
 
     resumes: int | None = None  # [0, num_kept_states)
@@ -57,54 +57,57 @@ class StepRow:
     slot: int  # [0, max_batch_size)
     token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
     start: int  # position of the first token, which is the number of its tokens already in the KV cache
-    # One for each of `Runner.windows`; covers at least start + number of tokens, but for what lies before the
-    # window of the first: there anything may stand. The engine's own lists: while the step is in flight they
-    # may grow at their ends, and nothing else in them changes.
+    # One for each of `Runner.windows`. Covers at least start + number of tokens; entries before the window of
+    # the first token may hold anything. The lists belong to the engine: while the step is in flight they may
+    # grow at their ends, but do not change otherwise.
     block_tables: Sequence[Sequence[int]]
-    samples: bool  # draw a token after the last one
-    prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
-    # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
-    # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
+    samples: bool  # whether to sample a token after the last one
+    prompt_logprobs: int | None = None  # k: return log-probabilities of this chunk's tokens and of the k best
+    # How the prompt that this chunk belongs to becomes a vector. If `samples` is set, the prompt ends here
+    # and the row returns a vector instead of a sampled token. Chunks come in order, from position 0 if
+    # `pools.needs_all`.
     pools: Pooling | None = None
-    second_start: int | None = None  # as `GenerationRequest.second_start`
-    # Its tokens were drawn. (Computed again, also in rows without this, unless prompts have an arithmetic.)
+    second_start: int | None = None  # as in `GenerationRequest.second_start`
+    # Whether its tokens were sampled. (A row without this may also recompute sampled tokens, unless prompts
+    # have an arithmetic of their own.)
     is_generated: bool = False
-    # Where steps in flight may draw several tokens, or this row may: it begins where its slot is, from
-    # `start` on, and ends before `stop`, which the table covers; it may be that nothing is left to compute.
-    # None: exactly at `start`.
+    # Set if steps in flight, or this row, may sample several tokens. The row then begins where its slot is,
+    # at `start` or later, and ends before `stop`, which the block table covers; nothing may be left to
+    # compute. None: the row begins exactly at `start`.
     stop: int | None = None
-    num_drafts: int = 0  # most tokens that the runner may guess and compute behind the row's own
-    adapter: Any = None  # `Adapter.weights`; steps are fastest where rows of one adapter are neighbours
+    num_drafts: int = 0  # most draft tokens that the runner may compute after the row's own
+    adapter: Any = None  # `Adapter.weights`; steps are fastest if rows of one adapter are adjacent
     states: StateMoves | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it computes at the least."""
+        """Minimum number of tokens that the row computes."""
         return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
     def end(self) -> int:
-        """Behind the last position that it may write."""
+        """Position after the last one that the row may write."""
         return self.start + self.num_tokens if self.stop is None else self.stop
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step computes. In order: slots start, blocks are copied, rows run, images are encoded."""
+    """What one step computes. Order: slots start, blocks are copied, rows run, images are encoded."""
 
     step_id: int
-    rows: list[StepRow]  # decode rows first, then prefill chunks; those of generated tokens before the others
+    rows: list[StepRow]  # decode rows, then prefill chunks, those of generated tokens first
     starts: list[SlotStart] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
-    # Images to encode ahead of the steps that need them, in turn, as far as the time goes: at least a piece.
+    # Images to encode ahead of the steps that need them, in order, for about `view_s` seconds: at least one
+    # piece.
     views: list[ImageInput] = field(default_factory=list)
     view_s: float = 0.0
-    cost: tuple[float, float] = (0.0, 0.0)  # seconds of a step that decodes, and of each of its tokens
+    cost: tuple[float, float] = (0.0, 0.0)  # seconds of a decode step, and of each of its tokens
 
 
 @dataclass(slots=True)
 class Sampled:
-    """One row's draw."""
+    """A sampled token."""
 
     token_id: int
     logprob: float | None = None
@@ -114,56 +117,58 @@ class Sampled:
     failure: str | None = None  # why the slot's grammar cannot go on; the token means nothing
 
 
-# Of each token of a chunk: its log-probability given those before it (None at position 0), and the k best.
+# Per token of a chunk: its log-probability given the tokens before it (None at position 0), and the k best.
 PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step drew."""
+    """The results of a step."""
 
     step_id: int
-    sampled: list[Sampled | None]  # one a row; None where the row does not sample, or had nothing left
-    further: dict[int, list[Sampled]] = field(default_factory=dict)  # by row index: behind that, by drafts
-    num_drafted_rows: int = 0  # that had drafts
+    sampled: list[Sampled | None]  # per row; None if it does not sample, or had nothing left
+    further: dict[int, list[Sampled]] = field(default_factory=dict)  # by row index: accepted drafts' tokens
+    num_drafted_rows: int = 0  # number of rows with drafts
     num_drafts: int = 0
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
-    pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
-    is_viewed: list[bool] = field(default_factory=list)  # one a view: it needs no more of this
-    view_s: float = 0.0  # what the views have taken of the step
+    pooled: dict[int, Vector] = field(default_factory=dict)  # by row index; float32, owned by the caller
+    is_viewed: list[bool] = field(default_factory=list)  # per view: whether it needs no more work
+    view_s: float = 0.0  # seconds of the step spent on views
 
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """How many drafts a runner takes."""
+    """How many drafts a runner accepts."""
 
     per_row: int
     per_step: int
 
 
 class DeviceLost(Exception):
-    """Raised through a step's future when no further step can succeed (a CUDA error): nothing is retried."""
+    """Raised through a step's future when no further step can succeed (a CUDA error); nothing is retried."""
 
 
 class Runner(Protocol):
-    """Computes steps, in the order submitted, at most two of them in flight."""
+    """Computes steps in the order submitted, with at most two in flight."""
 
     num_blocks: int
     block_size: int
     max_batch_size: int
     max_step_tokens: int
-    least_chunk: int  # tokens of a prompt, fewer of which take a step no less time
-    # Places for states of sequences, beside those of the slots: without its state at a token no sequence goes
-    # on there. With 0 none can share what it has computed. None: blocks are all that there is of a sequence.
+    least_chunk: int  # prompt tokens; shorter chunks do not make a step faster
+    # Places for states of sequences, besides those of the slots. A sequence can continue at a token only from
+    # its state there; with 0 places no sequence can reuse computed prefixes. None: a sequence's state is only
+    # its blocks.
     num_kept_states: int | None
-    eyes: Eyes | None  # of a model that takes images
-    # A prompt is one row of one step, and nothing follows; `max_step_tokens` hold the longest.
+    eyes: Eyes | None  # for models that accept images
+    # Whether a prompt is one row of one step and nothing follows; `max_step_tokens` then fits the longest
+    # prompt.
     takes_whole_prompts: bool
-    # Keys and values of a prompt's tokens have other bits than those of the same tokens drawn.
+    # Whether keys and values of prompt tokens differ in bits from those of the same tokens sampled.
     has_prompt_arithmetic: bool
-    drafts: DraftLimits | None  # None: it draws one token a row
-    # Of each group of layers, which share block tables: how many positions a token sees, its own the last;
-    # None: all. A block is of any group.
+    drafts: DraftLimits | None  # None: samples one token per row
+    # Per group of layers that share block tables: number of positions a token attends to, itself included;
+    # None: all. A block can serve any group.
     windows: tuple[int | None, ...]
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:

@@ -1,6 +1,6 @@
-"""Hidden states of prompts become vectors, chunk by chunk; an encoder's, which come at once, by `pool`.
+"""Pools hidden states of prompts into vectors, chunk by chunk, or whole for encoders (`pool`).
 
-Sums are in float64, token after token, so that a vector's bits do not tell how its prompt was cut.
+Sums are in float64, token by token, so that a vector's bits do not depend on how its prompt was chunked.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tgi_asgi.runner.plan import StepRow
 from tgi_asgi.types import PoolingKind
 
 Floats = npt.NDArray[np.float32]
-_ROWS = 256  # of hidden states at a time, in float64: 8 MiB of a hidden size of 4,096
+_ROWS = 256  # hidden states converted to float64 at a time: 8 MiB at a hidden size of 4,096
 
 
 class Accumulator:
-    """Pools the hidden states of one prompt as they come.
+    """Pools the hidden states of one prompt incrementally.
 
     accumulator = Accumulator(PoolingKind.MEAN)
     accumulator.add(states)              # [n_tokens, hidden], in order
@@ -32,7 +32,7 @@ class Accumulator:
         self._value: npt.NDArray[np.float64] | None = None
 
     def add(self, states: Floats) -> None:
-        """Take the states of the tokens that follow."""
+        """Add the states of the tokens that follow."""
         kind = self.kind
         if kind is PoolingKind.LAST or (kind is PoolingKind.CLS and not self.num_tokens):
             self._value = states[-1 if kind is PoolingKind.LAST else 0].astype(np.float64)
@@ -59,34 +59,34 @@ class Accumulator:
 
 
 def pool(kind: PoolingKind, states: Floats, dense: Sequence[Dense] = ()) -> Floats:
-    """Return the vector of a prompt whose states [n_tokens, hidden] are all there."""
+    """Return the vector of a prompt whose states [n_tokens, hidden] are complete."""
     accumulator = Accumulator(kind)
     accumulator.add(states)
     return _through(dense, accumulator.result())
 
 
 class Pooler:
-    """Pools rows of a runner's steps.
+    """Pools the rows of a runner's steps.
 
     Args:
-        hidden: returns states [n, hidden] of tokens [start, stop) of the last step, behind the last norm.
-        dense: what vectors go through.
+        hidden: Returns the states [n, hidden] of tokens [start, stop) of the last step, after the final norm.
+        dense: Dense layers applied to vectors.
     """
 
     def __init__(self, hidden: Callable[[int, int], Floats], dense: Sequence[Dense] = ()) -> None:
         self._hidden = hidden
         self._dense = dense
-        self._open: dict[int, Accumulator] = {}  # by slot: prompts of which more chunks follow
+        self._open: dict[int, Accumulator] = {}  # by slot: prompts with more chunks to come
 
     def forget(self, slot: int) -> None:
-        """Drop what is kept of a slot: another sequence takes it."""
+        """Drop a slot's state; another sequence uses the slot."""
         self._open.pop(slot, None)
 
     def take(self, first: int, row: StepRow) -> Floats | None:
-        """Pool a row, whose tokens are first, first + 1, ... of the last step; return a vector at its end.
+        """Pool a row whose tokens are first, first + 1, ... of the last step; return a vector at its end.
 
         Raises:
-            ValueError: tokens before this chunk are wanted, and were not pooled.
+            ValueError: if the pooling needs tokens before this chunk that were not pooled.
         """
         assert row.pools is not None
         kind, stop = row.pools.kind, first + row.num_tokens

@@ -1,4 +1,4 @@
-"""What a CPU runner runs: a program of steps and the pools that it writes to, of either kind of model."""
+"""Creates step programs and their cache and state pools, for native and generic models on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DraftLimits
 
-SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
+SUPPLIED_BYTES = 192 << 20  # of the cache, committed before first use: 8,000 tokens of the default model
 
 
 class Program(Protocol):
@@ -25,7 +25,7 @@ class Program(Protocol):
 
     @property
     def native(self) -> ops.NativeProgram | None:
-        """The same in the extension, where steps need no Python."""
+        """The program in the extension, if steps can run without Python."""
 
     @property
     def num_steps(self) -> int: ...
@@ -50,7 +50,7 @@ class Program(Protocol):
 
 
 def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.KvPool | None:
-    """Make the memory of keys and values; None for a model that keeps none of its own."""
+    """Create the KV block pool; None for a model without a KV cache."""
     if not config.caches:
         return None
     pool = ops.KvPool(
@@ -64,7 +64,7 @@ def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.Kv
 def make_states(
     config: ServedConfig, max_batch_size: int, num_kept: int, num_drafts: int
 ) -> Sequence[ops.StateLayer]:
-    """Make the memory of what recurrent layers keep of sequences; none if there are none."""
+    """Allocate the recurrent states of all sequences; empty if the model has none."""
     if not config.states:
         return ()
     pool = ops.StatePool(config.states, num_slots=max_batch_size, num_kept=num_kept, num_drafts=num_drafts)
@@ -76,12 +76,13 @@ def make_program(
     max_context: int, image_cache: int = 0, drafts: DraftLimits | None = None, num_kept_states: int = 0,
     adapters: ops.AdapterLayout | None = None, shard: ops.Shard | None = None,
 ) -> Program:  # fmt: skip
-    """Make what runs a model's steps over its layers' caches, with rows that may have adapters.
+    """Create the program that runs a model's steps over its layers' caches.
 
     Args:
-        drafts: have rows of logits beside the batch's.
-        num_kept_states: beside those of sequences that run.
-        shard: which of several shards has this part of a model.
+        drafts: Limits of drafts; they get rows of logits in addition to the batch's.
+        num_kept_states: Number of kept states, in addition to those of running sequences.
+        adapters: Layout of the adapters that rows may have.
+        shard: The shard whose part of the model this is, if the model is split.
     """
     if isinstance(model, GenericModel):
         return model.program(caches, max_context, image_cache, adapters)

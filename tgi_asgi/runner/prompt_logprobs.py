@@ -13,18 +13,18 @@ from tgi_asgi.runner.sampling import unpack_top
 
 _Score = Callable[[Tensor, Tensor, int], ops.TokenLogprobs]
 
-_ROWS = 64  # of logits at a time: 12 MB with 49,152 tokens, 64 MB with 256k
+_ROWS = 64  # rows of logits at a time: 12 MB with 49,152 tokens, 64 MB with 256k
 
 
 class PromptScorer:
-    """Scores each token of a chunk by the logits of the one before it.
+    """Scores each token of a chunk with the logits of the token before it.
 
-    The first token of a chunk belongs to the logits of the chunk before, which are kept by slot.
+    The first token of a chunk needs the last logits of the previous chunk, which are kept by slot.
 
     Args:
-        logits: computes the logits of tokens of the last step; valid until its next call.
-        token_logprobs: scores them where they are, as the operator of that name.
-        max_rows: how many of them it takes.
+        logits: Computes the logits of tokens of the last step; valid until its next call.
+        token_logprobs: Scores them on their device, as the operator of that name.
+        max_rows: Maximum number of rows per call.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class PromptScorer:
         self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
 
     def forget(self, slot: int) -> None:
-        """Drop what is kept of a slot: another sequence takes it."""
+        """Drop a slot's state; another sequence uses the slot."""
         self._tails.pop(slot, None)
 
     def score(self, first: int, row: StepRow) -> PromptLogprobs:
-        """Return one entry a token of `row`, whose tokens are first, first + 1, ... of the last step.
+        """Return one entry per token of `row`, whose tokens are first, first + 1, ... of the last step.
 
         Raises:
-            ValueError: the sequence's tokens before this chunk were computed without being scored.
+            ValueError: if the sequence's tokens before this chunk were computed without being scored.
         """
         if row.token_ids is None or row.prompt_logprobs is None:
             raise ValueError("prompt log-probabilities are of a chunk whose tokens are given")

@@ -1,4 +1,4 @@
-"""`--prompt-precision bfloat16`: whom it serves, whether it changes anything, and what it brings here."""
+"""`--prompt-precision bfloat16`: checks that a model supports it, and reports whether it helps here."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 def check_served(opened: OpenModel) -> None:
-    """Check that prompts of a model can have an arithmetic of their own on a CPU.
+    """Check that a model's prompts can have an arithmetic of their own on a CPU.
 
     Raises:
-        ModelLoadError: they cannot.
+        ModelLoadError: if they cannot.
     """
     if opened.is_generic:
         raise ModelLoadError(
-            "--prompt-precision bfloat16 is for models that this server's own code computes: "
+            "--prompt-precision bfloat16 needs a model that native code computes: "
             f"{opened.config.architecture} is computed by transformers' code, all of its tokens alike"
         )
 
 
 def announce(packing: ops.Packing) -> bool:
-    """Say what prompts in bfloat16 bring for the weights that were packed; return whether they differ."""
+    """Log the effect of bfloat16 prompts for the packed weights; return whether they change anything."""
     if not packing.by_kind:
         logger.info("--prompt-precision bfloat16 changes nothing: no weight is multiplied as codes")
         return False

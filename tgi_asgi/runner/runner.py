@@ -1,7 +1,7 @@
-"""Runs steps on the CPU: plan -> buffers -> model -> sampled tokens, in a thread of its own.
+"""Runs steps on the CPU, in a thread of its own: plan -> buffers -> model -> sampled tokens.
 
-The engine submits from its event loop and gets a future; steps run first in, first out. Everything that one
-step leaves for the next (KV blocks, sampling state, the token drawn last) stays here.
+The engine submits from its event loop and gets a future; steps run in FIFO order. Everything that one step
+leaves for the next (KV blocks, sampling state, the last sampled token) stays here.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from tgi_asgi.types import PoolingKind
 
 
 class CpuRunner:
-    """A `Runner` that computes on the team of CPU threads.
+    """A `Runner` that computes on the CPU thread team.
 
         runner = CpuRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:
-        dense: what pooled vectors go through.
-        has_prompt_arithmetic: the model's weights are packed so that prompts are computed otherwise.
-        speculation: how tokens are guessed; None: each row draws one.
-        num_kept_states: of a model with recurrent layers.
-        adapters: what rows may have.
-        shards: the processes that have the model's other parts.
+        dense: Dense layers applied to pooled vectors.
+        has_prompt_arithmetic: Whether the weights are packed so that prompts use another arithmetic.
+        speculation: How to draft tokens; None: each row samples one.
+        num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
+        adapters: Layout of the adapters that rows may have.
+        shards: Processes that compute the model's other parts.
 
     Attributes:
-        max_context: tokens that a sequence can have.
-        num_kept_states: as `Runner.num_kept_states`.
-        eyes: of a model that takes images.
-        drafts: how many it takes.
-        windows: of the groups of layers that share block tables.
+        max_context: Maximum number of tokens in a sequence.
+        num_kept_states: As in `Runner.num_kept_states`.
+        eyes: As in `Runner.eyes`.
+        drafts: As in `Runner.drafts`.
+        windows: As in `Runner.windows`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CpuRunner:
         self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
         self._generates = config.generates
         self._pooler = Pooler(self._program.hidden, dense)
-        self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
+        self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
         self._jobs = JobQueue(self._program.native, self._inputs.limits)
         if self._drafts is not None:
             self._jobs.steps.set_drafter(self._drafts.native)
@@ -125,10 +125,10 @@ class CpuRunner:
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        """Queue a step, from the event loop; the future fails if the step raises, and only it.
+        """Queue a step, from the event loop; the future fails if this step raises.
 
         Raises:
-            RuntimeError: the runner is closed, or two steps are in flight already.
+            RuntimeError: if the runner is closed or two steps are already in flight.
         """
         future = self._jobs.submit(plan, is_rows_alone=self._is_rows_alone(plan))
         for start in plan.starts:
@@ -139,7 +139,7 @@ class CpuRunner:
         return future
 
     def close(self) -> None:
-        """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
+        """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
         if self._pool is not None:
             self._pool.close()
         self._jobs.close()
@@ -149,7 +149,7 @@ class CpuRunner:
         self._jobs.end()
 
     def _is_rows_alone(self, plan: StepPlan) -> bool:
-        """Tell whether a step needs nothing of Python: most steps of streams that decode."""
+        """Return whether a step needs no Python; true for most steps of decoding streams."""
         if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
         constrained = self._constrained
@@ -159,13 +159,13 @@ class CpuRunner:
         )
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
+        """Compute a step in the calling thread; no other thread may call this (tests, benchmarks).
 
-        A step that raises has drawn nothing: running its rows again, with its starts, is the same as the
-        first time.
+        A step that raises has sampled nothing: running its rows again, with its starts, gives the same
+        result.
 
         Raises:
-            PlanError: the plan contradicts itself or the bounds.
+            PlanError: if the plan is inconsistent or out of bounds.
         """
         self._inputs.check(plan)
         if plan.copies and self._copy_blocks is not None:
@@ -195,9 +195,10 @@ class CpuRunner:
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        """Compute a step's rows; of one that fails, also behind its last operator, no state is left.
+        """Compute a step's rows; if the step fails, even after its last operator, discard its states.
 
-        A step that is in flight behind it fails then, too: else it would write to where this one began.
+        A step already in flight after it then fails too; otherwise it would overwrite the state this one
+        began with.
         """
         num_steps = self._program.num_steps
         try:
@@ -216,8 +217,8 @@ class CpuRunner:
         drafts: list[list[int]] = []
         if self._drafts is not None:
             drafts = self._drafts.choose(plan, starts, self._masks.certain)
-        # Before the step and not beside it: the team has every core, and a thread that computed masks then
-        # would hold up a member, and with it all the others at the next barrier.
+        # Before the step, not in parallel: the team uses every core, and a thread computing masks would delay
+        # a member and, at the next barrier, all others.
         mask = self._masks.compute(
             [plan.rows[index].slot for index in drawing],
             [drafts[index] for index in drawing] if drafts else (),
@@ -241,8 +242,8 @@ class CpuRunner:
             logits = self._program.run(batch, draws.tokens)
             has_pooled = self._pool_rows(plan, firsts, result)
             if self._score(plan, firsts, result) or has_pooled:
-                logits = self._program.run_head(draws.tokens)  # the scorer's logits took the place of these
-            if not self._generates:  # only the engine's probe asks for a token
+                logits = self._program.run_head(draws.tokens)  # the scorer overwrote these logits
+            if not self._generates:  # only the engine's probe requests a token
                 for row in draws.rows:
                     result.sampled[row] = Sampled(0)
                 return result
@@ -256,19 +257,19 @@ class CpuRunner:
         return result
 
     def _starts(self, plan: StepPlan) -> list[int]:
-        """Return where each row begins: those that have a `stop` where their slots are."""
+        """Return where each row begins; rows with a `stop` begin where their slots are."""
         positions = self._sampling.records["position"]
         return [row.start if row.stop is None else int(positions[row.slot]) - 1 for row in plan.rows]
 
     def _score(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
-        """Score the prompts of the rows that want it; tell whether there were any."""
+        """Score the prompts of the rows that request it; return whether there were any."""
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 result.prompt_logprobs[index] = self._scorer.score(firsts[index], row)
         return bool(result.prompt_logprobs)
 
     def _pool_rows(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
-        """Pool the rows that want it; tell whether logits were computed for one."""
+        """Pool the rows that request it; return whether logits were computed for one."""
         has_logits = False
         for index, row in enumerate(plan.rows):
             if row.pools is None:

@@ -1,4 +1,4 @@
-"""What the `sample` operator drew, as the plain values that the engine reads."""
+"""Converts results of the `sample` operator to the plain values that the engine reads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The draws of a step: one a row, and one more behind each of its drafts.
+    """The samples of a step: one per row, and one more after each of its drafts.
 
     Attributes:
-        rows: of the plan.
-        tokens: of the step, behind which they are.
-        slots: whose they are.
-        drafts: what the tokens are, where they are drafts; else -1.
+        rows: Plan row of each sample.
+        tokens: Index, within the step, of the token that each sample follows.
+        slots: Slot of each sample.
+        drafts: The draft that the sample follows; -1 if it follows the row's own token.
     """
 
     rows: list[int]
@@ -27,7 +27,7 @@ class Draws:
 
     @classmethod
     def of(cls, plan: StepPlan, batch: FlatRows) -> Draws:
-        """Return those of rows that do not want a vector instead."""
+        """Return the samples of rows that do not return a vector instead."""
         found = zip(
             batch.draw_rows.tolist(),
             batch.draws.tolist(),
@@ -39,7 +39,7 @@ class Draws:
         return cls(*map(list, zip(*draws, strict=True))) if draws else cls([], [], [], [])
 
     def share_out(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
-        """Put what counts of the draws into a step's result; return it, and whose it is."""
+        """Store the samples that count in a step's result; return their slots and the samples."""
         are_kept: list[bool] = [True] * len(self.rows) if drawn.is_kept is None else drawn.is_kept.tolist()
         slots, kept = [], []
         for row, slot, draft, sampled, is_kept in zip(
@@ -62,13 +62,13 @@ class Draws:
 
 
 def unpack(result: SampleResult) -> list[Sampled]:
-    """Turn the result's tensors into one `Sampled` a row, on the runner's thread."""
+    """Convert the result's tensors to one `Sampled` per row, on the runner's thread."""
     ids: list[int] = result.token_ids.tolist()
     are_finite: list[bool] = result.is_finite.tolist()
     logprobs: list[float] = result.logprobs.tolist()
     tops = unpack_top(result.top_ids.tolist(), result.top_logprobs.tolist(), result.num_top.tolist())
     return [
-        # NaN, which alone differs from itself: the slot wants no log-probabilities, or the row has none.
+        # NaN, the only value unequal to itself: the slot wants no log-probabilities, or the row has none.
         Sampled(token_id, logprob, top, is_finite)
         if logprob == logprob
         else Sampled(token_id, is_finite=is_finite)

@@ -1,13 +1,14 @@
-"""The processes of this machine that compute a model together with the server: started, watched, ended.
+"""Starts, watches and ends the processes of this machine that compute a model together with the server.
 
 ```text
- rank 0   HTTP, engine, plans, draws ─► what they need for a step ──┐   pipe: ready, or why not
- rank 1   (shard_worker.py)  its heads, columns and words  ◄────────┤   its end is seen here
+ rank 0   HTTP, engine, plans, sampling ─► the inputs of each step ─┐   pipe: ready, or the error
+ rank 1   (shard_worker.py)  its heads, columns and words  ◄────────┤   its end of file shows a lost process
  rank 2   ...                                              ◄────────┘
 ```
 
-Rank 0 is the server's own process, which starts the others. A process that ends is noticed by the end of its
-pipe, and ends them all. `shards.py` and `cuda_shards.py` have what CPUs and GPUs share beside.
+Rank 0 is the server's own process, which starts the others. It notices the end of a process by the end of
+file on its pipe, and then ends all of them. `shards.py` and `cuda_shards.py` add what CPU and GPU ranks
+share.
 """
 
 from __future__ import annotations
@@ -26,40 +27,41 @@ from tgi_asgi.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-_END_S = 5.0  # that a process gets to end by itself
+_END_S = 5.0  # that a process gets to exit by itself
 
 
 class ProcessJob(Protocol):
-    """What a process must know to compute its part; it is pickled on its way there."""
+    """What a process needs to know to compute its part; it is pickled and sent over the pipe."""
 
     @property
     def rank(self) -> int:
-        """Which shard it is."""
+        """Rank of the shard."""
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """The descriptors that it has from here."""
+        """File descriptors that it inherits from this process."""
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part; return what computes until rank 0 wants no more, by what comes over the pipe.
+        """Load the part; return the function that computes, driven by the pipe, until rank 0 stops it.
 
         Raises:
-            ModelLoadError: a tensor is missing, or does not fit.
+            ModelLoadError: if a tensor is missing or does not fit.
         """
 
 
 class ShardProcesses:
-    """The processes of all ranks but the first.
+    """The processes of all ranks except the first.
 
         processes = ShardProcesses(jobs, give_up)        # they begin to load
         processes.wait_ready()
         processes.watch(on_lost)
 
     Args:
-        give_up: called once, when a process has ended before its time: nothing may wait for it any more.
+        give_up: Called once when a process has ended prematurely; it must release everything that waits for
+            it.
 
     Attributes:
-        processes, connections: once they have been started; those of `connections` in the order of ranks.
+        processes, connections: Those started so far; `connections` in the order of ranks.
     """
 
     def __init__(self, jobs: Sequence[ProcessJob], give_up: Callable[[str], None]) -> None:
@@ -67,11 +69,11 @@ class ShardProcesses:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
         self._told: queue.Queue[str | None] = queue.Queue()
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # protects the following attributes
         self._on_lost: Callable[[str], None] | None = None
         self._reason: str | None = None
         self._is_closing = False
-        # A process is killed with the thread that has started it (PR_SET_PDEATHSIG): this one outlives them.
+        # PR_SET_PDEATHSIG kills a process when the thread that started it ends; this thread outlives them.
         self._thread = threading.Thread(target=self._watch, name="tgi-shards", daemon=True)
         self._thread.start()
 
@@ -79,7 +81,7 @@ class ShardProcesses:
         """Wait until all have loaded their parts.
 
         Raises:
-            ModelLoadError: one has not, for the reason that it gives.
+            ModelLoadError: if one has failed, with its reason.
         """
         for _ in self._jobs:
             reason = self._told.get()
@@ -87,20 +89,20 @@ class ShardProcesses:
                 raise ModelLoadError(reason)
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Have this called with the reason, from a thread, when a process ends: at once if one has."""
+        """Call `on_lost` with the reason, from a thread, when a process ends; at once if one already has."""
         with self._lock:
             self._on_lost, reason = on_lost, self._reason
         if reason is not None:
             on_lost(reason)
 
     def begin_to_close(self) -> bool:
-        """Take it from now on that processes end; return whether that is new."""
+        """Treat ending processes as expected from now on; return whether this is the first call."""
         with self._lock:
             was_closing, self._is_closing = self._is_closing, True
         return not was_closing
 
     def end(self) -> None:
-        """Wait for those that have been told to end, and kill those that do not."""
+        """Wait for processes that were asked to end, and kill those that do not."""
         for process in self.processes:
             try:
                 process.wait(_END_S)
@@ -109,13 +111,13 @@ class ShardProcesses:
                 process.wait()
 
     def kill(self) -> None:
-        """End them at once: this process will not serve."""
+        """Kill the processes at once; this process will not serve."""
         for process in self.processes:
             process.kill()
         self.end()
 
     def _watch(self) -> None:
-        """Start the processes; hear what they tell, and when they end. A thread's whole life."""
+        """Start the processes, forward their messages and notice their end. The body of a thread."""
         ranks: dict[Connection, int] = {}
         for job in self._jobs:
             try:
@@ -136,7 +138,7 @@ class ShardProcesses:
 
     def _start(self, job: ProcessJob) -> Connection:
         ours, theirs = Pipe()
-        # -P: what lies in the current folder is not to be found first.
+        # -P: do not find modules in the current directory first.
         command = [sys.executable, "-P", "-m", "tgi_asgi.runner.shard_worker", str(theirs.fileno())]
         try:
             self.processes.append(
@@ -155,7 +157,7 @@ class ShardProcesses:
         return ours
 
     def _lose(self, rank: int) -> None:
-        """Give the group up, as one of it has ended; who is told first learns why steps fail."""
+        """Give the group up after a process ended; `on_lost` is told first, so that the cause is known."""
         reason = f"shard {rank} of the model has ended"
         with self._lock:
             if self._is_closing or self._reason is not None:

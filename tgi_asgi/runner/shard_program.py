@@ -1,4 +1,4 @@
-"""What a process computes that is a shard of a model but the first: its part, loaded, as a program."""
+"""Loads the part of a model that a shard other than the first computes, as a program."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tgi_asgi.runner.shards import ShardJob
 
 
 def load(job: ShardJob) -> ops.NativeProgram:
-    """Load this shard's part of the model; return its program, for the calling thread to follow with.
+    """Load this shard's part of the model; return its program, which the calling thread follows.
 
     Raises:
-        ModelLoadError: a tensor is missing, or does not fit.
+        ModelLoadError: if a tensor is missing or does not fit.
     """
     settings, cut, how = job.settings, job.cut, job.settings.speculation
     num_threads, num_cores = job.memory.num_threads, ops.use_share_of_cores(cut.rank, cut.count)

@@ -1,6 +1,7 @@
-"""A process that is a shard of a model: loads its part, and computes what the first shard sends.
+"""A process that is a shard of a model: loads its part and computes what the first shard sends.
 
-`python -m tgi_asgi.runner.shard_worker PIPE`, a descriptor; started by `shard_processes.py` alone.
+`python -m tgi_asgi.runner.shard_worker PIPE`, where PIPE is a descriptor; only `shard_processes.py` starts
+it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ _PR_SET_PDEATHSIG = 1
 def main(pipe: int) -> int:
     """Serve as a shard until the first one ends; return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the first drains, and needs this one for it
+        signal.signal(number, signal.SIG_IGN)  # the first shard drains, and needs this one meanwhile
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(pipe)
     try:
         parent: int = connection.recv()
-        if os.getppid() != parent:  # it has ended before it could be watched
+        if os.getppid() != parent:  # the parent ended before prctl took effect
             return 1
         job = connection.recv()
     except EOFError:
@@ -39,7 +40,7 @@ def main(pipe: int) -> int:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # what it leaves may wait for devices, and the first shard waits for its end
+        os._exit(1)  # cleanup may wait for devices, and the first shard waits for this process to end
     return 0
 
 

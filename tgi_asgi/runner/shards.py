@@ -4,10 +4,10 @@
  rank 0   ─► step, head, blocks to copy ──────┐
  rank 1   its heads, columns and words ◄──────┤
  rank 2   ...                          ◄──────┘
-          all: partial sums, logits, one barrier of all threads, in memory that all have mapped
+          all: partial sums, logits and one barrier of all threads, in shared memory
 ```
 
-The others know no plan, but compute the arrays that the first has made of one; `shard_processes.py` starts
+The other ranks know no plan; they compute the arrays that rank 0 made from one. `shard_processes.py` starts
 and watches them.
 """
 
@@ -31,32 +31,32 @@ from tgi_asgi.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """What a process must know to compute its part, as the first has chosen it."""
+    """What a process needs to know to compute its part, as chosen by rank 0."""
 
     files: ModelFiles
     settings: Settings
     cut: ModelCut
-    is_exact: bool  # this and the next two: as `ops.Packing`
+    is_exact: bool  # this and the next two: as in `ops.Packing`
     quantise: str | None
     has_float_prompts: bool
     kv_size: KvSize
-    longest: int  # tokens of a sequence
+    longest: int  # tokens in a sequence
     memory: ops.ShardMemory
     descriptor: int  # of that memory
 
     @property
     def rank(self) -> int:
-        """Which shard it is."""
+        """Rank of the shard."""
         return self.cut.rank
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """The memory's."""
+        """The shared memory's descriptor."""
         return (self.descriptor,)
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as `ProcessJob.load` says."""
-        from tgi_asgi.runner.shard_program import load  # which imports this module
+        """Load the part, as described in `ProcessJob.load`."""
+        from tgi_asgi.runner.shard_program import load  # that module imports this one
 
         return load(self).follow
 
@@ -67,10 +67,10 @@ class ShardJob:
 
 
 def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list[ModelCut]:
-    """Return what each shard has of a model; none where it is whole. On a CPU there are no GPUs to count.
+    """Return each shard's part of a model; empty if the model is not split. `num_gpus` is None on a CPU.
 
     Raises:
-        ModelLoadError: it, or what the settings ask for, is not computed by several shards.
+        ModelLoadError: if several shards cannot compute the model or what the settings ask for.
     """
     count = settings.num_shard
     if count == 1:
@@ -86,7 +86,7 @@ def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list
 
 
 def repeats_of(cuts: Sequence[ModelCut]) -> float:
-    """Return how often shards have each KV head, on average."""
+    """Return how many shards hold each KV head, on average."""
     if not cuts:
         return 1.0
     return max(
@@ -98,10 +98,10 @@ def jobs_of(
     config: ServedConfig, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut],
     packing: ops.Packing, kv_size: KvSize, longest: int,
 ) -> list[ShardJob]:  # fmt: skip
-    """Return what each process must know, the first's own included.
+    """Return what each process needs to know, including the first.
 
     Raises:
-        ModelLoadError: the system has no memory to share.
+        ModelLoadError: if the system cannot create shared memory.
     """
     drafts = 0 if settings.speculation is None else MOST_PER_STEP
     memory = ops.ShardMemory(
@@ -124,14 +124,14 @@ def jobs_of(
 
 
 class Shards:
-    """The other processes, and the memory that all share.
+    """The other processes, and the memory that all ranks share.
 
         shards = Shards(jobs)             # they begin to load
         shards.wait_ready()
         runner = CpuRunner(model, ..., shards=shards)
 
     Attributes:
-        shard: what this process's program must know.
+        shard: This rank's group and first vocabulary word, for its program.
     """
 
     def __init__(self, jobs: Sequence[ShardJob]) -> None:
@@ -146,18 +146,18 @@ class Shards:
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def close(self) -> None:
-        """Let the others end, once no step runs, and wait for them. Idempotent."""
+        """Let the other processes end, once no step runs, and wait for them. Idempotent."""
         if self._others.begin_to_close():
             if not self.shard.group.is_given_up:
                 self.shard.group.end()
             self._others.end()
 
     def abandon(self) -> None:
-        """End the others at once: this process will not serve."""
+        """End the other processes at once; this process will not serve."""
         self._others.begin_to_close()
         self.shard.group.give_up()
         self._others.kill()
 
 
 def _no_memory(error: Exception) -> ModelLoadError:
-    return ModelLoadError(f"--num-shard: there is no memory that processes could share: {error}")
+    return ModelLoadError(f"--num-shard: no memory can be shared between processes: {error}")

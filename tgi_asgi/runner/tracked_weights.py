@@ -1,4 +1,4 @@
-"""Weights that say how far their reading has come, and in the end which they were."""
+"""Weights that report how much of them has been read, and finally a fingerprint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tgi_asgi import ops
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.types import Progress
 
-_SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
+_SAMPLE_BYTES = 256  # of each tensor's head and tail, hashed into the fingerprint
 
 
 class TrackedWeights:
-    """Weights that report how much of them has been read, and remember which they were."""
+    """Weights that report reading progress and hash what was read."""
 
     def __init__(self, weights: Weights, progress: Progress) -> None:
         self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
@@ -26,33 +26,33 @@ class TrackedWeights:
         return name in self._weights
 
     def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
-        """Return a tensor, as `Weights.get` says."""
+        """Return a tensor, as described in `Weights.get`."""
         self._progress("loading weights", self._done, self.num_bytes)
         source = self._weights.get(name, shape)
-        self._done = min(self._done + source.data.nbytes, self.num_bytes)  # decoded, it may be more
+        self._done = min(self._done + source.data.nbytes, self.num_bytes)  # decoded data may be larger
         self._hash.update(f"{name} {source.format} {source.shape}\n".encode())
         self._hash.update(source.data[:_SAMPLE_BYTES].data)
         self._hash.update(source.data[-_SAMPLE_BYTES:].data)
         return source
 
     def names(self) -> list[str]:
-        """Return the names of all weights, as `NamedWeights.names` says."""
+        """Return the names of all weights, as described in `NamedWeights.names`."""
         return cast(NamedWeights, self._weights).names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a weight's shape, as `NamedWeights.shape` says."""
+        """Return a weight's shape, as described in `NamedWeights.shape`."""
         return cast(NamedWeights, self._weights).shape(name)
 
     def parts(self, name: str) -> list[str]:
-        """Return a weight's tensors, as `NamedWeights.parts` says."""
+        """Return a weight's tensors, as described in `NamedWeights.parts`."""
         return cast(NamedWeights, self._weights).parts(name)
 
     def unread(self) -> list[str]:
-        """Return what nobody has asked for, as `Weights.unread` says."""
+        """Return the names that were not read, as described in `Weights.unread`."""
         return self._weights.unread()
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Return formats and sizes, as `Weights.stored` says."""
+        """Return formats and sizes, as described in `Weights.stored`."""
         return self._weights.stored()
 
     def close(self) -> None:
@@ -60,6 +60,6 @@ class TrackedWeights:
         self._weights.close()
 
     def fingerprint(self, others: str) -> str:
-        """Name what decides the output's bits: the weights, and `others`."""
+        """Return a name for what decides the output's bits: the weights, and `others`."""
         self._hash.update(others.encode())
         return f"fp_{self._hash.hexdigest()}"

@@ -65,7 +65,7 @@ def test_keys_that_a_class_does_not_have_do_not_count(checkpoint: Checkpoint, tm
 def test_where_neither_can_both_reasons_are_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
     values = {"partial_rotary_factor": 0.5, "hidden_size": 65}
     files = changed(checkpoint("llama"), tmp_path, **values)
-    with pytest.raises(ModelLoadError, match=r"whole heads turn.*; and transformers' code: "):
+    with pytest.raises(ModelLoadError, match=r"rotates whole heads.*; and transformers' code: "):
         OpenModel(files, model_impl="auto")
 
 

@@ -1,1 +1,1 @@
-"""One module a family of models, or for those that share a code; `registry.py` finds them by themselves."""
+"""One module per model family, or per group of families that share code; `registry.py` discovers them."""

@@ -1,4 +1,4 @@
-"""Apertus of the Swiss AI Initiative: norms of heads, and an MLP of xIELU, whose two numbers are learned.
+"""Apertus of the Swiss AI Initiative: norms per head, and an MLP of xIELU with two learned parameters.
 
 Source: Project Apertus, arXiv 2509.14233, section 2.1.
 """
@@ -18,7 +18,7 @@ from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 from tgi_asgi.models.rope import RopeTables
 
-_BETA = 0.5  # what xIELU multiplies x by: no file has another
+_BETA = 0.5  # xIELU's factor on x; no file has another
 _ROPE = {
     "rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_position_embeddings": 8192,
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -26,7 +26,7 @@ _ROPE = {
 
 
 def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Apertus'; llama.cpp's files have the numbers of xIELU beside the configuration."""
+    """Read Apertus's configuration; llama.cpp's files have xIELU's parameters in the metadata."""
     if reader.get("rope_scaling") is None:
         reader.defaults(rope_parameters=_ROPE)
     reader.defaults(rms_norm_eps=1e-5)
@@ -63,7 +63,7 @@ def _with_alphas(reader: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSp
 
 
 class ApertusLayer(Layer):
-    """A layer with norms of other names, and xIELU's numbers: each is softplus of what the file has."""
+    """A layer with other norm names and xIELU's parameters, which are the softplus of the stored values."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
         super().__init__(config, weights, index, ropes)
@@ -80,7 +80,7 @@ class ApertusLayer(Layer):
             self.alphas = (_softplus(found[0]), _BETA + _softplus(found[1]))
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the layer's norms."""
+        """Read the weights of the layer's norms."""
         self.attention_norm = weights.norm("attention_layernorm")
         self.mlp_norm = weights.norm("feedforward_layernorm")
 
@@ -90,7 +90,7 @@ def _softplus(x: float) -> float:
 
 
 class Apertus(Decoder):
-    """The decoder with such layers."""
+    """The decoder with Apertus's layers."""
 
     layer_class = ApertusLayer
 

@@ -1,4 +1,4 @@
-"""Arcee's AFM: Llama with an MLP of squared ReLU that has no gate."""
+"""Arcee's AFM: Llama with an ungated squared-ReLU MLP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_arcee(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Arcee's."""
+    """Read AFM's configuration."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader, activation="relu_squared")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")

@@ -1,4 +1,4 @@
-"""BigScience's BLOOM: positions are a slope of scores (ALiBi), and a LayerNorm follows the embedding.
+"""BigScience's BLOOM: positions by ALiBi, and a LayerNorm after the embedding.
 
 Source: Le Scao et al., BLOOM, arXiv 2211.05100, section 3.2.
 """
@@ -19,7 +19,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 
 def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
-    """Read BLOOM's; slopes have no end, so that its context is only what it was trained on."""
+    """Read BLOOM's configuration; ALiBi has no limit, so the context is the length of its training."""
     reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
@@ -28,14 +28,14 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=("seq_length",),
         layer_norm_eps=("layer_norm_epsilon",),
     )
-    # The class's own, small as they are: a file without a key means them.
+    # The defaults of transformers' class, small as they are, for files that lack the keys.
     reader.defaults(vocab_size=250880, hidden_size=64, num_hidden_layers=2, num_attention_heads=8)
     reader.defaults(
         intermediate_size=4 * reader.integer("hidden_size"),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    reader.ignore("offset_alibi", "skip_bias_add", "skip_bias_add_qkv")  # how it was trained
+    reader.ignore("offset_alibi", "skip_bias_add", "skip_bias_add_qkv")  # only about training
     check_computed(
         not reader.flag("apply_residual_connection_post_layernorm", False),
         "apply_residual_connection_post_layernorm is not supported",
@@ -56,7 +56,7 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class Bloom(Decoder):
-    """The decoder with a norm behind its embedding."""
+    """The decoder with a norm after its embedding."""
 
     weights_class = FusedWeights
     checkpoint = CheckpointLayout(
@@ -80,7 +80,7 @@ class Bloom(Decoder):
         self.embedding_norm = read_norm(config, weights, "model.embed_norm")
 
     def embed(self, batch: ops.RecordedBatch) -> ops.Value:
-        """Return the residual that the layers begin with."""
+        """Return the residual stream that enters the first layer."""
         return ops.norm_residual(super().embed(batch), self.embedding_norm)
 
 

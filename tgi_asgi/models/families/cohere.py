@@ -1,4 +1,4 @@
-"""Cohere's Command R and R7B: attention and MLP side by side, LayerNorms without biases, scaled logits.
+"""Cohere's Command R and R7B: parallel attention and MLP, LayerNorms without biases, scaled logits.
 
 Source: Cohere, Command A, arXiv 2504.00698, section 2, for the layers without positions.
 """
@@ -17,10 +17,10 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_s
 
 
 def read_cohere(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Command R's."""
+    """Read Command R's configuration."""
     reader.defaults(rope_theta=5e5)
     common = _read_common(reader)
-    # What was trained on; `max_position_embeddings` is what fitted a GPU when the first file was written.
+    # The training length; `max_position_embeddings` is what fitted a GPU when the first file was written.
     context = reader.integer("model_max_length", common["context_length"])
     has_norms = "blk.0.attn_q_norm.weight" in reader.tensors or reader.flag("use_qk_norm", False)
     layers = read_layers(reader, common)
@@ -29,7 +29,7 @@ def read_cohere(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_cohere2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Command R7B's: layers have a window and positions, or neither."""
+    """Read Command R7B's configuration: layers have both a window and positions, or neither."""
     reader.defaults(sliding_window=4096)
     reader.ignore("use_gated_activation")  # all have a gate
     common = _read_common(reader)
@@ -57,10 +57,10 @@ def _read_common(reader: Reader) -> dict[str, Any]:
 
 
 class CohereWeights(LayerWeights):
-    """A layer whose norms of queries and keys have weights for each head."""
+    """A layer whose query and key norms have weights per head."""
 
     def norms(self) -> ops.HeadNorms | None:
-        """Return the two norms, if there are any."""
+        """Return the norms of queries and keys, if there are any."""
         config = self.config
         if not config.has_qk_norm:
             return None
@@ -72,7 +72,7 @@ class CohereWeights(LayerWeights):
 
 
 class Cohere(Decoder):
-    """The decoder with norms of queries and keys, if there are any."""
+    """The decoder with Cohere's query and key norms."""
 
     weights_class = CohereWeights
 

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, and GLM 4.7 Flash: latent attention, and experts in groups behind a few dense layers.
+"""DeepSeek V2 and V3, and GLM 4.7 Flash: latent attention, and grouped experts after a few dense layers.
 
 Sources: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
 """
@@ -24,11 +24,11 @@ from tgi_asgi.models.reading_latent import (
     read_latent_sizes,
 )
 
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of them
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers for them
 
 
 def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read V2's, and all GGUF files, which have one name for the three."""
+    """Read V2's configuration, and GGUF files of all three, which share one name."""
     if reader.is_gguf:
         return _read_gguf(reader, architecture)
     reader.defaults(
@@ -50,7 +50,7 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read V3's and R1's; the files have a layer more, which only drafts."""
+    """Read the configuration of V3 and R1, whose files have one further layer that only drafts."""
     reader.defaults(
         kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
@@ -63,7 +63,7 @@ def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
-    """Read GLM 4.7 Flash's, in which a list says which layers are dense."""
+    """Read GLM 4.7 Flash's configuration, in which a list names the dense layers."""
     reader.defaults(
         kv_lora_rank=512, q_lora_rank=768, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256,
         n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=1536,
@@ -83,9 +83,10 @@ def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
-    """Read a file of llama.cpp's, of any of the three: how tokens are routed says what it is.
+    """Read a GGUF file of any of the three; the routing identifies the model.
 
-    It counts the layer that drafts. Files from before it said how scores are made are V2's.
+    Its layer count includes the layer that drafts. Files written before llama.cpp recorded the scoring
+    function are V2's.
     """
     drafting = reader.integer("num_nextn_predict_layers", 0)
     reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
@@ -103,7 +104,7 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_softmax(reader: Reader, *, has_groups: bool) -> ExpertsSpec:
-    """Read experts as V2 has them: the best of a group speaks for it, and weights are only scaled."""
+    """Read experts as in V2: a group's score is that of its best expert, and weights are only scaled."""
     size, groups = reader.integer("moe_intermediate_size"), reader.integer("n_group", 1)
     return read_experts(
         reader, count="n_routed_experts", top_k="num_experts_per_tok",

@@ -1,4 +1,4 @@
-"""Baidu's ERNIE 4.5, the dense ones: Llama in which neighbouring dims of a head turn together."""
+"""Baidu's dense ERNIE 4.5: Llama in which adjacent dims of a head rotate together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
-    """Read ERNIE 4.5's; one key says of all products whether they have biases."""
+    """Read ERNIE 4.5's configuration; one key decides the biases of all products."""
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, rope_theta=500000.0, tie_word_embeddings=True
     )  # fmt: skip
@@ -27,7 +27,7 @@ def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-# The second is what Baidu's own code calls it.
+# The second is the name in Baidu's own code.
 FAMILIES = (
     Family("Ernie4_5ForCausalLM", "ernie4_5", read_ernie4_5, Decoder),
     Family("Ernie4_5_ForCausalLM", "ernie4_5", read_ernie4_5, Decoder),

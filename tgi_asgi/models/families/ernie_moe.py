@@ -1,4 +1,4 @@
-"""Baidu's ERNIE 4.5 with experts: neighbouring dims turn together, and scores are corrected softmaxes."""
+"""Baidu's ERNIE 4.5 with experts: adjacent dims rotate together, and routing is by corrected softmaxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tgi_asgi.models.reading_experts import read_experts, with_experts
 
 
 def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
-    """Read ERNIE's; biases of its MLPs are those of dense layers and shared experts, too."""
+    """Read ERNIE's configuration; an MLP bias would also apply to dense layers and shared experts."""
     reader.defaults(
         rms_norm_eps=1e-5, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
         moe_num_shared_experts=2, rope_theta=500000.0, tie_word_embeddings=True,
@@ -49,7 +49,7 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class ErnieWeights(LayerWeights):
-    """A layer whose correction has another name, and is a row; older files have it beside the router."""
+    """A layer whose correction has another name and is a row; older files store it next to the router."""
 
     expert_names = (
         ExpertNames(correction="mlp.moe_statics.e_score_correction_bias", is_correction_row=True),
@@ -57,11 +57,11 @@ class ErnieWeights(LayerWeights):
 
 
 class Ernie(Decoder):
-    """The decoder with such weights."""
+    """The decoder with ERNIE's weight names."""
 
     weights_class = ErnieWeights
 
 
-# Layers that predict several tokens at once, which only drafts would read.
+# Layers for multi-token prediction, which only drafting would read.
 _DRAFTING = ("model.mtp_*",)
 FAMILIES = (Family("Ernie4_5_MoeForCausalLM", "ernie4_5-moe", read_ernie, Ernie, unused=_DRAFTING),)

@@ -1,4 +1,4 @@
-"""LG's EXAONE 4: norms behind attention and MLP, and of heads; layers without a window have no positions.
+"""LG's EXAONE 4: norms after attention and MLP, and per head; full-attention layers have no positions.
 
 Source: LG AI Research, EXAONE 4.0, arXiv 2507.11407, section 2.1.
 """
@@ -12,11 +12,11 @@ from tgi_asgi.models.layers import PostNormLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding
 
-_PATTERN = "LLLG"  # as some files spell it: local layers and global ones
+_PATTERN = "LLLG"  # spelling in some files: local and global layers
 
 
 def read_exaone4(reader: Reader, architecture: str) -> ModelConfig:
-    """Read EXAONE 4's: without a window all layers see all, and have positions."""
+    """Read EXAONE 4's configuration; if it sets no window, all layers have full attention and positions."""
     reader.defaults(rms_norm_eps=1e-5, sliding_window=4096, num_key_value_heads=32)
     sizes = read_sizes(reader)
     window = reader.integer("sliding_window", 0) or None
@@ -38,7 +38,7 @@ def _read_sliding(reader: Reader) -> list[bool]:
 
 
 class Exaone4(Decoder):
-    """The decoder with such layers."""
+    """The decoder with norms after each part."""
 
     layer_class = PostNormLayer
 

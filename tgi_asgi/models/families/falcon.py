@@ -1,4 +1,4 @@
-"""TII's Falcon: attention and MLP side by side, one KV head or few; and the first ones, with ALiBi.
+"""TII's Falcon: parallel attention and MLP, one or few KV heads; the first models use ALiBi instead.
 
 Sources: Almazrouei et al., The Falcon Series of Open Language Models, arXiv 2311.16867, section 4; Penedo et
 al., The RefinedWeb Dataset, arXiv 2306.01116, section 4.1.
@@ -20,7 +20,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_layers, read_s
 
 
 def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Falcon's: of 7B, of the "new decoder" of 40B, 180B and 11B, or of the RW models."""
+    """Read the configuration of 7B, of the "new decoder" (40B, 180B and 11B), or of the RW models."""
     reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
@@ -37,7 +37,7 @@ def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
         tie_word_embeddings=True,
     )
     reader.ignore("apply_residual_connection_post_layernorm")
-    # The first files of 40B name no kind of decoder, but its KV heads.
+    # The first files of 40B do not name the kind of decoder, but its KV heads.
     is_new = reader.flag("new_decoder_architecture", reader.get("n_head_kv") is not None)
     is_parallel = reader.flag("parallel_attn", True)
     check(is_parallel or not is_new, "parallel_attn must be true with new_decoder_architecture")
@@ -67,7 +67,7 @@ def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_layers(reader: Reader, sizes: dict[str, Any]) -> tuple[LayerSpec, ...]:
-    """Read rotary positions, or slopes, which Falcon multiplies by the scale of scores as well."""
+    """Read rotary positions, or ALiBi slopes, which Falcon also multiplies by the attention scale."""
     if not reader.flag("alibi", False):
         return read_layers(reader, sizes)
     reader.ignore("rope_parameters", "rope_theta", "rope_scaling")
@@ -77,10 +77,10 @@ def _read_layers(reader: Reader, sizes: dict[str, Any]) -> tuple[LayerSpec, ...]
 
 
 class FalconLayer(ParallelLayer):
-    """A layer of the new decoder: two norms of one residual, or one."""
+    """A layer of the new decoder, with one or two norms of the same residual."""
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the layer's norms."""
+        """Read the weights of the layer's norms."""
         if not self.config.has_mlp_norm:
             super().make_norms(weights)
             return
@@ -107,7 +107,7 @@ class Falcon(Decoder):
 
 
 _GGUF_NAMES = {"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"}
-# The second is what TII's own code calls it.
+# The second is the name in TII's own code.
 FAMILIES = (
     Family("FalconForCausalLM", "falcon", read_falcon, Falcon, gguf_names=_GGUF_NAMES),
     Family("RWForCausalLM", "falcon", read_falcon, Falcon, gguf_names=_GGUF_NAMES),

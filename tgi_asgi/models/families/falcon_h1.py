@@ -1,6 +1,6 @@
-"""TII's Falcon-H1: each layer has attention and Mamba-2 side by side, and constants on what its parts make.
+"""TII's Falcon-H1: each layer has attention and Mamba-2 in parallel, with constant factors on its parts.
 
-llama.cpp's converter multiplies the constants into the weights.
+llama.cpp's converter folds the factors into the weights.
 
 Source: Zuo et al., Falcon-H1, arXiv 2507.22448.
 """
@@ -23,7 +23,7 @@ from tgi_asgi.models.recurrent_specs import HybridSpec, MambaSpec, PartFactors
 
 
 def _computes(config: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels have the states, and no bias the constant in the norm before the MLP."""
+    """Return whether the kernels support the states, and no MLP bias follows a folded factor."""
     factors = config.get("mlp_multipliers")
     has_factor = isinstance(factors, list) and factors[:1] not in ([], [1])
     return has_kernels_for(config, config.get("mamba_d_ssm", 1024)) and not (
@@ -32,9 +32,9 @@ def _computes(config: Mapping[str, Any]) -> bool:
 
 
 def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Falcon-H1's."""
+    """Read Falcon-H1's configuration."""
     reader.defaults(mamba_d_ssm=1024, num_key_value_heads=8)
-    reader.ignore("mlp_expansion_factor")  # what `intermediate_size` says
+    reader.ignore("mlp_expansion_factor")  # implied by `intermediate_size`
     sizes = read_sizes(reader, default_eps=1e-5)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
@@ -63,7 +63,7 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_state(reader: Reader, hidden: int) -> MambaSpec:
-    """Read the recurrent part; in a GGUF file the gates are always before the norm."""
+    """Read the recurrent part; in a GGUF file the gates always precede the norm."""
     mamba = read_mamba(reader, hidden)
     (output_bias,) = read_biases(reader, "projectors_bias", "ssm_out")
     if reader.is_gguf:
@@ -79,12 +79,12 @@ def _read_state(reader: Reader, hidden: int) -> MambaSpec:
 
 
 def _number(reader: Reader, key: str) -> float:
-    """Read a factor; a GGUF file has it in its weights."""
+    """Read a factor; in a GGUF file it is folded into the weights."""
     return 1.0 if reader.is_gguf else reader.number(key, 1.0)
 
 
 def _numbers(reader: Reader, key: str, count: int) -> list[float]:
-    """Read several."""
+    """Read several factors; in a GGUF file they are folded into the weights."""
     given = None if reader.is_gguf else reader.get(key)
     if given is None:
         return [1.0] * count
@@ -96,7 +96,7 @@ def _numbers(reader: Reader, key: str, count: int) -> list[float]:
 
 
 class FalconH1(Decoder):
-    """The decoder with such layers."""
+    """The decoder with hybrid layers."""
 
     layer_class = HybridLayer
     checkpoint = CheckpointLayout(
@@ -110,7 +110,7 @@ class FalconH1(Decoder):
     )
 
 
-_GGUF_NAMES = {"post_attention_layernorm.weight": "ffn_norm"}  # which has no kind behind it
+_GGUF_NAMES = {"post_attention_layernorm.weight": "ffn_norm"}  # llama.cpp's name without a kind
 FAMILIES = (
     Family(
         "FalconH1ForCausalLM",

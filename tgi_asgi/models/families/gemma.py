@@ -1,4 +1,4 @@
-"""Google's Gemma 1, 2 and 3 (text): norms of 1 + weight, gelu, an embedding times the root of its size.
+"""Google's Gemma 1, 2 and 3 (text): norms of 1 + weight, gelu, and embeddings times the root of their size.
 
 Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.19786, section 2.
 """
@@ -16,12 +16,12 @@ from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_ropes, read_sizes, read_sliding
 
-# llama.cpp tells the models whose scores are scaled by another size than the head's by their layers.
+# llama.cpp recognises the models whose attention scale does not use the head size by their number of layers.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Gemma 1's, whose first files say gelu and mean its tanh form."""
+    """Read Gemma 1's configuration; the first files say gelu but mean its tanh form."""
     for key in ("hidden_act", "hidden_activation"):
         known = reader.get(key) in (None, "gelu", "gelu_pytorch_tanh")
         check_computed(
@@ -33,7 +33,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Gemma 2's: every other layer has a window, scores and logits are capped."""
+    """Read Gemma 2's configuration: every other layer has a window, scores and logits are capped."""
     reader.pass_over("hidden_act")
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
@@ -52,12 +52,12 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Gemma 3's: layers with a window have a rotary embedding of their own."""
+    """Read Gemma 3's configuration: layers with a window have their own rotary embedding."""
     reader.pass_over("hidden_act")
     reader.defaults(num_key_value_heads=4, sliding_window=4096)
     check_computed(
         not reader.number("attn_logit_softcapping", 0.0),
-        "attn_logit_softcapping is given, which the code of Gemma 3 passes over",
+        "attn_logit_softcapping is given, which the code of Gemma 3 ignores",
     )
     common = _read_common(reader)
     window = reader.integer("sliding_window", 0) or None
@@ -88,7 +88,7 @@ def _read_common(reader: Reader) -> dict[str, Any]:
 
 
 def _read_scale(reader: Reader, gguf_name: str, sizes: dict[str, Any]) -> float:
-    """Return what scores are multiplied by."""
+    """Return the factor on attention scores."""
     if not reader.is_gguf:
         scalar = reader.number("query_pre_attn_scalar", 256)
         check(scalar > 0, f"query_pre_attn_scalar must be positive, got {scalar}")
@@ -99,7 +99,7 @@ def _read_scale(reader: Reader, gguf_name: str, sizes: dict[str, Any]) -> float:
 
 
 class Gemma2(Decoder):
-    """The decoder with norms before and behind each part; Gemma 3's, too."""
+    """The decoder with norms before and after each part, for Gemma 2 and 3."""
 
     layer_class = SandwichLayer
 
@@ -112,7 +112,7 @@ _NAMES = {
 
 
 def _is_text(config: Mapping[str, Any]) -> bool:
-    """Tell a text model from one that sees, whose `Gemma3Model` has the text's configuration in a part."""
+    """Return whether a config.json is of a text model; a vision model's `Gemma3Model` nests the text's."""
     return "text_config" not in config
 
 

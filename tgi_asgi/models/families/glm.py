@@ -1,6 +1,6 @@
-"""Zhipu's GLM-4: half of each head turns, neighbouring dims together; gate and up are one tensor.
+"""Zhipu's GLM-4: half of each head rotates, adjacent dims together; gate and up are one tensor.
 
-Those of 2025 (Glm4) have norms before and behind each part.
+The models of 2025 (Glm4) have norms before and after each part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_glm(reader: Reader, architecture: str) -> ModelConfig:
-    """Read both's; only q, k and v have biases."""
+    """Read the configuration of both; only q, k and v have biases."""
     reader.defaults(
         head_dim=128, attention_bias=True, rms_norm_eps=1.5625e-7, partial_rotary_factor=0.5,
         num_key_value_heads=2,
@@ -34,19 +34,19 @@ class GlmWeights(LayerWeights):
     """A layer whose gate and up are one tensor."""
 
     def gate_up_sources(self) -> Sources:
-        """Cut the tensor by rows; GGUF has it under the name of up."""
+        """Cut the tensor by rows; in GGUF files it has the name of up."""
         rows = [self.config.intermediate_size] * 2
         return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
 
 class Glm(Decoder):
-    """The decoder with such weights."""
+    """The decoder with fused gate and up."""
 
     weights_class = GlmWeights
 
 
 class Glm4Layer(SandwichLayer):
-    """A layer with norms before and behind, by other names."""
+    """A layer with norms before and after each part, under other names."""
 
     norm_names = (
         "input_layernorm",
@@ -57,7 +57,7 @@ class Glm4Layer(SandwichLayer):
 
 
 class Glm4(Glm):
-    """The decoder with such layers."""
+    """The decoder with Glm4's layers."""
 
     layer_class = Glm4Layer
 

@@ -1,4 +1,4 @@
-"""GLM 4.5 to 4.7 and dots.llm1: decoders of the usual kind with experts as DeepSeek V3 has them."""
+"""GLM 4.5 to 4.7 and dots.llm1: standard decoders with experts as in DeepSeek V3."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tgi_asgi.models.reading_experts import behind_dense, read_corrected, with_e
 
 
 def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read GLM 4.5's: half of each head turns; the files have a layer more, which only drafts."""
+    """Read GLM 4.5's configuration: half of each head rotates; a further layer only drafts."""
     reader.defaults(
         rms_norm_eps=1e-5, partial_rotary_factor=0.5, num_key_value_heads=8, moe_intermediate_size=1408,
         n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
         first_k_dense_replace=1,
     )  # fmt: skip
-    if reader.is_gguf:  # counts the layer that drafts
+    if reader.is_gguf:  # the count includes the layer that drafts
         drafting = reader.integer("num_nextn_predict_layers", 0)
         reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
     sizes = read_sizes(reader)
@@ -34,10 +34,10 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
-    """Read dots.llm1's: norms of heads; a window from one layer on, where that is among them."""
+    """Read dots.llm1's configuration: norms per head, and a window from `max_window_layers` on."""
     reader.defaults(num_key_value_heads=32, sliding_window=4096, norm_topk_prob=False)
     if not reader.is_gguf:
-        reader.replace("use_sliding_window", True)  # whatever the file says: the layers' kinds decide
+        reader.replace("use_sliding_window", True)  # regardless of the file: `layer_types` decides
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     first = reader.integer("max_window_layers", 62)

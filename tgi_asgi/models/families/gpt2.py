@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2: a table of learned positions, LayerNorm, MLPs without a gate.
+"""OpenAI's GPT-2: learned position embeddings, LayerNorm, MLPs without a gate.
 
 Source: Radford et al., Language Models are Unsupervised Multitask Learners, section 2.3.
 """
@@ -15,7 +15,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 
 def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read GPT-2's; some of its kin divide scores by the number of the layer, too."""
+    """Read GPT-2's configuration; some variants also divide scores by the layer's number."""
     reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embd",),

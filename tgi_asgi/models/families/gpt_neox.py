@@ -1,4 +1,4 @@
-"""EleutherAI's GPT-NeoX and Pythia: attention and MLP side by side, each behind a LayerNorm of its own.
+"""EleutherAI's GPT-NeoX and Pythia: parallel attention and MLP, each after its own LayerNorm.
 
 Source: Black et al., GPT-NeoX-20B, arXiv 2204.06745, section 2.1.
 """
@@ -15,14 +15,14 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_gpt_neox(reader: Reader, architecture: str) -> ModelConfig:
-    """Read GPT-NeoX's; a quarter of each head turns unless the file says otherwise."""
+    """Read GPT-NeoX's configuration; a quarter of each head rotates unless the file says otherwise."""
     reader.pass_over("num_key_value_heads")
     reader.rename(partial_rotary_factor=("rotary_pct",), rope_theta=("rotary_emb_base",))
     reader.defaults(partial_rotary_factor=0.25)
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
     check_computed(
         sizes["head_dim"] * sizes["num_heads"] == sizes["hidden_size"],
-        f"head_dim is {sizes['head_dim']}, which only the rotary embedding of this architecture would have",
+        f"head_dim is {sizes['head_dim']}, which this architecture would use for the rotary embedding only",
     )
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_qkv", "attn_output", default=True)
     return ModelConfig(
@@ -40,7 +40,7 @@ def read_gpt_neox(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class GptNeoX(Decoder):
-    """The decoder with q, k and v of each head side by side."""
+    """The decoder with q, k and v of each head adjacent."""
 
     weights_class = FusedWeights
     checkpoint = CheckpointLayout(

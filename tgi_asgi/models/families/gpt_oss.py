@@ -1,4 +1,4 @@
-"""OpenAI's gpt-oss: attention sinks, a window in every other layer, experts with biases and bounded gates.
+"""OpenAI's gpt-oss: attention sinks, a window in every other layer, experts with biases and clamped gates.
 
 Source: gpt-oss model card, arXiv 2508.10925.
 """
@@ -27,7 +27,7 @@ _YARN = {
 
 
 def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
-    """Read gpt-oss'; every first of two layers has the window."""
+    """Read gpt-oss's configuration; even-numbered layers have the window."""
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
         rope_parameters=_YARN, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
@@ -61,7 +61,7 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _untruncated(layer: LayerSpec) -> LayerSpec:
-    """Return a layer whose YaRN does not round where stretched pairs end: a GGUF file does not say so."""
+    """Return a layer whose YaRN does not round its range of pairs, which GGUF files do not record."""
     rope = layer.rope
     if rope is None or rope.scaling is None:
         return layer
@@ -69,17 +69,17 @@ def _untruncated(layer: LayerSpec) -> LayerSpec:
 
 
 class GptOssWeights(LayerWeights):
-    """A layer whose experts are blocks of MXFP4, or floats with columns outermost; gates and ups in turn."""
+    """A layer whose experts are MXFP4, or floats with columns outermost; gate and up rows alternate."""
 
     expert_names = (ExpertNames(router="mlp.router"),)
 
     def sinks(self) -> Tensor:
-        """Return the heads' sinks [num_heads] float32."""
+        """Return the heads' attention sinks [num_heads] float32."""
         name = "self_attn.sinks"
         return ops.vector(self.get(name if self.has(name) else f"{name}.weight", self.config.num_heads))
 
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
-        """Make gate and up, and down, of each expert in turn."""
+        """Yield gate and up, and down, of each expert in turn."""
         is_of_llama_cpp = any(self.has(f"mlp.experts.{name}_proj.weight") for name in ("gate", "up", "down"))
         read = self._of_llama_cpp if is_of_llama_cpp else self._of_openai
         for matrices, biases in read(spec):
@@ -121,7 +121,7 @@ class GptOssWeights(LayerWeights):
 
 
 class GptOss(Decoder):
-    """The decoder with such weights."""
+    """The decoder with gpt-oss's weights."""
 
     weights_class = GptOssWeights
 

@@ -10,13 +10,13 @@ from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_s
 
 
 def read_granite(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Granite's; its logits are divided by what the file calls their scaling."""
+    """Read Granite's configuration; `logits_scaling` divides the logits."""
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
-    default_scale = sizes["head_dim"] ** -0.5 if reader.is_gguf else 1.0  # as each of the two converts it
+    default_scale = sizes["head_dim"] ** -0.5 if reader.is_gguf else 1.0  # default of each format's code
     scale = reader.number("attention_multiplier", default_scale)
-    # So llama.cpp's files say whether positions matter to this architecture.
+    # The key by which llama.cpp's files record whether this architecture uses positions.
     has_rope = not reader.is_gguf or reader.flag("rope.scaling.finetuned", True)
     layers = read_layers(reader, sizes, scale=scale, has_rope=[has_rope] * num_layers(reader))
     return ModelConfig(

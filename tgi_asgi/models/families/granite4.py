@@ -1,6 +1,6 @@
-"""IBM's Granite 4: Granite 3 with Mamba-2 in most layers, and an MLP that all tokens have beside experts.
+"""IBM's Granite 4: Granite 3 with Mamba-2 in most layers, and an MLP shared by all tokens besides experts.
 
-Those that are dense, or have no state, are of this architecture, too.
+Models that are dense, or have no recurrent layers, use this architecture, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_atte
 
 
 def _has_our_sizes(config: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels have the sizes of a model's states, where it has any."""
+    """Return whether the kernels support the sizes of a model's states, if it has any."""
     kinds = config.get("layer_types") or config.get("layers_block_type") or _RECURRENT
     if not isinstance(kinds, list | tuple) or not any(kind in _RECURRENT for kind in kinds):
         return True
@@ -33,7 +33,7 @@ def _has_our_sizes(config: Mapping[str, Any]) -> bool:
 
 
 def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Granite 4's."""
+    """Read Granite 4's configuration."""
     is_recurrent = _read_kinds(reader)
     if reader.is_gguf:
         read_kv_heads(reader, [not each for each in is_recurrent])
@@ -64,7 +64,7 @@ def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_kinds(reader: Reader) -> list[bool]:
-    """Tell which layers are recurrent; a GGUF file's tensors say it."""
+    """Return which layers are recurrent; in a GGUF file, tensors show it."""
     count = num_layers(reader)
     if reader.is_gguf:
         return [f"blk.{index}.ssm_in.weight" in reader.tensors for index in range(count)]
@@ -75,10 +75,10 @@ def _read_kinds(reader: Reader) -> list[bool]:
 
 
 class Granite4Weights(GraniteMoeWeights):
-    """A layer whose MLP is what others share between experts: gate and up are one tensor."""
+    """A layer whose MLP has the names of the experts' shared MLP, with gate and up as one tensor."""
 
     def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows; llama.cpp has them apart."""
+        """Cut the tensor of gate and up by rows; llama.cpp stores them separately."""
         if not self.has("shared_mlp.input_linear.weight"):
             return super().gate_up_sources()
         rows = [self.config.intermediate_size] * 2
@@ -92,7 +92,7 @@ class Granite4Weights(GraniteMoeWeights):
 
 
 class Granite4(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Granite 4's weights."""
 
     weights_class = Granite4Weights
 

@@ -1,4 +1,4 @@
-"""IBM's Granite 3 with experts, and with an MLP beside them that all tokens have (Granite 4 tiny)."""
+"""IBM's Granite 3 with experts, and with an MLP shared by all tokens besides them (Granite 4 tiny)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 
 def read_granite_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read both's."""
+    """Read the configuration of both."""
     reader.defaults(num_local_experts=8, num_experts_per_tok=2)
     config = read_granite(reader, architecture)
     experts = read_experts(
@@ -31,7 +31,7 @@ _SHARED = ExpertNames(
 
 
 class GraniteMoeWeights(LayerWeights):
-    """A layer whose experts are in two tensors, by IBM's names or by those of `transformers` 5."""
+    """A layer whose experts are in two tensors, with IBM's names or those of `transformers` 5."""
 
     expert_names = (
         replace(
@@ -51,7 +51,7 @@ class GraniteMoeWeights(LayerWeights):
 
 
 class GraniteMoe(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Granite's expert weights."""
 
     weights_class = GraniteMoeWeights
 

@@ -1,4 +1,4 @@
-"""Tencent's dense Hunyuan: Llama whose queries and keys are normalised once they are rotated."""
+"""Tencent's dense Hunyuan: Llama with query and key norms after the rotation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgi_asgi.models.reading import (
 
 
 def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Hunyuan's."""
+    """Read Hunyuan's configuration."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
@@ -37,7 +37,7 @@ def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
-    """Read the rotary embedding: "dynamic" with an alpha is a base stretched once, whatever the context."""
+    """Read the rotary embedding; "dynamic" with an alpha stretches the base once, for any context."""
     if reader.is_gguf:
         return read_rope(reader, head_dim)
     values = rope_values(reader)
@@ -51,10 +51,10 @@ def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
 
 
 class HunyuanWeights(LayerWeights):
-    """A layer whose norms of queries and keys have other names."""
+    """A layer whose query and key norms have other names."""
 
     def norms(self) -> ops.HeadNorms:
-        """Return the two norms."""
+        """Return the norms of queries and keys."""
         query, key = (
             self.norm(f"self_attn.{name}_layernorm", self.config.head_dim) for name in ("query", "key")
         )
@@ -62,7 +62,7 @@ class HunyuanWeights(LayerWeights):
 
 
 class Hunyuan(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Hunyuan's norm names."""
 
     weights_class = HunyuanWeights
 

@@ -1,4 +1,4 @@
-"""Tencent's Hunyuan with experts (A13B): the dense one, with one MLP more that all tokens have."""
+"""Tencent's Hunyuan with experts (A13B): the dense model with experts and one MLP shared by all tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 
-# One number, or one a layer that are all the same.
+# Each is one number, or a list with the same number for every layer.
 _LISTED = ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert")
 
 
 def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Hunyuan's; experts are as large as `intermediate_size`, and so is the shared one."""
+    """Read Hunyuan's configuration; experts and the shared expert have `intermediate_size`."""
     reader.defaults(num_experts=1, moe_topk=1)
     for key in () if reader.is_gguf else _LISTED:
         reader.replace(key, _only(key, reader.get(key)))
@@ -51,7 +51,7 @@ class HunyuanMoeWeights(HunyuanWeights):
 
 
 class HunyuanMoe(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Hunyuan's expert names."""
 
     weights_class = HunyuanMoeWeights
 

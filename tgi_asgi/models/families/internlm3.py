@@ -10,7 +10,7 @@ from tgi_asgi.models.reading import make_rope, num_layers, read_biases, read_lay
 
 
 def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read InternLM 3's; `qkv_bias` and `bias` are what others call `attention_bias` and `mlp_bias`."""
+    """Read InternLM 3's configuration: `qkv_bias` and `bias` are others' `attention_bias` and `mlp_bias`."""
     reader.defaults(head_dim=128, rms_norm_eps=1e-5, num_key_value_heads=2)
     reader.defaults(attention_bias=reader.flag("qkv_bias", False), mlp_bias=reader.flag("bias", False))
     sizes = read_sizes(reader)
@@ -18,7 +18,7 @@ def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     rope = rope_values(reader)
     if "dynamic" in (rope.get("rope_type"), rope.get("type")):
-        # It stretches positions beyond `max_position_embeddings` alone, and none of these is served.
+        # It stretches only positions beyond `max_position_embeddings`, which are not served.
         rope = {"rope_theta": rope.get("rope_theta")}
     layers = read_layers(
         reader, sizes, ropes=[make_rope(reader, rope, sizes["head_dim"])] * num_layers(reader)

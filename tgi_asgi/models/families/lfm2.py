@@ -1,4 +1,4 @@
-"""Liquid AI's LFM2 and LFM2-MoE: most layers have a gated short convolution in the place of attention.
+"""Liquid AI's LFM2 and LFM2-MoE: most layers have a gated short convolution instead of attention.
 
 Source: Liquid AI, LFM2 Technical Report, arXiv 2511.23404.
 """
@@ -18,14 +18,14 @@ from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import read_experts, with_experts
 from tgi_asgi.models.recurrent_specs import ShortConvSpec
 
-# Of the first LFM2's files; its code in `transformers` reads none of them.
+# Keys of the first LFM2 files; LFM2's code in `transformers` reads none of them.
 _TRAINING = ("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "rms_norm_eps")
 _KINDS = ("conv", "full_attention")
-_SIGMOID = 2  # llama.cpp's number of it
+_SIGMOID = 2  # llama.cpp's number for it
 
 
 def read_lfm2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read LFM2's; the MLP may be narrower than the file says."""
+    """Read LFM2's configuration; the MLP may be narrower than the file says."""
     reader.rename(intermediate_size=("block_ff_dim",))
     config = _read(reader, architecture)
     if not reader.is_gguf:
@@ -34,7 +34,7 @@ def read_lfm2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read LFM2-MoE's: sigmoids, corrected for the choice, behind the first few layers."""
+    """Read LFM2-MoE's configuration: sigmoid routing, corrected for the selection, after the first layers."""
     if reader.is_gguf:
         kind = reader.integer("expert_gating_func", _SIGMOID)
         check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
@@ -78,7 +78,7 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_kinds(reader: Reader) -> list[str]:
-    """Return what each layer has; a GGUF file's tensors say it, older files list those that attend."""
+    """Return each layer's kind; a GGUF file's tensors show it, older files list the attention layers."""
     count = num_layers(reader)
     if reader.is_gguf:
         return [_KINDS[f"blk.{index}.shortconv.conv.weight" not in reader.tensors] for index in range(count)]
@@ -97,7 +97,7 @@ def _has_bias(reader: Reader) -> bool:
 
 
 def _adjusted(reader: Reader, size: int) -> int:
-    """Return an MLP's size as the model's code reckons it: two thirds, in whole multiples."""
+    """Return the MLP's size as the model's code computes it: two thirds, rounded up to a multiple."""
     multiplier, unit = (
         reader.number("block_ffn_dim_multiplier", 1.0),
         reader.integer("block_multiple_of", 256),
@@ -110,7 +110,7 @@ def _adjusted(reader: Reader, size: int) -> int:
 
 
 class Lfm2Weights(LayerWeights):
-    """A layer whose experts have the names of Mixtral's."""
+    """A layer whose experts have Mixtral's names."""
 
     expert_names = (
         ExpertNames(
@@ -128,7 +128,7 @@ class Lfm2Weights(LayerWeights):
 
 
 class Lfm2(Decoder):
-    """The decoder with such weights."""
+    """The decoder with LFM2's weight names."""
 
     weights_class = Lfm2Weights
     checkpoint = CheckpointLayout(

@@ -1,4 +1,4 @@
-"""Llama, and all that share its code (SmolLM, Yi, DeepSeek's dense ones)."""
+"""Llama, and all models that share its code (SmolLM, Yi, dense DeepSeek models)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, wi
 
 
 def read_llama(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Llama's: biases as the file says, no window, whatever a config.json has left over of one."""
-    # A GGUF file of this architecture may be Mistral's, which has one.
+    """Read Llama's configuration: biases as the file says, and no window even if config.json has one."""
+    # A GGUF file of this architecture may be Mistral's, which has a window.
     windows = read_window(reader) if reader.is_gguf else None
     reader.ignore("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     layers = read_layers(reader, sizes, windows=windows)
-    if reader.is_gguf and reader.integer("num_experts", 0):  # Mixtral's, which llama.cpp calls llama, too
+    if reader.is_gguf and reader.integer("num_experts", 0):  # Mixtral's, which llama.cpp also calls llama
         layers = with_experts(reader, layers, read_mixtral_experts(reader), everywhere)
     return ModelConfig(
         architecture=architecture,

@@ -22,7 +22,7 @@ from tgi_asgi.models.reading_latent import (
 
 
 def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read MiniCPM 3's; llama.cpp's files mean the factors of the published model."""
+    """Read MiniCPM 3's configuration; llama.cpp's files imply the factors of the published model."""
     reader.defaults(
         kv_lora_rank=256, q_lora_rank=768, qk_nope_head_dim=64, qk_rope_head_dim=32, rms_norm_eps=1e-5,
         tie_word_embeddings=True, scale_emb=12, scale_depth=1.4, dim_model_base=256,

@@ -1,4 +1,4 @@
-"""Mistral and Ministral: Llama without biases, with a window of all layers, of some, or of none."""
+"""Mistral and Ministral: Llama without biases, with a window in all, some or no layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tgi_asgi.models.reading import (
     rope_values,
 )
 
-# What transformers takes Ministral 3's to be where the file says nothing.
+# transformers' defaults for Ministral 3 if the file has no `rope_parameters`.
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -27,7 +27,7 @@ _YARN = {
 
 
 def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Mistral's: a window of all layers where it has one, no biases, whatever the file says."""
+    """Read Mistral's configuration: one window for all layers or none; bias keys are ignored."""
     reader.ignore("attention_bias")
     reader.defaults(num_key_value_heads=8, sliding_window=4096)
     sizes = read_sizes(reader)
@@ -36,7 +36,7 @@ def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_ministral(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Ministral's: a window of the layers that `layer_types` says, without that of all."""
+    """Read Ministral's configuration: a window in the layers that `layer_types` says, else in all."""
     reader.ignore("attention_bias", "use_sliding_window", "max_window_layers")
     reader.defaults(num_key_value_heads=8, sliding_window=4096)
     sizes = read_sizes(reader)
@@ -46,9 +46,9 @@ def read_ministral(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_ministral3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Ministral 3's, whose queries grow with every context that it was first trained on.
+    """Read Ministral 3's configuration; its queries grow with each multiple of the original training context.
 
-    llama.cpp has Mistral Small 3.1 and later under the same name: there nothing grows.
+    llama.cpp uses the same name for Mistral Small 3.1 and later, whose queries do not grow.
     """
     reader.ignore("attention_bias")
     reader.defaults(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_parameters=_YARN)
@@ -63,7 +63,7 @@ def read_ministral3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_growing_rope(reader: Reader, head_dim: int) -> tuple[RopeSpec, float]:
-    """Read the rotary embedding, and how fast queries grow, which a config.json says beside it."""
+    """Read the rotary embedding and the queries' growth, which config.json stores with it."""
     if reader.is_gguf:
         return read_rope(reader, head_dim), reader.number("attention.temperature_scale", 0.0)
     values = rope_values(reader)

@@ -1,4 +1,4 @@
-"""Mistral's Mixtral: Mistral with experts, of which a token has a few."""
+"""Mistral's Mixtral: Mistral with routed experts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, wi
 
 
 def read_mixtral(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Mixtral's."""
+    """Read Mixtral's configuration."""
     reader.defaults(
         rms_norm_eps=1e-5, rope_theta=1e6, num_experts_per_tok=2, num_local_experts=8, sliding_window=None
     )  # fmt: skip
     config = read_mistral(reader, architecture)
-    reader.ignore("router_jitter_noise")  # of training
+    reader.ignore("router_jitter_noise")  # training only
     layers = with_experts(reader, config.layers, read_mixtral_experts(reader), everywhere)
     return replace(config, layers=layers)
 
@@ -37,7 +37,7 @@ class MixtralWeights(LayerWeights):
 
 
 class Mixtral(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Mixtral's expert names."""
 
     weights_class = MixtralWeights
 

@@ -1,4 +1,4 @@
-"""MosaicML's MPT: ALiBi, no bias anywhere, and queries, keys and values that may be cut to a range."""
+"""MosaicML's MPT: ALiBi, no biases, and queries, keys and values that may be clamped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tgi_asgi.models.fused import FusedWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
-# What `attn_config` and the configuration itself must say where they say something.
+# Required values of `attn_config` and the configuration itself, for keys that they contain.
 _ATTENTION = {
     "attn_type": "multihead_attention", "prefix_lm": False, "qk_ln": False, "qk_gn": False, "alibi": True,
     "kv_n_heads": None, "attn_uses_sequence_id": False, "rope": False, "sliding_window_size": -1,
@@ -20,7 +20,7 @@ _MODEL = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None}
 
 
 def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
-    """Read MPT's, whose attention has a configuration of its own; others of its kin are refused."""
+    """Read MPT's configuration, which nests the attention's; other variants are refused."""
     reader.pass_over(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("d_model",),
@@ -34,7 +34,7 @@ def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=2048,
     )  # fmt: skip
     reader.defaults(intermediate_size=4 * reader.integer("hidden_size"), tie_word_embeddings=True)
-    reader.ignore("norm_type", "learned_pos_emb")  # positions are not learned where there is ALiBi
+    reader.ignore("norm_type", "learned_pos_emb")  # positions are not learned with ALiBi
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
     attention = reader if reader.is_gguf else _attention_of(reader)
     scale = attention.number("softmax_scale", sizes["head_dim"] ** -0.5)
@@ -55,7 +55,7 @@ def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _attention_of(reader: Reader) -> Reader:
-    """Return the configuration of attention, once all that is not computed here is seen to be off."""
+    """Return the attention's configuration after checking that everything unsupported is off."""
     given = reader.get("attn_config")
     check(given is None or isinstance(given, dict), "attn_config must be an object")
     attention = Reader.of_json(given or {})
@@ -88,7 +88,7 @@ class Mpt(Decoder):
     )
 
 
-# The second is what MosaicML's own code calls it.
+# The second is the name in MosaicML's own code.
 FAMILIES = (
     Family("MptForCausalLM", "mpt", read_mpt, Mpt),
     Family("MPTForCausalLM", "mpt", read_mpt, Mpt),

@@ -13,11 +13,11 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_nemotron(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Nemotron's."""
+    """Read Nemotron's configuration."""
     reader.defaults(partial_rotary_factor=reader.get("rope_percent") or 0.5)
     eps = "layer_norm_eps" if reader.is_gguf else "norm_eps"
     if reader.is_gguf:
-        reader.ignore("rms_norm_eps")  # llama.cpp's converter writes it beside
+        reader.ignore("rms_norm_eps")  # llama.cpp's converter writes it in addition
     sizes = read_sizes(reader, eps=eps, default_eps=1e-5, activation="relu_squared")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_up")

@@ -1,4 +1,4 @@
-"""OLMo 1: Llama with LayerNorms that learn nothing, and products of q, k and v cut to a range.
+"""OLMo 1: Llama with LayerNorms without weights, and clamped queries, keys and values.
 
 Source: Groeneveld et al., OLMo, arXiv 2402.00838, section 2.1.
 """
@@ -13,7 +13,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_olmo(reader: Reader, architecture: str) -> ModelConfig:
-    """Read OLMo 1's; what its norms add is the code's."""
+    """Read OLMo 1's configuration; the norms' epsilon is fixed in the model's code."""
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     clip = reader.number("clip_qkv", 0.0)

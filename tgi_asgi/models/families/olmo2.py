@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms behind attention and MLP instead of before them, and over the full width of q and of k.
+"""OLMo 2 and 3: norms after attention and MLP instead of before, and over the full width of q and k.
 
 Source: OLMo et al., 2 OLMo 2 Furious, arXiv 2501.00656, section 2.
 """
@@ -17,7 +17,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_ropes, read_s
 
 
 def read_olmo2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read OLMo 2's."""
+    """Read OLMo 2's configuration."""
     reader.defaults(rms_norm_eps=1e-5)
     # A GGUF file of this architecture may be OLMo 3's, which has a window.
     if reader.is_gguf and reader.get("sliding_window"):
@@ -29,7 +29,7 @@ def read_olmo2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_olmo3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read OLMo 3's: three of four layers have a window, and a rotary embedding that is not stretched."""
+    """Read OLMo 3's configuration: three of four layers have a window and an unstretched rotary embedding."""
     reader.defaults(rms_norm_eps=1e-5, sliding_window=4096)
     sizes = read_sizes(reader)
     window = reader.integer("sliding_window", 0) or None
@@ -48,7 +48,7 @@ def _read_rest(reader: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 class Olmo2Weights(LayerWeights):
-    """A layer whose norms of queries and keys are of all heads together."""
+    """A layer whose query and key norms span all heads."""
 
     has_whole_norms = True
 
@@ -61,7 +61,7 @@ class Olmo2Weights(LayerWeights):
 
 
 class Olmo2(Decoder):
-    """The decoder with such layers."""
+    """The decoder with OLMo 2's layers."""
 
     layer_class = PostNormLayer
     weights_class = Olmo2Weights

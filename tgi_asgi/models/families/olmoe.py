@@ -1,4 +1,4 @@
-"""Allen AI's OLMoE: Llama with experts, and norms of all queries and of all keys together."""
+"""Allen AI's OLMoE: Llama with experts, and query and key norms that span all heads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 
 def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read OLMoE's."""
+    """Read OLMoE's configuration."""
     reader.defaults(rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8)
     check_computed(
-        reader.get("clip_qkv") is None, "queries, keys and values that are clipped are not supported here"
+        reader.get("clip_qkv") is None, "clamped queries, keys and values (clip_qkv) are not supported here"
     )
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
@@ -35,7 +35,7 @@ def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class OlmoeWeights(LayerWeights):
-    """A layer whose norms of queries and keys are of all heads together."""
+    """A layer whose query and key norms span all heads."""
 
     def norms(self) -> ops.HeadNorms:
         """Return the two norms, each of a product's full width."""
@@ -46,7 +46,7 @@ class OlmoeWeights(LayerWeights):
 
 
 class Olmoe(Decoder):
-    """The decoder with such weights."""
+    """The decoder with OLMoE's norms."""
 
     weights_class = OlmoeWeights
 

@@ -1,4 +1,4 @@
-"""Microsoft's Phi 1, 1.5 and 2: attention and MLP side by side behind one LayerNorm, biases everywhere.
+"""Microsoft's Phi 1, 1.5 and 2: parallel attention and MLP after one LayerNorm, biases everywhere.
 
 Source: Li et al., Textbooks Are All You Need II, arXiv 2309.05463, section 2.1.
 """
@@ -14,7 +14,7 @@ from tgi_asgi.models.reading import read_layers, read_sizes
 
 
 def read_phi(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Phi's; half of each head turns unless the file says otherwise."""
+    """Read Phi's configuration; half of each head rotates unless the file says otherwise."""
     reader.defaults(partial_rotary_factor=0.5)
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
     has_qk_norm = reader.flag("qk_layernorm", False)

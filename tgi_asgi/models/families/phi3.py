@@ -1,4 +1,4 @@
-"""Microsoft's Phi 3, 3.5 and 4: q, k and v are one tensor, as are gate and up; part of a head turns."""
+"""Microsoft's Phi 3, 3.5 and 4: fused q, k and v, fused gate and up; part of a head rotates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tgi_asgi.models.reading import read_layers, read_sizes, read_window
 
 
 def read_phi3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Phi 3's and 4's."""
+    """Read the configuration of Phi 3 and 4."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
     layers = read_layers(reader, sizes, windows=read_window(reader), turns_part=True)

@@ -1,4 +1,4 @@
-"""Microsoft's Phi 3.5 with experts: LayerNorms, biases, and a choice by sparse mixers."""
+"""Microsoft's Phi 3.5 with experts: LayerNorms, biases, and routing by SparseMixer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 
 
 def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Phi's; llama.cpp routes by softmax, and keeps no number of the mixer: its usual one stands."""
+    """Read Phi's configuration; llama.cpp routes by softmax and stores no jitter, so 0.01 is assumed."""
     reader.defaults(
         rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
     )  # fmt: skip
@@ -36,7 +36,7 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
         kind="sparsemixer", jitter=0.01 if reader.is_gguf else reader.number("router_jitter_noise", 0.01),
     )  # fmt: skip
-    check_computed(experts.top_k == 2, f"a token must have 2 experts, which are mixed, got {experts.top_k}")
+    check_computed(experts.top_k == 2, f"sparsemixer needs 2 experts per token, got {experts.top_k}")
     has_head_bias = "output.bias" in reader.tensors if reader.is_gguf else reader.flag("lm_head_bias", False)
     return ModelConfig(
         architecture=architecture,
@@ -51,7 +51,7 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
-    """Read the rotary embedding: cosines and sines have factors by names of their own, which are one."""
+    """Read the rotary embedding; its factor on cosines and sines has two keys, which must be equal."""
     if reader.is_gguf:
         return read_rope(reader, head_dim)
     values = rope_values(reader)
@@ -77,11 +77,11 @@ class PhiMoeWeights(LayerWeights):
 
 
 class PhiMoe(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Phi's expert names."""
 
     weights_class = PhiMoeWeights
 
 
-FAMILIES = tuple(  # of Microsoft's files, and of those that `transformers` writes
+FAMILIES = tuple(  # names in Microsoft's files, and in those that `transformers` writes
     Family(name, "phimoe", read_phi_moe, PhiMoe) for name in ("PhiMoEForCausalLM", "PhimoeForCausalLM")
 )

@@ -1,4 +1,4 @@
-"""Qwen 2 and 3: biases of q, k and v; norms of heads; a window of the upper layers, if it is on."""
+"""Qwen 2 and 3: biases of q, k and v; norms per head; an optional window in the upper layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_s
 
 
 def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen 2's and 2.5's: which products have biases is the code's, whatever the file says."""
+    """Read the configuration of Qwen 2 and 2.5; biases follow the model's code, whatever the file says."""
     reader.ignore("attention_bias")
     reader.defaults(num_key_value_heads=32, sliding_window=4096)
     sizes = read_sizes(reader)
@@ -23,7 +23,7 @@ def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen 3's."""
+    """Read Qwen 3's configuration."""
     reader.defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096)
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")

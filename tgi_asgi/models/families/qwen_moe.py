@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 with experts: Qwen 2's has one beside them that all tokens have, as much as each wants."""
+"""Qwen 2 and 3 with experts; Qwen 2's layers also have a shared expert, scaled by a gate per token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgi_asgi.models.reading_experts import read_experts, read_sparse_steps, wit
 
 
 def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen 1.5's and 2's; every other layer has the window, up to one."""
+    """Read the configuration of Qwen 1.5 and 2; even layers below `max_window_layers` have the window."""
     reader.defaults(
         num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
         num_experts=60, num_experts_per_tok=4, sliding_window=4096,
@@ -43,7 +43,7 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen 3's; llama.cpp renormalises weights, whatever its file's source said."""
+    """Read Qwen 3's configuration; llama.cpp renormalises weights, whatever the original checkpoint said."""
     reader.rename(num_experts=("num_local_experts",))
     reader.defaults(
         num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
@@ -70,13 +70,13 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class Qwen2MoeWeights(LayerWeights):
-    """A layer whose shared expert is one, by name."""
+    """A layer whose shared expert has a name in the singular."""
 
     expert_names = (ExpertNames(shared="mlp.shared_expert"),)
 
 
 class Qwen2Moe(Decoder):
-    """The decoder with such weights."""
+    """The decoder with Qwen 2's expert names."""
 
     weights_class = Qwen2MoeWeights
 

@@ -1,6 +1,6 @@
-"""Qwen3-Next and Qwen3.5, with experts and without: most layers have a gated delta net for attention.
+"""Qwen3-Next and Qwen3.5, with and without experts: most layers have a gated delta net instead of attention.
 
-Norms add 1 to their weights, and what heads make is multiplied by the sigmoid of gates.
+Norms add 1 to their weights, and heads' results are multiplied by the sigmoid of gates.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from tgi_asgi.models.recurrent_specs import GatedDeltaSpec
 
 ReadConfig = Callable[[Reader, str], ModelConfig]
 _KINDS = ("linear_attention", "full_attention")
-_DELTA_SIZES = {  # and what they are where a config.json lacks them
+_DELTA_SIZES = {  # with defaults for keys that a config.json lacks
     "linear_num_value_heads": 32,
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_key_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-# Of positions of images: those of text are the same in all three parts.
+# Keys of image positions: positions of text are equal in all three sections.
 _IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
 
 
 def _computes(config: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels have the sizes of a model's states, and the model nothing but text."""
+    """Return whether the kernels support the sizes of a model's states, and the model is text-only."""
     if config.get("vision_config") or config.get("attention_bias"):
         return False
     sizes = [config.get(key) or given for key, given in _DELTA_SIZES.items()]
     if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # and refused, with the key's name
+        return True  # reading it refuses the value, naming its key
     _, head_dim, _, key_dim, taps = sizes
     return head_dim % 16 == 0 and key_dim <= MAX_KEY_DIM and 2 <= taps <= MAX_TAPS
 
 
 def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen3-Next's."""
+    """Read Qwen3-Next's configuration."""
     reader.defaults(
         num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512,
         shared_expert_intermediate_size=512, num_key_value_heads=2,
@@ -66,14 +66,14 @@ def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_qwen3_5(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen3.5's."""
+    """Read Qwen3.5's configuration."""
     with _text_of(reader) as text:
         text.defaults(num_key_value_heads=4)
         return _tiled(text, _read(text, architecture))
 
 
 def read_qwen3_5_moe(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen3.5's with experts, which all layers have: the size of an MLP is nothing's."""
+    """Read the configuration of Qwen3.5 with experts; all layers have them, so no MLP size is used."""
     with _text_of(reader) as text:
         text.defaults(
             num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512,
@@ -86,7 +86,7 @@ def read_qwen3_5_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 @contextlib.contextmanager
 def _text_of(reader: Reader) -> Iterator[Reader]:
-    """Give what a configuration says of text, which may be a part of it; what is left of that is refused."""
+    """Yield a reader of the text's configuration, which may be nested; refuse what remains unread in it."""
     part = reader.get("text_config")
     if part is None:
         yield reader
@@ -110,7 +110,7 @@ def _with_experts(
 
 def _read(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(head_dim=256, partial_rotary_factor=0.25)
-    if reader.is_gguf:  # counts the layers that draft
+    if reader.is_gguf:  # the count includes the layers that draft
         drafting = reader.integer("num_nextn_predict_layers", 0)
         reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
         reader.ignore("rope.dimension_sections")
@@ -140,7 +140,7 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_kinds(reader: Reader) -> list[str]:
-    """Return what each layer has; a GGUF file's tensors say it, else a list or each how many attend."""
+    """Return each layer's kind, from a GGUF file's tensors, a list, or the interval of attention layers."""
     count = num_layers(reader)
     if reader.is_gguf:
         reader.ignore("attention.recurrent_layers", "full_attention_interval")
@@ -165,7 +165,7 @@ def _read_delta(reader: Reader) -> GatedDeltaSpec:
 
 
 def _tiled(reader: Reader, config: ModelConfig) -> ModelConfig:
-    """Say how heads lie in llama.cpp's files of Qwen3.5: it has put those of one key apart."""
+    """Set the head order of llama.cpp's Qwen3.5 files, which interleave the heads of different keys."""
     if not reader.is_gguf:
         return config
     return replace(config, layers=tuple(map(_with_tiles, config.layers)))
@@ -179,13 +179,13 @@ def _with_tiles(layer: LayerSpec) -> LayerSpec:
 
 
 class QwenNextWeights(LayerWeights):
-    """A layer whose shared expert is one, by name."""
+    """A layer whose shared expert has a name in the singular."""
 
     expert_names = (ExpertNames(shared="mlp.shared_expert"),)
 
 
 class QwenNext(Decoder):
-    """The decoder with such weights; a model that sees images, too, has them one name deeper."""
+    """The decoder with Qwen3-Next's expert names; vision models nest its weights one name deeper."""
 
     weights_class = QwenNextWeights
     checkpoint = CheckpointLayout(part="language_model")
@@ -194,7 +194,7 @@ class QwenNext(Decoder):
 _DELTA = {
     f"linear_attn.{name}": stored
     for name, stored in {
-        "in_proj_qkvz": "ssm_in",  # of the first files
+        "in_proj_qkvz": "ssm_in",  # in the first files
         "in_proj_qkv": "attn_qkv",
         "in_proj_z": "attn_gate",
         "in_proj_ba": "ssm_ba",
@@ -212,7 +212,7 @@ _GGUF_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
     **{f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
 }
-# What only drafts, and what only sees.
+# Weights used only for drafting or for images.
 _UNUSED = ("mtp.*", "model.mtp.*", "model.visual.*", "blk.{num_layers}.*")
 
 

@@ -10,7 +10,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_seed_oss(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Seed-OSS's; a config.json says of each side of attention whether it has biases."""
+    """Read Seed-OSS's configuration, which has separate bias keys for attention's inputs and output."""
     reader.defaults(num_key_value_heads=8, head_dim=128)
     sizes = read_sizes(reader)
     (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q", default=True)

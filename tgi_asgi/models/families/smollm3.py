@@ -1,4 +1,4 @@
-"""SmolLM 3: Llama, but every fourth layer takes no notice of positions (Yang et al., arXiv 2501.18795)."""
+"""SmolLM 3: Llama without positions in every fourth layer (Yang et al., arXiv 2501.18795)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTERVAL = 4
 
 
 def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
-    """Read SmolLM 3's; which layers have no rotary embedding a GGUF file does not say."""
+    """Read SmolLM 3's configuration; GGUF files do not record which layers have no rotary embedding."""
     reader.defaults(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
     reader.ignore("max_window_layers")
     sizes = read_sizes(reader)
@@ -31,7 +31,7 @@ def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _has_rope(reader: Reader, count: int) -> list[bool]:
-    """Return of each layer whether it has: the list of config.json says 1 where it does, despite its name."""
+    """Return whether each layer rotates; despite its name, `no_rope_layers` has a 1 for those that do."""
     interval = _INTERVAL if reader.is_gguf else reader.integer("no_rope_layer_interval", _INTERVAL)
     check(interval >= 1, f"no_rope_layer_interval must be positive, got {interval}")
     listed = None if reader.is_gguf else reader.get("no_rope_layers")

@@ -1,6 +1,6 @@
-"""Stability's StableLM: Llama with LayerNorm and a quarter of each head that turns.
+"""Stability's StableLM: Llama with LayerNorm, in which a quarter of each head rotates.
 
-Of StableLM 2, 12B attention and MLP stand side by side behind one norm, and each head has norms of its own.
+StableLM 2 12B has parallel attention and MLP after one norm, and norms per head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
-    """Read StableLM's; a GGUF file says by its tensors what kind it is."""
+    """Read StableLM's configuration; a GGUF file's tensors show the variant."""
     reader.rename(partial_rotary_factor=("rope_pct",), layer_norm_eps=("norm_eps",))
     reader.defaults(partial_rotary_factor=0.25)
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
@@ -40,7 +40,7 @@ def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class StableLmWeights(LayerWeights):
-    """A layer whose heads have LayerNorms of their own, without biases."""
+    """A layer with a LayerNorm per head, without biases."""
 
     def norms(self) -> ops.HeadNorms | None:
         """Return the norms of queries and keys, if there are any."""
@@ -51,7 +51,7 @@ class StableLmWeights(LayerWeights):
         return ops.HeadNorms(query, key)
 
     def _head_norm(self, name: str, num_heads: int) -> ops.NormWeight:
-        """Return the norm of all heads: a tensor each, or one in a GGUF file."""
+        """Return the norms of all heads as one: a tensor per head, or a single one in a GGUF file."""
         size, whole = self.config.head_dim, f"self_attn.{name}_norm.weight"
         if f"{self.prefix}{whole}" in self.weights:
             weight = ops.vector(self.get(whole, num_heads, size))
@@ -62,12 +62,12 @@ class StableLmWeights(LayerWeights):
 
 
 class StableLm(Decoder):
-    """The decoder with such heads."""
+    """The decoder with StableLM's norms."""
 
     weights_class = StableLmWeights
 
 
-# The second is what Stability's own code calls it.
+# The second is the name in Stability's own code.
 FAMILIES = (
     Family("StableLmForCausalLM", "stablelm", read_stablelm, StableLm),
     Family("StableLMEpochForCausalLM", "stablelm", read_stablelm, StableLm),

@@ -1,4 +1,4 @@
-"""BigCode's StarCoder 2: rotary positions and few KV heads, with LayerNorm, biases and MLPs without a gate.
+"""BigCode's StarCoder 2: rotary positions and few KV heads, with LayerNorm, biases and ungated MLPs.
 
 Source: Lozhkov et al., StarCoder 2 and The Stack v2, arXiv 2402.19173, section 6.1.
 """
@@ -14,10 +14,10 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_w
 
 
 def read_starcoder2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read StarCoder 2's."""
+    """Read StarCoder 2's configuration."""
     reader.rename(layer_norm_eps=("norm_epsilon",))
     reader.defaults(tie_word_embeddings=True, num_key_value_heads=2)
-    # Files name some things twice, as another code of theirs reads them.
+    # Files repeat some settings under the names of BigCode's other code.
     reader.ignore("activation_function", "layer_norm_epsilon", "scale_attention_softmax_in_fp32")
     for key, value in {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}.items():
         found = None if reader.is_gguf else reader.get(key)

@@ -1,6 +1,6 @@
 """A model's weights by their canonical names, which are those of Hugging Face's checkpoints.
 
-Both formats give bytes as they are stored; what layout the kernels want of them is `ops`' affair.
+Both file formats return bytes as stored; `ops` converts them to the kernels' layout.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from typing import Protocol
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops import WeightSource
 
-# The format of what torch keeps, be it stored otherwise: float32.
+# The format of tensors that torch keeps as float32, however they are stored.
 KEPT = "kept"
 
 
 class Weights(Protocol):
-    """Where a model takes its weights from."""
+    """The source of a model's weights."""
 
     num_bytes: int  # of all tensors, as stored
-    is_gguf: bool  # which has llama.cpp's tensors: all experts' in one, say
+    is_gguf: bool  # llama.cpp's tensors, for example all experts' in one
 
     def __contains__(self, name: object) -> bool: ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor of this shape; its bytes are a view of the file wherever possible.
+        """Return a tensor of this shape; its bytes are a view of the file if possible.
 
         Raises:
-            ModelLoadError: it is missing, of another shape, or of a type that cannot be read.
+            ModelLoadError: if it is missing, has another shape, or has an unreadable type.
         """
 
     def unread(self) -> list[str]:
-        """Return the file's names of tensors that nobody has asked for yet."""
+        """Return the file's names of tensors that have not been requested yet."""
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Return the format of each tensor, as the file has it, and its elements, by the file's names."""
+        """Return each tensor's stored format and number of elements, by the file's names."""
 
     def close(self) -> None:
-        """Let go of the files; views that are still held stay valid."""
+        """Release the files; views that are still held stay valid."""
 
 
 class NamedWeights(Weights, Protocol):
-    """Those of a checkpoint directory, which says what it holds."""
+    """The weights of a checkpoint directory, which can list its contents."""
 
     def names(self) -> list[str]:
-        """Return the names of all weights: of a quantised one its own, not those of its parts."""
+        """Return the names of all weights; a quantised weight has one name, not those of its parts."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that a weight has once it is decoded."""
+        """Return the shape of a weight after decoding."""
 
     def parts(self, name: str) -> list[str]:
-        """Return the file's names of the tensors that make up a weight: its own if it is not quantised."""
+        """Return the file's names of the tensors that make up a weight; one if it is not quantised."""
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Refuse a tensor that is not of the shape that the configuration says."""
+    """Refuse a tensor whose shape differs from the configuration's."""
     if found != expected:
         raise ModelLoadError(
             f"tensor {name!r} has the shape {list(found)}, "
@@ -64,10 +64,10 @@ def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
 
 
 def refuse_unread(names: Iterable[str], expected: Sequence[str]) -> None:
-    """Refuse tensors that a model has no use for: it would compute something else than its authors' code.
+    """Refuse tensors that the model does not use, as it would compute something else than its authors' code.
 
     Args:
-        expected: patterns, as `fnmatch` has them, of those that do not matter.
+        expected: Names (`fnmatch` patterns) of tensors that do not matter.
     """
     for name in sorted(names):
         if not matches(name, expected):
@@ -78,5 +78,5 @@ def refuse_unread(names: Iterable[str], expected: Sequence[str]) -> None:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether one of the patterns, as `fnmatch` has them, is that of a name."""
+    """Return whether a name matches one of the `fnmatch` patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint by canonical names: a family's own names, with or without their prefix."""
+"""Weights of a checkpoint by canonical names, translated to the family's names, with or without prefix."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _WORDS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 class CheckpointWeights:
-    """`Weights` of files whose names, rows and columns are as a `CheckpointLayout` says.
+    """`Weights` of files whose names, rows and columns a `CheckpointLayout` describes.
 
     Attributes:
-        is_bare: the model was saved without its head, as embedding models are, and BLOOM and GPT-2 on the
-            Hub: names lack their prefix, `layers.0...` for `model.layers.0...`.
+        is_bare: Whether the model was saved without its head, as embedding models are, and BLOOM and GPT-2 on
+            the Hub. Names then lack their prefix: `layers.0...` instead of `model.layers.0...`.
     """
 
     def __init__(self, weights: SafetensorsWeights, layout: CheckpointLayout, config: ModelConfig) -> None:
@@ -36,14 +36,14 @@ class CheckpointWeights:
         return isinstance(name, str) and self.stored_name(name) in self._weights
 
     def stored_name(self, name: str) -> str:
-        """Return what the files call a tensor."""
+        """Return the files' name of a tensor."""
         stored = self._layout.tensor(name)
         if self.is_bare:
             return stored.removeprefix(self._layout.prefix)
         return stored.replace(self._layout.prefix, self._part, 1)
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor, as `Weights.get` says."""
+        """Return a tensor, as described in `Weights.get`."""
         stored = self.stored_name(name)
         if self._layout.is_transposed and len(shape) == 2 and is_of_layer(name):
             source = _transposed(stored, self._weights.get(stored, shape[::-1]))
@@ -53,7 +53,7 @@ class CheckpointWeights:
         return source if order is None else source.in_rows(order)
 
     def kv_scales(self) -> list[tuple[float, float]]:
-        """Return each layer's scales of keys and of values, as `read_kv_scales` says."""
+        """Return each layer's scales of keys and of values, as described in `read_kv_scales`."""
 
         def read(name: str) -> tuple[str, npt.NDArray[np.float32]] | None:
             stored = self.stored_name(name)
@@ -63,15 +63,15 @@ class CheckpointWeights:
         return read_kv_scales(read, self._config.num_layers)
 
     def unread(self) -> list[str]:
-        """Return what nobody has asked for, as `Weights.unread` says."""
+        """Return the names that were not read, as described in `Weights.unread`."""
         return self._weights.unread()
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Return formats and sizes, as `Weights.stored` says."""
+        """Return formats and sizes, as described in `Weights.stored`."""
         return self._weights.stored()
 
     def block_columns(self, name: str) -> int:
-        """Return how many columns of a matrix stay together where it is cut; 1 of one that is not there."""
+        """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""
         return self._weights.block_columns(self.stored_name(name))
 
     def close(self) -> None:
@@ -80,11 +80,11 @@ class CheckpointWeights:
 
 
 def _transposed(name: str, source: WeightSource) -> WeightSource:
-    """Return a matrix of floats with rows and columns changed: a copy."""
+    """Return a copy of a float matrix with rows and columns exchanged."""
     word = _WORDS.get(source.format)
     if word is None:
         raise ModelLoadError(
-            f"tensor {name!r} is quantised, which of this architecture's matrices is not served"
+            f"tensor {name!r} is quantised, which is not supported for this architecture's matrices"
         )
     matrix = np.ascontiguousarray(source.data.view(word).reshape(source.shape).T)
     return WeightSource(matrix.reshape(-1).view(np.uint8), source.format, matrix.shape)

@@ -1,4 +1,4 @@
-"""Weights of a GGUF file: llama.cpp's names turned into canonical ones, and its order of rows undone."""
+"""Weights of a GGUF file: translates llama.cpp's names to canonical ones and restores the row order."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
-    """Translate a canonical name: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight.
+    """Translate a canonical name: model.layers.3.mlp.up_proj.weight becomes blk.3.ffn_up.weight.
 
-    names: llama.cpp's, by canonical ones without layer and kind; with it, where llama.cpp has no kind. None:
-        it has none for this.
+    Args:
+        names: llama.cpp's names, by canonical names without layer and kind; with the kind if llama.cpp has
+            none.
+
+    Returns:
+        The name; None if llama.cpp has none.
     """
     whole = _LAYER.fullmatch(name)
     if whole is not None and whole[2] in names:
@@ -53,13 +57,13 @@ class GgufWeights:
         return isinstance(name, str) and gguf_name(name, self._names) in self._file.tensors
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor, as `Weights.get` says."""
+        """Return a tensor, as described in `Weights.get`."""
         stored = gguf_name(name, self._names)
         if stored is None:
             raise ModelLoadError(f"GGUF files have no name for the tensor {name!r}, which the model needs")
         info = self._file.tensor(stored)
         self._unread.discard(stored)
-        if without_ones(info.shape) != without_ones(shape):  # which the converter leaves out
+        if without_ones(info.shape) != without_ones(shape):  # sizes of 1 are left out by the converter
             check_shape(info.name, info.shape, shape)
         data = self._file.raw(info.name)
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
@@ -69,15 +73,15 @@ class GgufWeights:
         return WeightSource(data, info.type, shape)
 
     def unread(self) -> list[str]:
-        """Return what nobody has asked for, as `Weights.unread` says."""
+        """Return the names that were not read, as described in `Weights.unread`."""
         return sorted(self._unread)
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Return formats and sizes, as `Weights.stored` says."""
+        """Return formats and sizes, as described in `Weights.stored`."""
         return {name: (info.type, math.prod(info.shape)) for name, info in self._file.tensors.items()}
 
     def block_columns(self, name: str) -> int:
-        """Return how many columns of a matrix stay together where it is cut; 1 of one that is not there."""
+        """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""
         if name not in self:
             return 1
         stored = gguf_name(name, self._names)
@@ -90,15 +94,15 @@ class GgufWeights:
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the sizes of a shape that are more than 1."""
+    """Return the sizes of a shape that are greater than 1."""
     return tuple(size for size in shape if size != 1)
 
 
 def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
-    """Undo llama.cpp's permutation of query and key rows; returns a copy.
+    """Undo llama.cpp's permutation of query and key rows; return a copy.
 
-    A head's rows lie pair by pair in the file (0, d/2, 1, d/2 + 1, ...); the checkpoint's order, which the
-    kernels take, has the first halves first. Rows are whole numbers of blocks: any format's bytes will do.
+    The file stores a head's rows pair by pair (0, d/2, 1, d/2 + 1, ...); the kernels use the checkpoint's
+    order, with the first halves first. Rows consist of whole blocks, so this works on any format's bytes.
     """
     pairs = data.reshape(num_rows // head_dim, head_dim // 2, 2, data.size // num_rows)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

@@ -1,12 +1,12 @@
-"""Scales of keys and values that a checkpoint was calibrated with, for a cache of FP8.
+"""Reads the scales of keys and values that a checkpoint was calibrated with, for an FP8 cache.
 
-    model.layers.3.self_attn.k_scale, .v_scale              compressed-tensors, FBGEMM's, Quark's
+    model.layers.3.self_attn.k_scale, .v_scale              compressed-tensors, FBGEMM, Quark
     model.layers.3.self_attn.k_proj.k_scale, v_proj.v_scale ModelOpt
-    model.layers.3.self_attn.k_proj.output_scale            compressed-tensors before it had the first
-    model.layers.3.self_attn.kv_scale                       AutoFP8: of both
+    model.layers.3.self_attn.k_proj.output_scale            older compressed-tensors
+    model.layers.3.self_attn.kv_scale                       AutoFP8, for both
 
-What is kept is divided by its scale. A kernel takes one of each layer: a scale for each head is only taken
-where all are alike.
+Stored values are divided by their scale. A kernel uses one scale per layer; scales per head are accepted only
+if all are equal.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NAMES = {
 
 
 def read_kv_scales(read: _Read, num_layers: int) -> list[tuple[float, float]]:
-    """Return each layer's scales of keys and of values; 1 where the files have none.
+    """Return each layer's scales of keys and of values; 1 if the files have none.
 
     Args:
-        read: returns what the files call a canonical tensor, and its values; None: there is no such tensor.
+        read: Returns the file's name and the values of a canonical tensor; None if it does not exist.
 
     Raises:
-        ModelLoadError: a scale is no positive number, heads have scales of their own, or two names say
-            different things.
+        ModelLoadError: if a scale is not a positive number, heads have different scales, or two names have
+            different values.
     """
     return [(_find(read, index, "k"), _find(read, index, "v")) for index in range(num_layers)]
 
@@ -48,7 +48,7 @@ def _find(read: _Read, layer: int, kind: str) -> float:
             found[tensor[0]] = _one(*tensor)
     if len(set(found.values())) > 1:
         said = " and ".join(f"{name!r} ({value:g})" for name, value in found.items())
-        raise ModelLoadError(f"{said} contradict each other: which scale the cache is to have is not known")
+        raise ModelLoadError(f"{said} contradict each other: the scale of the cache is ambiguous")
     return next(iter(found.values()), 1.0)
 
 
@@ -56,12 +56,12 @@ def _one(name: str, values: npt.NDArray[Any]) -> float:
     distinct = np.unique(values)
     if len(distinct) > 1:
         raise ModelLoadError(
-            f"{name!r} has {values.size} scales of keys or values, but the cache takes one a layer: take "
+            f"{name!r} has {values.size} scales of keys or values, but the cache uses one per layer: use "
             "--kv-cache-dtype auto"
         )
     if len(distinct) == 0 or not np.isfinite(distinct[0]) or distinct[0] <= 0:
         raise ModelLoadError(
-            f"{name!r} is {distinct.tolist()}, but a scale of the cache must be a positive number: take "
+            f"{name!r} is {distinct.tolist()}, but a scale of the cache must be a positive number: use "
             "--kv-cache-dtype auto"
         )
     return float(distinct[0])

@@ -1,10 +1,10 @@
-"""Experts as gpt-oss is published: of all one tensor of nibbles, and one of exponents, in blocks of 32.
+"""Reads gpt-oss experts as published: a tensor of all experts' nibbles and one of exponents, in blocks of 32.
 
     experts.gate_up_proj_blocks [experts, rows, blocks, 16]    byte i: columns 2i and 2i + 1, the first low
     experts.gate_up_proj_scales [experts, rows, blocks]        2^(exponent - 127)
 
-A block becomes that of ggml, which means the same: the exponent, then byte i of columns i and i + 16. Nothing
-is rounded. Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
+A block is converted to the equivalent ggml block: the exponent, then byte i with columns i and i + 16.
+Nothing is rounded. Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOW, _HIGH, _FOUR = np.uint8(0x0F), np.uint8(0xF0), np.uint8(4)
 
 
 class ExpertMatrix(NamedTuple):
-    """Where a matrix of one expert lies: two tensors of all experts."""
+    """Location of one expert's matrix in two tensors of all experts."""
 
     blocks: str
     scales: str
@@ -32,7 +32,7 @@ class ExpertMatrix(NamedTuple):
 
 
 def find_expert(checkpoint: Checkpoint, name: str) -> ExpertMatrix | None:
-    """Return where `experts.5.gate_up_proj.weight` lies, if it is of such blocks."""
+    """Return the location of `experts.5.gate_up_proj.weight`; None if it is not stored in such blocks."""
     parts = _EXPERT.fullmatch(name)
     if parts is None:
         return None
@@ -41,10 +41,10 @@ def find_expert(checkpoint: Checkpoint, name: str) -> ExpertMatrix | None:
 
 
 def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, ...]) -> WeightSource:
-    """Return an expert's matrix [rows, columns], a copy.
+    """Return a copy of an expert's matrix [rows, columns].
 
     Raises:
-        ModelLoadError: a tensor is missing, of another type, or does not fit.
+        ModelLoadError: if a tensor is missing, has another type or does not fit.
     """
     rows, columns = shape
     blocks, scales = checkpoint.tensor(matrix.blocks), checkpoint.tensor(matrix.scales)
@@ -61,14 +61,14 @@ def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, 
     codes = checkpoint.raw(matrix.blocks).reshape(count, -1, 16)[matrix.number]
     out = np.empty((len(codes), 17), np.uint8)
     out[:, 0] = checkpoint.raw(matrix.scales).reshape(count, -1)[matrix.number]
-    first, second = codes[:, :8], codes[:, 8:]  # columns 0 to 15 and 16 to 31, two a byte
+    first, second = codes[:, :8], codes[:, 8:]  # columns 0 to 15 and 16 to 31, two per byte
     out[:, 1::2] = (first & _LOW) | (second << _FOUR)
     out[:, 2::2] = (first >> _FOUR) | (second & _HIGH)
     return WeightSource(out.reshape(-1), "MXFP4", (rows, columns))
 
 
 def stored_expert(name: str, elements: int) -> tuple[str, int] | None:
-    """Return the format and the elements that such a tensor is counted as; None where it is none."""
+    """Return the format and number of elements to count for such a tensor; None if it is another."""
     if name.endswith("_blocks"):
         return "MXFP4", 2 * elements
     return ("MXFP4", 0) if name.endswith("_scales") else None

@@ -1,4 +1,4 @@
-"""Open a model's files: configuration, weights, tokenizer and chat template, from either format."""
+"""Opens a model's files: configuration, weights, tokenizer and chat template, from either format."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class OpenModel:
             model = opened.load(ops.Packing(is_exact=False), max_positions=8192)
 
     Raises:
-        ModelLoadError: a file is missing, damaged, or describes what is not supported.
+        ModelLoadError: if a file is missing or damaged, or describes something unsupported.
     """
 
     config: ServedConfig
     weights: Weights
-    why_generic: str = ""  # why the family that has the architecture does not compute it
+    why_generic: str = ""  # why the architecture's native family does not compute the model
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class OpenModel:
             if found is not None:
                 self._model = self._open_native(*found)
             elif gives_vectors(architecture):
-                check(rope is None, f"--rope-scaling: {architecture} gives vectors, of which it scales none")
+                check(rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
                 self._model = self._open_generic(files.path, config, trusts_code)
@@ -116,31 +116,31 @@ class OpenModel:
 
     @property
     def is_generic(self) -> bool:
-        """The model is computed by the code of `transformers`."""
+        """Whether the code of `transformers` computes the model."""
         return not isinstance(self._model, _Native)
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
     ) -> ServedModel:
-        """Make the model; `weights` may stand for the files' own (to watch them being read).
+        """Load the model; `weights` may replace the files' own, for example to track reading.
 
         Raises:
-            ModelLoadError: a tensor is missing, does not fit, or is not known.
+            ModelLoadError: if a tensor is missing, does not fit or is unknown.
         """
         weights = self.weights if weights is None else weights
         try:
             model = self._model.load(weights, arithmetic, max_positions)
-        except ValueError as error:  # what is packed refuses values, which no header shows
+        except ValueError as error:  # packing refuses values that no header shows
             raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
         if isinstance(self._model, _Native):
             refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
     def cuts(self, count: int) -> list[ModelCut]:
-        """Return what each of so many shards has of the model; before anything of it is read.
+        """Return each of `count` shards' part of the model, before any of it is read.
 
         Raises:
-            ModelLoadError: it is not computed by several shards, or has too few parts.
+            ModelLoadError: if several shards cannot compute it, or it has too few parts.
         """
         config = self.config
         if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
@@ -170,16 +170,16 @@ class OpenModel:
         )  # fmt: skip
 
     def use_cut(self, cut: ModelCut) -> None:
-        """Load this part of the model alone; `config` says so from now on."""
+        """Load only this part of the model; `config` reflects it from now on."""
         assert isinstance(self._model, _Native)
         self._model = replace(self._model, config=replace(self._model.config, cut=cut))
         self.config = self._model.config
 
     def held(self) -> list[tuple[str, int]]:
-        """Return the format and the elements of each tensor that will be held; before `load`.
+        """Return the format and number of elements of each tensor that will be held. Call before `load`.
 
         Raises:
-            ModelLoadError: the code of `transformers` has no place for a tensor.
+            ModelLoadError: if the code of `transformers` has no place for a tensor.
         """
         if not isinstance(self._model, _Native):
             return self._model.held(self.weights)
@@ -187,15 +187,15 @@ class OpenModel:
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
     def kv_scales(self) -> list[tuple[float, float]] | None:
-        """Return the scales of keys and of values that each layer of a checkpoint says; None of a GGUF file.
+        """Return each layer's scales of keys and of values from a checkpoint; None for a GGUF file.
 
         Raises:
-            ModelLoadError: they contradict each other, or are not one a layer.
+            ModelLoadError: if they contradict each other, or are not one per layer.
         """
         return self.weights.kv_scales() if isinstance(self.weights, CheckpointWeights) else None
 
     def table_bytes(self, max_positions: int) -> int:
-        """Return about what the code of `transformers` keeps of rotary tables; a family's: `rotary_dims`."""
+        """Estimate the bytes of `transformers`' rotary tables; 0 for native families (see `rotary_dims`)."""
         return 0 if isinstance(self._model, _Native) else self._model.table_bytes(max_positions)
 
     def _unused(self, model: _Native) -> list[str]:
@@ -206,7 +206,7 @@ class OpenModel:
         return [*unused, *([head] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
-        """Build the tokenizer and compile the chat template; may run beside the loading of weights."""
+        """Build the tokenizer and compile the chat template; may run while weights are loaded."""
         metadata = None if self._gguf is None else self._gguf.metadata
         if metadata is not None:
             tokenizer = Tokenizer.from_gguf(metadata)
@@ -219,13 +219,13 @@ class OpenModel:
         return tokenizer, template
 
     def read_image_processor(self) -> ImageProcessor | None:
-        """Build what prepares images, of a model that takes any; before its weights are loaded."""
+        """Build the image processor of a model that accepts images; may precede loading its weights."""
         if isinstance(self._model, OpenGeneric) and self._directory is not None:
             return self._model.image_processor(self._directory)
         return None
 
     def read_pooling(self) -> PoolingFiles:
-        """Return what the files say of embedding."""
+        """Return the pooling settings from the files."""
         if self._gguf is not None:
             return read_gguf_pooling(self._gguf.metadata)
         assert self._directory is not None
@@ -244,7 +244,7 @@ class OpenModel:
 
 @dataclass(frozen=True, slots=True)
 class _Native:
-    """A model that a family of ours computes."""
+    """A model that a native family computes."""
 
     family: Family
     config: ModelConfig
@@ -254,7 +254,7 @@ class _Native:
 
 
 def unsplit(config: ModelConfig, family: Family) -> str | None:
-    """Return what a model has that several shards do not compute; None: nothing."""
+    """Return a feature of the model that several shards do not compute; None if there is none."""
     weights = getattr(family.model, "weights_class", LayerWeights)
     found = {
         "experts": any(layer.experts is not None for layer in config.layers),
@@ -269,9 +269,9 @@ def unsplit(config: ModelConfig, family: Family) -> str | None:
 
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json that names an architecture: older ones may have a type of model alone.
+    """Return a config.json that names an architecture; older ones may only have a model type.
 
-    What writes text is meant, as `transformers` finds it by the type.
+    The architecture is the text-generating one that `transformers` maps the type to.
     """
     kind = config.get("model_type")
     if config.get("architectures") or not isinstance(kind, str):
@@ -286,7 +286,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     """Return the first architecture that a config.json names.
 
     Raises:
-        ModelLoadError: it names none.
+        ModelLoadError: if it names none.
     """
     names = config.get("architectures")
     is_named = isinstance(names, list) and bool(names) and isinstance(names[0], str)
@@ -295,12 +295,12 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
-    """Tell whether a family of ours has the architecture of a config.json, and does what that says.
+    """Return whether a native family has the architecture of a config.json and computes what it asks for.
 
-    One that embeds with tokens that see those that follow is left to the code of `transformers`.
+    Embedding models with bidirectional attention are left to the code of `transformers`.
 
     Raises:
-        ModelLoadError: it names no architecture.
+        ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
     return has_family(architecture, config) and not (_sees_ahead(config) and gives_vectors(architecture))
@@ -311,15 +311,15 @@ def _sees_ahead(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
-    """Read a `config.json`: which family it is of, and what it says.
+    """Read a `config.json` and find its family.
 
     Raises:
-        ModelLoadError: it names no known architecture, or says what cannot be computed.
+        ModelLoadError: if it names no known architecture or asks for something that cannot be computed.
     """
     name = architecture_of(config)
     check(
         not _sees_ahead(config),
-        "config.json says that tokens see those that follow, which this architecture's code does not do here",
+        "config.json asks for bidirectional attention, which this architecture's native code lacks",
     )
     family, found = _read(find_by_architecture(name), Reader.of_json(config))
     labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
@@ -327,7 +327,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
 
 
 def _num_labels(config: Mapping[str, Any]) -> int:
-    """Return how many labels a classifier has, as transformers reads it."""
+    """Return the number of a classifier's labels, as transformers determines it."""
     names = config.get("id2label")
     count = config.get("num_labels") or (len(names) if isinstance(names, dict) else 2)
     check(
@@ -337,7 +337,7 @@ def _num_labels(config: Mapping[str, Any]) -> int:
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:
-    """Read a GGUF file's metadata in the same way; biases and a head of its own show by tensors' names."""
+    """Read a GGUF file's metadata and find its family; tensor names show biases and an untied head."""
     name = metadata.get("general.architecture")
     check(isinstance(name, str), "the GGUF file names no general.architecture")
     kind = metadata.get("general.type", "model")

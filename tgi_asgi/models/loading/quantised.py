@@ -1,7 +1,7 @@
-"""Quantised matrices of a checkpoint: the several tensors of one, turned into a `WeightSource`.
+"""Reads quantised matrices of a checkpoint, each stored as several tensors, as a `WeightSource`.
 
-Which matrices are quantised shows by their tensors: `qweight` beside `scales` (AutoAWQ, AutoGPTQ),
-`weight_packed` beside `weight_scale` (compressed-tensors), or a `weight` of bytes (FP8).
+A matrix is recognised as quantised by its tensors: `qweight` with `scales` (AutoAWQ, AutoGPTQ),
+`weight_packed` with `weight_scale` (compressed-tensors), or a `weight` of bytes (FP8).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FLOAT8 = "F8_E4M3"
 
 
 def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
-    """Tell whether this weight is quantised here."""
+    """Return whether this weight is quantised in the checkpoint."""
     stem = name.removesuffix("weight")
     if stem == name:
         return False
@@ -43,8 +43,8 @@ def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WEIGHT_PARTS = ("", "_packed", "_scale", "_scale_inv", "_zero_point", "_g_idx", "_shape")
-# Scales of inputs, which are quantised otherwise or not at all, and of queries, keys and values, for which
-# only a cache of FP8 has a use (`kv_scales.py`).
+# Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
+# only an FP8 cache uses (`kv_scales.py`).
 UNUSED = (
     "*.input_scale", "*.input_zero_point", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
     "*.qkv_proj.[kv]_scale",
@@ -56,14 +56,14 @@ def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
     """Return the names of the tensors that make up a quantised weight."""
     stem = name.removesuffix("weight")
     names = [f"{stem}{part}" for part in _PARTS] + [f"{name}{part}" for part in _WEIGHT_PARTS]
-    bias = f"{stem}bias"  # AutoGPTQ writes one of zeros where the product has none
+    bias = f"{stem}bias"  # AutoGPTQ writes a bias of zeros if the product has none
     if bias in checkpoint and not checkpoint.raw(bias).any():
         names.append(bias)
     return [each for each in names if each in checkpoint]
 
 
 def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
-    """Return a tensor's format and elements; of codes that no format holds those of what they become."""
+    """Return a tensor's format and elements; codes that no format can hold count as the decoded type."""
     info = checkpoint.tensor(name)
     if quantisation is not None and quantisation.method == "mxfp4":
         found = stored_expert(name, math.prod(info.shape))
@@ -75,7 +75,7 @@ def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation 
 
 
 def _is_decoded(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> bool:
-    """Tell of codes whether they are out of order, or of eight bits with zero points."""
+    """Return whether codes must be decoded: groups out of order, or eight bits with zero points."""
     stem, codes, _ = name.rpartition("qweight" if quantisation.method == "gptq" else "weight_packed")
     if not codes:
         return False
@@ -110,7 +110,7 @@ def read_quantised(
     """Read a weight [rows, columns] that `find_quantised` found.
 
     Raises:
-        ModelLoadError: a tensor is missing, or they do not fit each other.
+        ModelLoadError: if a tensor is missing or its tensors do not fit each other.
     """
     if len(shape) != 2:
         raise ModelLoadError(f"only matrices can be quantised, not one of shape {list(shape)}")
@@ -144,7 +144,7 @@ def _read_integers(
 
 
 def _as_source(matrix: IntegerMatrix) -> WeightSource:
-    """Keep codes where a format has them, groups put side by side; else decode them."""
+    """Keep the codes, with groups made contiguous, if a format can hold them; else decode them."""
     grouped = (matrix, None) if matrix.groups is None else matrix.by_group()
     if grouped is not None:
         side_by_side, order = grouped
@@ -157,7 +157,7 @@ def _as_source(matrix: IntegerMatrix) -> WeightSource:
 
 
 def _decoded(matrix: IntegerMatrix) -> WeightSource:
-    """Decode to float16, as AutoGPTQ does; to float32 where the scales need it."""
+    """Decode to float16, as AutoGPTQ does, or to float32 if the scales require it."""
     weights = matrix.dequantise()
     with np.errstate(over="ignore"):
         halves, scales = weights.astype(np.float16), matrix.scales.astype(np.float16)
@@ -173,7 +173,7 @@ def _read_float8(
     codes = checkpoint.raw(name).reshape(shape)
     scale = next((s for s in (f"{name}_scale", f"{name}_scale_inv") if s in checkpoint), None)
     if scale is None:
-        raise ModelLoadError("it has no weight_scale and no weight_scale_inv beside it")
+        raise ModelLoadError("it has neither a weight_scale nor a weight_scale_inv")
     run = next((run for run in (128, 64, 32) if shape[1] % run == 0), None)
     if quantisation.block is not None:
         run = next((run for run in (128, 64, 32) if shape[1] % run == quantisation.block[1] % run == 0), None)

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint directory: their names are canonical already, but for quantised matrices."""
+"""Weights of a checkpoint directory, whose names are already canonical, except for quantised matrices."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class SafetensorsWeights:
         return name in self._checkpoint or (isinstance(name, str) and self._expert(name) is not None)
 
     def _expert(self, name: str) -> ExpertMatrix | None:
-        """Return where a matrix of an expert lies, if all experts' are in one tensor of blocks."""
+        """Return the location of an expert's matrix, if all experts are in one tensor of blocks."""
         is_packed = self._quantisation is not None and self._quantisation.method == "mxfp4"
         return find_expert(self._checkpoint, name) if is_packed else None
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor, as `Weights.get` says; a quantised matrix in blocks of `ops`."""
+        """Return a tensor, as described in `Weights.get`; a quantised matrix in blocks of `ops`."""
         if self._quantisation is not None and find_quantised(self._checkpoint, name):
             self._unread -= set(names_of(self._checkpoint, name))
             try:
@@ -74,11 +74,11 @@ class SafetensorsWeights:
         return WeightSource(self._checkpoint.raw(name), info.dtype, stored)
 
     def floats(self, name: str) -> npt.NDArray[np.float32] | None:
-        """Return a small tensor of floats, whatever its shape, in float32; None: there is no such."""
+        """Return a small float tensor of any shape as float32; None if it does not exist."""
         return read_floats(self._checkpoint, name) if name in self._checkpoint else None
 
     def names(self) -> list[str]:
-        """Return the names of all weights: of a quantised one its own, not those of its parts."""
+        """Return the names of all weights; a quantised weight has one name, not those of its parts."""
         if self._quantisation is None:
             return list(self._checkpoint)
         whole = {
@@ -93,28 +93,28 @@ class SafetensorsWeights:
         return [*whole, *others]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that a weight has once it is decoded."""
+        """Return the shape of a weight after decoding."""
         if self._quantisation is not None and find_quantised(self._checkpoint, name):
             return quantised_shape(self._checkpoint, name, self._quantisation)
         return self._checkpoint.tensor(name).shape
 
     def parts(self, name: str) -> list[str]:
-        """Return the names of the tensors that make up a weight, as `NamedWeights.parts` says."""
+        """Return the names of the tensors that make up a weight, as described in `NamedWeights.parts`."""
         if self._quantisation is not None and find_quantised(self._checkpoint, name):
             return names_of(self._checkpoint, name)
         return [name]
 
     def unread(self) -> list[str]:
-        """Return what nobody has asked for, as `Weights.unread` says."""
+        """Return the names that were not read, as described in `Weights.unread`."""
         unused = () if self._quantisation is None else UNUSED
         return sorted(name for name in self._unread if not matches(name, unused))
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """Return formats and sizes, as `Weights.stored` says."""
+        """Return formats and sizes, as described in `Weights.stored`."""
         return {name: stored_format(self._checkpoint, name, self._quantisation) for name in self._checkpoint}
 
     def block_columns(self, name: str) -> int:
-        """Return how many columns of a matrix stay together: of a quantised one the most that there are."""
+        """Return how many columns must stay together; for a quantised matrix the largest run."""
         is_quantised = self._quantisation is not None and find_quantised(self._checkpoint, name)
         return max(RUNS) if is_quantised else 1
 
