@@ -1,5 +1,5 @@
-// The activation functions of MLPs, over the simd type S. Included by the step_<isa>.cpp files
-// only.
+// The activation functions of MLPs, over the simd type S. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include "simd_math.h"
@@ -21,7 +21,7 @@ inline typename S::F sigmoid(typename S::F x) {
   return S::div(one, S::add(one, exp2<S, false>(S::mul(x, S::set1(-kFloatLog2E)))));
 }
 
-// GELU by tanh, which is x * sigmoid(2 * 0.79788 * (x + 0.044715 x^3)).
+// GELU's tanh approximation, which is x * sigmoid(2 * 0.79788 * (x + 0.044715 x^3)).
 template <class S>
 inline typename S::F gelu_tanh(typename S::F x) {
   const auto cubic = S::fma(S::mul(S::mul(x, x), S::set1(0.044715f)), x, x);
@@ -29,8 +29,9 @@ inline typename S::F gelu_tanh(typename S::F x) {
   return S::div(x, S::add(S::set1(1.0f), e));
 }
 
-// GELU: x * (1 + erf(x / sqrt(2))) / 2, which is max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2: no
-// difference is of close numbers. erfc(z) = e^-z^2 * P(1 / (1 + 0.4 z)), relative error 4e-7.
+// GELU: x * (1 + erf(x / sqrt(2))) / 2, computed as max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2,
+// which avoids subtracting close numbers. erfc(z) = e^-z^2 * P(1 / (1 + 0.4 z)), relative error
+// 4e-7.
 template <class S>
 inline typename S::F gelu(typename S::F x) {
   const auto size = S::as_float(S::abs_bits(x));
@@ -56,7 +57,7 @@ inline typename S::F relu(typename S::F x) {
   return S::max(S::zero(), x);  // this order keeps NaN
 }
 
-// e^x - 1 - x for x <= 0: a series near zero, where the difference would lose its digits.
+// e^x - 1 - x for x <= 0, by a series near zero, where the difference would lose its digits.
 template <class S>
 inline typename S::F exp_beyond_line(typename S::F x) {
   auto p = S::set1(1.0f / 40320);
@@ -82,7 +83,7 @@ inline typename S::F xielu(typename S::F x, const MlpFunction& f) {
   return S::fma(exp_beyond_line<S>(below), S::set1(f.negative), sum);
 }
 
-// A gate and an up within bounds. Source: OpenAI, gpt-oss model card, arXiv 2508.10925.
+// A clamped gate and up. Source: OpenAI, gpt-oss model card, arXiv 2508.10925.
 template <class S>
 inline typename S::F clamped_gate(const ClampedGate& p, typename S::F gate, typename S::F up) {
   gate = S::min(S::set1(p.limit), gate);  // this order keeps NaN

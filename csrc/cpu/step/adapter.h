@@ -1,4 +1,4 @@
-// Adapters: what a request adds to a model's products, by two small matrices each, as rows have it.
+// LoRA adapters: each adds two small matrices to a model's products, for the rows that use it.
 //
 //   inner = scale * (x @ down.T)      [tokens, num_inner], float32
 //   y    += inner @ up.T
@@ -10,15 +10,15 @@
 
 namespace tgi::cpu::step {
 
-// Sixteen rows of `up`, those of a panel of the product's weight. Several matrices that are packed
-// as one (q, k and v; gate and up) have inner values of their own, one behind the other.
+// Sixteen rows of `up`, those of one panel of the product's weight. Several matrices packed as one
+// (q, k and v; gate and up) have separate inner values, stored one after the other.
 struct AdapterPanel {
   const uint16_t* up;  // [num_inner][16 rows], bf16
   int32_t first_inner;
-  int32_t num_inner;  // 0: these rows stay as they are
+  int32_t num_inner;  // 0: these rows do not change
 };
 
-// What an adapter adds to one product.
+// The term that an adapter adds to one product.
 struct AdapterTerm {
   int64_t num_inner;     // 0: nothing
   const uint16_t* down;  // [num_inner][columns of the product's weight], bf16
@@ -30,13 +30,13 @@ struct AdapterTerm {
 struct AdapterSpan {
   int32_t begin;
   int32_t end;
-  const AdapterTerm* terms;  // one a product
+  const AdapterTerm* terms;  // one per product
 };
 
-// Where a product finds what adapters add to it.
+// Where a product finds its adapter terms.
 struct AdapterPlace {
-  int64_t product = 0;     // which of the terms is its own
-  float* inner = nullptr;  // [tokens, stride]; null: no adapter changes the product
+  int64_t product = 0;     // index of its own term
+  float* inner = nullptr;  // [tokens, stride]; null: no adapter applies to the product
   int64_t stride = 0;
 };
 

@@ -1,8 +1,8 @@
-// What adapters add to a product. Inner values are computed by an operator of their own, behind
-// which the product finds them; the rest is added to its outputs while they are in L1, before
-// whatever is done with them. Every value is summed in one order, whatever tokens and rows are
-// computed together: no bit of a token depends on the batch or on the number of members. Included
-// by the step_<isa>.cpp files only.
+// The terms that adapters add to a product. A separate operator computes the inner values first.
+// The product then adds the rest to its outputs while they are in L1, before its epilogue. Every
+// value is summed in one fixed order, whatever tokens and rows are computed together, so no bit of
+// a token depends on the batch or on the number of members. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <type_traits>
@@ -26,7 +26,7 @@ class InputRow {
     values_ = tile + slot * kBlockColumns * kValueBytes;
     scale_ = tile + token_numbers(S::kTileTokens) + slot * kTokenNumbers + kTokenScale;
   }
-  // Columns [32 * block, 32 * block + 16) and the sixteen behind them.
+  // Loads columns [32 * block, 32 * block + 16) and the sixteen after them.
   void load(int64_t block, typename S::F& first, typename S::F& second) const {
     const int64_t offset = block * tile_block_bytes(P, S::kTileTokens);
     const uint8_t* const from = values_ + offset;
@@ -50,13 +50,13 @@ class InputRow {
   const uint8_t* scale_ = nullptr;
 };
 
-// Tokens of a product's input that lie together, of which the first is `begin`.
+// Tokens stored together in a product's input, the first of which is `begin`.
 struct ShrinkInput {
   Activation in;
   int64_t begin, end;
 };
 
-// `Rows` inner values, from `row` on, of each of `Tokens` tokens.
+// Computes `Rows` inner values, starting at `row`, for each of `Tokens` tokens.
 template <class S, Precision P, int Rows, int Tokens>
 inline void shrink_some(const LinearParams& p, const AdapterTerm& term, const ShrinkInput& input,
                         int64_t row, int64_t token) {
@@ -89,7 +89,7 @@ inline void shrink_some(const LinearParams& p, const AdapterTerm& term, const Sh
   }
 }
 
-// Inner values [rows.begin, rows.end) of tokens.
+// Computes inner values [rows.begin, rows.end) of tokens.
 template <class S, Precision P>
 void shrink_part(const LinearParams& p, const AdapterTerm& term, const ShrinkInput& input,
                  Range rows, Range tokens) {
@@ -105,7 +105,8 @@ void shrink_part(const LinearParams& p, const AdapterTerm& term, const ShrinkInp
     for (; token < tokens.end; ++token) shrink_some<S, P, kRows, 1>(p, term, input, row, token);
     row += kRows;
   };
-  // Few tokens: the reading of weights decides; many: that of the input, and registers.
+  // With few tokens, reading the weights limits the speed; with many, reading the input and the
+  // number of registers do.
   while (tokens.end - tokens.begin < 4 && row + 8 <= rows.end) {
     each(std::integral_constant<int, 8>());
   }
@@ -121,7 +122,7 @@ void shrink_in(const LinearParams& p, const ShrinkInput& input, const StepHeader
     const int64_t end = span.end < input.end ? span.end : input.end;
     return Range{begin, end > begin ? end : begin};
   };
-  // Long spans are shared out by tokens; of the others all inner values together.
+  // Long spans are divided by tokens; the inner values of all other spans are divided together.
   const auto is_long = [&](Range tokens) { return tokens.end - tokens.begin >= 4 * num_members; };
   int64_t num_rows = 0;
   for (int64_t i = 0; i < step.num_adapters; ++i) {
@@ -172,9 +173,9 @@ void shrink(const ShrinkParams& params, const StepHeader& step, int member, int 
   if (drawn < step.num_tokens) of_kind(p.in.of_prompts(), drawn, step.num_tokens);
 }
 
-// Adds `Tokens` tokens' inner values times sixteen rows of `up` to their outputs; fetches those
-// `ahead` values further on, where the next unit's lie: between two units the base's weights are
-// read, so that the CPU does not see a stream here by itself.
+// Adds the inner values of `Tokens` tokens times sixteen rows of `up` to their outputs. Also
+// prefetches the next unit's rows, `ahead` values further on: the base model's weights are read
+// between two units, so the hardware prefetcher does not detect a stream here.
 template <class S, int Tokens>
 inline void expand_panel(const AdapterPanel& panel, const float* inner, int64_t stride,
                          int64_t ahead, float* out) {
@@ -201,8 +202,8 @@ inline void expand_panel(const AdapterPanel& panel, const float* inner, int64_t 
   }
 }
 
-// Adds what adapters have for a unit's outputs, of tokens [token, token + count): of each strip
-// `strip_floats` apart [tokens][32].
+// Adds the adapter terms of tokens [token, token + count) to a unit's outputs: [tokens][32] per
+// strip, strips `strip_floats` apart.
 template <class S>
 inline void expand(const AdapterPlace& place, const StepHeader& step, int64_t unit,
                    int64_t unit_strips, int64_t token, int64_t count, float* out,

@@ -1,7 +1,7 @@
-// A chunk of attention over a bf16 cache by tiles: sixteen query rows against up to 256 tokens of
-// context. A sub-block of keys is a tile as it lies for every 32 dims, one of values a tile of half
-// the height for every 16. Masks and softmax are those of attention_chunk.h. Included by
-// attention_kernel.h, for kernel sets that have tiles.
+// A chunk of attention over a bf16 cache with AMX tiles: sixteen query rows against up to 256
+// tokens of context. As stored, a sub-block of keys is one tile per 32 dims, and a sub-block of
+// values is one tile of half the height per 16 dims. Masks and softmax are those of
+// attention_chunk.h. Included by attention_kernel.h, for kernel sets that have tiles.
 #pragma once
 
 #include "amx_tiles.h"
@@ -10,8 +10,8 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Tiles 0 to 3 are sums, of four sub-blocks or of four times 16 dims; 4 are queries, 5 keys; 6 are
-// weights, 7 values.
+// Tiles 0 to 3 hold sums, of four sub-blocks or of four times 16 dims; tile 4 holds queries, 5
+// keys, 6 weights and 7 values.
 constexpr TileConfig attention_tiles() {
   TileConfig config;
   for (int tile = 0; tile < 6; ++tile) config.set(tile, 16, 64);
@@ -28,8 +28,8 @@ constexpr int64_t kWeightStride = kChunkTokens * 2;
 
 inline int64_t key_steps(int64_t head_dim) { return (head_dim + kTileDims - 1) / kTileDims; }
 
-// The tile's queries, [32 dims][16 rows][64 bytes]: zeros in rows that there are not, and behind
-// the last dim.
+// Gathers the tile's queries, [steps of 32 dims][16 rows][64 bytes], with zeros in missing rows and
+// past the last dim.
 template <class S>
 inline void gather_queries(const Tile<S, Precision::kBF16>& tile, int64_t head_dim, uint8_t* out) {
   const int64_t size = head_dim * 2, steps = key_steps(head_dim);
@@ -49,14 +49,14 @@ inline void gather_queries(const Tile<S, Precision::kBF16>& tile, int64_t head_d
   }
 }
 
-// Fetches what is read after this sub-block, where nothing has read it just before.
+// Prefetches `bytes` bytes that are read after this sub-block, or nothing if `from` is null.
 template <class S>
 inline void fetch_lines(const uint8_t* from, int64_t bytes) {
   for (int64_t at = 0; from != nullptr && at < bytes; at += 64) fetch_stream<S>(from + at);
 }
 
-// Keys of the last dims of a sub-block, where they are fewer than 32, with zeros behind them: there
-// lie values of others, and 0 times NaN is NaN.
+// Copies a sub-block's last dims of keys, if they are fewer than 32, and pads them with zeros:
+// other data follows them, and 0 times NaN is NaN.
 inline const uint8_t* padded_keys(const uint8_t* keys, int64_t head_dim, uint8_t* out) {
   const int64_t whole = head_dim / kTileDims, pairs = head_dim % kTileDims / 2;
   std::memset(out, 0, kTileBytes);
@@ -73,7 +73,7 @@ inline void add_key_scores(const uint8_t* keys, int64_t head_dim, int64_t step, 
   T::template dot_bf16<I, 4, 5>();
 }
 
-// Scores of sub-blocks [b, b + Blocks), as they are.
+// Computes the scores of sub-blocks [b, b + Blocks), without a mask.
 template <class S, int Blocks>
 inline void tile_block_scores(const Chunk& chunk, int64_t head_dim, const uint8_t* queries,
                               int64_t b, float* scores) {
@@ -103,7 +103,7 @@ inline void tile_block_scores(const Chunk& chunk, int64_t head_dim, const uint8_
   if constexpr (Blocks == 4) T::template store<3>(scores + 16 * (b + 3), kScoreStride);
 }
 
-// Hides the scores of what a row may not see.
+// Masks the scores of positions that a row may not see.
 template <class S>
 void mask_scores(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, float* scores) {
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
@@ -116,7 +116,8 @@ void mask_scores(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, floa
   }
 }
 
-// Values of the chunk's last sub-block with zeros behind the context, where anything may lie.
+// Copies the values of the chunk's last sub-block with zeros past the context, where the contents
+// are undefined.
 inline const uint8_t* padded_values(const uint8_t* values, int64_t tokens, int64_t value_dim,
                                     uint8_t* out) {
   const int64_t pair_bytes = value_dim * 4, pairs = tokens / 2;
@@ -135,7 +136,7 @@ inline void add_value_sums(const uint8_t* values, int64_t row_bytes) {
   T::template dot_bf16<I, 6, 7>();
 }
 
-// Dims [dim, dim + 16 * Vectors) of the sums of weight times value.
+// Computes dims [dim, dim + 16 * Vectors) of the sums of weight times value.
 template <class S, int Vectors>
 inline void tile_values(const Chunk& chunk, const uint8_t* const* values, const uint8_t* weights,
                         int64_t row_dim, int64_t dim, State<S, Precision::kBF16>& state) {
@@ -171,8 +172,8 @@ void tile_softmax(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, int
                              state.maximum + r, state.total + r};
     const bool is_first = r == 0;
     const int64_t left = tile.count - r;
-    // Several rows at a time: one alone waits for each of its steps. A fourth that there is not is
-    // room in all that is written.
+    // Several rows at a time, because a single row waits for each of its steps. If the fourth row
+    // does not exist, all outputs still have space for it.
     if (left >= 3) {
       chunk_softmax<S, kPrecision, 4>(chunk, value_dim, rows, is_first);
       r += 4;
@@ -186,7 +187,7 @@ void tile_softmax(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, int
   }
 }
 
-// What a chunk's values give, weighted by the softmax of scores [16][256].
+// Adds up a chunk's values, weighted by the softmax of scores [16][256].
 template <class S>
 void attend_tiles_with_scores(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk,
                               const ChunkShape& shape, float* scores,
@@ -198,7 +199,7 @@ void attend_tiles_with_scores(const Tile<S, Precision::kBF16>& tile, const Chunk
   const int64_t value_dim = shape.value_dim, row_dim = shape.row_dim;
   tile_softmax<S>(tile, chunk, value_dim, scores, weights, state);
 
-  // A row of the last vector may go beyond the head, into what is the pool's or the padding's, too.
+  // A row of the last vector may read past the head, into memory of the pool or of this padding.
   alignas(64) uint8_t padding[32 * kMaxLatentDim + kTileRowBytes];
   const uint8_t* values[kSubBlocks];
   std::memcpy(values, chunk.values, sizeof(values));

@@ -1,19 +1,20 @@
-// Whether a process may use AMX's tiles. They are state that each thread's context grows by: the
-// processor must have them, the system must keep them, and it must grant them to those who ask.
+// Whether a process may use AMX tiles. Tiles enlarge the context of every thread: the processor
+// must have them, the operating system must save them, and a process must request them.
 #pragma once
 
 namespace tgi::cpu::step {
 
 struct AmxState {
-  bool is_there;  // products of bf16 and of bytes by tiles
-  bool is_kept;   // by the system, when it switches threads
+  bool is_there;  // the processor has tile products of bf16 and of bytes
+  bool is_kept;   // the operating system saves tiles when it switches threads
 };
 
-// What the processor says. A file of its own, as a test says otherwise.
+// Reads what the processor reports. In a file of its own, because a test replaces it.
 AmxState read_amx_state();
 
-// Asks the system for the tiles, for all threads that are and will be, and forked children's.
-// False: they are not there, or why they are not ours is in `refused`.
+// Requests the tiles from the operating system, for all present and future threads and for forked
+// children. Returns false if the processor has none or the request is refused; `refused` gives the
+// reason for a refusal.
 bool request_tiles(AmxState state, const char** refused);
 
 }  // namespace tgi::cpu::step

@@ -1,5 +1,6 @@
-// Products by tiles: 16 tokens times 16 rows at once. A panel's block is a tile as it lies, a tile
-// of tokens the other. Included by linear_kernels.h, for kernel sets that have tiles.
+// Products with AMX tiles: 16 tokens times 16 rows at once. One operand is a block of a panel, as
+// stored; the other is a tile of tokens. Included by linear_kernels.h, for kernel sets that have
+// tiles.
 #pragma once
 
 #include "amx_tiles.h"
@@ -10,8 +11,8 @@
 namespace tgi::cpu::step {
 namespace {
 
-// bf16. Tiles 0 to 3 are sums of two tiles of tokens (4, 5) by two panels (6, 7). Of fewer than
-// sixteen tokens no more are read.
+// bf16. Tiles 0 to 3 hold the sums of two tiles of tokens (4, 5) by two panels (6, 7). With fewer
+// than sixteen tokens, only their rows are read.
 constexpr TileConfig bf16_tiles(int64_t num_tokens) {
   const int rows = static_cast<int>(num_tokens < kTileRows ? num_tokens : kTileRows);
   TileConfig config;
@@ -21,26 +22,27 @@ constexpr TileConfig bf16_tiles(int64_t num_tokens) {
 }
 
 constexpr int64_t kTileFloats = kTileRows * kStripRows;  // of a strip's sums
-// Blocks whose part of two panels stays in the first level of cache, beside the sums.
+// Blocks whose part of two panels stays in L1, along with the sums.
 constexpr int64_t kChunkBlocks = 8;
 constexpr int64_t kFetchedAhead = 4096;  // bytes of each panel
 
-// Tokens at once: their activations in half of the second level of cache, beside a strip's sums.
+// Tokens processed at once: their activations use half of the L2 cache, which also holds a strip's
+// sums.
 constexpr int64_t kMostTileTokens = 512;
 inline int64_t tile_tokens_at_once(int64_t num_columns) {
   const int64_t fitting = (1 << 20) / (2 * num_columns) / 32 * 32;
   return fitting < 32 ? 32 : fitting > kMostTileTokens ? kMostTileTokens : fitting;
 }
 
-// A strip's weights and the activations that meet them, both from the same block on.
+// A strip's weights and the activations that they multiply, both starting at the same block.
 struct TileOperands {
   const uint8_t* panels[2];
   const uint8_t* x;    // a tile of tokens
-  int64_t tile_bytes;  // to the next
+  int64_t tile_bytes;  // to the next tile
 };
 
-// Adds so many blocks to out, [16 or 32 tokens][32], or begins with them. Sums that are stored and
-// loaded again keep their bits.
+// Adds `num_blocks` blocks to out, [16 or 32 tokens][32], or starts a new sum if is_first. Sums
+// keep their bits when they are stored and loaded again.
 template <class S, bool HasTwo, bool IsFetched>
 inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_first, float* out) {
   using T = typename S::Tiles;
@@ -57,14 +59,15 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_
     if constexpr (HasTwo) T::template load<2>(second, kStride);
     if constexpr (HasTwo) T::template load<3>(second + kPanelRows, kStride);
   }
-  // Pointers of their own: of a base plus an offset GCC 12 makes a base for each of 32 prefetches.
+  // Separate pointers: from a base plus an offset, GCC 12 would compute a base for each of the 32
+  // prefetches.
   const uint8_t* x = in.x;
   const uint8_t* panel0 = in.panels[0];
   const uint8_t* panel1 = in.panels[1];
   for (int64_t b = 0; b < num_blocks; ++b) {
     if constexpr (IsFetched) {
-      // Behind a panel's end comes the other of its strip: the same panel of the next is one
-      // further.
+      // After the end of a panel comes the strip's other panel; the same panel of the next strip is
+      // one panel further.
       const bool is_last = (b + 1) * kTileBytes + kFetchedAhead > num_blocks * kTileBytes;
       const int64_t ahead = kFetchedAhead + (is_last ? num_blocks * kTileBytes : 0);
       for (int64_t line = ahead; line < ahead + kTileBytes; line += 64) {
@@ -92,7 +95,7 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_
   if constexpr (HasTwo) T::template store<3>(second + kPanelRows, kStride);
 }
 
-// The same of all pairs of tiles.
+// The same for all pairs of tiles.
 template <class S>
 void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t num_tiles,
                     float* out) {
@@ -104,9 +107,9 @@ void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t 
   if (num_tiles > 0) add_bf16_blocks<S, false, false>(in, num_blocks, is_first, out);
 }
 
-// A strip of `num_tiles` tiles of tokens: out [tokens][32]. Codes are decoded chunk by chunk, once
-// for all tokens, into two panels' part that stays in the first level of cache; `decode` is null
-// for weights of bf16.
+// Computes a strip for `num_tiles` tiles of tokens: out [tokens][32]. Codes are decoded chunk by
+// chunk, once for all tokens, into a buffer for part of two panels that stays in L1. `decode` is
+// null for bf16 weights.
 template <class S>
 void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, DecodeBF16 decode,
                       int64_t num_tiles, uint8_t* decoded, float* out) {
@@ -134,9 +137,9 @@ void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, Decode
   }
 }
 
-// int8, with the bits of the vector kernels: integer sums of a block of 32 columns are exact, and
-// what is done with them is the same. Tiles 0 and 1 are the sums of blocks in turn, 4 and 5 their
-// tokens, 6 and 7 their codes.
+// int8, with the same bits as the vector kernels: integer sums over a block of 32 columns are
+// exact, and the steps after them are the same. Tiles 0 and 1 hold the sums of alternating blocks,
+// 4 and 5 their tokens, 6 and 7 their codes.
 constexpr TileConfig int8_tiles() {
   TileConfig config;
   for (const int tile : {0, 1}) config.set(tile, 16, 64);
@@ -146,19 +149,19 @@ constexpr TileConfig int8_tiles() {
 }
 constexpr TileConfig kInt8Tiles = int8_tiles();
 
-// Whether tiles beat the vector kernels: from 32 tokens on, where the last tile is not mostly
-// empty.
+// Returns whether tiles are faster than the vector kernels: from 32 tokens on, if the last tile is
+// not mostly empty.
 inline bool is_for_tiles(int64_t num_tokens) {
   const int64_t whole = (num_tokens + kTileRows - 1) / kTileRows * kTileRows;
   return num_tokens >= 32 && 5 * num_tokens >= 4 * whole;
 }
 
-// A block of a panel taken apart, once for all tokens: a byte a code, then of each row the scale
-// and the min or the zero point.
+// A decoded block of a panel, shared by all tokens: one byte per code, then each row's scale, and
+// its min or zero point.
 constexpr int64_t kDecodedScale = 512, kDecodedOther = 576, kDecodedBytes = 640;
 
-// Whether a format's codes are summed up by tiles. Those with a scale for each half of a block
-// would take two products of half a tile, and gain nothing.
+// Whether tiles sum up a format's codes. Formats with one scale per half block would need two
+// products of half a tile and gain nothing.
 template <class Fmt>
 constexpr bool kIsByTiles = Fmt::kNumHalves == 1;
 
@@ -176,7 +179,8 @@ void decode_panel(const uint8_t* panel, int64_t num_blocks, uint8_t* out) {
   }
 }
 
-// As add_block and add_mins do, of one panel and sixteen tokens. sums: [16 tokens][16 rows].
+// Does the work of add_block and add_mins for one panel and sixteen tokens. sums: [16 tokens][16
+// rows].
 template <class S, class Fmt>
 inline void add_tile_sums(const uint8_t* decoded, const TokenGroup<S>& x, const int32_t* sums,
                           typename S::F (&out)[kTileRows]) {
@@ -209,8 +213,8 @@ inline void multiply_codes(const uint8_t* decoded, const TokenGroup<S>& x) {
   T::template dot_int8<Turn, 4 + Turn, 6 + Turn>();
 }
 
-// A panel times a tile of tokens: out [16 tokens][32], the panel's sixteen columns. After each
-// block lines of a later panel are fetched.
+// Multiplies a panel by a tile of tokens: out [16 tokens][32], of which the panel fills sixteen
+// columns. Prefetches lines of a later panel with each block.
 template <class S, class Fmt>
 void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_blocks, float* out,
                       Ahead ahead) {
@@ -222,7 +226,7 @@ void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_block
   TGI_UNROLL(16)
   for (int t = 0; t < kTileRows; ++t) total[t] = S::zero();
   multiply_codes<S, 0>(decoded, x);
-  // While a block's sums are stored and added up, the next block is multiplied.
+  // The next block is multiplied while a block's sums are stored and added up.
   for (int64_t b = 0; b < num_blocks; b += 2) {
     const TokenGroup<S> next = {x.tile + kBytes, 0};
     const bool has_next = b + 1 < num_blocks;
@@ -242,7 +246,7 @@ void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_block
   for (int t = 0; t < kTileRows; ++t) S::store(out + kStripRows * t, total[t]);
 }
 
-// How a format's weights meet tiles of tokens; null where they do not.
+// The functions that multiply a format's weights by tiles of tokens; null if there are none.
 template <class S>
 struct Int8TileFunctions {
   void (*decode)(const uint8_t* panel, int64_t num_blocks, uint8_t* out) = nullptr;
@@ -270,7 +274,7 @@ inline Int8TileFunctions<S> int8_tile_functions(Format format) {
   }
 }
 
-// Work memory of a member, in floats, for units of so many strips.
+// A member's work memory, in floats, for units of `unit_strips` strips.
 template <class S>
 inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precision,
                                    int64_t unit_strips) {

@@ -1,5 +1,4 @@
-// The simd type of kernel sets that have tiles. Included by step_amx.cpp only, after
-// simd_avx512.h.
+// The simd type of kernel sets that have tiles. Included only by step_amx.cpp, after simd_avx512.h.
 #pragma once
 
 #include "amx_tiles.h"

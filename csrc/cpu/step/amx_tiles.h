@@ -1,7 +1,7 @@
-// AMX's tile registers: eight of up to 16 rows of 64 bytes, and products of two that are added to a
-// third. Two types offer the same functions: HardwareTiles is the instructions, ModelTiles says in
-// plain code what they do, so that every kernel of tiles runs in tests on any machine. Included by
-// step_amx.cpp only.
+// AMX's tile registers: eight registers of up to 16 rows of 64 bytes. A product of two of them is
+// added to a third. Two types offer the same functions: HardwareTiles uses the instructions, and
+// ModelTiles emulates them in plain code, so that tests can run every tile kernel on any machine.
+// Included only by step_amx.cpp.
 #pragma once
 
 #include <cstdint>
@@ -33,13 +33,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Wrappers of our own: GCC 12's intrinsics do not tell the compiler that a tile's memory is read,
-// and lose the stores before.
+// Native wrappers, because GCC 12's intrinsics do not tell the compiler that loading a tile reads
+// memory, which loses the preceding stores.
 struct HardwareTiles {
   static inline void configure(const TileConfig& config) {
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }
-  // Live tiles would be saved by every switch of context: 8 KiB.
+  // Without the release, every context switch would save the live tiles: 8 KiB.
   static inline void release() { asm volatile("tilerelease" ::: "memory"); }
   template <int T>
   static inline void zero() {
@@ -53,23 +53,23 @@ struct HardwareTiles {
   static inline void store(void* p, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
   }
-  // C += A times B, both of pairs of bf16.
+  // C += A times B, both pairs of bf16.
   template <int C, int A, int B>
   static inline void dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
-  // C += A times B, of quads of signed bytes and of unsigned bytes. Exact.
+  // C += A times B, quads of signed bytes times quads of unsigned bytes. Exact.
   template <int C, int A, int B>
   static inline void dot_int8() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
 
-// The same by S, which has sixteen lanes, a row of a tile. What TDPBF16PS rounds was measured on
-// Sapphire Rapids, 23 million outputs: two sums from +0, over the even and over the odd elements,
-// in ascending order, each step one fma; then c + (even + odd); denormals are zero everywhere.
-// (Which of several NaNs comes out may differ.) What the instructions would trap on ends the
-// process.
+// The same functions in terms of S, whose sixteen lanes are one row of a tile. How TDPBF16PS rounds
+// was measured on Sapphire Rapids, over 23 million outputs: two sums starting at +0, over the even
+// and over the odd elements, in ascending order, each step one fma; then c + (even + odd);
+// denormals are zero everywhere. (With several NaNs, the resulting NaN may differ.) Whatever would
+// make the instructions trap aborts the process.
 template <class S>
 struct ModelTiles {
   static void configure(const TileConfig& config) {
@@ -162,7 +162,7 @@ struct ModelTiles {
   }
 };
 
-// Configures the calling thread's tiles while it lives.
+// Configures the calling thread's tiles for the lifetime of the object.
 template <class Tiles>
 class TileScope {
  public:

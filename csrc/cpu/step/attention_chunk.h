@@ -1,7 +1,7 @@
-// A chunk of paged attention: a tile of query rows against up to 256 tokens of context, grouped
-// heads sharing each read of keys and values. The context may be split over members; chunk results
-// are merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
-// Included by the step_<isa>.cpp files only.
+// A chunk of paged attention: a tile of query rows against up to 256 tokens of context, where
+// grouped heads share each read of keys and values. The context may be split over members; chunk
+// results are merged in the same order either way. Online softmax: Milakov and Gimelshein, arXiv
+// 1805.02867. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include "simd_math.h"
@@ -13,12 +13,12 @@ namespace {
 
 constexpr int64_t kSubBlocks = kChunkTokens / 16;
 constexpr int64_t kMostAhead = 8;
-// How far ahead of their use keys and values are fetched, in sub-blocks: 8 KiB of a head of 64.
+// How far ahead of their use keys and values are prefetched, in sub-blocks: 8 KiB of a head of 64.
 constexpr int64_t ahead_of(Precision precision) {
   return precision == Precision::kInt8 ? kMostAhead : 4;
 }
-// How many more sub-blocks of values are fetched while the softmax is taken, so that memory does
-// not wait for it.
+// How many more sub-blocks of values are prefetched during the softmax, so that the memory is not
+// idle.
 constexpr int64_t softmax_ahead_of(Precision precision) {
   return precision == Precision::kInt8 ? 8 : 6;
 }
@@ -30,26 +30,26 @@ template <int MaxRows>
 struct RowTile {
   const uint8_t* query[MaxRows];
   int64_t position[MaxRows];  // of a row's token in its context
-  int64_t visible[MaxRows];   // tokens of context that a row may see,
-  int64_t hidden[MaxRows];    // and of these the first that its window or chunk hides
+  int64_t visible[MaxRows];   // end of the context that a row may see
+  int64_t hidden[MaxRows];    // and its start: earlier tokens are outside its window or chunk
   int64_t head[MaxRows];
   BlockSlot out[MaxRows];  // where the first 32 columns of its result go,
-  float* rows[MaxRows];    // or all of them as plain floats
+  float* rows[MaxRows];    // or where the whole result goes as plain floats
   Precision precision;     // of `out`
   int64_t count;
-  int64_t longest, shortest;  // the largest and the smallest of `visible`
-  int64_t most_hidden;        // the largest of `hidden`
-  int64_t first_chunk;        // that is not hidden from all rows
-  bool is_cold;               // the tile before had other keys and values
+  int64_t longest, shortest;  // largest and smallest of `visible`
+  int64_t most_hidden;        // largest of `hidden`
+  int64_t first_chunk;        // first chunk that is not hidden from all rows
+  bool is_cold;               // the previous tile used other keys and values
 };
 
-// What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.
+// The state of a tile's rows after some chunks: sums of p * v, the maximum score, and the sum of p.
 template <int MaxRows>
 struct RowState {
   alignas(64) float sums[MaxRows * kMaxHeadDim];
   float maximum[MaxRows];
   float total[MaxRows];
-  int64_t stride;  // sums of a row: whole vectors, and no more, or rows would share sets of L1
+  int64_t stride;  // floats per row: whole vectors and no more, or rows would share L1 sets
 
   explicit RowState(int64_t value_dim) : stride((value_dim + 15) / 16 * 16) {}
   float* row(int64_t r) { return sums + r * stride; }
@@ -61,23 +61,23 @@ using Tile = RowTile<S::attention_rows(precision)>;
 template <class S, Precision precision>
 using State = RowState<S::attention_rows(precision)>;
 
-// Of one layer.
+// The dimensions of one layer.
 struct ChunkShape {
-  int64_t head_dim;  // of keys, as kept
+  int64_t head_dim;  // of keys, as stored
   int64_t value_dim;
-  int64_t row_dim;            // from a token's values to the next's
-  const ScoreParams* scores;  // null where scores stay as they are
+  int64_t row_dim;            // from one token's values to the next token's
+  const ScoreParams* scores;  // null if scores are not modified
 };
 
 struct Chunk {
-  const uint8_t* keys[kSubBlocks + kMostAhead];  // sub-blocks of this chunk, and the first that are
+  const uint8_t* keys[kSubBlocks + kMostAhead];  // this chunk's sub-blocks, then the first ones
                                                  // read after it
   const uint8_t* values[kSubBlocks];
   int64_t begin;  // first token
   int64_t num_tokens;
   int64_t num_blocks;
-  int64_t num_ahead;  // sub-blocks known in all
-  bool is_cold;       // not read just before: keys and values are fetched ahead
+  int64_t num_ahead;  // number of entries in `keys`
+  bool is_cold;       // not read just before, so keys and values are prefetched
 };
 
 // How keys and values are multiplied: a vector of sixteen lanes by one broadcast value.
@@ -86,7 +86,7 @@ struct KvTraits;
 
 template <class S>
 struct KvTraits<S, Precision::kBF16> {
-  using Vector = typename S::I;  // two bf16 a lane
+  using Vector = typename S::I;  // two bf16 per lane
   static constexpr bool kIsBF16 = true;
   static inline int64_t key_steps(int64_t head_dim) { return head_dim / 2; }
   static inline Vector load(const uint8_t* p) { return S::iload(p); }
@@ -110,14 +110,14 @@ struct KvTraits<S, Precision::kFloat32> {
   }
 };
 
-// The first `seen` of sixteen values, `other` for the rest.
+// Returns the first `seen` of sixteen values, and `other` in the remaining lanes.
 template <class S>
 inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) {
   if (seen >= 16) return values;
   return S::select_head(static_cast<int>(seen < 0 ? 0 : seen), values, S::set1(other));
 }
 
-// Scores of sixteen tokens from `begin` on, -inf where a row may not look.
+// Returns the scores of sixteen tokens from `begin` on, -inf for those that a row may not see.
 template <class S, int MaxRows>
 inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t begin,
                                   typename S::F scores) {
@@ -129,14 +129,15 @@ inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t b
   return keep_seen<S>(scores, tile.visible[r] - begin, kMinusInfinity);
 }
 
-// Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
+// Computes the scores of sub-blocks [b, b + Blocks) of a chunk, -inf for tokens that a row may not
+// see.
 template <class S, Precision precision, int Rows, int Blocks>
 inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
                          int64_t b, float* scores) {
   using Kv = KvTraits<S, precision>;
   const int64_t steps = Kv::key_steps(head_dim);
   const bool is_cold = chunk.is_cold;
-  const uint8_t* ahead[Blocks] = {};  // later keys; behind the last keys, the first values
+  const uint8_t* ahead[Blocks] = {};  // later keys; after the last keys, the first values
   typename S::F sums[Rows][Blocks];
   TGI_UNROLL(4)
   for (int i = 0; i < Blocks; ++i) {
@@ -184,8 +185,8 @@ inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int
   }
 }
 
-// scores: [Rows][256]. Several sub-blocks at a time, to have enough sums in flight: products are
-// six cycles late, two begin in each.
+// scores: [Rows][256]. Several sub-blocks at a time keep enough sums in flight: products have a
+// latency of six cycles, and two start in each cycle.
 template <class S, Precision precision, int Rows>
 void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
                   float* scores) {
@@ -203,7 +204,7 @@ void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t he
   }
 }
 
-// Scores capped, and with what their distance adds; hidden ones stay so.
+// Caps scores and adds the distance term (ALiBi); hidden scores stay hidden.
 template <class S, Precision precision>
 void change_scores(const Tile<S, precision>& tile, int64_t num_rows, const Chunk& chunk,
                    const ScoreParams& p, float* scores) {
@@ -230,12 +231,12 @@ void change_scores(const Tile<S, precision>& tile, int64_t num_rows, const Chunk
   }
 }
 
-// Fetches the values that follow those which the scores' loop has fetched.
+// Prefetches the values that follow those that the score loop has prefetched.
 template <class S, Precision precision>
 class ValueFetch {
  public:
   ValueFetch(const Chunk& chunk, int64_t value_dim, int64_t num_steps) : chunk_(chunk) {
-    constexpr int64_t kBytes = precision == Precision::kInt8   ? 17  // of a dim in a sub-block
+    constexpr int64_t kBytes = precision == Precision::kInt8   ? 17  // per dim of a sub-block
                                : precision == Precision::kBF16 ? 32
                                                                : 64;
     block_ = ahead_of(precision);
@@ -246,7 +247,7 @@ class ValueFetch {
                  ? ((stop_ - block_) * lines_ + num_steps - 1) / num_steps
                  : 0;
   }
-  // One step's share.
+  // Prefetches one step's share.
   inline void step() {
     for (int64_t i = 0; i < share_ && block_ < stop_; ++i) {
       fetch_stream<S>(chunk_.values[block_] + 64 * line_);
@@ -261,9 +262,8 @@ class ValueFetch {
   int64_t block_, stop_, lines_, share_, line_ = 0;
 };
 
-// Some rows' scores [row][256], and what the softmax makes of them: weights in the precision that
-// the values are multiplied in, or float32 before they become integers (which may take the place of
-// the scores).
+// Scores [row][256] of some rows, and their softmax: weights in the precision that values are
+// multiplied in, or as float32 before they become integers (these may overwrite the scores).
 struct RowResults {
   const float* scores;
   uint8_t* weights;
@@ -271,7 +271,7 @@ struct RowResults {
   float* total;
 };
 
-// is_fetching: the chunk's values, if they are cold.
+// is_fetching: whether to prefetch the chunk's values, if they are cold.
 template <class S, Precision precision, int Rows>
 void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out, bool is_fetching) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
@@ -314,15 +314,16 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out,
   for (int r = 0; r < Rows; ++r) out.total[r] = S::reduce_add(total[r]);
 }
 
-// What is fetched while the values of sub-block b are read: values further on, and behind the last
-// the keys that are read next; null where the softmax's loop has fetched it.
+// Returns what to prefetch while the values of sub-block b are read: later values, and after the
+// last of them the keys that are read next. Null if the softmax loop has already prefetched it, or
+// if nothing further is known.
 inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, int64_t b) {
   const int64_t next = b + ahead_of(precision), value = next + softmax_ahead_of(precision);
   if (value < chunk.num_blocks) return chunk.values[value];
   return next >= chunk.num_blocks && next < chunk.num_ahead ? chunk.keys[next] : nullptr;
 }
 
-// Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
+// Computes dims [first_dim, first_dim + 16 * Vectors) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>
 void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, int64_t first_dim,
                   State<S, precision>& state) {
@@ -352,7 +353,8 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, i
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);
       if constexpr (Kv::kIsBF16) {
-        // The second token of the last pair may be beyond the context, where anything may lie.
+        // The second token of the last pair may be past the context, where the contents are
+        // undefined.
         const auto mask = S::iset1(t + 1 < tokens ? -1 : 0xFFFF);
         TGI_UNROLL(4)
         for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(vector[v], mask);
@@ -372,7 +374,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, i
   }
 }
 
-// What a chunk's values give, weighted by the softmax of scores [Rows][256].
+// Adds up a chunk's values, weighted by the softmax of scores [Rows][256].
 template <class S, Precision precision, int Rows>
 void attend_with_scores(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
                         float* scores, State<S, precision>& state) {
@@ -382,7 +384,7 @@ void attend_with_scores(const Tile<S, precision>& tile, const Chunk& chunk, cons
     change_scores<S, precision>(tile, Rows, chunk, *shape.scores, scores);
   chunk_softmax<S, precision, Rows>(chunk, value_dim, {scores, weights, state.maximum, state.total},
                                     true);
-  // The last vector may go beyond the head, into what is the pool's, too.
+  // The last vector may read past the head, into memory that also belongs to the pool.
   int64_t dim = 0;
   for (; dim + 48 < value_dim; dim += 64) {
     chunk_values<S, precision, Rows, 4>(chunk, weights, row_dim, dim, state);
@@ -401,8 +403,8 @@ void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const Chun
   attend_with_scores<S, precision, Rows>(tile, chunk, shape, scores, state);
 }
 
-// merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides
-// changes nothing.
+// Merges the rows of `next` into `merged`, in this order. A chunk that is hidden from a row does
+// not change that row.
 template <class S, int MaxRows>
 void merge(RowState<MaxRows>& merged, const RowState<MaxRows>& next, int64_t num_rows) {
   for (int64_t r = 0; r < num_rows; ++r) {

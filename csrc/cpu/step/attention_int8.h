@@ -1,6 +1,6 @@
-// A chunk of attention over an int8 cache. Sums of products are integers and exact: queries and
-// softmax weights take part as 16 bits, a high and a low byte each, beside which the rounding of
-// keys and values is all that counts. Included by the step_<isa>.cpp files only.
+// A chunk of attention over an int8 cache. Sums of products are exact integers. Queries and softmax
+// weights are 16-bit numbers, split into a high and a low byte; their rounding is negligible next
+// to that of keys and values. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include "attention_chunk.h"
@@ -8,10 +8,11 @@
 namespace tgi::cpu::step {
 namespace {
 
-// How far a strip of 32 dims is from the next in a row's query.
+// Offset of a strip of 32 dims in a row's query.
 constexpr int64_t query_strip(int64_t strip) { return strip * kInt8QueryStrip; }
 
-// Sub-blocks [b, b + Blocks) times one strip of a row's query, to be scaled and summed over strips.
+// Multiplies sub-blocks [b, b + Blocks) by one strip of a row's query, scales the result and adds
+// it to the sums over strips.
 template <class S, int Rows, int Blocks>
 inline void add_strip_scores(const Tile<S, Precision::kInt8>& tile,
                              const uint8_t* const (&keys)[Blocks],
@@ -70,7 +71,7 @@ inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk
     const int64_t next = b + i + ahead_of(Precision::kInt8);
     keys[i] = chunk.keys[b + i];
     ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
-    // Scales are read before codes: those of values in `int8_weights`.
+    // Scales are read before codes; `int8_weights` reads those of values.
     for (int64_t strip = 0; 32 * strip < head_dim; strip += 2) {
       fetch_stream<S>(ahead[i] + int8_scales(head_dim, strip));
     }
@@ -93,9 +94,9 @@ inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk
   }
 }
 
-// What a strip of values is multiplied by: each row's softmax weight times the value's scale, as 16
-// bits against the chunk's largest. weights: [Rows][high, low][256]; factors: what one step of it
-// is. Tokens that a row does not see count as zero, whatever lies there.
+// Computes the factors for a strip of values: each row's softmax weight times the value's scale, as
+// 16 bits relative to the chunk's largest. weights: [Rows][high, low][256]; factors: the value of
+// one unit of a weight. Tokens that a row may not see count as zero, whatever their memory holds.
 template <class S, int Rows>
 inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk,
                          int64_t value_dim, int64_t strip, const float* softmax, uint8_t* weights,
@@ -131,7 +132,8 @@ inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chu
   }
 }
 
-// A strip of the sums of weight times value. 256 tokens of 65,535 times 127 fit 31 bits.
+// Computes a strip of the sums of weight times value. 256 tokens times 65,535 times 127 fit in 31
+// bits.
 template <class S, int Rows>
 inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
                         const uint8_t* weights, const float* factors,
@@ -184,7 +186,7 @@ void attend_int8_chunk(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk
   alignas(64) uint8_t weights[2 * Rows * kChunkTokens];
   float factors[Rows];
   int64_t b = 0;
-  for (; Rows <= 3 && b + 2 <= chunk.num_blocks; b += 2) {  // more sums have no registers
+  for (; Rows <= 3 && b + 2 <= chunk.num_blocks; b += 2) {  // no registers for more sums
     int8_block_scores<S, Rows, 2>(tile, chunk, shape, b, scores);
   }
   for (; b < chunk.num_blocks; ++b) {

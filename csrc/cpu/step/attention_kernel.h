@@ -1,6 +1,6 @@
-// Paged attention of a step: each member's row tiles, chunk by chunk. The context of a tile may be
-// split over members; chunk results are merged in order all the same, so that a split changes no
-// bit. Included by the step_<isa>.cpp files only.
+// Paged attention of a step: each member's row tiles, chunk by chunk. A tile's context may be split
+// over members; chunk results are merged in the same order either way, so a split changes no bit.
+// Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <utility>
@@ -34,7 +34,7 @@ inline ChunkFunction<S, precision> chunk_function(int64_t rows, bool is_latent,
   }
 }
 
-// Whether a cache of this precision is attended to by tiles.
+// Whether attention over a cache of this precision uses tiles.
 template <class S, Precision precision>
 constexpr bool kAttendsByTiles = S::kHasTiles && precision == Precision::kBF16;
 
@@ -57,7 +57,7 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
   const int64_t length = step.query_start[at.sequence + 1] - start;
   const int64_t before = step.context_len[at.sequence] - length;
   const int64_t row_bytes = p.kv.query_bytes();
-  const ActivationRow out = row_of(p.out, step, start);  // a sequence's tokens are of one kind
+  const ActivationRow out = row_of(p.out, step, start);  // a sequence's tokens are all of one kind
   Tile<S, precision> tile;
   const int64_t first = at.tile * kRows, all = length * group;
   tile.count = all - first < kRows ? all - first : kRows;
@@ -93,18 +93,19 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
   return tile;
 }
 
-// The keys of the sub-block that holds a token.
+// Returns the keys of the sub-block that holds a token.
 inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
                               const AttentionPoint& at, int64_t token) {
   const int32_t* const table = step.table(p.kv.group, at.sequence);
   return p.kv.keys(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
 }
 
-// The sub-block that holds a token begins here: of the first chunk that a window leaves, sub-blocks
-// that it hides from all rows of a tile are not read. Their blocks may be others' already.
+// Returns the first token of the sub-block that holds a token. In the first chunk that a window
+// leaves visible, sub-blocks that are hidden from all rows of a tile are not read: their blocks may
+// already belong to other sequences.
 inline int64_t sub_block_of(int64_t token) { return token / 16 * 16; }
 
-// Where a tile begins to read.
+// Returns the first token that a tile reads.
 template <class S, Precision precision>
 inline int64_t first_read(const AttentionParams& p, const StepHeader& step,
                           const AttentionPoint& at) {
@@ -113,8 +114,8 @@ inline int64_t first_read(const AttentionParams& p, const StepHeader& step,
   return sub_block_of(p.rule.first_seen(step.context_len[at.sequence] - length + token));
 }
 
-// Looks up the chunk's sub-blocks and, where they are fetched ahead, the keys that are read next:
-// of this tile, then of the tile `next`.
+// Looks up the chunk's sub-blocks and, if they are prefetched, the keys that are read next: those
+// of this tile, then those of the tile `next`.
 template <class S, Precision precision>
 inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                       const AttentionPoint& next, const Tile<S, precision>& tile, int64_t index) {
@@ -172,7 +173,7 @@ inline void write_some_rows(const AttentionParams& p, const RowTile<MaxRows>& ti
   }
 }
 
-// The same as plain rows, of any number of columns: lanes behind a head's last dim hold anything.
+// The same as plain rows with any number of columns; lanes past a head's last dim are undefined.
 template <class S, int MaxRows>
 void write_plain_rows(const AttentionParams& p, const RowTile<MaxRows>& tile,
                       const RowState<MaxRows>& state) {
@@ -189,7 +190,7 @@ void write_plain_rows(const AttentionParams& p, const RowTile<MaxRows>& tile,
   }
 }
 
-// A sink's weight is part of the sum of weights, and has no value.
+// Adds the weight of an attention sink to the sum of weights. A sink has no value.
 template <class S, int MaxRows>
 inline void add_sinks(const AttentionParams& p, const RowTile<MaxRows>& tile,
                       RowState<MaxRows>& state) {
@@ -279,8 +280,8 @@ inline ChunkShape chunk_shape(const AttentionParams& p) {
   return {p.kv.head_dim, p.kv.value_dim, row_dim, p.scores.changes_scores() ? &p.scores : nullptr};
 }
 
-// Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive
-// merges them all.
+// Processes chunks [begin, end) of a tile whose other chunks belong to other members. The last
+// member to arrive merges them all.
 template <class S, Precision precision>
 void attend_shared(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                    const AttentionPoint& next, const Tile<S, precision>& tile, int64_t begin,

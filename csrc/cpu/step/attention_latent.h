@@ -1,7 +1,7 @@
-// A chunk of attention over latents (MLA): a token has one row, whose first dims are its values,
-// and all heads of queries share it. The row lies as values do, sixteen dims a vector, so that
-// scores are sums lane by lane, added up at last. Source: DeepSeek-AI, DeepSeek-V2, arXiv
-// 2405.04434, section 2.1. Included by attention_kernel.h only.
+// A chunk of attention over latents (MLA). Each token has one row, whose first dims are its values,
+// and all query heads share it. The row has the layout of values, sixteen dims per vector, so
+// scores are summed lane by lane and reduced at the end. Source: DeepSeek-AI, DeepSeek-V2, arXiv
+// 2405.04434, section 2.1. Included only by attention_kernel.h.
 #pragma once
 
 #include "amx_attention.h"
@@ -10,7 +10,7 @@
 namespace tgi::cpu::step {
 namespace {
 
-// What a vector of a sub-block holds: sixteen dims of so many tokens.
+// The content of a sub-block's vector: sixteen dims of kTokens tokens.
 template <class S, Precision precision>
 struct LatentTraits;
 
@@ -32,7 +32,7 @@ struct LatentTraits<S, Precision::kFloat32> {
   }
 };
 
-// Scores of Rows queries with Tokens tokens, whose rows begin at `latents`.
+// Computes the scores of Rows queries with Tokens tokens, whose rows begin at `latents`.
 template <class S, Precision precision, int Rows, int Tokens>
 inline void latent_dots(const uint8_t* const* queries, const uint8_t* latents, int64_t head_dim,
                         float* scores) {
@@ -63,14 +63,14 @@ inline void latent_dots(const uint8_t* const* queries, const uint8_t* latents, i
   }
 }
 
-// scores: [tile.count][256], masked with -inf beyond what a row may see. A sub-block is fetched
-// while the one before it is read: 18 KiB of DeepSeek's.
+// scores: [tile.count][256], -inf for tokens that a row may not see. The next sub-block is
+// prefetched while the current one is read: 18 KiB for DeepSeek.
 template <class S, Precision precision>
 void latent_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
                    float* scores) {
-  constexpr int kAtOnce = S::kNumRegisters >= 32 ? 4 : 2;  // rows, and tokens
+  constexpr int kAtOnce = S::kNumRegisters >= 32 ? 4 : 2;  // rows and tokens processed together
   constexpr int64_t kPieces = 16 / kAtOnce;
-  const int64_t row_bytes = head_dim * 4;  // of what a vector has sixteen dims of
+  const int64_t row_bytes = head_dim * 4;  // of a row of vectors: all dims of kTokens tokens
   const int64_t block_bytes = 16 / LatentTraits<S, precision>::kTokens * row_bytes;
   const int64_t piece = (block_bytes + kPieces - 1) / kPieces;
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
@@ -99,7 +99,7 @@ void latent_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t h
   }
 }
 
-// The chunk whose rows have just been read.
+// Returns the chunk marked as just read.
 inline Chunk warmed(Chunk chunk) {
   chunk.is_cold = false;
   return chunk;
@@ -113,7 +113,7 @@ void attend_latent_chunk(const Tile<S, precision>& tile, const Chunk& chunk,
   attend_with_scores<S, precision, Rows>(tile, warmed(chunk), shape, scores, state);
 }
 
-// Scores by vectors, as tiles would need the rows in another order; values by tiles.
+// Scores use vectors, because tiles would need the rows in another order; values use tiles.
 template <class S>
 void attend_latent_tiles_chunk(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk,
                                const ChunkShape& shape, State<S, Precision::kBF16>& state) {

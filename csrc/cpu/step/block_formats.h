@@ -1,6 +1,6 @@
-// A reader of each format's blocks, named as in formats.def: read() takes apart the 32 columns
-// `part` of a file's block, scales() and value() say what the numbers mean. Layouts: ggml-common.h;
-// arithmetic and its order: ggml-quants.c. Included by block_reader.cpp only.
+// A reader for each format's blocks, named as in formats.def. read() decodes the 32 columns `part`
+// of a file's block; scales() and value() interpret the numbers. Layouts: ggml-common.h; arithmetic
+// and its order: ggml-quants.c. Included only by block_reader.cpp.
 #pragma once
 
 #include <array>
@@ -23,13 +23,13 @@ void read_nibbles(const uint8_t* p, uint8_t* codes) {
   for (int i = 0; i < 16; ++i) codes[16 + i] = p[i] >> 4;
 }
 
-// Codes of which 32 bytes at p have one in `width` bits from `shift` on.
+// Reads 32 codes: bits [shift, shift + width) of each of 32 bytes at p.
 void read_bits(const uint8_t* p, int64_t shift, int width, uint8_t* codes) {
   const uint8_t mask = static_cast<uint8_t>((1 << width) - 1);
   for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(p[i] >> shift) & mask;
 }
 
-// Adds above the `place` low bits of each code one of `width` bits.
+// Adds `width` bits to each code, above its `place` low bits.
 void add_bits(const uint8_t* p, int64_t shift, int width, int place, uint8_t* codes) {
   uint8_t high[32];
   read_bits(p, shift, width, high);
@@ -46,7 +46,7 @@ void read_halves(const uint8_t* p, int count, RowBlock& out) {
   std::memcpy(out.halves, p, 2 * static_cast<size_t>(count));
 }
 
-// Codes are numbers, less a zero point.
+// Codes are numbers minus a zero point.
 template <int Zero>
 struct Numbers {
   static constexpr bool kIsCodebook = false;
@@ -84,7 +84,7 @@ struct HalfScaleAndMin {
   }
 };
 
-// K-quants: an integer scale and min a block.
+// K-quants: an integer scale and min per block.
 struct SuperScaleAndMin {
   static constexpr bool kHasOffset = true;
   static Scales scales(const RowBlock& block) {
@@ -141,7 +141,7 @@ struct Q8_0 : Numbers<128>, HalfScale {
   }
 };
 
-// Its second half, scale * sum of the codes, helps ggml's own kernels only.
+// The second fp16 number, scale * sum of the codes, is only for ggml's own kernels.
 struct Q8_1 : Numbers<128>, HalfScale {
   static void read(const uint8_t* p, int64_t, RowBlock& out) {
     read_halves(p, 1, out);
@@ -149,7 +149,7 @@ struct Q8_1 : Numbers<128>, HalfScale {
   }
 };
 
-// 4 bits of scale and 4 of min each half.
+// 4 bits of scale and 4 bits of min per half.
 struct Q2_K : Numbers<0> {
   static constexpr bool kHasOffset = true;
   static void read(const uint8_t* p, int64_t part, RowBlock& out) {
@@ -164,7 +164,7 @@ struct Q2_K : Numbers<0> {
   }
 };
 
-// Scales have 6 bits: the low four of the sixteen in 8 bytes, the high two in 4.
+// Scales have 6 bits: the low four bits of the sixteen scales are in 8 bytes, the high two in 4.
 struct Q3_K : Numbers<4>, SuperHalfScales {
   static void read(const uint8_t* p, int64_t part, RowBlock& out) {
     read_halves(p + 108, 1, out);
@@ -178,7 +178,7 @@ struct Q3_K : Numbers<4>, SuperHalfScales {
   }
 };
 
-// Scale and min of 6 bits of block `part` of a Q4_K or Q5_K super-block.
+// Reads the 6-bit scale and min of block `part` of a Q4_K or Q5_K super-block.
 void read_super(const uint8_t* p, int64_t part, RowBlock& out) {
   read_halves(p, 2, out);
   p += 4;
@@ -222,7 +222,7 @@ struct IQ4_NL : Codebook<kIq4Values>, HalfScale {
   }
 };
 
-// A scale of 6 bits a block: four in a nibble, two in a word of all eight.
+// A 6-bit scale per block: four bits in a nibble, two in a word shared by all eight blocks.
 struct IQ4_XS : Codebook<kIq4Values> {
   static constexpr bool kHasOffset = false;
   static void read(const uint8_t* p, int64_t part, RowBlock& out) {
@@ -237,8 +237,8 @@ struct IQ4_XS : Codebook<kIq4Values> {
   }
 };
 
-// A power of two a block, in OCP's E8M0. The values are doubled, so the scale is halved: below 2 it
-// is denormal.
+// A power of two per block, in OCP's E8M0. The values are doubled, so the scale is halved; for
+// exponents below 2 it is denormal.
 struct MXFP4 : Codebook<kMxfp4Values> {
   static constexpr bool kHasOffset = false;
   static void read(const uint8_t* p, int64_t, RowBlock& out) {
@@ -271,7 +271,8 @@ using INT4_32 = Int4;
 using INT4_64 = Int4;
 using INT4_128 = Int4;
 
-// Sign, four bits of exponent, three of mantissa; no infinities, NaN where all bits are set.
+// One sign bit, four exponent bits, three mantissa bits; no infinities; NaN if all bits but the
+// sign are set.
 constexpr std::array<float, 256> e4m3_values() {
   std::array<float, 256> values = {};
   for (int code = 0; code < 256; ++code) {

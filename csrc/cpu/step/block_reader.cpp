@@ -1,4 +1,4 @@
-// What can be done with rows of weights, made from the readers of block_formats.h.
+// The functions of block_reader.h, built from the readers of block_formats.h.
 #include "block_reader.h"
 
 #include "../platform.h"
@@ -8,7 +8,7 @@ namespace tgi::cpu::step {
 
 namespace {
 
-// What can be done with a row of a format, made from its reader.
+// The functions of one format, built from its reader.
 template <class Reader, Format format>
 struct Rows {
   static constexpr const FormatInfo& kInfo = format_info(format);
@@ -60,7 +60,7 @@ struct Rows {
         const int64_t group = 32 * b / kGroup + half;
         scales[group] = from.scale[half];
         if (!kTo.has_offsets) continue;
-        // Without an offset of its own: INT4, whose zero point is the row's.
+        // Only INT4 has no offset of its own: its zero point comes from the row.
         offsets[group] = Reader::kHasOffset
                              ? from.offset[half]
                              : from.scale[half] * -static_cast<float>(block.factors[0]);
@@ -119,7 +119,7 @@ void decode_block(Format format, const RowBlock& block, float* out) {
 }
 
 void decode_row(Format format, const uint8_t* row, int64_t columns, float* out) {
-  const KeepDenormals exact;  // the team flushes them
+  const KeepDenormals exact;  // the team's threads flush denormals
   functions_of(format).decode_row(row, columns, out);
 }
 

@@ -1,5 +1,6 @@
-// Rows of weights as files have them: 32 columns at a time in a form that all formats share, whole
-// rows as float32, and rows repacked for CUDA. Plain functions of one row: callers share rows out.
+// Rows of weights as files store them: 32 columns at a time in a form shared by all formats, whole
+// rows as float32, and rows repacked for CUDA. These are plain functions of one row; callers
+// distribute the rows.
 #pragma once
 
 #include <cstdint>
@@ -9,26 +10,26 @@
 
 namespace tgi::cpu::step {
 
-// 32 columns of one row. Nothing is rounded: packed panels keep these numbers as they are.
+// 32 columns of one row. Nothing is rounded: packed panels keep these numbers unchanged.
 struct RowBlock {
-  uint8_t codes[32];   // unsigned, zero point included, or indices of a codebook
-  uint16_t halves[2];  // fp16 scale and min, of the block or of all that share them (F8: a float32)
-  uint8_t factors[2];  // small scales and mins, as the format's reader understands them
+  uint8_t codes[32];   // unsigned, including the zero point, or codebook indices
+  uint16_t halves[2];  // fp16 scale and min, possibly shared by several blocks (F8: a float32)
+  uint8_t factors[2];  // small scales and mins, interpreted by the format's reader
 };
 
-// Columns [32 * block, 32 * block + 32) of a row of a quantised format.
+// Reads columns [32 * block, 32 * block + 32) of a row of a quantised format.
 void read_block(Format format, const uint8_t* row, int64_t block, RowBlock* out);
 
-// What they mean: out [32], equal to the bit to ggml's dequantize_row_*.
+// Decodes a block: out [32], equal to the bit to ggml's dequantize_row_*.
 void decode_block(Format format, const RowBlock& block, float* out);
 
-// A row of any format as float32, equal to the bit to ggml's dequantize_row_*. `columns` must be a
-// multiple of the block's.
+// Decodes a row of any format to float32, equal to the bit to ggml's dequantize_row_*. `columns`
+// must be a multiple of the block's.
 void decode_row(Format format, const uint8_t* row, int64_t columns, float* out);
 
-// A row of a quantised format for CUDA, see RepackedInfo: codes [columns * bits / 8], scales and
-// offsets [columns / group_columns]. `offsets` may be null where the format has none. Codes of
-// codebooks are their values + 128.
+// Repacks a row of a quantised format for CUDA, see RepackedInfo: codes [columns * bits / 8],
+// scales and offsets [columns / group_columns]. `offsets` may be null if the format has none.
+// Codebook codes become their values + 128.
 void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
                 float* offsets);
 
@@ -44,7 +45,7 @@ inline float float_of_bits(uint32_t bits) {
   return x;
 }
 
-// Without branches, so that loops over it become vectors.
+// Has no branches, so that loops over it are vectorised.
 inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = h & 0x7FFFu, exponent = magnitude >> 10;
   const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;

@@ -1,5 +1,6 @@
-// Weights in the form that a product reads, where they do not lie in it: as float32 for activations
-// of float32, codes as bf16 for those of bf16. Included by the step_<isa>.cpp files only.
+// Weights converted to the form that a product reads, if they are not stored in it: to float32 for
+// float32 activations, from codes to bf16 for bf16 activations. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <cstring>
@@ -10,17 +11,18 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Whether a product with float32 activations reads its weights widened to float32.
+// Returns whether a product with float32 activations reads its weights widened to float32.
 inline bool is_widened(Format format, Precision precision) {
   return precision == Precision::kFloat32 && format != Format::kF32 && format != Format::kF16;
 }
 
-// Whether a product with bf16 activations reads its weights decoded to bf16.
+// Returns whether a product with bf16 activations reads its weights decoded to bf16.
 inline bool is_decoded_to_bf16(Format format, Precision precision) {
   return precision == Precision::kBF16 && format != Format::kBF16;
 }
 
-// Blocks [begin, end) of a panel: what dequantising the file gives in float32, to the nearest even.
+// Decodes blocks [begin, end) of a panel to bf16: the float32 values of the dequantised file,
+// rounded to nearest even.
 template <class S, class Fmt>
 void decode_bf16_blocks(const uint8_t* panel, int64_t begin, int64_t end, uint8_t* out) {
   each_four_columns<S, Fmt>(panel, begin, end, [&](const typename S::F(&weights)[4]) {
@@ -32,7 +34,7 @@ void decode_bf16_blocks(const uint8_t* panel, int64_t begin, int64_t end, uint8_
 
 using DecodeBF16 = void (*)(const uint8_t* panel, int64_t begin, int64_t end, uint8_t* out);
 
-// Null for formats without codes.
+// Returns null for formats without codes.
 template <class S>
 inline DecodeBF16 decode_bf16_function(Format format) {
   switch (format) {
@@ -47,7 +49,7 @@ inline DecodeBF16 decode_bf16_function(Format format) {
   }
 }
 
-// A panel as float32.
+// Converts a panel to float32.
 template <class S>
 void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
   const uint8_t* data = weight.panel(panel);
@@ -71,14 +73,13 @@ void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
   }
 }
 
-// Bytes of a panel in the form that a product reads, where that is not the panel as it lies; else
-// 0.
+// Bytes of a panel in the form that a product reads, or 0 if the product reads the panel as stored.
 inline int64_t scratch_panel_size(const PackedMatrix& weight, Precision precision) {
   if (is_widened(weight.format, precision)) return weight.num_columns * 64;
   return is_decoded_to_bf16(weight.format, precision) ? weight.num_columns * 32 : 0;
 }
 
-// Brings a panel into that form.
+// Converts a panel to that form.
 template <class S>
 inline void fill_scratch(const LinearParams& p, int64_t panel, float* out) {
   if (p.in.precision == Precision::kFloat32) return dequantise<S>(p.weight, panel, out);

@@ -1,10 +1,10 @@
-// Heads of the gated delta rule, token by token. Included by the step_<isa>.cpp files only.
+// Heads of the gated delta rule, token by token. Included only by the step_<isa>.cpp files.
 //
 //   a head's state    channels 0..15: [key_dim][16]    16..31: [key_dim][16]    ...
 //
-// So what goes through a sequence together, two vectors of channels, is 16 KB in one piece at a key
-// of 128: it stays in the first level of cache while some tokens' keys and queries, normed once for
-// all of a head's channels, go by.
+// Two vectors of channels are processed together. With a key of 128 their state is one contiguous
+// piece of 16 KB, which stays in L1 while the keys and queries of several tokens, normed once for
+// all of a head's channels, stream past.
 #pragma once
 
 #include <cmath>
@@ -20,15 +20,15 @@ constexpr int64_t kDeltaTokens = 8;
 constexpr int kDeltaVectors = 2;
 constexpr float kKeyEps = 1e-6f;
 
-// What some tokens bring to a head.
+// The inputs of some tokens to one head.
 struct DeltaTokens {
   alignas(64) float queries[kDeltaTokens][kMaxKeyDim];
   alignas(64) float keys[kDeltaTokens][kMaxKeyDim];
-  float decay[kDeltaTokens];  // what is left of the state
-  float rate[kDeltaTokens];   // how much of what it gets wrong it learns
+  float decay[kDeltaTokens];  // fraction of the state that is kept
+  float rate[kDeltaTokens];   // fraction of the error that is corrected
 };
 
-// Divides a vector by its length, and multiplies it.
+// Divides a vector by its length and multiplies it by `scale`.
 template <class S>
 inline void norm_key(const float* in, int64_t size, float scale, float* out) {
   auto squares = S::zero();
@@ -42,7 +42,8 @@ inline void norm_key(const float* in, int64_t size, float scale, float* out) {
   }
 }
 
-// The scalars are computed in double, so that the last bits of a library's functions do not show.
+// Computes the scalars in double, so that differences in the last bits of math libraries do not
+// show.
 template <class S>
 inline void read_tokens(const DeltaRuleParams& p, int64_t first, int64_t count, int64_t head,
                         DeltaTokens& tokens) {
@@ -61,8 +62,9 @@ inline void read_tokens(const DeltaRuleParams& p, int64_t first, int64_t count, 
   }
 }
 
-// One token, for some vectors of a head's channels. `found` is what the state has under its key,
-// and becomes what the new state has under the next token's, if there is one.
+// Processes one token for some vectors of a head's channels. On entry `found` is the state's value
+// under the token's key; on return it is the new state's value under the next token's key, if there
+// is a next token.
 template <class S, int Vectors, bool HasNext>
 inline void apply_token(const DeltaRuleParams& p, const DeltaTokens& tokens, int64_t t,
                         const float* values, const float* from, float* to,
@@ -96,7 +98,7 @@ inline void apply_token(const DeltaRuleParams& p, const DeltaTokens& tokens, int
   }
 }
 
-// Some tokens of a sequence, the first of which reads `from`.
+// Processes some tokens of a sequence. The first token reads `from`.
 template <class S, int Vectors>
 inline void apply_tokens(const DeltaRuleParams& p, const DeltaTokens& tokens, int64_t first,
                          int64_t count, int64_t column, const float* from, float* to) {
@@ -125,7 +127,7 @@ inline void apply_tokens(const DeltaRuleParams& p, const DeltaTokens& tokens, in
   }
 }
 
-// Vectors [begin, end) of a head's channels, for all tokens of a span.
+// Processes vectors [begin, end) of a head's channels for all tokens of a span.
 template <class S>
 inline void apply_head(const DeltaRuleParams& p, const StateSpan& span, int64_t head, Range vectors,
                        DeltaTokens& tokens) {
@@ -156,7 +158,7 @@ inline void apply_head(const DeltaRuleParams& p, const StateSpan& span, int64_t 
   }
 }
 
-// Members have channels: heads, and parts of some.
+// Each member owns channels: whole heads and parts of heads.
 template <class S>
 void delta_rule(const DeltaRuleParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t of_head = p.head_dim / kVector, num_vectors = p.num_heads * of_head;

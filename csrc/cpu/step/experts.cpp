@@ -2,7 +2,7 @@
 
 namespace tgi::cpu::step {
 
-// A counting sort: stable, so that an expert's tokens are in order.
+// A counting sort, which is stable, so an expert's tokens stay in order.
 void sort_by_expert(const Choice& choice, int64_t num_tokens, int64_t num_drawn) {
   ExpertTokens* const experts = choice.experts;
   for (int32_t e = 0; e < choice.num_experts; ++e) experts[e] = {e, 0, 0, 0};

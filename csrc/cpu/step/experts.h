@@ -1,9 +1,10 @@
-// Routed experts: which experts a token goes to, and an MLP of each. Plain structs, as in step.h.
+// Routed experts: which experts a token selects, and one MLP per expert. Plain structs, as in
+// step.h.
 //
 //   a token's choice       3: experts 5, 1    7: experts 1, 2        top_k = 2, in order of choice
 //   sorted by expert       1: tokens 3, 7     2: token 7     5: token 3
 //
-// An expert's tokens are in order, so those that were drawn come before those of prompts.
+// An expert's tokens are in order, so sampled tokens come before prompt tokens.
 //
 // Source: Shazeer et al., Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
 // Layer, arXiv 1701.06538; Fedus et al., Switch Transformers, arXiv 2101.03961.
@@ -15,14 +16,14 @@
 
 namespace tgi::cpu::step {
 
-constexpr int64_t kMaxExperts = 1024;  // of a layer
+constexpr int64_t kMaxExperts = 1024;  // per layer
 
-// How scores are made of a router's logits.
+// How a router's logits become scores.
 enum class RouteKind : int32_t {
   kSoftmax,
   kSigmoid,
-  // Of each expert the softmax over itself, those not yet chosen, and of these only those whose
-  // logit is near its own: Liu et al., GRIN: GRadient-INformed MoE, arXiv 2409.12136.
+  // For each chosen expert, a softmax over itself and the experts not chosen yet, limited to those
+  // whose logits are close to its own: Liu et al., GRIN: GRadient-INformed MoE, arXiv 2409.12136.
   kSparseMixer,
 };
 
@@ -31,49 +32,50 @@ struct ExpertTokens {
   int32_t expert;
   int32_t first;
   int32_t num_tokens;
-  int32_t num_drawn;  // the first so many; the others are prompts'
+  int32_t num_drawn;  // sampled tokens, which come first; the rest are prompt tokens
 };
 
-// What a step's tokens go to.
+// The experts selected by a step's tokens.
 struct Choice {
   int64_t num_experts, top_k;
-  int32_t* ids;           // [tokens, top_k], below num_experts; others are no expert
+  int32_t* ids;           // [tokens, top_k]; ids of num_experts or above are ignored
   float* weights;         // [tokens, top_k]
-  int32_t* tokens;        // [tokens * top_k], expert after expert
-  float* token_weights;   // the same
-  ExpertTokens* experts;  // [num_experts], of which the first `num_used` have tokens, ascending
+  int32_t* tokens;        // [tokens * top_k], grouped by expert
+  float* token_weights;   // same shape
+  ExpertTokens* experts;  // [num_experts]; the first `num_used` have tokens, ascending
   int64_t* num_used;
 };
 
-// Sorts `ids` of so many tokens by expert.
+// Sorts the `ids` of `num_tokens` tokens by expert.
 void sort_by_expert(const Choice& choice, int64_t num_tokens, int64_t num_drawn);
 
 struct RouteParams {
   const float* logits;  // [num_tokens, stride]
   int64_t stride;
   RouteKind kind;
-  const float* correction;  // [num_experts], added to scores for the choice alone, or null
-  int64_t num_groups;       // of neighbours, of which the best `top_groups` are looked at; 1: none
+  const float* correction;  // [num_experts], added to scores only for the selection, or null
+  int64_t num_groups;       // groups of neighbouring experts, of which only the best `top_groups`
+                            // compete; 1: no groups
   int64_t top_groups;
-  bool adds_two_best;  // a group is as good as its two best experts together, else as its best
+  bool adds_two_best;  // a group's score is the sum of its two best experts, else its best expert
   bool is_renormalised;
-  float eps;     // added to the sum that weights are divided by
-  float scale;   // on weights
-  float jitter;  // of kSparseMixer
+  float eps;     // added to the sum that divides the weights
+  float scale;   // factor on the weights
+  float jitter;  // for kSparseMixer
   Choice out;
 };
 
-// A gate's and an up's values are first bounded: gate by `limit` from above, up on both sides. Then
-// gate * sigmoid(slope * gate) * (up + offset). A limit of 0: none of this.
+// Clamped gate and up values: gate is limited to `limit` from above, up on both sides. The result
+// is gate * sigmoid(slope * gate) * (up + offset). A limit of 0 disables this.
 struct ClampedGate {
   float limit = 0;
   float slope = 1;
   float offset = 0;
 };
 
-// A product of every expert.
+// The matrices of all experts for one product.
 struct ExpertMatrices {
-  const PackedMatrix* weights;  // [num_experts], all of one shape
+  const PackedMatrix* weights;  // [num_experts], all of the same shape
   const float* const* biases;   // [num_experts] in packed order, or null
 };
 

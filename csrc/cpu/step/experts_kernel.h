@@ -1,12 +1,14 @@
-// The MLPs of routed experts: each expert's tokens are gathered, multiplied, and added to the
-// residual. Goes over the experts in passes whose buffers are no larger than those of a step:
+// The MLPs of routed experts: gathers each expert's tokens, multiplies them, and adds the results
+// to the residual. Processes the experts in passes, so that the buffers are no larger than those of
+// a step:
 //
-//   gather    rows of the activation, each expert's from a tile's begin on
-//   gate_up   the units of all experts of the pass, shared out by work
-//   down      a member has some of the columns of x, of every expert
+//   gather    rows of the activation; each expert's rows start at a tile boundary
+//   gate_up   the units of all experts of the pass, divided by work
+//   down      each member owns some columns of x, for every expert
 //
-// A token's experts are added in ascending order by who has its columns, so its bits do not depend
-// on the batch, and nothing waits between two experts. Included by the step_<isa>.cpp files only.
+// The member that owns a column adds a token's experts in ascending order, so the bits do not
+// depend on the batch, and no member waits between two experts. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +19,10 @@
 namespace tgi::cpu::step {
 namespace {
 
-// What a unit's weights cost to read, in tokens that are multiplied.
+// Cost of reading a unit's weights, in tokens multiplied.
 constexpr int64_t kReadingTokens = 4;
 
-// Tiles before an expert's, in buffers of one part and in those of two.
+// Number of tiles before an expert's tiles, in buffers of one part and of two parts.
 struct TilesBefore {
   int64_t all = 0, drawn = 0, prompts = 0;
 
@@ -48,7 +50,7 @@ struct ExpertPass {
   const ExpertTokens* begin;
   const ExpertTokens* end;
 
-  // Calls visit(expert's tokens, tiles before).
+  // Calls visit(expert's tokens, tiles before them).
   template <class S, class Visit>
   void each(const Visit& visit) const {
     TilesBefore tiles;
@@ -59,7 +61,7 @@ struct ExpertPass {
   }
 };
 
-// As many experts from `begin` on as the buffers hold: one at least.
+// Returns as many experts from `begin` on as fit in the buffers, but at least one.
 template <class S>
 inline ExpertPass next_pass(const ExpertsAddParams& p, const ExpertTokens* begin) {
   const ExpertTokens* const last = p.choice.experts + *p.choice.num_used;
@@ -72,7 +74,7 @@ inline ExpertPass next_pass(const ExpertsAddParams& p, const ExpertTokens* begin
   return {begin, end};
 }
 
-// A row of blocks from one place in tiles to another, as it is.
+// Copies a row of blocks unchanged from one place in the tiles to another.
 template <class S>
 inline void copy_row(const ActivationRow& from, const ActivationRow& to) {
   const Precision precision = from.part.precision;
@@ -95,7 +97,7 @@ inline void copy_row(const ActivationRow& from, const ActivationRow& to) {
   }
 }
 
-// A member's own copy of the input, where there is one.
+// Returns a member's own copy of the input, if it has one, else the shared input.
 template <class S>
 inline Activation input_of(const ExpertsAddParams& p, const StepHeader& step, int member) {
   Activation in = p.in;
@@ -105,8 +107,8 @@ inline Activation input_of(const ExpertsAddParams& p, const StepHeader& step, in
   return in;
 }
 
-// Rows of the input to the tiles of the pass. Members have whole tiles, so none writes to another's
-// cache lines.
+// Copies rows of the input to the tiles of the pass. Members own whole tiles, so no two write to
+// the same cache line.
 template <class S>
 inline void gather(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
                    int member, int num_members) {
@@ -116,8 +118,9 @@ inline void gather(const ExpertsAddParams& p, const StepHeader& step, const Expe
   for (const ExpertTokens* its = pass.begin; its != pass.end; ++its) total.add<S>(*its);
   const Range mine =
       split(in.is_by_kind() ? total.drawn + total.prompts : total.all, member, num_members);
-  int64_t before = 0;  // tiles, of all parts
-  // Rows [0, size) of a part of an expert's, which are the step's `tokens`.
+  int64_t before = 0;  // tiles, over all parts
+  // Copies the member's rows among rows [0, size) of a part of an expert; `tokens` are their
+  // indices in the step.
   const auto copy_part = [&](const Activation& to, const int32_t* tokens, int64_t size) {
     const int64_t tiles = tiles_of(size);
     const int64_t begin = std::max(mine.begin - before, int64_t{0});
@@ -138,7 +141,7 @@ inline void gather(const ExpertsAddParams& p, const StepHeader& step, const Expe
   });
 }
 
-// A product of one expert.
+// Returns one expert's product.
 inline LinearParams product_of(const ExpertProduct& product, int32_t expert, const Activation& in) {
   LinearParams linear = product.linear;
   linear.weight = product.matrices.weights[expert];
@@ -147,8 +150,8 @@ inline LinearParams product_of(const ExpertProduct& product, int32_t expert, con
   return linear;
 }
 
-// Of an expert whose gate and up have formats of their own: of 32 outputs at a time the gates
-// first, which are kept until their ups come.
+// For an expert whose gate and up have different formats: for each 32 outputs, computes the gates
+// first and keeps them until the ups are computed.
 template <class S>
 inline void gate_then_up(const ExpertsAddParams& p, int32_t expert, const StepHeader& header,
                          const Activation& in, const GateUpParams& to, Range units, int member) {
@@ -189,7 +192,7 @@ inline StepHeader header_of(const ExpertTokens& its) {
   return header;
 }
 
-// The member's part of all (expert, unit), by work.
+// Computes the member's part of all (expert, unit) pairs, divided by work.
 template <class S>
 inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
                          int member, int num_members) {
@@ -200,10 +203,10 @@ inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, cons
     total += num_units * cost_of(*its);
   }
   const int64_t begin = total * member / num_members, end = total * (member + 1) / num_members;
-  const bool is_one = step.num_tokens == 1;  // every expert's row is the input's
+  const bool is_one = step.num_tokens == 1;  // each expert's only row is the input row
   int64_t before = 0;
   pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
-    // Units belong to the member in whose part they begin.
+    // A unit belongs to the member in whose part it begins.
     const int64_t cost = cost_of(its), first = before;
     const auto unit_at = [&](int64_t border) {
       const int64_t unit = (border - first + cost - 1) / cost;
@@ -226,7 +229,7 @@ inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, cons
   });
 }
 
-// The member's columns of x, of every expert of the pass.
+// Computes the member's columns of x, for every expert of the pass.
 template <class S>
 inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int member,
                       int num_members) {
@@ -266,7 +269,7 @@ void experts_add(const ExpertsAddParams& p, const StepHeader& step, int member, 
       gather<S>(p, step, pass, member, num_members);
       team_barrier();
     } else if (begin != p.choice.experts) {
-      team_barrier();  // the pass before has read what this one writes
+      team_barrier();  // the previous pass has read what this pass overwrites
     }
     gate_up_pass<S>(p, step, pass, member, num_members);
     team_barrier();

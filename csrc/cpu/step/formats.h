@@ -1,6 +1,5 @@
-// What is known of each weight format: csrc/formats.def as an enum and a table. For both devices
-// and the bindings; how a format's bytes are read is block_reader.h's and linear_formats.h's
-// business.
+// The properties of each weight format: csrc/formats.def as an enum and a table, for both devices
+// and the bindings. block_reader.h and linear_formats.h define how a format's bytes are read.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +12,14 @@ enum class Format : int32_t {
 #include "../../formats.def"
 };
 
-// A panel of 16 rows on the CPU, see packed.h: blocks of 32 columns, and a header before each so
-// many blocks. Beside the codes a row has fp16 numbers and bytes, in its blocks or in its headers.
+// A panel of 16 rows on the CPU, see packed.h: blocks of 32 columns, with a header before every
+// `header_blocks` blocks. In addition to the codes, each row has fp16 numbers and bytes in its
+// blocks or in its headers.
 struct PanelInfo {
   int32_t code_bits;  // 0: the CPU has no panels of this format
   int32_t block_halves, block_factors;
   int32_t header_halves, header_factors;
-  int32_t header_blocks;  // blocks behind a header, 0: there are no headers
+  int32_t header_blocks;  // blocks per header, 0: no headers
 
   constexpr int64_t block_bytes() const {
     return 64 * code_bits + 16 * (2 * block_halves + block_factors);
@@ -27,24 +27,25 @@ struct PanelInfo {
   constexpr int64_t header_bytes() const { return 16 * (2 * header_halves + header_factors); }
 };
 
-// Rows for CUDA: weight = scale * (code - zero) + offset, one scale and offset a group of columns.
-// Codes are in the order of columns, of two nibbles the first in the low half.
+// Rows for CUDA: weight = scale * (code - zero) + offset, with one scale and offset per group of
+// columns. Codes are in column order; of two nibbles, the first is in the low half.
 struct RepackedInfo {
   int32_t bits;           // 4 or 8; 0: floats, which are not repacked
   int32_t zero;           // 0 with offsets
-  int64_t group_columns;  // that share a scale
+  int64_t group_columns;  // columns that share a scale
   bool has_offsets;
-  bool has_half_scales;  // fp16 holds scales and offsets
+  bool has_half_scales;  // fp16 can represent the scales and offsets
   bool is_float8;        // codes are E4M3 numbers
 };
 
 struct FormatInfo {
   const char* name;
-  int32_t ggml_type;      // -1: not of GGUF
+  int32_t ggml_type;      // -1: not a GGUF format
   int64_t block_columns;  // of a block in a file
   int64_t block_bytes;
-  bool is_quantised;  // codes and scales; with a kernel they are multiplied by int8 activations
-  bool has_kernel;    // the CPU multiplies by it
+  bool is_quantised;  // codes and scales; if the CPU has a kernel, they are multiplied by int8
+                      // activations
+  bool has_kernel;    // the CPU has a kernel for it
   PanelInfo panel;
   RepackedInfo repacked;
 };
@@ -84,16 +85,16 @@ constexpr const FormatInfo& format_info(Format format) {
   return table::kInfos[static_cast<int>(format)];
 }
 
-// Finds a format by its name; false if there is none.
+// Finds a format by its name; returns false if there is none.
 bool find_format(std::string_view name, Format* out);
 
-// Bytes of a row of `columns` values, a multiple of the block's, in a file.
+// Bytes of a row of `columns` values in a file; `columns` is a multiple of the block's.
 constexpr int64_t file_row_bytes(Format format, int64_t columns) {
   const FormatInfo& info = format_info(format);
   return columns / info.block_columns * info.block_bytes;
 }
 
-// The sixteen values that a nibble of IQ4_NL and IQ4_XS, or of MXFP4 (doubled E2M1), stands for.
+// The sixteen values that nibbles of IQ4_NL and IQ4_XS, or of MXFP4 (doubled E2M1), represent.
 inline constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t kMxfp4Values[16] = {0, 1,  2,  3,  4,  6,  8,  12,

@@ -1,5 +1,5 @@
-// A product of each head by itself: what latent attention makes of queries and results. Included by
-// the step_<isa>.cpp files only.
+// A separate product per head, which latent attention (MLA) applies to queries and results.
+// Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include "linear_kernels.h"
@@ -7,14 +7,14 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Columns of a head: those of other heads lie between its tiles.
+// Moves to a head's columns. Between its tiles are the columns of other heads.
 inline void move_to(Activation& in, int64_t first_column, int64_t tile_tokens) {
   const int64_t block = first_column / kBlockColumns;
   if (in.is_by_kind()) in.prompt_data += block * tile_block_bytes(Precision::kBF16, tile_tokens);
   in.data += block * tile_block_bytes(in.precision, tile_tokens);
 }
 
-// A member has a run of strips of all heads' rows, one head's after the other.
+// Each member owns a run of strips of the rows of all heads, one head after the other.
 template <class S>
 void heads_linear(const HeadsLinearParams& p, const StepHeader& step, int member, int num_members) {
   const PackedMatrix& weight = p.linear.weight;

@@ -34,15 +34,15 @@ extern const Kernels kI8mmKernels;
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx_vnni() {  // __builtin_cpu_supports of GCC 12 does not know it
+bool has_avx_vnni() {  // not known to __builtin_cpu_supports of GCC 12
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 }
 #endif
 
-// Measured with one sequence and with 16 (bench/README.md): on Zen 4 the first level loses 11 % and
-// more, on Zen 5 the second does. Others are taken for Zen 4's kind: Intel's cores have 10 to 16
-// misses in flight in the first level, 48 in the second.
+// Measured with one sequence and with 16 (bench/README.md): prefetching into L1 loses 11 % and more
+// on Zen 4, prefetching into L2 loses it on Zen 5. Other processors are treated like Zen 4: Intel's
+// cores allow 10 to 16 misses in flight in L1 and 48 in L2.
 bool is_zen5_or_later() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -54,8 +54,9 @@ bool is_zen5_or_later() {
   return false;
 }
 
-// A prototype on an Intel core read Q4_K at 0.82 to 0.87 of a plain read with 2.4 KB, one
-// super-block, and at 0.79 with 5 KB. On Zen 4 2.4 KB takes 1.4 times as long.
+// Prefetch distance: a prototype on an Intel core read Q4_K at 0.82 to 0.87 of the speed of a plain
+// read with 2.4 KB (one super-block), and at 0.79 with 5 KB. On Zen 4, 2.4 KB takes 1.4 times as
+// long.
 bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") != 0;
@@ -68,9 +69,9 @@ struct Found {
   const char* refused = nullptr;
 };
 
-// In the order of their speed, as a rule; the last one's arithmetic is this machine's. So which
-// bits a text has is a question of the processor, and of what its system grants, not of a
-// measurement: a restart and a second replica give the same.
+// Sets are generally in order of speed; the last one defines this machine's arithmetic. The bits of
+// a text therefore depend on the processor and on what the operating system grants, not on a
+// measurement: a restart and a second replica give the same bits.
 Found find() {
   Found found;
   std::vector<const Kernels*>& sets = found.sets;
@@ -87,7 +88,7 @@ Found find() {
   if (has_bf16) sets.push_back(&kAmxModelKernels);  // for tests
   if (has_avx2) sets.push_back(&kAvx2Kernels);
   if (has_avx2 && has_avx_vnni()) sets.push_back(&kAvxVnniKernels);
-  // Intel's VDPBF16PS does fewer products than two FMAs, by a sixth (Sapphire Rapids); AMD's twice
+  // Intel's VDPBF16PS does a sixth fewer products than two FMAs (Sapphire Rapids); AMD's does twice
   // as many (Zen 4 and 5).
   if (has_bf16 && is_intel()) sets.push_back(&kAvx512Kernels);
   if (has_avx512) sets.push_back(&kAvx512VnniKernels);
@@ -95,9 +96,9 @@ Found find() {
   if (has_bf16 && request_tiles(read_amx_state(), &found.refused)) sets.push_back(&kAmxKernels);
 #endif
 #if defined(__aarch64__) && defined(__linux__)
-  // Bits of the kernel's asm/hwcap.h, which old headers lack.
+  // Bits from the Linux kernel's asm/hwcap.h, which old headers lack.
   const bool has_dot = (getauxval(AT_HWCAP) >> 20 & 1) != 0;
-  const bool has_i8mm = (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // and BF16
+  const bool has_i8mm = (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // I8MM and BF16
   if (has_dot) sets.push_back(&kNeonKernels);
   if (has_dot && has_i8mm) sets.push_back(&kI8mmKernels);
 #endif
@@ -109,7 +110,7 @@ const Found& found() {
   return all;
 }
 
-// Multiply-adds of int8 a second, of some 30 us.
+// Int8 operations per second, measured over about 30 us.
 double int8_speed(const Kernels& set) {
   constexpr int64_t kTimes = 10000;
   const auto start = std::chrono::steady_clock::now();
@@ -118,8 +119,8 @@ double int8_speed(const Kernels& set) {
   return operations / taken.count();
 }
 
-// Whether a set may serve by itself: the portable one and the model are slower whatever is
-// measured.
+// Whether a set may be chosen automatically. The portable set and the AMX model are slower,
+// whatever is measured.
 bool may_serve(const Kernels* set) {
 #if defined(__x86_64__)
   if (set == &kAmxModelKernels) return false;
@@ -127,8 +128,8 @@ bool may_serve(const Kernels* set) {
   return set != &kPortableKernels;
 }
 
-// Of sets with the same bits the fastest may serve. One that is wider does more beside its
-// products, so an earlier one must be faster by a good part.
+// Among the sets with the same bits as `best`, returns the fastest. A wider set also does more
+// outside its products, so an earlier one must be faster by a clear margin.
 const Kernels* fastest_like(const Kernels* best) {
   constexpr double kMargin = 1.3;
   constexpr int kRounds = 5;
@@ -138,7 +139,7 @@ const Kernels* fastest_like(const Kernels* best) {
     if (set != best && is_alike && may_serve(set)) alike.push_back(set);
   }
   if (alike.size() == 1) return best;
-  // In turns, so that a clock that rises while they are measured favours none.
+  // In turns, so that a clock that rises during the measurement favours no set.
   std::vector<double> speeds(alike.size());
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < alike.size(); ++i) {

@@ -1,5 +1,5 @@
-// The sets of kernels that this build has: one an instruction set. A process uses one for all
-// shapes, because sets differ in the last bits.
+// The kernel sets in this build, one per instruction set. A process uses one set for all shapes,
+// because sets differ in the last bits.
 #pragma once
 
 #include <vector>
@@ -8,17 +8,17 @@
 
 namespace tgi::cpu::step {
 
-// Those that this machine runs, best last.
+// Returns the sets that this machine can run, best last.
 const std::vector<const Kernels*>& kernel_sets();
 
-// Why a set that the processor has is not among them, or null.
+// Returns why a set that the processor supports is not among them, or null.
 const char* refused_kernel_set();
 
-// The set in use: the best, or what the environment variable TGI_ISA names, if this machine runs
-// that.
+// Returns the set in use: the best, or the one named by the environment variable TGI_ISA if this
+// machine can run it.
 const Kernels& kernels();
 
-// Uses one of kernel_sets() from now on. Not during a run.
+// Switches to one of kernel_sets(). Must not be called during a run.
 void use_kernels(const Kernels& set);
 
 }  // namespace tgi::cpu::step

@@ -1,5 +1,5 @@
-// Queries against latents, and tokens' own latents into the cache (MLA). Included by the
-// step_<isa>.cpp files only.
+// Prepares queries against latents and writes the tokens' own latents to the cache (MLA). Included
+// only by the step_<isa>.cpp files.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Sixteen dims of a token's row.
+// Writes sixteen dims of a token's row.
 template <class S>
 inline void store_latent(const KvLayerView& kv, int64_t slot, int64_t dim, typename S::F values) {
   uint8_t* const block = kv.keys(0, slot / kv.block_size, slot % kv.block_size);
@@ -18,14 +18,14 @@ inline void store_latent(const KvLayerView& kv, int64_t slot, int64_t dim, typen
   if (kv.precision == Precision::kFloat32) {
     return S::store(reinterpret_cast<float*>(block) + offset * kv.head_dim + dim, values);
   }
-  // The other half of each lane is the other token of the pair, which this member writes, too.
+  // The other half of each lane is the other token of the pair, which this member also writes.
   const int32_t half = offset % 2 == 0 ? 0xFFFF : static_cast<int32_t>(0xFFFF0000u);
   uint8_t* const out = block + (offset / 2 * kv.head_dim + dim) * 4;
   const auto kept = S::iand(S::iload(out), S::iset1(~half));
   S::istore(out, S::ior(kept, S::iand(S::pair_bf16(values, values), S::iset1(half))));
 }
 
-// A pair of vectors of what is rotated: dims [16 * pair, ..) and as many half of it behind them.
+// Rotates a pair of vectors: `first` starts at dim 16 * pair, `second` half the rotated dims later.
 template <class S>
 inline void turn(const LatentQkvParams& p, const StepHeader& step, int64_t token, int64_t pair,
                  const float* from, typename S::F& first, typename S::F& second) {
@@ -53,8 +53,8 @@ inline void store_latent_query(const LatentQkvParams& p, const StepHeader& step,
   }
 }
 
-// Queries are shared out by rows; latents by dims, of all tokens: two tokens share words of the
-// cache. So each member computes the norms' factors for itself.
+// Queries are divided by rows. Latents are divided by dims, over all tokens, because two tokens
+// share words of the cache; each member therefore computes the norms' factors itself.
 template <class S>
 void latent_qkv(const LatentQkvParams& p, const StepHeader& step, int member, int num_members) {
   const Range rows = split(step.num_tokens * p.num_heads, member, num_members);

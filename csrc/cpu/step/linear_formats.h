@@ -1,6 +1,6 @@
-// How a block of each weight format is read: floats as vectors that are multiplied at once, codes
-// as vectors of bytes and their scales as sixteen floats. A reader is named as its format in
-// formats.def. Templates over the simd type S, included by the step_<isa>.cpp files only.
+// How blocks of each weight format are read: floats as vectors ready to multiply, codes as vectors
+// of bytes with their scales as sixteen floats. A reader has its format's name in formats.def.
+// Templates over the simd type S, included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Floats. A step is one vector of weights, times one dword of the activation.
+// Floats. Each step multiplies one vector of weights by one dword of the activation.
 template <class S>
 struct F32 {
   static constexpr Precision kPrecision = Precision::kFloat32;
-  static constexpr int kSteps = 32;  // in a block
+  static constexpr int kSteps = 32;  // per block
   static constexpr int kStepBytes = 64;
   using Vector = typename S::F;
   static inline Vector load(const uint8_t* p) { return S::load(reinterpret_cast<const float*>(p)); }
@@ -41,8 +41,8 @@ struct BF16 {
   }
 };
 
-// quad(p, j): the codes of columns 4j..4j+3 of sixteen rows, one row a dword. The index j is known
-// at compile time once loops are unrolled.
+// quad(p, j): the codes of columns 4j..4j+3 of sixteen rows, one row per dword. Once loops are
+// unrolled, j is a compile-time constant.
 template <class S, int MaxCode>
 struct SmallCodes {  // below 64
   static constexpr int kMaxCode = MaxCode;
@@ -55,8 +55,8 @@ struct SmallCodes {  // below 64
   }
 };
 
-// How many quads' products of codes with values of -127..127 may be added up in 16 bits: a sum has
-// two of each quad. Zero: the set multiplies and adds in 32 bits at once.
+// How many quads' products of codes with values of -127..127 can be added up in 16 bits; each quad
+// contributes two to a sum. Zero: the set multiplies and adds directly in 32 bits.
 template <class S, class Codes>
 constexpr int quads_in_short() {
   if constexpr (!S::kHasShortSums || Codes::kMaxCode == 0) return 0;
@@ -64,8 +64,7 @@ constexpr int quads_in_short() {
   return kQuads >= 8 ? 8 : kQuads >= 4 ? 4 : kQuads >= 2 ? 2 : 0;
 }
 
-// The bits of `mask`, of which quad j has the lowest from bit `from` on, moved to bit `to` of each
-// byte.
+// Shifts `plane` so that bit `from` of each byte becomes bit `to`, and applies `mask`.
 template <class S>
 inline typename S::I moved_bits(typename S::I plane, int from, int to, int32_t mask) {
   const auto moved = from == to  ? plane
@@ -119,7 +118,7 @@ struct ThreeBitCodes : SmallCodes<S, 7> {
 
 template <class S>
 struct ByteCodes {
-  static constexpr int kMaxCode = 0;  // too large for sums in 16 bits
+  static constexpr int kMaxCode = 0;  // too large for 16-bit sums
   static constexpr bool kIsSigned = false;
   static constexpr int kCodeBytes = 512;
   static inline typename S::I quad(const uint8_t* p, int j) { return S::iload(p + 64 * j); }
@@ -128,8 +127,8 @@ struct ByteCodes {
   }
 };
 
-// Nibbles that stand for signed bytes. Where signed bytes cannot be multiplied at once, they are
-// bytes plus 128.
+// Nibbles that represent signed bytes. If the set cannot multiply signed bytes directly, the table
+// holds the bytes plus 128.
 struct ByteTable {
   int8_t values[16];
 };
@@ -137,7 +136,8 @@ struct ByteTable {
 constexpr ByteTable table_of(const int8_t (&values)[16], bool is_signed) {
   ByteTable out = {};
   for (int i = 0; i < 16; ++i) {
-    const int with_128 = values[i] < 0 ? values[i] + 128 : values[i] - 128;  // as a signed byte
+    const int with_128 = values[i] < 0 ? values[i] + 128 : values[i] - 128;  // value + 128 as a
+                                                                             // signed byte
     out.values[i] = static_cast<int8_t>(is_signed ? values[i] : with_128);
   }
   return out;
@@ -168,9 +168,9 @@ struct CodebookCodes {
   }
 };
 
-// What the readers of codes share. weight = scale * (code - zero) + min, where the zero point is
-// 128 >> kZeroShift, none if that is negative, or each row's own. A block has one scale and min, or
-// one for each half; halves that have small integers for scales are added up as integers.
+// The common base of code readers. weight = scale * (code - zero) + min. The zero point is 128 >>
+// kZeroShift, or none if kZeroShift is negative, or each row's own. A block has one scale and min,
+// or one per half; halves whose scales are small integers are added up as integers.
 template <class S, class CodesOf, Format format>
 struct CodeReader : CodesOf {
   static constexpr PanelInfo kPanel = format_info(format).panel;
@@ -189,11 +189,11 @@ struct CodeReader : CodesOf {
     constexpr int64_t kBytes = kPanel.block_bytes(), kHeader = kPanel.header_bytes();
     if constexpr (kPanel.header_blocks == 0) return {panel + b * kBytes, nullptr};
     constexpr uint64_t kBlocks = kPanel.header_blocks > 0 ? kPanel.header_blocks : 1;
-    const uint64_t index = static_cast<uint64_t>(b);  // so that a shift divides it
+    const uint64_t index = static_cast<uint64_t>(b);  // so that the division is a shift
     const uint8_t* header = panel + index / kBlocks * (kHeader + kBlocks * kBytes);
     return {header + kHeader + index % kBlocks * kBytes, header};
   }
-  // The i-th fp16 number, and where the i-th bytes are.
+  // The i-th fp16 number, and the address of the i-th bytes.
   static inline typename S::F half(Block block, int i) {
     const bool is_in_block = kPanel.block_halves != 0;
     return S::load_half((is_in_block ? block.codes + CodesOf::kCodeBytes : block.header) + 32 * i);
@@ -227,7 +227,8 @@ struct ScaledWithMin : Scaled<S, CodesOf, format, -1> {
   static inline typename S::F min(typename Base::Block block, int) { return Base::half(block, 1); }
 };
 
-// K-quants: fp16 numbers of eight blocks times small integers of each. The products are exact.
+// K-quants: fp16 numbers shared by eight blocks, times small integers per block. The products are
+// exact.
 template <class S, class CodesOf, Format format>
 struct SuperWithMin : CodeReader<S, CodesOf, format> {
   using Base = CodeReader<S, CodesOf, format>;
@@ -271,7 +272,7 @@ struct Q5_1 : ScaledWithMin<S, FiveBitCodes<S>, Format::kQ5_1> {};
 template <class S>
 struct Q8_0 : Scaled<S, ByteCodes<S>, Format::kQ8_0, 0> {};
 template <class S>
-using Q8_1 = Q8_0<S>;  // panels have no sums: they are the same
+using Q8_1 = Q8_0<S>;  // identical, because panels do not store the sums
 
 template <class S>
 struct Q2_K : CodeReader<S, TwoBitCodes<S>, Format::kQ2_K> {
@@ -328,8 +329,8 @@ template <class S>
 struct MXFP4 : CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4> {
   using Base = CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4>;
   static constexpr int kZeroShift = CodebookCodes<S, kMxfp4Values>::kZeroShift;
-  // 2^(e - 128), whose bits are (e - 1) << 23; those of e = 0 and e = 1, which are denormal,
-  // (e + 1) << 21, which is less for all others.
+  // 2^(e - 128), whose bits are (e - 1) << 23. For e = 0 and e = 1 it is denormal, with bits (e +
+  // 1) << 21; for all other e that is the smaller number, so the maximum selects the right one.
   static inline typename S::F scale(typename Base::Block block, int) {
     const auto e = S::load_u8(Base::factors(block, 0));
     const auto normal = S::ishl(S::isub(e, S::iset1(1)), 23);

@@ -1,5 +1,5 @@
-// Products and what is done with them while they are in L1: residual add, RoPE and KV write, gate
-// times up, logits. Included by the step_<isa>.cpp files only.
+// Products and their epilogues, which run while the outputs are in L1: residual add, RoPE and KV
+// write, gate times up, logits. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <array>
@@ -16,12 +16,12 @@
 namespace tgi::cpu::step {
 namespace {
 
-constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // a head
+constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // one head
 
-// What a unit's product gives of some tokens: of each strip [tokens][32].
+// The outputs of a unit's product for some tokens: [tokens][32] per strip.
 struct UnitOutputs {
   float* data;
-  int64_t strip_floats;  // from a strip to the next
+  int64_t strip_floats;  // from one strip to the next
 
   const float* row(int64_t strip, int64_t token) const {
     return data + strip * strip_floats + token * kStripRows;
@@ -29,7 +29,7 @@ struct UnitOutputs {
   UnitOutputs from(int64_t token) const { return {data + token * kStripRows, strip_floats}; }
 };
 
-// By a group's number of tokens, less one.
+// Indexed by a group's number of tokens minus one.
 template <class S>
 using GroupFunctions = std::array<GroupFunction<S>, S::kGroupTokens>;
 
@@ -62,8 +62,8 @@ inline GroupFunctions<S> group_functions(Format format, Precision precision) {
   }
 }
 
-// The tokens of a group that begins at `token`, of those before `end`: a tile's last group may be
-// short.
+// Returns the size of the group that begins at `token`, among the tokens before `end`. A tile's
+// last group may be short.
 template <class S>
 inline int64_t group_size(int64_t token, int64_t end) {
   const int64_t tile_left = S::kTileTokens - token % S::kTileTokens;
@@ -80,7 +80,7 @@ inline int64_t num_groups(int64_t num_tokens) {
          groups_of(num_tokens % S::kTileTokens);
 }
 
-// Tokens whose activations stay in the second level of cache.
+// Tokens whose activations stay in L2.
 template <class S>
 inline int64_t cached_tokens(const LinearParams& p) {
   const bool is_wide = p.in.precision == Precision::kFloat32 || p.weight.num_columns > 1024;
@@ -91,10 +91,10 @@ inline float* scratch_of(const LinearParams& p, int member) {
   return p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
 }
 
-// A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
-// count, outputs) gets a group of tokens from `token` on, in L1; prologue(unit, token, count) comes
-// before their product. Units outside, so that weights are read from memory once, but for what the
-// cached tokens leave.
+// Runs a member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit,
+// token, count, outputs) receives a group of tokens starting at `token`, in L1; prologue(unit,
+// token, count) runs before their product. For each batch of cached_tokens() tokens, the outer loop
+// is over units, so a batch reads the weights from memory once.
 template <class S, class Prologue, class Epilogue>
 void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
@@ -141,7 +141,7 @@ void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
   }
 }
 
-// Hands the outputs of tokens [begin, end) to the epilogue, group by group.
+// Passes the outputs of tokens [begin, end) to the epilogue, group by group.
 template <class S, class Epilogue>
 inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs outputs,
                           const Epilogue& epilogue) {
@@ -152,7 +152,7 @@ inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs 
   }
 }
 
-// The same by tiles, of bf16.
+// The same with bf16 tiles.
 template <class S, class Prologue, class Epilogue>
 void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                     int member, const Prologue& prologue, const Epilogue& epilogue) {
@@ -160,7 +160,7 @@ void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int6
   const int64_t at_once = tile_tokens_at_once(p.weight.num_columns);
   const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
   float* const out = scratch_of(p, member);
-  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: it is bf16
+  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: weights are bf16
   auto* const decoded = reinterpret_cast<uint8_t*>(out + unit_strips * at_once * kStripRows);
   for (int64_t first = 0; first < num_tokens; first += at_once) {
     const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
@@ -179,7 +179,7 @@ void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int6
   }
 }
 
-// The same by tiles, of codes.
+// The same with int8 tiles, for codes.
 template <class S, class Prologue, class Epilogue>
 void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions,
                     int64_t num_tokens, Range units, int64_t unit_strips, int member,
@@ -187,7 +187,7 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   const TileScope<typename S::Tiles> scope(kInt8Tiles);
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(kTileRows);
-  const int64_t decoded_bytes = num_blocks * kDecodedBytes;  // of a panel
+  const int64_t decoded_bytes = num_blocks * kDecodedBytes;  // per panel
   const int64_t block_lines = (p.weight.panel_size() / num_blocks + 63) / 64;
   auto* const decoded = reinterpret_cast<uint8_t*>(scratch_of(p, member));
   alignas(64) float out[kMaxUnitStrips * kTileFloats];
@@ -218,7 +218,7 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   }
 }
 
-// Of tokens that are multiplied alike.
+// Runs the tokens of one kind, which share one arithmetic.
 template <class S, class Prologue, class Epilogue>
 void run_one_kind(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                   int member, const Prologue& prologue, const Epilogue& epilogue) {
@@ -237,7 +237,7 @@ void run_one_kind(const LinearParams& p, int64_t num_tokens, Range units, int64_
   run_groups<S>(p, num_tokens, units, unit_strips, member, prologue, epilogue);
 }
 
-// The tokens of a product; the first so many were drawn.
+// The tokens of a product; the first `generated` tokens were sampled.
 struct TokenCount {
   int64_t all, generated;
 };
@@ -246,8 +246,8 @@ inline TokenCount tokens_of(const StepHeader& step) {
   return {step.num_tokens, step.num_generated};
 }
 
-// Where tokens of prompts have an arithmetic of their own, each unit is multiplied first by those
-// that were drawn: its weights come from memory once.
+// If prompt tokens use their own arithmetic, each unit first multiplies the sampled tokens and then
+// the prompt tokens, so its weights come from memory once.
 template <class S, class Prologue, class Epilogue>
 void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
@@ -284,7 +284,7 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
   }
 }
 
-// Work memory of a member, in floats, for units of so many strips.
+// A member's work memory, in floats, for units of `unit_strips` strips.
 template <class S>
 int64_t scratch_floats(const PackedMatrix& weight, Precision precision, int64_t unit_strips) {
   if constexpr (S::kHasTiles) {
@@ -302,7 +302,7 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
   run_linear<S>(p, tokens, units, unit_strips, member, nothing, epilogue);
 }
 
-// An epilogue behind what the tokens' adapters add to a product of this step.
+// Returns an epilogue that first adds the terms of the tokens' adapters to a product of this step.
 template <class S, class Epilogue>
 inline auto adapted(const LinearParams& p, const StepHeader& step, int64_t unit_strips,
                     const Epilogue& epilogue) {
@@ -325,7 +325,7 @@ template <class S>
 void linear_add(const LinearAddParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.linear.weight.num_rows;
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
-  // The residual was written by all members: fetched while the product is computed.
+  // All members have written the residual, so it is prefetched while the product is computed.
   const auto fetch = [&](int64_t unit, int64_t token, int64_t count) {
     for (int64_t t = 0; t < count; ++t) {
       const float* x = p.x + (token + t) * width + unit * kStripRows;
@@ -375,7 +375,7 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
           for (int64_t half = 0; half < 32; half += 16) {
             auto value = biased<S>(p.linear.bias, column + half, out.row(0, t) + half);
             if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
-            if (p.cap != 0) {  // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1)
+            if (p.cap != 0) {  // cap * tanh(x / cap), where tanh(y) = 1 - 2 / (e^2y + 1)
               const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kFloatLog2E / p.cap)));
               const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));
               value = S::mul(S::set1(p.cap), S::sub(S::set1(1.0f), part));

@@ -1,8 +1,10 @@
-// The inner products: 32 rows times a group of tokens over all columns, accumulators in registers.
+// The inner products: 32 rows times a group of tokens over all columns, with accumulators in
+// registers.
 //
 // Whatever the number of tokens, an output is the same sequence of roundings: integer sums within a
-// block are exact; across blocks one float accumulator, blocks ascending, explicit fma. So a
-// token's result does not depend on its batch. Included by the step_<isa>.cpp files only.
+// block are exact; across blocks there is one float accumulator, with blocks ascending and explicit
+// fma. A token's result therefore does not depend on its batch. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +15,11 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Up to this many tokens wait for memory. More wait for arithmetic, which reads from the first
-// level of cache.
+// Up to this many tokens are limited by memory. More are limited by arithmetic, which reads from
+// L1.
 constexpr int kMemoryBoundTokens = 4;
 
-// Cache lines of what comes next, `lines` of them with each block.
+// Prefetches the cache lines that are read next, `lines` of them with each block.
 struct Ahead {
   const uint8_t* next;
   int64_t lines;
@@ -34,8 +36,8 @@ struct Ahead {
   }
 };
 
-// Cache lines of the panel that is read, and of what lies behind it, at a distance: each once, and
-// as evenly as its blocks are read.
+// Prefetches the cache lines of the current panel and of what follows it, at a fixed distance: each
+// line once, evenly spread over the blocks.
 struct AheadInStream {
   const uint8_t* next;
   int64_t distance;
@@ -46,14 +48,14 @@ struct AheadInStream {
   }
 };
 
-// Tokens of a tile of which the first is at `first`: a block of their values.
+// A block of the values of a tile's tokens, starting with token `first`.
 template <class S>
 struct TokenGroup {
   const uint8_t* tile;
   int64_t first;
 
   const uint8_t* values(int t) const { return tile + kBlockColumns * (offset() + t); }
-  // One of token t's numbers.
+  // Address of one of token t's numbers.
   const uint8_t* number(int64_t place, int t) const {
     return tile + token_numbers(S::kTileTokens) + kTokenNumbers * (offset() + t) + place;
   }
@@ -62,7 +64,7 @@ struct TokenGroup {
   int64_t offset() const { return S::kTileTokens == S::kGroupTokens ? 0 : first; }
 };
 
-// Where sums of a zero point of one begin: -128 times the sum of token t's values over quads
+// Start value of sums for a zero point of 128: -128 times the sum of token t's values over quads
 // [First, Last).
 template <class S, int First, int Last>
 inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
@@ -73,13 +75,13 @@ inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
   return S::isub(whole, first);
 }
 
-// One block's integer sums of Panels x Tokens outputs over quads [First, Last), from the zero
-// point's start values.
+// Computes one block's integer sums of Panels x Tokens outputs over quads [First, Last), starting
+// at the zero point's start values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
 inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                        typename S::I (&sums)[Panels][Tokens]) {
   constexpr int kLimit = quads_in_short<S, Fmt>();
-  constexpr int kQuads = kLimit == 0 ? 1 : std::min(kLimit, Last - First);  // of one sum in 16 bits
+  constexpr int kQuads = kLimit == 0 ? 1 : std::min(kLimit, Last - First);  // per 16-bit sum
   typename S::I zeros[Panels];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) zeros[p] = Fmt::zeros(w[p]);
@@ -119,7 +121,7 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<
       }
     }
     if constexpr (kLimit > 0) {
-      // The accumulators in 16 bits fill the registers: those in 32 begin when these end.
+      // The 16-bit accumulators fill the registers, so the 32-bit ones begin when these end.
       if (j == First + kQuads - 1) begin();
       if (j % kQuads != kQuads - 1) continue;
       TGI_UNROLL(16)
@@ -146,7 +148,7 @@ inline void add_block(const typename Fmt::Block (&w)[Panels], const TokenGroup<S
   }
 }
 
-// Both halves, added up as integers: their scales are small, and the sums below 2^24.
+// Adds up both halves as integers: their scales are small, and the sums are below 2^24.
 template <class S, class Fmt, int Panels, int Tokens>
 inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                        typename S::F (&out)[Panels][Tokens]) {
@@ -171,7 +173,7 @@ inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenGroup<
   }
 }
 
-// The block's mins times the scaled sums of the values.
+// Adds the block's mins times the scaled sums of the values.
 template <class S, class Fmt, int Panels, int Tokens>
 inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                      typename S::F (&out)[Panels][Tokens]) {
@@ -183,7 +185,8 @@ inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>
   }
 }
 
-// The same of a half, both factors negative: its sum comes from where sums with a zero point begin.
+// The same for a half, with both factors negative: its sum is derived from the zero point's start
+// values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
 inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                           typename S::F (&out)[Panels][Tokens]) {
@@ -199,7 +202,7 @@ inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGro
   }
 }
 
-// out: [Tokens][32], panel p at columns 16p. x: of an int8 tile.
+// out: [Tokens][32], panel p at columns 16p. x: tokens of an int8 tile.
 template <class S, class Fmt, int Panels, int Tokens, class Fetched>
 inline void int8_tile(const uint8_t* const (&w)[Panels], TokenGroup<S> x, int64_t num_blocks,
                       float* out, Fetched ahead) {
@@ -238,12 +241,12 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], TokenGroup<S> x, int64_
   }
 }
 
-// The same of floats. x: of a tile of the format's precision.
+// The same for floats. group: tokens of a tile in the format's precision.
 template <class S, class Fmt, int Panels, int Tokens>
 inline void float_tile(const uint8_t* const (&w)[Panels], const TokenGroup<S>& group,
                        int64_t num_blocks, float* out, Ahead ahead) {
   constexpr int64_t kBlockBytes = tile_block_bytes(Fmt::kPrecision, S::kTileTokens);
-  constexpr int kTokenBytes = 4 * Fmt::kSteps;  // of a token in a tile's block
+  constexpr int kTokenBytes = 4 * Fmt::kSteps;  // per token in a tile's block
   const uint8_t* x = group.tile + group.offset() * kTokenBytes;
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
@@ -280,15 +283,15 @@ template <class S>
 using GroupFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x,
                                int64_t num_blocks, float* out, Ahead ahead);
 
-// One token, where streams are fetched into the second level of cache: panel after panel, as two
-// streams at once are slower. (In the first level they are 4 to 8 % faster than this.)
+// For one token, if streams are prefetched into L2: one panel after the other, because two streams
+// at once are slower. (When prefetched into L1, two streams are 4 to 8 % faster than this.)
 template <class Fmt>
 inline AheadInStream ahead_in(const uint8_t* panel) {
   const int64_t distance = Fmt::kPanel.header_blocks == 8 ? kSuperDistance : kStreamDistance;
   return {panel + distance, distance};
 }
 
-// A strip panel after panel, each fetching its part of what is ahead.
+// Runs a strip panel by panel; each panel prefetches its part of what is ahead.
 template <class Tile>
 inline void each_panel(const uint8_t* panel0, const uint8_t* panel1, int64_t num_blocks, float* out,
                        Ahead ahead, const Tile& tile) {
@@ -326,15 +329,15 @@ void float_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, 
   }
 }
 
-// Byte i of each dword, as the number that the product takes it for.
+// Returns byte i of each dword as the number that the product uses.
 template <class S, class Fmt>
 inline typename S::F code_value(typename S::I codes, int i, typename S::I zero) {
   if constexpr (Fmt::kIsSigned) return S::to_float(S::isar(S::ishl(codes, 24 - 8 * i), 24));
   return S::to_float(S::isub(S::iand(S::ishr(codes, 8 * i), S::iset1(0xFF)), zero));
 }
 
-// Calls visit(weights) for four columns at a time of blocks [begin, end) of a panel, each sixteen
-// float32. Rounds as dequantising the file does: scale * (code - zero), plus the min.
+// Calls visit(weights) for blocks [begin, end) of a panel, four columns at a time, each as sixteen
+// float32. Rounds like dequantising the file does: scale * (code - zero), plus the min.
 template <class S, class Fmt, class Visit>
 inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
                               const Visit& visit) {
@@ -358,7 +361,7 @@ inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
   }
 }
 
-// Weights of one panel as float32 [column][16], for products with float32 activations.
+// Dequantises one panel to float32 [column][16], for products with float32 activations.
 template <class S, class Fmt>
 void dequantise_panel(const uint8_t* panel, int64_t num_blocks, float* out) {
   each_four_columns<S, Fmt>(panel, 0, num_blocks, [&](const typename S::F(&weights)[4]) {

@@ -1,5 +1,5 @@
 // The first half of an MLP, gated or not: products whose results are activated and written as the
-// next product's input. Included by the step_<isa>.cpp files only.
+// next product's input. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include "activations.h"
@@ -8,15 +8,14 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Activation times up.
+// Returns activation(gate) * up.
 template <class S>
 inline typename S::F gated(const GateUpParams& p, typename S::F gate, typename S::F up) {
   if (p.clamped.limit != 0) return clamped_gate<S>(p.clamped, gate, up);
   return S::mul(activate<S>(p.function, gate), up);
 }
 
-// The same of `Count` tokens of a group, from `slot` of their tile on. out: their
-// outputs.
+// The same for `Count` tokens of a group, starting at `slot` of their tile. out: their outputs.
 template <class S, int Count>
 inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutputs& out,
                            Precision precision, uint8_t* block, int64_t slot) {
@@ -38,14 +37,15 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutput
   };
   using F = typename S::F;
   if (p.function.kind == MlpActivation::kSilu && p.clamped.limit == 0) {
-    fill([](F gate, F up) { return S::mul(silu<S>(gate), up); });  // most models': no choice inside
+    fill([](F gate, F up) { return S::mul(silu<S>(gate), up); });  // most models: no switch in the
+                                                                   // loop
   } else {
     fill([&](F gate, F up) { return gated<S>(p, gate, up); });
   }
   write_blocks<S, Count>(precision, values[0], values[1], to);
 }
 
-// The same as plain rows.
+// The same, written as plain rows.
 template <class S>
 inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int64_t count,
                          const UnitOutputs& out) {
@@ -60,8 +60,8 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
   }
 }
 
-// Calls visit(to, begin, count) for `count` tokens, as many at a time as lie in one tile of one
-// part: all of them, but where the input's tiles begin with another token than the output's.
+// Calls visit(to, begin, count) for `count` tokens, as many at a time as share one tile of one
+// part. That is all of them, unless the input's tiles begin at another token than the output's.
 template <class S, class Visit>
 inline void each_run(const Activation& out, const StepHeader& step, int64_t token, int64_t count,
                      const Visit& visit) {
@@ -75,7 +75,7 @@ inline void each_run(const Activation& out, const StepHeader& step, int64_t toke
   }
 }
 
-// A unit is two strips, that is 32 outputs, one block of the next product's input.
+// A unit is two strips: 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up_units(const GateUpParams& p, const StepHeader& step, Range units, int member) {
   const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
@@ -98,7 +98,8 @@ void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_
   gate_up_units<S>(p, step, units, member);
 }
 
-// `Count` tokens of a unit, that is a strip of 32 outputs, one block of the next product's input.
+// Finishes `Count` tokens of a unit, which is a strip: 32 outputs, one block of the next product's
+// input.
 template <class S, int Count>
 inline void finish_up(const UpParams& p, int64_t unit, const UnitOutputs& out, Precision precision,
                       uint8_t* block, int64_t slot) {
@@ -133,7 +134,7 @@ void up(const UpParams& p, const StepHeader& step, int member, int num_members) 
   run_linear<S>(p.linear, tokens_of(step), units, 1, member, adapted<S>(p.linear, step, 1, finish));
 }
 
-// Rows are shared out so that two members never write to one cache line.
+// Rows are divided so that two members never write to the same cache line.
 template <class S>
 void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.out.num_columns;

@@ -1,4 +1,5 @@
-// Norms of rows, and rows as the input of a product. Included by the step_<isa>.cpp files only.
+// Norms of rows, and packing of rows as the input of a product. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@
 namespace tgi::cpu::step {
 namespace {
 
-// The sum of squares of a row, of a multiple of 32 columns.
+// Returns the sum of squares of a row whose width is a multiple of 32.
 template <class S>
 inline float squares_of(const float* row, int64_t width) {
   auto even = S::zero(), odd = S::zero();
@@ -22,7 +23,8 @@ inline float squares_of(const float* row, int64_t width) {
   return S::reduce_add(S::add(even, odd));
 }
 
-// Columns [k, k + 32) of a row that ends at `width`, and `behind` it.
+// Loads columns [k, k + 32) of a row that ends at `width`, with `behind` in the columns past its
+// end.
 template <class S>
 inline void load_end(const float* row, int64_t k, int64_t width, typename S::F behind,
                      typename S::F& a, typename S::F& b) {
@@ -31,14 +33,14 @@ inline void load_end(const float* row, int64_t k, int64_t width, typename S::F b
   b = left > 16 ? S::load_head(row + k + 16, left - 16, behind) : behind;
 }
 
-// What LayerNorm makes of a value: (x - mean) * factor.
+// The parameters of LayerNorm: a value becomes (x - mean) * factor.
 struct Moments {
   float mean;
   float factor;
 };
 
-// The mean first, then what lies around it: a difference of squares loses the variance of rows that
-// are far from zero. Of a row of any width.
+// Computes the mean first, then the squared distances from it: a difference of squares would lose
+// the variance of rows that are far from zero. The row may have any width.
 template <class S>
 inline Moments moments_of(const float* row, int64_t width, float eps) {
   const int64_t whole = width / kBlockColumns * kBlockColumns;
@@ -73,7 +75,7 @@ inline typename S::F layer_norm(typename S::F x, const Moments& moments, typenam
   return S::fma(S::mul(apart, S::set1(moments.factor)), weight, bias);
 }
 
-// Layer norm of a row into its slot of the next product's input.
+// Writes the layer norm of a row to its slot of the next product's input.
 template <class S>
 inline void layer_norm_row(const NormParams& p, const float* x, int64_t row,
                            const Activation& out) {
@@ -90,7 +92,7 @@ inline void layer_norm_row(const NormParams& p, const float* x, int64_t row,
   }
 }
 
-// `Count` blocks of a normalised row, from column k on.
+// Writes `Count` blocks of a normalised row, starting at column k.
 template <class S, int Count>
 inline void write_norm(const NormParams& p, const float* x, typename S::F factor, int64_t k,
                        int64_t row, const Activation& out) {
@@ -106,7 +108,7 @@ inline void write_norm(const NormParams& p, const float* x, typename S::F factor
   write_blocks<S, Count>(out.precision, a, b, to);
 }
 
-// RMS norm of a row into its slot of the next product's input.
+// Writes the RMS norm of a row to its slot of the next product's input.
 template <class S>
 inline void norm_row(const NormParams& p, const float* x, int64_t row, const Activation& out) {
   const int64_t width = p.out.num_columns;
@@ -120,7 +122,7 @@ inline void norm_row(const NormParams& p, const float* x, int64_t row, const Act
   for (; k < width; k += kBlockColumns) write_norm<S, 1>(p, x, factor, k, row, out);
 }
 
-// The same as they are.
+// Writes `Count` blocks of a row unchanged, starting at column k.
 template <class S, int Count>
 inline void write_packed(const float* from, int64_t k, int64_t row, const Activation& out) {
   typename S::F a[Count], b[Count];
@@ -135,7 +137,7 @@ inline void write_packed(const float* from, int64_t k, int64_t row, const Activa
   write_blocks<S, Count>(out.precision, a, b, to);
 }
 
-// Rows are shared out so that two members never write to one cache line.
+// Rows are divided so that two members never write to the same cache line.
 template <class S>
 void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
@@ -155,7 +157,7 @@ void norm(const NormParams& p, const StepHeader& step, int member, int num_membe
   }
 }
 
-// Rows as the input of a product.
+// Packs rows as the input of a product.
 template <class S>
 void pack(const PackParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;
@@ -187,7 +189,7 @@ inline void layer_norm_rows(const NormRowsParams& p, const float* x, float* out)
   }
 }
 
-// The norm of rows of any width, as rows.
+// Writes the norm of rows of any width as rows.
 template <class S>
 void norm_rows(const NormRowsParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;

@@ -11,9 +11,11 @@ namespace tgi::cpu::step {
 
 namespace {
 
-// A block's codes lie in planes, see packed.h: codes of 5 bits in one of 4 and one of 1, and so on.
+// A block's codes are stored in planes, see packed.h: 5-bit codes in one plane of 4 bits and one of
+// 1, and so on.
 
-// Where the codes of columns 4j..4j + 3 lie in a plane of `bits`: vector, and lowest bit of a byte.
+// Position of the codes of columns 4j..4j + 3 in a plane of `bits`: vector, and lowest bit in a
+// byte.
 constexpr int vector_of(int32_t bits, int j) { return bits == 4 ? j % 4 : j * bits / 8; }
 constexpr int shift_of(int32_t bits, int j) { return bits == 4 ? j / 4 * 4 : j * bits % 8; }
 constexpr uint32_t mask_of(int32_t bits) { return ((1u << bits) - 1) * 0x01010101u; }
@@ -67,7 +69,7 @@ void read_codes(int32_t code_bits, const uint8_t* block, int64_t r, uint8_t* cod
   std::memcpy(codes, quads, 32);
 }
 
-// Row r's numbers, from and to [number][16 rows].
+// Writes and reads row r's numbers, stored as [number][16 rows].
 void write_numbers(const RowBlock& from, int32_t halves, int32_t factors, int64_t r, uint8_t* out) {
   for (int32_t i = 0; i < halves; ++i, out += 32) std::memcpy(out + 2 * r, &from.halves[i], 2);
   for (int32_t i = 0; i < factors; ++i, out += 16) out[r] = from.factors[i];
@@ -78,7 +80,7 @@ void read_numbers(const uint8_t* p, int32_t halves, int32_t factors, int64_t r, 
   for (int32_t i = 0; i < factors; ++i, p += 16) out.factors[i] = p[r];
 }
 
-// Block b of row r.
+// Packs block b of row r.
 void pack_codes(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_t* panel) {
   const PanelInfo& info = format_info(format).panel;
   RowBlock from;
@@ -90,12 +92,12 @@ void pack_codes(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_t
   write_numbers(from, info.header_halves, info.header_factors, r, panel + header_offset(format, b));
 }
 
-// The place of column k of row r among a panel's floats.
+// Index of column k of row r among a panel's floats.
 int64_t float_place(Format format, int64_t k, int64_t r) {
   return format == Format::kBF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
 }
 
-// Columns [begin, end) of row r.
+// Packs columns [begin, end) of row r.
 void pack_floats(Format format, const uint8_t* row, int64_t begin, int64_t end, int64_t r,
                  uint8_t* panel) {
   if (format == Format::kF32) {
@@ -123,7 +125,7 @@ void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t 
   }
 }
 
-// The scale of such a weight is a float16, of four bits, too.
+// Largest magnitude whose scale fits in a float16, even with four bits.
 constexpr float kLargestQuantised = 65504.0f * 8;
 
 // x: 32 values.
@@ -154,7 +156,7 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
   for (int64_t panel = begin; panel < end; ++panel) {
     uint8_t* const target = out + panel * size;
     std::memset(target, 0, static_cast<size_t>(size));
-    // Rows inside, so that a block of the panel is in the first level of cache.
+    // The inner loop is over rows, so that a block of the panel stays in L1.
     for (int64_t k = 0; k < columns; k += kBlockColumns) {
       for (int64_t r = 0; r < kPanelRows; ++r) {
         const uint8_t* row = rows[panel * kPanelRows + r];
@@ -216,7 +218,7 @@ bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) 
     float block[32] = {};
     std::memcpy(block, x + at,
                 sizeof(float) * static_cast<size_t>(std::min<int64_t>(columns - at, 32)));
-    float largest = 0.0f;  // by magnitude, with its sign
+    float largest = 0.0f;  // largest by magnitude, with its sign
     for (const float value : block) {
       if (!(std::fabs(value) <= kLargestQuantised)) return false;
       largest = std::fabs(value) > std::fabs(largest) ? value : largest;

@@ -1,5 +1,5 @@
-// Philox4x32-10, many counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1,
-// 2, 3, section 3.3 and table 2. Included by the step_<isa>.cpp files only.
+// Philox4x32-10, many counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1, 2,
+// 3, section 3.3 and table 2. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// Counters at a time: rounds depend on each other, so two chains at least.
+// Counters processed together. Rounds depend on each other, so there are at least two chains.
 constexpr int kDraws = 32;
 
 template <class S>
@@ -20,14 +20,15 @@ inline typename S::I words(uint32_t x) {
   return S::iset1(static_cast<int32_t>(x));
 }
 
-// The first output word of counters (token + i, choice, position low, position high), key = seed.
+// Computes the first output word for the counters (token + i, choice, position low, position high),
+// key = seed.
 template <class S>
 inline void philox(uint32_t token, const DrawKey& key, uint32_t* out) {
   constexpr int kGroups = kDraws / 16;
   alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                      8, 9, 10, 11, 12, 13, 14, 15};
   typename S::I c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
-#pragma GCC unroll 2  // in portable code too, where the groups would be in memory
+#pragma GCC unroll 2  // in portable code too, where the groups would otherwise be in memory
   for (int g = 0; g < kGroups; ++g) {
     c0[g] = S::iadd(words<S>(token + static_cast<uint32_t>(g * 16)), S::iload(kLanes));
     c1[g] = words<S>(key.choice);

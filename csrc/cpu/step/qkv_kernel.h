@@ -1,5 +1,5 @@
-// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue;
-// and the same from rows that are there. Included by the step_<isa>.cpp files only.
+// The QKV product, whose epilogue does bias, head norms, RoPE, KV write and query scaling; and the
+// same from existing rows. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <cmath>
@@ -11,14 +11,15 @@
 namespace tgi::cpu::step {
 namespace {
 
-// One head of one token: strips of 16 rotated pairs, first elements in panel 0, second in panel 1.
+// One head of one token: strips of 16 rotated pairs, first elements from panel 0, second elements
+// from panel 1.
 template <class S>
 struct HeadRows {
   typename S::F first[kMaxUnitStrips];
   typename S::F second[kMaxUnitStrips];
 };
 
-// What the norm of a head multiplies its `width` values by, before the weight.
+// Returns the factor that the norm of a head applies to its `width` values, before the weight.
 template <class S>
 inline float norm_factor(const HeadRows<S>& head, int64_t num_strips, int64_t width, float eps) {
   auto squares = S::zero();
@@ -39,7 +40,7 @@ inline void scale_head(HeadRows<S>& head, int64_t num_strips, float factor, cons
   }
 }
 
-// Layer norm of a head: its dims are the first `width` / 2 pairs, what is behind them is zero.
+// Layer norm of a head. Its dims are the first `width` / 2 pairs; the rest is zero.
 template <class S>
 inline void layer_norm_head(HeadRows<S>& head, int64_t num_strips, int64_t width, float eps,
                             const float* weight, const float* bias) {
@@ -81,8 +82,8 @@ inline void rotate(typename S::F& first, typename S::F& second, const float* cos
   first = rotated;
 }
 
-// Thirty-two values as codes of at most `most`, and the scale that they stand for. Below 1e-30 all
-// are zero. NaN or infinity give a scale that is not finite.
+// Thirty-two values as codes of magnitude at most `most`, and their scale. If all magnitudes are
+// below 1e-30, all codes are zero. NaN or infinity result in a scale that is not finite.
 template <class S>
 struct Codes {
   typename S::I first, second;
@@ -104,19 +105,20 @@ template <class S>
 inline void store_int8_query(typename S::F first, typename S::F second, uint8_t* strip) {
   const auto codes = quantise_strip<S>(first, second, 127.0f * 256.0f);
   auto* high = reinterpret_cast<int8_t*>(strip);
-  const auto half = S::iset1(128);  // the low byte is signed, too
+  const auto half = S::iset1(128);  // rounds, because the low byte is signed too
   S::store_i8(high, S::ishr(S::iadd(codes.first, half), 8));
   S::store_i8(high + 16, S::ishr(S::iadd(codes.second, half), 8));
   S::store_i8(high + 32, codes.first);
   S::store_i8(high + 48, codes.second);
-  // Unsigned, as NaN gives any integer.
+  // Unsigned, because NaN can round to any integer.
   const auto sum = static_cast<uint32_t>(S::reduce_iadd(S::iadd(codes.first, codes.second)));
   const uint32_t start = 0u - 128u * sum;
   std::memcpy(strip + kInt8QueryScale, &codes.scale, 4);
   std::memcpy(strip + kInt8QueryStart, &start, 4);
 }
 
-// Of a strip of `dims` dims, the first of all rotated pairs and then the second, as float32 has it.
+// Joins a strip of `dims` dims: the first elements of all rotated pairs, then the second ones,
+// which is the float32 layout.
 template <class S>
 inline void join_pairs(typename S::F first, typename S::F second, int64_t dims, float* out) {
   if (dims == kStripRows) {
@@ -131,8 +133,8 @@ inline void join_pairs(typename S::F first, typename S::F second, int64_t dims, 
   std::memcpy(out + dims / 2, lanes + 16, static_cast<size_t>(dims / 2) * sizeof(float));
 }
 
-// Strip `strip` of a query, the head `row` of `out`; float32 keeps the pairs' halves apart as the
-// keys do.
+// Writes strip `strip` of a query, which is head `row` of `out`. As for keys, float32 stores the
+// two halves of the pairs one after the other.
 template <class S>
 inline void store_query(const KvLayerView& kv, float scale, void* out, int64_t row, int64_t strip,
                         typename S::F first, typename S::F second) {
@@ -153,7 +155,7 @@ inline void store_query(const KvLayerView& kv, float scale, void* out, int64_t r
   }
 }
 
-// Writes the codes of a strip of keys or values; returns its scale.
+// Writes the codes of a strip of keys or values; returns the scale.
 template <class S>
 inline float store_int8(typename S::F first, typename S::F second, void* out) {
   const auto codes = quantise_strip<S>(first, second, 127.0f);
@@ -205,12 +207,12 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
         reinterpret_cast<int8_t*>(block) + (offset / 4 * kv.value_dim + dim) * 4 + offset % 4;
     for (int64_t i = 0; i < 32; ++i) out[4 * i] = lanes[i];
   } else if (kv.precision == Precision::kBF16) {
-    // The other half of each lane is the other token of the pair, which this member writes, too.
+    // The other half of each lane is the other token of the pair, which this member also writes.
     const int32_t half = offset % 2 == 0 ? 0xFFFF : static_cast<int32_t>(0xFFFF0000u);
     const auto mine = S::iset1(half), others = S::iset1(~half);
     uint8_t* const out = block + (offset / 2 * kv.value_dim + dim) * 4;
     const typename S::I pairs[2] = {S::pair_bf16(first, first), S::pair_bf16(second, second)};
-    if (dims < kStripRows) {  // behind them lies what another member may be writing
+    if (dims < kStripRows) {  // another member may be writing what follows
       alignas(64) int32_t lanes[32];
       S::istore(lanes, pairs[0]);
       S::istore(lanes + 16, pairs[1]);
@@ -231,7 +233,7 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
   }
 }
 
-// Turns strips [strip, strip + num_strips) of a head of a token.
+// Rotates strips [strip, strip + num_strips) of a token's head.
 template <class S>
 inline void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t strip,
                         int64_t num_strips, HeadRows<S>& rows) {
@@ -242,12 +244,12 @@ inline void rotate_head(const HeadParams& p, const StepHeader& step, int64_t tok
   }
 }
 
-// Writes strips [strip, strip + num_strips) of a head, as they are to be, where they belong.
+// Writes strips [strip, strip + num_strips) of a finished head to the query buffer or the cache.
 template <class S>
 inline void store_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                        int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
-  // Of what is not rotated or written a step need not have them: see LastRows.
+  // A step that neither rotates nor writes to the cache may lack positions and slots, see LastRows.
   const int64_t slot = head < p.num_heads ? 0 : step.slot(p.kv.group, token);
   float scale = p.q_scale;
   if (p.query_scales != nullptr && head < p.num_heads) {
@@ -266,7 +268,7 @@ inline void store_head(const HeadParams& p, const StepHeader& step, int64_t toke
   }
 }
 
-// Rotates and writes strips of a head, which is normalised.
+// Rotates and writes strips of a normalised head.
 template <class S>
 inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
@@ -276,7 +278,7 @@ inline void place_head(const HeadParams& p, const StepHeader& step, int64_t toke
   store_head<S>(p, step, token, head, strip, num_strips, rows);
 }
 
-// Normalises a head of queries or keys.
+// Normalises a query or key head.
 template <class S>
 inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, HeadRows<S>& rows) {
   const bool is_query = head < p.num_heads;
@@ -290,7 +292,7 @@ inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, Hea
   }
 }
 
-// All that is done with strips of a head: what is normalised is whole.
+// Applies all steps to strips of a head; a head that is normalised must be whole.
 template <class S>
 inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                         int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
@@ -305,7 +307,7 @@ inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t tok
   store_head<S>(p, step, token, head, strip, num_strips, rows);
 }
 
-// A unit is a strip, or a whole head where heads are normalised.
+// A unit is a strip, or a whole head if heads are normalised.
 template <class S>
 void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t head_strips = p.heads.kv.num_strips();
@@ -346,8 +348,8 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   }
 }
 
-// A member has whole heads, of all tokens: two tokens may share a line of the cache. A norm over
-// all heads is computed by each member for itself.
+// Each member owns whole heads, for all tokens, because two tokens may share a cache line. A norm
+// over all heads is computed by each member itself.
 template <class S>
 void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int num_members) {
   const HeadParams& heads = p.heads;
@@ -386,7 +388,8 @@ void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int 
   }
 }
 
-// A strip of a head of `dim` dims that lie in order, as `half` and `half`, zeros behind the last.
+// Loads a strip of a head whose `dim` dims are in order, as two parts of `half` dims, with zeros
+// past the last dim.
 template <class S>
 inline void load_strip(const float* head, int64_t dim, int64_t strip, int64_t half,
                        typename S::F& first, typename S::F& second) {
@@ -402,13 +405,14 @@ inline void load_strip(const float* head, int64_t dim, int64_t strip, int64_t ha
   second = rest > 0 ? S::load_head(from + half, static_cast<int>(rest), S::zero()) : S::zero();
 }
 
-// A cache of floats has the two halves of a short strip of keys side by side; int8 has no such.
+// A float cache stores the two halves of a short strip of keys side by side; int8 has no short
+// strips.
 inline int64_t key_half(const KvLayerView& kv, int64_t strip) {
   return kv.precision == Precision::kInt8 ? 16 : kv.strip_dims(strip) / 2;
 }
 
-// Queries are shared out by rows; keys and values by heads, of all tokens: two tokens may share a
-// line of the cache, and a word of it.
+// Queries are divided by rows; keys and values by heads, for all tokens, because two tokens may
+// share a cache line, and even a word of it.
 template <class S>
 void store_heads(const StoreHeadsParams& p, const StepHeader& step, int member, int num_members) {
   const KvLayerView& kv = p.kv;

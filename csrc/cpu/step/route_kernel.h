@@ -1,4 +1,5 @@
-// Which experts a token goes to, and with which weights. Included by the step_<isa>.cpp files only.
+// Selects each token's experts and computes their weights. Included only by the step_<isa>.cpp
+// files.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Up to so many tokens one member routes alone: cheaper than a barrier.
+// Up to this many tokens are routed by a single member, which is cheaper than a barrier.
 constexpr int64_t kAloneTokens = 4;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -22,7 +23,7 @@ inline float largest(const float* values, int64_t size) {
   return found;
 }
 
-// e^(logits - top), zero behind the last; returns the sum. Reads and writes whole vectors.
+// Computes e^(logits - top), zero past the last; returns the sum. Reads and writes whole vectors.
 template <class S>
 inline float powers(const float* logits, int64_t size, float top, float* out) {
   auto sum = S::zero();
@@ -52,7 +53,7 @@ inline void make_scores(const RouteParams& p, const float* logits, float* scores
   }
 }
 
-// The `count` best of `size` keys, best first, of equals the lowest id.
+// Finds the `count` best of `size` keys, best first; among equals the lowest id wins.
 inline void best_of(const float* keys, int64_t size, int64_t count, int32_t* ids) {
   int64_t found = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -64,7 +65,7 @@ inline void best_of(const float* keys, int64_t size, int64_t count, int32_t* ids
   }
 }
 
-// How good a group of experts is.
+// Returns the score of a group of experts.
 inline float group_score(const float* keys, int64_t size, bool adds_two_best) {
   if (!adds_two_best || size == 1) return largest(keys, size);
   int32_t best[2];
@@ -72,7 +73,7 @@ inline float group_score(const float* keys, int64_t size, bool adds_two_best) {
   return keys[best[0]] + keys[best[1]];
 }
 
-// Leaves the keys of the best groups.
+// Keeps only the keys of the best groups.
 inline void keep_groups(const RouteParams& p, float* keys) {
   const int64_t size = p.out.num_experts / p.num_groups;
   float scores[kMaxExperts];
@@ -88,8 +89,8 @@ inline void keep_groups(const RouteParams& p, float* keys) {
   }
 }
 
-// scores: of experts, in whole vectors. A score that is no number counts as the best: it reaches
-// the logits, and is seen there.
+// scores: of experts, in whole vectors. A NaN score counts as the best, so it reaches the logits
+// and is detected there.
 inline void choose(const RouteParams& p, const float* scores, int32_t* ids, float* weights) {
   const int64_t size = p.out.num_experts, top_k = p.out.top_k;
   float keys[kMaxExperts];

@@ -1,5 +1,5 @@
-// The passes over a row of logits that sampling is made of, over the simd type S. Included by the
-// step_<isa>.cpp files only.
+// The passes over a row of logits that sampling is built from, over the simd type S. Included only
+// by the step_<isa>.cpp files.
 #pragma once
 
 #include <cfloat>
@@ -12,13 +12,13 @@
 namespace tgi::cpu::step {
 namespace {
 
-// The next sixteen of a row of which `left` remain; -infinity behind its end.
+// Loads the next sixteen values of a row of which `left` remain, with -infinity past its end.
 template <class S>
 inline typename S::F load_row(const float* x, int64_t left) {
   return left >= 16 ? S::load(x) : S::load_head(x, static_cast<int>(left), S::set1(-INFINITY));
 }
 
-// Calls visit(index, sixteen values) along a row; behind its end are values -infinity.
+// Calls visit(index, sixteen values) along a row; values past its end are -infinity.
 template <class S, class Visit>
 inline void each_sixteen(const float* x, int64_t begin, int64_t end, const Visit& visit) {
   int64_t i = begin;
@@ -27,8 +27,8 @@ inline void each_sixteen(const float* x, int64_t begin, int64_t end, const Visit
   if (i < end) visit(i, load_row<S>(x + i, end - i));
 }
 
-// e^x for x <= 0, and 2^-125 for all below that, which is nothing beside the best score's 1.
-// Relative error about 1e-7 * (1 + |x| / 2).
+// Returns e^x for x <= 0, but never less than 2^-125, which is negligible next to the best score's
+// 1. Relative error about 1e-7 * (1 + |x| / 2).
 template <class S>
 inline typename S::F weight_of(const typename S::F& x) {
   const auto y = S::max(S::mul(x, S::set1(static_cast<float>(kLog2E))), S::set1(-125.0f));
@@ -47,7 +47,7 @@ inline typename S::F weight_of(const typename S::F& x) {
 template <class S>
 RowStats row_stats(const float* x, int64_t n) {
   auto largest = S::set1(-INFINITY);
-  auto bits = S::izero();  // above those of infinity where there is a NaN, whatever its sign
+  auto bits = S::izero();  // above the bits of infinity if there is a NaN, whatever its sign
   each_sixteen<S>(x, 0, n, [&](int64_t, typename S::F v) {
     bits = S::imax(bits, S::abs_bits(v));
     largest = S::max(largest, v);
@@ -90,12 +90,12 @@ void row_scale(const float* x, int64_t n, float max, float factor, float* out) {
   S::store_head(out + i, left, S::mul(S::sub(S::load_head(x + i, left, shift), shift), scale));
 }
 
-// Of at most kSumBlock values.
+// Sums at most kSumBlock values.
 template <class S>
 inline double block_mass(const float* x, int64_t n, float max, float floor) {
   const auto shift = S::set1(max), least = S::set1(floor);
   auto sum = S::zero();
-  if (floor <= -FLT_MAX) {  // only -infinity is below, and weighs nothing
+  if (floor <= -FLT_MAX) {  // only -infinity is below, and its weight is negligible
     each_sixteen<S>(x, 0, n, [&](int64_t, typename S::F v) {
       sum = S::add(sum, weight_of<S>(S::sub(v, shift)));
     });
@@ -141,18 +141,19 @@ template <class S>
 RaceWinner row_race(const float* scores, int64_t begin, int64_t n, float floor,
                     const DrawKey& key) {
   const auto least = S::set1(floor);
-  double best = INFINITY;  // of log E - score
+  double best = INFINITY;  // lowest log E - score so far
   int64_t winner = n;
-  auto reach = S::set1(INFINITY);  // e^best, and some more than the error of e^score below
+  auto reach = S::set1(INFINITY);  // e^best, plus a margin above the error of e^score below
   for (int64_t first = begin; first < n; first += kDraws) {
-    uint32_t runs = 0;  // bit k: token first + k may be drawn
+    uint32_t runs = 0;  // bit k: token first + k may be sampled
     for (int k = 0; k < kDraws && first + k < n; k += 16) {
       runs |= S::less_equal(least, load_row<S>(scores + first + k, n - first - k)) << k;
     }
     if (runs == 0) continue;
     alignas(64) uint32_t words[kDraws];
     philox<S>(static_cast<uint32_t>(first), key, words);
-    // -log(1 - u) >= u: who has u above e^best * e^score cannot win. Some ten a row are left.
+    // -log(1 - u) >= u, so a token with u above e^best * e^score cannot win. About ten tokens per
+    // row remain.
     uint32_t is_near = 0;
     for (int k = 0; k < kDraws && first + k < n; k += 16) {
       const auto uniform = S::mul(S::to_float(S::ishr(S::iload(words + k), 8)), S::set1(0x1p-24f));

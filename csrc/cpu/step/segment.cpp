@@ -72,7 +72,7 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   header_.query_start = header_.rows = counts_.data();
   header_.context_len = context_len_.data();
   header_.block_table = block_table_.data();
-  header_.ids = header_.positions = nullptr;  // done with
+  header_.ids = header_.positions = nullptr;  // no longer needed
   header_.slots = nullptr;
   split_by_rules(header_, rules, heads, num_members, split_);
   header_.attention_split = split_.data();
@@ -98,7 +98,8 @@ void LastRows::prepare_adapters(const StepHeader& step) {
 
 void LastRows::gather(void* buffer, int64_t bytes) const {
   auto* const to = static_cast<uint8_t*>(buffer);
-  for (int64_t i = 0; i < header_.num_tokens; ++i) {  // tokens ascend: none is overwritten unread
+  for (int64_t i = 0; i < header_.num_tokens; ++i) {  // tokens ascend, so none is overwritten
+                                                      // before it is read
     if (tokens_[i] != i) std::memcpy(to + i * bytes, to + tokens_[i] * bytes, bytes);
   }
 }

@@ -1,5 +1,5 @@
-// A step, recorded once as a list of operators over fixed buffers, and replayed by the thread team:
-// no Python, no allocation and no dispatch inside. Who records it keeps the buffers alive.
+// A step, recorded once as a list of operators over fixed buffers and replayed by the thread team,
+// without Python, allocation or dispatch. The caller that records it keeps the buffers alive.
 #pragma once
 
 #include <atomic>
@@ -13,12 +13,12 @@
 
 namespace tgi::cpu::step {
 
-// Which operators are followed by a barrier: all but norms that every member computes for itself.
-// Those for adapters alone are left out of steps without any. Behind some all shards of the model
-// meet, not this process's team alone.
+// Which operators are followed by a barrier: all except norms that every member computes for
+// itself. Operators that only serve adapters are skipped in steps without adapters. After kShards
+// operators all shards of the model meet, not only this process's team.
 enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters, kShards };
 
-// Part of a step (the forward pass, the head) as a list of operators.
+// Part of a step (the forward pass, or the head) as a list of operators.
 class Segment {
  public:
   template <class Params>
@@ -31,12 +31,12 @@ class Segment {
 
   int64_t size() const { return static_cast<int64_t>(operators_.size()); }
 
-  // Where operators with Sync::kShards meet; before the first run.
+  // Sets the group that operators with Sync::kShards wait for. Must be called before the first run.
   void use_shards(std::shared_ptr<ShardGroup> shards) { shards_ = std::move(shards); }
 
-  // One member's share of operators [begin, end); all members of the team run it at once. Where
-  // `ends` is given, member 0 writes there the time in seconds at which each operator was done, as
-  // many numbers as the segment has operators.
+  // Runs one member's share of operators [begin, end); all members of the team call it at the same
+  // time. If `ends` is given, it has one element per operator of the segment, and member 0 writes
+  // the time in seconds at which each operator finished.
   void run(const StepHeader& step, int64_t begin, int64_t end, int member, int num_members,
            double* ends = nullptr) const;
 
@@ -58,18 +58,18 @@ class Segment {
   std::vector<std::shared_ptr<void>> params_;
 };
 
-// What is left of a step once the last layer's keys and values are written: of all tokens only
-// those whose logits are wanted, each a sequence of one token.
+// The rest of a step once the last layer's keys and values are written: only the tokens whose
+// logits are needed, each as a sequence of one token.
 class LastRows {
  public:
-  // Makes the header of the rest of `step`. Returns false where that is the step itself: its rows
-  // are all tokens, or do not ascend.
+  // Prepares the header for the rest of `step`. Returns false if the rest is the whole step: its
+  // rows are all tokens, or do not ascend.
   bool prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
                const HeadSplit& heads, int64_t block_size, int num_members);
 
   const StepHeader& header() const { return header_; }
 
-  // Moves what the tokens have in a buffer, `bytes` of each, to where the header has them.
+  // Moves the tokens' rows in a buffer, `bytes` each, to their positions in this header.
   void gather(void* buffer, int64_t bytes) const;
 
  private:
@@ -84,11 +84,11 @@ class LastRows {
   std::vector<AdapterSpan> adapters_;
 };
 
-// Divides a step's attention, rule by rule, for its header: into [rules][members + 1] points.
+// Divides a step's attention for its header, rule by rule, into [rules][members + 1] points.
 void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
                     const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split);
 
-// Room for the partial results of row tiles that several members share: one tile a member.
+// Memory for the partial results of row tiles that several members share: one tile per member.
 class AttentionWorkspace {
  public:
   AttentionWorkspace(int num_members, int64_t max_context, int64_t tile_rows, int64_t value_dim);

@@ -1,5 +1,5 @@
-// State spaces of heads, token by token, and the gated norm behind them. Included by the
-// step_<isa>.cpp files only.
+// State-space heads, token by token, and the gated norm that follows them. Included only by the
+// step_<isa>.cpp files.
 #pragma once
 
 #include <cmath>
@@ -12,10 +12,10 @@
 namespace tgi::cpu::step {
 namespace {
 
-constexpr int kScanVectors = 4;  // of a head's channels go through a sequence together
+constexpr int kScanVectors = 4;  // vectors of a head's channels processed together
 
-// What a head's step makes of a token: how far it goes, and what is left of the state. In double,
-// so that the last bits of a library's functions do not show.
+// A token's time step for one head, and the fraction of the state that is kept. Computed in double,
+// so that differences in the last bits of math libraries do not show.
 struct HeadStep {
   float dt;
   float decay;
@@ -30,7 +30,8 @@ inline HeadStep head_step(const SelectiveScanParams& p, int64_t token, int64_t h
   return {dt, static_cast<float>(std::exp(static_cast<double>(dt) * p.a[head]))};
 }
 
-// `Vectors` of a head's channels from c on, for one token: the state goes from `from` to `to`.
+// Processes `Vectors` vectors of a head's channels, starting at channel c, for one token; reads the
+// state at `from` and writes it to `to`.
 template <class S, int Vectors>
 inline void scan_token(const SelectiveScanParams& p, int64_t token, int64_t head, int64_t c,
                        const float* from, float* to) {
@@ -85,7 +86,7 @@ inline void scan_span(const SelectiveScanParams& p, const StateSpan& span, int64
   }
 }
 
-// Members have channels: a head's, or some of them.
+// Each member owns channels: whole heads or parts of heads.
 template <class S>
 void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int member,
                     int num_members) {
@@ -113,7 +114,7 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
   }
 }
 
-// How much a gate lets through.
+// Returns the factor that a gate applies.
 template <class S>
 inline typename S::F gate_factor(const GatedNormParams& p, const float* gates, int64_t c,
                                  int64_t end) {
@@ -121,7 +122,7 @@ inline typename S::F gate_factor(const GatedNormParams& p, const float* gates, i
   return p.is_sigmoid ? sigmoid<S>(gate) : silu<S>(gate);
 }
 
-// Columns of a row that are normed together.
+// Norms and gates one group of a row's columns.
 template <class S>
 inline void gate_group(const GatedNormParams& p, int64_t token, Range columns) {
   const float* const rows = p.rows + token * p.stride;

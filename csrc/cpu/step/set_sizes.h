@@ -1,5 +1,5 @@
-// In which pieces a kernel set works, where its simd type says nothing else: accumulators of six
-// tokens by two panels leave registers for what they are made of. Included by simd_*.h.
+// Default tile sizes of a kernel set, for simd types that do not override them. Accumulators of six
+// tokens by two panels leave enough registers for their operands. Included by simd_*.h.
 #pragma once
 
 #include "packed.h"
@@ -8,15 +8,15 @@ namespace tgi::cpu::step {
 namespace {
 
 struct SetSizes {
-  static constexpr bool kHasTiles = false;           // AMX's, see amx_set.h
+  static constexpr bool kHasTiles = false;           // AMX tiles, see amx_set.h
   static constexpr int kGroupTokens = 6;             // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
-  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
-  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
-  // Up to so many tokens of a group are multiplied by both panels of a strip at once, more by one
-  // after the other.
+  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one or more groups
+  static constexpr int kSharedTokens = kTileTokens;  // tokens written entirely by one member
+  static constexpr int kBlocksAtOnce = 6;            // blocks quantised together
+  // Groups of up to this many tokens are multiplied by both panels of a strip at once, larger ones
+  // by one panel after the other.
   static constexpr int paired_tokens(Precision) { return kGroupTokens; }
-  // Rows of queries that attend together, in a cache of this precision.
+  // Query rows processed together by attention over a cache of this precision.
   static constexpr int attention_rows(Precision) { return 6; }
 };
 

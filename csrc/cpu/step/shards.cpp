@@ -25,7 +25,7 @@ void embed_part(const EmbedPartParams& p, const StepHeader& step, int member, in
 }
 
 void sum_shards(const SumShardsParams& p, const StepHeader& step, int member, int num_members) {
-  constexpr int64_t kLine = 16;  // floats: columns are multiples of it
+  constexpr int64_t kLine = 16;  // floats; the number of columns is a multiple
   const Range range = split(step.num_tokens * p.num_columns, member, num_members, kLine);
   for (int64_t at = range.begin; at < range.end; at += kLine) {
     float sums[kLine];

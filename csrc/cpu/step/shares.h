@@ -1,6 +1,6 @@
-// How products share a weight's strips out over the team's members: the same when a weight is
-// packed as when it is read, so that a member reads what it has written first. The system then has
-// those pages in memory near to that member's core, where memories differ.
+// How products divide a weight's strips among the team's members. Packing and reading use the same
+// division, so the member that reads a page is the first to write it. On NUMA machines the
+// operating system then places the page in memory close to that member's core.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace tgi::cpu::step {
 
-// Where a member's part of the units of queries, keys and values begins. Sequences that decode
-// write keys a few bytes a line, so that a unit of keys or values takes half as long again; tokens
-// of a prompt write to the same lines.
+// Where a member's share of the units of queries, keys and values begins. In decode, keys are
+// written a few bytes per cache line, so a unit of keys or values takes half as long again; in
+// prefill, tokens of a prompt write to the same lines.
 inline int64_t qkv_share(bool is_decode, int64_t query_units, int64_t num_units, int member,
                          int num_members) {
   const int64_t query_cost = 2, cost = is_decode ? 3 : 2;
@@ -21,15 +21,16 @@ inline int64_t qkv_share(bool is_decode, int64_t query_units, int64_t num_units,
   return query_units + (before - queries + cost / 2) / cost;
 }
 
-// Of which product a matrix is. Members have whole units.
+// How a matrix is divided, which depends on the product it belongs to. Members own whole units.
 struct Shares {
   int64_t unit_strips = 1;
-  // Of queries, keys and values: strips of queries, and of all three; 0: of no such product.
+  // For the QKV product: strips of queries, and of queries, keys and values together; 0: another
+  // product.
   int64_t query_strips = 0;
   int64_t all_strips = 0;
-  int64_t first_strip = 0;  // the matrix's, of all
+  int64_t first_strip = 0;  // this matrix's first strip among all_strips
 
-  // A member's strips of a matrix of so many, when it decodes.
+  // A member's strips, in decode, of a matrix of `num_strips` strips.
   Range of(int64_t num_strips, int member, int num_members) const {
     if (all_strips == 0) {
       const Range units = split(num_strips / unit_strips, member, num_members);

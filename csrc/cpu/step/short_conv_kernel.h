@@ -1,4 +1,4 @@
-// Short convolutions along a sequence. Included by the step_<isa>.cpp files only.
+// Short convolutions along a sequence. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include "../team.h"
@@ -8,18 +8,18 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Channels that go through a sequence together: their window stays in the first level of cache,
-// and of a row whole lines are read, 512 bytes in turn.
+// Channels processed together: their window stays in L1, and each row is read in whole cache lines,
+// 512 bytes at a time.
 constexpr int64_t kConvVectors = 8;
 constexpr int64_t kVector = 16;
 constexpr int64_t kConvChannels = kConvVectors * kVector;
 
-// A ring of the last inputs of some channels.
+// A ring buffer of the last inputs of some channels.
 struct ConvWindow {
   alignas(64) float values[kMaxTaps - 1][kConvChannels];
 };
 
-// Sixteen channels of a row from c on; zero behind the last channel.
+// Loads sixteen channels of a row from c on, with zeros past the last channel.
 template <class S>
 inline typename S::F load_channels(const float* row, int64_t c, int64_t num_channels) {
   const int64_t left = num_channels - c;
@@ -27,7 +27,8 @@ inline typename S::F load_channels(const float* row, int64_t c, int64_t num_chan
   return left > 0 ? S::load_head(row + c, static_cast<int>(left), S::zero()) : S::zero();
 }
 
-// One token: `first` is where the window's oldest input lies, whose place the token's own takes.
+// Processes one token. `first` is the index of the window's oldest input, which the token's own
+// input replaces.
 template <class S>
 inline void convolve_token(const ShortConvParams& p, int64_t token, Range channels, int64_t first,
                            ConvWindow& window) {
@@ -82,7 +83,7 @@ inline void convolve_span(const ShortConvParams& p, const StateSpan& span, Range
   }
 }
 
-// Members have channels.
+// Each member owns channels.
 template <class S>
 void short_conv(const ShortConvParams& p, const StepHeader& step, int member, int num_members) {
   const Range vectors = split(p.padded_channels() / kVector, member, num_members);

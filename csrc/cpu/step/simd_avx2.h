@@ -1,4 +1,4 @@
-// Sixteen lanes in two AVX2 registers; see simd_avx512.h. Included only below a `#pragma GCC
+// Sixteen lanes in two AVX2 registers; see simd_avx512.h. Included only after a `#pragma GCC
 // target` that enables AVX2, FMA and F16C.
 #pragma once
 
@@ -22,11 +22,12 @@ struct Avx2 : SetSizes {
 #else
   static constexpr bool kHasVnni = false;
 #endif
-  static constexpr bool kHasSignedDot = !kHasVnni;  // half of dot's instructions
+  static constexpr bool kHasSignedDot = !kHasVnni;  // takes half of dot's instructions
   static constexpr bool kHasShortSums = !kHasVnni;
-  // Both panels' accumulators of six tokens are 24 of 16 registers. One panel's are 12: products of
-  // codes take 0.91 to 0.98 of the time, of float32 0.67; of bf16, whose sums are the longest
-  // chains, 1.3 times it (Zen 4, of codes without VNNI; with it that is not measured).
+  // For six tokens, the accumulators of both panels would need 24 registers, and there are 16. One
+  // panel needs 12. Relative to both panels at once, products of codes then take 0.91 to 0.98 of
+  // the time and float32 0.67; bf16, whose sums are the longest chains, takes 1.3 times as long
+  // (Zen 4, codes without VNNI; with VNNI this is not measured).
   static constexpr int paired_tokens(Precision precision) {
     const bool is_paired =
         precision == Precision::kBF16 || (precision == Precision::kInt8 && kHasVnni);
@@ -178,7 +179,7 @@ struct Avx2 : SetSizes {
   static inline I round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   static inline void store_i8(int8_t* p, I x) {
     const __m256i low_bytes =
-        _mm256_set1_epi32(0xFF);  // the low byte of a lane, as AVX-512 keeps it
+        _mm256_set1_epi32(0xFF);  // the low byte of each lane, as AVX-512 stores it
     const __m256i words =
         _mm256_packus_epi32(_mm256_and_si256(x.a, low_bytes), _mm256_and_si256(x.b, low_bytes));
     const __m256i bytes = _mm256_packus_epi16(words, words);
@@ -253,8 +254,8 @@ struct Avx2 : SetSizes {
   }
 
  private:
-  // Added where it is written. GCC computes the products of many steps first, which no registers
-  // hold, and adds them up later.
+  // Forces the addition to happen here. Otherwise GCC computes the products of many steps first,
+  // which do not fit in registers, and adds them up later.
   static inline __m256i now(__m256i x) {
     asm("" : "+x"(x));
     return x;
@@ -293,14 +294,14 @@ struct Avx2 : SetSizes {
     return _mm256_dpbusd_avx_epi32(acc, u, s);
   }
 #else
-  // All 8-bit values: even and odd bytes as 16 bits, so that nothing saturates.
+  // For all 8-bit values: even and odd bytes are widened to 16 bits, so nothing saturates.
   static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0xFF)),
                                            _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return now(_mm256_add_epi32(acc, _mm256_add_epi32(even, odd)));
   }
-  // Two products below 64 * 128 each fit 16 bits.
+  // The sum of two products below 64 * 128 fits in 16 bits.
   static inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
     return add_shorts_half(acc, _mm256_maddubs_epi16(u, s));
   }
@@ -308,7 +309,7 @@ struct Avx2 : SetSizes {
   static inline __m256i add_shorts_half(__m256i acc, __m256i pairs) {
     return now(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
   }
-  // |x| times y with x's sign: two products below 128 * 128 each fit 16 bits.
+  // x| times y with x's sign: the sum of two products below 128 * 128 fits in 16 bits.
   static inline __m256i short_sums_half(__m256i x, __m256i y) {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
   }
@@ -322,7 +323,8 @@ struct Avx2 : SetSizes {
     return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
                            _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), acc);
   }
-  // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
+  // Rounds to nearest, ties to even, into the low half of each lane; denormals become zero, NaN
+  // stays NaN.
   static inline __m256i to_bf16(__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x8000));

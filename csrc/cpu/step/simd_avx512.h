@@ -1,8 +1,7 @@
 // Sixteen lanes in one AVX-512 register: the vocabulary in which the kernels of this folder are
-// written. simd_avx2.h and simd_portable.h offer the same functions, with the same rounding but
-// where a comment says otherwise, so a kernel is one template over them. Included only below a
-// `#pragma GCC target` that enables AVX-512 F/BW/DQ/VL and VNNI, and BF16 where TGI_HAS_BF16 is
-// defined.
+// written. The other simd_*.h offer the same functions with the same rounding, except where a
+// comment says otherwise, so a kernel is one template over them. Included only after a `#pragma GCC
+// target` that enables AVX-512 F/BW/DQ/VL and VNNI, and BF16 if TGI_HAS_BF16 is defined.
 #pragma once
 
 #include <immintrin.h>
@@ -24,11 +23,11 @@ struct Avx512 : SetSizes {
 #else
   static constexpr const char* kArithmetic = "fma";
 #endif
-  // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
+  // Whether dot_signed, for signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
-  // Whether products of small codes can be added up in 16 bits (short_sums: of two neighbours each;
-  // add_short, add_shorts: to such sums, and such sums to 32 bits), and that is faster than
-  // dot_small.
+  // Whether products of small codes can be added up in 16 bits, and that is faster than dot_small.
+  // short_sums computes sums of two neighbouring products; add_short adds such sums, and add_shorts
+  // adds them to 32-bit sums.
   static constexpr bool kHasShortSums = false;
   using F = __m512;   // 16 float
   using I = __m512i;  // 16 int32, or 64 bytes
@@ -42,30 +41,31 @@ struct Avx512 : SetSizes {
   static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  // a * b + c, rounded once or twice, as is fast: its bits are not the same everywhere.
+  // a * b + c, rounded once or twice, whichever is faster; the bits differ between instruction
+  // sets.
   static inline F mul_add(F a, F b, F c) { return fma(a, b, c); }
-  // As the instructions do: the second operand when either is NaN.
+  // Returns the second operand if either is NaN, like the instructions.
   static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
   static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
   static inline F floor(F a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   }
-  // The nearest whole number, ties to even, where |a| < 2^22.
+  // The nearest whole number, ties to even, for |a| < 2^22.
   static inline F nearest(F a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // p * 2^n for integral n, where neither p nor the result is denormal.
+  // p * 2^n for integral n, if neither p nor the result is denormal.
   static inline F mul_pow2(F p, F n) { return _mm512_scalef_ps(p, n); }
-  // p * 2^n for integral n, and 0 where x < -126, so that no result is denormal.
+  // p * 2^n for integral n, and 0 if x < -126, so that no result is denormal.
   static inline F scale_pow2(F p, F n, F x) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     return _mm512_maskz_scalef_ps(keep, p, n);
   }
-  // a where lane < count, else b.
+  // a in lanes < count, else b.
   static inline F select_head(int count, F a, F b) {
     return _mm512_mask_blend_ps(head(count), b, a);
   }
-  // p[lane] where lane < count <= 16, else b; reads no further.
+  // p[lane] in lanes < count <= 16, else b; reads nothing past them.
   static inline F load_head(const float* p, int count, F b) {
     return _mm512_mask_loadu_ps(b, head(count), p);
   }
@@ -73,9 +73,9 @@ struct Avx512 : SetSizes {
   static inline void store_head(float* p, int count, F a) {
     _mm512_mask_storeu_ps(p, head(count), a);
   }
-  // Bit i: a[i] <= b[i]; false where either is NaN.
+  // Bit i: a[i] <= b[i]; false if either is NaN.
   static inline uint32_t less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-  // sum + x where a <= b, else sum.
+  // sum + x in lanes with a <= b, else sum.
   static inline F add_less_equal(F sum, F a, F b, F x) {
     return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), sum, x);
   }
@@ -104,14 +104,15 @@ struct Avx512 : SetSizes {
   static inline I ishl(I a, int n) { return _mm512_slli_epi32(a, n); }
   static inline I ishr(I a, int n) { return _mm512_srli_epi32(a, n); }
   static inline I isar(I a, int n) { return _mm512_srai_epi32(a, n); }
-  // a * b, both of 16 bits with their signs, b with zeros above them.
+  // a * b, both signed 16-bit numbers; the upper half of b's lanes is zero.
   static inline I imul_short(I a, I b) { return _mm512_madd_epi16(a, b); }
-  // Sixteen bytes to look up in, and for each byte of `codes`, below 16, the one of that index.
+  // Loads a table of sixteen bytes; lookup16 replaces each byte of `codes`, below 16, by the
+  // table's byte at that index.
   static inline I load_table(const int8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static inline I lookup16(I codes, I table) { return _mm512_shuffle_epi8(table, codes); }
-  // Of the unsigned product a[i] * b the upper and the lower 32 bits.
+  // The upper and lower 32 bits of the unsigned product a[i] * b.
   static inline void imul_wide(I a, uint32_t b, I& high, I& low) {
     const I factor = iset1(static_cast<int32_t>(b));
     const I even = _mm512_mul_epu32(a, factor);
@@ -131,21 +132,22 @@ struct Avx512 : SetSizes {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
   static inline int32_t reduce_iadd(I a) { return _mm512_reduce_add_epi32(a); }
-  // The bits of |a|: as integers they order like the values, with infinity and then NaN on top.
+  // The bits of |a|. As integers they are ordered like the values, with infinity and then NaN on
+  // top.
   static inline I abs_bits(F a) {
     return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF));
   }
   static inline I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static inline int32_t reduce_imax(I a) { return _mm512_reduce_max_epi32(a); }
   static inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
-  // Lane i: the sum, or the largest, of a[i]'s lanes, for i below six. The other lanes may be
-  // anything.
+  // Lane i: the sum, or the maximum, of the lanes of a[i], for i below six. The other lanes are
+  // undefined.
   static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, iadd); }
   static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, imax); }
 
   // Per lane: acc + the sum over four bytes of unsigned u times signed s. Exact.
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
-  // The same where every byte of u is below 64.
+  // The same if every byte of u is below 64.
   static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
 #if defined(TGI_HAS_BF16)
   // Per lane: acc + the sum over two bf16 of a times b.
@@ -172,7 +174,8 @@ struct Avx512 : SetSizes {
   }
   static inline I pair_bf16(F a, F b) { return ior(to_bf16(a), ishl(to_bf16(b), 16)); }
 
-  // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
+  // Rounds to nearest, ties to even, into the low half of each lane; denormals become zero, NaN
+  // stays NaN.
   static inline I to_bf16(F a) {
     const I bits = _mm512_castps_si512(a), top = ishr(bits, 16);
     const I rounded = ishr(iadd(bits, iadd(iand(top, iset1(1)), iset1(0x7FFF))), 16);
@@ -185,9 +188,9 @@ struct Avx512 : SetSizes {
   static inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
-  // To be written to: taken out of the other cores' caches.
+  // Prefetches for writing, which removes the line from other cores' caches.
   static inline void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
-  // Into the second level of cache only.
+  // Prefetches into L2 only.
   static inline void prefetch_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }
@@ -196,13 +199,13 @@ struct Avx512 : SetSizes {
   static inline __mmask16 head(int count) {
     return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1u << count) - 1));
   }
-  // Each fold does two vectors with the instructions of one.
+  // Each fold reduces two vectors with the instructions of one.
   template <class Op>
   static inline I reduce_each(const I (&a)[6], Op op) {
     const I low = fold_halves(a[0], a[1], op), middle = fold_halves(a[2], a[3], op);
     const I high = fold_halves(a[4], a[5], op);
-    const I four = fold_quarters(low, middle, op);  // quarter i: of a[i]
-    const I two = fold_quarters(high, high, op);    // of a[4], a[5], a[4], a[5]
+    const I four = fold_quarters(low, middle, op);  // quarter i belongs to a[i]
+    const I two = fold_quarters(high, high, op);    // quarters belong to a[4], a[5], a[4], a[5]
     const I pairs = op(_mm512_unpacklo_epi64(four, two), _mm512_unpackhi_epi64(four, two));
     const I all = op(pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_CDAB));
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);

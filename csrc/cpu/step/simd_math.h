@@ -1,5 +1,4 @@
-// exp2 and the quantising writers, over the simd type S. Included by the
-// step_<isa>.cpp files only.
+// exp2 and the quantising writers, over the simd type S. Included only by the step_<isa>.cpp files.
 #pragma once
 
 #include <cstring>
@@ -11,8 +10,8 @@
 namespace tgi::cpu::step {
 namespace {
 
-// 2^x, relative error 4e-6 (coarse: enough below bf16) or 1e-7; 0 below 2^-126, NaN for NaN.
-// Minimax polynomials.
+// Returns 2^x with a relative error of 4e-6 (Coarse: enough below bf16) or 1e-7; 0 below 2^-126,
+// NaN for NaN. Uses minimax polynomials.
 template <class S, bool Coarse>
 inline typename S::F exp2(typename S::F x) {
   x = S::min(S::set1(127.999f), x);  // this order keeps NaN
@@ -39,7 +38,7 @@ inline typename S::F exp2(typename S::F x) {
 
 constexpr float kFloatLog2E = static_cast<float>(kLog2E);
 
-// Where a block of 32 values of one token goes: a tile's block, and the token's slot in it.
+// Where a block of 32 values of one token is written: a tile's block, and the token's slot in it.
 struct BlockSlot {
   uint8_t* block;
   int64_t slot;
@@ -50,8 +49,8 @@ inline BlockSlot slot_of(const Activation& to, int64_t token, int64_t block) {
   return {to.block(token, block, S::kTileTokens), token % S::kTileTokens};
 }
 
-// Calls visit(n, first) for n of `count` things at a time, as many as are quantised together, or
-// one; four of a tile's last.
+// Calls visit(n, first) for n of `count` items at a time: as many as are quantised together, then
+// four if a whole tile leaves four, then one.
 template <class S, class Visit>
 inline void by_blocks(int64_t count, const Visit& visit) {
   int64_t i = 0;
@@ -69,7 +68,7 @@ struct Blocks {
   typename S::I blocks[S::kBlocksAtOnce];
 };
 
-// The first once more in the place of those that there are not.
+// Fills missing vectors with copies of the first.
 template <class S, int Count>
 inline Blocks<S> filled_up(const typename S::I (&a)[Count]) {
   Blocks<S> all;
@@ -78,9 +77,9 @@ inline Blocks<S> filled_up(const typename S::I (&a)[Count]) {
   return all;
 }
 
-// Blocks that are quantised together: their reductions share instructions, their divisions one.
-// Here is of `Count` of them (one or several) the sum, or the largest, of each one's lanes, in lane
-// i.
+// Blocks are quantised together because their reductions then share instructions and their
+// divisions are one. Returns the sum, or the maximum, of the lanes of each of `Count` vectors (one
+// or several), in lane i for vector i.
 template <class S, int Count>
 inline typename S::I sums_of(const typename S::I (&a)[Count]) {
   if constexpr (Count > 1) return S::reduce_iadd_each(filled_up<S>(a).blocks);
@@ -93,8 +92,8 @@ inline typename S::I largest_of(const typename S::I (&a)[Count]) {
   return S::iset1(S::reduce_imax(a[0]));
 }
 
-// Scale max|x| / 127. Below 1e-30 all are zero. NaN or infinity give a scale that is not finite, so
-// they reach the logits and are seen there.
+// The scale is max|x| / 127. If all magnitudes are below 1e-30, all codes are zero. NaN or infinity
+// result in a scale that is not finite, so they reach the logits and are detected there.
 template <class S, int Count>
 inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S::F (&b)[Count],
                               const BlockSlot (&to)[Count]) {
@@ -116,7 +115,7 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
     auto* values = reinterpret_cast<int8_t*>(to[i].block + 32 * to[i].slot);
     S::store_i8(values, low);
     S::store_i8(values + 16, high);
-    // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not meet.
+    // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not overlap.
     sums[i] = S::iadd(low, S::ishl(high, 16));
   }
   const auto both = sums_of<S, Count>(sums);
@@ -137,8 +136,8 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
   }
 }
 
-// Writes one block or S::kBlocksAtOnce of the next product's input; a: the first sixteen values of
-// each.
+// Writes `Count` blocks, at most S::kBlocksAtOnce, of the next product's input; a and b: the first
+// and the last sixteen values of each.
 template <class S, int Count>
 inline void write_blocks(Precision precision, const typename S::F (&a)[Count],
                          const typename S::F (&b)[Count], const BlockSlot (&to)[Count]) {

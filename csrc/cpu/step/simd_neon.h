@@ -1,7 +1,7 @@
-// Sixteen lanes in four NEON registers; see simd_avx512.h. Included only below a `#pragma GCC
-// target` that enables the dot product instructions; where TGI_NEON_I8MM is defined, those of i8mm
-// and BF16 too. (GCC reads all directives before any pragma, so its own feature macros cannot
-// tell.)
+// Sixteen lanes in four NEON registers; see simd_avx512.h. Included only after a `#pragma GCC
+// target` that enables the dot product instructions, and i8mm and BF16 if TGI_NEON_I8MM is defined.
+// (GCC processes all directives before any pragma, so its own feature macros do not reflect the
+// pragma.)
 #pragma once
 
 #include <arm_neon.h>
@@ -323,7 +323,8 @@ struct Neon : SetSizes {
     for (int i = 0; i < 6; ++i) lanes[i] = reduce(a[i]);
     return iload(lanes);
   }
-  // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
+  // Rounds to nearest, ties to even, into the low half of each lane; denormals become zero, NaN
+  // stays NaN.
   static inline I to_bf16(const F& a) {
     return each<I>([&](int i) {
       const uint32x4_t bits = vreinterpretq_u32_f32(a.v[i]);

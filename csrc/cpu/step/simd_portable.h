@@ -1,6 +1,6 @@
-// Sixteen lanes in plain C++: the reference of the other simd_*.h, for any compiler and processor.
-// Everything here rounds as the AVX-512 functions do, except mul_add, which rounds twice, and
-// dot_bf16, whose order of rounding processors do not share.
+// Sixteen lanes in plain C++, for any compiler and processor: the reference for the other simd_*.h.
+// Everything here rounds like the AVX-512 functions, except mul_add, which rounds twice, and
+// dot_bf16, whose order of rounding differs between processors.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 #include "block_reader.h"
 #include "set_sizes.h"
 
-#define TGI_UNROLL(times)  // sixteen lanes of plain code are long enough
+#define TGI_UNROLL(times)  // sixteen lanes of plain code are already long
 
 namespace tgi::cpu::step {
 namespace {
@@ -30,8 +30,8 @@ struct Portable : SetSizes {
     std::memcpy(&x, static_cast<const Lane*>(lanes) + i, sizeof(x));
     return x;
   }
-  // Vectors of the compiler's own, four by four: 16 bytes are native on SSE2 and NEON alike, while
-  // longer ones would live in memory.
+  // The compiler's vector extension, in quarters: vectors of 16 bytes are native on both SSE2 and
+  // NEON, and longer ones would be in memory.
   struct F {
     typedef float Quarter __attribute__((vector_size(16)));
     Quarter v[4];
@@ -45,7 +45,8 @@ struct Portable : SetSizes {
     int32_t operator[](int i) const { return lane<int32_t>(v, i); }
   };
 
-  // Applies op to each quarter. At O2 the compiler would call this, with its operands in memory.
+  // Applies op to each quarter. Forced inline, because at O2 the compiler would emit calls with
+  // operands in memory.
   template <class Out, class Op>
   __attribute__((always_inline)) static inline Out quarters(Op op) {
     return {{op(0), op(1), op(2), op(3)}};
@@ -70,11 +71,11 @@ struct Portable : SetSizes {
     std::memcpy(&bits, &x, 4);
     return bits;
   }
-  // As processors have it: a NaN becomes a quiet one.
+  // Makes NaNs quiet, like processors do.
   static inline uint16_t quiet_half(uint16_t h) {
     return static_cast<uint16_t>((h & 0x7FFFu) > 0x7C00u ? h | 0x200u : h);
   }
-  // To nearest, ties to even; denormals become zero, as in vcvtneps2bf16.
+  // Rounds to nearest, ties to even; denormals become zero, as in vcvtneps2bf16.
   static inline uint16_t float_to_bf16(float x) {
     const uint32_t bits = to_bits(x);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
@@ -120,7 +121,7 @@ struct Portable : SetSizes {
   static inline F floor(const F& a) {
     return each<F>([&](int i) { return std::floor(a[i]); });
   }
-  // Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the lowest bits.
+  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
   static inline F nearest(const F& a) {
     return quarters<F>([&](int q) { return (a.v[q] + kWhole) - kWhole; });
   }
@@ -249,7 +250,7 @@ struct Portable : SetSizes {
   static inline F to_float(const I& a) {
     return quarters<F>([&](int q) { return __builtin_convertvector(a.v[q], F::Quarter); });
   }
-  // What does not fit (NaN, infinity) becomes INT32_MIN, as vcvtps2dq has it.
+  // Values that do not fit (NaN, infinity) become INT32_MIN, as in vcvtps2dq.
   static inline I round(const F& a) {
     return each<I>([&](int i) {
       return std::fabs(a[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a[i]))
@@ -259,7 +260,7 @@ struct Portable : SetSizes {
   static inline void store_i8(int8_t* p, const I& a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a[i]);
   }
-  // Around the end, as registers add: INT32_MIN stands for what is not finite.
+  // Wraps around, as registers do: INT32_MIN stands for values that are not finite.
   static inline int32_t reduce_iadd(const I& a) {
     uint32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += static_cast<uint32_t>(a[i]);
@@ -330,10 +331,11 @@ struct Portable : SetSizes {
   static constexpr float kWhole = 12582912.0f;
   static constexpr I::Pairs kLower = {0xFFFFFFFFu, 0xFFFFFFFFu};
 
-  // Of the lower half of each pair.
+  // Multiplies the lower half of each pair.
   static inline I::Pairs mul_even(const I::Quarter& a, uint32_t b) {
 #if defined(__SSE2__)
-    // Compilers make three of the plain product. All of a draw's time is here.
+    // Compilers would emit three multiplications for the plain product, and sampling spends all its
+    // time here.
     return (I::Pairs)_mm_mul_epu32((__m128i)a, _mm_set1_epi32(static_cast<int32_t>(b)));
 #else
     return ((I::Pairs)a & kLower) * b;

@@ -1,12 +1,12 @@
-// How a step's attention is shared out.
+// How a step's attention is divided among members.
 #include "step.h"
 
 namespace tgi::cpu::step {
 
 namespace {
 
-// Calls visit(sequence, head, tile, first, seen) for every row tile, in the order of work: of its
-// rows together the first position that one sees, and the end of those that any sees.
+// Calls visit(sequence, head, tile, first, seen) for every row tile, in work order: `first` is the
+// first position that any of its rows sees, `seen` the end of the last.
 template <class Visit>
 void each_tile(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
                const Visit& visit) {
@@ -30,13 +30,13 @@ void each_tile(const StepHeader& step, const AttentionRule& rule, const HeadSpli
   }
 }
 
-constexpr int64_t kTileOverhead = 64;  // tokens of context that a tile's set-up costs
+constexpr int64_t kTileOverhead = 64;  // set-up cost of a tile, in tokens of context
 
 }  // namespace
 
 void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
                      int num_members, AttentionPoint* split) {
-  // Chunks are read whole, but for the last.
+  // Chunks are read whole, except the last.
   const auto first_read = [](int64_t first) { return first / kChunkTokens * kChunkTokens; };
   int64_t total = 0;
   each_tile(step, rule, heads, [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
@@ -44,8 +44,8 @@ void split_attention(const StepHeader& step, const AttentionRule& rule, const He
   });
   int64_t done = 0;
   int next = 0;
-  // A member's part begins at the first chunk whose middle is at or past its share; a tile's first
-  // chunk is number 0, be it that chunks before it are hidden.
+  // A member's part begins at the first chunk whose middle is at or past its share. A tile's first
+  // visible chunk is number 0, even if chunks before it are hidden.
   each_tile(step, rule, heads,
             [&](int64_t s, int64_t head, int64_t tile, int64_t first, int64_t seen) {
               const int64_t begin = first_read(first);

@@ -16,8 +16,8 @@
 
 namespace tgi::cpu::step {
 
-// A place in the flat list of attention work: row tiles in order of (sequence, KV head, tile), and
-// inside a tile the chunk of context.
+// A point in the flat list of attention work: row tiles ordered by (sequence, KV head, tile), and
+// within a tile the chunk of context.
 struct AttentionPoint {
   int32_t sequence;
   int32_t head;
@@ -25,10 +25,11 @@ struct AttentionPoint {
   int32_t chunk;
 };
 
-// What changes from step to step. The arrays are written before the step starts and not during it.
+// What changes from step to step. The arrays are written before the step starts and do not change
+// while it runs.
 struct StepHeader {
   int64_t num_tokens;
-  int64_t num_generated;  // the first so many tokens were drawn; the others are prompts'
+  int64_t num_generated;  // sampled tokens, which come first; the rest are prompt tokens
   int64_t num_sequences;
   int64_t num_rows;          // rows of logits
   const int32_t* ids;        // [num_tokens]
@@ -37,18 +38,18 @@ struct StepHeader {
   int64_t num_groups;
   const int64_t* slots;        // [num_groups, num_tokens], block * block_size + offset
   const int32_t* query_start;  // [num_sequences + 1]
-  const int32_t* context_len;  // [num_sequences], the step's own tokens included
+  const int32_t* context_len;  // [num_sequences], including the step's own tokens
   const int32_t* block_table;  // [num_groups, num_sequences, block_table_stride]
   int64_t block_table_stride;
-  const int32_t* rows;                    // [num_rows], indices of tokens
+  const int32_t* rows;                    // [num_rows], token indices
   const AttentionPoint* attention_split;  // [rules][members + 1], see AttentionParams::split
-  // [num_tokens] or null: how many positions a token may see, where that is more than up to its own
-  // (tokens of an image see each other).
+  // [num_tokens] or null: number of positions a token may see, if that is more than those up to its
+  // own (tokens of an image see each other).
   const int32_t* visible_until;
-  // Tokens that have an adapter, ascending; none where no row of the step has one.
+  // Tokens with a LoRA adapter, ascending; empty if no row of the step has one.
   const AdapterSpan* adapters;
   int64_t num_adapters;
-  // How sequences go through their states: those of one follow each other.
+  // How sequences advance their recurrent states. The spans of one sequence are consecutive.
   const StateSpan* state_spans;
   int64_t num_state_spans;
 
@@ -58,7 +59,7 @@ struct StepHeader {
   }
 };
 
-// A row of an activation, in the part that is for its token's kind.
+// A row of an activation, in the part that holds tokens of its kind (sampled or prompt).
 struct ActivationRow {
   Activation part;
   int64_t row;
@@ -69,15 +70,15 @@ inline ActivationRow row_of(const Activation& activation, const StepHeader& step
   return {activation.of_prompts(), token - step.num_generated};
 }
 
-// Which positions of its sequence a token sees, its own among them.
+// Which positions of its sequence a token sees, including its own.
 struct AttentionRule {
-  int64_t window = INT64_MAX;  // so many, its own the last
-  int64_t chunk = INT64_MAX;   // those of its chunk of so many positions
+  int64_t window = INT64_MAX;  // number of positions, its own being the last
+  int64_t chunk = INT64_MAX;   // positions per chunk; only its own chunk is seen
 
   bool operator==(const AttentionRule& other) const {
     return window == other.window && chunk == other.chunk;
   }
-  // The first position that a token at this one sees.
+  // The first position seen by a token at `position`.
   int64_t first_seen(int64_t position) const {
     const int64_t by_window = position >= window ? position - window + 1 : 0;
     const int64_t by_chunk = position >= chunk ? position / chunk * chunk : 0;
@@ -85,34 +86,34 @@ struct AttentionRule {
   }
 };
 
-// Up to this many tokens every member makes its own copy of a norm's output: cheaper than a
-// barrier.
+// Up to this many tokens, every member makes its own copy of a norm's output, which is cheaper than
+// a barrier.
 constexpr int64_t kPrivateTokens = 2;
 
 struct EmbedParams {
   PackedMatrix table;
-  float factor;            // on every value (Gemma, Granite)
+  float factor;            // multiplies every value (Gemma, Granite)
   float* x;                // [num_tokens, table.num_columns]
-  const float* positions;  // [positions, table.num_columns] what a position adds, or null (GPT-2)
+  const float* positions;  // [positions, table.num_columns], added per position, or null (GPT-2)
 };
 
-// A norm of rows: RMSNorm, or where there is a bias LayerNorm.
+// A norm of rows: LayerNorm if there is a bias, else RMSNorm.
 struct NormParams {
-  const float* x;       // [num_tokens, out.num_columns]; zero behind `width`
-  const float* weight;  // [out.num_columns]; zero behind `width`
-  const float* bias;    // the same, or null
+  const float* x;       // [num_tokens, out.num_columns]; zero past `width`
+  const float* weight;  // [out.num_columns]; zero past `width`
+  const float* bias;    // same shape as weight, or null
   int64_t width;        // columns that count
   float eps;
-  bool for_logits;  // rows of the header's `rows` instead of all tokens
+  bool for_logits;  // norm the header's `rows` instead of all tokens
   Activation out;
-  bool is_private;  // few rows: each member has a copy, in a tile of its own, see kPrivateTokens
+  bool is_private;  // with few rows, each member has a copy in its own tile, see kPrivateTokens
 };
 
 // Adds the norm of rows to the residual: x += factor * norm(rows).
 struct NormAddParams {
   const float* rows;    // [num_tokens, num_columns]
-  const float* weight;  // [num_columns]; zero behind `width`
-  const float* bias;    // the same, or null
+  const float* weight;  // [num_columns]; zero past `width`
+  const float* bias;    // same shape as weight, or null
   int64_t num_columns;
   int64_t width;
   float eps;
@@ -120,20 +121,20 @@ struct NormAddParams {
   float* x;  // [num_tokens, num_columns]
 };
 
-// Rows as the input of a product.
+// Packs rows as the input of a product.
 struct PackParams {
   const float* rows;  // [num_tokens, stride]
   int64_t stride;
-  int64_t width;  // columns that there are: zeros behind them, up to out.num_columns
+  int64_t width;  // existing columns, followed by zeros up to out.num_columns
   Activation out;
 };
 
-// The norm of rows, as rows, which may be the same.
+// The norm of rows, written as rows; `out` may be `x`.
 struct NormRowsParams {
   const float* x;  // [num_tokens, stride]
   int64_t stride;
   const float* weight;  // [width]
-  const float* bias;    // the same, or null
+  const float* bias;    // [width], or null
   int64_t width;
   float eps;
   float* out;  // [num_tokens, out_stride]
@@ -144,90 +145,90 @@ struct LinearParams {
   PackedMatrix weight;
   const float* bias;  // [num_rows] in packed order, or null
   Activation in;
-  bool is_private;  // of few tokens each member has a copy of the input
-  // A member's work memory: a unit's weights taken apart or as float32, or sums of tiles; null
-  // where the product needs none.
+  bool is_private;  // with few tokens, each member has its own copy of the input
+  // A member's work memory: a unit's weights, decoded or as float32, or tile sums; null if the
+  // product needs none.
   float* scratch;
-  int64_t scratch_floats;  // between members
-  int64_t prompt_scratch;  // floats of a member's that come before what prompts' tokens need
+  int64_t scratch_floats;  // from one member's memory to the next
+  int64_t prompt_scratch;  // floats of a member's memory before the part that prompt tokens use
   AdapterPlace adapter = {};
 };
 
-// A product as rows: out = in @ W.T (+ bias).
+// A product written as rows: out = in @ W.T (+ bias).
 struct LinearRowsParams {
   LinearParams linear;
-  float* out;  // [num_tokens, stride], of which the product's rows are the first columns
+  float* out;  // [num_tokens, stride]; the product's rows are the first columns
   int64_t stride;
 };
 
-// Softmax and sigmoid are of powers of two.
+// Softmax and sigmoid use powers of two.
 constexpr double kLog2E = 1.4426950408889634;
 
-// What is done with heads of queries, keys and values once they are computed. A head has
-// kv.num_strips() strips of 32 rows in packed order, zero where it has no dim.
+// What happens to heads of queries, keys and values once they are computed. A head has
+// kv.num_strips() strips of 32 rows in packed order, zero in rows without a dim.
 struct HeadParams {
   int64_t num_heads;
-  int64_t true_dim;      // dims that a norm's mean is over
+  int64_t true_dim;      // dims that a norm's mean is taken over
   const float* cosines;  // [positions, strips * 16], or null: no rotation
-  const float* sines;    // the same
-  const float* q_norm;   // in packed order: [strips * 32], or of all heads; null: no norm
+  const float* sines;    // same shape
+  const float* q_norm;   // in packed order: [strips * 32], or for all heads; null: no norm
   const float* k_norm;
-  const float* q_bias;  // of the norms, in the same order, where these are LayerNorms; or null
+  const float* q_bias;  // biases of the norms in the same order if they are LayerNorms, or null
   const float* k_bias;
-  int64_t norm_stride;  // floats from a head's weights to the next head's; 0: all have the same
-  bool is_norm_last;    // heads are normalised once they are rotated
-  float clip;           // q, k and v are cut to [-clip, clip] before all that; 0: they are not
+  int64_t norm_stride;  // floats from one head's weights to the next head's; 0: shared by all heads
+  bool is_norm_last;    // heads are normalised after rotation
+  float clip;           // q, k and v are first clipped to [-clip, clip]; 0: no clipping
   float eps;
   float q_scale;              // softmax scale times log2(e), or 1
-  const float* query_scales;  // [positions] what queries are multiplied by as well, or null
+  const float* query_scales;  // [positions], an additional factor on queries, or null
   void* q;                    // [num_tokens, num_heads, kv.query_bytes()]
   KvLayerView kv;
 };
 
 struct QkvParams {
-  LinearParams parts[3];  // the rows of q, k, v: one matrix, or several where formats differ
+  LinearParams parts[3];  // the rows of q, k, v: one matrix, or several if their formats differ
   int32_t num_parts;
-  HeadParams heads;  // norms are of each head
+  HeadParams heads;  // norms are per head
 };
 
-// The same from rows that are there: queries, and keys and values if there are any.
+// The same from existing rows: queries, optionally followed by keys and values.
 struct HeadRowsParams {
   const float* rows;   // [num_tokens, stride]: heads of q, of k, of v
   int64_t stride;      // floats
-  bool has_keys;       // else there are queries alone
+  bool has_keys;       // else there are only queries
   bool is_whole_norm;  // norms are over all heads of q, or of k, together
   HeadParams heads;
 };
 
-// A product of each head by itself: head h's columns of the input with head h's rows of the weight.
+// A separate product per head: head h's columns of the input times head h's rows of the weight.
 struct HeadsLinearParams {
-  LinearParams linear;  // the weight has a head's columns; whole strips of rows are a head's
+  LinearParams linear;  // the weight has one head's columns; each head owns whole strips of rows
   int64_t num_heads;
-  float* out;  // [num_tokens, stride], of which the weight's rows are the first columns
+  float* out;  // [num_tokens, stride]; the weight's rows are the first columns
   int64_t stride;
 };
 
-// Queries against latents, and a token's own latent, which goes to the cache: a part without
-// positions, as wide as values, and a rotated one behind it.
+// Queries against latents, and the token's own latent, which goes to the cache. Each has a part
+// without positions, as wide as the values, followed by a rotated part.
 struct LatentQkvParams {
-  const float* absorbed;  // [num_tokens, stride] of each head of a query the first part
+  const float* absorbed;  // [num_tokens, stride], the first part of each query head
   int64_t absorbed_stride;
-  const float* turning;  // [num_tokens, stride] of each head the second, to be rotated
+  const float* turning;  // [num_tokens, stride], the second part of each head, to be rotated
   int64_t turning_stride;
-  const float* latents;  // [num_tokens, stride] of a token the first part, to be normalised, and
-                         // the second
+  const float* latents;  // [num_tokens, stride], a token's first part, to be normalised, then its
+                         // second
   int64_t latent_stride;
   const float* norm;  // [value_dim]
   float eps;
   const float* cosines;  // [positions, half of the rotated dims]
-  const float* sines;    // the same
+  const float* sines;    // same shape
   int64_t num_heads;
   float q_scale;  // softmax scale times log2(e)
   float* q;       // [num_tokens, num_heads, head_dim]
   KvLayerView kv;
 };
 
-// Heads that others have computed and rotated, dims in their own order: [num_tokens, heads, dim].
+// Heads already computed and rotated elsewhere, dims in their own order: [num_tokens, heads, dim].
 struct PlainHeads {
   const float* data;
   int64_t token_stride;  // floats
@@ -235,8 +236,9 @@ struct PlainHeads {
   int64_t dim;
 };
 
-// Brings queries into the layout that attention wants, and keys and values, if there are any, into
-// the cache. Queries and keys keep one order of dims, which is all that their products need.
+// Brings queries into the layout that attention reads and writes keys and values, if there are any,
+// to the cache. Queries and keys keep one common order of dims, which is all that their products
+// need.
 struct StoreHeadsParams {
   PlainHeads q, k, v;
   float q_scale;  // softmax scale times log2(e)
@@ -245,18 +247,20 @@ struct StoreHeadsParams {
   KvLayerView kv;
 };
 
-// A row tile's partial results, where its chunks are split over members: merged in order by who
-// arrives last.
+// A row tile's partial results when its chunks are split over members. The member that arrives last
+// merges them in order.
 struct AttentionPartial {
   float* data;  // [chunk][row]: value_dim sums, then maximum and total
   std::atomic<int32_t>* arrived;
 };
 
-// What is done with scores before their softmax, all in units of log2(e).
+// How scores are modified before the softmax, all in units of log2(e).
 struct ScoreParams {
   float cap;            // score = cap * tanh(score / cap), 0: none
-  const float* slopes;  // [num_heads] score += slope * (position of key - of query), or null: ALiBi
-  const float* sinks;   // [num_heads] a score that takes part in the sum of weights alone, or null
+  const float* slopes;  // [num_heads] or null: score += slope * (key position - query position)
+                        // (ALiBi)
+  const float* sinks;   // [num_heads] or null: attention sinks, scores that only enter the sum of
+                        // weights
 
   bool changes_scores() const { return cap != 0 || slopes != nullptr; }
 };
@@ -265,15 +269,15 @@ struct AttentionParams {
   const void* q;
   KvLayerView kv;
   int64_t num_heads;
-  int64_t true_dim;  // of a head's result; the kept head may be wider
+  int64_t true_dim;  // of a head's result; the stored head may be wider
   AttentionRule rule;
-  int64_t split;  // which of the header's splits is of this rule
+  int64_t split;  // index of this rule's split in the header
   ScoreParams scores;
-  Activation out;  // num_columns = num_heads * true_dim, where true_dim is a multiple of 32; else
-  float* rows;     // [num_tokens, stride], and the activation is not written
+  Activation out;  // num_columns = num_heads * true_dim, if true_dim is a multiple of 32; else
+  float* rows;     // [num_tokens, stride] is written instead of the activation
   int64_t stride;
   const AttentionPartial*
-      partials;  // one a member: of the tile that this member is the first to work on
+      partials;  // one per member: for the tile that this member is the first to work on
 };
 
 struct LinearAddParams {
@@ -282,14 +286,14 @@ struct LinearAddParams {
   float* x;      // [num_tokens, num_rows]
 };
 
-// An activation function; xIELU has two numbers of its own.
+// An activation function; xIELU has two parameters of its own.
 struct MlpFunction {
   MlpActivation kind;
   float positive = 0;
   float negative = 0;
 };
 
-// The half of an MLP that has no gate: f(in @ W.T (+ bias)).
+// The first half of an MLP without a gate: f(in @ W.T (+ bias)).
 struct UpParams {
   LinearParams linear;
   MlpFunction function;
@@ -297,15 +301,15 @@ struct UpParams {
 };
 
 struct GateUpParams {
-  LinearParams linear;  // strips of a gate panel and an up panel
+  LinearParams linear;  // each strip is a gate panel and an up panel
   MlpFunction function;
   Activation out;
-  float* rows;  // [num_tokens, stride] instead of the activation, or null
+  float* rows;  // [num_tokens, stride], written instead of the activation, or null
   int64_t stride;
   ClampedGate clamped = {};
 };
 
-// The same from rows that are there: f(gate) * up.
+// The same from existing rows: f(gate) * up.
 struct ActMulParams {
   const float* gate;  // [num_tokens, out.num_columns]
   const float* up;
@@ -313,44 +317,45 @@ struct ActMulParams {
   Activation out;
 };
 
-// A product of every expert: its weight, bias and input are put in as an expert's turn comes.
+// One product for all experts: weight, bias and input are filled in for each expert in turn.
 struct ExpertProduct {
   LinearParams linear;
   ExpertMatrices matrices;
 };
 
-// Adds to the residual what a token's experts make of the activation:
-// x += factor * sum of weight * down(f(gate) * up).
+// Adds the output of a token's routed experts to the residual:
+//   x += factor * sum of weight * down(f(gate) * up)
 struct ExpertsAddParams {
   Choice choice;
   Activation in;
-  bool is_private;           // of few tokens each member has a copy of the input
-  ExpertProduct gate_up[2];  // one, or gate and up apart where their formats differ
+  bool is_private;           // with few tokens, each member has its own copy of the input
+  ExpertProduct gate_up[2];  // one matrix, or separate gate and up if their formats differ
   int32_t num_parts;
   ExpertProduct down;
   MlpFunction function;
   ClampedGate clamped;
   Activation
-      gathered;  // room for so many tiles of rows of `in`, and of the input of `down`: a pass
+      gathered;  // buffers for a pass of this many tiles: rows of `in`, and the input of `down`
   Activation inner;
   int64_t num_tiles;
-  float* gates;         // of two parts: a member's [tokens][32]
-  int64_t gate_floats;  // between members
+  float* gates;         // with separate gate and up: a member's [tokens][32]
+  int64_t gate_floats;  // from one member's gates to the next
   float factor;
   float* x;  // [num_tokens, columns of down's weight]
 };
 
-// x += factor * sigmoid(gate) * rows, of each token one gate.
+// x += factor * sigmoid(gate) * rows, with one gate per token.
 struct GatedAddParams {
   const float* rows;  // [num_tokens, num_columns]
-  const float* gate;  // [num_tokens, gate_stride], of which the first counts
+  const float* gate;  // [num_tokens, gate_stride]; only the first column is read
   int64_t gate_stride;
   int64_t num_columns;
   float factor;
   float* x;  // [num_tokens, num_columns]
 };
 
-// What adapters make of a product's input: its inner values, which the product then reads.
+// The low-rank inner values that adapters compute from a product's input; the product reads them
+// afterwards.
 struct ShrinkParams {
   LinearParams linear;
 };
@@ -359,22 +364,22 @@ struct LogitsParams {
   LinearParams linear;
   float* logits;  // [num_rows, vocab_size]
   int64_t vocab_size;
-  float scale;  // on every logit
+  float scale;  // multiplies every logit
   float cap;    // logits = cap * tanh(logits / cap), 0: none
 };
 
-// A set of kernels: what one instruction set does, in which pieces. Each kernel does the member's
-// part of the operator.
+// A set of kernels: the implementation for one instruction set, and its tile sizes. Each kernel
+// does one member's part of the operator.
 template <class Params>
 using StepFunction = void (*)(const Params& params, const StepHeader& step, int member,
                               int num_members);
 
 struct Kernels {
   const char* name;
-  // How products of bf16 round: sets that have the same agree to the bit in all that they compute.
+  // How bf16 products round. Sets with the same value agree to the bit in everything they compute.
   const char* arithmetic;
   int64_t tile_tokens;  // of an activation
-  // Rows of queries that attend together, by the cache's precision.
+  // Query rows processed together by attention, by the cache's precision.
   int64_t (*attention_rows)(Precision precision);
   StepFunction<EmbedParams> embed;
   StepFunction<NormParams> norm;
@@ -401,26 +406,28 @@ struct Kernels {
   StepFunction<SelectiveScanParams> selective_scan;
   StepFunction<DeltaRuleParams> delta_rule;
   StepFunction<GatedNormParams> gated_norm;
-  // Work memory of a member, in floats, for a product's units of so many strips.
+  // A member's work memory, in floats, for a product's units of `unit_strips` strips.
   int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);
-  // Does the inner product's instruction so many times on all registers, for measuring its peak;
-  // returns the operations, two a multiply-add.
+  // Runs the inner product's instruction `times` times on all registers, to measure its peak.
+  // Returns the number of operations, two per multiply-add.
   double (*spin)(Precision precision, int64_t times);
-  RowPasses rows;  // what sampling is made of
+  RowPasses rows;  // the passes that sampling is built from
 };
 
-// Whether what is read from memory is best fetched into the first level of cache, see stream.h.
+// Whether data read from memory is best prefetched into the L1 cache, see stream.h.
 extern const bool kStreamsIntoL1;
 
-// How far ahead of its use a panel is fetched into the second level, in bytes; a K-quant's apart.
+// How far ahead of its use a panel is prefetched into L2, in bytes; K-quants have their own
+// distance.
 constexpr int64_t kStreamDistance = 5120;
 extern const int64_t kSuperDistance;
 
 // Tokens of context whose softmax is taken at once. Chunks begin at multiples of it whatever the
-// batch, which is why a split does not change a bit.
+// batch, so a split does not change a bit.
 constexpr int64_t kChunkTokens = 256;
 
-// How a model's heads attend: queries share KV heads, and `tile_rows` of them each read.
+// How a model's query heads share KV heads; attention reads each KV head for `tile_rows` rows at a
+// time.
 struct HeadSplit {
   int64_t num_heads;
   int64_t num_kv_heads;
@@ -433,8 +440,8 @@ struct HeadSplit {
   }
 };
 
-// Divides a step's attention among members by the positions of context that they read under this
-// rule: `split` gets num_members + 1 points.
+// Divides a step's attention among members by the number of context positions read under this rule.
+// Writes num_members + 1 points to `split`.
 void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
                      int num_members, AttentionPoint* split);
 

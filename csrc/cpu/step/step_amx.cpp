@@ -1,6 +1,6 @@
-// The step's kernels by AMX's tiles, with AVX-512 for the rest (Sapphire Rapids and later); and the
-// same by a model of the tiles in plain code: their bits, at a hundredth of the speed, on any
-// machine with AVX-512 and BF16. For tests.
+// The step's kernels with AMX tiles, and AVX-512 for the rest (Sapphire Rapids and later). A second
+// set, for tests, emulates the tiles in plain code: the same bits at a hundredth of the speed, on
+// any machine with AVX-512 and BF16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -18,16 +18,17 @@
 #include "pack.h"
 #include "step.h"
 
-// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
+// GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
+// 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-// No tune=: GCC does not inline functions of the headers above into those of another tuning.
+// No tune=: GCC does not inline functions of the headers above into functions with another tuning.
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2")
 #define TGI_HAS_BF16
 #include "simd_avx512.h"
-// After the simd type.
+// Must come after the simd type.
 #include "amx_set.h"
 
 namespace tgi::cpu::step {

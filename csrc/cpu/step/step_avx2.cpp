@@ -1,4 +1,4 @@
-// The step's kernels in AVX2 with FMA and F16C (x86-64-v3: Haswell, Zen and later).
+// The step's kernels for AVX2 with FMA and F16C (x86-64-v3: Haswell, Zen and later).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -17,7 +17,7 @@
 // No tune=, see step_avx512.cpp.
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #include "simd_avx2.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

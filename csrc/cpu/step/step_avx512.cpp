@@ -1,4 +1,4 @@
-// The step's kernels in AVX-512 with VNNI and BF16 (Zen 4 and later, Sapphire Rapids and later).
+// The step's kernels for AVX-512 with VNNI and BF16 (Zen 4 and later, Sapphire Rapids and later).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,16 +13,17 @@
 #include "pack.h"
 #include "step.h"
 
-// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
+// GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
+// 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-// No tune=: GCC does not inline functions of the headers above into those of another tuning.
+// No tune=: GCC does not inline functions of the headers above into functions with another tuning.
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2")
 #define TGI_HAS_BF16
 #include "simd_avx512.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

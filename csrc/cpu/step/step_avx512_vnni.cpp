@@ -1,4 +1,4 @@
-// The step's kernels in AVX-512 with VNNI but without BF16 (Cascade Lake, Ice Lake, Tiger Lake).
+// The step's kernels for AVX-512 with VNNI but without BF16 (Cascade Lake, Ice Lake, Tiger Lake).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,14 +13,15 @@
 #include "pack.h"
 #include "step.h"
 
-// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
+// GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
+// 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 // No tune=, see step_avx512.cpp.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw,fma,f16c,avx2,bmi2")
 #include "simd_avx512.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

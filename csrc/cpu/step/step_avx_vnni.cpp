@@ -1,4 +1,4 @@
-// The step's kernels in AVX2 with AVX-VNNI (Alder Lake and later cores without AVX-512).
+// The step's kernels for AVX2 with AVX-VNNI (Alder Lake and later cores without AVX-512).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@
 #pragma GCC target("avx2,avxvnni,fma,f16c,bmi2")
 #define TGI_HAS_AVX_VNNI
 #include "simd_avx2.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

@@ -1,5 +1,5 @@
-// The step's kernels in NEON with those of i8mm and BF16 (Graviton 3, Apple M2, Neoverse V1 and
-// later).
+// The step's kernels for NEON with i8mm and BF16 instructions (Graviton 3, Apple M2, Neoverse V1
+// and later).
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -18,7 +18,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm+bf16")
 #define TGI_NEON_I8MM
 #include "simd_neon.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

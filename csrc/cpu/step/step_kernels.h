@@ -1,4 +1,4 @@
-// Makes a Kernels table from a simd type. Included last by the step_<isa>.cpp files.
+// Makes a Kernels table from a simd type. The step_<isa>.cpp files include it last.
 #pragma once
 
 #include "attention_kernel.h"
@@ -33,9 +33,9 @@ void embed(const EmbedParams& p, const StepHeader& step, int member, int num_mem
   }
 }
 
-constexpr int kSpinRegisters = 12;  // more than latency times throughput of any
+constexpr int kSpinRegisters = 12;  // more than latency times throughput on any processor
 
-// The sums are a factor too, or the compiler would multiply once for all of them.
+// The sums are also a factor; otherwise the compiler would multiply once for all of them.
 template <class S>
 inline typename S::I add_bytes(typename S::I sums, typename S::I codes) {
   if constexpr (S::kHasShortSums) return S::add_short(sums, S::short_sums(codes, sums));
@@ -48,10 +48,10 @@ double spin_vectors(Precision precision, int64_t times) {
   typename S::F totals[kSpinRegisters];
   TGI_UNROLL(12)
   for (int i = 0; i < kSpinRegisters; ++i) {
-    sums[i] = S::iset1(i);  // all different, or the compiler would keep one
+    sums[i] = S::iset1(i);  // all different, or the compiler would keep only one
     totals[i] = S::set1(static_cast<float>(i));
   }
-  const auto codes = S::iset1(0x3F803F80);  // small bytes, and 1.0 twice
+  const auto codes = S::iset1(0x3F803F80);  // small bytes, and two bf16 of 1.0
   const auto one = S::set1(1.0f);
   for (int64_t n = 0; n < times; ++n) {
     TGI_UNROLL(12)
@@ -69,13 +69,13 @@ double spin_vectors(Precision precision, int64_t times) {
   for (int i = 0; i < kSpinRegisters; ++i) {
     all = S::add(all, S::add(totals[i], S::to_float(sums[i])));
   }
-  volatile const float sink = S::reduce_add(all);  // or the compiler would leave the loop out
+  volatile const float sink = S::reduce_add(all);  // keeps the compiler from removing the loop
   static_cast<void>(sink);
   const int terms = precision == Precision::kInt8 ? 4 : precision == Precision::kBF16 ? 2 : 1;
   return 2.0 * static_cast<double>(times) * kSpinRegisters * 16 * terms;
 }
 
-// The same by tiles: products of sixteen tokens by sixteen rows and 32 columns.
+// The same with tiles: products of sixteen tokens by sixteen rows and 32 columns.
 template <class S>
 double spin_tiles(Precision precision, int64_t times) {
   using T = typename S::Tiles;

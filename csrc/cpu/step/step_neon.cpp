@@ -1,4 +1,4 @@
-// The step's kernels in NEON with dot product instructions (Armv8.2: Graviton 2, Apple M1,
+// The step's kernels for NEON with dot product instructions (Armv8.2: Graviton 2, Apple M1,
 // Raspberry Pi 5).
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -17,7 +17,7 @@
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+fp16")
 #include "simd_neon.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

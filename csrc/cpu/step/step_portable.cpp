@@ -1,8 +1,9 @@
-// The step's kernels in plain C++: the reference of the others, and what runs where they cannot.
+// The step's kernels in plain C++: the reference for the other sets, and the fallback on machines
+// that cannot run them.
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inline functions only
 #pragma GCC optimize("O2")                // at O3 the compiler spends a minute on unrolling
 #include "simd_portable.h"
-// After the simd type.
+// Must come after the simd type.
 #include "step_kernels.h"
 
 namespace tgi::cpu::step {

@@ -1,5 +1,4 @@
-// Fetching what a kernel will read from memory ahead of its use. Included by the step_<isa>.cpp
-// files.
+// Prefetching of data that a kernel will read from memory. Included by the step_<isa>.cpp files.
 #pragma once
 
 #include "step.h"
@@ -7,8 +6,8 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Into the first level of cache where that has enough misses in flight for the whole bandwidth,
-// else into the second, from where loads are a few cycles late.
+// Prefetches into L1 if it allows enough misses in flight for the full bandwidth, else into L2,
+// from which loads are a few cycles slower.
 template <class S>
 inline void fetch_stream(const void* p) {
   if (kStreamsIntoL1) {
