@@ -1,13 +1,13 @@
-# The one task runner. Needs a C++ compiler, make, and Python 3.11 to 3.13 with its headers and venv module.
+# All development tasks. Needs a C++ compiler, make, and Python 3.11 to 3.13 with its headers and venv module.
 #   make serve ARGS="--model-id org/name --port 8080"      make test PYTEST_ARGS="-k stop"
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
 TORCH ?= torch==2.13.0
-# PyTorch's CPU builds, where no NVIDIA GPU is found: PyPI's own bring gigabytes of CUDA. Empty: do not ask.
+# PyTorch's CPU builds if no NVIDIA GPU is found, because PyPI's builds include gigabytes of CUDA. Empty: no extra index.
 TORCH_INDEX ?= $(if $(wildcard /dev/nvidia[0-9]*),,https://download.pytorch.org/whl/cpu)
-# An index that does not answer within 5 seconds is left out: pip alone would retry it for minutes.
+# An index that does not answer within 5 seconds is skipped, because pip itself would retry it for minutes.
 PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', timeout=5)
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
@@ -22,59 +22,59 @@ SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard cs
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
 
-# A process for each core, four at most, each of whole files; one process alone: PYTEST_ARGS="-n 0".
+# One process per core, at most four, each running whole files. For a single process: PYTEST_ARGS="-n 0".
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-# What users do without make, in clean environments: from the sources, git, a source distribution, a wheel; with uv;
-# the container's steps. What each took lies in build/install.json.
+# Installation without make, in clean environments: from the sources, git, a source distribution, a wheel; with uv; and
+# the container's steps. build/install.json records how long each took.
 test-install: $(VENV)/.package-tools
 	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
 
-# The oldest versions that requirements.txt allows, of all but torch, in an environment of their own.
+# The oldest versions that requirements.txt allows (except torch's), in a separate environment.
 test-lowest: $(VENV)/.package-tools
 	$(BIN)/python -m tests.lowest $(PYTEST_ARGS)
 
-# The CPU's image on a root that debootstrap makes, without a container engine (`apt-get install buildah debootstrap
-# runc`; as root): built, run as user 1000 on a read-only root, asked. What it took lies in build/install.json.
+# The CPU image on a root that debootstrap makes, without a container engine (`apt-get install buildah debootstrap
+# runc`; as root): built, run as user 1000 on a read-only root, and queried. build/install.json records the times.
 test-image: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m image $(PYTEST_ARGS)
 
-# Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
+# Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file through the server.
 test-agents: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
 
-# The pages in Debian's Chromium (`apt-get install chromium`, or name another in CHROMIUM).
+# The pages in Debian's Chromium (`apt-get install chromium`; CHROMIUM names another binary).
 test-page: $(VENV)/.page-tools
 	$(BIN)/python -m pytest tests/page -m page $(PYTEST_ARGS)
 
-# What deploy/ has, by the programs that it is for: Debian's nginx-light, caddy, prometheus, docker-compose and
-# systemd, and kubectl from 1.21 on. A test whose program is missing is skipped and names it.
+# The files of deploy/ with the programs they are written for: Debian's nginx-light, caddy, prometheus, docker-compose
+# and systemd, and kubectl 1.21 or later. A test whose program is missing is skipped and names it.
 test-deploy: $(VENV)/.deploy-tools
 	$(BIN)/python -m pytest tests/deploy -m deploy $(PYTEST_ARGS)
 
-# Replicas as actors of Ray Serve, of which one is killed.
+# Replicas as actors of Ray Serve; one of them is killed.
 test-cluster: $(VENV)/.cluster-tools
 	$(BIN)/python -m pytest tests/cluster -m cluster $(PYTEST_ARGS)
 
-# The README's picture, from the chat page before the demonstration model.
+# The README's screenshot of the chat page, with the demonstration model.
 picture: $(VENV)/.page-tools
 	$(BIN)/python -m tests.page.picture docs/page.webp
 
-# The documents as a site, in build/site. Links, anchors and commands of the documents are tested by `make test`.
+# The documentation site, in build/site. `make test` checks the documents' links, anchors and commands.
 docs: $(VENV)/.docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python -m pytest tests/docs -m docs $(PYTEST_ARGS)
 
-# Small models of every family and of every weight format against independent readers, of which the normal run has some.
+# Small models of every family and weight format against independent readers. `make test` runs a selection of these.
 test-models: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/models tests/*/test_*famil*.py tests/*/test_encoders.py tests/*/test_shards.py -m 'models or not models' $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
-# The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is loaded early for its exceptions. The
-# team's races are looked for with the thread sanitizer, which does not go together with these.
+# The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is preloaded for its exceptions. The thread
+# sanitizer, which cannot be combined with these, has a test of its own (test_team_races.py).
 sanitize: $(VENV)/.test-tools
 	rm -rf build/sanitized; mkdir -p build/sanitized; git ls-files -z | xargs -0 cp --parents -t build/sanitized
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
@@ -83,19 +83,19 @@ sanitize: $(VENV)/.test-tools
 	  tests/runner/test_inputs.py tests/runner/test_jobs.py \
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
-# Without a network and without what others have fetched: the tests that `-m "not demo"` selects, in a copy of the
-# tree and in a network namespace that has its own machine alone.
+# Without a network and without cached downloads: the tests that `-m "not demo"` selects, in a copy of the tree and in a
+# network namespace with only a loopback device.
 test-offline: $(VENV)/.test-tools
 	rm -rf build/offline; mkdir -p build/offline; git ls-files -z | xargs -0 cp --parents -t build/offline
 	cp tgi_asgi/*.so build/offline/tgi_asgi/
 	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
 	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo" $(PYTEST_ARGS)'
 
-# All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
-# kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
-# models, the pages in Chromium, what deploy/ has, a cluster of Ray's, packages in clean environments, the oldest
-# dependencies, the image, agents, a run without network, the documents' site, the sanitizers, the CUDA kernels
-# compiled and linked.
+# Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end:
+# storms, the kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed),
+# every model family, the pages in Chromium, the files of deploy/, a Ray cluster, packages in clean environments, the
+# oldest dependencies, the image, agents, a run without network, the documentation site, the sanitizers, and the CUDA
+# kernels compiled and linked.
 NIGHTLY = soak test-models test-page test-deploy test-cluster test-install test-lowest test-image test-agents test-offline \
   docs sanitize cuda-check cuda-link
 nightly:
@@ -118,11 +118,11 @@ format: $(VENV)/.lint-tools
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m tests.cuda.nvcc_check
 
-# The CUDA kernels compiled and linked against torch's CUDA wheel (0.5 GB, from PyPI), every symbol looked up.
+# The CUDA kernels compiled and linked against torch's CUDA wheel (0.5 GB, from PyPI), with every symbol looked up.
 cuda-link: $(VENV)/.installed
 	$(BIN)/python -m tests.cuda.link_check
 
-# Write constraints.txt again: of all extras, for every Python, but torch and what it brings. ARGS=--upgrade: the newest.
+# Regenerates constraints.txt for all extras and Pythons, without torch and its dependencies. ARGS=--upgrade: newest.
 constraints: $(VENV)/.package-tools
 	mkdir -p build; echo "torch; python_version < '3'" > build/overrides.txt
 	printf '%s\n' setuptools ninja pybind11 > build/tools.txt

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Make the Python environment of the image: torch as the Makefile pins it, and requirements.txt as constraints.txt does.
-#   docker/environment.sh cpu|cuda PREFIX [WHEELS]   (in the folder of these files; TORCH_INDEX has PyTorch's CPU builds)
+# Create the image's Python environment: torch as pinned in the Makefile, and requirements.txt as pinned in constraints.txt.
+#   docker/environment.sh cpu|cuda PREFIX [WHEELS]   (run in the sources' root; TORCH_INDEX has PyTorch's CPU builds)
 set -euo pipefail
 device=$1 prefix=$2 wheels=${3:-docker/wheels}
 torch=$(sed -n 's/^TORCH ?= //p' Makefile)
@@ -9,7 +9,7 @@ install() {
     "$prefix/bin/python" -m pip --disable-pip-version-check --no-cache-dir install --find-links "$wheels" "$@"
 }
 if [[ $device == cpu ]]; then
-    # PyPI's own builds bring gigabytes of CUDA; the local version makes sure that none of them is taken.
+    # PyPI's builds include gigabytes of CUDA; the local version (+cpu) excludes them.
     install "$torch+cpu" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
 else
     install "$torch"

@@ -1,4 +1,4 @@
-"""Ask the server of this container for its health; end with 1 unless it answers 200. Docker runs this."""
+"""Docker health check: query /health of the server in this container; exit with 1 unless it answers 200."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT_S = 4
 
 
 def health_url(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return where a server with this command line and environment answers for its health; or `unix:PATH`."""
+    """Return the health URL of a server with this command line and environment, or `unix:PATH`."""
     line = "\0".join(arguments)
     path = _last(r"--uds[=\0]([^\0]+)", line) or environ.get("UDS")
     if path:
@@ -27,7 +27,7 @@ def health_url(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
         port = "8080"
     port = _last(r"(?:--port[=\0]|-p\0?)(\d+)", line) or port
     host = environ.get("HOSTNAME", "")
-    if host == socket.gethostname():  # Docker's: the server listens everywhere
+    if host == socket.gethostname():  # set by Docker: the server listens on all addresses
         host = ""
     host = _last(r"--host(?:name)?[=\0]([^\0]+)", line) or host or "0.0.0.0"
     try:
@@ -48,7 +48,7 @@ def _last(pattern: str, line: str) -> str | None:
 
 
 def connect(url: str) -> HTTPConnection:
-    """Return a connection to the server; its certificate may be for any name."""
+    """Return a connection to the server, accepting a certificate for any name."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "unix":
         connection = HTTPConnection("localhost", timeout=TIMEOUT_S)
@@ -62,7 +62,7 @@ def connect(url: str) -> HTTPConnection:
 
 
 def main() -> int:
-    """Check the server that the container's first process is."""
+    """Check the server that runs as the container's first process."""
     arguments = Path("/proc/1/cmdline").read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0")
     try:
         connection = connect(health_url(arguments, os.environ))

@@ -1,17 +1,17 @@
 #!/bin/bash
-# Compile the extension and install the server into the environment that environment.sh has made.
-#   docker/install.sh cpu|cuda PREFIX           (in the folder of the sources)
+# Compile the extension and install the server into the environment created by environment.sh.
+#   docker/install.sh cpu|cuda PREFIX           (run in the sources' root)
 set -euo pipefail
 device=$1 prefix=$2
 pip() { "$prefix/bin/python" -m pip --disable-pip-version-check --no-cache-dir "$@"; }
-# Without the compiler that was asked for, the build shall fail rather than make the other image.
+# If the requested compiler is missing, the build fails instead of making the other image.
 TGI_CUDA=$([[ $device == cuda ]] && echo 1 || echo 0)
 export TGI_CUDA
 pip install --no-build-isolation --no-deps .
 pip uninstall -y ninja pybind11
-# What only building and testing need of torch: a tenth of the image. In this folder alone: torch may come from elsewhere.
+# Parts of torch that only building and testing need: a tenth of the image. Only in this prefix: torch may be elsewhere.
 rm -rf "$prefix"/lib/python3*/site-packages/torch/{include,test}
-# Not from the sources' folder: what was installed must be whole.
+# Not from the sources' folder, so that this checks the installed package.
 cd /
 "$prefix/bin/python" -c "import tgi_asgi._C, tgi_asgi.app"
 "$prefix/bin/tgi-asgi" --version

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Install the distribution's packages for one of the image's stages.
+# Install the distribution's packages for a stage of the image.
 #   docker/packages.sh build|run
 set -euo pipefail
 case $1 in
