@@ -1,11 +1,11 @@
-"""Build the extensions from csrc/ with ninja; pyproject.toml has all the rest.
+"""Build the extensions from csrc/ with ninja; everything else is in pyproject.toml.
 
-tgi_asgi._C, the arithmetic on CPUs, needs a C++ compiler and pybind11, and fits any torch. tgi_asgi._cuda,
-the CUDA kernels, is built where torch has CUDA and nvcc of its version is found, and is bound to that torch.
+tgi_asgi._C, the CPU arithmetic, needs a C++ compiler and pybind11, and works with any torch. tgi_asgi._cuda,
+the CUDA kernels, is built if torch has CUDA and an nvcc of its version is found; it is tied to that torch.
 
-Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
-out; TORCH_CUDA_ARCH_LIST chooses their targets. TGI_SANITIZE=1 builds with the address and the undefined
-behaviour sanitizer (`make sanitize`).
+Environment: MAX_JOBS limits parallel compilers. TGI_CUDA=1 requires the CUDA kernels, TGI_CUDA=0 omits them,
+and TORCH_CUDA_ARCH_LIST selects their targets. TGI_SANITIZE=1 builds with the address and undefined behaviour
+sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# fma where it is written and nowhere else: rows must have the same bits in every tile shape.
+# fma only where the code writes it: rows must have the same bits in every tile shape.
 CXX_FLAGS = [
     "-O3", "-std=c++17", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
 ]  # fmt: skip
@@ -38,7 +38,7 @@ CUDA_FOLDER = "/usr/local/cuda"
 
 
 class Build(build_ext):
-    """Compiles our own extension by ninja, into objects that are kept in the tree, and torch's by torch."""
+    """Compiles tgi_asgi._C with ninja, into objects kept in the tree, and tgi_asgi._cuda with torch."""
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != "tgi_asgi._C":
@@ -65,11 +65,11 @@ class Build(build_ext):
 
 
 def _translation_units(sources: list[str], folder: Path) -> list[str]:
-    """Return the files to compile, those that take longest first: kernel sets, bindings, the rest.
+    """Return the files to compile, slowest first: kernel sets, bindings, the rest.
 
-    pybind11's headers take the compiler 5 s, half of what most bindings take. So bindings are compiled
-    several at a time, through files in `folder` that include them (280 s of one core one by one, 122 s so).
-    Names in their unnamed namespaces must therefore differ from file to file.
+    pybind11's headers take the compiler 5 s, half of the time of most bindings. Several bindings are
+    therefore compiled at once, through files in `folder` that include them: 122 s on one core instead of 280
+    s. Names in their unnamed namespaces must differ between files.
     """
     bindings = [source for source in sources if source.startswith("csrc/bindings/")]
     groups = []
@@ -83,13 +83,13 @@ def _translation_units(sources: list[str], folder: Path) -> list[str]:
 
 
 def _write_if_new(path: Path, text: str) -> None:
-    """Leave a file of this text as it is: ninja compiles again what is newer."""
+    """Write a file only if its text changes, because ninja recompiles newer files."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
 
 def _ninja_file(sources: list[str], target: Path) -> str:
-    """Write the rules: an object a source, compiled again when a header that it included has changed."""
+    """Return the ninja file: one object per source, recompiled when an included header changes."""
     flags, link_flags = list(CXX_FLAGS), ["-shared", "-pthread"]
     if os.environ.get("TGI_SANITIZE") == "1":
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS]
@@ -120,7 +120,7 @@ def _ninja_file(sources: list[str], target: Path) -> str:
 
 
 def _unexpanded(text: str) -> str:
-    """Return text for ninja that it leaves as it is: $ORIGIN is the linker's."""
+    """Escape `$` so that ninja leaves the text as it is; $ORIGIN is for the linker."""
     return text.replace("$", "$$")
 
 
@@ -129,7 +129,7 @@ def _escaped(path: object) -> str:
 
 
 def extensions() -> list[Extension]:
-    """List what is built here."""
+    """Return the extensions to build."""
     sources = glob("csrc/cpu/**/*.cpp", recursive=True) + glob("csrc/bindings/*.cpp")
     found = [Extension("tgi_asgi._C", sorted(sources))]
     has_cuda, reason = cuda_decision()
@@ -140,13 +140,13 @@ def extensions() -> list[Extension]:
 
 
 def cuda_decision() -> tuple[bool, str]:
-    """Return whether the CUDA kernels are built, and the reason in words."""
+    """Return whether to build the CUDA kernels, and the reason in words."""
     wish = os.environ.get("TGI_CUDA", "")
     if wish == "0":
         return False, "TGI_CUDA=0"
     reason = _why_no_cuda()
     if reason is None:
-        return True, "torch has CUDA, and its nvcc is found"
+        return True, "torch has CUDA, and a matching nvcc was found"
     if wish == "1":
         raise SystemExit(f"TGI_CUDA=1, but {reason}")
     return False, reason
@@ -154,7 +154,7 @@ def cuda_decision() -> tuple[bool, str]:
 
 def _why_no_cuda() -> str | None:
     if importlib.util.find_spec("torch") is None:
-        return "there is no torch here: build with --no-build-isolation for CUDA"
+        return "torch is not installed here: build with --no-build-isolation for CUDA"
     import torch
 
     if torch.version.cuda is None:
@@ -177,7 +177,7 @@ def _nvcc_major() -> int | None:
 
 
 def _use_whole_toolkit() -> str | None:
-    """Where the nvcc on the path is only a wrapper, torch takes a folder without headers for the toolkit."""
+    """Return a CUDA folder with headers; torch picks one without if the nvcc on the path is a wrapper."""
     from torch.utils import cpp_extension
 
     folders = (cpp_extension.CUDA_HOME, CUDA_FOLDER)
@@ -187,12 +187,12 @@ def _use_whole_toolkit() -> str | None:
 
 
 def cuda_extension() -> Extension:
-    """Describe the kernels of csrc/cuda with their bindings, which alone have torch headers."""
+    """Return the extension of csrc/cuda and its bindings, the only sources that include torch headers."""
     from torch.utils.cpp_extension import CUDAExtension
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures_here() or DEFAULT_ARCHITECTURES)
-    # torch 2.13's headers use one C++20 feature, which GCC grants to C++17 with a warning, and GCC 12 takes
-    # their counts of references for buffers.
+    # torch 2.13's headers use one C++20 feature, which GCC accepts in C++17 with a warning. GCC 12 also
+    # mistakes their reference counts for buffers.
     quiet = ["-Wno-c++20-extensions", "-Wno-stringop-overflow"]
     flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA", *quiet], "nvcc": NVCC_FLAGS}
     made: Any = CUDAExtension(
@@ -205,7 +205,7 @@ def cuda_extension() -> Extension:
 
 
 def _architectures_here() -> str:
-    """Return the targets of the GPUs that can be seen, as TORCH_CUDA_ARCH_LIST has them; none: empty."""
+    """Return the targets of the visible GPUs as TORCH_CUDA_ARCH_LIST takes them; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

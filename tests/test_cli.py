@@ -105,7 +105,7 @@ def test_help_lists_the_options_by_group() -> None:
     text = CliRunner().invoke(make_command(), ["--help"]).output
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
-        "Model:", "Server:", "Limits:", "Engine:", "Of TGI's launcher:", "Other:", "Commands:"
+        "Model:", "Server:", "Limits:", "Engine:", "TGI launcher:", "Other:", "Commands:"
     ]  # fmt: skip
     assert "--no-prefix-cache" in text
     assert "--no-json-output" not in text
@@ -117,14 +117,14 @@ def test_a_command_beside_the_server_has_help_and_takes_no_flags_of_it(run: _Run
     assert f"tgi-asgi {name}" in run(name, "--help").output.replace("root", "tgi-asgi")
     result = run("--port", "80", name, "--help")
     assert result.exit_code == 2
-    assert f"--port belongs behind {name}" in result.output
+    assert f"--port must come after {name}" in result.output
     assert run.settings is None
 
 
 def test_another_word_is_no_command_and_starts_no_server(run: _Run) -> None:
     result = run("benchmrak")
     assert result.exit_code == 2
-    assert "No such command 'benchmrak'; a model without a slash is named by --model-id" in result.output
+    assert "No such command 'benchmrak'; use --model-id for a model name without a slash" in result.output
     assert run.settings is None
 
 
@@ -143,11 +143,11 @@ def test_a_word_with_a_slash_is_the_model(run: _Run, model: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a/b", "c/d"], "two models are named, a/b and c/d"),
-        (["a/b", "--model-id", "c/d"], "two models are named, a/b and c/d"),
-        (["--model-id", "a/b", "c/d"], "two models are named, c/d and a/b"),
+        (["a/b", "c/d"], "two models given: a/b and c/d"),
+        (["a/b", "--model-id", "c/d"], "two models given: a/b and c/d"),
+        (["--model-id", "a/b", "c/d"], "two models given: c/d and a/b"),
         (["a/b", "benchmrak"], "No such command 'benchmrak'"),
-        (["a/b", "benchmark"], "--model-id belongs behind benchmark"),
+        (["a/b", "benchmark"], "--model-id must come after benchmark"),
         (["a/b", "--prot", "80"], "No such option"),
     ],
 )

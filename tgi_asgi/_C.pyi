@@ -1,7 +1,7 @@
-"""The engine's own arithmetic on CPUs: compute threads, sets of kernels, weights, the cache, sampling, steps.
+"""Native CPU arithmetic: compute threads, kernel sets, weights, the KV cache, sampling, recorded steps.
 
-Numpy arrays in and out. An array of another dtype is a TypeError, any other operand that does not fit a
-ValueError, which names it. `tgi_asgi.ops` is what to call.
+Functions take and return numpy arrays. An array of the wrong dtype raises a TypeError; any other operand that
+does not fit raises a ValueError that names it. Callers use `tgi_asgi.ops`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float32]  # of any strides, the last axis's elements side by side
+FloatArray = npt.NDArray[np.float32]  # any strides, but contiguous along the last axis
 _Bytes = npt.NDArray[np.uint8]
-# Of `sample` and `Program.draw`: token ids, whether logits were finite, log-probabilities, the most probable
-# ids, theirs, and how many of these there are; an entry a row.
+# Result of `sample` and `Program.draw`, one entry per row: token ids, whether logits were finite,
+# log-probabilities, the most probable ids, their log-probabilities, and how many of these there are.
 _Draws = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints, npt.NDArray[np.bool_]]
 _Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
 _Outcome = tuple[list[_Drawn | None], dict[int, list[_Drawn]], tuple[int, int]]
@@ -23,49 +23,49 @@ _Outcome = tuple[list[_Drawn | None], dict[int, list[_Drawn]], tuple[int, int]]
 # Threads and kernels.
 
 def num_threads() -> int:
-    """Return the number of compute threads, the caller's own included."""
+    """Return the number of compute threads, including the calling thread."""
 
 def set_num_threads(num_threads: int) -> None:
     """Set the number of compute threads; 0 means the default."""
 
 def num_cores() -> int:
-    """Return the cores that the process may use by affinity, each once whatever its SMT."""
+    """Return the number of cores in the process's affinity mask, counting SMT siblings once."""
 
 def default_num_threads() -> int:
-    """Return the cores that the process may use, by affinity and by cgroup quota."""
+    """Return the number of cores that the process may use, by affinity and cgroup quota."""
 
 def usable_cores() -> list[int]:
-    """Return the numbers of the cores that the process may use, by affinity (SMT not counted)."""
+    """Return the indices of the cores that the process may use, by affinity (SMT siblings not counted)."""
 
 def configure_team(num_threads: int = 0, nice: int = 0, pin: bool = False, spin_us: int = 75) -> None:
-    """Restart the team with these options."""
+    """Restart the thread team with these options."""
 
 def join_team() -> None:
-    """Give the calling thread the team's nice value and member 0's core, for good."""
+    """Permanently give the calling thread the team's nice value and member 0's core."""
 
 def team_spin(spin_us: int) -> None:
-    """Have idle members spin so long from now on; 0: as the team is configured."""
+    """Set how long idle members spin from now on; 0 restores the configured value."""
 
 def wake_team() -> None:
     """Unpark the team ahead of a step."""
 
 def arithmetic_peak(precision: str) -> float:
-    """Measure the operations a second of the team's inner product, two a multiply-add."""
+    """Measure the team's inner-product throughput in operations per second; a multiply-add counts as two."""
 
 def kernel_set() -> str:
-    """Return the name of the set of kernels in use: an instruction set's."""
+    """Return the name of the kernel set in use: that of an instruction set."""
 
 def kernel_arithmetic() -> str:
-    """Return how the set in use rounds products of bfloat16."""
+    """Return how the kernel set in use rounds bfloat16 products."""
 
 def kernel_sets() -> list[str]:
-    """Return the names of the sets that this machine runs, best last."""
+    """Return the names of the kernel sets that this machine supports, best last."""
 
 def refused_kernel_set() -> str | None:
-    """Return why a set that the processor has is not used, or None."""
+    """Return why a kernel set that the processor supports is not used, or None."""
 
 def use_kernel_set(name: str) -> None:
-    """Use this set from now on (for tests)."""
+    """Use this kernel set from now on (for tests)."""
 
 # Weights.
 
@@ -76,9 +76,9 @@ class WeightFormat:
     ggml_type: int | None  # its number in GGUF files
     block_columns: int  # of a block in a file
     block_bytes: int
-    is_quantised: bool  # codes and scales
-    has_kernel: bool  # the CPU multiplies by it
-    repacked_bits: int  # of a code in the form for CUDA
+    is_quantised: bool  # stored as codes and scales
+    has_kernel: bool  # the CPU has a kernel for it
+    repacked_bits: int  # bits of a code in the CUDA layout
     repacked_zero: int
     has_half_scales: bool
     is_float8: bool
@@ -87,18 +87,18 @@ def formats() -> list[WeightFormat]:
     """Return the table of weight formats."""
 
 def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
-    """Return a file's rows as float32 [rows, columns], equal to ggml's to the bit."""
+    """Decode a file's rows to float32 [rows, columns], bit-identical to ggml."""
 
 def repack_rows(
     data: npt.NDArray[np.uint8], format: str, columns: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset."""
+    """Repack a file's rows into codes, scales and offsets: weight = scale * (code - zero) + offset."""
 
 class Arena:
-    """Memory of packed weights, in the order of packing."""
+    """Memory of packed weights, in packing order."""
 
 class Matrix:
-    """A weight in panels; see csrc/cpu/step/packed.h."""
+    """A weight packed in panels; see csrc/cpu/step/packed.h."""
 
     @property
     def format(self) -> str: ...
@@ -111,7 +111,7 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
     def unpack(self) -> _Floats:
-        """Return all rows as stored, padding included, as float32."""
+        """Return all stored rows, padding included, as float32."""
 
 def pack(
     *,
@@ -125,7 +125,7 @@ def pack(
     all_strips: int = 0,
     first_strip: int = 0,
 ) -> Matrix:
-    """Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1."""
+    """Pack rows: row i of the result is row order[i] of the sources, or zeros if that is -1."""
 
 def quantise(values: _Floats, format: str) -> _Bytes:
     """Quantise float32 rows to the file format Q8_0 or Q4_0."""
@@ -138,7 +138,7 @@ class KvPool:
     def __init__(
         self,
         *,
-        # Of each: KV heads, the kept dims of keys and of values, its group.
+        # Of each layer: number of KV heads, kept dimensions of keys and of values, index of its group.
         layers: Sequence[tuple[int, int, int, int]],
         num_blocks: int,
         block_size: int,
@@ -162,7 +162,7 @@ class KvPool:
     def wait_for_supply(self) -> None: ...
     def close_supply(self) -> None: ...
     def memory(self) -> _Bytes:
-        """Return the bytes of all blocks, as they lie (for tests)."""
+        """Return the bytes of all blocks in memory order (for tests)."""
 
 # Sampling.
 
@@ -187,10 +187,10 @@ def token_logprobs(logits: _Floats, token_ids: _Ints, num_top: int) -> tuple[_Fl
 # A plan's rows.
 
 class PlanError(ValueError):
-    """Raised when a plan names what does not exist: the engine's mistake, never a client's."""
+    """Raised when a plan refers to something that does not exist: an engine bug, never a client's fault."""
 
 class RowLimits:
-    """Bounds of a plan's integers."""
+    """Upper bounds of a plan's integers."""
 
     def __init__(
         self,
@@ -199,20 +199,20 @@ class RowLimits:
         num_blocks: int,
         block_size: int,
         max_context: int,
-        max_rows: int,  # of a step, and the bound of slots
-        max_tokens: int,  # of a step
-        # Of each group of layers, how many positions a token sees, its own the last; None: all.
+        max_rows: int,  # per step; also the bound of slots
+        max_tokens: int,  # per step
+        # Of each group of layers, how many positions a token sees, itself included; None: all.
         windows: Sequence[int | None],
         num_kept_states: int = 0,
     ) -> None: ...
 
 class AdapterLayout:
-    """The products of a model that adapters may change: of each (columns, rows, most inner values)."""
+    """The model's products that adapters may change, as (columns, rows, maximum number of inner values)."""
 
     def __init__(self, products: Sequence[tuple[int, int, int]]) -> None: ...
 
 class Adapter:
-    """The weights of an adapter, see csrc/bindings/adapter.h.
+    """An adapter's weights, see csrc/bindings/adapter.h.
 
     Each part is (product, down [num_inner, columns], scales [num_inner], panels [num_panels, 3], up [n, 16]).
     """
@@ -228,7 +228,7 @@ class Adapter:
     def num_bytes(self) -> int: ...
 
 class FlatRows:
-    """The rows of a plan as flat arrays, see csrc/bindings/rows.h; each property is a copy."""
+    """A plan's rows as flat arrays, see csrc/bindings/rows.h; each property returns a copy."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class FlatRows:
     def positions(self) -> _Ints: ...
     @property
     def slots(self) -> npt.NDArray[np.int64]:
-        """Of the tokens in the first group, then in the next."""
+        """Slots of the first group's tokens, then of the next group's."""
 
     @property
     def query_start(self) -> _Ints: ...
@@ -283,21 +283,21 @@ def flatten_rows(
     positions: npt.NDArray[np.int64] | None = None,
     drafts: Sequence[Sequence[int]] = (),
 ) -> FlatRows:
-    """Return a plan's rows as arrays, each integer checked. See `tgi_asgi.runner.inputs`.
+    """Return a plan's rows as arrays, with each integer checked. See `tgi_asgi.runner.inputs`.
 
     Raises:
-        PlanError: a row names what does not exist, or two have one slot.
+        PlanError: if a row refers to something that does not exist, or two rows have the same slot.
     """
 
 # Recorded steps.
 
 class Rows:
-    """Rows of float32, one a token."""
+    """float32 rows, one per token."""
 
     @property
     def num_columns(self) -> int: ...
     def array(self) -> _Floats:
-        """Return the rows themselves, columns of padding included."""
+        """Return the rows without a copy, padding columns included."""
 
 class Activation:
     """The input of products."""
@@ -305,23 +305,23 @@ class Activation:
     @property
     def precision(self) -> str: ...
     def array(self) -> _Floats:
-        """Return the rows of a float32 activation, a copy."""
+        """Return a copy of a float32 activation's rows."""
 
 class Query:
-    """Queries, as a cache wants them."""
+    """Queries in the layout that a cache needs."""
 
     def array(self) -> _Bytes:
         """Return the bytes of each token's queries."""
 
 class Product:
-    """A product's operands."""
+    """The operands of a product."""
 
     def __init__(
         self, *, weight: Matrix, source: Activation, bias: _Floats | None = None, adapter: int | None = None
     ) -> None: ...
 
 class Norm:
-    """A norm of rows or heads; a bias makes it a LayerNorm."""
+    """A norm of rows or heads: RMSNorm, or LayerNorm if it has a bias."""
 
     def __init__(self, *, weight: _Floats, bias: _Floats | None, width: int, eps: float) -> None: ...
 
@@ -331,7 +331,7 @@ class HeadNorms:
     def __init__(self, *, query: Norm, key: Norm, is_whole: bool, is_last: bool) -> None: ...
 
 class Heads:
-    """How heads are normalised and rotated, and where they go."""
+    """How heads are normalised and rotated, and which cache layer they go to."""
 
     def __init__(
         self,
@@ -349,7 +349,7 @@ class Heads:
     ) -> None: ...
 
 class StatePool:
-    """See `tgi_asgi.ops.StatePool`; layers: the channels and taps of each, and the floats behind."""
+    """See `tgi_asgi.ops.StatePool`; layers: each one's channels and taps, and the floats after them."""
 
     def __init__(
         self,
@@ -361,10 +361,10 @@ class StatePool:
     ) -> None: ...
     @property
     def slot_bytes(self) -> int:
-        """What the states of a sequence take."""
+        """Bytes of one sequence's states."""
 
 class LatentHeads:
-    """What latent attention does with rows."""
+    """The norm, rotation and cache layer of latent attention (MLA)."""
 
     def __init__(
         self,
@@ -381,7 +381,7 @@ class LatentHeads:
     ) -> None: ...
 
 class ShortConv:
-    """A short convolution of columns of rows."""
+    """A short convolution over columns of rows."""
 
     def __init__(
         self,
@@ -395,7 +395,7 @@ class ShortConv:
     ) -> None: ...
 
 class SelectiveScan:
-    """State spaces of heads."""
+    """A selective scan (state-space model) over heads."""
 
     def __init__(
         self,
@@ -414,7 +414,7 @@ class SelectiveScan:
     ) -> None: ...
 
 class DeltaRule:
-    """Heads of the gated delta rule."""
+    """A gated delta rule over heads."""
 
     def __init__(
         self,
@@ -429,7 +429,7 @@ class DeltaRule:
     ) -> None: ...
 
 class GatedNorm:
-    """A norm of groups of columns, and a gate."""
+    """A norm of column groups combined with a gate."""
 
     def __init__(
         self,
@@ -478,13 +478,13 @@ class RouteSpec:
     ) -> None: ...
 
 class Choice:
-    """Which experts a program's tokens go to."""
+    """The experts that each of a program's tokens is routed to."""
 
     def arrays(self) -> tuple[_Ints, _Floats]:
-        """Return ids and weights [max_tokens, top_k], copies."""
+        """Return copies of the ids and weights, each [max_tokens, top_k]."""
 
 class ExpertStack:
-    """One product of a layer's experts, with biases in the order of the packed rows."""
+    """One product of a layer's experts, with biases in packed row order."""
 
     def __init__(self, matrices: Sequence[Matrix], biases: Sequence[_Floats] | None = None) -> None: ...
     @property
@@ -493,7 +493,7 @@ class ExpertStack:
     def nbytes(self) -> int: ...
 
 class ExpertMlps:
-    """A layer's experts: `gate_up` is one stack whose panels alternate, or two."""
+    """A layer's experts; `gate_up` is one stack with alternating panels, or two stacks."""
 
     def __init__(
         self,
@@ -507,7 +507,7 @@ class ExpertMlps:
     ) -> None: ...
 
 class ShardShape:
-    """What shards of a model share: how many they are, and the bounds of their steps."""
+    """What all shards of a model have in common: their number and the bounds of their steps."""
 
     def __init__(
         self,
@@ -526,22 +526,22 @@ class ShardShape:
     def num_bytes(self) -> int: ...
 
 class ShardGroup:
-    """The memory that shards share, as one of them sees it, see csrc/cpu/shard_group.h."""
+    """One shard's view of the memory that all shards share, see csrc/cpu/shard_group.h."""
 
     def __init__(self, *, fd: int, rank: int, shape: ShardShape) -> None: ...
     @property
     def rank(self) -> int: ...
     def end(self) -> None:
-        """Let the other shards end; for the first, behind its last step."""
+        """Let the other shards end; called by the first after its last step."""
 
     def give_up(self) -> None:
-        """Let all go on that wait for another; what they compute is void. From any thread."""
+        """Release all shards that wait for another; their results are void. May be called from any thread."""
 
     @property
     def is_given_up(self) -> bool: ...
 
 class Program:
-    """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
+    """A list of kernel calls and their buffers; the methods are those of csrc/bindings/program.h."""
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
     def use_adapters(self, layout: AdapterLayout) -> None: ...
@@ -620,33 +620,33 @@ class Program:
         mask: _Ints | None = None,
         drafts: Sequence[int] = (),
     ) -> _Draws:
-        """Compute a step and draw a token after each of `rows`."""
+        """Compute a step and sample a token after each of `rows`."""
 
     def profile(self, batch: FlatRows, rows: Sequence[int]) -> list[float]:
-        """Compute a step as `draw` does; return the seconds that each operator took."""
+        """Compute a step as `draw` does, without sampling; return the seconds that each operator took."""
 
     def run_head(self, rows: Sequence[int]) -> _Floats:
         """Return the logits of other rows of the last step that `run` computed."""
 
     @property
     def num_steps(self) -> int:
-        """How many steps have been computed, to the last one's states."""
+        """Number of steps computed, up to and including the last one's states."""
 
     def forget_since(self, num_steps: int) -> None:
-        """Take back the states of a step that was computed after so many, and then failed."""
+        """Discard the recurrent states of a step that began after `num_steps` steps and then failed."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks of the pool (from, to), in all shards."""
+        """Copy blocks of the pool, as pairs (from, to), in all shards."""
 
     def follow(self) -> None:
-        """Compute what the first shard sends, until that ends or gives the group up."""
+        """Compute what the first shard sends, until it ends or gives up the group."""
 
     @property
     def num_operators(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
 
-# Operators on others' tensors.
+# Operators on tensors of other libraries.
 
 class PagedAttention:
     """See `tgi_asgi.ops.PagedAttention`."""
@@ -673,7 +673,7 @@ def linear_rows(
     adapters: FlatRows | None = None,
     product: int = 0,
 ) -> None:
-    """Write x @ weight.T (+ bias) to out [n, stored rows]; with what the adapters of a step's rows add."""
+    """Write x @ weight.T (+ bias), plus what the adapters of the step's rows add, to out [n, stored rows]."""
 
 def gate_up_rows(
     weight: Matrix,
@@ -685,7 +685,7 @@ def gate_up_rows(
     adapters: FlatRows | None = None,
     product: int = 0,
 ) -> None:
-    """Write f(gate) * up to out [n, half the stored rows]; likewise."""
+    """Write f(gate) * up to out [n, half the stored rows], with the adapters of the step's rows."""
 
 def experts_rows(
     mlps: ExpertMlps,
@@ -699,7 +699,7 @@ def experts_rows(
     """Write the weighted sum of each row's experts to out [n, down's stored rows]."""
 
 def rows_by_expert(stack: ExpertStack, sizes: _Ints, x: FloatArray, out: FloatArray, precision: str) -> None:
-    """Write products of rows that lie expert by expert, `sizes` of each, to out [n, stored rows]."""
+    """Write products of rows sorted by expert, `sizes` rows each, to out [n, stored rows]."""
 
 def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> None:
     """Write factor * table[ids] to out [n, stored columns]."""
@@ -708,73 +708,77 @@ def norm_rows(x: FloatArray, weight: _Floats, eps: float, out: FloatArray) -> No
     """Write x / rms(x) * weight to out [n, columns]."""
 
 class Drafter:
-    """Guesses of slots' next tokens, see csrc/cpu/drafter.h. For one thread.
+    """Proposes draft tokens for slots, see csrc/cpu/drafter.h. For use by one thread.
 
-    Matches are of `shortest` tokens at the least; of more than `longest` no more are looked at.
+    A match has at least `shortest` tokens; at most `longest` are compared.
     """
 
     def __init__(self, *, num_slots: int, shortest: int, longest: int) -> None: ...
     def start(self, slot: int, ids: _Ints) -> None:
-        """Give a slot to a sequence that has these tokens."""
+        """Assign a slot to a sequence that has these tokens."""
 
     def append(self, slot: int, id: int) -> None:
-        """Take a token that the slot's sequence has drawn."""
+        """Append a token that the slot's sequence has sampled."""
 
     def choose(
         self, wishes: Sequence[tuple[int, int, Sequence[int]]], *, base: float, token: float, num_tokens: int
     ) -> list[list[int]]:
-        """Return drafts for each wish: a slot, the most, and what must come next where that is known.
+        """Return drafts for each wish: (slot, maximum number of drafts, tokens that must come next, if
+        known).
 
-        `base` and `token` are what a step costs, in any unit, `num_tokens` what it has beside the drafts.
+        A step costs `base`, and `token` per token, in any unit; it has `num_tokens` tokens without the
+        drafts.
         """
 
 class StepQueue:
-    """Steps on their way from the event loop to the thread that computes them, and back.
+    """Passes steps from the event loop to the compute thread, and results back.
 
-    `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling` for one
-    thread that computes, `finish` for any.
+    The event loop calls `push`, `push_rows`, `done` and `close`; one compute thread calls `compute_rows` and
+    `set_sampling`; any thread may call `finish`.
     """
 
     def __init__(self, program: Program | None = None, limits: RowLimits | None = None) -> None: ...
     def fileno(self) -> int:
-        """Return a descriptor that is readable while something is done that `done` has not returned."""
+        """Return a file descriptor that is readable while finished steps wait to be returned by `done`."""
 
     def push(self, number: int) -> None:
-        """Queue a step that `compute_rows` returns."""
+        """Queue a step that `compute_rows` returns to its caller."""
 
     def push_rows(
         self, number: int, rows: Sequence[Any], cost_base: float = 0.0, cost_token: float = 0.0
     ) -> None:
-        """Queue a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
+        """Queue a step that `compute_rows` computes; none of its slots may start, and no row may have a
+        grammar.
 
-        What a step costs, and each of its tokens, says how many drafts pay.
+        The costs of a step and of each of its tokens determine how many drafts are worthwhile.
 
         Raises:
-            PlanError: a row names what does not exist, or two have one slot.
+            PlanError: if a row refers to something that does not exist, or two rows have the same slot.
         """
 
     def close(self) -> None:
-        """Take nothing more; behind what is queued `compute_rows` returns None."""
+        """Accept no more steps; `compute_rows` returns None after those already queued."""
 
     def done(self) -> list[tuple[int, _Outcome | Exception | None]]:
-        """Return numbers and outcomes since the last call, in order.
+        """Return the numbers and outcomes of steps finished since the last call, in order.
 
-        An outcome is None of a step that `compute_rows` returned, what failed, or what each row drew first,
-        what rows drew behind that, and how many rows had drafts, and how many. What was drawn is a token, the
-        log-probability and the most probable ones if it wants any, whether its logits were finite.
+        The outcome is None for a step that `compute_rows` returned, or the exception of a failed step.
+        Otherwise it is: each row's first draw; the further draws by row; the number of rows with drafts, and
+        of drafts. A draw is the token, its log-probability and the most probable tokens if requested, and
+        whether its logits were finite.
         """
 
     def compute_rows(self) -> int | None:
-        """Compute steps, without the GIL, until one comes that is not made of rows: return its number.
+        """Compute steps without the GIL until one comes that was not pushed as rows; return its number.
 
-        Waits for more. None: the queue is closed and empty.
+        Waits for more steps. Returns None once the queue is closed and empty.
         """
 
     def finish(self, number: int) -> None:
-        """Say that the step which `compute_rows` returned is done."""
+        """Report that the step which `compute_rows` returned is done."""
 
     def set_sampling(self, state: SampleArrays) -> None:
-        """Say what the next steps draw with."""
+        """Set the sampling state of the following steps."""
 
     def set_drafter(self, drafter: Drafter) -> None:
-        """Say what drafts the tokens of steps, before the first."""
+        """Set the drafter, before the first step."""

@@ -1,3 +1,3 @@
-"""An inference server for language models that speaks TGI's API and OpenAI's."""
+"""Inference server for language models with TGI's and OpenAI's HTTP APIs."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The CUDA kernels as torch.ops.tgi_cuda, which importing this registers, and what replays calls of them.
+"""The CUDA kernels as torch.ops.tgi_cuda, registered on import, and the recorder that replays their calls.
 
-Built where torch has CUDA. `tgi_asgi.ops.cuda_list` is what to call.
+Built when torch has CUDA. Callers use `tgi_asgi.ops.cuda_list`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,22 +9,23 @@ from typing import Any
 from torch import Tensor
 
 class Operand:
-    """A size of a step, or a tensor that is another in every step, as entries of a `Program` name them."""
+    """A step's size, or a tensor that differs in every step, as a `Program`'s entries name it."""
 
 class Program:
-    """Calls of torch's dispatcher, which run in order and without the GIL.
+    """Recorded calls of torch's dispatcher, replayed in order without the GIL.
 
     Args:
-        sizes, tensors: the names of what a run brings.
+        sizes, tensors: Names of the values that each run passes.
     """
 
     def __init__(self, sizes: Sequence[str], tensors: Sequence[str]) -> None: ...
     def size(self, name: str) -> Operand: ...
     def tensor(self, name: str) -> Operand: ...
     def rows(self, base: Tensor | Operand, first: Operand | None, stop: Operand | None) -> Operand:
-        """Return rows of a tensor, counted by sizes; the same rows are one operand, cut once a run.
+        """Return rows [first, stop) of a tensor, given as sizes; equal rows are one operand, cut once per
+        run.
 
-        Tensors whose rows are taken keep their memory; others may be set to other memory between runs.
+        Tensors that are sliced into rows keep their memory; others may point to other memory between runs.
         """
 
     def add(
@@ -35,21 +36,21 @@ class Program:
         least: int,
         most: int,
     ) -> None:
-        """Add a call of `namespace::name.overload`, or of a function, for runs with a size in [least, most].
+        """Add a call of `namespace::name.overload` or of a function, made if the size is in [least, most].
 
-        Arguments are in the schema's order, constants or operands.
+        Arguments are constants or operands, in the schema's order.
 
         Raises:
-            TypeError: the schema wants another argument.
-            ValueError: there is no such operator, or the program has run already.
+            TypeError: if an argument does not fit the schema.
+            ValueError: if there is no such operator, or the program has already run.
         """
 
     def run(self, sizes: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Make the calls, on the thread's current stream; what an operator raises is raised.
+        """Make the calls on the thread's current stream; exceptions of operators propagate.
 
         Raises:
-            IndexError: more rows are wanted than a tensor has.
-            ValueError: a size is negative, or there are more or fewer than the program names.
+            IndexError: if a tensor has fewer rows than requested.
+            ValueError: if a size is negative, or the number of sizes or tensors differs from the program's.
         """
 
     def __len__(self) -> int: ...

@@ -1,9 +1,9 @@
-"""The ASGI application: puts the routes together, loads the model behind them, answers what they raise.
+"""The ASGI application: combines the routes, loads the model and turns exceptions into responses.
 
     hypercorn --workers 0 tgi_asgi.app:app         # MODEL_ID and the other settings from the environment
-    create_app(Settings(model_id="model.gguf"))    # what the command line and the tests do
+    create_app(Settings(model_id="model.gguf"))    # as the command line and the tests do
 
-Importing this module does not import torch: the loading thread does.
+Importing this module does not import torch; the loading thread does.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 
-Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started
-Observer = Callable[[Exchange], None]  # after the response, whatever became of it
+Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
+Observer = Callable[[Exchange], None]  # called after every response, failed ones included
 
 
 class OwnedEngine(Engine, Protocol):
-    """The engine as its owner sees it: what HTTP has no need of."""
+    """The engine as its owner sees it: the methods that HTTP does not need."""
 
     on_fatal: Callable[[TgiError], None] | None
 
@@ -66,12 +66,12 @@ class App:
     """The server as one ASGI callable.
 
     Attributes:
-        context: what the routes share; `context.served` is there once the model has loaded.
-        on_ready: called once the engine runs.
-        on_fatal: called with the reason when loading has failed, or the engine has died and its streams have
-            had `FLUSH_S` to send their last events; the process should end, and answers 503 until then.
-        observers: run in order after each request.
-        keys: who may call.
+        context: State shared by the routes; `context.served` is set once the model has loaded.
+        on_ready: Called once the engine runs.
+        on_fatal: Called with the reason when loading fails, or `FLUSH_S` after the engine dies, so that
+            streams can send their last events. The process should then end; until it does, requests get 503.
+        observers: Called in order after each request.
+        keys: The API keys that may call.
     """
 
     def __init__(self, context: ServerContext, loader: Loader) -> None:
@@ -100,16 +100,16 @@ class App:
             await send({"type": "websocket.close", "code": 1000})
 
     def start(self) -> None:
-        """Begin to load the model, in a thread; returns at once."""
+        """Start loading the model in a thread; return at once."""
         if self._loading is None:
             self._loading = asyncio.get_running_loop().create_task(self._load())
             self._lag.start()
 
     async def stop(self) -> None:
-        """Stop the engine; requests that still run end with an error."""
+        """Stop the engine; requests still running end with an error."""
         self._lag.stop()
         if self._loading is not None:
-            self._loading.cancel()  # the thread itself ends with the process
+            self._loading.cancel()  # the thread itself lives until the process ends
         if self.context.served is not None:
             await cast(OwnedEngine, self.context.served.engine).stop()
             if self.context.served.adapters is not None:
@@ -119,14 +119,14 @@ class App:
         self.context.close()
 
     def reload(self) -> None:
-        """Read again what may change while the server runs: the API keys of the key file."""
+        """Reload what may change while the server runs: the API keys of the key file."""
         self.keys.reload()
 
     async def _load(self) -> None:
         context = self.context
         try:
             served = await asyncio.to_thread(self._loader, context.settings, context.report)
-            if served.adapters is not None:  # once the server is healthy, each that was named answers
+            if served.adapters is not None:  # adapters named at start-up must answer from the start
                 context.report("reading adapters", 0, None)
                 await cast(OwnedAdapters, served.adapters).start()
             engine = cast(OwnedEngine, served.engine)
@@ -174,7 +174,7 @@ class App:
                 exchange.close()
 
     async def _answer(self, exchange: Exchange) -> None:
-        """Route a request; the one border where exceptions become responses."""
+        """Route a request; the only place where exceptions become responses."""
         try:
             preflight = self._cors.preflight(exchange)
             if preflight is not None:
@@ -199,7 +199,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     from tgi_asgi.formats.sources import resolve
 
     files = resolve(settings, progress)
-    progress("loading libraries", 0, None)  # torch alone takes a second
+    progress("loading libraries", 0, None)  # torch alone takes a second to import
     from tgi_asgi.engine.engine import Engine
     from tgi_asgi.runner.load import load
 
@@ -215,7 +215,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
 
 
 def _say_format(settings: Settings, loaded: LoadedModel) -> None:
-    """Say so at start if how the model calls tools is a guess."""
+    """Log a warning at start-up if the tool call format is a guess."""
     from tgi_asgi.text.tools import assumption
 
     template = loaded.chat_template
@@ -226,10 +226,10 @@ def _say_format(settings: Settings, loaded: LoadedModel) -> None:
 
 
 def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
-    """Return what holds the adapters of a model, none of which has been read; None: none are served.
+    """Return the manager of a model's adapters, none of them read yet, or None if the model serves none.
 
     Raises:
-        ModelLoadError: one is not written as it must be, or has a name that means the model itself.
+        ModelLoadError: if an adapter option is malformed, or a name refers to the model itself.
     """
     from tgi_asgi.engine import adapters
     from tgi_asgi.formats.sources import adapter_sources, most_adapters, resolve_adapter
@@ -242,7 +242,7 @@ def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
     for source in sources:
         if source.name in taken:
             raise ModelLoadError(
-                f"an adapter cannot be called {source.name!r}, which means the model itself: write NAME=PATH"
+                f"an adapter cannot be called {source.name!r}, the name of the model itself: write NAME=PATH"
             )
     return adapters.Adapters(
         lambda source: loader.load(resolve_adapter(source)),
@@ -253,11 +253,11 @@ def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
 
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> App:
-    """Return the application; `loader` replaces the real model (tests).
+    """Return the application; `loader` replaces the real model in tests. No settings: read the environment.
 
     Raises:
-        InvalidRequest: a setting does not parse; without settings they come from the environment.
-        ModelLoadError: the file of API keys cannot be read, or a library is missing that a setting needs.
+        InvalidRequest: if a setting does not parse.
+        ModelLoadError: if the API key file cannot be read, or a library that a setting needs is missing.
     """
     if settings is None:
         settings = Settings.from_environ()
@@ -265,7 +265,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 
 
 class _EnvironmentApp:
-    """`app` for servers that are given this module's name: reads the environment when it is first called."""
+    """`app` for servers that import it by name: reads the environment on the first call."""
 
     def __init__(self) -> None:
         self._app: App | None = None
@@ -280,7 +280,7 @@ class _EnvironmentApp:
             claim_parent()
             settings = Settings.from_environ()
             if settings.model_id is None:
-                raise ModelLoadError("MODEL_ID is not set: which model shall be served?")
+                raise ModelLoadError("MODEL_ID is not set: it names the model to serve")
             logs.configure(settings)
             app = create_app(settings)
         except (InvalidRequest, ModelLoadError) as error:
@@ -290,7 +290,7 @@ class _EnvironmentApp:
 
 
 def _exit(error: BaseException) -> NoReturn:
-    """End the process, which would else end with code 0: servers take a failed start for a finished one."""
+    """End the process with code 1: a server that stops normally would exit with 0 and hide the failure."""
     end_process(str(error), 1)
 
 

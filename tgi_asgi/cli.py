@@ -1,7 +1,7 @@
-"""The `tgi-asgi` command: flags and environment to `Settings`, then `server.run`.
+"""The `tgi-asgi` command: turns flags and environment into `Settings`, then calls `server.run`.
 
-The options are made from the fields of `Settings`, so that a setting is written down once. What else the
-program does, as `tgi-asgi benchmark`, are modules of `commands/`.
+The options are generated from the fields of `Settings`, so each setting is declared once. Subcommands such as
+`tgi-asgi benchmark` are modules of `commands/`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 logger = logging.getLogger(__name__)
 
 _TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
-_LAUNCHER = "Of TGI's launcher"
+_LAUNCHER = "TGI launcher"
 PATHS = {
-    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
-    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
+    "huggingface_hub_cache": "Hugging Face Hub cache folder, like HF_HUB_CACHE.",
+    "weights_cache_override": "Folder with the model files; --model-id is then only the model's name.",
 }
 
 
@@ -39,10 +39,10 @@ COMMANDS = ("download-weights", "benchmark")
 
 
 class _Program(click.Group):
-    """The server, whose help lists the options under the settings' groups, and the commands beside it.
+    """The server command, whose help lists options by settings group, and its subcommands.
 
-    These are imported when they are asked for: a server needs none of them. A word that can be no command is
-    the model: `tgi-asgi org/name --port 80`.
+    Subcommands are imported only when used, because the server needs none of them. A word that cannot be a
+    subcommand is the model: `tgi-asgi org/name --port 80`.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -51,13 +51,13 @@ class _Program(click.Group):
             if not _names_model(rest[0]):
                 break
             if model is not None:
-                raise click.UsageError(f"two models are named, {model} and {rest[0]}", ctx)
+                raise click.UsageError(f"two models given: {model} and {rest[0]}", ctx)
             model = rest[0]
             del args[len(args) - len(rest)]
         rest = super().parse_args(ctx, args)
         if model is not None:
             if ctx.params.get("model_id") is not None:
-                raise click.UsageError(f"two models are named, {model} and {ctx.params['model_id']}", ctx)
+                raise click.UsageError(f"two models given: {model} and {ctx.params['model_id']}", ctx)
             ctx.params["model_id"] = model
         return rest
 
@@ -65,7 +65,7 @@ class _Program(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
-            ctx.fail(f"No such command {args[0]!r}; a model without a slash is named by --model-id")
+            ctx.fail(f"No such command {args[0]!r}; use --model-id for a model name without a slash")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -90,12 +90,12 @@ class _Program(click.Group):
 
 
 def _names_model(word: str) -> bool:
-    """Tell a model from a command, which has neither slash nor suffix."""
+    """Return whether a word names a model; commands have neither a slash nor a suffix."""
     return "/" in word or word.startswith("pypi:") or word.lower().endswith(".gguf")
 
 
 class _Option(click.Option):
-    """An option with a group; None if it was not given, which leaves it to the environment and `Settings`."""
+    """An option with a group. Its value is None if not given, so the environment and `Settings` decide."""
 
     def __init__(self, group: str, *names: str, is_on: bool = False, **form: Any) -> None:
         super().__init__(names, default=None, **form)
@@ -103,7 +103,7 @@ class _Option(click.Option):
         self._is_on = is_on
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Show the one form of a switch that changes its default."""
+        """Show only the form of a switch that changes its default."""
         record = super().get_help_record(ctx)
         if record is None or not self.secondary_opts:
             return record
@@ -138,7 +138,7 @@ def _run(print_env: bool, **options: Any) -> None:
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
         if misplaced := [name for name, value in options.items() if value not in (None, ())]:
-            raise click.UsageError(f"{flag_of(misplaced[0])} belongs behind {context.invoked_subcommand}")
+            raise click.UsageError(f"{flag_of(misplaced[0])} must come after {context.invoked_subcommand}")
         return
     names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
@@ -157,7 +157,7 @@ def _run(print_env: bool, **options: Any) -> None:
         click.echo(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
         settings = dataclasses.replace(settings, model_id=DEMO_MODEL)
 
-    from tgi_asgi.serve import server  # hypercorn and Starlette: `--help` needs neither
+    from tgi_asgi.serve import server  # hypercorn and Starlette, which `--help` does not need
 
     try:
         code = server.run(settings)
@@ -167,7 +167,7 @@ def _run(print_env: bool, **options: Any) -> None:
 
 
 def describe_environment(settings: Settings) -> str:
-    """Return what a bug report needs: versions, machine, settings (keys masked)."""
+    """Return the details for a bug report: versions, machine and settings, with keys masked."""
     lines = [f"tgi-asgi {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     for package in ("torch", "hypercorn", "uvloop", "starlette", "tokenizers", "transformers"):
         try:
@@ -179,7 +179,7 @@ def describe_environment(settings: Settings) -> str:
 
 
 def make_command() -> click.Command:
-    """Return the click command, with an option for every setting. Without the name of a command it serves."""
+    """Return the click command, with an option for every setting. Without a subcommand it runs the server."""
     options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
     options += [_launcher_option(option) for option in launcher_compat.OPTIONS if option.is_flag]
     options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in PATHS.items()]
@@ -194,7 +194,7 @@ def make_command() -> click.Command:
         callback=_run,
         help="Serve a language model over HTTP: TGI's API and OpenAI's.",
         epilog=(
-            "MODEL is what --model-id takes, if it has a slash. Every option is also read from the "
+            "MODEL is a value for --model-id that contains a slash. Every option is also read from the "
             "environment, in upper snake case (--max-batch-size: MAX_BATCH_SIZE); the flag wins."
         ),
         context_settings={

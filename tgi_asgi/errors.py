@@ -1,24 +1,26 @@
-"""The exceptions of the whole project; `api/errors.py` alone maps them to statuses and envelopes."""
+"""The exceptions of the whole project; only `api/errors.py` maps them to statuses and envelopes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# A field by its place in a request, in the names that all APIs share: ("tools", 2, "name").
+# Path of a field in a request, in names that all APIs share: ("tools", 2, "name").
 Field = tuple[str | int, ...]
 
 
 class TgiError(Exception):
-    """Base of every error that this project raises on purpose; `str(error)` is the sentence for people.
+    """Base of every error that the project raises on purpose; `str(error)` is the message for people.
 
-    A class says its `error_type`, the machine name in TGI's envelope, and `failure`, the label under which
-    metrics count it: what a client is told to mend is "validation" there, as in TGI, whatever its status.
+    Each class sets `error_type`, the machine-readable name in TGI's envelope, and `failure`, the label under
+    which metrics count it. As in TGI, errors that the client can fix count as "validation", whatever their
+    status.
 
     Args:
-        message: what was given, what is allowed and where.
-        param: dotted path of the field at fault (`messages[2].content[0].type`), or None.
-        code: OpenAI's machine name for the case (`context_length_exceeded`), or None for the class's own.
+        message: What was given, what is allowed and where.
+        param: Dotted path of the offending field (`messages[2].content[0].type`), or None.
+        code: OpenAI's machine-readable name of the case (`context_length_exceeded`), or None for the class's
+            own.
     """
 
     error_type = "internal"
@@ -38,7 +40,7 @@ class TgiError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let errors go from process to process, whatever their constructors take."""
+        """Make errors picklable across processes, whatever arguments their constructors take."""
         return _restored, (type(self), self.message, self.__dict__)
 
 
@@ -53,9 +55,9 @@ class InvalidRequest(TgiError, error_type="validation"):
     """Raised when a request cannot be served as written; nothing was scheduled.
 
     Args:
-        is_syntax: the body is not JSON at all (400 on the native routes, where the rest is 422).
-        field: in the place of `param`, by code that serves several APIs: `spell` then puts what the client's
-            API calls it where the message has `{field}`.
+        is_syntax: Whether the body is not JSON at all (400 on the native routes, where other cases are 422).
+        field: Path of the field, given instead of `param` by code that serves several APIs. `spell` then
+            replaces `{field}` in the message with the client API's name for it.
     """
 
     def __init__(
@@ -72,16 +74,16 @@ class InvalidRequest(TgiError, error_type="validation"):
         self.field = field
 
     def spell(self, name_of: Callable[[Field], str]) -> None:
-        """Name the field as the client's API does."""
+        """Name the field as the client's API does, in `param` and in the message."""
         if self.field is not None:
             self.param, self.field = name_of(self.field), None
             self.message = self.message.replace("{field}", self.param)
 
 
 class ContextExceeded(InvalidRequest):
-    """Raised when a prompt, or what is asked for behind it, does not fit into the model's context.
+    """Raised when a prompt, or a prompt with the tokens requested after it, exceeds the model's context.
 
-    `num_tokens` are given, `most` allowed.
+    The request has `num_tokens` tokens; `most` are allowed.
     """
 
     def __init__(self, message: str, num_tokens: int, most: int) -> None:
@@ -99,27 +101,27 @@ class ToolError(InvalidRequest, error_type="tool_error"):
 
 
 class ModelNotSupported(InvalidRequest, error_type="model_not_supported"):
-    """Raised for what the served model cannot do: to embed, to score, or to generate."""
+    """Raised when the served model cannot do what is asked: embed, score or generate."""
 
 
 class UnsupportedSuffix(InvalidRequest, error_type="suffix not supported"):
-    """Raised for a completion with a `suffix`; TGI has a name of its own for it."""
+    """Raised for a completion with a `suffix`; TGI has its own error type for it."""
 
 
 class TooManyPrompts(InvalidRequest, error_type="batch size exceeded"):
-    """Raised for a completion with more prompts than a call may have; likewise."""
+    """Raised for a completion with more prompts than a call may have; TGI has its own error type for it."""
 
 
 class ImageTooLarge(InvalidRequest):
-    """Raised when the pictures that a request has fetched have more bytes than a body may have."""
+    """Raised when the images fetched for a request have more bytes than a body may have."""
 
 
 class ImageTimeout(InvalidRequest):
-    """Raised when the pictures of a request could not be fetched in time."""
+    """Raised when the images of a request could not be fetched in time."""
 
 
 class Unauthorized(TgiError, error_type="unauthorized"):
-    """Raised when an API key is configured and the request carries none, or another."""
+    """Raised when an API key is configured and the request has none or a wrong one."""
 
 
 class Forbidden(TgiError, error_type="forbidden"):
@@ -127,11 +129,11 @@ class Forbidden(TgiError, error_type="forbidden"):
 
 
 class NotFound(TgiError, error_type="not_found"):
-    """Raised for an unknown path, or the id of nothing that there is."""
+    """Raised for an unknown path or an unknown id."""
 
 
 class UnknownModel(NotFound):
-    """Raised for a model that is not served; `name` is what was asked for."""
+    """Raised when a requested model is not served; `name` is the requested name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"The model '{name}' does not exist.", param="model", code="model_not_found")
@@ -139,7 +141,7 @@ class UnknownModel(NotFound):
 
 
 class UnknownAdapter(NotFound):
-    """Raised for an adapter that is not served; `name` is what was asked for, in the field `param`."""
+    """Raised when a requested adapter is not served; `name` is the requested name, from the field `param`."""
 
     def __init__(self, name: str, *, param: str) -> None:
         super().__init__(f"The adapter '{name}' does not exist.", param=param, code="adapter_not_found")
@@ -147,7 +149,7 @@ class UnknownAdapter(NotFound):
 
 
 class MethodNotAllowed(TgiError, error_type="method_not_allowed"):
-    """Raised when the path exists but not for this method; `allow` lists those that do."""
+    """Raised when the path exists but not for this method; `allow` lists the allowed methods."""
 
     def __init__(self, message: str, *, allow: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -163,11 +165,11 @@ class RequestTimeout(TgiError, error_type="validation"):
 
 
 class UnsupportedMediaType(TgiError, error_type="validation"):
-    """Raised for a content type or content encoding that a route does not read."""
+    """Raised for a content type or content encoding that a route does not accept."""
 
 
 class Overloaded(TgiError, error_type="overloaded", failure="overloaded"):
-    """Raised when all permits are taken; the client may try again after `retry_after_s` seconds."""
+    """Raised when all admission permits are taken; the client may retry after `retry_after_s` seconds."""
 
     def __init__(self, message: str = "Model is overloaded", *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -175,7 +177,7 @@ class Overloaded(TgiError, error_type="overloaded", failure="overloaded"):
 
 
 class Unavailable(TgiError, error_type="unavailable", failure="unavailable"):
-    """Raised while the model loads, the server drains, or the engine is dead."""
+    """Raised while the model loads, while the server drains, or when the engine is dead."""
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -183,7 +185,7 @@ class Unavailable(TgiError, error_type="unavailable", failure="unavailable"):
 
 
 class GenerationFailed(TgiError, error_type="generation", failure="generation"):
-    """Raised when the engine failed while it worked on this request."""
+    """Raised when the engine fails while processing this request."""
 
 
 class IncompleteGeneration(TgiError, error_type="incomplete_generation", failure="incomplete"):
@@ -191,7 +193,7 @@ class IncompleteGeneration(TgiError, error_type="incomplete_generation", failure
 
 
 class RequestAborted(IncompleteGeneration):
-    """Raised when an operator has ended the request; clients should not send it again."""
+    """Raised when an operator has aborted the request; clients should not send it again."""
 
 
 class ModelLoadError(TgiError, error_type="model_load", failure="generation"):
@@ -199,4 +201,4 @@ class ModelLoadError(TgiError, error_type="model_load", failure="generation"):
 
 
 class NotInFamily(ModelLoadError):
-    """Raised where a family of ours does not compute what a configuration says; `transformers` may."""
+    """Raised when a native family does not implement what a configuration says; `transformers` may."""

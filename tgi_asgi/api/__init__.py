@@ -1,1 +1,1 @@
-"""Wire formats, routes, errors, metrics. Knows the engine's protocols, never torch or the scheduler."""
+"""Wire formats, routes, errors. Depends on the engine's protocols, never on torch or the scheduler."""

@@ -1,6 +1,7 @@
-"""What the answer to a job may be, for one model, and how it is read while it is generated.
+"""What constrains the answer to a job, for one model, and how the answer is parsed while it is generated.
 
-`AnswerForm` says what constrains it; `ChoiceReader` takes it apart into content, reasoning and tool calls.
+`AnswerForm` determines the constraint; `ChoiceReader` splits an answer into content, reasoning and tool
+calls.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class AnswerForm:
-    """A job's tools and constraint, seen with the model's template and the end of the prompt."""
+    """A job's tools and constraint, combined with the model's template and the end of the prompt."""
 
     def __init__(self, job: Job, served: Served, settings: Settings, prompt_tail: str) -> None:
         self._job = job
@@ -63,8 +64,8 @@ class AnswerForm:
             known = served.chat_template.tool_source if served.chat_template is not None else ""
             wanted_calls = None if wanted_calls == harmony.NAME else wanted_calls
             self._format = choose_format(known, wanted_calls)
-            # A model that knows no format does not know when it has called enough either: held to calls,
-            # it repeats them until `max_tokens`.
+            # A model without a known tool format does not know when to stop calling either: forced to call
+            # tools, it repeats calls until `max_tokens`.
             is_known = wanted_calls is not None or self._has_channels or recognised_format(known) is not None
             self._is_parallel = job.tools.is_parallel and (is_known or not job.tools.must_call)
 
@@ -72,7 +73,7 @@ class AnswerForm:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.
 
         Raises:
-            InvalidRequest: grammars are switched off, or a schema is refused.
+            InvalidRequest: if grammars are disabled, or a schema is refused.
         """
         if not self._is_allowed:
             raise InvalidRequest("grammar is not supported")
@@ -99,7 +100,7 @@ class AnswerForm:
         return source
 
     def reading(self) -> Reading | None:
-        """Return how the answer is read, or None where it is text and nothing else."""
+        """Return how to parse the answer, or None if it is plain text."""
         style, form, wrapper, tools = self._style, self._format, self._wrapper, self._job.tools
         if style is None and form is None and wrapper is None and not self._has_channels:
             return None
@@ -131,21 +132,21 @@ class AnswerForm:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How the choices of one answer are to be read."""
+    """How to parse the choices of one answer."""
 
     style: ReasoningStyle | None = None
     tools: ToolFormat | None = None
     is_reasoning_open: bool = False
     shows_reasoning: bool = True
-    specs: Sequence[ToolSpec] = ()  # the tools that may be called
-    special_ids: frozenset[int] = frozenset()  # their text is shown by the engine, and dropped unless kept
-    kept: frozenset[int] = frozenset()  # the markers among them
+    specs: Sequence[ToolSpec] = ()  # tools that may be called
+    special_ids: frozenset[int] = frozenset()  # the engine shows their text; it is dropped unless kept
+    kept: frozenset[int] = frozenset()  # the format's markers among them
     must_call: bool = False
     wrapper: Wrapper | None = None
-    has_channels: bool = False  # all of the answer is in harmony's format
+    has_channels: bool = False  # the whole answer is in harmony's format
 
     def parser(self) -> AnswerParser | HarmonyParser:
-        """Return a reader of one choice."""
+        """Return a parser for one choice."""
         if self.has_channels:
             return HarmonyParser(
                 self.specs, is_reasoning_open=self.is_reasoning_open, must_call=self.must_call
@@ -161,7 +162,7 @@ class Reading:
 
 
 class LogprobsTracker(Protocol):
-    """One choice's log-probabilities, in either endpoint's shape."""
+    """Collects one choice's log-probabilities, in either endpoint's shape."""
 
     def push(self, event: TokenEvent) -> None: ...
 
@@ -169,11 +170,11 @@ class LogprobsTracker(Protocol):
 
 
 class ChoiceReader:
-    """One choice: its events in, pieces out; without a `reading` all of it is content.
+    """Parses one choice: events in, pieces out; without a `reading` everything is content.
 
     Attributes:
-        num_reasoning_tokens: so far.
-        is_reasoning: the text is inside the reasoning section.
+        num_reasoning_tokens: Number of reasoning tokens so far.
+        is_reasoning: Whether the text is inside the reasoning section.
     """
 
     def __init__(self, reading: Reading | None) -> None:
@@ -181,7 +182,7 @@ class ChoiceReader:
         self._reading = reading = reading or Reading()
         self._parser = reading.parser()
         self._num_read = 0
-        self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with where their text starts and ends
+        self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with start and end of their text
         self.num_reasoning_tokens = 0
 
     @property
@@ -189,9 +190,9 @@ class ChoiceReader:
         return self._parser.is_reasoning
 
     def push(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> list[Piece]:
-        """Take new events; return what they tell, neighbours of a kind as one piece.
+        """Parse new events; return their pieces, with neighbours of one kind merged.
 
-        `tracker` gets the events that are not of reasoning or calls: those have no log-probabilities.
+        `tracker` receives only events of content: reasoning and calls have no log-probabilities.
         """
         if self._reads_text:
             if tracker is not None:
@@ -210,7 +211,7 @@ class ChoiceReader:
         return _merged(pieces)
 
     def _show(self, pieces: Sequence[Piece], tracker: LogprobsTracker) -> None:
-        """Give the tracker the tokens that content is made of; forget those before it."""
+        """Pass the tokens of content to the tracker; drop those before it."""
         for piece in pieces:
             if isinstance(piece, Content):
                 stop = piece.start + len(piece.text)
@@ -236,12 +237,12 @@ class ChoiceReader:
 
 
 def _chosen(name: str) -> str | None:
-    """Return the format that the operator has named; None: the template tells."""
+    """Return the format that the operator chose, or None if the template decides."""
     return None if name == "auto" else name
 
 
 def likeliest(choices: Choices, n: int = 1) -> list[int]:
-    """Return which n choices have the highest mean log-probability, best first; all of them as they are."""
+    """Return the n choices with the highest mean log-probability, best first; if n is all, in given order."""
 
     def mean(index: int) -> float:
         values = [event.logprob for event in choices[index] if event.logprob is not None]

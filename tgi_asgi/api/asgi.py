@@ -1,6 +1,6 @@
-"""The few ASGI operations that routes need: headers, and a body under limits.
+"""The few ASGI operations that routes need: headers, and a body with limits.
 
-Called by `exchange.py`; knows nothing of dialects, engines or models.
+Used by `exchange.py`; independent of dialects, engines and models.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
-BODY_TIMEOUT_S = 60.0  # a client that trickles its body holds a connection, nothing else
+BODY_TIMEOUT_S = 60.0  # a client that sends its body slowly only occupies a connection
 _DRAIN_BYTES = 32 * MIB
 _DRAIN_TIMEOUT_S = 5.0
-_DRAIN_IDLE_S = 0.5  # a client that sends nothing waits for the answer, or for `100 Continue`
-_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a blank would forge a field of the log
+_DRAIN_IDLE_S = 0.5  # an idle client is waiting for the answer or for `100 Continue`
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # no blanks, which would forge a log field
 
 
 class ClientDisconnected(Exception):
-    """Raised inside a request whose client has gone: there is nobody left to answer."""
+    """Raised inside a request whose client has disconnected, so nobody can be answered."""
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
-    """Return the first header of that lower-case name."""
+    """Return the first header with this lower-case name."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value)
@@ -42,16 +42,16 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 def request_id_of(scope: Scope) -> str:
-    """Take over the client's `X-Request-Id` of up to 128 visible ASCII characters, else draw one."""
+    """Return the client's `X-Request-Id` of up to 128 visible ASCII characters, otherwise a random one."""
     given = header(scope, b"x-request-id")
     return given.decode("ascii") if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 async def parts_of(receive: Receive) -> AsyncIterator[bytes]:
-    """Yield what is left of a request's body.
+    """Yield the rest of a request's body.
 
     Raises:
-        ClientDisconnected: the client went away before its end.
+        ClientDisconnected: if the client disconnects before its end.
     """
     has_more = True
     while has_more:
@@ -65,18 +65,18 @@ async def parts_of(receive: Receive) -> AsyncIterator[bytes]:
 async def read_body(
     receive: Receive, declared: bytes | None, limit: int, hold: Callable[[int], None]
 ) -> list[bytes]:
-    """Read the request's whole body, in parts: to join large ones takes milliseconds.
+    """Read the request's whole body, in parts, because joining large ones takes milliseconds.
 
-    One that is too large is refused by its `Content-Length` or as soon as it has grown past the limit; a
-    bounded remainder is read and thrown away, because clients that still write do not see an answer.
+    A body that is too large is refused by its `Content-Length`, or as soon as it exceeds the limit. A bounded
+    remainder is read and discarded, because clients that are still writing do not see an answer.
 
     Args:
-        hold: called with the size of each part before it is kept; may raise `Overloaded`.
+        hold: Called with the size of each part before it is kept; may raise `Overloaded`.
 
     Raises:
-        PayloadTooLarge: the body is longer than `limit` bytes.
-        RequestTimeout: it did not arrive within a minute.
-        ClientDisconnected: the client went away first.
+        PayloadTooLarge: if the body is longer than `limit` bytes.
+        RequestTimeout: if it does not arrive within a minute.
+        ClientDisconnected: if the client disconnects first.
     """
     kept: list[bytes] = []
     size = 0
@@ -101,10 +101,10 @@ async def read_body(
 
 
 async def drain(parts: AsyncIterator[bytes]) -> None:
-    """Throw away what is left of a request's body: 32 MiB, for 5 seconds, as long as some comes.
+    """Discard the rest of a request's body: at most 32 MiB, for 5 seconds, while data keeps arriving.
 
     Raises:
-        ClientDisconnected: the client went away first.
+        ClientDisconnected: if the client disconnects first.
     """
     size, now = 0, asyncio.get_running_loop().time
     ends_s = now() + _DRAIN_TIMEOUT_S

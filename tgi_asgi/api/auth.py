@@ -1,4 +1,4 @@
-"""API keys: who may call what, and how often. The route table asks before any handler runs."""
+"""API keys: who may call what, and how often. The route table checks them before any handler runs."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
-    """The keys that clients may send as `Authorization: Bearer <key>`; none: everything is open.
+    """The keys that clients may send as `Authorization: Bearer <key>`; without keys, everything is open.
 
     Raises:
-        ModelLoadError: the key file cannot be read, or has no key: better no server than an open one.
+        ModelLoadError: if the key file cannot be read or is empty, so that the server does not run open.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
-        self._numbered: dict[bytes, str] = {}  # keys without a name: a number is never another key's again
-        self._names = self._read()  # by the key's digest: digests have one length
+        self._numbered: dict[bytes, str] = {}  # for unnamed keys; a number is never reused for another key
+        self._names = self._read()  # by the key's digest, because digests have equal length
         self._admin = _digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
         self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # by name: requests left, and when that was
+        self._buckets: dict[str, tuple[float, float]] = {}  # by name: remaining requests, and as of when
 
     def check(self, exchange: Exchange) -> None:
-        """Let a request pass, or not; note whose key it has.
+        """Admit a request or raise, and record the tenant of its key.
 
         Raises:
-            Unauthorized: the route needs a key, and the request has none or another.
-            Overloaded: the key has had its requests for now.
+            Unauthorized: if the route needs a key and the request has none or a wrong one.
+            Overloaded: if the key has used up its requests for now.
         """
         route = exchange.route
         access = route.access if route is not None else Access.KEY
         if access is Access.ADMIN:
-            assert self._admin is not None, "without a key for operators they have no routes"
+            assert self._admin is not None, "admin routes exist only with an admin key"
             if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
                 raise Unauthorized("The admin API key is wrong")
         elif access is Access.KEY and self._names:
@@ -51,25 +51,25 @@ class ApiKeys:
                 self._count(exchange.tenant)
 
     def reload(self) -> None:
-        """Read the key file again; one that is broken or empty leaves the keys as they are."""
+        """Read the key file again; keep the current keys if it is broken or empty."""
         try:
             self._names = self._read()
         except ModelLoadError as error:
-            logger.error("the API keys stay as they are: %s", error)
+            logger.error("keeping the current API keys: %s", error)
             return
-        logger.info("%d API keys are known now", len(self._names))
+        logger.info("%d API keys loaded", len(self._names))
 
     def _name_of(self, key: bytes) -> str:
         digest = _digest(key)
         found = None
-        for known, name in self._names.items():  # every one is compared: time tells neither key nor place
+        for known, name in self._names.items():  # compare all, so timing reveals neither key nor position
             found = name if hmac.compare_digest(digest, known) else found
         if found is None:
             raise Unauthorized("The API key is wrong")
         return found
 
     def _count(self, name: str) -> None:
-        """Take one of the requests that a key has; they come back evenly over a minute."""
+        """Use one of a key's requests; they are replenished evenly over a minute."""
         most = self._settings.requests_per_minute
         if not most:
             return
@@ -92,10 +92,10 @@ class ApiKeys:
 
 
 def read_key_file(path: str) -> list[tuple[str, str]]:
-    """Return (name, key) of each line: `key`, or `name key`; empty lines and those with # are skipped.
+    """Return (name, key) of each line: `key` or `name key`; empty lines and # comments are skipped.
 
     Raises:
-        ModelLoadError: the file cannot be read, or has no key, or a line has more than two words.
+        ModelLoadError: if the file cannot be read or has no key, or a line has more than two words.
     """
     try:
         text = Path(path).read_text("utf-8")
@@ -105,16 +105,16 @@ def read_key_file(path: str) -> list[tuple[str, str]]:
     keys = []
     for words in filter(None, lines):
         if len(words) > 2:
-            raise ModelLoadError(f"--api-key-file {path}: a line is a key, or a name and a key")
+            raise ModelLoadError(f"--api-key-file {path}: a line must be a key, or a name and a key")
         keys.append((words[0] if len(words) == 2 else "", words[-1]))
     if not keys:
-        raise ModelLoadError(f"--api-key-file {path}: has no key in it")
+        raise ModelLoadError(f"--api-key-file {path}: contains no key")
     return keys
 
 
 def _key_of(exchange: Exchange) -> bytes:
     given = exchange.header(b"authorization")
-    own = exchange.header(b"x-api-key")  # Anthropic's clients
+    own = exchange.header(b"x-api-key")  # sent by Anthropic's clients
     if given is None and own is not None:
         return own.strip()
     if given is None:

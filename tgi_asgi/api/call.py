@@ -1,4 +1,4 @@
-"""What a client asks for, in no API's words: a dialect makes a `Call` of a body, `life.py` carries it out.
+"""A client's request, independent of the API: a dialect makes a `Call` of a body, and `life.py` runs it.
 
 Fields in errors (`errors.Field`) are called "prompt", "max_tokens", "min_tokens", "tools", "tool_choice";
 each dialect spells them as its clients do.
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
     from tgi_asgi.text.tools import ToolSpec
 
-Choices = Sequence[Sequence[TokenEvent]]  # of one prompt: each choice's events
+Choices = Sequence[Sequence[TokenEvent]]  # each choice's events, for one prompt
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image as a client gives it: a URL, or a file in base64; `param` is the field by its own name."""
+    """An image as a client sends it: a URL, or a base64 file; `param` is the client's name of the field."""
 
     content: str
     param: str
@@ -45,19 +45,19 @@ class ImageSource:
 
 @dataclass(slots=True)
 class Images:
-    """The images of one prompt, in order; who reads its parts adds them, `api/images.py` loads them.
+    """The images of one prompt, in order. Parsers of message parts add them; `api/images.py` loads them.
 
-    There is one only where the model has eyes.
+    Exists only if the model accepts images.
     """
 
     sources: list[ImageSource] = field(default_factory=list)
     loaded: list[tuple[bytes, ProcessedImage]] = field(default_factory=list)  # with their digests
 
     def add(self, content: object, param: str, *, is_base64: bool = False) -> dict[str, str]:
-        """Take an image; return what stands for it in a message.
+        """Add an image; return its placeholder for a message.
 
         Raises:
-            InvalidRequest: it is no text.
+            InvalidRequest: if it is not a string.
         """
         if not isinstance(content, str):
             refuse_field(param, "must be a string")
@@ -67,19 +67,19 @@ class Images:
 
 @dataclass(slots=True)
 class Conversation:
-    """A chat, as chat templates take it.
+    """A chat in the form that chat templates take.
 
     Attributes:
-        messages: plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
-            "image"}` for each of the images) and what else there is; calls are `{"id", "type": "function",
+        messages: Plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
+            "image"}` for each of the images) and other fields; calls are `{"id", "type": "function",
             "function": {"name", "arguments"}}`.
-        tools: `{"type": "function", "function": {...}}` each.
-        offers_tools: they may be called; templates are told of those that may not, too.
-        variables: further ones of the template.
-        is_continued: the last message is left open, for the model to go on with it.
-        adds_turn: the prompt ends by opening the assistant's turn.
-        echoes: the answer begins with the text of the message that is continued.
-        tool_prompt: TGI's: what to say behind the last message where tools are given.
+        tools: Tools as `{"type": "function", "function": {...}}`.
+        offers_tools: Whether they may be called; templates also receive tools that may not.
+        variables: Additional variables of the template.
+        is_continued: Whether the last message is left open for the model to continue.
+        adds_turn: Whether the prompt ends by opening the assistant's turn.
+        echoes: Whether the answer starts with the text of the continued message.
+        tool_prompt: TGI's text to add after the last message if there are tools.
     """
 
     messages: list[dict[str, Any]]
@@ -96,10 +96,10 @@ class Conversation:
 
 @dataclass(slots=True)
 class Text:
-    """A prompt that is no chat: text, or token ids that have been checked.
+    """A prompt that is not a chat: text, or checked token ids.
 
-    `needs_text`: its text is wanted beside its tokens, also where it came as ids. The text has the model's
-    placeholder for each of the images.
+    `needs_text`: whether its text is needed in addition to its tokens, even if it came as ids. The text has
+    the model's placeholder for each of the images.
     """
 
     content: str | list[int]
@@ -113,12 +113,12 @@ class Text:
 
 @dataclass(slots=True)
 class Constraint:
-    """What an answer's text must match, and the field that asked for it, as the client knows it.
+    """What an answer's text must match, and the client's name of the field that asked for it.
 
     Attributes:
-        make: takes milliseconds for large schemas.
-        prefix: of what is said where the grammar is refused.
-        grammar: once it is compiled: the prompts of one call share it.
+        make: Returns the grammar's source; takes milliseconds for large schemas.
+        prefix: Start of the message if the grammar is refused.
+        grammar: The compiled grammar, shared by the prompts of one call.
     """
 
     param: str
@@ -128,31 +128,31 @@ class Constraint:
 
     @classmethod
     def of(cls, param: str, kind: str, value: Any, *, is_strict: bool = False) -> Constraint:
-        """Return a constraint of one of the kinds that `source_of` knows, for the field that asked for it."""
+        """Return a constraint of a kind that `source_of` supports, for the field that asked for it."""
         return cls(param, partial(source_of, kind, value, is_strict=is_strict), f"`{param}`: ")
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which functions the model may call; there is none where nothing may be called."""
+    """The functions that the model may call; absent if it may call none."""
 
     specs: Sequence[ToolSpec]
     must_call: bool = False
-    is_named: bool = False  # the client chose the function: OpenAI then says that the answer just stopped
+    is_named: bool = False  # the client chose the function; OpenAI then reports finish_reason "stop"
     is_parallel: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """One prompt and what is wanted for it; each of its choices is a sequence of the engine's.
+    """One prompt and how to answer it; each of its choices is a sequence in the engine.
 
     Attributes:
-        check: what else may refuse it, once there is a permit (TGI's order).
-        where: its place in the call, put before the field of a refusal: `instances[2]`.
-        max_tokens: what the client asked for; None: `default_max_tokens`, or the rest of the context.
-        keep_tokens: of the prompt's end; -1: as many as the context has room for.
-        reads_reasoning: a reasoning section is told apart from the content.
-        adapter: the name of the one that it wants, where the API has a field for it (`adapter_id`).
+        check: Further validation, done once there is a permit (TGI's order).
+        where: Its path in the call, prepended to the field of a refusal: `instances[2]`.
+        max_tokens: Number that the client asked for; None: `default_max_tokens`, or the rest of the context.
+        keep_tokens: Number of tokens to keep at the prompt's end; -1: as many as fit into the context.
+        reads_reasoning: Whether a reasoning section is separated from the content.
+        adapter: Name of its adapter, if the API has a field for it (`adapter_id`).
     """
 
     prompt: Conversation | Text
@@ -186,11 +186,11 @@ class Call:
     """One request of a client.
 
     Attributes:
-        jobs: where there are none, the renderer's `whole` answers at once.
-        model: the name that the client gave.
-        render: makes what turns the answer's tokens into the dialect's bytes.
-        stream_type, keep_alive: of a streamed answer: its media type, and what fills a silence.
-        is_sum: times and counts are over several prompts; TGI has no `x-compute-time` then.
+        jobs: The prompts; if there are none, the renderer's `whole` answers at once.
+        model: Model name that the client sent.
+        render: Creates the renderer that turns the answer's tokens into the dialect's bytes.
+        stream_type, keep_alive: Media type of a streamed answer, and the bytes that fill a silence.
+        is_sum: Whether times and counts cover several prompts; TGI then omits `x-compute-time`.
     """
 
     jobs: Sequence[Job]
@@ -208,7 +208,7 @@ class Call:
 
 @dataclass(slots=True)
 class Prepared:
-    """A job that the engine can take, and how its answer is to be read (None: it is text)."""
+    """A job ready for the engine, and how to parse its answer (None: it is plain text)."""
 
     job: Job
     prompt: Prompt
@@ -218,12 +218,12 @@ class Prepared:
 
 @dataclass(slots=True)
 class Generation:
-    """A call under way: what its renderer knows.
+    """A call in progress, as its renderer sees it.
 
     Attributes:
-        model: the name to answer with.
-        channels: of the jobs, in order; filled when they are submitted.
-        num_shown: tokens of the whole answer that counts, where a renderer chose among several.
+        model: Name to answer with.
+        channels: The jobs' channels, in order; filled when they are submitted.
+        num_shown: Number of tokens of a whole answer that count, if the renderer chose among several choices.
     """
 
     served: Served
@@ -246,17 +246,17 @@ class Generation:
 
 
 class Renderer(Protocol):
-    """Makes the bytes of one call's answer: `whole`, or the others; in a thread where that takes long."""
+    """Produces the bytes of one call's answer: `whole`, or the other methods; in a thread if that is slow."""
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body that answers the jobs' choices."""
+        """Return the body of an answer with the jobs' choices."""
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return whole frames for the new events of job number `part`, or nothing."""
+        """Return complete frames for the new events of job number `part`, or nothing."""
 
     def close(self) -> bytes:
-        """Return what follows the last choice's last frame: nothing, where that says that it is the last."""
+        """Return what follows the last choice's last frame: nothing if that frame marks the end itself."""
         return b""
 
     def fail(self, error: TgiError) -> bytes:
-        """Return what ends a stream that has begun and cannot go on."""
+        """Return the frames that end a started stream after a failure."""

@@ -1,4 +1,4 @@
-"""What routes see of the server: settings, the model once it has loaded, threads for text and grammars."""
+"""The server state that routes share: settings, the loaded model, threads for text and grammars."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor, ModelInfo
 
-if TYPE_CHECKING:  # the last three import libraries that nobody needs before the model has loaded
+if TYPE_CHECKING:  # the last three import libraries that are not needed before the model has loaded
     from tgi_asgi.api.openai.response_store import ResponseStore
     from tgi_asgi.api.routes import Route
     from tgi_asgi.engine.stats import EngineStats
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the last three import libraries that nobody needs before th
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters
+_MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters each
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,24 +39,24 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class LoadProgress:
-    """How far loading has come. Written by the loading thread, read by `/health`."""
+    """Loading progress. Written by the loading thread, read by `/health`."""
 
     stage: str = "starting"
     done: int = 0
-    total: int | None = None  # in the stage's own unit (bytes, tensors); None: unknown
+    total: int | None = None  # in the stage's unit (bytes, tensors); None: unknown
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model that has loaded, and all that it takes to serve it."""
+    """A loaded model with everything needed to serve it."""
 
     engine: Engine
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
     stats: EngineStats | None = None  # the engine's counters, for `/metrics`
-    image_processor: ImageProcessor | None = None  # of a model with eyes
-    adapters: Adapters | None = None  # where adapters are served
+    image_processor: ImageProcessor | None = None  # if the model accepts images
+    adapters: Adapters | None = None  # if adapters are served
 
     @property
     def accepts_images(self) -> bool:
@@ -64,17 +64,17 @@ class Served:
         return self.image_processor is not None
 
     def new_images(self) -> Images | None:
-        """Return what takes a prompt's images, if the model has eyes."""
+        """Return a collector for a prompt's images if the model accepts images, else None."""
         return Images() if self.accepts_images else None
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """The model's special tokens by their text."""
+        """The model's special tokens, by text."""
         return {self.tokenizer.token_text(i): i for i in sorted(self.tokenizer.special_ids)}
 
     @cached_property
     def for_scores(self) -> Served:
-        """The same model with the template for the pairs that it scores."""
+        """The same model with the chat template for the pairs that it scores."""
         from tgi_asgi.text.chat.template import ChatTemplate
 
         source = self.info.scoring.template if self.info.scoring is not None else None
@@ -84,30 +84,30 @@ class Served:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """The compiler for the model's vocabulary, made for the first grammar."""
+        """Grammar compiler for the model's vocabulary, created for the first grammar."""
         from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.info.vocab_size)
 
 
 class ServerContext:
-    """One server's state, shared by all routes; changed on the event loop only.
+    """One server's state, shared by all routes; changed only on the event loop.
 
     Attributes:
-        served: the model, or None while it loads.
-        failure: why loading failed, or why the engine died, if it did.
-        metrics: what `/metrics` shows.
-        responses: the answers of `/v1/responses` that are kept.
-        text, grammars, counting: threads for prompts, for grammars, and for what is only counted.
-        pictures, names: threads for images, and for looking up the hosts that have them.
-        bodies: the bytes of all request bodies that are not answered yet, and of what they had fetched.
-        pixels: the bytes of all images of such requests, decoded or as the model takes them.
-        fetcher: fetches images.
-        routes: all of the server's, for its documents.
-        is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
+        served: The model, or None while it loads.
+        failure: The reason why loading failed or the engine died, if it did.
+        metrics: Metrics for `/metrics`.
+        responses: Stored answers of `/v1/responses`.
+        text, grammars, counting: Threads for prompts, for grammars, and for requests that only count tokens.
+        pictures, names: Threads for images, and for looking up their hosts.
+        bodies: Budget for bytes of unanswered request bodies and of what they fetched.
+        pixels: Budget for bytes of such requests' images, decoded or processed.
+        fetcher: Fetches images.
+        routes: All routes, for the OpenAPI document.
+        is_leaving: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
     """
 
-    responses: ResponseStore  # `app.py` puts it here
+    responses: ResponseStore  # set by `app.py`
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -122,11 +122,12 @@ class ServerContext:
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
         self.text = Pool(settings.validation_workers, "text")
-        # A schema may take a second, a book's tokens too: templates and prompts must not wait for them.
+        # Compiling a schema or counting a book's tokens may take a second, and must not delay templates and
+        # prompts.
         self.grammars = Pool(2, "grammar")
         self.counting = Pool(1, "count")
         self.pictures = Pool(2, "image")
-        self.names = Pool(8, "dns")  # which may hold each for half a minute
+        self.names = Pool(8, "dns")  # a lookup may occupy one for half a minute
         hosts = ",".join(settings.allowed_media_domains).lower().split(",")
         self.fetcher = Fetcher(frozenset(filter(None, hosts)), self._lookup, self._tls)
 
@@ -142,14 +143,14 @@ class ServerContext:
         return self.served.engine.state if self.served else EngineState.LOADING
 
     def report(self, stage: str, done: int, total: int | None) -> None:
-        """Take a loader's progress; called in its thread."""
+        """Record a loader's progress; called in its thread."""
         self.progress = LoadProgress(stage, done, total)
 
     def ready(self) -> Served:
         """Return the loaded model.
 
         Raises:
-            Unavailable: it is loading still, or failed, or the server is shutting down.
+            Unavailable: if it is still loading or failed, or the server is shutting down.
         """
         state = self.state
         if state is EngineState.READY and self.served is not None:
@@ -161,20 +162,20 @@ class ServerContext:
         raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
 
     def describe_progress(self) -> str:
-        """Say in a few words how far loading is: `reading weights, 41%`."""
+        """Return the loading progress in a few words: `reading weights, 41%`."""
         progress = self.progress
         if progress.total:
             return f"{progress.stage}, {100 * progress.done // progress.total}%"
         return progress.stage
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Log a warning unless this server has logged one on that topic; topics are few and ours."""
+        """Log a warning once per topic; the code defines the few topics."""
         if topic not in self._warned:
             self._warned.add(topic)
             logger.warning(message)
 
     def note_unknown_model(self, name: str) -> None:
-        """Log, once a name, that clients ask for a model that is not the served one."""
+        """Log, once per name, that a client asked for a model that is not served."""
         if name not in self._unknown_models and len(self._unknown_models) < _MAX_NAMES_LOGGED:
             self._unknown_models.add(name)
             logger.info("model %r was asked for; answering as the served one", name)
@@ -187,13 +188,13 @@ class ServerContext:
         return await self.names.run(ssl.create_default_context)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Shut down the threads."""
         for pool in (self.text, self.grammars, self.counting, self.pictures, self.names):
             pool.close()
 
 
 class Pool:
-    """Threads of one purpose, which the event loop gives slow work to."""
+    """Threads for one purpose, to which the event loop delegates slow work."""
 
     def __init__(self, size: int, name: str) -> None:
         self._executor = ThreadPoolExecutor(size, thread_name_prefix=f"tgi-{name}")
@@ -204,17 +205,17 @@ class Pool:
         return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
 
     def free(self, objects: list[object]) -> None:
-        """Let go of objects in a thread: half a million small ones take 40 ms."""
-        with suppress(RuntimeError):  # the threads have ended already, and the process is about to
+        """Free objects in a thread; half a million small ones take 40 ms."""
+        with suppress(RuntimeError):  # the threads have ended already, and the process will
             self._executor.submit(objects.clear)
 
     def close(self) -> None:
-        """Let the threads end; what waits is given up."""
+        """Shut down the threads; drop queued work."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _cleared(work: Callable[[], T]) -> T:
-    """Do some work; where it fails, free what it held here, not where its traceback ends up: in the loop."""
+    """Run some work; if it fails, free its frames' objects in this thread, not in the event loop."""
     try:
         return work()
     except BaseException as error:
@@ -223,7 +224,7 @@ def _cleared(work: Callable[[], T]) -> T:
 
 
 class ByteBudget:
-    """Bytes of `what` that may be held at a time, over all requests."""
+    """A limit of bytes of `what` held at a time, over all requests."""
 
     def __init__(self, most: int, what: str) -> None:
         self._most = most
@@ -231,15 +232,15 @@ class ByteBudget:
         self.held = 0
 
     def take(self, size: int, own: int = 0) -> None:
-        """Hold so many more for a request for which `own` bytes are held already.
+        """Hold `size` more bytes for a request that already holds `own`.
 
         Raises:
-            Overloaded: they are too many now.
+            Overloaded: if there are too many now.
         """
-        if self.held > own and self.held + size > self._most:  # one request alone has limits of its own
+        if self.held > own and self.held + size > self._most:  # a request on its own has other limits
             raise Overloaded(f"The server holds as many {self._what} as it may")
         self.held += size
 
     def give_back(self, size: int) -> None:
-        """Let go of what was taken."""
+        """Release bytes that were taken."""
         self.held -= size

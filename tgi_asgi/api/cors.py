@@ -1,6 +1,7 @@
 """Cross-origin requests: preflights, and the headers that let a browser read an answer.
 
-Off unless the operator names origins. `app.py` asks before it routes: a preflight carries no key.
+Off unless the operator configures origins. `app.py` checks this before routing, because a preflight has no
+key.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tgi_asgi.api.asgi import Header
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.settings import Settings
 
-# Browsers ask with a list of header names; `*` would leave out Authorization, so what is asked is allowed.
+# Browsers send a list of header names. `*` would not cover Authorization, so the requested names are allowed.
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2048}")
 _DEFAULT_HEADERS = b"authorization, content-type, x-request-id"
 _EXPOSED = b", ".join(
@@ -24,7 +25,7 @@ _EXPOSED = b", ".join(
 
 
 class Cors:
-    """The origins that browsers may call from; `*` is any, as with TGI, which allowed that by default."""
+    """The origins that browsers may call from; `*` is any, which was TGI's default."""
 
     def __init__(self, settings: Settings) -> None:
         origins = settings.cors_allow_origin or ("*",) * settings.tgi_compat
@@ -34,12 +35,12 @@ class Cors:
     def preflight(self, exchange: Exchange) -> list[Header] | None:
         """Return the headers that answer a preflight, or None for any other request.
 
-        What any answer to the request needs is added to its headers.
+        Headers that every answer to the request needs are added to its response headers.
         """
         if not self._origins:
             return None
         origin = b"*" if self._is_any else exchange.header(b"origin")
-        if not self._is_any:  # caches must not give one origin's answer to another, allowed or not
+        if not self._is_any:  # caches must not serve one origin's answer to another
             exchange.response_headers.append((b"vary", b"origin"))
         if origin in self._origins:
             exchange.response_headers.append((b"access-control-allow-origin", origin or b""))

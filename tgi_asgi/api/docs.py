@@ -1,6 +1,6 @@
-"""The API's description: `/api-doc/openapi.json`, which the page at `/docs` shows.
+"""The API's description, `/api-doc/openapi.json`, which the page at `/docs` shows.
 
-It is made from the route table and from the very structs that requests are decoded with, so it cannot drift.
+It is generated from the route table and the structs that decode requests, so it cannot drift.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def openapi_json(exchange: Exchange) -> None:
 
 
 def _document(context: ServerContext) -> Schema:
-    """Return the OpenAPI 3.1 document; once the model has loaded, the limits in it are those that hold."""
+    """Return the OpenAPI 3.1 document; once the model has loaded, it has the actual limits."""
     settings = context.settings
     needs_key = bool(settings.api_key or settings.api_key_file is not None)
     documented = [row for row in context.routes if row.summary]
@@ -64,7 +64,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
         content[row.media_type] = {"schema": schemas[row.response]}
     if row.event is not None:
         content[row.stream_type] = {"schema": _stream(row, schemas[row.event])}
-    # By the example of one; of several kinds of request, each has its own.
+    # The schema is taken from an example error; several kinds of request have one each.
     dialects = (NATIVE, OPENAI) if len(row.requests) > 1 else (row.dialect,)
     envelope = _any_of([_like(dialect.envelope(InvalidRequest(""))) for dialect in dialects])
     error = {"description": "Refused or failed", "content": {JSON.decode(): {"schema": envelope}}}
@@ -88,7 +88,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
 
 
 def _stream(row: Route, event: Schema) -> Schema:
-    """Return the schema of a stream, which is that of its lines, or of an event of the server's."""
+    """Return the schema of a stream's line, or of a server-sent event."""
     if row.stream_type != "text/event-stream":
         return event
     if row.event is not str:
@@ -108,7 +108,7 @@ def _any_of(schemas: Sequence[Schema]) -> Schema:
 
 
 def _put_limits(components: Schema, limits: Limits, info: ModelInfo) -> None:
-    """Replace TGI's default bounds by this server's."""
+    """Replace TGI's default bounds with this server's."""
     fields = components["GenerateParameters"]["properties"]
     fields["best_of"]["maximum"] = limits.best_of
     fields["stop"]["maxItems"] = limits.stops

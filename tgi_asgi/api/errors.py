@@ -1,6 +1,6 @@
-"""The only place that knows what status and envelope an error has, in each API's dialect.
+"""The only place that maps an error to a status and envelope, in each API's dialect.
 
-The border of `app.py` asks for errors before the response has started, stream renderers after.
+`app.py` uses it for errors before the response has started, stream renderers for later ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Envelope = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an error is to clients: TGI's status and prefix, OpenAI's status, type and code."""
+    """How an error appears to clients: TGI's status and prefix, OpenAI's status, type and code."""
 
     native_status: int
     native_prefix: str
@@ -64,24 +64,24 @@ _INTERNAL_MESSAGE = "Internal server error"
 
 
 def rule_of(error: BaseException) -> Rule:
-    """Return what an error is to clients; anything that is not ours is a 500."""
+    """Return how an error appears to clients; an exception that is not a TgiError is a 500."""
     return next((RULES[kind] for kind in type(error).__mro__ if kind in RULES), _INTERNAL)
 
 
 def message_of(error: BaseException) -> str:
-    """Return what a client is told; foreign exceptions tell it nothing."""
+    """Return the message for the client; exceptions that are not a TgiError reveal nothing."""
     return error.message if isinstance(error, TgiError) else _INTERNAL_MESSAGE
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Whose manners the answers to a request have.
+    """The conventions of the API that a request uses.
 
     Attributes:
-        status, envelope: of an error.
-        names: what the API calls a field that `Call` has another name for, by the latter.
-        nests_tools: a tool's fields lie under its `function`.
-        request_id_header: where its clients look for the request's id, besides `x-request-id`.
+        status, envelope: Functions that return an error's status and body.
+        names: The API's field names, by the names that `Call` uses.
+        nests_tools: Whether a tool's fields are nested in its `function`.
+        request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one.
     """
 
     name: str
@@ -89,11 +89,11 @@ class Dialect:
     status: Callable[[BaseException], int] = lambda error: rule_of(error).status
     names: Mapping[str, str] = field(default_factory=dict)
     nests_tools: bool = False
-    is_json_only: bool = False  # a body must be declared to be JSON
+    is_json_only: bool = False  # whether a body must be declared as JSON
     request_id_header: bytes | None = None
 
     def spell(self, path: Field) -> str:
-        """Return a field as the API's clients write it: `tools[2].function.name`."""
+        """Return a field in the notation of the API's clients: `tools[2].function.name`."""
         first, *rest = path
         if first == "tools" and self.nests_tools and len(rest) > 1:
             rest.insert(1, "function")
@@ -101,13 +101,13 @@ class Dialect:
         return self.names.get(str(first), str(first)) + tail
 
     def tell(self, error: BaseException) -> None:
-        """Give a refusal the names that the client knows."""
+        """Rewrite a refusal to use the field names that the client knows."""
         if isinstance(error, InvalidRequest):
             error.spell(self.spell)
 
 
 def error_event(error: BaseException, dialect: Dialect) -> bytes:
-    """Return an error as one event of a stream that has already begun."""
+    """Return an error as an event of a stream that has already begun."""
     return b"data: " + orjson.dumps(dialect.envelope(error)) + b"\n\n"
 
 
@@ -115,14 +115,14 @@ def headers_of(error: BaseException) -> list[Header]:
     """Return the headers that an error adds to its response."""
     match error:
         case errors.Overloaded() | errors.Unavailable():
-            # SDKs give up at once on more than 120 seconds, and hammer without any.
+            # SDKs give up at once above 120 seconds, and retry rapidly without the header.
             return [(b"retry-after", b"%d" % min(max(error.retry_after_s, 1), 120))]
         case errors.Unauthorized():
             return [(b"www-authenticate", b"Bearer")]
         case errors.MethodNotAllowed():
             return [(b"allow", ", ".join(error.allow).encode("ascii"))]
         case errors.RequestAborted():
-            return [(b"x-should-retry", b"false")]  # OpenAI's and Anthropic's SDKs ask it before they retry
+            return [(b"x-should-retry", b"false")]  # OpenAI's and Anthropic's SDKs check it before they retry
         case errors.PayloadTooLarge() | errors.RequestTimeout():
             return [(b"connection", b"close")]
     return []

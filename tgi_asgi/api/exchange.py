@@ -1,7 +1,7 @@
-"""One HTTP request and its answer: what every handler gets.
+"""One HTTP request and its answer, which every handler receives.
 
-Made by `app.py` for each request; checks, handlers and the access log share it. It exists so that no layer
-has to wrap `send`: a wrapper would cost every streamed token.
+`app.py` creates it for each request; checks, handlers and the access log share it. It exists so that no layer
+has to wrap `send`: a wrapper would cost time for every streamed token.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
+LARGE_BODY = 32 * 1024  # reading more than this, if in a thousand short messages, takes milliseconds
 
 
 class Exchange:
-    """A request, and the response as far as it has come.
+    """A request and the current state of its response.
 
     Attributes:
-        dialect: whose envelope an error gets; a handler may change it once it has seen the body.
-        route: the row of the table that matched, or None.
-        tenant: whom the request is counted for, where there are API keys.
-        response_headers: added to whatever is answered (request id, CORS).
-        status: of the response once it has started, else None.
-        channels: the engine's channels of this request, for the access log and metrics.
-        leases: of the adapters that it uses.
-        error: what went wrong, if anything did.
-        is_disconnected: the client left before the response had ended.
-        is_large: handling the body or the answer at once would keep the event loop for too long; set by
-            whoever learns of a size: `read_body`, and `life.py` or a handler for what follows from it.
-        remains: what holds objects that are many, added by whoever makes them: where the exchange is large,
-            to free them would keep the loop, too.
+        dialect: API whose error envelope is used; a handler may change it after reading the body.
+        route: The matching row of the route table, or None.
+        tenant: Name of the API key that the request counts against, if there are keys.
+        response_headers: Headers added to any answer (request id, CORS).
+        status: Status of the response once it has started, else None.
+        channels: The request's engine channels, for the access log and metrics.
+        leases: References to the adapters that it uses.
+        error: The exception that ended the request, if any.
+        is_disconnected: Whether the client disconnected before the end of the response.
+        is_large: Whether handling the body or the answer inline would block the event loop for too long. Set
+            when a size becomes known: in `read_body`, and in `life.py` or a handler for later stages.
+        remains: Holders of many objects, added by their creators: if the exchange is large, freeing them
+            would block the event loop, too.
     """
 
     __slots__ = (
@@ -73,8 +73,8 @@ class Exchange:
         self.channels: list[Channel] = []
         self.leases: list[Lease] = []
         self.error: BaseException | None = None
-        self._num_held = 0  # bytes of the body, and of what it had fetched, that are counted as held
-        self._num_image_bytes = 0  # likewise, of images that have been decoded
+        self._num_held = 0  # counted bytes of the body and of what was fetched
+        self._num_image_bytes = 0  # counted bytes of decoded images
         self.is_body_read = False
         self.is_disconnected = False
         self.is_large = False
@@ -93,38 +93,38 @@ class Exchange:
         return asgi.header(self.scope, name)
 
     async def read_body(self) -> bytes:
-        """Read the body under the server's limit.
+        """Read the body, within the server's limit.
 
         Raises:
             PayloadTooLarge, RequestTimeout, Overloaded, ClientDisconnected: see `asgi.read_body`.
-            UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
+            UnsupportedMediaType: if it is compressed, or (on native routes) not of a JSON type.
         """
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
-        if self.route is None or len(self.route.requests) < 2:  # else its kind decides
+        if self.route is None or len(self.route.requests) < 2:  # otherwise its kind decides
             self.require_json()
-        self.is_body_read = True  # from here on read_body drains what it refuses
+        self.is_body_read = True  # from here on, `asgi.read_body` drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit
         parts = await asgi.read_body(self.receive, declared, most, self.hold)
         self.is_large |= sum(map(len, parts)) > LARGE_BODY
         return await self.work(b"".join, parts)
 
     def hold(self, size: int) -> None:
-        """Count bytes that came for the request, before they are kept.
+        """Count bytes that arrived for the request, before they are kept.
 
         Raises:
-            Overloaded: all requests together hold too many.
+            Overloaded: if all requests together hold too many.
         """
         self.context.bodies.take(size, self._num_held)
         self._num_held += size
 
     def hold_image(self, size: int, param: str) -> None:
-        """Count bytes of images before they are taken; fewer than none are given back.
+        """Count bytes of images before they are allocated; a negative size releases bytes.
 
         Raises:
-            Overloaded: all requests together hold too many.
-            InvalidRequest: this one alone does.
+            Overloaded: if all requests together hold too many.
+            InvalidRequest: if this request alone does.
         """
         most = self.context.settings.max_image_memory
         if size > 0 and self._num_image_bytes + size > most:
@@ -137,7 +137,7 @@ class Exchange:
         self._num_image_bytes += size
 
     def close(self) -> None:
-        """Let go of all that the request held, once; what is large is freed in a thread."""
+        """Release everything that the request held, once; large objects are freed in a thread."""
         self.context.bodies.give_back(self._num_held)
         self.context.pixels.give_back(self._num_image_bytes)
         for lease in self.leases:
@@ -145,15 +145,15 @@ class Exchange:
         self.leases.clear()
         remains = [*self.remains, *self.channels]
         self.remains.clear()
-        self.channels.clear()  # their sinks know whom they render for, who knows this list
+        self.channels.clear()  # breaks a cycle: their sinks refer to renderers, which refer to this list
         if self.is_large:
             self.context.text.free(remains)
 
     def require_json(self) -> None:
-        """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
+        """Refuse a body not declared as JSON if the request is TGI's; OpenAI's API accepts any type.
 
         Raises:
-            UnsupportedMediaType: it is declared to be something else, or nothing.
+            UnsupportedMediaType: if another content type is declared, or none.
         """
         kind = (self.header(b"content-type") or b"").split(b";", 1)[0].strip().lower()
         is_json = kind == JSON or (kind.startswith(b"application/") and kind.endswith(b"+json"))
@@ -164,13 +164,13 @@ class Exchange:
         """Read and decode the body; large ones are decoded in a thread.
 
         Raises:
-            InvalidRequest: it is no JSON, or not of the decoder's type.
+            InvalidRequest: if it is not JSON, or not of the decoder's type.
         """
         body = await self.read_body()
         return await self.work(decode_json, body, decoder)
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a pure function of the request at once, or in a thread if the body was large."""
+        """Run a pure function of the request inline, or in a thread if the request is large."""
         if self.is_large:
             return await self.context.text.run(function, *args, **kwargs)
         return function(*args, **kwargs)
@@ -178,7 +178,7 @@ class Exchange:
     async def respond(
         self, status: int, body: bytes, content_type: bytes = JSON, headers: Iterable[Header] = ()
     ) -> None:
-        """Send the whole response; a HEAD request, and who has the body (304), get the headers alone."""
+        """Send the whole response; HEAD requests and 304 responses get only the headers."""
         self.status = status
         size = (b"content-length", b"%d" % len(body))
         all_headers = [(b"content-type", content_type), size, *headers, *self.response_headers]
@@ -192,9 +192,10 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
-        self.error = error.with_traceback(None)  # its frames hold this exchange
+        self.error = error.with_traceback(None)  # its frames refer to this exchange
         if not self.is_body_read:
-            # An unread body hides disconnects from us and our answer from the client.
+            # While a body is unread, the server does not see disconnects and the client does not see the
+            # answer.
             self.is_body_read = True
             await asgi.drain(asgi.parts_of(self.receive))
         dialect = self.dialect
@@ -202,17 +203,17 @@ class Exchange:
         await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))
 
     async def wait_for_disconnect(self) -> None:
-        """Return when the client has gone; the body must have been read."""
+        """Return once the client has disconnected; the body must have been read."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
     def disconnect(self) -> ClientDisconnected:
-        """Note that the client has gone, give the request's channels up, and return what to raise."""
+        """Record the disconnect, cancel the request's channels, and return the exception to raise."""
         self.is_disconnected = True
         self.give_up()
         return ClientDisconnected()
 
     def give_up(self) -> None:
-        """Cancel what the engine still generates for the request."""
+        """Cancel everything that the engine still generates for the request."""
         for channel in self.channels:
             channel.cancel()

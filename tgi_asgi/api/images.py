@@ -1,6 +1,6 @@
-"""The images of a request: fetched, decoded and made into what the model takes, all within bounds.
+"""The images of a request: fetched, decoded and processed for the model, all within limits.
 
-`load_images` is called behind the permit and before the prompt is made (`life.py`).
+`load_images` is called after the permit is taken and before the prompt is made (`life.py`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
 from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, open_picture
 from tgi_asgi.types import Image, ImageInput
 
-FETCH_TIMEOUT_S = 10.0  # for all images of a prompt
-MAX_FETCHES = 4  # of a prompt at a time
+FETCH_TIMEOUT_S = 10.0  # for all images of a prompt together
+MAX_FETCHES = 4  # concurrent, per prompt
 
 
 def check_images(prompts: Sequence[Images | None], most: int) -> None:
-    """Count the images of a request's prompts, before anything is done for them.
+    """Check the number of images in a request's prompts, before any work is done on them.
 
     Raises:
-        InvalidRequest: they are more than `most`.
+        InvalidRequest: if there are more than `most`.
     """
     sources = [source for images in prompts if images is not None for source in images.sources]
     if len(sources) > most:
@@ -35,16 +35,16 @@ def check_images(prompts: Sequence[Images | None], most: int) -> None:
 
 
 async def load_images(exchange: Exchange, served: Served, images: Images) -> None:
-    """Fetch and decode the images of a prompt, and have the model's processor make of them what it takes.
+    """Fetch and decode the images of a prompt, and run the model's image processor on them.
 
     Raises:
-        InvalidRequest: one cannot be had, read or taken; `param` names it.
-        ImageTooLarge, ImageTimeout: those that are fetched are too long, or take too long.
-        Overloaded: all requests together hold too many bytes.
+        InvalidRequest: if one cannot be fetched, read or used; `param` names it.
+        ImageTooLarge, ImageTimeout: if fetched images are too large or too slow.
+        Overloaded: if all requests together hold too many bytes.
     """
     if not images.sources:
         return
-    assert served.image_processor is not None, "a model without eyes is given no images"
+    assert served.image_processor is not None, "a model without image processor gets no images"
     files = await _fetch(exchange, images.sources)
     num_bytes, decoded = 0, []
     for i, source in enumerate(images.sources):
@@ -58,10 +58,9 @@ async def load_images(exchange: Exchange, served: Served, images: Images) -> Non
 
 
 def kept_apart(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInput, ...]:
-    """Return images with digests of those alone who have this salt.
+    """Return images whose digests are specific to this salt.
 
-    By the digest an encoded image is found again: how soon an answer comes must not tell one client what
-    another has sent.
+    Encoded images are cached by digest. Response times must not reveal to one client what another has sent.
     """
     if salt is None:
         return tuple(images)
@@ -73,11 +72,11 @@ def kept_apart(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInp
 
 
 async def _decode(exchange: Exchange, source: ImageSource, file: bytes | None) -> tuple[Image, int]:
-    """Return an image, and how many bytes are held for it."""
+    """Return an image, and the number of bytes held for it."""
     context = exchange.context
     opened = await context.pictures.run(_open, source, file, context.settings.max_image_pixels)
     exchange.hold_image(opened.decoding_bytes, source.param)
-    image = await context.pictures.run(opened.decode)  # where it fails all is given back with the request
+    image = await context.pictures.run(opened.decode)  # on failure, the request's end releases everything
     exchange.hold_image(opened.decoded_bytes - opened.decoding_bytes, source.param)
     return image, opened.decoded_bytes
 
@@ -90,7 +89,7 @@ def _open(source: ImageSource, file: bytes | None, max_pixels: int) -> Opened:
 
 
 async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[bytes | None]:
-    """Return the files of those images that lie elsewhere."""
+    """Return the files of the images that must be fetched."""
     files: list[bytes | None] = [None] * len(sources)
     remote = [i for i, each in enumerate(sources) if not (each.is_base64 or each.content.startswith("data:"))]
     if not remote:
@@ -117,7 +116,7 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
         late = sources[next((i for i in remote if files[i] is None), remote[-1])].param
         message = f"`{late}` could not be fetched within {FETCH_TIMEOUT_S:.0f} seconds"
         raise ImageTimeout(message, param=late) from None
-    except ExceptionGroup as failed:  # the first of them has ended the others
+    except ExceptionGroup as failed:  # the first failure has cancelled the others
         raise failed.exceptions[0] from None
     return files
 
@@ -127,7 +126,7 @@ class _TooLong(Exception):
 
 
 class _Room:
-    """Counts what is fetched for a prompt, against the limit of a body and all that requests hold."""
+    """Counts bytes fetched for a prompt against the body limit and the bytes held by all requests."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange

@@ -1,8 +1,8 @@
-"""The one life of a request that generates: read, check, take a permit, make the prompt, generate, deliver.
+"""The life cycle of a generating request: read, check, take a permit, make the prompt, generate, deliver.
 
     route = Route("POST", "/v1/chat/completions", generating(parse_chat), ...)
 
-A dialect brings `parse`, a function from a body to a `Call`, whose renderer makes the answer's bytes.
+Each dialect provides `parse`, a function from a body to a `Call`, whose renderer produces the answer's bytes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopCondi
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal of `errors.py`
+Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
 Handler = Callable[[Exchange], Awaitable[None]]
 
-LARGE_ANSWER = 500  # entries of tokens and alternatives; rendering one takes some 5 us
+LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
 _MAX_HEADER_CHARS = 1000
 
 
 def generating(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads.
 
-    `parse` is a pure function; it runs in a thread where the body is large. It may return what is left to be
-    done, having learnt that this is large (`Exchange.is_large`).
+    `parse` is a pure function; it runs in a thread if the body is large. It may return a function with the
+    remaining work after finding out that this is large (`Exchange.is_large`).
     """
 
     async def handle(exchange: Exchange) -> None:
@@ -50,16 +50,16 @@ def generating(parse: Parse) -> Handler:
 
 @dataclass(frozen=True, slots=True)
 class WithImages:
-    """What is left of some work once a prompt's images have been loaded."""
+    """Work that continues once a prompt's images have been loaded."""
 
     images: Images
     rest: Callable[[], bytes]
 
 
 def counting(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
-    """Return the handler of a route that tokenises, and generates nothing: `work` makes its answer of a body.
+    """Return the handler of a route that tokenises without generating; `work` turns a body into the answer.
 
-    It runs in a thread, under a permit: whoever tokenises takes part in admission.
+    `work` runs in a thread, under a permit, because tokenising is subject to admission.
     """
 
     async def handle(exchange: Exchange) -> None:
@@ -76,16 +76,16 @@ def counting(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
 
 
 def counted(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
-    """Return what `count` does, at once or when images have been loaded."""
+    """Return the result of `count`, at once or after images have been loaded."""
     return WithImages(images, count) if images is not None and images.sources else count()
 
 
 async def generate(exchange: Exchange, parse: Parse) -> None:
-    """Answer a request that generates.
+    """Answer a generating request.
 
     Raises:
-        TgiError: it is refused, or failed before its answer began.
-        ClientDisconnected: its client went away.
+        TgiError: if the request is refused, or fails before its answer begins.
+        ClientDisconnected: if the client disconnects.
     """
     served = exchange.context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
@@ -104,7 +104,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
             with placed(job.where, exchange.dialect):
                 if job.check is not None:
                     job.check()
-        # Nothing is awaited between these checks, what `model` was taken for, and this.
+        # Nothing is awaited between these checks, the resolution of `model`, and this line.
         names = [model if job.adapter is None else job.adapter for job in call.jobs]
         adapters = await lease_adapters(exchange, served, names)
         jobs = [
@@ -137,10 +137,10 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
 
 
 def served_name(exchange: Exchange, requested: str | None) -> str:
-    """Return the model name to answer with: the one asked for, or the served model's own.
+    """Return the model name for the answer: the requested name, or the served model's own.
 
     Raises:
-        UnknownModel: names are strict and this one is not served.
+        UnknownModel: if names are strict and this one is not served.
     """
     context = exchange.context
     own = context.ready().info.model_id
@@ -159,13 +159,13 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
 async def lease_adapters(
     exchange: Exchange, served: Served, names: Sequence[str | None]
 ) -> list[Adapter | None]:
-    """Return the adapter of each name, held until the exchange ends; None where it is no adapter's.
+    """Return each name's adapter, held until the exchange ends; None for names that are not adapters.
 
-    Which names are adapters' is decided before anything is awaited: one that is unloaded while this waits is
-    refused, and not answered by the base.
+    Which names are adapters is decided before the first await. A name that is unloaded meanwhile is refused,
+    not answered by the base model.
 
     Raises:
-        TgiError: one cannot be had, or not now.
+        TgiError: if an adapter is not available, or not now.
     """
     if served.adapters is None:
         return [None] * len(names)
@@ -178,11 +178,11 @@ async def lease_adapters(
 
 
 async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter | None) -> Prepared:
-    """Make a job's prompt and grammar, in threads, and put it together for the engine.
+    """Make a job's prompt and grammar in threads, and build the engine's request.
 
     Raises:
-        InvalidRequest: a message or a grammar is refused, or the prompt does not fit.
-        TemplateError: there is no template, or it refused the messages.
+        InvalidRequest: if a message or a grammar is refused, or the prompt does not fit.
+        TemplateError: if there is no template, or it refuses the messages.
     """
     context = exchange.context
     with placed(job.where, exchange.dialect):
@@ -227,7 +227,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
 
 
 async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
-    """Compile what constrains an answer; tell the client of keywords that are not enforced."""
+    """Compile an answer's constraint; report schema keywords that are not enforced to the client."""
     context, constraint = exchange.context, job.constraint
     compiler = context.ready().grammars
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
@@ -251,13 +251,13 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
         names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
         logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
         header = (b"x-tgi-ignored-keywords", names)
-        if header not in exchange.response_headers:  # another part of the call has said it
+        if header not in exchange.response_headers:  # another part of the call may have added it
             exchange.response_headers.append(header)
     return grammar
 
 
 def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
-    """Return what keeps one client's cached prefixes from telling another what it has sent."""
+    """Return a salt that separates clients' cached prefixes, so timing does not reveal others' prompts."""
     tenant = exchange.tenant
     if tenant is None or exchange.context.settings.share_prefix_cache:
         return salt
@@ -266,7 +266,7 @@ def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
 
 @contextlib.contextmanager
 def placed(where: str, dialect: Dialect) -> Iterator[None]:
-    """Say in a refusal which of the call's parts it means."""
+    """Prefix a refusal with the part of the call that it concerns."""
     try:
         yield
     except InvalidRequest as error:
@@ -278,11 +278,11 @@ def placed(where: str, dialect: Dialect) -> Iterator[None]:
 
 
 async def collect(exchange: Exchange) -> list[Choices]:
-    """Wait for every choice of every channel: `result[part][choice]` is that choice's events in order.
+    """Wait for every choice of every channel: `result[part][choice]` has that choice's events in order.
 
     Raises:
-        TgiError: one channel failed; the others are given up.
-        ClientDisconnected: the client went away; all are given up.
+        TgiError: if one channel failed; the others are cancelled.
+        ClientDisconnected: if the client disconnected; all are cancelled.
     """
     channels = exchange.channels
     sinks = [_Choices(channel.request.n) for channel in channels]
@@ -297,7 +297,7 @@ async def collect(exchange: Exchange) -> list[Choices]:
         ended.result()
     finally:
         watch.cancel()
-        # Cancelled, it ends with an error that asyncio would log if nobody looked at it.
+        # When cancelled, it ends with an error that asyncio would log unless it is retrieved.
         ended.add_done_callback(lambda done: done.cancelled() or done.exception())
         ended.cancel()
         exchange.give_up()
@@ -328,12 +328,12 @@ class _Choices:
 
 @contextlib.contextmanager
 def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
-    """Take room for all choices of a call at once, and give back in the end what the engine did not take.
+    """Take a permit for all choices of a call at once, and finally release what the engine did not take.
 
-    At once, because to find room others may have to go, and they should not for a call that is refused.
+    All at once, because admission may displace other requests, and a call that is refused must not do that.
 
     Raises:
-        Overloaded, Unavailable: there is no room; nothing is held then.
+        Overloaded, Unavailable: if there is no capacity; nothing is held then.
     """
     permit = exchange.context.ready().engine.acquire(num_choices, exchange.tenant)
     try:
@@ -343,7 +343,7 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
 
 
 def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, permit: Permit) -> None:
-    """Hand one of an exchange's prompts to the engine, with its part of the room."""
+    """Submit one of an exchange's prompts to the engine, with its part of the permit."""
     part = permit.split(request.n)
     try:
         exchange.channels.append(engine.submit(request, part))

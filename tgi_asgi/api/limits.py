@@ -1,4 +1,4 @@
-"""How much one request may ask for: TGI's limits, OpenAI's, the operator's, and the room in the context."""
+"""How much one request may ask for: TGI's and OpenAI's limits, the operator's, and the context length."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tgi_asgi.errors import ContextExceeded, InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
-MAX_STOP_CHARS = 1024  # of one stop string: matching holds that much text back at worst
-MAX_IDS = 1024  # entries of logit_bias and of stop_token_ids: each costs time in every step
-MAX_TOOLS = 1024  # of a request; agents bring some 200, and 100,000 hold a thread for a minute
-MAX_CHOICES = 128  # of a request, over all its prompts
-# TGI tests the room for at most this many new tokens, and then generates until the context is full.
+MAX_STOP_CHARS = 1024  # per stop string: matching holds back up to that much text
+MAX_IDS = 1024  # of logit_bias and of stop_token_ids: each costs time in every step
+MAX_TOOLS = 1024  # per request; agents send about 200, and 100,000 occupy a thread for a minute
+MAX_CHOICES = 128  # per request, over all its prompts
+# TGI checks that at most this many new tokens fit, and then generates until the context is full.
 TGI_TESTED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of one API's requests: by default TGI's or OpenAI's, else as the operator says."""
+    """The bounds of one API's requests: TGI's or OpenAI's by default, overridden by the operator."""
 
     best_of: int
     stops: int
@@ -42,7 +42,7 @@ class Limits:
 
 
 class Room(enum.Enum):
-    """What happens where a prompt and the tokens asked for do not fit into the context together."""
+    """What happens if a prompt and the requested tokens do not fit into the context together."""
 
     REFUSED = "refused"
     CLIPPED = "clipped"  # the answer ends with the context
@@ -52,12 +52,12 @@ class Room(enum.Enum):
         """Return how many tokens a prompt's answer may have.
 
         Args:
-            max_tokens: what was asked for.
-            default: where nothing was; None fills the context.
+            max_tokens: Requested number of tokens.
+            default: Number if none was requested; None fills the context.
 
         Raises:
-            ContextExceeded: the prompt does not fit, or what was asked for does not fit behind it.
-            InvalidRequest: the same in TGI's words.
+            ContextExceeded: if the prompt, or the prompt with the requested tokens, does not fit.
+            InvalidRequest: the same, in TGI's wording.
         """
         if self is Room.TGI:
             return _tgi_budget(info, num_prompt, max_tokens)
@@ -89,10 +89,10 @@ def check_stops(stops: tuple[str, ...], most: int, param: str, *, is_list: bool 
 
 
 def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -> None:
-    """Refuse a text that is too long whatever its tokens are, before time is spent on them.
+    """Refuse a text that is too long however it is tokenised, before spending time on it.
 
     Raises:
-        ContextExceeded: it is.
+        ContextExceeded: if the text is too long.
     """
     least = -(-num_characters // max(longest_token, 1))
     if least > info.max_input_tokens:
@@ -120,7 +120,7 @@ def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int
 def _too_long(
     limit: str, given: str, num_tokens: int, info: ModelInfo, what: str = "{field}"
 ) -> ContextExceeded:
-    # LiteLLM looks for the first phrase, LangChain for the code, which exception texts otherwise lack.
+    # LiteLLM looks for the first phrase. LangChain looks for the code, which exception texts otherwise lack.
     return ContextExceeded(
         f"This model's maximum context length is {limit}. However, {given}. "
         f"Please reduce the length of the {what}. (context_length_exceeded)",

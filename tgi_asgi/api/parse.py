@@ -1,7 +1,7 @@
-"""Decode a JSON body into a msgspec struct, and say which field was wrong by its dotted path.
+"""Decode a JSON body into a msgspec struct, and name a wrong field by its dotted path.
 
-Types are strict and decoded at the edge; ranges stand beside them as JSON Schema keywords (`range_of`), which
-`check_ranges` enforces in one order and one wording and the OpenAPI document shows.
+Types are strict and checked while decoding. Ranges are annotated as JSON Schema keywords (`range_of`):
+`check_ranges` enforces them in a fixed order and wording, and the OpenAPI document shows them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tgi_asgi.errors import InvalidRequest
 
 T = TypeVar("T")
 
-MAX_ECHOED_CHARS = 256  # of what a client names and gets back: it stands in every chunk of a stream
+MAX_ECHOED_CHARS = 256  # of a client's name that is sent back, in every chunk of a stream
 
 _AT = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*?)(?:\[\.{3}\])?`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(.*)`$")
@@ -29,10 +29,10 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode `body` strictly: types are not coerced, unknown fields are ignored.
 
     Raises:
-        InvalidRequest: with `is_syntax` when the body is not JSON; else `param` names the field at fault.
+        InvalidRequest: with `is_syntax` if the body is not JSON; otherwise `param` names the wrong field.
     """
     try:
-        # msgspec skips unknown fields without looking at their bytes.
+        # msgspec skips unknown fields without validating their bytes.
         body.decode("utf-8")
         return decoder.decode(body)
     except UnicodeDecodeError:
@@ -46,7 +46,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def invalid_field(message: str) -> InvalidRequest:
-    """Turn msgspec's words (`Expected ... - at `$.a[0].b``) into ours, with the field's path in `param`."""
+    """Translate msgspec's message (`Expected ... - at `$.a[0].b``), with the field's path in `param`."""
     path = ""
     if match := _AT.match(message):
         message, path = match.groups()
@@ -60,24 +60,24 @@ def invalid_field(message: str) -> InvalidRequest:
 
 
 def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
-    """Refuse the request for one field."""
+    """Refuse the request because of one field."""
     raise InvalidRequest(message, param=param, code=code)
 
 
 def refuse_field(param: str, rule: str, code: str | None = None) -> NoReturn:
-    """Refuse the request for one field, whose name the message begins with."""
+    """Refuse the request because of one field, whose name starts the message."""
     refuse(param, f"`{param}` {rule}", code)
 
 
 def check_unset(request: Struct, names: Sequence[str]) -> None:
-    """Refuse fields that only clients of other servers set to anything."""
+    """Refuse fields of other servers' APIs that are set to anything."""
     for name in names:
         if getattr(request, name) not in (None, False, "", []):
             refuse_field(name, "is not supported by this server", "unsupported_parameter")
 
 
 def range_of(**keywords: float) -> Meta:
-    """Bound a number, for `check_ranges` and for the OpenAPI document."""
+    """Return the bounds of a number, for `check_ranges` and the OpenAPI document."""
     return Meta(extra_json_schema=dict(keywords))
 
 
@@ -90,9 +90,9 @@ Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
 
 
 def check_ranges(request: Struct, where: str = "") -> None:
-    """Refuse the first number of a request that is out of its range, and names that are too long to echo.
+    """Refuse a request's first number out of range, and names that are too long to echo.
 
-    `where` is put before the fields' names.
+    `where` is prepended to the field names.
     """
     for name, low, high, is_open in _ranges(type(request)):
         value = getattr(request, name)
@@ -112,7 +112,7 @@ def check_ranges(request: Struct, where: str = "") -> None:
 
 @cache
 def _ranges(kind: type[Struct]) -> list[tuple[str, float, float, bool]]:
-    """Return (field, least, greatest, least is excluded) as the struct's annotations have them."""
+    """Return (field, minimum, maximum, whether the minimum is excluded) from the struct's annotations."""
     found = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         for part in (hint, *typing.get_args(hint)):
@@ -127,7 +127,7 @@ def _ranges(kind: type[Struct]) -> list[tuple[str, float, float, bool]]:
 
 
 def string_of(item: Mapping[str, Any], name: str, path: str) -> str:
-    """Return a string that an object must have."""
+    """Return a required string field of an object."""
     value = item.get(name)
     if not isinstance(value, str):
         refuse(f"{path}.{name}", f"`{path}.{name}` must be a string")
@@ -135,7 +135,7 @@ def string_of(item: Mapping[str, Any], name: str, path: str) -> str:
 
 
 def kind_of(item: object, path: str, kinds: Sequence[str]) -> str:
-    """Return the `type` of a part of a message, one of those that can be read."""
+    """Return the `type` of a message part, which must be one of `kinds`."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind not in kinds:
         known = f"one of {', '.join(kinds)}" if len(kinds) > 1 else f"`{kinds[0]}`: the model reads no other"

@@ -1,9 +1,9 @@
-"""The life of a request that wants vectors: read, check, take room, tokenise, compute, answer.
+"""The life cycle of a request for vectors: read, check, take a permit, tokenise, compute, answer.
 
     route = Route("POST", "/v1/embeddings", pooling(parse_embeddings), ...)
 
-A dialect brings `parse`, a function from a body to a `PoolCall`. Each of its inputs is a request of the
-engine's; those of a call run a few at a time, so that a thousand of them leave room for others.
+Each dialect provides `parse`, a function from a body to a `PoolCall`. Each input becomes a request of the
+engine. The inputs of a call run a few at a time, so that a thousand of them leave capacity for others.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from tgi_asgi.types import (
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector
 
-MAX_INPUTS = 2048  # of a call: OpenAI's bound
-MAX_TOKENS = 1 << 21  # of a call: they wait as lists, some 36 bytes each; a query counts for each document
-_SHARE = 4  # a call runs at most this part of `--max-concurrent-requests` at a time
-_SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
-_CUTS = 8  # attempts to cut a document to its room; each is a rendering
+MAX_INPUTS = 2048  # per call: OpenAI's limit
+MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a query counts for each document
+_SHARE = 4  # a call runs at most this fraction of `--max-concurrent-requests` at a time
+_SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
+_CUTS = 8  # attempts to cut a document to fit; each renders the template
 _RETRY_S = 0.1
-_LARGE = 16 * 1024  # numbers that an answer is made of; writing one takes some 50 ns
-_BATCH_CHARACTERS = 32 * 1024  # of texts that a thread takes at a time: some 10 ms
+_LARGE = 16 * 1024  # numbers in an answer; writing one takes about 50 ns
+_BATCH_CHARACTERS = 32 * 1024  # text that a thread tokenises in one turn, in about 10 ms
 _Content = TypeVar("_Content", str, list[int])
-_Prompt = tuple[list[int], int | None]  # ids; of a pair, where its second text begins, if that is marked
+_Prompt = tuple[list[int], int | None]  # ids; for a pair, the start of its second text, if marked
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
 
@@ -63,7 +63,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What one vector is made of, and its place in the body: `input[3]`."""
+    """The content for one vector, and its path in the body: `input[3]`."""
 
     content: str | list[int] | Pair
     where: str
@@ -71,7 +71,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How many tokens of an input that is too long are kept; None: as many as there is room for."""
+    """How many tokens to keep of an input that is too long; None: as many as fit."""
 
     keep: int | None = None
     from_left: bool = False
@@ -91,9 +91,9 @@ class PoolCall:
     """One request of a client for vectors.
 
     Attributes:
-        answer: makes the body of the answer; in a thread where that takes long.
-        cut: None: what is too long is refused.
-        num_numbers: that the answer is made of, for each input.
+        answer: Returns the body of the answer; called in a thread if that is slow.
+        cut: How to truncate inputs that are too long; None: refuse them.
+        num_numbers: How many numbers the answer has for each input.
     """
 
     inputs: Sequence[Input]
@@ -114,7 +114,7 @@ Parse = Callable[[bytes, Exchange], PoolCall]
 
 
 def pooling(parse: Parse) -> Handler:
-    """Return the handler of a route whose bodies `parse` reads; it runs in a thread where one is large."""
+    """Return the handler of a route whose bodies `parse` reads; `parse` runs in a thread if one is large."""
 
     async def handle(exchange: Exchange) -> None:
         await answer(exchange, parse)
@@ -126,8 +126,8 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     """Answer a request for vectors.
 
     Raises:
-        TgiError: it is refused, or failed.
-        ClientDisconnected: its client went away.
+        TgiError: if it is refused or fails.
+        ClientDisconnected: if the client disconnects.
     """
     context = exchange.context
     served = context.ready()
@@ -139,7 +139,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         return
     num_together = min(len(call.inputs), max(context.settings.max_concurrent_requests // _SHARE, 1))
     with admitted(exchange, num_together) as permit:
-        [adapter] = await lease_adapters(exchange, served, [model])  # the first that is awaited
+        [adapter] = await lease_adapters(exchange, served, [model])  # must be the first await
         requests = await _requests(exchange, served, call, adapter)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
@@ -154,7 +154,7 @@ def embedding_of(info: ModelInfo) -> Embedding:
     """Return how the served model embeds.
 
     Raises:
-        ModelNotSupported: it does not.
+        ModelNotSupported: if it does not.
     """
     if info.embedding is None:
         why = info.why_no_pooling if info.scoring is None else "it scores pairs of texts"
@@ -163,10 +163,10 @@ def embedding_of(info: ModelInfo) -> Embedding:
 
 
 def scoring_of(info: ModelInfo) -> Scoring | Embedding:
-    """Return how the served model scores pairs: as such, or by the cosines of their embeddings.
+    """Return how the served model scores pairs: as a scoring model, or by the cosine of embeddings.
 
     Raises:
-        ModelNotSupported: it does neither.
+        ModelNotSupported: if it does neither.
     """
     if info.scoring is None and info.embedding is None:
         raise ModelNotSupported(f"The model does not score: {info.why_no_pooling}", param="model")
@@ -174,7 +174,7 @@ def scoring_of(info: ModelInfo) -> Scoring | Embedding:
 
 
 def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
-    """Refuse no inputs, and too many."""
+    """Refuse a call without inputs or with too many."""
     if not num_inputs:
         refuse_field(name, "must not be empty")
     most = settings.max_client_batch_size or MAX_INPUTS
@@ -184,7 +184,7 @@ def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
 
 
 def read_cut(tokens: int | None, *, name: str = "truncate_prompt_tokens") -> Cut | None:
-    """Return what vLLM's field asks for: -1 keeps what there is room for."""
+    """Return the truncation that vLLM's field asks for; -1 keeps as much as fits."""
     if tokens is not None and tokens < 1 and tokens != -1:
         refuse_field(name, f"must be -1 or at least 1, got {tokens}")
     return None if tokens is None else Cut(None if tokens == -1 else tokens)
@@ -200,7 +200,7 @@ def _num_characters(given: Input) -> int:
 async def _requests(
     exchange: Exchange, served: Served, call: PoolCall, adapter: Adapter | None
 ) -> list[GenerationRequest]:
-    """Tokenise the inputs in threads, some at a time: others wait there, too."""
+    """Tokenise the inputs in threads, a batch at a time, so that other requests get their turn."""
     context = exchange.context
     prompts: list[_Prompt] = []
     num_tokens = 0
@@ -231,7 +231,7 @@ async def _requests(
 
 
 def _tokenise(call: PoolCall, begin: int, served: Served, settings: Settings) -> list[_Prompt]:
-    """Tokenise inputs from a number on, until there is enough for one turn."""
+    """Tokenise inputs from index `begin` on, until one turn's batch is full."""
     found: list[_Prompt] = []
     left = _BATCH_CHARACTERS
     for given in call.inputs[begin:]:
@@ -243,17 +243,17 @@ def _tokenise(call: PoolCall, begin: int, served: Served, settings: Settings) ->
 
 
 def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings) -> _Prompt:
-    """Return the tokens of an input, and of a pair where the second text begins.
+    """Return an input's tokens, and for a pair where the second text begins.
 
     Raises:
-        ContextExceeded: they are too many.
-        InvalidRequest: there are none.
+        ContextExceeded: if there are too many.
+        InvalidRequest: if there are none.
     """
     tokenizer, content, cut = served.tokenizer, given.content, call.cut
     room = call.how.max_tokens
     keep = room if cut is None else min(cut.keep or room, room)
     most_characters = (keep + _SLACK_TOKENS) * tokenizer.longest_token
-    # Of a pair only the document is cut.
+    # Only the document of a pair is cut.
     num_whole = len(content.query) if isinstance(content, Pair) and cut else _num_characters(given)
     if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
         raise _too_long(given, cut, -(-num_whole // tokenizer.longest_token), keep, is_least=True)
@@ -285,7 +285,7 @@ def _kept(content: _Content, keep: int, cut: Cut) -> _Content:
 def _pair_prompt(
     pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, cut: Cut | None
 ) -> _Prompt:
-    """Return the tokens of a pair; if it may be cut, with as much of its document as there is room for."""
+    """Return a pair's tokens; if it may be cut, with as much of its document as fits."""
     document = pair.document if cut is None else _kept(pair.document, most_characters, cut)
     scoring, tokenizer = served.info.scoring, served.tokenizer
     if scoring is None or scoring.template is None:
@@ -302,7 +302,7 @@ def _pair_prompt(
         if not num_kept:
             document = ""
             continue
-        # Half a character is none.
+        # Drop characters that the cut has split.
         document = tokenizer.decode(_kept(own, num_kept, cut), skip_special_tokens=False).strip("\ufffd")
     return ids, None
 
@@ -317,7 +317,7 @@ def _templated_pair(pair: Pair, document: str, served: Served, settings: Setting
 def _too_long(
     given: Input, cut: Cut | None, num_tokens: int, most: int, *, is_least: bool = False
 ) -> ContextExceeded:
-    """Return the refusal of an input; of one that was to be cut it is the query that is too long."""
+    """Return the refusal of an input; if it was to be cut, its query is too long."""
     number = f"at least {num_tokens}" if is_least else str(num_tokens)
     if cut is None:
         with_query = " with its query" if isinstance(given.content, Pair) else ""
@@ -338,7 +338,7 @@ def _too_long(
 async def _compute(
     exchange: Exchange, engine: Engine, requests: Sequence[GenerationRequest], permit: Permit
 ) -> list[Vector]:
-    """Run all requests, as many together as there is room for; give all up if one fails."""
+    """Run all requests, as many at a time as the permits allow; cancel all if one fails."""
     watch = asyncio.ensure_future(exchange.wait_for_disconnect())
     work = asyncio.ensure_future(_Window(exchange, engine, permit).run(requests))
     try:
@@ -353,7 +353,7 @@ async def _compute(
 
 
 class _Window:
-    """The requests of one call that run together: when one ends, the next takes its room."""
+    """The requests of one call that run at the same time; when one ends, the next uses its permit."""
 
     def __init__(self, exchange: Exchange, engine: Engine, permit: Permit) -> None:
         self._exchange = exchange
@@ -368,7 +368,7 @@ class _Window:
         """Return the requests' vectors.
 
         Raises:
-            TgiError: one has failed.
+            TgiError: if one has failed.
         """
         channels = self._exchange.channels
         for request in requests:
@@ -385,17 +385,17 @@ class _Window:
         return vectors
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
-        """Learn that a vector is there."""
+        """Record finished requests."""
         self._num_running -= sum(event.finish is not None for event in events)
         self._changed.set()
 
     def on_error(self, error: TgiError) -> None:
-        """Learn that a request has failed, and with it the call."""
+        """Record that a request, and with it the call, has failed."""
         self._error = self._error or error
         self._changed.set()
 
     async def _room(self) -> Permit:
-        """Return room for one more: what was taken at first, then what one of ours has given back."""
+        """Return a permit for one more request: part of the initial one, then new ones as requests end."""
         if self._permit.n:
             return self._permit.split(1)
         while self._num_running >= self._most:
@@ -403,7 +403,7 @@ class _Window:
         while True:
             try:
                 return self._engine.acquire(1, self._exchange.tenant)
-            except Overloaded:  # somebody else was faster; the call was accepted, so it waits
+            except Overloaded:  # another request got the capacity; an accepted call waits for more
                 if self._num_running:
                     await self._next_end()
                 else:

@@ -1,4 +1,4 @@
-"""From a job's messages or text to token ids. Slow for long inputs: all of this runs in a worker thread."""
+"""Turns a job's messages or text into token ids. Slow for long inputs, so it runs in a worker thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate
 
 _TAIL_CHARS = 64
-_SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
+_SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
 _NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --tokenizer-config-path "
     "and a tokenizer_config.json that has a chat_template"
@@ -31,12 +31,12 @@ class Prompt:
     """A prompt ready for the engine.
 
     Attributes:
-        ids: its tokens.
-        echo: the text that comes before the answer's, where the request asks for that.
-        text: the prompt as text, for text offsets; None where no one needs it.
-        num_characters: of the prompt as text, where it came as text.
-        tail: the end of a chat's prompt, which may open a reasoning section.
-        images: where in the tokens its images lie.
+        ids: Its tokens.
+        echo: Text that precedes the answer's, if the request asks for that.
+        text: The prompt as text, for text offsets; None if not needed.
+        num_characters: Length of the prompt's text, if it came as text.
+        tail: End of a chat's prompt, which may open a reasoning section.
+        images: Positions of its images in the tokens.
     """
 
     ids: list[int]
@@ -48,13 +48,13 @@ class Prompt:
 
 
 def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
-    """Render and tokenise a job's prompt, and cut it as the job says.
+    """Render and tokenise a job's prompt, and truncate it as the job says.
 
     Raises:
-        InvalidRequest, TemplateError: as `chat_text`, or it is too long whatever its tokens are.
+        InvalidRequest, TemplateError: as in `chat_text`, or if it is too long however it is tokenised.
     """
     info, keep = served.info, job.keep_tokens
-    if keep == -1:  # as many as the context has room for
+    if keep == -1:  # as many as the context has space for
         keep = max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
     if isinstance(job.prompt, Text):
         prompt = _text_prompt(job.prompt, served, keep)
@@ -69,9 +69,9 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
 
 
 def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
-    """Return a prompt without its first tokens; an image is never cut off: what follows may speak of it."""
+    """Return a prompt without its first tokens. No image is cut off, because later text may refer to it."""
     if prompt.images and prompt.images[0].start < size:
-        assert source.images is not None, "images come from somewhere"
+        assert source.images is not None, "located images have a source"
         param = source.images.sources[0].param
         raise InvalidRequest(f"`{param}` lies in the part of the prompt that was to be cut off", param=param)
     del prompt.ids[:size]
@@ -92,8 +92,8 @@ def chat_prompt(
     """Render and tokenise a conversation; raises as `chat_text`.
 
     Args:
-        keep: how many tokens of the end matter; of a long text no more is looked at.
-        is_bounded: it must fit into the context.
+        keep: Number of tokens of the end that matter; a longer text is cut before tokenising.
+        is_bounded: Whether it must fit into the context.
     """
     text = chat_text(chat, served, settings)
     keep = None if _has(chat.images) else keep
@@ -116,9 +116,10 @@ class ChatText:
     """A rendered conversation.
 
     Attributes:
-        shown: as it reads.
-        source: what to encode: the same, unless `is_marked`.
-        is_marked: the messages hold special tokens as text; those that are to act as such are marked.
+        shown: The text without marks.
+        source: The text to encode; equals `shown` unless `is_marked`.
+        is_marked: Whether the messages contain special tokens as text; the ones that act as such are then
+            marked in `source`.
     """
 
     shown: str
@@ -127,11 +128,11 @@ class ChatText:
 
 
 def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatText:
-    """Render a conversation, with what the model has for its images, which have been loaded.
+    """Render a conversation, with the model's text for its loaded images.
 
     Raises:
-        InvalidRequest: there are no messages, they are nested too deeply, or images have no place.
-        TemplateError: there is no template, or it refused the messages.
+        InvalidRequest: if there are no messages, they are nested too deeply, or images have no place.
+        TemplateError: if there is no template, or it refuses the messages.
     """
     try:
         return _with_images(_render(chat, served, settings), chat.images, served)
@@ -139,7 +140,7 @@ def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatTex
         if error.param is None:
             error.field = ("prompt",)
         raise
-    except RecursionError:  # what the decoder just accepts may be too deep to be copied
+    except RecursionError:  # a depth that the decoder barely accepts may be too deep to copy
         raise InvalidRequest("The request body is nested too deeply") from None
 
 
@@ -164,7 +165,7 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     messages = template.in_parts(messages)
-    # What a client gives to the template, under the names that templates have for it.
+    # Template variables that come from the client.
     given = {"tools": chat.tools, **chat.variables}
     guard = served.tokenizer.guard
     is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
@@ -184,10 +185,10 @@ def _has(images: Images | None) -> bool:
 
 
 def _with_images(text: ChatText, images: Images | None, served: Served) -> ChatText:
-    """Return a prompt with what the model has for its images in the place of their placeholders."""
+    """Return a prompt with its images' placeholders replaced by the model's text for each."""
     if images is None or not images.sources:
         return text
-    assert served.image_processor is not None, "a model without eyes is given no images"
+    assert served.image_processor is not None, "a model without image processor gets no images"
     guard, placeholder = served.tokenizer.guard, served.image_processor.placeholder
     texts = [image.text for _, image in images.loaded]
     if not text.is_marked:
@@ -202,19 +203,19 @@ def _located(ids: Sequence[int], images: Images | None) -> tuple[ImageInput, ...
 
 
 def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether a conversation ends with a text of the assistant's, for the model to go on with it."""
+    """Return whether a conversation ends with an assistant text for the model to continue."""
     last = messages[-1] if messages else {"role": ""}
     return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
 
 
 def thinking_variables(thinks: bool, level: object = None) -> dict[str, Any]:
-    """Return what tells a template whether to think, and how much, by the names that models have for it."""
+    """Return the template variables that control thinking and its effort, under the names that models use."""
     effort = {"reasoning_effort": level} if isinstance(level, str) else {}
     return {"enable_thinking": thinks, "thinking": thinks, **effort}
 
 
 def _separator(template: ChatTemplate, settings: Settings) -> str | None:
-    """Return what stands between the parts of a content; None: the template is given the list."""
+    """Return the separator of a content's parts, or None if the template takes the list."""
     if settings.tgi_compat:
         return ""
     return None if template.iterates_parts else "\n"
@@ -224,7 +225,7 @@ def _content(message: dict[str, Any], separator: str | None) -> Any:
     content = message["content"]
     if not isinstance(content, list):
         return content
-    if len(content) == 1 and isinstance(content[0], str):  # the same tokens as for the plain string
+    if len(content) == 1 and isinstance(content[0], str):  # gives the same tokens as the plain string
         return content[0]
     if separator is None or not all(isinstance(part, str) for part in content):  # images have no text
         return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
@@ -232,7 +233,7 @@ def _content(message: dict[str, Any], separator: str | None) -> Any:
 
 
 def plain_text(prompt: Text, served: Served) -> str:
-    """Return the text of a prompt that is given as text, with what the model has for its images."""
+    """Return the text of a text prompt, with the model's text for its images."""
     text = prompt.content
     assert isinstance(text, str), "ids have no images"
     return _with_images(ChatText(text, text), prompt.images, served).source
@@ -254,9 +255,9 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
 
 
 def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -> str:
-    """Return as much of a text's end as can matter; refuse one that is too long whatever its tokens are.
+    """Return the end of a text that can matter; refuse a text that is too long however it is tokenised.
 
-    16 MiB of text would hold a worker thread for 20 s.
+    Tokenising 16 MiB of text would occupy a worker thread for 20 s.
     """
     longest = served.tokenizer.longest_token
     if keep is None:

@@ -1,4 +1,4 @@
-"""A row says all about one method of one path; a table of them finds the row of a request.
+"""Route rows, each describing one method of one path, and the table that finds a request's row.
 
 The rows themselves are in `table.py`.
 """
@@ -22,30 +22,29 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
 _SLASHES = re.compile("//+")
-_EXCHANGE = "tgi_asgi.exchange"  # the scope's key under which endpoints find theirs
+_EXCHANGE = "tgi_asgi.exchange"  # key in the scope for the endpoint's exchange
 
 
 class Access(enum.Enum):
-    """Who may call a route, once there are API keys."""
+    """Who may call a route if there are API keys."""
 
-    OPEN = "open"  # anybody: orchestrators and Prometheus send no key
+    OPEN = "open"  # anyone: orchestrators and Prometheus send no key
     KEY = "key"
-    ADMIN = "admin"  # only the operator's own key, always
+    ADMIN = "admin"  # always requires the operator's admin key
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """One method of one path.
 
-    Attributes:
-        dialect: whose envelope errors have; in the compatible mode OpenAI's routes have TGI's.
-        generates: it makes text, and counts as a request in the metrics.
-        is_quiet: a probe or a scrape, worth a line of the log only when it fails.
-        summary: for the OpenAPI document; "" leaves the route out of it.
-        requests: the types that the body may have; of several its main field tells which, and whether errors
-            have TGI's envelope or OpenAI's.
-        response: the type of a 200, of JSON or else of `media_type`; None: it has no body.
-        event: the type of what a stream's events or lines hold, if the request can ask for a stream.
+    dialect: API whose error envelope is used; in compatibility mode, OpenAI's routes use TGI's.
+    generates: Whether it generates text, and counts as a request in the metrics.
+    is_quiet: Whether it is a probe or scrape, logged only if it fails.
+    summary: Summary in the OpenAPI document; "" omits the route from it.
+    requests: Types that the body may have. If there are several, its main field selects the type and whether
+        errors have TGI's envelope or OpenAI's.
+    response: Type of a 200 response in JSON or in `media_type`; None: no body.
+    event: Type of the data in a stream's events or lines, if the request can ask for a stream.
     """
 
     method: str
@@ -68,7 +67,7 @@ class RouteTable:
     """All routes of a server.
 
     Args:
-        check: called with each request before its handler, also where no route matches; may refuse it.
+        check: Called with each request before its handler, even if no route matches; may refuse it.
     """
 
     def __init__(self, rows: Iterable[Route], check: Check) -> None:
@@ -81,16 +80,16 @@ class RouteTable:
         self._router = routing.Router(endpoints, redirect_slashes=False, default=self._not_found)
 
     async def handle(self, exchange: Exchange) -> None:
-        """Find the request's route and let it answer.
+        """Find the request's route and run its handler.
 
         Raises:
-            NotFound, MethodNotAllowed: there is none.
+            NotFound, MethodNotAllowed: if there is none.
         """
         exchange.scope[_EXCHANGE] = exchange
         await self._router(exchange.scope, exchange.receive, exchange.send)
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
-        """Refuse a path that no route has, as the routes beside it would; there may be some below /v1."""
+        """Refuse an unknown path in the dialect of neighbouring routes; suggest adding or removing /v1."""
         exchange: Exchange = scope.pop(_EXCHANGE)
         where = f"{exchange.method} {exchange.path}"
         folder = "/" + exchange.path.lstrip("/").partition("/")[0]
@@ -101,7 +100,7 @@ class RouteTable:
             hint = f". Take /v1 from the base URL: {exchange.path[3:]}"
         dialect = row.dialect if row is not None else NATIVE
         exchange.dialect = _spoken(dialect, exchange)
-        self._check(exchange)  # a wrong key is not told whether the path exists
+        self._check(exchange)  # with a wrong key, do not reveal whether the path exists
         exchange.dialect = dialect
         raise NotFound(f"{'No route' if dialect is NATIVE else 'Unknown URL:'} {where}{hint}")
 
@@ -110,14 +109,14 @@ class RouteTable:
 
 
 class _Endpoint:
-    """The ASGI app of one path; its errors are answered by `app.py`."""
+    """The ASGI app of one path; `app.py` handles its errors."""
 
     def __init__(self, rows: dict[str, Route], check: Check) -> None:
         self._rows = rows
         self._check = check
 
     async def __call__(self, scope: Scope, _receive: Receive, _send: Send) -> None:
-        exchange: Exchange = scope.pop(_EXCHANGE)  # which has the scope: a cycle would keep both
+        exchange: Exchange = scope.pop(_EXCHANGE)  # the exchange refers to the scope, so this avoids a cycle
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
         exchange.dialect = dialect = _spoken(any_row.dialect, exchange)
@@ -140,10 +139,10 @@ def _spoken(dialect: Dialect, exchange: Exchange) -> Dialect:
 
 
 def path_of(target: str) -> str:
-    """Return the path that a request's target names: without slashes at its end, nor scheme and host.
+    """Return the path of a request's target, without trailing slashes, scheme and host.
 
-    Clients of proxies send these (RFC 9112, section 3.2.2). Of several slashes one counts: clients put them
-    between a base URL that ends with one and their path.
+    Clients of proxies send targets with scheme and host (RFC 9112, section 3.2.2). Repeated slashes count as
+    one, because clients join a base URL with a trailing slash and a path.
     """
     if not target.startswith("/"):
         _, scheme_ends, rest = target.partition("://")

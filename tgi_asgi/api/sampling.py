@@ -1,4 +1,4 @@
-"""What clients say of sampling, as the engine takes it: defaults filled in, extremes brought into range."""
+"""Clients' sampling fields as engine parameters: defaults filled in, extremes brought into range."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tgi_asgi.api.parse import refuse
 from tgi_asgi.types import LogprobsMode, ModelInfo, SamplingParams
 
 ENGINE_SEEDS = 2**63
-GREEDY_BELOW = 1e-5  # temperatures under this are 0: dividing logits by them would overflow
-_DRAWN_SEEDS = 2**53  # a drawn seed survives JavaScript's numbers
-# Factors that float32 logits can be multiplied or divided by without becoming infinite or zero.
+GREEDY_BELOW = 1e-5  # lower temperatures count as 0, because dividing logits by them would overflow
+_DRAWN_SEEDS = 2**53  # such a seed is exact as a JavaScript number
+# Factors that scale float32 logits without making them infinite or zero.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 
 
@@ -32,12 +32,12 @@ def sampling(
     logprobs: int | None = None,
     mode: LogprobsMode = LogprobsMode.RAW,
 ) -> SamplingParams:
-    """Return the engine's parameters of values that are in range; None is each one's default.
+    """Return engine parameters for values that are in range; None selects each one's default.
 
-    A `top_p` of 0 is the likeliest token alone.
+    A `top_p` of 0 keeps only the likeliest token.
 
     Raises:
-        InvalidRequest: `logit_bias` names no token of the model.
+        InvalidRequest: if `logit_bias` contains something other than a token id of the model.
     """
     temperature = 1.0 if temperature is None else temperature
     return SamplingParams(
@@ -57,12 +57,12 @@ def sampling(
 
 
 def drawn_seed() -> int:
-    """Return a seed for a request that gave none."""
+    """Return a random seed for a request without one."""
     return random.randrange(_DRAWN_SEEDS)
 
 
 def factor(value: float | None) -> float:
-    """Return a factor that float32 logits survive; None is 1."""
+    """Return a factor clamped so that float32 logits stay finite and non-zero; None is 1."""
     return 1.0 if value is None else min(max(value, _SMALLEST_FACTOR), _LARGEST_FACTOR)
 
 

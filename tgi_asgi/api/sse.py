@@ -1,10 +1,10 @@
-"""Streamed answers: events of the engine in, frames out, a client that leaves or stalls noticed.
+"""Streamed answers: engine events in, frames out; detects clients that disconnect or stall.
 
-The engine calls a stream's sink once a step. Where the server has a way to write a frame without waiting
-(`DIRECT_WRITE`; `serve/` gives hypercorn one) the sink renders and writes at once: 100 streams a step then
-cost one wake-up of the loop, not a hundred. Everything else is sent by the request's own task, as ASGI's
-middleware and servers expect: the first frame and the last, what a reader that lags has waiting (unrendered,
-then merged into one send), and frames that take long to render, which a thread makes.
+The engine calls a stream's sink once per step. If the server offers a way to write a frame without waiting
+(`DIRECT_WRITE`; `serve/` adds one to hypercorn), the sink renders and writes at once: 100 streams then cost
+one wake-up of the event loop per step, not a hundred. Everything else is sent by the request's own task, as
+ASGI middleware and servers expect: the first frame and the last, the backlog of a slow reader (kept
+unrendered, then merged into one send), and frames that are slow to render, which a thread produces.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tgi_asgi.types import TokenEvent
 
 logger = logging.getLogger(__name__)
 
-# The key of ASGI's `extensions` under which a server offers a function that takes a chunk of the body, not
-# the last one, and writes it if it need not wait; it returns whether it has.
+# Key in ASGI's `extensions` under which a server offers a function that writes a chunk of the body, not the
+# last one, if it need not wait; it returns whether it has.
 DIRECT_WRITE = "tgi_asgi.direct_write"
 KEEP_ALIVE_S = 15.0
-STALL_LIMIT_S = 60.0  # a send that blocks for longer: the reader has stopped reading
-MAX_WAITING_EVENTS = 4096  # about 1 MB of events a stream
-_LONG = 4  # so many times the events that are slow to render: an end that repeats them is slow, too
+STALL_LIMIT_S = 60.0  # longest blocking send before the reader counts as stalled
+MAX_WAITING_EVENTS = 4096  # about 1 MB of events per stream
+_LONG = 4  # times `slow_beyond` events: ending such a stream is slow, too, because the end may repeat them
 _STREAM_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
@@ -37,9 +37,9 @@ class EventStream:
         exchange.channels.append(engine.submit(request, permit))
         await EventStream(exchange, call, renderer, headers).run()
 
-    The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before
-    is an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a
-    reader that has stalled, a bug) by closing the connection.
+    The headers are sent with the first frame, or after `--first-event-timeout` with a comment; an earlier
+    failure is an ordinary error response. The response ends exactly once: with the renderer's closing frames,
+    or by closing the connection (after a stalled reader or a bug).
     """
 
     __slots__ = (
@@ -57,33 +57,33 @@ class EventStream:
         self._write: Callable[[bytes], bool] | None = extensions.get(DIRECT_WRITE)
         self._loop = asyncio.get_running_loop()
         self._channels = exchange.channels
-        self._num_open = 0  # choices that have not finished
-        self._waiting: dict[int, list[TokenEvent]] = {}  # by part: what is not rendered yet
+        self._num_open = 0  # unfinished choices
+        self._waiting: dict[int, list[TokenEvent]] = {}  # unrendered events, by part
         self._num_waiting = 0
-        self._num_events = 0  # so far
-        self._ready = b""  # frames that are rendered and not sent
+        self._num_events = 0  # total so far
+        self._ready = b""  # rendered frames not sent yet
         self._slow_beyond = MAX_WAITING_EVENTS
         self._slow_parts: set[int] = set()
-        self._failure: TgiError | None = None  # of the request, after which no event counts
-        self._end: BaseException | None = None  # what ends the stream at once, without closing frames
+        self._failure: TgiError | None = None  # the request's failure; later events are ignored
+        self._end: BaseException | None = None  # ends the stream at once, without closing frames
         self._is_started = False
-        self._is_busy = False  # the request's task renders or sends
+        self._is_busy = False  # the request's task is rendering or sending
         self._is_over = False  # nothing may be sent any more
         self._woken: asyncio.Future[None] = self._loop.create_future()
-        self._deadline: asyncio.Timeout | None = None  # of a send that is under way
+        self._deadline: asyncio.Timeout | None = None  # of the send in progress
         self._last_send_s = self._loop.time()
 
     async def run(self, *, slow_beyond: int = MAX_WAITING_EVENTS, begins_slowly: bool = False) -> None:
-        """Stream until every choice has finished, and watch for the client's leaving meanwhile.
+        """Stream until every choice has finished, and watch for a disconnect meanwhile.
 
         Args:
-            slow_beyond: more events at once are rendered in a thread.
-            begins_slowly: so are the first of each channel. A large request's are in any case, and its last:
-                these repeat what it said, or all that was answered.
+            slow_beyond: Number of events at once above which a thread renders them.
+            begins_slowly: Whether a thread also renders the first events of each channel. For a large request
+                it always renders these and the last ones, which repeat the request or the whole answer.
 
         Raises:
-            TgiError: the engine refused or failed before the first frame; nothing was sent.
-            ClientDisconnected: the client went away.
+            TgiError: if the engine refused or failed before the first frame; nothing was sent.
+            ClientDisconnected: if the client disconnected.
         """
         exchange, channels = self._exchange, self._channels
         self._slow_beyond = slow_beyond
@@ -104,8 +104,8 @@ class EventStream:
             watch.cancel()
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
-        """Take new events of one channel; never blocks or raises."""
-        if self._is_over or self._failure is not None:  # what another channel still tells does not count
+        """Accept new events of one channel; never blocks or raises."""
+        if self._is_over or self._failure is not None:  # events of other channels after the end are ignored
             return
         for event in events:
             if event.finish is not None:
@@ -122,7 +122,7 @@ class EventStream:
             self._wake()
 
     def on_error(self, error: TgiError) -> None:
-        """Take the failure of one channel: it is the failure of the whole request."""
+        """Accept the failure of one channel, which fails the whole request."""
         if self._is_over or self._failure is not None:
             return
         self._exchange.error = self._failure = error
@@ -131,13 +131,13 @@ class EventStream:
         self._wake()
 
     def _may_write(self, part: int, num_events: int) -> bool:
-        """Tell whether events may be rendered and written here: they are few, and none come before them."""
+        """Return whether events may be rendered and written here: they are few, and no earlier ones wait."""
         return (
             self._write is not None
             and self._is_started
             and self._num_open > 0
             and not (self._is_busy or self._waiting or self._ready)
-            and num_events * len(self._channels) <= self._slow_beyond  # of all channels a step
+            and num_events * len(self._channels) <= self._slow_beyond  # over all channels, per step
             and part not in self._slow_parts
         )
 
@@ -156,7 +156,7 @@ class EventStream:
             self._wake()
 
     async def _send_more(self) -> bool:
-        """Wait for something to send, and send it; return whether more follows."""
+        """Wait for something to send and send it; return whether more follows."""
         await self._wait()
         if self._failure is not None and not self._is_started:
             raise self._failure
@@ -169,17 +169,17 @@ class EventStream:
         return not is_last
 
     async def _wait(self) -> None:
-        """Return once there is something to send: frames, an end, or a comment after a silence.
+        """Return once there is something to send: frames, the end, or a comment after a silence.
 
         Raises:
-            BaseException: what ends the stream without closing frames.
+            BaseException: if the stream must end without closing frames.
         """
         while self._end is None and not (self._waiting or self._ready or self._num_open == 0):
             try:
                 async with asyncio.timeout_at(self._silent_until()):
                     await self._woken
             except TimeoutError:
-                # What the engine has told since the timer fired is there already, and must not be replaced.
+                # Events may have arrived since the timer fired, and must not be overwritten.
                 is_silent = not (self._ready or self._waiting)
                 if is_silent and self._loop.time() >= (self._silent_until() or 0.0):
                     self._ready = self._keep_alive
@@ -189,13 +189,13 @@ class EventStream:
             raise self._end
 
     def _silent_until(self) -> float | None:
-        """Return when a silence is to be filled; None: never."""
+        """Return when to fill a silence, or None for never."""
         first_s = self._exchange.context.settings.first_event_timeout_s
         silence_s = KEEP_ALIVE_S if self._is_started else first_s
         return self._last_send_s + silence_s if silence_s and self._keep_alive else None
 
     async def _take_frames(self, is_last: bool) -> bytes:
-        """Render what waits, in a thread if that takes long; meanwhile what is new waits."""
+        """Render waiting events, in a thread if that is slow; new events wait meanwhile."""
         waiting, self._waiting = self._waiting, {}
         num_events, self._num_waiting = self._num_waiting, 0
         ready, self._ready = self._ready, b""
@@ -207,7 +207,7 @@ class EventStream:
 
         def render() -> bytes:
             frames = [ready, *(self._renderer.render(part, events) for part, events in waiting.items())]
-            waiting.clear()  # in this thread: 4,096 events with 20 alternatives each take 4 ms
+            waiting.clear()  # in this thread: freeing 4,096 events with 20 alternatives each takes 4 ms
             if failure is not None:
                 frames.append(self._renderer.fail(failure))
             elif is_last:
@@ -227,7 +227,7 @@ class EventStream:
                     headers = [*self._headers, *exchange.response_headers]
                     await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
                 await exchange.send(message)
-        except Exception as error:  # a server may raise for a client that has gone
+        except Exception as error:  # some servers raise after a disconnect
             if self._end is not None:
                 raise self._end from None
             is_stalled = self._deadline is not None and self._deadline.expired()
@@ -243,7 +243,7 @@ class EventStream:
         return _CutOff()
 
     def _stop(self, reason: BaseException) -> None:
-        """End the stream now, wherever the request's task is."""
+        """End the stream now, whatever the request's task is doing."""
         self._is_over = True
         self._end = reason
         self._exchange.give_up()
@@ -259,12 +259,12 @@ class EventStream:
         if watch.cancelled() or self._is_over:
             return
         if self._num_open == 0 and self._is_busy and not self._waiting:
-            return  # everything is on its way: a server reports the end of the response like this, too
+            return  # all is being sent; servers also report the response's end like this
         self._stop(self._exchange.disconnect())
 
 
 class _CutOff(Exception):
-    """Ends a stream without its closing frames: the connection closes, as a failure must look."""
+    """Ends a stream without closing frames; the closed connection shows the client a failure."""
 
 
 class _Part:

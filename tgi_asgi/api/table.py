@@ -1,4 +1,4 @@
-"""Every route of the server: path, handler, dialect, who may call it, what the documents say of it."""
+"""Every route of the server: path, handler, dialect, access, and documentation."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tgi_asgi.settings import Settings
 
 
 def routes(settings: Settings) -> list[Route]:
-    """Return the routes that a server with these settings has."""
+    """Return the routes of a server with these settings."""
     rows = [*_tgi(), *_openai(), *tei.rows(), *anthropic.rows(), *ollama.rows(), *_server()]
     if settings.web_pages:
         rows = _with_pages(rows)
-    # Requests have lost their trailing slash by the time they are routed.
+    # Paths are routed without their trailing slash.
     for path, twin in ((settings.aip_predict_route, "/vertex"), (settings.aip_health_route, "/health")):
         if path:
             [row] = [row for row in rows if row.path == twin]
@@ -46,7 +46,7 @@ def routes(settings: Settings) -> list[Route]:
 
 
 def _tgi() -> list[Route]:
-    """Return TGI's; at the root, which TEI has as well, a model that only embeds does so."""
+    """Return TGI's routes; TEI also uses the root, where a model that only embeds returns embeddings."""
     return [
         replace(row, handle=embedding_or(row.handle)) if (row.method, row.path) == ("POST", "/") else row
         for row in tgi.rows()
@@ -67,14 +67,14 @@ def _openai() -> list[Route]:
         made("/v1/responses", parse_response, "Responses", ResponsesRequest, RESPONSES),
         pooled("/v1/embeddings", pooling(parse_embeddings), "Embeddings", requests=(EmbeddingRequest,)),
         pooled("/v1/score", pooling(parse_score), "Score pairs of texts: vLLM", requests=(ScoreRequest,)),
-        pooled("/score", pooling(parse_score), "The same", requests=(ScoreRequest,)),
+        pooled("/score", pooling(parse_score), "The same, without /v1", requests=(ScoreRequest,)),
         row(
             "POST", "/v1/responses/input_tokens", counting(responses.count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),
         ),
-        row("GET", "/v1/responses/{response}/input_items", responses.list_input, "What a response answers"),
-        row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
-        row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
+        row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),
+        row("GET", "/v1/responses/{response}", responses.retrieve, "A stored response"),
+        row("DELETE", "/v1/responses/{response}", responses.delete, "Delete a response"),
         row("GET", "/v1/models", status.list_models, "List the served model"),
         row("GET", "/v1/models/{model:path}", status.retrieve_model, "Describe a served model"),
     ]  # fmt: skip
@@ -94,17 +94,17 @@ def _server() -> list[Route]:
 
 
 def _with_pages(rows: list[Route]) -> list[Route]:
-    """Return the routes with the pages for people; at the root, browsers get the chat."""
+    """Return the routes with the web pages; at the root, browsers get the chat page."""
     pages = Pages()
     shown = partial(
         Route, "GET", access=Access.OPEN, is_quiet=True, response=str, media_type="text/html"
-    )  # for a browser that opens a page has no key to send
+    )  # a browser that opens a page has no key to send
     return [
         *(
             replace(row, handle=pages.chat_or(row.handle)) if (row.method, row.path) == ("GET", "/") else row
             for row in rows
         ),
-        shown("/docs", pages.docs, "This document, to read and to try"),
+        shown("/docs", pages.docs, "This document as a page, with forms to try requests"),
         shown("/page/{name}", pages.file, "A file of the pages", media_type="text/javascript"),
     ]
 
@@ -114,8 +114,8 @@ def _admin() -> list[Route]:
     text = partial(row, dialect=OPENAI, response=str, media_type="text/plain")
     return [
         row("/abort_request", control.abort_request, "End a request", requests=(control.AbortRequest,)),
-        row("/reset_prefix_cache", control.reset_prefix_cache, "Forget all prompts"),
-        row("/log_level", control.log_level, "Log from another level on", requests=(control.LogLevel,)),
+        row("/reset_prefix_cache", control.reset_prefix_cache, "Drop all cached prompts"),
+        row("/log_level", control.log_level, "Change the log level", requests=(control.LogLevel,)),
         text("/v1/load_lora_adapter", adapters.load, "Load an adapter", requests=(adapters.LoadAdapter,)),
-        text("/v1/unload_lora_adapter", adapters.unload, "Forget one", requests=(adapters.UnloadAdapter,)),
+        text("/v1/unload_lora_adapter", adapters.unload, "Unload one", requests=(adapters.UnloadAdapter,)),
     ]

@@ -1,4 +1,4 @@
-"""The tools of a request: their names, which of them may be called, and whether one must be."""
+"""The tools of a request: their names, which ones may be called, and whether one must be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tgi_asgi.text.tools import ToolSpec
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-CUSTOM_INPUT = "input"  # what the one parameter of a custom tool is called
+CUSTOM_INPUT = "input"  # name of a custom tool's only parameter
 _CUSTOM_PARAMETERS = {
     "type": "object",
     "properties": {CUSTOM_INPUT: {"type": "string"}},
@@ -33,10 +33,10 @@ class Tool:
     """A function that a model may call, as a client describes it.
 
     Attributes:
-        index: its place in the client's list, of which hosted tools are skipped.
-        is_strict: its parameters are enforced to the letter, or refused.
-        is_custom: it takes one string, not JSON; the model calls it with that as `input`.
-        namespace: what the client groups it under; goes back with its calls.
+        index: Index in the client's list, in which hosted tools are skipped.
+        is_strict: Whether its parameters are enforced exactly, or the request refused.
+        is_custom: Whether it takes one string instead of JSON; the model passes it as `input`.
+        namespace: Group that the client put it in; returned with its calls.
     """
 
     index: int
@@ -57,13 +57,13 @@ class Tool:
         *,
         namespace: str | None = None,
     ) -> Tool:
-        """Return a tool of one string; a grammar for it is told to the model, and not enforced."""
+        """Return a tool with one string parameter; its grammar is told to the model, but not enforced."""
         if grammar is not None:
             description = f"{description or ''}\nThe input must match this grammar:\n{grammar}".strip()
         return cls(index, name, description, _CUSTOM_PARAMETERS, is_custom=True, namespace=namespace)
 
     def for_template(self) -> dict[str, Any]:
-        """Return it as chat templates take it."""
+        """Return it in the form that chat templates take."""
         told = {"name": self.name, "description": self.description, "parameters": self.parameters}
         function: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
         if self.is_strict is not None:
@@ -72,10 +72,10 @@ class Tool:
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """Check the names.
+    """Check the tools' names.
 
     Raises:
-        InvalidRequest: one is no name, or given twice; or they are too many.
+        InvalidRequest: if a name is invalid or given twice, or there are too many tools.
     """
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"`{{field}}` takes at most {MAX_TOOLS} tools", field=("tools",))
@@ -92,14 +92,14 @@ def check_tools(tools: Sequence[Tool]) -> None:
 def choose(
     tools: Sequence[Tool], mode: str, names: Sequence[str] | None = None, *, is_parallel: bool = True
 ) -> ToolChoice | None:
-    """Return what the model may call; None where that is nothing.
+    """Return what the model may call, or None if it may call nothing.
 
     Args:
         mode: none, auto, required, or named.
-        names: what it is limited to, if it is.
+        names: Names of the allowed tools, if limited.
 
     Raises:
-        InvalidRequest: a tool that is named is not there.
+        InvalidRequest: if a named tool does not exist.
     """
     if not tools:
         if mode in ("required", "named"):
@@ -122,12 +122,12 @@ def choose(
 
 
 def whole_arguments(text: str) -> Any:
-    """Return a call's arguments; None where `max_tokens` has cut them: half a call is none."""
+    """Return a call's parsed arguments, or None if `max_tokens` cut them off."""
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(text)
 
 
 def note_skipped(kinds: Sequence[str]) -> None:
-    """Log that a request offered tools that are not ours to run; the model never hears of them."""
+    """Log that a request offered hosted tools, which are not shown to the model."""
     if kinds:
         logger.info("tools skipped: %s", ", ".join(sorted({str(kind)[:40] for kind in kinds}))[:200])

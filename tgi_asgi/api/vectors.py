@@ -1,4 +1,4 @@
-"""What answers make of vectors: shorter ones, their length, their bytes, and scores of pairs."""
+"""Operations on result vectors: truncation, normalisation, encoding, and scores of pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_dimensions(dimensions: int | None, embedding: Embedding) -> None:
-    """Refuse more dimensions than there are."""
+    """Refuse more dimensions than the model has."""
     if dimensions is not None and not 1 <= dimensions <= embedding.dimensions:
         refuse_field("dimensions", f"must be in 1..{embedding.dimensions}, got {dimensions}")
 
@@ -26,7 +26,7 @@ def check_dimensions(dimensions: int | None, embedding: Embedding) -> None:
 def shaped(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Vector:
     """Return a vector's first dimensions (Matryoshka embeddings: Kusupati et al., 2022), or all of them.
 
-    `is_normalized`: of length 1; a vector without any length stays as it is.
+    `is_normalized` scales the result to length 1; a zero vector stays as it is.
     """
     if not is_normalized:
         return vector[:dimensions]
@@ -37,32 +37,32 @@ def shaped(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Ve
 
 
 def as_json(vector: Vector, *, is_base64: bool = False) -> bytes:
-    """Return a vector as JSON's numbers, or a string of base64 of its float32 in little-endian order."""
+    """Return a vector as a JSON array, or as a base64 string of little-endian float32."""
     if is_base64:
         return b'"' + base64.b64encode(vector.astype("<f4").tobytes()) + b'"'
     return orjson.dumps(np.ascontiguousarray(vector), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def cosine(a: Vector, b: Vector) -> float:
-    """Return the cosine of the angle between two vectors; 0 where one has no length."""
+    """Return the cosine of the angle between two vectors; 0 if one has no length."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / lengths if lengths else 0.0
 
 
 def logit_of(values: Vector) -> float:
-    """Return the one logit of a score, or by how much the second exceeds the first."""
+    """Return a score's only logit, or the second logit minus the first."""
     return float(values[-1]) - (float(values[0]) if len(values) > 1 else 0.0)
 
 
 def probability(logit: float) -> float:
-    """Return the sigmoid; of the difference of two logits that is the softmax."""
+    """Return the sigmoid; for the difference of two logits this equals the softmax."""
     if logit >= 0:
         return 1 / (1 + math.exp(-logit))
-    odds = math.exp(logit)  # of a number below 0: never too large, and none is taken from 1
+    odds = math.exp(logit)  # of a negative number, so it cannot overflow
     return odds / (1 + odds)
 
 
 def ranked(scores: Sequence[float], most: int | None = None) -> list[int]:
-    """Return the indices of scores, best first, the first of equal ones before the others."""
+    """Return the indices of scores, best first; equal scores keep their order."""
     return sorted(range(len(scores)), key=lambda index: -scores[index])[:most]

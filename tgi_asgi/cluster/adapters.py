@@ -1,4 +1,4 @@
-"""The adapters of a cluster: those that its replicas serve, as the API sees them (`types.Adapters`)."""
+"""The adapters of a cluster, those that its replicas serve, as the API needs them (`types.Adapters`)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tgi_asgi.types import Adapter
 
 
 class RemoteLease:
-    """A request's hold on an adapter: the replica holds it while it computes the request."""
+    """A request's reference to an adapter; the replica holds the real one while it computes the request."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
     def release(self) -> None:
-        """Let go."""
+        """Do nothing; the replica releases its own reference."""
 
 
 class RemoteAdapters:
-    """What can be asked for is what any replica serves; requests go to those that do."""
+    """Offers every adapter that any replica serves; requests go to replicas that have it."""
 
     def __init__(self, engine: RemoteEngine) -> None:
         self._engine = engine
 
     async def start(self) -> None:
-        """Do nothing: replicas read theirs when they start."""
+        """Do nothing, because replicas read their adapters when they start."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -37,15 +37,15 @@ class RemoteAdapters:
 
     @property
     def names(self) -> list[str]:
-        """Those that can be asked for."""
+        """Names of the adapters that requests may use."""
         replicas = self._engine.table.replicas.values()
         return list(dict.fromkeys(name for replica in replicas for name in replica.adapters))
 
     async def lease(self, name: str) -> RemoteLease:
-        """Return an adapter without weights, whose key the prompt's blocks are hashed with.
+        """Return an adapter without weights; its key is part of the hashes of the prompt's blocks.
 
         Raises:
-            UnknownAdapter: no replica serves it.
+            UnknownAdapter: if no replica serves it.
         """
         for replica in self._engine.table.replicas.values():
             if name in replica.adapters:
@@ -53,10 +53,10 @@ class RemoteAdapters:
         raise UnknownAdapter(name, param="model")
 
     async def add(self, name: str, location: str) -> None:
-        """Have every replica read an adapter.
+        """Make every replica read an adapter.
 
         Raises:
-            InvalidRequest, Overloaded: one of them could not; then none has it.
+            InvalidRequest, Overloaded: if one of them failed; then none keeps it.
         """
         if name in self:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
@@ -68,14 +68,14 @@ class RemoteAdapters:
         await self._engine.refresh()
 
     async def replace(self, name: str, location: str) -> None:
-        """Have every replica read an adapter in place of that of the name.
+        """Make every replica read an adapter that replaces the one of this name.
 
-        Where one of them cannot, it keeps the old one and the others have the new one: cached prompts are
-        told apart, as their contents are; asking again makes them equal.
+        A replica that fails keeps the old adapter while the others have the new one. Cached prompts stay
+        separate, because their keys depend on the contents; repeating the call makes the replicas equal.
 
         Raises:
-            InvalidRequest, Overloaded: one of them could not.
-            UnknownAdapter: the name was unloaded meanwhile.
+            InvalidRequest, Overloaded: if one of them failed.
+            UnknownAdapter: if the name was unloaded meanwhile.
         """
         call = self._engine.transport.call
         found = await self._everywhere(lambda replica: call(replica, "replace_adapter", name, location))
@@ -84,10 +84,10 @@ class RemoteAdapters:
             raise error
 
     async def remove(self, name: str) -> None:
-        """Have every replica forget an adapter, once its requests have ended.
+        """Make every replica unload an adapter once its requests have ended.
 
         Raises:
-            UnknownAdapter: none serves it.
+            UnknownAdapter: if no replica serves it.
         """
         if name not in self:
             raise UnknownAdapter(name, param="lora_name")
@@ -95,7 +95,7 @@ class RemoteAdapters:
         await self._engine.refresh()
 
     async def _everywhere(self, call: Callable[[str], Awaitable[TgiError | None]]) -> list[TgiError | None]:
-        """Call every replica; one that is lost has nothing to say."""
+        """Call every replica; a lost one yields None."""
 
         async def ask(replica: str) -> TgiError | None:
             try:

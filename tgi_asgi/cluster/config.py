@@ -1,8 +1,8 @@
-"""What a cluster is made of, from the arguments of `serve run` or the `args` of Serve's configuration file.
+"""Cluster configuration, from the arguments of `serve run` or the `args` of Serve's configuration file.
 
     serve run tgi_asgi.cluster:app model_id=Qwen/Qwen3-0.6B num_replicas=2 num_threads=8
 
-Knows nothing of Ray: what is Ray's to understand passes through.
+Does not depend on Ray; Ray's own options pass through unchanged.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 _SETTINGS = {spec.name for spec in dataclasses.fields(Settings)}
-# What is not one process' to say where Serve listens, and starts and stops actors.
+# Not for one process to decide where Serve listens, and starts and stops actors.
 _REFUSED = {
     "hostname": "set Serve's http_options.host",
     "port": "set Serve's http_options.port",
     "uds": "Serve listens on TCP",
     "ssl_certfile": "set Serve's http_options.ssl_certfile",
     "ssl_keyfile": "set Serve's http_options.ssl_keyfile",
-    "max_connections_per_client": "connections are Serve's",
+    "max_connections_per_client": "Serve accepts the connections",
     "drain_delay_s": "Serve takes a replica out of its list before it drains",
 }
 _PLACEMENT = ("num_replicas", "autoscaling_config", "ray_actor_options")
@@ -31,7 +31,7 @@ _PLACEMENT = ("num_replicas", "autoscaling_config", "ray_actor_options")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One model: its settings, and how many replicas of which size serve it, in Ray's own words."""
+    """One model: its settings, and the number and size of its replicas in Ray's own terms."""
 
     settings: Settings
     num_replicas: int | None = None
@@ -41,7 +41,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """The models behind one address, the first of which answers requests that name none; and the ingress."""
+    """The models at one address, the first of which answers requests that name none; and the ingress."""
 
     models: tuple[ModelConfig, ...]
     num_ingresses: int = 1
@@ -49,10 +49,10 @@ class ClusterConfig:
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> ClusterConfig:
-        """Read Serve's arguments: options of the server by their names, `num_replicas`, and so on.
+        """Read Serve's arguments: server options by name, `num_replicas`, and so on.
 
         Raises:
-            InvalidRequest: an argument is not known, or not valid; the message names it.
+            InvalidRequest: if an argument is unknown or invalid; the message names it.
         """
         common = dict(args)
         ingress = common.pop("ingress", None) or {}
@@ -65,7 +65,7 @@ class ClusterConfig:
         models = tuple(_model({**common, **each}, is_only=len(listed) == 1) for each in listed)
         names = [name_of(model) for model in models]
         if len(set(names)) < len(names):
-            raise InvalidRequest(f"two models have one name: {', '.join(sorted(names))}", param="models")
+            raise InvalidRequest(f"two models have the same name: {', '.join(sorted(names))}", param="models")
         return cls(
             models,
             _count("ingress.num_replicas", ingress.get("num_replicas", 1)),
@@ -74,7 +74,7 @@ class ClusterConfig:
 
 
 def name_of(model: ModelConfig) -> str:
-    """Return the name that requests give."""
+    """Return the name by which requests select the model."""
     return str(model.settings.served_model_name or model.settings.model_id)
 
 
@@ -88,23 +88,23 @@ def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelConfig:
                 f"`{name}` is neither an option of the server nor of the cluster", param=name
             )
     given.setdefault("model_id", DEMO_MODEL)
-    if not is_only:  # else a mistyped name would be answered by the first model
+    if not is_only:  # otherwise the first model would answer a mistyped name
         given.setdefault("strict_model_names", True)
     options = dict(args.get("ray_actor_options") or {})
-    # The threads of a replica and the cores that Ray sets aside for it are the same thing.
+    # A replica's threads and the cores that Ray reserves for it are the same.
     if "num_threads" in given:
         options.setdefault("num_cpus", int(given["num_threads"]))
     elif options.get("num_cpus", 0) >= 1:
         given["num_threads"] = int(options["num_cpus"])
     autoscaling = args.get("autoscaling_config")
     if autoscaling is not None and args.get("num_replicas") is not None:
-        raise InvalidRequest("num_replicas and autoscaling_config exclude each other", param="num_replicas")
+        raise InvalidRequest("num_replicas and autoscaling_config are exclusive", param="num_replicas")
     num_replicas = None if autoscaling is not None else _count("num_replicas", args.get("num_replicas", 1))
     return ModelConfig(_settings(given), num_replicas, autoscaling, options)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
-    """Return the settings that values mean: of a file's types, or texts as of a command line."""
+    """Return settings from given values, typed as in a file or as text as on a command line."""
     texts = {name.upper(): value for name, value in given.items() if isinstance(value, str) and value}
     values = {
         name: tuple(value) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Several models behind one address: each request goes to the application of the model that it names.
+"""Several models at one address: each request goes to the application of the model that it names.
 
-Each model has an application of its own, with the same keys and limits; what concerns all of them is asked of
-each and put together. What is wrong with a request is for the applications to say, in their own words.
+Each model has its own application, with the same keys and limits. Requests that concern all models are sent
+to every application and the answers merged. Errors are reported by the applications.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tgi_asgi.errors import TgiError
 from tgi_asgi.types import EngineState
 
 _PROBES = frozenset({"/health", "/ping", "/livez", "/readyz"})
-_READS = frozenset({"GET", "HEAD"})  # others, as the preflight of a browser, are the first application's
+_READS = frozenset({"GET", "HEAD"})  # others, such as a browser's preflight, go to the first application
 _SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
 _LARGE = 32 * 1024
 
 
 class _Named(msgspec.Struct):
-    """What of a body says which model it is for: OpenAI's and others' field, or TGI's adapters."""
+    """Fields of a body that name its model: `model`, or the `parameters` with TGI's adapter."""
 
     model: Any = None
     parameters: Any = None
@@ -41,16 +41,16 @@ _BODY = msgspec.json.Decoder(_Named)
 
 
 def front_app(apps: Sequence[App]) -> App | Front:
-    """Return what answers for these applications, of which one alone does so itself."""
+    """Return an application that answers for these; a single one is returned as is."""
     return apps[0] if len(apps) == 1 else Front(apps)
 
 
 class Front:
-    """One ASGI application for several, of which the first answers what names no model."""
+    """One ASGI application for several; the first answers requests that name no model."""
 
     def __init__(self, apps: Sequence[App]) -> None:
         self._apps = apps
-        for app in apps:  # a conversation's earlier answers are found whatever model goes on with it
+        for app in apps:  # a conversation may continue with another model
             app.context.responses = apps[0].context.responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +85,7 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _serving(self, name: object) -> App:
-        """Return the application that serves a model or an adapter of this name, else the first."""
+        """Return the application that serves a model or adapter of this name, otherwise the first."""
         if isinstance(name, str):
             for app in self._apps:
                 served = app.context.served
@@ -97,19 +97,19 @@ class Front:
         return self._apps[0]
 
     def _best(self, path: str) -> App:
-        """Return who answers a probe: the first application that is well, for all but `/readyz`."""
+        """Return the application that answers a probe: the first ready one; `/readyz`: first unready."""
         is_well = [app.context.state is EngineState.READY for app in self._apps]
         if path == "/readyz":
             return self._apps[is_well.index(False)] if False in is_well else self._apps[0]
         return self._apps[is_well.index(True)] if True in is_well else self._apps[0]
 
     async def _by_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body, up to the limit, and give it to the application that it names."""
+        """Read the body, up to the limit, and pass it to the application that it names."""
         first = self._apps[0]
         settings, budget = first.context.settings, first.context.bodies
         declared = header(scope, b"content-length") or b""
         if declared.isdigit() and int(declared) > settings.payload_limit:
-            await first(scope, receive, send)  # which says so without reading it
+            await first(scope, receive, send)  # responds with the error without reading it
             return
         messages: list[Message] = []
         size = 0
@@ -125,7 +125,7 @@ class Front:
                     break
             name = _name_in(messages) if size < _LARGE else await asyncio.to_thread(_name_in, messages)
         except TgiError:
-            name = None  # the application meets the same, and says so
+            name = None  # the application raises and reports the same error
         finally:
             budget.give_back(size)
 
@@ -135,7 +135,7 @@ class Front:
         await self._serving(name)(scope, replay, send)
 
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with the models of all applications; those that load are not there yet."""
+        """Answer with the models of all applications, except those still loading."""
         answers = [await _asked(app, scope) for app in self._apps]
         listed = [answer for answer in answers if answer.status == 200]
         if not listed:
@@ -145,7 +145,7 @@ class Front:
         await _respond(scope, send, listed[0], orjson.dumps({"object": "list", "data": models}))
 
     async def _measure(self, scope: Scope, send: Send) -> None:
-        """Answer with the metrics of all applications, each sample with its model's name."""
+        """Answer with the metrics of all applications; each sample has its model's name."""
         answers = [await _asked(app, scope) for app in self._apps]
         names = [
             str(app.context.settings.served_model_name or app.context.settings.model_id) for app in self._apps
@@ -156,7 +156,7 @@ class Front:
 
 
 def _path_below(scope: Scope) -> str:
-    """Return a request's path below the prefix that Serve routes to us."""
+    """Return a request's path below the prefix under which Serve routes to this application."""
     path, root = path_of(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
     return (path.removeprefix(root) or "/") if f"{path}/".startswith(f"{root}/") else path
 
@@ -172,7 +172,7 @@ def _name_in(messages: Sequence[Message]) -> object:
 
 
 def merged_metrics(texts: dict[str, str]) -> str:
-    """Return one exposition of several, by model: each family once, each sample with `model_name`."""
+    """Merge expositions, keyed by model, into one: each family once, each sample with `model_name`."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for model, text in texts.items():
@@ -197,7 +197,7 @@ def merged_metrics(texts: dict[str, str]) -> str:
 
 @dataclass(slots=True)
 class _Answer:
-    """What an application has answered."""
+    """An application's answer."""
 
     status: int = 500
     headers: Sequence[Header] = ()
@@ -205,7 +205,7 @@ class _Answer:
 
 
 async def _asked(app: App, scope: Scope) -> _Answer:
-    """Return what an application answers to a GET, whatever the request's own method."""
+    """Return an application's answer to a GET, whatever the request's own method."""
     answer = _Answer()
 
     async def take(message: Message) -> None:
@@ -222,7 +222,7 @@ async def _asked(app: App, scope: Scope) -> _Answer:
 
 
 async def _respond(scope: Scope, send: Send, like: _Answer, body: bytes) -> None:
-    """Answer as one application has (its request id, what lets a browser read it), with another body."""
+    """Answer with another body and the headers of an application's answer, such as request id and CORS."""
     headers = [header for header in like.headers if header[0] != b"content-length"]
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -1,6 +1,6 @@
-"""The API in front of replicas: our application, whose engine is remote, one for each model.
+"""The API in front of the replicas: the regular application with a remote engine, one per model.
 
-Knows nothing of Ray; `serving.py` makes a deployment of it.
+Does not depend on Ray; `serving.py` makes a deployment of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tgi_asgi.cluster.wire import Description
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, Progress
 
-Connect = Callable[[], tuple[Transport, Description]]  # waits for a first replica; called in a thread
+Connect = Callable[[], tuple[Transport, Description]]  # waits for the first replica; called in a thread
 
 
 def ingress_app(settings: Settings, connect: Connect) -> App:

@@ -1,6 +1,6 @@
-"""What a process' routers and its ingress tell each other: who is there, and whom a call is for.
+"""State shared by a process's routers and its ingress: which replicas exist, and which one a call is for.
 
-Apart from `routing.py`, which Ray copies to wherever it is needed: this module is there once a process.
+Separate from `routing.py`, of which Ray makes copies: this module exists once per process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ Listener = Callable[[Sequence[str]], None]  # called from any thread
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The first argument of every call: the replicas that it is for, the best first; any other is worse."""
+    """First argument of every call: the replicas that it is for, best first; any other is worse."""
 
     order: tuple[str, ...] = ()
 
 
 class Presence:
-    """Who is there of each deployment (its application's name and its own), as routers have heard last."""
+    """Known replicas of each deployment (application name, deployment name), as last reported by routers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class Presence:
         self._listeners: dict[tuple[str, str], list[Listener]] = {}
 
     def tell(self, deployment: tuple[str, str], replicas: Sequence[str]) -> None:
-        """Take what a router has heard."""
+        """Record a router's current replicas and notify the listeners."""
         with self._lock:
             self._known[deployment] = tuple(replicas)
             listeners = list(self._listeners.get(deployment, ()))
@@ -36,7 +36,7 @@ class Presence:
             listener(replicas)
 
     def listen(self, deployment: tuple[str, str], listener: Listener) -> None:
-        """Hear of changes from now on, first of what is known."""
+        """Call the listener with the known replicas now and on every change."""
         with self._lock:
             self._listeners.setdefault(deployment, []).append(listener)
             known = self._known.get(deployment, ())

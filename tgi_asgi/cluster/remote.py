@@ -1,7 +1,7 @@
-"""The engine of an ingress: sends each request to the replica that suits it best, and hands its answer on.
+"""The engine of an ingress: sends each request to the most suitable replica, and passes its answer on.
 
-To the API it is an engine as any other (`types.Engine`), so all that a server does with requests is done by
-the same code in a cluster: parsing, keys, limits, templates, streams, errors.
+To the API it is an ordinary engine (`types.Engine`), so a cluster shares the server's code for parsing, keys,
+limits, templates, streams and errors.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 _REPORT_TIMEOUT_S = 5.0
-_MOST_TRIES = 3  # of a request that has had no token: another replica may have room, or be alive
-_LONG = 16 * 1024  # tokens of a prompt that a thread hashes: 60 ns each
+_MOST_TRIES = 3  # per request without a token yet: another replica may have capacity, or be alive
+_LONG = 16 * 1024  # prompt tokens from which a thread does the hashing, at 60 ns each
 
 
 class ReplicaLost(Exception):
-    """Raised by a transport when a replica has ended, or cannot be reached."""
+    """Raised by a transport when a replica has ended or cannot be reached."""
 
 
 class Transport(Protocol):
-    """The way to the replicas of a model."""
+    """The connection to a model's replicas."""
 
     def replicas(self) -> Sequence[str]:
-        """Return the ids of those that there are now."""
+        """Return the ids of the current replicas."""
 
     async def wait_for_change(self) -> None:
-        """Return when there are others than at the last call."""
+        """Return once the replicas differ from those of the last `replicas` call."""
 
     def generate(self, order: Sequence[str], request: WireRequest) -> AsyncIterator[Reply]:
-        """Send a request to the first of these replicas that is there still.
+        """Send a request to the first of these replicas that still exists.
 
         Raises:
-            ReplicaLost: it has ended before its answer has.
+            ReplicaLost: if it ended before its answer did.
         """
 
     async def call(self, replica: str, method: str, *arguments: Any) -> Any:
         """Call a method of one replica.
 
         Raises:
-            ReplicaLost: there is none of that id.
+            ReplicaLost: if there is no replica of that id.
         """
 
 
 class RemoteEngine:
-    """A `types.Engine` whose steps are computed elsewhere.
+    """A `types.Engine` whose steps are computed by replicas.
 
-    Its room is that of all replicas together; it is loading while there is none.
+    Its capacity is that of all replicas together; without replicas its state is LOADING.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RemoteEngine:
 
     @property
     def stats(self) -> Any:
-        """The counters of all replicas together."""
+        """Counters summed over all replicas."""
         return self._totals.stats
 
     @property
@@ -107,7 +107,7 @@ class RemoteEngine:
         return EngineState.READY if self.table.replicas else EngineState.LOADING
 
     def describe(self) -> dict[str, Any]:
-        """Return what is known of the replicas, for a person to read."""
+        """Return what is known about the replicas, for people to read."""
         replicas = [
             {
                 "id": each.name,
@@ -123,11 +123,11 @@ class RemoteEngine:
         return {"replicas": replicas, "requests": requests}
 
     def start(self) -> None:
-        """Begin to watch the replicas."""
+        """Start watching the replicas."""
         self._watch = asyncio.create_task(self._keep_watching(), name="replicas")
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what runs finish; what has not by then is ended with an error."""
+        """Accept nothing new and let requests finish; after the timeout, end the rest with an error."""
         self._is_leaving = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -148,10 +148,10 @@ class RemoteEngine:
             channel.refuse(IncompleteGeneration("the server is shutting down"))
 
     def acquire(self, n: int, tenant: str | None = None) -> Permit:
-        """Take room for n choices; raises `Overloaded` or `Unavailable`.
+        """Admit n choices; raises `Overloaded` or `Unavailable`.
 
-        As in an engine, a key that holds less than another takes the place of that one's newest request that
-        has no token yet.
+        As in an engine, a key with fewer choices than another displaces that key's newest request without a
+        token.
         """
         if self.state is not EngineState.READY:
             raise Unavailable("No replica can be reached", retry_after_s=2)
@@ -165,26 +165,26 @@ class RemoteEngine:
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RemoteChannel:
-        """Send a request; the permit is released at its end."""
+        """Send a request; its permit is released at its end."""
         channel = RemoteChannel(self, request, permit)
         self.channels.append(channel)
         self._is_idle.clear()
         return channel
 
     def closed(self, channel: RemoteChannel) -> None:
-        """Learn that a request has ended."""
+        """Remove a request that has ended."""
         self.channels.remove(channel)
         if not self.channels:
             self._is_idle.set()
 
     def abort(self, request_id: str) -> int:
-        """End the requests of this id, with an error; return how many there were."""
+        """End the requests with this id, with an error; return their number."""
         error = RequestAborted("the request was aborted")
         named = [channel for channel in self.channels if channel.request.request_id == request_id]
         return sum(channel.refuse(error) for channel in named)
 
     def reset_prefix_cache(self) -> int:
-        """Have all replicas forget all prompts; return how many blocks they had by their last reports."""
+        """Make all replicas drop their cached prompts; return their number of blocks by the last reports."""
         num_blocks = 0
         for replica in self.table.replicas.values():
             num_blocks += replica.num_blocks
@@ -199,7 +199,7 @@ class RemoteEngine:
             await self.transport.call(replica, method)
 
     def digests(self, request: GenerationRequest) -> list[bytes]:
-        """Return the digests of a prompt's full blocks as an engine computes them; none if it shares none."""
+        """Return the digests of a prompt's full blocks as an engine computes them; none if not shared."""
         if not (self._prefix_cache and request.is_prefix_cached):
             return []
         root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
@@ -208,7 +208,7 @@ class RemoteEngine:
         return [chain.digest(index, ids) for index in range(len(ids) // self.block_size)]
 
     def drop(self, replica: str) -> None:
-        """Forget a replica that is gone."""
+        """Remove a replica that is gone."""
         self.table.drop(replica)
         self._totals.retire(replica)
         self._totals.show()
@@ -218,13 +218,13 @@ class RemoteEngine:
             try:
                 await self.refresh()
             except Exception:
-                logger.exception("the replicas' reports could not be read")
+                logger.exception("reading the replicas' reports failed")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):
                     await self.transport.wait_for_change()
 
     async def refresh(self) -> None:
-        """Ask every replica how it does."""
+        """Request a report from every replica."""
         names = self.transport.replicas()
         for gone in self.table.replicas.keys() - set(names):
             self.drop(gone)
@@ -244,7 +244,7 @@ class RemoteEngine:
             if known is not None:
                 known.num_missed += 1
         else:
-            if report.replica != name:  # it is gone, and another one has answered
+            if report.replica != name:  # the replica is gone, and another one answered
                 self.drop(name)
                 return
             self.table.update(report)
@@ -252,7 +252,7 @@ class RemoteEngine:
 
 
 class RemoteChannel(Outbox):
-    """A `types.Channel`: a request that a replica computes, and where its events wait to be taken."""
+    """A `types.Channel`: a request that a replica computes, with a buffer for its events."""
 
     def __init__(self, engine: RemoteEngine, request: GenerationRequest, permit: Permit) -> None:
         super().__init__(request)
@@ -265,13 +265,13 @@ class RemoteChannel(Outbox):
         self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
 
     def cancel(self) -> None:
-        """Give the request up."""
+        """Cancel the request."""
         if not self._is_ended:
             self._close()
             self._task.cancel()
 
     def refuse(self, error: TgiError) -> bool:
-        """End the request with an error; tell whether it had not ended yet."""
+        """End the request with an error; return whether it was still running."""
         if self._is_ended:
             return False
         self._end(error)
@@ -284,13 +284,13 @@ class RemoteChannel(Outbox):
             if error is None and self._num_open:
                 error = IncompleteGeneration("Incomplete generation")
         except Exception:
-            logger.exception("request %s failed on its way", self.request.request_id)
+            logger.exception("sending request %s to a replica failed", self.request.request_id)
             error = GenerationFailed("the request failed on its way to a replica")
         if not self._is_ended:
             self._end(error)
 
     async def _generate(self) -> TgiError | None:
-        """Follow an answer to its end, of the second best replica where the best has no room."""
+        """Follow an answer to its end, on the next best replica if the best has no capacity."""
         engine, request = self._engine, self.request
         size = len(request.prompt_ids)
         hashed = engine.digests(request) if size < _LONG else asyncio.to_thread(engine.digests, request)
@@ -321,7 +321,7 @@ class RemoteChannel(Outbox):
         return error or Unavailable("No replica can be reached", retry_after_s=2)
 
     async def _follow(self, order: Sequence[str], wired: WireRequest, ticket: Ticket) -> TgiError | None:
-        """Hand on what a replica answers; return the request's failure, if it fails there."""
+        """Pass on what a replica answers; return the request's error if it fails there."""
         async with contextlib.aclosing(self._engine.transport.generate(order, wired)) as replies:  # type: ignore[type-var]
             async for reply in replies:
                 if reply.error is not None:

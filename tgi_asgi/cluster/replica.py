@@ -1,6 +1,6 @@
-"""One replica: the engine, the model and its adapters, without HTTP; requests come ready from an ingress.
+"""One replica: the engine, the model and its adapters, without HTTP; ingresses send it prepared requests.
 
-Knows nothing of Ray: `serving.py` makes an actor of it, tests call it as it is.
+Does not depend on Ray: `serving.py` makes it an actor, and tests call it directly.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from tgi_asgi.serve.process import end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, GenerationRequest, Lease, TokenEvent
 
-# What a reply costs both ends together. A stream waits so long, times the number of streams, before it sends
-# more: all streams together send 2,000 replies a second at most, each with all tokens that came meanwhile.
+# Combined cost of a reply on both sides. A stream waits this long times the number of streams before it sends
+# again. All streams together therefore send at most 2,000 replies a second, each with all tokens since the
+# last.
 _REPLY_S = 0.0005
 
 
 class Replica:
-    """Serve the requests of ingresses.
+    """Serves the requests of ingresses.
 
     replica = await Replica.start("a", Settings(model_id="model.gguf"))
     async for reply in replica.generate(request): ...
@@ -58,10 +59,10 @@ class Replica:
 
     @classmethod
     async def start(cls, name: str, settings: Settings, loader: Loader = load_model) -> Replica:
-        """Load the model; the process ends when the engine dies later.
+        """Load the model; the process ends if the engine dies later.
 
         Raises:
-            BaseException: the model cannot be loaded.
+            BaseException: if the model cannot be loaded.
         """
         loaded: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
         app = create_app(settings, loader)
@@ -72,7 +73,7 @@ class Replica:
         return cls(name, app, served)
 
     async def stop(self) -> None:
-        """End what still runs with an error, and give everything back."""
+        """End running requests with an error, and release all resources."""
         await self._app.stop()
 
     def check(self) -> None:
@@ -81,7 +82,7 @@ class Replica:
             raise GenerationFailed("the engine has failed")
 
     def describe(self) -> Description:
-        """Return what an ingress must know of the model."""
+        """Return what an ingress needs to know about the model."""
         served, size = self._served, self._engine.scheduler.tables.block_size
         return Description(
             served.tokenizer, served.chat_template, served.info, served.image_processor,
@@ -89,7 +90,7 @@ class Replica:
         )  # fmt: skip
 
     def report(self, seen: Seen) -> Report:
-        """Tell how the replica does, and what changed in its cache since an ingress has seen it."""
+        """Return the replica's status, and how its cache changed since the state that an ingress has seen."""
         journal, stats = self._journal, self._engine.stats
         changes = journal.since(seen.number) if seen.life == self._life else None
         is_whole = changes is None
@@ -108,15 +109,17 @@ class Replica:
         )
 
     async def generate(self, wired: WireRequest) -> AsyncIterator[Reply]:
-        """Yield an answer as it comes; it ends with a finish of every choice, or an error.
+        """Yield an answer as it is generated; it ends with a finish of every choice, or an error.
 
-        Whoever stops to read gives the request up.
+        A reader that stops early cancels the request.
         """
         lease: Lease | None = None
         self._num_streams += 1
         try:
             if wired.adapter is not None:
-                assert self._adapters is not None, "an ingress sends adapters to who has them"
+                assert self._adapters is not None, (
+                    "an ingress sends adapters' requests to replicas with adapters"
+                )
                 lease = await self._adapters.lease(wired.adapter)
             request = await self._request(wired, lease)
             permit = self._engine.acquire(request.n, wired.tenant)
@@ -151,28 +154,28 @@ class Replica:
         return replace(wired.request, prompt_ids=ids, grammar=grammar, adapter=adapter)
 
     async def add_adapter(self, name: str, location: str) -> TgiError | None:
-        """Read an adapter; return why it cannot be had."""
+        """Read an adapter; return the error if that fails."""
         return await _told(self._served_adapters().add(name, location))
 
     async def replace_adapter(self, name: str, location: str) -> TgiError | None:
-        """Read an adapter in place of that of the name; return why it cannot be had."""
+        """Read an adapter that replaces the one of this name; return the error if that fails."""
         return await _told(self._served_adapters().replace(name, location))
 
     async def remove_adapter(self, name: str) -> TgiError | None:
-        """Forget an adapter; return why that is not possible."""
+        """Unload an adapter; return the error if that fails."""
         return await _told(self._served_adapters().remove(name))
 
     def _served_adapters(self) -> Adapters:
-        assert self._adapters is not None, "an ingress asks who has them"
+        assert self._adapters is not None, "an ingress calls only replicas that serve adapters"
         return self._adapters
 
     def reset_prefix_cache(self) -> int:
-        """Forget all prompts; return how many blocks that were."""
+        """Drop all cached prompts; return the number of blocks dropped."""
         return self._engine.reset_prefix_cache()
 
 
 async def _told(work: Awaitable[None]) -> TgiError | None:
-    """Return what went wrong: an actor's exceptions would lose their type on the way."""
+    """Return the error, because an actor's exceptions lose their type on the way."""
     try:
         await work
     except TgiError as error:
@@ -181,7 +184,7 @@ async def _told(work: Awaitable[None]) -> TgiError | None:
 
 
 class _Mailbox:
-    """A channel's sink: what has come and was not sent yet."""
+    """A channel's sink: buffers events that have not been sent yet."""
 
     def __init__(self) -> None:
         self._events: list[TokenEvent] = []
@@ -197,7 +200,7 @@ class _Mailbox:
         self._has_news.set()
 
     async def take(self) -> list[TokenEvent]:
-        """Return what is new once there is anything; raises the request's failure behind the last event."""
+        """Wait for events and return them; after the last one, raise the request's error."""
         await self._has_news.wait()
         events, self._events = self._events, []
         if not events and self._error is not None:

@@ -1,7 +1,7 @@
-"""Ray Serve's half of routing: it sends a request where the ingress says, and tells the ingress who is there.
+"""Ray Serve's part of routing: sends a request where the ingress says, and reports replicas to the ingress.
 
-The choice itself is `table.py`'s, made where the prompt has been hashed. Ray makes the router in the ingress'
-process, in a thread with an event loop of its own, from a copy of this module.
+The choice itself is made in `table.py`, where the prompt has been hashed. Ray creates the router in the
+ingress process, in a thread with its own event loop, from a copy of this module.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from tgi_asgi.cluster import presence
 
 
 class TellsIngress:
-    """What a router of Ray's gets beside its choice: it tells the ingress of its process who is there."""
+    """Mixin for Ray routers that reports the existing replicas to the ingress of its process."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Take what the controller says of who is there."""
+        """Accept the controller's list of replicas."""
         super().update_replicas(replicas)  # type: ignore[misc]
         self._tell()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Learn from a failed call that a replica is gone, before the controller says so."""
+        """Drop a replica after a failed call, before the controller reports it."""
         super().on_replica_actor_died(replica_id)  # type: ignore[misc]
         self._tell()
 
@@ -32,15 +32,15 @@ class TellsIngress:
         presence.shared.tell((router.app_name, router._deployment_id.name), names)
 
 
-class PreferringRouter(TellsIngress, RequestRouter):  # type: ignore[misc]  # of Ray, which has no types
-    """Take the first of the wanted replicas that is there, else any."""
+class PreferringRouter(TellsIngress, RequestRouter):  # type: ignore[misc]  # Ray has no types
+    """Chooses the first wanted replica that exists, otherwise any."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return the candidates in the order in which they are to be tried, one a rank."""
+        """Return the candidates in the order in which to try them, one per rank."""
         wanted: Any = (
             pending_request.args[0] if pending_request is not None and pending_request.args else None
         )

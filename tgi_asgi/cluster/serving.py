@@ -1,6 +1,6 @@
-"""The cluster as Ray Serve sees it: a deployment of replicas for each model, one of ingresses before them.
+"""The Ray Serve deployments of a cluster: one of replicas per model, and one of ingresses.
 
-Everything that imports Ray is here and in `routing.py`.
+Only this module and `routing.py` import Ray.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tgi_asgi.observe import logs
 from tgi_asgi.settings import Settings
 
 ROUTER = "tgi_asgi.cluster.routing:PreferringRouter"
-_SLACK = 64  # calls beside those that generate: reports, and those that the engine refuses itself
-_MOST_AT_AN_INGRESS = 100_000  # what it takes is its own permits' to say
+_SLACK = 64  # calls in addition to those that generate: reports, and those that the engine itself refuses
+_MOST_AT_AN_INGRESS = 100_000  # the ingress's own permits limit it
 _DRAIN_SLACK_S = 5.0
-_SWITCH_S = 0.001  # as in `serve/server.py`: a thread that wants the GIL back waits no longer
+_SWITCH_S = 0.001  # longest wait for the GIL, as in `serve/server.py`
 
 
 class ReplicaDeployment:
-    """The actor around a replica; Ray counts what runs and waits in its engine as its ongoing requests."""
+    """The actor around a replica; its ongoing calls are what runs and waits in its engine."""
 
     async def __init__(self, settings: Settings, loader: Loader) -> None:  # type: ignore[misc]  # Ray awaits it
         logs.configure(settings)
@@ -47,16 +47,16 @@ class ReplicaDeployment:
         self._replica = await Replica.start(name, settings, loader)
 
     async def generate(self, _wanted: Wanted, request: WireRequest) -> AsyncIterator[Reply]:
-        """Yield an answer as it comes."""
+        """Yield an answer as it is generated."""
         async for reply in self._replica.generate(request):
             yield reply
 
     async def describe(self, _wanted: Wanted) -> Description:
-        """Return what an ingress must know of the model."""
+        """Return what an ingress needs to know about the model."""
         return self._replica.describe()
 
     async def report(self, _wanted: Wanted, seen: Seen) -> Report:
-        """Tell how the replica does."""
+        """Return the replica's status."""
         return self._replica.report(seen)
 
     async def add_adapter(self, _wanted: Wanted, name: str, location: str) -> TgiError | None:
@@ -64,19 +64,19 @@ class ReplicaDeployment:
         return await self._replica.add_adapter(name, location)
 
     async def replace_adapter(self, _wanted: Wanted, name: str, location: str) -> TgiError | None:
-        """Read an adapter in place of that of the name."""
+        """Read an adapter that replaces the one of this name."""
         return await self._replica.replace_adapter(name, location)
 
     async def remove_adapter(self, _wanted: Wanted, name: str) -> TgiError | None:
-        """Forget an adapter."""
+        """Unload an adapter."""
         return await self._replica.remove_adapter(name)
 
     async def reset_prefix_cache(self, _wanted: Wanted) -> int:
-        """Forget all prompts."""
+        """Drop all cached prompts."""
         return self._replica.reset_prefix_cache()
 
     async def check_health(self) -> None:
-        """Raise if the engine is dead: Ray then starts another replica."""
+        """Raise if the engine is dead, so that Ray starts another replica."""
         self._replica.check()
 
     async def __del__(self) -> None:
@@ -86,14 +86,14 @@ class ReplicaDeployment:
 
 @serve.ingress()
 class IngressDeployment:
-    """The actor around the API: one application a model, and `front.py` where there are several."""
+    """The actor around the API: one application per model, combined by `front.py` if there are several."""
 
     def __init__(self, models: Sequence[tuple[Settings, DeploymentHandle[Any]]]) -> None:
         logs.configure(models[0][0])
         sys.setswitchinterval(_SWITCH_S)
         self._models = models
 
-    def __serve_build_asgi_app__(self) -> Any:  # Ray's name for it
+    def __serve_build_asgi_app__(self) -> Any:  # name required by Ray
         return front_app([_app_of(settings, handle) for settings, handle in self._models])
 
 
@@ -111,7 +111,7 @@ def _app_of(settings: Settings, handle: DeploymentHandle[Any]) -> Any:
 
 
 class RayTransport:
-    """A `remote.Transport` over a deployment's handle; used on `loop` alone."""
+    """A `remote.Transport` over a deployment's handle; used only on `loop`."""
 
     def __init__(self, handle: DeploymentHandle[Any], loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -122,17 +122,17 @@ class RayTransport:
         shared.listen((handle.app_name, handle.deployment_name), self._hear)
 
     def replicas(self) -> Sequence[str]:
-        """Return the ids of those that there are now."""
+        """Return the ids of the current replicas."""
         self._has_changed.clear()
         return self._replicas
 
     async def wait_for_change(self) -> None:
-        """Return when there are others than at the last call."""
+        """Return once the replicas differ from those of the last `replicas` call."""
         await self._has_changed.wait()
 
     async def generate(self, order: Sequence[str], request: WireRequest) -> AsyncIterator[Reply]:
-        """Yield an answer's replies; a reader that stops early cancels it."""
-        if not any(name in self._replicas for name in order):  # Ray would wait for one to come
+        """Yield an answer's replies; a reader that stops early cancels the request."""
+        if not any(name in self._replicas for name in order):  # Ray would wait until one appears
             raise ReplicaLost(order[0])
         stream = self._streams.generate.remote(Wanted(tuple(order)), request)
         is_over = False
@@ -156,7 +156,7 @@ class RayTransport:
             return await getattr(self._handle, method).remote(Wanted((replica,)), *arguments)
 
     def _hear(self, replicas: Sequence[str]) -> None:
-        """Take who is there, in the router's thread."""
+        """Store the current replicas; called in the router's thread."""
         self._replicas = tuple(replicas)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._has_changed.set)
@@ -164,7 +164,7 @@ class RayTransport:
 
 @contextlib.contextmanager
 def _losses_told() -> Iterator[None]:
-    """Raise `ReplicaLost` for what Ray raises when an actor is gone, or ends what it was doing."""
+    """Translate Ray's errors for an actor that is gone or ended its call to `ReplicaLost`."""
     try:
         yield
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
@@ -173,14 +173,14 @@ def _losses_told() -> Iterator[None]:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        raise ReplicaLost("the call was cancelled") from error  # by the replica: nobody here has asked for it
+        raise ReplicaLost("the call was cancelled") from error  # by the replica: nothing here cancelled it
 
 
 def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str = ROUTER) -> Any:
-    """Return the Serve application; `loader` and `router` replace ours in tests and benchmarks.
+    """Return the Serve application; tests and benchmarks replace `loader` and `router`.
 
     Raises:
-        InvalidRequest: an argument is not known, or not valid.
+        InvalidRequest: if an argument is unknown or invalid.
     """
     config = ClusterConfig.from_args(args)
     bound = []
@@ -199,7 +199,7 @@ def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str =
 
 def _replicas_of(model: ModelConfig, loader: Loader, router: str) -> Any:
     settings = model.settings
-    # Keys are asked for once, by the ingress; what a replica is started with can be read in Ray's dashboard.
+    # Only the ingress checks keys, and a replica's start arguments are visible in Ray's dashboard.
     bare = replace(settings, api_key=(), api_key_file=None, admin_api_key=None, otlp_endpoint=None)
     given: dict[str, Any] = {"num_replicas": model.num_replicas}
     if model.autoscaling_config is not None:

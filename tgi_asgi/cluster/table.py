@@ -1,6 +1,6 @@
-"""Which replica a prompt goes to: what each is known to have cached, and how much it has to do.
+"""Chooses the replica for a prompt, by what each is known to have cached and by its load.
 
-The ingress keeps one table a model. Pure Python, on one event loop.
+The ingress keeps one table per model. Pure Python, on one event loop.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tgi_asgi.cluster.wire import Report, Seen, split_digests
 
-# What a stream that runs costs a prompt beside it, in prompt tokens: a row of each step until it ends.
+# Cost of a running stream to a concurrent prompt, in prompt tokens: a row of each step until it ends.
 STREAM_TOKENS = 32
-_EXPECTED_S = 30.0  # a prompt that was sent fills its blocks by then, or never
+_EXPECTED_S = 30.0  # by then a prompt has filled its blocks, or never will
 
 
 class KnownReplica:
-    """A replica as an ingress knows it.
+    """An ingress's knowledge of a replica.
 
-    What it has cached is known from its reports, up to a second late. In between, the blocks of prompts that
-    were sent to it are expected there: the next turn of a conversation may come sooner than a report.
+    Its reports say what it has cached, up to a second late. Until then, the blocks of prompts that were sent
+    to it are expected there, because the next turn of a conversation may come sooner than a report.
 
     Attributes:
-        adapters: names and keys of those that it serves.
-        num_open: requests of this ingress that it has.
-        num_foreign: those of other ingresses, by its last report.
-        num_missed: reports in turn that it did not give in time.
+        adapters: Names and keys of the adapters that it serves.
+        num_open: Number of its requests from this ingress.
+        num_foreign: Number of its requests from other ingresses, by its last report.
+        num_missed: Number of consecutive reports that did not arrive in time.
     """
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
@@ -45,16 +45,16 @@ class KnownReplica:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks it has cached, by its last report."""
+        """Number of cached blocks, by its last report."""
         return len(self._held)
 
     @property
     def load(self) -> int:
-        """What it has to do, in prompt tokens."""
+        """Its pending work, in prompt tokens."""
         return self._load_tokens + STREAM_TOKENS * (self.num_open + self.num_foreign)
 
     def num_held(self, digests: Sequence[bytes]) -> int:
-        """Return how many blocks of a prompt's beginning it has, and can go on behind."""
+        """Return after how many blocks of a prompt's prefix it can resume."""
         held, expected = self._held, self._expected
         if self._has_states:
             for number in range(len(digests), 0, -1):
@@ -67,19 +67,19 @@ class KnownReplica:
         return len(digests)
 
     def expect(self, digests: Sequence[bytes]) -> None:
-        """Learn that a prompt was sent that fills these blocks; a state is kept behind the last."""
+        """Record that a prompt was sent that fills these blocks; a state is kept after the last."""
         now_s = self._clock()
         for digest in digests[-1:] if self._has_states else digests:
             self._expected[digest] = now_s
             self._expected.move_to_end(digest)
 
     def forget(self) -> None:
-        """Learn that it has forgotten all that it had cached."""
+        """Record that it has dropped everything cached."""
         self._held.clear()
         self._expected.clear()
 
     def update(self, report: Report) -> None:
-        """Take its report."""
+        """Apply its report."""
         if report.is_whole:
             self._held.clear()
         for digest in split_digests(report.found):
@@ -97,7 +97,7 @@ class KnownReplica:
 
 
 class Ticket:
-    """A request's part of a replica's load, until it ends."""
+    """A request's share of a replica's load, until it ends."""
 
     def __init__(self, replica: KnownReplica, num_new_tokens: int) -> None:
         self.replica = replica
@@ -107,12 +107,12 @@ class Ticket:
         replica._load_tokens += num_new_tokens
 
     def begin(self) -> None:
-        """Learn that the prompt has been computed. Idempotent."""
+        """Record that the prompt has been computed. Idempotent."""
         self.replica._load_tokens -= self._num_new_tokens
         self._num_new_tokens = 0
 
     def end(self) -> None:
-        """Learn that the request has ended. Idempotent."""
+        """Record that the request has ended. Idempotent."""
         if self._is_open:
             self.begin()
             self.replica.num_open -= 1
@@ -126,7 +126,7 @@ class ReplicaTable:
         ticket = table.send(order[0], digests, len(prompt_ids))
 
     Args:
-        draw: for tests: chooses some of a sequence, as `random.sample`.
+        draw: Function that samples a sequence like `random.sample`; replaced in tests.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class ReplicaTable:
         self._draw = draw
 
     def update(self, report: Report) -> None:
-        """Take a report; of a replica that was not known it is the first."""
+        """Apply a report; the first report of a replica adds it."""
         known = self.replicas.get(report.replica)
         if known is None:
             known = self.replicas[report.replica] = KnownReplica(report.replica, self._clock)
         known.update(report)
 
     def drop(self, name: str) -> None:
-        """Forget a replica that is gone."""
+        """Remove a replica that is gone."""
         self.replicas.pop(name, None)
 
     def order(
@@ -160,12 +160,12 @@ class ReplicaTable:
         *,
         without: Collection[str] = (),
     ) -> list[str]:
-        """Return the replicas that a prompt may go to, the best first.
+        """Return the replicas that a prompt may go to, best first.
 
-        Compared are the one with most of the prompt's blocks and two others at random, by what must be
-        computed until the prompt's first token: what the replica has to do, and what of the prompt it lacks.
-        Two at random are nearly as good as all (Mitzenmacher, The Power of Two Choices, 2001), and several
-        ingresses do not all send to the one that was least loaded a moment ago.
+        Compares the replica with most of the prompt's blocks and two others at random. The cost is what must
+        be computed until the prompt's first token: the replica's load, and the part of the prompt that it
+        lacks. Two random choices are nearly as good as all (Mitzenmacher, The Power of Two Choices, 2001),
+        and they keep several ingresses from all picking the replica that was least loaded a moment ago.
         """
         able = [
             each
@@ -177,7 +177,7 @@ class ReplicaTable:
         if not able:
             return []
         held = {each.name: each.num_held(digests) for each in able}
-        able = self._draw(able, len(able))  # none comes first for being older
+        able = self._draw(able, len(able))  # shuffled, so that older replicas do not come first
         best = max(able, key=lambda each: held[each.name])
         others = [each for each in able if each is not best]
         compared = [best, *others[:2]]
@@ -189,7 +189,7 @@ class ReplicaTable:
         return [each.name for each in (*sorted(compared, key=cost), *sorted(others[2:], key=cost))]
 
     def send(self, name: str, digests: Sequence[bytes], num_tokens: int) -> Ticket:
-        """Note that a prompt goes to a replica."""
+        """Record that a prompt goes to a replica."""
         replica = self.replicas[name]
         num_new = max(num_tokens - replica.num_held(digests) * self._block_size, 1)
         replica.expect(digests)

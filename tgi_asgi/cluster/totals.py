@@ -1,4 +1,4 @@
-"""The engines' counters added up: `/metrics` of a cluster shows what one server would."""
+"""Sums of the engines' counters, so that `/metrics` of a cluster looks like that of one server."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "s
 
 
 def snapshot(stats: EngineStats) -> dict[str, Any]:
-    """Return an engine's counters as plain values, to be sent."""
+    """Return an engine's counters as plain values, for sending."""
     taken = {name: getattr(stats, name) for name in EngineStats.__slots__ if name != "adapters"}
     taken["adapters"] = stats.adapters() if stats.adapters is not None else None
     return taken
 
 
 class Totals:
-    """Keep one `EngineStats` that is the sum of all replicas'.
+    """Keeps one `EngineStats` with the sum over all replicas.
 
-    Counters never fall: what a replica has counted stays when it goes.
+    Counters never fall: the counts of a replica that is gone are kept.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class Totals:
         self._now: dict[str, Snapshot] = {}
 
     def update(self, replica: str, taken: Snapshot) -> None:
-        """Take a replica's counters; `show` adds up."""
+        """Store a replica's counters; `show` adds them up."""
         self._now[replica] = taken
 
     def retire(self, replica: str) -> None:
-        """Learn that a replica is gone."""
+        """Record that a replica is gone."""
         taken = self._now.pop(replica, None)
         if taken is not None:
             self._gone = [_added([*self._gone, {**taken, **dict.fromkeys(_GAUGES, 0)}])]

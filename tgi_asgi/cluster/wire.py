@@ -1,6 +1,6 @@
-"""What an ingress and a replica tell each other: requests that are ready for the engine, replies, reports.
+"""Messages between an ingress and a replica: requests prepared for the engine, replies, reports.
 
-Everything here is pickled. Times are durations: two machines have no clock in common.
+All of them are pickled. Times are durations, because two machines have no common clock.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate
     from tgi_asgi.text.tokenizer import Tokenizer
 
-Event = tuple[Any, ...]  # a `TokenEvent`'s fields, of which plain tuples are pickled fastest
+Event = tuple[Any, ...]  # fields of a `TokenEvent`; plain tuples are the fastest to pickle
 _FIELDS = attrgetter("index", "token_id", "data", "text", "logprob", "top", "is_special", "finish", "stop")
 _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class WireRequest:
-    """A request as it goes to a replica, which neither renders nor tokenises it again.
+    """A request on its way to a replica, already rendered and tokenised.
 
     Attributes:
-        request: without its grammar and adapter, which are objects of one process.
-        adapter: its name.
-        grammar: to be compiled there.
-        tenant: the API key's name: replicas share their room among keys, too.
+        request: The request without grammar and adapter, which are objects of one process.
+        adapter: Name of the adapter.
+        grammar: Source of the grammar, which the replica compiles.
+        tenant: Name of the API key; replicas share their capacity among keys, too.
     """
 
     request: GenerationRequest
@@ -52,14 +52,14 @@ class WireRequest:
     def of(cls, request: GenerationRequest, tenant: str | None) -> WireRequest:
         """Pack a request."""
         source = None if request.grammar is None else request.grammar.source
-        assert request.grammar is None or source is not None, "grammars know what they were compiled from"
+        assert request.grammar is None or source is not None, "a grammar keeps its source"
         bare = replace(request, prompt_ids=array("I", request.prompt_ids), adapter=None, grammar=None)
         return cls(bare, None if request.adapter is None else request.adapter.name, source, tenant)
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """A request's `RequestStats`, with times in seconds since it came to the replica; that is `age_s` ago."""
+    """A request's `RequestStats`; times are in seconds since it reached the replica, which is `age_s` ago."""
 
     age_s: float
     scheduled_s: float | None
@@ -71,7 +71,7 @@ class Course:
 
     @classmethod
     def of(cls, stats: RequestStats) -> Course:
-        """Take stock of a request now."""
+        """Return the request's stats as of now."""
 
         def since(moment_s: float | None) -> float | None:
             return None if moment_s is None else moment_s - stats.arrival_s
@@ -87,7 +87,7 @@ class Course:
         )
 
     def fill(self, stats: RequestStats) -> None:
-        """Write what is known to the stats of the ingress, whose request came earlier than the replica's."""
+        """Fill in the ingress's stats; its request arrived earlier than the replica's."""
         begun_s = max(time.monotonic() - self.age_s, stats.arrival_s)
 
         def at(duration_s: float | None) -> float | None:
@@ -101,12 +101,12 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Some of an answer.
+    """Part of an answer.
 
     Attributes:
-        replica: that gives it.
-        course: with the first reply and the last.
-        error: the request failed; nothing follows.
+        replica: Id of the replica that sends it.
+        course: The request's stats, sent with the first reply and the last.
+        error: Set if the request failed; nothing follows.
     """
 
     replica: str
@@ -116,23 +116,23 @@ class Reply:
 
 
 def packed(events: Sequence[TokenEvent]) -> list[Event]:
-    """Return events as they are sent."""
+    """Return events in the form in which they are sent."""
     return [_FIELDS(event) for event in events]
 
 
 def unpacked(events: Sequence[Event]) -> list[TokenEvent]:
-    """Return events as they were packed."""
+    """Return the events that were packed."""
     return [TokenEvent(*event) for event in events]
 
 
 def finishes_of(events: Sequence[TokenEvent]) -> list[FinishReason]:
-    """Return why choices ended, of those that end with these events."""
+    """Return the finish reasons of the choices that end with these events."""
     return [event.finish for event in events if event.finish is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """How far an ingress knows a replica's prefix cache: up to a number of the journal of one life of it."""
+    """What an ingress knows of a replica's prefix cache: its journal up to an entry, in one process life."""
 
     life: str = ""
     number: int = 0
@@ -140,18 +140,18 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a replica does.
+    """A replica's status.
 
     Attributes:
-        replica: its id.
-        seen: what an ingress that has read this knows.
-        is_whole: `found` is all that is cached; else what has changed since the ingress had its last report.
-        found, lost: digests of blocks, one behind the other.
-        num_open: requests that run or wait there, whichever ingress they came by.
-        stats: of its engine: `totals.snapshot`.
-        adapters: those that can be asked for, with their keys.
-        has_states: a prompt goes on behind the last block of it that is cached, also where others before that
-            are not told of: it is states that are told.
+        replica: Its id.
+        seen: What an ingress knows after reading this.
+        is_whole: Whether `found` is everything cached; otherwise it has the changes since the last report.
+        found, lost: Concatenated digests of blocks.
+        num_open: Number of requests that run or wait there, from any ingress.
+        stats: Counters of its engine, from `totals.snapshot`.
+        adapters: Names and keys of the adapters that requests may use.
+        has_states: Whether the digests are those of kept recurrent states. A prompt then resumes after its
+            last reported digest, even if earlier ones are not reported.
     """
 
     replica: str
@@ -166,22 +166,22 @@ class Report:
 
 
 def join_digests(digests: Iterable[bytes]) -> bytes:
-    """Join digests for a report: those of blocks of the first group of layers, one a block of a prompt.
+    """Concatenate digests for a report: those of the first group of layers, one per block of a prompt.
 
-    An ingress counts how much of a prompt's beginning a replica has; what other groups have of it is longer
-    (`engine/hits.py`), and says no more to who knows no windows.
+    An ingress counts how much of a prompt's prefix a replica has. Digests of other groups are longer
+    (`engine/hits.py`) and are of no use to an ingress, which knows no windows.
     """
     return b"".join(digest for digest in digests if len(digest) == _DIGEST_BYTES)
 
 
 def split_digests(joined: bytes) -> list[bytes]:
-    """Return the digests that a report has joined."""
+    """Return the digests that a report has concatenated."""
     return [joined[start : start + _DIGEST_BYTES] for start in range(0, len(joined), _DIGEST_BYTES)]
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an ingress needs of the model to speak for it: everything but weights."""
+    """What an ingress needs of a model to serve its API: everything except the weights."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None

@@ -1,1 +1,1 @@
-"""What `tgi-asgi` does besides serving: each module has one click command, which `cli.py` imports by name."""
+"""Subcommands of `tgi-asgi`: each module has one click command, which `cli.py` imports by name."""

@@ -1,8 +1,9 @@
-"""`tgi-asgi benchmark`: how fast a server is, as its clients see it, for growing numbers of them.
+"""`tgi-asgi benchmark`: how fast a server is from its clients' point of view, for growing numbers of clients.
 
-It takes the place of TGI's `text-generation-benchmark` and keeps its options' names. That one spoke to the
-shards behind the router; this one streams /v1/completions over HTTP, so that the figures have all that a
-client waits for, and any server of OpenAI's API can be measured: TGI before one leaves it, ours after.
+It replaces TGI's `text-generation-benchmark` and keeps its option names. TGI's tool spoke to the shards,
+bypassing the router. This one streams /v1/completions over HTTP, so its figures include everything that a
+client waits for, and it can measure any server with OpenAI's API: TGI before a migration, this server after
+it.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _PATH = "/v1/completions"
 _POLL_S = 0.1
 _STOP_TIMEOUT_S = 30.0
-# Each is one token or more in any vocabulary, so that a prompt of n words has n tokens to be cut to.
+# Each word is at least one token in any vocabulary, so a prompt of n words can be truncated to n tokens.
 _WORDS = "day way man life child world group word eye job side head house law car"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is sent: prompts of so many tokens, answers of so many, so many requests of each client."""
+    """What to send: lengths of prompts and answers in tokens, and the number of requests per client."""
 
     prompt_length: int
     decode_length: int
     num_runs: int
     num_warmups: int
     seed: int
-    body: dict[str, Any]  # fields that all requests have besides
+    body: dict[str, Any]  # extra fields of every request
 
     def request(self, model: str, number: int) -> dict[str, Any]:
-        """Return the body of a request; no two numbers' prompts begin alike, so that no cache helps."""
+        """Return a request's body; no two numbers' prompts begin alike, so prefix caches do not help."""
         words = random.Random(f"{self.seed}/{number}").choices(_WORDS.split(), k=self.prompt_length)
         return {
             "model": model,
             "prompt": " ".join(words),
-            "truncate_prompt_tokens": self.prompt_length,  # exact, where a server knows it: ours, vLLM
+            "truncate_prompt_tokens": self.prompt_length,  # exact on servers that support it: this one, vLLM
             "max_tokens": self.decode_length,
             "ignore_eos": True,
             "temperature": 0,
@@ -66,14 +67,14 @@ class Plan:
 
 @click.command("benchmark")
 @click.option(
-    "-u", "--url", metavar="URL", help="Server to measure (default: port $PORT or 3000 of this machine)."
+    "-u", "--url", metavar="URL", help="Server to measure (default: port $PORT or 3000 on this machine)."
 )
-@click.option("--model-id", metavar="TEXT", help="Start a server of this model and measure it, then stop it.")
+@click.option("--model-id", metavar="TEXT", help="Start a server for this model, measure and stop it.")
 @click.option("--model", metavar="NAME", help="Name to send as `model` (default: the first of /v1/models).")
 @click.option("--api-key", envvar="API_KEY", metavar="KEY", help="Bearer token to send.")
 @click.option(
     "-b", "--batch-size", "--concurrency", "batch_sizes", multiple=True, metavar="N",
-    help="Streams at once, or several numbers with commas (repeatable; default: 1,2,4,8,16,32).",
+    help="Concurrent streams, or several numbers separated by commas (repeatable; default: 1,2,4,8,16,32).",
 )  # fmt: skip
 @click.option(
     "-s",
@@ -82,7 +83,7 @@ class Plan:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Tokens of a prompt.",
+    help="Tokens per prompt.",
 )
 @click.option(
     "-d",
@@ -91,7 +92,7 @@ class Plan:
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Tokens of an answer.",
+    help="Tokens per answer.",
 )
 @click.option(
     "-r",
@@ -100,7 +101,7 @@ class Plan:
     type=click.IntRange(1),
     default=10,
     show_default=True,
-    help="Requests of each stream.",
+    help="Requests per stream.",
 )
 @click.option(
     "-w",
@@ -109,14 +110,14 @@ class Plan:
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Others before, not counted.",
+    help="Requests per stream before that, not counted.",
 )
-@click.option("--seed", type=int, metavar="N", help="Draws the prompts' words (default: others in each run).")
-@click.option("--body", default="{}", metavar="JSON", help='More fields for requests: {"temperature": 0.7}.')
+@click.option("--seed", type=int, metavar="N", help="Seed of the prompts' words (default: random).")
+@click.option("--body", default="{}", metavar="JSON", help='Additional request fields: {"temperature": 0.7}.')
 @click.option(
-    "--json", "json_file", type=click.File("w"), metavar="FILE", help="Write the figures there (-: stdout)."
+    "--json", "json_file", type=click.File("w"), metavar="FILE", help="File for the figures (-: stdout)."
 )
-@click.option("-t", "--tokenizer-name", metavar="TEXT", help="TGI's; ignored: the server counts tokens.")
+@click.option("-t", "--tokenizer-name", metavar="TEXT", help="Ignored, for TGI: the server counts tokens.")
 @click.argument("server_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVER FLAGS]")
 def command(
     url: str | None, model_id: str | None, model: str | None, api_key: str | None,
@@ -124,10 +125,10 @@ def command(
     runs: int, warmups: int, seed: int | None, body: str,
     json_file: TextIO | None, tokenizer_name: str | None, server_flags: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Measure a server: time to the first token, time of each token, throughput.
+    """Measure a server: time to first token, time per token, throughput.
 
-    For each number of streams, so many clients send one request after the other, each with a prompt of its
-    own. With --model-id a server is started for it, with the flags behind `--`.
+    For each number of streams, that many clients send requests one after the other, each with its own prompt.
+    With --model-id, a server is started for the measurement, with the flags after `--`.
 
     \b
         tgi-asgi benchmark --url http://localhost:8080 -b 1,8,32
@@ -135,14 +136,14 @@ def command(
     """
     del tokenizer_name
     if url is not None and model_id is not None:
-        raise click.UsageError("--url and --model-id exclude each other")
+        raise click.UsageError("--url and --model-id are mutually exclusive")
     if server_flags and model_id is None:
-        raise click.UsageError("flags for a server need --model-id, which starts one")
-    if seed is None:  # a server's prefix cache may know the prompts of the run before
+        raise click.UsageError("server flags need --model-id, which starts a server")
+    if seed is None:  # a server's prefix cache may hold the prompts of an earlier run
         seed = random.randrange(1 << 32)
     plan = Plan(sequence_length, decode_length, runs, warmups, seed, _read_body(body))
     counts = _read_counts(batch_sizes)
-    # Where the figures go to stdout, the table must not.
+    # The table must not go to stdout if the figures do.
     show = not (json_file is not None and json_file.name in ("-", "<stdout>"))
     try:
         with contextlib.ExitStack() as stack:
@@ -192,10 +193,10 @@ async def measure(
     counts: tuple[int, ...],
     echo: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run the loads one after the other; return the report, after each has been shown as a line.
+    """Run the loads one after the other, print a line for each, and return the report.
 
     Raises:
-        RequestFailed: nobody answers there.
+        RequestFailed: if the server does not answer.
     """
     model = model or await _first_model(address, api_key)
     echo(f"{model}: prompts of {plan.prompt_length} tokens, answers of {plan.decode_length}")
@@ -214,7 +215,7 @@ async def measure(
         loads.append(load.figures())
         echo(table_row(loads[-1]))
         if load.failures:
-            echo(f"  the first failure: {load.failures[0]}")
+            echo(f"  first failure: {load.failures[0]}")
     return {
         "model": model,
         "tgi_asgi": __version__,
@@ -236,11 +237,11 @@ async def _first_model(address: Address, api_key: str | None) -> str:
     try:
         return str(found["data"][0]["id"])
     except (LookupError, TypeError):
-        raise RequestFailed(f"/v1/models answers {status} and names no model: give --model") from None
+        raise RequestFailed(f"/v1/models returned {status} and no model: use --model") from None
 
 
 async def _run(clients: list[Client], plan: Plan, num_each: int, model: str, first: int) -> Load:
-    """Let each client send so many requests, one after the other, numbered from `first` on."""
+    """Let each client send `num_each` requests, one after the other, numbered from `first`."""
     recordings, failures = [], []
     bodies = iter(plan.request(model, first + i) for i in range(len(clients) * num_each))
     bar = tqdm(
@@ -276,10 +277,10 @@ async def _run(clients: list[Client], plan: Plan, num_each: int, model: str, fir
 
 @contextlib.contextmanager
 def own_server(model_id: str, flags: tuple[str, ...], api_key: str | None) -> Iterator[str]:
-    """Start a server of a model on a Unix socket; yield its URL once it is ready, and stop it at the end.
+    """Start a server for a model on a Unix socket; yield its URL once it is ready, and stop it at the end.
 
     Raises:
-        click.ClickException: it ended before it was ready; the message is its last line.
+        click.ClickException: if it ended before it was ready; the message is its last line.
     """
     with tempfile.TemporaryDirectory(prefix="tgi-asgi-") as folder:
         path, log = Path(folder) / "socket", Path(folder) / "log"
@@ -289,7 +290,7 @@ def own_server(model_id: str, flags: tuple[str, ...], api_key: str | None) -> It
             process = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
         try:
             url = f"unix:{path}"
-            click.echo(f"starting a server of {model_id} ...", err=True)
+            click.echo(f"starting a server for {model_id} ...", err=True)
             while not asyncio.run(_is_ready(Address.parse(url))):
                 if process.poll() is not None:
                     lines = log.read_text(errors="replace").strip().splitlines()

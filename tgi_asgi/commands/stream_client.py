@@ -1,10 +1,10 @@
-"""A client that times a stream of /v1/completions, of any server that speaks OpenAI's API.
+"""A client that times a /v1/completions stream of any server with OpenAI's API.
 
     client = Client(Address.parse("http://127.0.0.1:3000"), api_key=None)
     answer = (await client.stream("/v1/completions", {...})).read()
 
-While a stream runs its bytes are only kept, each piece with its time: the server may share our cores.
-`Recording.read` makes sense of them afterwards.
+While a stream runs, the client only stores its bytes with their times, because the server may share the
+cores. `Recording.read` parses them afterwards.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class RequestFailed(Exception):
-    """A request was refused, or its stream ended before it was whole; the message says how."""
+    """A request was refused, or its stream ended early; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens: `http://host:port`, `https://...`, with a path if need be, or `unix:PATH`."""
+    """A server's address: `http://host:port`, `https://...`, optionally with a path, or `unix:PATH`."""
 
     host: str
     port: int = 0
@@ -41,22 +41,22 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """Read a URL.
+        """Parse a URL.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: if it has none of these forms.
         """
         if url.startswith("unix:"):
             return cls("localhost", socket_path=url.removeprefix("unix:"))
         parts = urlsplit(url)
         if parts.scheme not in _PORTS or not parts.hostname:
-            raise ValueError(f"a URL is http://HOST:PORT, https://HOST:PORT or unix:PATH, got {url!r}")
+            raise ValueError(f"a URL must be http://HOST:PORT, https://HOST:PORT or unix:PATH, got {url!r}")
         port = parts.port or _PORTS[parts.scheme]
         return cls(parts.hostname, port, parts.path.rstrip("/"), parts.scheme == "https")
 
     @property
     def authority(self) -> str:
-        """What the header Host says."""
+        """Value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}" if self.port else host
 
@@ -64,7 +64,7 @@ class Address:
         """Open a connection.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: if no server listens there.
         """
         if self.socket_path is not None:
             return await asyncio.open_unix_connection(self.socket_path)
@@ -74,11 +74,11 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a stream said.
+    """Times and token counts of one stream.
 
     Attributes:
-        sent_s, text_s, end_s: when the request was sent, each piece of text came, and the stream ended.
-        num_prompt_tokens, num_tokens: as the server counted them.
+        sent_s, text_s, end_s: When the request was sent, each piece of text arrived, and the stream ended.
+        num_prompt_tokens, num_tokens: Token counts as reported by the server.
     """
 
     sent_s: float
@@ -94,28 +94,28 @@ class Answer:
 
     @property
     def per_token_s(self) -> float | None:
-        """Mean seconds of a token after the first; None where there is no second."""
+        """Mean seconds per token after the first; None if there is only one."""
         return (self.text_s[-1] - self.text_s[0]) / (self.num_tokens - 1) if self.num_tokens > 1 else None
 
     @property
     def pauses_s(self) -> list[float]:
-        """Seconds between two pieces of text: what a reader waits."""
+        """Seconds between consecutive pieces of text: how long a reader waits."""
         return [later - sooner for sooner, later in zip(self.text_s, self.text_s[1:], strict=False)]
 
 
 @dataclass(slots=True)
 class Recording:
-    """The bytes of one stream, as they came."""
+    """The bytes of one stream with their arrival times."""
 
     sent_s: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     end_s: float = 0.0
 
     def read(self) -> Answer:
-        """Parse what was recorded.
+        """Parse the recorded bytes.
 
         Raises:
-            RequestFailed: the stream holds an error, or no count of its tokens.
+            RequestFailed: if the stream contains an error, or no token count or text.
         """
         text_s: list[float] = []
         usage: dict[str, int] | None = None
@@ -132,7 +132,7 @@ class Recording:
         return Answer(self.sent_s, tuple(text_s), self.end_s, *counts)
 
     def _events(self) -> Iterator[tuple[float, bytes]]:
-        """Yield the data of each server-sent event, with the time of the piece that completes it."""
+        """Yield the data of each server-sent event, with the arrival time of the piece that completes it."""
         rest = b""
         for at_s, data in self.pieces:
             *events, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
@@ -144,13 +144,13 @@ class Recording:
 
 
 def describe_error(message: object) -> str:
-    """Return the text of an error's body: OpenAI's envelope, TGI's, or whatever it is."""
+    """Return the message of an error body: OpenAI's envelope, TGI's, or any other."""
     error = message.get("error", message) if isinstance(message, dict) else message
     return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 class Client:
-    """One connection, made when it is needed and kept alive between requests, which follow each other."""
+    """One connection, opened on demand and kept alive between consecutive requests."""
 
     def __init__(self, address: Address, api_key: str | None) -> None:
         self._address = address
@@ -161,10 +161,10 @@ class Client:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Return the status and the JSON of an answer; None where it is no JSON.
+        """Return an answer's status and its JSON, or None if it is not JSON.
 
         Raises:
-            RequestFailed: there is no whole answer.
+            RequestFailed: if there is no complete answer.
         """
         status, body = 0, b""
         async with aclosing(self._exchange("GET", path, b"")) as events:
@@ -176,10 +176,10 @@ class Client:
         return status, _parse(body)
 
     async def stream(self, path: str, body: dict[str, object]) -> Recording:
-        """Send a request; return all of its stream.
+        """Send a request; return its whole stream.
 
         Raises:
-            RequestFailed: it was refused, or the connection was lost.
+            RequestFailed: if it was refused or the connection was lost.
         """
         recording = Recording(time.perf_counter())
         status = 0
@@ -203,7 +203,7 @@ class Client:
             self._http = h11.Connection(h11.CLIENT)
 
     async def _exchange(self, method: str, path: str, body: bytes) -> AsyncGenerator[h11.Event]:
-        """Send a request and yield what comes back; without a whole answer the connection is closed."""
+        """Send a request and yield its answer's events; close the connection if the answer is incomplete."""
         is_whole = False
         try:
             if self._streams is None:

@@ -1,1 +1,1 @@
-"""What is measured and told of requests: metrics, the access log, traces, the lag of the event loop."""
+"""Observability of requests: metrics, the access log, traces, and event-loop lag."""

@@ -1,4 +1,4 @@
-"""One log line a request: what it was, what became of it, where its time went. An observer of `app.py`."""
+"""One log line per request: what it was, its result, and its timing. An observer of `app.py`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an answer
+CLIENT_CLOSED = 499  # nginx's status for a client that disconnected before an answer
 
 
 def log_access(exchange: Exchange) -> None:
-    """Log a request that has ended; its numbers are fields of the record, for JSON logs."""
+    """Log a finished request; its numbers are extra fields of the record, for JSON logs."""
     status, route = exchange.status or CLIENT_CLOSED, exchange.route
-    # Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that
-    # loads its model has not failed.
+    # Probes and scrapes come every few seconds and are logged at INFO only if they fail. A server that is
+    # still loading its model has not failed.
     is_well = status < 400 or exchange.context.state is EngineState.LOADING
     is_quiet = is_well and exchange.method != "POST" and route is not None and route.is_quiet
     level = logging.DEBUG if is_quiet else logging.INFO
@@ -55,7 +55,7 @@ def _fields(exchange: Exchange, status: int) -> dict[str, object]:
     if exchange.tenant is not None:
         fields["tenant"] = exchange.tenant
     if exchange.error is not None:
-        # A template's error may quote the messages, and those are not for the log.
+        # A template's error may quote the messages, which must not be logged.
         quotes = isinstance(exchange.error, TemplateError)
         fields["error"] = "the chat template refused the messages" if quotes else str(exchange.error)[:500]
     return fields

@@ -1,6 +1,6 @@
-"""What became of one request, in numbers, read off its exchange: for metrics, log, traces and TGI's headers.
+"""Sizes and times of one request, read from its exchange: for metrics, logs, traces and TGI's headers.
 
-Whole answers carry all of TGI's headers, streams only those that are known before the first token.
+Complete answers carry all of TGI's headers; streams carry only those known before the first token.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """One request's sizes and times so far, over all its channels (prompts)."""
+    """A request's sizes and times so far, over all its channels (prompts)."""
 
-    total_s: float  # since the request's first byte was handled
-    validation_s: float = 0.0  # until it was submitted
-    queue_s: float = 0.0  # from there to the first step that ran a token of it
-    inference_s: float = 0.0  # from there to its last token
-    has_run: bool = False  # there was such a step
-    first_token_s: float | None = None  # since the request's start; None: there was none
+    total_s: float  # since handling of the request began
+    validation_s: float = 0.0  # until submission
+    queue_s: float = 0.0  # from submission to the first step that ran one of its tokens
+    inference_s: float = 0.0  # from that step to its last token
+    has_run: bool = False  # whether there was such a step
+    first_token_s: float | None = None  # since the request's start; None: no token yet
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     max_new_tokens: int = 0
     num_choices: int = 0
-    finishes: tuple[str, ...] = ()  # why its choices ended, those that have
-    # Validation, queue, prefill (to the first token) and decode: (name, begin, end) by `time.monotonic()`.
+    finishes: tuple[str, ...] = ()  # finish reasons of the choices that have ended
+    # The phases validation, queue, prefill (to the first token) and decode: (name, begin, end),
+    # `time.monotonic()`.
     parts: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
     def of(cls, exchange: Exchange) -> Course:
-        """Take stock of a request now."""
+        """Return the request's sizes and times as of now."""
         now_s = time.monotonic()
         channels = exchange.channels
         if not channels:
@@ -70,8 +71,8 @@ class Course:
 
 
 def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:
-    """Return what a stream's headers say; `characters` are those of the prompt's text."""
-    # The operator's COMPUTE_TYPE, else TGI's `{shards}-{device}`.
+    """Return the TGI headers of a stream; `characters` is the length of the prompt's text."""
+    # The operator's COMPUTE_TYPE, otherwise TGI's `{shards}-{device}`.
     compute_type = exchange.context.settings.compute_type or f"{info.num_shards}-{info.device}"
     return [
         (b"x-compute-type", compute_type.encode("latin-1", "replace")),
@@ -87,12 +88,12 @@ def sync_headers(
     num_tokens: int | None = None,
     is_sum: bool = False,
 ) -> list[Header]:
-    """Return what a whole answer's headers say; times are whole milliseconds, rounded down.
+    """Return the TGI headers of a complete answer; times are whole milliseconds, rounded down.
 
     Args:
-        characters: of the prompt's text.
-        num_tokens: generated; by default those of all the request's choices.
-        is_sum: over several prompts; TGI has no `x-compute-time` then.
+        characters: Length of the prompt's text.
+        num_tokens: Number of generated tokens; by default those of all the request's choices.
+        is_sum: Whether the answer covers several prompts; TGI then omits `x-compute-time`.
     """
     course = Course.of(exchange)
     num_tokens = course.generated_tokens if num_tokens is None else num_tokens

@@ -1,8 +1,8 @@
-"""Where log lines go: one line a record on stderr, as text or as JSON (`--json-output`).
+"""Log output: one line per record on stderr, as text or as JSON (`--json-output`).
 
-A record's extra fields (`logger.info("...", extra={"status": 200})`) are fields of the JSON object, and
-follow the message as `status=200` in text. Clients write some of what is logged: no text of theirs looks like
-a field, or a line, of ours.
+A record's extra fields (`logger.info("...", extra={"status": 200})`) become fields of the JSON object; in
+text they follow the message as `status=200`. Some logged text comes from clients. It is escaped so that it
+cannot imitate a field or a line.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING
 
 
 def configure(settings: Settings) -> None:
-    """Send our records to stderr from the level that was asked for, and other libraries' warnings."""
+    """Log the server's records from the configured level, and other libraries' from WARNING, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if settings.json_output else _TextFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(logging.WARNING)  # libraries, the server's among them
+    root.setLevel(logging.WARNING)  # all libraries, the HTTP server included
     set_level(settings.log_level)
 
 
 def set_level(level: str) -> None:
-    """Log our records from a level on: debug, info, warn or error."""
+    """Set the level of the server's own records: debug, info, warn or error."""
     logging.getLogger("tgi_asgi").setLevel(_LEVELS[level])
 
 
@@ -44,14 +44,14 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a text as it is if it is one plain word, else as a JSON string: one line, its end in sight."""
+    """Return a single plain word as is, anything else as a JSON string: one line with a visible end."""
     if text and text.isprintable() and not any(character in text for character in ' ="'):
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class _TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO message name=value`, then the traceback, indented."""
+    """`2026-01-31T12:00:00.000Z INFO message name=value`, then the indented traceback, if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={quoted(str(value))}" for name, value in _extra(record).items())
@@ -63,7 +63,7 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: timestamp, level, target, message, then the record's own fields."""
+    """One JSON object per line: timestamp, level, target, message, then the record's extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {

@@ -1,7 +1,7 @@
-"""What is measured: TGI's metrics by name, label and bucket, and what vLLM's dashboards show besides.
+"""TGI's metrics with its names, labels and buckets, and those that vLLM's dashboards show.
 
-Requests are counted once, after each response; the engine keeps its own plain counters, which are read when
-`/metrics` is asked.
+Requests are counted once, after each response. The engine keeps plain counters, which are read when
+`/metrics` is requested.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
 LAG_INTERVAL_S = 0.1
-DROPPED = "dropped"  # the client went away
-# What errors are called (`TgiError.failure`); "unavailable" (loading, draining or dead) is not TGI's.
+DROPPED = "dropped"  # the client disconnected
+# Failure labels (`TgiError.failure`); TGI does not have "unavailable" (loading, draining or dead).
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
 _ADAPTERS = "vllm:lora_requests_info"
-_MOST_NEW_TOKENS = 1024  # TGI counts as many as it validates with
-# Second names: TGI's own, and, once the model's name is known, vLLM's.
+_MOST_NEW_TOKENS = 1024  # the number that TGI validates with
+# Aliases: TGI's second names, and vLLM's, added once the model's name is known.
 _SAME = {
     "tgi_batch_forward_duration": "tgi_batch_inference_duration",
     "tgi_queue_size": "tgi_requests_waiting",
@@ -60,12 +60,12 @@ _VLLM = {
 class Metrics:
     """Every metric of one server.
 
-    `app.py` calls `request_ended` after each request; `/metrics` is `render`.
+    `app.py` calls `request_ended` after each request; `render` answers `/metrics`.
     """
 
     def __init__(self, block_size: int = 16) -> None:
         self._registry = Registry()
-        self._engine = EngineStats()  # the real one's as soon as there is one
+        self._engine = EngineStats()  # replaced by the real engine's once it exists
         self._usage: dict[str, tuple[Counter, ...]] = {}  # by API key: requests, tokens in, tokens out
         self._add_requests()
         self._add_lengths(1, 1)
@@ -73,7 +73,7 @@ class Metrics:
         for method in ("prefill", "decode"):
             self._add_steps(method)
         self._registry.add(
-            "gauge", _ADAPTERS, "Adapters of requests that run and wait; its value is the time.", lambda: 0.0,
+            "gauge", _ADAPTERS, "Adapters of running and waiting requests; value: the time.", lambda: 0.0,
             max_lora="0", running_lora_adapters="", waiting_lora_adapters="",
         )  # fmt: skip
         for name, of in _SAME.items():
@@ -82,12 +82,12 @@ class Metrics:
     def _add_requests(self) -> None:
         counter, duration = self._registry.counter, partial(self._registry.histogram, bounds=DURATION_BUCKETS)
         self.count = counter("tgi_request_count", "Requests that reached a generating route.")
-        self.success = counter("tgi_request_success", "Requests answered whole.")
+        self.success = counter("tgi_request_success", "Requests answered completely.")
         name, help = "tgi_request_failure", "Requests that failed."
         self.failure = {failure: counter(name, help, err=failure) for failure in FAILURES}
-        name, help = "tgi_choices_total", "Choices of requests by why they ended; abort: they did not."
+        name, help = "tgi_choices_total", "Choices by finish reason; abort: they did not finish."
         self.choices = {why: counter(name, help, finished_reason=why) for why in ("stop", "length", "abort")}
-        self.duration = duration("tgi_request_duration", "From arrival to the answer's end.")
+        self.duration = duration("tgi_request_duration", "From arrival to the end of the answer.")
         self.validation_duration = duration("tgi_request_validation_duration", "Validation and tokenisation.")
         self.queue_duration = duration("tgi_request_queue_duration", "Waiting for the first step.")
         self.inference_duration = duration("tgi_request_inference_duration", "From first step to end.")
@@ -95,27 +95,27 @@ class Metrics:
             "tgi_request_mean_time_per_token_duration", "Inference time over generated tokens."
         )
         self.time_to_first_token = duration("tgi_time_to_first_token_seconds", "From arrival to first token.")
-        self.loop_lag = duration("tgi_event_loop_lag_seconds", "How late a timer runs, and all clients.")
+        self.loop_lag = duration("tgi_event_loop_lag_seconds", "Delay of a timer on the event loop.")
 
     def _add_lengths(self, max_input: int, max_total: int) -> None:
         add = self._registry.histogram
-        # TGI's 100 bounds for lengths up to a limit.
+        # TGI's 100 equal buckets up to the length limit.
         inputs, totals = (tuple(most * i / 100 for i in range(1, 101)) for most in (max_input, max_total))
         self.input_length = add("tgi_request_input_length", "Prompt tokens.", inputs)
         self.generated_tokens = add("tgi_request_generated_tokens", "Generated tokens.", totals)
-        self.max_new_tokens = add("tgi_request_max_new_tokens", "Tokens asked for.", totals)
+        self.max_new_tokens = add("tgi_request_max_new_tokens", "Requested maximum of new tokens.", totals)
 
     def _add_engine(self, block_size: int) -> None:
         gauge, counter, histogram = (partial(self._add, kind) for kind in ("gauge", "counter", "histogram"))
-        gauge("tgi_requests_running", "Sequences that generate.", lambda s: s.running)
-        gauge("tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
-        name, help = "tgi_batch_current_max_tokens", "Tokens that the running batch may come to hold."
+        gauge("tgi_requests_running", "Running sequences.", lambda s: s.running)
+        gauge("tgi_requests_waiting", "Sequences waiting for capacity.", lambda s: s.waiting)
+        name, help = "tgi_batch_current_max_tokens", "Token capacity of the KV blocks in use."
         gauge(name, help, lambda s: s.blocks_used * block_size)
         name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
-        name, help = "tgi_kept_states", "States of recurrent layers that prompts can go on from."
+        name, help = "tgi_kept_states", "Recurrent states that prompts can resume from."
         gauge(name, help, lambda s: s.states_kept)
-        counter("tgi_preemptions_total", "Sequences preempted for want of room.", lambda s: s.preemptions)
+        counter("tgi_preemptions_total", "Sequences preempted for lack of blocks.", lambda s: s.preemptions)
         name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
         counter(name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
         counter("tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
@@ -123,17 +123,17 @@ class Metrics:
         counter(name, help, lambda s: s.prefix_query_tokens)
         name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
         counter(name, help, lambda s: s.prefix_hit_tokens)
-        counter("tgi_drafts_total", "Times that tokens were guessed ahead.", lambda s: s.drafted_rows)
-        counter("tgi_draft_tokens_total", "Tokens guessed.", lambda s: s.draft_tokens)
-        name, help = "tgi_accepted_draft_tokens_total", "Guessed tokens that were drawn."
+        counter("tgi_drafts_total", "Times that tokens were drafted.", lambda s: s.drafted_rows)
+        counter("tgi_draft_tokens_total", "Draft tokens.", lambda s: s.draft_tokens)
+        name, help = "tgi_accepted_draft_tokens_total", "Accepted draft tokens."
         counter(name, help, lambda s: s.accepted_draft_tokens)
-        name, help = "tgi_request_skipped_tokens", "Guessed tokens that came with another, where any did."
+        name, help = "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step, if any."
         histogram(name, help, lambda s: s.skipped_tokens)
-        histogram("tgi_inter_token_latency_seconds", "From token to token.", lambda s: s.inter_token_s)
-        histogram("tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
+        histogram("tgi_inter_token_latency_seconds", "Time between tokens.", lambda s: s.inter_token_s)
+        histogram("tgi_batch_next_size", "Sequences in a prefill step.", lambda s: s.prefill_size)
 
     def _add_steps(self, method: str) -> None:
-        # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
+        # The engine does not report the kind of a failed step. Most steps, and so most failures, decode.
         def failed(stats: EngineStats) -> int:
             return stats.failed_steps if method == "decode" else 0
 
@@ -144,7 +144,7 @@ class Metrics:
         add("counter", f"{name}_count", "Steps started.", lambda s: done(s) + failed(s), method=method)
         add("counter", f"{name}_success", "Steps done.", done, method=method)
         add("counter", f"{name}_failure", "Steps that raised.", failed, method=method)
-        help = "A step from plan to result."
+        help = "From a step's plan to its result."
         add("histogram", f"{name}_duration", help, lambda s: s.step_s[method], method=method)
 
     def _add(
@@ -153,13 +153,13 @@ class Metrics:
         self._registry.add(kind, name, help, lambda: read(self._engine), **labels)
 
     def model_loaded(self, info: ModelInfo) -> None:
-        """Take over the model's limits, of which TGI makes the lengths' buckets, and its name."""
+        """Take over the model's name and its limits, which define TGI's length buckets."""
         self._add_lengths(info.max_input_tokens, info.max_total_tokens)
         for name, of in _VLLM.items():
             self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
     def request_ended(self, exchange: Exchange) -> None:
-        """Record a request, whatever became of it; an observer of `app.py`."""
+        """Record a finished request, successful or not; an observer of `app.py`."""
         route = exchange.route
         if exchange.method != "POST" or route is None or not route.generates:
             return
@@ -173,13 +173,13 @@ class Metrics:
         if exchange.channels:
             self.input_length.observe(course.prompt_tokens)
             self.max_new_tokens.observe(min(course.max_new_tokens, _MOST_NEW_TOKENS))
-        # Whatever came after: those that fail or are given up are the ones that waited longest.
+        # Recorded even if the request then failed or was dropped: those are the ones that waited longest.
         if course.has_run:
             self.queue_duration.observe(course.queue_s)
         if course.first_token_s is not None:
             self.time_to_first_token.observe(course.first_token_s)
         if exchange.error is not None:
-            # What is no error of ours is the engine's or the server's.
+            # An error that is not a TgiError is a fault of the engine or the server.
             kind = exchange.error if isinstance(exchange.error, TgiError) else GenerationFailed
             self.failure[kind.failure].add()
         elif exchange.is_disconnected:
@@ -188,7 +188,7 @@ class Metrics:
             self._request_succeeded(course)
 
     def _used(self, key: str, course: Course) -> None:
-        """Count what a request of an API key used; the keys' names are the operator's, so they are few."""
+        """Count what a request of an API key used; the operator names the keys, so they are few."""
         if key not in self._usage:
             add = self._registry.counter
             self._usage[key] = (
@@ -209,7 +209,7 @@ class Metrics:
         self.generated_tokens.observe(course.generated_tokens)
 
     def render(self, stats: EngineStats | None = None) -> bytes:
-        """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
+        """Return the exposition, with the engine's current numbers (none while the model loads)."""
         self._engine = stats or self._engine
         if self._engine.adapters is not None:
             running, waiting = self._engine.adapters()
@@ -221,20 +221,20 @@ class Metrics:
 
 
 class LoopLag:
-    """Measure, ten times a second, how much later than due a timer runs. `stop` ends it."""
+    """Measures ten times a second how late a timer runs. `stop` ends it."""
 
     def __init__(self, histogram: Histogram) -> None:
         self._histogram = histogram
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, on the running loop."""
+        """Start on the running event loop."""
         loop = asyncio.get_running_loop()
         due_s = loop.time() + LAG_INTERVAL_S
         self._timer = loop.call_at(due_s, self._tick, loop, due_s)
 
     def stop(self) -> None:
-        """End. Idempotent."""
+        """Stop. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,7 +1,7 @@
-"""Families of metrics, and Prometheus' text format for them.
+"""Metric families and their Prometheus text format.
 
-Our own, because prometheus_client appends `_total` to counters, which TGI's names lack, and takes a lock an
-observation. Everything runs on the event loop: plain numbers, one bisect an observation.
+This replaces prometheus_client, which appends `_total` to counters, unlike TGI's names, and takes a lock per
+observation. Everything runs on the event loop: plain numbers, one bisect per observation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Value = float | Histogram
 
 
 class Counter:
-    """A number that only grows."""
+    """A monotonically increasing number."""
 
     __slots__ = ("value",)
 
@@ -34,28 +34,28 @@ class Counter:
 class _Family:
     kind: str
     help: str
-    series: dict[str, Callable[[], Value]]  # how to read each, by its labels as written
+    series: dict[str, Callable[[], Value]]  # functions that read each series, by its rendered labels
 
 
 class Registry:
-    """All families by name, in the order in which they were added."""
+    """All metric families by name, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._shown: dict[str, tuple[_Family, str]] = {}  # with the labels that this name adds to all series
+        self._shown: dict[str, tuple[_Family, str]] = {}  # with the labels that a name adds to its series
 
     def add(self, kind: str, name: str, help: str, read: Callable[[], Value], **labels: str) -> None:
-        """Add a series that is kept elsewhere; the same name and labels replace."""
+        """Add a series whose value is kept elsewhere; replaces a series of the same name and labels."""
         family, _ = self._shown.setdefault(name, (_Family(kind, help, {}), ""))
         family.series[_written(labels)] = read
 
     def set_series(self, name: str, value: float, **labels: str) -> None:
-        """Give a family this one series in the place of all that it has."""
+        """Replace all series of a family by this one."""
         series = self._shown[name][0].series
         series.clear()
         series[_written(labels)] = lambda: value
 
     def counter(self, name: str, help: str, **labels: str) -> Counter:
-        """Add a counter; it is shown from now on, so rates have a zero."""
+        """Add a counter; it is exposed at once, so that rates start from zero."""
         made = Counter()
         self.add("counter", name, help, lambda: made.value, **labels)
         return made
@@ -67,11 +67,11 @@ class Registry:
         return made
 
     def alias(self, name: str, of: str, **labels: str) -> None:
-        """Show a family under a second name, each series with these labels besides its own."""
+        """Expose a family under a second name, adding these labels to each series."""
         self._shown[name] = (self._shown[of][0], _written(labels))
 
     def render(self) -> bytes:
-        """Return the exposition."""
+        """Return the text exposition."""
         lines: list[str] = []
         for name, (family, added) in self._shown.items():
             lines += (f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}")
@@ -94,7 +94,7 @@ def _samples(name: str, labels: str, value: Value) -> Iterator[str]:
     yield f"{name}_count{braces} {count}"
 
 
-@lru_cache(maxsize=16)  # written once: there are thousands, and the loop waits while we render
+@lru_cache(maxsize=16)  # cached: there are thousands, and rendering blocks the event loop
 def _bounds(bounds: tuple[float, ...]) -> list[str]:
     return [*map(_number, bounds), "+Inf"]
 

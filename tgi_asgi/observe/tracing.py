@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of requests, made after each has ended: the hot path knows nothing of them.
+"""OpenTelemetry spans of requests, created after each has ended, off the hot path.
 
-An observer of `app.py`, used only where `--otlp-endpoint` is set; imports OpenTelemetry (the `otel` extra)
-when it is made. A request's span continues the trace of its `traceparent` header and has one child for each
-part of its way: validation, queue, prefill, decode.
+An observer of `app.py`, used only with `--otlp-endpoint`; imports OpenTelemetry (the `otel` extra) on
+creation. A request's span continues the trace of its `traceparent` header and has one child per phase:
+validation, queue, prefill, decode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tracing:
-    """Turns what became of a request into spans of `provider`, which exports them in a thread of its own."""
+    """Turns a finished request into spans of `provider`, which exports them in its own thread."""
 
     def __init__(self, provider: Any) -> None:
         from opentelemetry import trace
@@ -33,10 +33,10 @@ class Tracing:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Tracing | None:
-        """Return what exports to the endpoint of the settings, or None without one.
+        """Return a tracer that exports to the configured endpoint, or None without one.
 
         Raises:
-            ModelLoadError: OpenTelemetry is not installed.
+            ModelLoadError: if OpenTelemetry is not installed.
         """
         if settings.otlp_endpoint is None:
             return None
@@ -56,11 +56,11 @@ class Tracing:
         return cls(provider)
 
     def close(self) -> None:
-        """Export what waits, for at most as long as the exporter may take. Blocks."""
+        """Export pending spans, within the exporter's own timeout. Blocks."""
         self._provider.shutdown()
 
     def request_ended(self, exchange: Exchange) -> None:
-        """Make the spans of a request; only those that may generate have any."""
+        """Create a request's spans; only POST requests, which may generate, have any."""
         if exchange.method != "POST":
             return
         now_s, now_ns = time.monotonic(), time.time_ns()
@@ -91,7 +91,7 @@ class Tracing:
 
 
 def _attributes(exchange: Exchange, course: Course, status: int) -> dict[str, Any]:
-    """Return a span's attributes, by the names of OpenTelemetry's conventions where they have one."""
+    """Return a span's attributes, named by OpenTelemetry's conventions where these exist."""
     attributes: dict[str, Any] = {
         "http.request.method": exchange.method,
         "http.response.status_code": status,

@@ -1,1 +1,1 @@
-"""Our own way of running the app: the socket, hypercorn, signals, the terminal, TGI's launcher flags."""
+"""The native way to run the app: the socket, hypercorn, signals, the terminal, TGI's launcher flags."""

@@ -1,10 +1,10 @@
-"""A short way for the chunks of a stream under hypercorn, which makes six calls and two events of each.
+"""A fast path for the chunks of a stream under hypercorn, which spends six calls and two events on each.
 
-Used by `hypercorn.py` only, which replaces hypercorn's class for a request. The app finds the short way in
-its scope and is told whether it was open: for `http.response.body` with more to follow, where the body is
-chunked and the connection can take it at once. h11 keeps no account of such chunks, so the head of a
-response, its end, waiting for a slow reader and all that can go wrong remain hypercorn's. A streamed token
-costs a third less (bench/README.md).
+Used only by `hypercorn.py`, which installs `Stream` instead of hypercorn's class for a request. The app finds
+the fast path in its scope. It applies to `http.response.body` messages with more to follow, if the body is
+chunked and the connection can take the chunk at once; the return value says whether it was used. h11 keeps no
+state for such chunks. The head of a response, its end, waiting for a slow reader and all error handling
+therefore stay with hypercorn. A streamed token costs a third less (bench/README.md).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Stream(HTTPStream):
     _transport: asyncio.WriteTransport
 
     async def handle(self, event: Any) -> None:
-        await super().handle(event)  # makes the scope, and a task for the app that has not run yet
+        await super().handle(event)  # creates the scope, and a task for the app that has not started yet
         if isinstance(event, Request) and (transport := self._find_transport()) is not None:
             self._transport, self._low_water = transport, transport.get_write_buffer_limits()[0]
             self.scope["extensions"][DIRECT_WRITE] = self.write_now  # type: ignore[assignment]
 
     def write_now(self, body: bytes) -> bool:
-        """Write one chunk, framed as h11 does, where hypercorn would write it without waiting; say whether.
+        """Write one chunk, framed as h11 does, and return True; return False if hypercorn must write it.
 
-        A transport that has asked its writers to wait lets them go on below the low water mark, so below it
-        there is no need to ask.
+        A transport that has paused its writers resumes them below the low water mark, so no check is needed
+        below it.
         """
         if (
-            not body  # as a chunk that would be the end
+            not body  # an empty chunk would end the body
             or self.state is not ASGIHTTPState.RESPONSE
-            or self.closed  # the client has gone
+            or self.closed  # the client has disconnected
             or not self._is_chunked
             or self._transport.get_write_buffer_size() > self._low_water
             or self._transport.is_closing()
@@ -53,12 +53,12 @@ class Stream(HTTPStream):
 
     @cached_property
     def _is_chunked(self) -> bool:
-        """Whether h11 sends this response in chunks: not with some statuses or a length."""
+        """Whether h11 sends this response in chunks, which it does not for some statuses or with a length."""
         names = (name.lower() for name, _ in self.response.get("headers", ()))
         return self.response["status"] == 200 and b"content-length" not in names
 
     def _find_transport(self) -> asyncio.WriteTransport | None:
-        """Return the transport of hypercorn's connection, if this request may be answered in chunks."""
+        """Return the transport of hypercorn's connection if this response may be chunked, else None."""
         protocol = getattr(self.send, "__self__", None)
         if not isinstance(protocol, H11Protocol) or not isinstance(protocol.connection, h11.Connection):
             return None

@@ -1,6 +1,7 @@
-"""What a person at the terminal sees while the model loads, and once it serves.
+"""Terminal output while the model loads and once it serves.
 
-A progress bar on a terminal, else a line a stage through the log; then the summary with a curl line to try.
+Progress is a bar on a terminal, otherwise one log line per stage. A summary with an example curl command
+follows.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from tgi_asgi.types import ModelInfo
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
-_LINE_EVERY_S = 10.0  # of a long download, where there is no terminal
+_LINE_EVERY_S = 10.0  # interval of log lines during a long download without a terminal
 
 
 class Console:
-    """Progress and summary of one start-up. `report` is called in the loading thread, one at a time."""
+    """Progress and summary of one start-up. `report` is called in the loading thread, one call at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -32,18 +33,18 @@ class Console:
         self._next_line_s = 0.0
 
     def report(self, stage: str, done: int, total: int | None) -> None:
-        """Show how far a stage of loading is; `total` is None where it is unknown."""
+        """Show a loading stage's progress; `total` is None if unknown."""
         self._show(stage, done, total)
         self._stage = stage
 
     def close(self) -> None:
-        """End the progress bar's line."""
+        """Finish the progress bar's line."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def summarise(self, info: ModelInfo, url: str, *, has_chat: bool) -> None:
-        """Say what is served, where, and how to try it."""
+        """Print what is served, where, and how to try it."""
         self.close()
         seconds = time.monotonic() - self._started_s
         if self._settings.json_output:
@@ -58,7 +59,7 @@ class Console:
     def _draw(self, stage: str, done: int, total: int | None) -> None:
         if self._bar is None or stage != self._stage:
             self.close()
-            # Stages whose length is unknown show their name and the time alone.
+            # Stages of unknown length show only their name and the time.
             form = None if total else "{desc} [{elapsed}]"
             self._bar = tqdm(
                 total=total, desc=stage, unit="B", unit_scale=True, bar_format=form, dynamic_ncols=True
@@ -78,7 +79,7 @@ class Console:
 
 
 def describe(info: ModelInfo, url: str, seconds: float) -> str:
-    """Return the table that tells what is served."""
+    """Return the summary table of what is served."""
     revision = f" ({info.revision[:12]})" if info.revision else ""
     kernels = f" ({info.kernel_set})" if info.kernel_set else ""
     prompts = f", prompts in {info.prompt_precision}" if info.prompt_precision else ""
@@ -106,7 +107,7 @@ def _size(num_bytes: int) -> str:
 
 
 def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:
-    """Return a curl line that works as it stands."""
+    """Return a curl command that works as is."""
     path, body = "/generate", '{"inputs": "The sky is", "parameters": {"max_new_tokens": 20}}'
     if not info.generates and info.scoring is not None:
         path, body = "/rerank", '{"query": "deep learning", "documents": ["cooking", "neural networks"]}'

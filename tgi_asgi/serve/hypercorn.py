@@ -1,6 +1,6 @@
-"""hypercorn as we run it: configured for long streams, with classes of ours for what it does otherwise.
+"""hypercorn as the server runs it: configured for long streams, with some of its classes replaced.
 
-Used by `server.py` only.
+Used only by `server.py`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-KNOWN_VERSIONS = ("0.18.",)  # whose source was read for what our classes replace
-KEEP_ALIVE_S = 75  # over the 60 s of common load balancers, which else reuse a connection as it closes
-FLUSH_S = 1.0  # what the last events of a stream get to leave, once nothing more is generated
-_A_TURN = 8  # reads that are parsed in one turn of the event loop
+KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
+KEEP_ALIVE_S = 75  # above the 60 s of common load balancers, which would else reuse a closing connection
+FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
+_A_TURN = 8  # reads parsed per turn of the event loop
 
 
 def make_config(listener: socket.socket, settings: Settings) -> Config:
-    """Return hypercorn's configuration for long streams; its defaults are for short answers.
+    """Return hypercorn's configuration for long streams; its defaults suit short answers.
 
-    Takes the listener over.
+    Takes ownership of the listener.
 
     Raises:
-        ModelLoadError: the certificate or its key cannot be used.
+        ModelLoadError: if the certificate or its key cannot be used.
     """
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
@@ -42,7 +42,7 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.keep_alive_max_requests = 1 << 31
     config.max_app_queue_size = 100
-    config.graceful_timeout = FLUSH_S  # our drain has ended before hypercorn begins to close
+    config.graceful_timeout = FLUSH_S  # the server's own drain ends before hypercorn starts to close
     config.shutdown_timeout = 10
     config.h11_max_incomplete_size = 64 << 10
     config.alpn_protocols = ["http/1.1"]  # its HTTP/2 kills connections answered before the upload ends
@@ -51,7 +51,7 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
     if settings.ssl_certfile is not None:
         config.certfile = settings.ssl_certfile
         config.keyfile = settings.ssl_keyfile or settings.ssl_certfile
-        config.keyfile_password = ""  # without one OpenSSL would ask the terminal
+        config.keyfile_password = ""  # without a password, OpenSSL would ask at the terminal
         try:
             config.create_ssl_context()
         except OSError as error:
@@ -61,10 +61,10 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
 
 
 def install(limit: ConnectionLimit) -> None:
-    """Let hypercorn use our classes from now on, in this process, if its version is known."""
+    """Replace hypercorn's classes in this process from now on, if its version is a known one."""
     found = version("hypercorn")
     if not found.startswith(KNOWN_VERSIONS):
-        logger.warning("hypercorn %s is not known here: its own classes serve, with slower streams", found)
+        logger.warning("hypercorn %s is untested: using its own classes, with slower streams", found)
         return
     turnstile = Turnstile(_A_TURN)
     hypercorn.asyncio.run.TCPServer = partial(Connection, limit, turnstile)  # type: ignore[assignment, attr-defined]

@@ -1,7 +1,8 @@
-"""What TGI's launcher, and the clouds that start it, pass to a server: translated, ignored or refused.
+"""Options and variables of TGI's launcher and of the clouds that start it: translated, ignored or refused.
 
 `cli.py` calls `environment_changes` before it reads the settings, makes an option of each of `OPTIONS`, and
-gives what was set to `check_options`. Everything that TGI's launcher takes is a setting or stands here.
+passes the values that were set to `check_options`. Every option of TGI's launcher is a setting or listed
+here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import flag_of
 
-_SHARDED = "sharded"  # says only that there are shards, of which the setting `num_shard` has the number
+_SHARDED = "sharded"  # says only that there are shards; the setting `num_shard` has their number
 _ON = frozenset({"1", "true", "yes", "on"})
 _OFF = frozenset({"", "0", "false", "no", "off"})
 _LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "warning": "warn"}
@@ -22,18 +23,18 @@ SAGEMAKER_PORT = "8080"
 
 @dataclass(frozen=True, slots=True)
 class CompatOption:
-    """An option of TGI's launcher that is no setting here.
+    """An option of TGI's launcher that is not a setting of this server.
 
-    It is ignored with one warning where answers are the same without it. Where they, or the capacity, would
-    be others, the server does not start.
+    If answers are the same without it, it is ignored with one warning. If answers or capacity would differ,
+    the server does not start.
     """
 
     name: str  # in snake case
-    reason: str  # what holds instead, for the warning or the refusal
+    reason: str  # what applies instead, for the warning or the refusal
     is_refused: bool = False
     is_switch: bool = False  # the flag takes no value
-    is_flag: bool = True  # else TGI reads it from the environment only
-    neutral: frozenset[str] = frozenset()  # values that ask for nothing, beside an empty one: they may pass
+    is_flag: bool = True  # False: TGI reads it only from the environment
+    neutral: frozenset[str] = frozenset()  # values accepted silently besides an empty one
 
     @property
     def variable(self) -> str:
@@ -52,8 +53,8 @@ def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
     return CompatOption(name, reason, is_refused=True, neutral=frozenset(neutral))
 
 
-_UNCOUNTED = "GPUs are not counted for it: say --num-shard N, at least 2"
-_INTERNAL = "shards share memory, and no socket or address"
+_UNCOUNTED = "GPUs are not counted for it: use --num-shard N, at least 2"
+_INTERNAL = "shards communicate through shared memory, without sockets or addresses"
 
 OPTIONS: tuple[CompatOption, ...] = (
     _refused(_SHARDED, _UNCOUNTED, "false"),
@@ -66,26 +67,26 @@ OPTIONS: tuple[CompatOption, ...] = (
     *_ignored("there is no tunnel", "ngrok_authtoken", "ngrok_edge"),
     *_ignored("texts are not watermarked", "watermark_gamma", "watermark_delta"),
     *_ignored(_INTERNAL, "shard_uds_path", "master_addr", "master_port"),
-    _switch("disable_custom_kernels", "there are no others"),
-    *_ignored("an image is bounded by its pixels: --max-image-pixels", "max_image_fetch_size", is_flag=False),
+    _switch("disable_custom_kernels", "all kernels are custom"),
+    *_ignored("limited by pixels instead: --max-image-pixels", "max_image_fetch_size", is_flag=False),
     *_ignored("the engine chooses", "attention", "prefill_chunking", "use_flash_attention", is_flag=False),
     *_ignored("memory is measured, not guessed", "tgi_wiggle_room", is_flag=False),
-    *_ignored("/invocations tells chats by their `messages`", "messages_api_enabled", is_flag=False),
+    *_ignored("/invocations recognises chats by their `messages`", "messages_api_enabled", is_flag=False),
 )
 
 
 def check_options(
     options: Mapping[str, str | None], environ: Mapping[str, str], num_shard: int = 1
 ) -> list[str]:
-    """Return one warning for each option that is set to something and ignored.
+    """Return one warning for each option that is set and ignored.
 
     Args:
-        options: by name, those given as flags (a switch that was given has the value "true").
-        environ: the environment; flags win over it.
-        num_shard: the setting, which `--sharded true` needs to be more than 1.
+        options: Options given as flags, by name (a switch that was given has the value "true").
+        environ: The environment; flags override it.
+        num_shard: The setting; `--sharded true` requires more than 1.
 
     Raises:
-        InvalidRequest: an option asks for what would silently be missing.
+        InvalidRequest: if an option asks for something that would silently be missing.
     """
     warnings = []
     for option in OPTIONS:
@@ -98,12 +99,12 @@ def check_options(
             continue
         if option.is_refused:
             raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)
-        # A value may be a secret (ngrok's token), so only the name is told.
+        # A value may be a secret (ngrok's token), so only the name is logged.
         warnings.append(f"{source} is ignored: {option.reason}")
     return warnings
 
 
-# (from, to): taken where `to` is unset. SageMaker's names, then older ones of variables.
+# (from, to): copied if `to` is unset. SageMaker's names first, then older variable names.
 RENAMED = (
     ("HF_MODEL_ID", "MODEL_ID"),
     ("HF_MODEL_REVISION", "REVISION"),
@@ -118,21 +119,21 @@ RENAMED = (
 
 
 def is_sagemaker(arguments: Sequence[str]) -> bool:
-    """Return whether SageMaker started the image: it runs it with the one argument `serve`."""
+    """Return whether SageMaker started the image, which it does with the single argument `serve`."""
     return list(arguments) == ["serve"]
 
 
 def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> dict[str, str]:
-    """Return the variables to set, so that those of TGI, SageMaker and Vertex mean what they mean there.
+    """Return the variables to set, so that those of TGI, SageMaker and Vertex keep their meaning.
 
     Raises:
-        InvalidRequest: SageMaker gave no model, or a setting is given under two names.
+        InvalidRequest: if SageMaker gave no model, or a setting is given under two names.
     """
     changes: dict[str, str] = {}
     for old, new in RENAMED:
         if environ.get(old) and not environ.get(new):
             changes.setdefault(new, environ[old])
-    if changes.get("NUM_SHARD") == "0":  # SM_NUM_GPUS of a machine without
+    if changes.get("NUM_SHARD") == "0":  # SM_NUM_GPUS of a machine without GPUs
         del changes["NUM_SHARD"]
     if environ.get("HF_API_TOKEN"):
         changes["HF_TOKEN"] = environ["HF_API_TOKEN"]
@@ -152,11 +153,11 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
 
 
 def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> None:
-    """Honour the two options of the launcher that say where files lie, which are no settings here.
+    """Apply the launcher's two path options, which are not settings.
 
-    `--huggingface-hub-cache` goes to the environment, where the Hub's library looks. The folder of
-    `--weights-cache-override`, or of its variable, becomes the model, served under the name that `--model-id`
-    gives.
+    `--huggingface-hub-cache` goes to the environment, which the Hub library reads. The folder of
+    `--weights-cache-override`, or of its variable, becomes the model and is served under the name given by
+    `--model-id`.
     """
     if cache := options.pop("huggingface_hub_cache", None):
         environ["HF_HUB_CACHE"] = cache
@@ -169,6 +170,6 @@ def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> N
 
 
 def simple_level(text: str) -> str:
-    """Return the level that a filter of Rust's tracing names for everything: of `info,router=debug`, info."""
+    """Return the global level of a Rust tracing filter: info for `info,router=debug`."""
     bare = [part.strip().lower() for part in text.split(",") if "=" not in part]
     return next((_LEVELS[part] for part in bare if part in _LEVELS), "error" if bare else "info")

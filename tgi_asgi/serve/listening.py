@@ -1,8 +1,9 @@
-"""The listening socket, which is bound before anything else, and an event loop that accepts a few at a time.
+"""The listening socket, bound before anything else, and an event loop that accepts a few connections at a
+time.
 
-Used by `server.py` only. uvloop and asyncio take all connections that wait in one go: of a thousand clients
-that come at once that is up to 0.1 s in which every stream stands still. And where file descriptors run out
-libuv closes connections that it could take a moment later; here they wait in the kernel's queue.
+Used only by `server.py`. uvloop and asyncio accept all waiting connections in one go: if a thousand clients
+connect at once, every stream stalls for up to 0.1 s. When file descriptors run out, libuv closes connections
+that it could accept a moment later; here they wait in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-# A reader that never reads blocks `send()` for ever under hypercorn: the kernel ends its connection.
+# Under hypercorn, a client that never reads blocks `send()` forever; after this time the kernel ends its
+# connection.
 STALLED_READER_MS = 120_000
 
 _A_TURN = 8
-_PAUSE_S = 0.1  # until accepting is tried again where file descriptors or memory have run out
+_PAUSE_S = 0.1  # delay before accepting again after file descriptors or memory ran out
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
@@ -41,7 +43,7 @@ def listen(settings: Settings) -> socket.socket:
     """Return a listening socket; connections queue from here on, long before torch is imported.
 
     Raises:
-        ModelLoadError: the address is taken, unknown or not ours.
+        ModelLoadError: if the address is taken, unknown or not this machine's.
     """
     address: Any
     if settings.uds is not None:
@@ -53,7 +55,7 @@ def listen(settings: Settings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     if family != socket.AF_UNIX:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Linux hands these on to every accepted connection.
+        # Linux copies these options to every accepted connection.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         limits = {"TCP_USER_TIMEOUT": STALLED_READER_MS, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10}
@@ -64,24 +66,24 @@ def listen(settings: Settings) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        reason = error.strerror or error  # a path that is too long has no number
+        reason = error.strerror or error  # an OSError for a too long path has no strerror
         raise ModelLoadError(f"cannot listen on {name}: {reason}; choose another with {flags}") from None
     return listener
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Return what to bind for an address or a name; of a name's addresses IPv4 comes first."""
+    """Return the family and address to bind for an address or a name; prefer a name's IPv4 addresses."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ModelLoadError(f"--host {host} is no address and no name of this machine: {reason}") from None
+        raise ModelLoadError(f"--host {host} is not an address or name of this machine: {reason}") from None
     family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     return family, address
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket that a server has left behind which listens on it no more."""
+    """Remove a socket left by a server that no longer listens on it."""
     if not path.is_socket():
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
@@ -93,7 +95,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def url_of(listener: socket.socket, *, is_tls: bool) -> str:
-    """Return the address as a client on this machine would write it; of a Unix socket `unix:PATH`."""
+    """Return the URL that a client on this machine would use; for a Unix socket `unix:PATH`."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{os.path.abspath(listener.getsockname())}"
     host, port = listener.getsockname()[:2]
@@ -103,13 +105,13 @@ def url_of(listener: socket.socket, *, is_tls: bool) -> str:
 
 @dataclass(eq=False, slots=True)
 class Acceptor:
-    """Accepts on a listening socket until it is closed: as much of `asyncio.Server` as hypercorn uses."""
+    """Accepts on a listening socket until closed; implements what hypercorn uses of `asyncio.Server`."""
 
     _loop: asyncio.AbstractEventLoop
     _protocol_factory: ProtocolFactory
     _listener: socket.socket
     _tls: ssl.SSLContext | None = None
-    _beginning: set[asyncio.Task[None]] = field(default_factory=set)  # the loop itself holds its tasks weakly
+    _beginning: set[asyncio.Task[None]] = field(default_factory=set)  # the loop holds its tasks only weakly
     _resume: asyncio.TimerHandle | None = None
     _has_warned: bool = False
 
@@ -118,7 +120,7 @@ class Acceptor:
         self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
-        """Accept nothing more and close the listener; what was accepted stays open. Idempotent."""
+        """Stop accepting and close the listener; accepted connections stay open. Idempotent."""
         if self._resume is not None:
             self._resume.cancel()
         if self._listener.fileno() >= 0:
@@ -126,7 +128,7 @@ class Acceptor:
             self._listener.close()
 
     async def wait_closed(self) -> None:
-        """Return: `close` waits for nothing."""
+        """Return at once, because `close` waits for nothing."""
 
     def _accept(self) -> None:
         for _ in range(_A_TURN):
@@ -136,7 +138,7 @@ class Acceptor:
                 return
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
-                    continue  # that connection has failed already, the next one need not
+                    continue  # this connection has failed already; the next may not
                 self._pause(error)
                 return
             task = self._loop.create_task(self._begin(connection))
@@ -147,21 +149,21 @@ class Acceptor:
         try:
             connection.setblocking(False)
             await self._loop.connect_accepted_socket(self._protocol_factory, connection, ssl=self._tls)
-        except OSError:  # it has gone, or speaks no TLS
-            if self._tls is None:  # else its transport has the socket, and may still send an alert
+        except OSError:  # the client has gone, or does not speak TLS
+            if self._tls is None:  # with TLS, the transport owns the socket and may still send an alert
                 connection.close()
 
     def _pause(self, error: OSError) -> None:
-        """Leave connections waiting for a moment; the socket would else stay readable and spin the loop."""
+        """Stop accepting for a moment; otherwise the socket would stay readable and the loop would spin."""
         if not self._has_warned:
             self._has_warned = True
-            logger.warning("connections wait: %s (ulimit -n, or fewer clients)", error.strerror)
+            logger.warning("connections wait: %s (raise ulimit -n or reduce clients)", error.strerror)
         self._loop.remove_reader(self._listener)
         self._resume = self._loop.call_later(_PAUSE_S, self._loop.add_reader, self._listener, self._accept)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return uvloop's loop, but that its servers on given sockets are `Acceptor`s."""
+    """Return a uvloop event loop whose servers on given sockets are `Acceptor`s."""
 
     class Loop(uvloop.Loop):
         async def create_server(self, *args: Any, sock: Any = None, **options: Any) -> Any:

@@ -1,6 +1,7 @@
-"""What the operating system must know of a server process: one engine a parent, its files, and how it ends.
+"""Process-level concerns of a server: one engine per parent, the file limit, and how the process ends.
 
-Used by `app.py` (under somebody else's server) and `server.py` (under ours); knows nothing of the rest.
+Used by `app.py` (under another server) and `server.py` (under the native one); imports nothing else of the
+project but `errors`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ _claim: socket.socket | None = None  # held until the process ends; the kernel t
 
 
 def claim_parent() -> None:
-    """Refuse to be a second worker of the same parent, which would load the model once more.
+    """Raise if this process is a second worker of the same parent, because it would load the model again.
 
-    Servers that the same shell starts side by side are legitimate, so only children that `multiprocessing`
-    spawned (hypercorn's and uvicorn's workers) compete. The claim is a socket in Linux's abstract
-    namespace, named after the parent; other systems have none, and nothing is checked there.
+    Several servers started from one shell are legitimate, so only children spawned by `multiprocessing`
+    (hypercorn's and uvicorn's workers) compete. The claim is a socket in Linux's abstract namespace, named
+    after the parent. Other systems have no such namespace, so nothing is checked there.
 
     Raises:
-        ModelLoadError: another worker of this parent holds the claim.
+        ModelLoadError: if another worker of this parent holds the claim.
     """
     global _claim
     if _claim is not None or multiprocessing.parent_process() is None or sys.platform != "linux":
         return
-    # Process ids are unique within a namespace only, and containers may share the network's.
+    # Process ids are unique only within a PID namespace, and containers may share a network namespace.
     namespace = os.readlink("/proc/self/ns/pid")
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -41,15 +42,15 @@ def claim_parent() -> None:
     except OSError:
         claim.close()
         raise ModelLoadError(
-            "this is a second worker, and each would load the model: start hypercorn with --workers 0"
+            "this is a second worker, and each worker loads the model: start hypercorn with --workers 0"
         ) from None
     _claim = claim
 
 
 def end_process(reason: str | None, code: int) -> NoReturn:
-    """End the process now with `reason` as its last line, without waiting for threads.
+    """End the process now, with `reason` as its last line, without waiting for threads.
 
-    A loading thread inside a download or an extension cannot be interrupted, and would be waited for.
+    A loading thread inside a download or an extension cannot be interrupted; a normal exit would wait for it.
     """
     if reason is not None:
         print(f"tgi-asgi: {reason}", file=sys.stderr)
@@ -60,9 +61,10 @@ def end_process(reason: str | None, code: int) -> NoReturn:
 
 
 def raise_file_limit() -> None:
-    """Take as many file descriptors as the system grants, up to `MAX_FILES`: each connection is one.
+    """Raise the file descriptor limit to what the system grants, at most `MAX_FILES`; each connection uses
+    one.
 
-    Shells and container runtimes give 1,024 by default, for programs that use `select`.
+    Shells and container runtimes set it to 1,024 by default, for programs that use `select`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)

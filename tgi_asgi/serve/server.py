@@ -1,6 +1,6 @@
-"""Our own serving: hypercorn on a socket that is bound first, a drain on SIGTERM, true exit codes.
+"""The native server: hypercorn on a socket bound first, a drain on SIGTERM, correct exit codes.
 
-Called by `cli.py` only; the app knows nothing of it and runs under other servers as well.
+Called only by `cli.py`; the app does not depend on it and also runs under other servers.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     """Serve until a signal or a fatal error; return the exit code (0 after a drain).
 
     Raises:
-        ModelLoadError: the address or the certificate cannot be used, or the model cannot be loaded.
-        TgiError: the engine has died.
+        ModelLoadError: if the address or the certificate cannot be used, or the model cannot be loaded.
+        TgiError: if the engine has died.
     """
     raise_file_limit()
-    sys.setswitchinterval(0.001)  # a thread that wants the GIL back waits 1 ms, not 4.4 (p90 under load)
+    sys.setswitchinterval(0.001)  # a thread waits 1 ms for the GIL instead of 4.4 (p90 under load)
     listener = listen(settings)
     url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     config = make_config(listener, settings)
@@ -50,7 +50,7 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
 
 
 class Server:
-    """One run: the app, and what signals, a failed load or a dead engine do to it."""
+    """One run: the app, and its reaction to signals, a failed load and a dead engine."""
 
     def __init__(self, settings: Settings, url: str, loader: Loader) -> None:
         self._settings = settings
@@ -66,10 +66,10 @@ class Server:
         self._stage = ""
 
     async def serve(self, config: Config) -> int:
-        """Serve where the configuration says until the process is to end; return its exit code."""
+        """Serve as configured until the process is to end; return its exit code."""
         self.handle_signals()
         install(ConnectionLimit(self._settings.max_connections_per_client))
-        app = cast(ASGIFramework, self._app)  # hypercorn types each message; ASGI's own type is a mapping
+        app = cast(ASGIFramework, self._app)  # hypercorn types each message, ASGI uses a mapping
         await hypercorn_serve(app, config, shutdown_trigger=self._stop.wait, mode="asgi")
         if self._failure is None:
             return 0
@@ -95,13 +95,13 @@ class Server:
         return self._loader(settings, report)
 
     def _on_ready(self, served: Served) -> None:
-        gc.freeze()  # what loading made stays: no collection need walk it again
+        gc.freeze()  # objects made by loading stay; collections need not scan them again
         gc.set_threshold(700, 10, 50)  # a full collection stops the loop for 25 ms per thousand clients
         notify("READY=1", f"STATUS=serving {served.info.model_id} at {self._url}")
         self._console.summarise(served.info, self._url, has_chat=served.chat_template is not None)
 
     def _on_fatal(self, error: BaseException) -> None:
-        """Stop because the model could not be loaded, or the engine has died."""
+        """Stop because the model could not be loaded or the engine has died."""
         self._console.close()
         self._failure = error
         self._close(str(error), 1)
@@ -113,24 +113,24 @@ class Server:
             end_process("stopped while loading", 0)
         if self._drain is not None:
             end_process("stopped by a second signal", 128 + number)
-        notify("STOPPING=1", "STATUS=requests that run are finished")
+        notify("STOPPING=1", "STATUS=finishing running requests")
         delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
         self._app.context.is_leaving = True
         self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop(served, delay_s))
 
     async def _drain_and_stop(self, served: Served, delay_s: float) -> None:
-        """Accept for a while still, then refuse; let what runs finish, end the rest with an error event."""
+        """Accept requests for `delay_s`, then refuse them; fail those that do not finish in time."""
         if delay_s:
-            logger.info("leaving: requests are accepted for another %g s", delay_s)
+            logger.info("shutting down: accepting requests for another %g s", delay_s)
             await asyncio.sleep(delay_s)
         timeout_s = self._settings.graceful_termination_timeout
-        logger.info("draining for up to %d s; a second signal ends at once", timeout_s)
+        logger.info("draining for up to %d s; a second signal stops at once", timeout_s)
         try:
             await cast(OwnedEngine, served.engine).drain(timeout_s)
         finally:
             self._close(None, 0)
 
     def _close(self, reason: str | None, code: int) -> None:
-        """Let hypercorn close; a connection or a step that hangs must not keep the process."""
+        """Let hypercorn close, then end the process even if a connection or a step hangs."""
         self._stop.set()
         asyncio.get_running_loop().call_later(CLOSE_S, end_process, reason, code)

@@ -1,1 +1,1 @@
-"""What operators and machines ask of a server: health, metrics, what it serves, what may be done to it."""
+"""Routes for operators and monitoring: health, metrics, model information, administration."""

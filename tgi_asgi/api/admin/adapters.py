@@ -1,4 +1,4 @@
-"""Adapters that come and go while the server runs, with `--admin-api-key`: vLLM's two routes."""
+"""Loading and unloading adapters at run time, with `--admin-api-key`: vLLM's two routes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.errors import InvalidRequest, ModelNotSupported
 from tgi_asgi.types import Adapters
 
 MAX_NAME_CHARS = 256
-MAX_PATH_CHARS = 4096  # what Linux takes
+MAX_PATH_CHARS = 4096  # Linux's limit
 _TEXT = b"text/plain; charset=utf-8"
 
 
@@ -18,8 +18,8 @@ class LoadAdapter(Struct):
     """Body of `/v1/load_lora_adapter`."""
 
     lora_name: str
-    lora_path: str  # a directory on the server, or an id on the Hub
-    load_inplace: bool = False  # in the place of one of this name, if there is one
+    lora_path: str  # a directory on the server, or a Hub id
+    load_inplace: bool = False  # replace an adapter of this name, if there is one
 
 
 class UnloadAdapter(Struct):
@@ -33,7 +33,7 @@ _UNLOAD = msgspec.json.Decoder(UnloadAdapter)
 
 
 async def load(exchange: Exchange) -> None:
-    """Read an adapter, in a thread; answer once requests may name it."""
+    """Read an adapter in a thread; answer once requests may name it."""
     body = await exchange.read_json(_LOAD)
     adapters = _adapters_of(exchange)
     name = body.lora_name
@@ -50,7 +50,7 @@ async def load(exchange: Exchange) -> None:
 
 
 async def unload(exchange: Exchange) -> None:
-    """Forget an adapter; answer once no request uses it any more."""
+    """Unload an adapter; answer once no request uses it any more."""
     body = await exchange.read_json(_UNLOAD)
     await _adapters_of(exchange).remove(body.lora_name)
     await _tell(exchange, f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

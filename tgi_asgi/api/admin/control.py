@@ -1,4 +1,4 @@
-"""What an operator may do to a running server, with `--admin-api-key`."""
+"""Operations on a running server, with `--admin-api-key`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEVEL = msgspec.json.Decoder(LogLevel)
 
 
 async def abort_request(exchange: Exchange) -> None:
-    """End the requests of an id; their clients get an error."""
+    """End the requests with an id; their clients get an error."""
     body = await exchange.read_json(_ABORT)
     request_id = body.request_id or body.rid
     if not request_id:
@@ -42,13 +42,13 @@ async def abort_request(exchange: Exchange) -> None:
 
 
 async def reset_prefix_cache(exchange: Exchange) -> None:
-    """Forget all prompts that were seen."""
+    """Drop all cached prompts."""
     num_blocks = exchange.context.ready().engine.reset_prefix_cache()
     await exchange.respond_json({"blocks": num_blocks})
 
 
 async def log_level(exchange: Exchange) -> None:
-    """Log from another level on."""
+    """Change the log level."""
     body = await exchange.read_json(_LEVEL)
     logs.set_level(body.level)
     await exchange.respond_json({"level": body.level})

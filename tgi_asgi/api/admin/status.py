@@ -1,4 +1,4 @@
-"""What machines and people ask a server about itself: whether it is well, what it serves, how it does."""
+"""A server's information about itself: health, model, limits, metrics."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ async def health(exchange: Exchange) -> None:
 
 
 async def live(exchange: Exchange) -> None:
-    """Answer 200 unless only a restart would help: a model that loads, or a drain, is no reason for one."""
+    """Answer 200 unless only a restart would help; loading and draining need no restart."""
     await _report(exchange, exchange.context.state is not EngineState.DEAD)
 
 
 async def ready(exchange: Exchange) -> None:
-    """Answer as `/health`, but 503 from SIGTERM on, while requests are still taken."""
+    """Answer as `/health`, but 503 from SIGTERM on, while requests are still accepted."""
     context = exchange.context
     await _report(exchange, context.state is EngineState.READY and not context.is_leaving)
 
@@ -72,7 +72,7 @@ async def info(exchange: Exchange) -> None:
         "max_batch_total_tokens": model.kv_tokens,
         "max_batch_size": model.max_batch_size or settings.max_batch_size,
         "max_kept_states": model.num_kept_states,
-        # Dashboards and clients ask for this name; `version` is ours.
+        # Dashboards and clients expect this name; `version` is this server's.
         "router": "text-generation-router",
         "version": tgi_asgi.__version__,
         "sha": None,
@@ -82,14 +82,14 @@ async def info(exchange: Exchange) -> None:
 
 
 def _task(served: Served) -> str:
-    """Return what the model is for, by the Hub's name of it."""
+    """Return the model's task, as the Hub names it."""
     if served.info.generates:
         return "image-text-to-text" if served.accepts_images else "text-generation"
     return "text-ranking" if served.info.scoring is not None else "feature-extraction"
 
 
 async def tokenizer_info(exchange: Exchange) -> None:
-    """Answer with the special tokens and the chat template, as lm-eval's remote tokenizer wants them."""
+    """Answer with the special tokens and the chat template, in the form of lm-eval's remote tokenizer."""
     served = exchange.context.ready()
     tokenizer, template = served.tokenizer, served.chat_template
     payload = {
@@ -106,14 +106,14 @@ async def tokenizer_info(exchange: Exchange) -> None:
 
 
 async def metrics(exchange: Exchange) -> None:
-    """Answer with the metrics; while the model loads as well."""
+    """Answer with the metrics, also while the model loads."""
     context = exchange.context
     stats = context.served.stats if context.served else None
     await exchange.respond(200, context.metrics.render(stats), CONTENT_TYPE)
 
 
 async def engine(exchange: Exchange) -> None:
-    """Answer with permits, blocks and sequences, also while the engine drains or is dead; without texts."""
+    """Answer with permits, blocks and sequences, but no texts; also while the engine drains or is dead."""
     context = exchange.context
     served = context.served or context.ready()
     payload = served.engine.describe() | {"state": context.state.value, "tasks": len(asyncio.all_tasks())}
@@ -121,14 +121,14 @@ async def engine(exchange: Exchange) -> None:
 
 
 async def list_models(exchange: Exchange) -> None:
-    """Answer with the served model, as OpenAI lists models."""
+    """Answer with the served model and its adapters, as OpenAI lists models."""
     served = exchange.context.ready()
     listed = [_model_object(served.info), *(_adapter_object(served.info, name) for name in _adapters(served))]
     await exchange.respond_json({"object": "list", "data": listed})
 
 
 async def retrieve_model(exchange: Exchange) -> None:
-    """Answer with one model by its name, which may hold slashes."""
+    """Answer with one model by its name, which may contain slashes."""
     served = exchange.context.ready()
     name = exchange.scope["path_params"]["model"]
     if name in _adapters(served):

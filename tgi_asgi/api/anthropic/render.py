@@ -1,4 +1,4 @@
-"""Anthropic's messages from token events: content blocks and their events, or the whole; and its errors."""
+"""Anthropic's messages from token events, as content block events or complete; and its errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _envelope(error: BaseException) -> dict[str, Any]:
     status = rule_of(error).status
     kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     message = message_of(error)
-    if isinstance(error, ContextExceeded):  # by these words agents know that they have to summarise
+    if isinstance(error, ContextExceeded):  # agents recognise from this wording that they must summarise
         message = f"prompt is too long: {error.num_tokens} tokens > {error.most} maximum"
     described: dict[str, Any] = {"type": kind, "message": message}
     if isinstance(error, InvalidRequest) and error.code == "thread_unsupported_request":
@@ -40,7 +40,7 @@ ANTHROPIC = Dialect("anthropic", _envelope, names={"prompt": "messages"}, reques
 
 
 class MessageRenderer(Renderer):
-    """Turns the token events of one choice into content blocks and their events."""
+    """Renders one choice's token events as content blocks and their events."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -49,13 +49,13 @@ class MessageRenderer(Renderer):
         self._has_begun = False
         self._num_generated = 0
         self._blocks: list[dict[str, Any]] = []
-        self._kind: str | None = None  # of the block that is open
-        self._arguments = ""  # of the last call, as far as they have come
+        self._kind: str | None = None  # of the open block
+        self._arguments = ""  # of the last call, so far
         self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return the events that new tokens make."""
-        # Made into bytes at once: the message changes with what is taken next.
+        """Return the events for new tokens."""
+        # Encoded at once, because later tokens change the message.
         return self._begin() + b"".join(map(_frame, self._take(events)))
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
@@ -74,7 +74,7 @@ class MessageRenderer(Renderer):
         return _frame({"type": "message_start", "message": self._message()})
 
     def _message(self) -> dict[str, Any]:
-        """Return the message as it is now."""
+        """Return the message so far."""
         return {
             "id": self._id,
             "type": "message",
@@ -86,7 +86,7 @@ class MessageRenderer(Renderer):
         }
 
     def _take(self, events: Sequence[TokenEvent]) -> list[Event]:
-        """Take new tokens; return what they make."""
+        """Parse new tokens; return their events."""
         self._num_generated += len(events)
         made = [event for piece in self._reader.push(events) for event in self._add(piece)]
         last = events[-1]
@@ -114,7 +114,7 @@ class MessageRenderer(Renderer):
         return [*made, {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}]
 
     def _open(self, piece: Piece) -> list[Event]:
-        """Begin the block of a piece; end the one that is open."""
+        """Open the block of a piece; close the open one."""
         made = self._close()
         self._kind = kind = _KINDS[type(piece)]
         block: dict[str, Any] = {"type": kind, kind: ""}
@@ -131,7 +131,7 @@ class MessageRenderer(Renderer):
         if self._kind is None:
             return []
         if self._kind == "tool_use":
-            self._blocks[-1]["input"] = whole_arguments(self._arguments)  # None is left out of the message
+            self._blocks[-1]["input"] = whole_arguments(self._arguments)  # None is omitted from the message
         self._kind = None
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
 

@@ -1,4 +1,4 @@
-"""What `/v1/messages` (Anthropic's API) reads, and the call that it amounts to."""
+"""Requests of `/v1/messages` (Anthropic's API), and their conversion to calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Turn(Struct):
 
 
 class ClientTool(Struct):
-    """A function that the model may call; those of other types are hosted elsewhere, and skipped."""
+    """A function that the model may call; tools of other types are hosted elsewhere and skipped."""
 
     name: str
     input_schema: dict[str, Any] | None = None
@@ -49,7 +49,7 @@ class ClientTool(Struct):
 
 
 class CountRequest(Struct, kw_only=True):
-    """The body of `POST /v1/messages/count_tokens`: what makes the prompt."""
+    """Body of `POST /v1/messages/count_tokens`: the fields that determine the prompt."""
 
     messages: list[Turn]
     model: str | None = None
@@ -60,7 +60,7 @@ class CountRequest(Struct, kw_only=True):
 
 
 class MessagesRequest(CountRequest, kw_only=True):
-    """The body of `POST /v1/messages`."""
+    """Body of `POST /v1/messages`."""
 
     max_tokens: Positive
     temperature: Fraction | None = None
@@ -68,9 +68,9 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_k: Natural | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    thread: dict[str, Any] | None = None  # a conversation that the server would keep
+    thread: dict[str, Any] | None = None  # a conversation to be stored by the server
     output_config: dict[str, Any] | None = None
-    output_format: dict[str, Any] | None = None  # the older name of `output_config.format`
+    output_format: dict[str, Any] | None = None  # older name of `output_config.format`
 
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
@@ -78,13 +78,13 @@ COUNT_DECODER = msgspec.json.Decoder(CountRequest)
 
 
 def parse_messages(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for a message."""
+    """Parse a request for a message."""
     request = decode_json(body, MESSAGES_DECODER)
     context = exchange.context
     check_ranges(request)
     stops = tuple(request.stop_sequences or ())
     check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
-    if request.thread is not None:  # with this code the SDK sends the whole history instead
+    if request.thread is not None:  # this error code makes the SDK send the whole history instead
         message = "`thread` is not supported: this server keeps no conversations"
         refuse("thread", message, "thread_unsupported_request")
     tools = read_tools(request)
@@ -94,7 +94,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
             context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
         max_tokens=request.max_tokens,
-        room=Room.CLIPPED,  # agents ask for what they would take from the largest models
+        room=Room.CLIPPED,  # agents request as many tokens as the largest models allow
         stop=stops,
         constraint=_constraint(request),
         tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
@@ -103,15 +103,15 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
 
 
 def read_conversation(request: CountRequest, tools: list[Tool], images: Images | None = None) -> Conversation:
-    """Return what makes a request's prompt; `images` takes its images, if the model has eyes.
+    """Return the conversation of a request; its images go to `images`, if the model accepts them.
 
     Raises:
-        InvalidRequest: a block or a field is refused; `param` names it.
+        InvalidRequest: if a block or a field is refused; `param` names it.
     """
     messages: list[dict[str, Any]] = []
     if request.system:
         said = request.system
-        if not isinstance(said, str):  # Claude Code counts in a block: no two chats would share a prefix
+        if not isinstance(said, str):  # a counter of Claude Code would prevent shared prefixes
             said = [block for block in said if not str(block.get("text")).startswith(_BILLING)]
         messages.append({"role": "system", "content": _text(said, "system")})
     for i, turn in enumerate(request.messages):
@@ -128,7 +128,7 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
 
 
 def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
-    """Return a turn as messages: the results of tools are messages of their own, before the text."""
+    """Return a turn as messages; tool results become separate messages before the text."""
     role = turn.role
     if role not in ("user", "assistant", "system"):
         refuse(f"{path}.role", f"`{path}.role` must be user or assistant, got {role[:40]!r}")
@@ -177,7 +177,7 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
 
 
 def _image(source: Any, path: str, images: Images) -> dict[str, str]:
-    """Take an image, in base64 or at a URL; return what stands for it."""
+    """Add an image given in base64 or by URL; return its placeholder."""
     kind = source.get("type") if isinstance(source, dict) else None
     if kind == "url":
         return images.add(string_of(source, "url", path), path)
@@ -191,7 +191,7 @@ def _image(source: Any, path: str, images: Images) -> dict[str, str]:
 
 
 def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
-    """Return a text, or that of blocks of some kinds; of what is no text, what it is."""
+    """Return a text, or the text of blocks of these kinds; blocks without text are named."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -210,10 +210,10 @@ def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
 
 
 def read_tools(request: CountRequest) -> list[Tool]:
-    """Return the tools that the model is told of.
+    """Return the tools that the model is told about.
 
     Raises:
-        InvalidRequest: two have one name, or one has none that can be called.
+        InvalidRequest: if two have the same name, or a name is invalid.
     """
     tools, skipped = [], []
     for i, tool in enumerate(request.tools or ()):
@@ -227,7 +227,7 @@ def read_tools(request: CountRequest) -> list[Tool]:
 
 
 def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
-    """Return what the model may call; nothing where only tools that were skipped were offered."""
+    """Return what the model may call; None if all offered tools were skipped."""
     given = given or {"type": "auto"}
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
@@ -239,7 +239,7 @@ def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int
 
 
 def _constraint(request: MessagesRequest) -> Constraint | None:
-    """Return what the answer's text must match."""
+    """Return the constraint on the answer's text, if any."""
     name = "output_config.format"
     given = (request.output_config or {}).get("format")
     if given is None:

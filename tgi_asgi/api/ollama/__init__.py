@@ -1,1 +1,1 @@
-"""Ollama's API under `/api`."""
+"""Ollama's API below `/api`."""

@@ -1,4 +1,4 @@
-"""`/api/embed`, and the older `/api/embeddings` of one prompt."""
+"""`/api/embed`, and the older `/api/embeddings` for a single prompt."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tgi_asgi.observe.course import Course
 
 
 class OllamaEmbed(Struct, kw_only=True):
-    """The body of `POST /api/embed`; without an input it asks for the model to be loaded."""
+    """Body of `POST /api/embed`; without an input it asks to load the model."""
 
     model: str | None = None
     input: str | list[str] | None = None
-    truncate: bool | None = None  # unless false, what is too long is cut
+    truncate: bool | None = None  # unless false, inputs that are too long are cut
     dimensions: Positive | None = None
     options: dict[str, Any] | None = None
 
 
 class OllamaEmbeddings(Struct, kw_only=True):
-    """The body of `POST /api/embeddings`."""
+    """Body of `POST /api/embeddings`."""
 
     model: str | None = None
     prompt: str | None = None
@@ -38,7 +38,7 @@ _EMBEDDINGS = msgspec.json.Decoder(OllamaEmbeddings)
 
 
 def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request for the embeddings of one text or several, of length 1."""
+    """Parse a request for the embeddings, normalised to length 1, of one or more texts."""
     request = decode_json(body, _EMBED)
     check_ranges(request)
     embedding = embedding_of(exchange.context.ready().info)
@@ -76,7 +76,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request for the embedding of one text, as the model's files have it."""
+    """Parse a request for the embedding of one text, normalised if the model's files say so."""
     request = decode_json(body, _EMBEDDINGS)
     check_ranges(request)
     embedding = embedding_of(exchange.context.ready().info)

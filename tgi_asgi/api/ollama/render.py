@@ -1,4 +1,4 @@
-"""Ollama's lines from token events, a JSON object each, or the whole in one; and its errors."""
+"""Ollama's answers from token events, as a line of JSON each or as one object; and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages
 
 
 class LineRenderer(Renderer):
-    """Turns the token events of one choice into lines; without a job, says that the model is loaded."""
+    """Renders one choice's token events as lines; without a job, reports that the model is loaded."""
 
     def __init__(self, exchange: Exchange, generation: Generation, *, is_chat: bool) -> None:
         self._exchange = exchange
@@ -42,16 +42,16 @@ class LineRenderer(Renderer):
         self._is_chat = is_chat
         reading = generation.jobs[0].reading if generation.jobs else None
         self._reader = ChoiceReader(reading)
-        self._calls: list[tuple[str, list[str]]] = []  # the functions, and their arguments' text
+        self._calls: list[tuple[str, list[str]]] = []  # function names, and the text of their arguments
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return a line of what new tokens say, if anything, and the last one behind their end."""
+        """Return a line with the content of new tokens, if any, followed at the end by the last line."""
         said, finish = self._take(events), events[-1].finish
         lines = _dump({**self._line(said), "done": False}) if said else b""
         return lines + _dump(self._line({}) | self._end(finish)) if finish is not None else lines
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the one object."""
+        """Return the complete answer as one object."""
         if not parts:
             return _dump({**self._line({}), "done": True, "done_reason": "load"})
         events = parts[0][0]
@@ -62,7 +62,7 @@ class LineRenderer(Renderer):
         return _dump(_envelope(error))
 
     def _take(self, events: Sequence[TokenEvent]) -> Line:
-        """Take new tokens; return what they say. Calls are whole: they come with the end."""
+        """Parse new tokens; return their content. Calls are not streamed, but added at the end."""
         said: Line = {}
         for piece in self._reader.push(events):
             match piece:
@@ -91,7 +91,7 @@ class LineRenderer(Renderer):
         spent = {name: end_s - begin_s for name, begin_s, end_s in course.parts}
         durations = {
             "total": course.total_s,
-            "load": course.validation_s + course.queue_s,  # until the model could run
+            "load": course.validation_s + course.queue_s,  # time until the model could run
             "prompt_eval": spent.get("prefill", 0.0),
             "eval": spent.get("decode", 0.0),
         }

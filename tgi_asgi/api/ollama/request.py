@@ -1,4 +1,4 @@
-"""What `/api/chat` and `/api/generate` read, and the calls that they amount to."""
+"""Requests of `/api/chat` and `/api/generate`, and their conversion to calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "freque
 
 
 class OllamaOptions(Struct):
-    """How to sample, with Ollama's defaults; the options of loading (`num_ctx`, ...) are the operator's."""
+    """Sampling options with Ollama's defaults; load options (`num_ctx`, ...) are left to the operator."""
 
     temperature: Annotated[float, range_of(minimum=0)] | None = 0.8
     top_k: int | None = 40
@@ -44,7 +44,7 @@ class OllamaOptions(Struct):
     repeat_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: int | None = None  # negative: another one each time
+    seed: int | None = None  # negative: random
     num_predict: int | None = None  # not positive: until the context is full
     stop: list[str] | None = None
 
@@ -71,14 +71,14 @@ class _Request(Struct, kw_only=True):
 
 
 class OllamaChat(_Request, kw_only=True):
-    """The body of `POST /api/chat`; without messages it asks for the model to be loaded."""
+    """Body of `POST /api/chat`; without messages it asks to load the model."""
 
     messages: list[OllamaMessage] | None = None
     tools: list[ToolEntry] | None = None
 
 
 class OllamaGenerate(_Request, kw_only=True):
-    """The body of `POST /api/generate`; without a prompt it asks for the model to be loaded."""
+    """Body of `POST /api/generate`; without a prompt it asks to load the model."""
 
     prompt: str | None = None
     system: str | None = None
@@ -94,7 +94,7 @@ _GENERATE = msgspec.json.Decoder(OllamaGenerate)
 
 
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
-    """Read a chat."""
+    """Parse a chat."""
     request = decode_json(body, _CHAT)
     tools = read_tools(request.tools)
     images = exchange.context.ready().new_images()
@@ -112,7 +112,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
 
 
 def parse_generate(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for the answer to one prompt."""
+    """Parse a request with a single prompt."""
     request = decode_json(body, _GENERATE)
     if request.template:
         raise Forbidden("`template` is not accepted from requests")
@@ -139,7 +139,7 @@ def _call(
     *,
     is_chat: bool = False,
 ) -> Call:
-    """Return what a request asks for, which is nothing where there is no prompt."""
+    """Return the call of a request; without a prompt it has no jobs."""
     options = request.options or OllamaOptions()
     check_ranges(request)
     check_ranges(options, "options.")
@@ -172,18 +172,18 @@ def _call(
         model=request.model and request.model.removesuffix(":latest"),
         stream=request.stream is not False,
         stream_type=NDJSON,
-        keep_alive=b"",  # clients read each line as JSON
+        keep_alive=b"",  # none, because clients parse each line as JSON
     )
 
 
 def _variables(request: _Request) -> dict[str, Any]:
-    """Return what tells a template whether to think, under the names that models have for it."""
+    """Return the template variables that control thinking, under the names that models use."""
     think = request.think
     return thinking_variables(think is not False, think) if think is not None else {}
 
 
 def _images(given: list[Any] | None, path: str, images: Images | None) -> list[dict[str, str]]:
-    """Take images in base64; return what stands for them, which comes before the text."""
+    """Add base64 images; return their placeholders, which precede the text."""
     if given and images is None:
         refuse_field(path, "is not supported: the model reads nothing but text", "unsupported_parameter")
     if images is None:
@@ -192,8 +192,8 @@ def _images(given: list[Any] | None, path: str, images: Images | None) -> list[d
 
 
 def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[str, Any]]:
-    """Return messages as templates take them, some of which want ids of calls, which few clients give."""
-    ids: dict[str | None, str] = {}  # by function
+    """Return messages in template form; add the call ids that some templates need and few clients send."""
+    ids: dict[str | None, str] = {}  # by function name
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(given):
         where = f"messages[{i}].images"

@@ -1,4 +1,4 @@
-"""Ollama's routes: those that generate, and what it tells of its models."""
+"""Ollama's routes: generation, and information about its models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rows() -> list[Route]:
         ),
         row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
         row("GET", "/api/tags", list_models, "List the served model"),
-        row("GET", "/api/ps", list_models, "The same: it is always loaded"),
+        row("GET", "/api/ps", list_models, "List the loaded model, which is the served one"),
         row("GET", "/api/version", version, "The server's version"),
     ]  # fmt: skip
 
@@ -62,7 +62,7 @@ async def list_models(exchange: Exchange) -> None:
     entry = {
         "name": info.model_id,
         "model": info.model_id,
-        "size": 0,  # clients need a number; so Ollama says that it does not know
+        "size": 0,  # clients require a number; Ollama also uses 0 for unknown
         "digest": hashlib.sha256(info.fingerprint.encode()).hexdigest(),
         "context_length": info.max_total_tokens,
     }
@@ -75,7 +75,7 @@ async def version(exchange: Exchange) -> None:
 
 
 async def show(exchange: Exchange) -> None:
-    """Answer with what is known of the served model."""
+    """Answer with a description of the served model."""
     served = exchange.context.ready()
     request = await exchange.read_json(_SHOW)
     check_ranges(request)
@@ -95,7 +95,7 @@ async def show(exchange: Exchange) -> None:
 
 
 def _known(served: Served) -> dict[str, Any]:
-    """Return what `/api/tags` and `/api/show` say alike; "" is not known."""
+    """Return the fields shared by `/api/tags` and `/api/show`; "" means unknown."""
     info, template = served.info, served.chat_template
     can = {
         "completion": served.info.generates,

@@ -30,7 +30,7 @@ _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
-    """Read a chat request."""
+    """Parse a chat request."""
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
@@ -54,11 +54,11 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
 
 
 def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
-    """Return what a chat asks of the engine."""
+    """Return the job of a chat."""
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat
     limits = Limits.of(settings, is_tgi=is_compat)
-    tools, choice = _tools(request, is_compat=is_compat)  # before response_format: TGI's words come first
+    tools, choice = _tools(request, is_compat=is_compat)  # before response_format, as TGI's errors come first
     check_common(request, limits, info, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     return Job(
@@ -75,13 +75,13 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
 def read_conversation(
     request: ChatRequest, tools: list[Tool] | None = None, images: Images | None = None
 ) -> Conversation:
-    """Return the messages of a chat and what belongs to them.
+    """Return the conversation of a chat request.
 
     Args:
-        images: takes the images; None where the model has no eyes.
+        images: Collects the images; None if the model does not accept images.
 
     Raises:
-        InvalidRequest: a message, a tool or a template option is refused.
+        InvalidRequest: if a message, a tool or a template option is refused.
     """
     tools = read_tools(request.tools) if tools is None else tools
     if not request.messages:
@@ -123,7 +123,7 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
 
 
 def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tuple[int | None, int | None]:
-    """Check chat's own fields; return max_tokens and how many log-probabilities are wanted."""
+    """Check the fields that only chats have; return max_tokens and the number of log-probabilities."""
     field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     max_tokens: int | None = getattr(request, field)
     if max_tokens == 0:
@@ -185,7 +185,7 @@ def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str
 
 
 def _is_continued(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
-    """Return whether the last message is left open, for the model to go on with it."""
+    """Return whether the last message is left open for the model to continue."""
     wanted, field = request.continue_final_message, "continue_final_message"
     if wanted and request.add_generation_prompt:
         refuse(field, f"`{field}` and `add_generation_prompt` exclude each other")
@@ -197,16 +197,16 @@ def _is_continued(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
 
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
-    """Return the template's further variables."""
+    """Return the template's additional variables."""
     efforts = template_variables(request.reasoning_effort, "reasoning_effort", request.chat_template_kwargs)
     return {"documents": request.documents, **efforts}
 
 
 def template_variables(effort: str | None, field: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what tells a template how much the model should think, and what a client gives it besides.
+    """Return the template variables that control thinking, and those that the client adds.
 
     Raises:
-        InvalidRequest: `field` is no effort, or a variable is the server's to give.
+        InvalidRequest: if `field` is not a valid effort, or a variable is reserved for the server.
     """
     given = given or {}
     for name in _OWN_VARIABLES.intersection(given):

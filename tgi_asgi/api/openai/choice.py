@@ -1,6 +1,6 @@
-"""One choice of an answer: its events in, what chunks or the whole body say of it out.
+"""One choice of an answer: events in, content of chunks or of the complete body out.
 
-Chats and text completions differ in this alone; `render.py` puts around it what they share.
+This is the only difference between chats and text completions; `render.py` adds what they share.
 """
 
 from __future__ import annotations
@@ -13,54 +13,53 @@ from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
-Said = dict[str, Any]  # some fields of a choice
+Said = dict[str, Any]  # fields of a choice
 
 
 class TextChoice:
     """A choice of a text completion.
 
-    Args:
-        tracker: of its log-probabilities, if they are asked for.
-        echo: the text to put before its own.
-        stop_word: what the end at a stop string is called.
+    tracker: Collects its log-probabilities, if requested.
+    echo: Text to put before its own.
+    stop_word: Finish reason to report after a stop string.
     """
 
-    names = ("cmpl", "text_completion", "text_completion")  # an id's beginning, a body's object, a chunk's
+    names = ("cmpl", "text_completion", "text_completion")  # prefix of ids, `object` of a body, of a chunk
 
     def __init__(
         self, tracker: LogprobsTracker | None = None, *, echo: str = "", stop_word: str = "stop"
     ) -> None:
         self.tracker = tracker
         self.echo = echo
-        self.is_plain = tracker is None  # a chunk's text is its tokens' text, and says nothing else
+        self.is_plain = tracker is None  # a chunk contains only its tokens' text
         self._words = {
             FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: stop_word,
         }  # fmt: skip
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """How many tokens of reasoning there are so far."""
+        """Number of reasoning tokens so far."""
         return 0
 
     def text(self, text: str) -> Said:
-        """Return how a chunk says a text."""
+        """Return a chunk's fields for a text."""
         return {"text": text}
 
     def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
-        """Return what new events tell, each in a chunk of its own."""
+        """Return the content of new events, each item for a separate chunk."""
         text = self._text_of(events)
         return [self.text(text)] if text else []
 
     def whole(self, events: Sequence[TokenEvent]) -> Said:
-        """Return what all events tell."""
+        """Return the content of all events."""
         return {"text": self.echo + self._text_of(events)}
 
     def logprobs(self) -> Said | None:
-        """Return the log-probabilities that may leave now."""
+        """Return the log-probabilities that may be sent now."""
         return self.tracker.take() if self.tracker is not None else None
 
     def finish_reason(self, event: TokenEvent) -> str:
-        """Return OpenAI's word for the end of the choice."""
+        """Return OpenAI's finish reason for the choice."""
         assert event.finish is not None
         return self._words[event.finish]
 
@@ -72,10 +71,10 @@ class TextChoice:
 
 
 class ChatChoice(TextChoice):
-    """A choice of a chat: it may have reasoning and tool calls, too.
+    """A choice of a chat, which may also have reasoning and tool calls.
 
     Args:
-        is_named: the client chose the function to call.
+        is_named: Whether the client chose the function to call.
     """
 
     names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -95,39 +94,39 @@ class ChatChoice(TextChoice):
         self._reader = ChoiceReader(reading)
         self._is_named = is_named
         self._is_compat = is_compat
-        # TGI's own client wants the role in every delta, and the key of the calls.
+        # TGI's own client expects the role in every delta, and the `tool_calls` key.
         self._role: Said = {"role": "assistant"} if is_compat else {}
         self._no_calls: Said = {"tool_calls": None} if is_compat else {}
         self._calls: list[dict[str, Any]] = []
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """How many tokens of reasoning there are so far."""
+        """Number of reasoning tokens so far."""
         return self._reader.num_reasoning_tokens
 
     def opening(self) -> Said:
-        """Return what the first chunk says."""
+        """Return the fields of the first chunk."""
         return {"delta": {"role": "assistant", "content": "", **self._no_calls}}
 
     def text(self, text: str) -> Said:
-        """Return how a chunk says a text."""
+        """Return a chunk's fields for a text."""
         return {"delta": {**self._role, "content": text, **self._no_calls}}
 
     def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
-        """Return what new events tell, each in a chunk of its own."""
+        """Return the content of new events, each item for a separate chunk."""
         if self._is_text:
             return super().deltas(events)
         return [self._delta(piece) for piece in self._reader.push(events, self.tracker)]
 
     def whole(self, events: Sequence[TokenEvent]) -> Said:
-        """Return what all events tell."""
+        """Return the content of all events."""
         message = self.message(events)
         if self.echo:
             message["content"] = self.echo + (message.get("content") or "")
         return {"message": message}
 
     def message(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
-        """Return a whole answer as an assistant's message."""
+        """Return a complete answer as an assistant message."""
         pieces = self._reader.push(events, self.tracker)
         content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
@@ -150,7 +149,7 @@ class ChatChoice(TextChoice):
         return message
 
     def finish_reason(self, event: TokenEvent) -> str:
-        """Return OpenAI's word for the end of the choice."""
+        """Return OpenAI's finish reason for the choice."""
         is_call = self._calls and event.finish is FinishReason.EOS
         is_told = is_call and not (self._is_named or self._is_compat)
         return "tool_calls" if is_told else super().finish_reason(event)
@@ -164,7 +163,7 @@ class ChatChoice(TextChoice):
             call = {"index": len(self._calls), **self._start(piece)}
         else:
             call = {"index": len(self._calls) - 1, "function": {"arguments": piece.text}}
-            if self._is_compat:  # TGI repeats all but the name
+            if self._is_compat:  # TGI repeats everything except the name
                 call |= {"id": self._calls[-1]["id"], "type": "function"}
                 call["function"] = {"name": None, "arguments": piece.text}
         return {"delta": {**self._role, "tool_calls": [call]}}

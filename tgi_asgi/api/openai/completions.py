@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: one or many prompts, texts or ids, with echo and best_of."""
+"""`POST /v1/completions`: one or more prompts, as texts or ids, with echo and best_of."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 
 
 def parse_completion(body: bytes, exchange: Exchange) -> Call:
-    """Read a completion request."""
+    """Parse a completion request."""
     request = decode_json(body, COMPLETION_DECODER)
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat
@@ -32,14 +32,14 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     n = request.n or 1
     num_prompts = len(_listed(request.prompt)[0])
     best_of = _check_own(request, limits, num_prompts, n)
-    # Whoever wants the best of several needs their log-probabilities.
+    # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
     shared = job_of(request, info, settings, logprobs)
     sampling = shared.pop("sampling")
-    hides_tokens = request.max_tokens == 0  # scoring asks for no token: then one is sampled and not shown
+    hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden
     jobs = []
     for prompt in _prompts(request, info.vocab_size):
-        if request.seed is None:  # or equal prompts of one call would all get the same answer
+        if request.seed is None:  # otherwise equal prompts of a call would get equal answers
             sampling = dataclasses.replace(sampling, seed=drawn_seed())
         jobs.append(
             Job(
@@ -60,7 +60,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
             TextChoice(
                 tracker=None if k is None else CompletionLogprobs(names, k, job.prompt.text or ""),
                 echo=job.prompt.echo,
-                # In TGI's words, which its whole answers lack.
+                # TGI's word, which only its streams use.
                 stop_word="stop_sequence" if is_compat and request.stream else "stop",
             )
             for job in generation.jobs
@@ -74,7 +74,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
 
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
-    """Check completions' own fields; return best_of."""
+    """Check the fields that only completions have; return best_of."""
     if request.suffix:
         raise UnsupportedSuffix(
             "Suffix is not supported and can be achieved by preprocessing the prompt.",
@@ -99,7 +99,7 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
 
 
 def _listed(prompt: str | list[Any]) -> tuple[Sequence[Any], bool]:
-    """Return the prompts, and whether the client lists several: token ids are one."""
+    """Return the prompts, and whether the client sent a list of several; a list of ids is one prompt."""
     if not prompt and isinstance(prompt, list):
         refuse_field("prompt", "must not be empty")
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
@@ -119,7 +119,7 @@ def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
             check_ids(item, path, vocab_size)
         yield Text(
             item,
-            # Null means the default, and completions add the tokenizer's BOS by default.
+            # Null means the default, and by default completions add the tokenizer's BOS.
             adds_special_tokens=request.add_special_tokens is not False,
             needs_text=bool(request.echo) or request.logprobs is not None,
             echoes=bool(request.echo),

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: texts or token ids to vectors, with what vLLM adds to OpenAI's fields."""
+"""`POST /v1/embeddings`: vectors of texts or token ids, with OpenAI's fields and vLLM's additions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tgi_asgi.types import ModelInfo
 
 
 class EmbeddingRequest(Struct, kw_only=True):
-    """The body of `POST /v1/embeddings`."""
+    """Body of `POST /v1/embeddings`."""
 
     input: str | list[str | int | list[int]]
     model: str | None = None
@@ -35,7 +35,7 @@ _DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
 
 def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request for embeddings."""
+    """Parse a request for embeddings."""
     request = decode_json(body, _DECODER)
     check_ranges(request)
     info, settings = exchange.context.ready().info, exchange.context.settings
@@ -70,17 +70,17 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def usage(num_tokens: int) -> dict[str, int]:
-    """Return what an answer without generated tokens says of its tokens."""
+    """Return the usage object of an answer without generated tokens."""
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
 def inputs_of(
     given: str | list[str | int | list[int]], name: str, info: ModelInfo, settings: Settings
 ) -> list[Input]:
-    """Return what vectors are made of: a text and a list of ids are one input.
+    """Return the inputs of a call; a text or a list of ids is a single input.
 
     Raises:
-        InvalidRequest: there are none, too many, an empty one, or one of what is no token.
+        InvalidRequest: if there are none or too many, one is empty, or an id is not a token of the model.
     """
     is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
     items = [given] if is_one else given

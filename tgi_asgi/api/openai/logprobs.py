@@ -1,7 +1,7 @@
-"""Log-probabilities in OpenAI's two shapes, released together with the text that they belong to.
+"""Log-probabilities in OpenAI's two formats, released together with the text that they belong to.
 
-A tracker is given every event of one choice and tells which tokens' entries may leave: those whose text has
-been shown. Text that a stop string cuts off takes the entries of the tokens wholly inside it along.
+A tracker receives every event of one choice and releases the entries of tokens whose text has been shown. If
+a stop string cuts off text, the entries of tokens wholly inside it are dropped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from tgi_asgi.text.detokenize import Utf8Assembler
 from tgi_asgi.types import TokenEvent
 
-if TYPE_CHECKING:  # it imports a library that nobody needs before the model has loaded
+if TYPE_CHECKING:  # imports a library that is not needed before the model has loaded
     from tgi_asgi.text.tokenizer import Tokenizer
 
 _SMALLEST = -9999.0  # JSON has no infinity
 
 
 class TokenNames:
-    """How tokens are spelled in log-probabilities."""
+    """Spelling of tokens in log-probabilities."""
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -31,7 +31,7 @@ class TokenNames:
         return self._tokenizer.token_bytes(token_id) or self._tokenizer.token_text(token_id).encode()
 
     def name(self, token_id: int, data: bytes) -> str:
-        """Return the token as text; one that is part of a character as `bytes:` and its escaped bytes."""
+        """Return the token as text; if it is part of a character, as `bytes:` and its escaped bytes."""
         if self._as_ids:
             return f"token_id:{token_id}"
         try:
@@ -41,10 +41,10 @@ class TokenNames:
 
 
 class _Tracker:
-    """Holds one choice's tokens back until their text has been shown, and their entries until they leave.
+    """Holds one choice's tokens back until their text is shown, and their entries until they are sent.
 
     Args:
-        keeps_hidden: tokens without text (EOS, stop ids, special tokens) have entries, too.
+        keeps_hidden: Whether tokens without text (EOS, stop ids, special tokens) have entries.
     """
 
     def __init__(self, names: TokenNames, *, keeps_hidden: bool) -> None:
@@ -53,10 +53,10 @@ class _Tracker:
         self._assembler = Utf8Assembler()
         self._num_decoded = 0  # characters of all tokens so far
         self._num_shown = 0
-        self._held: deque[tuple[int, TokenEvent]] = deque()  # with where the token's text starts
+        self._held: deque[tuple[int, TokenEvent]] = deque()  # with the start of the token's text
 
     def _released(self, event: TokenEvent) -> Iterator[tuple[int, TokenEvent]]:
-        """Take one event; return (first character, event) of every token that is shown now."""
+        """Receive one event; yield (first character, event) of every token that is shown now."""
         held = self._held
         if event.data or self._keeps_hidden:
             held.append((self._num_decoded, event))
@@ -68,14 +68,14 @@ class _Tracker:
 
 
 class ChatLogprobs(_Tracker):
-    """One choice's entries in the shape of chat completions."""
+    """One choice's entries in the format of chat completions."""
 
     def __init__(self, names: TokenNames) -> None:
         super().__init__(names, keeps_hidden=False)
         self._waiting: list[dict[str, Any]] = []
 
     def push(self, event: TokenEvent) -> None:
-        """Take one event of the choice."""
+        """Receive one event of the choice."""
         for _, shown in self._released(event):
             entry = self._entry(shown.token_id, shown.data, shown.logprob)
             entry["top_logprobs"] = [
@@ -85,7 +85,7 @@ class ChatLogprobs(_Tracker):
             self._waiting.append(entry)
 
     def take(self) -> dict[str, Any] | None:
-        """Return what may leave now, or None."""
+        """Return the entries that may be sent now, or None."""
         if not self._waiting:
             return None
         waiting, self._waiting = self._waiting, []
@@ -96,41 +96,41 @@ class ChatLogprobs(_Tracker):
 
 
 class CompletionLogprobs(_Tracker):
-    """One choice's entries in the shape of text completions.
+    """One choice's entries in the format of text completions.
 
     Args:
-        k: how many alternatives each entry shows; 0: none.
-        prompt: the text before the choice's own.
+        k: Number of alternatives per entry; 0: none.
+        prompt: Text before the choice's own.
     """
 
     def __init__(self, names: TokenNames, k: int, prompt: str) -> None:
         super().__init__(names, keeps_hidden=True)
         self._k = k
         self._prompt = prompt
-        # Of each token: name, log-probability, those of the alternatives by name, place in the text.
+        # Per token: name, log-probability, alternatives' log-probabilities by name, offset in the text.
         self._waiting: list[tuple[str, float | None, dict[str, float] | None, int]] = []
 
     def push_prompt(
         self, ids: Sequence[int], logprobs: Sequence[tuple[float | None, Sequence[tuple[int, float]]]],
         special_ids: frozenset[int],
     ) -> None:  # fmt: skip
-        """Take the prompt's tokens, which an echoed answer starts with."""
+        """Receive the prompt's tokens, with which an echoed answer starts."""
         data = [self._names.bytes_of(token_id) for token_id in ids]
         offsets = self._offsets(data, [token_id in special_ids for token_id in ids])
         for token_id, own, offset, (logprob, best) in zip(ids, data, offsets, logprobs, strict=True):
             self._add(token_id, own, logprob, best, offset)
 
     def push(self, event: TokenEvent) -> None:
-        """Take one event of the choice."""
+        """Receive one event of the choice."""
         for start, shown in self._released(event):
             data = shown.data or self._names.bytes_of(shown.token_id)
             self._add(shown.token_id, data, shown.logprob, shown.top, len(self._prompt) + start)
 
     def _offsets(self, data: Sequence[bytes], are_special: Sequence[bool]) -> list[int]:
-        """Return where in the prompt's text each token begins.
+        """Return the offset in the prompt's text at which each token begins.
 
-        Found from the end: of a prompt that was cut only the last tokens are there. The tokenizer may have
-        added special ones that are not in the text (BOS).
+        Searches from the end, because a truncated prompt has only the last tokens. The tokenizer may have
+        added special tokens that are not in the text (BOS).
         """
         assembler = Utf8Assembler()
         texts = [assembler.push(own) for own in data]
@@ -144,7 +144,7 @@ class CompletionLogprobs(_Tracker):
         return offsets[::-1]
 
     def take(self) -> dict[str, Any] | None:
-        """Return what may leave now, or None."""
+        """Return the entries that may be sent now, or None."""
         if not self._waiting:
             return None
         names, values, tops, offsets = map(list, zip(*self._waiting, strict=True))
@@ -161,14 +161,14 @@ class CompletionLogprobs(_Tracker):
         best: Sequence[tuple[int, float]] | None, offset: int,
     ) -> None:  # fmt: skip
         name = self._names.name(token_id, data)
-        if logprob is None:  # the first token of a prompt has none
+        if logprob is None:  # a prompt's first token has none
             self._waiting.append((name, None, None, offset))
             return
         top: dict[str, float] = {}
         for other_id, other in [*(best or ()), (token_id, logprob)]:
             other_data = data if other_id == token_id else self._names.bytes_of(other_id)
             other_name = self._names.name(other_id, other_data)
-            # Two ids may read alike; clients look the sampled token's value up by its name.
+            # Two ids may have the same name; clients look up the sampled token's value by its name.
             top[other_name] = max(_finite(other), top.get(other_name, -math.inf))
         self._waiting.append((name, _finite(logprob), top, offset))
 

@@ -1,6 +1,6 @@
-"""Check what (chat) completions have in common, and turn it into a `Job`'s parameters.
+"""Checks of the fields that chats and completions share, and their conversion to a `Job`'s parameters.
 
-Pure functions over decoded requests; every refusal names the field and what is allowed.
+Pure functions over decoded requests; every refusal names the field and the allowed values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     """Check ranges, combinations and features of the shared fields.
 
     Raises:
-        InvalidRequest: `param` names the first field that is wrong.
+        InvalidRequest: if a field is wrong; `param` names the first one.
     """
     check_ranges(request)
     if request.n is not None and request.n > limits.best_of:
@@ -58,10 +58,10 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
 def job_of(
     request: CommonRequest, info: ModelInfo, settings: Settings, logprobs: int | None
 ) -> dict[str, Any]:
-    """Return the parameters of a checked request that all its jobs share, by their names in `Job`.
+    """Return the parameters that all jobs of a checked request share, by their names in `Job`.
 
     Raises:
-        InvalidRequest: `logit_bias` names no token of the model, or a constraint is of the wrong shape.
+        InvalidRequest: if `logit_bias` contains an invalid token id, or a constraint has the wrong form.
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
     return {
@@ -81,7 +81,7 @@ def job_of(
 
 
 def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
-    """Refuse what is no token of the model."""
+    """Refuse anything but token ids of the model."""
     for i, token_id in enumerate(ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             rule = f"must be a token id in 0..{vocab_size - 1}, got {str(token_id)[:40]}"
@@ -89,7 +89,7 @@ def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
 
 
 def room_of(settings: Settings) -> Room:
-    """Return what happens on `/v1` to an answer that is too long for the context."""
+    """Return how `/v1` treats an answer that is too long for the context."""
     if settings.tgi_compat:
         return Room.TGI
     return Room.CLIPPED if settings.clip_max_tokens else Room.REFUSED
@@ -100,7 +100,7 @@ def _stop_strings(request: CommonRequest) -> tuple[str, ...]:
 
 
 def _constraint(request: CommonRequest) -> Constraint | None:
-    """Return what the answer must match, if anything: it may be said in one of many fields."""
+    """Return the constraint on the answer, if any; several fields can specify it."""
     wanted: dict[str, tuple[str, Any]] = {}
     if request.structured_outputs is not None:
         wanted["structured_outputs"] = _structured(request.structured_outputs)
@@ -129,7 +129,7 @@ def _structured(given: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:
-    """Return the kind and its value, of OpenAI's spellings and of TGI's; None for plain text."""
+    """Return the format's kind and value, in OpenAI's spelling or TGI's; None for plain text."""
     kind, value = given.type, given.value
     if kind == "json_schema":
         wrapped = value.get("schema") if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""`/rerank`, as Cohere, Jina and vLLM have it, and vLLM's `/score`: how well documents fit a query."""
+"""`/rerank`, as in Cohere, Jina and vLLM, and vLLM's `/score`: relevance of documents to a query."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tgi_asgi.types import Embedding, ModelInfo
 
 
 class Document(Struct):
-    """A document that is an object."""
+    """A document given as an object."""
 
     text: str
 
 
 class RerankRequest(Struct, kw_only=True):
-    """The body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+    """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
 
     query: str | Document
     documents: list[str | Document]
     model: str | None = None
     top_n: Natural | None = None  # 0: all
-    return_documents: bool | None = None  # unless false they are in the answer
+    return_documents: bool | None = None  # unless false, the answer contains them
     instruction: str | None = None
     truncate_prompt_tokens: Int | None = None
     priority: Int | None = None
 
 
 class ScoreRequest(Struct, kw_only=True):
-    """The body of `POST /score` and `/v1/score`."""
+    """Body of `POST /score` and `/v1/score`."""
 
     text_1: str | list[str]
     text_2: str | list[str]
@@ -53,7 +53,7 @@ _SCORE = msgspec.json.Decoder(ScoreRequest)
 
 
 def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request to rank documents."""
+    """Parse a request to rank documents."""
     request = decode_json(body, _RERANK)
     check_ranges(request)
     check_num_inputs(len(request.documents), "documents", exchange.context.settings)
@@ -83,7 +83,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request to score pairs of texts."""
+    """Parse a request to score pairs of texts."""
     request = decode_json(body, _SCORE)
     check_ranges(request)
     first, second = _texts(request.text_1), _texts(request.text_2)
@@ -124,11 +124,11 @@ def _call(
 
 
 class Scored:
-    """Pairs of texts: by the model's own scores, or else by the cosines of their embeddings.
+    """Pairs of texts, scored by the model itself or else by the cosine of their embeddings.
 
     Args:
-        first: one text, or as many as the second ones.
-        names: what the API calls both.
+        first: One text, or as many as `second` has.
+        names: The API's field names for both.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Scored:
         self._first, self._second, self._names = first, second, names
 
     def inputs(self, instruction: str | None = None) -> list[Input]:
-        """Return what vectors are made of: pairs, or the first texts and then the second ones."""
+        """Return the inputs: pairs, or for embeddings the first texts followed by the second ones."""
         first = [(text, self._where(0, at)) for at, text in enumerate(self._first)]
         second = [(text, self._where(1, at)) for at, text in enumerate(self._second)]
         for text, where in (*first, *second):
@@ -154,11 +154,11 @@ class Scored:
 
     @property
     def num_numbers(self) -> int:
-        """How many numbers a score is made of, at each of its texts."""
+        """How many numbers each input's vector has."""
         return self.how.dimensions if isinstance(self.how, Embedding) else 1
 
     def scores(self, pooled: Pooled, *, is_raw: bool = False) -> list[float]:
-        """Return a score for each pair: from 0 to 1, unless it is raw; a cosine is from -1 to 1."""
+        """Return a score per pair: 0 to 1, any number if raw, or for embeddings a cosine from -1 to 1."""
         vectors = pooled.vectors
         if isinstance(self.how, Embedding):
             count = len(self._first)

@@ -1,6 +1,6 @@
-"""OpenAI's answers on both endpoints, as one body or as chunks.
+"""OpenAI's answers of chats and completions, as one body or as chunks.
 
-`orjson.dumps` of a whole chunk costs 0.6 us, of its text 0.1: a plain text chunk only pays for the text.
+`orjson.dumps` of a whole chunk takes 0.6 us, of its text 0.1 us, so plain text chunks encode only the text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NOTHING: Mapping[str, Any] = {}
 
 
 class CompletionRenderer:
-    """Renders one answer as (chat) completion, whole or in chunks (`call.Renderer`).
+    """Renders an answer as a chat or text completion, complete or in chunks (`call.Renderer`).
 
-    Choice `index` is `part * n + event.index`, where `part` numbers the prompts. Several tokens of a choice
-    that come together leave as one chunk.
+    Choice `index` is `part * n + event.index`, where `part` numbers the prompts. Tokens of a choice that
+    arrive together are sent as one chunk.
 
     Args:
-        choices: of all prompts.
-        hides_tokens: max_tokens was 0: the one token that was sampled is not shown.
+        choices: The choices of all prompts.
+        hides_tokens: Whether max_tokens was 0, so the one sampled token is not shown.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CompletionRenderer:
         )
         self._tail = b'],"usage":null}\n\n' if self._includes_usage or is_compat else b"]}\n\n"
         self._is_plain = choices[0].is_plain and not (self._shows_ids or self._repeats_usage)
-        # Chunks without text, parted where it would stand.
+        # Chunks without text, split where the text belongs.
         parted = [self._chunk(i, choice.text("")).rpartition(b'""') for i, choice in enumerate(choices)]
         self._plain_heads = [head for head, _, _ in parted]
         self._plain_tail = parted[0][2]
@@ -93,17 +93,17 @@ class CompletionRenderer:
         return b"".join(frames)
 
     def close(self) -> bytes:
-        """Return the usage chunk, if it was asked for, and the end mark."""
+        """Return the usage chunk, if requested, and the end marker."""
         if not self._includes_usage:
             return DONE
         return b'%b],"usage":%b}\n\n%b' % (self._chunk_head, orjson.dumps(self._usage()), DONE)
 
     def fail(self, error: TgiError) -> bytes:
-        """Return the error as an event, and the end mark."""
+        """Return the error as an event, and the end marker."""
         return error_event(error, NATIVE if self._is_compat else OPENAI) + DONE
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body of an answer that is not streamed; of more than n choices the likeliest."""
+        """Return the body of an answer that is not streamed; of more than n choices, the likeliest n."""
         told: list[Said] = []
         if self._hides_tokens:
             self._generation.num_shown = 0
@@ -121,7 +121,7 @@ class CompletionRenderer:
         return orjson.dumps({**self._head, "choices": told, "usage": self._usage(), **on_top})
 
     def _begin(self, part: int) -> Iterator[bytes]:
-        """Open every choice of a part, in the order of their indices: accumulators fail on any other."""
+        """Open every choice of a part, in the order of indices, which clients' accumulators require."""
         prompt_ids = self._begin_part(part)
         for index in range(part * self._n, (part + 1) * self._n):
             choice = self._choices[index]
@@ -133,7 +133,7 @@ class CompletionRenderer:
                 yield self._chunk(index, choice.text(choice.echo), prompt_ids)
 
     def _begin_part(self, part: int) -> Said:
-        """Give a prompt's choices the log-probabilities of its tokens; return the tokens, if asked for."""
+        """Pass the prompt's log-probabilities to its choices; return the prompt's token ids, if requested."""
         generation = self._generation
         prompt_ids = generation.jobs[part].request.prompt_ids
         logprobs = generation.channels[part].stats.prompt_logprobs
@@ -143,7 +143,7 @@ class CompletionRenderer:
         return {"prompt_token_ids": list(prompt_ids)} if self._shows_ids else {}
 
     def _chunks(self, index: int, events: Sequence[TokenEvent]) -> Iterator[bytes]:
-        """Make the chunks of one choice's new events."""
+        """Yield the chunks of one choice's new events."""
         self._num_generated += len(events)
         choice, last = self._choices[index], events[-1]
         if self._is_plain:
@@ -171,7 +171,7 @@ class CompletionRenderer:
         return self._chunk_head + orjson.dumps(choice) + tail
 
     def _shown(self, index: int, events: Sequence[TokenEvent]) -> Sequence[TokenEvent]:
-        """Return the events that the client is told of, and note their tokens."""
+        """Return the events that the client sees, and record their token ids."""
         if self._hides_tokens:
             return ()
         if self._shows_ids:
@@ -179,7 +179,7 @@ class CompletionRenderer:
         return events
 
     def _token_ids(self, index: int) -> Mapping[str, Any]:
-        """Return the tokens that no chunk has told yet, where they are asked for."""
+        """Return the token ids not sent yet, if requested."""
         if not self._shows_ids:
             return _NOTHING
         ids, self._untold_ids[index] = self._untold_ids[index], []
@@ -191,7 +191,7 @@ class CompletionRenderer:
         return {"finish_reason": self._choices[index].finish_reason(last), "stop_reason": last.stop}
 
     def _usage(self) -> Said:
-        """Return the tokens so far, over all choices."""
+        """Return the token counts so far, over all choices."""
         num_prompt = self._generation.num_prompt_tokens
         num_generated = 0 if self._hides_tokens else self._num_generated
         num_reasoning = sum(choice.num_reasoning_tokens for choice in self._choices)

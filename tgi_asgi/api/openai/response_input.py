@@ -1,7 +1,7 @@
-"""What `/v1/responses` reads: its items to messages, its tools to functions.
+"""Parses requests of `/v1/responses`: items to messages, tools to functions.
 
-What would change what the answer is (hosted conversations, prompts, background work) is refused by name;
-tools and items that only offer or carry more than can be used are skipped.
+Fields that would change the answer (hosted conversations, prompts, background work) are refused by name.
+Tools and items that only offer or carry something unusable are skipped.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Item = dict[str, Any]
 
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
-_HOSTED = ("_call", "_output", "_list_tools", "compaction")  # ends of the names of what others have done
-_OMITTED = ("input_image", "input_file")  # in what tools have answered
+_HOSTED = ("_call", "_output", "_list_tools", "compaction")  # suffixes of hosted tools' item types
+_OMITTED = ("input_image", "input_file")  # kinds omitted from tool outputs
 
 
 class ReasoningOptions(Struct):
     """How much the model should think."""
 
     effort: str | None = None
-    summary: str | None = None  # accepted: the reasoning itself is shown
+    summary: str | None = None  # accepted; the reasoning itself is shown
 
 
 class TextFormat(Struct):
-    """What the answer's text must match."""
+    """Format that the answer's text must match."""
 
     type: str
     name: str | None = None
@@ -42,7 +42,7 @@ class TextFormat(Struct):
 
 
 class TextOptions(Struct):
-    """How the answer's text is written."""
+    """Options of the answer's text."""
 
     format: TextFormat | None = None
 
@@ -52,7 +52,7 @@ _Value = Annotated[str, Meta(max_length=512)]
 
 
 class ResponsesRequest(Struct, kw_only=True):
-    """The body of `POST /v1/responses`."""
+    """Body of `POST /v1/responses`."""
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -82,15 +82,15 @@ ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def items_of(said: str | list[Item]) -> list[Item]:
-    """Return an input as items."""
+    """Return an input as a list of items."""
     return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
 
 
 def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:
-    """Return what items refer to, by their places, as `find` returns it for an id.
+    """Return the stored items that references point to, by index, as `find` returns them for an id.
 
     Raises:
-        InvalidRequest: there is no such item; `param` names the reference.
+        InvalidRequest: if there is no such item; `param` names the reference.
     """
     found = {}
     for i, item in enumerate(items):
@@ -105,17 +105,17 @@ def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict
 def read_items(
     items: Sequence[Item], num_before: int = 0, images: Images | None = None
 ) -> list[dict[str, Any]]:
-    """Return items as messages.
+    """Convert items to messages.
 
     Args:
-        num_before: how many of the items come from earlier responses, which have been read before.
-        images: takes the images of the user's messages; None where the model has no eyes.
+        num_before: Number of leading items from earlier responses, which have been validated before.
+        images: Collects the images of the user's messages; None if the model does not accept images.
 
     Raises:
-        InvalidRequest: an item is refused; `param` names it.
+        InvalidRequest: if an item is refused; `param` names it.
     """
     messages: list[dict[str, Any]] = []
-    thought: dict[str, str] = {}  # what goes to the assistant's next message
+    thought: dict[str, str] = {}  # added to the assistant's next message
     skipped = []
     for i, item in enumerate(items, -num_before):
         path = f"input[{i}]" if i >= 0 else "previous_response_id"
@@ -150,10 +150,10 @@ def read_items(
 
 
 def read_tools(request: ResponsesRequest) -> list[Tool]:
-    """Return the functions that the model is told of, those that items bring along included.
+    """Return the functions that the model is told about, including those in items.
 
     Raises:
-        InvalidRequest: one is of the wrong shape, or two have one name.
+        InvalidRequest: if one has the wrong form, or two have the same name.
     """
     skipped: list[str] = []
     tools = [tool for i, given in enumerate(request.tools or ()) for tool in _tools(given, i, skipped)]
@@ -167,7 +167,7 @@ def read_tools(request: ResponsesRequest) -> list[Tool]:
 
 
 def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = None) -> Iterator[Tool]:
-    """Yield an entry's tools: none of a hosted one, several of a namespace."""
+    """Yield an entry's tools: none for a hosted tool, several for a namespace."""
     path = f"tools[{index}]"
     if not isinstance(given, dict) or not isinstance(given.get("type"), str):
         refuse_field(f"{path}.type", "is required")
@@ -218,7 +218,7 @@ def _parts(content: Any, path: str, images: Images | None) -> str | list[str] | 
 
 
 def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS) -> str | list[str]:
-    """Return a content's text, or those of its parts."""
+    """Return a content's text, or its parts' texts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -1,6 +1,6 @@
-"""The answer of `/v1/responses` as it grows: its items, and the event for each thing that happens to them.
+"""The answer of `/v1/responses` while it grows: its items, and the event for each change.
 
-The stream sends the events; the whole answer is what they add up to.
+A stream sends the events; a complete answer is their result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
-# By an item's type: what events call that of it which grows, and what they tell of that at its end.
+# By item type: events' name for the growing field, and the fields that they report at its end.
 _GROWING = {
     "message": ("output_text", ("text", "logprobs")),
     "reasoning": ("reasoning_text", ("text",)),
@@ -29,13 +29,13 @@ _GROWING = {
 
 
 class ResponseRenderer:
-    """Turns the token events of one choice into items and their events.
+    """Renders one choice's token events as items and their events.
 
     Args:
-        base: the response object's constant fields.
-        tools: those that may be called.
-        tracker: of the log-probabilities, if they are asked for.
-        keep: called with the response that has ended.
+        base: Constant fields of the response object.
+        tools: Tools that may be called.
+        tracker: Collects the log-probabilities, if requested.
+        keep: Called with the finished response.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class ResponseRenderer:
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._num_generated = 0
         self._output: list[dict[str, Any]] = base["output"]
-        self._kind: type[Piece] | None = None  # of the item that is open
-        self._arguments = ""  # of the custom tool's call that is open
+        self._kind: type[Piece] | None = None  # of the open item
+        self._arguments = ""  # of the open call of a custom tool
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -66,17 +66,17 @@ class ResponseRenderer:
         return orjson.dumps(self._response)
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return the events that new tokens make."""
+        """Return the events for new tokens."""
         self._begin()
         self._take(events)
         return self._new_frames()
 
     def close(self) -> bytes:
-        """Return nothing: the last event says that it is the last."""
+        """Return nothing, because the last event marks the end."""
         return b""
 
     def fail(self, error: TgiError) -> bytes:
-        """Return the event of a response that failed."""
+        """Return the event of a failed response."""
         self._begin()
         code = error.code if isinstance(error, InvalidRequest) and error.code else "server_error"
         self._end("failed", error={"code": code, "message": error.message})
@@ -89,7 +89,7 @@ class ResponseRenderer:
             self._tell("in_progress", response=self._response)
 
     def _take(self, events: Sequence[TokenEvent]) -> None:
-        """Take new tokens."""
+        """Parse new tokens."""
         self._num_generated += len(events)
         pieces = self._reader.push(events, self._tracker)
         taken = self._tracker.take() if self._tracker is not None else None
@@ -115,14 +115,14 @@ class ResponseRenderer:
         self._tell(status, response=self._response)
 
     def _add(self, piece: Piece, logprobs: list[dict[str, Any]]) -> None:
-        """Make a piece part of the item that is open, or of a new one."""
+        """Add a piece to the open item, or to a new one."""
         if isinstance(piece, CallStart) or _kind_of(piece) is not self._kind:
             self._close("completed")
             self._open(piece)
         if isinstance(piece, CallStart):
             return
         item, growing = self._output[-1], self._growing()
-        if item["type"] == "custom_tool_call":  # whose string is known at its end
+        if item["type"] == "custom_tool_call":  # its string is known only at the end
             self._arguments += piece.text
             return
         growing["arguments" if isinstance(piece, CallArguments) else "text"] += piece.text
@@ -132,7 +132,7 @@ class ResponseRenderer:
         self._tell(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
 
     def _open(self, piece: Piece) -> None:
-        """Begin an item for a piece."""
+        """Open an item for a piece."""
         item: dict[str, Any]
         part: dict[str, Any] | None = None
         if isinstance(piece, CallStart):
@@ -160,7 +160,7 @@ class ResponseRenderer:
             self._tell("content_part.added", **self._place(), part=part)
 
     def _close(self, status: str) -> None:
-        """End the item that is open, if one is."""
+        """Close the open item, if there is one."""
         if self._kind is None:
             return
         self._kind = None
@@ -176,7 +176,7 @@ class ResponseRenderer:
         self._tell("output_item.done", output_index=place["output_index"], item=item)
 
     def _growing(self) -> dict[str, Any]:
-        """Return what grows: the only part of an item that has parts, or the item."""
+        """Return the growing object: the only part of an item with parts, otherwise the item."""
         item = self._output[-1]
         part: dict[str, Any] = item["content"][0] if "content" in item else item
         return part
@@ -187,7 +187,7 @@ class ResponseRenderer:
         return {**place, "content_index": 0} if "content" in item else place
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        """Add an event to the stream, if there is one: at once, since what it tells of goes on changing."""
+        """Add an event if streaming; encoded at once, because its objects change later."""
         if self._is_stream:
             event = {"type": f"response.{kind}", "sequence_number": self._num_frames, **fields}
             self._frames.append(b"event: response.%b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(event)))
@@ -218,7 +218,7 @@ def _id(prefix: str) -> str:
 
 
 def _custom_input(arguments: str) -> str:
-    """Return the string that a custom tool is called with; of a call that was cut off there is none."""
+    """Return the input string of a custom tool call; empty if the call was cut off."""
     try:
         value = orjson.loads(arguments)
     except orjson.JSONDecodeError:

@@ -1,6 +1,8 @@
-"""Answers of `/v1/responses` that later requests may build on: a bounded number, in memory, by API key.
+"""Stored answers of `/v1/responses` that later requests may build on: a bounded number, in memory, per API
+key.
 
-All is kept as JSON: a long conversation as objects would take ten times the memory, and long to be freed.
+Everything is stored as JSON: long conversations as objects would use ten times the memory and be slow to
+free.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ MAX_BYTES = 64 * MIB
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """An answer, and all that was said up to its end.
+    """An answer with the conversation up to its end.
 
     Attributes:
-        body: of the answer, as the client got it.
-        history: what was said, in order, as lists of items; shared with the responses that go on from it.
-        items: the output's, by their ids: each is a list of one in the history.
+        body: The answer as the client received it.
+        history: The conversation in order, as lists of items; shared with responses that continue it.
+        items: The output's items by id; in the history, each is a list of one.
     """
 
     id: str
@@ -36,7 +38,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The newest answers, up to a number and to 64 MiB of JSON. Threads may share it: they render answers."""
+    """The newest answers, limited by number and to 64 MiB of JSON. Thread-safe: threads render answers."""
 
     def __init__(self, most: int, max_bytes: int = MAX_BYTES) -> None:
         self._most = most
@@ -46,11 +48,11 @@ class ResponseStore:
 
     @property
     def size(self) -> int:
-        """The bytes of all that is kept."""
+        """Bytes of everything stored."""
         return sum(shelf.size for shelf in [*self._shelves.values()])
 
     def keep(self, stored: StoredResponse, tenant: str | None) -> None:
-        """Keep a tenant's answer; where there is no room, the oldest go of the tenant that holds most."""
+        """Store a tenant's answer; at the limit, drop the oldest of the tenant that holds most."""
         if not self._most or sum(map(len, stored.parts)) > self._max_bytes:
             return
         with self._lock:
@@ -59,17 +61,17 @@ class ResponseStore:
             self._make_room(self._max_bytes, lambda shelf: shelf.size)
 
     def find(self, response_id: str, tenant: str | None) -> StoredResponse | None:
-        """Return a tenant's answer by its id."""
+        """Return a tenant's answer by id, or None."""
         shelf = self._shelves.get(tenant)
         return shelf.kept.get(response_id) if shelf is not None else None
 
     def find_item(self, item_id: str, tenant: str | None) -> bytes | None:
-        """Return an item of a tenant's answers by its id, as a list of one."""
+        """Return an item of a tenant's answers by id, as a list of one, or None."""
         shelf = self._shelves.get(tenant)
         return shelf.items.get(item_id) if shelf is not None else None
 
     def forget(self, response_id: str, tenant: str | None) -> None:
-        """Drop a tenant's answer, if it is there."""
+        """Drop a tenant's answer, if it exists."""
         with self._lock:
             if self.find(response_id, tenant) is not None:
                 self._shelves[tenant].drop(response_id)
@@ -82,13 +84,13 @@ class ResponseStore:
 
 
 class _Shelf:
-    """One tenant's answers, oldest first; what several of them share counts once."""
+    """One tenant's answers, oldest first; parts that several of them share count once."""
 
     def __init__(self) -> None:
         self.kept: dict[str, StoredResponse] = {}
         self.items: dict[str, bytes] = {}
         self.size = 0
-        self._uses: Counter[int] = Counter()  # by a part's identity
+        self._uses: Counter[int] = Counter()  # by the part's id()
 
     def add(self, stored: StoredResponse) -> None:
         self.kept[stored.id] = stored

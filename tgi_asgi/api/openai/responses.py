@@ -1,4 +1,4 @@
-"""`/v1/responses`: OpenAI's newer API, with the newest answers kept for the requests that build on them."""
+"""`/v1/responses`: OpenAI's newer API; recent answers are stored for requests that build on them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
 
 RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
-_ECHOED = ("text", "reasoning", "tools", "tool_choice")  # and of any length and shape
-_MAX_PAGE = 100  # items of a list, as OpenAI has it
-MAX_ECHOED_BYTES = MIB  # of these together: a stream says them three times
-_DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
+_ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
+_MAX_PAGE = 100  # items per page, OpenAI's limit
+MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
+_DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
     "previous_response_id": None, "store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [],
     "top_logprobs": 0, "top_p": 1.0,
@@ -44,14 +44,14 @@ _DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
 
 
 def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
-    """Read a request for a response; return what reads the answers that it goes on from, too."""
+    """Parse a request for a response; return a function that also parses the stored answers it continues."""
     request = decode_json(body, response_input.DECODER)
     _check(request)
     history = _history(request, exchange)
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
     found = response_input.referred(response_input.items_of(request.input), find)
     size = sum(map(len, [*history, *found.values()]))
-    if size > MAX_BYTES:  # 400,000 names of one item fit into a body
+    if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
     exchange.is_large |= size > LARGE_BODY
     return partial(_call, request, history, found, exchange)
@@ -114,19 +114,19 @@ def _call(
 
 
 async def retrieve(exchange: Exchange) -> None:
-    """Answer with a response that is kept."""
+    """Answer with a stored response."""
     await exchange.respond(200, _stored(exchange).body)
 
 
 async def list_input(exchange: Exchange) -> None:
-    """Answer with a page of the items that a kept response was made from, those of earlier ones included."""
+    """Answer with a page of a stored response's input items, including those of earlier responses."""
     stored = _stored(exchange)
     exchange.is_large |= sum(map(len, stored.history)) > LARGE_BODY
     await exchange.respond(200, await exchange.work(_page, stored, exchange.scope["query_string"]))
 
 
 def _page(stored: StoredResponse, query_string: bytes) -> bytes:
-    """Return the items that a query asks for: `limit` of them, in `order`, behind the one called `after`."""
+    """Return the items that a query asks for: `limit` of them, in `order`, after the one with id `after`."""
     query = {name: values[-1] for name, values in parse_qs(query_string.decode("latin-1")).items()}
     limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
     if not (re.fullmatch("[0-9]{1,3}", limit) and 1 <= int(limit) <= _MAX_PAGE):
@@ -145,13 +145,13 @@ def _page(stored: StoredResponse, query_string: bytes) -> bytes:
     page = items[: int(limit)]
     first_id, last_id = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     has_more = len(items) > len(page)
-    return msgspec.json.encode(  # integers may be of any size, which orjson refuses
+    return msgspec.json.encode(  # integers may be of any size, which orjson rejects
         {"object": "list", "data": page, "first_id": first_id, "last_id": last_id, "has_more": has_more}
     )
 
 
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return how many tokens a response's prompt would have; the route is `counting(count_input)`."""
+    """Return the number of tokens of a response's prompt; the route is `counting(count_input)`."""
     [job] = parse_response(body, exchange)().jobs
     context, chat = exchange.context, job.prompt
     assert isinstance(chat, Conversation), "a response's prompt is a conversation"
@@ -165,7 +165,7 @@ def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
 
 async def delete(exchange: Exchange) -> None:
-    """Forget a response that is kept."""
+    """Delete a stored response."""
     stored = _stored(exchange)
     exchange.context.responses.forget(stored.id, exchange.tenant)
     await exchange.respond_json({"id": stored.id, "object": "response", "deleted": True})
@@ -185,7 +185,7 @@ def _items(said: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any]:
-    """Return an item of the input with all that lists of them have: an id, a type, content in parts."""
+    """Return an input item in the form used by lists: with an id, a type, and content in parts."""
     kind, content = item.get("type") or "message", item.get("content")
     if isinstance(content, str):
         part = "output_text" if item.get("role") == "assistant" else "input_text"
@@ -202,8 +202,8 @@ def _check(request: ResponsesRequest) -> None:
     for name in _ECHOED:
         try:
             value = msgspec.to_builtins(getattr(request, name))
-            size += len(orjson.dumps({"response": {name: value}}))  # as deep as it lies in an event
-        except (TypeError, RecursionError):  # an integer beyond 64 bits, or too many levels
+            size += len(orjson.dumps({"response": {name: value}}))  # nested as deep as in an event
+        except (TypeError, RecursionError):  # integers over 64 bits, or too many levels
             refuse_field(name, "cannot be written back as JSON")
         if size > MAX_ECHOED_BYTES:
             fields = ", ".join(f"`{each}`" for each in _ECHOED)
@@ -211,7 +211,7 @@ def _check(request: ResponsesRequest) -> None:
 
 
 def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
-    """Return what was said up to the end of the response that this one goes on from."""
+    """Return the conversation up to the end of the response that this one continues."""
     name = request.previous_response_id
     if name is None:
         return ()

@@ -1,7 +1,7 @@
-"""OpenAI's wire types: what `/v1` reads, as msgspec structs.
+"""OpenAI's wire types: the requests of `/v1` as msgspec structs.
 
-Optional fields take null for "the default", and unknown fields are ignored: only what some behaviour hangs on
-is listed.
+Null in an optional field means the default, and unknown fields are ignored; only fields that affect behaviour
+are listed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Prompt = Annotated[
 
 
 class StreamOptions(Struct):
-    """What a stream tells beside the text."""
+    """What a stream contains in addition to the text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class JsonSchemaFormat(Struct):
-    """OpenAI's named schema of a structured answer."""
+    """OpenAI's named schema for a structured answer."""
 
     schema: dict[str, Any] | None = None
     name: str | None = None
@@ -42,7 +42,7 @@ class JsonSchemaFormat(Struct):
 
 
 class ResponseFormat(Struct):
-    """OpenAI's response_format, and TGI's, which puts its content under `value`."""
+    """OpenAI's response_format, or TGI's, which has its content in `value`."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
@@ -74,7 +74,7 @@ class CommonRequest(Struct, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
-    no_stop_trim: bool | None = None  # SGLang's name for the same
+    no_stop_trim: bool | None = None  # SGLang's name for include_stop_str_in_output
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
@@ -92,7 +92,7 @@ class CommonRequest(Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
 
-    # Known, and refused while nobody would honour them: ignoring these would be a lie.
+    # Known but not supported, and therefore refused: ignoring them would mislead.
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -101,14 +101,14 @@ class CommonRequest(Struct, kw_only=True):
 
 
 class ImageUrl(Struct):
-    """Where an image is: an http(s) or `data:` URL."""
+    """An image's location: an http(s) or `data:` URL."""
 
     url: str
-    detail: str | None = None  # models have a size of their own
+    detail: str | None = None  # ignored, because models use a size of their own
 
 
 class ContentPart(Struct):
-    """One part of a message's content: text, or for models with eyes an image."""
+    """One part of a message's content: text, or an image if the model accepts images."""
 
     type: str
     text: str | None = None
@@ -117,7 +117,7 @@ class ContentPart(Struct):
 
 
 class CalledFunction(Struct, omit_defaults=True, frozen=True):
-    """A function and its arguments: JSON in a string, by some clients an object."""
+    """A function and its arguments: JSON in a string; some clients send an object."""
 
     name: str
     arguments: str | dict[str, Any] | None = None
@@ -131,7 +131,7 @@ class CustomCall(Struct):
 
 
 class ToolCall(Struct):
-    """One call in an assistant's message of the history; that of a custom tool becomes a function's."""
+    """One call in an assistant message of the history; a custom tool's call becomes a function call."""
 
     function: CalledFunction = CalledFunction("")
     id: str | None = None
@@ -167,7 +167,7 @@ class FunctionDefinition(Struct):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    arguments: dict[str, Any] | None = None  # another name for the parameters, of TGI's first clients
+    arguments: dict[str, Any] | None = None  # name of the parameters in TGI's first clients
 
     def __post_init__(self) -> None:
         if self.parameters is None:
@@ -184,7 +184,7 @@ class CustomDefinition(Struct):
 
 
 class ToolEntry(Struct):
-    """One entry of `tools`; those of other types are hosted elsewhere, and skipped."""
+    """One entry of `tools`; tools of other types are hosted elsewhere and skipped."""
 
     type: str
     function: FunctionDefinition | None = None
@@ -192,7 +192,7 @@ class ToolEntry(Struct):
 
 
 class ChatRequest(CommonRequest, kw_only=True):
-    """The body of `POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message]
     max_completion_tokens: Natural | None = None
@@ -208,10 +208,10 @@ class ChatRequest(CommonRequest, kw_only=True):
 
     tools: list[ToolEntry] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    tool_prompt: str | None = None  # TGI's: what to say behind the last message where tools are given
+    tool_prompt: str | None = None  # TGI's text to add after the last message if there are tools
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None  # SGLang's name for the same
+    separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -219,7 +219,7 @@ class ChatRequest(CommonRequest, kw_only=True):
 
 
 class CompletionRequest(CommonRequest, kw_only=True):
-    """The body of `POST /v1/completions`."""
+    """Body of `POST /v1/completions`."""
 
     prompt: Prompt
     logprobs: Natural | None = None

@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` as chat completions and responses write them."""
+"""`tools` and `tool_choice` in the form of chat completions and responses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MODES = ("none", "auto", "required")
 
 
 def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
-    """Return the tools of a chat that the model is told of.
+    """Return the tools of a chat that the model is told about.
 
     Raises:
-        InvalidRequest: one is of the wrong shape, or two have one name.
+        InvalidRequest: if one has the wrong form, or two have the same name.
     """
     tools, skipped = [], []
     for index, entry in enumerate(entries or ()):
@@ -39,7 +39,7 @@ def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
 
 
 def grammar_of(form: Any) -> str | None:
-    """Return the grammar that a custom tool's `format` names; it is flat in responses."""
+    """Return the grammar in a custom tool's `format`, which is nested in chats and flat in responses."""
     if not isinstance(form, dict) or form.get("type") != "grammar":
         return None
     nested = form.get("grammar")
@@ -50,13 +50,13 @@ def grammar_of(form: Any) -> str | None:
 def read_choice(
     tools: Sequence[Tool], choice: str | dict[str, Any] | None, *, num_offered: int, is_parallel: bool
 ) -> ToolChoice | None:
-    """Return what `tool_choice` lets the model call; one of a hosted tool counts as absent.
+    """Return what `tool_choice` lets the model call; a choice of a hosted tool counts as absent.
 
     Args:
-        num_offered: how many tools the client named, hosted ones included.
+        num_offered: Number of tools that the client sent, including hosted ones.
 
     Raises:
-        InvalidRequest: its shape is wrong, or it names a tool that is not there.
+        InvalidRequest: if its form is wrong, or it names an unknown tool.
     """
     kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
     if num_offered and (not tools or kind not in ("function", "custom", "allowed_tools")):
@@ -66,10 +66,10 @@ def read_choice(
 
 
 def _choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
-    """Return the mode (none, auto, required, named) and the functions it is limited to, if it is."""
+    """Return the mode (none, auto, required, named) and the functions that it is limited to, if any."""
     if choice is None:
         return "auto", None
-    if isinstance(choice, str):  # TGI takes any other string for a function's name
+    if isinstance(choice, str):  # TGI treats any other string as a function name
         return (choice, None) if choice in _MODES else ("named", [choice])
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)  # flat in the Responses API

@@ -1,1 +1,1 @@
-"""The pages for people: a chat at `/`, the API's description with forms at `/docs`, as static files."""
+"""The web pages as static files: a chat at `/`, the API's description with forms at `/docs`."""

@@ -1,7 +1,7 @@
-"""The files of the pages, served from memory, and which clients get the chat at `/`.
+"""The files of the web pages, served from memory, and the choice of clients that get the chat at `/`.
 
-They hold no secret and need no key: what they show they fetch as any client would, with the key that the
-user gave them. `static/` is plain JavaScript and CSS that is served as it lies there.
+The files contain no secrets and need no key: the pages fetch their data like any client, with the user's key.
+`static/` is plain JavaScript and CSS, served unchanged.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TYPES = {
     ".js": b"text/javascript; charset=utf-8",
     ".svg": b"image/svg+xml",
 }
-# Own files and own requests alone; images only from the page itself. Text cannot become HTML: where trusted
-# types are known, the browser refuses every way to that.
+# Only own files and own requests; images only from the page itself. Text cannot become HTML: browsers that
+# support trusted types block every way of doing that.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -39,7 +39,7 @@ POLICY = "; ".join(
     )
 )
 _HEADERS = (
-    (b"cache-control", b"no-cache"),  # kept, and asked for again: an upgrade is seen at the next visit
+    (b"cache-control", b"no-cache"),  # cached but revalidated, so an upgrade shows on the next visit
     (b"content-security-policy", POLICY.encode()),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -50,7 +50,7 @@ _HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
-    """A file's bytes, and what is told of them."""
+    """A file's bytes and headers."""
 
     body: bytes
     content_type: bytes
@@ -58,18 +58,18 @@ class StaticFile:
 
     @classmethod
     def read(cls, path: Path) -> StaticFile:
-        """Read a file of one of the types that the pages have."""
+        """Read a file of one of the pages' types."""
         body = path.read_bytes()
         return cls(body, TYPES[path.suffix], b'"%b"' % hashlib.sha256(body).hexdigest()[:32].encode())
 
     async def answer(self, exchange: Exchange) -> None:
-        """Answer with the file, or with 304 if the client has this very one."""
+        """Answer with the file, or with 304 if the client already has this version."""
         status = 304 if _has(exchange.header(b"if-none-match"), self.etag) else 200
         await exchange.respond(status, self.body, self.content_type, [(b"etag", self.etag), *_HEADERS])
 
 
 class Pages:
-    """All files of the pages; they are read once, when the server starts."""
+    """All files of the pages, read once at server start."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self._files: Mapping[str, StaticFile] = {
@@ -80,7 +80,7 @@ class Pages:
         """Answer with the file that the path names.
 
         Raises:
-            NotFound: there is none.
+            NotFound: if there is none.
         """
         name = exchange.scope["path_params"]["name"]
         if name not in self._files:
@@ -88,14 +88,14 @@ class Pages:
         await self._files[name].answer(exchange)
 
     async def docs(self, exchange: Exchange) -> None:
-        """Answer with the page of the API's description; its files are named from beside it, not below."""
+        """Answer with the page of the API's description; its links are relative to `/docs`, not `/docs/`."""
         if exchange.scope.get("raw_path", b"").endswith(b"/"):
             await exchange.respond(308, b"", headers=[(b"location", b"../docs")])
             return
         await self._files["docs.html"].answer(exchange)
 
     def chat_or(self, other: Handler) -> Handler:
-        """Return a handler that shows the chat to who asks for HTML by name; `other` answers the rest."""
+        """Return a handler that shows the chat to clients that ask for HTML; `other` answers the rest."""
 
         async def handle(exchange: Exchange) -> None:
             exchange.response_headers.append((b"vary", b"accept"))
@@ -108,7 +108,7 @@ class Pages:
 
 
 def wants_html(accept: bytes | None) -> bool:
-    """Return whether an `Accept` names text/html, as browsers do and probes do not; `*/*` does not count."""
+    """Return whether an `Accept` header names text/html, as browsers' do; probes' `*/*` does not count."""
     for each in (accept or b"").lower().split(b","):
         kind, *parameters = [part.strip() for part in each.split(b";")]
         if kind == b"text/html":
@@ -118,6 +118,6 @@ def wants_html(accept: bytes | None) -> bool:
 
 
 def _has(if_none_match: bytes | None, etag: bytes) -> bool:
-    """Compare weakly: proxies that compress mark what they pass on as `W/`."""
+    """Compare weakly, because proxies that compress mark the tags of what they forward as `W/`."""
     tags = [tag.strip().removeprefix(b"W/") for tag in (if_none_match or b"").split(b",")]
     return etag in tags or b"*" in tags

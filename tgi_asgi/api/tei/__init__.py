@@ -1,1 +1,1 @@
-"""The API of Text Embeddings Inference: `/embed`, and `/rerank` with `texts`."""
+"""API of Text Embeddings Inference (TEI): `/embed`, and `/rerank` with `texts`."""

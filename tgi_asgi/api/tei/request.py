@@ -1,4 +1,4 @@
-"""TEI's requests and answers, and the handlers of the paths that it shares with others."""
+"""TEI's requests and answers, and the handlers of the paths that it shares with other APIs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgi_asgi.errors import ContextExceeded, TooManyPrompts
 
 
 def _status(error: BaseException) -> int:
-    """Return TEI's status: what is too long, or too much at once, is 413 there."""
+    """Return TEI's status, which is 413 for inputs that are too long or too many."""
     return 413 if isinstance(error, ContextExceeded | TooManyPrompts) else NATIVE.status(error)
 
 
@@ -60,7 +60,7 @@ _KEYS = msgspec.json.Decoder(_Keys)
 
 
 def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request for embeddings; the answer is an array of them."""
+    """Parse a request for embeddings; the answer is an array of them."""
     request = decode_json(body, _EMBED)
     check_ranges(request)
     info = exchange.context.ready().info
@@ -94,7 +94,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read a request to rank texts; the answer is an array."""
+    """Parse a request to rank texts; the answer is an array."""
     request = decode_json(body, _RERANK)
     texts = request.texts
     check_num_inputs(len(texts), "texts", exchange.context.settings)
@@ -119,7 +119,7 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
-    """Read TEI's request if it has `texts`, else the others'."""
+    """Parse TEI's request if it has `texts`, otherwise the other APIs'."""
     if bytes(decode_json(body, _KEYS).texts) == b"null":
         return parse_rerank(body, exchange)
     exchange.dialect = TEI
@@ -128,7 +128,7 @@ def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
 
 
 def embedding_or(handle: Handler) -> Handler:
-    """Return the handler of a path at which models that only embed do so, and others what `handle` does."""
+    """Return the handler of a path at which models that only embed do so; `handle` serves other models."""
 
     async def either(exchange: Exchange) -> None:
         info = exchange.context.ready().info

@@ -1,4 +1,4 @@
-"""TEI's routes, and those of other APIs to rank texts, which share a path with it."""
+"""TEI's routes, and other APIs' rerank routes, which share a path with it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TGI's own API: generating, tokenising, and what clouds call."""
+"""TGI's own API: generation, tokenisation, and cloud platforms' routes."""

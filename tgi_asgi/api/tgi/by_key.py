@@ -1,4 +1,4 @@
-"""Routes that take several kinds of request tell them apart by a key of the body."""
+"""Dispatch for routes that accept several kinds of request, distinguished by a key of the body."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.errors import InvalidRequest
 
-KINDS = ("inputs", "messages", "prompt")  # main fields: the first of them that a body has decides
+KINDS = ("inputs", "messages", "prompt")  # main fields: the first one present in a body decides
 
 _ABSENT = msgspec.Raw(b"null")
 _Keys = msgspec.defstruct("_Keys", [(kind, msgspec.Raw, _ABSENT) for kind in KINDS])
@@ -20,7 +20,7 @@ def kind_of(body: bytes) -> str:
     """Return which of `KINDS` a body is; null counts as absent.
 
     Raises:
-        InvalidRequest: it is no JSON object, or has none of the keys.
+        InvalidRequest: if it is not a JSON object or has none of the keys.
     """
     keys = decode_json(body, _DECODER)
     for kind in KINDS:
@@ -30,11 +30,11 @@ def kind_of(body: bytes) -> str:
 
 
 def speak(body: bytes, exchange: Exchange) -> str:
-    """Return which of `KINDS` a body is, and speak its dialect from here on.
+    """Return which of `KINDS` a body is, and set the exchange's dialect accordingly.
 
     Raises:
-        InvalidRequest: as `kind_of`.
-        UnsupportedMediaType: it is TGI's, and not declared to be JSON.
+        InvalidRequest: as in `kind_of`.
+        UnsupportedMediaType: if it is TGI's and not declared as JSON.
     """
     kind = kind_of(body)
     if kind != "inputs" and not exchange.context.settings.tgi_compat:

@@ -1,4 +1,4 @@
-"""What clouds call: SageMaker's `/invocations`, Vertex AI's `/vertex` and the paths that it names itself."""
+"""Cloud platforms' routes: SageMaker's `/invocations`, and Vertex AI's `/vertex` and configured paths."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tgi_asgi.types import TokenEvent
 
 
 def parse_invocation(body: bytes, exchange: Exchange) -> Call:
-    """Read what `POST /`, chat or completions would, by the body's key."""
+    """Parse a body of `POST /`, chat or completions, depending on its key."""
     parsers = {"inputs": parse_root, "messages": parse_chat, "prompt": parse_completion}
     return parsers[speak(body, exchange)](body, exchange)
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:
-    """Read several requests at once; one that is refused fails the call."""
+    """Parse several requests at once; if one is refused, the call fails."""
     raws = decode_json(body, VERTEX).instances
     most = exchange.context.settings.max_concurrent_requests
     if not raws:
         refuse("instances", "`instances` must not be empty")
-    if len(raws) > most:  # counted before they are read: 16 MiB hold a million; a 429 would be tried for ever
+    if len(raws) > most:  # checked before parsing: 16 MiB hold a million, and a 429 would be retried forever
         refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {most} run at a time")
     read = []
     for i, raw in enumerate(raws):
@@ -51,7 +51,7 @@ def parse_vertex(body: bytes, exchange: Exchange) -> Call:
 
 
 def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Shown | None]:
-    """Return what an instance asks for, and what its text must show if it is no chat."""
+    """Return an instance's job, and its `Shown` unless it is a chat."""
     shown = None
     match kind_of(raw):
         case "inputs":
@@ -65,7 +65,7 @@ def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Sho
 
 
 class _Renderer(Renderer):
-    """Makes the texts of all instances, in order; there are no streams."""
+    """Renders the texts of all instances, in order; there are no streams."""
 
     def __init__(self, shown: Sequence[Shown | None], generation: Generation) -> None:
         self._generation = generation
@@ -84,7 +84,7 @@ class _Renderer(Renderer):
 
 
 def _text(prepared: Prepared, shown: Shown | None, choices: Choices) -> str:
-    """Return a prediction: text, or of a chat's calls the JSON that chat answers."""
+    """Return a prediction: text, or if a chat calls tools, the JSON of its `tool_calls`."""
     if shown is not None:
         return shown.text_prefix + text_of(choices[likeliest(choices)[0]])
     if prepared.reading is None:

@@ -1,6 +1,6 @@
-"""Native answers from token events: whole ones as structs, streams as bytes ready to send.
+"""Native answers from token events: complete ones as structs, streams as bytes ready to send.
 
-Stream frames are put together from prebuilt bytes: one is made a token.
+Stream frames are assembled from prebuilt bytes, because there is one per token.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What the answer to a request must show."""
+    """What to include in the answer to a request."""
 
     is_sampled: bool
     details: bool
     top_n: int
-    text_prefix: str  # `inputs`, where the full text is wanted
-    seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or drawn
+    text_prefix: str  # `inputs` if the full text is requested, else empty
+    seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or random
 
     def seed(self, choice: int = 0) -> int | None:
-        """Return the seed that answers report for a choice: none where nothing was drawn."""
+        """Return the seed to report for a choice, or None if nothing was sampled."""
         return self.seeds[choice] if self.is_sampled else None
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token's text by itself, as for prompt and alternative tokens."""
+    """Return a token's text on its own, as for prompt and alternative tokens."""
     if token_id in tokenizer.special_ids:
         return tokenizer.token_text(token_id)
     return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
@@ -81,12 +81,13 @@ def text_of(events: Events) -> str:
 
 
 class NativeRenderer(Renderer):
-    """Turns one request's events into a whole answer or into frames; holds a stream's text for its last one.
+    """Renders one request's events as a complete answer or as frames; buffers a stream's text for its last
+    frame.
 
-    The last token's event is the end: there is no `[DONE]`.
+    The event of the last token ends the stream: there is no `[DONE]`.
 
     Args:
-        is_list: a whole answer is an array of one object, as on `POST /`.
+        is_list: Whether a complete answer is an array of one object, as on `POST /`.
     """
 
     __slots__ = ("_generation", "_is_list", "_num_tokens", "_shown", "_texts", "_tokenizer")
@@ -100,7 +101,7 @@ class NativeRenderer(Renderer):
         self._texts: list[str] = []
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body; the likeliest of several sequences counts."""
+        """Return the body; of several sequences, the likeliest is the answer."""
         [choices] = parts
         [best] = likeliest(choices)
         self._generation.num_shown = len(choices[best])
@@ -119,7 +120,7 @@ class NativeRenderer(Renderer):
         return _encode([answer] if self._is_list else answer)
 
     def _tell(self, choice: int, events: Events, prefill: list[PrefillToken]) -> dict[str, Any]:
-        """Return what the details of a choice are."""
+        """Return the details of a choice."""
         finish = events[-1].finish
         assert finish is not None, "a choice ended without a finish reason"
         top_tokens = [_top_tokens(self._tokenizer, event) for event in events] if self._shown.top_n else UNSET
@@ -133,7 +134,7 @@ class NativeRenderer(Renderer):
         }
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return one whole SSE event a token; a native stream has one part."""
+        """Return one complete SSE event per token; a native stream has one part."""
         return b"".join([self._frame(event) for event in events])
 
     def fail(self, error: TgiError) -> bytes:
@@ -141,7 +142,7 @@ class NativeRenderer(Renderer):
         return error_event(error, NATIVE)
 
     def _prefill(self) -> list[PrefillToken]:
-        """Return the prompt's tokens with their log-probabilities; none unless they were asked for."""
+        """Return the prompt's tokens with their log-probabilities; empty unless requested."""
         [channel] = self._generation.channels
         logprobs = channel.stats.prompt_logprobs
         if logprobs is None:

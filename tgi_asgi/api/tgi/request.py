@@ -1,6 +1,6 @@
-"""TGI's rules for a generate request: its checks, in its order and words, and what they turn into.
+"""TGI's rules for a generate request: its checks, in its order and wording, and the resulting job.
 
-`read_request` checks what TGI checks before it takes a permit, the job's `check` the rest.
+`read_request` makes the checks that TGI makes before taking a permit, and the job's `check` the rest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
 
 _ABSENT = GenerateParameters()
-_MARKDOWN = re.compile(r"!\[\]\(([^()]*)\)")  # no "(" inside: else each of many would search to the end
+_MARKDOWN = re.compile(r"!\[\]\(([^()]*)\)")  # no "(" inside, otherwise each of many would search to the end
 _GRAMMAR = "parameters.grammar.value"
-# What a value must be if it is given, in TGI's order and words.
+# Conditions on given values, in TGI's order and wording.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("temperature", lambda value: value > 0, "strictly positive"),
     ("repetition_penalty", lambda value: value > 0, "strictly positive"),
@@ -48,13 +48,13 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def parse_generate(body: bytes, exchange: Exchange, *, is_stream: bool = False) -> Call:
-    """Read the body of `/generate`, or of `/generate_stream`."""
+    """Parse the body of `/generate` or `/generate_stream`."""
     job, shown = read_request(decode_json(body, GENERATE), exchange.context, is_stream=is_stream)
     return Call(jobs=[job], render=partial(NativeRenderer, shown=shown), stream=is_stream)
 
 
 def parse_root(body: bytes, exchange: Exchange) -> Call:
-    """Read the body of `POST /`, which says itself whether to stream; answers begin with the prompt."""
+    """Parse the body of `POST /`, which may ask for streaming; answers begin with the prompt."""
     request = decode_json(body, COMPAT_GENERATE)
     is_stream = bool(request.stream)
     job, shown = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
@@ -62,10 +62,10 @@ def parse_root(body: bytes, exchange: Exchange) -> Call:
 
 
 def read_inputs(inputs: str, context: ServerContext) -> Text:
-    """Return a prompt, of which `![](url)` is an image if the model has eyes.
+    """Return a prompt; if the model accepts images, `![](url)` in it is an image.
 
-    Only `data:` URLs and those of hosts that the operator has listed: the prompt may be anybody's text, and
-    nothing in it says that the client means to have something fetched.
+    Only `data:` URLs and URLs of hosts that the operator has listed are used. The prompt may contain anyone's
+    text, so a URL in it does not mean that the client wants it fetched.
     """
     served = context.ready()
     images, processor = served.new_images(), served.image_processor
@@ -84,13 +84,13 @@ def read_inputs(inputs: str, context: ServerContext) -> Text:
 def read_request(
     request: GenerateRequest, context: ServerContext, *, is_stream: bool = False, full_text: bool = False
 ) -> tuple[Job, Shown]:
-    """Check what TGI checks before it takes a permit, and return what the request asks for.
+    """Make the checks that TGI makes before taking a permit; return the job and what to show.
 
     Args:
-        full_text: the answer begins with the prompt, unless the request says otherwise.
+        full_text: Whether the answer begins with the prompt, unless the request says otherwise.
 
     Raises:
-        InvalidRequest: best_of or decoder_input_details do not fit; a seed has more than 64 bits.
+        InvalidRequest: if best_of or decoder_input_details is not possible, or a seed has more than 64 bits.
     """
     given = request.parameters
     p = given or _ABSENT
@@ -99,14 +99,15 @@ def read_request(
     full_text = full_text if p.return_full_text is None else p.return_full_text
     is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
     shown = Shown(
-        # TGI's trap: a request without parameters samples, one with parameters is greedy unless told.
+        # As in TGI, a request without parameters samples, but one with parameters is greedy by default.
         is_sampled=given is None or bool(p.do_sample) or p.top_k is not None or is_warped,
         details=bool(p.details or p.decoder_input_details),
         top_n=p.top_n_tokens or 0,
         text_prefix=request.inputs if full_text else "",
         seeds=tuple(drawn_seed() if p.seed is None else p.seed for _ in range(n)),
     )
-    # Every token of a stream shows its own; the best of several sequences is the likeliest.
+    # Each token of a stream shows its own log-probability; choosing the best of several sequences needs them,
+    # too.
     needs_logprobs = is_stream or shown.details or n > 1
     shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
     info = context.ready().info
@@ -140,7 +141,7 @@ def read_request(
 
 
 def _check_before_permit(p: GenerateParameters, limits: Limits, *, is_stream: bool) -> int:
-    """Check what TGI does before it takes a permit; return how many sequences there are."""
+    """Make the checks that TGI makes before taking a permit; return the number of sequences."""
     best_of = 1 if p.best_of is None else p.best_of
     message = f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}"
     _require((p.seed or 0) <= MAX_SEED, message, "seed")
@@ -158,7 +159,7 @@ def _check_before_permit(p: GenerateParameters, limits: Limits, *, is_stream: bo
 def _check(
     inputs: str, p: GenerateParameters, top_n: int, n: int, limits: Limits, context: ServerContext
 ) -> None:
-    """Check the values, in TGI's order and words."""
+    """Check the values, in TGI's order and wording."""
     asks_to_sample = p.do_sample or (p.temperature, p.top_k, p.top_p, p.typical_p) != (None,) * 4
     _require(n == 1 or asks_to_sample, "you must use sampling when `best_of` is > 1", "best_of")
     for name, holds, words in _RULES:
@@ -166,7 +167,7 @@ def _check(
         _require(value is None or holds(value), f"`{name}` must be {words}", name)
     stop, most = p.stop or (), limits.stops
     _require(len(stop) <= most, f"`stop` supports up to {most} stop sequences. Given: {len(stop)}", "stop")
-    # TGI ends such a request after its first token, which nobody can have meant.
+    # TGI ends such a request after its first token, which cannot be intended.
     _require("" not in stop, "`stop` must not hold an empty string", "stop")
     longest = max(map(len, stop), default=0)
     message = f"`stop` sequences may have up to {MAX_STOP_CHARS} characters. Given: {longest}"
@@ -194,10 +195,10 @@ def _check_adapter(name: str, context: ServerContext) -> None:
 
 
 def native_grammar(grammar: Grammar) -> GrammarSource:
-    """Return what a request's grammar constrains the output to.
+    """Return the grammar source of a request's constraint.
 
     Raises:
-        InvalidRequest: the shape is wrong, or it is too large.
+        InvalidRequest: if its form is wrong, or it is too large.
     """
     value = grammar.value
     message = "grammar is not supported"

@@ -1,4 +1,4 @@
-"""TGI's routes, those that clouds call by names of their own among them."""
+"""TGI's routes, including those that cloud platforms call by their own names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows() -> list[Route]:
             "/generate", generating(request.parse_generate), "Generate", requests=(schema.GenerateRequest,)
         ),
         row(
-            "/generate_stream", streamed, "Generate, an event a token", requests=(schema.GenerateRequest,),
+            "/generate_stream", streamed, "Generate, one event per token", requests=(schema.GenerateRequest,),
             response=None, event=schema.StreamResponse,
         ),
         cloud(
@@ -40,11 +40,11 @@ def rows() -> list[Route]:
             requests=(schema.VertexRequest,), response=dict[str, list[str]],
         ),
         tokens(
-            "/tokenize", counting(tokenize.tokenize), "Tokens of a text or chat",
+            "/tokenize", counting(tokenize.tokenize), "Tokenise a text or chat",
             requests=(schema.TokenizeRequest, schema.PromptTokenizeRequest, ChatRequest),
         ),
         tokens(
-            "/detokenize", counting(tokenize.detokenize), "Text of tokens", dialect=OPENAI,
+            "/detokenize", counting(tokenize.detokenize), "Convert tokens to text", dialect=OPENAI,
             requests=(schema.DetokenizeRequest,), response=dict[str, str],
         ),
         tokens(

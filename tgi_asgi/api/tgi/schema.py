@@ -1,9 +1,9 @@
-"""TGI's wire types: what the native routes read and write, as msgspec structs.
+"""TGI's wire types: requests and answers of the native routes as msgspec structs.
 
-Types are strict here and nothing else is: ranges, and the order in which TGI reports them, belong to
-`request.py`. The bounds stand in `extra_json_schema`, so that the OpenAPI document has them without
-msgspec enforcing them in an order of its own. Optional fields take null for "the default"; unknown fields are
-ignored. Field order is the order of the keys on the wire.
+Decoding checks only types. Ranges, and the order in which TGI reports them, belong to `request.py`. The
+bounds are in `extra_json_schema`, so that the OpenAPI document has them without msgspec enforcing them in its
+own order. Null in an optional field means the default; unknown fields are ignored. Field order is the order
+of the keys on the wire.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FinishReasonName = Literal["length", "eos_token", "stop_sequence"]
 
 
 def _field(description: str | None = None, **schema: Any) -> Meta:
-    """Describe a field for the OpenAPI document only."""
+    """Describe a field, only for the OpenAPI document."""
     return Meta(description=description, extra_json_schema=schema or None)
 
 
 _Flag = bool | None
-_Count = Annotated[int, Meta(ge=0)] | None  # a negative one is a wrong type in TGI, not a wrong value
+_Count = Annotated[int, Meta(ge=0)] | None  # in TGI, a negative number is a wrong type, not a wrong value
 _Some = Annotated[_Count, _field(minimum=1)]
 _Positive = Annotated[float | None, _field(exclusiveMinimum=0)]
 _Mass = Annotated[_Positive, _field(exclusiveMaximum=1)]
@@ -32,37 +32,35 @@ _Penalty = Annotated[float | None, _field(minimum=-2.0, maximum=2.0)]
 
 
 class Grammar(Struct, frozen=True):
-    """A constraint on the output; `type` says how `value` is read."""
+    """A constraint on the output; `type` determines how `value` is interpreted."""
 
     type: Literal["json", "json_object", "json_schema", "regex"]
-    value: Annotated[Any, _field('JSON Schema, text that holds one, {"schema": ...}, or a regex.')]
+    value: Annotated[Any, _field('JSON Schema, a string that contains one, {"schema": ...}, or a regex.')]
 
 
 class GenerateParameters(Struct, frozen=True, kw_only=True):
-    """How to generate. Every field may be absent or null."""
+    """Generation parameters. Every field may be absent or null."""
 
-    adapter_id: Annotated[str | None, _field("The adapter to use, by its name.")] = None
+    adapter_id: Annotated[str | None, _field("Name of the adapter to use.")] = None
     best_of: Annotated[_Count, _field("Sequences to generate; the likeliest is returned (default 1).")] = None
     temperature: Annotated[_Positive, _field("Divides the logits; not 1 means sampling (default 1).")] = None
-    repetition_penalty: Annotated[_Positive, _field("A factor, over prompt and output (default 1).")] = None
-    frequency_penalty: Annotated[_Penalty, _field("Subtracted for each time in the output (default 0).")] = (
+    repetition_penalty: Annotated[_Positive, _field("Factor, over prompt and output (default 1).")] = None
+    frequency_penalty: Annotated[_Penalty, _field("Subtracted per occurrence in the output (default 0).")] = (
         None
     )
-    top_k: Annotated[int | None, _field("Draw among the k likeliest tokens.", exclusiveMinimum=0)] = None
-    top_p: Annotated[_Mass, _field("Draw among the likeliest tokens of this mass.")] = None
-    typical_p: Annotated[_Mass, _field("Draw among the most typical tokens of this mass.")] = None
+    top_k: Annotated[int | None, _field("Sample from the k likeliest tokens.", exclusiveMinimum=0)] = None
+    top_p: Annotated[_Mass, _field("Sample from the likeliest tokens of this mass.")] = None
+    typical_p: Annotated[_Mass, _field("Sample from the most typical tokens of this mass.")] = None
     do_sample: Annotated[_Flag, _field("Sample (default false; without `parameters` at all, true).")] = None
-    max_new_tokens: Annotated[_Some, _field("Most tokens to generate (default: fill the context).")] = None
-    return_full_text: Annotated[_Flag, _field("Begin with `inputs` (default: true on `POST /` alone).")] = (
-        None
-    )
+    max_new_tokens: Annotated[_Some, _field("Maximum new tokens (default: fill the context).")] = None
+    return_full_text: Annotated[_Flag, _field("Begin with `inputs` (default: true only on `POST /`).")] = None
     stop: Annotated[list[str] | None, _field("Strings that end the text, kept in it.", maxItems=4)] = None
     truncate: Annotated[_Some, _field("Keep this many tokens of the prompt's end.")] = None
     watermark: Annotated[_Flag, _field("Accepted and ignored.")] = None
     details: Annotated[_Flag, _field("Return `details` (default false).")] = None
     decoder_input_details: Annotated[_Flag, _field("`details` with the prompt's tokens, if allowed.")] = None
     seed: Annotated[_Count, _field("Same seed, same text (default: random).", maximum=MAX_SEED)] = None
-    top_n_tokens: Annotated[_Count, _field("Likeliest tokens to show a step (default 0).", maximum=5)] = None
+    top_n_tokens: Annotated[_Count, _field("Likeliest tokens shown per step (default 0).", maximum=5)] = None
     grammar: Annotated[Grammar | None, _field("Constraint on the output.")] = None
 
 
@@ -74,13 +72,13 @@ class GenerateRequest(Struct, frozen=True):
 
 
 class CompatGenerateRequest(GenerateRequest, frozen=True):
-    """Body of `POST /`: a GenerateRequest that says itself whether to stream."""
+    """Body of `POST /`: a GenerateRequest with a field that asks for streaming."""
 
     stream: bool | None = None
 
 
 class VertexRequest(Struct, frozen=True):
-    """Body of `/vertex`; an instance is a GenerateRequest or a chat request."""
+    """Body of `/vertex`; each instance is a GenerateRequest or a chat request."""
 
     instances: Annotated[list[msgspec.Raw], _field("`stream` of an instance is ignored.", minItems=1)]
 
@@ -100,7 +98,7 @@ class Token(PrefillToken, frozen=True, gc=False):
 
 
 class BestOfSequence(Struct, frozen=True, kw_only=True):
-    """A sequence that lost under `best_of`."""
+    """A sequence of `best_of` other than the best."""
 
     generated_text: str
     finish_reason: FinishReasonName
@@ -112,7 +110,7 @@ class BestOfSequence(Struct, frozen=True, kw_only=True):
 
 
 class Details(Struct, frozen=True, kw_only=True):
-    """What happened, token by token."""
+    """Details of an answer, token by token."""
 
     finish_reason: FinishReasonName
     generated_tokens: int
@@ -166,16 +164,16 @@ class ChatTokenizeResponse(Struct, frozen=True):
 
 
 class TokenizeRequest(Struct, frozen=True):
-    """Body of `/tokenize` as TGI takes it; special tokens are added."""
+    """Body of `/tokenize` in TGI's form; special tokens are added."""
 
     inputs: Annotated[str, _field("Text to tokenise.")]
 
 
 class PromptTokenizeRequest(Struct, frozen=True):
-    """Body of `/tokenize` as vLLM takes it; with `messages` instead it is a chat request."""
+    """Body of `/tokenize` in vLLM's form; with `messages` it is a chat request instead."""
 
     prompt: Annotated[str, _field("Text to tokenise.")]
-    add_special_tokens: Annotated[_Flag, _field("Whether to add BOS and the like (default true).")] = None
+    add_special_tokens: Annotated[_Flag, _field("Whether to add BOS etc. (default true).")] = None
 
 
 class DetokenizeRequest(Struct, frozen=True):

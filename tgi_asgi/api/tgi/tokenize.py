@@ -1,4 +1,4 @@
-"""Tokens of texts and chats, without generating: `/tokenize`, `/detokenize` and `/chat_tokenize`."""
+"""Tokenisation of texts and chats without generation: `/tokenize`, `/detokenize`, `/chat_tokenize`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatT
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return TGI's array for `inputs`, ids and their count for `prompt` or `messages`."""
+    """Return TGI's array for `inputs`; for `prompt` or `messages`, the ids and their count."""
     served, settings = exchange.context.ready(), exchange.context.settings
 
     def listed(ids: list[int]) -> bytes:
@@ -50,7 +50,7 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
 
 def detokenize(body: bytes, exchange: Exchange) -> bytes:
-    """Return the text of token ids, special tokens included."""
+    """Return the text of token ids, including special tokens."""
     served = exchange.context.ready()
     ids = decode_json(body, DETOKENIZE).tokens
     check_ids(ids, "tokens", served.info.vocab_size)
@@ -58,7 +58,7 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
 
 
 def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return a chat's templated text and its tokens; none are added to it."""
+    """Return a chat's templated text and its tokens, without adding special tokens."""
     served = exchange.context.ready()
     chat = _chat(body, served)
 
@@ -77,7 +77,7 @@ def _chat(body: bytes, served: Served) -> Conversation:
 
 
 def _shown(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
-    """Return a text's tokens (id, and its bytes' offsets) as TGI shows them; an added token has no text."""
+    """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text."""
     data = text.encode()
     return [
         SimpleToken(id=token_id, text=data[start:stop].decode("utf-8", "replace"), start=start, stop=stop)

@@ -1,18 +1,18 @@
-// An answer as its chunks arrive: text, reasoning, tool calls, and how fast they came.
+// An answer assembled from its chunks: text, reasoning, tool calls, and their speed.
 
-/** Fills a message of the conversation from the chunks of a stream. */
+/** Fills a message of the conversation from a stream's chunks. */
 export class Answer {
   constructor(node, now = () => performance.now()) {
     this.node = node;
     this.now = now;
     this.began = now();
-    this.first = null; // when the first token came, and the last
+    this.first = null; // arrival times of the first token and the last
     this.last = null;
     this.numPieces = 0;
     this.finish = null;
   }
 
-  /** Take in one chunk. */
+  /** Add one chunk. */
   take(chunk) {
     const choice = chunk.choices?.[0];
     if (choice) this.takeDelta(choice.delta ?? {});
@@ -43,14 +43,14 @@ export class Answer {
     }
   }
 
-  /** Note how the answer ended: by itself (`error` is null), by the user, or by an error. */
+  /** Record how the answer ended: normally (`error` is null), by the user, or with an error. */
   end(error = null, wasStopped = false) {
     const node = this.node;
     node.state = wasStopped ? "stopped" : error ? "failed" : this.finish === "length" ? "cut" : "done";
     if (error) node.error = error.message;
     else delete node.error;
     if (this.first === null) return;
-    // Without its last chunk nobody has counted: a piece is a token, but for some.
+    // Without the last chunk there is no token count; nearly every piece is one token.
     const numTokens = this.usage?.completion_tokens ?? this.numPieces;
     const seconds = (this.last - this.first) / 1000;
     node.speed = {
@@ -62,7 +62,7 @@ export class Answer {
   }
 }
 
-/** Say the speed of an answer in a line: `182 tokens · 41.3 tokens/s · first after 0.21 s`. */
+/** Return an answer's speed in one line: `182 tokens · 41.3 tokens/s · first after 0.21 s`. */
 export function describeSpeed({ firstMs, numTokens, isExact, perSecond }) {
   const parts = [`${isExact ? "" : "about "}${numTokens} ${numTokens === 1 ? "token" : "tokens"}`];
   if (perSecond !== null) parts.push(`${perSecond.toFixed(perSecond < 100 ? 1 : 0)} tokens/s`);
@@ -70,7 +70,7 @@ export function describeSpeed({ firstMs, numTokens, isExact, perSecond }) {
   return parts.join(" · ");
 }
 
-/** Return a time in seconds, with as many digits as matter: `0.21 s`, `3.4 s`, `71 s`. */
+/** Format a time in seconds with the significant digits: `0.21 s`, `3.4 s`, `71 s`. */
 export function seconds(ms) {
   const value = ms / 1000;
   return `${value.toFixed(value < 1 ? 2 : value < 10 ? 1 : 0)} s`;

@@ -1,12 +1,12 @@
-// One conversation under way: says something, lets the model answer, and keeps the branches right.
+// The current conversation: sends messages, streams answers, and maintains the branches.
 import { Answer } from "./answer.js";
 import { requestOf } from "./request.js";
 import { append, pathTo, select } from "./tree.js";
 
-const KEEP_EVERY_MS = 2000; // a page that is closed while an answer comes loses no more than this
+const KEEP_EVERY_MS = 2000; // closing the page during an answer loses at most this much
 
 export class Chat {
-  /** `options()` gives the settings; `onChange(conversation)` and `onFailure(error)` are called as they come. */
+  /** `options()` returns the settings; `onChange(conversation)` and `onFailure(error)` are callbacks. */
   constructor({ server, transcript, options, onChange, onFailure }) {
     Object.assign(this, { server, transcript, options, onChange, onFailure });
     this.conversation = null;
@@ -18,31 +18,31 @@ export class Chat {
     return this.running !== null;
   }
 
-  /** Show another conversation; an answer that is coming stops. */
+  /** Show another conversation; an answer in progress stops. */
   open(conversation) {
     this.stop();
     this.conversation = conversation;
     for (const node of Object.values(conversation.nodes)) {
-      if (node.state === "running") node.state = "stopped"; // the page was closed meanwhile
+      if (node.state === "running") node.state = "stopped"; // the page was closed during the answer
     }
     this.transcript.show(conversation);
     this.onChange(conversation);
   }
 
-  /** Say something behind all that was said; return whether it was taken. */
+  /** Append a message to the conversation; return whether it was accepted. */
   say(text, images = []) {
     if (this.isRunning) return false;
     this.ask(this.conversation.leaf, { role: "user", content: text, ...(images.length ? { images } : {}) });
     return true;
   }
 
-  /** Say something else in a message's place. */
+  /** Replace a message with another text. */
   edit(node, text) {
     this.stop();
     this.ask(node.parent, { ...pick(node, ["role", "images"]), content: text.trim() });
   }
 
-  /** Give the results of the functions that a message calls. */
+  /** Supply the results of the functions that a message calls. */
   answerCalls(node, results) {
     if (this.isRunning) return;
     let parent = node.id;
@@ -52,7 +52,7 @@ export class Chat {
     this.answer(parent);
   }
 
-  /** Let the model answer anew what an answer was for. */
+  /** Let the model generate another answer to the same message. */
   regenerate(node) {
     this.stop();
     this.answer(node.parent);
@@ -67,12 +67,12 @@ export class Chat {
     this.onChange(this.conversation);
   }
 
-  /** Let the model go on with an answer that was stopped or cut. */
+  /** Let the model continue an answer that was stopped or cut off. */
   proceed(node) {
     if (!this.isRunning) this.stream(node, true);
   }
 
-  /** Stop the answer that is coming; what has come stays. */
+  /** Stop the answer in progress; keep the text received so far. */
   stop() {
     this.running?.abort();
     this.running = null;

@@ -1,11 +1,11 @@
-// The box that messages are written in, with their images.
+// The box for writing messages and attaching images.
 import { byId, h, iconButton } from "./dom.js";
 import { readImage } from "./images.js";
 
 const MAX_HEIGHT_PX = 260;
 
 export class Composer {
-  /** `onSend(text, images)` returns whether the message was taken; `onStop()`; `notice(text)` tells of a trouble. */
+  /** `onSend(text, images)` returns whether the message was accepted; `onStop()`; `notice(text)` shows a problem. */
   constructor({ onSend, onStop, onEditLast, notice }) {
     this.field = byId("prompt");
     this.images = [];
@@ -90,13 +90,13 @@ export class Composer {
     this.fit();
   }
 
-  /** Make the box as high as its text. */
+  /** Fit the box's height to its text. */
   fit() {
     this.field.style.height = "auto";
     this.field.style.height = `${Math.min(this.field.scrollHeight, MAX_HEIGHT_PX)}px`;
   }
 
-  /** Show that an answer is coming, or that none can. */
+  /** Show that an answer is in progress, or that none is possible. */
   setState({ isRunning, isReady }) {
     const hadFocus = document.activeElement === byId("send") || document.activeElement === byId("stop");
     byId("send").hidden = isRunning;

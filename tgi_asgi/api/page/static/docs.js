@@ -1,4 +1,4 @@
-// The API's description, from the server's own OpenAPI document: each route with its fields and a form to try it.
+// The API's description from the server's OpenAPI document: each route with its fields and a form to try it.
 import { byId, h, icon, prepare, save, setUpTheme } from "./dom.js";
 import { askKey } from "./key.js";
 import { Schemas } from "./schema.js";
@@ -32,7 +32,7 @@ async function start() {
   try {
     model = (await server.models())[0].id;
   } catch {
-    model = "tgi"; // while the model loads: the name that is always taken
+    model = "tgi"; // while the model loads: a name that is always accepted
   }
   show(description, model);
 }
@@ -49,7 +49,7 @@ function show({ info, paths, components }, model) {
       groups.set(tag, [...(groups.get(tag) ?? []), operation]);
     }
   }
-  const server = groups.get("Server"); // probes and the like interest few: last
+  const server = groups.get("Server"); // probes and similar routes come last
   if (groups.delete("Server")) groups.set("Server", server);
   byId("tags").append(
     ...Array.from(groups.keys(), (tag) => h("a", { class: "quiet", href: `#tag-${tag}` }, tag)),
@@ -68,7 +68,7 @@ function show({ info, paths, components }, model) {
   addEventListener("hashchange", showTarget);
 }
 
-/** Return a route, folded; what is inside is made when it is opened. */
+/** Return a folded route; its contents are created when it is opened. */
 function route(operation, schemas) {
   const { method, path, summary, operationId, security } = operation;
   const lock = security && h("span", { class: "lock", title: "Needs a key" }, "key");
@@ -113,14 +113,14 @@ function parts(operation, schemas) {
   ].filter(Boolean);
 }
 
-/** Open the route that the address names. */
+/** Open the route in the page's URL. */
 function showTarget() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (target?.tagName === "DETAILS") target.open = true;
   target?.scrollIntoView();
 }
 
-/** The document by a link needs no key only where there are none: fetch it with the key. */
+/** Fetch the document with the key: a plain link works only if the server has no keys. */
 async function download(event) {
   if (!server.key) return;
   event.preventDefault();

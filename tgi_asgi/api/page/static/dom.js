@@ -1,9 +1,9 @@
-// Elements by function calls. Text is only ever a text node: nothing here, or anywhere, writes HTML.
+// Creates elements. Text always becomes a text node: no code of the pages writes HTML.
 import { PATHS } from "./icons.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Make an element: h("button", { class: "quiet", onclick: run }, icon("copy"), "Copy"). */
+/** Create an element: h("button", { class: "quiet", onclick: run }, icon("copy"), "Copy"). */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -17,7 +17,7 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Return one of the icons, hidden from screen readers: what holds it has a label. */
+/** Return an icon, hidden from screen readers: its parent has a label. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -29,7 +29,7 @@ export function icon(name) {
   return svg;
 }
 
-/** Return a button that shows an icon alone, with its name for the pointer and for screen readers. */
+/** Return a button with only an icon; its name is a tooltip and for screen readers. */
 export function iconButton(name, label, onclick, more = {}) {
   return h(
     "button",
@@ -38,7 +38,7 @@ export function iconButton(name, label, onclick, more = {}) {
   );
 }
 
-/** Put icons where the HTML has `<i data-icon="name">`, and let `data-close` buttons close their dialogs. */
+/** Replace `<i data-icon="name">` in the HTML with icons, and make `data-close` buttons close their dialogs. */
 export function prepare(root = document) {
   for (const place of root.querySelectorAll("[data-icon]")) place.replaceWith(icon(place.dataset.icon));
   for (const button of root.querySelectorAll("[data-close]")) {
@@ -51,7 +51,7 @@ export function prepare(root = document) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Show the button for the next theme. */
+/** Set up the theme button, which shows the current theme and switches to the next. */
 export function setUpTheme(button) {
   const label = () => {
     const theme = document.documentElement.dataset.theme;
@@ -67,7 +67,7 @@ export function setUpTheme(button) {
   });
 }
 
-/** Copy a text, also where the page came without TLS and browsers have no clipboard for it. */
+/** Copy a text, also on pages without TLS, for which browsers provide no clipboard. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = h("textarea", { class: "unseen", "aria-hidden": "true" });
@@ -80,7 +80,7 @@ export async function copy(text) {
   focused?.focus();
 }
 
-/** Return a button that copies what `text` returns, and says that it has. */
+/** Return a button that copies the result of `text()`, and confirms it. */
 export function copyButton(text, label = "Copy") {
   const button = iconButton("copy", label, async () => {
     await copy(text());
@@ -94,14 +94,14 @@ export function copyButton(text, label = "Copy") {
   return button;
 }
 
-/** Let the browser save a text as a file. */
+/** Save a text as a file through the browser. */
 export function save(name, text, type) {
   const url = URL.createObjectURL(new Blob([text], { type }));
   h("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** Return a short random name: `crypto.randomUUID` is missing where the page came without TLS. */
+/** Return a short random name; `crypto.randomUUID` does not exist on pages without TLS. */
 export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");

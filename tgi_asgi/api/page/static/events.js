@@ -1,4 +1,4 @@
-// A stream of server-sent events, read from a response's body: EventSource can only GET.
+// Server-sent events, read from a response's body because EventSource can only GET.
 
 /** Yield the data of each event; comments and other fields are skipped. */
 export async function* eventsOf(body) {

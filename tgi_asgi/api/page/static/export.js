@@ -1,4 +1,4 @@
-// Conversations as files: JSON, which can be imported again, and Markdown, which can be read.
+// Conversations as files: JSON for importing again, Markdown for reading.
 import { save } from "./dom.js";
 import { restored } from "./restore.js";
 import { pathTo } from "./tree.js";
@@ -15,7 +15,7 @@ export function saveJson(conversations, name) {
   );
 }
 
-/** Save the branch that is shown. */
+/** Save the displayed branch. */
 export function saveMarkdown(conversation) {
   const parts = pathTo(conversation).map(({ role, content, calls = [], images = [] }) => {
     const notes = [
@@ -31,7 +31,7 @@ export function saveMarkdown(conversation) {
   );
 }
 
-/** Return the conversations in a file's text; throws where it is none of this page's files. */
+/** Return the conversations in a file's text; throws if the file was not written by this page. */
 export function readJson(text) {
   const { format, conversations } = JSON.parse(text);
   if (format !== FORMAT || !Array.isArray(conversations)) throw new Error("It is no file of conversations.");

@@ -1,4 +1,4 @@
-// Colours for code of any language, by what most have in common: comments, strings, numbers, words.
+// Syntax highlighting for any language, by common elements: comments, strings, numbers, words.
 import { h } from "./dom.js";
 
 const WORDS = new Set(
@@ -17,7 +17,7 @@ const HASH_COMMENTS =
   /^(py|python|sh|bash|zsh|shell|console|rb|ruby|yaml|yml|toml|r|perl|makefile|dockerfile|conf|ini)$/i;
 const DASH_COMMENTS = /^(sql|lua|haskell|hs)$/i;
 const PLAIN = /^(|text|txt|plain|plaintext|output|markdown|md)$/i;
-const MAX_LENGTH = 50_000; // colours are not worth a page that stands still
+const MAX_LENGTH = 50_000; // longer code is not highlighted, to keep the page responsive
 
 const STRING =
   String.raw`"""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'|` + "`(?:[^`\\\\]|\\\\.)*`?";

@@ -1,10 +1,10 @@
-// Images on their way into a message: read, made no larger than models look at, and kept as `data:` URLs.
+// Images for a message: read, reduced to the size that models use, and kept as `data:` URLs.
 
 const MAX_SIDE = 1568;
 const KEPT_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
 const MAX_KEPT_BYTES = 1 << 20;
 
-/** Return a file's image as a `data:` URL; throws where the browser cannot read it. */
+/** Return a file's image as a `data:` URL; throws if the browser cannot read it. */
 export async function readImage(file) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));

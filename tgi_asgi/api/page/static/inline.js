@@ -1,10 +1,10 @@
-// The text of one block to inline nodes: plain data, no elements.
+// Parses the text of one block into inline nodes: plain data, no elements.
 //
 //   parseInline("a *b* [c](https://d)")  →  ["a ", { type: "em", children: ["b"] }, " ",
 //                                            { type: "link", href: "https://d", children: ["c"] }]
 //
-// One pass from left to right. What may open something waits on a stack; what closes looks at the top of the
-// stack of its own kind. So the time grows with the text alone.
+// One pass from left to right. Openers wait on a stack; closers look at the top of the stack of their own kind.
+// The time is therefore linear in the text's length.
 
 const MAX_OPEN = 40;
 const MAX_HREF = 2000;
@@ -25,9 +25,9 @@ class Reader {
     this.text = text;
     this.at = 0;
     this.nodes = [];
-    this.open = []; // { kind, index }: delimiters and brackets that wait, with their places in `nodes`
+    this.open = []; // { kind, index }: waiting delimiters and brackets, with their indices in `nodes`
     this.tops = {}; // by kind: the indices into `open`
-    this.unclosed = new Set(); // what has been looked for in vain up to the end
+    this.unclosed = new Set(); // closers not found up to the end of the text
   }
 
   read() {
@@ -46,7 +46,7 @@ class Reader {
     else this.nodes.push(text);
   }
 
-  /** Return the text up to `close`, and go behind it; null if there is none. */
+  /** Return the text up to `close` and move past it; null if there is none. */
   until(close, from) {
     if (this.unclosed.has(close)) return null;
     const end = this.text.indexOf(close, from);
@@ -124,7 +124,7 @@ class Reader {
     return this.nodes.push({ type: "link", href: url, children: [url] });
   }
 
-  /** Read a run of `*`, `_` or `~`: it closes what it can, and then opens what it can. */
+  /** Parse a run of `*`, `_` or `~`, which first closes and then opens as much as possible. */
   emphasis() {
     const { text } = this;
     const mark = text[this.at];
@@ -178,7 +178,7 @@ class Reader {
     return true;
   }
 
-  /** Read `https://a "title")`: the address, and where it ends; null if it is none. */
+  /** Parse `https://a "title")`; return the address and its end, or null. */
   target(from) {
     const end = Math.min(this.text.length, from + MAX_HREF);
     let depth = 0;
@@ -198,7 +198,7 @@ class Reader {
     return null;
   }
 
-  /** Let something wait for its end; false if too many do already. */
+  /** Add an opener to the stack; return false if there are too many. */
   wait(kind, text) {
     if (this.open.length >= MAX_OPEN) return false;
     (this.tops[kind] ??= []).push(this.open.length);
@@ -207,7 +207,7 @@ class Reader {
     return true;
   }
 
-  /** Make one node of all since the last of a kind; what waits in between is text. */
+  /** Combine the nodes since the last opener of a kind into one; openers in between become text. */
   close(kind, type) {
     const place = this.tops[kind].at(-1);
     const { index } = this.open[place];
@@ -218,7 +218,7 @@ class Reader {
     return node;
   }
 
-  /** Let a bracket be text after all; what waits inside it still may close. */
+  /** Turn a bracket into text; openers inside it may still close. */
   drop(place) {
     const [{ index }] = this.open.splice(place, 1);
     this.nodes[index] = this.nodes[index].waits;

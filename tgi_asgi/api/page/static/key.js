@@ -4,7 +4,7 @@ import { byId } from "./dom.js";
 const FIRST = "It is kept in this browser and sent to this server alone.";
 const WRONG = "The server does not know the key that this browser has. Its operator may have changed it.";
 
-/** Ask for a key; resolves to it, or to null if the user has none. */
+/** Ask for a key; resolves to the key, or to null if the user has none. */
 export function askKey(wasWrong) {
   const dialog = byId("key-dialog");
   const field = byId("key");

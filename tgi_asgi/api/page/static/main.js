@@ -1,4 +1,4 @@
-// The chat page: what the user does, what the server says, and what is kept, put together.
+// The chat page: connects user actions, the server and storage.
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { byId, h, prepare, setUpTheme } from "./dom.js";
@@ -84,12 +84,12 @@ document.addEventListener("keydown", (event) => {
 });
 
 let isLearning = false;
-const deleted = new Set(); // an answer that comes to its end must not bring its conversation back
+const deleted = new Set(); // an answer that finishes later must not restore its conversation
 server.onKey = () => onState(status.state);
 startNew();
 status.check();
 
-/** Learn what the server has, when it has become ready or another key shows more. */
+/** Read the server's capabilities when it becomes ready or the key changes. */
 async function onState(state) {
   refresh();
   if (state !== "ready" || isLearning) return;
@@ -121,7 +121,7 @@ function showModels(names) {
   byId("model").classList.toggle("unseen", names.length > 1);
 }
 
-/** Keep and list a conversation that has changed. */
+/** Store and list a changed conversation. */
 async function onChange(conversation) {
   refresh();
   if (conversation.leaf === null || deleted.has(conversation.id)) return;

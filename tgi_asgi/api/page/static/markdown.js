@@ -1,12 +1,12 @@
-// Markdown to blocks: plain data, no elements. A block's text is read further by inline.js.
+// Parses Markdown into blocks: plain data, no elements. inline.js parses a block's text further.
 //
 //   parse("# Hi\n\n- a\n- b")  →  [{ type: "heading", level: 1, text: "Hi", source },
 //                                  { type: "list", items: [{ blocks }, { blocks }], source }]
 //
-// The subset that models write: GFM without HTML, indented code and link definitions. It is read in a time that
-// grows with the text alone, whatever the text: models can be asked for the worst.
+// Supports the subset that models write: GFM without HTML, indented code and link definitions. The time is linear in
+// the text's length for any text, because models can be asked for the worst case.
 
-const MAX_DEPTH = 12; // of lists and quotes in each other; what is deeper is a paragraph
+const MAX_DEPTH = 12; // of nested lists and quotes; deeper ones are paragraphs
 const FENCE = /^[ \t]*(`{3,}|~{3,})([^`]*)$/;
 const MARKER = /^([ \t]*)([-*+]|\d{1,9}[.)])(?=[ \t]|$)/;
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
@@ -14,7 +14,7 @@ const QUOTE = /^ {0,3}> ?/;
 const CELL_RULE = /^:?-+:?$/;
 const TASK = /^\[([ xX])\][ \t]+/;
 
-/** Return the blocks of a text; each has its `source`, so that a view can tell which have changed. */
+/** Return the blocks of a text; each has its `source`, by which a view detects changes. */
 export function parse(text) {
   return blocksOf(text.replace(/\r\n?/g, "\n").split("\n"), 0);
 }
@@ -50,7 +50,7 @@ function fence(lines, at) {
     .map((line) => dedent(line, indent))
     .join("\n");
   const block = { type: "code", language: words.trim().split(/\s/, 1)[0], text };
-  return { block, end: Math.min(end + 1, lines.length) }; // one that is still being written has no end
+  return { block, end: Math.min(end + 1, lines.length) }; // a block still being written has no end
 }
 
 function closes(line, mark) {
@@ -58,7 +58,7 @@ function closes(line, mark) {
   return text.length >= mark.length && text === mark[0].repeat(text.length);
 }
 
-/** Read display mathematics, which is shown as it is written. */
+/** Parse display mathematics, which is shown as source. */
 function math(lines, at) {
   const first = lines[at].trim();
   const close = first.startsWith("\\[") ? "\\]" : first.startsWith("$$") ? "$$" : null;
@@ -121,7 +121,7 @@ function list(lines, at, depth) {
   }
 }
 
-/** Return the lines of one item without its marker and indent, and where it ends. */
+/** Return the lines of one item without marker and indent, and the item's end. */
 function itemAt(lines, at, indent) {
   const { width } = markerOf(lines[at]);
   const own = [lines[at].slice(width)];
@@ -192,7 +192,7 @@ function paragraph(lines, at) {
   return { block: { type: "paragraph", text: lines.slice(at, end).join("\n").trim() }, end };
 }
 
-/** Return whether a line ends the paragraph above it; numbers only if they begin a list. */
+/** Return whether a line ends the paragraph above it; a number does so only if it begins a list. */
 function startsBlock(line) {
   const mark = markerOf(line);
   if (mark) return !mark.isOrdered || mark.start === 1;
@@ -225,7 +225,7 @@ function indentOf(line) {
   return width;
 }
 
-/** Take away up to so many columns of blanks. */
+/** Remove leading blanks, up to a number of columns. */
 function dedent(line, width) {
   let left = width;
   let at = 0;

@@ -1,4 +1,4 @@
-// One message on the page: what it says, and what can be done with it.
+// One message on the page: its content and its buttons.
 import { describeSpeed, seconds } from "./answer.js";
 import { copyButton, h, icon, iconButton } from "./dom.js";
 import { MarkdownView } from "./render.js";
@@ -9,10 +9,10 @@ const ENDS = {
 };
 
 /**
- * Shows a message, and shows it again as it grows.
+ * Shows a message and updates it as it grows.
  *
- * `actions` are what its buttons do: edit(node, text), regenerate(node), proceed(node), answerCalls(node, results),
- * select(node).
+ * `actions` are the handlers of its buttons: edit(node, text), regenerate(node), proceed(node),
+ * answerCalls(node, results), select(node).
  */
 export class MessageView {
   constructor(node, siblings, actions, isLast) {
@@ -20,7 +20,7 @@ export class MessageView {
     this.actions = actions;
     this.siblings = siblings;
     this.isLast = isLast;
-    this.isWaiting = false; // the mark of an answer that is coming is shown
+    this.isWaiting = false; // whether the indicator of a pending answer is shown
     const isUser = node.role === "user";
     const name = { user: "You", tool: "Tool result", assistant: "Answer" }[node.role];
     this.body = h("div", { class: "body" });
@@ -57,7 +57,7 @@ export class MessageView {
     this.calls = h("div", { class: "calls" });
   }
 
-  /** Show the message as it is now; `isRunning`: more of it is to come. */
+  /** Show the message's current state; `isRunning`: it is still growing. */
   refresh(isRunning = false) {
     const { node } = this;
     this.element.classList.toggle("running", isRunning);
@@ -104,7 +104,7 @@ export class MessageView {
     this.calls.replaceChildren(...cards);
   }
 
-  /** Return a form for what the called functions gave: this page runs none. */
+  /** Return a form for the results of called functions, because this page runs none itself. */
   resultForm(calls) {
     const fields = calls.map((call) =>
       h("label", {}, `Result of ${call.name}`, h("textarea", { rows: 2, spellcheck: "false" })),
@@ -193,7 +193,7 @@ export class MessageView {
     return [copying];
   }
 
-  /** Put a field in the place of the text; what is sent begins a branch. */
+  /** Replace the text with an input field; submitting it begins a branch. */
   edit() {
     const field = h("textarea", {
       "aria-label": "Edit the message",

@@ -1,9 +1,9 @@
-// What the user sets for all answers: the fields of the settings, kept in the browser.
+// The user's settings for all answers, stored in the browser.
 import { byId, h } from "./dom.js";
 
 const NAME = "tgi-asgi.options";
 
-// Empty means that the server decides. `help` says what a value does, in few words.
+// An empty field leaves the value to the server. `help` briefly describes the effect of a value.
 const FIELDS = [
   {
     name: "system",
@@ -69,7 +69,7 @@ const FIELDS = [
   },
 ];
 
-/** Return the options that are set. */
+/** Return the options that have a value. */
 export function readOptions() {
   try {
     return JSON.parse(localStorage.getItem(NAME)) ?? {};
@@ -78,7 +78,7 @@ export function readOptions() {
   }
 }
 
-/** Fill the settings; `onChange(options)` is called when they are closed with a value that can be kept. */
+/** Fill the settings dialog; `onChange(options)` is called when it closes with valid values. */
 export function setUpOptions(onChange) {
   const dialog = byId("settings-dialog");
   const inputs = new Map(FIELDS.map((field) => [field, inputOf(field)]));
@@ -108,7 +108,7 @@ export function setUpOptions(onChange) {
     try {
       localStorage.setItem(NAME, JSON.stringify(options));
     } catch {
-      /* for this visit */
+      /* kept only for this visit */
     }
     onChange(options);
     dialog.close();

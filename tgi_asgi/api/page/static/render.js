@@ -1,4 +1,4 @@
-// From markdown's blocks to elements: those named here, with the attributes named here, and no others.
+// Converts Markdown blocks to elements; only the elements and attributes named here are created.
 import { copyButton, h } from "./dom.js";
 import { highlight } from "./highlight.js";
 import { parseInline } from "./inline.js";
@@ -6,14 +6,14 @@ import { parse } from "./markdown.js";
 
 const PROTOCOLS = new Set(["http:", "https:", "mailto:"]);
 
-/** An element that shows a markdown text which grows: blocks that stay as they were are not touched. */
+/** An element that shows a growing Markdown text; unchanged blocks are not touched. */
 export class MarkdownView {
   constructor(element) {
     this.element = element;
     this.sources = [];
   }
 
-  /** Show the text as it is now. */
+  /** Show the current text. */
   show(text) {
     const blocks = parse(text);
     blocks.forEach((block, i) => {
@@ -69,7 +69,7 @@ function codeBlock({ language, text }) {
 
 function listOf({ isOrdered, start, isLoose, items }) {
   const rows = items.map(({ isDone, blocks }) => {
-    // A list whose items have one line each needs no paragraphs.
+    // A list with one line per item needs no paragraphs.
     const inner = blocks.flatMap((block) =>
       block.type === "paragraph" && !isLoose ? inline(block.text) : [elementOf(block)],
     );
@@ -135,7 +135,7 @@ function nodeOf(node) {
   return h(type, {}, children.map(nodeOf)); // em, strong, del
 }
 
-/** Show a link where it leads to the web or to a mailbox, and else its text; pictures are never fetched. */
+/** Show a link if it is a web or mail address, otherwise its text; images are never fetched. */
 function link({ href, children, isImage }) {
   const text = [isImage ? "Image: " : null, ...children.map(nodeOf)];
   if (!isSafe(href)) return h("span", { title: href }, text);

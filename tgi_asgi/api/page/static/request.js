@@ -1,6 +1,6 @@
-// From a conversation and the settings to the body of a chat request.
+// Builds the body of a chat request from a conversation and the settings.
 
-/** Return the body that asks for what comes behind these messages. */
+/** Return the body that asks for the message following these. */
 export function requestOf(path, options, model, { isContinued = false } = {}) {
   const messages = path.map(messageOf);
   if (options.system) messages.unshift({ role: "system", content: options.system });

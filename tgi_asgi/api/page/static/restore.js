@@ -1,4 +1,4 @@
-// Conversations from a file, which may hold anything: only what this page would have written is taken over.
+// Reads conversations from a file, which may contain anything: only data that this page would write is accepted.
 
 const ID = /^[0-9a-f]{24}$/;
 const ROLES = ["user", "assistant", "tool"];
@@ -10,7 +10,7 @@ const isCall = (value) => isText(value?.name) && isText(value.arguments) && isTe
 const isImage = (value) => isText(value) && value.startsWith("data:image/");
 const areAll = (test) => (value) => Array.isArray(value) && value.every(test);
 
-// What a message may have beside its id, parent, role and content.
+// Fields that a message may have in addition to id, parent, role and content.
 const FIELDS = {
   images: areAll(isImage),
   reasoning: isText,
@@ -26,13 +26,13 @@ const FIELDS = {
     (value.perSecond === null || isNumber(value.perSecond)),
 };
 
-/** Return the conversation that a value holds; throws where it holds none. */
+/** Return the conversation in a value; throws if there is none. */
 export function restored(value) {
   const { id, title, updated, nodes, leaf } = value ?? {};
   if (!ID.test(id) || !isText(title) || !isNumber(updated) || typeof nodes !== "object" || !nodes)
     throw new Error("It is no conversation.");
   const whole = { id, title, updated, nodes: {}, leaf };
-  // Each message stands behind its parent, as this page writes them: so there are no circles.
+  // Each message comes after its parent, as this page writes them, so there are no cycles.
   for (const node of Object.values(nodes)) {
     const isKnown = node?.parent === null || Object.hasOwn(whole.nodes, node?.parent);
     if (!isKnown || !ID.test(node.id) || !ROLES.includes(node.role) || !isText(node.content))

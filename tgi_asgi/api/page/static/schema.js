@@ -1,4 +1,4 @@
-// JSON schemas for people: a table of fields, folded where fields have fields; and an example of a body.
+// Displays JSON schemas: a table of fields, nested ones folded, and an example body.
 import { h } from "./dom.js";
 
 const BOUNDS = [
@@ -11,7 +11,7 @@ const BOUNDS = [
   ["minItems", "items ≥"],
   ["maxItems", "items ≤"],
 ];
-// Values with which a route does something, by the names that its fields have.
+// Example values with which a route works, by field name.
 const EXAMPLES = {
   messages: [{ role: "user", content: "What is deep learning?" }],
   max_tokens: 60,
@@ -28,7 +28,7 @@ const EXAMPLES = {
   instances: [{ inputs: "What is deep learning?", parameters: { max_new_tokens: 20 } }],
   tokens: [1, 2, 3],
 };
-const OFFERED = ["model", "max_tokens", "stream", "parameters"]; // of what is not required
+const OFFERED = ["model", "max_tokens", "stream", "parameters"]; // optional fields to show in examples
 
 /** The named schemas of one document; `model` is the name that examples give the model. */
 export class Schemas {
@@ -37,12 +37,12 @@ export class Schemas {
     this.examples = { ...EXAMPLES, model };
   }
 
-  /** Return the schema that a reference means. */
+  /** Return the schema that a reference points to. */
   resolve(schema) {
     return schema.$ref ? this.named[schema.$ref.split("/").at(-1)] : schema;
   }
 
-  /** Return the alternatives of a schema, each resolved; null alone is none. */
+  /** Return the alternatives of a schema, without null. */
   alternatives(schema) {
     const all = schema.anyOf ?? schema.oneOf ?? [schema];
     return all.filter((each) => each.type !== "null");
@@ -104,7 +104,7 @@ export class Schemas {
     ];
   }
 
-  /** Return what in a field has fields of its own, if anything has. */
+  /** Return the part of a field that has fields itself, if any. */
   inner(schema) {
     const own = this.resolve(schema);
     if (own.properties) return schema;
@@ -117,7 +117,7 @@ export class Schemas {
     return this.alternatives(schema).some((each) => this.resolve(each).properties);
   }
 
-  /** Schemas may hold themselves: what is folded is made when it is opened. */
+  /** Schemas may be recursive, so folded contents are created when opened. */
   folded(schema, name) {
     const fold = h("details", {}, h("summary", {}, name));
     fold.addEventListener("toggle", () => {
@@ -143,7 +143,7 @@ export class Schemas {
     });
   }
 
-  /** Return a body that a schema allows and that is worth sending. */
+  /** Return a useful body that a schema allows. */
   example(schema, name = "") {
     const own = this.resolve(this.alternatives(schema)[0] ?? {});
     if (own.anyOf || own.oneOf) return this.example(own, name);

@@ -1,10 +1,10 @@
-// What the pages ask the server, which is where they came from: its routes lie beside the folder of this file.
+// The pages' requests to the server that served them; its routes are siblings of this file's folder.
 import { eventsOf } from "./events.js";
 
 const ROOT = new URL("..", import.meta.url);
 const KEY = "tgi-asgi.key";
 
-/** What a server answered instead of what it was asked for; status 0: it was not reached, or broke off. */
+/** An error answer of the server; status 0: it was not reached, or the connection broke. */
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
@@ -12,17 +12,17 @@ export class ServerError extends Error {
   }
 }
 
-/** One server and the key for it. `askKey(wasWrong)` is called when it wants one, and resolves to it or to null. */
+/** A server and its key. `askKey(wasWrong)` is called when a key is needed, and resolves to a key or null. */
 export class Server {
   constructor(askKey, keyName = KEY) {
     this.askKey = askKey;
-    this.keyName = keyName; // what the browser keeps it under
-    this.onKey = () => {}; // called when the user has given a key
+    this.keyName = keyName; // name under which the browser stores the key
+    this.onKey = () => {}; // called when the user has entered a key
     this.key = readKey(keyName);
     this.asking = null;
   }
 
-  /** Return how the server does: { state, progress }, where `progress` is there while the model loads. */
+  /** Return the server's status: { state, progress }; `progress` exists while the model loads. */
   async health() {
     try {
       const response = await fetch(new URL("health", ROOT), {
@@ -45,7 +45,7 @@ export class Server {
     return (await this.request("info")).json();
   }
 
-  /** Yield the chunks of a chat's answer. Throws a ServerError where it fails or breaks off. */
+  /** Yield the chunks of a chat's answer. Throws a ServerError if it fails or breaks off. */
   async *chat(body, signal) {
     const response = await this.request("v1/chat/completions", { body: JSON.stringify(body), signal });
     try {
@@ -70,7 +70,7 @@ export class Server {
     throw await refusal(response);
   }
 
-  /** Send a request with the key, which is asked for if the server wants one; return whatever is answered. */
+  /** Send a request with the key, asking the user for one if needed; return any response. */
   async send(path, { method, body, signal } = {}) {
     for (;;) {
       const key = this.key;
@@ -93,7 +93,7 @@ export class Server {
     }
   }
 
-  /** Ask for a key, once for all requests that want one; return whether there is another than `used` now. */
+  /** Ask for a key once for all requests that need one; return whether it now differs from `used`. */
   async newKey(used) {
     if (this.key !== used) return true;
     this.asking ??= this.askKey(Boolean(used)).finally(() => {
@@ -106,19 +106,19 @@ export class Server {
     return true;
   }
 
-  /** Use a key from now on and keep it in the browser; null forgets it. */
+  /** Use a key from now on and store it in the browser; null removes it. */
   keep(key) {
     this.key = key;
     try {
       if (key === null) localStorage.removeItem(this.keyName);
       else localStorage.setItem(this.keyName, key);
     } catch {
-      /* a browser that keeps nothing: for this visit */
+      /* no storage: kept only for this visit */
     }
   }
 }
 
-/** Return the whole address of one of the server's routes. */
+/** Return the full URL of a route. */
 export function addressOf(path) {
   return new URL(path.replace(/^\//, ""), ROOT);
 }
@@ -137,12 +137,12 @@ async function refusal(response) {
   try {
     message = messageOf(JSON.parse(text));
   } catch {
-    /* a proxy's page, or nothing */
+    /* a proxy's page, or an empty body */
   }
   return new ServerError(message, response.status);
 }
 
-/** Return the message of OpenAI's envelope or of TGI's. */
+/** Return the message from OpenAI's error envelope or TGI's. */
 function messageOf(body) {
   return body.error?.message ?? String(body.error ?? "The server failed");
 }

@@ -1,11 +1,11 @@
-// The list of conversations beside the page; over it, where the window is narrow.
+// The list of conversations, next to the page, or over it in a narrow window.
 import { byId, h, iconButton } from "./dom.js";
 
 const NARROW = matchMedia("(max-width: 760px)");
 const NAME = "tgi-asgi.sidebar";
 
 export class Sidebar {
-  /** `onOpen(id)`, `onDelete(id)`. */
+  /** Callbacks: `onOpen(id)`, `onDelete(id)`. */
   constructor({ onOpen, onDelete }) {
     this.onOpen = onOpen;
     this.onDelete = onDelete;
@@ -28,7 +28,7 @@ export class Sidebar {
     }
   }
 
-  /** Show or hide the list; the user's own choice moves the focus and is kept. */
+  /** Show or hide the list; if the user chose it, move the focus and store the choice. */
   toggle(isShown, isChoice = true) {
     this.isShown = isShown;
     document.body.classList.toggle("with-sidebar", isShown);
@@ -40,16 +40,16 @@ export class Sidebar {
     try {
       localStorage.setItem(NAME, isShown ? "shown" : "hidden");
     } catch {
-      /* for this visit */
+      /* kept only for this visit */
     }
   }
 
-  /** Go back to the messages where the list lies over them. */
+  /** Hide the list if it covers the messages. */
   leave() {
     if (NARROW.matches) this.toggle(false, false);
   }
 
-  /** Show the conversations, of which one is open. */
+  /** Show the conversations, with the open one marked. */
   show(heads, openId) {
     this.list.replaceChildren(
       ...heads.map(({ id, title }) => {

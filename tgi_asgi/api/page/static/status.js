@@ -1,4 +1,4 @@
-// Whether the server can answer: asked until it can, and told above the message box.
+// The server's status: polled until it is ready, and shown above the message box.
 import { byId, h } from "./dom.js";
 
 const LOADING_MS = 700;
@@ -10,7 +10,7 @@ const WORDS = {
 };
 
 export class Status {
-  /** `onChange(state)` is called when the state is another: ready, loading, draining, dead, unreachable. */
+  /** `onChange(state)` is called when the state changes: ready, loading, draining, dead, unreachable. */
   constructor(server, onChange) {
     this.server = server;
     this.onChange = onChange;
@@ -22,7 +22,7 @@ export class Status {
     return this.state === "ready";
   }
 
-  /** Ask now, and again for as long as the server is not ready. */
+  /** Check now, and repeatedly until the server is ready. */
   async check() {
     clearTimeout(this.timer);
     const { state, progress } = await this.server.health();
@@ -34,7 +34,7 @@ export class Status {
       this.timer = setTimeout(() => this.check(), state === "loading" ? LOADING_MS : AWAY_MS);
   }
 
-  /** Tell something for a while. */
+  /** Show a notice for a while. */
   notice(text) {
     const line = h("p", { class: "notice" }, text);
     byId("status").append(line);
@@ -63,7 +63,7 @@ export class Status {
       this.state === "loading"
         ? `The model is loading${progress ? `: ${progress.stage}` : ""}`
         : (WORDS[this.state] ?? this.state);
-    if (text.textContent !== words) text.textContent = words; // said aloud, so only what is new
+    if (text.textContent !== words) text.textContent = words; // read aloud by screen readers, so only when it changes
     share.textContent = progress?.total ? `${Math.floor((100 * progress.done) / progress.total)} %` : "";
     bar.hidden = this.state !== "loading";
     if (progress?.total) {

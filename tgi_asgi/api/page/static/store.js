@@ -1,10 +1,10 @@
-// Conversations, kept in this browser's IndexedDB; where there is none (a private window), for this visit.
+// Stores conversations in the browser's IndexedDB, or without it (private windows) only for this visit.
 const NAME = "tgi-asgi";
-const HEADS = "heads"; // id, title, updated: the list needs no more
+const HEADS = "heads"; // id, title, updated: all that the list needs
 const BODIES = "bodies";
 
 let opened = null;
-let visit = null; // the maps that stand in
+let visit = null; // maps used without IndexedDB
 
 /** Return { id, title, updated } of each conversation, newest first. */
 export async function list() {
@@ -19,10 +19,10 @@ export async function load(id) {
   return done(database.transaction(BODIES).objectStore(BODIES).get(id));
 }
 
-/** Return all conversations, whole. */
+/** Return all conversations in full. */
 export const loadAll = () => all(BODIES);
 
-/** Keep a conversation as it is now. */
+/** Store a conversation's current state. */
 export async function keep(conversation) {
   const { id, title, updated } = conversation;
   const database = await open();
@@ -36,7 +36,7 @@ export async function keep(conversation) {
   await done(both.objectStore(BODIES).put(conversation));
 }
 
-/** Forget a conversation. */
+/** Delete a conversation. */
 export async function forget(id) {
   const database = await open();
   if (!database) {

@@ -1,4 +1,4 @@
-// Light or dark, before anything is drawn: this one script is no module, and blocks.
+// Sets the theme before anything is drawn: this script is not a module, so it blocks rendering.
 (() => {
   const NAME = "tgi-asgi.theme";
   const THEMES = ["auto", "light", "dark"];
@@ -8,7 +8,7 @@
       const kept = localStorage.getItem(NAME);
       return THEMES.includes(kept) ? kept : "auto";
     } catch {
-      return "auto"; // a browser that keeps nothing
+      return "auto"; // the browser has no storage
     }
   };
 
@@ -17,14 +17,14 @@
   };
   show(read());
 
-  /** Go on to the next theme and return its name. */
+  /** Switch to the next theme and return its name. */
   window.nextTheme = () => {
     const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
     show(theme);
     try {
       localStorage.setItem(NAME, theme);
     } catch {
-      /* it holds for this visit */
+      /* kept only for this visit */
     }
     return theme;
   };

@@ -1,4 +1,4 @@
-// The messages on the page: shown anew when another branch is chosen, followed while one grows, and spoken.
+// The messages on the page: redrawn when the branch changes, scrolled as one grows, and announced to screen readers.
 import { byId, h } from "./dom.js";
 import { MessageView } from "./message.js";
 import { branches, pathTo } from "./tree.js";
@@ -14,7 +14,7 @@ export class Transcript {
     this.views = new Map();
     this.isFollowing = true;
     this.frame = null;
-    this.growing = null; // the message that is to be shown in the next frame
+    this.growing = null; // the message to update in the next frame
     this.numSpoken = 0;
     this.scroller.addEventListener("scroll", () => this.noteScroll());
     this.toEnd.addEventListener("click", () => this.goToEnd());
@@ -34,7 +34,7 @@ export class Transcript {
     this.goToEnd();
   }
 
-  /** Show what a message has become, in the next frame. */
+  /** Update a message in the next frame. */
   grow(node) {
     this.growing = node;
     this.frame ??= requestAnimationFrame(() => this.draw());
@@ -44,18 +44,18 @@ export class Transcript {
     const [node, began] = [this.growing, performance.now()];
     this.growing = null;
     if (node) this.refresh(node, true);
-    // A very long answer may take longer than a frame: then it is shown less often, not ever later.
+    // A very long answer may take longer than a frame; it is then updated less often instead of lagging more and more.
     const took = performance.now() - began;
     setTimeout(
       () => {
         this.frame = null;
-        if (this.growing) this.grow(this.growing); // what came meanwhile
+        if (this.growing) this.grow(this.growing); // text received meanwhile
       },
       took > 16 ? 4 * took : 0,
     );
   }
 
-  /** Say that a message begins to grow. */
+  /** Announce that a message begins to grow. */
   begin(node) {
     byId("spoken").replaceChildren();
     this.numSpoken = 0;
@@ -63,7 +63,7 @@ export class Transcript {
     this.goToEnd();
   }
 
-  /** Show a message that has ended. */
+  /** Show the final state of a message. */
   end(node) {
     cancelAnimationFrame(this.frame);
     this.frame = null;
@@ -73,14 +73,14 @@ export class Transcript {
 
   refresh(node, isRunning) {
     const view = this.views.get(node.id);
-    if (!view) return; // another conversation is shown
+    if (!view) return; // another conversation is displayed
     view.refresh(isRunning);
     this.speak(view, isRunning);
     if (this.isFollowing) this.scroller.scrollTop = this.scroller.scrollHeight;
     this.noteScroll();
   }
 
-  /** Let screen readers read each paragraph once, when it is complete: a text that changes is read in pieces. */
+  /** Let screen readers read each paragraph once, when complete; changing text would be read in pieces. */
   speak(view, isRunning) {
     const blocks = [...view.body.children];
     const whole = isRunning ? blocks.slice(0, -1) : blocks;

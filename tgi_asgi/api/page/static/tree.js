@@ -1,14 +1,14 @@
-// A conversation as a tree: to edit a message or ask again begins a branch beside it, and nothing is lost.
+// A conversation as a tree: editing a message or regenerating an answer adds a sibling branch, so nothing is lost.
 import { newId } from "./dom.js";
 
 const TITLE_LENGTH = 60;
 
-/** Return a new, empty conversation. `leaf` is the message that is shown last. */
+/** Return a new, empty conversation. `leaf` is the last displayed message. */
 export function newConversation() {
   return { id: newId(), title: "", updated: Date.now(), nodes: {}, leaf: null };
 }
 
-/** Put a message behind another (null: first), show it last, and return it. */
+/** Append a message to another (null: as the first), make it the last displayed one, and return it. */
 export function append(conversation, parent, fields) {
   const node = { id: newId(), parent, content: "", ...fields };
   conversation.nodes[node.id] = node;
@@ -18,19 +18,19 @@ export function append(conversation, parent, fields) {
   return node;
 }
 
-/** Return the messages from the first to the one shown last, or to another. */
+/** Return the messages from the first to the last displayed one, or to another. */
 export function pathTo(conversation, id = conversation.leaf) {
   const path = [];
   for (let node = conversation.nodes[id]; node; node = conversation.nodes[node.parent]) path.push(node);
   return path.reverse();
 }
 
-/** Return the messages with the same parent, oldest first: the branches at this place, this one included. */
+/** Return the messages with the same parent, oldest first: the branches here, including this one. */
 export function branches(conversation, node) {
   return Object.values(conversation.nodes).filter((other) => other.parent === node.parent);
 }
 
-/** Show the newest end of another branch. */
+/** Show another branch up to its newest leaf. */
 export function select(conversation, node) {
   let last = node;
   for (

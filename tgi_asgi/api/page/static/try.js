@@ -1,4 +1,4 @@
-// A form that sends one route's request and shows what comes, as it comes; and the same as a curl command.
+// A form that sends a route's request and shows the answer as it arrives, with the equivalent curl command.
 import { seconds } from "./answer.js";
 import { copyButton, h } from "./dom.js";
 import { addressOf } from "./server.js";
