@@ -355,7 +355,7 @@ def test_experts_that_do_not_fit_are_refused() -> None:
 
     with pytest.raises(ValueError, match="must have an expert"):
         ops.experts_weight([], FAST)
-    with pytest.raises(ValueError, match="must be of 32 columns and 64 between"):
+    with pytest.raises(ValueError, match="must be of 32 columns and 64 inner ones"):
         ops.experts_weight([expert(32, 64), expert(32, 32)], FAST)
     layer, other = make_layer(4, 32, 64, FAST), make_layer(5, 32, 64, FAST)
     with pytest.raises(ValueError, match="`experts_add` takes 5 columns as `choice`, not 4"):

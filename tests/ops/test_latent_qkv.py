@@ -176,7 +176,7 @@ def test_latents_that_cannot_be_are_refused(shape: CacheShape, dtype: torch.dtyp
 
 def test_a_pool_is_of_latents_in_all_layers_or_in_none() -> None:
     shapes = [CacheShape(1, 96, 64, is_latent=True), CacheShape(1, 64, 64)]
-    with pytest.raises(ValueError, match="of latents in all layers, or in none"):
+    with pytest.raises(ValueError, match="must hold latents in all layers or in none"):
         ops.KvPool(shapes, num_blocks=1, block_size=16, dtype=torch.float32)
 
 
@@ -201,7 +201,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         call(absorbed=recorder.value(Kind.ROWS, 97))
     with pytest.raises(ValueError, match="takes columns 8 to 104 of `turning`, which has 96"):
         call(turning_column=8)
-    with pytest.raises(ValueError, match="must turn 32 dims, it turns 64"):
+    with pytest.raises(ValueError, match="must rotate 32 dims, it rotates 64"):
         call(rope=rope_table(64, 9))
     with pytest.raises(ValueError, match="RMSNorm of 64 columns, got 32"):
         call(norm=ops.NormWeight.rms(32, 1e-5, weight=None))
