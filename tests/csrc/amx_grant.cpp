@@ -1,8 +1,7 @@
-// Which set of kernels serves where AMX is there but may not be used: what kernel_sets.cpp chooses
-// on a processor that says it has AMX, with kernels that are names alone.
-//     amx_grant <is there> <is kept> <what the system answers: an errno, 0: granted, -1: its own>
-// Prints the sets, the chosen one, and that of a forked child, each on a line, and what was
-// refused.
+// Prints which kernel set kernel_sets.cpp chooses on a processor that reports AMX, with dummy
+// kernels, if the system refuses or grants AMX.
+//     amx_grant <is there> <is kept> <system's answer: an errno, 0 for granted, -1 for its own>
+// Prints four lines: the sets, the chosen one, the one of a forked child, and the refusal.
 #include "cpu/step/amx_grant.h"
 
 #include <linux/filter.h>
@@ -50,7 +49,7 @@ extern const Kernels kAmxModelKernels = named("amx_model", "tdpbf16ps");
 
 namespace {
 
-// From now on the system answers arch_prctl(ARCH_REQ_XCOMP_PERM) so, and does not do it.
+// Makes the system answer arch_prctl(ARCH_REQ_XCOMP_PERM) with `error` without executing it.
 bool answer_requests(unsigned error) {
   const sock_filter program[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),

@@ -1,5 +1,5 @@
-// Random steps and rules: what split_attention gives each member, held to a list of all chunks that
-// are read. Prints the number of steps; another status than 0 says what was wrong.
+// Compares the parts that split_attention assigns to each team member with a list of all chunks
+// that are read, for random steps and rules. Prints the number of steps, or an error with status 1.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -14,7 +14,7 @@ using namespace tgi::cpu::step;
 namespace {
 
 struct Piece {
-  AttentionPoint at;  // as a point has it: 0 for the first chunk that a tile reads
+  AttentionPoint at;  // as in a point: chunk 0 is the first that a tile reads
   int64_t size;
 };
 
@@ -23,7 +23,7 @@ bool before(const AttentionPoint& a, const AttentionPoint& b) {
          std::tie(b.sequence, b.head, b.tile, b.chunk);
 }
 
-// Positions that a row sees, one by one.
+// Whether a query sees a key position.
 bool sees(const AttentionRule& rule, int64_t query, int64_t key, int64_t until) {
   if (key >= until) return false;
   if (rule.window != INT64_MAX && key <= query - rule.window) return false;
@@ -98,7 +98,7 @@ int main() {
     size_t next = 0;
     for (int m = 0; m < members; ++m) {
       int64_t work = 0;
-      // A member's part begins at a piece, and holds those before the next one's.
+      // A member's part starts at a piece and ends before the next member's.
       if (next < pieces.size() && before(pieces[next].at, split[m])) {
         std::printf("step %d: member %d leaves out a chunk\n", trial, m);
         return 1;

@@ -1,4 +1,4 @@
-"""The fixtures of the operators' tests serve the kernels' too."""
+"""Reuse the fixtures of the operators' tests for the kernels' tests."""
 
 from tests.ops.conftest import kernel_set, one_thread, seeded
 

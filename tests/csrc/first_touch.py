@@ -1,4 +1,4 @@
-"""Pack weights, then multiply by them; print who touched their pages first. With page_watch.cpp preloaded.
+"""Pack weights, multiply by them, and print which thread touched each page first (page_watch.cpp preloaded).
 
 python -m tests.csrc.first_touch page_watch.so <threads> <case>...
 """
@@ -24,21 +24,21 @@ NUM_PAGES = (64 << 20) // 4096
 
 
 class Watch:
-    """Who touched the pages of the arena first, since the last question."""
+    """The threads that first touched each page of the arena since the last call of `take`."""
 
     def __init__(self, library: str) -> None:
         self._library = ctypes.CDLL(library)
         self._library.begin_watch()
 
     def take(self) -> list[int]:
-        """Return each page's thread, 0 for none, and forget them."""
+        """Return each page's thread, or 0 if it was not touched, and reset the record."""
         touches = (ctypes.c_int32 * NUM_PAGES)()
         self._library.take_touches(touches)
         return list(touches)
 
 
 def linear(watch: Watch, packing: ops.Packing) -> list[int]:
-    """A plain product."""
+    """Pack a plain weight and multiply by it."""
     weight = ops.linear_weight(random_weight("Q8_0", 2080, COLUMNS, seed=1), packing)
     packed = watch.take()
     at_once.linear(torch.randn(1, COLUMNS), weight)
@@ -46,7 +46,7 @@ def linear(watch: Watch, packing: ops.Packing) -> list[int]:
 
 
 def gate_up(watch: Watch, packing: ops.Packing) -> list[int]:
-    """Gate and up in one matrix."""
+    """Pack gate and up in one matrix and multiply by it."""
     sources = [random_weight("Q8_0", 992, COLUMNS, seed=seed) for seed in (1, 2)]
     weight = ops.gate_up_weight(sources[0], sources[1], packing)
     packed = watch.take()
@@ -58,7 +58,7 @@ def qkv(
     watch: Watch, packing: ops.Packing, formats: tuple[str, str, str] = ("Q8_0", "Q8_0", "Q8_0"),
     head_dim: int = 64, *, has_norms: bool = False,
 ) -> list[int]:  # fmt: skip
-    """Queries, keys and values of one token that is decoded."""
+    """Pack the weights of queries, keys and values and decode one token."""
     heads, kv_heads = 9, 3
     sources = [
         random_weight(format, count * head_dim, COLUMNS, seed=count)
@@ -88,7 +88,7 @@ CASES: dict[str, Callable[[Watch, ops.Packing], list[int]]] = {
 
 
 def main() -> None:
-    """Print a line a case: the pages' threads, when they were packed and when they were read."""
+    """Print a line for each case: the pages' threads when packed and when read."""
     library, threads, *cases = sys.argv[1:]
     _C.configure_team(int(threads), 0, False)
     watch = Watch(library)

@@ -1,5 +1,6 @@
-// Preloaded into a process: which thread first touches each page of an arena's pieces (64 MiB).
-// They are given without any right; a touch is a fault, which is noted, and the page opened.
+// Preloaded into a process, records which thread first touches each page of an arena's pieces
+// (64 MiB). Pages start without access rights; the fault handler records a touch and opens the
+// page.
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -18,7 +19,7 @@ std::atomic<int32_t> toucher[kPages];
 void note_touch(int number, siginfo_t* info, void*) {
   uint8_t* const begin = piece.load();
   const auto at = static_cast<size_t>(static_cast<uint8_t*>(info->si_addr) - begin);
-  if (begin == nullptr || at >= kPiece) {  // a real fault: it comes again
+  if (begin == nullptr || at >= kPiece) {  // a real fault, which will recur
     signal(number, SIG_DFL);
     return;
   }
@@ -53,7 +54,7 @@ void begin_watch() {
   sigaction(SIGSEGV, &action, nullptr);
 }
 
-// Writes who has touched each page first, 0 for nobody; from here on it is asked anew.
+// Writes the thread that first touched each page, or 0, and starts a new record.
 void take_touches(int32_t* out) {
   for (size_t i = 0; i < kPages; ++i) out[i] = toucher[i].exchange(0);
   mprotect(piece, kPiece, PROT_NONE);

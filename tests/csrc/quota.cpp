@@ -1,5 +1,5 @@
-// Prints quota_cores(8) for a hierarchy and a membership file given as arguments; for one argument,
-// a topology, the usable cores.
+// Prints quota_cores(8) for a hierarchy and a membership file, or, with one argument, the usable
+// cores of that topology.
 #include <cstdio>
 
 #include "cpu/platform.h"

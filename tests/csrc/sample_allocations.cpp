@@ -1,6 +1,6 @@
-// Counts what a draw and log-probabilities allocate: inside a team's run that must be nothing, for
-// a failure there would end the process. Holds the lists of the best against a sort, too. On the
-// portable passes, so that it compiles in seconds (test_sample_allocations.py).
+// Counts the allocations of draws and log-probabilities. Inside a team's run there must be none,
+// because a failed one would end the process. Also compares the lists of the best tokens with a
+// sort. Uses the portable passes, which compile in seconds (test_sample_allocations.py).
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -31,7 +31,7 @@ void* counted(size_t bytes) {
 
 }  // namespace
 
-// The forms for arrays end in these.
+// The array forms call these.
 void* operator new(size_t bytes) { return counted(bytes); }
 void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
   ++num_allocations;
@@ -52,7 +52,7 @@ const Kernels& kernels() {
 }  // namespace tgi::cpu::step
 
 namespace tgi::cpu {
-void team_barrier() {}  // rows are drawn alone here
+void team_barrier() {}  // here one thread draws each row
 }  // namespace tgi::cpu
 
 namespace {
@@ -85,7 +85,7 @@ std::vector<SampleSlot> slots() {
   return all;
 }
 
-// Whether ids and logprobs [n] are in order: the best first, of equals the lowest id.
+// Whether ids and logprobs [n] are in order: best first, and the lowest id first among equals.
 bool is_sorted(const int32_t* ids, const float* logprobs, int64_t n) {
   for (int64_t i = 1; i < n; ++i) {
     if (!(logprobs[i - 1] >= logprobs[i])) return false;
@@ -94,7 +94,7 @@ bool is_sorted(const int32_t* ids, const float* logprobs, int64_t n) {
   return true;
 }
 
-// What all the slots' draws allocate, or -1 where one of them fails.
+// Returns the number of allocations of all slots' draws, or -1 if one fails.
 int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector<int32_t>& mask) {
   std::vector<SampleSlot> records = slots();
   const auto num_rows = static_cast<int64_t>(records.size());
@@ -136,8 +136,8 @@ int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector
   return during;
 }
 
-// What the log-probabilities of rows of logits allocate, or -1 where the best are not what a sort
-// finds.
+// Returns the number of allocations for log-probabilities of rows of logits, or -1 if the best
+// tokens differ from a sort's.
 int64_t allocations_of_logprobs(const std::vector<float>& logits, int64_t num_rows,
                                 int64_t num_top) {
   const std::vector<int32_t> token_ids(num_rows, 3);
@@ -170,7 +170,7 @@ int main() {
   std::vector<float> logits(8 * kVocab);
   for (float& x : logits) x = std::round(64 * normal(random)) / 16;  // with ties
   const std::vector<int32_t> mask(8 * ((kVocab + 31) / 32), 0x7FFFFFFF);
-  int num_failed = num_allocations == 0;  // the vectors above are counted, or nothing is
+  int num_failed = num_allocations == 0;  // fails if the vectors above were not counted
   const auto check = [&](const char* what, int64_t found) {
     if (found == 0) return;
     ++num_failed;

@@ -1,5 +1,5 @@
-// What step_variants.cpp computes with: random rows of every format, inputs of products, and
-// results as bytes.
+// Helpers for step_variants.cpp: random rows of every format, inputs of products, and results as
+// bytes.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ using namespace tgi::cpu::step;  // NOLINT
 constexpr int64_t kColumns = 256, kRows = 96, kTokens = 39, kContext = 300;
 using Bytes = std::vector<uint8_t>;
 
-// Rows of random blocks, each drawn again until its largest weight is from 2^-8 to 1: so scales
-// are sound in every format, wherever it has them.
+// Makes rows of random blocks. Each block is redrawn until its largest weight is from 2^-8 to 1, so
+// that scales are valid in every format, wherever it stores them.
 Bytes random_rows(Format format, std::mt19937& random) {
   const FormatInfo& info = format_info(format);
   Bytes rows(kRows * file_row_bytes(format, kColumns));
@@ -44,7 +44,7 @@ std::vector<int32_t> count_up(int64_t size) {
   return all;
 }
 
-// A tiled input of products, aligned as the kernels want it.
+// A tiled input of products, aligned as the kernels require.
 struct Input {
   Input(const Kernels& kernels, Precision precision, int64_t columns, int64_t tokens)
       : tile_tokens(kernels.tile_tokens), num_tokens(tokens) {
@@ -53,7 +53,7 @@ struct Input {
     bytes.resize(static_cast<size_t>(tiles * view.tile_bytes(tile_tokens) + 64));
     view.data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
   }
-  // What each token has, whatever the size of a tile.
+  // Appends the values of each token, independent of the tile size.
   void append_to(Bytes& out) const {
     const bool is_int8 = view.precision == Precision::kInt8;
     const int64_t size = is_int8 ? kBlockColumns : tile_block_bytes(view.precision, 1);

@@ -1,6 +1,6 @@
-// Runs every operator of a step, and the passes that sampling is made of, with every set of kernels
-// that this machine runs and compares their bits with the portable ones'. A program of its own, so
-// that it can be cross-compiled and run under an emulator (test_step_variants.py).
+// Runs every operator of a step, and the passes of sampling, with every kernel set that this
+// machine supports, and compares the bits with those of the portable set. A separate program can be
+// cross-compiled and run under an emulator (test_step_variants.py).
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -27,7 +27,7 @@ size_t scratch_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   return static_cast<size_t>(kernels.scratch_floats(weight, precision, unit_strips));
 }
 
-// A product's rows where some tokens have adapters: of an odd rank, on some of its panels.
+// Returns a product's rows if some tokens have adapters of an odd rank on some of its panels.
 std::vector<float> adapted_rows(const Kernels& kernels, LinearParams linear) {
   constexpr int64_t kInner = 11, kUpRows = 3 * kInner;
   std::mt19937 random(3);
@@ -56,7 +56,7 @@ std::vector<float> adapted_rows(const Kernels& kernels, LinearParams linear) {
   return rows;
 }
 
-// What a product gives and is made of: norm, rows, sums, gates, logits.
+// Returns the results of a product and related operators: norm, rows, sums, gates, logits.
 Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                   const std::vector<float>& x) {
   const std::vector<float> norm_weight(kColumns, 1.25f), bias(kRows, 0.5f);
@@ -104,7 +104,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   return found;
 }
 
-// A step of one prompt of 300 tokens, whose blocks lie in order.
+// A step of one prompt of 300 tokens, whose blocks are in order.
 struct Text {
   explicit Text(int64_t num_blocks)
       : places(count_up(kContext)),
@@ -130,12 +130,12 @@ struct Text {
 
 struct AttentionCase {
   Precision precision;
-  int64_t head_dim;  // up to kRows / 3: one head of queries, of keys, of values
+  int64_t head_dim;  // at most kRows / 3: one head each of queries, keys and values
   int64_t window;
 };
 
-// What qkv writes for a text of 300 tokens, and what attention makes of it: the cache's bytes, the
-// queries', the outputs'. weight: kRows rows.
+// Runs qkv for a text of 300 tokens and attention over it; returns the bytes of the cache, the
+// queries and the outputs. `weight` has kRows rows.
 Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
                           const AttentionCase& c, const std::vector<float>& x) {
   const std::vector<float> ones(kColumns, 1.0f), norm(kStripRows, 0.75f);
@@ -174,7 +174,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   heads.q = query.data();
   heads.kv = kv;
   kernels.qkv(qkv, step, 0, 1);
-  // The same queries once more, from rows.
+  // The same queries again, computed from rows.
   std::vector<float> rows(kContext * kRows);
   kernels.linear_rows({qkv.parts[0], rows.data(), kRows}, step, 0, 1);
   Bytes found(query);
@@ -200,8 +200,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
 
 #include "step_variants_latents.h"
 
-// How often the passes over a row say other than the portable ones. Masses alone may differ, as
-// some processors round products that are added up and others do not.
+// Returns how often the passes over a row differ from the portable ones. Only masses may differ,
+// because some processors round products before they are added and others do not.
 int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& random) {
   std::normal_distribution<float> normal;
   int differences = 0;
@@ -243,7 +243,7 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
   return differences;
 }
 
-// Two sequences, of which the second goes on from its state, which is copied first.
+// Returns a step of two sequences; the second resumes from its state, which is copied first.
 StepHeader step_of_states() {
   static const StateSpan spans[] = {{0, 17, -1, 0}, {17, 17, 3, 1}, {17, kTokens, 1, 2}};
   StepHeader step = {};
@@ -253,7 +253,7 @@ StepHeader step_of_states() {
   return step;
 }
 
-// What a short convolution makes of two sequences that go on from their states, and leaves of them.
+// Returns the results of a short convolution for these sequences, and the states that it leaves.
 Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool is_gated) {
   constexpr int64_t kChannels = 77, kPadded = 96, kTaps = 4, kPlaces = 4;
   const StepHeader step = step_of_states();
@@ -276,7 +276,8 @@ Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool i
   return joined({&out, &states});
 }
 
-// What heads of state spaces make of the same sequences, and a gated norm of that.
+// Returns the results of selective-scan heads for the same sequences, and of a gated norm after
+// them.
 Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_first) {
   constexpr int64_t kHeads = 2, kDim = 48, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
   const StepHeader step = step_of_states();
@@ -307,7 +308,7 @@ Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_
   return joined({&out, &states, &normed});
 }
 
-// What heads of the gated delta rule make of the same sequences.
+// Returns the results of gated-delta-rule heads for the same sequences.
 Bytes rule_of(const Kernels& kernels, const std::vector<float>& x, bool is_tiled) {
   constexpr int64_t kHeads = 4, kDim = 32, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
   const StepHeader step = step_of_states();
@@ -333,14 +334,14 @@ Bytes rule_of(const Kernels& kernels, const std::vector<float>& x, bool is_tiled
   return joined({&out, &states});
 }
 
-// The first set whose products of bf16 round as this one's: it must have the same bits.
+// Returns the first set whose bf16 products round like this one's; their bits must be equal.
 const Kernels& like(const std::vector<const Kernels*>& sets, const Kernels& kernels) {
   return **std::find_if(sets.begin(), sets.end(), [&](const Kernels* each) {
     return std::strcmp(each->arithmetic, kernels.arithmetic) == 0;
   });
 }
 
-// What a set of kernels gives against what the portable one does.
+// Compares the results of a kernel set with the expected ones; returns 1 if they differ.
 int compare(const Kernels& variant, const Bytes& found, const Bytes& expected, const char* what,
             Precision precision) {
   if (found == expected) return 0;

@@ -1,9 +1,8 @@
-// Latent attention of each set of kernels. Included by step_variants.cpp only, inside its
-// namespace.
+// Latent attention of each kernel set. Only step_variants.cpp includes this, inside its namespace.
 #pragma once
 
-// What latent_qkv writes for the same text, and what attention over it makes of three heads: the
-// cache's bytes, the queries', the results.
+// Runs latent_qkv for the same text and attention of three heads over it; returns the bytes of the
+// cache, the queries and the results.
 Bytes latents_and_attention(const Kernels& kernels, Precision precision,
                             const std::vector<float>& x) {
   constexpr int64_t kHeads = 3, kRank = 64, kTurning = 32, kWidth = kHeads * kRank;

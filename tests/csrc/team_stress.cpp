@@ -1,6 +1,6 @@
-// Drives the thread team hard, for the thread sanitizer: callers in turns, barriers, parking,
-// wake-ups, teams that are replaced. Exits 0 if every run saw the memory of its caller and of the
-// other members.
+// Stresses the thread team for the thread sanitizer: alternating callers, barriers, parking,
+// wake-ups, replaced teams. Exits with 0 if every run saw the writes of its caller and of the other
+// members.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -13,7 +13,7 @@ namespace {
 
 std::atomic<int> num_errors{0};
 
-// Two phases: each member writes its cell, and after the barrier sums up those of all.
+// Runs two phases: each member writes its cell and, after the barrier, sums all cells.
 void run_once(int salt) {
   std::vector<int> cells, sums;
   tgi::cpu::run_on_team(
@@ -47,7 +47,7 @@ int main() {
         callers.emplace_back([caller] {
           for (int i = 0; i < 40; ++i) {
             if (i % 7 == 0)
-              std::this_thread::sleep_for(std::chrono::microseconds(300));  // they park
+              std::this_thread::sleep_for(std::chrono::microseconds(300));  // so that they park
             if (i % 5 == 0) tgi::cpu::team_wake();
             if (i == 20 && caller == 0) tgi::cpu::set_num_threads(2);
             run_once(caller * 1000 + i);

@@ -1,7 +1,7 @@
-"""Where AMX is there but may not be used, the next set serves and says why.
+"""If the processor has AMX but the system refuses it, the next kernel set serves and the reason is logged.
 
-On any machine with AVX-512 and BF16: a processor that says it has AMX, and a seccomp filter that answers for
-the system, in a small program.
+The tests run on any machine with AVX-512 and BF16: a small program simulates a processor that reports AMX,
+and a seccomp filter answers in place of the system.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from tgi_asgi import _C
 
 ROOT = Path(__file__).parents[2]
-OWN_ANSWER = -1  # the system's
+OWN_ANSWER = -1  # let the system answer
 HAS_AMX = "amx" in _C.kernel_sets()
 pytestmark = pytest.mark.skipif(
     "amx_model" not in _C.kernel_sets(), reason="kernels for AMX need AVX-512 and BF16 beside it"
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The choice of kernels with sets that are names alone, and a processor that says what it is told to."""
+    """Build the choice of kernels with dummy kernel sets and a simulated processor."""
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("amx") / "amx_grant"
     sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets")]
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def choice(
     program: Path, *, is_there: bool, is_kept: bool, answer: int, wish: str = ""
 ) -> tuple[list[str], str, str, str]:
-    """Return the sets, the one that serves, a forked child's, and what was refused."""
+    """Return the kernel sets, the one that serves, the one that a forked child uses, and the refusal."""
     environ = {**os.environ, "TGI_ISA": wish}
     environ.pop("LD_PRELOAD", None)  # a sanitizer's, which the program is not built with
     command = [str(program), str(int(is_there)), str(int(is_kept)), str(answer)]

@@ -1,4 +1,4 @@
-"""How a step's attention is shared out: every chunk that is read once, and nothing for what a rule hides."""
+"""How a step's attention is split: every chunk that is read occurs once, and masked chunks do not occur."""
 
 from __future__ import annotations
 

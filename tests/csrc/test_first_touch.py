@@ -1,4 +1,4 @@
-"""Weights' pages are first touched by the member that reads them: the system puts them in its memory."""
+"""The thread that reads a page of weights touches it first, so that NUMA systems place the page near it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that notes first touches."""
+    """Build the library that records first touches."""
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     library = tmp_path_factory.mktemp("watch") / "page_watch.so"
     source = ROOT / "tests" / "csrc" / "page_watch.cpp"
@@ -49,5 +49,5 @@ def test_the_member_that_reads_a_page_has_written_it_first(
         assert len(pages) > 100, case
         assert len({reader for _, reader in pages}) == threads, case
         moved = sum(writer != reader for writer, reader in pages)
-        # A page on a border between members, or between two matrices, belongs to two.
+        # A page on a border between threads' parts, or between two matrices, belongs to two.
         assert moved <= threads - 1 + 2, f"{case}: {moved} of {len(pages)} pages"

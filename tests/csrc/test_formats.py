@@ -1,6 +1,6 @@
 """Every row of the table of weight formats: decoded, packed, multiplied and repacked, against ggml or numpy.
 
-A format that is added to the table is tested here without a line more, if the `gguf` package knows it.
+A format that is added to the table is tested automatically if the `gguf` package supports it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _float8(blocks: _Bytes) -> _Floats:
 def _reference(name: str) -> Callable[[_Bytes], _Floats]:
     if TABLE[name].ggml_type is None:
         return _int4 if name.startswith("INT4") else _float8
-    if name == "Q8_1":  # of products inside ggml: `gguf` does not decode it
+    if name == "Q8_1":  # only used for products inside ggml; `gguf` does not decode it
         return _q8_1
 
     def ggml(blocks: _Bytes) -> _Floats:
@@ -70,9 +70,9 @@ def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(weights)).reshape(-1, columns)
 
 
-@functools.cache  # `gguf` decodes blocks one by one: as much time as all the rest
+@functools.cache  # `gguf` decodes block by block, which would take half of the time
 def random_rows(name: str, rows: int, columns: int, least: float = 0.0, most: float = np.inf) -> _Bytes:
-    """Make rows of random bytes; a block is drawn again until its largest weight is in range."""
+    """Make rows of random bytes; redraw each block until its largest weight is in range."""
     rng = np.random.default_rng(rows * columns)
     row = TABLE[name]
     blocks = np.zeros((rows * columns // row.block_columns, row.block_bytes), np.uint8)
@@ -85,7 +85,7 @@ def random_rows(name: str, rows: int, columns: int, least: float = 0.0, most: fl
 
 
 def sound_rows(name: str, rows: int, columns: int) -> _Bytes:
-    """Make rows whose weights are fit for products: none is much larger than the others."""
+    """Make rows whose weights suit products: none is much larger than the others."""
     if name in FLOATS:
         values = 0.1 * torch.randn(rows, columns)
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
@@ -110,7 +110,7 @@ def product(a: Tensor, matrix: _C.Matrix, precision: str, bias: Tensor | None = 
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
-    """Return float32 rows in float64, as a product of this precision reads them."""
+    """Return float32 rows in float64, rounded as a product of this precision rounds them."""
     if precision != "int8":
         return x.to(torch.bfloat16).double() if precision == "bfloat16" else x.double()
     blocks = x.reshape(x.shape[0], -1, 32)
@@ -123,7 +123,7 @@ def rounded(x: Tensor, precision: str) -> Tensor:
 def test_a_block_is_of_the_size_that_gguf_says(name: str) -> None:
     row, type = TABLE[name], gguf.GGMLQuantizationType[name]
     assert row.ggml_type == type.value
-    if name != "Q8_1":  # where the package counts two floats, ggml has two halves
+    if name != "Q8_1":  # the package counts two float32 where ggml has two halves
         assert (row.block_columns, row.block_bytes) == gguf.GGML_QUANT_SIZES[type]
 
 
@@ -156,7 +156,7 @@ def test_a_packed_row_is_the_decoded_one(name: str, rows: int) -> None:
     data = random_rows(name, rows, 768)
     found = torch.from_numpy(packed(data, name, rows, 768).unpack())
     assert_same_bits(found[:rows], decode(data, name, 768))
-    assert not found[rows:].any(), "padding is zero"
+    assert not found[rows:].any(), "padding must be zero"
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -210,12 +210,12 @@ def _precisions(name: str) -> tuple[str, str]:
 def test_a_product_is_that_of_the_rounded_activations(
     name: str, rows: int, columns: int, tokens: int, kernel_set: str
 ) -> None:
-    a, bias = torch.randn(tokens, columns), torch.randn(-(-rows // 32) * 32)  # to whole strips
+    a, bias = torch.randn(tokens, columns), torch.randn(-(-rows // 32) * 32)  # padded to whole strips
     data = sound_rows(name, rows, columns)
     for precision in dict.fromkeys(_precisions(name)):
         found = product(a, packed(data, name, rows, columns), precision, bias)
         wanted = rounded(a, precision) @ meaning(data, name, columns).double().T + bias[:rows].double()
-        # A value halfway between two codes may go either way.
+        # A value halfway between two codes may round either way.
         assert_close(found, wanted, length=columns * (40 if precision == "int8" else 4) ** 2)
 
 

@@ -1,4 +1,4 @@
-"""What sets of kernels agree on to the bit, and how the products of tiles round."""
+"""Results that must be bitwise equal in all kernel sets, and how products with AMX tiles round."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.blocks import random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import direct
 
-BY_TILES = 32  # tokens, from which on codes are multiplied by tiles
+BY_TILES = 32  # least number of tokens for which tiles multiply codes
 
 
 def arithmetic_of(name: str) -> str:
-    """Return how a set rounds products of bfloat16."""
+    """Return how a kernel set rounds bfloat16 products."""
     before = _C.kernel_set()
     _C.use_kernel_set(name)
     try:
@@ -48,8 +48,8 @@ def test_products_of_bfloat16_have_the_same_bits_in_sets_of_one_arithmetic(token
 
 
 def test_products_of_tiles_round_as_they_were_measured_to() -> None:
-    # Of 32 columns two float32 sums, of the even and of the odd, each in order; a product of two bfloat16 is
-    # exact, so adding it is the fma. Measured on Sapphire Rapids over 23 million outputs.
+    # Each 32 columns form two float32 sums, of the even and of the odd columns, each in order. A product of
+    # two bfloat16 is exact, so adding it equals an FMA. Measured on Sapphire Rapids over 23 million outputs.
     sets = [name for name in _C.kernel_sets() if arithmetic_of(name) == "tdpbf16ps"]
     if not sets:
         pytest.skip("this machine has neither tiles nor their model")

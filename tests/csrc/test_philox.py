@@ -1,4 +1,4 @@
-"""The draw: Philox's known answers hold the reference, and the reference holds the kernel."""
+"""The random draw: Philox's published answers verify the reference, and the reference verifies the kernel."""
 
 from __future__ import annotations
 

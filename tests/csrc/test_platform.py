@@ -1,4 +1,4 @@
-"""What the team learns of the machine: cgroup quotas of both versions, and the instruction set wished for."""
+"""What the team detects about the machine: cgroup quotas (v1 and v2) and the requested instruction set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def quota_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that asks platform.cpp about a hierarchy of ours."""
+    """Build a program that runs platform.cpp on a hierarchy from the test."""
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("quota") / "quota"
     sources = ["tests/csrc/quota.cpp", "csrc/cpu/platform.cpp"]

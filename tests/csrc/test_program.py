@@ -1,4 +1,4 @@
-"""The extension's recorded step: what it refuses, before a kernel would write where nothing is."""
+"""The extension's recorded step: it refuses bad operands before a kernel would write out of bounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
 
 @functools.cache
 def pool() -> _C.KvPool:
-    """Return a pool of one layer and one head of keys."""
+    """Return a pool of one layer with one KV head."""
     return _C.KvPool(layers=[(1, 32, 32, 0)], num_blocks=2, block_size=16, precision="float32")
 
 
@@ -81,7 +81,7 @@ def attend(p: _C.Program, q: Any, **out: Any) -> None:
     p.attention(q=q, pool=pool(), layer=0, true_dim=32, spec=_C.AttentionSpec(scale=1.0), **out)
 
 
-# Every operator with the buffers that it takes.
+# Every operator with the buffers that it accepts.
 OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
     "embed": (
         lambda p, out: p.embed(table=matrix(32), factor=1.0, positions=None, out=out),

@@ -1,4 +1,4 @@
-"""Sampling allocates nothing inside a team's run: a program that counts, without Python in the process."""
+"""Sampling allocates nothing inside a team's run; a program without Python counts the allocations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache that a recorded layer writes and reads: as close as its type allows, int8 most of all."""
+"""The cache that a recorded layer writes and reads is as precise as its type allows, especially int8."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ HIDDEN = 96
 NUM_BLOCKS, EPS = 60, 1e-5
 SCALE = 0.17
 DTYPES = [torch.int8, torch.bfloat16, torch.float32]
-SHAPES = [(32, 32, 16), (64, 64, 32), (96, 48, 16), (256, 256, 64), (80, 20, 16)]  # head, turning, block
+SHAPES = [(32, 32, 16), (64, 64, 32), (96, 48, 16), (256, 256, 64), (80, 20, 16)]  # head, rotary, block
 
 
 class World:
-    """One layer's attention over float32 weights, recorded: `attention(qkv(norm(x)))` of given rows."""
+    """One layer's recorded attention over float32 weights: `attention(qkv(norm(x)))` of given rows."""
 
     def __init__(
         self, dtype: torch.dtype, head_dim: int, length: int, rotary_dim: int, block_size: int
@@ -69,7 +69,7 @@ class World:
         return slots_of(self.blocks, self.block_size, start, stop)
 
     def run(self, start: int, stop: int) -> Tensor:
-        """Compute tokens [start, stop) after those before; return what attention gave."""
+        """Compute tokens [start, stop) after the preceding ones; return the attention output."""
         self.program.write(self.given, self.x[start:stop])
         self.program.run(flat_rows([(start, stop)], [self.blocks], self.block_size), ())
         return self.program.read(self.out, stop - start)
@@ -83,12 +83,12 @@ class World:
 
 
 def _room(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """Return how far a written value may be from the computed one."""
+    """Return the largest allowed error of written values."""
     if dtype is torch.float32:
         return torch.full_like(values, 1e-5)
     if dtype is torch.bfloat16:
         return values.abs() / 256 + 1e-5
-    # Half a code of the largest of its block, at most the head's; the scale has 11 bits.
+    # Half a code of its block's largest value, at most the head's; the scale has 11 bits.
     largest = values.abs().amax(-1, keepdim=True)
     return largest / 127 * 0.51 + values.abs() / 2048 + 1e-5
 
@@ -118,7 +118,7 @@ def test_attention_to_what_the_cache_holds_equals_the_reference(
     found = torch.cat([world.run(*span) for span in itertools.pairwise([0, 1, 18, 255, 299, 300])])
     key, value = read_kv(world.layer, world.slots(0, 300), rotary_dim)
     expected = reference(world.computed()[0], key, value, SCALE)
-    # Queries and weights of bfloat16 are rounded; those of int8 have 16 bits.
+    # bfloat16 rounds queries and weights; those for int8 have 16 bits.
     room = {torch.float32: 2e-5, torch.int8: 1e-4, torch.bfloat16: 1e-2}[dtype]
     assert torch.isfinite(found).all()
     assert (found - expected).abs().max() <= room * expected.abs().max()
@@ -145,7 +145,7 @@ def test_what_is_not_finite_is_not_hidden_by_an_int8_cache(value: float, which: 
     scales[3] = value  # token 3, head 0
     found = world.run(10, 12).view(2, HEADS, 32)
     broken = found[:, : HEADS // KV_HEADS]
-    if which == "key" and value == float("inf"):  # a score of minus infinity is one: no weight
+    if which == "key" and value == float("inf"):  # a score of minus infinity is valid and has weight 0
         assert not torch.isfinite(broken).all()
     else:
         assert not torch.isfinite(broken).any()

@@ -1,6 +1,6 @@
-"""Products of eight-bit activations: what rounding must not hide.
+"""Products of eight-bit activations: rounding must not hide non-finite values.
 
-Products in all formats are tests/csrc/test_formats.py's business, the operator tests/ops/test_linear.py's.
+tests/csrc/test_formats.py tests products in all formats, tests/ops/test_linear.py the operator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_what_is_not_finite_is_not_hidden_by_eight_bits(value: float, kernel_set
 def test_values_of_any_size_are_rounded_block_by_block(kernel_set: str) -> None:
     a, (weight, matrix) = torch.randn(6, HIDDEN), weight_of("Q8_0")
     a *= torch.tensor([1e-25, 1e-6, 1.0, 1e4, 1e12, 1e25])[:, None]
-    a[:, 32:64] *= 1e-5  # a block of small values beside large ones
+    a[:, 32:64] *= 1e-5  # a block of small values next to large ones
     found = at_once.linear(a, weight)
     for row in range(6):
         assert_close(found[row], as_int8(a[row : row + 1])[0] @ matrix.double().T, length=HIDDEN)

@@ -1,6 +1,6 @@
-"""Packing: the order of rows in panels, biases beside them, and what is quantised on the way.
+"""Packing: the order of rows in panels, biases next to them, and quantisation while packing.
 
-That a packed row is what its file says is tests/csrc/test_formats.py's business.
+tests/csrc/test_formats.py checks that a packed row equals the file's.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def test_quantised_rows_are_within_half_a_level_of_what_they_were(
     found = torch.from_numpy(matrix.unpack())[:5]
     blocks = torch.nn.functional.pad(values, (0, found.shape[1] - columns)).view(5, -1, 32)
     level = blocks.abs().amax(-1, keepdim=True) / levels
-    # One code of sixteen is missing on the side opposite to the largest value: up to a whole level there.
+    # Opposite to the largest value, one of sixteen codes is missing, so the error reaches a whole level
+    # there.
     room = 0.51 if format == "Q8_0" else 1.01
     assert ((found.view_as(blocks) - blocks).abs() <= room * level + 1e-6).all()
     assert not found[3, 32:64].any()
@@ -142,7 +143,7 @@ def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int
         _C.pack(
             sources=[data], format="Q8_0", columns=32, order=np.arange(32, dtype=np.int32), arena=_C.Arena()
         )
-    with pytest.raises(TypeError):  # bytes with gaps are not converted: that would copy a matrix
+    with pytest.raises(TypeError):  # non-contiguous bytes are not converted, which would copy a matrix
         _C.pack(
             sources=[np.zeros(2 * 32 * 34, np.uint8)[::2]],
             format="Q8_0", columns=32, order=np.arange(32), arena=_C.Arena(),
@@ -152,7 +153,7 @@ def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e8, -1e8])
 def test_a_value_that_no_block_can_hold_is_refused(format: str, value: float) -> None:
-    """It would become an ordinary number, and the model's text another, without a word."""
+    """Check the refusal: the value would silently become an ordinary number and change the model's text."""
     values = torch.ones(3, 64)
     packing = ops.Packing(is_exact=False, quantise=format)
     values[1, 40] = 5e5

@@ -1,8 +1,8 @@
-"""Every instruction set's kernels of the recorded step against the portable ones, to the bit.
+"""The recorded step's kernels of every instruction set, bitwise equal to the portable ones.
 
-In a small program, which for Arm is cross-compiled, and run under an emulator where there is one. Compiling
-all kernels anew takes a minute, so that is for `make soak` and `make nightly`; the small size only checks
-that the program still fits their headers, and that Arm's kernels compile.
+A small program compares them; for Arm it is cross-compiled and run under an emulator if there is one.
+Compiling all kernels takes a minute and is left to `make soak` and `make nightly`. The small size only checks
+that the program still compiles with their headers, and that Arm's kernels compile.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_kernels_of_arm_compile_without_a_warning(kernels: str, tmp_path: Path) 
     compiler = "c++" if platform.machine() == "aarch64" else "aarch64-linux-gnu-g++"
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    # Not optimised: 3 seconds instead of 30. All templates are compiled nevertheless.
+    # Without optimisation: 3 seconds instead of 30. All templates are still compiled.
     flags = [flag for flag in FLAGS if flag != "-O1"]
     output = tmp_path / "kernels.o"
     command = [
@@ -72,4 +72,4 @@ def test_kernels_of_arm_compile_without_a_warning(kernels: str, tmp_path: Path) 
         str(output),
     ]
     subprocess.run(command, check=True)
-    assert output.stat().st_size > 1 << 16  # not the empty file of another machine
+    assert output.stat().st_size > 1 << 16  # not the empty file of another architecture

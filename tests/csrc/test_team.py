@@ -1,4 +1,4 @@
-"""The thread team: its size, its manners, callers that take turns, and life after a fork."""
+"""The thread team: its size, priority and cores, callers that take turns, and its state after a fork."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = torch.randn(64, 257)
 
 @pytest.fixture
 def team() -> Iterator[None]:
-    """Give the test a team to reshape, and put a plain one back."""
+    """Let the test reconfigure the team, and restore a plain one afterwards."""
     before = _C.num_threads()
     yield
     _C.configure_team(before)
@@ -38,7 +38,7 @@ def team_threads() -> list[int]:
     """Return the kernel's ids of the threads that the team owns."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the thread may have ended
             if (task / "comm").read_text().strip() == "tgi-team":
                 found.append(int(task.name))
     return found
@@ -49,7 +49,7 @@ def state_of(thread: int) -> str:
 
 
 def until(holds: object, seconds: float = 20) -> bool:
-    """Wait for a condition that another thread brings about."""
+    """Wait for a condition that another thread makes true; return whether it holds."""
     assert callable(holds)
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
@@ -73,7 +73,7 @@ def test_the_default_is_what_the_process_may_use(team: None) -> None:
 
 @pytest.mark.parametrize("num_started", [0, 1])
 def test_a_thread_that_cannot_start_is_an_error_and_a_smaller_team_works(num_started: int) -> None:
-    """Address space for so many stacks and no more, which has the effect of a limit on processes."""
+    """Limit the address space to the stacks of this many threads, which acts like a limit on processes."""
     script = f"""
 import resource
 import numpy as np
@@ -146,7 +146,7 @@ def test_team_threads_take_the_nice_value_and_the_core_asked_for(team: None) -> 
     cores = sorted(os.sched_getaffinity(0))
     assert until(lambda: os.getpriority(os.PRIO_PROCESS, thread) == 7)
     assert until(lambda: os.sched_getaffinity(thread) == {cores[1 % len(cores)]})
-    assert os.getpriority(os.PRIO_PROCESS, 0) == own, "the caller is no member for good"
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own, "the caller's priority must not change"
 
 
 def test_the_thread_that_joins_takes_member_zeros_place(team: None) -> None:
@@ -209,7 +209,7 @@ def test_the_stub_names_what_the_extension_has() -> None:
     for name, node in functions.items():
         words, compiled = ast.get_docstring(node), getattr(_C, name).__doc__
         assert words is not None
-        assert words.split()[0] in compiled, f"{name} is told otherwise"
+        assert words.split()[0] in compiled, f"{name}: the docstrings differ"
         signature = compiled.splitlines()[0]
         parameters = re.findall(r"(\w+): ", signature.split("(", 1)[1])
         arguments = [*node.args.args, *node.args.kwonlyargs]

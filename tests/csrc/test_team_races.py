@@ -1,4 +1,4 @@
-"""The thread team under the thread sanitizer: a stress program of its own, without Python in the process."""
+"""The thread team under the thread sanitizer: a separate stress program without Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapters settings name, in TGI's way and in vLLM's, and which directory a location means."""
+"""The adapters that settings name, in TGI's and vLLM's syntax, and the directories of their locations."""
 
 from __future__ import annotations
 

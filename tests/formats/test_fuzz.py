@@ -1,4 +1,4 @@
-"""Files that were right and are no more: read or refused, no crash, no more memory than the file has."""
+"""Mutated files are read or refused without a crash, and without more memory than the file's size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.text.tokenizer import Tokenizer
 
 EXAMPLES = (300, 20_000)
-# What reading may take beside the file's own size: Python objects for a few hundred bytes of header.
+# Memory that reading may use beyond the file's size: Python objects for a few hundred bytes of header.
 MEMORY_BYTES = 1 << 20
 
 GGUF = gguf_bytes(
@@ -56,7 +56,7 @@ _HEADER = json.dumps(
 ).encode()
 SAFETENSORS = struct.pack("<Q", len(_HEADER)) + _HEADER + bytes(32)
 
-# What numbers are replaced by: bounds of the integer types, and small ones.
+# Replacements for numbers: bounds of the integer types, and small values.
 NUMBERS = st.sampled_from([0, 1, 2, 7, 8, 9, 255, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1])
 
 

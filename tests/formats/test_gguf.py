@@ -1,4 +1,4 @@
-"""The GGUF reader: what it reads, and that no lie of a header gets past it."""
+"""The GGUF reader: what it reads, and that it refuses every inconsistent header."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_views_outlive_the_file_and_cannot_be_written(tmp_path: Path) -> None:
 
 
 def _resident_kib(path: Path) -> int:
-    """Return how much of a file's mapping is in memory."""
+    """Return the resident size of a file's mapping in KiB."""
     maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
     return sum(int(part.split("Rss:")[1].split()[0]) for part in maps)
 
@@ -128,12 +128,12 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 
 
 def typed(code: str, *items: Any) -> dict[str, Any]:
-    """One metadata key `a` whose type and value are the packed items."""
+    """Return one metadata key `a` whose type and value are the packed items."""
     return {"a": struct.pack("<" + code, *items)}
 
 
 def one(*dims: int, kind: int = F32, size: int = 16, offset: int | None = None) -> bytes:
-    """A file with one tensor."""
+    """Return a file with one tensor."""
     return gguf_bytes({}, [Tensor("a", dims, kind, bytes(size), offset)])
 
 

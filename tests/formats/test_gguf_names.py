@@ -1,4 +1,4 @@
-"""What is chosen of a repository's GGUF files, by names as people give them on the Hub."""
+"""The choice among a repository's GGUF files, by names as they occur on the Hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf_names import Part, choose, models_of, quant_of
 
-# As bartowski's, unsloth's and others' repositories name them.
+# As the repositories of bartowski, unsloth and others name them.
 FLAT = ["M-Q3_K_S.gguf", "M-Q4_0.gguf", "M-Q4_0_4_4.gguf", "M-Q4_K_M.gguf", "M-Q8_0.gguf", "M-f16.gguf"]
 FOLDERS = [
     "BF16/M-BF16-00001-of-00002.gguf",
@@ -57,7 +57,7 @@ def test_a_quantisation_is_found_in_a_name(path: str, quant: str) -> None:
         (["only.gguf"], "only.gguf"),
         (FOLDERS, "Q4_K_M/model-00001-of-00003.gguf"),
         (["mmproj-Q8_0.gguf", "M-Q5_0.gguf", "mtp-M-Q4_K_M.gguf"], "M-Q5_0.gguf"),
-        # A model of which a part is missing is none that people take.
+        # A model with a missing part is not chosen by default.
         (["M-Q4_K_M-00001-of-00002.gguf", "M-Q2_K.gguf"], "M-Q2_K.gguf"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_name_that_names_none_or_several_lists_what_there_is(
 def test_parts_are_counted() -> None:
     (model,) = models_of(["m-00001-of-00003.gguf", "m-00003-of-00003.gguf"])
     assert model.num_missing == 1
-    # Those of another count are of another model.
+    # Parts with another count belong to another model.
     assert len(models_of(["m-00001-of-00003.gguf", "m-00001-of-00002.gguf"])) == 2
 
 

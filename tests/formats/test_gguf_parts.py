@@ -1,4 +1,4 @@
-"""A model in several GGUF files, as the `gguf` package's writer cuts it: read as one, or refused by name."""
+"""A model in several GGUF files, as the `gguf` package's writer splits it: read as one or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARRAYS = {f"t{index}": np.full((2, 32), index, np.float32) for index in range(5)
 
 
 def write_parts(folder: Path, stem: str = "m", arrays: dict[str, Any] = ARRAYS, most: int = 2) -> list[Path]:
-    """Write a model of so many tensors a file; return the files in their order."""
+    """Write a model with at most `most` tensors in each file; return the files in order."""
     writer = gguf.GGUFWriter(folder / f"{stem}.gguf", "llama", split_max_tensors=most)
     writer.add_name(stem)
     for name, array in arrays.items():

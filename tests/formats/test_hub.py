@@ -1,6 +1,6 @@
-"""The Hub, played by a small server on this machine: the real client against its real protocol.
+"""Downloads from the Hub: huggingface_hub's real client against a small local server with the real protocol.
 
-Each case runs in a process of its own, because huggingface_hub reads its environment when it is imported.
+Each case runs in its own process, because huggingface_hub reads its environment when it is imported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    """Run the fake hub; its address."""
+    """Run the fake hub and yield its address."""
     with fake_hub() as address:
         yield address
 
@@ -69,7 +69,7 @@ def test_what_a_model_needs_is_fetched_with_token_revision_and_progress(hub: str
     assert answer["names"] == sorted(FILES.keys() - unwanted)
     stage, done, total = answer["steps"][-1]
     assert stage == "downloading org/model at v2" and total == done >= 50_000
-    # And then it is in the cache, where no network is needed.
+    # Afterwards the model is in the cache, and no network is needed.
     again = fetch(tmp_path, "http://127.0.0.1:9", "org/model", "v2", HF_HUB_OFFLINE="1")
     assert again["names"] == answer["names"] and again["revision"] == COMMIT
 

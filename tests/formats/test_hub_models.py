@@ -1,6 +1,6 @@
-"""Models of the Hub over sockets, by huggingface_hub's real client: what is chosen, fetched and kept.
+"""Models from the Hub over sockets, with huggingface_hub's real client: what is chosen, fetched and kept.
 
-Each process resolves several names: the client reads its environment when it is imported.
+Each process resolves several names, because the client reads its environment when it is imported.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def hub() -> Iterator[Hub]:
 
 
 def find(tmp_path: Path, endpoint: str, *names: str, **environ: str) -> tuple[list[Any], str]:
-    """Resolve names in one process; return what became of each, and the log."""
+    """Resolve names in one process; return the outcome of each, and the log."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *names],
@@ -112,7 +112,7 @@ def test_a_gguf_file_is_fetched_alone_and_found_again_without_network(hub: Hub, 
     assert named[1:] == unnamed[1:] == found[1:]
     assert absent == "the Hub's cache of org/m-GGUF has no 'Q8_0'; it has Q4_K_M"
     assert "not in the Hub's cache" in unknown
-    # A Hub that cannot be reached is as good as none.
+    # An unreachable Hub is treated like working offline.
     (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/m-GGUF:Q4_K_M", REVISION="v2")
     assert again[1:] == found[1:]
 

@@ -1,4 +1,4 @@
-"""What is no model that can be served is told in one sentence, before weights are read."""
+"""Models that cannot be served are described in one sentence, before weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused of adapters, by name: kinds that are not computed, damaged files, another base."""
+"""Adapters that are refused, by name: unsupported kinds, damaged files, another base model."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_cut_short_after_it_was_read_harms_nobody(tmp_path: Path)
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path) / "adapter_model.safetensors"
     with path.open("r+b") as file:
-        file.truncate(64 << 30)  # a hole: to read it would take all memory
+        file.truncate(64 << 30)  # a hole; reading it would use all memory
     with pytest.raises(ModelLoadError, match=r"has 68719476736 bytes; at most 1073741824 are read"):
         PeftAdapter(tmp_path)
     with pytest.raises(ModelLoadError, match=r"at most 100 are read: so it is"):

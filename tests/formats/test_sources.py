@@ -1,4 +1,4 @@
-"""Which model a name means, and what is said of names that mean none."""
+"""The model that a name refers to, and the errors for names that refer to none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find(name: str | Path) -> ModelFiles:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if the Hub is asked."""
+    """Fail if the code tries to use the Hub."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
 

@@ -1,4 +1,4 @@
-"""Which addresses clients may send the server to."""
+"""The addresses that clients may make the server fetch from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From bytes to pixels: what is read, as transformers does, and what is refused before it costs anything."""
+"""From bytes to pixels: read as transformers does, or refused before decoding costs anything."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_turned_picture_is_upright(format: str, orientation: int) -> None:
 def test_the_orientation_may_stand_in_xmp() -> None:
     for xmp in (b'<x tiff:Orientation="6"/>', b"<tiff:Orientation>6</tiff:Orientation>"):
         data = encoded(picture(21, 10), "JPEG", xmp=xmp)
-        assert decode(data).pixels.size == (10, 21)  # as Pillow has it from 11.2 on
+        assert decode(data).pixels.size == (10, 21)  # as in Pillow since 11.2
 
 
 def test_of_an_animation_the_first_frame_is_read() -> None:
@@ -200,7 +200,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def test_what_else_is_in_a_jpeg_is_not_looked_at() -> None:
-    """EXIF that says of itself that it is large, colour profiles, comments, other pictures, a film behind."""
+    """Add oversized EXIF, colour profiles, comments, further pictures, and a trailing film; none matters."""
     plain = encoded(picture(40, 30), "JPEG")
     entries = b"".join(struct.pack("<HHII", i, 7, 60_000, 8) for i in range(0x8000, 0x8000 + 5000))
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 5000) + entries
@@ -210,7 +210,7 @@ def test_what_else_is_in_a_jpeg_is_not_looked_at() -> None:
 
 
 def test_what_else_is_in_a_png_is_not_unpacked() -> None:
-    """Colour profiles, texts: each may be a megabyte, in a thousand bytes."""
+    """Add colour profiles and texts, each of a thousand bytes that may expand to a megabyte."""
     plain = encoded(picture(40, 30))
     extra = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) + chunk(b"zTXt", b"a\0\0!")
     for at in (33, len(plain) - 12):

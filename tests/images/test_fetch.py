@@ -1,4 +1,4 @@
-"""Fetching: from public addresses alone, whatever names, redirects and servers do, and no more than fits."""
+"""Fetching only from public addresses, whatever names, redirects and servers do, and only what fits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tgi_asgi.errors import ImageTooLarge, InvalidRequest
 from tgi_asgi.images.addresses import is_public
 from tgi_asgi.images.fetch import MAX_REDIRECTS, Fetcher
 
-PUBLIC = "1.2.3.4"  # what names lead to unless a test says otherwise; the tests' server stands there
+PUBLIC = "1.2.3.4"  # the default address of names; it leads to the tests' server
 LIMIT = 100_000
 
 
 class Counter:
-    """Room for so many bytes."""
+    """A budget of `LIMIT` bytes."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -35,7 +35,7 @@ class Counter:
 
 
 class Internet:
-    """A fetcher for which `PUBLIC` is this machine, and names are what a test says."""
+    """A fetcher for which `PUBLIC` is this machine and the test defines the names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: dict[str, Sequence[str]] = {}
@@ -47,7 +47,7 @@ class Internet:
 
         async def connect(host: str, port: int, **options: Any) -> Any:
             self.connects.append(host)
-            assert is_public(host), "a connection to an address that is not public"
+            assert is_public(host), "a connection to a non-public address"
             return await real("127.0.0.1", port, **options)
 
         monkeypatch.setattr(asyncio, "open_connection", connect)
@@ -166,7 +166,7 @@ async def test_each_redirect_is_looked_up_and_checked(internet: Internet) -> Non
 async def test_a_name_that_changes_its_address_between_check_and_connection_cannot(
     internet: Internet,
 ) -> None:
-    """The connection is made to the address that was checked: there is no second look-up to win."""
+    """Check that the connection uses the verified address, without a second look-up that could differ."""
     addresses = iter([[PUBLIC], ["127.0.0.1"]])
     internet.lookup = lambda name, port: asyncio.sleep(0, next(addresses))  # type: ignore[method-assign]
     async with web({"/": answer(b"data")}) as (port, _):

@@ -1,4 +1,4 @@
-"""Adapters against `peft` in float32: on the families, alone and in one batch with others and with none."""
+"""LoRA adapters against `peft` in float32: on the families, alone and in mixed batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 EXACT = 5e-5  # of a log-probability
-LEAST_EFFECT = 0.1  # that each adapter must have on one
+LEAST_EFFECT = 0.1  # least effect of each adapter on a log-probability
 NUM_BEST = 5
 BY_NAME = {case.name: case for case in CASES}
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def job_of(found: Reference, weights: Any) -> Job:
 
 
 def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
-    """Hold a job's log-probabilities against peft's for the tokens that it has."""
+    """Compare a job's log-probabilities with peft's for the tokens that it generated."""
     ids = [*job.prompt_ids, *job.token_ids]
     truth = Reference(list(job.prompt_ids), job.token_ids, peft_logprobs(base, adapter, ids))
     assert differences(job, truth).max() <= EXACT
@@ -132,7 +132,7 @@ def test_a_family_gives_what_peft_gives_alone_and_among_others(
 
 
 def bare(case: FamilyCase) -> list[Any]:
-    """Return what a server without adapters gives."""
+    """Return the results of a server without adapters."""
     loaded = load_case(checkpoint(case), enable_lora=False)
     job = job_of(reference(case), None)
     try:
@@ -233,7 +233,7 @@ def test_another_models_adapter_is_no_row_of_this_one(tmp_path: Path, llama: Loa
 
 
 def test_a_draw_depends_on_its_own_adapter_alone(tmp_path: Path, llama: LoadedModel) -> None:
-    """What a row draws is its own, whatever is beside it: sampled, with log-probabilities, in any cut."""
+    """Check that a row's draws do not depend on other rows: sampled, with log-probabilities, in chunks."""
     found, base = reference(BY_NAME["llama"]), checkpoint(BY_NAME["llama"]).path
     assert llama.adapters is not None
     weights = [

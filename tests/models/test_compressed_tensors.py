@@ -1,4 +1,4 @@
-"""Checkpoints of the `compressed-tensors` package against what it decompresses of them itself."""
+"""Checkpoints of the `compressed-tensors` package against the weights that it decompresses itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = torch.randint(0, 160, (48,), generator=torch.Generator().manual_seed(2)).t
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 FP8 = {"num_bits": 8, "type": "float"}
-# The package's format, its arguments for weights, and the format that ours keep them in.
+# The package's format, its arguments for weights, and the format in which the server keeps them.
 RECIPES = [
     pytest.param(
         "pack-quantized", INT4 | {"symmetric": True}, "INT4_128", id="int4", marks=pytest.mark.models

@@ -149,7 +149,7 @@ def test_granite_s_gguf_file_may_switch_positions_off() -> None:
 
 
 def test_what_a_family_s_configuration_class_defaults_to() -> None:
-    """The same as `transformers` has, of keys that real files leave out."""
+    """Check that defaults for keys that real files omit equal those of `transformers`."""
     few = {key: value for key, value in JSON.items() if key not in ("rms_norm_eps", "rope_theta")}
     few |= {"num_key_value_heads": 3}
     for name in ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "Phi3ForCausalLM"):

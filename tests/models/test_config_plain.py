@@ -1,4 +1,4 @@
-"""Configurations of the older families as checkpoints on the Hub have them, and what is refused of them."""
+"""Configurations of the older families, as in checkpoints on the Hub, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FALCON_7B: dict[str, Any] = {
     "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32,
     "num_kv_heads": 71, "parallel_attn": True, "torch_dtype": "bfloat16", "vocab_size": 65024,
 }  # fmt: skip
-# The first configuration of 40B, of TII's own code.
+# The first configuration of 40B, for TII's own code.
 FALCON_40B: dict[str, Any] = {
     "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["RWForCausalLM"],
     "attention_dropout": 0.0, "bias": False, "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0,
@@ -75,7 +75,7 @@ PHI_2: dict[str, Any] = {
     "partial_rotary_factor": 0.4, "qk_layernorm": False, "resid_pdrop": 0.1, "rope_scaling": None,
     "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 51200,
 }  # fmt: skip
-# Of Stability's own code.
+# For Stability's own code.
 STABLELM: dict[str, Any] = {
     "architectures": ["StableLMEpochForCausalLM"], "bos_token_id": 0, "eos_token_id": 0,
     "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 6912,
@@ -115,7 +115,7 @@ def test_falcons_differ_in_heads_norms_and_positions() -> None:
     ]
     assert [layer.layers[0].rope is None for layer in (small, large, first)] == [False, False, True]
     assert first.layers[0].slopes is not None
-    assert first.layers[0].slopes[0] == pytest.approx(2**-0.25 / 8)  # scaled, as scores are
+    assert first.layers[0].slopes[0] == pytest.approx(2**-0.25 / 8)  # scaled, like scores
 
 
 def test_blooms_context_is_its_sequence_length() -> None:

@@ -21,7 +21,7 @@ from tgi_asgi.models.config import RopeSpec
 from tgi_asgi.models.rope import inverse_frequencies
 
 IDS = torch.randint(0, 160, (100,), generator=torch.Generator().manual_seed(2)).tolist()
-# Worst element of float32 logits of magnitude 10 after three layers: some hundred roundings of 6e-8 each.
+# Worst element of float32 logits of magnitude 10 after three layers: about a hundred roundings of 6e-8 each.
 TOLERANCE = 5e-5
 
 

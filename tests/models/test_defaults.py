@@ -1,4 +1,4 @@
-"""What a config.json lacks: families take it to mean what the class of `transformers` does."""
+"""Keys that a config.json lacks: families use the same defaults as the class of `transformers`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading.open import read_config
 from tgi_asgi.models.registry import all_families
 
-# Where the class's own defaults make no model that can be served.
+# Values for classes whose own defaults do not describe a model that can be served.
 _GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm4_moe": {"head_dim": 128},
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 64},
 }
-_COMPOSITE = ("qwen3_5", "qwen3_5_moe")  # theirs lie in a part of their own
-_LLAMA_BY_ANOTHER_NAME = ("internlm3", "iquestcoder")  # their classes have defaults, their code is Llama's
+_COMPOSITE = ("qwen3_5", "qwen3_5_moe")  # their keys are in a nested object
+_LLAMA_BY_ANOTHER_NAME = ("internlm3", "iquestcoder")  # own defaults, but Llama's code
 
 
 def _types() -> Iterator[str]:

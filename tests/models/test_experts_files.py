@@ -1,4 +1,4 @@
-"""Experts of damaged files: what is missing or contradicts the configuration is refused by name."""
+"""Experts of damaged files: missing or contradictory tensors are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def cut(name: str, rows: int) -> Callable[[Tensors], None]:
-    """Leave so many rows, or experts, of a tensor."""
+    """Return a change that keeps only this many rows, or experts, of a tensor."""
 
     def change(tensors: Tensors) -> None:
         tensors[name] = tensors[name][:rows].contiguous()
@@ -38,7 +38,7 @@ def cut(name: str, rows: int) -> Callable[[Tensors], None]:
 
 
 def without(*names: str) -> Callable[[Tensors], None]:
-    """Leave tensors out."""
+    """Return a change that removes tensors."""
 
     def change(tensors: Tensors) -> None:
         for name in names:
@@ -59,7 +59,7 @@ def with_another_expert(tensors: Tensors) -> None:
 
 
 def checkpoint(folder: Path, *, is_fused: bool, **config: int) -> ModelFiles:
-    """Write a checkpoint whose config.json says something else than its tensors, if `config` does."""
+    """Write a checkpoint; `config` makes its config.json contradict its tensors."""
     model = make_model(
         "Qwen3Moe", num_experts=NUM_EXPERTS, num_experts_per_tok=2, moe_intermediate_size=SIZE,
         head_dim=HEAD_DIM,
@@ -172,9 +172,9 @@ def gguf_file(
     changes: Mapping[str, tuple[int, ...] | None] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> ModelFiles:
-    """Write a GGUF file of ones; `changes` are shapes of some tensors, None: left out.
+    """Write a GGUF file of ones; `changes` maps tensors to other shapes, or to None to omit them.
 
-    counts: what its header says otherwise.
+    `counts` overrides values of its header.
     """
     heads, keys = (SHAPE[f"num_{kind}_heads"] * HEAD_DIM for kind in ("attention", "key_value"))
     layer: Shapes = {
@@ -235,7 +235,7 @@ def test_a_gguf_file_without_experts_names_them(tmp_path: Path) -> None:
 
 
 def test_a_layer_without_a_router_is_refused_by_its_experts(tmp_path: Path) -> None:
-    """Which layers of a GGUF file have experts their routers say."""
+    """Check a GGUF file, in which a layer has experts if it has a router."""
     with pytest.raises(ModelLoadError, match=r"no tensor 'blk\.1\.ffn_gate\.weight'"):
         load_model(gguf_file(tmp_path, {"blk.1.ffn_gate_inp.weight": None}))
 

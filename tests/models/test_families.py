@@ -1,6 +1,6 @@
-"""Every family as a whole: small models of each against `transformers`, from its files and from llama.cpp's.
+"""Every family as a whole: small models against `transformers`, from its files and from llama.cpp's.
 
-The normal run has a choice of them; `make test-models` runs all.
+The normal run covers a selection; `make test-models` runs all.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from tests.support.family_scores import differences, score
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.formats.sources import ModelFiles
 
-EXACT = 5e-5  # of a log-probability; what is right is within 7e-6
-# Where `transformers` sums up otherwise: it makes keys of latents, and takes a delta net's tokens by chunks.
-EXACT_OTHERWISE = 3e-4  # what is right is within 1.5e-4
+EXACT = 5e-5  # of a log-probability; correct results are within 7e-6
+# For models that `transformers` sums in another order: it expands latents to keys, and computes a delta net
+# in chunks.
+EXACT_OTHERWISE = 3e-4  # correct results are within 1.5e-4
 FLOATS = ("safetensors", "f32", "f16", "bf16")  # forms whose weights are multiplied as floats
-# The largest and the mean difference in default arithmetic: floats differ by 0.035 and 0.02, codes by more,
-# since their activations are int8. Some models differ by more: by no more than `transformers` in bfloat16.
+# The largest and the mean difference in default arithmetic. Floats differ by 0.035 and 0.02; codes differ by
+# more, because their activations are int8. Some models differ by more, but not by more than `transformers` in
+# bfloat16.
 LOOSE_FLOATS, LOOSE_FLOATS_MEAN = 0.05, 0.03
 LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
 SLACK = 1.2
-# Codes differ by more where what is rounded is multiplied, as the gates of short convolutions are, and where
-# the weights are rounded, too.
+# Codes differ by more if rounded values are multiplied with each other, as in the gates of short
+# convolutions, and if the weights are rounded, too.
 MORE = 2.0
-FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
+FAULTY = 1e-2  # least effect of a planted fault, well above any tolerance
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
 CLOSE = STORED | {f"{case.name}-{form}": (case, form) for case in CASES for form in case.rounded}
@@ -45,7 +47,7 @@ FAULTS = {f"{case.name}-{fault.name}": (case, fault) for case in CASES for fault
 
 
 def rows(all_rows: Mapping[str, tuple[Any, ...]], *, usual: str) -> list[Any]:
-    """Return the parameters of a test, of which the normal run has the ones that are named."""
+    """Return a test's parameters, with those outside `usual` marked `models`."""
     names = usual.split()
     assert set(names) <= all_rows.keys(), names
     found = []
@@ -98,7 +100,7 @@ def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
 
 
 def _largest_and_mean(case: FamilyCase, apart: np.ndarray) -> tuple[float, float]:
-    if case in ROUTED:  # a token whose experts are all but tied may go to another
+    if case in ROUTED:  # near ties between experts may be decided differently
         return float(np.quantile(apart, 0.9)), float(np.median(apart))
     return float(apart.max()), float(apart.mean())
 

@@ -1,8 +1,9 @@
 """Whole small models in every format of GGUF files, against `transformers` and against llama.cpp's own error.
 
-The truth is `transformers` in float32 on the weights that the file's blocks mean. What llama.cpp computes of
-the same files is kept in oracle/llama-errors.json, which oracle/record_llama_errors.py has made.
-The normal run has every format in Llama and one in Qwen 2, `make test-models` both.
+The reference is `transformers` in float32 on the weights that the file's blocks decode to.
+oracle/llama-errors.json holds llama.cpp's errors on the same files, as recorded by
+oracle/record_llama_errors.py. The normal run covers every format with Llama and one with Qwen 2; `make
+test-models` covers both with all formats.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops.formats import FORMATS as READ
 
-EXACT = 2e-4  # of a log-probability; what is right is within 1e-4
+EXACT = 2e-4  # of a log-probability; correct results are within 1e-4
 MARGIN = 1.1  # of llama.cpp's errors
-MARGIN_OF_ONE = 1.5  # of its largest, which is chance: llama.cpp's own moves by 1.7 with the cache's type
+MARGIN_OF_ONE = 1.5  # of its largest, which is noise: llama.cpp's own varies by 1.7 with the cache's type
 ERRORS = json.loads(Path(__file__).with_name("oracle").joinpath("llama-errors.json").read_text("utf-8"))
 MIXED = {
     "*.0.self_attn.q_proj.*": "Q4_K",
@@ -35,7 +36,7 @@ MIXED = {
     "*.0.self_attn.v_proj.*": "Q8_0",
     "*.0.mlp.gate_proj.*": "Q5_K",
     "*.0.mlp.up_proj.*": "IQ4_XS",
-    "*.1.self_attn.q_proj.*": "BF16",  # floats beside codes
+    "*.1.self_attn.q_proj.*": "BF16",  # floats next to codes
     "*.1.self_attn.k_proj.*": "IQ4_NL",
     "*.1.self_attn.v_proj.*": "F16",
     "*.1.mlp.gate_proj.*": "MXFP4",
@@ -51,7 +52,7 @@ Maker = Callable[[FamilyCase, str], MadeModel]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    """Return what makes a model in a format, once for all tests here."""
+    """Return a function that makes a model in a format, once for all tests here."""
     kept: dict[tuple[str, str], MadeModel] = {}
 
     def get(case: FamilyCase, format: str) -> MadeModel:
@@ -64,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 
 def cases(qwen2: str) -> list[Any]:
-    """Return the parameters of a test: Qwen 2 in the normal run in one format only."""
+    """Return a test's parameters; the normal run covers Qwen 2 in one format only."""
     return [pytest.param(LLAMA, format, id=f"llama-{format}") for format in FORMATS] + [
         pytest.param(QWEN2, format, id=f"qwen2-{format}", marks=() if format == qwen2 else pytest.mark.models)
         for format in FORMATS
@@ -86,15 +87,15 @@ def test_log_probabilities_are_those_of_transformers(made: Maker, case: FamilyCa
 @pytest.mark.parametrize(("case", "format"), cases("Q4_K"))
 def test_default_arithmetic_errs_no_more_than_llama_cpp(made: Maker, case: FamilyCase, format: str) -> None:
     model = made(case, format)
-    # llama.cpp multiplies by no Q8_1: its codes are Q8_0's, and so is the error that it may have.
+    # llama.cpp does not multiply by Q8_1; its codes are Q8_0's, so Q8_0's error applies.
     theirs = ERRORS["errors"][case.name]["Q8_0" if format == "Q8_1" else format]
     assert format == "Q8_1" or model.digest == theirs["file"], (
         "the file is not the recorded one: run tests/models/oracle/record_llama_errors.py"
     )
     logits = our_logits(model.files, model.reference.all_ids, is_exact=False)
     apart = np.abs(logits.double().log_softmax(-1).numpy() - model.reference.logprobs)
-    # Products by float16 are exact here, so that the cache's rounding is all that there is to see: it is
-    # bfloat16's, three times that of llama.cpp's usual cache.
+    # float16 products are exact here, so only the cache's rounding matters: it is bfloat16's, three times
+    # that of llama.cpp's usual cache.
     allowed = theirs["bfloat16" if format == "F16" else "float16"]
     assert apart.mean() <= MARGIN * allowed["mean"]
     assert np.quantile(apart, 0.99) <= MARGIN * allowed["p99"]
@@ -124,5 +125,5 @@ def test_matrices_of_one_product_keep_their_formats_and_sizes(made: Maker) -> No
         for part, name, matrix in zip(parts, names, canonical, strict=True):
             where = "mlp" if matrix in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             assert part.matrix.format == format_of(MIXED, f"model.layers.{index}.{where}.{matrix}.weight")
-            # Scales of k-quants are unpacked to whole bytes: four bytes more than Q3_K's 110, the most.
+            # Scales of k-quants are unpacked to whole bytes, which adds at most four bytes to Q3_K's 110.
             assert part.matrix.nbytes <= 1.04 * sizes[f"blk.{index}.{name}.weight"], name

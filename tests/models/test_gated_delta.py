@@ -1,4 +1,4 @@
-"""Gated delta nets as a whole: what their code could get wrong shows against `transformers`."""
+"""Gated delta nets as a whole: faults planted in their code are visible against `transformers`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.recurrent import GatedDelta
 
 CASE = next(case for case in STATE_CASES if case.name == "qwen3_5")
-FAULTY = 1e-2  # as tests/models/test_families.py has it
+FAULTY = 1e-2  # as in tests/models/test_families.py
 
 
 def changed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Return a function that passes over some of its arguments."""
+    """Return the function with some of its arguments overridden."""
     return lambda *args, **given: function(*args, **{**given, **options})
 
 
@@ -60,7 +60,7 @@ def test_code_that_is_wrong_differs(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_keys_that_are_not_normed_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted in `transformers`: the kernel has no other way."""
+    """Plant the fault in `transformers`, as the kernel always normalises keys."""
     monkeypatch.setattr(modeling_qwen3_5, "l2norm", lambda x, **options: x / x.shape[-1] ** 0.5)
     found = reference(CASE)
     wrong = family_maker.logprobs(CASE, checkpoint(CASE).path, found.all_ids)
@@ -68,7 +68,7 @@ def test_keys_that_are_not_normed_differ(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_step_is_recorded() -> None:
-    """By the family of ours, not by the code of `transformers`."""
+    """Check that the native family runs the model, not the code of `transformers`."""
     with OpenModel(checkpoint(CASE)) as opened:
         assert not opened.is_generic
         model = opened.load(ops.Packing(is_exact=True), 64)
@@ -106,7 +106,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 
 def test_names_may_be_those_of_a_model_that_sees(tmp_path: Path) -> None:
-    """Its text's are one name deeper, as `transformers` 5 writes those of the text alone, too."""
+    """Read names one level deeper, where `transformers` 5 writes them for a text model alone, too."""
     folder, part = checkpoint(CASE).path, "model.language_model."
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     plain = {each.replace(part, "model."): tensor for each, tensor in tensors.items()}

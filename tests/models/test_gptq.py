@@ -1,7 +1,7 @@
-"""GPTQ matrices that AutoGPTQ has packed, against what it reads of them: zero points, act-order, eight bits.
+"""GPTQ matrices packed by AutoGPTQ, against the weights that it reads: zero points, act-order, eight bits.
 
-And AWQ's, which take the bytes of their file, but for zero points.
-oracle/record_gptq.py has made oracle/gptq.npz.
+Also AWQ matrices, which use the bytes of their file, except for zero points. oracle/record_gptq.py has made
+oracle/gptq.npz.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tgi_asgi.ops.sources import decode
 
 ORACLE = Path(__file__).with_name("oracle") / "gptq.npz"
 NAME = "model.layers.0.mlp.down_proj.weight"
-# Of the file's case, and the format that the matrix keeps.
+# The format that the matrix of each case in the file keeps.
 CASES = {
     "int4": "INT4_64",
     "int4-symmetric-order": "F16",
@@ -40,7 +40,7 @@ def test_weights_are_those_that_autogptq_multiplies_by(tmp_path: Path, case: str
     options = {"quant_method": "gptq", "bits": int(case[3]), "group_size": 64}
     source = read(tmp_path, arrays, tuple(values.shape), options).in_order()
     assert source.format == CASES[case]
-    # Each is rounded once: to float16 where no block holds the codes.
+    # Each value is rounded once: to float16 if no block format holds the codes.
     torch.testing.assert_close(decode(source), values, rtol=2**-11 if source.format == "F16" else 0, atol=0)
 
 
@@ -54,7 +54,7 @@ def test_an_awq_matrix_takes_the_bytes_of_its_file_and_half_a_byte_a_group(
     packed: Any = ops.linear_weight(source, ops.Packing(is_exact=False)).made
     assert packed.matrix.format == "INT4_128"
     assert np.array_equal(packed.matrix.unpack()[:rows], matrix.weights().numpy())
-    # A zero point is a byte, where the file has four bits: of 128 columns 67 bytes instead of 66.5.
+    # A zero point takes a byte instead of the file's four bits: 67 bytes for 128 columns instead of 66.5.
     assert packed.matrix.nbytes <= sum(array.nbytes for array in arrays.values()) + rows * columns // 256
 
 

@@ -17,7 +17,7 @@ from tgi_asgi.models.loading.open import OpenModel
 
 
 def scales_of(directory: Path, tensors: dict[str, Tensor]) -> list[tuple[float, float]] | None:
-    """Return what is read of a checkpoint of two layers with such tensors in the second's attention."""
+    """Return the scales read from two layers, with these tensors in the second layer's attention."""
     files = save_quantised(make_model(num_hidden_layers=2), directory, "fp8", kind="row")
     others = {f"model.layers.1.self_attn.{name}": tensor for name, tensor in tensors.items()}
     save_file(load_file(directory / "model.safetensors") | others, directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Sizes: files beyond 2^32 bytes, long prompts, and models that do not fit the memory."""
+"""Sizes: files beyond 2^32 bytes, long prompts, and models that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WIDE: dict[str, Any] = {
     "num_key_value_heads": 8,
 }
 WIDE_BYTES = 2 * (2 * 32768 * 1024 + 6 * (3 * 4096 * 1024 + 4 * 1024 * 1024))  # of matrices: 320 MiB
-BEYOND: dict[str, Any] = {  # Llama 2 of 7 billion
+BEYOND: dict[str, Any] = {  # Llama 2 with 7 billion parameters
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "vocab_size": 32000,
@@ -103,7 +103,7 @@ def test_loading_takes_the_weights_once(tmp_path: Path, kind: str) -> None:
     )
     file = files.path if kind == "gguf" else files.path / "model.safetensors"
     assert file.stat().st_size > HOLE_BYTES + WIDE_BYTES
-    assert file.stat().st_blocks * 512 < MIB, "it is a hole"
+    assert file.stat().st_blocks * 512 < MIB, "the file must be a hole"
     taken = measure(kind, files.path, free_bytes=GIB)
     assert WIDE_BYTES < taken.peak_bytes < 1.3 * WIDE_BYTES + 64 * MIB
 
@@ -120,7 +120,7 @@ def test_loading_takes_a_layer_of_experts_once(tmp_path: Path) -> None:
 
 
 def logprobs_of_transformers(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return log-probabilities [NUM_COMPARED, vocab] after each of the last tokens but one."""
+    """Return log-probabilities [NUM_COMPARED, vocab] after the last tokens, without the very last."""
     with torch.inference_mode():
         logits = model(torch.tensor([ids[:-1]]), logits_to_keep=NUM_COMPARED, use_cache=False).logits[0]
     found: torch.Tensor = logits.double().log_softmax(-1)
@@ -128,12 +128,12 @@ def logprobs_of_transformers(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def largest_difference(files: ModelFiles, ids: list[int], expected: torch.Tensor) -> float:
-    """Return how far our log-probabilities of the last tokens, and of our best ones there, are from these."""
+    """Return the largest error of the log-probabilities of the last tokens and of the best ones there."""
     settings = Settings(
         dtype="float32",
         num_threads=2,
         thread_nice=0,
-        max_batch_size=NUM_COMPARED,  # as many logits are computed at a time
+        max_batch_size=NUM_COMPARED,  # logits are computed for this many rows at a time
         max_batch_prefill_tokens=CHUNK,
         max_batch_total_tokens=PROMPT_LENGTH,
     )
@@ -171,13 +171,13 @@ def test_a_prompt_of_8192_tokens_is_that_of_transformers(
         rope_parameters=rope,
         **({"original_max_position_embeddings": 1024, "pad_token_id": None} if kind == "Phi3" else {}),
     )
-    model.config._attn_implementation = "sdpa"  # which needs no [8192, 8192] scores
+    model.config._attn_implementation = "sdpa"  # it needs no [8192, 8192] scores
     ids = torch.randint(160, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     files = save(model, tmp_path / "model")
     save_tokenizer(files.path)
     expected = logprobs_of_transformers(model, ids)
     assert largest_difference(files, ids, expected) < EXACT
-    # And it would be seen if the scaling were none.
+    # The comparison also detects missing scaling.
     path = files.path / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -185,11 +185,11 @@ def test_a_prompt_of_8192_tokens_is_that_of_transformers(
     assert largest_difference(files, ids, expected) > 10 * EXACT
 
 
-# What fits the memory, and what does not.
+# What fits into memory, and what does not.
 
 
 def load_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Callable[..., ModelInfo]:
-    """Return a function that loads a model where so much memory is free, with changed settings."""
+    """Return a function that loads a model with changed settings and this much free memory."""
     monkeypatch.setattr(load_module, "free_memory", lambda: free_bytes)
 
     def load(files: ModelFiles, **changes: Any) -> ModelInfo:
@@ -265,7 +265,7 @@ def test_a_rotary_table_beyond_the_memory_names_what_would_fit(
 ) -> None:
     load = load_with(monkeypatch, 64 * MIB)
     files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
-    options = {"max_batch_total_tokens": 1 << 20}  # the operator has said how large the cache is
+    options = {"max_batch_total_tokens": 1 << 20}  # the operator has set the size of the cache
     with pytest.raises(ModelLoadError, match="for its rotary tables") as refused:
         load(files, max_total_tokens=1 << 20, **options)
     found = re.search(r"--max-total-tokens to at most (\d+)", str(refused.value))

@@ -1,4 +1,4 @@
-"""Latent attention by its files: what is native, what FP8 and older GGUF files mean, what is refused."""
+"""Latent attention by file format: what is native, FP8 and older GGUF files, and what is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny_model(**changes: Any) -> Model:
 
 
 def cut(name: str) -> Callable[[Tensors], None]:
-    """Leave a row less."""
+    """Return a change that removes the last row of a tensor."""
 
     def change(tensors: Tensors) -> None:
         tensors[name] = tensors[name][:-1].contiguous()
@@ -50,7 +50,7 @@ def cut(name: str) -> Callable[[Tensors], None]:
 
 
 def without(name: str) -> Callable[[Tensors], None]:
-    """Leave a tensor out."""
+    """Return a change that removes a tensor."""
 
     def change(tensors: Tensors) -> None:
         del tensors[name]
@@ -69,7 +69,7 @@ def test_models_are_computed_by_families_of_ours(case: FamilyCase) -> None:
     assert has_family(case.architecture, config)
     for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         assert not has_family(case.architecture, config | {key: 40}), key
-        assert has_family(case.architecture, config | {key: "many"}), f"{key} is refused by its name"
+        assert has_family(case.architecture, config | {key: "many"}), f"{key} must be refused by name later"
     assert not has_family(case.architecture, config | {"kv_lora_rank": 544})
 
 
@@ -82,7 +82,7 @@ def test_a_token_keeps_one_row_a_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [512, 5])
 def test_fp8_in_blocks_means_what_its_scales_say(tmp_path: Path, chunk: int) -> None:
-    """As DeepSeek publishes it: the matrices of attention, latents and what is made of them among them."""
+    """Quantise all attention matrices as DeepSeek does, including the latents' projections."""
     model = tiny_model()
     files = save(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -156,7 +156,7 @@ def test_sizes_that_contradict_a_checkpoint_are_refused(
 
 
 def older(source: Path, target: Path, num_heads: int) -> None:
-    """Write a file as llama.cpp's converter did before it took keys and values apart."""
+    """Write a file as llama.cpp's converter did before it separated keys and values."""
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items() if "." in name}
     writer = gguf.GGUFWriter(target, fields["general.architecture"])

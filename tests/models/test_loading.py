@@ -104,7 +104,7 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(tmp_path: Path, kind: str
 
 
 def test_tensors_that_are_known_to_mean_nothing_are_passed_over(tmp_path: Path) -> None:
-    """Also the head of a model whose head is the embedding: some files store it twice."""
+    """Include the head of a model with tied embeddings, which some files store twice."""
     files = save(make_model(tie_word_embeddings=True), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

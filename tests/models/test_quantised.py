@@ -1,4 +1,4 @@
-"""Quantised safetensors checkpoints: the logits that `transformers` computes of what their codes mean."""
+"""Quantised safetensors checkpoints: logits against those of `transformers` with the decoded weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgi_asgi.models.decoder import Decoder
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-TOLERANCE = 2e-4  # worst element of float32 logits, as in test_decoder.py, of layers twice as wide
+TOLERANCE = 2e-4  # worst element of float32 logits, as in test_decoder.py, with layers twice as wide
 
 RECIPES = [
     pytest.param("gptq", {}, "INT4_32", id="gptq"),
@@ -121,7 +121,7 @@ def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["gptq", "awq"])
 def test_biases_of_zeros_that_the_model_lacks_are_passed_over(tmp_path: Path, recipe: str) -> None:
-    """AutoGPTQ writes them beside every matrix."""
+    """Add biases of zeros to every matrix, as AutoGPTQ does."""
     files = save_quantised(make_model(**SHAPE), tmp_path, recipe)
     expected = our_logits(files, IDS)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Quantised matrices of hostile files: any dtype, rank or size gives weights or a `ModelLoadError`."""
+"""Quantised matrices of hostile files: any dtype, rank or size yields weights or a `ModelLoadError`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @st.composite
 def changed_tensors(draw: st.DrawFn, recipe: str) -> dict[str, torch.Tensor]:
-    """Leave a tensor out, or give it another dtype, other sizes or another rank, or other values."""
+    """Remove a tensor, or change its dtype, sizes, rank or values."""
     tensors = sound_tensors(recipe)
     for name in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3, unique=True)):
         tensor = tensors.pop(name)
@@ -90,7 +90,7 @@ def test_what_is_sound_is_read(recipe: str) -> None:
 def test_a_tensor_of_another_rank_is_refused(recipe: str, size: tuple[int, ...]) -> None:
     for name, tensor in sound_tensors(recipe).items():
         is_fine = (
-            name == "weight_shape"  # nobody reads it
+            name == "weight_shape"  # nothing reads it
             or (size == () and name.startswith("weight_scale") and "fp8" in recipe)
             or (size == (COLUMNS,) and "g_idx" in name)
         )

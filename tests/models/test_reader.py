@@ -1,4 +1,4 @@
-"""Configurations key by key: what nobody has read, and might matter, is refused by name."""
+"""Configurations key by key: a key that nothing has read and that might matter is refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value:
         ("pretraining_tp", 4),
         ("rope_interleaved", True),
         ("vocab_parts", ["a", "b"]),
-        ("activation", "swiglu"),  # Falcon 3 says it of what `hidden_act` calls silu
+        ("activation", "swiglu"),  # Falcon 3's name for what `hidden_act` calls silu
     ],
 )
 def test_a_key_that_does_not_matter_is_passed_over(key: str, value: Any) -> None:

@@ -1,7 +1,7 @@
-"""Rotary positions beyond the original context: as the model says, and as the operator does.
+"""Rotary positions beyond the original context: as the model or the operator configures them.
 
-The truth is `transformers`, whose tables depend on the longest position of a call: its logits are those of
-one call with all of the context that is served.
+The reference is `transformers`, whose tables depend on the longest position of a call: its logits come from
+one call with the whole served context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KINDS = {
 def difference(
     files: ModelFiles, expected: torch.Tensor, rope: GivenRope | None = None, impl: str = "auto"
 ) -> float:
-    """Return `Outcome.difference` of a context in chunks and steps of one token."""
+    """Return `Outcome.difference` for a context in chunks and steps of one token."""
     with OpenModel(files, model_impl=impl, rope=rope) as opened:
         model = opened.load(ops.Packing(is_exact=True), SERVED)
     assert not isinstance(model, EncoderModel)

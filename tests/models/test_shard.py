@@ -1,4 +1,4 @@
-"""What shards have of a model: every head, column and word once, whole blocks, and refusals by name."""
+"""How shards split a model: every head, column and word once, whole blocks, and refusals by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_more_shards_than_kv_heads_have_some_of_them_several_times() -> None:
 
 
 def test_no_block_is_cut() -> None:
-    """Of 256 columns, as K-quants have them: four heads of 64."""
+    """Use blocks of 256 columns, as in K-quants: four heads of 64."""
     sizes = {**SMOLLM2, "num_heads": 24, "num_kv_heads": 24, "intermediate_size": 1792}
     cuts = cut_model(4, **sizes, output_block=256, down_block=256)
     assert [len(cut.heads) for cut in cuts] == [8, 8, 4, 4]

@@ -1,8 +1,8 @@
 """GPTQ and AWQ checkpoints against vLLM, which has its own readers and kernels for them.
 
-What vLLM gives is kept in oracle/vllm.json, which oracle/record_vllm.py has made. It computes in bfloat16, so
-that the tolerance is what that costs. On a CPU it has kernels for these two only: of GPTQ with zero points,
-with act-order or of eight bits it has none, and refuses them (test_gptq.py has those).
+oracle/vllm.json holds vLLM's results, as recorded by oracle/record_vllm.py. vLLM computes in bfloat16, which
+determines the tolerance. On a CPU its kernels support only these two: it refuses GPTQ with zero points, with
+act-order or with eight bits (test_gptq.py covers those).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.checkpoints import make_model, our_logits
 from tests.support.quantised import save_quantised
 from tgi_asgi.formats.sources import ModelFiles
 
-MEAN, LARGEST = 0.03, 0.4  # of log-probabilities: what bfloat16 costs is 0.017 and 0.23
+MEAN, LARGEST = 0.03, 0.4  # of log-probabilities: bfloat16 costs 0.017 and 0.23
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-4-symmetric": ("gptq", {"group": 128, "is_centred": True}),
@@ -36,7 +36,7 @@ def make_checkpoint(name: str, folder: Path) -> ModelFiles:
     recipe, options = RECIPES[name]
     model = make_model(**SHAPE)
     with torch.no_grad():
-        model.lm_head.weight /= 4  # likely tokens, but not certain ones
+        model.lm_head.weight /= 4  # so that tokens are likely, but not certain
     return save_quantised(model, folder, recipe, **options)
 
 
@@ -64,7 +64,7 @@ def test_zero_points_that_are_off_by_one_differ(tmp_path: Path, name: str) -> No
 
 
 def differences(name: str, files: ModelFiles) -> np.ndarray:
-    """Return how far our exact log-probabilities are from all that vLLM gave."""
+    """Return the errors of the exact log-probabilities against all that vLLM returned."""
     ours = our_logits(files, IDS).log_softmax(-1).numpy()
     rows = enumerate(RECORDED["models"][name]["logprobs"])
     return np.array(

@@ -1,4 +1,4 @@
-"""Fixtures of the operators' and kernels' tests: every set of kernels, thread counts, a seed."""
+"""Fixtures for the tests of operators and kernels: every kernel set, thread counts, a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tgi_asgi import _C
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Seed torch by TGI_TEST_SEED; pytest shows the line when a test fails."""
+    """Seed torch from TGI_TEST_SEED; pytest shows the printed line when a test fails."""
     seed = int(os.environ.get("TGI_TEST_SEED", "0"))
     print(f"TGI_TEST_SEED={seed}")
     torch.manual_seed(seed)
@@ -21,7 +21,7 @@ def seeded() -> None:
 
 @pytest.fixture(params=_C.kernel_sets())
 def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with each set of kernels that this machine runs."""
+    """Run the test with each kernel set that this machine supports."""
     before = _C.kernel_set()
     _C.use_kernel_set(request.param)
     yield request.param
@@ -30,10 +30,10 @@ def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute alone unless the test asks for a team, and leave the process as it was.
+    """Use one thread unless the test asks for a team, and restore the process's settings.
 
-    So does torch, of which references are made, as in a server: where other processes are busy its threads
-    wait for each other, and small products take ten times as long.
+    The same applies to torch, which computes the references: if other processes are busy, its threads wait
+    for each other and small products take ten times as long. A server also limits torch to one thread.
     """
     before, of_torch = _C.num_threads(), torch.get_num_threads()
     _C.set_num_threads(1)

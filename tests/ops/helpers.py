@@ -10,8 +10,8 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops import Packing, RopeTable, WeightSource, from_floats
 
-EXACT = Packing(is_exact=True)  # float32 times what the weights mean
-FAST = Packing(is_exact=False)  # what serves: int8 and bfloat16 where the weights are
+EXACT = Packing(is_exact=True)  # float32 times the decoded weights
+FAST = Packing(is_exact=False)  # the serving default: int8 or bfloat16, depending on the weights
 
 
 def random_source(*shape: int, scale: float = 1.0) -> tuple[Tensor, WeightSource]:
@@ -21,7 +21,7 @@ def random_source(*shape: int, scale: float = 1.0) -> tuple[Tensor, WeightSource
 
 
 def rope_table(rotary_dim: int, max_positions: int) -> RopeTable:
-    """Return a table as a model has it."""
+    """Return a rotary table as a model uses it."""
     return RopeTable.create([10000 ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)], max_positions)
 
 
@@ -37,14 +37,14 @@ def as_int8(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
-    """Return an activation as products in this precision see it, in float64."""
+    """Return an activation in float64, rounded as products of this precision round it."""
     if precision == "int8":
         return as_int8(x)
     return x.to(torch.bfloat16).double() if precision == "bfloat16" else x.double()
 
 
 def with_each_kernel_set(compute: Callable[[], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Compute with each set of kernels; yield their names and results."""
+    """Compute with each kernel set; yield their names and results."""
     before = _C.kernel_set()
     for name in _C.kernel_sets():
         _C.use_kernel_set(name)

@@ -1,4 +1,4 @@
-"""What adapters add to products, against float64: any rank, any rows of a batch, any kernels and threads."""
+"""LoRA adapter deltas of products against float64: any rank, batch rows, kernel set and thread count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.ops import AdapterLayout, Delta, Packing, Target, direct
 
 QUANTISED = Packing(is_exact=False, quantise="Q8_0")
 LENGTHS = (1, 1, 9, 2, 30, 1)  # of a batch's rows
-ADAPTERS = (None, 0, 1, 0, 1, None)  # of each
+ADAPTERS = (None, 0, 1, 0, 1, None)  # adapter of each row
 
 
 def batch_of(adapters: list[ops.NativeAdapter | None], lengths: tuple[int, ...] = LENGTHS) -> ops.FlatRows:
@@ -33,7 +33,7 @@ def delta(rows: int, columns: int, rank: int, scale: float = 1.5) -> Delta:
 
 
 def added(x: Tensor, change: Delta) -> Tensor:
-    """Return the reference: the matrices as bfloat16 has them, all else in float64."""
+    """Return the float64 reference, with the matrices rounded to bfloat16."""
     down, up = (matrix.bfloat16().double() for matrix in (change.down, change.up))
     return change.scale * (x @ down.T) @ up.T
 
@@ -69,7 +69,7 @@ def test_a_product_has_what_its_rows_adapters_add(
         else:
             expected[span] += added(given[span], changes[which])
     assert_close(found, expected, length=columns, dtype=torch.float32)
-    for which, span in zip(ADAPTERS, spans(), strict=True):  # alone, and token by token: the same bits
+    for which, span in zip(ADAPTERS, spans(), strict=True):  # alone and token by token, the bits are the same
         own = [None if which is None else packed[which]]
         count = span.stop - span.start
         assert_same_bits(direct.linear(weight, x[span], False, batch_of(own, (count,)), layout), found[span])

@@ -1,4 +1,4 @@
-"""The operator attention: float64 reference, poisoned cache, and bits that depend on nothing else."""
+"""The operator attention: float64 reference, poisoned cache, and bits independent of everything else."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tgi_asgi import _C, ops
 from tgi_asgi.ops import FlatRows, Kind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
-# Queries and weights of bfloat16 are rounded; queries for an int8 cache have 16 bits, weights 15.
+# bfloat16 rounds queries and weights; for an int8 cache, queries have 16 bits and weights 15.
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 2e-4}
 
 
 @dataclass
 class Sequences:
-    """Sequences in a pool whose every other place is NaN."""
+    """Sequences in a pool in which every unused place is NaN."""
 
     heads: int
     kv_heads: int
@@ -47,7 +47,7 @@ class Sequences:
         )
         every = torch.arange(context)
         write_kv(pool.layers[0], every, torch.randn(shape), torch.randn(shape), self.rotary_dim)
-        key, value = read_kv(pool.layers[0], every, self.rotary_dim)  # as the dtype has them
+        key, value = read_kv(pool.layers[0], every, self.rotary_dim)  # rounded to the dtype
         self.keys.append(key)
         self.values.append(value)
         return len(self.keys) - 1
@@ -80,7 +80,7 @@ class Sequences:
         return reference(q, keys, values, self.head_dim**-0.5, self.window, **self.rules)
 
     def check(self, cases: list[tuple[int, int]]) -> None:
-        """Hold one step of cases (context, number of queries) to the reference."""
+        """Compare one step of cases (context, number of queries) with the reference."""
         parts = [(self.add(context), context, self.queries(count)) for context, count in cases]
         room = ROOM[self.dtype]
         expected = torch.cat([self.expected(*part) for part in parts])
@@ -97,7 +97,7 @@ SHAPES = [
     (4, 2, 96, 16, None),
     (2, 1, 112, 16, 56),
 ]
-# An int8 cache refuses these: they would grow by more than a fifth (tests/ops/test_kv.py).
+# An int8 cache refuses these: it would grow by more than a fifth (tests/ops/test_kv.py).
 NARROW = [(1, 1, 16, 16, None), (3, 1, 6, 16, 2), (3, 3, 20, 32, None), (6, 2, 24, 64, 20)]
 
 
@@ -139,7 +139,7 @@ def test_chunks_caps_sinks_and_slopes_equal_the_reference(
     kernel_set: str, rules: dict[str, Any], dtype: torch.dtype
 ) -> None:
     _C.set_num_threads(3)
-    for head_dim in (32, 80):  # to an activation, and to rows
+    for head_dim in (32, 80):  # results go to an activation, and to rows
         world = Sequences(4, 2, head_dim, 16, dtype, rules=rules)
         world.check([(1, 1), (101, 4), (600, 30), (800, 2)])
 
@@ -239,7 +239,7 @@ def test_block_ids_of_another_dtype_are_refused() -> None:
 
 @pytest.mark.parametrize(("heads", "dim"), [(3, 20), (2, 64)])
 def test_gates_let_through_some_of_the_result(kernel_set: str, heads: int, dim: int) -> None:
-    """Of more tokens than a tile, whose gates are of both signs."""
+    """Use more tokens than a tile, with gates of both signs."""
     sequences = Sequences(heads, 1, dim, 16, torch.float32)
     sequence, q = sequences.add(70), sequences.queries(37)
     gate = torch.randn(37, heads * dim) * 3

@@ -1,4 +1,4 @@
-"""The operator delta_rule: heads whose states are corrected, token by token."""
+"""The operator delta_rule: recurrent heads whose states are corrected token by token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_sequence_is_that_of_the_reference(
 
 
 def test_keys_of_zeros_change_nothing(kernel_set: str) -> None:
-    """Their lengths are not divided by."""
+    """Check that zero keys are not divided by their length."""
     weight = random_weight(2, 16, 1, 8)
     text = random_text(weight, 5)
     text[0][2, :16] = 0

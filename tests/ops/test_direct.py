@@ -1,4 +1,4 @@
-"""Operators on torch's tensors, one call each: as the recorded ones, and a row's bits in any tensor."""
+"""Operators on torch tensors, one call each: equal to the recorded ones, same row bits in any tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUANTISED = Packing(is_exact=False, quantise="Q8_0")
 def _weight(
     packing: Packing, rows: int, columns: int, *, is_bfloat16: bool = False, has_bias: bool = False
 ) -> tuple[Tensor, Tensor, ops.LinearWeight]:
-    """Return what a weight means, its bias, and the weight."""
+    """Return a weight's decoded values, its bias, and the weight."""
     tensor, _ = random_source(rows, columns, scale=columns**-0.5)
     source = ops.from_floats(tensor.bfloat16() if is_bfloat16 else tensor)
     bias, bias_source = random_source(rows)
@@ -45,7 +45,7 @@ def test_linear_equals_the_reference(
     means, bias, weight = _weight(packing, rows, columns, is_bfloat16=is_bfloat16, has_bias=True)
     precision = "float32" if is_exact else weight.made.precision
     for count in COUNTS:
-        x = torch.randn(count, columns + 5)[:, :columns]  # rows that are not side by side
+        x = torch.randn(count, columns + 5)[:, :columns]  # rows that are not adjacent
         found = direct.linear(weight, x, is_exact)
         assert found.shape == (count, rows)
         expected = rounded(x.contiguous(), precision) @ means.T + bias
@@ -86,7 +86,7 @@ def test_embed_takes_rows_of_the_table(kernel_set: str, columns: int) -> None:
     ids = torch.tensor([39, 0, 7, 7])
     assert torch.equal(direct.embed(weight, ids, 2.0), 2 * means[ids].float())
     assert direct.embed(weight, ids[:0]).shape == (0, columns)
-    for bad in (40, -1, 2**32, 2**32 + 1, -(2**32)):  # some have the low 32 bits of a good one
+    for bad in (40, -1, 2**32, 2**32 + 1, -(2**32)):  # some share the low 32 bits of a valid one
         with pytest.raises(ValueError, match=r"`ids`\[1\] must be in \[0, 40\), got"):
             direct.embed(weight, torch.tensor([3, bad]))
 

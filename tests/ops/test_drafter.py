@@ -1,4 +1,4 @@
-"""The drafter: what it finds, how many tokens pay, and what it learns."""
+"""The drafter: what it finds, how many draft tokens pay off, and what it learns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drafter_of(tokens: list[int], shortest: int = 2, longest: int = 32) -> ops.D
 
 
 def followers(tokens: list[int], shortest: int, longest: int) -> set[int]:
-    """Return what the longest matches go on with, by looking at every place."""
+    """Return the tokens that follow the longest matches, by checking every position."""
     best, found = shortest, set[int]()
     for end in range(1, len(tokens)):
         size = 0

@@ -1,4 +1,4 @@
-"""The operators embed and activation: what the residual begins as, and the residual as it is."""
+"""The operators embed and activation: the initial residual stream, and the unchanged residual stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_rows_of_codes_are_what_they_mean(kernel_set: str, format: str) -> None:
 
 
 def test_every_code_format_of_gguf_files_is_made_here() -> None:
-    """`ops.FORMATS` is the truth: a format that is added to it must be added to tests/support/blocks.py."""
+    """Check that every format in `ops.FORMATS` is also in tests/support/blocks.py."""
     rows = [row for row in ops.FORMATS.values() if row.ggml_type is not None and row.has_kernel]
     assert set(QUANTISED) == {row.name for row in rows if row.is_quantised}
 

@@ -1,4 +1,4 @@
-"""The operators route, experts_add and gated_add: what tokens go to, and what becomes of them there."""
+"""The operators route, experts_add and gated_add: the choice of experts and their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 
 @dataclass(frozen=True)
 class Layer:
-    """Experts as the kernels have them, and as the reference does."""
+    """Experts in the kernels' form and in the reference's."""
 
     weight: ExpertsWeight
     mlps: list[Mlp]
@@ -44,7 +44,7 @@ def make_layer(
     *,
     has_biases: bool = False,
 ) -> Layer:
-    """Make random experts; formats are those of gate, up and down."""
+    """Make random experts; `formats` are those of gate, up and down."""
     made, mlps = [], []
     shapes = [(size, columns), (size, columns), (columns, size)]
     for expert in range(num_experts):
@@ -70,9 +70,9 @@ def run(
     num_drawn: int = 0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Route, and add experts to x: return the weight of each expert [n, num_experts], and x.
+    """Route, and add experts to x; return the weight of each expert [n, num_experts], and x.
 
-    What lies behind the logits, and in x behind its columns' padding, is NaN.
+    The buffer of the logits holds NaN beyond them.
     """
     recorder, num_tokens = ops.Recorder(), len(logits)
     values = [
@@ -145,10 +145,10 @@ def test_logits_far_apart_and_those_that_are_no_numbers(kernel_set: str) -> None
     for spec in (RouteSpec(4, 2), RouteSpec(4, 2, "sigmoid"), RouteSpec(4, 2, "sparsemixer")):
         bad = torch.tensor([[0.0, torch.nan, 1.0, 2.0], [torch.nan] * 4])
         weights, _ = run(torch.zeros(2, 4), bad, spec)
-        assert weights.isnan().any(dim=1).all(), "it must be seen in the logits of the token"
+        assert weights.isnan().any(dim=1).all(), "NaN must reach the weights, to show in the token's logits"
 
 
-# Experts, of a token, tokens, columns, between.
+# Number of experts, experts per token, tokens, columns, inner size.
 SHAPES = [(2, 1, 1, 3, 1), (5, 5, 7, 17, 33), (60, 4, 33, 72, 40), (130, 8, 40, 32, 20), (8, 2, 300, 40, 64)]
 
 
@@ -177,7 +177,7 @@ def test_experts_in_every_format(kernel_set: str, format: str, tokens: int) -> N
 
 
 def check_fast(layer: Layer, tokens: int, columns: int) -> None:
-    """Hold experts to the reference of rounded activations; few of those between are rounded otherwise."""
+    """Compare experts with the reference on rounded activations; few inner values may round differently."""
     of_input, inner = layer.precisions
     a = torch.randn(tokens, columns)
     spec = RouteSpec(len(layer.mlps), 2, is_renormalised=True)
@@ -247,7 +247,7 @@ def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: s
     packing, formats = LAYERS[name]
     layer, spec = make_layer(12, 64, 96, packing, formats, has_biases=True), RouteSpec(12, 3)
     a, x, logits = torch.randn(40, 64), torch.randn(40, 64), torch.randn(40, 12)
-    logits[:20] = logits[:1]  # some experts have many tokens
+    logits[:20] = logits[:1]  # so that some experts get many tokens
     one = [slice(row, row + 1) for row in range(40)]
     drawn, of_prompts = (
         torch.cat([run(a[row], logits[row], spec, layer, x[row], num_drawn)[1] for row in one])
@@ -278,7 +278,7 @@ def test_sets_of_one_arithmetic_agree_to_the_bit() -> None:
 
 
 def test_many_experts_take_several_passes() -> None:
-    """More rows than the buffers of a pass hold: each token goes to all of them."""
+    """Use more rows than the buffers of a pass hold, with each token routed to all experts."""
     _C.set_num_threads(2)
     layer = make_layer(30, 32, 16, EXACT)
     a = torch.randn(50, 32)
@@ -295,7 +295,7 @@ def test_experts_of_tensors_are_those_of_a_program(kernel_set: str, tokens: int,
     dense, expected = run(a, logits, spec, layer)
     weights, ids = dense.float().topk(4)
     assert_same_bits(direct.experts(layer.weight, a, ids, weights), expected)
-    wide = torch.randn(tokens, 80)[:, :64].copy_(a)  # rows that are not side by side
+    wide = torch.randn(tokens, 80)[:, :64].copy_(a)  # rows that are not adjacent
     assert_same_bits(direct.experts(layer.weight, wide, ids, weights), expected)
 
 

@@ -1,4 +1,4 @@
-"""The operator gate_up: two products, an activation, and their product."""
+"""The operator gate_up: two products, of which one is activated, multiplied with each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator head: the final norm and the logits of the rows asked for."""
+"""The operator head: the final norm and the logits of the requested rows."""
 
 from __future__ import annotations
 

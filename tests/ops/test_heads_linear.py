@@ -15,11 +15,11 @@ from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import HeadsWeight, Kind
 
-_BEHIND = 40  # columns of the rows that are no head's
+_BEHIND = 40  # columns of the rows that belong to no head
 
 
 def run(x: Tensor, weight: HeadsWeight) -> Tensor:
-    """Multiply the first columns of x, as `activation` takes them, into a poisoned buffer."""
+    """Multiply the first columns of x, through `activation`, into a poisoned buffer."""
     recorder = ops.Recorder()
     rows = recorder.value(Kind.ROWS, x.shape[1])
     out = ops.heads_linear(ops.activation(rows, weight.num_heads * weight.columns), weight)
@@ -33,7 +33,7 @@ def run(x: Tensor, weight: HeadsWeight) -> Tensor:
 
 
 def reference(x: Tensor, matrices: Tensor, precision: str) -> Tensor:
-    """Multiply in float64. matrices: [heads, rows, columns]."""
+    """Multiply in float64 by matrices [heads, rows, columns]."""
     heads, _, columns = matrices.shape
     a = rounded(x[:, : heads * columns], precision).view(len(x), heads, columns)
     return torch.einsum("nhc,hrc->nhr", a, matrices.double()).flatten(1)
@@ -83,7 +83,7 @@ def test_formats_are_multiplied_as_those_of_other_products(
 def test_transposes_are_taken_apart_head_by_head(
     format: str, arithmetic: ops.Packing, precision: str
 ) -> None:
-    """Codes become bfloat16 where products are not exact: their blocks lie along the other side."""
+    """Check that inexact packing turns codes into bfloat16, as their blocks run along the other side."""
     source = random_weight(format, 3 * 64, 256, seed=3)
     weight = ops.heads_weight(source, arithmetic, num_heads=3, is_transposed=True)
     assert (weight.rows, weight.columns) == (256, 64)

@@ -1,4 +1,4 @@
-"""The KV cache's pool: what it refuses, what a copy moves, and memory that is there before it is written."""
+"""The KV cache's pool: what it refuses, what a copy moves, and memory supplied before it is written."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def test_the_bytes_of_a_token_are_those_of_the_pool(
     assert 3 * ops.kv_bytes_per_token(shape, dtype) * 4 * 16 == held
 
 
-# Memory that the system supplies before it is written.
+# Memory that the pool makes resident before it is written.
 
 
 def resident_bytes(pool: ops.KvPool) -> int:
-    """Return how much of the pool is in memory."""
+    """Return how many bytes of the pool are resident."""
     memory, page = pool.native.memory(), mmap.PAGESIZE
     address = memory.ctypes.data
     first = -(-address // page) * page
@@ -133,7 +133,7 @@ def resident_bytes(pool: ops.KvPool) -> int:
 
 
 def make_pool(num_bytes: int) -> ops.KvPool:
-    block_bytes = 2 * 2 * 64 * 16 * 2 * 4  # layers, keys and values, head, bfloat16
+    block_bytes = 2 * 2 * 64 * 16 * 2 * 4  # layers, K and V, heads, head size, block size, bfloat16
     shapes = [CacheShape(4, 64, 64)] * 2
     return ops.KvPool(shapes, num_blocks=num_bytes // block_bytes, block_size=16, dtype=torch.bfloat16)
 
@@ -164,7 +164,7 @@ def test_a_supply_that_is_closed_ends_soon() -> None:
     pool.close()
     pool.close()
     assert resident_bytes(pool) < 1024 * MIB
-    pool.supply(4096 * MIB)  # nobody closes it: its end does
+    pool.supply(4096 * MIB)  # without close(): destroying the pool ends the supply
 
 
 def test_a_process_can_end_while_memory_is_supplied() -> None:

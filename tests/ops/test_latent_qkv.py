@@ -1,4 +1,4 @@
-"""The operator latent_qkv, and attention over what it keeps: one row a token, keys and values in one."""
+"""The operator latent_qkv and attention over latents: one row per token serves as keys and values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE = 0.3
 
 @dataclass
 class Layer:
-    """A pool of latents, and what its operators read."""
+    """A pool of latents and the operators' other operands."""
 
     heads: int = 3
     rank: int = 64
@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def columns(self) -> tuple[int, int, int]:
-        """Those of the three inputs."""
+        """Columns of the three inputs."""
         return (
             self.heads * self.rank,
             self.first_column + self.heads * self.turning,
@@ -60,7 +60,7 @@ class Layer:
     def run(
         self, rows: list[Tensor], spans: list[tuple[int, int]], blocks: list[list[int]], scale: float = SCALE
     ) -> Tensor:
-        """Compute a step, into poisoned buffers; return what the heads find [n_tokens, heads * rank]."""
+        """Compute a step into poisoned buffers; return the heads' results [n_tokens, heads * rank]."""
         _C.set_num_threads(self.threads)
         recorder = ops.Recorder()
         values = [recorder.value(Kind.ROWS, columns) for columns in self.columns]
@@ -80,7 +80,7 @@ class Layer:
         return program.read(out, len(rows[0]))
 
     def expected(self, rows: list[Tensor], num_queries: int) -> Tensor:
-        """Return the same of a whole sequence's last tokens, in float64 of latents as they are kept."""
+        """Return float64 results for a sequence's last tokens, from latents rounded to the cache's dtype."""
         absorbed, turning, latents = rows
         positions = torch.arange(len(latents))
         cos, sin = self.rope.cos[positions], self.rope.sin[positions]
@@ -108,7 +108,7 @@ SHAPES = {
 def test_prompts_and_drawn_tokens_are_those_of_the_reference(
     kernel_set: str, shape: str, dtype: torch.dtype
 ) -> None:
-    """Sequences of one token, of odd sizes, one beyond a chunk of context; then a token each."""
+    """Use sequences of one token, of odd sizes, and one beyond a chunk of context; then one token each."""
     layer = Layer(**SHAPES[shape], dtype=dtype, threads=3)
     contexts = [1, 2, 17, 33, 262]
     blocks = random_blocks([size + 1 for size in contexts], NUM_BLOCKS, layer.block_size)
@@ -117,7 +117,8 @@ def test_prompts_and_drawn_tokens_are_those_of_the_reference(
     found = layer.run(prompt, [(0, size) for size in contexts], blocks).split(contexts)
     drawn = [torch.cat([text[part][-1:] for text in texts]) for part in range(3)]
     last = layer.run(drawn, [(size, size + 1) for size in contexts], blocks)
-    # Weights are rounded as values are, and latents where those of the reference fall the other way.
+    # The kernels round weights like values, and a latent may round in the other direction than the
+    # reference's.
     unit = 1e-5 if dtype is torch.float32 else 4e-3
     for index, (text, size) in enumerate(zip(texts, contexts, strict=True)):
         expected = layer.expected([part[:-1] for part in text], size)

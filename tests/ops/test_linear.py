@@ -1,4 +1,4 @@
-"""The operators linear and linear_add: a product as rows, or onto the residual, in place."""
+"""The operators linear and linear_add: a product as rows, or added to the residual stream in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("tokens", "columns", "rows", "has_bias"), SHAPES)
-@pytest.mark.parametrize(  # only bfloat16's products differ by packing
+@pytest.mark.parametrize(  # only bfloat16 products differ by packing
     ("format", "packing"),
     [("F32", FAST), ("F16", FAST), ("BF16", FAST), ("BF16", EXACT)],
     ids=["F32", "F16", "BF16", "BF16 exact"],
@@ -64,7 +64,7 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
 def test_sums_of_the_largest_codes_and_values_do_not_overflow(
     kernel_set: str, format: str, byte: int
 ) -> None:
-    """Of a code's bits all are set, or none, and all values are the largest: 127, or -127."""
+    """Use code bytes 0x00, 0x77 and 0xFF, and activations of the largest magnitude: 127 and -127."""
     source = same_codes(format, 32, 256, byte)
     a = torch.tensor([1.0, -1.0]).repeat(4, 1).reshape(8, 1).expand(8, 256).contiguous()
     expected = linear(rounded(a, "int8"), meaning(source))

@@ -1,4 +1,4 @@
-"""token_logprobs: log softmax at given tokens, and the best of each row."""
+"""The operator token_logprobs: log softmax at given tokens, and the best tokens of each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators norm, norm_add and norm_residual: RMSNorm and LayerNorm before a product, and after one."""
+"""The operators norm, norm_add and norm_residual: RMSNorm and LayerNorm before and after a product."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:
 
 
 class NormAndProduct:
-    """A norm and the product that takes it, recorded: with few tokens each member norms for itself."""
+    """A recorded norm and product; with few tokens, each thread of the team computes the norm itself."""
 
     def __init__(self, format: str, norm: Tensor, packing: ops.Packing) -> None:
         hidden = len(norm)
@@ -122,7 +122,7 @@ def test_a_product_takes_the_norm_in_its_own_precision(
     alone = NormAndProduct(format, norm, packing)
     rows = torch.cat([alone.run(x[row : row + 1]) for row in range(20)])
     normed = rms_norm(x, norm, 1e-5).float()
-    # A value halfway between two codes may go either way, by the last bit of the norm.
+    # A value halfway between two codes may round either way, depending on the norm's last bit.
     room = {"int8": 40, "bfloat16": 40, "float32": 4}[alone.precision]
     expected = linear(rounded(normed, alone.precision), alone.matrix)
     assert_close(rows, expected, length=hidden * room**2)

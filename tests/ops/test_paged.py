@@ -1,4 +1,4 @@
-"""Attention called once a layer from torch: every rule, every change of scores, and bits that stay."""
+"""Attention called from torch once for each layer: every rule and score modification, and stable bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
 
 
 def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return heads as a cache of this dtype has them: int8 with a scale of float16 a strip of 32 dims."""
+    """Return heads rounded as in a cache of this dtype; int8 has a float16 scale per strip of 32 dims."""
     if dtype is not torch.int8:
         return x.to(dtype).float()
     dim = x.shape[-1]
@@ -38,7 +38,7 @@ def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Layer:
-    """One layer of some shape: computes steps of sequences, and what they should have given."""
+    """One layer of some shape: computes steps of sequences and their expected results."""
 
     heads: int
     kv_heads: int
@@ -74,7 +74,7 @@ class Layer:
         steps: list[list[tuple[int, int]]],
         visible_until: Tensor | None = None,
     ) -> list[Tensor]:
-        """Compute steps, each a span of every sequence (empty: not in it); return a sequence's rows."""
+        """Compute steps; each has a span of every sequence, possibly empty. Return the sequences' rows."""
         contexts = [len(q) for q, _, _ in given]
         pool = self.pool(contexts)
         blocks = random_blocks(contexts, pool.num_blocks, self.block_size)
@@ -98,7 +98,7 @@ class Layer:
         )
 
     def check(self, contexts: list[int], last: int = 1) -> None:
-        """Hold sequences, their last tokens in a step of their own, to the reference."""
+        """Compare sequences, with their last tokens in a separate step, with the reference."""
         given = self.heads_of(contexts)
         steps = [[(0, n - last) for n in contexts], [(n - last, n) for n in contexts]]
         found = torch.cat(self.run(given, steps))
@@ -193,7 +193,7 @@ def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: torch.dtype
     attention, spec = PagedAttention(max_context=40), AttentionSpec(layer.scale)
     attention.begin(flat_rows([(0, 40)], [[2, 0, 1]], 16))
     first = attention.run(pool.layers[0], q, k, v, spec)
-    across = torch.randn(4, 64, 40).permute(2, 0, 1)  # dims of a head are not side by side
+    across = torch.randn(4, 64, 40).permute(2, 0, 1)  # a head's dims are not adjacent
     second = attention.run(pool.layers[0], across, None, None, spec)
     for found, queries in ((first, q), (second, across)):
         expected = reference(queries, kept(k, dtype), kept(v, dtype), layer.scale)
@@ -281,7 +281,7 @@ def test_a_run_without_a_batch_is_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [5, 16, 33, 300])
 def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> None:
-    """Blocks before the window are others' already: here they hold NaN."""
+    """Fill blocks before the window with NaN, as other sequences may already own them."""
     layer = Layer(4, 2, 32, 32, dtype, rules={"window": window})
     length = 600
     [(q, k, v)] = layer.heads_of([length])
@@ -307,7 +307,7 @@ def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> Non
 def test_layers_of_a_group_write_to_its_blocks_alone() -> None:
     shapes = [CacheShape(2, 32, 32), CacheShape(1, 64, 16), CacheShape(2, 32, 32)]
     pool = KvPool(shapes, groups=[0, 1, 1], num_blocks=6, block_size=16, dtype=torch.float32)
-    assert pool.native.block_bytes == 16 * 4 * (64 + 16 + 128)  # those of the larger group, the second
+    assert pool.native.block_bytes == 16 * 4 * (64 + 16 + 128)  # the size of the larger group, the second
     inputs = StepInputs(
         vocab_size=9,
         num_blocks=6,

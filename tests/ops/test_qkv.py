@@ -23,7 +23,7 @@ NUM_BLOCKS, POSITIONS = 12, 120
 
 @dataclass
 class Case:
-    """A weight of qkv and what it computes."""
+    """A weight of qkv and its expected results."""
 
     heads: int = 3
     kv_heads: int = 1
@@ -195,7 +195,7 @@ def test_only_the_slots_asked_for_are_written(
     layer, slots = run_without_queries(case, a, spans, dtype, block_size)
     others = torch.ones(NUM_BLOCKS * block_size, dtype=torch.bool).index_fill(0, slots, False).nonzero()[:, 0]
     assert all(torch.isfinite(part).all() for part in read_kv(layer, slots))
-    assert all(torch.isnan(part).all() for part in read_kv(layer, others)), "a slot not asked for was written"
+    assert all(torch.isnan(part).all() for part in read_kv(layer, others)), "an unrequested slot was written"
     beside = layer.pool.native.memory().reshape(NUM_BLOCKS, 2, -1)[:, 0]
     assert (beside == 0xFF).all(), "another layer was written"
     key, value = case.expected(a, positions_of(spans))[1:]
@@ -207,7 +207,7 @@ def test_only_the_slots_asked_for_are_written(
 def run_without_queries(
     case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int
 ) -> tuple[ops.KvLayer, Tensor]:
-    """Run qkv without a look at its queries: those for an int8 cache cannot be read."""
+    """Run qkv without returning queries, because those for an int8 cache cannot be read."""
     layer = poisoned_pool(
         num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=case.kv_heads, head_dim=case.head_dim,
         block_size=block_size, dtype=dtype,
@@ -318,7 +318,7 @@ def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
 
 def test_a_rope_table_has_the_angles_of_transformers() -> None:
     rope = ops.RopeTable.create([1.0, 0.1234567], 2000)
-    angle = torch.tensor(1999.0) * torch.tensor(0.1234567)  # rounded to float32, as there
+    angle = torch.tensor(1999.0) * torch.tensor(0.1234567)  # rounded to float32, as in transformers
     assert rope.cos[1999, 1] == angle.double().cos().float()
     assert rope.sin[1999, 1] == angle.double().sin().float()
 
@@ -327,8 +327,8 @@ def test_a_rope_table_has_the_angles_of_transformers() -> None:
 def test_parts_of_several_precisions_do_not_meet_in_memory(
     kernel_set: str, formats: tuple[str, str, str]
 ) -> None:
-    # Members are in different parts at once. By tiles, what a member keeps of 100 tokens in bfloat16 is six
-    # times as much as of a strip of codes.
+    # Threads work on different parts at once. With tiles, a thread's scratch for 100 tokens in bfloat16 is
+    # six times that for a strip of codes.
     case = Case(heads=12, kv_heads=12, head_dim=64, hidden=64, formats=formats, packing=FAST)
     a, found = torch.randn(100, 64), []
     for threads in (1, 2, 2, 2, 3, 5):

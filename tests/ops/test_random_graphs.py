@@ -1,6 +1,6 @@
 """Random graphs of operators against the same graphs in float64: no buffer mixes two values.
 
-Each is computed in one step, in two, and by `draw`, which goes on with the rows alone that it draws after.
+Each graph runs in one step, in two steps, and by `draw`, which continues only with the rows to sample.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
     "attention", "layer", "experts_add", "gated_add",
 ]  # fmt: skip
-# How far logits may be from float64's: a value halfway between two codes may go either way, and that
-# adds up, but in few graphs.
+# Limits on the error of logits. A value halfway between two codes may round either way, and such errors add
+# up, but only in few graphs.
 ROOM, USUAL_ROOM = {True: 2e-4, False: 6e-2}, 1e-4
 
 
 @dataclass
 class Pools:
-    """The values of a graph that an operator may take."""
+    """The values of a graph that operators can use as operands."""
 
     graph: Graph
     x: Twin
-    tame: list[Twin] = field(default_factory=list)  # activations that are small, whatever x is
+    tame: list[Twin] = field(default_factory=list)  # small activations, whatever x is
     any: list[Twin] = field(default_factory=list)
     rows: list[Twin] = field(default_factory=list)
     queries: list[tuple[Twin, int]] = field(default_factory=list)
 
     def apply(self, operator: str, which: int, option: int) -> None:
-        """Add a call, if there is what it takes; `which` picks its operand."""
+        """Add a call if its operands exist; `which` picks among them."""
         graph = self.graph
         if operator == "norm":
             rows = self.rows[which % len(self.rows)] if self.rows and option == 2 else None
@@ -94,13 +94,13 @@ class Pools:
                 self.queries.append((made, layer))
 
     def _as_wide_as_the_residual(self) -> list[Twin]:
-        """Return the activations that experts can read: what they make of them is as wide."""
+        """Return the activations that experts can read, as their results have the same width."""
         return [a for a in self.tame if a.value.columns == self.graph.shape.hidden]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A random graph, and how its tokens are cut into steps."""
+    """A random graph and how its tokens are cut into steps."""
 
     shape: Shape
     is_exact: bool
@@ -141,7 +141,7 @@ def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
 
 
 def run_in_steps(graph: Graph, program: ops.CpuProgram, cuts: list[int]) -> Tensor:
-    """Return the logits of all tokens, of which those before the cuts are computed in a step before."""
+    """Return the logits of all tokens; those before the cuts are computed in an earlier step."""
     poison(graph.pool)
     middle = [min(cut, length) for cut, length in zip(cuts, graph.lengths, strict=False)]
     out = torch.full((sum(graph.lengths), graph.shape.vocab), torch.nan)
@@ -155,7 +155,7 @@ def run_in_steps(graph: Graph, program: ops.CpuProgram, cuts: list[int]) -> Tens
 
 
 def check(plan: Plan) -> float:
-    """Hold a graph to float64 and to itself in other steps; return its relative error."""
+    """Compare a graph with float64 and with itself in other steps; return its relative error."""
     _C.set_num_threads(plan.threads)
     graph, program = make(plan)
     logits = run_in_steps(graph, program, [0] * 3)

@@ -1,4 +1,4 @@
-"""Recording: what operators refuse, and that a value means the same whoever takes it, and when."""
+"""Recording: what operators refuse, and that a value means the same for every operator that reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotar
 
 
 class Values:
-    """One value of each kind, and what takes them."""
+    """One value of each kind, and the operands that operators combine with them."""
 
     def __init__(self) -> None:
         self.recorder = ops.Recorder()
@@ -100,7 +100,7 @@ def test_every_call_can_be_emitted_and_is_tested_here() -> None:
     assert set(cpu_calls._EMITTERS) == every
     assert set(cuda._EMITTERS) == every
     names = {re.sub(r"(?<!^)(?=[A-Z])", "_", call.__name__).lower() for call in every}
-    assert names - {"embed"} == set(OPERATORS), "`embed` alone takes no value"
+    assert names - {"embed"} == set(OPERATORS), "only `embed` has no value as an operand"
 
 
 @pytest.mark.parametrize("given", KINDS)
@@ -205,7 +205,7 @@ def run_all(graph: Graph, program: ops.CpuProgram) -> Tensor:
 
 
 def assert_draws_as_it_runs(graph: Graph, program: ops.CpuProgram, rows: list[int]) -> None:
-    """Hold tokens and log-probabilities of `draw` to the bits of `run` and `sample`."""
+    """Require the tokens and log-probabilities of `draw` to have the bits of `run` and `sample`."""
     logits = run_all(graph, program)[rows].contiguous()
     slots, vocab = list(range(len(rows))), graph.shape.vocab
     expected = ops.sample(logits, draw_state(len(rows), vocab), slots)
@@ -218,7 +218,7 @@ def assert_draws_as_it_runs(graph: Graph, program: ops.CpuProgram, rows: list[in
 
 
 def parallel_layer(graph: Graph, x: Twin, layer: int) -> Twin:
-    """Attention and MLP of one norm, added one after the other: the second takes it when x has changed."""
+    """Add attention and MLP of the same norm to x, one after the other, so x changes in between."""
     a = graph.norm(x)
     q = graph.qkv(a, layer, None, has_rope=True)
     x = graph.linear_add(graph.attention(q, layer, None), x, 0.7)
@@ -238,7 +238,7 @@ def test_a_value_taken_again_is_what_it_was_when_the_residual_has_changed(
     graph.head(x, 1.0, 0.0)
     program = graph.program()
     assert_close(run_all(graph, program), graph.exact_logits, length=4000)
-    # The norm lives across the last write to the cache: `draw` has to keep its row, too.
+    # The norm's lifetime spans the last write to the cache, so `draw` must keep its row, too.
     assert_draws_as_it_runs(graph, program, [sum(lengths) - 1])
 
 
@@ -252,7 +252,7 @@ def test_an_activation_is_taken_in_three_precisions(kernel_set: str, tokens: int
     a = graph.norm(x)
     attended = graph.attention(graph.qkv(a, 0, None, has_rope=True), 0, None)
     gated = graph.gate_up(a, "silu")
-    for each in (attended, gated, a, attended, gated, a):  # weights of three formats in turn
+    for each in (attended, gated, a, attended, gated, a):  # alternates weights of three formats
         x = graph.linear_add(each, x, 0.5)
     graph.head(x, 1.0, 0.0)
     assert {call.a.columns for call in graph.recorder.calls if hasattr(call, "a")} == {64, 96}
@@ -274,7 +274,7 @@ def test_what_was_not_finite_in_one_step_is_not_seen_in_the_next(kernel_set: str
 
 
 def logits_of_last_step(table: Tensor, steps: list[int]) -> Tensor:
-    """Run a step of nine times the same token for each of `steps`, all by one program."""
+    """Run a step for each of `steps`, with that token nine times, in one program; return the last logits."""
     torch.manual_seed(5)
     graph = Graph(ODD, (9,), ["F32"], EXACT, num_layers=2)
     weight = ops.linear_weight(ops.from_floats(table), EXACT)
@@ -287,7 +287,7 @@ def logits_of_last_step(table: Tensor, steps: list[int]) -> Tensor:
 
 
 def layers_with_norms_behind(graph: Graph, x: Twin) -> ops.CpuProgram:
-    """Rows of products and of attention have one width here: their buffers could be each other's."""
+    """Add two layers in which rows of products and of attention have one width and could share buffers."""
     for layer in range(2):
         q = graph.qkv(graph.activation(x), layer, "whole", has_rope=True)
         x = graph.norm_add(graph.linear(graph.attention(q, layer, None)), x, 1.0)

@@ -1,4 +1,4 @@
-"""The operator sample: which tokens can be drawn, how often, and what is reported of them."""
+"""The operator sample: which tokens can be drawn, how often, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def slots(*indices: int) -> list[int]:
 
 
 def started(params: SamplingParams, vocab: int, num_slots: int = 1, **start: Any) -> ops.SampleState:
-    """Return a state whose slots all start with these parameters, each a choice of its own."""
+    """Return a state whose slots all start with these parameters, each with its own choice."""
     state = ops.SampleState(num_slots, vocab)
     for slot in range(num_slots):
         state.start(slot, params, **{"choice": slot, "prompt_ids": [1, 2, 2], **start})
@@ -57,7 +57,7 @@ def processed(vocab: int, **filters: Any) -> SamplingParams:
 
 
 def distribution(result: ops.SampleResult, vocab: int, row: int = 0) -> Tensor:
-    """Return what the row's top list says of every token; tokens not listed have probability 0."""
+    """Return the distribution in the row's top list; tokens not listed have probability 0."""
     count = int(result.num_top[row])
     dense = torch.zeros(vocab, dtype=torch.float64)
     ids = result.top_ids[row, :count].long()
@@ -78,7 +78,7 @@ def test_the_distribution_drawn_from_is_the_references(
     result = ops.sample(logits, started(params, vocab, prompt_ids=prompt, output_ids=output), slots(0))
     expected = probabilities(penalised(logits[0], params, prompt, output), params)
     actual = distribution(result, vocab)
-    assert torch.equal(actual > 0, expected > 0), "another set of tokens stays"
+    assert torch.equal(actual > 0, expected > 0), "the set of remaining tokens differs"
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)
 
 
@@ -99,7 +99,7 @@ def test_draws_follow_the_exact_probabilities(filters: dict[str, Any]) -> None:
         counts += np.bincount(ids, minlength=vocab)
     total = num_slots * rounds
     assert counts.sum() == total
-    assert not counts[expected == 0].any(), "a token was drawn that cannot be"
+    assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
     often = expected * total >= 5
     rest = expected[~often].sum() * total
     chi_square = (((counts - expected * total) ** 2)[often] / (expected * total)[often]).sum()
@@ -121,7 +121,7 @@ def test_a_large_vocabulary_is_cut_as_the_reference_cuts_it(kernel_set: str) -> 
         logits = torch.randn(1, vocab) * scale
         result = ops.sample(logits, started(processed(vocab, **filters), vocab), slots(0))
         expected = probabilities(logits[0].double(), SamplingParams(**filters))
-        # A nucleus' edge moves by a token or two with the rounding of 50,000 terms.
+        # The rounding of 50,000 terms moves a nucleus' edge by a token or two.
         slack = 3 if "top_p" in filters else 0
         assert abs(int(result.num_top) - int((expected > 0).sum())) <= slack
         assert not bool(expected[result.token_ids.long()] == 0) or slack
@@ -169,7 +169,7 @@ def test_a_draw_depends_on_nothing_else_in_the_batch(kernel_set: str) -> None:
                 seen[slot] = tuple(entry[row].tolist() for entry in entries)
         return [seen[slot] for slot in range(many)]
 
-    # repr: the bits of floats, and NaN equal to itself
+    # repr compares the bits of floats, with NaN equal to itself
     alone = repr(run([[slot] for slot in range(many)], 1))
     assert repr(run([list(range(many))], 1)) == alone
     assert repr(run([[8, 2, 5], [0, 1, 3, 4, 6, 7]], 3)) == alone
@@ -267,7 +267,7 @@ def test_minus_infinity_is_a_token_that_cannot_be_drawn(kernel_set: str) -> None
     logits[0, 13] = -3.0
     state = started(processed(20), 20, 2)
     result = ops.sample(logits, state, slots(0, 1))
-    assert result.is_finite.tolist() == [True, False], "a row where nothing can be drawn is not finite"
+    assert result.is_finite.tolist() == [True, False], "a row in which no token can be drawn is not finite"
     assert (int(result.token_ids[0]), float(result.logprobs[0])) == (13, 0.0)
     assert int(result.num_top[0]) == 1
 
@@ -293,7 +293,7 @@ def test_greedy_processed_logprobs_follow_penalties_and_bias() -> None:
     logits = torch.randn(1, 10)
     result = ops.sample(logits, started(params, 10), slots(0))
     expected = penalised(logits[0], params, [], []).log_softmax(0)
-    assert int(result.num_top) == 9, "a banned token is not listed"
+    assert int(result.num_top) == 9, "a banned token must not be listed"
     ids = result.top_ids[0, :9].long()
     torch.testing.assert_close(result.top_logprobs[0, :9].double(), expected[ids], atol=1e-5, rtol=0)
 
@@ -347,7 +347,7 @@ def test_starting_with_values_out_of_range_is_refused(start: dict[str, Any]) -> 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "typical_p"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), 1.5])
 def test_a_record_that_leaves_nothing_to_draw_is_refused(field: str, value: float) -> None:
-    """No token would reach the floor, and the next slot's counts would be written to."""
+    """Check the record, as no token would pass the threshold and the next slot's counts be overwritten."""
     if (field, value) == ("temperature", 1.5):
         value = -1.5
     state = ops.SampleState(2, 100)

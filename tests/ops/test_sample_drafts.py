@@ -1,4 +1,4 @@
-"""Rows that follow drafts are drawn as if one token came after another."""
+"""Rows that follow draft tokens are sampled as if one token came after another."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_draws_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
             drawn.append(told(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
             if at == num_right:
                 break
-        # The draft behind the last that is right is another token than the one drawn.
+        # The draft after the last right one differs from the sampled token.
         given = [one[0] if at < num_right else (one[0] + 1) % VOCAB for at, one in enumerate(drawn)]
         given = given if drawn[-1][1] else given[:-1]
         expected += drawn

@@ -1,4 +1,4 @@
-"""The operator sample on a team: whoever draws a row, and however many together, it has the same bits."""
+"""The operator sample on a thread team: a row has the same bits whichever or how many threads draw it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = [
 def drawn(
     logits: torch.Tensor, params: list[SamplingParams], mask: np.ndarray | None, threads: int
 ) -> list[np.ndarray]:
-    """Return all that three draws of these rows give, and the slots' records behind them."""
+    """Return all results of three draws of these rows, and the slots' records afterwards."""
     vocab = logits.shape[1]
     state = ops.SampleState(len(params), vocab)
     for slot, kind in enumerate(params):
@@ -38,7 +38,7 @@ def drawn(
     found: list[np.ndarray] = []
     for _ in range(3):
         result = ops.sample(logits, state, list(range(len(params))), mask=mask)
-        for row in range(len(params)):  # behind a row's count is what was there
+        for row in range(len(params)):  # entries beyond the row's count are undefined
             count = int(result.num_top[row])
             found += [result.top_ids[row, :count].numpy(), result.top_logprobs[row, :count].numpy()]
         found += [result.token_ids.numpy(), result.is_finite.numpy(), result.logprobs.numpy()]
@@ -46,13 +46,13 @@ def drawn(
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    """Return whether all bytes are equal, NaN's included."""
+    """Return whether all bytes are equal, including those of NaN."""
     return all(x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture
 def rows() -> Iterator[torch.Tensor]:
-    """Logits of many blocks of sums, with ties across them, and a last block that is cut."""
+    """Logits of many blocks of sums, with ties across them, and a partial last block."""
     logits = torch.round(torch.randn(len(KINDS), 40_123) * 8) / 4
     yield logits
 
@@ -72,7 +72,7 @@ def test_a_row_that_a_team_draws_together_has_the_bits_of_one_drawn_alone(
 
 @pytest.mark.parametrize("threads", [2, 4, 7])
 def test_rows_that_do_not_come_out_even_are_drawn_as_all_others(rows: torch.Tensor, threads: int) -> None:
-    assert len(KINDS) % threads, "else no row would be drawn together"
+    assert len(KINDS) % threads, "otherwise no row would be drawn by several threads"
     assert same(drawn(rows, KINDS, None, 1), drawn(rows, KINDS, None, threads))
 
 
@@ -80,7 +80,7 @@ def test_rows_that_do_not_come_out_even_are_drawn_as_all_others(rows: torch.Tens
 def test_a_part_may_have_nothing_to_draw(vocab: int) -> None:
     kinds = [SamplingParams(temperature=0.8, seed=3, top_p=0.9)] * 5
     logits = torch.randn(5, vocab)
-    pad = torch.full((5, 40_960 - vocab), -torch.inf)  # as many as make the team worth while
+    pad = torch.full((5, 40_960 - vocab), -torch.inf)  # enough for several threads to pay off
     logits = torch.cat([pad, logits], 1)
     assert same(drawn(logits, kinds, None, 1), drawn(logits, kinds, None, 3))
 
@@ -92,4 +92,4 @@ def test_a_row_that_is_not_finite_is_told_whoever_finds_it(rows: torch.Tensor, b
     row[0, at] = bad
     found = drawn(row, [KINDS[1]], None, 3)
     assert same(found, drawn(row, [KINDS[1]], None, 1))
-    assert not found[3][0], "`is_finite` of the first draw"
+    assert not found[3][0], "`is_finite` of the first draw must be false"

@@ -1,4 +1,4 @@
-"""The operators selective_scan and gated_norm: Mamba-2's heads, and the norm behind them."""
+"""The operators selective_scan and gated_norm: Mamba-2's heads and the norm after them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Kind, SelectiveScanWeight
 
-_COLUMN = 5  # of the heads' steps
+_COLUMN = 5  # column of the heads' time steps
 
 
 def random_weight(heads: int, dim: int, groups: int, size: int, **options: Any) -> SelectiveScanWeight:

@@ -1,4 +1,4 @@
-"""The operator short_conv, and the pool of states: where a sequence goes on, and where it must not."""
+"""The operator short_conv and the pool of recurrent states: where a sequence may resume and where not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_sequence_is_that_of_the_reference(
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, threads: int) -> None:
-    """Token by token, in chunks, beside others, in another slot."""
+    """Compute token by token, in chunks, next to others, and in another slot."""
     weight = random_weight(70, 4, has_bias=True)
     texts = [torch.randn(length, 210) for length in (23, 11, 40)]
     _C.set_num_threads(2)
@@ -58,7 +58,7 @@ def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, thr
     _C.set_num_threads(threads)
     steps = steps_of(weight, 210, 8, is_gated=True)
     for cuts in ([1] * 40, [2, 1, 9, 1, 1, 26], [5, 18, 17]):
-        for slot, text in enumerate(texts):  # slots are used again
+        for slot, text in enumerate(texts):  # slots are reused
             found, start = [], 0
             for size in cuts:
                 if start < len(text):
@@ -69,7 +69,7 @@ def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, thr
 
 
 def test_a_step_may_be_computed_again() -> None:
-    """One that was void: the state before it is kept. What comes of the second is what counts."""
+    """Check that a void step leaves the earlier state in place, so that repeating it is right."""
     _C.set_num_threads(2)
     weight, text = random_weight(5, 3, has_bias=False), torch.randn(9, 5)
     (whole,) = steps_of(weight, 5, 1).run([(0, 0, [text])])
@@ -91,7 +91,7 @@ def test_a_row_that_cannot_go_on_is_refused_and_leaves_the_others_states() -> No
             steps.run([(3, 0, [text]), wrong])
     steps.run([(2, 4, [text[4:6]])])
     assert_same_bits(steps.run([(2, 6, [text[6:]])])[0], whole[6:])
-    steps.run([(2, 0, [text[:2]])])  # another sequence: nothing is left of the last
+    steps.run([(2, 0, [text[:2]])])  # another sequence: nothing remains of the previous one
     for start in (4, 6, 9):
         with pytest.raises(ValueError, match=f"slot 2 has no state of {start} tokens"):
             steps.run([(2, start, [text[:1]])])
@@ -119,7 +119,7 @@ def test_states_that_are_not_there_are_refused() -> None:
 
 
 def test_sets_agree_to_the_bit() -> None:
-    """Of whatever arithmetic: products of float32 round alike in all."""
+    """Check all kernel sets, whatever their arithmetic, as all round products of float32 alike."""
     _C.set_num_threads(2)
     weight, rows = random_weight(77, 4, has_bias=True), torch.randn(21, 77)
     before, found = _C.kernel_set(), []

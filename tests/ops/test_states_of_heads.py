@@ -1,4 +1,4 @@
-"""What is true of both operators whose heads have states: no bit depends on how a sequence is cut."""
+"""Properties common to both operators with states for each head: cutting a sequence changes no bit."""
 
 from __future__ import annotations
 

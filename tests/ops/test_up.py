@@ -1,4 +1,4 @@
-"""The operator up: a product and an activation, of an MLP without a gate."""
+"""The operator up: a product and an activation, for an MLP without a gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights: sources whose bytes are not what they say, biases that do not fit, and what is kept of a file."""
+"""Weights: sources whose bytes do not match their format, biases that do not fit, and stored bytes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Graphs of operators, recorded and at once computed in float64: what random programs are held to.
+"""Graphs of operators, recorded and computed in float64 at the same time, as references for random programs.
 
-A `Twin` is a value of both. The float64 side sees all tokens of all sequences; the program may compute them
-in any steps.
+A `Twin` holds a value of both. The float64 side sees all tokens of all sequences at once; the program may
+compute them in any steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_EXPERTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a graph; few or none a multiple of 32."""
+    """Sizes of a graph; few or none are multiples of 32."""
 
     hidden: int
     intermediate: int
@@ -41,28 +41,29 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Of queries and of what attention returns."""
+        """Width of queries and of the results of attention."""
         return self.heads * self.head_dim
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Twin:
-    """A recorded value, and what it is."""
+    """A recorded value and its float64 counterpart."""
 
     value: ops.Value
-    exact: Tensor  # float64, [n_tokens, columns]; of queries [n_tokens, heads, head_dim]
-    keys: Tensor | None = None  # of queries: what they attend to
+    exact: Tensor  # float64, [n_tokens, columns]; for queries [n_tokens, heads, head_dim]
+    keys: Tensor | None = None  # only for queries: the keys that they attend to
     values: Tensor | None = None
 
 
 @dataclass
 class Graph:
-    """Operators as `ops` has them, on twins.
+    """The operators of `ops`, on twins.
 
     Attributes:
-        lengths: tokens of each sequence.
-        formats: of the weights, one after the other in turn.
-        packing: exact: activations are float32; else those of codes are rounded to int8.
+        lengths: Number of tokens of each sequence.
+        formats: Formats of the weights, used in rotation.
+        packing: Packing of the weights; if exact, activations are float32, otherwise those of codes are
+            rounded to int8.
     """
 
     shape: Shape
@@ -90,7 +91,7 @@ class Graph:
         return sum(-(-length // BLOCK_SIZE) for length in self.lengths) + 1
 
     def _source(self, rows: int, columns: int, formats: Sequence[str] | None = None) -> ops.WeightSource:
-        """Make the next weight; of a format that has its columns."""
+        """Make the next weight in the next format, or in F32 if its blocks do not fit the columns."""
         self._num_weights += 1
         formats = self.formats if formats is None else formats
         format = formats[self._num_weights % len(formats)]
@@ -106,7 +107,7 @@ class Graph:
         return Twin(x, exact if added is None else exact + added[self.positions])
 
     def norm_weight(self, columns: int) -> ops.NormWeight:
-        """Make the next norm's weight: of RMSNorm, or of LayerNorm."""
+        """Make the next norm's weight, alternately of RMSNorm and of LayerNorm."""
         self._num_norms += 1
         bias = torch.rand(columns) if self._num_norms % 2 == 0 else None
         return ops.NormWeight(torch.rand(columns) + 0.5, EPS, bias)
@@ -152,9 +153,9 @@ class Graph:
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
 
     def experts_add(self, a: Twin, x: Twin, top_k: int, factor: float) -> Twin:
-        """Route by a router of its own, which decides what experts weigh; which they are is decided before.
+        """Add experts chosen by a fixed correction and weighted by a router.
 
-        A choice between two that are all but tied could be another in float64.
+        If the router also chose them, float64 could choose differently between two near ties.
         """
         shape, columns = self.shape, a.value.columns
         made, mlps = [], []
@@ -186,7 +187,7 @@ class Graph:
     def qkv(
         self, a: Twin, layer: int, norms: str | None, *, has_rope: bool, is_interleaved: bool = False
     ) -> Twin:
-        """Norms: None, of "heads", of the "whole" width, of each head by "layer", or "last"."""
+        """Add a qkv; `norms` is None, "heads", "whole" (width), "layer" (LayerNorms of heads) or "last"."""
         shape, columns = self.shape, a.value.columns
         counts = (shape.heads, shape.kv_heads, shape.kv_heads)
         sources = [self._source(count * shape.head_dim, columns) for count in counts]
@@ -244,7 +245,7 @@ class Graph:
 
     @property
     def positions(self) -> Tensor:
-        """Of all tokens."""
+        """Positions of all tokens."""
         return torch.cat([torch.arange(length) for length in self.lengths])
 
     def _linear(self, a: Twin, rows: int) -> tuple[ops.LinearWeight, Tensor]:
@@ -254,7 +255,7 @@ class Graph:
     def _seen(self, a: Twin, weight: ops.LinearWeight) -> Tensor:
         return rounded(a.exact.float(), weight.made.precision)
 
-    # The program, and its steps.
+    # The program and its steps.
 
     def program(self) -> ops.CpuProgram:
         total = sum(self.lengths)
@@ -264,7 +265,7 @@ class Graph:
         )  # fmt: skip
 
     def step(self, spans: Sequence[tuple[int, int]]) -> tuple[ops.FlatRows, list[int]]:
-        """Return the step that computes these positions of each sequence, and which tokens they are."""
+        """Return the step that computes these positions of each sequence, and the indices of its tokens."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
         tokens = [start + at for start, span in zip(starts, spans, strict=False) for at in range(*span)]
         used = [index for index, (start, stop) in enumerate(spans) if start < stop]

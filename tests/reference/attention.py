@@ -1,4 +1,4 @@
-"""Attention of a sequence in float64: slow and obvious."""
+"""Float64 reference for attention of one sequence: slow and plain."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def attention(
 ) -> Tensor:
     """Attend q [n, heads, dim], the last n positions, to key [context, kv_heads, dim] and value.
 
-    A query sees positions up to its own, or those before visible_until [n]; with a window so many, its own
-    the last; with chunks those of its own. Returns [n, heads * value_dim].
+    A query sees positions up to its own, or those before visible_until [n]. A window limits it to the last
+    `window` positions including its own, `chunk` to those of its own chunk. Returns [n, heads * value_dim].
     """
     n, heads, _ = q.shape
     context, group = key.shape[0], heads // key.shape[1]

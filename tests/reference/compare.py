@@ -1,4 +1,4 @@
-"""One rule for how far a kernel may be from its float64 reference, and how far it was."""
+"""The tolerances between a kernel and its float64 reference, and a record of measured errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """A relative error that was held to a limit."""
+    """A relative error that was compared with a limit."""
 
     error: float
-    limit: float  # 0: equal to the bit
+    limit: float  # 0: bitwise equal
 
     @property
     def share(self) -> float:
-        """The error's share of its limit: infinite where there is none, or the error is no number."""
+        """The error as a share of its limit: infinite if the limit is 0 or the error is NaN."""
         if self.error == 0:
             return 0.0
         share = self.error / self.limit if self.limit > 0 else math.inf
@@ -33,7 +33,7 @@ _measured: ContextVar[list[Distance] | None] = ContextVar("measured", default=No
 
 @contextlib.contextmanager
 def measured() -> Iterator[list[Distance]]:
-    """Collect all that is compared inside, in the list given."""
+    """Collect all comparisons made inside the context, in the list yielded."""
     found: list[Distance] = []
     token = _measured.set(found)
     try:
@@ -43,7 +43,7 @@ def measured() -> Iterator[list[Distance]]:
 
 
 def note(error: float, limit: float) -> None:
-    """Say how far a result is from its reference, before it is held to the limit."""
+    """Record a result's error before it is compared with the limit."""
     found = _measured.get()
     if found is not None:
         found.append(Distance(error, limit))
@@ -52,7 +52,7 @@ def note(error: float, limit: float) -> None:
 def assert_close(
     actual: Tensor, expected: Tensor, *, length: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Hold `actual` to a float64 `expected` whose elements are sums of `length` terms rounded to `dtype`.
+    """Compare `actual` with a float64 `expected` of sums of `length` terms, rounded to `dtype`.
 
     Rounding errors add up like a random walk: the whole tensor may be off by 2 sqrt(length) units of dtype,
     the worst element by 8 sqrt(length) units of the largest. NaN never passes.
@@ -62,7 +62,7 @@ def assert_close(
 
 
 def assert_within(actual: Tensor, expected: Tensor, *, whole: float, worst: float) -> None:
-    """Hold the relative error of the whole tensor, and the worst element's against the largest, to limits."""
+    """Limit the relative error of the whole tensor and the worst element's error relative to the largest."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     if expected.numel() == 0:
         return
@@ -77,7 +77,7 @@ def assert_within(actual: Tensor, expected: Tensor, *, whole: float, worst: floa
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Hold a tensor to equal values; NaN never passes."""
+    """Require equal values; NaN never passes."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     is_equal = torch.equal(actual, expected)
     if not is_equal:
@@ -88,6 +88,6 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Hold two float32 tensors to the same bytes, so that 0 is not -0 and NaN equals itself."""
+    """Require the same bytes in two float32 tensors, so that 0 differs from -0 and NaN equals itself."""
     assert actual.shape == expected.shape
     assert torch.equal(actual.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))

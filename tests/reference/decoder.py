@@ -1,4 +1,4 @@
-"""What a decoder computes of one sequence, in float64: slow and obvious."""
+"""Float64 reference for a decoder with one sequence: slow and plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tgi_asgi.models.config import ModelConfig, RopeSpec
 
 
 class MeantWeights(Protocol):
-    """Weights by canonical names, as float32."""
+    """Weights by canonical names, decoded to float32."""
 
     def meaning(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of this shape."""
@@ -66,7 +66,7 @@ def _rotated(heads: Tensor, rope: RopeSpec | None) -> Tensor:
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """Attend q [n, heads, dim] to key and value [n, KV heads, dim], each to `window` positions at most."""
+    """Attend q [n, heads, dim] to key and value [n, KV heads, dim], each to at most `window` positions."""
     n, heads, _ = q.shape
     key, value = (part.repeat_interleave(heads // key.shape[1], dim=1) for part in (key, value))
     scores = torch.einsum("qhd,khd->hqk", q, key) * scale

@@ -1,4 +1,4 @@
-"""Heads of the gated delta rule in float64, token by token: slow and obvious."""
+"""Float64 reference for heads of the gated delta rule, token by token: slow and plain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.ops import DeltaRuleWeight
 
 
 def delta_rule(rows: Tensor, steps: Tensor, weight: DeltaRuleWeight) -> Tensor:
-    """Return what a sequence's rows become, [n_tokens, heads * head_dim] float64, from its first token on."""
+    """Return the results [n_tokens, heads * head_dim] float64 for a sequence from its first token on."""
     heads, keys, size = weight.num_heads, weight.num_key_heads, weight.key_dim
     parts = rows.double().split([keys * size, keys * size, weight.width], 1)
     queries, of_keys = (_of_heads(part.view(len(rows), keys, size), weight) for part in parts[:2])
@@ -30,7 +30,7 @@ def delta_rule(rows: Tensor, steps: Tensor, weight: DeltaRuleWeight) -> Tensor:
 
 
 def _of_heads(keys: Tensor, weight: DeltaRuleWeight) -> Tensor:
-    """Divide keys [n_tokens, key heads, key_dim] by their lengths, and give each head its own."""
+    """Normalise keys [n_tokens, key heads, key_dim] to unit length and repeat them for each head."""
     keys = keys / (keys.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     times = weight.num_heads // weight.num_key_heads
     return keys.repeat(1, times, 1) if weight.is_tiled else keys.repeat_interleave(times, 1)

@@ -1,4 +1,4 @@
-"""Routed experts in float64, token by token: slow and obvious."""
+"""Float64 reference for routed experts, token by token: slow and plain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tgi_asgi.ops import ClampedGate, RouteSpec
 
 @dataclass(frozen=True)
 class Mlp:
-    """One expert's matrices, and their biases."""
+    """One expert's matrices and their biases."""
 
     gate: Tensor
     up: Tensor
@@ -23,7 +23,7 @@ class Mlp:
 
 
 def route(logits: Tensor, spec: RouteSpec) -> Tensor:
-    """Return what each expert weighs for each token, [n_tokens, num_experts]: 0 where it is not chosen."""
+    """Return each expert's weight for each token, [n_tokens, num_experts]: 0 if it is not chosen."""
     out = torch.zeros(len(logits), spec.num_experts, dtype=torch.float64)
     for row, weights in zip(logits.double(), out, strict=True):
         if spec.kind == "sparsemixer":
@@ -54,7 +54,7 @@ def _mix(row: Tensor, weights: Tensor, spec: RouteSpec) -> None:
 
 
 def gate(x: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
-    """Return what a gate and an up are together."""
+    """Return the activated gate times up, optionally clamped."""
     if clamped is None:
         return activate(x, activation) * up
     x = x.clamp(max=clamped.limit)
@@ -70,9 +70,9 @@ def experts(
     clamped: ClampedGate | None = None,
     round_inner: Callable[[Tensor], Tensor] = Tensor.double,
 ) -> Tensor:
-    """Return the sum of each token's experts, by weights [n_tokens, num_experts].
+    """Return the sum of each token's experts, weighted by weights [n_tokens, num_experts].
 
-    round_inner: what becomes of the input of `down`.
+    `round_inner` rounds the input of `down`.
     """
     out = torch.zeros(len(a), mlps[0].down.shape[0], dtype=torch.float64)
     for mlp, share in zip(mlps, weights.T, strict=True):

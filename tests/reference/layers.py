@@ -1,4 +1,4 @@
-"""What a layer's operators compute, in float64: slow and obvious."""
+"""Float64 references for a layer's operators: slow and plain."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tgi_asgi.ops import NormWeight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of each row."""
+    """Return the root-mean-square norm of each row."""
     x = x.double()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Norm of each row around its mean."""
+    """Return the norm of each row around its mean."""
     apart = x.double() - x.double().mean(-1, keepdim=True)
     return apart / (apart.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
 
 
 def norm(x: Tensor, weight: NormWeight) -> Tensor:
-    """Either norm; weights of several heads lie one after the other."""
+    """Return either norm; weights of several heads are stored one after the other."""
     parts = [None if part is None else part.view(-1, x.shape[-1]) for part in (weight.weight, weight.bias)]
     assert parts[0] is not None
     scale = parts[0] if len(parts[0]) > 1 else parts[0][0]
@@ -33,9 +33,9 @@ def norm(x: Tensor, weight: NormWeight) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
-    """Turn dimension i of x [n, heads, dim] with i + rotary / 2, by cos and sin [n, rotary / 2].
+    """Rotate dimension i of x [n, heads, dim] with i + rotary / 2, by cos and sin [n, rotary / 2].
 
-    Dimensions 2i and 2i + 1 turn together where they are interleaved.
+    With `is_interleaved`, dimensions 2i and 2i + 1 rotate together.
     """
     if is_interleaved:
         turned, rest = x.double().split([2 * cos.shape[1], x.shape[2] - 2 * cos.shape[1]], dim=-1)
@@ -49,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False)
 
 
 def activate(x: Tensor, activation: str, alphas: tuple[float, float] | None = None) -> Tensor:
-    """Return one of `ops.ACTIVATIONS`; GELU exactly, or in its tanh form."""
+    """Apply one of `ops.ACTIVATIONS`; GELU is exact or in its tanh form."""
     x = x.double()
     if activation == "silu":
         return x / (1 + torch.exp(-x))
@@ -67,6 +67,6 @@ def activate(x: Tensor, activation: str, alphas: tuple[float, float] | None = No
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ W.T + bias`."""
+    """Return `a @ W.T + bias`."""
     product = a.double() @ weight.double().T
     return product if bias is None else product + bias.double()

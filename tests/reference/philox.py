@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the draw made of it, in plain Python.
+"""Philox4x32-10 and the token draw based on it, in plain Python.
 
 Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 3.3.
 """
@@ -23,7 +23,7 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, i
 
 
 def draw(scores: Sequence[float], seed: int, choice: int, position: int) -> int:
-    """Return the argmax of score + Gumbel noise; a score of -inf is out."""
+    """Return the argmax of score + Gumbel noise; a token with score -inf cannot be drawn."""
     best, winner = -math.inf, -1
     for token, score in enumerate(scores):
         if score == -math.inf:

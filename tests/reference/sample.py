@@ -1,4 +1,4 @@
-"""The distribution that a token is drawn from, in float64 with full sorts: slow and obvious."""
+"""Float64 reference for the distribution that tokens are drawn from, with full sorts: slow and plain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def penalised(
 
 
 def probabilities(x: Tensor, params: SamplingParams) -> Tensor:
-    """Return what each token is drawn with, given its logit after penalties."""
+    """Return each token's probability, given its logit after penalties."""
     x = x / params.temperature
     if params.top_k:
         least = x.sort(descending=True).values[: params.top_k][-1]

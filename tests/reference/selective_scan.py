@@ -1,4 +1,4 @@
-"""State spaces of heads and the gated norm in float64, token by token: slow and obvious."""
+"""Float64 references for selective-scan heads and the gated norm, token by token: slow and plain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.ops import SelectiveScanWeight
 
 
 def selective_scan(rows: Tensor, steps: Tensor, weight: SelectiveScanWeight) -> Tensor:
-    """Return what a sequence's rows become, [n_tokens, heads * head_dim] float64, from its first token on."""
+    """Return the results [n_tokens, heads * head_dim] float64 for a sequence from its first token on."""
     heads, groups, size = weight.num_heads, weight.num_groups, weight.state_size
     x, b, c = rows.double().split([weight.width, groups * size, groups * size], 1)
     state = torch.zeros(heads, weight.head_dim, size, dtype=torch.float64)
@@ -40,7 +40,7 @@ def gated_norm(
     is_sigmoid: bool,
     gate_scale: float = 1.0,
 ) -> Tensor:
-    """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), float64."""
+    """Return norm(rows * f(s * gate)) or norm(rows) * f(s * gate), in float64."""
     x, passed = rows.double(), (torch.sigmoid if is_sigmoid else silu)(gate_scale * gate.double())
     x = x * passed if is_gate_first else x
     if weight is not None:

@@ -1,4 +1,4 @@
-"""A short convolution in float64, token by token: slow and obvious."""
+"""Float64 reference for a short convolution, token by token: slow and plain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tgi_asgi.ops import ShortConvWeight
 def short_conv(
     rows: Tensor, weight: ShortConvWeight, *, is_gated: bool = False, has_silu: bool = False
 ) -> Tensor:
-    """Return what a sequence's rows become, [n_tokens, channels] float64, from its first token on."""
+    """Return the results [n_tokens, channels] float64 for a sequence from its first token on."""
     channels, num_taps = weight.taps.shape
     rows, taps = rows.double(), weight.taps.double()
     before, behind, x = (

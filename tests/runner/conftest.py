@@ -1,4 +1,4 @@
-"""Runners for the tests of a module that has a fixture `model`, closed after each test."""
+"""Runners for the tests of a module with a fixture `model`, closed after each test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["kernel_set", "make_runner", "runner"]
 
 @pytest.fixture
 def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
-    """Return what makes a small runner, of the module's model or of another."""
+    """Return a function that makes a small runner for the module's model or another."""
     runners: list[CpuRunner] = []
 
     def make(model: Model = model) -> CpuRunner:

@@ -1,4 +1,4 @@
-"""Adapters through the engine and the real runner: others' change no answer, and nothing is left behind."""
+"""Adapters through the engine and the real runner: other requests change no answer, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def engine(model: Model, loader: AdapterLoader) -> AsyncIterator[Engine]:
 
 
 def some_request(seed: int, adapters: list[Adapter], grammar: Grammar) -> GenerationRequest:
-    """Make a request: some begin alike, have an adapter, a grammar, log-probabilities, several choices."""
+    """Make a request; some have a common prefix, an adapter, a grammar, log-probabilities or two choices."""
     choose = random.Random(seed)
     prompt = [2 + index * 7 % 60 for index in range(choose.choice([3, 20, 33]))]
     prompt += [2 + choose.randrange(60) for _ in range(choose.choice([0, 0, 4]))]
@@ -103,13 +103,13 @@ def some_request(seed: int, adapters: list[Adapter], grammar: Grammar) -> Genera
 
 
 def long_request(number: int) -> GenerationRequest:
-    """Make a request that starts with two blocks and ends with five: three of them do not fit."""
+    """Make a request that starts with two blocks and ends with five, so that three of them do not fit."""
     stop = StopConditions(max_tokens=55, ignore_eos=True)
     return GenerationRequest(f"l{number}", [number + 2] * 20, SamplingParams(seed=number), stop)
 
 
 def shown(answer: Answer) -> list[tuple[object, ...]]:
-    """Return all that clients see of an answer, choice by choice."""
+    """Return everything that clients see of an answer, choice by choice."""
     return sorted(
         (event.index, at, event.token_id, event.text, event.logprob, str(event.top), str(event.finish))
         for at, event in enumerate(sorted(answer.events, key=lambda event: event.index))
@@ -152,7 +152,7 @@ async def test_a_prefix_is_found_by_its_own_adapter_alone(engine: Engine, adapte
 async def test_an_adapter_that_is_let_go_of_is_freed_once_its_requests_have_ended(
     engine: Engine, loader: AdapterLoader, folders: list[Path], model: Model
 ) -> None:
-    """Loaded, used and let go of again and again, beside others that decode: memory stays as it was."""
+    """Load, use and release it repeatedly while other requests decode; memory must not grow."""
     stop = StopConditions(max_tokens=30, ignore_eos=True)
     prompt = [5, 6, 7]
     others = [

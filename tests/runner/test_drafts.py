@@ -43,13 +43,13 @@ LONGEST = 192
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    ops.configure_threads(1, nice=0, pin=False)  # it is the steps that matter, not their speed
+    ops.configure_threads(1, nice=0, pin=False)  # speed does not matter here
     return load_model(save(make_model(), tmp_path_factory.mktemp("model")), max_positions=256)
 
 
 @pytest.fixture(autouse=True)
 def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft whatever the time says, as much as there is: what the tests are about must happen."""
+    """Draft as many tokens as possible regardless of their cost, so that the tests exercise drafts."""
     monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
@@ -84,7 +84,7 @@ async def serving(
 
 
 def random_sampling(rng: random.Random) -> SamplingParams:
-    """Return any sampling parameters, of which most leave a text that repeats itself."""
+    """Return random sampling parameters, most of which lead to repetitive text."""
 
     def maybe(value: Any, otherwise: Any, share: float = 0.25) -> Any:
         return value if rng.random() < share else otherwise
@@ -136,7 +136,7 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
 
 
 def said(answer: Answer) -> tuple[object, ...]:
-    """Return all that a client learns, but for when."""
+    """Return everything that a client learns except timing."""
     events = sorted(answer.events, key=lambda event: event.index)
     stats = answer.stats
     return (
@@ -150,7 +150,7 @@ def said(answer: Answer) -> tuple[object, ...]:
 async def answers_of(
     engine: Engine, requests: list[GenerationRequest], at_once: int
 ) -> list[tuple[object, ...]]:
-    """Keep so many requests open; return what each was told."""
+    """Keep `at_once` requests open; return everything that each client learned."""
     slots = asyncio.Semaphore(at_once)
 
     async def ask(request: GenerationRequest) -> tuple[object, ...]:

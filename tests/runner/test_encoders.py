@@ -1,4 +1,4 @@
-"""Encoders against `transformers`: vectors and scores of prompts in one step, as if each were alone."""
+"""Encoders against `transformers`: prompts that share a step get the same vectors and scores as alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from tgi_asgi.runner.plan import StepPlan, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind
 
-# torch's sine and tanh, which other models' code calls, depend on a number's place among the others.
+# Kinds with bitwise equal results. Other models call torch's sine and tanh, which depend on a number's place
+# in its tensor.
 SAME_BITS = {
     "Bert", "Roberta", "XLMRoberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "T5",
     "NomicBert", "EuroBert", "Gemma3Text", "Gte",
@@ -79,7 +80,7 @@ def agree(found: np.ndarray, expected: torch.Tensor) -> None:
         ("Gemma3Text", "Model", "mean_tokens"),
         pytest.param("Gte", "Model", "cls_token", marks=pytest.mark.models),
         pytest.param("Gte", "ForMaskedLM", "cls_token", marks=pytest.mark.models),
-        ("GPT2", "Model", "lasttoken"),  # no encoder, and no family of ours
+        ("GPT2", "Model", "lasttoken"),  # not an encoder, and no native family
         ("MPNet", "Model", "mean_tokens"),
         ("DebertaV2", "Model", "mean_tokens"),
         pytest.param("T5", "EncoderModel", "mean_tokens", marks=pytest.mark.models),
@@ -257,7 +258,7 @@ def test_code_that_attends_by_itself_gets_no_more_than_it_has_room_for(tmp_path:
     edit(tmp_path / "config.json", max_position_embeddings=None)
     with loaded(tmp_path) as (found, runner):
         assert found.info.embedding is not None
-        assert found.info.embedding.max_tokens == runner.max_context == 8192  # of four heads: 1 GiB
+        assert found.info.embedding.max_tokens == runner.max_context == 8192  # four heads then take 1 GiB
 
 
 def test_a_gpu_is_no_place_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""What is always true, of every family: an answer is that of the lone request, to the last bit.
+"""For every family, an answer equals that of the same request alone, to the last bit.
 
-Alone and whole, without a cache, one choice after the other: that is what is expected.
-Then the same requests among thirty-two, in chunks, with drafts, adapters and grammars beside them, in so few
-blocks that some are preempted; and once more, from what the prefix cache has kept.
+The expected answers come from requests that run alone and whole, without a prefix cache, one choice after the
+other. Then the same requests run among thirty-two, in chunks, with drafts, adapters and grammars, in so few
+blocks that some are preempted; and once more, from the prefix cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
 
 NUM_PROBES, NUM_OTHERS = 8, 24
-# As some checkpoints call what another architecture computes.
+# Names that some checkpoints use for another architecture.
 ALIASES = {
     "RWForCausalLM",
     "StableLMEpochForCausalLM",
@@ -41,7 +41,7 @@ ALIASES = {
 }
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
 
-# Layers that overwrite what they know of a sequence.
+# Layers that overwrite their state of a sequence.
 RECURRENT = {
     "Lfm2ForCausalLM",
     "Lfm2MoeForCausalLM",
@@ -65,13 +65,13 @@ def one_case_each() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft whatever the time says: what the tests are about must happen."""
+    """Draft regardless of the cost, so that the tests exercise drafts."""
     monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 @pytest.fixture(autouse=True)
 def room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preempt one in every ninth step that has several, whether there is room or not."""
+    """Preempt one sequence in every ninth step if several run, regardless of free blocks."""
     steps = itertools.count()
     plan_decodes = Scheduler._plan_decodes
 
@@ -85,7 +85,7 @@ def room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def requests_of(case: FamilyCase, adapters: list[Adapter | None]) -> list[GenerationRequest]:
-    """Make the probes, then the others: texts that repeat themselves, some with a common beginning."""
+    """Make the probes, then the others: repetitive texts, some with a common prefix."""
     rng = random.Random(7)
     size = case.config["vocab_size"]
     compiler = GrammarCompiler(Letters(size), size)
@@ -148,14 +148,14 @@ async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: st
         assert told(cached_one) == told(lone), request
         assert busy_one.stats.prompt_logprobs == lone.stats.prompt_logprobs, request
     ids = [tuple(token for token, *_ in told(answer)) for answer in expected]
-    assert len(set(ids)) == len(ids), "adapters, seeds or grammars change nothing"
+    assert len(set(ids)) == len(ids), "adapters, seeds or grammars have no effect"
 
 
 @pytest.fixture
 def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make one in every fourth step of several rows fail; returns how many rows each had.
+    """Make every fourth step with several rows fail; return the list of their numbers of rows.
 
-    It has drawn nothing, but written keys and values, and states.
+    A failed step has sampled nothing, but has written keys, values and states.
     """
     failed: list[int] = []
     steps = itertools.count()
@@ -178,7 +178,7 @@ def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(CpuProgram, "run", fail_or_run)
     monkeypatch.setattr(CpuProgram, "draw", fail_or_draw)
-    monkeypatch.setattr(CpuRunner, "_is_rows_alone", lambda runner, plan: False)  # those never come here
+    monkeypatch.setattr(CpuRunner, "_is_rows_alone", lambda runner, plan: False)  # else `fail` is bypassed
     return failed
 
 

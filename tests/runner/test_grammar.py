@@ -1,4 +1,4 @@
-"""Grammars through the engine and the real runner: company, preemption and several choices change nothing."""
+"""Grammars through the engine and the real runner: other requests, preemption and `n` change nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tgi_asgi.types import FinishReason, GenerationRequest, ModelInfo, SamplingP
 
 EOS = 1
 MARK = 96  # "~"
-# Any text, or text, the mark and digits: what `auto` makes of tools, as short as can be.
+# Any text, or text, the mark and digits: a minimal form of what `auto` makes of tools.
 AUTO = GrammarSource(
     'start: TEXT | opening CALLS\nTEXT: /(.|\\n)*/\nopening[lazy]: /(.|\\n)*/ "~"\nCALLS: /[0-9]{6,9};/',
     free=(literal("~"),),
@@ -37,7 +37,7 @@ PATTERN = "[a-z]{30,50}-[0-9]{3}"
 
 
 class Letters:
-    """A token for each ASCII character, from id 2 on."""
+    """A tokenizer with a token for each ASCII character, from id 2 on."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -123,7 +123,7 @@ async def test_min_tokens_keeps_an_answer_going_where_the_grammar_lets_it(
 
 
 def auto_requests(grammar: Grammar) -> list[GenerationRequest]:
-    """Some with filters, whose cut moves with what may be drawn; the mark is likelier than it would be."""
+    """Make requests, some with top_p, whose cut depends on the mask; a bias makes the mark likelier."""
     return [
         dataclasses.replace(
             request(seed, grammar, n=1 + seed % 2),
@@ -145,7 +145,7 @@ async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: 
     assert engine.stats.preemptions > 0
     texts = [answer.text(choice) for answer in expected for choice in range(answer.channel.request.n)]
     calls = [text for text in texts if re.fullmatch(r"[^~]*~[0-9]{6,9};", text)]
-    assert 2 < len(calls) < len(texts), "the scene is not as meant"
+    assert 2 < len(calls) < len(texts), "the setup must yield some calls and some other texts"
     for answers in (found, together):
         for answer, other in zip(answers, expected, strict=True):
             for choice in range(answer.channel.request.n):

@@ -43,7 +43,7 @@ def test_a_group_s_layers_have_one_window_and_fit_a_block(layers: list[tuple[int
         held[group] += size
     assert set(held) == set(range(len(groups.windows)))
     assert max(held.values()) <= groups.bytes_per_token
-    if len({size for _, size in layers}) == 1:  # else some may be left empty
+    if len({size for _, size in layers}) == 1:  # otherwise some blocks may be partly empty
         total = sum(size for _, size in layers)
         assert groups.bytes_per_token * len(groups.windows) <= 1.1 * total
 

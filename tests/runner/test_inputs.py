@@ -1,4 +1,4 @@
-"""Plans as arrays: where each token goes, and which plans are refused."""
+"""Plans as arrays: where each token is written, and which plans are refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_limits_are_positive_and_fit_the_arrays(limit: int) -> None:
 
 @pytest.fixture
 def windowed() -> StepInputs:
-    """Two groups of layers, one with a window of 20."""
+    """Return inputs for two groups of layers, one with a window of 20."""
     return StepInputs(
         vocab_size=100, num_blocks=10, block_size=16, max_context=96, max_rows=4, max_tokens=40,
         windows=(None, 20),
@@ -119,7 +119,7 @@ def windowed() -> StepInputs:
 
 
 def test_each_group_has_slots_and_a_table_of_its_own(windowed: StepInputs) -> None:
-    """Position 60 sees 41 on: what a table has before block 2 is not looked at, whatever it is."""
+    """Check that block table entries before the window are ignored: position 60 sees 41 and later."""
     rows = [
         StepRow(0, [5, 6], 60, [[1, 2, 3, 4], [-1, 1 << 70, 8, 9]], samples=True),
         StepRow(1, [7], 3, [[5], [6]], samples=True),

@@ -1,4 +1,4 @@
-"""The queue between the event loop and the runner's thread: order, ends, and steps that need no Python."""
+"""The queue between the event loop and the runner's thread: order, shutdown, and steps without Python."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
 
     async def draw() -> StepResult:
         future = queue.submit(StepPlan(9, []))
-        assert finished.acquire(timeout=10)  # before the loop looks: what is new comes with what is old
+        assert finished.acquire(timeout=10)  # so that new and old results arrive together
         return await asyncio.wait_for(future, 10)
 
     thread = threading.Thread(target=work)
@@ -168,7 +168,7 @@ async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
 
 
 async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> None:
-    """Its context's keys and values are poisoned, another's are not."""
+    """Poison the keys and values of one context, but not of the other."""
     await asyncio.gather(*(runner.submit(starting(slot)) for slot in range(2)))
     rows = [
         StepRow(0, None, len(PROMPT), [[0, 1]], samples=True),
@@ -186,7 +186,7 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
 
 
 async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) -> None:
-    """Those that pass through Python among those that do not."""
+    """Mix steps that run in Python with steps that do not."""
     await runner.submit(starting())
     done: list[int] = []
     plans = [going_on(0), starting(1), going_on(1), going_on(0, 1), starting(2)]
@@ -230,7 +230,7 @@ async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
     taken = threading.Event()
 
     class Slow:
-        """Goes on only once the thread has taken what was pushed."""
+        """A queue whose `push` returns only after the thread has taken the job."""
 
         def push(self, number: int) -> None:
             steps.push(number)

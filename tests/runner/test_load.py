@@ -1,4 +1,4 @@
-"""Loading: what is reported, what the limits become, and what is refused."""
+"""Loading: what is reported, the resulting limits, and what is refused."""
 
 from __future__ import annotations
 
@@ -149,4 +149,4 @@ def test_a_failed_load_leaves_no_thread(files: ModelFiles) -> None:
 def test_weights_are_unmapped_once_loaded(files: ModelFiles) -> None:
     loaded = load_closed(files, settings())
     assert str(files.path) not in Path("/proc/self/maps").read_text()
-    assert loaded.num_blocks > 0, "and the model is in use"
+    assert loaded.num_blocks > 0, "the model must still be in use"

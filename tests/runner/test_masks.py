@@ -1,4 +1,4 @@
-"""Constrained slots of the real operator: masks, ends, `min_tokens`, resumption, and neighbours."""
+"""Grammar masks with the real operator: ends, `min_tokens`, resumption, and rows without a grammar."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_token_after_which_nothing_can_follow_is_marked(
     masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
     assert not draw(masks, 0, ord("x")).is_last
     assert draw(masks, 0, ord("y")).is_last
-    # The step that was planned before the end was known still runs: it must find something to draw.
+    # The step that was planned before the end was known still runs, so it must find a token to draw.
     assert len(*allowed(masks, 0)) == VOCAB_SIZE
     assert draw(masks, 0, 3).failure is None
 
@@ -124,7 +124,7 @@ def test_masks_of_many_slots_are_each_slot_s_own(masks: SlotMasks, compiler: Gra
         masks.start(
             start(slot, compiler.compile(sources.choice([text])), output_ids=list(text[: slot % 3].encode()))
         )
-    draw(masks, 5, ord("q"))  # fails
+    draw(masks, 5, ord("q"))  # the matcher fails
     masks.start(start(6, None))
     order = [6, 3, 0, 5, 4, 1, 2]
     free = set(range(VOCAB_SIZE))
@@ -153,7 +153,7 @@ def test_each_draft_has_the_mask_that_it_would_have_one_by_one(compiler: Grammar
     expected += allowed(one_by_one, 3)
     assert found[1:-2] == expected
     assert found[0] == found[-1] == found[-2] == set(range(VOCAB_SIZE))
-    assert allowed(ahead, 3) == expected[:1], "the matcher has gone on with its drafts"
+    assert allowed(ahead, 3) == expected[:1], "the matcher advanced with the drafts"
 
 
 def test_drafts_are_cut_where_the_grammar_allows_no_more(compiler: GrammarCompiler) -> None:

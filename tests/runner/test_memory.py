@@ -1,4 +1,4 @@
-"""Whether a model fits is known before any of it is read, and said with what would fit."""
+"""The server knows before reading weights whether a model fits, and its refusal says what would fit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_predicted_weight_bytes_are_those_packed(tmp_path: Path, kind: str, quan
 
 
 def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
-    """Hold what the weights of a model take to what is foretold of its files."""
+    """Check that the packed weights of a model are as large as predicted from its files."""
     with OpenModel(files) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
         foretold = packed_bytes(opened.held(), packing, vocabulary)
@@ -115,7 +115,7 @@ def test_what_is_foretold_of_quantised_checkpoints(tmp_path: Path, recipe: dict[
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelFiles]:
-    """A model whose configuration promises a context of 16,777,216 tokens, where 64 MiB are free."""
+    """Make a model whose configuration promises 16,777,216 tokens of context, with 64 MiB of free memory."""
     files = save(make_model(), tmp_path)
     save_tokenizer(tmp_path)
     path = tmp_path / "config.json"
@@ -126,7 +126,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelFile
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return for how many positions rotary tables are made from now on."""
+    """Return a list that records the number of positions of each rotary table made from now on."""
     made: list[int] = []
     create = ops.RopeTable.create
 
@@ -169,7 +169,7 @@ def test_a_context_without_end_is_cut_to_the_cache_before_its_table_is_made(
 def test_a_rotary_table_that_does_not_fit_is_refused_before_it_is_made(
     files: ModelFiles, tables: list[int]
 ) -> None:
-    """The operator's own word on the cache is believed: it is memory that is reserved, not taken."""
+    """Check the rotary tables only; the operator's cache size is trusted, as the cache is merely reserved."""
     with pytest.raises(
         ModelLoadError, match=r"rotary tables, .* GiB are free: set --max-total-tokens to at most"
     ):

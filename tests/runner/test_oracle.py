@@ -1,4 +1,4 @@
-"""The demonstration model against what `transformers` said of it (tests/models/oracle/record.py)."""
+"""The demonstration model against results recorded from `transformers` (tests/models/oracle/record.py)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_a_request_alone_or_among_others_gives_the_same_tokens(exact: Load
     among = [Job(prompt, 12, sampling) for prompt, sampling in wanted]
     await generate(exact.runner, [*crowd[:20], *among, *crowd[20:]], chunk=100)
     assert [job.token_ids for job in among] == [job.token_ids for job in alone]
-    assert len({tuple(job.token_ids) for job in crowd}) > 16, "the others said different things"
+    assert len({tuple(job.token_ids) for job in crowd}) > 16, "the other answers must differ"
 
 
 async def test_the_default_arithmetic_stays_close_to_the_oracle(demo_files: ModelFiles) -> None:

@@ -1,4 +1,4 @@
-"""Vectors of prompts against `transformers` and torch: each pooling, in chunks, beside rows that decode."""
+"""Prompt vectors against `transformers` and torch: each pooling mode, in chunks, next to decode rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, CpuR
 
 
 def run(runner: CpuRunner, pooling: Pooling, chunk: int, *, beside: bool = False) -> Vector:
-    """Pool `IDS` in chunks of a size, in slot 1; another sequence decodes in slot 0, if it is to."""
+    """Pool `IDS` in chunks in slot 1; with `beside`, another sequence decodes in slot 0."""
     table, other = list(range(3, 10)), list(range(20, 30))
     starts = [SlotStart(1, GREEDY, 0, IDS)]
     if beside:

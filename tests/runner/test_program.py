@@ -1,4 +1,4 @@
-"""A model's recorded program: against float64, and the same bits however a batch is put together."""
+"""A model's recorded program: against float64, and the same bits however a batch is composed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
     vocab_size=199,
     hidden_size=256,
     intermediate_size=512,
-    num_heads=8,  # groups of four: tiles of six rows cut through tokens
+    num_heads=8,  # groups of four, so that tiles of six rows cut through tokens
     num_kv_heads=2,
     head_dim=64,
     context_length=1024,
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     layers=(LayerSpec(ROPE, None, 0.125),) * 2,
     has_qkv_bias=True,
 )
-# Nothing here is a multiple of 32, part of a head turns, and the last layer sees 20 positions, unrotated.
+# No size is a multiple of 32, part of a head is rotated, and the last layer sees 20 positions, unrotated.
 ODD = replace(
     CONFIG,
     hidden_size=200,
@@ -51,7 +51,7 @@ MAX_TOKENS = 700
 
 
 class RandomWeights:
-    """Weights of any name and shape, the same for the same name."""
+    """Random weights for any name and shape; the same name yields the same values."""
 
     num_bytes, is_gguf = 0, False
 
@@ -96,7 +96,7 @@ def tokens_of(sequence: int, length: int = 700) -> list[int]:
 
 
 class Cache:
-    """A program with its cache: gives each sequence blocks of its own, in any order."""
+    """A program with its cache, which gives each sequence its own blocks, in any order."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Cache:
         weights: str | RandomWeights,
         packing: ops.Packing,
         dtype: torch.dtype,
-        prompt_lens: dict[int, int] | None = None,  # of sequences: what comes behind was drawn
+        prompt_lens: dict[int, int] | None = None,  # by sequence; later tokens were sampled
     ) -> None:
         if isinstance(weights, str):
             weights = RandomWeights(weights)
@@ -116,7 +116,8 @@ class Cache:
             block_size=16,
             dtype=dtype,
         )
-        # What a cache holds before it is written must not matter: NaN, also as a scale of int8.
+        # The cache's contents before it is written must not matter, so it starts as NaN, including int8
+        # scales.
         pool.native.memory()[:] = 0x7F if dtype is torch.int8 else 0xFF
         self.program = ops.CpuProgram(
             record(model, pool.layers),
@@ -136,12 +137,12 @@ class Cache:
         return torch.cat([self.program.run_head(part.tolist()).clone() for part in rows])
 
     def draw(self, pieces: Sequence[Piece], rows: Sequence[int]) -> ops.SampleResult:
-        """Compute the pieces as one batch and draw, greedily, after rows of it."""
+        """Compute the pieces as one batch and sample greedily after some of its rows."""
         state = _greedy(len(rows))
         return self.program.draw(self.batch(pieces), rows, range(len(rows)), state, None)
 
     def batch(self, pieces: Sequence[Piece]) -> ops.FlatRows:
-        """Make a batch of the pieces; new blocks are taken as they need them."""
+        """Make a batch of the pieces, allocating new blocks as needed."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -174,7 +175,7 @@ class Cache:
 
 
 def _greedy(num_slots: int) -> ops.SampleState:
-    """Return slots whose draws have the log-probabilities of all tokens."""
+    """Return slots whose draws report the log-probabilities of all tokens."""
     state = ops.SampleState(num_slots, CONFIG.vocab_size)
     for slot in range(num_slots):
         sampling = SamplingParams(temperature=0.0, logprobs=CONFIG.vocab_size)
@@ -233,7 +234,7 @@ CHUNKED = [
     [Piece(2, 255, 256), Piece(0, 299, 300)],
 ]
 
-# Pieces that read what others of the same step write, before or behind them.
+# Pieces that read what others of the same step write, listed before or after them.
 TOGETHER = [
     Piece(0, 256, 257),
     Piece(2, 0, 96),
@@ -247,7 +248,7 @@ TOGETHER = [
 
 
 def by_token(results: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[tuple[int, int], Tensor]:
-    """Logits by (sequence, position)."""
+    """Return the logits by (sequence, position)."""
     found: dict[tuple[int, int], Tensor] = {}
     for pieces, logits in results:
         places = [
@@ -292,7 +293,7 @@ def test_chunks_batches_and_block_tables_change_no_bit(
 
 @pytest.fixture
 def num_threads() -> Iterator[None]:
-    """Give the test's module its number of threads back."""
+    """Restore the test module's number of threads."""
     before = _C.num_threads()
     yield
     _C.set_num_threads(before)
@@ -318,7 +319,7 @@ def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: tor
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param([0, 1, 2], id="the first"),  # where they are already
+        pytest.param([0, 1, 2], id="the first"),  # already in place
         pytest.param([0, 1, 44, 351], id="last tokens"),  # of each piece: 352 tokens in all
         pytest.param([351], id="one"),
         pytest.param([1, 44, 20, 351], id="not ascending"),
@@ -435,7 +436,7 @@ def test_float_weights_are_quantised_as_they_are_loaded(
     packing = ops.Packing(is_exact=True, quantise=quantise)
     model = Decoder(config, RandomWeights("BF16"), packing, max_positions=1024)
     assert model.layers[0].down.made.matrix.format == quantise
-    assert model.embedding.made.matrix.format == "Q8_0", "a vocabulary is never quantised below eight bits"
+    assert model.embedding.made.matrix.format == "Q8_0", "a vocabulary must keep at least eight bits"
     pieces = [Piece(0, 0, 9)]
     expected = recorded_cache("BF16", is_exact=True, config=config).run(pieces)
     found = Cache(config, "BF16", packing, torch.float32).run(pieces)

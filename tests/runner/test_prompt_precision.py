@@ -1,4 +1,4 @@
-"""Prompts in bfloat16, generated tokens in int8: whose bits each has, whatever it is computed beside."""
+"""Prompts in bfloat16, generated tokens in int8: each has its own bits, whatever shares its batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tgi_asgi.models.config import ModelConfig
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 FAST = ops.Packing(is_exact=False)
-PROMPT_LENS = {0: 258, 1: 9, 2: 256, 3: 1}  # of the pieces: with tokens behind the prompt, and without
+PROMPT_LENS = {0: 258, 1: 9, 2: 256, 3: 1}  # of the pieces, some with generated tokens and some without
 
 
 class MixedWeights(RandomWeights):
-    """Weights of several formats, by parts of their names."""
+    """Weights of several formats, chosen by parts of their names."""
 
     def __init__(self, format: str, others: dict[str, str]) -> None:
         super().__init__(format)
@@ -46,7 +46,7 @@ class MixedWeights(RandomWeights):
 
 
 class DecodedWeights(RandomWeights):
-    """The same as what they mean, in bfloat16, but for the vocabulary."""
+    """The same weights decoded to bfloat16, except the vocabulary."""
 
     def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
         source = super().get(name, shape)
@@ -56,7 +56,7 @@ class DecodedWeights(RandomWeights):
 
 
 def by_kind(pieces: Sequence[Piece]) -> list[Piece]:
-    """Cut pieces where their prompts end; those of generated tokens first."""
+    """Cut pieces where their prompts end; pieces of generated tokens come first."""
     prompts, drawn = [], []
     for piece in pieces:
         end = PROMPT_LENS[piece.sequence]
@@ -78,7 +78,7 @@ def made(weights: str | RandomWeights = "Q4_1", config: ModelConfig = CONFIG) ->
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Give the process its number of threads back."""
+    """Restore the process's number of threads."""
     before = _C.num_threads()
     yield
     _C.set_num_threads(before)
@@ -139,7 +139,7 @@ def test_a_draw_computes_of_its_rows_what_a_whole_step_does(rows: list[int], num
     _C.set_num_threads(num_threads)
     drawn, whole = made(), made()
     first = [Piece(0, 0, 202), Piece(1, 0, 9), Piece(3, 0, 1)]
-    # 42 tokens that were drawn, then 312 of prompts.
+    # 42 sampled tokens, then 312 prompt tokens.
     later = by_kind([Piece(1, 9, 50), Piece(3, 1, 2), Piece(2, 0, 256), Piece(0, 202, 258)])
     for pieces, wanted in ((first, [201]), (later, rows)):
         found = drawn.draw(pieces, wanted)

@@ -32,7 +32,7 @@ def threads() -> None:
 
 @pytest.fixture(scope="module", params=[32, 16], ids=["whole strips", "half strips"])
 def heads(request: pytest.FixtureRequest) -> dict[str, int]:
-    """Heads of as many dims as the kernels compute at a time, or of less."""
+    """Return heads of as many dims as the kernels compute at a time, or of fewer."""
     return {"num_attention_heads": 64 // request.param, "num_key_value_heads": 32 // request.param}
 
 
@@ -96,7 +96,7 @@ async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
 
 
 async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner) -> None:
-    """Prompts that share a block, planned together: one computes it, the other has it in its table."""
+    """Plan prompts that share a block together: one row computes it, the other has it in its block table."""
     drawn = await draw_over_a_shared_block(runner, PROMPT, SEEDED)
     job = Job(PROMPT, 4, SEEDED)
     await generate(runner, [job])

@@ -1,4 +1,4 @@
-"""Several processes that compute a model together: the text is that of one, and how they end."""
+"""Several tensor-parallel processes produce the same text as one; and how they end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCORED = SamplingParams(temperature=0.0, logprobs=5)
 
 @asynccontextmanager
 async def serving(files: ModelFiles, num_shard: int, **changes: Any) -> AsyncIterator[LoadedModel]:
-    """Load a model in so many shards, in float32 unless `changes` say otherwise; end them."""
+    """Load a model in `num_shard` shards, by default in float32, and end them afterwards."""
     settings: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "thread_nice": 0, "max_batch_size": 4}
     chosen = Settings(num_shard=num_shard, max_total_tokens=256, **{**settings, **changes})
     loaded = load(chosen, files, lambda stage, done, total: None)
@@ -41,7 +41,7 @@ async def serving(files: ModelFiles, num_shard: int, **changes: Any) -> AsyncIte
 
 
 async def scored(files: ModelFiles, num_shard: int, num_tokens: int = 8, **changes: Any) -> list[Job]:
-    """Continue three prompts, one of them in chunks, and score the second; twice, to the same bits."""
+    """Continue three prompts, one of them in chunks, and score the second; twice, with the same bits."""
     prompts = [[7, 11, 13, 17, 19] * 8, [3, 5, 2, 9, 40, 41, 42], [90]]
     first, again = (
         [
@@ -53,18 +53,18 @@ async def scored(files: ModelFiles, num_shard: int, num_tokens: int = 8, **chang
     async with serving(files, num_shard, **changes) as loaded:
         await generate(loaded.runner, first, chunk=30)
         await generate(loaded.runner, again, chunk=30)
-    assert [job.sampled for job in again] == [job.sampled for job in first], "bits depend on time"
+    assert [job.sampled for job in again] == [job.sampled for job in first], "bits must not depend on time"
     return first
 
 
 async def test_two_shards_of_the_demonstration_model_write_what_one_does(demo_files: ModelFiles) -> None:
-    """Whose 9 heads and 3 KV heads are 6 and 2, and 3 and 1."""
+    """Use a model whose 9 heads split into 6 and 3, and whose 3 KV heads split into 2 and 1."""
     compare(await scored(demo_files, 2), await scored(demo_files, 1))
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """4 heads, 2 KV heads, and an MLP of 96 columns, 24 a shard: no whole strips."""
+    """Save a model with 4 heads, 2 KV heads, and an MLP of 96 columns, 24 per shard: no whole strips."""
     directory = tmp_path_factory.mktemp("model")
     files = save(make_model(), directory)
     save_tokenizer(directory)
@@ -75,7 +75,7 @@ async def test_more_shards_than_kv_heads_write_what_one_does(tiny: ModelFiles) -
     compare(await scored(tiny, 4), await scored(tiny, 1))
 
 
-# With experts, recurrent layers, latents, or norms over all heads.
+# Cases with experts, recurrent layers, latents, or norms over all heads.
 REFUSED = re.compile(
     r"moe|mixtral|dots1|gpt_oss|deepseek|minicpm3|lfm2|hybrid|qwen3_(next|5)|falcon_h1|olmo[23]"
 )
@@ -97,7 +97,7 @@ def _case(**changes: Any) -> FamilyCase:
 
 
 QUANTISED = [
-    # Of 256 columns a block: those of four heads, which are a KV head's, and a third of the MLP's.
+    # A block has 256 columns: those of four heads, which share a KV head, or a third of the MLP's.
     pytest.param(
         "Q4_K",
         _case(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768),
@@ -127,7 +127,7 @@ async def test_blocks_are_copied_and_shared_in_all_shards(tiny: ModelFiles) -> N
         assert all(first == second for first, second in drawn)
         copied = await loaded.runner.submit(StepPlan(9, [], copies=[(5, 20), (9, 21)]))
         assert copied.sampled == []
-        # The last prompt token again, from the copies.
+        # Compute the last prompt token again, from the copies.
         row = StepRow(2, prompt[-1:], 23, [[20, 21]], samples=True)
         again = await loaded.runner.submit(StepPlan(10, [row], [SlotStart(2, SCORED, 0, prompt)]))
         assert again.sampled[0] == drawn[0][0]
@@ -151,10 +151,10 @@ async def test_shards_end_with_their_runner(tiny: ModelFiles) -> None:
     async with serving(tiny, 2) as loaded:
         assert loaded.shards is not None
         processes = list(loaded.shards.processes)
-        for number in (signal.SIGINT, signal.SIGTERM):  # the first drains by itself
+        for number in (signal.SIGINT, signal.SIGTERM):  # shards ignore both, as shard 0 needs them to drain
             os.kill(processes[0].pid, number)
         await generate(loaded.runner, [Job([1, 2, 3], 4, SCORED)])
-    assert [process.returncode for process in processes] == [0]  # each by itself
+    assert [process.returncode for process in processes] == [0]  # each exits by itself
 
 
 def test_what_several_shards_do_not_compute_is_refused_by_name(tmp_path: Path) -> None:
@@ -185,6 +185,6 @@ def test_adapters_and_too_many_shards_are_refused(tiny: ModelFiles) -> None:
 def test_a_shard_that_cannot_load_ends_the_start_with_its_reason(
     tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TGI_ISA", "none such")  # of the shards alone: this process has its kernels
+    monkeypatch.setenv("TGI_ISA", "none such")  # only for the shards; this process has its kernels already
     with pytest.raises(ModelLoadError, match="shard 1 of the model has ended"):
         load(Settings(num_shard=2, dtype="float32"), tiny, lambda stage, done, total: None)

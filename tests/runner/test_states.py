@@ -1,4 +1,4 @@
-"""Models with recurrent layers: how many sequences run at once, and what they do without."""
+"""Models with recurrent layers: how many sequences run at once, and which variants are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.Monkey
     ("wanted", "cache", "free", "number"),
     [
         (None, 100, 1000, 100),
-        (None, 1, 1000, 8),  # a few at the least
+        (None, 1, 1000, 8),  # at least a few
         (None, 1 << 30, 1 << 40, 1 << 16),
         (None, 100, 20, 10),
         (None, 100, 1, 0),
@@ -77,7 +77,7 @@ def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.Monkey
     ],
 )
 def test_as_many_states_are_kept_as_have_room(wanted: int | None, cache: int, free: int, number: int) -> None:
-    """Sizes are in states, the cache's of ten: at most half of what is free."""
+    """Give sizes in states, the cache's in tens; kept states use at most half of the free memory."""
     _, config = read_config(config_of(LFM2))
     each = state_bytes(config) // 2
     assert kept_state_bytes(config) == each
@@ -118,7 +118,7 @@ def test_drafts_take_room_for_their_states(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_positions_of_layers_that_attend_may_be_stretched() -> None:
-    """Recurrent layers have none."""
+    """Check that recurrent layers, which have no positions, are left alone."""
     from tgi_asgi.models.rope import scale_positions
 
     _, config = read_config(config_of(LFM2))

@@ -1,4 +1,4 @@
-"""Adapters, drafts and prompts in bfloat16 together: an answer is that of the lone request."""
+"""Adapters, drafts and bfloat16 prompts combined: an answer equals that of the same request alone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 @pytest.fixture(autouse=True)
 def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft whatever the time says: what the test is about must happen."""
+    """Draft regardless of the cost, so that the test exercises drafts."""
     monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 def requests_with(adapters: list[Adapter | None]) -> list[GenerationRequest]:
-    """Make requests of texts that repeat themselves, each with one of the adapters or none."""
+    """Make requests of repetitive texts, each with one of the adapters or none."""
     rng = random.Random(7)
     made = []
     for number in range(16):
@@ -68,4 +68,4 @@ async def test_no_answer_depends_on_its_company_or_on_drafts(
     for request, ours, wanted in zip(requests, found, expected, strict=True):
         assert ours == wanted, request
     texts = {str([token for token, *_ in answer]) for answer in found}
-    assert len(texts) == len(found), "adapters, or seeds, change nothing"
+    assert len(texts) == len(found), "adapters or seeds have no effect"

@@ -1,8 +1,8 @@
-"""Blocks behind windows are others' while a sequence runs, and no bit of any answer changes.
+"""Freeing blocks outside sliding windows while a sequence runs changes no bit of any answer.
 
-The same requests go through the engine and a real runner twice: with block tables of which what lies behind a
-window is given back, and with one that keeps all. Each block that is handed out is filled with NaN before it
-is written, so that a read of what is hidden would show.
+The same requests go twice through the engine and a real runner: with block tables that free blocks before a
+window, and with one that keeps all blocks. Each allocated block is filled with NaN before it is written, so
+that reading a hidden position would show.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def each_third(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A model of which each third layer sees all positions."""
+    """Load a model in which every third layer sees all positions."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     model = make_model(
         "Qwen2", sliding_window=WINDOW, use_sliding_window=True, layer_types=kinds, num_hidden_layers=6
@@ -84,7 +84,7 @@ _MEMORY: dict[BlockPool, npt.NDArray[np.uint8]] = {}  # of a pool's blocks
 
 @pytest.fixture(autouse=True)
 def blocks_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill a block with NaN when it is handed out: floats, and the scales of int8."""
+    """Fill each block with NaN when it is allocated: floats, and the scales of int8."""
     allocate = BlockPool.allocate
 
     def allocate_poisoned(pool: BlockPool) -> int:
@@ -123,7 +123,7 @@ async def serving(
 
 @contextmanager
 def keeping_all() -> Iterator[None]:
-    """Have all layers share one block table, in which windows hide and nothing is given back."""
+    """Let all layers share one block table, so that windows mask positions but no block is freed early."""
 
     def one_group(config: ServedConfig, dtype: torch.dtype) -> CacheGroups:
         return CacheGroups((None,), (0,) * len(config.caches), groups_of(config, dtype).bytes_per_token)
@@ -136,7 +136,7 @@ def keeping_all() -> Iterator[None]:
 async def compare(
     model: AnyModel, requests: list[GenerationRequest], num_blocks: int, at_once: int, **options: Any
 ) -> Engine:
-    """Check that requests are answered as by a server that keeps all; return the engine that does not."""
+    """Check that answers equal those of a server that keeps all blocks; return the engine that does not."""
     with keeping_all():
         async with serving(model, 150, **options) as engine:
             assert engine.scheduler.tables.num_groups == 1
@@ -156,7 +156,7 @@ async def compare(
 async def test_answers_are_those_of_a_cache_that_keeps_all(
     each_third: Model, grammars: list[Grammar], seed: int, num_blocks: int, at_once: int, num_drafts: int
 ) -> None:
-    """Random requests: choices, chunks, scores of prompts, cached beginnings, preemptions, drafts."""
+    """Use random requests: choices, chunks, prompt scores, cached prefixes, preemption, drafts."""
     rng = random.Random(seed)
     requests = [random_request(rng, number, grammars) for number in range(60)]
     speculation = Speculation(num_drafts, shortest=2) if num_drafts else None
@@ -169,7 +169,7 @@ async def test_answers_are_those_of_a_cache_that_keeps_all(
 async def test_prompts_of_several_windows_are_read_as_by_a_cache_that_keeps_all(
     all_windows: Model, dtype: torch.dtype
 ) -> None:
-    """With windows in all layers eight blocks are enough for each of them."""
+    """Use few blocks: eight suffice for a request, because all layers have windows."""
     requests = [
         GenerationRequest(
             f"r{number}",
@@ -184,7 +184,7 @@ async def test_prompts_of_several_windows_are_read_as_by_a_cache_that_keeps_all(
 
 @pytest.mark.parametrize("name", ["cohere2", "exaone4", "gemma4_text"])
 async def test_modules_of_transformers_give_back_what_their_masks_hide(tmp_path: Path, name: str) -> None:
-    """Gemma 4 has heads of two sizes: its groups are cut by bytes."""
+    """Include Gemma 4, whose groups are formed by bytes, as its heads have two sizes."""
     architectures.make(name, tmp_path)
     model = load_generic(tmp_path, max_context=LONGEST)
     assert isinstance(model, GenericModel)
@@ -217,7 +217,7 @@ async def test_modules_of_transformers_give_back_what_their_masks_hide(tmp_path:
 async def test_transformers_says_the_same_behind_several_windows(
     tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
-    """Prompts of seven windows, in chunks, side by side, in a cache that holds few of them."""
+    """Use prompts of seven windows, in chunks, concurrently, in a cache that holds only a few windows."""
     reference = make_model(kind, sliding_window=WINDOW, **changes)
     model = load_model(save(reference, tmp_path), max_positions=256)
     prompts = [[(5 * at + seed * at * at) % 157 for at in range(150)] for seed in (0, 1, 2)]

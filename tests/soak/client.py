@@ -12,11 +12,11 @@ import httpx
 
 from tests.support.server_process import ServerProcess
 
-TIMEOUT_S = 300.0  # nothing may take longer; the machine may be busy
+TIMEOUT_S = 300.0  # limit for everything; the machine may be busy
 
 
 class Streaming:
-    """One request, and its answer as far as it has been read."""
+    """One request, and the part of its answer that has been read."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -26,7 +26,7 @@ class Streaming:
         self.texts: dict[int, str] = {}  # by choice
         self.finishes: dict[int, str] = {}
         self.error: dict[str, Any] | None = None
-        self.is_done = False  # [DONE] was seen
+        self.is_done = False  # whether [DONE] was received
         self.began_s = time.monotonic()
         self.first_s: float | None = None  # from the start to the first event
 
@@ -49,17 +49,17 @@ class Streaming:
         return self.status
 
     async def events(self) -> AsyncIterator[str]:
-        """Take the stream's events in, and yield their data."""
+        """Read and record the stream's events, and yield their data."""
         async for line in self._reader:
             if not line.startswith(b"data:"):
-                continue  # empty lines, and what frames the chunks
+                continue  # empty lines and chunk framing
             self.first_s = self.first_s or time.monotonic() - self.began_s
             data = line[5:].strip().decode()
             self._take(data)
             yield data
 
     async def finish(self) -> Streaming:
-        """Read everything, within the time that anything may take."""
+        """Read everything within `TIMEOUT_S`, then close the connection."""
         async with asyncio.timeout(TIMEOUT_S):
             if not self.status:
                 await self.head()
@@ -92,21 +92,21 @@ async def ask(port: int, body: dict[str, Any]) -> Streaming:
 
 
 async def inside(server: ServerProcess) -> dict[str, Any]:
-    """Return `/debug/engine`."""
+    """Return the contents of `/debug/engine`."""
     async with httpx.AsyncClient() as client:
         shown: dict[str, Any] = (await client.get(f"{server.url}/debug/engine", timeout=TIMEOUT_S)).json()
     return shown
 
 
 async def metric(server: ServerProcess, name: str) -> float:
-    """Return one sample of `/metrics`, by name and labels as they stand there."""
+    """Return one sample of `/metrics`, by name and labels as `/metrics` writes them."""
     async with httpx.AsyncClient() as client:
         text = (await client.get(f"{server.url}/metrics", timeout=TIMEOUT_S)).text
     return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(name + " ")))
 
 
 async def until_idle(server: ServerProcess) -> dict[str, Any]:
-    """Wait until the engine holds no request; it must then hold nothing else either."""
+    """Wait until the engine holds no request; check that it holds nothing else either."""
     async with asyncio.timeout(TIMEOUT_S):
         while (shown := await inside(server))["requests"]:
             await asyncio.sleep(0.02)

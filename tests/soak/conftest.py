@@ -1,6 +1,6 @@
-"""Servers for the soak tests: the real command and engine, with a runner that only pretends to compute.
+"""Servers for the soak tests: the real command and engine, with a fake runner that computes nothing.
 
-Each test of this folder runs at both sizes of `scale`. What one measured of its servers stands at the end of
+Each test of this folder runs at both sizes of `scale`. Figures that tests measure are printed at the end of
 pytest's output.
 """
 
@@ -22,12 +22,12 @@ TOLD = pytest.StashKey[list[str]]()
 
 @pytest.fixture(autouse=True)
 def _at_both_sizes(scale: Scale) -> None:
-    """Parametrise every test, so that none can be written that only `make soak` runs."""
+    """Parametrise every test with `scale`, so that every test also runs outside `make soak`."""
 
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest) -> Tell:
-    """Take what a test wants to be read of it, passed or not: figures that no assertion can judge."""
+    """Return a function that reports figures that no assertion can judge, whether or not the test passes."""
     told, name = request.config.stash.setdefault(TOLD, []), request.node.name
     return lambda text: told.append(f"{name}: {text}")
 
@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def serve(tell: Tell) -> Iterator[Serve]:
-    """Start servers: `serve("--max-batch-size", "8", FAKE_STEP_S="0.001")`; `is_real`: of the demo model."""
+    """Start servers: `serve("--max-batch-size", "8", FAKE_STEP_S="0.001")`; `is_real`: the demo model."""
     with ExitStack() as stack:
 
         def start(*arguments: str, is_real: bool = False, **environ: str) -> ServerProcess:

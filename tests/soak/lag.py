@@ -1,4 +1,4 @@
-"""How late a server's event loop was while it served: what its own histogram of it gained meanwhile."""
+"""The lag of a server's event loop during a period, from the growth of its own histogram."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BUCKET = 'tgi_event_loop_lag_seconds_bucket{le="'
 
 @contextmanager
 def lag_told(url: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell p50, p99 and the maximum of the lag from here to the end; a start's own is left out."""
+    """Report p50, p99 and the maximum of the lag inside the context, excluding earlier lag."""
     before = _counts(url)
     yield
     try:
@@ -29,13 +29,13 @@ def lag_told(url: str, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _counts(url: str) -> dict[float, int]:
-    """Return how often the loop was at most so many seconds late, by ascending bound."""
+    """Return how often the loop was at most this many seconds late, by ascending bound."""
     lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     buckets = (line.removeprefix(_BUCKET) for line in lines if line.startswith(_BUCKET))
     return {float(bound): int(count) for bound, _, count in (bucket.partition('"} ') for bucket in buckets)}
 
 
 def _below_ms(counts: dict[float, int], share: float) -> float:
-    """Return the least bound that this share of the observations stays under."""
+    """Return the smallest bound in ms that at least this share of the observations does not exceed."""
     needed = share * counts[float("inf")]
     return next(bound for bound, count in counts.items() if count >= needed) * 1000

@@ -1,4 +1,4 @@
-"""Adapters that come and go, for long, while others decode: the same answers, and the memory as it was."""
+"""Adapters that are loaded and unloaded for long while others decode: same answers, no memory growth."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
             name = f"turn {turn}"
             given = {"lora_name": name, "lora_path": str(folders[turn % 3])}
             loaded = await client.post("/v1/load_lora_adapter", json=given, headers=_ROOT)
-            if loaded.status_code == 429:  # three are in use
+            if loaded.status_code == 429:  # all three places are in use
                 continue
             assert loaded.status_code == 200, loaded.text
             answer = await ask(server.port, _body(name, turn % 3))
@@ -97,12 +97,12 @@ async def _until_listed(client: httpx.AsyncClient, names: set[str]) -> None:
 async def _stream(
     server: ServerProcess, alone: dict[tuple[str, int], str], is_over: asyncio.Event, seed: int
 ) -> int:
-    """Ask for what has been asked for alone until it is over; return how many answers were compared."""
+    """Repeat requests whose answers are known until `is_over`; return how many answers were compared."""
     draw, count = random.Random(seed), 0
     while not is_over.is_set():
         name, number = draw.choice(list(alone))
         client = await (await Streaming.start(server.port, _body(name, number))).finish()
-        if client.status == 429:  # all adapters that memory may hold are in use
+        if client.status == 429:  # all adapters that fit into memory are in use
             await asyncio.sleep(0.05)
             continue
         assert client.status == 200

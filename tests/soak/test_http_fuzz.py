@@ -1,4 +1,4 @@
-"""Requests with bytes changed on the wire: refused or answered, never a 5xx, never a hang."""
+"""Requests with bytes changed on the wire: refused or answered, but never a 5xx or a hang."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.soak.conftest import Serve
 from tests.support.scale import Scale
 
 NUM_CLIENTS = 16
-# What RFC 9110 asks for: a transfer coding that nobody knows, and another version of HTTP.
+# RFC 9110 requires these for an unknown transfer coding and for another version of HTTP.
 REFUSALS = {501, 505}
-LONGEST_S = 1.0  # a stream that goes on for longer is left
-SILENCE_S = 0.15  # after which an unfinished request is given up: the server rightly waits for the rest
+LONGEST_S = 1.0  # longer streams are abandoned
+SILENCE_S = 0.15  # then an unfinished request is abandoned, as the server rightly waits for the rest
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0, "stop": ["x"]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 BODIES = {
@@ -41,7 +41,7 @@ PIECES = [
 
 
 def seeds() -> list[bytes]:
-    """Return requests as they should be."""
+    """Return valid requests."""
     made = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in PATHS]
     made.append(b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n")
     made.append(b"OPTIONS /generate HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\n\r\n")
@@ -54,7 +54,7 @@ def seeds() -> list[bytes]:
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """Return a request with some bytes changed, cut, doubled, moved or put in; often of its length."""
+    """Return a request with bytes changed, cut, doubled, moved or inserted, often with the right length."""
     head, gap, body = data.partition(b"\r\n\r\n")
     mutates_body = body and draw.random() < 0.5
     text = bytearray(body if mutates_body else data)
@@ -79,7 +79,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 async def status_of(port: int, data: bytes) -> int:
-    """Send a request as it should be; return its answer's status, however long a busy machine takes."""
+    """Send a valid request; return its answer's status, however long a busy machine takes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
@@ -89,7 +89,7 @@ async def status_of(port: int, data: bytes) -> int:
 
 
 async def statuses_of(port: int, data: bytes) -> list[int]:
-    """Send bytes; return the statuses of all that came back before the server closed or fell silent."""
+    """Send bytes; return the statuses of all answers before the server closed or fell silent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
     try:
@@ -124,7 +124,7 @@ async def test_no_request_makes_the_server_fail(serve: Serve, scale: Scale) -> N
     async with asyncio.timeout(TIMEOUT_S + num_requests * 0.1):
         first = await asyncio.gather(*(status_of(server.port, original) for original in originals))
         await asyncio.gather(*(work() for _ in range(NUM_CLIENTS)))
-    assert set(first) == {200, 404, 405}  # a path that is not there, a method that no origin may use
+    assert set(first) == {200, 404, 405}  # an unknown path, and a method that no origin may use
     assert failed == []
     assert counts[200] > 0
     assert sum(count for status, count in counts.items() if 400 <= status < 500) > num_requests // 10

@@ -1,4 +1,4 @@
-"""All at once, and for long: cancels, preemption, many choices, shared prefixes, faults."""
+"""Everything at once, for long: cancels, preemption, many choices, shared prefixes, faults."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NUM_WORKERS = 12
 
 
 def resident_bytes(server: ServerProcess) -> int:
-    """Return what a server has in memory."""
+    """Return a server's resident memory in bytes."""
     text = Path(f"/proc/{server.process.pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 def _prompts(draw: random.Random, count: int) -> list[tuple[str, int]]:
-    """Make prompts of which several begin alike, with how many tokens to ask for."""
+    """Make prompts, of which several share a prefix, with the number of tokens to request."""
     prefixes = ["", "You are a careful assistant. " * 4, "Once upon a time, " * 10]
     made = [(draw.choice(prefixes) + f"Tell me about {draw.randrange(10**6)}", draw.randrange(1, 60))
             for _ in range(count)]  # fmt: skip
@@ -33,7 +33,7 @@ def _prompts(draw: random.Random, count: int) -> list[tuple[str, int]]:
 
 
 class Mixed:
-    """Workers that ask for the same prompts again and again, and compare with what each said alone."""
+    """Workers that repeat the same prompts and compare each answer with the one given while idle."""
 
     def __init__(self, server: ServerProcess, prompts: list[tuple[str, int]], seed: int) -> None:
         self.server = server
@@ -43,13 +43,13 @@ class Mixed:
         self.num_compared = 0
 
     async def ask_alone(self) -> None:
-        """Ask for each prompt while nothing else runs."""
+        """Send each prompt while nothing else runs."""
         for prompt, num_tokens in self.prompts:
             answer = await ask(self.server.port, {"prompt": prompt, "max_tokens": num_tokens})
             self.alone[prompt] = answer.texts[0]
 
     async def work(self, until_s: float, most: int) -> None:
-        """Ask until the time is over, or so many times."""
+        """Send requests until a time, or at most `most` requests."""
         while most and time.monotonic() < until_s:
             most -= 1
             prompt, num_tokens = self.draw.choice(self.prompts)
@@ -97,7 +97,7 @@ async def test_everything_at_once_gives_what_each_request_gives_alone(
     assert counters["cancelled"] > 0
     assert counters["preemptions"] > 0
     assert await metric(server, "tgi_prefix_cache_hit_tokens_total") > 0
-    if most < 0:  # what is warm after a fifth of the time stays as it is
+    if most < 0:  # memory that is warm after a fifth of the time must stay constant
         early, late = memory[len(memory) // 5], memory[-1]
         assert abs(late - early) <= 0.02 * early, f"{early} bytes became {late}"
 
@@ -156,7 +156,7 @@ async def _wait_for_503(server: ServerProcess) -> None:
 
 
 async def test_turns_of_a_conversation_read_nothing_twice(serve: Serve, scale: Scale) -> None:
-    """What each turn computes of its prompt is the new text, and less than a block beside it."""
+    """Check that each turn computes only its new text and less than a block of earlier tokens."""
     server = serve("--max-batch-size", "8", FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="1024")
     conversation = "You are a helpful assistant. " * 10
     computed = await metric(server, "tgi_prompt_tokens_total") - await _cached(server)
@@ -165,7 +165,7 @@ async def test_turns_of_a_conversation_read_nothing_twice(serve: Serve, scale: S
         known = len(conversation)
         answer = await ask(server.port, {"prompt": conversation + new, "max_tokens": 30})
         now = await metric(server, "tgi_prompt_tokens_total") - await _cached(server)
-        if turn:  # the last token drawn was never fed back, so it is new as well
+        if turn:  # the last sampled token was never fed back, so it is new as well
             assert now - computed <= len(new) + 1 + 16
         else:
             assert now - computed == known + len(new)

@@ -1,4 +1,4 @@
-"""The property tests of the wire, for long: random JSON to every route, and all that OpenAPI allows."""
+"""Property tests of the wire formats, for long: random JSON to every route, and all that OpenAPI allows."""
 
 from __future__ import annotations
 

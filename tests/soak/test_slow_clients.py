@@ -1,4 +1,4 @@
-"""Clients that read slowly, or write slowly: they cost themselves, and nobody else."""
+"""Clients that read or write slowly must not affect other clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.scale import Scale
 async def test_bodies_and_heads_that_trickle_hold_nothing_but_their_connection(
     serve: Serve, scale: Scale
 ) -> None:
-    """They are given up after a minute (test_asgi.py) and 75 s; here: hundreds of them are not noticed."""
+    """Check that hundreds of slow senders go unnoticed; their limits are 60 s (test_asgi.py) and 75 s."""
     server = serve("--max-concurrent-requests", "4", FAKE_STEP_S="0.001")
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     slow = []

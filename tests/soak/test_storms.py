@@ -1,4 +1,4 @@
-"""More clients than there is room for, and clients that leave: nothing is lost, nothing is left over."""
+"""More clients than the server can admit, and clients that disconnect: nothing is lost or left over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.server_process import ServerProcess
 
 
 def expected(prompt: str, num_tokens: int) -> str:
-    """Return what the pretended model says, whatever else it does."""
+    """Return the fake model's answer, which no other request affects."""
     return bytes(expected_tokens(list(prompt.encode()), num_tokens)).decode()
 
 
@@ -51,7 +51,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serv
     after = await until_idle(server)
     assert after["counters"]["failed"] == 0
     assert after["counters"]["cancelled"] > 0
-    async with asyncio.timeout(30):  # connections close behind their requests
+    async with asyncio.timeout(30):  # connections close after their requests
         while num_files(server) > files_before or after["tasks"] > before["tasks"]:
             await asyncio.sleep(0.05)
             after = await inside(server)

@@ -1,7 +1,7 @@
-"""Makes adapters with `peft` over small checkpoints, and computes what it gives with them in float32.
+"""LoRA adapters made with `peft` over small checkpoints, and their float32 reference outputs.
 
-Their values are such as bfloat16 holds, so that nothing is rounded when they are loaded, and large enough
-that an adapter left out, or another's, shows.
+Their values are exact in bfloat16, so loading rounds nothing. They are large enough that a missing or wrong
+adapter changes the results visibly.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_SIZE = 0.08  # of the values of both matrices
+_SIZE = 0.08  # standard deviation of the values of both matrices
 
 
 def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
-    """Write an adapter of random values for a checkpoint; `config` is that of `LoraConfig`."""
+    """Write an adapter of random values for a checkpoint; `config` goes to `LoraConfig`."""
     torch.manual_seed(seed)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS, **config}
     with _peft() as peft, torch.no_grad():
@@ -35,7 +35,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
 
 
 def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 4, **config: Any) -> Path:
-    """Write an adapter without a model: {path in the file: (rows, columns)}."""
+    """Write an adapter without a model; `shapes` maps each path in the file to (rows, columns)."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -49,13 +49,13 @@ def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int
 
 
 def peft_logprobs(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
-    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens."""
+    """Return the log-probabilities [n_tokens, vocab] float32 after each token."""
     found: np.ndarray = torch.log_softmax(torch.from_numpy(peft_logits(base, adapter, ids)), -1).numpy()
     return found
 
 
 def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
-    """Return the logits, likewise."""
+    """Return the logits [n_tokens, vocab] float32 after each token."""
     model = _open(base)
     with _peft() as peft, torch.inference_mode():
         if adapter is not None:
@@ -67,7 +67,7 @@ def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
 
 @contextmanager
 def _peft() -> Iterator[Any]:
-    """Import `peft`, which uses names of `transformers` that are about to go."""
+    """Import `peft`, ignoring warnings about names of `transformers` that it uses and that are deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import peft

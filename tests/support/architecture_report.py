@@ -1,8 +1,8 @@
-"""Makes the tiny checkpoint of every architecture and says what transformers itself computes of it.
+"""Make the tiny checkpoint of every architecture and report what transformers itself computes with it.
 
     python -m tests.support.architecture_report [type ...]
 
-Run it on both ends of the supported range of transformers, and bring `architecture_table` up to date.
+Run it with both ends of the supported range of transformers, then update `architecture_table`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tests.support.architectures import VOCAB_SIZE, make, piecewise, random_ids,
 
 @dataclass(slots=True)
 class Row:
-    """What one architecture is like; differences are to `reference`, divided by the largest logit."""
+    """Properties of one architecture; differences are to `reference`, divided by the largest logit."""
 
     model_type: str
     class_name: str
     problem: str = ""
     std: float = 0.0
-    gap: float = 0.0  # the smallest between the two likeliest
-    prefix: float = 0.0  # difference of a shorter sequence's: not 0 where a token depends on later ones
+    gap: float = 0.0  # smallest gap between the two largest logits
+    prefix: float = 0.0  # difference for a shorter sequence: not 0 if a token depends on later ones
     by_token: float | str = (
-        ""  # difference of its own cache, a prompt and then token by token; or what was raised
+        ""  # difference with its own cache, a prompt and then token by token; or the error raised
     )
     by_chunk: float | str = ""  # the same in three chunks
     seconds: float = 0.0
@@ -50,7 +50,7 @@ class Row:
 
 
 def examine(model_type: str) -> Row:
-    """Make a checkpoint and compare what transformers computes of it in several ways."""
+    """Make a checkpoint and compare what transformers computes with it in several ways."""
     row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "-"))
     ids = random_ids(40, 7)
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +92,7 @@ def _short(error: Exception) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Examine the types that are named, or all, and print a line each."""
+    """Examine the named types, or all types, and print one line for each."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("types", nargs="*", default=TYPES)
     types = parser.parse_args(arguments).types

@@ -1,6 +1,6 @@
-"""What is particular about each architecture of `AutoModelForCausalLM`, as data: `architectures` builds them.
+"""The particulars of each architecture of `AutoModelForCausalLM`, the data that `architectures` builds from.
 
-A new one is a word in `TYPES`, and an entry in `CONFIG` where the rules of `architectures` do not do.
+To add one, name it in `TYPES`, and add an entry to `CONFIG` if the rules of `architectures` do not suffice.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MROPE = {
 }
 _GEMMA4 = {
     "layer_types": _SLIDING_FULL,
-    "global_head_dim": 32,  # of the layers that see all
+    "global_head_dim": 32,  # of the layers with full attention
     "use_bidirectional_attention": None,
 }
 _BLT_PART = {
@@ -74,8 +74,9 @@ _BLT_PART = {
     "max_position_embeddings": 512,
 }
 
-# Laid over what `architectures` takes for every type. `time_step_min`: transformers limits time steps from
-# below when it scans, not when it steps (up to 6e-3 of the largest logit); so small, it limits none.
+# Overrides the values that `architectures` uses for every type. `time_step_min`: transformers clamps time
+# steps from below when it scans but not when it steps, a difference of up to 6e-3 of the largest logit; this
+# value is too small to clamp anything.
 CONFIG: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "blt": {
@@ -269,7 +270,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni", "d_inner": 96, "d_head": 16},
-    "xlstm": {"num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0},  # its cache fits no other
+    "xlstm": {"num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0},  # its cache needs these
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5,
@@ -295,7 +296,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Why there is no checkpoint.
+# Reasons why a type has no checkpoint.
 NOT_BUILT: Mapping[str, str] = {
     "dots3_note": "composite: its text model is dots3_note_text",
     "emu3": "composite: images are tokens here, its text model is llama's",
@@ -317,13 +318,13 @@ NOT_BUILT: Mapping[str, str] = {
     "qwen4_exp": "composite: its text model is qwen4_exp_text",
 }
 
-# Where logits depend on more than the tokens up to theirs: nothing can serve these token by token.
+# Types whose logits depend on later tokens: no server can compute these token by token.
 NO_REFERENCE: Mapping[str, str] = {
     "cpmant": "a prompt's tokens see each other both ways",
     "prophetnet": "the logits change with the length of what follows, whatever it is",
 }
 
-# Where transformers' own cache, fed a prompt and then token by token, does not give what `reference` does.
+# Types whose own transformers cache, fed a prompt and then token by token, differs from `reference`.
 WRONG_CACHE: Mapping[str, str] = {
     "bamba": "positions begin anew at each call, unless given",
     "blt": "its cache cannot be made from its configuration",
@@ -335,7 +336,7 @@ WRONG_CACHE: Mapping[str, str] = {
     "xlm": "has none",
 }
 
-# Where it does, but not when the prompt comes in several chunks.
+# Types whose transformers cache agrees token by token, but not when the prompt comes in several chunks.
 WRONG_CHUNKS: Mapping[str, str] = {
     **dict.fromkeys(("falcon_mamba", "jamba", "mamba", "zamba"), "the scan begins without the state"),
     "reformer": "goes on with one token only",

@@ -1,7 +1,8 @@
-"""Makes a tiny random checkpoint of any architecture of `AutoModelForCausalLM`, and computes what it gives.
+"""Tiny random checkpoints of any architecture of `AutoModelForCausalLM`, and their reference outputs.
 
-`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a
-wrong model shows. `architecture_report` makes all of them and says what they are like.
+`architecture_table` holds the particulars of each architecture. As in `family_maker`, the weights are chosen
+so that a wrong model produces visibly different logits. `architecture_report` makes every checkpoint and
+prints its properties.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from tests.support.architecture_table import CONFIG, NO_REFERENCE, NOT_BUILT, TY
 
 VOCAB_SIZE = 320
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")  # beginning, end, padding
-_LEAST_GAP = 0.02  # between the best and the second logit, where an answer is clear
-_SPREAD = 3.0  # the standard deviation of the logits, about
+_LEAST_GAP = 0.02  # smallest gap between the two largest logits for a clear greedy choice
+_SPREAD = 3.0  # approximate standard deviation of the logits
 
 _LAYERS = 3
 _SIZES: Mapping[str, int] = {
@@ -61,16 +62,16 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("mamba_n_groups", "first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
     **dict.fromkeys(("index_n_heads",), 16),
 }
-_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as models call them
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # by any model's name
 _LAST_NORM = re.compile(
     r"^(?!.*(per_layer|\.(layers?|h|blocks)\.\d)).*(norm|ln|ln_f|norm_f)\.weight$", re.IGNORECASE
 )
-_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # lists with one word for each layer
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Leave the other cores alone: threads that wait for each other make tiny models ten times slower."""
+    """Use one torch thread: threads that wait for each other make tiny models ten times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -80,17 +81,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def buildable() -> list[str]:
-    """Return the types that `make` makes, of those that the installed transformers has."""
+    """Return the types that `make` supports and the installed transformers has."""
     return [name for name in TYPES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in NOT_BUILT]
 
 
 def servable() -> list[str]:
-    """Return those for which `reference` holds, however a sequence is cut."""
+    """Return the buildable types whose `reference` is the same however a sequence is cut into chunks."""
     return [name for name in buildable() if name not in NO_REFERENCE]
 
 
 def config(model_type: str) -> transformers.PretrainedConfig:
-    """Return the configuration of a tiny model of this type, in which each kind of layer occurs."""
+    """Return the configuration of a tiny model of this type that contains each kind of layer."""
     kind = CONFIG_MAPPING[model_type]
     particular = copy.deepcopy(dict(CONFIG.get(model_type, {})))
     default = kind(**particular.pop("default", {}))
@@ -100,9 +101,9 @@ def config(model_type: str) -> transformers.PretrainedConfig:
     values["pad_token_id"] = None if known.get("pad_token_id") is None else 2
     for name, size in _SIZES.items():
         name = other_names.get(name, name)
-        if known.get(name) or name == "num_key_value_heads":  # neither None nor switched off
+        if known.get(name) or name == "num_key_value_heads":  # skip values that are None or switched off
             values[name] = size
-    if "qk_rope_head_dim" in known:  # every head has keys and values of its own, of one latent vector
+    if "qk_rope_head_dim" in known:  # each head has its own keys and values, from one latent vector
         values["num_key_value_heads"] = 4
         values.pop("head_dim", None)
     for name in ("n_group", "num_expert_group"):
@@ -121,10 +122,10 @@ def config(model_type: str) -> transformers.PretrainedConfig:
 
 @_one_thread()
 def make(model_type: str, folder: Path) -> None:
-    """Write a checkpoint with a tokenizer, always the same.
+    """Write a checkpoint with a tokenizer; the same type always yields the same checkpoint.
 
     Raises:
-        ValueError: the table says why there is none.
+        ValueError: if `NOT_BUILT` lists the type, with the reason given there.
     """
     if model_type in NOT_BUILT:
         raise ValueError(f"{model_type}: {NOT_BUILT[model_type]}")
@@ -142,14 +143,14 @@ def make(model_type: str, folder: Path) -> None:
 
 
 def random_ids(length: int, seed: int) -> list[int]:
-    """Return ids without special ones."""
+    """Return random ids without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(len(_SPECIAL_TOKENS), VOCAB_SIZE, (length,), generator=generator).tolist()
     return ids
 
 
 def open_reference(folder: Path) -> transformers.PreTrainedModel:
-    """Return transformers' own model: float32, eager attention, nothing of it missing in the checkpoint."""
+    """Return transformers' own model in float32 with eager attention; no weight may be missing."""
     opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -160,26 +161,26 @@ def open_reference(folder: Path) -> transformers.PreTrainedModel:
 
 @_one_thread()
 def reference(folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once."""
+    """Return the logits [n_tokens, vocab] float32 after each token, all computed in one call."""
     return _logits(open_reference(folder), ids)
 
 
 @_one_thread()
 def references(folder: Path, sequences: Iterable[list[int]]) -> list[np.ndarray]:
-    """Return what `reference` does of each of several sequences; the model is opened once."""
+    """Return `reference` of each of several sequences; the model is opened once."""
     model = open_reference(folder)
     return [_logits(model, ids) for ids in sequences]
 
 
 @_one_thread()
 def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
-    """Return the ids that follow, and the smallest gap between the best and the second logit on the way."""
+    """Return the greedy continuation and the smallest gap on the way between the two largest logits."""
     return _greedy(open_reference(folder), ids, num_tokens)
 
 
 @_one_thread()
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
-    """Return a prompt's ids and those that follow greedily, which neither rounding nor a special id ends."""
+    """Return a prompt and its greedy continuation, with clear gaps and without special tokens."""
     model = open_reference(folder)
     for seed in range(100):
         ids = random_ids(length, seed)
@@ -223,25 +224,25 @@ def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
 
 
 def _draw(model: transformers.PreTrainedModel) -> None:
-    """Give every parameter, and every bias that is a buffer, a value that matters.
+    """Set every parameter, and every bias that is a buffer, to a value that affects the logits.
 
-    Where the head is the embedding, a token's own logit is the largest while its embedding outweighs what the
-    layers add, whatever that is: so embeddings are small there, and matrices large.
+    With tied embeddings, a token's own logit is always the largest if its embedding outweighs what the layers
+    add. Such models therefore get small embeddings and large matrices.
     """
     embedding_size, gain = (0.1, 1.5) if _is_tied(model) else (0.5, 1.0)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name.endswith("tid2eid"):  # the experts of each token
+        if name.endswith("tid2eid"):  # maps each token to its experts
             value.copy_(torch.rand(len(value), model.config.n_routed_experts).argsort()[:, : value.shape[1]])
         if not isinstance(value, nn.Parameter) and not name.endswith(("bias", "biases", "layer_scalar")):
             continue
         if id(value) in embeddings:
             value.normal_(0, embedding_size)
         elif name.endswith("dt_bias"):
-            value.normal_(-1.0, 0.5)  # steps of a time in which the state changes
+            value.normal_(-1.0, 0.5)  # time steps at which the state changes
         elif value.dim() < 2 or (_is_constant(value) and min(value.shape) == 1):
-            value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
+            value += torch.randn(value.shape) * 0.2  # around the ones or zeros of a norm or a bias
         elif "A_log" not in name:
             value.normal_(0, gain * _fan_in(name, value, id(value) in transposed) ** -0.5)
 
@@ -257,7 +258,7 @@ def _is_constant(value: Tensor) -> bool:
 
 
 def _is_tied(model: transformers.PreTrainedModel) -> bool:
-    """Say whether the head is the embedding, and what enters the layers is as large as the embedding."""
+    """Return whether the head is the embedding and no norm rescales the embedding before the layers."""
     head, names = model.get_output_embeddings(), (name for name, _ in model.named_parameters())
     if any(
         re.search(r"embeddings\.LayerNorm|embeddings_layer_norm|layernorm_embedding|layer_norm_emb", name)
@@ -268,7 +269,7 @@ def _is_tied(model: transformers.PreTrainedModel) -> bool:
 
 
 def _spread(model: transformers.PreTrainedModel, ids: list[int]) -> None:
-    """Scale the head, or the norm before a tied one, until the logits are well spread."""
+    """Scale the head, or the norm before a tied head, until the logits' spread is about `_SPREAD`."""
     head: Any = model.get_output_embeddings()
     if head is None:
         return

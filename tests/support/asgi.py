@@ -1,4 +1,4 @@
-"""Call an ASGI app by hand: every message seen, every pause chosen by the test."""
+"""Call an ASGI app by hand: the test sees every message and controls every pause."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ App = Callable[..., Awaitable[None]]
 
 @dataclass
 class Call:
-    """One request to an app and the messages that it sent.
+    """One request to an app and the messages that the app sent.
 
-    `gate`, while cleared, blocks every `send` of a body, as a reader that does not read would.
+    While `gate` is cleared, every `send` of a body blocks, as with a client that does not read.
     """
 
     scope: dict[str, Any]
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the response ended, once and last."""
+        """Whether the response ended exactly once, with its last message."""
         ends = [message["type"] == "http.response.body" and not message["more_body"] for message in self.sent]
         return sum(ends) == 1 and ends[-1]
 
@@ -71,7 +71,7 @@ def request(
     *,
     chunks: list[bytes] | None = None,
 ) -> Call:
-    """Make a request that has not been sent; anything but bytes as body becomes JSON."""
+    """Make a request without sending it; a body that is not bytes becomes JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     all_headers = {"content-type": "application/json"}
     if chunks is None:
@@ -98,14 +98,14 @@ def request(
 
 
 async def send(app: App, call: Call, timeout_s: float = 10.0) -> Call:
-    """Run a request to its end."""
+    """Run a request to its end and return it."""
     async with asyncio.timeout(timeout_s):
         await app(call.scope, call.receive, call.send)
     return call
 
 
 def events_of(content: bytes) -> list[Any]:
-    """Parse a stream of `data:` events strictly; comments are dropped, `[DONE]` is itself."""
+    """Parse a stream of `data:` events strictly; drop comments and keep `[DONE]` as a string."""
     text = content.decode("utf-8")
     assert text.endswith("\n\n"), text[-50:]
     events = []

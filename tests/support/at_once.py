@@ -1,7 +1,7 @@
-"""Operators on tensors: each call here is a program of one operator, of which the tensors are the inputs.
+"""Operators applied to tensors: each call records and runs a program of one operator.
 
-The names and arguments are those of `tgi_asgi.ops`; values are tensors [n_tokens, columns] float32, and
-`batch` is the step, where the operator reads or writes a cache.
+Names and arguments are those of `tgi_asgi.ops`. Values are tensors [n_tokens, columns] float32. `batch` is
+the step, for operators that read or write a cache.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def qkv(
 def attention(
     q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, gate: Tensor | None = None, **rules: Any
 ) -> Tensor:
-    """q [n_tokens, num_heads * head_dim] is rotated already; `rotary_dim` is that of the keys."""
+    """Compute attention for rotated q [n_tokens, num_heads * head_dim]; `rotary_dim` is the keys'."""
     if gate is None:
         return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
     return _run(
@@ -109,7 +109,7 @@ def attention(
 def _run(
     operator: Callable[..., Value], *inputs: tuple[Tensor, Kind], batch: FlatRows | None = None
 ) -> Tensor:
-    """Record `operator(recorder, *values)`, run it, and return what it makes; no input is written to."""
+    """Record `operator(recorder, *values)`, run it and return its output; the inputs stay unchanged."""
     recorder = ops.Recorder()
     values = [recorder.value(kind, tensor.shape[1]) for tensor, kind in inputs]
     out = operator(recorder, *values)
@@ -128,7 +128,7 @@ def _run(
 
 
 def step(num_tokens: int, num_drawn: int = 0) -> FlatRows:
-    """Return a step for operators that need nothing of it but its tokens, of which the first were drawn."""
+    """Return a step for operators that only use its tokens; the first `num_drawn` were sampled."""
     zeros = np.zeros(num_tokens, np.int32)
     starts = sorted({0, num_drawn, num_tokens})
     lengths = np.diff(starts)

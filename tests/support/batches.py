@@ -1,4 +1,4 @@
-"""Steps for operators and programs: which tokens of which sequences, and where their blocks lie."""
+"""Steps for operators and programs: which tokens of which sequences, and the blocks that hold them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tgi_asgi.ops import FlatRows
 
-NOT_READ = 1 << 30  # stands in block tables behind a sequence's last block
+NOT_READ = 1 << 30  # fills block tables after a sequence's last block
 
 
 def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> Tensor:
-    """Return the slots of positions [start, stop) of a sequence that has these blocks."""
+    """Return the cache slots of positions [start, stop) of a sequence with these blocks."""
     positions = torch.arange(start, stop)
     return torch.tensor(blocks)[positions // block_size] * block_size + positions % block_size
 
@@ -25,7 +25,7 @@ def flat_rows(
     block_size: int,
     ids: Sequence[int] | None = None,
 ) -> FlatRows:
-    """Return the step that computes positions [start, stop) of each sequence, which has these blocks."""
+    """Return the step that computes positions [start, stop) of each sequence with these blocks."""
     positions = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in spans])
     slots = [slots_of(mine, block_size, *span).numpy() for mine, span in zip(blocks, spans, strict=True)]
     table = np.full((len(blocks), max(map(len, blocks))), NOT_READ, np.int32)
@@ -39,6 +39,6 @@ def flat_rows(
 
 
 def random_blocks(contexts: Sequence[int], num_blocks: int, block_size: int) -> list[list[int]]:
-    """Give sequences of so many tokens different blocks, in any order."""
+    """Allocate distinct blocks in random order to sequences of these lengths."""
     free = torch.randperm(num_blocks).tolist()
     return [[free.pop() for _ in range(-(-context // block_size))] for context in contexts]

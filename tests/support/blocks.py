@@ -1,4 +1,4 @@
-"""Random weights in each file format, and what they mean by the package `gguf`: ggml's own arithmetic."""
+"""Random weights in each file format, and their values by the `gguf` package (ggml's arithmetic)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tgi_asgi.ops import FORMATS as TABLE
 from tgi_asgi.ops import WeightSource, from_floats
 from tgi_asgi.ops.sources import decode
 
-# Where a block has fp16 numbers: they are made small and normal, all other bytes are random.
+# Offsets of the fp16 numbers in a block: these get small normal values, all other bytes are random.
 _HALVES = {
     "Q8_0": (0,),
     "Q8_1": (0, 2),
@@ -27,14 +27,14 @@ _HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
-_EXPONENT = "MXFP4"  # its first byte is one, of E8M0
+_EXPONENT = "MXFP4"  # its first byte is an E8M0 exponent
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = (*_HALVES, _EXPONENT)
-FORMATS = (*_FLOATS, *QUANTISED)  # of GGUF, those that the CPU's kernels multiply as they are
+FORMATS = (*_FLOATS, *QUANTISED)  # the GGUF formats that the CPU kernels multiply directly
 
 
 def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSource:
-    """Make a [rows, columns] weight of random bytes with sound scales."""
+    """Make a [rows, columns] weight of random bytes with valid scales."""
     rng = np.random.default_rng(seed)
     if format in _FLOATS:
         values = torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32) / columns**0.5)
@@ -45,7 +45,7 @@ def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSour
 
 
 def same_codes(format: str, rows: int, columns: int, byte: int) -> WeightSource:
-    """Make a quantised [rows, columns] weight of one byte, with sound scales."""
+    """Make a quantised [rows, columns] weight of one repeated byte, with valid scales."""
     info = TABLE[format]
     blocks = np.full((rows * columns // info.block_columns, info.block_bytes), byte, np.uint8)
     return _with_scales(blocks, np.random.default_rng(0), format, (rows, columns))
@@ -63,11 +63,11 @@ def _with_scales(
 
 
 def meaning(source: WeightSource) -> Tensor:
-    """Return a weight as float32."""
+    """Return a weight's values as float32."""
     if source.format in _FLOATS:
         values = torch.from_numpy(source.data).view(_FLOATS[source.format])
         return values.view(source.shape).float()
-    if source.format == "Q8_1":  # of products inside ggml: `gguf` does not decode it
+    if source.format == "Q8_1":  # only used for products inside ggml; `gguf` does not decode it
         blocks = torch.from_numpy(source.data).view(-1, 36)
         scales = blocks[:, :2].contiguous().view(torch.float16).float()
         return (scales * blocks[:, 4:].view(torch.int8).float()).view(source.shape)
@@ -75,7 +75,7 @@ def meaning(source: WeightSource) -> Tensor:
         import gguf
     except (
         ModuleNotFoundError
-    ):  # a machine with a GPU and little else: our reader, which tests hold to `gguf`
+    ):  # a minimal GPU machine: the project's reader, which tests compare with `gguf`
         return decode(source)
     kind = gguf.GGMLQuantizationType[source.format]
     decoded = gguf.quants.dequantize(source.data.reshape(source.shape[0], -1), kind)

@@ -1,4 +1,4 @@
-"""Tiny random models, written as checkpoints and as GGUF files, with `transformers` as their truth."""
+"""Tiny random models, written as checkpoints and as GGUF files, with `transformers` as the reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Model = transformers.PreTrainedModel
 
 
 def make_model(kind: str = "Llama", /, **changes: Any) -> Model:
-    """Make a random model whose logits are far from flat, biases and norms included."""
+    """Make a random model, including its biases and norms, whose logits are far from flat."""
     config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(1)
@@ -56,7 +56,7 @@ def make_model(kind: str = "Llama", /, **changes: Any) -> Model:
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> ModelFiles:
-    """Write a checkpoint directory; the model's own weights are rounded to `dtype` with it."""
+    """Write a checkpoint directory; this also rounds the model's own weights to `dtype`."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
@@ -65,7 +65,7 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options
 
 
 def save_tokenizer(directory: Path) -> None:
-    """Write a tokenizer with a token for each of 160 bytes."""
+    """Write a tokenizer with one token for each of 160 bytes."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"]]
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
@@ -84,7 +84,7 @@ def reference_logits(model: Model, ids: list[int]) -> torch.Tensor:
 def load_model(
     files: ModelFiles, arithmetic: ops.Arithmetic | None = None, *, max_positions: int = 512
 ) -> OurModel:
-    """Load a model for the CPU, in exact arithmetic if no other is given; its files are closed again."""
+    """Load a model for the CPU, with exact arithmetic by default, and close its files."""
     with OpenModel(files) as opened:
         model = opened.load(ops.Packing(is_exact=True) if arithmetic is None else arithmetic, max_positions)
     assert not isinstance(model, GenericModel | EncoderModel)
@@ -99,7 +99,7 @@ def our_logits(
     chunk: int = 512,
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return our logits [n_tokens, vocab], the prompt computed in chunks over scattered blocks."""
+    """Return this project's logits [n_tokens, vocab], computed in chunks over scattered blocks."""
     model = load_model(files, ops.Packing(is_exact))
     config = model.config
     pool = ops.KvPool(
@@ -154,9 +154,9 @@ def save_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> ModelFiles:
-    """Write a GGUF file as llama.cpp's converter does, matrices in the format `kind`.
+    """Write a GGUF file as llama.cpp's converter does, with matrices in the format `kind`.
 
-    The model's own weights become what the file's blocks decode to.
+    The model's own weights are set to what the file's blocks decode to.
     """
     config, name = model.config, "llama" if model.config.model_type == "llama" else model.config.model_type
     writer = gguf.GGUFWriter(path, name)

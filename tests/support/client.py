@@ -1,4 +1,4 @@
-"""An HTTP client for an app in this process: no socket, no server."""
+"""An HTTP client for an app in this process, without a socket or a server."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tgi_asgi.app import App
 
 
 def client_of(app: App) -> httpx.AsyncClient:
-    """Return a client whose requests go straight to the app; streams arrive whole."""
+    """Return a client that calls the app directly; a streamed response arrives all at once."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(cast(Any, app)), base_url="http://tgi")

@@ -1,4 +1,4 @@
-"""`tgi-asgi` with a subcommand, as a user's shell runs it."""
+"""Run `tgi-asgi` with a subcommand, as from a user's shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.server_process import KEPT, ROOT
 
 
 def run_command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, with a few of this process' variables and those given."""
+    """Run the command to its end with the variables in `KEPT` and those in `environ`."""
     kept = {name: text for name, text in os.environ.items() if name in KEPT}
     return subprocess.run(
         [sys.executable, "-m", "tgi_asgi", *arguments],

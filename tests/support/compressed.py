@@ -1,4 +1,4 @@
-"""Small checkpoints that the `compressed-tensors` package writes, with what it reads of them itself."""
+"""Small checkpoints written by the `compressed-tensors` package, with the weights it reads back."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tgi_asgi.formats.sources import ModelFiles
 
 
 def save_compressed(model: Model, folder: Path, format: str, **weights: Any) -> ModelFiles:
-    """Write a model compressed, but for its embedding and head; its weights become what the package reads.
+    """Compress and write a model, except its embedding and head; its weights become what the package reads.
 
     Args:
-        format: the package's name of it: pack-quantized, float-quantized or naive-quantized.
-        weights: arguments of its `QuantizationArgs`.
+        format: Name of the package's format: pack-quantized, float-quantized or naive-quantized.
+        weights: Arguments of the package's `QuantizationArgs`.
     """
     arguments = QuantizationArgs(**weights)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=format)
@@ -51,13 +51,13 @@ def save_compressed(model: Model, folder: Path, format: str, **weights: Any) -> 
     compressor.update_config(str(folder))
     compressor.decompress_model(model)
     for module in linears.values():
-        del module.quantization_scheme  # nothing is to be rounded in its forward
-        module.__dict__.pop("forward")  # the package's own
+        del module.quantization_scheme  # its forward pass must not round anything
+        module.__dict__.pop("forward")  # installed by the package
     return ModelFiles(format, None, "directory", folder)
 
 
 def _calibrate(module: torch.nn.Linear, arguments: QuantizationArgs) -> None:
-    """Set scales and zero points by the least and the largest weight, in float16 as checkpoints have them."""
+    """Set scales and zero points from the smallest and largest weight, in float16 as in checkpoints."""
     low, high = _extremes(module.weight.detach(), arguments)
     scale, zero_point = calculate_qparams(low, high, arguments)
     for name, value in {"weight_scale": scale, "weight_zero_point": zero_point}.items():

@@ -1,8 +1,11 @@
-"""Run llama.cpp's own converter, with its sources on PYTHONPATH: checkpoint, then type and output in pairs.
+"""Run llama.cpp's own converter, with its sources on PYTHONPATH.
 
-The converter knows tokenizers by a hash of what they make of a text, and refuses one that was made for tests:
-here every tokenizer is one that cuts text as GPT-2's, also where a family has one of another kind. What
-does not work in this release is mended. Run by `family_files`; knows nothing of this project.
+Arguments: the checkpoint, then pairs of type and output.
+
+The converter identifies a tokenizer by a hash of its output for a fixed text and rejects test tokenizers.
+Here every tokenizer is therefore declared as one that splits text like GPT-2's, even if the family uses
+another kind. The module also patches what is broken in this release. `family_files` runs it; it imports
+nothing from this project.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def _name_pre_tokenizer(model: Any, tokenizer: Any) -> str:
 
 
 def _load_hparams(directory: Path, *more: Any, **named: Any) -> Any:
-    """Keep a key that GPT-NeoX's converter reads, and transformers 5 takes out of what it has read."""
+    """Keep a key that GPT-NeoX's converter reads and transformers 5 removes from the loaded configuration."""
     given = json.loads((directory / "config.json").read_text("utf-8"))
     return {
         **{key: given[key] for key in ("rotary_pct",) if key in given},
@@ -41,14 +44,14 @@ def _load_hparams(directory: Path, *more: Any, **named: Any) -> Any:
 
 
 def _modify_tensors(model: Any, *more: Any) -> Iterator[Any]:
-    """Yield the norms of heads, which StableLM's converter returns from a generator."""
+    """Yield the head norms too, which StableLM's converter returns from a generator."""
     returned = yield from _MODIFY(model, *more)
     if returned is not None:
         yield from returned
 
 
 def _modify_gemma3(model: Any, tensor: Any, name: str, layer: Any) -> Iterator[Any]:
-    """Yield all rows of the embedding: Gemma 3's converter cuts those without a word in tokenizer.json."""
+    """Yield all rows of the embedding; Gemma 3's converter drops rows without a token in tokenizer.json."""
     modify = TextModel.modify_tensors if "embed_tokens" in name else _MODIFY_GEMMA3
     yield from modify(model, tensor, name, layer)
 
@@ -59,7 +62,7 @@ if __name__ == "__main__":
     ModelBase.load_hparams = staticmethod(_load_hparams)
     StableLMModel.modify_tensors = _modify_tensors
     Gemma3Model.modify_tensors = _modify_gemma3
-    Qwen3NextModel.no_mtp = True  # it wants layers that draft, else
+    Qwen3NextModel.no_mtp = True  # otherwise the converter requires draft layers
     TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
     for model in (ChatGLMModel, Glm4Model, HunYuanMoEModel, InternLM3Model):
         model.set_vocab = TextModel._set_vocab_gpt2

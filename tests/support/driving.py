@@ -1,4 +1,4 @@
-"""Drives a runner as the engine does, two steps in flight, with every decision made beforehand."""
+"""Drive a runner like the engine does, with two steps in flight, but with every decision made in advance."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(slots=True)
 class Job:
-    """One sequence to generate; `sampled` and `prompt_logprobs` are filled by `generate`."""
+    """One sequence to generate; `generate` fills `sampled` and `prompt_logprobs`."""
 
     prompt_ids: Sequence[int]
     num_tokens: int
     sampling: SamplingParams = GREEDY
     wants_prompt_logprobs: int | None = None
-    start: dict[str, Any] = field(default_factory=dict)  # more of `SlotStart`: a grammar, `min_tokens`
-    adapter: Any = None  # its weights
+    start: dict[str, Any] = field(default_factory=dict)  # further arguments of `SlotStart`, such as a grammar
+    adapter: Any = None  # the adapter's weights
     sampled: list[Sampled] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs = field(default_factory=list)
 
@@ -66,8 +66,8 @@ class _Running:
 
 
 async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> None:
-    """Run all jobs to their ends in one continuous batch: decode rows first, prompts in chunks."""
-    blocks = iter(range(runner.num_blocks - 1, -1, -1))  # backwards: no table is in order
+    """Run all jobs to completion in one continuous batch: decode rows first, prompts in chunks."""
+    blocks = iter(range(runner.num_blocks - 1, -1, -1))  # descending, so that no table is in order
     running = []
     starts = []
     for slot, job in enumerate(jobs):
@@ -96,9 +96,9 @@ async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> 
             step_id, starts = step_id + 1, []
         for step in waiting:
             await _collect(*step)
-    finally:  # the step after one that failed has failed as well: nobody else reads why
+    finally:  # the step after a failed one fails too; retrieve its exception here
         await asyncio.gather(*(future for future, _ in waiting), return_exceptions=True)
-    for job in jobs:  # what a test compares token by token is there
+    for job in jobs:  # callers compare token by token
         assert len(job.sampled) == job.num_tokens
 
 
@@ -111,7 +111,7 @@ async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Runnin
 
 
 def compare(found: Sequence[Job], expected: Sequence[Job], tolerance: float = 2e-3) -> None:
-    """Hold texts to each other, and log-probabilities of what was drawn, the best, and the prompt."""
+    """Compare texts and the log-probabilities of sampled tokens, top tokens and prompts."""
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.token_ids == theirs.token_ids
         for mine, other in zip(ours.sampled, theirs.sampled, strict=True):
@@ -127,10 +127,10 @@ def compare(found: Sequence[Job], expected: Sequence[Job], tolerance: float = 2e
 async def draw_over_a_shared_block(
     runner: Runner, prompt: Sequence[int], sampling: SamplingParams
 ) -> list[list[Sampled | None]]:
-    """Run a prompt twice in one step, the second from the block that the first writes; decode both.
+    """Run a prompt twice in one step, the second reading the block that the first writes; decode both.
 
     Returns:
-        What each of four steps drew for the two.
+        The tokens sampled for the two rows in each of four steps.
     """
     starts = [SlotStart(slot, sampling, 0, prompt) for slot in (0, 1)]
     writer = StepRow(0, prompt, 0, [[5, 9]], samples=True)

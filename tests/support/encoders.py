@@ -1,4 +1,4 @@
-"""Tiny encoders that embed or rank: checkpoints as transformers writes them, with a WordPiece tokenizer."""
+"""Tiny embedding and reranking encoders: transformers checkpoints with a WordPiece tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 from tests.support.pooled import fix_weights
 
 VOCAB_SIZE, CLS, SEP = 160, 2, 3
-CONTEXT = 130  # positions; RoBERTa and its kin begin with the third
+CONTEXT = 130  # positions; RoBERTa and its variants start at the third
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -41,7 +41,7 @@ _OF_KIND: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _OF_MODERN_BERT = {f"{name}_token_id": at for name, at in {"cls": 2, "sep": 3, "bos": 2, "eos": 3}.items()}
 TEXTS = ("short", "a-much-longer-text-" * 5, "x")
-# What `oracle/sentence-transformers-encoders.json` has the vectors or scores of.
+# Models whose vectors or scores are in `oracle/sentence-transformers-encoders.json`.
 RECORDED: dict[str, tuple[str, str, str | None]] = {
     "bert-mean": ("Bert", "Model", "mean_tokens"),
     "modernbert-cls": ("ModernBert", "Model", "cls_token"),
@@ -55,7 +55,7 @@ RECORDED: dict[str, tuple[str, str, str | None]] = {
 
 
 def make_encoder(kind: str, head: str = "Model", **changes: Any) -> transformers.PreTrainedModel:
-    """Make a random model whose vectors show faults."""
+    """Make a random model whose vectors reveal faults."""
     particular = {**_OF_KIND.get(kind, {}), **(_OF_MODERN_BERT if kind == "ModernBert" else {})}
     config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **particular, **changes})
     config._attn_implementation = "eager"
@@ -71,7 +71,7 @@ def make_encoder(kind: str, head: str = "Model", **changes: Any) -> transformers
 def save_encoder(
     directory: Path, kind: str, head: str = "Model", mode: str | None = "mean_tokens", **changes: Any
 ) -> transformers.PreTrainedModel:
-    """Write a model with its tokenizer and, but for a `mode` of None, sentence-transformers' files."""
+    """Write a model with its tokenizer and, unless `mode` is None, sentence-transformers' files."""
     model = make_encoder(kind, head, **changes)
     model.save_pretrained(directory)
     save_word_pieces(directory, has_types=kind in ("Bert", "NomicBert", "Electra", "Albert"))
@@ -90,7 +90,7 @@ def save_encoder(
 
 
 def save_word_pieces(directory: Path, *, has_types: bool) -> None:
-    """Write a tokenizer of letters and digits, which puts [CLS] and [SEP] around texts as BERT's does."""
+    """Write a tokenizer of letters and digits that wraps texts in [CLS] and [SEP] as BERT's does."""
     letters = [*string.ascii_lowercase, *string.digits, "-", " "]
     texts = [*_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     backend = tokenizers.Tokenizer(
@@ -113,7 +113,7 @@ def save_word_pieces(directory: Path, *, has_types: bool) -> None:
 
 
 def save_recorded(name: str, directory: Path) -> None:
-    """Write a checkpoint of which vectors or scores are recorded."""
+    """Write a checkpoint whose vectors or scores are recorded."""
     kind, head, mode = RECORDED[name]
     changes = {} if mode else {"num_labels": 1}
     save_encoder(directory, kind, head, mode, **changes)
@@ -121,20 +121,20 @@ def save_recorded(name: str, directory: Path) -> None:
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
-    """Return ids without special ones."""
+    """Return random ids without special tokens."""
     found: list[int] = np.random.default_rng(seed).integers(5, 77, size=length).tolist()
     return found
 
 
 def states_of(model: Any, ids: Sequence[int], second_start: int | None = None) -> torch.Tensor:
-    """Return transformers' states [n_tokens, hidden] of a text, or a pair."""
+    """Return transformers' hidden states [n_tokens, hidden] for a text or a pair."""
     with torch.inference_mode():
         found: torch.Tensor = model.base_model(**_inputs(ids, second_start)).last_hidden_state[0]
     return found
 
 
 def logits_of(model: Any, ids: Sequence[int], second_start: int | None = None) -> torch.Tensor:
-    """Return transformers' logits of the labels."""
+    """Return transformers' logits for the labels."""
     with torch.inference_mode():
         found: torch.Tensor = model(**_inputs(ids, second_start)).logits[0]
     return found

@@ -1,4 +1,4 @@
-"""Hypothesis with a number of examples that is known only when the test runs."""
+"""Hypothesis tests whose number of examples is known only when the test runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis.strategies import SearchStrategy
 
 
 def for_all(num_examples: int, *strategies: SearchStrategy[object]) -> Callable[[Callable[..., None]], None]:
-    """Run the decorated function at once, for so many examples.
+    """Run the decorated function immediately, for this number of examples.
 
     def test_it_is_read(scale: Scale) -> None:
         @for_all(scale(300, 20_000), st.binary())

@@ -1,4 +1,4 @@
-"""The app around a model with eyes: a processor that makes of an image as many tokens as it is wide.
+"""The app with a vision model, whose image processor makes one token for each column of an image.
 
 engine = ScriptedEngine(has_eyes=True)
 app, processor = seeing_app(engine)
@@ -29,7 +29,7 @@ PAYLOAD_BYTES = 1000
 
 
 class FakeProcessor:
-    """`types.ImageProcessor`, and a record of what it was given and where it ran."""
+    """A `types.ImageProcessor` that records the images it was given and the threads it ran on."""
 
     placeholder = "<image>"
 
@@ -52,7 +52,7 @@ class FakeProcessor:
 def seeing_app(
     engine: ScriptedEngine, settings: Settings | None = None, *, template: str | None = TEMPLATE, **info: Any
 ) -> tuple[App, FakeProcessor]:
-    """Return an app whose model takes images, and what it takes them with."""
+    """Return an app whose model accepts images, and its image processor."""
     processor = FakeProcessor()
     sizes = {"max_input_tokens": 4095, "max_total_tokens": 4096, **info}
     return (
@@ -63,13 +63,13 @@ def seeing_app(
     )
 
 
-URL = data_url()  # of a picture four wide
+URL = data_url()  # a picture four pixels wide
 WIDE = data_url(encoded(picture(7, 2)))
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
 
 
 def chat(*parts: Any) -> dict[str, Any]:
-    """Return a chat of one message; a text that is a URL is an image."""
+    """Return a chat of one message; a string that is a URL becomes an image."""
     return {"messages": [{"role": "user", "content": list(map(openai_part, parts))}], "max_tokens": 9}
 
 

@@ -1,10 +1,10 @@
-"""Makes tiny random checkpoints of models that see, with their processors, and computes what they give.
+"""Tiny random checkpoints of vision models with their processors, and their reference outputs.
 
     make("llava", folder)
     prompt = prompt_of("llava", folder, ["what?", picture, "and", other])
     reference(folder, prompt)                 # logits of transformers' own model, all at once
 
-`eyes_table` has what is particular about each family.
+`eyes_table` holds the particulars of each family.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _CONFIG_NAMES = {
     "eoi_token": "eoi_token_index",
     "audio_token": "audio_token_id",
 }
-_SPREAD = 3.0  # the standard deviation of the logits, about
+_SPREAD = 3.0  # approximate standard deviation of the logits
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's tokens, and where in them its images are."""
+    """A prompt's tokens and the positions of its images."""
 
     ids: list[int]
     images: tuple[ImageInput, ...]
@@ -58,7 +58,7 @@ def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
 
 @_one_thread()
 def make(name: str, folder: Path) -> None:
-    """Write a checkpoint of a family, always the same."""
+    """Write a checkpoint of a family; the same family always yields the same checkpoint."""
     family = FAMILIES[name]
     torch.manual_seed(zlib.crc32(name.encode()))
     tokens = _tokens(family)
@@ -76,7 +76,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def _tokens(family: Family) -> list[str]:
-    """Return the special tokens, in the order of their ids."""
+    """Return the special tokens in the order of their ids."""
     return list(dict.fromkeys([*_BASIC, *family.tokens.values(), *family.others]))
 
 
@@ -124,7 +124,7 @@ def _template(family: Family) -> str:
 
 
 def _draw(model: Any) -> None:
-    """Give every parameter a value that matters; small embeddings where they are the head as well."""
+    """Set every parameter to a value that affects the logits; tied embeddings are small."""
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     size, gain = (0.1, 1.5) if is_tied else (0.3, 1.2)
     tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
@@ -154,7 +154,7 @@ def _spread(model: Any) -> None:
 
 
 def processor_of(folder: Path) -> VisionProcessor:
-    """Return our processor of a checkpoint."""
+    """Return this project's image processor for a checkpoint."""
     config = json.loads((folder / "config.json").read_text())
     token_id = config.get("image_token_id", config.get("image_token_index"))
     model = getattr(transformers, config["architectures"][0])
@@ -170,7 +170,7 @@ def _inner_name(model: Any) -> str:
 
 
 def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -> Prompt:
-    """Return a prompt of texts and pictures, by our processor and text half."""
+    """Return a prompt of texts and pictures, made by this project's image processor and text code."""
     family, processor = FAMILIES[name], processor_of(folder)
     pictures = tuple(part for part in parts if not isinstance(part, str))
     images = [Image(each, zlib.crc32(each.tobytes()).to_bytes(4, "big") * 8, "image") for each in pictures]
@@ -184,7 +184,7 @@ def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -
 
 
 def open_reference(folder: Path) -> Any:
-    """Return transformers' own model: float32, eager attention, nothing of it missing in the checkpoint."""
+    """Return transformers' own model in float32 with eager attention; no weight may be missing."""
     config = json.loads((folder / "config.json").read_text())
     kind = getattr(transformers, config["architectures"][0])
     model, info = kind.from_pretrained(
@@ -206,13 +206,13 @@ def reference(folder: Path, prompt: Prompt, answer: Sequence[int] = (), model: A
 
 
 def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapping[str, Any]:
-    """Return what the model is given beside ids: all images in one call of its image processor."""
+    """Return the model's inputs other than ids; one call of its image processor handles all images."""
     made: dict[str, Any] = {}
     config = model.config
     token = getattr(config, "image_token_id", None) or config.image_token_index
     kinds = (ids == token).long()
     name = type(model).__name__
-    if name.startswith("PaliGemma"):  # 0: the prompt
+    if name.startswith("PaliGemma"):  # 0 marks prompt tokens
         made["token_type_ids"] = (torch.arange(ids.shape[1]) >= len(prompt.ids)).long()[None]
     if not prompt.pictures:
         return made
@@ -235,6 +235,6 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
 
 
 def text_of(folder: Path, ids: Sequence[int]) -> str:
-    """Return the text of tokens, as a client gets it."""
+    """Return the text of tokens as a client receives it."""
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return str(backend.decode(list(ids)))

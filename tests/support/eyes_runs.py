@@ -1,4 +1,4 @@
-"""Runs tiny models that see: a model's logits by steps, and a server over a socket.
+"""Run tiny vision models: compute logits step by step, or serve a model over a socket.
 
 model = load(folder)
 logits, program = run(model, [(prompt, answer), ...], chunks=[7, 1000])
@@ -33,7 +33,7 @@ _MIB = 1 << 20
 
 
 def load(folder: Path, quantised: str | None = None, *, is_exact: bool = True) -> GenericModel:
-    """Load a checkpoint, in float32 unless told otherwise."""
+    """Load a checkpoint, in float32 by default."""
     config = json.loads((folder / "config.json").read_text())
     weights = SafetensorsWeights(folder, Quantisation.from_json(config))
     opened = OpenGeneric(folder, config, trusts_code=False)
@@ -47,7 +47,8 @@ def run(
 ) -> tuple[list[np.ndarray], VisionProgram]:
     """Return the logits [n_tokens, vocab] of each sequence of prompt and answer, all in one batch.
 
-    Prompts are computed in chunks of these sizes, but for what must not be cut; answers token by token.
+    Prompts are computed in chunks of these sizes, extended where a prompt or image must not be cut; answers
+    are computed token by token.
     """
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
@@ -78,7 +79,7 @@ def run(
 
 
 def _end(eyes: Eyes, prompt: Prompt, start: int, chunk: int) -> int:
-    """Return where a chunk of a prompt ends."""
+    """Return the end position of a prompt chunk that starts at `start`."""
     if start >= len(prompt.ids):
         return start + 1
     end = min(start + chunk, len(prompt.ids))
@@ -108,7 +109,7 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[str, App]]
 
 
 def program_of(app: App) -> VisionProgram:
-    """Return what runs a served model's steps."""
+    """Return the program that runs a served model's steps."""
     assert app.context.served is not None
     engine: Any = app.context.served.engine
     program: VisionProgram = engine._runner._program

@@ -1,4 +1,4 @@
-"""What is particular about each family of models that see: a tiny configuration, a processor, its tokens."""
+"""The particulars of each vision model family: a tiny configuration, a processor, its special tokens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _QWEN_SIZES = {
     "temporal_patch_size": 2,
 }
 _QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-# What all of Qwen's kin have of images.
+# Image settings common to Qwen and its variants.
 _QWEN_IMAGES: dict[str, Any] = {
     "image_processor": "Qwen2VLImageProcessor",
     "preprocessor": _QWEN_SIZES,
@@ -67,14 +67,14 @@ _IMAGE = {"image_token": "<image>"}
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family: its configuration's values, and its processors'.
+    """A family: values of its configuration and its processors.
 
     Attributes:
-        tokens: special tokens by the names under which its tokenizer has them.
-        others: special tokens without such a name.
-        before, after: what its chat template writes round an image.
-        image_key: of its configuration, for the token that rows replace.
-        image_token: the text of that token; None: that which its chat template writes.
+        tokens: Special tokens, keyed by the names that its tokenizer gives them.
+        others: Special tokens without such a name.
+        before, after: What its chat template writes around an image.
+        image_key: Configuration key of the token that image rows replace.
+        image_token: Text of that token; None for the token that its chat template writes.
     """
 
     architecture: str

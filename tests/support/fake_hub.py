@@ -1,4 +1,4 @@
-"""The Hub, played by a small server on this machine, for huggingface_hub's real client."""
+"""A small local server that imitates the Hub for huggingface_hub's real client."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Repository:
     """A repository of one commit, with the revisions `main` and `v2`.
 
     Attributes:
-        is_private: it wants the token `secret`, and is not there for others.
-        is_gated: everybody may list it, and nobody fetch it.
-        cuts: how many answers with one of these files break off in the middle.
+        is_private: Whether it requires the token `secret`; without it, the repository is not found.
+        is_gated: Whether its files can be listed but not downloaded, by anyone.
+        cuts: Number of responses with each of these files that break off in the middle.
     """
 
     files: Mapping[str, bytes]
@@ -46,10 +46,10 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What a test knows of a hub that runs.
+    """A test's view of a running hub.
 
     Attributes:
-        requests: method, path and the range that was asked for, in their order.
+        requests: Method, path and requested range of each request, in order.
     """
 
     address: str
@@ -57,7 +57,7 @@ class Hub:
     requests: list[tuple[str, str, str]] = field(default_factory=list)
 
     def fetched(self) -> list[str]:
-        """Return the names of files whose contents were asked for."""
+        """Return the names of files whose contents were requested."""
         return [path.partition(f"/resolve/{COMMIT}/")[2] for method, path, _ in self.requests
                 if method == "GET" and "/resolve/" in path]  # fmt: skip
 
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def log_message(self, *args: object) -> None:
-        """Be quiet."""
+        """Suppress the default log."""
 
     def _answer(self, *, with_body: bool) -> None:
         path = urllib.parse.unquote(self.path.split("?")[0])
@@ -135,7 +135,7 @@ def _json(value: Any) -> tuple[int, dict[str, str], bytes]:
 
 @contextlib.contextmanager
 def running_hub(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
-    """Run a hub with these repositories, by their ids."""
+    """Run a hub with these repositories, keyed by their ids."""
     hub = Hub("", repositories)
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

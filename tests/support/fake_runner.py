@@ -1,15 +1,17 @@
-"""A runner without a model, and the tokenizer to go with it, for tests of everything above the runner.
+"""A runner without a model, and a matching tokenizer, for tests of everything above the runner.
 
     runner = FakeRunner(num_blocks=64)
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
 
-Its KV cache is a table of (token, position) entries, written and read through the block tables as a real one
-is. Each row checks that what it reads is exactly its own sequence's tokens at their positions, so a block
-shared, reused or copied wrongly fails the step, and is kept in `violations`; where prompts have an arithmetic
-of their own, also that a prompt's tokens were computed by it, and drawn ones by the other; with
-`num_kept_states`, that the state which it goes on from is of exactly the tokens before it. The next token is
-a function of the tokens read, the seed and the choice: `expected_tokens` says what a request must produce,
-whatever else is running beside it.
+Its KV cache is a table of (token, position) entries, written and read through the block tables like a real
+one. Each row checks that it reads exactly its own sequence's tokens at their positions. A block that is
+wrongly shared, reused or copied therefore fails the step, and the message is kept in `violations`. With
+`has_prompt_arithmetic`, each row also checks that prompt tokens were computed with prompt arithmetic and
+sampled tokens with decode arithmetic. With `num_kept_states`, each row also checks that the recurrent state
+it resumes from covers exactly the preceding tokens.
+
+The next token is a function of the tokens read, the seed and the choice: `expected_tokens` returns what a
+request must produce, whatever else runs at the same time.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ EOS_ID = 256
 BOS_ID = 257
 VOCAB_SIZE = 258
 GARBAGE = -1
-# What a place of the cache holds: a token, its position, whether computed as drawn ones are, its adapter, and
+# An entry of the cache: a token, its position, whether it was computed as a sampled token, its adapter, and
 # the group of layers that wrote it.
 _Written = tuple[int, int, bool, Any, int]
 _NOTHING: _Written = (GARBAGE, GARBAGE, False, None, 0)
@@ -51,7 +53,7 @@ NextToken = Callable[[Sequence[int], SamplingParams, int], int]
 
 
 class FakeTokenizer:
-    """Ids 0..255 are the bytes; EOS and BOS are special tokens."""
+    """A tokenizer whose ids 0..255 are the bytes; EOS and BOS are special tokens."""
 
     vocab_size = VOCAB_SIZE
     eos_ids = frozenset({EOS_ID})
@@ -65,7 +67,7 @@ class FakeTokenizer:
 
 
 def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
-    """Return the description of a model that has FakeTokenizer's vocabulary."""
+    """Return the description of a model with FakeTokenizer's vocabulary."""
     return ModelInfo(
         model_id="fake",
         revision=None,
@@ -80,7 +82,7 @@ def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
 
 
 def letters(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
-    """Draw a lower-case letter from all that came before; greedy ignores seed and choice."""
+    """Draw a lower-case letter from all preceding tokens; greedy sampling ignores seed and choice."""
     key = (0, 0) if sampling.temperature == 0 else (sampling.seed, choice)
     return 97 + crc32(repr(key).encode(), crc32(array("q", tokens).tobytes())) % 26
 
@@ -106,7 +108,7 @@ def expected_tokens(
     choice: int = 0,
     next_token: NextToken = letters,
 ) -> list[int]:
-    """Return what a request must produce, EOS and all else that ends it aside."""
+    """Return what a request must produce, ignoring EOS and other reasons to stop."""
     tokens = list(prompt_ids)
     for _ in range(num_tokens):
         tokens.append(next_token(tokens, sampling or SamplingParams(temperature=0), choice))
@@ -116,9 +118,9 @@ def expected_tokens(
 @dataclass
 class _Slot:
     start: SlotStart
-    tokens: list[int]  # prompt and output, sampled ones included
-    num_pooled: int = 0  # prompt tokens that were given chunk after chunk
-    num_scored: int = 0  # prompt tokens whose log-probabilities were given, chunk after chunk
+    tokens: list[int]  # prompt and output, including sampled tokens
+    num_pooled: int = 0  # prompt tokens given so far for pooling
+    num_scored: int = 0  # prompt tokens given so far for log-probabilities
 
     @property
     def num_output(self) -> int:
@@ -129,19 +131,21 @@ class _Slot:
 class _Queued:
     plan: StepPlan
     future: asyncio.Future[StepResult]
-    is_tainted: bool = False  # queued behind a step that failed: what it computes means nothing
+    is_tainted: bool = False  # queued after a step that failed; its results are meaningless
 
 
 @dataclass
 class FakeRunner:
-    """Run plans on the simulated cache, in order, one a turn of the event loop (or `step_s` apart).
+    """A runner that executes plans in order on a simulated cache, one per loop turn or every `step_s`.
 
-    With `eyes` an image is encoded once `view_steps` steps have had it first; no row may come before that.
+    With `eyes`, an image is encoded after it came first in the views of `view_steps` steps; no row may
+    include it earlier.
 
-    With `drafts` a row that may have some guesses as many as a hash says, of which the first few are right.
+    With `drafts`, each row that allows drafts guesses as many tokens as a hash determines; the first few are
+    right.
 
-    With `is_manual` a step runs when `run_next` is called. Hooks, all settable at any time: `fault(plan)` may
-    return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits not finite,
+    With `is_manual`, a step runs when `run_next` is called. Hooks can be set at any time: `fault(plan)` may
+    return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits non-finite, and
     `next_token` draws.
     """
 
@@ -163,9 +167,9 @@ class FakeRunner:
     fault: Callable[[StepPlan], BaseException | None] | None = None
     is_poisoned: Callable[[Sequence[int]], bool] | None = None
     violations: list[str] = field(default_factory=list)
-    plans: list[StepPlan] = field(default_factory=list)  # as executed
-    max_adapters: int = 8  # of a step
-    keeps_plans: bool = True  # a server that runs for long must not
+    plans: list[StepPlan] = field(default_factory=list)  # in order of execution
+    max_adapters: int = 8  # limit for one step
+    keeps_plans: bool = True  # set to False for servers that run for long
     is_closed: bool = False
 
     def __post_init__(self) -> None:
@@ -173,7 +177,7 @@ class FakeRunner:
         self._store: list[_Written] = [_NOTHING] * size
         self._states = FakeStates(self.num_kept_states or 0, self._extent, self._require)
         self._slots: dict[int, _Slot] = {}
-        self._guesses: dict[int, list[int]] = {}  # of the present step, by slot
+        self._guesses: dict[int, list[int]] = {}  # of the current step, by slot
         self._num_views: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
@@ -203,7 +207,7 @@ class FakeRunner:
         try:
             result = self.execute(queued.plan, is_tainted=queued.is_tainted)
         except Exception as error:
-            self._has_failed = True  # until the engine has been told, by the future
+            self._has_failed = True  # until the future has told the engine
             for later in self._queue:
                 later.is_tainted = True
             if not queued.future.cancelled():
@@ -231,7 +235,7 @@ class FakeRunner:
             self._pump_later()
 
     def execute(self, plan: StepPlan, *, is_tainted: bool = False) -> StepResult:
-        """Compute a step at once: slots start, blocks are copied, rows write, then read and draw."""
+        """Run a step immediately: slots start, blocks are copied, rows write, then rows read and draw."""
         if self.keeps_plans:
             self.plans.append(plan)
         error = self.fault(plan) if self.fault is not None else None
@@ -275,7 +279,7 @@ class FakeRunner:
         return result
 
     def _extent(self, row: StepRow) -> tuple[list[int], int, int]:
-        """Return a row's sequence with what it guesses, and which of that the row computes."""
+        """Return a row's sequence with its drafts, and the start and end of what the row computes."""
         tokens = self._slots[row.slot].tokens
         if row.stop is None:
             return tokens, row.start, row.start + row.num_tokens
@@ -312,11 +316,11 @@ class FakeRunner:
         num_drafts = sum(row.num_drafts for row in plan.rows)
         num_tokens = sum(row.num_tokens for row in plan.rows)
         self._require(num_tokens + num_drafts <= self.max_step_tokens, "too many tokens")
-        self._require(self.drafts is not None or not num_drafts, "drafts that nobody asked for")
+        self._require(self.drafts is not None or not num_drafts, "drafts without draft limits")
         self._require(self.drafts is None or num_drafts <= self.drafts.per_step, "too many drafts")
         if self.takes_whole_prompts:
             are_whole = all(row.samples and row.start == 0 and row.token_ids for row in plan.rows)
-            self._require(are_whole, "a prompt does not come whole")
+            self._require(are_whole, "a prompt is not whole")
         sizes = [row.num_tokens for row in plan.rows]
         first_chunk = next((at for at, size in enumerate(sizes) if size > 1), len(sizes))
         late = [row for row in plan.rows[first_chunk:] if row.token_ids is None]
@@ -333,10 +337,10 @@ class FakeRunner:
         self._require(are_together, "rows of one adapter are not neighbours")
 
     def _guess(self, row: StepRow) -> list[int]:
-        """Return drafts for a row, some of the first right and the others wrong."""
+        """Return drafts for a row; the first few are right and the others wrong."""
         slot = self._slots[row.slot]
         begin, stop = len(slot.tokens) - 1, row.end
-        self._require(row.token_ids is None, "a row with a stop has its tokens given")
+        self._require(row.token_ids is None, "a row with a stop has token ids")
         self._require(row.start <= begin <= stop, f"slot {row.slot} is at {begin}: {row.start}..{stop}")
         most = min(row.num_drafts, stop - begin - 1)
         if most <= 0:
@@ -349,7 +353,7 @@ class FakeRunner:
         return tokens[len(slot.tokens) :]
 
     def _drafted_row(self, index: int, row: StepRow, is_tainted: bool, result: StepResult) -> None:
-        """Draw the tokens of a row with a `stop`, up to the first that is not its draft."""
+        """Draw the tokens of a row with a `stop`, up to the first that differs from its draft."""
         slot, guesses = self._slots[row.slot], self._guesses[row.slot]
         result.sampled.append(None)
         if is_tainted:
@@ -390,7 +394,7 @@ class FakeRunner:
                 self._store[self._place(row, at, group)] = _NOTHING if is_tainted else written
 
     def _read(self, row: StepRow, slot: _Slot, start: int, end: int) -> None:
-        """Check what tokens [start, end) of a sequence read: in each group as far back as its window goes."""
+        """Check what tokens [start, end) of a sequence read, within each group's window."""
         num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
         for group, window in enumerate(self.windows):
             positions = range(0 if window is None else max(start - window + 1, 0), end)
@@ -435,7 +439,7 @@ class FakeRunner:
 
     def _place(self, row: StepRow, position: int, group: int) -> int:
         index, offset = divmod(position, self.block_size)
-        self._require(len(row.block_tables) == len(self.windows), "not a block table a group")
+        self._require(len(row.block_tables) == len(self.windows), "not one block table for each group")
         table = row.block_tables[group]
         self._require(index < len(table), "the block table is too short")
         block = table[index]
@@ -449,10 +453,10 @@ class FakeRunner:
 
 
 def fake_vector(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Return the vector that FakeRunner makes of a prompt, whatever its pooling."""
+    """Return the vector that FakeRunner makes of a prompt, regardless of the pooling mode."""
     return np.array([len(tokens), crc32(array("q", tokens).tobytes()) % 4096], np.float32)
 
 
 def fake_logprob(token: int) -> float:
-    """Return the log-probability that FakeRunner reports of a token."""
+    """Return the log-probability that FakeRunner reports for a token."""
     return -0.5 - token % 8 / 8

@@ -1,8 +1,8 @@
-"""The model families that are held against `transformers`: a row a family and variant, nothing computed here.
+"""The model families that are compared with `transformers`: one entry for each family and variant, data only.
 
-`family_files` makes checkpoints, references and GGUF files of them, `family_scores` runs them.
-A new family is a row or two; what its configuration class does not default is in `BASE`. Those that are not
-of Llama's kind are in `families_plain`.
+`family_files` makes checkpoints, references and GGUF files from the cases, and `family_scores` runs them. A
+new family needs an entry or two; `BASE` holds the values that its configuration class does not default.
+`families_plain` holds the families that are not like Llama.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 def _case(
     name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
 ) -> FamilyCase:
-    """Make a case; the name begins with the family's, and the configuration is laid over `BASE`."""
+    """Make a case; its name begins with the family's, and `config` overrides `BASE`."""
     architecture = _ARCHITECTURES[name.partition("-")[0]]
     return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
 
@@ -86,7 +86,7 @@ _MULTIPLIERS = tuple(
         "logits_scaling": 1.0,
     }.items()
 )
-# Of 16 rotary pairs; a prompt within the original context takes the short ones.
+# For 16 rotary pairs; a prompt within the original context uses the short factors.
 _LONGROPE = {
     "original_max_position_embeddings": 64,
     **_rope(
@@ -96,7 +96,7 @@ _LONGROPE = {
         original_max_position_embeddings=64,
     ),
 }
-# A prompt is more than two of the contexts that it was first trained on.
+# A prompt is longer than twice the original training context.
 _GROWING = {
     "factor": 16.0,
     "original_max_position_embeddings": 16,
@@ -244,7 +244,7 @@ CASES: tuple[FamilyCase, ...] = (
     ),
     _case("qwen2", faults=(_ROPE_BASE, _QUERY_BIAS, _VALUE_BIAS), gguf=("f32", "q8_0")),
     _case(
-        "qwen2-unused-window",  # from layer max_window_layers on, so none
+        "qwen2-unused-window",  # it applies from layer max_window_layers on, so to no layer
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
         faults=(_SLIDES,),
         drops=("layer_types",),
@@ -274,14 +274,14 @@ CASES: tuple[FamilyCase, ...] = (
         ),
         gguf=("f32", "q8_0"),
     ),
-    _case(  # llama.cpp knows every fourth layer only
+    _case(  # llama.cpp only supports every fourth layer
         "smollm3-other-layers",
         {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 0, 1]},
         faults=(Fault("rope-in-other-layers", config={"no_rope_layers": [1, 0, 1, 0]}),),
         gguf=(),
     ),
     _case(
-        "smollm3-window",  # of the layers without positions
+        "smollm3-window",  # in the layers without positions
         {
             "num_hidden_layers": 4,
             "use_sliding_window": True,
@@ -303,7 +303,7 @@ CASES: tuple[FamilyCase, ...] = (
     ),
     _case("phi3-short-factors", _LONGROPE, faults=(_SHORT_FACTOR,), max_total_tokens=64),
     _case("phi3-long-factors", _LONGROPE, faults=(_LONG_FACTOR,), prompt_length=72),
-    _case(  # as Phi-4-mini's
+    _case(  # like Phi-4-mini's
         "phi3-old-config",
         {"original_max_position_embeddings": 64, "tie_word_embeddings": True},
         faults=(Fault("rope-base", config={"rope_theta": 100.0}),),

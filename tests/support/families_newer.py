@@ -13,17 +13,17 @@ def _rope(kind: str = "default", **parameters: Any) -> dict[str, Any]:
 
 
 def _flat(norm: str) -> Fault:
-    """Play a model without the weights of these norms."""
+    """Simulate a model that ignores the weights of these norms."""
     return Fault(f"no-{norm.rpartition('.')[2]}", tensors=f"*{norm}.weight", change="to ones")
 
 
 def _unbiased(module: str) -> Fault:
-    """Play a model without the biases of these modules."""
+    """Simulate a model that ignores the biases of these modules."""
     return Fault(f"no-{module.rpartition('.')[2]}-bias", tensors=f"*{module}.bias")
 
 
 def _changed(name: str, **config: Any) -> Fault:
-    """Play a model with another configuration."""
+    """Simulate a model with another configuration."""
     return Fault(name, config=config)
 
 
@@ -34,7 +34,7 @@ _WIDER = _changed("window-off-by-one", sliding_window=13)
 _ALL_SLIDE = _changed("all-layers-slide", layer_types=["sliding_attention"] * 4)
 _FOUR: dict[str, Any] = {"num_hidden_layers": 4}
 _HEADS: dict[str, Any] = {"head_dim": 32}
-# Norms of 1 + weight: ones there are weights of 2.
+# Norms multiply by 1 + weight, so stored ones act as factors of 2.
 _GEMMA: dict[str, Any] = {**_HEADS, "tie_word_embeddings": True}
 _GEMMA2: dict[str, Any] = {
     **_GEMMA,
@@ -87,7 +87,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(_flat("input_layernorm"), _flat("post_attention_layernorm"), _ROPE_BASE),
         gguf=("f32", "q8_0"),
     ),
-    _case(  # as Google's first files have it: gelu, and its tanh form is meant
+    _case(  # as in Google's first files, which say gelu and mean its tanh form
         "gemma-old-config",
         "GemmaForCausalLM",
         {**_GEMMA, "num_key_value_heads": 1},
@@ -135,7 +135,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         ),
         gguf=(),
     ),
-    _case(  # as the files on the Hub have it
+    _case(  # as in the files on the Hub
         "gemma3-old-config",
         "Gemma3ForCausalLM",
         {**_GEMMA3, "num_hidden_layers": 7, "layer_types": None},
@@ -152,7 +152,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         drops=("rope_parameters", "layer_types", "tie_word_embeddings"),
         gguf=(),
     ),
-    _case(  # llama.cpp knows every sixth layer, and a local base of 10,000
+    _case(  # llama.cpp only supports every sixth layer and a local base of 10,000
         "gemma3-six-layers",
         "Gemma3ForCausalLM",
         {**_GEMMA3, "num_hidden_layers": 6, "layer_types": None},
@@ -166,7 +166,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(_flat("input_layernorm"), _ROPE_BASE, _changed("logit-scale", logit_scale=1.0), _RELU),
         gguf=("f32", "q8_0"),
     ),
-    _case(  # as Command R+
+    _case(  # like Command R+
         "cohere-head-norms",
         "CohereForCausalLM",
         {**_COHERE, "use_qk_norm": True, "attention_bias": True},
@@ -306,9 +306,9 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             _flat("post_feedforward_layernorm"),
             _ROPE_BASE,
         ),
-        gguf=(),  # llama.cpp knows windows of the 32B's 64 layers alone
+        gguf=(),  # llama.cpp only supports windows for the 32B's 64 layers
     ),
-    _case(  # as 1.2B
+    _case(  # like 1.2B
         "exaone4-full",
         "Exaone4ForCausalLM",
         {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
@@ -341,7 +341,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "HunYuanDenseV1ForCausalLM",
         {**_HEADS, **_rope("dynamic", alpha=50.0, factor=1.0), "tie_word_embeddings": True},
         faults=(_changed("alpha", rope_parameters={"alpha": 5.0}),),
-        gguf=(),  # the converter takes that of Tencent's own context alone
+        gguf=(),  # the converter only accepts Tencent's own context length
     ),
     _case(
         "arcee",
@@ -379,7 +379,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         dtype="bfloat16",
         gguf=(),
     ),
-    _case(  # the code of transformers is Llama's
+    _case(  # transformers' implementation is Llama's
         "internlm3",
         "LlamaForCausalLM",
         {**_HEADS, "hidden_size": 96},

@@ -1,6 +1,6 @@
-"""What `docs/families.md` has of the registry; `python -m tests.support.families_page` prints it.
+"""The registry's part of `docs/families.md`; `python -m tests.support.families_page` prints it.
 
-What a family needs of a GPU is read off the configurations that tests hold it with.
+A family's requirements on the GPU are derived from the configurations that its tests use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _lines() -> Iterator[str]:
 
 
 def _on_gpu(configs: Sequence[ModelConfig]) -> str:
-    """Return whether the GPU kernels have what models of these configurations need."""
+    """Return whether the GPU kernels support models of these configurations, or what they lack."""
     lacking = [needs_of(config) - HAS for config in configs]
     if not any(lacking):
         return "yes"
@@ -53,7 +53,7 @@ def _on_gpu(configs: Sequence[ModelConfig]) -> str:
 
 
 def config_of(case: FamilyCase) -> dict[str, Any]:
-    """Return the config.json of a case, of which no model is made."""
+    """Return the config.json of a case without making its model."""
     made = getattr(transformers, case.architecture).config_class(**copy.deepcopy(dict(case.config)))
     saved = {"architectures": [case.architecture], **json.loads(made.to_json_string())}
     return overlaid({key: value for key, value in saved.items() if key not in case.drops}, case.json)

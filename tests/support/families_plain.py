@@ -1,4 +1,4 @@
-"""Cases of the families that have LayerNorm, most of the time before Llama: each with names of its own."""
+"""Cases of the families with LayerNorm, mostly older than Llama, each with its own tensor names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-# As most configurations call their sizes.
+# Names that most configurations use for their sizes.
 _USUAL: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 128,
@@ -51,12 +51,12 @@ def _rope(**parameters: Any) -> dict[str, Any]:
 
 
 def _flat(norm: str) -> Fault:
-    """Play a model without the weights of these norms."""
+    """Simulate a model that ignores the weights of these norms."""
     return Fault(f"no-{norm.rpartition('.')[2]}", tensors=f"*{norm}.weight", change="to ones")
 
 
 def _unbiased(module: str) -> Fault:
-    """Play a model without the biases of these modules."""
+    """Simulate a model that ignores the biases of these modules."""
     return Fault(f"no-{module.rpartition('.')[2]}-bias", tensors=f"*{module}.bias")
 
 
@@ -91,7 +91,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         gguf=("f32", "q8_0"),
     ),
     _case(
-        "starcoder2-window",  # and the names that the files on the Hub have beside those that are read
+        "starcoder2-window",  # with further keys that the files on the Hub contain
         "Starcoder2ForCausalLM",
         _USUAL,
         {**_rope(), "sliding_window": 12, "tie_word_embeddings": True},
@@ -130,7 +130,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         gguf=("f32", "q8_0"),
     ),
     _case(
-        "stablelm-parallel",  # as StableLM 2, 12B
+        "stablelm-parallel",  # like StableLM 2, 12B
         "StableLmForCausalLM",
         _USUAL,
         {**_rope(partial_rotary_factor=0.25), "use_parallel_residual": True, "qk_layernorm": True},
@@ -193,7 +193,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
             _ACTIVATION,
         ),
         gguf=("f32", "q8_0"),
-        json={"rotary_pct": 0.5},  # the converter reads no other
+        json={"rotary_pct": 0.5},  # the only name that the converter reads
     ),
     _case(
         "gpt_neox-sequential",
@@ -242,7 +242,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         dtype="bfloat16",
     ),
     _case(
-        "falcon",  # as 7B
+        "falcon",  # like 7B
         "FalconForCausalLM",
         _FALCON,
         _rope(),
@@ -256,7 +256,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         gguf=("f32", "q8_0"),
     ),
     _case(
-        "falcon-new",  # as 40B
+        "falcon-new",  # like 40B
         "FalconForCausalLM",
         _FALCON,
         {**_rope(), "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512},
@@ -264,7 +264,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         gguf=("f32", "q8_0"),
     ),
     _case(
-        "falcon-one-norm",  # as 11B
+        "falcon-one-norm",  # like 11B
         "FalconForCausalLM",
         _FALCON,
         {
@@ -279,7 +279,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         gguf=(),
     ),
     _case(
-        "falcon-rw",  # as RW 1B; the converter knows no slopes
+        "falcon-rw",  # like RW 1B; the converter does not support slopes
         "FalconForCausalLM",
         _FALCON,
         {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4},
@@ -315,7 +315,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         json={"seq_length": 256},
     ),
     _case(
-        "bloom-six-heads",  # no power of two: slopes of two series
+        "bloom-six-heads",  # not a power of two, so the slopes form two series
         "BloomForCausalLM",
         _BLOOM,
         {"hidden_size": 96, "n_head": 6, "tie_word_embeddings": False},
@@ -345,7 +345,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         json={"architectures": ["MPTForCausalLM"]},
     ),
     _case(
-        "mpt-scale",  # which the converter drops
+        "mpt-scale",  # a value that the converter drops
         "MptForCausalLM",
         _MPT,
         {"attn_config": {"softmax_scale": 0.2}, "tie_word_embeddings": False},

@@ -1,4 +1,4 @@
-"""What a model of a family and its faults are, to the tests that hold families against `transformers`."""
+"""A family's test model and its faults, for the tests that compare families with `transformers`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NUM_BEST = 5  # tokens compared at each position, beside the one that follows
+NUM_BEST = 5  # tokens compared at each position, in addition to the one that follows
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is changed in a checkpoint to play a model that computes something else: it must be seen."""
+    """A change to a checkpoint that simulates a wrong implementation; the tests must detect it."""
 
     name: str
-    config: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, objects key by key
-    tensors: str = ""  # a pattern of names, as of files: these tensors are changed
+    config: Mapping[str, Any] = field(default_factory=dict)  # overrides config.json, nested objects too
+    tensors: str = ""  # glob pattern for the names of the tensors to change
     change: Literal["to ones", "to zeros", "swap halves"] = "to zeros"
 
 
@@ -25,23 +25,23 @@ class FamilyCase:
 
         _case("llama-tied", {"tie_word_embeddings": True}, faults=(_MLP_NORM,), gguf=("f32", "q8_0"))
 
-    Where a GGUF file is made in another type than "f32", the matrices are such as all of `gguf` hold
-    exactly, so that one reference is right for all of them.
+    If `gguf` lists a type other than "f32", all types in `gguf` represent the matrices exactly, so one
+    reference is right for all of them.
     """
 
     name: str
     architecture: str  # a class of transformers
-    config: Mapping[str, Any]  # of its configuration class
+    config: Mapping[str, Any]  # arguments of its configuration class
     faults: tuple[Fault, ...]
-    gguf: tuple[str, ...] = ("f32",)  # what llama.cpp's converter writes; none where it drops what matters
-    rounded: tuple[str, ...] = ()  # types that hold them nearly, whose blocks lie along other rows
+    gguf: tuple[str, ...] = ("f32",)  # types for llama.cpp's converter; empty if it drops needed values
+    rounded: tuple[str, ...] = ()  # types that round, as their blocks run along other rows
     dtype: str = "float32"  # of the checkpoint
-    json: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, as a fault's
-    drops: tuple[str, ...] = ()  # what older versions did not write into config.json
+    json: Mapping[str, Any] = field(default_factory=dict)  # overrides config.json, like a fault's
+    drops: tuple[str, ...] = ()  # keys that older versions did not write into config.json
     prompt_length: int = 40
     max_total_tokens: int | None = None  # the setting
-    is_fused: bool = False  # stored by the names of transformers 5, experts in one tensor, not as published
-    attention: str = "eager"  # which implementation of transformers is right
+    is_fused: bool = False  # stored as by transformers 5, experts in one tensor, not as published
+    attention: str = "eager"  # the correct attention implementation of transformers
 
     @property
     def served_as(self) -> str:
@@ -50,7 +50,7 @@ class FamilyCase:
         return names[0]
 
 
-# What most configuration classes have by these names, and do not default to something small.
+# Values that most configuration classes accept by these names and do not default to something small.
 BASE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
@@ -69,7 +69,7 @@ BASE: dict[str, Any] = {
 
 
 def overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `changes` laid over; objects key by key."""
+    """Return `values` overridden by `changes`, merging objects key by key."""
     result = dict(values)
     for key, value in changes.items():
         old = result.get(key)

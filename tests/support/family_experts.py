@@ -1,6 +1,6 @@
-"""Families with routed experts, as rows of `families`: those that are held against `transformers`, too.
+"""Families with routed experts that are compared with `transformers`, as cases of `families`.
 
-Routers are such that a token's choice is clear (`family_maker`), corrections of choices and sinks not zeros.
+Routers choose each token's experts clearly (`family_maker`); choice corrections and sinks are not zero.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
         ),
         gguf=(),
     ),
-    _case(  # llama.cpp's files say neither the jitter nor what cosines are multiplied by: here as usual
+    _case(  # the GGUF lacks the jitter and the factor of the cosines, here the usual ones
         "phimoe-longrope",
         {
             "num_local_experts": 8,

@@ -1,6 +1,6 @@
 """The files of a `FamilyCase`: a checkpoint, `transformers`' scores, GGUF files, checkpoints with a fault.
 
-All are made on first use (by `family_maker`, and by llama.cpp's converter) and kept in build/families.
+All are made on first use, by `family_maker` and llama.cpp's converter, and kept in build/families.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
-_LEAST_EFFECT = 0.03  # of a fault, in `transformers`, on the log-probability of one of the tokens
+_LEAST_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What `transformers` computes in float32."""
+    """Results of `transformers` in float32."""
 
     prompt_ids: list[int]
     token_ids: list[int]  # greedy
     logprobs: np.ndarray  # [n_prompt + n_tokens, vocab] float32, after each token
-    rounding: np.ndarray | None = None  # [n_prompt + n_tokens - 1], how far off `transformers` is in bfloat16
+    rounding: np.ndarray | None = None  # [n_prompt + n_tokens - 1], error of `transformers` in bfloat16
 
     @property
     def all_ids(self) -> list[int]:
@@ -48,7 +48,7 @@ def checkpoint(case: FamilyCase) -> ModelFiles:
 
 
 def reference(case: FamilyCase) -> Reference:
-    """Return what `transformers` makes of the case's checkpoint."""
+    """Return the results of `transformers` for the case's checkpoint."""
     with np.load(_home(case) / "reference.npz") as stored:
         return Reference(
             stored["prompt_ids"].tolist(),
@@ -59,7 +59,7 @@ def reference(case: FamilyCase) -> Reference:
 
 
 def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
-    """Return the case's checkpoint as llama.cpp's converter writes it, in a type that the case names."""
+    """Return the case's checkpoint as llama.cpp's converter writes it, in a type that the case lists."""
     script = Path(__file__).with_name("convert_gguf.py")
     folder = _home(case) / f"gguf-{_key(RELEASE, script.read_text('utf-8'))}"
     if not folder.exists():
@@ -69,7 +69,7 @@ def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
 
 
 def faulty_checkpoint(case: FamilyCase, fault: Fault) -> ModelFiles:
-    """Return the case's checkpoint with a fault, of which `transformers` has shown that it matters."""
+    """Return the case's checkpoint with a fault whose effect is confirmed with `transformers`."""
     folder = _home(case) / f"fault-{_key(fault)}"
     if not folder.exists():
         from tests.support import family_maker
@@ -88,7 +88,7 @@ def faulty_checkpoint(case: FamilyCase, fault: Fault) -> ModelFiles:
 
 
 def _home(case: FamilyCase) -> Path:
-    """Return the folder of the case, with its checkpoint and reference in it."""
+    """Return the case's folder, which contains its checkpoint and reference."""
     maker = Path(__file__).with_name("family_maker.py").read_text("utf-8")
     versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
     folder = STORE / case.name / _key(dataclasses.replace(case, faults=()), maker, *versions)
@@ -99,7 +99,7 @@ def _home(case: FamilyCase) -> Path:
             arrays = family_maker.make(case, partial / "checkpoint")
             np.savez(partial / "reference.npz", **arrays)  # type: ignore[arg-type]
         for other in folder.parent.glob("[!.]*"):
-            if other != folder:  # of a case, a maker or a version that is no more
+            if other != folder:  # from an obsolete case, maker or version
                 shutil.rmtree(other, ignore_errors=True)
     return folder
 
@@ -110,7 +110,7 @@ def _key(*parts: object) -> str:
 
 @contextmanager
 def _made_at(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, then put it in place whole; of two processes the second throws its own away."""
+    """Yield a folder to fill, then rename it into place; of two processes, the second discards its own."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as scratch:
         partial = Path(scratch) / "made"
@@ -121,7 +121,7 @@ def _made_at(folder: Path) -> Iterator[Path]:
 
 
 def _convert(script: Path, model: Path, kinds: tuple[str, ...], folder: Path) -> None:
-    """Write `folder`/<kind>.gguf for each kind, in a process where gguf is llama.cpp's own."""
+    """Write `folder`/<kind>.gguf for each kind, in a process that imports llama.cpp's own gguf."""
     source = llama_cpp_source()
     outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
     done = subprocess.run(

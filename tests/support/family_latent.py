@@ -1,6 +1,6 @@
-"""Families with latent attention (MLA), as rows of `families`: those that are held against `transformers`.
+"""Families with latent attention (MLA) that are compared with `transformers`, as cases of `families`.
 
-Heads have plain, rotated and value dims of different numbers, so that none can stand for another.
+Heads have different numbers of unrotated, rotated and value dims, so that no two can be confused.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _SCALING = Fault("no-scaling", config={"routed_scaling_factor": 1.0})
 _CORRECTION = Fault("no-correction", tensors="*.e_score_correction_bias")
 _OTHER_GROUPS = Fault("other-groups", config={"topk_group": 4})
 _WEIGHTS = Fault("not-renormalised", config={"norm_topk_prob": False})
-_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}  # as published: llama.cpp goes by it
+_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}  # as published; llama.cpp reads it
 
 LATENT_CASES: tuple[FamilyCase, ...] = (
     _case(
         "deepseek_v2",
         {**_EXPERTS, **_YARN, "routed_scaling_factor": 2.0},
         faults=(_ROPE_BASE, _QUERY_NORM, _LATENT_NORM, _TURNING, _UPS, _MSCALE, _SCORES, _ROUTER, _SHARED),
-        rounded=("q8_0",),  # of keys a head has its transpose
+        rounded=("q8_0",),  # the file stores each head's key matrix transposed
         json={"scoring_func": "softmax"},
     ),
     _case(
@@ -104,7 +104,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         "deepseek_v3",
         {**_CORRECTED, **_GROUPS, **_YARN},
         faults=(_HALVES, _CORRECTION, _OTHER_GROUPS, _SCALING, _WEIGHTS, _MSCALE, _TURNING, _ROUTER),
-        rounded=("q8_0",),  # of keys a head has its transpose
+        rounded=("q8_0",),  # the file stores each head's key matrix transposed
         json=_SIGMOID,
     ),
     _case(
@@ -119,7 +119,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         "glm4_moe_lite",
         {**_CORRECTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
         faults=(_CORRECTION, _SHARED, _SCALING, _WEIGHTS, _HALVES, _UPS),
-        rounded=("q8_0",),  # of keys a head has its transpose
+        rounded=("q8_0",),  # the file stores each head's key matrix transposed
         json=_SIGMOID,
     ),
     _case(
@@ -128,7 +128,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         faults=(_ROPE_BASE,),
         gguf=(),
     ),
-    _case(  # in its files llama.cpp takes the factors of the published model for granted
+    _case(  # llama.cpp assumes the published model's factors instead of reading them
         "minicpm3",
         {"hidden_size": 384, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "v_head_dim": 96},
         faults=(

@@ -1,7 +1,8 @@
-"""Makes tiny random models with `transformers`, breaks them, and computes what they give.
+"""Make tiny random models with `transformers`, plant faults in them, and compute their reference outputs.
 
-The weights are such that a wrong model shows: matrices keep the size of what they multiply, norm weights are
-not ones and biases not zeros, and the logits are far from flat. Called by `family_files`, which keeps it all.
+The weights make a wrong model visible: matrices preserve the scale of their inputs, norm weights are not
+ones, biases are not zeros, and the logits are far from flat. `family_files` calls this module and stores the
+results.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.support.family_case import NUM_BEST, FamilyCase, Fault, overlaid
 
-NUM_TOKENS = 16  # that are generated
+NUM_TOKENS = 16  # number of generated tokens
 _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
-_LEAST_MARGIN = 0.02  # between the two likeliest where a token is generated: no matter of rounding
+_LEAST_MARGIN = 0.02  # between the two likeliest at each generated token, so that rounding cannot swap them
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
-_BLOCK = 32  # weights with one scale, in Q8_0
+_BLOCK = 32  # weights that share a scale in Q8_0
 _ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight", "feed_forward.gate.weight")
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias")
-_CLEAR = 4.0  # so much more than others: of two experts that are all but tied few are chosen
+_CLEAR = 4.0  # factor on router weights, so that few choices are near ties
 
 
 def make(case: FamilyCase, folder: Path) -> dict[str, np.ndarray]:
-    """Write the checkpoint of a case, and return the arrays of its `Reference`."""
+    """Write the checkpoint of a case and return the arrays of its `Reference`."""
     model = _make_model(case)
     dtype = getattr(torch, case.dtype)
     model.to(dtype).save_pretrained(folder, save_original_format=not case.is_fused)
@@ -64,12 +65,12 @@ def make(case: FamilyCase, folder: Path) -> dict[str, np.ndarray]:
 
 
 def logprobs(case: FamilyCase, folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens, of a case's model."""
+    """Return the log-probabilities [n_tokens, vocab] float32 of a case's model after each token."""
     return _logprobs(_open(folder, case.attention), ids)
 
 
 def _rounding(rounded: np.ndarray, exact: np.ndarray, ids: list[int]) -> np.ndarray:
-    """Return how far log-probabilities are apart: at each position of the best and of what follows."""
+    """Return each position's largest difference, over the best tokens and the one that follows."""
     best = np.argsort(rounded)[:-1, -NUM_BEST:]
     compared = np.concatenate([best, np.array(ids[1:])[:, None]], axis=1)
     apart: np.ndarray = np.take_along_axis(np.abs(rounded - exact)[:-1], compared, axis=1)
@@ -78,7 +79,7 @@ def _rounding(rounded: np.ndarray, exact: np.ndarray, ids: list[int]) -> np.ndar
 
 
 def plant(fault: Fault, folder: Path) -> None:
-    """Change a checkpoint as the fault says."""
+    """Apply a fault to a checkpoint."""
     _edit_config(folder, fault.config, ())
     if not fault.tensors:
         return
@@ -100,7 +101,7 @@ def plant(fault: Fault, folder: Path) -> None:
 def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
     cls = getattr(transformers, case.architecture)
     torch.manual_seed(1)
-    config = cls.config_class(**copy.deepcopy(dict(case.config)))  # it keeps what it gets, and fills it up
+    config = cls.config_class(**copy.deepcopy(dict(case.config)))  # the class keeps and modifies them
     model: transformers.PreTrainedModel = cls(config).eval()
     make_matrix = _random_matrix if set(case.gguf) <= {"f32"} else _random_codes
     embeddings, transposed = (
@@ -110,9 +111,9 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *_corrections(model)]:
             shape = parameter.shape[::-1] if id(parameter) in transposed else parameter.shape
-            if name.endswith("sinks"):  # such as change what attention gives
+            if name.endswith("sinks"):  # large enough to change the attention output
                 parameter.normal_(1.0, 1.0)
-            elif name.endswith("_bias"):  # of experts, and of their choice
+            elif name.endswith("_bias"):  # biases of experts and of their selection
                 parameter.normal_(0.0, 0.3)
             elif name.endswith(_ROUTERS):
                 parameter.copy_(make_matrix(shape, shape[-1]) * _CLEAR)
@@ -132,7 +133,7 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
 
 
 def _corrections(model: transformers.PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """Return what is added to the scores of experts: no parameters of the model."""
+    """Return the corrections of expert scores, which are not parameters of the model."""
     return [(name, each) for name, each in model.named_buffers() if name.endswith(_CORRECTIONS)]
 
 
@@ -143,10 +144,10 @@ def _random_matrix(shape: torch.Size, variance: float) -> Tensor:
 
 
 def _random_codes(shape: torch.Size, variance: float) -> Tensor:
-    """Return noise of about that size which float16, bfloat16 and Q8_0 hold exactly.
+    """Return noise of about that size that float16, bfloat16 and Q8_0 represent exactly.
 
-    Small integers times a power of two; each block of Q8_0 has one of 127, the largest there, so that its
-    scale is that power.
+    The values are small integers times a power of two. Each Q8_0 block contains a 127, the largest code, so
+    that its scale is that power.
     """
     codes = (torch.randn(shape) * 40).round().clamp(-127, 127)
     for start in range(0, shape[-1], _BLOCK):
@@ -173,7 +174,7 @@ def _edit_config(folder: Path, changes: Mapping[str, Any], drops: tuple[str, ...
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of special tokens, the 256 bytes and one merge, which cuts text as GPT-2's."""
+    """Write a tokenizer of special tokens, the 256 bytes and one merge, which splits text like GPT-2's."""
     tokens = [*_SPECIAL_TOKENS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th"]
     vocab = {text: index for index, text in enumerate(tokens)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "h")]))
@@ -195,7 +196,7 @@ def _open(folder: Path, attention: str) -> transformers.PreTrainedModel:
 
 
 def _greedy_ids(model: transformers.PreTrainedModel, prompt_ids: list[int]) -> list[int]:
-    """Compute all anew for each token, so that a cache is nothing to be wrong about."""
+    """Compute everything again for each token, so that no cache can be wrong."""
     ids = list(prompt_ids)
     for _ in range(NUM_TOKENS):
         ids.append(int(_logprobs(model, ids)[-1].argmax()))

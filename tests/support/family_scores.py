@@ -1,4 +1,4 @@
-"""Runs a model through our loader and runner, and compares what it gives with a `Reference`."""
+"""Run a model through the project's loader and runner, and compare the results with a `Reference`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
-_CHUNK = 24  # prompt tokens a step, so that prompts are cut, and not at a block's end
+_CHUNK = 24  # prompt tokens per step, so that chunks end inside blocks
 
 
 def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str) -> Job:
-    """Score the reference's prompt and generate as many tokens, as the server would."""
+    """Score the reference's prompt and generate the same number of tokens, as the server would."""
     settings = Settings(
         dtype=dtype,
         num_threads=2,
@@ -39,10 +39,11 @@ def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str) -> 
 
 
 def differences(job: Job, found: Reference) -> np.ndarray:
-    """Return how far our log-probabilities are from the reference's: [n_tokens compared], NaN made infinite.
+    """Return the runner's errors in log-probabilities: [n_tokens compared], NaN made infinite.
 
-    The largest difference at each position, over the token that follows and our best ones. Where we generate
-    another token than the reference, its position is the last: what follows differs for good.
+    Each entry is the largest difference at a position, over the token that follows and the runner's best
+    tokens. The comparison ends at the first generated token that differs from the reference's, because all
+    later ones differ too.
     """
     rows = [
         [*top, (token, logprob)]

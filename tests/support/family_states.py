@@ -1,4 +1,4 @@
-"""Families with recurrent layers, as rows of `families`: those that are held against `transformers`, too."""
+"""Families with recurrent layers that are compared with `transformers`, as cases of `families`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _HYBRID = {
     "mamba_chunk_size": 16,
 }
 
-_PUBLISHED = {"layer_types": ["mamba", "attention", "mamba", "mamba"]}  # as llama.cpp's converter wants it
+_PUBLISHED = {"layer_types": ["mamba", "attention", "mamba", "mamba"]}  # as llama.cpp's converter requires
 
 
 def _mamba(name: str, tensor: str, change: Literal["to ones", "to zeros", "swap halves"]) -> Fault:
@@ -107,7 +107,7 @@ _ZERO_CENTRED = Fault("no-input-norm", tensors="*.input_layernorm.weight", chang
 _PARTIAL = Fault("whole-heads-turn", config={"rope_parameters": {"partial_rotary_factor": 1.0}})
 _SHARED_GATE = Fault("no-shared-gate", tensors="*.shared_expert_gate.weight")
 
-_SIDE_BY_SIDE = {  # with constants that Q8_0 holds in its scales: llama.cpp multiplies them into the weights
+_SIDE_BY_SIDE = {  # exact in Q8_0's scales, as llama.cpp multiplies them into the weights
     "num_hidden_layers": 2,
     "head_dim": 32,
     "mamba_d_ssm": 192,
@@ -128,7 +128,7 @@ _SIDE_BY_SIDE = {  # with constants that Q8_0 holds in its scales: llama.cpp mul
 
 
 def _factor(key: str, *, index: int | None = None) -> Fault:
-    """Return the fault that a constant is not there, or of several the one at this index."""
+    """Return the fault that a constant is 1, or the one at this index if there are several."""
     given: Any = _SIDE_BY_SIDE[key]
     if index is not None:
         changed = [1.0 if at == index else each for at, each in enumerate(given)]
@@ -150,7 +150,7 @@ STATE_CASES: tuple[FamilyCase, ...] = (
         faults=(_TAPS, _GATES, _OPERATOR_NORM, _QUERY_NORM, _LAST_NORM, _ROPE_BASE),
         gguf=("f32", "q8_0"),
     ),
-    _case(  # as the first files were: their sizes and layers under other names
+    _case(  # like the first files, with other names for sizes and layers
         "lfm2-old-config",
         {**_LFM2, "conv_bias": True, "conv_L_cache": 5, "hidden_size": 136, "head_dim": 34},
         faults=(_CONV_BIAS, _TAPS),
@@ -234,7 +234,7 @@ STATE_CASES: tuple[FamilyCase, ...] = (
         ),
         gguf=("f32", "q8_0"),
     ),
-    _case(  # as many keys as values; every second layer attends, which no list says
+    _case(  # as many key heads as value heads; every second layer attends, without a list of layer types
         "qwen3_5-of-one-kind",
         {
             **_DELTA,
@@ -281,7 +281,7 @@ STATE_CASES: tuple[FamilyCase, ...] = (
             Fault("norm-first", config={"mamba_norm_before_gate": True}),
         ),
     ),
-    _case(  # llama.cpp has no norm before gates, and no other width of states than the one that is named
+    _case(  # llama.cpp supports no norm before the gates and requires `mamba_d_ssm`
         "falcon_h1-biases",
         {
             **_SIDE_BY_SIDE,

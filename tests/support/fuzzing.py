@@ -1,4 +1,4 @@
-"""What every answer to a random request must be, whatever else it is."""
+"""Properties that every answer to a random request must have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tgi_asgi.app import App
 
 
 async def survive(app: App, engine: ScriptedEngine, path: str, body: Any) -> Call:
-    """Post a body: no fault of the server's, an answer to its end, and all room given back."""
+    """Post a body; require a complete answer, no server error, and all permits and memory returned."""
     try:
         call = await send(app, request("POST", path, body))
     finally:

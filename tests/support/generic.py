@@ -1,4 +1,4 @@
-"""Runs checkpoints on the generic path, in steps as an engine plans them, beside `transformers`."""
+"""Run checkpoints on the generic path, in steps like an engine's, and compare with `transformers`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.programs import Program
 
 BLOCK_SIZE, MAX_CONTEXT = 16, 64
-# Beyond each window and chunk of the tiny models (12), over a block's end, and one that lies in one block.
+# Two lengths beyond every window and chunk of the tiny models (12) and beyond a block, and one within a
+# block.
 LENGTHS = (37, 29, 11)
 
-# (sequence, first position, tokens) of each row; sequences begin in different steps, and go on in any order.
+# (sequence, first position, tokens) of each row; sequences start in different steps and continue in any
+# order.
 STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((0, 0, 20),),
     ((0, 20, 13), (1, 0, 17)),
@@ -40,10 +42,10 @@ class Outcome:
     """How a checkpoint is served.
 
     Attributes:
-        tier: "common": a decoder of ours; "generic": the module's code, all sequences of a step at once;
-            "floor": one after the other, on a cache of its own.
-        reason: of the floor.
-        difference: the largest difference of a logit, relative to the largest logit of its sequence.
+        tier: "common" for a native decoder, "generic" for the model's own code with all sequences of a step
+            batched, or "floor" for one sequence at a time on the model's own cache.
+        reason: Why the tier is "floor".
+        difference: Largest difference of a logit, relative to the largest logit of its sequence.
     """
 
     tier: str
@@ -60,7 +62,7 @@ def open_generic(folder: Path, *, trusts_code: bool = False) -> OpenModel:
 def load_generic(
     folder: Path, *, max_context: int = MAX_CONTEXT, arithmetic: ops.Arithmetic | None = None
 ) -> Model | GenericModel:
-    """Load a checkpoint, float32 where no arithmetic is given."""
+    """Load a checkpoint, in float32 by default."""
     with open_generic(folder) as opened:
         model = opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
     assert not isinstance(model, EncoderModel)
@@ -68,7 +70,7 @@ def load_generic(
 
 
 def measure(folder: Path) -> Outcome:
-    """Load a checkpoint, run `STEPS`, and compare the logits of every token with those of `transformers`."""
+    """Load a checkpoint, run `STEPS`, and compare every token's logits with those of `transformers`."""
     model = load_generic(folder)
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
     difference = run_steps(model, ids, architectures.references(folder, ids))
@@ -88,7 +90,7 @@ def run_steps(
     layout: ops.AdapterLayout | None = None,
     adapters: Sequence[ops.NativeAdapter | None] = (),
 ) -> float:
-    """Run sequences in these steps, each with its adapter; return `Outcome.difference`, NaN as infinite."""
+    """Run sequences in these steps, each with its adapter; return `Outcome.difference`, NaN made infinite."""
     with program_of(model, num_sequences=len(ids), max_context=max_context, layout=layout) as program:
         worst = 0.0
         for step in steps:
@@ -110,7 +112,7 @@ def program_of(
     max_context: int = MAX_CONTEXT,
     layout: ops.AdapterLayout | None = None,
 ) -> Iterator[Program]:
-    """Make a model's program, over pools of float32 that have `max_context` tokens of each sequence."""
+    """Make a model's program over float32 pools that hold `max_context` tokens of each sequence."""
     shapes, num_blocks = model.config.caches, num_sequences * _width(max_context)
     pool = (
         ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
@@ -142,7 +144,7 @@ def batch_of(
     max_context: int = MAX_CONTEXT,
     adapters: Sequence[ops.NativeAdapter | None] = (),
 ) -> ops.FlatRows:
-    """Return a step's rows; a sequence's slot is its number, and its blocks lie backwards."""
+    """Return a step's rows; a sequence's slot is its number, and its blocks are in descending order."""
     width = _width(max_context)
     tables = {row[0]: np.arange((row[0] + 1) * width - 1, row[0] * width - 1, -1) for row in step}
     positions = [np.arange(start, start + count) for _, start, count in step]

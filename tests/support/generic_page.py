@@ -1,4 +1,4 @@
-"""What `docs/generic.md` has of `generic_table`; `python -m tests.support.generic_page` prints it."""
+"""The part of `docs/generic.md` from `generic_table`; `python -m tests.support.generic_page` prints it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How each architecture of `AutoModelForCausalLM` is served, as data that `tests/models/generic` holds.
+"""How each architecture of `AutoModelForCausalLM` is served, as data that `tests/models/generic` verifies.
 
-What stands in none of the tables is served by the generic path, all sequences of a step at once. The reasons
-are phrases of what the server says; `docs/generic.md` has them as they stand here.
+An architecture in none of the tables is served on the generic path, with all sequences of a step batched. The
+reasons are phrases from the server's messages, and `docs/generic.md` quotes them verbatim.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _OWN_ATTENTION = "writes its attention inline"
 _POSITIONS = "positions do not reach the layers"
 _MORE = "keeps more of a sequence than keys and values"
 
-# Computed by a family of ours, unless the code of `transformers` is asked for: then as the other tables say.
+# Served by a native family, unless `transformers`' code is requested; then the other tables apply.
 NATIVE: tuple[str, ...] = (
     "apertus", "arcee", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
     "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
@@ -24,13 +24,13 @@ NATIVE: tuple[str, ...] = (
     "starcoder2",
 )  # fmt: skip
 
-# Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
+# Of the common shape: computed by a native decoder; `transformers`' code is only a check.
 COMMON: tuple[str, ...] = (
     "cwm", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "qwen2",
     "qwen3", "seed_oss", "smollm3",
 )  # fmt: skip
 
-# One sequence after the other, on the cache of the model's own code.
+# One sequence at a time, on the cache of the model's own code.
 FLOOR: Mapping[str, str] = {
     **dict.fromkeys(
         ("big_bird", "gpt_neox_japanese", "megatron-bert", "mvp", "rembert", "roformer", "trocr", "xglm"),
@@ -47,7 +47,7 @@ FLOOR: Mapping[str, str] = {
     "git": "does not run without weights",
 }
 
-# Refused when the model is opened: nothing of its weights has been read.
+# Refused when the model is opened, before any weights are read.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to go on from"),
     "reformer": "hashes tokens into buckets that change with the length",
@@ -64,13 +64,13 @@ REFUSED: Mapping[str, str] = {
     ),
 }
 
-# What the reason of a refusal comes from.
+# Explanations of refusal reasons.
 WHY: Mapping[str, str] = dict.fromkeys(
     ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
     "an index of them, which changes with how a prompt is cut",
 )
 
-# The table's rows in a usual run; `make test-models` has all. One a kind of layer, at least.
+# The types that a usual run tests, at least one for each kind of layer; `make test-models` tests all.
 USUAL: tuple[str, ...] = tuple(
     """
     llama qwen2 gemma2 gemma3n_text gemma4_text gpt_oss llama4_text deepseek_v3 granitemoe_swa ernie4_5_moe
@@ -84,6 +84,6 @@ TIERS = ("common", "generic", "floor", "refused")
 
 
 def tier_of(model_type: str) -> str:
-    """Return which of `TIERS` an architecture is of where the code of `transformers` is asked for."""
+    """Return the tier of `TIERS` that serves an architecture when `transformers`' code is requested."""
     tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED}
     return next((tier for tier, names in tiers.items() if model_type in names), "generic")

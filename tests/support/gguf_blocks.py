@@ -1,7 +1,7 @@
-"""Random matrices in every format of GGUF files, with their values by the `gguf` package.
+"""Random matrices in every format of GGUF files, with their values according to the `gguf` package.
 
-All bits of a block are random, but for the numbers that say how large its weights are: these are such that a
-matrix has about the mean of zero and the standard deviation that is asked for. Nothing here is the server's.
+All bits of a block are random, except the numbers that determine the size of its weights. These give each
+matrix a mean of about zero and the requested standard deviation. Nothing here uses the server's code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Where a block has its scale, and what it adds (ggml-common.h)."""
+    """Offsets of a block's scale and of its additive term (ggml-common.h)."""
 
     columns: int
     nbytes: int
     scale: int  # offset of the scale, in fp16
-    offset: int | None = None  # of the number that moves weights, in fp16
-    centre: float = 0.0  # the mean code: what moves weights must take it away
-    sign: int = 1  # of what moves them: k-quants subtract it
+    offset: int | None = None  # offset of the additive term, in fp16
+    centre: float = 0.0  # the mean code, which the additive term must cancel
+    sign: int = 1  # sign of the additive term: k-quants subtract it
 
 
 _BLOCKS = {
@@ -44,12 +44,12 @@ _BLOCKS = {
     "IQ4_XS": _Block(256, 136, 0),
 }
 _FLOATS = ("F32", "F16", "BF16")
-FORMATS = ("F16", "BF16", *_BLOCKS, "MXFP4")  # F32 is not held against anybody
+FORMATS = ("F16", "BF16", *_BLOCKS, "MXFP4")  # without F32, which is compared with nothing
 
 
 @dataclass(frozen=True, slots=True)
 class GgufMatrix:
-    """A matrix as a file has it."""
+    """A matrix as a file stores it."""
 
     format: str
     data: Bytes  # [rows, bytes of a row]
@@ -76,8 +76,8 @@ def random_matrix(
 
 
 def meaning(format: str, data: Bytes) -> Floats:
-    """Return what rows of bytes mean: [rows, columns] float32."""
-    if format == "Q8_1":  # the package does not read it: the scale is first, then a sum that says nothing new
+    """Return the values of rows of bytes: [rows, columns] float32."""
+    if format == "Q8_1":  # `gguf` does not read it: a scale, then a redundant sum
         blocks = data.reshape(-1, 36)
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         return (scales * blocks[:, 4:].view(np.int8)).reshape(len(data), -1)
@@ -107,7 +107,7 @@ def _put(data: Bytes, offset: int, numbers: npt.NDArray[np.float64]) -> None:
 
 
 def _mxfp4_blocks(rows: int, columns: int, deviation: float, random: np.random.Generator) -> Bytes:
-    """Make blocks of E2M1, whose standard deviation is 3 or so, with exponents that differ by one or two."""
+    """Make blocks of E2M1, whose standard deviation is about 3, with exponents that differ by one or two."""
     data = random.integers(0, 256, (rows, columns // 32, 17), np.uint8)
     data[..., 0] = 127 + round(np.log2(deviation / 3)) + random.integers(-1, 2, data.shape[:2])
     return data.reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""Write small GGUF files, right or wrong on purpose."""
+"""Write small GGUF files, valid or deliberately invalid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SCALARS = {"u8": (0, "<B"), "i8": (1, "<b"), "i32": (5, "<i"), "u64": (10, "<Q"
 
 @dataclass
 class Tensor:
-    """A tensor's entry; what is None is derived so that the file is right."""
+    """A tensor's entry; None stands for the valid value."""
 
     name: str
     dims: Sequence[int]  # in the file's order: the row's length first
@@ -25,13 +25,13 @@ class Tensor:
 
 
 def string(text: str | bytes) -> bytes:
-    """Encode a string: its length in eight bytes, then itself."""
+    """Encode a string: its length in eight bytes, then its bytes."""
     data = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(data)) + data
 
 
 def value(item: Any) -> bytes:
-    """Encode a typed value. Lists are arrays; ("u8", 3) and the like choose a scalar type."""
+    """Encode a typed value. Lists become arrays; a tuple such as ("u8", 3) chooses a scalar type."""
     if isinstance(item, bytes):  # already encoded
         return item
     if isinstance(item, bool):

@@ -1,4 +1,4 @@
-"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of it in float32.
+"""Whole small models of random blocks: a GGUF file and the float32 results of `transformers`.
 
 made = make(LLAMA, folder, {"*embed*": "Q6_K", "*": "Q4_K"})
 job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py
@@ -32,13 +32,13 @@ _CONFIG: dict[str, Any] = {**BASE, "hidden_size": 256, "intermediate_size": 512,
 LLAMA = FamilyCase("llama", "LlamaForCausalLM", _CONFIG, ())
 QWEN2 = FamilyCase(
     "qwen2", "Qwen2ForCausalLM", _CONFIG, ()
-)  # with biases of q, k and v, and rows as they come
+)  # with q, k and v biases, and without reordered rows
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
 @dataclass(frozen=True, slots=True)
 class MadeModel:
-    """A file, and the truth about it."""
+    """A file and its reference results."""
 
     case: FamilyCase
     files: ModelFiles
@@ -47,7 +47,7 @@ class MadeModel:
 
 
 def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeModel:
-    """Write a model; `formats` gives those of its matrices by patterns of names, the first that fits."""
+    """Write a model; `formats` maps name patterns to matrix formats, and the first match wins."""
     model = _empty_model(case)
     random = np.random.default_rng(1)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[case.name], case.config["num_hidden_layers"])
@@ -72,26 +72,26 @@ def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeMode
 
 
 def format_of(formats: Mapping[str, str], name: str) -> str:
-    """Return what the first pattern says that fits a name."""
+    """Return the format of the first pattern that matches a name."""
     return next(format for pattern, format in formats.items() if fnmatch.fnmatchcase(name, pattern))
 
 
 def _random_vector(name: str, size: int, random: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Make a norm's weight or a bias, neither of which does nothing."""
+    """Make a norm's weight or a bias that affects the results."""
     is_norm = "norm" in name
     values = random.standard_normal(size) * (0.1 if is_norm else 0.3) + is_norm
     return values.astype(np.float32)
 
 
 def _random_matrix(name: str, format: str, shape: torch.Size, random: np.random.Generator) -> GgufMatrix:
-    """Make weights that keep the size of what they multiply; logits are twice as large, so far from flat."""
+    """Make weights that preserve the scale of their inputs, or double it in the head to spread the logits."""
     rows, columns = shape
     deviation = 1.0 if "embed" in name else columns**-0.5 * (2 if "lm_head" in name else 1)
     return random_matrix(format, rows, columns, deviation, random)
 
 
 def _joined_halves(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
-    """Undo the order that llama.cpp's converter gives rows of queries and keys (`permute`)."""
+    """Undo the row order of queries and keys that llama.cpp's converter applies (`permute`)."""
     heads = len(rows) // head_dim
     return rows.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
@@ -106,7 +106,7 @@ def _empty_model(case: FamilyCase) -> transformers.PreTrainedModel:
 
 def _reference(model: transformers.PreTrainedModel) -> Reference:
     ids = np.random.default_rng(2).integers(3, model.config.vocab_size, NUM_PROMPT_TOKENS).tolist()
-    for _ in range(NUM_TOKENS + 1):  # all anew for each: a cache is nothing to be wrong about
+    for _ in range(NUM_TOKENS + 1):  # recomputed for each token, so that no cache can be wrong
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits[0]
         ids.append(int(logits[-1].argmax()))

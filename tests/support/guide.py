@@ -1,8 +1,8 @@
-"""Runs the commands of a document as its reader would: in their order, with the servers that it starts.
+"""Run the commands of a document in order, with the servers that it starts, as a reader would.
 
-A block that begins with `tgi-asgi` or `hypercorn` starts a server with each of its commands: each must
-become healthy and end with 0; the last stays for the blocks behind it. Blocks before the first find a
-server of the demonstration model. Ports are free ones, where documents say 3000 or 8080.
+A block that begins with `tgi-asgi` or `hypercorn` starts a server with each of its commands. Each server must
+become healthy and exit with 0; the last one stays for the following blocks. Blocks before the first such
+block use a server with the demonstration model. Free ports replace 3000 and 8080.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def is_server(block: Block) -> bool:
 
 
 class Guide:
-    """One document, in a folder of its own: what it writes, the next block finds."""
+    """One document with its own folder; later blocks find the files that earlier blocks wrote."""
 
     def __init__(
         self, page: str, folder: Path, demo: Callable[[], ServerProcess], stand_ins: StandIns
     ) -> None:
         self._blocks = blocks_of(page)
         self._demo, self._stand_ins = demo, stand_ins
-        # These two say that they are for the repository's root.
+        # These two documents say that their commands run in the repository's root.
         self._folder = ROOT if page in ("CONTRIBUTING.md", "bench/README.md") else folder
         (folder / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n", encoding="utf-8")
         self._environ = {
@@ -60,10 +60,11 @@ class Guide:
         self._done: set[Block] = set()
 
     def run(self, block: Block) -> None:
-        """Run a block, and before it what it stands on.
+        """Run a block after the blocks that it depends on.
 
         Raises:
-            AssertionError: a command fails, prints nothing where it should, or a server does not serve.
+            AssertionError: if a command fails, prints nothing where output is expected, or a server does not
+                serve.
         """
         if block in self._done:
             return
@@ -81,7 +82,7 @@ class Guide:
         self._done.add(block)
 
     def close(self) -> None:
-        """Stop the server that the document has started last."""
+        """Stop the server that the document started last."""
         if self._server is not None:
             with self._server as server:
                 server.signal()
@@ -147,7 +148,7 @@ def _client(uds: str | None) -> httpx.Client:
     """Return a client that trusts every certificate, since the documents make their own.
 
     Raises:
-        httpx.ConnectError: nobody listens on the Unix socket (httpx would leave its own socket open).
+        httpx.ConnectError: if the Unix socket has no listener (httpx would leave its own socket open).
     """
     if uds is not None:
         with socket.socket(socket.AF_UNIX) as probe:

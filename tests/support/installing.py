@@ -1,7 +1,8 @@
-"""The ways in which users install the server, as commands that they type, and a question to what they get.
+"""The ways in which users install the server, as shell commands, with a request to the installed server.
 
-A way is a shell script that runs in an empty folder of a `Place`: this machine (`Here`), or a fresh Debian
-(tests/image). $SOURCE is a folder with what git tracks, $REPOSITORY a repository of the same.
+A way is a shell script that runs in an empty folder of a `Place`: this machine (`Here`) or a fresh Debian
+(tests/image). $SOURCE is a folder with the files that git tracks, and $REPOSITORY a git repository of the
+same files.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.support.server_process import free_port
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "install.json"
-START_TIMEOUT_S = 3600  # the demonstration model is fetched; `make serve` installs and compiles first
+START_TIMEOUT_S = 3600  # includes fetching the demonstration model; `make serve` also installs and compiles
 _ENVIRONMENT = "python3 -m venv env && . env/bin/activate"
 _COPY = "cp -r $SOURCE source"  # pip and `build` write to the folder that they are given
 _TOOLS = "python3 -m venv tools && . tools/bin/activate && pip install --quiet"
@@ -37,14 +38,14 @@ _TOOLS = "python3 -m venv tools && . tools/bin/activate && pip install --quiet"
 
 @dataclass(frozen=True)
 class Way:
-    """How to install, what serves, and the folder of the environment."""
+    """An install script, a serve command and the folder of the environment."""
 
     install: str
     serve: str = "env/bin/tgi-asgi --port $PORT"
     environment: str = "env"
 
 
-# The documents' commands, as they stand there (tests/test_install.py says so).
+# The documents' commands verbatim (tests/test_install.py checks this).
 WAYS = {
     "pip": Way(f"{_COPY} && {_ENVIRONMENT} && cd source && pip install ."),
     "git": Way(f"{_ENVIRONMENT} && pip install git+file://$REPOSITORY"),
@@ -65,21 +66,21 @@ WAYS = {
 
 
 class Place(Protocol):
-    """Where a way is tried."""
+    """A place where a way is tried."""
 
     @property
     def name(self) -> str:
-        """What the results call it."""
+        """Name of the place in the results."""
 
     def run(self, script: str) -> str:
-        """Run a shell script in the place's folder; return its output, or fail with it."""
+        """Run a shell script in the place's folder and return its output, or fail with it."""
 
     def start(self, script: str, environ: dict[str, str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
-        """Start a script that ends with this context."""
+        """Start a script and end it when the context exits."""
 
 
 class Here:
-    """A folder on this machine, with the Python that runs the tests and nothing of its environment."""
+    """A folder on this machine, with the tests' Python but nothing from its environment."""
 
     name = "this machine"
 
@@ -87,13 +88,13 @@ class Here:
         self.folder = folder
         unwanted = ("PYTHONPATH", "VIRTUAL_ENV", "TGI_CUDA")
         self._environ = {key: value for key, value in os.environ.items() if key not in unwanted} | environ
-        commands = folder / "commands"  # python3 is that of the tests, not of their environment
+        commands = folder / "commands"  # python3 is the tests' interpreter, outside their environment
         commands.mkdir(parents=True)
         (commands / "python3").symlink_to(Path(sys.executable).resolve())
         self._environ["PATH"] = f"{commands}:{os.environ['PATH']}"
 
     def run(self, script: str) -> str:
-        """Run a shell script in the folder; return its output, or fail with it."""
+        """Run a shell script in the folder and return its output, or fail with it."""
         done = subprocess.run(
             ["bash", "-ec", script], cwd=self.folder, env=self._environ, capture_output=True, text=True
         )
@@ -102,7 +103,7 @@ class Here:
 
     @contextmanager
     def start(self, script: str, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a script, and end it with all that it started."""
+        """Start a script, and end it and everything that it started when the context exits."""
         process = subprocess.Popen(
             ["bash", "-ec", script], cwd=self.folder, env=self._environ | environ, start_new_session=True
         )
@@ -113,7 +114,7 @@ class Here:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a group, and all that it has started."""
+    """End a process group leader and everything that it started."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
@@ -126,7 +127,7 @@ def copy_tracked(target: Path) -> None:
 
 
 def copy_context(target: Path) -> None:
-    """Copy what the build of an image is given: those files that .dockerignore lets through."""
+    """Copy the build context of an image: those files that .dockerignore does not exclude."""
     rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for name in _tracked():
         path = Path(name)
@@ -161,14 +162,14 @@ def make_repository(folder: Path) -> None:
 
 
 def pinned_torch() -> str:
-    """Return the Makefile's torch as its CPU build, by the local version."""
+    """Return the Makefile's torch version as its CPU build, with the local version suffix."""
     found = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return f"{found[1]}+cpu"
 
 
 def settings_for_uv() -> dict[str, str]:
-    """Return what uv needs to find the same packages: it reads nothing of pip's configuration."""
+    """Return variables that let uv find the same packages, as it ignores pip's configuration."""
     found = {}
     for name, variable in (("find-links", "UV_FIND_LINKS"), ("extra-index-url", "UV_EXTRA_INDEX_URL")):
         value = os.environ.get(f"PIP_{name.replace('-', '_').upper()}") or _configured(f"global.{name}")
@@ -183,7 +184,7 @@ def _configured(name: str) -> str:
 
 
 def install_and_ask(place: Place, name: str) -> None:
-    """Go a way to the end, ask the demonstration model something, and write down what it took."""
+    """Install in one way, ask the demonstration model a question, and record time and size."""
     way, port, start = WAYS[name], free_port(), time.monotonic()
     place.run(way.install)
     installed = time.monotonic()
@@ -209,7 +210,7 @@ def ask(url: str) -> str:
 
 
 def record(place: str, what: str, **figures: float) -> None:
-    """Write figures down under a place and a name, beside those of earlier tests."""
+    """Write figures under a place and a name, keeping those of earlier tests."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

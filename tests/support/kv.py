@@ -1,6 +1,6 @@
-"""A CPU's KV pool in natural order: what the kernels' layout means, written anew from its description.
+"""Read and write a CPU KV pool in natural order, with its layout implemented independently of the kernels.
 
-The layout is that of KvLayerView in csrc/cpu/step/step.h; the order of a key's dims is `ops.layout`'s.
+KvLayerView in csrc/cpu/step/step.h describes the layout; `ops.layout` defines the order of a key's dims.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STRIP = 32
 
 
 def poison(pool: KvPool) -> None:
-    """Make every number of the pool NaN: floats, and the scales of int8."""
+    """Set every number of the pool to NaN: floats, and the scales of int8."""
     pool.native.memory()[:] = 0xFF
 
 
@@ -35,7 +35,7 @@ def poisoned_pool(
     block_size: int = 16,
     value_dim: int | None = None,
 ) -> KvPool:
-    """Make a pool of which nothing has been written."""
+    """Make a pool in which nothing has been written."""
     shape = CacheShape(num_kv_heads, head_dim, value_dim or head_dim)
     pool = KvPool([shape] * num_layers, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
     poison(pool)
@@ -47,7 +47,7 @@ def read_kv(
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values [n_slots, kv_heads, head_dim] float32, dims in the model's order.
 
-    `rotary_dim` is that of the weight which wrote them; None: whole heads turn.
+    `rotary_dim` is that of the weight that wrote them; None means that whole heads are rotated.
     """
     found = []
     for which in (0, 1):
@@ -63,7 +63,7 @@ def write_kv(
 ) -> None:
     """Write keys and values [n_slots, kv_heads, head_dim], rounded to the pool's dtype.
 
-    An int8 pool gets codes of the largest of each 32 dims, as the kernels make them.
+    In an int8 pool, the largest value of each 32 dims sets the scale of their codes, as in the kernels.
     """
     for which, given in ((0, keys), (1, values)):
         kept = _kept_dims(layer, which, rotary_dim)
@@ -75,7 +75,7 @@ def write_kv(
 def _kept_dims(
     layer: KvLayer, which: int, rotary_dim: int | None, *, is_interleaved: bool = False
 ) -> layout.Order:
-    """Return which dim of a head each kept place has; -1: int8's padding."""
+    """Return the head dim stored at each place of the cache; -1 marks int8's padding."""
     if layer.pool.dtype is torch.int8:
         return layout.head_order(
             1, layer.head_dim, (rotary_dim or layer.head_dim) if which == 0 else None,
@@ -90,7 +90,7 @@ def _kept_dims(
 
 
 def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:
-    """Return the bytes of a layer's keys or values, [block, kv_head, sub-block, bytes]: a view."""
+    """Return the bytes of a layer's keys or values as a view [block, kv_head, sub-block, bytes]."""
     pool = layer.pool
     memory = pool.native.memory()
     sizes = (pool.num_blocks, len(pool.layers), 2, layer.num_kv_heads, pool.block_size // _SUB_BLOCK, -1)
@@ -99,12 +99,12 @@ def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:
 
 
 def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
-    """Return the kept numbers as integers, [block, kv_head, sub-block, token, dim / g, g]: a view.
+    """Return the stored numbers as integers, a view [block, kv_head, sub-block, token, dim / g, g].
 
-    For values the last is one alone.
+    For values, the last axis has length 1.
     """
     dtype, num_kept = layer.pool.dtype, kept_dim(layer.head_dim, layer.pool.dtype)
-    group = 4 // dtype.itemsize  # numbers in a word: of keys dims, of values tokens
+    group = 4 // dtype.itemsize  # numbers in a word: dims for keys, tokens for values
     words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
     flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
     if which == 0:
@@ -114,7 +114,7 @@ def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
 
 
 def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
-    """Return the view above, and the index that picks [n_slots, kv_heads, dims, 1 or g] of it."""
+    """Return the view above and the index that selects [n_slots, kv_heads, dims, 1 or g] from it."""
     words = _element_words(layer, which)
     block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
     heads = np.arange(layer.num_kv_heads)[None, :]
@@ -124,7 +124,7 @@ def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any]
 
 
 def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
-    """Return an int8 layer's scales as a view, and the index that picks [n_slots, kv_heads, strips] of it."""
+    """Return an int8 layer's scales as a view, and the index that selects [n_slots, kv_heads, strips]."""
     codes = _SUB_BLOCK * kept_dim(layer.head_dim, layer.pool.dtype)
     halves = _sub_blocks(layer, which)[..., codes:].view(np.float16)
     view = halves.reshape(*halves.shape[:3], -1, _SUB_BLOCK).swapaxes(3, 4)
@@ -134,13 +134,13 @@ def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any]
 
 
 def _load(layer: KvLayer, slots: Tensor, which: int) -> Tensor:
-    """Return the kept numbers [n_slots, kv_heads, kept dims] as float32, in the cache's order."""
+    """Return the stored numbers [n_slots, kv_heads, stored dims] as float32, in the cache's order."""
     dtype = layer.pool.dtype
     words, index = _picked(layer, slots, which)
     raw = torch.from_numpy(np.ascontiguousarray(words[index])).flatten(-2)
     if dtype is not torch.int8:
         return raw.view(dtype).float()
-    codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).float()  # of keys + 128
+    codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).float()  # key codes are stored + 128
     scales, at = _scales(layer, slots, which)
     return codes * torch.from_numpy(scales[at].astype(np.float32)).repeat_interleave(_STRIP, -1)
 

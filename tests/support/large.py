@@ -1,6 +1,6 @@
-"""Files of many gigabytes that take no disk: what nobody looks at, or nobody compares, is a hole.
+"""Files of many gigabytes that occupy no disk: data that is not read or compared is a hole.
 
-A hole is read as zeros: a model made of them has all its weights, and takes the memory that weights take.
+A hole reads as zeros, so a model made of holes has all its weights and occupies their usual memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.checkpoints import SHAPE, save_tokenizer
 from tgi_asgi.formats.sources import ModelFiles
 
 HOLE_BYTES = 5 << 30
-_UNUSED_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"  # which files may hold, though nothing reads it
+_UNUSED_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"  # in some files, though never read
 _ELEMENT_BYTES = {"F32": 4, "BF16": 2}
 _GGUF_BF16 = 30
 
@@ -44,7 +44,7 @@ class _Tensor:
 
 
 def stretch(small: ModelFiles, path: Path) -> ModelFiles:
-    """Write a model anew at `path`, a hole of `HOLE_BYTES` in the midst of its tensors."""
+    """Write a copy of a model to `path` with a hole of `HOLE_BYTES` in the middle of its tensors."""
     if small.kind == "gguf":
         _stretch_gguf(small.path, path)
         return ModelFiles("large", None, "gguf", path)
@@ -61,7 +61,7 @@ def stretch(small: ModelFiles, path: Path) -> ModelFiles:
 
 
 def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -> ModelFiles:
-    """Write a checkpoint of bfloat16 zeros, `SHAPE` with `changes`; an unused hole among them if wanted."""
+    """Write a checkpoint of bfloat16 zeros, `SHAPE` with `changes`, optionally with an unused tensor."""
     config = transformers.LlamaConfig(**{**SHAPE, **changes}, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         state = transformers.LlamaForCausalLM(config).state_dict()
@@ -75,9 +75,9 @@ def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -
 
 
 def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
-    """Write the same as a GGUF file, all of it but its header behind a hole of `HOLE_BYTES`.
+    """Write the same as a GGUF file, with everything except its header after a hole of `HOLE_BYTES`.
 
-    With `num_experts` of OLMoE's architecture, whose MLPs are experts.
+    With `num_experts`, it uses OLMoE's architecture, whose MLPs are experts.
     """
     shape = {**SHAPE, **changes}
     num_experts = shape.get("num_experts")
@@ -144,7 +144,7 @@ def _write_safetensors(path: Path, tensors: Sequence[_Tensor]) -> None:
 
 
 def _stretch_gguf(small: Path, large: Path) -> None:
-    """Move the second half of the tensors behind a hole: their offsets, and their bytes."""
+    """Move the second half of the tensors, their offsets and their bytes, past a hole."""
     copy = large.with_suffix(".header")
     shutil.copy(small, copy)
     reader = gguf.GGUFReader(copy, "r+")  # its fields are views of the mapped copy

@@ -1,4 +1,4 @@
-"""An app of this process behind hypercorn on a real socket, for clients that cannot be given an app.
+"""An app of this process served by hypercorn on a real socket, for clients that cannot call an app directly.
 
 with LiveServer(scripted_app(engine)) as server:
     requests.get(server.url + "/info")
@@ -23,7 +23,7 @@ _START_TIMEOUT_S = 30.0
 
 
 class LiveServer:
-    """Serves what `make` returns, in a thread with a loop of its own: an engine belongs to one loop."""
+    """Serve the app that `make` returns, in a thread with its own loop, as an engine belongs to one loop."""
 
     def __init__(self, make: Callable[[], App]) -> None:
         self._make = make

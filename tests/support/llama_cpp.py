@@ -1,9 +1,9 @@
-"""llama.cpp's own sources, as the source package of `llama-cpp-python` carries them: what tests compare with.
+"""llama.cpp's own sources, from the source package of `llama-cpp-python`, for comparison in tests.
 
     models = llama_cpp_source() / "models"      # vocabularies with test vectors, chat templates
     converter = llama_cpp_source() / "convert_hf_to_gguf.py"
 
-Fetched once into build/ (77 MB over the network); nothing of it is part of this repository.
+They are fetched once into build/ (77 MB over the network) and are not part of this repository.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _PACKAGE = SourcePackage(
 
 
 def llama_cpp_source() -> Path:
-    """Return the root of llama.cpp's sources (`vendor/llama.cpp`), fetched if they are not there yet.
+    """Return the root of llama.cpp's sources (`vendor/llama.cpp`), fetching them on first use.
 
-    Skips the test that asks where there is no network; every other failure is one.
+    Skips the calling test if there is no network; every other failure is an error.
     """
     return package_source() / "vendor" / "llama.cpp"
 
 
 def package_source() -> Path:
-    """Return the root of the package itself, which has templates of its own in `llama_cpp`; else as above."""
+    """Return the root of the package, whose `llama_cpp` has its own templates; fetches or skips as above."""
     return _PACKAGE.root()

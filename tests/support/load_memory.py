@@ -1,4 +1,4 @@
-"""Load a model in a process of its own, and say how much memory that took: `measure` runs this file."""
+"""Load a model in its own process and report the memory used: `measure` runs this file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What loading took."""
+    """Results of a measured load."""
 
-    peak_bytes: int  # that were resident, beyond those before
+    peak_bytes: int  # peak resident memory beyond that before the load
     max_total_tokens: int  # of a sequence
 
 
 def measure(kind: str, path: Path, *, free_bytes: int) -> Taken:
-    """Load `path` as the server does, told that so much memory is free; a GGUF file without its tokenizer."""
+    """Load `path` as the server does with this much free memory; a GGUF file without its tokenizer."""
     done = subprocess.run(
         [sys.executable, __file__, kind, str(path), str(free_bytes)],
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
@@ -33,7 +33,7 @@ def measure(kind: str, path: Path, *, free_bytes: int) -> Taken:
 
 
 def _resident(key: str) -> int:
-    """Return VmRSS or VmHWM, its peak, in bytes."""
+    """Return VmRSS (resident memory) or VmHWM (its peak) in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == key:

@@ -1,4 +1,4 @@
-"""A cluster in one process, without Ray: replicas are the real engine over runners without a model.
+"""A cluster in one process, without Ray: each replica is the real engine over a runner without a model.
 
 async with LocalCluster(2) as cluster:
     answer = await send(cluster.app, request("POST", "/v1/chat/completions", {...}))
@@ -36,7 +36,7 @@ CONTEXT = 4096
 
 
 def toy_loader(*, num_blocks: int = 512, step_s: float = 0.0) -> Loader:
-    """Return a loader of the toy model, each time with a runner of its own."""
+    """Return a loader of the toy model that makes a new runner for each load."""
 
     def load(settings: Settings, progress: Progress) -> Served:
         made = FakeRunner(
@@ -73,14 +73,14 @@ class _LoadedAdapter:
 
 
 def _load_adapter(source: AdapterSource) -> _LoadedAdapter:
-    """Load no adapter; one from `/missing` cannot be had."""
+    """Return a fake adapter, or raise for the location `/missing`."""
     if source.location == "/missing":
         raise ModelLoadError("/missing: no such directory")
     return _LoadedAdapter(object(), hashlib.blake2b(source.location.encode(), digest_size=16).digest())
 
 
 class LocalTransport:
-    """A `remote.Transport` within this process; what goes over it is pickled, as between processes."""
+    """A `remote.Transport` within this process; messages are pickled as between processes."""
 
     def __init__(self) -> None:
         self.found: dict[str, Replica] = {}
@@ -167,7 +167,7 @@ class LocalCluster:
         self.transport.changed.set()
 
     def kill(self, name: str) -> None:
-        """End a replica as a lost machine does: nothing more comes from it."""
+        """End a replica as if its machine were lost: it sends nothing more."""
         del self.transport.found[name]
         self.transport.lost[name].set()
         self.transport.changed.set()

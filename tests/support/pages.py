@@ -1,4 +1,4 @@
-"""The documents of this repository: their blocks of code, links and headings, as tests look at them."""
+"""Blocks of code, links and headings of this repository's documents, for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("shell", "python", "js")  # what is run
+COMMANDS = ("shell", "python", "js")  # the languages that tests run
 OTHERS = ("json", "toml", "yaml", "nginx", "caddy", "ini", "http", "text", "markdown", "cpp", "mermaid")
 _FENCE = re.compile(r"^ *(`{3,})(\S*)")
 _MARK = re.compile(r"^ *<!-- not run: (.+) -->$")
@@ -21,9 +21,9 @@ class Block:
     """A fenced block.
 
     Attributes:
-        page: its file, from the repository's root.
-        line: of its fence, from 1.
-        reason: why no test runs it: what stands in the line before it, as `<!-- not run: needs Docker -->`.
+        page: Its file, relative to the repository's root.
+        line: Line of its fence, from 1.
+        reason: Why no test runs it, from the preceding line, such as `<!-- not run: needs Docker -->`.
     """
 
     page: str
@@ -37,10 +37,10 @@ class Block:
 
 
 def pages() -> list[str]:
-    """List the documents, from the repository's root."""
+    """List the documents, relative to the repository's root."""
     beside = (*ROOT.glob("*.md"), ROOT / "bench/README.md")
     found = sorted(path.relative_to(ROOT).as_posix() for path in (*beside, *ROOT.glob("docs/**/*.md")))
-    return [page for page in found if page != "CHANGELOG.md"]  # what it says was true once
+    return [page for page in found if page != "CHANGELOG.md"]  # it describes the past
 
 
 def lines_of(page: str) -> list[str]:
@@ -49,7 +49,7 @@ def lines_of(page: str) -> list[str]:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """Return the fenced blocks of a document, in their order."""
+    """Return the fenced blocks of a document in order."""
     found: list[Block] = []
     lines = lines_of(page)
     at = 0
@@ -68,7 +68,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def prose_of(page: str) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that stand in no fenced block."""
+    """Yield number and text of the lines outside fenced blocks."""
     fence = None
     for number, line in enumerate(lines_of(page), 1):
         found = _FENCE.match(line)

@@ -1,4 +1,4 @@
-"""Pictures for tests: good ones of each format, and a server that answers with what a test says."""
+"""Pictures for tests: valid ones in each format, and a server with scripted answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def text_of(data: bytes | None = None) -> str:
 
 
 def answer(body: bytes = b"", status: str = "200 OK", **headers: str | int) -> bytes:
-    """Return an HTTP answer; `content_length` is the body's unless it is given, "" leaves it out."""
+    """Return an HTTP answer; `content_length` defaults to the body's length, and "" omits the header."""
     fields = {"content_length": len(body), **headers}
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value != ""]
     return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode() + body
@@ -50,7 +50,7 @@ def answer(body: bytes = b"", status: str = "200 OK", **headers: str | int) -> b
 async def web(
     answers: dict[str, Answer], tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[int, list[bytes]]]:
-    """Serve answers by path on a local port; yield it, and the heads of the requests that came."""
+    """Serve answers by path on a local port; yield the port and the heads of received requests."""
     heads: list[bytes] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

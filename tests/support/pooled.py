@@ -1,4 +1,4 @@
-"""Tiny checkpoints that embed or rank, as sentence-transformers and transformers write them; their truth."""
+"""Tiny checkpoints of embedders and rerankers, as sentence-transformers and transformers write them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import transformers
 from tests.support.checkpoints import SHAPE, Model, make_model, save, save_tokenizer
 from tgi_asgi.formats.sources import ModelFiles
 
-EOS = 5  # what the tokenizer puts behind a text, as Qwen3-Embedding's does
+EOS = 5  # the token that the tokenizer appends to a text, as Qwen3-Embedding's does
 _MODULES = "sentence_transformers.models."
 Vector = npt.NDArray[np.float32]
-# What `oracle/sentence-transformers.json` has the vectors of: the pooling and what follows it.
+# The vectors in `oracle/sentence-transformers.json`: the pooling mode and the modules that follow it.
 TEXTS, QUERIES = ("short", "a-much-longer-text-" * 8, "x"), ("what-is-it", "y")
 RECORDED: dict[str, tuple[str, ...]] = {
     "lasttoken": ("Normalize",),
@@ -46,9 +46,9 @@ def save_embedder(
     """Write a model with its tokenizer and sentence-transformers' files; return it.
 
     Args:
-        mode: as in `pooling_mode_<mode>`; None: no such files.
-        is_bare: without `model.` before the names of tensors, and without a head.
-        modules: behind the pooling: "Normalize", "Dense".
+        mode: Pooling mode, as in `pooling_mode_<mode>`; None writes no sentence-transformers files.
+        is_bare: Whether to omit the head and the prefix `model.` of tensor names.
+        modules: Modules after the pooling: "Normalize", "Dense".
     """
     model = make_model(kind, **changes)
     save(model, directory)
@@ -79,7 +79,7 @@ def save_embedder(
 
 
 def save_classifier(directory: Path, num_labels: int, **changes: Any) -> transformers.PreTrainedModel:
-    """Write a Qwen 3 that classifies; return it."""
+    """Write a Qwen 3 classifier; return it."""
     config = transformers.Qwen3Config(**{**SHAPE, "pad_token_id": 0, "num_labels": num_labels, **changes})
     torch.manual_seed(2)
     model: Model = transformers.Qwen3ForSequenceClassification(config).eval()
@@ -92,7 +92,7 @@ def save_classifier(directory: Path, num_labels: int, **changes: Any) -> transfo
 
 
 def save_text_files(directory: Path) -> None:
-    """Write a tokenizer that puts `EOS` behind each text."""
+    """Write a tokenizer that appends `EOS` to each text."""
     save_tokenizer(directory)
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     text = backend.id_to_token(EOS)
@@ -108,13 +108,13 @@ def save_text_files(directory: Path) -> None:
 
 
 def edit(path: Path, **values: Any) -> None:
-    """Lay values over those of a JSON file; None takes a key out."""
+    """Override values of a JSON file; None removes a key."""
     config = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def states(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return transformers' hidden states [n_tokens, hidden], behind the last norm."""
+    """Return transformers' hidden states [n_tokens, hidden] after the last norm."""
     with torch.inference_mode():
         hidden: torch.Tensor = getattr(model, "model", model)(torch.tensor([ids])).last_hidden_state[0]
     return hidden
@@ -136,7 +136,7 @@ def pooled(hidden: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def files_of(directory: Path) -> ModelFiles:
-    """Return what `load` takes."""
+    """Return the `ModelFiles` of a directory, for `load`."""
     return ModelFiles("tiny", None, "directory", directory)
 
 
@@ -155,13 +155,13 @@ def _save_dense(directory: Path) -> None:
 
 
 def dense(directory: Path, vector: torch.Tensor) -> torch.Tensor:
-    """Return what a `Dense` of `save_embedder` makes of a vector."""
+    """Return the output of a `Dense` module of `save_embedder` for a vector."""
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
     return torch.tanh(tensors["linear.weight"] @ vector + tensors["linear.bias"])
 
 
 def fix_weights(directory: Path) -> None:
-    """Write weights that no library's version decides, for vectors that are recorded."""
+    """Write weights that do not depend on any library's version, for recorded vectors."""
     for path in sorted(directory.rglob("model.safetensors")):
         tensors = safetensors.torch.load_file(path)
         generator = np.random.default_rng(5)
@@ -172,12 +172,12 @@ def fix_weights(directory: Path) -> None:
 
 
 def save_recorded(name: str, directory: Path) -> None:
-    """Write a checkpoint of which vectors are recorded."""
+    """Write a checkpoint whose vectors are recorded."""
     save_embedder(directory, name, modules=RECORDED[name])
     fix_weights(directory)
 
 
 def save_recorded_classifier(directory: Path) -> None:
-    """Write the one of which scores are recorded."""
+    """Write the classifier whose scores are recorded."""
     save_classifier(directory, 1)
     fix_weights(directory)

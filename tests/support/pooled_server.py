@@ -1,4 +1,4 @@
-"""A server of this process with a tiny model that embeds or ranks."""
+"""A server in this process with a tiny embedder or reranker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PooledServer:
 
 @asynccontextmanager
 async def pooled_server(directory: Path, **settings: Any) -> AsyncIterator[PooledServer]:
-    """Load the model of a directory and serve it, with its weights as they are."""
+    """Load the model of a directory in float32 and serve it."""
     values = {
         "model_id": str(directory),
         "served_model_name": "tiny",

@@ -1,4 +1,4 @@
-"""Programs of the system that a test runs, and what the test says where one is missing."""
+"""System programs that tests run; a test skips with a message if one is missing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 
 def require_package(name: str, package: str) -> str:
-    """Return the path of a program that is no part of what `make` installs; without it the test is skipped.
+    """Return the path of a program that `make` does not install; skip the test if it is missing.
 
     Args:
-        package: what brings it on Debian, for the message.
+        package: Debian package that contains it, for the message.
     """
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:

@@ -1,7 +1,7 @@
 """Tiny checkpoints as AutoAWQ, AutoGPTQ, compressed-tensors and FP8 recipes write them.
 
-Packed word by word, as slowly and obviously as the formats are described; nothing here is shared with the
-readers. The model's own weights become what the codes mean, so that `transformers` is the truth about them.
+Packing works word by word, slow and plain like the formats' descriptions, and shares no code with the
+readers. The model's own weights are set to what the codes decode to, so that `transformers` is the reference.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def random_codes(
     is_centred: bool = False,
     order_seed: int | None = None,
 ) -> Codes:
-    """Make a matrix; zero points are half the range if centred, columns' groups shuffled with an order."""
+    """Make a matrix; `is_centred` puts zero points at half the range, `order_seed` shuffles the groups."""
     num_groups = columns // group
     groups = torch.arange(columns) // group
     if order_seed is not None:
@@ -58,7 +58,7 @@ def random_codes(
 
 
 def pack(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Pack [n, m] values along m into int32 words, the first lowest, or in an order of each word's own."""
+    """Pack [n, m] values along m into int32 words, lowest first or in the given order within each word."""
     each = 32 // bits
     order = order or tuple(range(each))
     out = torch.zeros(values.shape[0], values.shape[1] // each, dtype=torch.int64)
@@ -69,7 +69,7 @@ def pack(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Ten
 
 
 def gptq_tensors(matrix: Codes, *, bits: int = 4, shift: int = 1) -> dict[str, Tensor]:
-    """Codes packed along the columns, zero points less `shift` along the rows."""
+    """Return GPTQ's tensors: codes packed along the columns, zero points minus `shift` along the rows."""
     return {
         "qweight": pack(matrix.codes, bits).T.contiguous(),
         "qzeros": pack(matrix.zeros.T - shift, bits),
@@ -79,7 +79,7 @@ def gptq_tensors(matrix: Codes, *, bits: int = 4, shift: int = 1) -> dict[str, T
 
 
 def awq_tensors(matrix: Codes) -> dict[str, Tensor]:
-    """Codes and zero points packed along the rows, in AutoAWQ's order."""
+    """Return AWQ's tensors: codes and zero points packed along the rows, in AutoAWQ's order."""
     return {
         "qweight": pack(matrix.codes.T, 4, AWQ_ORDER),
         "qzeros": pack(matrix.zeros.T, 4, AWQ_ORDER),
@@ -88,7 +88,7 @@ def awq_tensors(matrix: Codes) -> dict[str, Tensor]:
 
 
 def compressed_tensors(matrix: Codes, *, is_centred: bool) -> dict[str, Tensor]:
-    """Codes packed along the columns, zero points along the rows, of which there may be none."""
+    """Return compressed-tensors' tensors: codes packed along the columns, any zero points along the rows."""
     tensors = {
         "weight_packed": pack(matrix.codes, 4),
         "weight_scale": matrix.scales,
@@ -98,7 +98,7 @@ def compressed_tensors(matrix: Codes, *, is_centred: bool) -> dict[str, Tensor]:
 
 
 def float8_tensors(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Round a matrix to E4M3, with a scale for all, a row, or a block of 32 x 32; and say what it means."""
+    """Round a matrix to E4M3, scaled by `kind` ("tensor", "row" or 32 x 32 "block"); return it, decoded."""
     rows, columns = weight.shape
     if kind == "block":
         size = (-(-rows // 32), -(-columns // 32))
@@ -107,13 +107,13 @@ def float8_tensors(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor
     else:
         scales = torch.rand(rows, 1) * 0.01 + 0.001 if kind == "row" else torch.tensor([0.004])
         spread = scales.expand(rows, columns)
-    codes = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond: NaN before torch 2.13
+    codes = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)  # overflow is NaN before torch 2.13
     name = "weight_scale_inv" if kind == "block" else "weight_scale"
     return {"weight": codes, name: scales}, codes.float() * spread
 
 
 def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -> ModelFiles:
-    """Write a checkpoint whose layers' matrices are quantised; embedding, head and norms are float32.
+    """Write a checkpoint with quantised layer matrices; embedding, head and norms are float32.
 
     Recipes: gptq, awq, compressed, fp8.
     """
@@ -135,7 +135,7 @@ def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -
 
 
 def _order_seed(name: str) -> int:
-    """Number what a matrix multiplies: AutoGPTQ orders columns by their inputs, so of one input all alike."""
+    """Return a number for a matrix's input: AutoGPTQ orders columns by input, so matrices can share one."""
     layer, kind = name.split(".")[2], name.split(".")[-2]
     inputs = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
     return 4 * int(layer) + next(i for i, kinds in enumerate(inputs) if kind in kinds)

@@ -1,4 +1,4 @@
-"""An engine over a real runner, as the program would serve a model, with three adapters of its own."""
+"""An engine over a real runner, as the program would serve a model, with three LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapter, GenerationRequest
 
-_LIMIT_S = 120  # of an answer, on a machine that does something else as well
+_LIMIT_S = 120  # longest wait for an answer, on a machine that may be busy
 _RANKS = (1, 4, 7)
-_FUSED = ("qkv", "query_key_value", "c_attn", "gate_up")  # rows that other targets have as well
+_FUSED = ("qkv", "query_key_value", "c_attn", "gate_up")  # targets whose rows other targets contain as well
 
 
 @asynccontextmanager
 async def serving(
     files: ModelFiles, folder: Path, **settings: Any
 ) -> AsyncIterator[tuple[Engine, list[Adapter | None]]]:
-    """Serve as the program would; yields the engine, and None and adapters of three ranks, from `folder`."""
+    """Serve as the program would; yield the engine and [None, *adapters], of three ranks, from `folder`."""
     chosen = Settings(num_threads=2, thread_nice=0, enable_lora=True, **settings)
     found = load(chosen, files, lambda stage, done, total: None)
     assert isinstance(found.runner, CpuRunner) and found.adapters is not None
@@ -50,17 +50,17 @@ async def serving(
 
 
 async def alone(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
-    """Ask one after the other."""
+    """Send requests one after the other."""
     return [await collect(submit(engine, each), _LIMIT_S) for each in requests]
 
 
 async def together(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
-    """Ask all at once."""
+    """Send all requests at once."""
     return await asyncio.gather(*(collect(submit(engine, each), _LIMIT_S) for each in requests))
 
 
 def told(answer: Answer) -> list[tuple[object, ...]]:
-    """Return what a client learns of an answer, but for when: tokens, texts and log-probabilities."""
+    """Return what a client learns from an answer, except timing: tokens, texts and log-probabilities."""
     assert answer.error is None
     events = sorted(answer.events, key=lambda event: event.index)
     return [(event.token_id, event.text, event.logprob, str(event.top)) for event in events]

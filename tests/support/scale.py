@@ -1,4 +1,4 @@
-"""One test at two sizes: the small one runs with all others, the full one in `make soak`.
+"""One test at two sizes: the small one runs with all other tests, the full one in `make soak`.
 
 def test_nothing_is_lost(scale: Scale) -> None:
     num_clients = scale(50, 500)
@@ -14,7 +14,7 @@ _Size = TypeVar("_Size")
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Choose between what a test does in a second or two, and what it does in minutes."""
+    """Choose between the size for a second or two and the size for minutes."""
 
     is_full: bool
 

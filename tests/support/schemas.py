@@ -1,4 +1,4 @@
-"""Random JSON schemas of the keywords that structured outputs promise."""
+"""Random JSON schemas from the keywords that structured outputs support."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jsonschema
 
 
 def check(text: str, schema: dict[str, Any]) -> None:
-    """Fail unless a text is JSON for a schema; numbers count as written, not rounded to floats."""
+    """Raise unless a text is JSON that matches a schema; numbers are exact, not rounded to floats."""
     jsonschema.Draft202012Validator(schema).validate(json.loads(text, parse_float=Decimal))
 
 
 def random_schema(rng: random.Random) -> dict[str, Any]:
-    """Return an object schema, all of whose properties are required and bounded, with `$defs` to refer to."""
+    """Return an object schema with bounded properties, not all of them required, and with `$defs`."""
     schema = _object(rng, 3)
     schema["$defs"] = {"leaf": _leaf(rng)}
     return schema

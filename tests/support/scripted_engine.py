@@ -1,12 +1,12 @@
-"""An engine that plays a script instead of running a model: HTTP's tests put it behind the real routes.
+"""An engine that plays a script instead of running a model, for HTTP tests of the real routes.
 
     engine = ScriptedEngine()
     engine.script = say("Hel", "lo")                 # every choice: two tokens, then EOS
     app = scripted_app(engine)                       # the real app around it
     engine.requests[0].prompt_ids                    # what HTTP asked for
 
-A script is given each request and yields what one step delivers: token events, or an exception for the
-request's failure. It may await, so a test can hold a request open.
+A script receives each request and yields what one step delivers: token events, or an exception if the request
+fails. It may await, so a test can hold a request open.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LOGPROB = -0.5  # of every scripted token; the k-th best alternative has LOGPROB
 
 
 class ScriptedChannel:
-    """A request's mailbox, filled by the script."""
+    """A request's channel, filled by the script."""
 
     def __init__(self, engine: ScriptedEngine, request: GenerationRequest, permit: ScriptedPermit) -> None:
         self.engine = engine
@@ -127,7 +127,7 @@ class ScriptedChannel:
 
 
 class ScriptedPermit:
-    """Room for n choices; giving it back twice does nothing."""
+    """Admission for n choices; releasing it twice does nothing."""
 
     def __init__(self, engine: ScriptedEngine, n: int, tenant: str | None) -> None:
         self._engine = engine
@@ -144,7 +144,7 @@ class ScriptedPermit:
 
 
 class ScriptedEngine:
-    """`types.Engine` with a script, and a record of what it was asked."""
+    """A `types.Engine` that plays a script and records its requests."""
 
     def __init__(
         self, script: Script | None = None, *, num_permits: int = 128, has_eyes: bool = False
@@ -197,10 +197,10 @@ class ScriptedEngine:
 
 
 def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) -> Script:
-    """Return a script by which every choice samples these tokens, one a step, and then EOS.
+    """Return a script in which every choice samples these tokens, one per step, and then EOS.
 
-    The request's stop conditions hold as in the real engine: max_tokens, stop strings, stop ids. With
-    `finish=None` the last token repeats until something else ends the choice.
+    The request's stop conditions apply as in the real engine: max_tokens, stop strings, stop ids. With
+    `finish=None`, the last token repeats until something else ends the choice.
     """
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
@@ -222,7 +222,7 @@ def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) ->
 
 
 def give_vector(*numbers: float) -> Script:
-    """Return a script by which every prompt becomes this vector."""
+    """Return a script that pools every prompt to this vector."""
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
         await asyncio.sleep(0)
@@ -233,7 +233,7 @@ def give_vector(*numbers: float) -> Script:
 
 
 def fail_with(error: TgiError, after: Script | None = None) -> Script:
-    """Return a script that fails with `error`, at once or once another script would finish."""
+    """Return a script that fails with `error`, immediately or when another script would finish."""
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
         if after is not None:
@@ -248,7 +248,7 @@ def fail_with(error: TgiError, after: Script | None = None) -> Script:
 
 
 def sampled(channel: ScriptedChannel, token_id: int) -> Sampled:
-    """Return the draw of a token, with as many alternatives as the request asked for."""
+    """Return a sampled token with as many alternatives as the request asked for."""
     k = channel.request.sampling.logprobs
     if k is None:
         return Sampled(token_id)
@@ -257,7 +257,7 @@ def sampled(channel: ScriptedChannel, token_id: int) -> Sampled:
 
 
 def toy_info(**changes: Any) -> ModelInfo:
-    """Return what the API says of the scripted model: a context of 512 tokens."""
+    """Return the scripted model's description for the API, with a context of 512 tokens."""
     values: dict[str, Any] = {
         "model_id": "toy/model",
         "revision": "abc123",
@@ -283,7 +283,7 @@ def scripted_app(
     image_processor: ImageProcessor | None = None,
     adapters: Adapters | None = None,
 ) -> App:
-    """Return the real application around the engine, already loaded: a lifespan may follow, or not."""
+    """Return the real application around the engine, already loaded; running a lifespan is optional."""
     template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
     served = Served(
         engine,  # type: ignore[arg-type]

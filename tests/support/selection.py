@@ -1,8 +1,8 @@
-"""Which tests a run takes: nightly ones only when `-m` names them, and what needs the network by one marker.
+"""Select the tests of a run: nightly tests only if `-m` names them, tests that need the network by a marker.
 
-`pytest` takes none that needs minutes, `pytest -m soak` such tests alone, and `pytest -m "not demo"` all that
-also run without network. A test gets the marker `demo` by a fixture that fetches, and a connection from any
-other test to another machine fails, so that no test can be without it.
+`pytest` runs no test that takes minutes, `pytest -m soak` only such tests, and `pytest -m "not demo"` all
+tests that also run without network. A test gets the marker `demo` if it uses a fixture that fetches. A
+connection to another machine from any other test fails, so no test can lack the marker.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Generator
 
 import pytest
 
-# What these return is fetched once, and then lies in the user's cache or in build/.
+# The results of these fixtures are fetched once and then kept in the user's cache or in build/.
 FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite", "vllm_examples"})
 
 
 class Selection:
-    """Deselects, marks, and holds what is not marked to this machine."""
+    """Deselect and mark tests, and restrict tests without the marker `demo` to local connections."""
 
     def __init__(self, nightly: list[str]) -> None:
         self._nightly = frozenset(nightly)
@@ -28,7 +28,7 @@ class Selection:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Apply the markers, then leave out what was not named."""
+        """Apply the markers, then deselect tests whose marker was not named."""
         left_out = self._nightly - set(re.findall(r"\w+", config.option.markexpr or ""))
         kept: list[pytest.Item] = []
         dropped: list[pytest.Item] = []
@@ -39,7 +39,7 @@ class Selection:
             (dropped if names & left_out else kept).append(item)
         if dropped:
             config.hook.pytest_deselected(items=dropped)
-        # What compiles for minutes begins first, so that no process waits for it at the end.
+        # Start tests that compile for minutes first, so that no process waits for them at the end.
         items[:] = sorted(kept, key=lambda item: item.get_closest_marker("time_limit") is None)
 
     @pytest.hookimpl(wrapper=True)

@@ -3,7 +3,7 @@
 with ServerProcess("tgi-asgi", "--model-id", "model.gguf") as server:
     server.wait_until_healthy()
     httpx.get(server.url + "/info")
-    assert server.terminate() == 0
+    server.signal(); assert server.wait() == 0
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME",
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on at the moment."""
+    """Return a port that has no listener at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -38,10 +38,11 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """One run of `python -m <module> <arguments> --port <a free one>`.
+    """One run of `python -m <command>` with a free port in $PORT.
 
-    Settings in this process's environment do not reach it; `environ` does. `client` makes what reaches it
-    where that is not by HTTP on its port. `program` is what the command is given to, in the folder `cwd`.
+    It does not inherit settings from this process's environment; pass them in `environ`. `client` makes the
+    HTTP client, for servers not reached over plain TCP. `program` is the program that runs the command, in
+    the folder `cwd`.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class ServerProcess:
         self._output.close()
 
     def output(self) -> str:
-        """Return what the server has written so far, to both streams."""
+        """Return what the server has written so far to stdout and stderr."""
         self._output.seek(0)
         return self._output.read()
 
     def wait_until(self, status: int) -> httpx.Response:
-        """Wait until `/health` answers with this status; fails if the process ends first."""
+        """Wait until `/health` answers with this status; fail if the process ends first."""
         give_up_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < give_up_s:
             with contextlib.suppress(httpx.TransportError), self.client() as client:

@@ -1,4 +1,4 @@
-"""Serve an app on a real socket of this process, under hypercorn (as it is, or as we run it) or uvicorn."""
+"""Serve an app on a real socket of this process: plain hypercorn, the server's hypercorn, or uvicorn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tgi_asgi.settings import Settings
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LOCAL = Settings(hostname="127.0.0.1", port=0)
-REPLACED: tuple[tuple[ModuleType, str], ...] = (  # where hypercorn looks for the classes that are ours
+REPLACED: tuple[tuple[ModuleType, str], ...] = (  # where hypercorn looks up replaced classes
     (hypercorn.asyncio.run, "TCPServer"),
     (hypercorn.protocol, "H11Protocol"),
     (hypercorn.protocol.h11, "HTTPStream"),
@@ -36,7 +36,7 @@ REPLACED: tuple[tuple[ModuleType, str], ...] = (  # where hypercorn looks for th
 
 @contextlib.contextmanager
 def own_hypercorn() -> Iterator[pytest.MonkeyPatch]:
-    """Put hypercorn's own classes back at the end."""
+    """Restore hypercorn's own classes at the end."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in REPLACED:
             patch.setattr(module, name, getattr(module, name))
@@ -49,8 +49,9 @@ async def serving(
 ) -> AsyncIterator[str]:
     """Yield the app's base URL.
 
-    `server` is "hypercorn", "ours" (hypercorn with our classes, as `server.py` runs it) or "uvicorn";
-    `settings` say where it listens; `send_buffer` bounds what the kernel keeps for a reader that lags.
+    `server` is "hypercorn", "ours" (hypercorn with the project's classes, as `server.py` runs it) or
+    "uvicorn". `settings` define where it listens. `send_buffer` limits what the kernel buffers for a slow
+    reader.
     """
     listener = listen(settings)
     if send_buffer is not None:
@@ -76,7 +77,7 @@ async def serving(
 
 
 async def connect(url: str, tls: ssl.SSLContext | None = None, *, is_slow: bool = False) -> Streams:
-    """Open a connection to what `serving` yielded; a slow one takes in little that it is not asked for."""
+    """Open a connection to the URL of `serving`; with `is_slow`, receive buffers are small."""
     is_unix = url.startswith("unix:")
     parts = urlsplit(url)
     raw = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
@@ -95,7 +96,7 @@ async def _hypercorn(app: App, config: Config, stop: asyncio.Event) -> None:
     config.errorlog = None
 
     async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["type"] != "lifespan"  # the scripted model is there already; a lifespan would load it
+        assert scope["type"] != "lifespan"  # the scripted model is already there; a lifespan would load it
         await app(scope, receive, send)
 
     await hypercorn.asyncio.serve(cast(Any, without_lifespan), config, shutdown_trigger=stop.wait)

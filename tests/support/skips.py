@@ -1,13 +1,13 @@
-"""A run fails when a test skips that `tests/expected_skips.txt` does not list.
+"""Fail a run if a test skips that `tests/expected_skips.txt` does not list.
 
-Where a list of skips is only printed, a fixture that finds nothing any more silences its tests unseen. A line
-of the file is a kind, a pattern of node ids and one of reasons, with `*` for anything:
+If skips were only printed, a fixture that no longer finds its data would silence its tests unnoticed. A line
+of the file contains a kind, a pattern of node ids and a pattern of reasons, with `*` for anything:
 
     always   skipped on every machine
     machine  depends on the processor or the system, and on compilers for others
-    missing  a program, a package or the network is missing, which it may not be where CI is set
+    missing  a program, a package or the network is missing, which is not allowed if CI is set
 
-In a whole run with CI set, a line of the kind `always` that no skip matches fails the run, too.
+In a complete run with CI set, an `always` line that no skip matches also fails the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A test that was skipped, and what it said."""
+    """A skipped test and its reason."""
 
     test: str
     reason: str
@@ -50,7 +50,7 @@ def read(path: Path) -> list[Expected]:
     """Read a list.
 
     Raises:
-        ValueError: a line is none.
+        ValueError: if a line is malformed.
     """
     found = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
@@ -66,7 +66,7 @@ def read(path: Path) -> list[Expected]:
 def complaints(
     skips: Sequence[Skip], expected: Sequence[Expected], *, is_ci: bool, is_whole: bool
 ) -> list[str]:
-    """Say which skips are not as listed and, of a whole run under CI, which lines have none."""
+    """Return messages about unlisted skips and, for a complete run under CI, about lines without a skip."""
     found = []
     for skip in skips:
         kinds = {line.kind for line in expected if line.matches(skip)}
@@ -84,7 +84,7 @@ def complaints(
 
 
 class Skips:
-    """Compares a run's skips with the list."""
+    """Compare a run's skips with the list."""
 
     def __init__(self, path: Path = LIST) -> None:
         self._expected = read(path)
@@ -122,6 +122,6 @@ class Skips:
 
 def _is_whole(session: pytest.Session) -> bool:
     config = session.config
-    chosen = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf")  # `lf` is a plugin's
+    chosen = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf")  # `lf` belongs to a plugin
     is_chosen = any(config.getoption(name, None) for name in chosen)
     return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not is_chosen

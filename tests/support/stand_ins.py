@@ -1,4 +1,4 @@
-"""Models that documents name, as tiny random ones in a cache of the Hub: commands run as they are written."""
+"""Tiny random models in a Hub cache in place of those that documents name, so that commands run verbatim."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _embedder(folder: Path) -> None:
 
 
 def _reranker(folder: Path) -> None:
-    """A decoder whose vocabulary has the words by whose logits it ranks."""
+    """Make a decoder whose vocabulary contains the words whose logits rank documents."""
     _decoder(folder)
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -58,14 +58,14 @@ _MODELS: dict[str, Callable[[Path], None]] = {
     "BAAI/bge-reranker-v2-m3": _cross_encoder,
     "HuggingFaceTB/SmolVLM-256M-Instruct": _seer,
 }
-_ADAPTERS = ("Qwen/Qwen3-0.6B", ("org/support", "org/sql"))  # the base, and adapters of it
+_ADAPTERS = ("Qwen/Qwen3-0.6B", ("org/support", "org/sql"))  # the base, and its adapters
 
 
 class StandIns:
-    """Makes what a command names, once.
+    """Make each model that a command names, once.
 
     Attributes:
-        environ: what sends a server to this cache of the Hub, and nowhere else.
+        environ: Variables that make a server use only this cache of the Hub.
     """
 
     def __init__(self, home: Path) -> None:
@@ -73,7 +73,7 @@ class StandIns:
         self.environ = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
     def make_for(self, command: str) -> None:
-        """Make the models and adapters whose ids stand in a command."""
+        """Make the models and adapters whose ids occur in a command."""
         for name, make in _MODELS.items():
             if name in command:
                 self._make(name, make)

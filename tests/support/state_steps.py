@@ -1,4 +1,4 @@
-"""Steps of one operator over a pool of states: what it reads and writes is NaN where nothing was given."""
+"""Steps of one operator over a pool of recurrent states; inputs and output start as NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = Sequence[Tensor]  # the rows of each input
 
 
 def part(text: Text, start: int, stop: int) -> list[Tensor]:
-    """Return some tokens of a text."""
+    """Return the tokens [start, stop) of a text."""
     return [rows[start:stop] for rows in text]
 
 
@@ -34,11 +34,11 @@ class Shape:
 
 
 class Steps:
-    """A program of one operator, whose states are the second layer's of a pool.
+    """A program of one operator that uses the states of a pool's second layer.
 
     Args:
-        operator: makes its value of the inputs' and of the layer.
-        columns: of each input.
+        operator: Callable that makes the output value from the input values and the layer.
+        columns: Number of columns of each input.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Steps:
         keeps: Sequence[tuple[int, int, int]] = (),
         num_drafts: Sequence[int] = (),
     ) -> list[Tensor]:
-        """Compute parts of sequences: their slots, where they begin, and their rows of each input.
+        """Compute parts of sequences, given as (slot, start, rows of each input).
 
         Args:
-            resumes, keeps, num_drafts: as those of `ops.FlatRows`.
+            resumes, keeps, num_drafts: As in `ops.FlatRows`.
         """
         lengths = [len(rows[0]) for _, _, rows in parts]
         total = sum(lengths)
@@ -86,7 +86,7 @@ class Steps:
         )  # fmt: skip
         self._program.run(batch, ())
         padding = self._array(self._out)[:total, self._out.columns :]
-        assert not padding.any(), "what products read behind the columns must be zeros"
+        assert not padding.any(), "the padding after the columns, which products read, must be zero"
         return list(self._program.read(self._out, total).split(lengths))
 
     def _array(self, value: Value) -> np.ndarray:
@@ -95,11 +95,11 @@ class Steps:
 
 
 def assert_steps_leave_bits_alone(make: Callable[[int], Steps], texts: Sequence[Text], threads: int) -> None:
-    """Hold texts cut into steps, beside others and in slots used before, to each alone and whole.
+    """Check that cutting texts into steps, next to others and in reused slots, changes no bit of the results.
 
     Args:
-        make: returns steps of so many slots.
-        texts: three, of which the second has three tokens at least.
+        make: Callable that returns `Steps` with this number of slots.
+        texts: Three texts; the second has at least three tokens.
     """
     _C.set_num_threads(2)
     whole = [make(1).run([(0, 0, text)])[0] for text in texts]
@@ -119,7 +119,7 @@ def assert_steps_leave_bits_alone(make: Callable[[int], Steps], texts: Sequence[
 def assert_step_may_be_computed_again(
     make: Callable[[int], Steps], text: Text, wrong: Sequence[Text]
 ) -> None:
-    """Hold a text of nine tokens, at whose fifth steps of other texts are computed first, to it whole."""
+    """Check that computing wrong tokens first at the fifth of nine tokens changes no bit of the results."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])
     steps = make(4)
@@ -130,18 +130,18 @@ def assert_step_may_be_computed_again(
 
 
 def assert_kept_states_are_gone_on_with(make: Callable[[int], Steps], text: Text, threads: int) -> None:
-    """Hold a text of twelve tokens that goes on from states kept on the way, in other slots, to it whole."""
+    """Check that resuming twelve tokens from states kept on the way, in other slots, changes no bit."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])
     _C.set_num_threads(threads)
     steps = make(4)
-    steps.run([(1, 0, part(text, 2, 6))])  # what another has left in its slot
+    steps.run([(1, 0, part(text, 2, 6))])  # leaves another text's state in the slot
     other, found = steps.run(
         [(0, 0, part(text, 0, 2)), (2, 0, part(text, 0, 9))], keeps=[(1, 3, 1), (1, 7, 0)]
     )
     assert_same_bits(other, whole[:2])
     assert_same_bits(found, whole[:9])
-    # In front of a row's first token it is the state that the row begins with.
+    # Before a row's first token, the kept state is the one that the row starts with.
     (found,) = steps.run([(1, 3, part(text, 3, 9))], resumes=[1], keeps=[(0, 3, 2)])
     assert_same_bits(found, whole[3:9])
     first, second, third = steps.run(
@@ -155,7 +155,7 @@ def assert_kept_states_are_gone_on_with(make: Callable[[int], Steps], text: Text
 
 
 def assert_wrong_states_are_refused(make: Callable[[int], Steps], text: Text) -> None:
-    """Expect that a step is refused as a whole that goes on where nothing is, or keeps where it must not."""
+    """Check that a step is refused as a whole if it resumes from a missing state or keeps one wrongly."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])
     steps = make(2)
@@ -189,7 +189,7 @@ def assert_wrong_states_are_refused(make: Callable[[int], Steps], text: Text) ->
 
 
 def assert_drafts_are_taken_back(make: Callable[[int], Steps], text: Text, wrong: Text) -> None:
-    """Hold a text of twelve tokens, of which a row guesses some, to it whole: any number of them is right."""
+    """Check that drafts, of which any number is right, change no bit of a text of twelve tokens."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])
     for num_right in range(NUM_DRAFTS + 1):
@@ -201,7 +201,7 @@ def assert_drafts_are_taken_back(make: Callable[[int], Steps], text: Text, wrong
         other, found = steps.run([(0, 0, part(text, 0, 2)), (1, 4, row)], num_drafts=[0, NUM_DRAFTS])
         assert_same_bits(other, whole[:2])
         assert_same_bits(found[: 1 + num_right], whole[4:begin])
-        for _ in range(2):  # the first was void, as it was known only then that its tokens are wrong
+        for _ in range(2):  # the first is void: its tokens turned out to be wrong only afterwards
             again = [rows[: 1 + NUM_DRAFTS] for rows in wrong]
             steps.run([(1, begin, again)], num_drafts=[NUM_DRAFTS])
             with pytest.raises(ValueError, match=f"slot 1 has no state of {begin + 9} tokens"):

@@ -1,9 +1,9 @@
-"""The tables of docs/coming-from-tgi.md, made from our settings, the launcher's options and the metrics.
+"""The tables of docs/coming-from-tgi.md, made from the server's settings, TGI's options and the metrics.
 
     python -m tests.support.tgi_page            # writes them into the page
 
-What TGI has is written here, from `text-generation-launcher --help` and docs/source/reference of its version
-3.3.7. What becomes of it is read from the code, so that the page cannot promise what is not there.
+TGI's side is written here, from `text-generation-launcher --help` and docs/source/reference of its version
+3.3.7. The server's side is read from the code, so the page cannot promise what does not exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tgi_asgi.settings import Settings, flag_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from-tgi.md"
 
-# Each flag of the launcher, with its default; none where TGI leaves it to the model or the machine.
+# Each flag of the launcher with its default, or none if TGI derives it from the model or the machine.
 LAUNCHER: Mapping[str, str] = {
     "model_id": "bigscience/bloom-560m", "revision": "", "validation_workers": "2", "sharded": "",
     "num_shard": "", "quantize": "", "speculate": "", "dtype": "", "kv_cache_dtype": "",
@@ -38,7 +38,7 @@ LAUNCHER: Mapping[str, str] = {
     "lora_adapters": "", "usage_stats": "on", "payload_limit": "2000000", "enable_prefill_logprobs": "",
     "graceful_termination_timeout": "90",
 }  # fmt: skip
-# Variables that have no flag there: of the router, the shards, the images and the clouds' entry points.
+# TGI's variables without a flag: of the router, the shards, the images and the clouds' entry points.
 VARIABLES = (
     "LOG_LEVEL", "LOG_COLORIZE", "MAX_IMAGE_FETCH_SIZE", "PREFIX_CACHING", "USE_PREFIX_CACHING", "ATTENTION",
     "PREFILL_CHUNKING", "USE_FLASH_ATTENTION", "TGI_WIGGLE_ROOM", "MESSAGES_API_ENABLED", "HF_TOKEN",
@@ -58,7 +58,7 @@ METRICS = (
     "tgi_batch_concat", "tgi_batch_concat_duration",
 )  # fmt: skip
 
-# What the code cannot say of itself.
+# Descriptions that cannot be read from the code.
 _WHERE_READ = {
     "HF_TOKEN": "read by the Hub's library, as there",
     "HF_API_TOKEN": "goes before HF_TOKEN, as there",
@@ -78,7 +78,7 @@ _NO_METRIC = {
     "tgi_batch_concat_duration": "likewise",
 }
 _NO_DEFAULT = frozenset({"None", "()", "False"})
-_COMPARED = {  # where a default is another because it means another thing
+_COMPARED = {  # defaults that differ because they mean something else
     "model_id": "the demonstration model, and a line that says so",
     "api_key": "",
 }
@@ -95,10 +95,10 @@ def flags() -> list[str]:
 
 
 def _fate(name: str, default: str) -> tuple[str, str]:
-    """Return in a word what becomes of a flag, and in a sentence what it does.
+    """Return a flag's fate in a word and its meaning in a sentence.
 
     Raises:
-        KeyError: nobody knows it.
+        KeyError: if the flag is unknown.
     """
     for spec in dataclasses.fields(Settings):
         if spec.name == name or name.upper() in spec.metadata["env"]:
@@ -122,16 +122,16 @@ def _sentence(text: str) -> str:
 
 
 def variables() -> list[str]:
-    """Return the table of variables that are no flags of the launcher."""
+    """Return the table of variables that are not flags of the launcher."""
     lines = ["| variable | here |", "|---|---|"]
     return lines + [f"| `{name}` | {_meaning(name)} |" for name in VARIABLES]
 
 
 def _meaning(name: str) -> str:
-    """Return what becomes of a variable.
+    """Return the fate of a variable.
 
     Raises:
-        KeyError: nobody knows it.
+        KeyError: if the variable is unknown.
     """
     renamed = dict(RENAMED)
     if name in renamed:
@@ -159,10 +159,10 @@ def written(page: str, tables: Mapping[str, Iterable[str]]) -> str:
     """Return a page with each table between its marks, `<!-- name -->` and `<!-- end -->`.
 
     Raises:
-        ValueError: a mark is not there, or not once.
+        ValueError: if a mark does not occur exactly once.
     """
     for name, lines in tables.items():
-        text = "\n".join(lines).replace("<", "&lt;")  # Markdown takes <package> for HTML
+        text = "\n".join(lines).replace("<", "&lt;")  # Markdown would treat <package> as HTML
         page, count = re.subn(
             rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
             lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}",  # type: ignore[misc]
@@ -175,7 +175,7 @@ def written(page: str, tables: Mapping[str, Iterable[str]]) -> str:
 
 
 def tables() -> dict[str, list[str]]:
-    """Return all tables of the page, by the names of their marks."""
+    """Return all tables of the page, keyed by the names of their marks."""
     return {"flags": flags(), "variables": variables(), "metrics": metrics()}
 
 

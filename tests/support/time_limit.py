@@ -1,10 +1,11 @@
-"""A time limit for each test: one that hangs fails with all stacks, and the run goes on.
+"""A time limit for each test: a test that hangs fails with all stacks, and the run continues.
 
-The limit is a signal to the main thread, which raises there. Code that never returns to Python does not
-meet it: a minute later such a process prints its threads' stacks and ends, and pytest-xdist starts another.
+The limit is a signal to the main thread, whose handler raises. Code that never returns to Python never runs
+the handler; a minute later such a process prints its threads' stacks and exits, and pytest-xdist starts
+another.
 
     config.pluginmanager.register(TimeLimit(nightly=["soak"]))
-    @pytest.mark.time_limit(1800)  # of one that compiles
+    @pytest.mark.time_limit(1800)  # for a test that compiles
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from types import FrameType
 
 import pytest
 
-# The longest of a warm run took 6 s; other work may keep the machine busy.
+# The longest test of a warm run took 6 s; other work may keep the machine busy.
 CALL_S = 300.0
-# What one test sets up for many may be compiled or fetched.
+# A fixture that one test sets up for many may compile or fetch.
 SETUP_S = 1800.0
 NIGHTLY_S = 3600.0
 GRACE_S = 60.0
-_AGAIN_S = 1.0  # for code that catches what it should not
+_AGAIN_S = 1.0  # repeats the signal, for code that catches it by mistake
 
 
 class _Passed(KeyboardInterrupt):
-    """The limit has passed: an exception that asyncio takes for no task's own, wherever it meets it."""
+    """The limit has passed; asyncio lets a KeyboardInterrupt out of the loop, whichever task it hits."""
 
 
 class TimeLimit:
-    """Limits the phases of every test; `nightly` are the markers of tests that may take an hour."""
+    """Limit the phases of every test; `nightly` lists the markers of tests that may take an hour."""
 
     def __init__(self, nightly: Iterable[str], grace_s: float = GRACE_S) -> None:
         self._nightly = frozenset(nightly)
@@ -65,7 +66,7 @@ class TimeLimit:
     @contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
         def end(number: int, frame: FrameType | None) -> None:
-            # The next signal comes behind the stacks, which take seconds on a busy machine, never among them.
+            # Collecting the stacks takes seconds on a busy machine, so the next timer starts only afterwards.
             found = stacks()
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
             raise _Passed(f"the test took more than {seconds:g} s\n{found}")
@@ -84,7 +85,7 @@ class TimeLimit:
             signal.signal(signal.SIGALRM, before)
 
     def _limit_of(self, item: pytest.Item, usual_s: float) -> float:
-        """Return how long a phase of the test may take, in seconds: as its markers say, else `usual_s`."""
+        """Return the longest duration of a test's phase in seconds: from its markers, or else `usual_s`."""
         marker = item.get_closest_marker("time_limit")
         if marker is not None:
             return float(marker.args[0])
@@ -92,7 +93,7 @@ class TimeLimit:
 
 
 def stacks() -> str:
-    """Return what every thread is doing, and every task of the loop that runs in this one."""
+    """Return the stacks of every thread and of every task of this thread's running loop."""
     out = io.StringIO()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():

@@ -1,8 +1,8 @@
-"""Tool calls as each format's templates write them, by hand and not by the table of formats: what tests feed.
+"""Tool calls as each format's templates write them, as test inputs independent of the table of formats.
 
     write("hermes", [("f", {"a": 1}), ("g", {})])
 
-`tests/text/test_model_templates.py` holds these texts to what the templates of real models render.
+`tests/text/test_model_templates.py` compares these texts with the output of real models' templates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def listed(begin: str, end: str) -> Writer:
 
 
 def each(before: str, middle: str, behind: str, between: str = "", head: str = "", tail: str = "") -> Writer:
-    """Return a writer of calls with their name before a JSON object; `#` in a text is the call's number."""
+    """Return a writer of calls with their name before a JSON object; `#` stands for the call's number."""
 
     def write(calls: Sequence[Call]) -> str:
         texts = [

@@ -1,4 +1,4 @@
-"""A tokenizer whose ids are bytes, with room for tokens of several bytes: no file, no library."""
+"""A tokenizer without files or libraries, whose ids are bytes and, on request, longer tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tgi_asgi.text.chat.guard import PromptGuard
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 VOCAB_SIZE = 1024
-IMAGE = VOCAB_SIZE - 1  # a special token, where the model has eyes
+IMAGE = VOCAB_SIZE - 1  # a special token if the model accepts images
 _SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
 
 
 class ToyTokenizer:
-    """Ids 0..255 are bytes, 256..259 special tokens, further ids are given out by `id_of`."""
+    """A tokenizer with bytes as ids 0..255, special tokens as 256..259, and further ids from `id_of`."""
 
     def __init__(self, *, adds_bos: bool = False, has_eyes: bool = False) -> None:
         self._special = _SPECIAL | ({IMAGE: "<image>"} if has_eyes else {})
@@ -30,7 +30,7 @@ class ToyTokenizer:
         self._longer: dict[bytes, int] = {}
 
     def id_of(self, data: bytes) -> int:
-        """Return the token of these bytes; a new one for bytes that have none."""
+        """Return the token of these bytes, allocating a new id if there is none."""
         if len(data) == 1:
             return data[0]
         for token_id, text in self._special.items():

@@ -1,4 +1,4 @@
-"""vLLM's chat templates for tools, as its source package carries them (47 MB, fetched once into build/)."""
+"""vLLM's chat templates for tools, from its source package (47 MB, fetched once into build/)."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ _PACKAGE = SourcePackage(
 
 
 def vllm_templates() -> Path:
-    """Return the folder of the templates; skips the test that asks where there is no network."""
+    """Return the folder of the templates; skip the calling test if there is no network."""
     return _PACKAGE.root() / "examples"

@@ -1,4 +1,4 @@
-"""Waiting for what another task does, with an end."""
+"""Bounded waiting for another task."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ LONGEST_S = 10.0
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop run until a condition holds.
+    """Run the event loop until a condition holds.
 
     Raises:
-        TimeoutError: it has not within ten seconds.
+        TimeoutError: if it does not hold within ten seconds.
     """
     async with asyncio.timeout(LONGEST_S):
         while not condition():

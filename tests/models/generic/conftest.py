@@ -13,13 +13,13 @@ from tgi_asgi import ops
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Leave the other cores alone: threads that wait for each other make tiny models ten times slower."""
+    """Use one thread: threads that wait for each other make tiny models ten times slower."""
     ops.configure_threads(1, nice=0, pin=False)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that gives the directory of a type's checkpoint; tests only read it."""
+    """Return a function that returns the directory of a type's checkpoint; tests only read it."""
     root = tmp_path_factory.mktemp("architectures")
 
     def of_type(model_type: str) -> Path:

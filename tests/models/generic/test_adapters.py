@@ -1,4 +1,4 @@
-"""Adapters on models that `transformers` runs: against `peft`, mixed in every step; which take none."""
+"""LoRA adapters on models that `transformers` runs: against `peft`, mixed in every step, or refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.generic.model import GenericModel
 
-EXACT = 2e-5  # of a logit, relative to the largest
+EXACT = 2e-5  # error of a logit, relative to the largest
 LEAST_EFFECT = 0.02
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -23,7 +23,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 @pytest.mark.parametrize(
     ("model_type", "targets", "is_generic"),
     [
-        ("gpt2", ["c_attn", "c_proj", "c_fc"], True),  # matrices the other way round
+        ("gpt2", ["c_attn", "c_proj", "c_fc"], True),  # transposed matrices
         ("gpt_neox", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], True),
         ("phi", ["q_proj", "v_proj", "dense", "fc1"], True),
         ("gemma2", [*ATTENTION, "gate_proj", "up_proj", "down_proj"], True),

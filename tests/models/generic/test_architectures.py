@@ -1,4 +1,4 @@
-"""The tiny checkpoints that the generic path is tested with: are they what they claim to be?"""
+"""The properties of the tiny checkpoints that the generic path is tested with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of quantised checkpoints: the weights that their codes mean, and no floats in their place."""
+"""Experts of quantised checkpoints: the weights that their codes decode to, without becoming floats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tgi_asgi import ops
 Checkpoint = Callable[[str], Path]
 
 EQUAL = 1e-3  # of the largest logit
-ROUNDED = 5e-3  # where codes are out of order: they become float16, as in AutoGPTQ
+ROUNDED = 5e-3  # for codes out of order, which become float16 as in AutoGPTQ
 IDS = [architectures.random_ids(length, seed) for seed, length in enumerate((37, 17))]
 STEPS = [[(0, 0, 20)], [(0, 20, 16), (1, 0, 17)], [(0, 36, 1)]]
 
@@ -40,7 +40,7 @@ def _integers(pack: Callable[[Any], dict[str, Tensor]], **options: Any) -> Any:
     return quantise
 
 
-# Of each recipe: what config.json says, how a matrix is written, and the bytes of each element as packed.
+# For each recipe: the quantisation in config.json, how a matrix is written, and its packed bytes per element.
 CODES: dict[str, tuple[dict[str, Any], Any, float]] = {
     "gptq": (
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
@@ -71,7 +71,7 @@ CODES: dict[str, tuple[dict[str, Any], Any, float]] = {
 
 
 def with_quantised_experts(source: Path, folder: Path, recipe: str) -> tuple[Path, Path]:
-    """Copy a checkpoint twice: its experts quantised, and as what their codes mean."""
+    """Copy a checkpoint twice: once with quantised experts, once with the values of their codes."""
     torch.manual_seed(0)
     config, quantise, _ = CODES[recipe]
     tensors = load_file(source / "model.safetensors")

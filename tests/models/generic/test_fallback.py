@@ -1,4 +1,4 @@
-"""What a family of ours does not compute of its architecture: the code of `transformers` does."""
+"""Variants that a native family does not compute fall back to the code of `transformers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planted faults, each of which gave wrong logits without a word: a rule makes it right, or it is refused."""
+"""Planted faults, each of which once gave wrong logits silently: a rule corrects or refuses each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from tgi_asgi.models.generic.states import SequenceState, SlotStates
 Checkpoint = Callable[[str], Path]
 
 EQUAL = 1e-3  # of the largest logit, as in test_table.py
-WRONG = 1e-2  # a fault differs by far more than what is right
+WRONG = 1e-2  # a fault differs by much more than correct results
 REFUSAL = "fails its self-check against its own code: logits differ by"
 
-# Rotary tables of a Llama of so many positions: beyond the self-check's sequences, within one of these two.
+# Number of positions of a Llama's rotary tables: more than the self-check's sequences, less than the first of
+# these two.
 ORIGINAL = 30
 TWO = [architectures.random_ids(length, seed) for seed, length in enumerate((37, 17))]
 STEPS_OF_TWO = [[(0, 0, 20)], [(0, 20, 16), (1, 0, 9)], [(1, 9, 8), (0, 36, 1)]]
@@ -49,7 +50,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 @pytest.fixture
 def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run what our own decoder would else."""
+    """Let the code of `transformers` run models that a native decoder would otherwise run."""
     monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
@@ -79,7 +80,7 @@ def test_a_common_decoder_takes_no_window_from_a_configuration(
 
 
 def rope_reference(folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the logits of transformers with the table of `MAX_CONTEXT` tokens; none sees what follows it."""
+    """Return transformers' logits with the table of `MAX_CONTEXT` tokens; later tokens affect none."""
     tail = architectures.random_ids(MAX_CONTEXT - len(ids), seed=9)
     return architectures.reference(folder, ids + tail)[: len(ids)]
 
@@ -101,14 +102,14 @@ def test_rotary_tables_do_not_depend_on_what_is_in_a_batch(
 def test_tables_that_are_not_fixed_are_seen(
     rope: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The self-check's sequences are too short to see it: only the rule does."""
+    """Check the rule alone, as the self-check's sequences are too short to detect the fault."""
 
     def forget(module: Any, max_positions: int) -> None:
         for each in module.modules():
-            vars(each).pop("long_inv_freq", None)  # which the probe has left without values
+            vars(each).pop("long_inv_freq", None)  # the probe left it without values
 
     monkeypatch.setattr(model, "fix_rotary_tables", forget)
-    monkeypatch.setattr(model, "tabulate", lambda *_: None)  # which would look up one table, too
+    monkeypatch.setattr(model, "tabulate", lambda *_: None)  # it would look up one table, too
     folder = changed(checkpoint("llama"), tmp_path / "llama", rope_parameters=rope, **POSITIONS)
     expected = [rope_reference(folder, ids) for ids in TWO]
     assert run_steps(load_generic(folder), TWO, expected, STEPS_OF_TWO) > WRONG
@@ -117,7 +118,7 @@ def test_tables_that_are_not_fixed_are_seen(
 def test_attention_that_grows_with_positions_is_not_of_the_common_shape(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Ministral 3 multiplies queries by a number that is one up to a position that no check reaches."""
+    """Use Ministral 3, which multiplies queries by a number that is 1 up to a position beyond every check."""
     rope = {
         "rope_type": "default",
         "rope_theta": 10000.0,
@@ -130,7 +131,7 @@ def test_attention_that_grows_with_positions_is_not_of_the_common_shape(
 
 
 class Forgetful(SlotStates):
-    """Gives every row of a step an empty state."""
+    """States that give every row of a step an empty state."""
 
     def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
         return [
@@ -148,7 +149,7 @@ def test_a_state_that_is_lost_between_chunks_refuses_the_model(
 
 
 def with_layers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Let discovery find other layers than there are."""
+    """Make discovery return layers with changed properties."""
 
     def discover(*args: Any) -> list[AttentionLayer]:
         return [replace(layer, **changes) for layer in discovery.discover(*args)]
@@ -204,7 +205,7 @@ def test_a_model_that_takes_no_positions_runs_alone(
 
 
 def test_a_wrong_head_refuses_the_model(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only steps do: the check's other side does not ask for rows."""
+    """Plant the fault in steps only: the other side of the check does not request rows."""
 
     def forward(self: Any, x: Tensor) -> Any:
         return self.inner(x) if self.rows is None else 1.01 * self.inner(x[:, self.rows])

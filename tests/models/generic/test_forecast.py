@@ -1,4 +1,4 @@
-"""What a module of `transformers` will hold is known before its weights are read: packed, kept, looked up."""
+"""The memory of a `transformers` module is predicted before weights are read: packed, kept, looked up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXACT, FAST, SMALL = ops.Packing(True), ops.Packing(False), ops.Packing(False, "
 
 @pytest.fixture(autouse=True)
 def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run what our own decoder would else."""
+    """Let the code of `transformers` run models that a native decoder would otherwise run."""
     monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
@@ -47,7 +47,7 @@ def made_by(model: nn.Module) -> Iterator[Any]:
 
 
 def kept_by(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors that torch has."""
+    """Yield the tensors that torch holds."""
     for module in model.modules():
         if not isinstance(module, PackedModule):
             tensors = (*module._parameters.values(), *module._buffers.values())
@@ -59,7 +59,7 @@ def kept_by(model: nn.Module) -> Iterator[Tensor]:
 
 
 def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) -> tuple[int, int]:
-    """Load a model; return the bytes that were foretold, and those that there are."""
+    """Load a model; return the predicted and the actual number of bytes."""
     with open_generic(folder) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
         foretold = packed_bytes(opened.held(), arithmetic, vocabulary) + opened.table_bytes(context)
@@ -78,11 +78,11 @@ def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) 
     [
         "llama",
         "gpt2",  # a table of positions
-        "mixtral",  # experts of ours, and a router
-        "dbrx",  # experts of its own
-        "gpt_oss",  # experts of one tensor
+        "mixtral",  # native experts, and a router
+        "dbrx",  # its own experts
+        "gpt_oss",  # experts in one tensor
         "mamba2",
-        "roberta",  # a tied head that has a bias, and so is packed again
+        "roberta",  # a tied head with a bias, so it is packed again
         "gemma3_text",  # two kinds of tables
     ],
 )
@@ -103,7 +103,7 @@ def test_what_quantised_experts_take_is_foretold(recipe: str, checkpoint: Checkp
 def test_a_model_that_fits_but_for_what_torch_keeps_is_refused_before_it_is_read(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of dbrx `--quantize` reaches all but the experts."""
+    """Use dbrx, where `--quantize` applies to everything except the experts."""
     monkeypatch.setattr(loading, "free_memory", lambda: 400_000)
     monkeypatch.setattr(OpenModel, "load", lambda *_: pytest.fail("weights were read"))
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, quantize="q8_0")

@@ -1,4 +1,4 @@
-"""A decoder inside a model that has the head as well: it gives logits, of one call's rows alone."""
+"""A module that contains the head is not taken for the decoder: it returns logits of one call's rows only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Architectures that `transformers` computes, over HTTP: several prompts at once, scored and continued.
 
-The normal run has one a tier and kind; `make test-models` has all that are served.
+The normal run covers one architecture for each tier and kind; `make test-models` covers all that are served.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgi_asgi.settings import Settings
 
 USUAL = ["gemma2", "deepseek_v3", "bloom", "lfm2", "zamba2", "bart", "qwen3"]
 EQUAL = 1e-3  # of a log-probability; most are within 1e-5
-LENGTHS = (33, 9, 21)  # of prompts, of which a step takes `STEP_TOKENS`
+LENGTHS = (33, 9, 21)  # of prompts, of which a step computes `STEP_TOKENS`
 NUM_TOKENS, STEP_TOKENS, MAX_TOKENS = 5, 16, 48
 START_TIMEOUT_S = 120.0
 
@@ -37,7 +37,7 @@ SERVED = [
 
 @contextmanager
 def serving(folder: Path) -> Iterator[httpx.Client]:
-    """Serve a checkpoint by the code of `transformers`; yield a client once it is loaded."""
+    """Serve a checkpoint with the code of `transformers`; yield a client once it is loaded."""
     apps: list[App] = []
 
     def make() -> App:
@@ -79,7 +79,7 @@ def complete(client: httpx.Client, prompt: list[int]) -> Any:
 
 
 def log_probabilities(logits: np.ndarray, ids: list[int]) -> np.ndarray:
-    """Return that of each token but the first, given those before it."""
+    """Return the log-probability of each token except the first, given the preceding ones."""
     wide = logits[:-1].astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     found: np.ndarray = wide[range(len(wide)), ids[1:]] - np.log(np.exp(wide).sum(-1))

@@ -1,4 +1,4 @@
-"""Classes that see and that no test holds to `transformers`: checked with an image, or refused by name."""
+"""Vision classes that no test compares with `transformers`: checked with an image, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def threads() -> None:
 
 
 def load(name: str, folder: Path) -> GenericModel:
-    """Load a new checkpoint of a family as a server does: its processor first."""
+    """Load a new checkpoint of a family as a server does, with its processor first."""
     eyes.make(name, folder)
     config = json.loads((folder / "config.json").read_text())
     opened = OpenGeneric(folder, config, trusts_code=False)

@@ -1,4 +1,4 @@
-"""From files to a module: names, conversions, quantised matrices, code of the checkpoint's own, refusals."""
+"""From files to a module: names, conversions, quantised matrices, the checkpoint's own code, refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STEPS = [[(0, 0, 20)], [(0, 20, 19), (1, 0, 17)], [(0, 39, 1)]]
 
 @pytest.fixture
 def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run what our own decoder would else."""
+    """Let the code of `transformers` run models that a native decoder would otherwise run."""
     monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
@@ -98,7 +98,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 @pytest.mark.usefixtures("as_module")
 def test_a_head_that_is_the_embedding_need_not_be_stored(tmp_path: Path) -> None:
-    """Nor is it packed twice."""
+    """Check also that the matrix is not packed twice."""
     model = make_model(**SHAPE, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -110,7 +110,7 @@ def test_a_head_that_is_the_embedding_need_not_be_stored(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("as_module")
 def test_matrices_of_several_files_and_types_are_one_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A checkpoint in bfloat16, in two shards, is the model that its rounded weights are."""
+    """Compare a checkpoint in bfloat16, in two shards, with the model of the rounded weights."""
 
     def halve(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -168,10 +168,10 @@ def test_checkpoints_of_compressed_tensors_are_read(form: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("model_type", "kept"),
     [
-        ("falcon", set()),  # by a class of its own
-        ("gpt2", {"wpe"}),  # of which two are named where weights are drawn
-        ("roberta", {"position_embeddings", "token_type_embeddings"}),  # whose head is named in a string
-        ("mamba", {"conv1d", "dt_proj", "mixer", "out_proj", "x_proj"}),  # which its own code multiplies by
+        ("falcon", set()),  # its matrices have their own class
+        ("gpt2", {"wpe"}),  # weight initialisation names two matrices
+        ("roberta", {"position_embeddings", "token_type_embeddings"}),  # its head is named in a string
+        ("mamba", {"conv1d", "dt_proj", "mixer", "out_proj", "x_proj"}),  # its own code multiplies by them
     ],
 )
 def test_every_matrix_that_no_other_code_reads_is_packed(
@@ -206,7 +206,7 @@ def test_heads_that_the_cache_cannot_have_run_alone(
 
 
 def test_a_decoder_s_positions_are_those_that_it_has_a_table_of(checkpoint: Checkpoint) -> None:
-    """Whisper counts those of sound as well, by another name."""
+    """Use Whisper, which also counts audio positions, under another name."""
     with open_generic(checkpoint("whisper")) as opened:
         table = json.loads((checkpoint("whisper") / "config.json").read_text())["max_target_positions"]
         assert opened.config.context_length == table
@@ -217,7 +217,7 @@ def test_a_decoder_s_positions_are_those_that_it_has_a_table_of(checkpoint: Chec
 def test_products_are_quantised_on_request(
     model_type: str, method: str, distance: float, checkpoint: Checkpoint
 ) -> None:
-    """The self-check compares codes with codes; so far are they from floats."""
+    """Check the distance between codes and floats; the self-check compares codes with codes."""
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate((37, 17))]
     expected = architectures.references(folder, ids)
@@ -247,7 +247,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Llama whose files bring code, which halves its logits, and leaves a mark where it is run."""
+    """Make a Llama whose files contain code that halves its logits and leaves a mark when it runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     folder = tmp_path / "own"
@@ -284,7 +284,7 @@ def test_code_of_a_checkpoint_is_run_on_request(own_code: Path, checkpoint: Chec
 
 
 def with_config(source: Path, folder: Path, **changes: Any) -> Path:
-    """Copy a checkpoint's config.json, changed; of its tensors nothing."""
+    """Copy a checkpoint's config.json with changes, but none of its tensors."""
     config = json.loads((source / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")

@@ -1,4 +1,4 @@
-"""Rotary embeddings looked up in tables: the numbers of their own code, and the same bits anywhere."""
+"""Rotary embeddings from tables: the numbers of the model's own code, and the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.models.generic.rope import RotaryLookup
 
 Checkpoint = Callable[[str], Path]
 
-NUM_POSITIONS = 256  # which tables have; beyond them the model's own code runs
+NUM_POSITIONS = 256  # size of the tables; beyond it the model's own code runs
 
 
 @pytest.fixture

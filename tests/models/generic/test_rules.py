@@ -1,4 +1,4 @@
-"""Which keys a query sees, read off predicates; and off whole models, layer by layer."""
+"""The keys that a query sees, derived from mask predicates and from whole models, layer by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def first_keys(size: int) -> Any:
         (masking_utils.sliding_window_causal_mask_function(12), Rule(window=12)),
         (masking_utils.sliding_window_causal_mask_function(1), Rule(window=1)),
         (chunked(12), Rule(chunk=12)),
-        (chunked(1), Rule(window=1)),  # the same
+        (chunked(1), Rule(window=1)),  # equivalent
         (masking_utils.and_masks(masking_utils.causal_mask_function, lambda *_: torch.tensor(True)), Rule()),
     ],
     ids=["causal", "window 12", "window 1", "chunks of 12", "chunks of 1", "causal and all"],
@@ -95,7 +95,7 @@ def test_a_window_s_number_is_its_rule() -> None:
         ("qwen2", [Rule(), Rule(window=12), Rule(window=12)]),
         ("gpt_neo", [Rule(), Rule(window=12), Rule(window=12)]),
         ("llama4_text", [Rule(chunk=12), Rule(), Rule(chunk=12), Rule()]),
-        ("lfm2", [Rule()]),  # of three layers one is attention
+        ("lfm2", [Rule()]),  # one of three layers is attention
         ("mamba", []),
         ("bloom", [Rule()] * 3),
     ],
@@ -109,7 +109,7 @@ def test_the_layers_of_a_model_are_found_without_weights(
 
 
 def test_heads_are_as_attention_is_given_them(checkpoint: Callable[[str], Path]) -> None:
-    """DeepSeek's keys are wider than its values; MiMo's windows have other heads."""
+    """Check DeepSeek, whose keys are wider than its values, and Gemma 4, which has two head sizes."""
     with open_generic(checkpoint("deepseek_v3")) as opened:
         assert {(cache.head_dim, cache.value_dim) for cache in opened.config.caches} == {(24, 16)}
     with open_generic(checkpoint("gemma4_text")) as opened:

@@ -1,4 +1,4 @@
-"""States of sequences that run: each its own, as they were before a step that failed."""
+"""States of running sequences: each sequence has its own, and a failed step leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.models.generic.states import SlotStates
 
 
 class Layer:
-    """A layer's state, as `transformers` keeps it: one that changes in place, and keys that are made anew."""
+    """A layer's cache as in `transformers`: a state that changes in place, and keys that are replaced."""
 
     def __init__(self) -> None:
         self.state = torch.zeros(2)
@@ -54,7 +54,7 @@ def test_a_step_that_fails_leaves_states_as_they_were() -> None:
 
 
 def test_a_step_that_was_void_is_taken_back() -> None:
-    """It was in flight when the one before it woke a grammar, or failed."""
+    """Repeat a step that was in flight when the previous one activated a grammar or failed."""
     states = SlotStates(Cache)
     for start, length in ((0, 4), (4, 1), (5, 1)):
         advance(states, 3, start, length)
@@ -69,7 +69,7 @@ def test_a_step_that_was_void_is_taken_back() -> None:
 
 
 def test_a_step_that_fails_behind_its_last_layer_is_taken_back() -> None:
-    """The step in flight fails then as well, and leaves what both began with."""
+    """Check that the step in flight fails, too, and that the state from before both steps remains."""
     states = SlotStates(Cache)
     for start, length in ((0, 4), (4, 1)):
         advance(states, 3, start, length)
@@ -109,12 +109,12 @@ def test_a_row_that_does_not_go_on_from_its_state_is_refused(slot: int, start: i
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert"])
 def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callable[[str], Path]) -> None:
-    """The second of two sequences fails when the first is done; rows of a slot's last owner are gone."""
+    """Let the second sequence fail after the first is computed; the slot's earlier owner leaves nothing."""
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(20, 0), architectures.random_ids(9, 1)]
     expected = architectures.reference(folder, ids[0])
     with program_of(load_generic(folder), num_sequences=2) as program:
-        program.run(batch_of([(0, 0, 5), (1, 0, 7)], ids), [0])  # another's tokens: slot 0 is reused
+        program.run(batch_of([(0, 0, 5), (1, 0, 7)], ids), [0])  # another sequence's tokens: slot 0 is reused
         program.run(batch_of([(0, 0, 12)], ids), [0])
         with pytest.raises(RuntimeError, match="slot 1 has no state of 3 tokens"):
             program.run(batch_of([(0, 12, 8), (1, 3, 1)], ids), [0])

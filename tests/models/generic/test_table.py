@@ -1,6 +1,6 @@
-"""Every architecture of `AutoModelForCausalLM`: how it is served, and that it is equal to `transformers`.
+"""Every architecture of `AutoModelForCausalLM`: how it is served, and that it equals `transformers`.
 
-The normal run has a choice of them; `make test-models` runs all.
+The normal run covers a selection; `make test-models` runs all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.registry import has_family
 
-# The modules of GPT-BigCode until 5.22.
+# The modules of GPT-BigCode before 5.22.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
-# Of the largest logit of a sequence, over every token of three sequences that are cut in chunks, mixed in
-# steps and continued token by token; in float32. Most are within 1e-6, recurrent layers within 1e-4.
+# Relative to the largest logit of a sequence, over every token of three sequences that are cut into chunks,
+# mixed in steps and continued token by token, in float32. Most are within 1e-6, recurrent layers within 1e-4.
 EQUAL = 1e-3
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ def is_served(model_type: str) -> bool:
 
 
 def rows(names: list[str]) -> list[Any]:
-    """Return the parameters of a test, of which the normal run has the usual ones."""
+    """Return a test's parameters, with those outside the usual ones marked `models`."""
     return [pytest.param(name, marks=() if name in table.USUAL else pytest.mark.models) for name in names]
 
 
@@ -58,7 +58,7 @@ def test_the_table_names_architectures_once() -> None:
 
 def test_the_table_knows_which_have_a_family() -> None:
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    # The kernels have the heads of models that were published, and not those of the class's own defaults.
+    # The kernels support the heads of published models, but not those of the class's own defaults.
     sizes = {"falcon_h1": {"mamba_d_ssm": 1536, "mamba_n_heads": 24}}
     native = {name for name in BUILDABLE if has_family(names[name], sizes.get(name, {}))}
     assert native == set(table.NATIVE) & set(BUILDABLE)
@@ -66,7 +66,7 @@ def test_the_table_knows_which_have_a_family() -> None:
 
 def test_the_page_has_the_table_as_it_is() -> None:
     text = (ROOT / "docs/generic.md").read_text(encoding="utf-8")
-    assert page() in text, "docs/generic.md wants what `python -m tests.support.generic_page` prints"
+    assert page() in text, "docs/generic.md must contain the output of `python -m tests.support.generic_page`"
 
 
 @pytest.mark.parametrize("model_type", rows([name for name in BUILDABLE if is_served(name)]))
@@ -91,7 +91,7 @@ def test_the_code_of_transformers_runs_decoders_of_the_common_shape_as_well(
 def test_a_refusal_comes_before_weights_are_read(
     model_type: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Of the checkpoint there is only what says what it is: no byte of a tensor."""
+    """Copy only the JSON files of the checkpoint, without a byte of any tensor."""
     for file in checkpoint(model_type).glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")

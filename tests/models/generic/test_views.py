@@ -1,4 +1,4 @@
-"""Which picture the tower works on, what is kept of it, and for how long."""
+"""Which picture the vision encoder works on, what is kept of it, and for how long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG_S = 1000.0
 
 
 class ScriptedTower:
-    """Breaks off once in each picture, as where the next piece would be late; some pictures fail."""
+    """A tower that pauses once in each picture, as if the next piece would be late; some pictures fail."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -62,7 +62,7 @@ def image(name: str) -> ImageInput:
 
 
 def test_a_picture_is_not_forgotten_for_one_behind_it(tower: ScriptedTower, views: Views) -> None:
-    """Also where there is time left, but too little for its next piece."""
+    """Check this also if time is left, but too little for the picture's next piece."""
     images = [image("a"), image("b")]
     found = [views.advance(images, LONG_S) for _ in range(4)]
     assert found == [[False, False], [True, False], [True, True], [True, True]]

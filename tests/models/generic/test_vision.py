@@ -1,4 +1,4 @@
-"""Models that see, of every family: their logits are those of transformers, however steps are cut."""
+"""Vision models of every family: their logits equal those of transformers, however steps are cut."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tgi_asgi.models.generic.vision.own import Lfm2Images
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
-# One of each kind: tiles, a class token, axes and deepstack, both directions, other inputs, states.
+# One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states.
 FEW = ("smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl")
 ANSWER = list(range(120, 126))
 Part = str | PIL.Image.Image
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
 
 def of_each(names: Sequence[str]) -> list[Any]:
-    """Return all of these families; those that are not among the few belong to `make test-models`."""
+    """Return these families as parameters, with those outside `FEW` marked `models`."""
     return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
 
 
@@ -54,7 +54,7 @@ def threads() -> None:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return what makes a family's checkpoint, each once."""
+    """Return a function that makes each family's checkpoint once."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -129,7 +129,7 @@ def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callabl
     num_calls, before = 1, tower.num_pieces
     while (view := tower.go_on(0.0)) is None:
         num_calls += 1
-    assert 10 <= tower.num_pieces - before == num_calls - 1  # the last call finds all of it known
+    assert 10 <= tower.num_pieces - before == num_calls - 1  # the last call finds every piece computed
     for found, wanted in zip((view.rows, *view.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_attention_in_pieces_gives_the_same(
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-# Those whose classes transformers makes without torchvision.
+# Families whose processor classes transformers can load without torchvision.
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("llava", "Llava"), ("llava_next", "LlavaNext"), ("idefics3", "Idefics3"), ("gemma3", "Gemma3"),
@@ -243,7 +243,7 @@ def content_of(parts: Sequence[Part]) -> list[Any]:
 
 @asynccontextmanager
 async def chatting(folder: Path, **options: Any) -> AsyncIterator[tuple[Any, App]]:
-    """Yield a function that asks a served model, and the app."""
+    """Yield a function that queries a served model, and the app."""
     async with (
         served(folder, **options) as (url, app),
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
@@ -262,7 +262,7 @@ async def chatting(folder: Path, **options: Any) -> AsyncIterator[tuple[Any, App
 
 
 def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> str:
-    """Return what transformers' own model answers to one turn, as the checkpoint's template writes it."""
+    """Return the greedy answer of transformers' own model to one turn, in the checkpoint's template."""
     prompt: Prompt = eyes.prompt_of(name, folder, ["user: ", *parts, "\nassistant: "])
     model, answer = eyes.open_reference(folder), list[int]()
     for _ in range(num_tokens):
@@ -308,14 +308,14 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
     stacked = tower._stacked
 
     def slowly(parts: list[Any]) -> Any:
-        time.sleep(0.05)  # far longer than a step, also where the machine is busy
+        time.sleep(0.05)  # much longer than a step, even on a busy machine
         return stacked(parts)
 
     async with chatting(folder_of("llava"), target_inter_token_ms=1.0) as (ask, app):
         program, seen = program_of(app), set[int]()
         draw = program.draw
 
-        def watched(*arguments: Any) -> Any:  # each step that draws a token for the stream
+        def watched(*arguments: Any) -> Any:  # each step that samples a token for the stream
             seen.add(program.views._tower.num_pieces)
             return draw(*arguments)
 
@@ -327,7 +327,7 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
         async for _ in stream:
             pass
         assert (await asked).choices[0].message.content is not None
-    assert len(seen) >= 4  # tokens were drawn between the tower's seven pieces
+    assert len(seen) >= 4  # tokens were sampled between the tower's seven pieces
 
 
 async def test_without_a_processor_the_model_takes_text_alone(
@@ -356,7 +356,7 @@ def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
 
 
 @pytest.mark.parametrize(
-    ("size", "grid", "seen"),  # as Lfm2VlImageProcessor of transformers 5.23 has them
+    ("size", "grid", "seen"),  # according to Lfm2VlImageProcessor of transformers 5.23
     [((50, 30), (1, 1), (224, 352)), ((800, 600), (1, 1), (416, 576)), ((33, 1200), (1, 1), (1568, 64)),
      ((3000, 2000), (2, 3), (416, 608))],
 )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Record what `transformers` says of the demonstration model: the oracle of tests/runner/test_oracle.py.
+"""Record the results of `transformers` for the demonstration model, for tests/runner/test_oracle.py.
 
     python tests/models/oracle/record.py SmolLM2-135M-Instruct.Q4_1.gguf tests/models/oracle/smollm2-135m.json
 
-Needs `transformers`, `gguf` and `accelerate` (without which transformers does not read GGUF). The file's
-weights are dequantised exactly, by the `gguf` package inside transformers' own loader, and run in float32
-with eager attention on the CPU. Of each prompt it keeps the greedy continuation and, teacher-forced over it
-in one pass with a float64 log-softmax, each token's log-probability and the five best. Takes ten minutes on
-two cores. Nothing here imports tgi_asgi.
+Needs `transformers`, `gguf` and `accelerate` (without which transformers does not read GGUF). The `gguf`
+package, inside transformers' own loader, dequantises the file's weights exactly; they run in float32 with
+eager attention on the CPU. For each prompt the file records the greedy continuation. From one teacher-forced
+pass over it, with a float64 log-softmax, it records each token's log-probability and the five best. Takes ten
+minutes on two cores. Nothing here imports tgi_asgi.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
 
 @torch.inference_mode()
 def continue_greedily(model: torch.nn.Module, prompt: list[int]) -> dict[str, object]:
-    """Take NUM_TOKENS greedy tokens, past EOS too, and score them in one teacher-forced pass."""
+    """Generate NUM_TOKENS greedy tokens, past EOS too, and score them in one teacher-forced pass."""
     tokens: list[int] = []
     cache, step = None, torch.tensor([prompt])
     while len(tokens) < NUM_TOKENS:

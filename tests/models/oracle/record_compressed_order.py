@@ -1,10 +1,10 @@
-"""Record a matrix with columns in act-order, and what compressed-tensors decompresses it to.
+"""Record a matrix with columns in act-order, and the values that compressed-tensors decompresses it to.
 
     pip install torch compressed-tensors==0.12.2
     python tests/models/oracle/record_compressed_order.py tests/models/oracle/compressed-order.npz
 
-Version 0.20 no longer reads `weight_g_idx`, which checkpoints of earlier ones have: so the values are kept,
-where those of other checkpoints are computed in tests/models/test_compressed_tensors.py.
+Version 0.20 no longer reads `weight_g_idx`, which checkpoints of earlier versions contain. The values are
+therefore recorded; those of other checkpoints are computed in tests/models/test_compressed_tensors.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ ROWS, COLUMNS, GROUP = 32, 256, 64
 
 
 def main() -> None:
-    """Compress random weights by an older version, and keep its tensors and its values."""
-    # Not of the version that the tests install, whose modules have other names.
+    """Compress random weights with an older version, and record its tensors and values."""
+    # The version that the tests install has other module names.
     from compressed_tensors.compressors.quantized_compressors import pack_quantized
     from compressed_tensors.quantization import QuantizationArgs
 

@@ -1,11 +1,11 @@
-"""Record matrices that AutoGPTQ packs, and what its own module makes of them: the oracle of test_gptq.py.
+"""Record matrices packed by AutoGPTQ and the weights that its own module computes, for test_gptq.py.
 
-    pip download --no-deps auto-gptq==0.7.1    # then unpack auto_gptq/nn_modules/qlinear alone on PYTHONPATH,
-                                               # with empty __init__.py above it: the rest wants CUDA
+    pip download --no-deps auto-gptq==0.7.1    # then unpack only auto_gptq/nn_modules/qlinear on PYTHONPATH,
+                                               # with empty __init__.py above it: the rest needs CUDA
     python tests/models/oracle/record_gptq.py tests/models/oracle/gptq.npz
 
-Its module multiplies an identity matrix, in float32 on the CPU. Kept are the tensors that a checkpoint would
-have, and the product: the weights.
+The module multiplies an identity matrix, in float32 on the CPU. The file records the tensors of a checkpoint
+and the product, which is the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = {
 
 
 def record(bits: int, is_centred: bool, has_order: bool) -> dict[str, torch.Tensor]:
-    """Quantise random weights, let AutoGPTQ pack them and multiply by them."""
+    """Quantise random weights; let AutoGPTQ pack them and multiply by them."""
     from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
 
     generator = torch.Generator().manual_seed(1)
@@ -52,7 +52,7 @@ def record(bits: int, is_centred: bool, has_order: bool) -> dict[str, torch.Tens
 
 
 def main() -> None:
-    """Record all cases into one file."""
+    """Record all cases in one file."""
     arrays = {
         f"{name}.{key}": tensor.numpy()
         for name, options in CASES.items()

