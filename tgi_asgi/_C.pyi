@@ -41,7 +41,7 @@ def configure_team(num_threads: int = 0, nice: int = 0, pin: bool = False, spin_
     """Restart the thread team with these options."""
 
 def join_team() -> None:
-    """Permanently give the calling thread the team's nice value and member 0's core."""
+    """Give the calling thread the team's nice value and member 0's core permanently."""
 
 def team_spin(spin_us: int) -> None:
     """Set how long idle members spin from now on; 0 restores the configured value."""

@@ -92,7 +92,7 @@ async def test_a_broken_key_file_keeps_the_old_keys_and_says_so(
         path.write_bytes(content)
     app.reload()
     [record] = caplog.records
-    assert record.levelno == logging.ERROR and "stay as they are" in record.getMessage()
+    assert record.levelno == logging.ERROR and "keeping the current API keys" in record.getMessage()
     assert str(path) in record.getMessage()
     assert (await call(app, "old")).status_code == 200
     assert (await call(app, "")).status_code == 401

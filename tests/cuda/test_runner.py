@@ -342,8 +342,8 @@ async def test_queries_and_keys_of_qwen3_are_normalised(tmp_path: Path, device: 
 @pytest.mark.parametrize(
     ("changes", "dtype", "message"),
     [
-        ({"head_dim": 32}, "auto", "no head size 32"),
-        ({}, "float32", "--dtype float32 is not computed on a GPU"),
+        ({"head_dim": 32}, "auto", "do not support head size 32"),
+        ({}, "float32", "--dtype float32 is not supported on a GPU"),
     ],
 )
 def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(

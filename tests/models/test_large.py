@@ -250,7 +250,7 @@ def test_a_cache_beyond_the_memory_names_what_would_fit(
 ) -> None:
     load = load_with(monkeypatch, 64 * MIB)
     files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 20, num_key_value_heads=4)
-    with pytest.raises(ModelLoadError, match="less than one of --max-total-tokens 1000000") as refused:
+    with pytest.raises(ModelLoadError, match="fewer than --max-total-tokens 1000000") as refused:
         load(files, max_total_tokens=1_000_000)
     found = re.search(r"set that to at most (\d+), or free memory", str(refused.value))
     assert found is not None
