@@ -87,12 +87,12 @@ def formats() -> list[WeightFormat]:
     """Return the table of weight formats."""
 
 def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
-    """Decode a file's rows to float32 [rows, columns], bit-identical to ggml."""
+    """Return a file's rows as float32 [rows, columns], bit-identical to ggml."""
 
 def repack_rows(
     data: npt.NDArray[np.uint8], format: str, columns: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Repack a file's rows into codes, scales and offsets: weight = scale * (code - zero) + offset."""
+    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset."""
 
 class Arena:
     """Memory of packed weights, in packing order."""
