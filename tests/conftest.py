@@ -1,4 +1,4 @@
-"""What all tests share: fixtures, and the rules of a run (which tests, how long each, which may skip)."""
+"""Fixtures for all tests, and the rules of a run: which tests run, for how long, and which may skip."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# torch's threads wait for each other by spinning: on two cores, beside servers and teams of their own,
-# references took up to ten times as long. Before anything imports torch.
+# torch's threads spin while they wait for each other: on two cores shared with servers and their thread
+# pools, references took up to ten times as long. Set it before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.llama_cpp import package_source
@@ -30,13 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
     nightly = config.getini("nightly_markers")
     config.pluginmanager.register(Selection(nightly))
     config.pluginmanager.register(TimeLimit(nightly))
-    if not hasattr(config, "workerinput"):  # of pytest-xdist's, the one process that hears of all tests
+    if not hasattr(config, "workerinput"):  # only pytest-xdist's controller sees all tests
         config.pluginmanager.register(Skips())
 
 
 @pytest.fixture(scope="session")
 def demo_files() -> ModelFiles:
-    """The demonstration model, fetched on first use just as the server fetches it (98 MB, cached)."""
+    """Return the demonstration model, fetched on first use as the server fetches it (98 MB, cached)."""
     try:
         return resolve(Settings(model_id=DEMO_MODEL), lambda stage, done, total: None)
     except ModelLoadError as error:
@@ -45,29 +45,29 @@ def demo_files() -> ModelFiles:
 
 @pytest.fixture(scope="session")
 def demo_gguf(demo_files: ModelFiles) -> Path:
-    """Its file."""
+    """Return the demonstration model's file."""
     return demo_files.path
 
 
 @pytest.fixture(scope="session")
 def llama_cpp_package() -> Path:
-    """The sources of llama.cpp's Python package, fetched once into build/ (77 MB)."""
+    """Return the sources of llama.cpp's Python package, fetched once into build/ (77 MB)."""
     return package_source()
 
 
 @pytest.fixture(scope="session")
 def llama_cpp(llama_cpp_package: Path) -> Path:
-    """Those of llama.cpp itself, within: vocabularies with test vectors, chat templates, the converter."""
+    """Return llama.cpp's own sources in it: vocabularies with test vectors, chat templates, converter."""
     return llama_cpp_package / "vendor" / "llama.cpp"
 
 
 @pytest.fixture(scope="session")
 def vllm_examples() -> Path:
-    """vLLM's chat templates for tools, fetched once into build/ (47 MB)."""
+    """Return vLLM's chat templates for tools, fetched once into build/ (47 MB)."""
     return vllm_templates()
 
 
 @pytest.fixture(params=["small", pytest.param("full", marks=pytest.mark.soak)])
 def scale(request: pytest.FixtureRequest) -> Scale:
-    """Run a long test at both sizes; the full one only in `make soak`."""
+    """Run a long test at both sizes; the full size runs only in `make soak`."""
     return Scale(is_full=request.param == "full")

@@ -1,9 +1,10 @@
-"""The oldest versions that requirements.txt and pyproject.toml allow, of all but torch: `make test-lowest`.
+"""Tests with the oldest versions of all declared dependencies except torch: `make test-lowest`.
 
     python -m tests.lowest [pytest's arguments]
 
-In build/lowest are an environment and a copy of the tree, so that the tree's own extension stays what it is.
-A bound that fails is wrong: raise it. Tests of models are left out: they go with one `transformers`.
+build/lowest holds an environment and a copy of the tree, so that the tree's own extension is not rebuilt. If
+a bound fails, it is wrong: raise it. Tests of models are left out because they need one particular
+`transformers`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from tests.support.installing import ROOT, copy_tracked, settings_for_uv
 
 FOLDER = ROOT / "build" / "lowest"
 TREE, PYTHON = FOLDER / "tree", FOLDER / "env" / "bin" / "python"
-# They import what the tests of models need beside these versions, or want newer ones.
+# Only tests of models need them, or they require newer versions than these.
 NOT_INSTALLED = {"transformers", "compressed-tensors", "peft"}
-# peft's patterns, adapters that peft writes, and what the newest `transformers` makes of a conversation.
+# These need peft's patterns, adapters that peft writes, or conversations rendered by the newest
+# `transformers`.
 LEFT_OUT = [
     "formats/test_peft.py",
     "text/test_chat_references.py",
@@ -44,12 +46,12 @@ TESTS = [
 
 
 def name_of(requirement: str) -> str:
-    """Return the package's name as indexes spell it."""
+    """Return the package's name as package indexes spell it."""
     return re.split(r"[<>=;\[\s]", requirement)[0].lower().replace("_", "-")
 
 
 def make_environment() -> None:
-    """Install the oldest versions, build with the oldest tools, and add what tests need at its newest."""
+    """Install the oldest versions, build with the oldest tools, and add the newest test dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     shutil.rmtree(FOLDER, ignore_errors=True)
     copy_tracked(TREE)
@@ -66,7 +68,7 @@ def make_environment() -> None:
 
 
 def _check(versions: str) -> None:
-    """Raise `SystemExit` where another package wants more than the bound that we give."""
+    """Raise `SystemExit` if another package requires a newer version than the project's bound."""
     installed = dict(line.lower().split("==") for line in versions.splitlines() if "==" in line)
     lines = [line.partition("#")[0] for line in (TREE / "requirements.txt").read_text().splitlines()]
     wrong = []
@@ -98,10 +100,11 @@ def _run(*command: object) -> str:
 
 
 def main() -> int:
-    """Make the environment, run the tests in it, and return their exit status."""
+    """Create the environment, run the tests in it, and return their exit status."""
     make_environment()
     tests = [f"tests/{name}" for name in TESTS] + [f"--deselect=tests/{name}" for name in LEFT_OUT]
-    # Without CI's rule that nothing may be missing: clients in environments of their own are `make test`'s.
+    # CI's rule that nothing may be missing does not apply: `make test` tests the clients that have
+    # environments of their own.
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CI")}
     environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{environ['PATH']}"  # guides call tgi-asgi
     command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]

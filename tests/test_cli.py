@@ -1,4 +1,4 @@
-"""The command line: options made from the settings, precedence, help, errors as one line."""
+"""The command line: options generated from the settings, precedence, help, errors in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgi_asgi.settings import DEMO_MODEL, Settings
 
 
 class _Run:
-    """Invoke the command with the server replaced: what settings it would have served with."""
+    """Invokes the command with the server replaced, and records the settings it would have served with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.settings: Settings | None = None
@@ -212,7 +212,7 @@ def test_sagemaker_s_one_argument_means_its_port_and_its_variables(
     run: _Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgi-asgi", "serve"])
-    for name in ("PORT", "MODEL_ID", "HF_MODEL_ID"):  # so that they are restored
+    for name in ("PORT", "MODEL_ID", "HF_MODEL_ID"):  # monkeypatch then restores them
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("HF_MODEL_ID", "org/name")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""docs/coming-from-tgi.md against the code: its tables, and that nothing of TGI's is missing from them."""
+"""docs/coming-from-tgi.md against the code: its tables are current and cover everything in TGI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = tgi_page.PAGE.read_text(encoding="utf-8")
 
 def test_the_tables_are_what_the_code_says() -> None:
     expected = tgi_page.written(PAGE, tgi_page.tables())
-    assert expected == PAGE, "python -m tests.support.tgi_page writes them"
+    assert expected == PAGE, "run `python -m tests.support.tgi_page` to update the tables"
 
 
 def test_every_flag_of_the_launcher_is_in_the_table() -> None:
@@ -23,7 +23,7 @@ def test_every_flag_of_the_launcher_is_in_the_table() -> None:
 
 
 def test_what_the_code_knows_of_tgi_is_on_the_page() -> None:
-    """But for switches of older versions, which it tolerates."""
+    """Except two switches of older TGI versions, which the code tolerates."""
     older = {"disable_usage_stats", "disable_crash_reports"}
     listed = {*tgi_page.LAUNCHER, *(name.lower() for name in tgi_page.VARIABLES)}
     assert {option.name for option in OPTIONS} - older <= listed
@@ -52,7 +52,7 @@ def test_a_page_without_a_place_for_a_table_is_no_page() -> None:
 
 
 def test_the_variables_that_tgi_s_images_set_mean_here_what_they_meant_there() -> None:
-    """Of the images for CUDA, ROCm and Intel; of those for Gaudi; of those for CPUs and Neuron."""
+    """Check the images for CUDA, ROCm and Intel; then Gaudi; then CPUs and Neuron."""
     usual = {"HF_HOME": "/data", "HF_HUB_ENABLE_HF_TRANSFER": "1", "PORT": "80"}
     assert environment_changes(usual) == {}
     gaudi = {**usual, "ATTENTION": "paged", "PREFIX_CACHING": "0", "PREFILL_CHUNKING": "0"}

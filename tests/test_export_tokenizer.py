@@ -1,4 +1,4 @@
-"""The tokenizer folder that benchmarks load: the same ids and the same prompts as the server's."""
+"""The tokenizer folder that benchmarks load: it yields the same ids and prompts as the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of a run, by small runs under them: time limits, skips, nightly markers, the network."""
+"""The rules of a run, tested by small runs: time limits, skips, nightly markers, network access."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ markers =
 def run(
     folder: Path, tests: str, *arguments: str, expected: str = "", ci: bool = False, grace_s: float = 10
 ) -> tuple[int, str]:
-    """Run a file of tests under the rules; return the exit status and the output."""
+    """Run a test file under the rules; return the exit status and the output."""
     (folder / "conftest.py").write_text(CONFTEST.replace("GRACE_S", str(grace_s)))
     (folder / "pytest.ini").write_text(INI)
     (folder / "expected.txt").write_text(textwrap.dedent(expected))
@@ -100,7 +100,7 @@ def test_tests_that_hang_fail_with_stacks_and_the_others_run(tmp_path: Path) -> 
 
 
 def test_stacks_that_are_long_in_coming_come_whole(tmp_path: Path) -> None:
-    """A busy machine took seconds for them: they were begun again by each signal, until the run ended."""
+    """On a busy machine stacks took seconds: each signal restarted them, until the run ended."""
     status, output = run(
         tmp_path,
         """
@@ -252,7 +252,7 @@ def test_only_tests_that_are_marked_reach_other_machines(tmp_path: Path) -> None
     status, output = run(
         tmp_path,
         """
-        ELSEWHERE = ("192.0.2.1", 80)  # for documentation: nobody has it
+        ELSEWHERE = ("192.0.2.1", 80)  # reserved for documentation
 
         def reach(address):
             with socket.socket() as own:

@@ -1,4 +1,4 @@
-"""The container image, without a container engine: what its file says, and its steps in a clean folder."""
+"""The container image, tested without a container engine: its Dockerfile, and its steps in a clean folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _instructions() -> list[tuple[str, str]]:
 
 
 def _final_stage() -> dict[str, str]:
-    """Return the last stage's instructions, by name; the last of a kind wins, as in an image."""
+    """Return the last stage's instructions by name; the last of each kind wins, as in an image."""
     instructions = _instructions()
     last = max(i for i, (name, _) in enumerate(instructions) if name == "FROM")
     return dict(instructions[last:])
@@ -49,11 +49,11 @@ def healthcheck() -> ModuleType:
 def test_it_starts_as_tgis_image_does() -> None:
     stage = _final_stage()
     assert json.loads(stage["ENTRYPOINT"]) == ["tgi-asgi"]
-    assert "CMD" not in stage  # what follows the image's name is flags, or SageMaker's `serve`
+    assert "CMD" not in stage  # flags, or SageMaker's `serve`, follow the image's name
     environment = dict(re.findall(r"(\w+)=(\S+)", stage["ENV"]))
     assert environment["PORT"] == stage["EXPOSE"] == "80"
     assert environment["HF_HOME"] == stage["VOLUME"] == "/data"
-    for name in ("HOME", "TMPDIR", "TGI_ASGI_CACHE", "HF_HOME"):  # the root may be read-only
+    for name in ("HOME", "TMPDIR", "TGI_ASGI_CACHE", "HF_HOME"):  # the root file system may be read-only
         assert environment[name].startswith("/data")
     assert environment["PATH"].startswith("/opt/tgi-asgi/bin:")
     assert "healthcheck.py" in stage["HEALTHCHECK"]
@@ -130,15 +130,15 @@ def test_the_health_check_asks_where_the_server_listens(
 
 @pytest.mark.install
 def test_the_build_s_steps_make_a_working_server_in_a_clean_folder(tmp_path: Path) -> None:
-    """Compile everything: two minutes. Torch and the rest are taken from this environment, not fetched."""
+    """Compile everything, which takes two minutes. Torch and the rest come from this environment."""
     source, prefix = tmp_path / "src", tmp_path / "opt"
     copy_context(source)
     venv.create(prefix, with_pip=True)
     (site,) = prefix.glob("lib/python*/site-packages")
     mine = Path(pytest.__file__).parent.parent
-    (site / "here.pth").write_text(str(mine), encoding="utf-8")  # pip finds it all satisfied
+    (site / "here.pth").write_text(str(mine), encoding="utf-8")  # pip finds all requirements satisfied
     environ = {**os.environ, "PYTHON": sys.executable, "TORCH_INDEX": ""}
-    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"  # ninja
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"  # for ninja
     for step in ("environment.sh", "install.sh"):
         run = subprocess.run(
             [f"docker/{step}", "cpu", prefix], cwd=source, env=environ, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows between the rooms, and what importing the app must not load."""
+"""The import rules between packages, and the modules that importing the app must not load."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 
-# What each room may import; `settings`, `errors`, `types` and a room's own modules always.
+# The packages that each package may import, in addition to `settings`, `errors`, `types` and its own modules.
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED = {
     "api": {"images", "observe", "text"},
     "serve": {"app", "api", "observe"},
     "commands": {"serve", "observe", "formats"},
-    "observe": {"engine"},  # its counters
+    "observe": {"engine"},  # the engine's counters
     "engine": _BELOW_ENGINE,
     "runner": {"models", "ops", "text", "formats"},
     "models": {"ops", "text", "formats"},
     "ops": {"_C", "_cuda"},
     "text": {"formats"},
     "images": set(),
-    "formats": {"_C"},  # its table of weight formats
+    "formats": {"_C"},  # for its table of weight formats
     "settings": set(),
     "errors": set(),
     "types": set(),
 }
 COMMON = {"settings", "errors", "types"}
-# Rooms and files of it that know one dialect each; what they share lies beside them.
+# Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
-MAY_KNOW = {  # TGI's clouds and tokenizer take OpenAI's chats; Ollama's tools are written as OpenAI's
+MAY_KNOW = {  # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format
     "tgi": {"openai"},
-    "tei": {"openai"},  # whose path of rankings it shares
+    "tei": {"openai"},  # the two APIs share the path /rerank
     "ollama": {"openai"},
 }
 MOST_MODULES_OF_A_CHAT = 25
@@ -45,7 +45,7 @@ PURE = ("engine/scheduler.py", "engine/blocks.py", "engine/prefix.py", "engine/s
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Yield the modules that a file imports, anywhere in it but under `if TYPE_CHECKING`."""
+    """Yield the modules that a file imports anywhere except under `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(inner)
@@ -76,7 +76,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_imports_point_one_way(path: Path) -> None:
     room = _room(path)
     if room not in ALLOWED:
-        return  # app, cli and what they alone use see everything
+        return  # app, cli and the modules that only they use may import everything
     for name in _imports(path):
         parts = name.split(".")
         if parts[0] != "tgi_asgi" or len(parts) == 1 or parts[1] == "__version__":
@@ -102,7 +102,7 @@ def test_what_serves_all_dialects_knows_none() -> None:
 
 
 def test_a_chat_stands_on_few_modules() -> None:
-    """What the route of chats imports of the API, and what that imports, packages included."""
+    """Count the API modules that the chat route imports, directly or indirectly, packages included."""
     found: set[Path] = set()
     waiting = ["tgi_asgi.api.openai.chat", "tgi_asgi.api.life"]
     while waiting:
@@ -147,7 +147,7 @@ def test_importing_the_server_loads_neither_torch_nor_pillow(module: str) -> Non
 
 
 def test_loading_a_model_imports_neither_torch_s_compiler_nor_the_code_of_transformers() -> None:
-    """They take as long as all the rest of the start: `torch.nn.attention.bias` alone imports the first."""
+    """They double the start-up time; `torch.nn.attention.bias` alone imports torch's compiler."""
     slow = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "transformers"}
     code = f"import sys, tgi_asgi.app, tgi_asgi.runner.load; print(*({slow} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

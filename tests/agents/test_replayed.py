@@ -1,4 +1,4 @@
-"""What agents send is answered, and the answer has what they need; the real ones run in test_agents.py."""
+"""Agents' recorded requests are answered as the agents need; test_agents.py runs the real agents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTEXT = 16_384  # less than the 32,000 tokens that Claude Code asks for
 
 
 async def post(replay: Replay) -> tuple[str, str]:
-    """Return the prompt that a request makes, and its answer."""
+    """Send a request; return the prompt that it makes, and its answer."""
     engine = ScriptedEngine(say(*(bytes([byte]) for byte in replay.says.encode())))
     info = toy_info(max_input_tokens=CONTEXT - 1, max_total_tokens=CONTEXT)
     async with client_of(scripted_app(engine, info=info, chat_template=TEMPLATE)) as client:
@@ -35,9 +35,9 @@ def events_of(stream: str) -> list[dict[str, Any]]:
 
 
 def codex_reads(events: list[dict[str, Any]]) -> list[Item]:
-    """Read a response as Codex does: the items that are done, and that it has been completed.
+    """Read a response as Codex does: its finished items, and that it has completed.
 
-    What it shows while they grow has to agree with them.
+    Check that each item's deltas agree with the finished item.
     """
     assert events[-1]["type"] == "response.completed"
     items = [event["item"] for event in events if event["type"] == "response.output_item.done"]
@@ -63,7 +63,7 @@ def codex_reads(events: list[dict[str, Any]]) -> list[Item]:
 
 
 def claude_reads(events: list[dict[str, Any]]) -> list[Item]:
-    """Read a message as Anthropic's SDK does: from what its blocks begin with and grow by."""
+    """Read a message as Anthropic's SDK does: from its blocks' starts and deltas."""
     read: list[list[str]] = []
     for event in events:
         match event["type"]:
@@ -111,7 +111,7 @@ async def test_a_request_is_answered(replay: Replay) -> None:
     at = 0
     for seen in replay.sees:
         at = prompt.find(seen, at)
-        assert at >= 0, f"{seen!r} is not in the prompt, or not in its place: {prompt}"
+        assert at >= 0, f"{seen!r} is missing from the prompt or out of order: {prompt}"
     assert not [missed for missed in replay.misses if missed in prompt]
 
 

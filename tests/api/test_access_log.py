@@ -1,4 +1,4 @@
-"""One line a request, with its numbers as fields, and nothing in it that a client could forge."""
+"""The access log: one line per request, with its numbers as fields, and nothing that a client could forge."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_probes_are_logged_only_when_they_fail(caplog: pytest.LogCaptureFi
     async with client_of(app) as client:
         for path in ("/health", "/ping", "/metrics", "/"):
             await client.get(path)
-        app.context.served = None  # loading
+        app.context.served = None  # the model is loading
         await client.get("/health")
         assert caplog.records == []
         app.context.failure = ModelLoadError("no such file")

@@ -1,4 +1,4 @@
-"""Adapters on the wire: by `adapter_id`, by `model`, listed, loaded and unloaded by the operator."""
+"""Adapters on the wire: selected by `adapter_id` or `model`, listed, loaded and unloaded by the operator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = Settings(model_id="toy/model", admin_api_key="root", enable_lora=True
 
 
 class Loaded:
-    """What the loader below returns."""
+    """The adapter that the loader below returns."""
 
     weights, rank, num_bytes = "weights", 8, 1000
 
@@ -44,7 +44,7 @@ def load(source: AdapterSource) -> Loaded:
 
 
 async def serving(*names: str, settings: Settings = SETTINGS, engine: ScriptedEngine | None = None) -> App:
-    """Return an app whose adapters have been loaded."""
+    """Return an app with loaded adapters."""
     adapters = Adapters(load, [AdapterSource(name, f"/{name}") for name in names], max_loaded=4)
     await adapters.start()
     return scripted_app(engine or ScriptedEngine(), settings, adapters=adapters)
@@ -56,7 +56,7 @@ async def post(app: App, path: str, body: Any, headers: dict[str, str] | None = 
 
 
 def asked(app: App) -> list[str | None]:
-    """Return the adapters of the requests that the engine has had."""
+    """Return the adapters of the requests that the engine has received."""
     assert app.context.served is not None
     engine: Any = app.context.served.engine
     return [None if each.adapter is None else each.adapter.name for each in engine.requests]
@@ -138,7 +138,7 @@ async def test_one_that_loads_is_503_in_each_envelope() -> None:
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
         assert {native.headers["retry-after"], answer.headers["retry-after"]} == {"2"}
         served: Any = app.context.served
-        assert served.engine.num_permits == 128, "the room was given back"
+        assert served.engine.num_permits == 128, "the permit must be returned"
     finally:
         go_on.set()
         adapters.close()
@@ -157,12 +157,12 @@ async def test_the_server_is_healthy_once_those_named_at_the_start_have_been_rea
         await until(lambda: app.context.served is not None)
         assert (await client.get("/health")).status_code == 200
         answer = await client.post("/generate", json={"inputs": "hi", "parameters": {"adapter_id": "sql"}})
-        assert answer.status_code == 200, "and the one that cannot be read fails alone"
+        assert answer.status_code == 200, "an unreadable adapter must not affect the others"
     await app.stop()
 
 
 class Waiting(Adapters):
-    """Adapters of which one can be unloaded while a request waits for it, or for a thread."""
+    """Adapters that the test can unload while a request waits for them or for a thread."""
 
     def __init__(self, names: Sequence[str] = ("sql",)) -> None:
         self.go_on = threading.Event()
@@ -184,7 +184,7 @@ async def test_prompts_of_a_request_have_the_adapter_that_it_named_though_it_is_
     removals: list[asyncio.Task[None]] = []
     work = app.context.text.run
 
-    async def run(*args: Any) -> Any:  # the first prompt's tokens are made: unload it now
+    async def run(*args: Any) -> Any:  # called once the first prompt is tokenised: unload the adapter
         if not removals:
             removals.append(asyncio.create_task(adapters.remove("sql")))
             while "sql" in adapters:
@@ -212,7 +212,7 @@ async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
 ) -> None:
     adapters = Waiting()
     await adapters.start()
-    await adapters.add("other", "/other")  # which makes it leave the memory
+    await adapters.add("other", "/other")  # evicts "sql" from memory
     app = scripted_app(ScriptedEngine(), SETTINGS, adapters=adapters)
     adapters.go_on.clear()
     request = asyncio.create_task(post(app, path, body))
@@ -225,9 +225,9 @@ async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
     if path != "/generate":
         error = answer.json()["error"]
         assert (error["param"], error["code"]) == ("model", "adapter_not_found")
-    assert asked(app) == [], "the base must not answer for it"
+    assert asked(app) == [], "the base model must not answer instead"
     served: Any = app.context.served
-    assert served.engine.num_permits == 128, "the room was given back"
+    assert served.engine.num_permits == 128, "the permit must be returned"
     await asyncio.wait_for(removal, 5)
     adapters.close()
 

@@ -1,4 +1,4 @@
-"""Reading bodies under limits, request ids, and the border that turns exceptions into responses."""
+"""Reading bodies under limits, request ids, and the conversion of exceptions into responses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_a_body_in_pieces_is_put_together() -> None:
 
 
 async def test_a_client_that_waits_for_the_answer_before_it_sends_the_rest_gets_it() -> None:
-    """So do those that send `Expect: 100-continue`."""
+    """Clients that send `Expect: 100-continue` do this."""
     call = request("POST", CHAT, headers={"content-length": "100000000"}, chunks=[])
     async with asyncio.timeout(4):
         await send(small_app(), call)
@@ -73,7 +73,7 @@ async def test_a_client_that_leaves_while_it_sends_gets_nothing() -> None:
 async def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi, "BODY_TIMEOUT_S", 0.01)
     call = await send(small_app(), request("POST", CHAT, chunks=[]))
-    assert call.status == 400  # SDKs would send it again after a 408
+    assert call.status == 400  # SDKs would retry after a 408
     assert call.headers["connection"] == "close"
 
 

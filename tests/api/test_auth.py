@@ -1,4 +1,4 @@
-"""API keys: who passes, in whose envelope the others are refused, and what stays open."""
+"""API keys: which are accepted, the envelope of the refusals, and the routes that stay open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many readers that stall at once: each is cut off by itself, and those that read get everything."""
+"""Many readers stall at once: each is cut off separately, and the other readers receive everything."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ async def test_stalled_readers_are_cut_off_each_by_itself(
     assert not any(channel.is_cancelled for channel in engine.channels[NUM_STALLED:])
     cut = [record for record in caplog.records if "stream cut off" in record.getMessage()]
     assert len(cut) == NUM_STALLED
-    # What a stalled reader costs is what the kernel took, and at most so many events.
+    # A stalled reader costs the data that the kernel has buffered, and at most this many events.
     assert all(f"{MAX_WAITING + 1} tokens behind" in record.getMessage() for record in cut)

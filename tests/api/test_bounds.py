@@ -1,4 +1,4 @@
-"""What one request may take: long names, memory, bodies in flight, texts to tokenise, threads."""
+"""What one request may use: long names, memory, bodies in flight, texts to tokenise, threads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def post(app: App, path: str, body: Any) -> httpx.Response:
         return await client.post(path, json=body)
 
 
-# Names that are given back.
+# Names that responses repeat.
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -88,7 +88,7 @@ async def test_many_choices_with_long_names_take_little_memory(path: str) -> Non
     app = scripted_app(ScriptedEngine(say("a")))
     names = {"model": "m" * 256, "request_id": "r" * 256}
     body = {**BODIES[path], **names, "n": 64, "stream": True}
-    await send(app, request("POST", path, body))  # what is made once is made now
+    await send(app, request("POST", path, body))  # warm up one-time allocations
     call = request("POST", path, body)
     tracemalloc.start()
     try:
@@ -112,7 +112,7 @@ def sent_in_parts(path: str = "/v1/chat/completions", body: bytes = LARGE) -> Ca
 
 
 class HalfSent:
-    """A request whose client has sent the first half of its body, and waits."""
+    """A request whose client has sent the first half of its body and then waits."""
 
     def __init__(self, app: App, path: str = "/v1/chat/completions") -> None:
         self.call = request("POST", path)
@@ -150,7 +150,7 @@ async def test_more_bodies_than_there_is_room_for_are_refused(path: str, told: C
     assert refused.status == 429 and refused.is_complete
     assert 1 <= int(refused.headers["retry-after"]) <= 120
     assert told(refused.json())
-    assert app.context.bodies.held == 500  # the first's; what was refused is given back
+    assert app.context.bodies.held == 500  # the first request's bytes; the refused request's are released
     first.rest.put_nowait({"type": "http.request", "body": LARGE[500:], "more_body": False})
     first.rest.put_nowait({"type": "http.disconnect"})
     await first.task
@@ -228,7 +228,7 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     async with asyncio.timeout(5):
         while not engine.channels:
             await asyncio.sleep(0.001)
-    assert app.context.bodies.held == len(body)  # what it said is needed for the answer
+    assert app.context.bodies.held == len(body)  # the answer still needs the body's contents
     if how == "cancelled":
         task.cancel()
     elif how == "disconnected":
@@ -239,14 +239,14 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     assert app.context.bodies.held == 0
     assert engine.num_permits == 128
     gc.collect()
-    assert complaints == []  # of futures that nobody asked how they ended
+    assert complaints == []  # no future with an unretrieved exception
 
 
 # Texts before they are tokenised.
 
 
 class Spy(ToyTokenizer):
-    """Notes the length of what is tokenised."""
+    """Records the lengths of the texts that it tokenises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(path: st
     assert answer.status_code in (400, 422)
     assert "at least 21" in answer.text or "too long: 21 tokens > 20" in answer.text, answer.text
     assert spy.sizes == []
-    answer = await post(app, path, TEXTS[path]("a" * most))  # may fit: only its tokens can tell
+    answer = await post(app, path, TEXTS[path]("a" * most))  # may fit: the length in tokens must be counted
     assert answer.status_code in (400, 422)
     assert spy.sizes == [most]
 
@@ -407,7 +407,7 @@ async def test_a_request_that_has_ended_needs_no_collector_to_be_freed(
     try:
         assert (await send(app, call)).status == status
         engine.channels.clear()
-        for _ in range(3):  # what watched for the client's leaving ends
+        for _ in range(3):  # let the task that watches for a disconnect end
             await asyncio.sleep(0)
         assert [exchange() for exchange in exchanges] == [None]
     finally:

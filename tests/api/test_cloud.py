@@ -1,4 +1,4 @@
-"""What SageMaker and Vertex AI call."""
+"""The routes that SageMaker and Vertex AI call."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_invocations_with_a_prompt_answer_as_completions_do() -> None:
 async def test_only_requests_of_tgi_must_be_declared_to_be_json(
     path: str, body: bytes, is_compat: bool, status: int
 ) -> None:
-    """What route of OpenAI's would answer takes any content type, as there."""
+    """Bodies for one of OpenAI's routes may have any content type, as on that route."""
     app = scripted_app(ScriptedEngine(say("!")), Settings(tgi_compat=is_compat))
     async with client_of(app) as client:
         response = await client.post(path, content=body, headers={"content-type": "text/plain"})
@@ -102,7 +102,7 @@ async def test_vertex_answers_texts_in_the_order_of_the_instances() -> None:
     }
     response = await post("/vertex", body, engine)
     assert response.json() == {"predictions": ["a", "ab", "twoab"]}
-    # Every parameter counts, not only max_new_tokens and seed.
+    # Every parameter takes effect, not only max_new_tokens and seed.
     assert engine.requests[2].sampling.top_k == 3
     assert engine.requests[0].sampling.temperature == 0
     assert engine.num_permits == 128
@@ -123,7 +123,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 async def test_a_chat_s_prediction_is_what_chat_would_show(
     tokens: list[str], fields: dict[str, Any], prediction: str | None
 ) -> None:
-    """The content, without reasoning; a string cannot hold calls but as JSON."""
+    """It is the content without reasoning; a string can hold tool calls only as JSON."""
     info = toy_info(max_input_tokens=4095, max_total_tokens=4096)
     app = scripted_app(
         ScriptedEngine(say(*tokens)), info=info, chat_template=CHATML + "{# <think> </think> #}"

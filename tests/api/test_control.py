@@ -1,4 +1,4 @@
-"""What operators do to a running server: admin routes behind a key of their own, and what probes are told."""
+"""Operating a running server: admin routes with a separate key, and the answers to probes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _level() -> Iterator[None]:
 
 @asynccontextmanager
 async def running(app: App, request_id: str) -> AsyncIterator[asyncio.Task[httpx.Response]]:
-    """Have a request under way."""
+    """Keep a request running."""
     async with client_of(app) as client:
         headers = {"x-request-id": request_id, "authorization": "Bearer user"}
         task = asyncio.create_task(client.post("/generate", json={"inputs": "hi"}, headers=headers))
@@ -54,7 +54,7 @@ async def test_without_an_admin_key_there_are_no_admin_routes(path: str) -> None
         assert (await post(scripted_app(ScriptedEngine()), path, {}, headers)).status_code == 404
     app = scripted_app(ScriptedEngine(), Settings(api_key=("user",)))
     assert (await post(app, path, {}, {"authorization": "Bearer user"})).status_code == 404
-    assert (await post(app, path, {}, ROOT)).status_code == 401  # as for any path that is not there
+    assert (await post(app, path, {}, ROOT)).status_code == 401  # as for any unknown path
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -105,7 +105,7 @@ async def test_the_prefix_cache_is_forgotten() -> None:
     engine = ScriptedEngine()
     engine.num_cached = 48
     app = scripted_app(engine, SETTINGS)
-    async with client_of(app) as client:  # curl sends no body and no type
+    async with client_of(app) as client:  # curl sends neither a body nor a content type
         answer = await client.post("/reset_prefix_cache", headers=ROOT)
     assert (answer.status_code, answer.json()) == (200, {"blocks": 3})
     assert engine.num_cached == 0

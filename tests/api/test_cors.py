@@ -1,4 +1,4 @@
-"""Browsers: preflights without keys, answers that they may read, and nothing unless asked for."""
+"""CORS: preflights without keys, answers that browsers may read, and no headers unless configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Grafana dashboard shows metrics that there are."""
+"""The Grafana dashboard uses only metrics that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operator may look into, and nobody else by default."""
+"""The debug endpoint: visible to the operator, and hidden by default."""
 
 from __future__ import annotations
 

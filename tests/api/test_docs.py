@@ -1,4 +1,4 @@
-"""The OpenAPI document: every route is in it, nothing else is, and its bounds are the ones enforced."""
+"""The OpenAPI document: it has every route and nothing else, and its bounds are the enforced ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings over sockets, from a tiny model: what each API asks for, and what `transformers` computes."""
+"""Embeddings over sockets, from a tiny model: each API's options, against the results of `transformers`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = ["short", "a-much-longer-text-" * 8, "another", "x"]
 
 
 class Embedder:
-    """The checkpoint, and what it should give."""
+    """The checkpoint and its expected vectors."""
 
     def __init__(self, directory: Path, mode: str, **options: Any) -> None:
         self.directory, self.mode = directory, mode
@@ -70,7 +70,7 @@ def sdk(server: PooledServer) -> openai.AsyncOpenAI:
 
 async def test_openais_sdk_gets_the_vectors_of_transformers(embedder: Embedder, server: PooledServer) -> None:
     async with sdk(server) as client:
-        answer = await client.embeddings.create(model="tiny", input=TEXTS)  # which asks for base64
+        answer = await client.embeddings.create(model="tiny", input=TEXTS)  # the SDK asks for base64
         plain = await client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
     for found in (answer, plain):
         assert [each.index for each in found.data] == [0, 1, 2, 3]
@@ -131,7 +131,7 @@ async def test_cut_inputs_keep_what_the_tokenizer_adds(embedder: Embedder, serve
 
 async def test_vectors_do_not_depend_on_what_runs_beside_them(embedder: Embedder, tmp_path: Path) -> None:
     other = Embedder(tmp_path, embedder.mode, is_bare=False)
-    (tmp_path / "modules.json").unlink()  # a model that generates, too
+    (tmp_path / "modules.json").unlink()  # the model can also generate
     kind = {"lasttoken": "last", "mean_tokens": "mean"}[embedder.mode]
     async with pooled_server(tmp_path, pooling=kind, max_concurrent_requests=32) as server:
         alone = [(await server.post("/v1/embeddings", input=text)).json() for text in TEXTS]
@@ -306,7 +306,7 @@ async def test_the_left_side_is_cut_where_that_is_asked_for(embedder: Embedder, 
 
 async def test_huggingface_hub_extracts_features(embedder: Embedder, server: PooledServer) -> None:
     def call() -> Any:
-        for url in (server.url, server.url + "/embed"):  # TEI answers at its root, too
+        for url in (server.url, server.url + "/embed"):  # TEI also answers at its root
             with_url = huggingface_hub.InferenceClient(model=url)
             yield with_url.feature_extraction(
                 "one", normalize=True, truncate=True, truncation_direction="right"

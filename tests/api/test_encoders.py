@@ -1,4 +1,4 @@
-"""Encoders over sockets: vectors and scores of transformers and sentence-transformers, errors, bursts."""
+"""Encoders over sockets, against transformers and sentence-transformers: vectors, scores, errors, bursts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_openais_sdk_gets_vectors_of_a_burst_as_of_each_alone(tmp_path: Pa
             np.testing.assert_allclose(found, vector, atol=1e-4)
         stats = server.app.context.ready().engine.describe()
         assert stats["blocks"]["used"] == 0
-        assert stats["counters"]["steps"] < 4 * 20  # several prompts each
+        assert stats["counters"]["steps"] < 4 * 20  # each step computes several prompts
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])

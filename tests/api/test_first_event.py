@@ -1,4 +1,4 @@
-"""What a stream sends while there is nothing to say, and whose task sends it."""
+"""Comments that a stream sends until its first token, and the task that sends them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 async def waiting(
     path: str, steps: Steps, settings: Settings = PATIENCE, **fields: Any
 ) -> AsyncIterator[tuple[Call, ScriptedEngine]]:
-    """Have a stream under way that gets what `steps` delivers; in the end it must be complete."""
+    """Run a stream that receives the events from `steps`; check at the end that it is complete."""
     engine = ScriptedEngine(steps.script)
     call = request("POST", path, STREAMS.get(path, {}) | fields)
     task = asyncio.create_task(send(scripted_app(engine, settings), call))
@@ -56,7 +56,7 @@ async def waiting(
 
 
 async def bodies(call: Call, num: int) -> list[bytes]:
-    """Wait for so many parts of a response's body."""
+    """Wait for `num` parts of a response's body."""
     async with asyncio.timeout(10):
         while len(call.sent) <= num:
             call.got_frame.clear()
@@ -145,7 +145,7 @@ async def test_no_comment_where_none_is_wanted_or_there_is_no_such_thing(
         waiting(path, steps, settings, **fields) as (call, _),
         waiting("/v1/chat/completions", beside) as (other, _),
     ):
-        await bodies(other, 1)  # whose time has come, and which began after the first
+        await bodies(other, 1)  # began later, and its timeout has passed
         assert call.sent == []
         await steps.deliver(GenerationFailed("broken"))
         await beside.deliver(token("", FinishReason.EOS))
@@ -179,7 +179,7 @@ async def test_a_client_that_leaves_before_the_first_token_is_noticed(steps: Ste
 
 
 class Impatient:
-    """A middleware that gives each `send` 50 ms, as any may; notes in whose tasks it was called."""
+    """A middleware that gives each `send` 50 ms, as any may; records the tasks that call it."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -196,7 +196,7 @@ class Impatient:
 
 @asynccontextmanager
 async def running_engine() -> AsyncIterator[tuple[Impatient, Engine]]:
-    """Serve a real engine behind the middleware."""
+    """Serve a real engine wrapped by the middleware."""
     engine = Engine(FakeRunner(), ToyTokenizer(), Settings(), toy_info())
     engine.start()
     app = scripted_app(ScriptedEngine())
@@ -246,7 +246,7 @@ async def test_frames_go_the_servers_own_way_where_it_has_one() -> None:
 
         def write(body: bytes) -> bool:
             writers.append(asyncio.current_task())
-            is_open = len(writers) % 3 != 0  # now and then the server would have to wait
+            is_open = len(writers) % 3 != 0  # sometimes the server would have to wait
             if is_open:
                 call.sent.append({"type": "http.response.body", "body": body, "more_body": True})
             return is_open
@@ -255,7 +255,7 @@ async def test_frames_go_the_servers_own_way_where_it_has_one() -> None:
         task = asyncio.create_task(send(app, call))
         await task
         assert app.senders == {task}
-        assert writers and task not in writers  # the engine's
+        assert writers and task not in writers  # written in the engine's task
         assert call.is_complete and num_tokens(call.content) > 2
 
 

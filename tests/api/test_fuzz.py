@@ -1,4 +1,4 @@
-"""Random JSON, near and far from valid: never a 500, never a hang, never a permit lost."""
+"""Random JSON, nearly valid and far from it: never a 500, a hang or a lost permit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MESSAGES = st.fixed_dictionaries(
 
 
 def bodies(kind: type[msgspec.Struct], required: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    """Return requests whose known fields hold anything at all, a few at a time."""
+    """Return requests in which up to four known fields hold arbitrary values."""
     names = sorted({field.name for field in msgspec.structs.fields(kind)} - set(required))
     given_fields = st.dictionaries(st.sampled_from(names), ANYTHING | SCALARS, max_size=4)
     return st.builds(lambda own, fields: {**fields, **own}, st.fixed_dictionaries(required), given_fields)

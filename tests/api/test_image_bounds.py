@@ -1,4 +1,4 @@
-"""Images that are refused: odd shapes, broken files, too many, too large; and what servers answer instead."""
+"""Refused images: odd shapes, broken files, too many, too large; and bad answers of image servers."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_a_hundred_images_are_too_many() -> None:
 
 
 async def test_decoded_bytes_are_bounded_for_one_and_for_all() -> None:
-    large = data_url(encoded(PIL.Image.new("RGB", (100, 100))))  # 40,000 bytes, and as many to decode it
+    large = data_url(encoded(PIL.Image.new("RGB", (100, 100))))  # 40,000 bytes, and as many for decoding
     app, _ = seeing_app(ScriptedEngine(has_eyes=True), Settings(max_image_memory=100_000))
     assert (await post("/v1/chat/completions", chat(large), app=app))[0] == 200
     status, body = await post("/v1/chat/completions", chat(large, large), app=app)
@@ -179,7 +179,7 @@ async def test_a_processor_that_fails_holds_nothing() -> None:
 
 
 def reaching(app: App, names: dict[str, list[str]] | None = None, allowed: Sequence[str] = ()) -> None:
-    """Let an app fetch from this machine, which stands for the internet, unless a name leads elsewhere."""
+    """Let an app fetch from this machine as if it were the internet; `names` maps other names."""
 
     async def lookup(name: str, port: int) -> list[str]:
         return (names or {}).get(name, ["127.0.0.1"])
@@ -255,7 +255,7 @@ async def test_an_image_may_come_just_when_the_time_is_over(monkeypatch: pytest.
 
 
 async def test_many_beginnings_of_images_are_read_once() -> None:
-    """Were each to look for its end in all that follows, these would take some minutes."""
+    """If each searched the whole rest of the text for its end, this would take minutes."""
     body = {"inputs": "![](" * 100_000, "parameters": {"truncate": 5, "max_new_tokens": 1}}
     status, _ = await post("/generate", body)
     assert status in (200, 422)
@@ -294,7 +294,7 @@ async def test_the_operator_s_hosts_may_be_listed_with_commas() -> None:
 
 
 async def test_names_are_looked_up_and_local_ones_refused() -> None:
-    """With the server's own resolver."""
+    """Use the server's own resolver."""
     status, body = await post("/v1/chat/completions", chat("http://localhost:1/"))
     assert status == 400 and "not public" in body["error"]["message"]
 

@@ -1,4 +1,4 @@
-"""Images in requests: where each dialect takes them from, and what the model gets of them."""
+"""Images in requests: their fields in each dialect, and the model's input."""
 
 from __future__ import annotations
 

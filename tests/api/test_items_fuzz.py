@@ -1,4 +1,4 @@
-"""Random items, blocks, schemas and tools for `/v1`: never a 500, never a permit lost."""
+"""Random items, blocks, schemas and tools for `/v1`: never a 500 or a lost permit."""
 
 from __future__ import annotations
 

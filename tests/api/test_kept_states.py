@@ -1,4 +1,4 @@
-"""What clients and operators see of kept states, of a tiny model with recurrent layers."""
+"""Kept states of a tiny model with recurrent layers, as clients and operators see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What belongs to an API key: its name, its requests a minute, its part of the cache, its urgency."""
+"""Properties of an API key: its name, its requests per minute, its share of the cache, its priority."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_key_has_the_name_that_its_file_gives_it(tmp_path: Path) -> None
     for key in ("plain", "secret-a", "secret-b", "secret-c"):
         assert (await call(app, key)).status_code == 200
     assert tenants(engine) == ["key 1", "alice", "key 2", "bob"]
-    assert (await call(app, "alice")).status_code == 401  # a name opens nothing
+    assert (await call(app, "alice")).status_code == 401  # a key's name is not a key
 
 
 def test_a_line_of_three_words_stops_the_server(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ async def test_keys_are_read_again_while_the_server_runs(tmp_path: Path) -> None
 
 
 async def test_a_key_without_a_name_never_gets_what_another_was_called(tmp_path: Path) -> None:
-    """The name is whose cached prompts and kept responses are whose."""
+    """Cached prompts and kept responses belong to the key's name."""
     path = tmp_path / "keys"
     path.write_text("one\ntwo\n")
     engine = ScriptedEngine()
@@ -116,7 +116,7 @@ async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs() -> N
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     clock[0] += 1
     assert [(await call(app, "first")).status_code for _ in range(2)] == [200, 429]
-    clock[0] += 3600  # nobody saves up for more than a minute
+    clock[0] += 3600  # unused requests accumulate for one minute at most
     assert [(await call(app, "first")).status_code for _ in range(3)] == [200, 200, 429]
     assert engine.num_permits == 128
 

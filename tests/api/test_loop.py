@@ -1,7 +1,7 @@
-"""No request, however large, keeps the event loop for more than a few milliseconds at a time.
+"""No request, however large, blocks the event loop for more than a few milliseconds at a time.
 
-Measured as CPU time of the loop's thread in each of asyncio's callbacks, so that other threads and processes
-do not count; the best of three tries, because caches and page faults do.
+Measured as CPU time of the loop's thread in each asyncio callback, which excludes other threads and
+processes. Caches and page faults still count, so the best of three tries is used.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from tgi_asgi.types import FinishReason, GenerationRequest, TokenEvent
 
 LIMIT_S = 0.005
 NUM_TRIES = 3
-PART = 64 * 1024  # as a server hands bodies on
+PART = 64 * 1024  # the size in which servers pass on bodies
 LONGEST_TOKEN = 128
-CONTEXT = 1 << 18  # with such tokens 16 MiB are a prompt that fits
+CONTEXT = 1 << 18  # with LONGEST_TOKEN, a prompt of 16 MiB fits
 SIZE = 16 * MIB
 LONG_TEXT = "a" * (SIZE - 1024)
 
 
 class CheapTokenizer(ToyTokenizer):
-    """Its own cost is not what is measured: a token is as many characters as the longest has."""
+    """Cuts a text into tokens of the greatest length, so that tokenising costs nearly nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class CheapTokenizer(ToyTokenizer):
 
 
 class PlayingEngine(ScriptedEngine):
-    """Delivers answers that were made beforehand, and forgets requests that have ended, as an engine does."""
+    """Delivers prepared answers, and forgets requests that have ended, as an engine does."""
 
     def __init__(self, num_steps: int) -> None:
         super().__init__(self._play)
@@ -71,7 +71,7 @@ class PlayingEngine(ScriptedEngine):
         self._made: list[list[list[TokenEvent]]] = []
 
     def make_ready(self, num_jobs: int, n: int, top: int | None) -> None:
-        """Make the answers of so many requests."""
+        """Prepare the answers of `num_jobs` requests."""
         self._made = [[_step(n, top, self._num_steps - i == 1) for i in range(self._num_steps)]
                       for _ in range(num_jobs)]  # fmt: skip
 
@@ -106,7 +106,7 @@ def _step(n: int, top: int | None, is_last: bool) -> list[TokenEvent]:
 
 @contextmanager
 def watched_callbacks(took: list[tuple[float, str]]) -> Iterator[None]:
-    """Note how long each callback of the loop runs, and which it is."""
+    """Record the name and run time of each callback of the loop."""
     run = Handle._run
 
     def timed(handle: Any) -> None:
@@ -124,7 +124,7 @@ def watched_callbacks(took: list[tuple[float, str]]) -> Iterator[None]:
 
 
 def _name(handle: Any) -> str:
-    """Say which callback it was: of a task's step, where the task waits now."""
+    """Name a callback; for a task's step, name the place where the task now waits."""
     task = getattr(handle._callback, "__self__", None)
     if not isinstance(task, asyncio.Task):
         return repr(handle)
@@ -138,7 +138,7 @@ def _name(handle: Any) -> str:
 
 
 async def worst_callback(app: App, call: Call, *, writes_directly: bool = False) -> tuple[float, str]:
-    """Answer a request; return how long the longest callback of the loop took, and which it was."""
+    """Answer a request; return the duration and name of the loop's longest callback."""
     if writes_directly:
 
         def write(body: bytes) -> bool:
@@ -172,7 +172,7 @@ async def check(
     stream: bool = False,
     stored: StoredResponse | None = None,
 ) -> None:
-    """Assert that no callback of the loop takes longer than allowed, with and without direct writes."""
+    """Assert that no callback of the loop exceeds the limit, with and without direct writes."""
     settings = Settings(model_id="toy/model", enable_prefill_logprobs=True)
     engine = PlayingEngine(num_steps)
     engine.num_permits = num_permits
@@ -198,12 +198,12 @@ async def check(
 
 
 def filled(head: bytes, item: bytes, size: int, tail: bytes = b"]}") -> bytes:
-    """Return a body with a list of as many items as it has room for."""
+    """Return a body of at most `size` bytes, with a list of as many items as fit."""
     return head + b",".join([item] * ((size - len(head) - len(tail)) // (len(item) + 1))) + tail
 
 
 def tools_of(template: str, size: int) -> bytes:
-    """Return as many tools as may be, of the size that there is room for; `%s` is a name, then a text."""
+    """Return MAX_TOOLS tools with a total of about `size` bytes; each `%s` is a name, then a text."""
     padding = "a" * (size // MAX_TOOLS - len(template) - 10)
     return b"[" + b",".join((template % (f"f{i}", padding)).encode() for i in range(MAX_TOOLS)) + b"]"
 
@@ -217,7 +217,8 @@ def tgi(**parameters: Any) -> bytes:
 
 
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-# Objects of small parts take longer to make than to measure: an eighth of them shows as well what is slow.
+# Objects with many small parts take longer to generate than to measure; an eighth of the size shows slow code
+# too.
 ROOM = pytest.mark.parametrize("room", [2 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
 MESSAGE = b'{"role":"user","content":""}'
 CHAT_TOOL = '{"type":"function","function":{"name":"%s","description":"%s"}}'
@@ -256,7 +257,7 @@ async def test_very_many_messages_that_are_refused(room: int) -> None:
 @STREAM
 async def test_log_probabilities_of_very_many_choices(stream: bool) -> None:
     body = chat(n=128, logprobs=True, top_logprobs=20, stream=stream)
-    # A stream takes no more events than this that are not rendered yet.
+    # A stream holds at most this many unrendered events.
     num_steps = MAX_WAITING_EVENTS // 128 if stream else 100
     await check(CHAT, body, stream=stream, n=128, top=20, num_steps=num_steps)
 

@@ -1,4 +1,4 @@
-"""`/v1/messages`: Anthropic's SDK on a socket, the order of events, keys, and what is refused."""
+"""`/v1/messages`: Anthropic's SDK over a socket, the order of events, keys, and refused requests."""
 
 from __future__ import annotations
 

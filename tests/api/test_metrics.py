@@ -1,4 +1,4 @@
-"""`/metrics`: TGI's names, kinds, labels and buckets, and numbers that are true."""
+"""`/metrics`: TGI's names, kinds, labels and buckets, with correct values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tgi_asgi.observe.metrics import FAILURES, Metrics
 from tgi_asgi.observe.prometheus import Registry
 from tgi_asgi.settings import Settings
 
-# TGI 3.3.7, as a scrape shows it: name, kind, labels. What measures parts of its steps that ours do not have,
-# and its draft tokens, is not here.
+# The metrics of TGI 3.3.7 from a scrape: name, kind, labels. Left out are those of draft tokens and of parts
+# of a step that the project's steps do not have.
 TGI = """
 tgi_request_count counter
 tgi_request_success counter
@@ -151,9 +151,9 @@ async def test_each_request_is_counted_once_with_its_end() -> None:
     assert found['tgi_request_failure{err="overloaded"}'] == 1
     assert found["tgi_request_duration_count"] == 4
     assert found["tgi_request_generated_tokens_sum"] == 3 + 3 + 3 + 9
-    assert found["tgi_request_input_length_count"] == 6  # whatever was submitted
+    assert found["tgi_request_input_length_count"] == 6  # every submitted request
     assert found["tgi_request_queue_duration_count"] == 6
-    assert found["tgi_time_to_first_token_seconds_count"] == 5  # one failed before it, and one after
+    assert found["tgi_time_to_first_token_seconds_count"] == 5  # one failed before its first token, one after
 
 
 async def test_waiting_counts_for_those_who_give_up_as_well() -> None:
@@ -173,8 +173,8 @@ async def test_waiting_counts_for_those_who_give_up_as_well() -> None:
 async def test_what_breaks_after_the_response_has_begun_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     app = scripted_app(ScriptedEngine(say("a", "b")))
     with monkeypatch.context() as patch:
-        patch.setattr(NativeRenderer, "_ending", lambda self, finish: 1 / 0)  # the last token's event
-        with pytest.raises(ZeroDivisionError):  # so the server cuts the connection
+        patch.setattr(NativeRenderer, "_ending", lambda self, finish: 1 / 0)  # renders the last token's event
+        with pytest.raises(ZeroDivisionError):  # so that the server closes the connection
             await send(app, request("POST", "/generate_stream", {"inputs": "hi"}))
 
     async def respond(self: Exchange, *args: Any, **options: Any) -> None:
@@ -250,7 +250,7 @@ spec_decode_num_accepted_tokens counter
 
 
 def families(text: bytes) -> dict[str, Metric]:
-    """Parse an exposition as Prometheus' own library does: counters lose their `_total`."""
+    """Parse an exposition with Prometheus' own library, which drops counters' `_total`."""
     found = list(text_string_to_metric_families(text.decode()))
     assert len({family.name for family in found}) == len(found)
     return {family.name: family for family in found}
@@ -342,4 +342,4 @@ def test_the_engines_numbers_are_read_as_they_are() -> None:
     assert found["tgi_inter_token_latency_seconds_count"] == 8
     assert found['tgi_batch_inference_duration_sum{method="decode"}'] == 0.02
     bounds = [name for name in found if name.startswith('tgi_batch_forward_duration_bucket{method="decode"')]
-    assert len(bounds) == 36  # TGI's, by the engine too
+    assert len(bounds) == 36  # the engine uses TGI's bounds too

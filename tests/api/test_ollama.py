@@ -1,4 +1,4 @@
-"""`/api`: Ollama's Python package on a socket, lines, counts and durations, and what is refused."""
+"""`/api`: Ollama's Python package over a socket, lines, counts and durations, and refused requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "now"}},
 ]
 THOUGHT = ["<think>", "hm", "</think>", "\n"]
-# A template that shows all that it is given.
+# A template that prints all its inputs.
 SHOWING = (
     "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{% if tools %}{% endif %}"
     "{% if enable_thinking is defined %}think={{ enable_thinking }} {{ reasoning_effort }}{% endif %}"
@@ -50,11 +50,11 @@ async def sdk(
 async def post(
     path: str, body: Any, script: Script | None = None, *, template: str | None = CHATML, **options: Any
 ) -> tuple[int, list[Any], GenerationRequest | None]:
-    """Return the status, the lines, and what the engine was asked for."""
+    """Return the status, the lines, and the request that the engine received."""
     engine = ScriptedEngine(script or say("a", "b"))
     app = app_of(engine, Settings(**options), chat_template=template)
     async with client_of(app) as client:
-        # As curl sends it: with the type of a form.
+        # curl sends the content type of a form.
         form = {"content-type": "application/x-www-form-urlencoded"}
         answer = await client.post(path, content=json.dumps(body), headers=form)
     assert answer.text.endswith("\n") or answer.status_code >= 400
@@ -103,7 +103,7 @@ async def test_counts_and_durations_are_those_of_the_engine() -> None:
     assert answer["eval_count"] == 3
     assert answer["load_duration"] == pytest.approx(2e9)
     assert answer["prompt_eval_duration"] == pytest.approx(3e9)
-    assert answer["eval_duration"] >= 5e9 - 1  # five seconds ago, by the script
+    assert answer["eval_duration"] >= 5e9 - 1  # the script's times are five seconds ago
     assert all(type(answer[f"{name}_duration"]) is int for name in ("total", "load", "prompt_eval", "eval"))
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: what reaches the engine, and what comes back whole."""
+"""`POST /v1/chat/completions`: the request that the engine receives, and complete answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def chat(
 
 
 async def asked(**fields: Any) -> GenerationRequest:
-    """Return the request that the engine got."""
+    """Return the request that the engine received."""
     engine = ScriptedEngine()
     call = await chat(engine, **fields)
     assert call.status == 200, call.json()

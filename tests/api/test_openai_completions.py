@@ -42,7 +42,7 @@ async def test_a_whole_answer() -> None:
 
 
 async def test_the_headers_sum_the_prompts_up() -> None:
-    """TGI's, which leave `x-compute-time` out here."""
+    """They are TGI's, which omits `x-compute-time` on this route."""
     call = await complete(ScriptedEngine(say("a", "b")), prompt=["xyz", "x"])
     found = call.headers
     assert (found["x-compute-characters"], found["x-prompt-tokens"]) == ("4", "4")
@@ -208,7 +208,7 @@ async def test_scoring_as_lm_eval_does_it() -> None:
     assert logprobs["token_logprobs"] == [None, LOGPROB, LOGPROB, LOGPROB]
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["text_offset"] == [0, 1, 2, 3]
-    # What lm-eval's parse_logprobs reads.
+    # lm-eval's parse_logprobs reads these.
     for value, top in zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1], strict=True):
         assert value == max(top.values())
     got = engine.requests[0]
@@ -238,7 +238,7 @@ async def test_the_token_that_max_tokens_0_hides_gives_no_reason_to_stop() -> No
 
 
 async def graded(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-    """Choice i says its number, with a mean log-probability that is best for choice 1, then 2, then 0."""
+    """Generate each choice's number; the mean log-probability is best for choice 1, then 2, then 0."""
     for i, logprob in enumerate((-3.0, -0.1, -1.0)):
         yield [
             TokenEvent(i, 48 + i, b"%d" % i, str(i), logprob),

@@ -1,4 +1,4 @@
-"""Log-probability entries: true bytes, released with their text, trimmed with it."""
+"""Log-probability entries: exact bytes, released and trimmed together with their text."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def test_the_token_that_ends_a_grammar_has_its_entry() -> None:
 @pytest.mark.parametrize(
     ("prompt", "tokens", "offsets"),
     [
-        ("<s>hi</s>!", ["<s>", "h", "i", "</s>", "!"], [0, 3, 4, 5, 9]),  # as the prompt has them
-        ("hi", ["<s>", "h", "i"], [0, 0, 1]),  # the tokenizer's own
-        ("one two", [" ", "two"], [3, 4]),  # of a prompt that was cut
+        ("<s>hi</s>!", ["<s>", "h", "i", "</s>", "!"], [0, 3, 4, 5, 9]),  # as the prompt contains them
+        ("hi", ["<s>", "h", "i"], [0, 0, 1]),  # added by the tokenizer
+        ("one two", [" ", "two"], [3, 4]),  # of a truncated prompt
         ("a\ufffd", ["a", LLAMA[:1]], [0, 1]),
     ],
 )

@@ -1,4 +1,4 @@
-"""OpenAI's Python SDK against the scripted engine on a socket: answers, streams, helpers, exceptions."""
+"""OpenAI's Python SDK against the scripted engine over a socket: answers, streams, helpers, exceptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams of `/v1`: order of chunks, keys, usage, n, merging, compat."""
+"""Streams of `/v1`: order of chunks, keys, usage, n, merging, TGI compatibility."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LLAMA = "🦙".encode()
 
 
 async def stream(script: Script, path: str = "/v1/chat/completions", **fields: Any) -> list[Any]:
-    """Return a stream's events, its end mark checked and dropped."""
+    """Return a stream's events; check and drop its end mark."""
     settings = fields.pop("settings", None)
     body = ({"messages": HI} if "chat" in path else {"prompt": "hi"}) | {"stream": True, **fields}
     call = await send(scripted_app(ScriptedEngine(script), settings), request("POST", path, body))

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning on chat: whole, streamed, through OpenAI's SDK, and in TGI's shapes."""
+"""Tool calls and reasoning on chat: whole, streamed, through OpenAI's SDK, and in TGI's formats."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ THINKING = CHATML + "{# <think> </think> #}"
 
 
 def app_of(engine: ScriptedEngine, settings: Settings | None = None, **options: Any) -> App:
-    """Return an app whose context has room for the tools' prompt."""
+    """Return an app whose context is long enough for the tools' prompt."""
     info = toy_info(max_input_tokens=4095, max_total_tokens=4096)
     return scripted_app(engine, settings, info=info, **options)
 
@@ -57,7 +57,7 @@ async def chat(
 
 
 async def deltas(script: Script, **body: Any) -> list[dict[str, Any]]:
-    """Return what a stream's chunks say of its first choice."""
+    """Return the deltas of a stream's first choice."""
     settings, template = body.pop("settings", {}), body.pop("template", CHATML)
     app = app_of(ScriptedEngine(script), Settings(**settings), chat_template=template)
     async with client_of(app) as client:
@@ -209,7 +209,7 @@ async def test_the_sdk_s_accumulator_gets_what_the_whole_answer_has(n: int) -> N
         whole = await client.chat.completions.create(**options)
         names = []
         for tool in options["tools"]:
-            tool["function"]["strict"] = True  # or the SDK's versions before 3 refuse to stream
+            tool["function"]["strict"] = True  # otherwise the SDK's versions before 3 refuse to stream
         async with client.chat.completions.stream(**options) as stream:
             async for event in stream:
                 if event.type == "tool_calls.function.arguments.done":
@@ -351,7 +351,7 @@ async def test_a_custom_tool_s_call_of_the_history_is_a_function_s_of_one_string
     ],
 )  # fmt: skip
 async def test_a_custom_tool_s_format_that_names_no_grammar_is_free_text(form: object) -> None:
-    """A grammar is told to the model and not enforced: without one, the tool can be called as well."""
+    """The model is told the grammar, but nothing enforces it; the tool can be called without one as well."""
     flat = {"type": "custom", "name": "patch", "format": form}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"messages": HI, "tools": [{"type": "custom", "custom": flat}]},

@@ -1,4 +1,4 @@
-"""Bad requests on `/v1`: the status, the field's path, and the words."""
+"""Bad requests on `/v1`: the status, the field's path, and the message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT
 
 
 async def refused(path: str, body: Any, settings: Settings | None = None) -> dict[str, Any]:
-    """Return the error object of a request that never reaches the engine."""
+    """Return the error object of a request; check that it never reaches the engine."""
     engine = ScriptedEngine()
     call = await send(scripted_app(engine, settings), request("POST", path, body))
     assert call.status == 400, (call.status, call.content)
@@ -286,7 +286,7 @@ async def test_no_depth_of_nesting_is_a_500(padding: int) -> None:
     ],
 )
 async def test_lists_of_tokens_have_a_greatest_length(field: str, most: object, more: object) -> None:
-    """`logit_bias` of the toy model cannot have more: it has 1,024 tokens."""
+    """`logit_bias` cannot exceed the limit here: the toy model has only 1,024 tokens."""
     for value, status in ((most, 200), (more, 400)):
         if value is not None:
             body = {"messages": [{"role": "user", "content": "hi"}], field: value}

@@ -1,4 +1,4 @@
-"""The pages' files: who gets which, with what headers, and that they need nothing from anywhere else."""
+"""The pages' files: routes and headers, and that the files fetch nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = sorted(FOLDER.iterdir())
 CHROME = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 MOST_BYTES = 300_000
 MOST_LINES = 300
-# What the files name and do not fetch: a namespace, and examples in comments.
+# Addresses in the files that are not fetched: a namespace, and examples in comments.
 NAMES = {"http://www.w3.org/2000/svg", "https://d", "https://a"}
 
 

@@ -1,4 +1,4 @@
-"""Rankings and scores over sockets: classifiers and models that answer yes or no, against `transformers`."""
+"""Rankings and scores over sockets: classifiers and yes-or-no models, against `transformers`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 
 QUERY, DOCUMENTS = "what-is-it", ["a-thing", "no-idea", "it-is-what-it-is" * 3]
-# The format of Qwen3-Reranker's model card.
+# The format from Qwen3-Reranker's model card.
 CARD = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
     'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
@@ -142,7 +142,7 @@ async def test_of_a_long_document_the_beginning_counts(
     classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer
 ) -> None:
     document = "b" * 900
-    room = 512 - 2  # the query has one token, and one follows the pair
+    room = 512 - 2  # the query has one token, and one token follows the pair
     expected = sigmoid(classifier[1]("a", "b" * room))
     answer = await server.post("/score", text_1="a", text_2=document, truncate_prompt_tokens=-1)
     assert answer.json()["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
@@ -218,7 +218,7 @@ async def test_yes_is_weighed_against_no_behind_the_model_cards_prompt(tmp_path:
         cut = await server.post("/score", text_1=QUERY, text_2="b" * 900, truncate_prompt_tokens=-1)
         assert cut.status_code == 200
         assert cut.json()["usage"]["prompt_tokens"] == 512
-        # Each of the characters has two tokens, and half of one is none.
+        # Each of these characters has two tokens, and a cut never leaves half of one.
         text = CARD.format(instruction=INSTRUCTION, query=QUERY, document="")
         room = 512 - len(tokenizer.encode(text, add_special_tokens=False))
         for more in range(2):

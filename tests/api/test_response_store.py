@@ -1,4 +1,4 @@
-"""Responses that are kept: what later requests may build on, whose they are, and how many."""
+"""Stored responses: what later requests may continue, which key owns them, and how many are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import MIB, Settings
 
 TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": CITY}]
-# Chat that shows calls and their results, too.
+# A chat template that also shows calls and their results.
 TEMPLATE = CHATML.replace(
     "+ message['content']", "+ (message['content'] or '') + (message['tool_calls'] | string if "
     "message['tool_calls'] else '')"
@@ -72,7 +72,7 @@ async def test_a_conversation_goes_on_from_the_response_before() -> None:
             model="m", input=[{"role": "user", "content": "three"}], previous_response_id=second.id
         )
     assert (second.previous_response_id, third.previous_response_id) == (first.id, second.id)
-    # OpenAI: instructions are not carried over.
+    # As in OpenAI's API, instructions are not carried over.
     assert prompts(engine)[1:] == [chat("one", "Hello", "two"), chat("one", "Hello", "two", "Hello", "three")]
 
 
@@ -215,7 +215,7 @@ async def test_numbers_beyond_64_bits_are_kept_as_they_were_written() -> None:
 
 
 async def test_what_was_said_in_a_thread_is_read_again_wherever_that_is() -> None:
-    """A thread's stack leaves room for more levels than the loop's."""
+    """A thread's stack allows deeper recursion than the event loop's."""
     app = app_of(ScriptedEngine(say("a")))
     limit = sys.getrecursionlimit()
     statuses = set()
@@ -255,7 +255,7 @@ async def test_a_request_is_as_large_as_what_it_goes_on_from() -> None:
 
 
 def stored(name: str, size: int, before: StoredResponse | None = None) -> StoredResponse:
-    """Return an answer of `size` bytes, beside those of the one that it goes on from."""
+    """Return a response of `size` bytes in addition to those of the response that it continues."""
     item = f"{name:x<{size // 2}}".encode()
     history = [*(before.history if before is not None else ()), item]
     return StoredResponse(name, b"b" * (size - len(item)), history, {f"item of {name}": item})
@@ -268,7 +268,7 @@ def test_the_oldest_go_where_there_is_no_room() -> None:
     assert [store.find(name, None) is not None for name in "abc"] == [False, True, True]
     assert [store.find_item(f"item of {name}", None) is not None for name in "abc"] == [False, True, True]
     assert store.size == 80
-    store.keep(stored("large", 101), None)  # would empty the store, and not fit
+    store.keep(stored("large", 101), None)  # exceeds the whole store, so it must not evict the others
     assert store.find("large", None) is None and store.size == 80
     for _ in range(2):
         store.forget("b", None)
@@ -292,10 +292,10 @@ def test_a_tenant_is_part_of_the_name() -> None:
 def test_what_several_answers_share_counts_once() -> None:
     store = ResponseStore(100, max_bytes=100)
     last = None
-    for name in "abcd":  # with all that came before each they would have 40 + 60 + 80 + 100 bytes
+    for name in "abcd":  # with their whole histories they would have 40 + 60 + 80 + 100 bytes
         last = stored(name, 25 if last else 40, last)
         store.keep(last, None)
-    assert store.find("a", None) is None  # 115 bytes, of which the body of the first one could go
+    assert store.find("a", None) is None  # of 115 bytes, the body of the first response could be freed
     assert store.size == 95
     for name in "bcd":
         store.forget(name, None)

@@ -1,4 +1,4 @@
-"""`/v1/responses`: OpenAI's SDK on a socket, the order of events, and what is refused."""
+"""`/v1/responses`: OpenAI's SDK over a socket, the order of events, and refused requests."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ async def test_items_become_the_messages_of_a_chat() -> None:
     ],
 )
 async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -> None:
-    """By its name here, in the text as well; a decoder's message names it only as `param`."""
+    """Both `param` and the message use this API's name for the field, not the chat API's."""
     status, body = await post(say("a"), **fields)
     assert status == 400
     assert body["error"]["param"] == param
@@ -219,7 +219,7 @@ async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_no_depth_of_nesting_is_a_500(stream: bool) -> None:
-    """An answer repeats some fields, and can be written to a lesser depth than requests are read."""
+    """An answer repeats some fields, and JSON can be read to a greater depth than it can be written."""
     fields = (
         '"text":{"format":{"type":"json_schema","name":"x","schema":{"a":%s}}}',
         '"tools":[{"type":"hosted","x":%s}]',

@@ -1,4 +1,4 @@
-"""The app on real sockets, under each server: framing, disconnects, readers that do not read."""
+"""The app over real sockets, on each server: framing, disconnects, readers that stall."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT = "/v1/chat/completions"
 
 
 class Connection:
-    """A client that does exactly what a test says."""
+    """A client that a test controls exactly."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -57,7 +57,7 @@ class Connection:
         return int(lines[0].split()[1]), {name.lower(): value for name, value in headers.items()}
 
     async def chunk(self) -> bytes:
-        """Return one chunk of a chunked body, b"" at its end."""
+        """Return one chunk of a chunked body, or b"" at its end."""
         async with asyncio.timeout(5):
             size = int(await self.reader.readline(), 16)
             data = await self.reader.readexactly(size)
@@ -70,7 +70,7 @@ class Connection:
 
 
 async def endless(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-    """Deliver a token of a kilobyte each time the loop comes around."""
+    """Deliver a token of a kilobyte every half millisecond."""
     while True:
         await asyncio.sleep(0.0005)
         yield [TokenEvent(0, 97, b"a" * 1000, "a" * 1000)]
@@ -83,7 +83,7 @@ async def silent(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent]
 
 
 async def cancelled(engine: ScriptedEngine) -> None:
-    """Wait until the first request is given up."""
+    """Wait until the first request is cancelled."""
     async with asyncio.timeout(5):
         while not engine.channels or not engine.channels[0].is_cancelled:
             await asyncio.sleep(0.002)
@@ -184,7 +184,7 @@ async def test_a_reader_that_pauses_loses_nothing(server: str) -> None:
         events = events_of(body)
         text = "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1])
         assert text == "".join(f"{i:>1000}" for i in range(600)) + "end"
-        assert num_chunks < 500  # what waited left together
+        assert num_chunks < 500  # waiting tokens were sent together
         await connection.close()
 
 

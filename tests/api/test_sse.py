@@ -1,4 +1,4 @@
-"""The stream writer: direct sends, blocked readers, disconnects, keep-alive, one end."""
+"""The stream writer: direct writes, blocked readers, disconnects, keep-alive, a single end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text_of(call: Call) -> str:
 
 
 class Steps:
-    """A script whose steps the test makes one by one."""
+    """A script whose steps the test delivers one by one."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[Sequence[TokenEvent] | TgiError] = asyncio.Queue()
@@ -65,7 +65,7 @@ async def submitted(engine: ScriptedEngine) -> None:
 
 
 async def ended(task: asyncio.Task[Any]) -> None:
-    """Wait for a request's end, but not for ever."""
+    """Wait for a request to end, for a limited time."""
     async with asyncio.timeout(LONGEST_S):
         await task
 
@@ -195,7 +195,7 @@ async def test_a_choice_that_ends_after_another_has_failed_does_not_keep_a_block
         while True:
             yield await queue.get()
 
-    # As the engine does: what it has pushed before it hears of the cancellation is still delivered.
+    # Like the engine, still deliver what was pushed before the cancellation arrived.
     engine = ScriptedEngine(script)
     task = asyncio.create_task(send(scripted_app(engine), call))
     await submitted(engine)
@@ -263,7 +263,7 @@ async def test_silence_is_filled_with_comments_once_headers_are_out(
 async def test_a_token_that_comes_as_a_silence_is_filled_is_not_lost(
     steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the timer and the task that it wakes the engine may have its turn."""
+    """The engine may deliver between the timer and the task that it wakes."""
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
     fire = asyncio.Timeout._on_timeout  # type: ignore[attr-defined]
     late = [token("b")]

@@ -33,7 +33,7 @@ async def post(path: str, body: Any, script: Script | None = None, **settings: A
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
-    """Parse a native stream, and hold it to TGI's framing."""
+    """Parse a native stream, and check TGI's framing."""
     assert text.endswith("\n\n")
     frames = text.removesuffix("\n\n").split("\n\n")
     assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
@@ -111,7 +111,7 @@ async def test_a_stop_string_over_tokens_ends_the_text_and_stays_in_it() -> None
     assert answer["generated_text"] == "one STOP"
     assert answer["details"]["finish_reason"] == "stop_sequence"
     events = events_of((await post("/generate_stream", body, script)).text)
-    # Nothing is held back: each token is shown as it comes.
+    # Nothing is held back: each token is shown when it arrives.
     assert [event["token"]["text"] for event in events] == ["one ", "ST", "OP"]
     assert events[-1]["details"]["finish_reason"] == "stop_sequence"
 
@@ -152,7 +152,7 @@ async def test_full_text_is_the_clients_choice_elsewhere() -> None:
 
 
 def two_choices(*logprobs: float) -> Script:
-    """Return a script of one token a choice, with these log-probabilities."""
+    """Return a script with one token per choice, with these log-probabilities."""
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
         yield [

@@ -1,4 +1,4 @@
-"""Random JSON on the native routes, near and far from valid: never a 500, never a permit lost."""
+"""Random JSON on the native routes, nearly valid and far from it: never a 500 or a lost permit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TGI's checks: every message in its words, in its order, at its time; and what a request turns into."""
+"""TGI's validation: its messages, their order and timing, and the request that the engine receives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREFIX = "Input validation error: "
 def generation(
     body: dict[str, Any], *, is_stream: bool = False, prompt: int = 3, **settings: Any
 ) -> GenerationRequest:
-    """Return what the engine gets of a request whose prompt has `prompt` tokens; raise what refuses it."""
+    """Return the engine's request for a prompt of `prompt` tokens; raise if the server refuses it."""
     engine = ScriptedEngine()
     info = toy_info(max_input_tokens=2047, max_total_tokens=2048)
     path = "/generate_stream" if is_stream else "/generate"
@@ -78,7 +78,7 @@ async def test_a_value_out_of_range_is_refused_in_tgis_words(given: dict[str, An
 
 
 async def test_of_several_wrong_values_the_first_in_tgis_order_is_reported() -> None:
-    # Each entry breaks one more rule than the next; taking the first away reports the second.
+    # Each entry breaks one more rule than the next; removing the first reports the second.
     wrong = {
         "temperature": 0, "repetition_penalty": 0, "frequency_penalty": 3, "top_p": 1, "typical_p": 1,
         "top_k": 0, "max_new_tokens": 0, "stop": list("abcde"), "top_n_tokens": 9, "truncate": 0,
@@ -179,7 +179,7 @@ async def test_what_is_no_json_is_a_400(content: bytes) -> None:
         response = await client.post(
             "/generate", content=content, headers={"content-type": "application/json"}
         )
-    # An array is JSON, of the wrong type, as far as anybody has to read.
+    # An array is JSON of the wrong type, and only its start is read.
     assert response.status_code == (422 if content.startswith(b"[") else 400)
     assert response.json()["error_type"] == "validation"
 
@@ -238,7 +238,7 @@ def test_parameters_reach_the_engine() -> None:
     sampling = got.sampling
     assert (sampling.temperature, sampling.top_p, sampling.typical_p) == (0.7, 0.9, 0.8)
     assert (sampling.repetition_penalty, sampling.frequency_penalty) == (1.2, -1.0)
-    assert sampling.top_k == 1024  # no more than the vocabulary
+    assert sampling.top_k == 1024  # capped at the vocabulary size
     assert 0 <= sampling.seed < 2**63
     assert (sampling.logprobs, sampling.logprobs_mode) == (2, LogprobsMode.PROCESSED)
     assert (got.stop.max_tokens, got.stop.stop, got.stop.include_stop) == (7, ("a", "b"), True)
@@ -257,9 +257,9 @@ def test_extreme_factors_stay_finite_in_float32() -> None:
 @pytest.mark.parametrize(
     ("prompt", "asked", "given"),
     [
-        (10, None, 2038),  # fill the context
-        (10, 1025, 1025),  # exactly, not in TGI's pieces of 1024
-        (1000, 100_000, 1048),  # accepted because the first 1024 fit, cut at the context's end
+        (10, None, 2038),  # fills the context
+        (10, 1025, 1025),  # exact, unlike TGI's multiples of 1024
+        (1000, 100_000, 1048),  # accepted because the first 1024 fit; cut at the end of the context
         (2047, None, 1),
     ],
 )

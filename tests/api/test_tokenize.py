@@ -1,4 +1,4 @@
-"""Tokens of texts and chats, in the shape that the body's key asks for."""
+"""Tokens of texts and chats, in the format that the body's key selects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_inputs_give_tgis_array_with_byte_offsets() -> None:
         {"id": 97, "text": "a", "start": 0, "stop": 1},
         {"id": 32, "text": " ", "start": 1, "stop": 2},
     ]
-    # The toy's tokens are bytes: both halves of é have their own offsets into the UTF-8 text.
+    # The toy tokenizer's tokens are bytes: each half of é has its own offsets into the UTF-8 text.
     assert [(token["start"], token["stop"]) for token in response.json()[2:]] == [(2, 3), (3, 4)]
 
 

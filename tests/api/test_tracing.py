@@ -1,4 +1,4 @@
-"""Spans of requests: one a request, in the trace of its client, with its parts inside it and in order."""
+"""Spans of requests: one per request, in its client's trace, with child spans nested and in order."""
 
 from __future__ import annotations
 

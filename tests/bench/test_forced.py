@@ -1,4 +1,4 @@
-"""What `bench.forced` counts, with a token a byte."""
+"""The counts of `bench.forced`, with one token per byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_what_a_schema_leaves_no_choice_about_counts_as_forced() -> None:
     tokenizer = ToyTokenizer()
     compiler = GrammarCompiler(tokenizer, VOCAB_SIZE)
     row = count(compiler, tokenizer, "a short call", is_compact=True)
-    free = ["San Francisco", '"', "c", "5", "}"]  # a string and a number may go on, a unit has two values
+    free = ["San Francisco", '"', "c", "5", "}"]  # a string and a number can continue; a unit has two values
     forced = ['{"city":"', ',"unit":"', 'elsius","days":']
     assert row["tokens"] == len("".join(free + forced))
     assert row["forced"] == len("".join(forced))

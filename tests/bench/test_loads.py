@@ -1,4 +1,4 @@
-"""The latency harness against a server that is written here: what it sends and when, how it reads answers."""
+"""The latency harness against a minimal server: what it sends and when, and how it reads answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.client import Answer, Client
 from bench.loads import ClosedLoop, OpenLoop, Prompts, Target, run
 from bench.report import percentile, spread, table
 
-TEMPLATE_TOKENS = 7  # what this server's chat template adds
+TEMPLATE_TOKENS = 7  # that this server's chat template adds
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -39,7 +39,7 @@ def ending(prompt_tokens: int, tokens: int) -> bytes:
 
 
 class Server:
-    """Answers chats as `answer` says; counts requests, connections and those at work."""
+    """Answers chats with `answer`; counts requests, connections and running requests."""
 
     def __init__(self, answer: Callable[[Write, dict[str, Any]], Awaitable[None]]) -> None:
         self._answer = answer
@@ -59,7 +59,7 @@ class Server:
         async def write(data: bytes) -> None:
             writer.write(data)
             await writer.drain()
-            await asyncio.sleep(0.001)  # a piece of its own, on the way to the client
+            await asyncio.sleep(0.001)  # so that the client receives each piece separately
 
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
@@ -170,14 +170,14 @@ async def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() 
         measured = await run(ClosedLoop(clients=3, requests=8), Prompts(30), server.url, max_tokens=2)
     assert not measured.errors and len(measured.answers) == 8
     assert server.most_running == 3
-    assert server.num_connections == 3, "connections are kept alive"
+    assert server.num_connections == 3, "connections must be kept alive"
 
 
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     release = asyncio.Event()
 
     async def late(write: Write, body: dict[str, Any]) -> None:
-        if len(server.bodies) >= 2 + 5:  # two asked for the length of prompts
+        if len(server.bodies) >= 2 + 5:  # two requests measured the length of prompts
             release.set()
         if len(server.bodies) > 2:
             await release.wait()

@@ -1,4 +1,4 @@
-"""The models that `bench.moe` measures: whole files, of which a token needs a part."""
+"""The models that `bench.moe` measures: complete files, although a token uses only part of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_small_one_of_its_kind_is_loaded(tmp_path: Path, name: str) -> None:
     make(path, model, LAYERS)
     with OpenModel(ModelFiles(name, None, "gguf", path)) as opened:
         config = opened.config
-        opened.load(ops.Packing(is_exact=False), 64)  # refuses tensors that it has no use for
+        opened.load(ops.Packing(is_exact=False), 64)  # raises if it has tensors that it cannot use
         opened.read_text()
     assert isinstance(config, ModelConfig)
     assert config.num_layers == LAYERS
@@ -49,7 +49,7 @@ def test_a_small_one_of_its_kind_is_loaded(tmp_path: Path, name: str) -> None:
 
 
 def test_six_bits_are_where_llama_cpp_puts_them() -> None:
-    """Of 48 layers: the first and the last eighth, and every third between (llama-quant.cpp)."""
+    """Q6_K goes to the first and last eighth of 48 layers and to every third between (llama-quant.cpp)."""
     more = [index for index in range(48) if is_more(index, 48)]
     assert more == [*range(6), *range(8, 42, 3), *range(42, 48)]
 

@@ -1,4 +1,4 @@
-"""The checkpoints that peers run: the shape of the 1 B model, weights in int8."""
+"""The checkpoints that peers run: the shape of the 1 B model, with int8 weights."""
 
 from __future__ import annotations
 

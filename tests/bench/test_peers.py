@@ -1,4 +1,4 @@
-"""How peers are compared: whose turn it is, which turns count, intervals, goodput, runs that go on."""
+"""The comparison of peers: order of turns, turns that count, intervals, goodput, resumed runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_missing_turns_come_first_and_uneven_ones_are_repeated_a_bounded_number_
     while following := next_turn(turns, names, 2, 3):
         index, name = following
         taken.append((index, name))
-        is_slow = name == "b" and index == 0  # never reads as fast as the others in the first round
+        is_slow = name == "b" and index == 0  # b's bandwidth is always lower in the first round
         turns.append(turn(index, name, 50, 44 if is_slow else 51))
     first, second = order_of(names, 0), order_of(names, 1)
     assert taken == [*((0, name) for name in first), (0, "b"), (0, "b"), *((1, name) for name in second)]
@@ -72,7 +72,7 @@ def test_a_repeated_turn_that_is_even_counts_and_is_not_repeated_again() -> None
     assert next_turn(turns, ["a", "b", "c"], 1, 9) is None
     (found,) = [each for each, is_even in counted(turns) if each.contender == "b" and is_even]
     assert found.figures == {"speed": 2}
-    # The nearest counts, not the last.
+    # The turn nearest to even counts, not the last.
     assert counted([*turns, turn(0, "b", 50, 20, speed=3)])[1][0].figures == {"speed": 2}
 
 
@@ -101,7 +101,7 @@ def test_the_interval_of_a_median_holds_the_true_one_most_of_the_time() -> None:
 
 def test_an_advantage_is_paired_by_round() -> None:
     ours = {0: 10.0, 1: 20.0, 2: 40.0, 3: 80.0}  # the machine doubles its speed each round
-    theirs = {0: 5.0, 1: 10.0, 2: 20.0, 3: 40.0, 4: 1.0}  # a round that ours lacks does not count
+    theirs = {0: 5.0, 1: 10.0, 2: 20.0, 3: 40.0, 4: 1.0}  # a round that `ours` lacks does not count
     found = advantage(ours, theirs, is_lower_better=False)
     assert found is not None and (found.median, found.low, found.high, found.rounds) == (2.0, 2.0, 2.0, 4)
     times = advantage(ours, theirs, is_lower_better=True)
@@ -246,7 +246,7 @@ def test_a_copy_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         made(path, _half)
     assert made(path, lambda partial: partial.write_text("whole")).read_text() == "whole"
-    assert made(path, _half).read_text() == "whole"  # it is there: nothing is made
+    assert made(path, _half).read_text() == "whole"  # it exists, so `_half` is not called
 
 
 def _half(path: Path) -> None:

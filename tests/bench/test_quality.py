@@ -1,4 +1,4 @@
-"""What quality is measured by: the exported weights, all logits of given tokens, errors and divergence."""
+"""Quality measurement: the exported weights, all logits of given tokens, errors and divergence."""
 
 from __future__ import annotations
 

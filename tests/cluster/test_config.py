@@ -1,4 +1,4 @@
-"""Arguments of `serve run` and of Serve's files become settings, and what is mistaken is named."""
+"""Arguments of `serve run` and of Serve's config files become settings, and errors name the mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models behind one address."""
+"""Several models at one address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgi_asgi.settings import Settings
 
 @pytest.fixture
 async def front() -> AsyncIterator[Front]:
-    """Two models with one key, for browsers of any origin, too."""
+    """Yield a front with two models, one key, and CORS for any origin."""
     async with AsyncExitStack() as stack:
         apps = []
         for name in ("org/a", "org/b"):

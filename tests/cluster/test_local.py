@@ -1,4 +1,4 @@
-"""What users meet behind a cluster's address, with replicas in this process: Ray carries the same calls."""
+"""A cluster as its clients see it, with replicas in this process: Ray carries the same calls."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ async def test_a_conversation_stays_where_its_blocks_are() -> None:
     async with LocalCluster(3) as cluster:
         await asyncio.gather(*(ask(cluster, who * 60, max_tokens=1) for who in "abcdef"))
         for turn in range(2, 6):
-            for who in "abcdef":  # one after the other: nothing is to be won elsewhere
+            for who in "abcdef":  # one at a time, so that no other replica has an advantage
                 await ask(cluster, who * 60 * turn, max_tokens=1)
         places: dict[str, set[str]] = {}
         for name, wired in cluster.transport.sent:
             text = bytes(i for i in wired.request.prompt_ids if i < 256)
             places.setdefault(chr(text[40]), set()).add(name)
     assert all(len(names) == 1 for names in places.values()), places
-    assert len(set.union(*places.values())) == 3  # and they are spread
+    assert len(set.union(*places.values())) == 3  # and the conversations are spread
 
 
 async def test_keys_do_not_share_what_they_send() -> None:
@@ -203,7 +203,7 @@ async def test_what_has_no_token_yet_goes_to_another_replica() -> None:
     async with LocalCluster(2) as cluster:
         engine = cluster.engine
         best = engine.table.order([], 10)[0]
-        del cluster.transport.found[best]  # gone, and nobody has said so
+        del cluster.transport.found[best]  # lost, and not reported yet
         answers = await asyncio.gather(*(ask(cluster, "hello", max_tokens=3) for _ in range(4)))
     assert [call.status for call in answers] == [200] * 4
 

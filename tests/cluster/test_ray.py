@@ -1,4 +1,4 @@
-"""The cluster as Ray Serve runs it: the same calls over actors, and what becomes of them when one is lost."""
+"""The cluster on Ray Serve: the same calls between actors, and what happens when an actor is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.cluster import app
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.filterwarnings("ignore"),  # Ray's own
+    pytest.mark.filterwarnings("ignore"),  # Ray's own warnings
 ]
 
 DEPLOY = Path(__file__).parents[2] / "deploy/ray"
@@ -25,14 +25,14 @@ KEYS = {"authorization": "Bearer k"}
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[RayCluster]:
-    """A Ray of this machine."""
+    """Yield a local Ray cluster."""
     with RayCluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: RayCluster) -> Iterator[str]:
-    """Three replicas of a toy model, and one of another, with a key."""
+    """Yield the URL of three replicas of one toy model and one of another, with an API key."""
     models = [{"model_id": "toy/model", "num_replicas": 3}, {"model_id": "toy/other"}]
     arguments = {"models": models, "api_key": ["k"], "debug_endpoints": True, "log_level": "warn"}
     yield ray_cluster.serve(arguments, loader=toy_loader(num_blocks=2048))

@@ -1,4 +1,4 @@
-"""The choice of a replica: cached blocks against load, and what is known of both."""
+"""The choice of a replica: cached blocks against load, and what the table knows of both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def table(clock: Clock) -> ReplicaTable:
-    """A table of three idle replicas that draws in order."""
+    """Return a table of three idle replicas whose random draw keeps their order."""
     made = ReplicaTable(BLOCK, clock=clock, draw=lambda items, count: list(items)[:count])
     for name in "abc":
         made.update(report(name))
@@ -59,7 +59,7 @@ def test_blocks_behind_a_gap_do_not_count(table: ReplicaTable) -> None:
 
 
 def test_states_say_how_far_a_prompt_goes_on(table: ReplicaTable) -> None:
-    """Of a model with recurrent layers a replica tells of the blocks that have a state behind them."""
+    """For a model with recurrent layers, a replica reports only the blocks that end at a saved state."""
     prompt = digests("p", 10)
     table.update(replace(report("a", prompt[0], prompt[6]), has_states=True))
     table.update(replace(report("b", prompt[3], digests("q", 9)[8]), has_states=True))
@@ -74,7 +74,7 @@ def test_a_busy_replica_loses_to_one_that_must_compute_the_prompt(table: Replica
     prompt = digests("p", 10)
     table.update(report("a", *prompt))
     ahead = table.send("a", digests("q", 7), 7 * BLOCK)
-    assert table.order(prompt, 10 * BLOCK)[0] == "a"  # 112 tokens and a stream wait there, 160 are saved
+    assert table.order(prompt, 10 * BLOCK)[0] == "a"  # 112 tokens and a stream wait; 160 are saved
     table.send("a", digests("r", 7), 7 * BLOCK)
     assert table.order(prompt, 10 * BLOCK)[0] != "a"
     ahead.end()
@@ -149,4 +149,4 @@ def test_of_many_replicas_the_best_and_two_at_random_are_compared(clock: Clock) 
     prompt = digests("p", 2)
     table.update(report("e", *prompt, num_open=1))
     assert table.order(prompt, 2 * BLOCK)[0] == "e"
-    assert table.order([], 200)[0] in "abc"  # not the idle one: others think the same of it
+    assert table.order([], 200)[0] in "abc"  # not the idle one: other ingresses would choose it too

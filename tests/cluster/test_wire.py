@@ -1,4 +1,4 @@
-"""What goes between an ingress and replicas survives the way."""
+"""Messages between an ingress and replicas survive serialisation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_counters_add_up_and_stay_when_a_replica_goes() -> None:
 
 
 def test_a_report_has_the_blocks_of_the_first_group_of_layers() -> None:
-    """A model with windows has several blocks for the same tokens; an ingress knows one digest a block."""
+    """A model with windows has several blocks for the same tokens; an ingress knows one digest per block."""
     digests = [bytes([number]) * 16 for number in range(3)]
     keys = [group_key(digest, group) for digest in digests for group in range(3)]
     assert len(set(keys)) == 9

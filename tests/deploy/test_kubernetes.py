@@ -1,4 +1,4 @@
-"""The manifests: against our routes, settings and image; rendered, against Kubernetes' schemas."""
+"""The manifests against the project's routes, settings and image; rendered, against Kubernetes' schemas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 NAME = {"app.kubernetes.io/name": "tgi-asgi"}
 OVERLAYS = ("cpu", "gpu", "keda")
-VERSIONS = ("1.29", "1.37")  # the oldest that has all the fields, and the newest that there are schemas of
+VERSIONS = ("1.29", "1.37")  # the oldest with all the fields, and the newest with published schemas
 
 
 def _load(name: str) -> Any:
@@ -34,7 +34,7 @@ def pod() -> Any:
 
 @pytest.fixture
 def variables() -> dict[str, str]:
-    """Return what the ConfigMap sets."""
+    """Return the variables that the ConfigMap sets."""
     (generator,) = _load("base/kustomization.yaml")["configMapGenerator"]
     return dict(literal.split("=", 1) for literal in generator["literals"])
 
@@ -53,11 +53,11 @@ def test_probes_ask_paths_that_there_are(pod: Any) -> None:
 
 def test_a_pod_is_not_killed_before_it_has_drained(pod: Any, variables: dict[str, str]) -> None:
     settings = Settings.from_environ(variables)
-    assert settings.drain_delay_s > 0  # else requests would come to a closed port until the endpoints know
+    assert settings.drain_delay_s > 0  # else requests reach a closed port until the endpoints know
     longest_s = settings.drain_delay_s + settings.graceful_termination_timeout + CLOSE_S
     assert longest_s < pod["spec"]["terminationGracePeriodSeconds"] <= longest_s + 30
     (server,) = pod["spec"]["containers"]
-    # Two probes must notice before the server refuses.
+    # The probe must fail often enough to mark the pod unready before the server refuses requests.
     readiness = server["readinessProbe"]
     assert readiness["periodSeconds"] * readiness["failureThreshold"] <= settings.drain_delay_s
 
@@ -135,7 +135,7 @@ def test_each_overlay_is_what_kubernetes_takes(
     expected = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", *custom]
     assert sorted(kinds) == sorted(expected)
     for each in rendered[overlay]:
-        if each["kind"] not in custom:  # of which Kubernetes has no schema
+        if each["kind"] not in custom:  # Kubernetes has no schema of these
             validate.validate(each, version, strict=True)
 
 
@@ -146,7 +146,7 @@ def test_overlays_say_what_a_pod_gets(rendered: dict[str, list[Any]]) -> None:
         for name, objects in rendered.items()
     }
     containers = {name: spec["template"]["spec"]["containers"][0] for name, spec in found.items()}
-    for container in containers.values():  # the same, or the node may take some of it away
+    for container in containers.values():  # requests must equal limits, or the node may reclaim some
         resources = container["resources"]
         assert resources["requests"].items() <= resources["limits"].items()
     assert containers["gpu"]["image"] == "tgi-asgi:cuda"

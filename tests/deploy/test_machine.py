@@ -1,4 +1,4 @@
-"""compose, systemd and Prometheus: against our settings, files and metrics, and by their own checkers."""
+"""compose, systemd and Prometheus files: against settings, files and metrics, and by their own checkers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from tgi_asgi.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "tgi-asgi.service"
-MOST_EXPOSED = (
-    20  # tenths, of `systemd-analyze security`: services that are hardened at all have less than 50
-)
+MOST_EXPOSED = 20  # tenths, of `systemd-analyze security`; services with any hardening have less than 50
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -130,7 +128,7 @@ def test_systemd_takes_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
 
 @pytest.mark.deploy
 def test_a_prometheus_scrapes_a_server_and_answers_what_is_asked_of_it(tmp_path: Path) -> None:
-    """All expressions of the dashboard, of the alerts and of the autoscaler, with a request served before."""
+    """Evaluate all expressions of the dashboard, the alerts and the autoscaler after one served request."""
     prometheus = require_package("prometheus", "prometheus")
     config = _load("prometheus/prometheus.yml")
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -154,7 +152,7 @@ def test_a_prometheus_scrapes_a_server_and_answers_what_is_asked_of_it(tmp_path:
             for expression in _all_expressions():
                 answer = httpx.get(f"{url}/query", params={"query": expression}).json()
                 assert answer["status"] == "success", (expression, answer)
-            # Sums of what is there are numbers, also while nothing runs.
+            # Sums of existing metrics are numbers even while nothing runs.
             assert _value(url, "sum(tgi_queue_size) + sum(tgi_requests_running)") == "0"
             rules = httpx.get(f"{url}/rules").json()["data"]["groups"][0]["rules"]
             assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
@@ -170,7 +168,7 @@ def _wait_for(read: Callable[[], str | None], value: str, log: Path) -> None:
     while found != value:
         assert time.monotonic() < give_up_s, f"{found}\n{log.read_text(encoding='utf-8')}"
         time.sleep(0.1)
-        # Nobody listens yet, or Prometheus still reads its store: 503, in plain text.
+        # Either no server listens yet, or Prometheus still reads its store and answers 503 in plain text.
         with contextlib.suppress(httpx.TransportError, httpx.HTTPStatusError):
             found = read()
 

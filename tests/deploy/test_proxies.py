@@ -1,4 +1,4 @@
-"""Streams through nginx and Caddy with the files of deploy/: token by token, and given up in time."""
+"""Streams through nginx and Caddy with the files of deploy/: token by token, and cancelled in time."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CHAT = {"model": "tgi", "messages": [{"role": "user", "content": "go"}], "stream
 STREAMS = {
     "/v1/chat/completions": CHAT,
     "/generate_stream": {"inputs": "go"},
-    "/api/chat": CHAT,  # Ollama's: lines of JSON, which are no events
+    "/api/chat": CHAT,  # Ollama's format: lines of JSON, not server-sent events
 }
 
 
 def _nginx(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return how nginx is started with our file, before a server at `host:port` or `unix:PATH`."""
+    """Return the command for nginx with the project's file; `upstream` is `host:port` or `unix:PATH`."""
     nginx = require_package("nginx", "nginx-light")
     text = (DEPLOY / "nginx" / "tgi-asgi.conf").read_text(encoding="utf-8")
     for old, new in (
@@ -50,7 +50,7 @@ def _nginx(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str,
     paths = " ".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    user = "user root;" if os.geteuid() == 0 else ""  # workers must reach pytest's folders
+    user = "user root;" if os.geteuid() == 0 else ""  # workers must be able to read pytest's folders
     (folder / "nginx.conf").write_text(
         f"{user} daemon off; pid {folder}/pid; error_log stderr; worker_processes 1; events {{}}\n"
         f"http {{ access_log off; {paths} include {folder}/tgi-asgi.conf; }}\n",
@@ -60,7 +60,7 @@ def _nginx(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str,
 
 
 def _caddy(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return how Caddy is started with our file."""
+    """Return the command for Caddy with the project's file."""
     caddy = require_package("caddy", "caddy")
     path = folder / "Caddyfile"
     path.write_text(f"{{\n\tadmin off\n}}\nimport {DEPLOY}/caddy/Caddyfile\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def _caddy(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str,
 
 
 def _is_healthy(url: str) -> bool:
-    """Tell whether the proxy listens and the server behind it is ready."""
+    """Return whether the proxy listens and the server that it forwards to is ready."""
     try:
         return httpx.get(url + "/health", timeout=30).status_code == 200
     except httpx.TransportError:
@@ -82,7 +82,7 @@ PROXIES = {"nginx": _nginx, "caddy": _caddy}
 
 @contextmanager
 def running(name: str, folder: Path, upstream: str) -> Iterator[str]:
-    """Run a proxy; yield its URL once requests are served through it."""
+    """Run a proxy; yield its URL once it serves requests."""
     port = free_port()
     command, environ = PROXIES[name](folder, upstream, port)
     log = folder / "log"
@@ -100,13 +100,13 @@ def running(name: str, folder: Path, upstream: str) -> Iterator[str]:
         process.terminate()
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:  # nginx waits for connections that a failed test has left
+        except subprocess.TimeoutExpired:  # nginx waits for connections that a failed test has left open
             process.kill()
             process.wait()
 
 
 class Gate:
-    """A script that gives its next token only when the test has asked for it."""
+    """A script that yields each token only when the test asks for it."""
 
     def __init__(self) -> None:
         self.num_wanted = 0
@@ -129,7 +129,7 @@ def gate() -> Gate:
 
 @pytest.fixture(params=PROXIES)
 def url(request: pytest.FixtureRequest, tmp_path: Path, gate: Gate) -> Iterator[str]:
-    """Return a proxy's URL before the real app and an engine that waits for the test."""
+    """Yield the URL of a proxy in front of the real app and an engine that waits for the test."""
 
     def make() -> Any:
         engine = ScriptedEngine()
@@ -152,8 +152,8 @@ def test_each_token_comes_before_the_next_is_made(url: str, gate: Gate, path: st
             lines = stream.iter_lines()
             for i in range(NUM_TOKENS):
                 gate.num_wanted = i + 1
-                next(line for line in lines if f"t{i}" in line)  # the proxy keeps it: this would time out
-            gate.num_wanted += 1  # the end
+                next(line for line in lines if f"t{i}" in line)  # times out if the proxy holds the token back
+            gate.num_wanted += 1  # let the stream end
             rest = list(lines)
     assert not [line for line in rest if '"error"' in line]
 
@@ -166,7 +166,7 @@ def test_a_client_that_goes_away_is_noticed_behind_the_proxy(url: str, gate: Gat
         next(line for line in stream.iter_lines() if "t0" in line)
     give_up_s = time.monotonic() + START_TIMEOUT_S
     while not gate.channels[0].is_cancelled:
-        assert time.monotonic() < give_up_s, "the request still runs"
+        assert time.monotonic() < give_up_s, "the request is still running"
         time.sleep(0.01)
 
 
@@ -179,7 +179,7 @@ def test_errors_come_through_as_they_are_and_metrics_do_not(url: str) -> None:
 
 
 def _client(path: Path) -> httpx.Client:
-    with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks one that cannot be connected
+    with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks a socket that cannot connect
         try:
             probe.connect(str(path))
         except OSError as error:

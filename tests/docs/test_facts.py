@@ -1,4 +1,4 @@
-"""What the documents say of settings, files, commands and metrics, against those."""
+"""The documents' statements about settings, files, commands and metrics, against the code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _row(spec: dataclasses.Field[Any]) -> str:
 
 @pytest.mark.parametrize("spec", dataclasses.fields(Settings), ids=lambda spec: spec.name)
 def test_the_table_has_each_setting_as_it_is(spec: dataclasses.Field[Any]) -> None:
-    assert _row(spec) in CONFIGURATION, "docs/configuration.md wants the row on the left"
+    assert _row(spec) in CONFIGURATION, "docs/configuration.md needs the row on the left"
 
 
 def test_the_table_has_no_other_setting() -> None:
@@ -106,7 +106,7 @@ def test_the_tour_says_how_long_its_files_are() -> None:
     said = re.search(r"about ([\d,]+) lines", page)
     assert said is not None
     length = sum(len(lines_of(path)) for path in re.findall(r"^### \d+\. `([^`]+)`", page, re.MULTILINE))
-    assert abs(int(said[1].replace(",", "")) - length) < 0.1 * length, f"{length} lines"
+    assert abs(int(said[1].replace(",", "")) - length) < 0.1 * length, f"the files have {length} lines"
 
 
 def test_metrics_of_the_operators_page_are_those_of_the_dashboard_or_wire() -> None:
@@ -120,8 +120,8 @@ def test_metrics_of_the_operators_page_are_those_of_the_dashboard_or_wire() -> N
 
 def test_the_performance_page_is_what_the_record_says() -> None:
     page, plot = peers_page.made()
-    assert peers_page.PAGE.read_text(encoding="utf-8") == page, "python -m bench.peers_page"
-    assert peers_page.PLOT.read_text(encoding="utf-8") == plot, "python -m bench.peers_page"
+    assert peers_page.PAGE.read_text(encoding="utf-8") == page, "run `python -m bench.peers_page`"
+    assert peers_page.PLOT.read_text(encoding="utf-8") == plot, "run `python -m bench.peers_page`"
 
 
 def test_the_operators_page_names_each_alert() -> None:
@@ -134,4 +134,4 @@ def test_the_table_of_families_is_that_of_the_registry() -> None:
     from tests.support.families_page import page  # transformers takes seconds to import
 
     table = _text("docs/families.md").partition("<!-- families -->\n")[2].partition("\n<!-- /families -->")[0]
-    assert table == page(), "docs/families.md wants what `python -m tests.support.families_page` prints"
+    assert table == page(), "docs/families.md needs the output of `python -m tests.support.families_page`"

@@ -1,4 +1,4 @@
-"""The documents as such: links and anchors, the site's navigation, and what becomes of each block of code."""
+"""The documents themselves: links and anchors, the site's navigation, and how each code block is tested."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.pages import (
 )
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
-# Why a block may stay unrun. `part of` and `run by` name a file of the repository.
+# Reasons for not running a block. `part of` and `run by` name a file of the repository.
 REASONS = re.compile(
     r"needs (root|the network|Docker|Docker and a GPU|a GPU( and nvcc)?|buildah|Kubernetes|systemd|Ray|npm|"
     r"nginx|Caddy|Claude Code|Codex|vLLM|guidellm|aiperf|llama\.cpp|another server|an account)"
@@ -53,7 +53,7 @@ def test_the_site_s_navigation_names_each_page_once() -> None:
     nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)["nav"]
     named = list(_leaves(nav))
     assert sorted(named) == sorted(set(named))
-    brought = {"CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"}  # by docs/hooks.py
+    brought = {"CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"}  # docs/hooks.py adds these
     assert {f"docs/{name}" for name in named if name not in brought} == {
         page for page in pages() if page.startswith("docs/")
     }
@@ -69,7 +69,7 @@ def _leaves(nav: Any) -> Any:
 
 @pytest.mark.parametrize("page", pages())
 def test_code_stands_in_fences(page: str) -> None:
-    """An indented block would be neither run nor marked."""
+    """Indented blocks would be neither run nor marked as not run."""
     before, in_list = "", False
     for number, line in prose_of(page):
         if line.strip() and not line.startswith(" "):
@@ -81,10 +81,10 @@ def test_code_stands_in_fences(page: str) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_is_run_or_says_why_not(block: Block) -> None:
-    """Blocks of commands without a reason are run by tests/server/test_guides.py."""
+    """Command blocks without a reason are run by tests/server/test_guides.py."""
     assert block.language in (*COMMANDS, *OTHERS), f"{block} has the language {block.language!r}"
     if block.reason is not None:
-        assert block.language in COMMANDS, f"{block} is not run anyway"
+        assert block.language in COMMANDS, f"{block} has a reason but is never run"
         assert REASONS.fullmatch(block.reason), f"{block}: {block.reason}"
         if found := re.fullmatch(r"(?:part of|run by) ([\w./-]+)", block.reason):
             assert (ROOT / found[1]).is_file()

@@ -1,4 +1,4 @@
-"""The documents as a site: built without a warning, with every page, and nothing fetched from elsewhere."""
+"""The documents as a site: it builds without warnings, has every page, and fetches nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_document_is_a_page(site: Path) -> None:
     for page in pages():
-        if page in ("README.md", "SECURITY.md"):  # of the repository, not of the site
+        if page in ("README.md", "SECURITY.md"):  # pages of the repository, not of the site
             continue
         name = page.removeprefix("docs/").removesuffix(".md")
         folder = {"index": "", "bench/README": "bench"}.get(name, name)
@@ -45,8 +45,8 @@ def test_tables_lists_and_marks_are_rendered(site: Path) -> None:
         article = body[body.index("<article") : body.index("</article>")]
         text = re.sub(r"<!--.*?-->", "", article, flags=re.DOTALL)
         assert "not run:" not in re.sub(r"<[^>]*>", "", text)
-        assert not re.search(r"<p>[^<]*\|\s*-{3}", text), f"{path}: a table that is none"
-        assert not re.search(r"<p>(?:[^<]|<(?!/p>))*\n[-*] ", text), f"{path}: a list that is none"
+        assert not re.search(r"<p>[^<]*\|\s*-{3}", text), f"{path}: a table is not rendered"
+        assert not re.search(r"<p>(?:[^<]|<(?!/p>))*\n[-*] ", text), f"{path}: a list is not rendered"
 
 
 def test_the_pages_fetch_nothing_from_elsewhere(site: Path) -> None:

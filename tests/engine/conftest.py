@@ -17,7 +17,10 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 async def make_engine() -> AsyncIterator[MakeEngine]:
-    """Start engines; afterwards each must have ended every request once, and read nothing but its own."""
+    """Yield a function that starts engines.
+
+    At the end, check that every request ended exactly once and that no step read another sequence's cache.
+    """
     engines: list[tuple[Engine, FakeRunner]] = []
 
     def make(

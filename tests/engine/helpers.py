@@ -1,4 +1,4 @@
-"""Requests, and a scheduler by itself, for the engine's tests."""
+"""Requests, and a scheduler without an engine, for the engine's tests."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def make_request(
     stop: dict[str, Any] | None = None,
     **fields: Any,
 ) -> GenerationRequest:
-    """Make a request; an integer prompt is that many different tokens."""
+    """Return a request; an integer prompt stands for that many varying tokens."""
     tokens = [index * 7 % 251 for index in range(prompt)] if isinstance(prompt, int) else list(prompt)
     conditions = StopConditions(max_tokens=max_tokens, **(stop or {}))
     return GenerationRequest(f"request-{next(_ids)}", tokens, sampling, conditions, **fields)
 
 
 def make_scheduler(**changes: Any) -> Scheduler:
-    """Make a scheduler of 32 blocks of 16 tokens and 8 slots, whose budget never shrinks."""
+    """Return a scheduler with 32 blocks of 16 tokens, 8 slots and a budget that never shrinks."""
     values: dict[str, Any] = {
         "num_blocks": 32,
         "block_size": 16,
@@ -58,7 +58,7 @@ def make_scheduler(**changes: Any) -> Scheduler:
 def add_request(
     scheduler: Scheduler, request: GenerationRequest, arrival: int = 0, tenant: str | None = None
 ) -> list[Sequence]:
-    """Queue a request's sequences as the engine does, and return them."""
+    """Queue and return a request's sequences, as the engine does."""
     root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
     chain = HashChain(root, scheduler.block_size, request.images)
     sequences: list[Sequence] = []
@@ -80,7 +80,7 @@ def add_request(
 
 
 class WatchedGrammar:
-    """A grammar whose answers are free text up to the first of some tokens."""
+    """A grammar whose answers are free text up to the first of the `wakes` tokens."""
 
     def __init__(self, wakes: Tokens[int], masked_ids: Tokens[int] = ()) -> None:
         self._part = Part(tuple(masked_ids), frozenset(wakes), {}, 0)
@@ -90,7 +90,7 @@ class WatchedGrammar:
 
 
 class Answer:
-    """A sink that keeps what one request gives: the events by choice, as text and tokens, or its error."""
+    """A sink that records a request's events, by choice as text and tokens, or its error."""
 
     def __init__(self, channel: RequestChannel) -> None:
         self.channel = channel
@@ -112,7 +112,7 @@ class Answer:
         self._has_ended.set()
 
     async def wait(self, limit_s: float = 10) -> Answer:
-        """Wait for the request's end."""
+        """Wait until the request ends."""
         async with asyncio.timeout(limit_s):
             await self._has_ended.wait()
         return self
@@ -131,36 +131,36 @@ class Answer:
 
 
 def submit(engine: Engine, request: GenerationRequest) -> RequestChannel:
-    """Take a permit and submit."""
+    """Acquire a permit and submit the request."""
     return engine.submit(request, engine.acquire(request.n))
 
 
 async def collect(channel: RequestChannel, limit_s: float = 10) -> Answer:
-    """Take a request's events to its end."""
+    """Collect a request's events until it ends."""
     return await Answer(channel).wait(limit_s)
 
 
 async def ask(engine: Engine, request: GenerationRequest) -> Answer:
-    """Submit and collect."""
+    """Submit a request and collect its events."""
     return await collect(submit(engine, request))
 
 
 def must_plan(scheduler: Scheduler) -> Step:
-    """Return the next step, of which there must be one."""
+    """Return the next step; fail if there is none."""
     step = scheduler.plan()
     assert step is not None
     return step
 
 
 def run(scheduler: Scheduler, runner: FakeRunner, step: Step) -> None:
-    """Compute and apply a step; sequences end by length."""
+    """Compute and apply a step; remove sequences that have reached their length."""
     for _, sequence in scheduler.apply(step, runner.execute(step.plan)):
         if sequence.num_output >= sequence.max_tokens:
             scheduler.remove(sequence)
 
 
 def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
-    """Plan and run steps to the end; return them."""
+    """Plan and run steps until there is no more work; return them."""
     steps = []
     while (step := scheduler.plan()) is not None:
         steps.append(step)
@@ -169,5 +169,5 @@ def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
 
 
 def finished(sequences: list[Sequence]) -> bool:
-    """Tell whether all of them have ended."""
+    """Return whether all of the sequences have finished."""
     return all(sequence.state is SequenceState.FINISHED for sequence in sequences)

@@ -1,4 +1,4 @@
-"""Adapters in the scheduler, and the holder of their names: loading, leases, room, removal, failures."""
+"""Adapters in the scheduler and in `Adapters`: loading, leases, capacity, removal, failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A, B, C = (Adapter(name, f"key {name}", f"weights {name}") for name in "abc")
 
 
 def queue(scheduler: Any, adapters: str, max_tokens: int = 4) -> list[Sequence]:
-    """Queue a request for each letter; `-` has no adapter."""
+    """Queue a request for each letter; `-` means no adapter."""
     by_name = {"a": A, "b": B, "c": C, "-": None}
     return [
         add_request(scheduler, make_request([index] * 5, max_tokens, adapter=by_name[name]), index)[0]
@@ -48,7 +48,7 @@ def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
     scheduler, runner = make_scheduler(max_adapters=2), FakeRunner(max_adapters=2)
     first = queue(scheduler, "abc-a")
     step = must_plan(scheduler)
-    assert step.sequences == [first[0], first[1], first[3]], "the second of a is behind c, which came before"
+    assert step.sequences == [first[0], first[1], first[3]], "a's second request must wait for c"
     assert scheduler.num_waiting == 2
     run(scheduler, runner, step)
     for _ in range(6):
@@ -75,7 +75,7 @@ def test_one_that_is_held_can_be_given_up() -> None:
 
 
 def test_one_that_is_given_up_holds_nobody() -> None:
-    """While it was held, those of an adapter that runs waited behind it."""
+    """While it is held, requests of a running adapter wait for it; its removal must release them."""
     scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
     one, held, other = queue(scheduler, "aba", max_tokens=20)
     run(scheduler, runner, must_plan(scheduler))
@@ -89,7 +89,7 @@ def test_one_that_is_given_up_holds_nobody() -> None:
 
 @dataclass
 class Weights:
-    """What the script below loads; counted while it lives."""
+    """The weights that the script below loads; live instances are counted."""
 
     digest: bytes
     weights: object = field(default_factory=object)
@@ -98,7 +98,7 @@ class Weights:
 
 
 class Script:
-    """A loader that tests hold up and make fail."""
+    """A loader that tests can block and make fail."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
@@ -126,7 +126,7 @@ def sources(names: str) -> list[AdapterSource]:
 
 
 async def settled(adapters: Adapters, *names: str) -> None:
-    """Wait until these have been loaded."""
+    """Wait until these adapters have been loaded."""
     await until(lambda: set(names) <= set(adapters.names))
 
 
@@ -169,8 +169,8 @@ async def test_the_one_used_least_recently_leaves_and_is_read_again() -> None:
     (await adapters.lease("a")).release()
     await adapters.add("c", "/c")
     assert adapters.num_loaded == 2
-    assert adapters.names == ["a", "b", "c"], "it can still be asked for"
-    lease = await adapters.lease("b")  # waits until it has been read again
+    assert adapters.names == ["a", "b", "c"], "an evicted adapter must still be listed"
+    lease = await adapters.lease("b")  # waits until b has been read again
     assert lease.adapter.key == b"/b".hex()
     assert script.loaded[2:] == ["c", "b"]
     assert adapters.num_loaded == 2
@@ -223,7 +223,7 @@ async def test_a_broken_one_fails_alone_and_is_tried_again_later(
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="'a' could not be loaded") as refused:
             await adapters.lease("a")
-        assert "tensor" not in refused.value.message, "the log has it"
+        assert "tensor" not in refused.value.message, "details belong in the log"
     del script.failures["a"]
     clock.now += 31
     assert (await adapters.lease("a")).adapter.name == "a"
@@ -257,7 +257,7 @@ async def test_a_replacement_takes_the_name_once_it_has_been_read() -> None:
     assert adapters.names == ["a"]
     (await adapters.lease("a")).release()
     meanwhile = await adapters.lease("a")
-    assert meanwhile.adapter is old.adapter, "the old one serves while the new one is read"
+    assert meanwhile.adapter is old.adapter, "the old adapter must serve while the new one is read"
     script.go_on.set()
     while (lease := await adapters.lease("a")).adapter is old.adapter:
         lease.release()
@@ -266,7 +266,7 @@ async def test_a_replacement_takes_the_name_once_it_has_been_read() -> None:
     assert not replacement.done() and adapters.num_loaded == 2
     old.release()
     await asyncio.sleep(0.01)
-    assert not replacement.done(), "another still has it"
+    assert not replacement.done(), "another request still holds a lease"
     meanwhile.release()
     await replacement
     assert adapters.num_loaded == 1
@@ -285,7 +285,7 @@ async def test_a_replacement_that_cannot_be_read_leaves_the_old_one() -> None:
     assert adapters.num_loaded == 1
     script.failures["b"] = ModelLoadError("no such directory")
     with pytest.raises(InvalidRequest, match="cannot be served"):
-        await adapters.replace("b", "/nowhere")  # no old one: as `add`
+        await adapters.replace("b", "/nowhere")  # there is no old adapter, so this behaves like `add`
     assert "b" not in adapters
     adapters.close()
 
@@ -316,7 +316,7 @@ async def test_a_request_that_waits_for_one_that_is_replaced_gets_the_new_one() 
     script.go_on.clear()
     waiting = asyncio.create_task(adapters.lease("a"))
     await asyncio.sleep(0.01)
-    adapters._max_loaded = 2  # so that the replacement is read behind it
+    adapters._max_loaded = 2  # so that the replacement is read afterwards
     replacement = asyncio.create_task(adapters.replace("a", "/new"))
     await asyncio.sleep(0.01)
     script.go_on.set()
@@ -385,7 +385,7 @@ async def test_those_that_leave_are_counted_until_nobody_uses_them() -> None:
     assert adapters.names == [] and adapters.num_loaded == 2
     with pytest.raises(Overloaded, match="All 2 adapters"):
         await adapters.add("c", "/c")
-    removals[0].cancel()  # who asked has gone; it leaves all the same
+    removals[0].cancel()  # the caller has gone; the removal continues
     leases[0].release()
     await asyncio.sleep(0.01)
     assert adapters.num_loaded == 1
@@ -422,7 +422,7 @@ async def test_one_that_found_no_room_at_the_start_is_overloaded_and_then_read()
     script.go_on.set()
     while "a" not in adapters.names:
         await asyncio.sleep(0)
-    lease = await adapters.lease("a")  # before b has its turn, or b has made it leave: a is read again
+    lease = await adapters.lease("a")  # b may already have evicted it: then a is read again
     await asyncio.sleep(0.02)
     for _ in range(3):
         with pytest.raises(Overloaded, match="All 1 adapters"):

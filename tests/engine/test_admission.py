@@ -61,7 +61,7 @@ def test_retry_after_follows_the_drain_rate() -> None:
     held = [admission.acquire(1) for _ in range(10)]
     with pytest.raises(Overloaded) as caught:
         admission.acquire(4)
-    # Five came back in the 8 s since the first of them: four more take 6.4 s.
+    # Five permits returned in the 8 s since the first; four more take 6.4 s.
     assert caught.value.retry_after_s == 7
     for permit in held:
         permit.release(has_run=True)
@@ -80,7 +80,7 @@ def test_refusals_after_admission_do_not_make_retry_after_shorter() -> None:
         permit.release(has_run=True)
         for _ in range(100):
             admission.acquire(1).release()
-    # Two in 4 s ended, and two hundred were refused: three more take 6 s.
+    # Two ended in 4 s, and two hundred never ran; three more take 6 s.
     assert admission.retry_after_s(3) == 6
 
 
@@ -101,11 +101,11 @@ def test_a_tenant_displaces_no_more_than_its_share_and_nobody_for_nothing() -> N
     third = [admission.acquire(1, "third") for _ in range(3)]
     assert admission.to_displace(1, "modest", greedy) == greedy[:1]
     assert admission.to_displace(2, "modest", greedy) == greedy[:2]
-    # Three would leave greedy with less than that; one or two are not worth a refusal to others.
+    # Three would leave "greedy" with less than "modest", and displacing one or two would not be enough.
     assert admission.to_displace(3, "modest", [*greedy, *third]) == []
     assert admission.to_displace(1, "greedy", third) == []
     assert admission.to_displace(1, "third", greedy) == greedy[:1]
     assert admission.to_displace(1, "modest", []) == []
     assert not admission.is_full(0)
     assert admission.is_full(1)
-    assert not admission.is_full(9), "for these there will never be room"
+    assert not admission.is_full(9), "waiting cannot help a request that exceeds the capacity"

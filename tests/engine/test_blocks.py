@@ -102,7 +102,7 @@ def test_forgotten_contents_are_not_found_and_the_block_stays_with_its_holder() 
 
 
 def fill(pool: BlockPool, name: str) -> int:
-    """Cache some contents in a free block."""
+    """Allocate a block, cache it under a name, and release it."""
     block = pool.allocate()
     pool.register(block, digest(name))
     pool.release([block])
@@ -132,7 +132,7 @@ def test_blocks_that_are_needed_at_once_are_there() -> None:
 
 
 def test_the_cache_grows_while_what_it_gave_up_is_wanted_again() -> None:
-    """Six conversations in turn find nothing in a cache for four, until it is one for six."""
+    """Six alternating conversations never hit in a cache for four, until the cache has grown to hold six."""
     pool = BlockPool(100, num_eager=4)
     hits = []
     for turn in range(40):

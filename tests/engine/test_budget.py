@@ -20,9 +20,9 @@ def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -
     budget.observe(0, 512, 0.512)
     for _ in range(20):
         budget.observe(64, 0, 0.2)
-    assert budget.tokens(64) == 512  # else 96: see the test of prompts that advance
+    assert budget.tokens(64) == 512  # 96 without the minimum: see the test of prompts that advance
     budget.shrink(512)
-    assert budget.tokens(64) == 256, "what found no memory is not tried again"
+    assert budget.tokens(64) == 256, "a size that exceeded memory must not be tried again"
 
 
 def test_a_prompt_alone_gets_the_maximum() -> None:
@@ -35,7 +35,7 @@ def test_a_prompt_alone_gets_the_maximum() -> None:
 @pytest.mark.parametrize("cost_s", [0.00002, 0.0002, 0.001])
 @pytest.mark.parametrize("fixed_s", [0.0, 0.004])
 def test_mixed_steps_settle_on_the_target(decode_s: float, cost_s: float, fixed_s: float) -> None:
-    """Whatever the machine costs, and however wrong the first guess was."""
+    """This holds for any machine and any error of the first guess."""
     budget = make_budget()
     budget.observe(0, 512, 512 * cost_s * 5)
     budget.observe(8, 0, decode_s)
@@ -43,13 +43,13 @@ def test_mixed_steps_settle_on_the_target(decode_s: float, cost_s: float, fixed_
         tokens = budget.tokens(8)
         duration_s = decode_s + fixed_s + tokens * cost_s
         budget.observe(8, tokens, duration_s)
-    room_s = max(0.05, decode_s * 1.5)  # where steps of one size hide what decoding takes: the target
+    room_s = max(0.05, decode_s * 1.5)  # the target may apply if equal-sized steps hide the decode time
     assert tokens % 16 == 0
     assert tokens in (16, 4096) or 0.95 * 0.05 - 33 * cost_s <= duration_s <= room_s * 1.001
 
 
 def test_short_prompts_say_little_of_what_a_token_costs() -> None:
-    """Reading the weights takes 20 ms whatever a step computes: that is no 4 ms a token."""
+    """Reading the weights takes 20 ms for any step; five tokens must not count as 4 ms each."""
     budget = make_budget()
     budget.observe(8, 0, 0.02)
     budget.observe(8, 512, 0.02 + 512 * 0.0002)
@@ -64,11 +64,11 @@ def test_prompts_advance_even_where_decoding_alone_misses_the_target() -> None:
     budget.observe(0, 512, 0.512)
     for _ in range(20):
         budget.observe(64, 0, 0.2)
-    assert 90 <= budget.tokens(64) <= 100  # half of the decode time at 1 ms a token
+    assert 90 <= budget.tokens(64) <= 100  # half of the decode time, at 1 ms a token
 
 
 def test_steps_of_one_size_are_learnt_from_together() -> None:
-    """The first at once; then a machine that has become slower is noticed within eight, by their mean."""
+    """The first step counts at once; later, the mean of eight steps shows that a machine has slowed down."""
     budget = make_budget()
     budget.observe(4, 0, 0.01)
     first_s = budget.predict_s(4, 0)
@@ -79,7 +79,7 @@ def test_steps_of_one_size_are_learnt_from_together() -> None:
     budget.observe(4, 0, 0.03)
     later_s = budget.predict_s(4, 0)
     assert 1.1 * first_s < later_s <= 0.03
-    budget.observe(5, 0, 0.05)  # of another size: at once
+    budget.observe(5, 0, 0.05)  # a step of another size counts at once
     assert budget.predict_s(4, 0) > later_s
 
 
@@ -117,12 +117,12 @@ def test_the_target_stretches_with_the_wait() -> None:
 
 
 def test_rows_that_were_taken_for_dear_are_tried_again() -> None:
-    """A step with drafts that was held up must not end drafts for good."""
+    """A delayed step with drafts must not end speculative decoding for good."""
     budget = make_budget()
     base_s, row_s = 0.004, 0.0004
 
     def step(factor: float = 1.0) -> int:
-        """Run one; draft eight tokens where one with a likelihood of 0.8 pays."""
+        """Run a step; draft eight tokens if a draft token with a probability of 0.8 pays off."""
         whole, row = sum(budget.cost_s), budget.cost_s[1]
         num_drafts = 8 if row < 0.7 * whole else 0
         budget.observe(1, 0, factor * (base_s + row_s * (1 + num_drafts)), num_drafts=num_drafts)
@@ -130,7 +130,7 @@ def test_rows_that_were_taken_for_dear_are_tried_again() -> None:
 
     for _ in range(16):
         step()
-    for _ in range(200):  # each draft costs a whole step
+    for _ in range(200):  # each draft token costs a whole step
         budget.observe(1, 0, base_s * 9, num_drafts=8)
         budget.observe(2, 0, base_s * 2)
     assert budget.cost_s[1] > 0.7 * sum(budget.cost_s)

@@ -1,4 +1,4 @@
-"""Prompts that arrive together compute what they share once, whatever fails meanwhile."""
+"""Prompts that arrive together compute their common prefix once, even if steps fail."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ async def test_a_burst_whose_steps_fail_at_random_loses_nobody(
     for request, answer in zip(requests, answers, strict=True):
         assert answer.tokens() == expected_tokens(request.prompt_ids, 8, sampling=SEEDED)
     assert engine.stats.failed_steps > 5
-    assert engine.stats.prefix_query_tokens == 24 * 221, "each prompt counts once"
+    assert engine.stats.prefix_query_tokens == 24 * 221, "each prompt must count once"
 
 
 async def test_a_prompt_that_fails_takes_none_with_it_that_share_its_beginning(
     make_engine: MakeEngine,
 ) -> None:
-    """It computes what they share, and they all wait for that in the same step."""
+    """The failing prompt computes the common prefix, and the others wait for it in the same step."""
     runner = FakeRunner(num_blocks=400)
     requests = make_burst(8, 100, 21)
     ill = requests[0].prompt_ids
@@ -78,7 +78,7 @@ async def test_a_prompt_that_fails_takes_none_with_it_that_share_its_beginning(
 async def test_choices_of_a_prompt_that_is_tried_again_in_parts_are_right(
     make_engine: MakeEngine, prompt_logprobs: int | None, error: type[Exception]
 ) -> None:
-    """And so is what they leave in the cache: it is asked for afterwards."""
+    """The cached blocks must be right too: the prompt is sent again afterwards."""
     runner = FakeRunner(num_blocks=200, max_step_tokens=64)
     faults = [error()]
 
@@ -87,7 +87,7 @@ async def test_choices_of_a_prompt_that_is_tried_again_in_parts_are_right(
         return faults.pop() if faults and last.samples and last.num_tokens > 1 else None
 
     engine = make_engine(runner, max_batch_prefill_tokens=48)
-    if error is RuntimeError:  # which costs a row its request if it is alone
+    if error is RuntimeError:  # it fails a request whose row is alone in a step
         company = asyncio.create_task(ask(engine, make_request([7] * 5, 40)))
         await until(lambda: engine.stats.sampled_tokens > 0)
     runner.fault = fault

@@ -1,4 +1,4 @@
-"""Drafts through the engine: what clients see of several tokens a step, and what is taken for them."""
+"""Drafts in the engine: what clients see of several tokens per step, and which resources drafts use."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ async def test_drafts_are_counted(make_engine: MakeEngine) -> None:
     assert 0 < stats.accepted_draft_tokens <= stats.draft_tokens
     assert 0 < stats.drafted_rows <= num_steps
     assert stats.skipped_tokens.count > 0
-    # A sequence that has ended may lose what a step in flight has drawn for it.
+    # A finished sequence may discard tokens that a step in flight has sampled for it.
     assert stats.skipped_tokens.total <= stats.accepted_draft_tokens
     assert stats.inter_token_s.count >= stats.sampled_tokens - 1
 
 
 async def test_nobody_is_preempted_for_a_draft(make_engine: MakeEngine) -> None:
     requests = [make_request(range(at, at + 17), max_tokens=14) for at in (0, 60, 120)]
-    runner = FakeRunner(num_blocks=6, drafts=LIMITS)  # two blocks each, which is all
+    runner = FakeRunner(num_blocks=6, drafts=LIMITS)  # two blocks for each request use them all
     engine = make_engine(runner)
     answers = await asyncio.gather(*(collect(submit(engine, request)) for request in requests))
     assert engine.stats.preemptions == 0

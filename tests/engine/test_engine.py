@@ -38,7 +38,7 @@ SEEDED = SamplingParams(seed=7)
 
 
 class Recorder:
-    """A sink that keeps the calls."""
+    """A sink that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[list[TokenEvent]] = []
@@ -81,13 +81,13 @@ async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine
     for request, answer in zip(requests, answers, strict=True):
         await answer.wait()
         assert answer.tokens() == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
-    # Everybody had ten tokens before anybody had thirty.
+    # Every request has ten tokens before any request has thirty.
     first_done = min(len(order) - 1 - order[::-1].index(request.request_id) for request in requests)
     assert all(order[:first_done].count(request.request_id) >= 10 for request in requests)
 
 
 async def test_a_seed_and_a_choice_decide_alone(make_engine: MakeEngine) -> None:
-    """Choice i is the same whatever n is, preempted or not, beside others or alone."""
+    """Choice i depends neither on n, nor on preemption, nor on other requests."""
     prompt = b"The same prompt for all of them"
     roomy, tight = make_engine(), make_engine(FakeRunner(num_blocks=9, max_batch_size=4))
     for engine in (roomy, tight):
@@ -110,7 +110,7 @@ async def test_all_choices_of_a_step_come_with_one_call(make_engine: MakeEngine)
     channel.attach(sink)
     await until(lambda: channel.is_ended)
     await until(lambda: sum(map(len, sink.calls)) == 24)
-    # A call ends where a step does; a loop that comes late takes two steps at once.
+    # A call ends at a step's end; a late event loop may deliver two steps at once.
     assert set(accumulate(map(len, sink.calls))) <= {1, 5, 9, 13, 17, 21, 24}
     assert sink.errors == []
 
@@ -171,7 +171,7 @@ async def test_prompt_logprobs_are_whole_after_a_preemption(make_engine: MakeEng
     prompt = [index % 256 for index in range(600)]
     new = await ask(engine, make_request(prompt, 3, prompt_logprobs=0))
     assert engine.stats.preemptions == 1
-    assert engine.stats.prefill_tokens > 16 + 600, "it was not preempted within its prompt"
+    assert engine.stats.prefill_tokens > 16 + 600, "it was not preempted during its prompt"
     assert new.stats.prompt_logprobs is not None
     assert [entry[0] for entry in new.stats.prompt_logprobs] == [None, *map(fake_logprob, prompt[1:])]
     await collect(old)
@@ -183,7 +183,7 @@ async def test_priority_goes_first_unless_the_other_has_waited_long() -> None:
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), clock=lambda: now)
     engine.start()
     channels: list[RequestChannel] = []
-    # Each prompt is one token longer than the one before, which tells them apart.
+    # Each prompt is one token longer than the previous one, which identifies it.
     for arrival_s, priority in ((0.0, 0), (0.0, 1), (AGING_S / 2, 0), (AGING_S * 2, 0)):
         now = arrival_s
         channels.append(submit(engine, make_request(len(channels) + 1, max_tokens=1, priority=priority)))
@@ -330,7 +330,7 @@ async def test_a_sink_that_raises_loses_its_own_request_only(
 
 
 async def test_a_cpu_cache_takes_memory_where_conversations_come_back_for_it(make_engine: MakeEngine) -> None:
-    """256 MiB of 2 GiB are filled by prompts that are new; prompts that come again get the rest."""
+    """New prompts fill only 256 MiB of 2 GiB; prompts that are sent again make the cache grow further."""
     engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=2 << 30)
     pool, draw = engine.scheduler.pool, random.Random(2)
     for _ in range(30):
@@ -374,7 +374,7 @@ async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:
     waiting = loop.create_future()
     loop.call_later(0.05, waiting.set_result, None)
     await waiting
-    # One speculative step may still have been in flight.
+    # One speculative step may still be in flight.
     assert num_wakes <= 1
 
 
@@ -396,7 +396,7 @@ async def test_while_the_loop_lags_tokens_leave_together_but_first_ones_at_once(
         await until(lambda num_calls=num_calls: len(old.calls) == num_calls)  # type: ignore[misc]
     await until(lambda: runner.num_in_flight == 2)
     assert new.calls == []
-    runner.run_next()  # both are done before the loop comes around
+    runner.run_next()  # both steps end before the loop runs again
     runner.run_next()
     await until(lambda: len(new.calls) == 2)
     assert [len(call) for call in old.calls] == [1, 1, 1, 1, 2]
@@ -407,7 +407,7 @@ async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngi
     now = 0.0
 
     class Slow(Recorder):
-        """Each call takes 0.4 ms of the clock that the engine sees."""
+        """A sink whose calls each advance the engine's clock by 0.4 ms."""
 
         def on_events(self, events: Sequence[TokenEvent]) -> None:
             nonlocal now
@@ -458,7 +458,7 @@ async def test_requests_are_aborted_by_their_id_running_or_waiting(make_engine: 
     await until(lambda: runner.num_in_flight > 0)
     assert engine.abort("nobody") == 0
     assert engine.abort(named.request_id) == 2
-    assert engine.abort(named.request_id) == 0, "they have ended, or will"
+    assert engine.abort(named.request_id) == 0, "the requests are already ending"
     runner.is_manual = False
     runner.run_next()
     for channel in (running, waiting):

@@ -1,4 +1,4 @@
-"""Invariant: every accepted request ends exactly once, whatever fails, and what is healthy goes on."""
+"""Invariant: every accepted request ends exactly once, whatever fails, and healthy requests continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POISON = 250
 
 
 def poisoned_slots(runner: FakeRunner) -> Callable[[StepPlan], BaseException | None]:
-    """Make every step fail that has a row of a request whose prompt begins with POISON."""
+    """Return a fault that fails every step with a row of a request whose prompt begins with POISON."""
     slots: dict[int, bool] = {}
 
     def fault(plan: StepPlan) -> BaseException | None:
@@ -47,7 +47,7 @@ async def test_the_row_that_makes_a_step_fail_fails_alone(make_engine: MakeEngin
         if request.prompt_ids[0] == POISON:
             assert isinstance(answer.error, GenerationFailed)
             assert request.request_id in str(answer.error)
-            assert "poison" not in str(answer.error), "the cause is for the log"
+            assert "poison" not in str(answer.error), "the cause belongs in the log"
         else:
             assert answer.error is None
             assert answer.tokens() == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
@@ -56,7 +56,7 @@ async def test_the_row_that_makes_a_step_fail_fails_alone(make_engine: MakeEngin
 
 
 async def test_a_step_that_is_too_large_runs_in_halves(make_engine: MakeEngine) -> None:
-    """As when memory runs out: nobody is lost."""
+    """This is what happens when memory runs out; no request may be lost."""
     runner = FakeRunner(num_blocks=400)
     runner.fault = lambda plan: MemoryError() if len(plan.rows) > 5 else None
     engine = make_engine(runner)
@@ -80,7 +80,7 @@ async def test_a_chunk_that_finds_no_memory_runs_in_smaller_ones(make_engine: Ma
     num_failed = engine.stats.failed_steps
     assert num_failed > 0
     assert (await ask(engine, make_request([7] * 1000, 5))).error is None
-    assert engine.stats.failed_steps - num_failed < 5, "it has learnt to take less"
+    assert engine.stats.failed_steps - num_failed < 5, "the engine must have learnt the smaller size"
     assert engine.stats.failed == 0
 
 
@@ -127,7 +127,7 @@ async def test_a_row_without_finite_logits_fails_alone_and_is_not_cached(make_en
 
 
 async def test_a_request_that_failed_gets_nothing_after_its_error(make_engine: MakeEngine) -> None:
-    """One choice is poisoned, another has its token in the same step."""
+    """One choice is poisoned; another has a token in the same step."""
 
     class Recorder:
         def __init__(self) -> None:
@@ -156,7 +156,7 @@ async def test_a_request_that_failed_gets_nothing_after_its_error(make_engine: M
 async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
     make_engine: MakeEngine, max_step_tokens: int
 ) -> None:
-    """The runner keeps scores from chunk to chunk, so the prompt begins again, in steps of the usual size."""
+    """The runner keeps scores between chunks, so the prompt starts again, in steps of the usual size."""
     runner = FakeRunner(max_step_tokens=max_step_tokens)
     engine = make_engine(runner, max_batch_prefill_tokens=16)
     prompt = list(range(60))
@@ -175,7 +175,7 @@ async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
 async def test_an_end_that_the_model_cannot_draw_is_not_masked(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer may have more tokens than the model; the runner refuses ids beyond the vocabulary."""
+    """A tokenizer may have more tokens than the model; the runner refuses ids outside the vocabulary."""
     monkeypatch.setattr(FakeTokenizer, "eos_ids", FakeTokenizer.eos_ids | {5000})
     masked: list[int] = []
     runner = FakeRunner()
@@ -255,7 +255,7 @@ async def test_a_token_without_text_fails_its_request_alone(make_engine: MakeEng
 
 
 class Deaths:
-    """What `on_fatal` was told."""
+    """Records the errors that `on_fatal` reports."""
 
     def __init__(self) -> None:
         self.errors: list[TgiError] = []
@@ -331,7 +331,7 @@ async def test_a_step_that_hangs_while_a_fault_is_looked_for_is_noticed() -> Non
 
 
 async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
-    """Each takes less than the limit, all of them together far more."""
+    """Each step takes less than the limit; together they take far more."""
     engine = make_engine(FakeRunner(step_s=0.02), step_timeout_s=0.4)
     assert (await ask(engine, make_request(9, 40))).finish() is FinishReason.LENGTH
 
@@ -369,7 +369,7 @@ async def test_a_bug_in_the_engine_is_not_silent() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 3])
 async def test_an_engine_whose_task_is_cancelled_is_dead(num_steps: int) -> None:
-    """As by a timeout of somebody whose code ran in it: `stop` alone may end it."""
+    """A timeout of code that runs in the task could cancel it; only `stop` may end the task."""
     runner, deaths = FakeRunner(is_manual=True), Deaths()
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
     engine.start()
@@ -395,7 +395,7 @@ async def test_stopping_is_no_death(make_engine: MakeEngine) -> None:
 
 async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_engine: MakeEngine) -> None:
     runner = FakeRunner(num_blocks=200)
-    runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler says it of a row without a token
+    runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler does for a row without a token
     engine = make_engine(runner)
     grammar = Grammar(lambda: None, None)
     banned = make_request([POISON], 5, sampling=SamplingParams(logit_bias=((7, -100.0),)), grammar=grammar)

@@ -1,4 +1,4 @@
-"""Grammars in the engine: free text does without one until its mark; a least length has one at once."""
+"""Grammars in the engine: free text needs none before its mark; a minimum length needs one from the start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tgi_asgi.types import SamplingParams
 SEEDED = SamplingParams(seed=7)
 
 
-@pytest.mark.parametrize("prompt_len", [5, 12, 13])  # the slot starts again inside a block, or with one
+@pytest.mark.parametrize("prompt_len", [5, 12, 13])  # the slot restarts inside a block, or at its start
 async def test_free_text_needs_no_grammar_until_its_mark(make_engine: MakeEngine, prompt_len: int) -> None:
     runner = FakeRunner()
     engine = make_engine(runner)

@@ -1,4 +1,4 @@
-"""The journal of the prefix cache tells exactly what a pool can find."""
+"""The prefix cache's journal reports exactly the blocks that a pool can find."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_a_reader_that_missed_changes_is_told_so() -> None:
     assert journal.since(1) is None
     assert journal.since(2) == {digest(2): True, digest(3): True, digest(4): True}
     assert journal.since(5) == {}
-    assert journal.since(6) is None  # of another life
+    assert journal.since(6) is None  # from an earlier run

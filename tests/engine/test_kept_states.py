@@ -1,4 +1,4 @@
-"""Kept states: prompts go on only where one is, and of what failed or was forgotten none is left."""
+"""Kept states: prompts resume only from an existing one, and failed or forgotten ones are freed."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def states_of(scheduler: Scheduler) -> KeptStates:
 
 
 def kept_at(row: StepRow) -> list[int]:
-    """Return where a row keeps its state."""
+    """Return the positions at which a row keeps its state."""
     return [] if row.states is None else [position for position, _ in row.states.keeps]
 
 
 def ask(
     scheduler: Scheduler, runner: FakeRunner, prompt: Tokens[int], max_tokens: int = 1, **fields: Any
 ) -> tuple[Sequence, StepRow]:
-    """Run a request alone; return its sequence and its first row."""
+    """Run a single request; return its sequence and its first row."""
     request = make_request(prompt, max_tokens, **fields)
     [sequence] = add_request(scheduler, request, scheduler._next_step)
     first = run_all(scheduler, runner)[0].plan.rows[0]
@@ -67,7 +67,7 @@ def test_one_token_is_left_to_compute() -> None:
 
 
 def test_a_common_beginning_is_kept_as_soon_as_it_shows() -> None:
-    """The second prompt finds blocks up to 64 and no state there: it leaves one for the third."""
+    """The second prompt finds blocks up to 64 but no state there, so it keeps one for the third."""
     scheduler, runner = make()
     ask(scheduler, runner, [*range(70), *range(100, 130)])
     second, row = ask(scheduler, runner, [*range(70), *range(160, 200)])
@@ -100,7 +100,7 @@ def test_states_are_kept_in_the_middle_of_chunks_and_found_with_the_result() -> 
 
 
 def test_a_prompt_goes_on_from_its_own_state_behind_its_first_chunk() -> None:
-    """Also where that is planned before the first chunk has been computed; then the kept one is let go of."""
+    """This holds even if the second chunk is planned before the first has run; the kept state is released."""
     scheduler, runner = make(max_prefill_tokens=32)
     ask(scheduler, runner, range(40))
     add_request(scheduler, make_request([*range(40), *range(100, 160)]), 5)
@@ -118,15 +118,15 @@ def test_a_prompt_goes_on_from_its_own_state_behind_its_first_chunk() -> None:
 def test_the_next_turn_goes_on_behind_the_answer() -> None:
     scheduler, runner = make()
     sequence, _ = ask(scheduler, runner, range(20), max_tokens=60)
-    # One of the prompt, and one that has moved on with the answer.
+    # One state of the prompt, and one that moves along with the answer.
     assert states_of(scheduler).pool.num_touched == states_of(scheduler).num_known == 2
     _, row = ask(scheduler, runner, [*sequence.token_ids, 7, 8, 9])
-    # The answer's last token has no state: it was drawn and never fed.
+    # The answer's last token has no state: it was sampled but never fed to the model.
     assert row.start == (20 + 59) // BLOCK * BLOCK
 
 
 def test_a_state_in_use_is_not_written_to() -> None:
-    """Somebody begins where an answer is: that goes on in another place."""
+    """A request starts from an answer's state, so that answer continues in another place."""
     scheduler, runner = make()
     [first] = add_request(scheduler, make_request(range(31), 40))
     for _ in range(4):
@@ -197,7 +197,7 @@ def test_a_step_that_failed_leaves_no_state() -> None:
     pool = states_of(scheduler).pool
     assert pool.num_used == 0 and not pool.num_known
     again = scheduler.retry(failed, range(1), max_tokens=32)
-    while again is not None:  # in parts, of which the last keeps what the whole was to keep
+    while again is not None:  # in parts; the last keeps the states of the whole
         run(scheduler, runner, again)
         assert sequence.num_computed <= 32 or pool.num_used + pool.num_known <= 1
         again = scheduler.plan()
@@ -276,13 +276,13 @@ def test_choices_compute_the_prompt_where_nothing_is_kept() -> None:
 
 
 def test_choices_wait_for_a_prompt_whose_end_is_computed_again() -> None:
-    """Its last chunk is the one token that they do not share: they read nothing of that but its state."""
+    """The last chunk is the one token that the choices do not share; they read only its state."""
     scheduler, runner = make(max_prefill_tokens=32)
     leader, follower = add_request(scheduler, make_request(range(33), 4, n=2))
     run(scheduler, runner, must_plan(scheduler))
     failed, following = must_plan(scheduler), must_plan(scheduler)
     assert [row.num_tokens for row in failed.plan.rows] == [1]
-    assert following.sequences == [leader, follower], "the scene is not as meant"
+    assert following.sequences == [leader, follower], "the test's setup has changed"
     for step in (failed, following):
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)

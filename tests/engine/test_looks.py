@@ -1,4 +1,4 @@
-"""Images in the scheduler: encoded ahead of the chunks that need them, beside streams, and never cut."""
+"""Images in the scheduler: encoded before the chunks that need them, alongside streams, and never cut."""
 
 from __future__ import annotations
 

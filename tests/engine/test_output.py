@@ -11,7 +11,7 @@ from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 
 
 def events_of(tokens: bytes | list[int], max_tokens: int = 100, **conditions: Any) -> list[TokenEvent]:
-    """Push tokens until the choice ends."""
+    """Push tokens until the choice ends; return the events."""
     output = ChoiceOutput(
         0, StopConditions(max_tokens=max_tokens, **conditions), FakeTokenizer(), frozenset({EOS_ID})
     )
@@ -105,7 +105,7 @@ def test_what_was_held_back_is_released_at_the_end(end: list[int]) -> None:
 
 
 def test_stops_are_not_matched_before_min_tokens_nor_with_text_from_before() -> None:
-    # "EN" is before: the "D" behind it does not complete a stop string.
+    # "EN" comes before min_tokens, so the "D" after it does not complete a stop string.
     events = events_of(b"ENDENDEND", min_tokens=5, stop=("END",))
     assert text_of(events) == "ENDEND"
     assert len(events) == 9
@@ -122,7 +122,7 @@ def test_the_last_token_of_a_grammar_ends_the_choice_with_its_text() -> None:
     stop = StopConditions(max_tokens=1, min_tokens=1, ignore_eos=True)
     output = ChoiceOutput(0, stop, FakeTokenizer(), frozenset({EOS_ID}))
     event = output.push(Sampled(ord("}"), is_last=True))
-    assert (event.text, event.finish) == ("}", FinishReason.EOS)  # it wins over the length
+    assert (event.text, event.finish) == ("}", FinishReason.EOS)  # takes precedence over the length
 
 
 @pytest.mark.parametrize("include_stop", [False, True])

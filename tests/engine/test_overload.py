@@ -1,4 +1,4 @@
-"""The engine with more work than room, and at its end: refusals, waits, tenants, draining, stopping."""
+"""The engine with more work than capacity, and at its end: refusals, waits, tenants, draining, stopping."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ async def test_only_requests_that_ran_teach_how_long_to_wait(make_engine: MakeEn
     late = await ask(engine, make_request(6))
     assert isinstance(late.error, Overloaded)
     now_s += 100
-    assert engine.admission.retry_after_s(1) == 1, "nothing is known yet"
+    assert engine.admission.retry_after_s(1) == 1, "nothing has been measured yet"
     await collect(running)
     now_s += 100
-    assert engine.admission.retry_after_s(1) == 60, "something ended once, but not lately"
+    assert engine.admission.retry_after_s(1) == 60, "nothing has ended recently"
 
 
 async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_engine: MakeEngine) -> None:
@@ -66,7 +66,7 @@ async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_e
     await until(lambda: engine.stats.sampled_tokens > 4)
     modest = [engine.submit(make_request(6), engine.acquire(1, "modest")) for _ in range(3)]
     with pytest.raises(Overloaded):
-        engine.acquire(1, "modest")  # half is enough
+        engine.acquire(1, "modest")  # it has half of the capacity, which is enough
     with pytest.raises(Overloaded):
         engine.acquire(1, "greedy")
     assert engine.admission.num_taken == 6
@@ -78,7 +78,7 @@ async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_e
 async def test_nobody_is_displaced_for_a_call_that_finds_no_room_for_all_of_it(
     make_engine: MakeEngine,
 ) -> None:
-    """Of three prompts the first alone would find room, at another's cost."""
+    """Only the first of three prompts would fit, at another request's expense."""
     engine = make_engine(FakeRunner(max_batch_size=2), max_concurrent_requests=4)
     greedy = [engine.submit(make_request(5, max_tokens=100), engine.acquire(1, "greedy")) for _ in range(4)]
     with pytest.raises(Overloaded):
@@ -89,7 +89,7 @@ async def test_nobody_is_displaced_for_a_call_that_finds_no_room_for_all_of_it(
 async def test_what_is_refused_between_two_steps_does_not_run(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its message is there, but the loop has not come to it when a slot gets free."""
+    """The refusal has arrived, but the loop has not processed it when a slot becomes free."""
     runner = FakeRunner(max_batch_size=1)
     engine = make_engine(runner, max_concurrent_requests=4)
     running = submit(engine, make_request(5, max_tokens=3))
@@ -146,8 +146,8 @@ async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine:
 
 
 async def test_those_that_have_finished_are_told_so_though_the_engine_stops_at_once() -> None:
-    """The delivery of a large step yields to the loop, where somebody may be waiting for its end."""
-    clock = count(step=0.01)  # each look at it is later than a slice of delivery lasts
+    """Delivering a large step yields to the event loop, where a task may be waiting for its end."""
+    clock = count(step=0.01)  # each reading advances by more than a slice of delivery
     engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), clock=lambda: next(clock))
     engine.start()
     answers = [Answer(submit(engine, make_request(5, max_tokens=3))) for _ in range(4)]

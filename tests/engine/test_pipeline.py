@@ -12,7 +12,7 @@ from tgi_asgi.types import Eyes
 
 
 class HeldRunner:
-    """Keeps every step until the test lets it go."""
+    """Holds every step until the test releases it."""
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
     least_chunk = 16
@@ -40,7 +40,7 @@ class HeldRunner:
 
 
 class Watched:
-    """A pipeline and what it reported."""
+    """A pipeline and the events that it has reported."""
 
     def __init__(self) -> None:
         self.runner = HeldRunner()
@@ -106,7 +106,7 @@ async def test_a_short_limit_is_watched_behind_a_long_one() -> None:
     watched.pipeline.pop_done()
     watched.pipeline.submit(Step(1), 0.01)
     await until(lambda: bool(watched.hangs))
-    assert watched.hangs[0] >= 0.02  # the limit, and as much again as grace
+    assert watched.hangs[0] >= 0.02  # the limit, and the same again as grace
     watched.pipeline.close()
 
 

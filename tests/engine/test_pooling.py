@@ -1,4 +1,4 @@
-"""Requests that want a vector: beside streams, in chunks, preempted, failed; what they may take cached."""
+"""Pooling requests: alongside streams, in chunks, preempted, failed; and their use of the prefix cache."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_vectors_and_streams_share_steps(make_engine: MakeEngine) -> None:
     assert any(
         any(row.pools for row in plan.rows) and any(row.token_ids is None for row in plan.rows)
         for plan in runner.plans
-    ), "no step had both"
+    ), "no step had both kinds"
     assert any(row.pools and not row.samples for plan in runner.plans for row in plan.rows), "no chunks"
 
 

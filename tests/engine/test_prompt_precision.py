@@ -1,4 +1,4 @@
-"""Prompts in bfloat16 by a real model: a text depends on nothing beside it, nor on how it was computed."""
+"""bfloat16 prompts of a real model: a text depends neither on other requests nor on how it was computed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prompt_of(number: int, length: int) -> list[int]:
 
 
 class Served:
-    """A scheduler with the real runner, two steps in flight."""
+    """A scheduler with the real runner and two steps in flight."""
 
     def __init__(self, runner: CpuRunner, **changes: Any) -> None:
         self.runner, self.stats = runner, EngineStats()
@@ -60,7 +60,7 @@ class Served:
         return add_request(self.scheduler, request, self._num_arrived)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Compute steps until nothing is left to do, or for as long."""
+        """Compute steps until no work is left, or until `until` returns true."""
         flights: deque[Step] = deque()
         while True:
             while len(flights) < 2 and not until() and (step := self.scheduler.plan()) is not None:
@@ -77,7 +77,7 @@ class Served:
                     self.scheduler.remove(sequence)
 
     def complete(self, *requests: GenerationRequest) -> list[Drawn]:
-        """Serve requests that come together; return what each choice drew."""
+        """Serve requests that arrive together; return each choice's sampled tokens."""
         sequences = [sequence for request in requests for sequence in self.add(request)]
         self.run()
         return [self.drawn[sequence] for sequence in sequences]
@@ -102,9 +102,9 @@ def test_a_later_turn_finds_the_prompt_and_not_the_answer(runner: CpuRunner) -> 
     turn = request_of([*first.prompt_ids, *(token for token, _ in answer), 3, 4], 2)
     expected = alone(runner, turn)
     assert served.complete(turn) == expected
-    assert served.stats.prefix_hit_tokens == 48  # whole blocks of the prompt
+    assert served.stats.prefix_hit_tokens == 48  # the whole blocks of the prompt
     assert served.complete(request_of(turn.prompt_ids, 2)) == expected
-    assert served.stats.prefix_hit_tokens == 48 + 80  # now all of them were a prompt's
+    assert served.stats.prefix_hit_tokens == 48 + 80  # now a prompt has computed all of them
 
 
 def test_an_answer_computed_again_does_not_find_the_same_tokens_of_a_prompt(runner: CpuRunner) -> None:

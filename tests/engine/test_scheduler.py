@@ -1,4 +1,4 @@
-"""Which rows a step has: budgets, slots, tenants and priorities, preemption, cancelled requests."""
+"""The rows of a step: budgets, slots, tenants and priorities, preemption, cancelled requests."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_next_slot_goes_to_the_tenant_that_runs_least() -> None:
         running = set(scheduler.running)
         must_plan(scheduler)
         started += set(scheduler.running) - running
-    # First those that have none, whatever they waited; then each has one, and urgency decides.
+    # Tenants that run nothing come first, however short their wait; once each runs one, priority decides.
     assert started == [modest[0], third, greedy[4], greedy[5]]
 
 
@@ -161,7 +161,7 @@ def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> Non
     )
     row = steps[first_back].plan.rows[steps[first_back].sequences.index(new)]
     assert first_back >= last_of_old
-    assert row.start > 0, "nothing of it was left in the cache"
+    assert row.start > 0, "its blocks must still be cached"
     assert runner.violations == []
 
 
@@ -186,7 +186,7 @@ def test_who_holds_most_blocks_is_preempted_whatever_others_wait_for() -> None:
     modest = add_request(scheduler, late, 150, "modest")[0]
     while scheduler._stats.preemptions == 0:
         run(scheduler, runner, must_plan(scheduler))
-    assert modest.state is SequenceState.RUNNING, "the least urgent of all holds least"
+    assert modest.state is SequenceState.RUNNING, "it has the lowest priority, but holds the fewest blocks"
     assert [sequence.state for sequence in greedy] == [SequenceState.RUNNING] * 2 + [SequenceState.WAITING]
     run_all(scheduler, runner)
     assert finished([*greedy, modest])
@@ -205,7 +205,7 @@ def test_the_most_urgent_is_never_preempted_whatever_it_holds() -> None:
 
 
 def test_a_priority_does_not_count_as_waiting() -> None:
-    """How long a prompt has waited sizes its chunks."""
+    """The scheduler sizes a prompt's chunks by how long it has waited."""
     waited: list[float] = []
 
     class Budget:
@@ -225,7 +225,7 @@ def test_a_preempted_sequence_forgets_what_a_step_in_flight_draws_for_it() -> No
     add_request(scheduler, make_request(range(31), max_tokens=20), arrival=0)
     new = add_request(scheduler, make_request(range(100, 116), max_tokens=20), arrival=1)[0]
     first = must_plan(scheduler)
-    second = must_plan(scheduler)  # the prompts' blocks are full: the old one takes the last block...
+    second = must_plan(scheduler)  # the prompts' blocks are full, so the older sequence takes the last one
     run(scheduler, runner, first)
     third = must_plan(scheduler)
     assert new.state is SequenceState.WAITING
@@ -239,13 +239,13 @@ def test_a_preempted_sequence_forgets_what_a_step_in_flight_draws_for_it() -> No
 
 
 def test_blocks_of_a_finished_sequence_may_be_reused_while_a_step_still_writes_to_them() -> None:
-    """The speculative row lands first, and its block's next owner overwrites what it left."""
+    """The speculative row runs first, and its block's next owner overwrites what it wrote."""
     scheduler, runner = make_scheduler(num_blocks=2), FakeRunner(num_blocks=2)
     first = add_request(scheduler, make_request(range(16), max_tokens=10), arrival=0)[0]
     prefill, speculative = must_plan(scheduler), must_plan(scheduler)
     late_block = first.tables[0][-1]
     scheduler.apply(prefill, runner.execute(prefill.plan))
-    scheduler.remove(first)  # as EOS does
+    scheduler.remove(first)  # as an EOS token does
     second = add_request(scheduler, make_request(range(100, 117), max_tokens=10), arrival=1)[0]
     reuse = must_plan(scheduler)
     assert late_block in second.tables[0]

@@ -1,10 +1,10 @@
 """The scheduler and the block pool under random requests, cancellations, preemptions, forks and failed steps.
 
-Prompts of a family share what they have in common, also those of one step, or with one in flight.
+Prompts of one family share a prefix, also with prompts of the same step or of one in flight.
 
-Steps run on the fake runner's simulated cache, which fails as soon as a row would read anything but its own
-sequence's tokens. A step runs at any moment between its planning and its completion, in order, up to two of
-them in flight: all that the engine may do.
+Steps run on the fake runner's simulated cache, which fails as soon as a row would read anything except its
+own sequence's tokens. Steps run in order, each at any moment between its planning and its completion, with up
+to two in flight: all that the engine may do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 4
 
 
 def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInput, ...]:
-    """Return images that lie one after the other, each so far behind the last and so long."""
+    """Return consecutive images from pairs: the gap before each image, and its size, in tokens."""
     images, end = [], 0
     for number, (gap, size) in enumerate(places):
         if end + gap + size <= prompt_len:
@@ -37,8 +37,9 @@ def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInpu
 
 
 MAX_ADAPTERS = 2
-ADAPTERS = tuple(Adapter(name, name, f"weights of {name}") for name in "xyz")  # one more than may run
-# Of the groups of layers; the last five tokens are two blocks or three, the last one is one block.
+ADAPTERS = tuple(Adapter(name, name, f"weights of {name}") for name in "xyz")  # one more than may be loaded
+# Windows of the groups of layers. With blocks of four tokens, a window of 5 spans two blocks, and of 1 one
+# block.
 WINDOWS = ((None,), (None,), (None, 5), (5,), (None, 9, 1), (None, None, 4), (13, 2))
 SELDOM = st.sampled_from((False, False, False, True))
 
@@ -74,7 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if num_kept_states is not None:
             eyes = None
         drafts = DraftLimits(num_drafts, 16) if num_drafts else None
-        # Steps hold a prompt that is not cut, or an image of at most nine tokens.
+        # A cramped step has space for one uncut prompt, or for an image of at most nine tokens.
         is_cramped = is_cramped and eyes is not Eyes.PROMPT
         max_step_tokens = max_prefill + max_batch_size + 16 if is_cramped else 1 << 20
         self.scheduler = make_scheduler(
@@ -108,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open: list[Sequence] = []
         self.flights: deque[tuple[Step, list[StepResult]]] = deque()
         self.num_arrived = 0
-        self.answers: list[list[int]] = []  # prompt and output of what has finished
+        self.answers: list[list[int]] = []  # prompt and output of finished sequences
 
     @rule(
         family=st.integers(0, 2),
@@ -194,7 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_more=st.integers(0, 2),
     )
     def fail(self, is_split: bool, is_backwards: bool, max_tokens: int | None, num_more: int) -> None:
-        """The oldest step fails: what came after it is void, and its rows run again, or parts of them."""
+        """Fail the oldest step: discard the steps after it, and run its rows again, whole or in parts."""
         (failed, _), *following = self.flights
         self.flights.clear()
         self._break(failed)
@@ -221,7 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        """Give up a request, all its choices; a poisoned one is forgotten by the cache, too."""
+        """Cancel all choices of a request; a poisoned request is also removed from the cache."""
         request = data.draw(st.sampled_from(self.open)).request
         for sequence in [sequence for sequence in self.open if sequence.request is request]:
             self.scheduler.remove(sequence, forget=data.draw(st.booleans()))
@@ -230,7 +231,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def stop_early(self, data: st.DataObject) -> None:
-        """One choice ends by itself, as with EOS or a stop string, while a step still works on it."""
+        """End one choice, as with EOS or a stop string, while a step still computes it."""
         sequence = data.draw(st.sampled_from(self.open))
         if sequence.num_output:
             self.scheduler.remove(sequence)
@@ -311,7 +312,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({sequence.slot for sequence in running}) == len(running)
 
     def teardown(self) -> None:
-        """Everything that is open ends by itself, in few steps, and leaves nothing behind."""
+        """All open requests end by themselves within a few steps, and leave nothing behind."""
         if not hasattr(self, "scheduler"):
             return
         for _ in range(2000):

@@ -1,4 +1,4 @@
-"""What sequences share, cached prefixes and further choices, and what a step that failed makes of it."""
+"""Sharing between sequences, by cached prefixes and further choices, also after failed steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_prompts_of_one_step_compute_what_they_share_once() -> None:
 
 @pytest.mark.parametrize("has_ended", [False, True])
 def test_what_a_step_in_flight_computes_is_found(has_ended: bool) -> None:
-    """The rows of a sequence that has ended run nevertheless, before those of whoever found them."""
+    """The rows of a finished sequence still run, before those of the sequences that found its blocks."""
     scheduler, runner = make_scheduler(), FakeRunner()
     [one] = add_request(scheduler, make_request(range(64)), 0)
     first = must_plan(scheduler)
@@ -56,13 +56,13 @@ def test_what_a_step_in_flight_computes_is_found(has_ended: bool) -> None:
 
 
 def test_what_is_left_of_a_budget_below_a_block_starts_nobody() -> None:
-    """Else it would look into the cache for what the prompt before it is about to compute."""
+    """Otherwise it would query the cache for blocks that the prompt before it is about to compute."""
     scheduler, runner = make_scheduler(max_prefill_tokens=40), FakeRunner()
     for own in range(4):
         add_request(scheduler, make_request([*range(100), 200 + own]), own)
     steps = run_all(scheduler, runner)
     assert [[row.num_tokens for row in step.plan.rows] for step in steps[:3]] == [[32], [32], [37]]
-    # The last one's three, and those of the others behind 96 shared tokens.
+    # The first sequence decodes one token; the others compute five each after 96 shared tokens.
     assert [row.num_tokens for row in steps[3].plan.rows] == [1, 5, 5, 5]
 
 
@@ -78,9 +78,9 @@ def test_hits_on_what_a_failed_step_was_to_compute_are_dropped() -> None:
     scheduler.rollback(failed)
     assert (first.state, second.state) == (SequenceState.RUNNING, SequenceState.WAITING)
     assert scheduler.retry(failed, range(1), max_tokens=16) is not None
-    again = must_plan(scheduler)  # behind the retry of a quarter, which nobody waited for
+    again = must_plan(scheduler)  # planned after the retry of a quarter, which no sequence waited for
     assert [(row.start, row.num_tokens) for row in again.plan.rows] == [(16, 49), (64, 1)]
-    assert scheduler._stats.prefix_query_tokens == 0, "no result yet"
+    assert scheduler._stats.prefix_query_tokens == 0, "no step has returned a result yet"
 
 
 @pytest.mark.parametrize("wants_prompt_logprobs", [False, True])
@@ -90,7 +90,7 @@ def test_a_choice_waits_for_a_prompt_that_is_tried_again_in_parts(wants_prompt_l
     leader, follower = add_request(scheduler, request)
     run(scheduler, runner, must_plan(scheduler))
     failed, following = must_plan(scheduler), must_plan(scheduler)
-    assert following.sequences == [leader, follower], "the scene is not as meant"
+    assert following.sequences == [leader, follower], "the test's setup has changed"
     for step in (failed, following):
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)
@@ -115,7 +115,7 @@ def test_the_next_turn_computes_only_what_is_new() -> None:
     run_all(scheduler, runner)
     add_request(scheduler, make_request([*sequence.token_ids, 7, 8, 9]), arrival=1)
     (row,) = must_plan(scheduler).plan.rows
-    # The answer's last token has no KV entries: it was drawn and never fed.
+    # The answer's last token has no KV entries: it was sampled but never fed to the model.
     assert row.start == (20 + 59) // 16 * 16
 
 
@@ -250,7 +250,7 @@ def test_a_choice_does_not_fork_from_a_prompt_that_this_very_step_computes_again
     steps = run_all(scheduler, runner)
     assert scheduler._stats.preemptions >= 1
     first = next(step for step in steps if follower in step.sequences)
-    assert leader in first.sequences, "the scene is not as meant"
+    assert leader in first.sequences, "the test's setup has changed"
     assert first.plan.rows[first.sequences.index(follower)].start == 0
     assert runner.violations == []
     assert finished([leader, follower])

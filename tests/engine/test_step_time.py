@@ -22,7 +22,7 @@ def test_a_burst_of_mixed_steps_teaches_all_three(scale: float) -> None:
     """No step of the burst decodes alone: rows grow and chunks shrink, as when 64 prompts arrive at once."""
     base, row, token = 0.003 * scale, 0.0007 * scale, 0.0004 * scale
     time = StepTime()
-    time.observe(0, 100, base + 100 * token)  # one request before
+    time.observe(0, 100, base + 100 * token)  # an earlier request
     for _ in range(30):
         time.observe(1, 0, base + row)
     rng = random.Random(1)

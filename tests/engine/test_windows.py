@@ -1,4 +1,4 @@
-"""Groups of layers with windows: what a sequence holds of them, gives back, and finds again."""
+"""Groups of layers with windows: the blocks that a sequence holds, frees early, and finds again."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def make(
 
 
 def held(sequence: Sequence) -> list[int]:
-    """Return how many blocks a sequence holds of each group."""
+    """Return the number of blocks that a sequence holds in each group."""
     pairs = zip(sequence.tables, sequence.num_given_back, strict=True)
     return [len(table) - first for table, first in pairs]
 
 
 def most_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> list[int]:
-    """Run with two steps in flight; return the most blocks that the sequence held of each group."""
+    """Run with two steps in flight; return the largest number of blocks held in each group."""
     most = [0] * scheduler.tables.num_groups
     flights: list[Step] = []
     while True:
@@ -61,7 +61,7 @@ def most_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> l
 def test_a_sequence_holds_its_window_and_a_chunk() -> None:
     scheduler, runner = make((None, 40))
     [sequence] = add_request(scheduler, make_request(range(1000), 100))
-    # A window of 40 lies in four blocks at the most, or three and the block that it shares with what follows.
+    # A window of 40 spans at most four blocks: three, and one that it shares with the tokens that follow.
     assert most_held(scheduler, runner, sequence) == [69, 3 + 3 + 1]
     assert finished([sequence])
     assert runner.violations == []
@@ -78,7 +78,7 @@ def test_a_stream_that_decodes_holds_no_more_than_its_window() -> None:
 
 
 def test_a_prompt_is_longer_than_a_pool_that_windows_alone_use() -> None:
-    """Sixteen blocks hold a prompt of 63 in each of two groups."""
+    """Without windows, sixteen blocks would hold 128 tokens: eight blocks for each of the two groups."""
     scheduler, runner = make((40, 70), num_blocks=16)
     [sequence] = add_request(scheduler, make_request(range(1000), 60))
     run_all(scheduler, runner)
@@ -99,7 +99,7 @@ def test_what_was_given_back_is_found_again() -> None:
 
 
 def forget(scheduler: Scheduler, sequence: Sequence, group: int, indices: Iterable[int]) -> None:
-    """Have a group lose blocks of a sequence's prompt, as if others had needed them."""
+    """Remove blocks of a sequence's prompt from a group, as if other sequences had needed them."""
     keys = [group_key(sequence.chain.digest(index, sequence.token_ids), group) for index in indices]
     scheduler.pool.forget(block for key in keys if (block := scheduler.pool.find(key)) is not None)
 
@@ -107,13 +107,13 @@ def forget(scheduler: Scheduler, sequence: Sequence, group: int, indices: Iterab
 @pytest.mark.parametrize(
     ("group", "lost", "expected"),
     [
-        (1, range(7), 10),  # position 160 sees 121 on, which lies in block 7
+        (1, range(7), 10),  # position 160 reads from 121 on, which is in block 7
         (1, [7], 7),
         (1, range(8), 0),
         (1, [9], 9),
-        (0, [3], 3),  # blocks 0 to 2 are there of both
+        (0, [3], 3),  # both groups have blocks 0 to 2
         (0, [0], 0),
-        (1, [0, 4, 8], 8),  # 128 sees 89 on: blocks 5 to 7
+        (1, [0, 4, 8], 8),  # position 128 reads from 89 on: blocks 5 to 7
     ],
 )
 def test_a_prompt_is_resumed_where_all_groups_can(group: int, lost: Iterable[int], expected: int) -> None:
@@ -137,7 +137,7 @@ def test_a_prompt_is_resumed_where_all_groups_can(group: int, lost: Iterable[int
 def test_a_hit_is_the_longest_that_all_groups_serve(
     windows: tuple[int | None, ...], known: list[int], num_blocks: int
 ) -> None:
-    """`known` has for each block of tokens which groups have it, as bits."""
+    """`known` holds a bit mask for each block of tokens: the groups that have it."""
     scheduler = make_scheduler(block_size=4)
     [sequence] = add_request(scheduler, make_request(range(50)))
     pool, needs = BlockPool(200), BlockNeeds(windows, 4, 16)
@@ -166,7 +166,7 @@ def test_a_hit_is_the_longest_that_all_groups_serve(
 
 @pytest.mark.parametrize("num_steps", [1, 2, 60])
 def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: int) -> None:
-    """The first choice is alone for some steps; then the second gets a slot, and copies or looks up."""
+    """The first choice runs alone for some steps; then the second copies its blocks or looks them up."""
     scheduler, runner = make((None, 40), max_batch_size=1)
     prompt = range(101)
     first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
@@ -187,7 +187,7 @@ def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: i
 
 
 def test_prompts_that_share_blocks_behind_their_windows_all_end_in_a_tight_pool() -> None:
-    """What one gives back others still hold: there may be no block in its place, and one has to wait."""
+    """The others may still hold the blocks that one frees: then no block is free and one must wait."""
     scheduler, runner = make((40,), num_blocks=14)
     add_request(scheduler, make_request(range(160), 1))
     run_all(scheduler, runner)

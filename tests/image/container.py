@@ -1,7 +1,7 @@
-"""The image without a container engine: built by buildah in chroots, run by runc. As root, on Debian.
+"""The image without a container engine: built by buildah in chroots, run by runc, as root on Debian.
 
-Nothing comes from a registry: the base is a root that debootstrap makes. Where pip needs a bundle of
-certificates here (PIP_CERT), the base has it, too, as a company's own base image would.
+Nothing comes from a registry: debootstrap makes the base. If pip needs a certificate bundle on this machine
+(PIP_CERT), the base gets it too, as a company's own base image would.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _STOP_TIMEOUT_S = 60
 
 
 def buildah_command(*arguments: object) -> list[str]:
-    """Return the command line of buildah, with storage of its own."""
+    """Return buildah's command line, with separate storage for these tests."""
     state = ["--storage-driver", "vfs", "--root", FOLDER / "storage", "--runroot", FOLDER / "run"]
     return [str(word) for word in ("buildah", *state, *arguments)]
 
 
 def buildah(*arguments: object) -> str:
-    """Run buildah; returns its output, and lets what it says while it works be seen."""
+    """Run buildah and return its output; its progress on stderr stays visible."""
     command = buildah_command(*arguments)
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def make_base() -> None:
-    """Make the image `BASE` of Debian's smallest variant, unless there is one from an earlier run."""
+    """Make the image `BASE` of Debian's smallest variant, unless an earlier run has made it."""
     if BASE in buildah("images", "--format", "{{.Name}}:{{.Tag}}").splitlines():
         return
     root = FOLDER / "root"
@@ -65,15 +65,15 @@ def make_base() -> None:
 
 
 def build(context: Path, *arguments: str) -> None:
-    """Build the image for CPUs from the files in `context`; `arguments` are buildah's."""
-    # DEVICE has this default, but buildah 1.28 goes by it only where it is given.
+    """Build the CPU image from the files in `context`; `arguments` are buildah's."""
+    # The Dockerfile gives DEVICE this default, but buildah 1.28 uses it only if it is passed explicitly.
     base = ("--build-arg", "DEVICE=cpu", "--build-arg", f"BASE={BASE}")
     file = ("--file", ROOT / "Dockerfile")
     buildah("build", "--isolation", "chroot", "--tag", IMAGE, *file, *base, *arguments, context)
 
 
 def configuration() -> dict[str, Any]:
-    """Return what the image says of itself: Env, Entrypoint, WorkingDir and so on."""
+    """Return the image's configuration: Env, Entrypoint, WorkingDir and so on."""
     inspected = json.loads(buildah("inspect", "--type", "image", IMAGE))
     config: dict[str, Any] = inspected["OCIv1"]["config"]
     return config
@@ -81,7 +81,7 @@ def configuration() -> dict[str, Any]:
 
 @contextmanager
 def mounted() -> Iterator[Path]:
-    """Return where the image's files lie on this machine, until the context ends."""
+    """Mount the image's files on this machine; yield the path, which is valid until the context ends."""
     container = buildah("from", IMAGE)
     try:
         yield Path(buildah("mount", container))
@@ -91,7 +91,7 @@ def mounted() -> Iterator[Path]:
 
 
 class Container:
-    """One run of the image, whose files lie in `root`.
+    """One run of the image, whose files are in `root`.
 
     It has user 1000, no capabilities, a read-only root, `data` as /data, and the host's network.
     """
@@ -124,11 +124,11 @@ class Container:
         shutil.rmtree(self._bundle)
 
     def wait_until_healthy(self, limit_s: float) -> float:
-        """Return the seconds until /health answered 200.
+        """Wait until /health answers 200; return the seconds that took.
 
         Raises:
-            RuntimeError: the container has ended.
-            TimeoutError: it has not answered within `limit_s`.
+            RuntimeError: if the container has ended.
+            TimeoutError: if it does not answer within `limit_s`.
         """
         start = time.monotonic()
         while time.monotonic() - start < limit_s:
@@ -160,7 +160,7 @@ class Container:
 def _specification(
     root: Path, data: Path, arguments: list[str], environ: list[str], folder: str
 ) -> dict[str, Any]:
-    """Return runc's configuration: its own default, with the network shared and the root read-only."""
+    """Return runc's configuration: its own default, with the host's network and a read-only root."""
     subprocess.run(["runc", "spec", "--bundle", str(data)], check=True)
     path = data / "config.json"
     spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def _specification(
     process["capabilities"] = {kind: [] for kind in process["capabilities"]}
     process.pop("rlimits", None)
     spec["root"] = {"path": str(root), "readonly": True}
-    # With the host's network there is no /sys of one's own, and control groups need not be mountable here.
+    # With the host's network a container has no /sys of its own, and control groups may not be mountable.
     kept = ("/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue")
     spec["mounts"] = [mount for mount in spec["mounts"] if mount["destination"] in kept]
     spec["mounts"] += [

@@ -1,4 +1,4 @@
-"""Each way to install on a Debian that has nothing but the packages that README names: `make test-image`."""
+"""Each way to install, on a Debian with only the packages that README names: `make test-image`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from tests.support.installing import (
 )
 
 pytestmark = pytest.mark.image
-# README's packages, and what the ways beside `make serve` need: git, and certificates for indexes.
+# README's packages, and those for installing otherwise than by `make serve`: git, and certificates for
+# indexes.
 PACKAGES = re.search(r"apt-get install ([a-z0-9 -]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
 INSTALL = f"git ca-certificates {PACKAGES[1] if PACKAGES else ''}"
 PREPARED = f"localhost/debian-to-build:{hashlib.sha256(INSTALL.encode()).hexdigest()[:16]}"
 
 
 class Debian:
-    """A fresh container of the image `PREPARED`; `given` is its folder /given."""
+    """A fresh container of the image `PREPARED`; `given` is mounted as /given."""
 
     name = "clean Debian"
 
@@ -47,14 +48,14 @@ class Debian:
         buildah("rm", self._container)
 
     def run(self, script: str) -> str:
-        """Run a shell script in its folder; return its output, or fail with it."""
+        """Run a shell script in the container's folder; return its output, or fail with it."""
         done = subprocess.run(self._command(script, {}), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     @contextmanager
     def start(self, script: str, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a script, and end it with all that it started."""
+        """Start a script; on exit, end it and every process it started."""
         process = subprocess.Popen(self._command(script, environ), start_new_session=True)
         try:
             yield process
@@ -68,7 +69,7 @@ class Debian:
             "UV_FIND_LINKS": "/given/wheels", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }  # fmt: skip
         if "PIP_CERT" in os.environ:
-            given["SSL_CERT_FILE"] = CERTIFICATES  # uv reads nothing of pip's configuration
+            given["SSL_CERT_FILE"] = CERTIFICATES  # uv does not read pip's configuration
         options = [f"--env={name}={value}" for name, value in (given | environ).items()]
         options += ["--isolation=chroot", "--workingdir=/root", f"--volume={self._given}:/given"]
         return buildah_command("run", *options, self._container, "--", "bash", "-ec", script)
@@ -76,7 +77,7 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def prepared(base: None) -> None:
-    """Make the image `PREPARED`, unless there is one from an earlier run."""
+    """Make the image `PREPARED`, unless an earlier run has made it."""
     assert PACKAGES is not None
     if PREPARED in buildah("images", "--format", "{{.Name}}:{{.Tag}}").splitlines():
         return

@@ -1,4 +1,4 @@
-"""The container image, built and run: `make test-image`. Needs Debian, root, and what container.py names."""
+"""The image, built and run: `make test-image`. Needs Debian, root, and the tools of container.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.installing import ask, copy_context, record
 from tests.support.server_process import free_port
 
 pytestmark = pytest.mark.image
-START_TIMEOUT_S = 300  # the demonstration model is fetched
+START_TIMEOUT_S = 300  # the container fetches the demonstration model
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +73,14 @@ def test_docker_s_health_check_follows_the_server(root: Path, data: Path) -> Non
         container.wait_until_healthy(START_TIMEOUT_S)
         healthy = container.execute(*check)
         assert healthy.returncode == 0, healthy.stderr
-        # Nobody listens there: what the first process is told decides, not the default.
+        # Nothing listens on port 1: the check must use the environment's PORT, not the default.
         refused = container.execute("env", "PORT=1", *check)
         assert refused.returncode == 1
         assert "refused" in refused.stderr
 
 
 def _health_check() -> str:
-    """Return the command of the HEALTHCHECK, which images in OCI's format do not keep."""
+    """Return the HEALTHCHECK's command from the Dockerfile, because images in OCI's format drop it."""
     text = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
     found = re.search(r"^HEALTHCHECK .*\\\n\s+CMD (\[.*\])$", text, re.MULTILINE)
     assert found is not None

@@ -1,4 +1,4 @@
-"""A browser at the pages of a server in this process; `make test-page` installs what drives it.
+"""A browser with the pages of a server in this process; `make test-page` installs what drives it.
 
 def test_a_question_is_answered(chat: ChatPage) -> None:
     chat.engine.script = say("Hi")
@@ -39,10 +39,10 @@ from tgi_asgi.types import TokenEvent
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-THINKING = CHATML + "{# <think> </think> #}"  # a template that shows that the model thinks
+THINKING = CHATML + "{# <think> </think> #}"  # the template shows that the model reasons
 
 
-TIMEOUT_MS = 30_000  # of every wait: the machine may be busy
+TIMEOUT_MS = 30_000  # for every wait: the machine may be busy
 
 
 def words(text: str) -> list[str]:
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 
 def say_half(gate: threading.Event, first: str, rest: str = "") -> Script:
-    """Return a script that says the one text, waits for the gate, and says the other."""
+    """Return a script that says `first`, waits for the gate, and then says `rest`."""
     num_first = len(words(first))
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
@@ -67,14 +67,14 @@ def say_half(gate: threading.Event, first: str, rest: str = "") -> Script:
 
 
 class ChatPage:
-    """A page in a browser of its own, and the scripted engine behind it."""
+    """A page in a separate browser window, and the scripted engine that serves it."""
 
     def __init__(self, browser: Browser, stack: ExitStack) -> None:
         self.engine = ScriptedEngine()
         self.url = ""
-        self.foreign: list[str] = []  # what the page asked of others than its server
-        self.faults: list[str] = []  # errors of scripts, and what the policy refused
-        self.bodies: list[Any] = []  # of the chats that were asked for
+        self.foreign: list[str] = []  # requests of the page to any other server
+        self.faults: list[str] = []  # script errors, and requests that the policy refused
+        self.bodies: list[Any] = []  # of the page's chat requests
         self._stack = stack
         self.page: Page = browser.new_page(viewport={"width": 1200, "height": 800})
         self.page.set_default_timeout(TIMEOUT_MS)
@@ -89,17 +89,17 @@ class ChatPage:
         self.serve_app(scripted_app(self.engine, settings, **chosen))
 
     def serve_app(self, app: App) -> None:
-        """Serve an app of the test's own."""
+        """Serve an app that the test provides."""
         self.url = self._stack.enter_context(LiveServer(lambda: app)).url + "/"
 
     def open(self, path: str = "") -> None:
-        """Go to the page, of a server with the defaults if there is none."""
+        """Open the page; start a server with the defaults if none runs."""
         if not self.url:
             self.serve()
         self.page.goto(self.url + path)
 
     def say(self, text: str) -> None:
-        """Write a message and send it by the keyboard, once the server is ready."""
+        """Type a message and send it by keyboard, once the server is ready."""
         self.page.wait_for_selector("#send:not([disabled])")
         self.page.get_by_label("Message", exact=True).fill(text)
         self.page.keyboard.press("Enter")
@@ -109,7 +109,7 @@ class ChatPage:
         return self.page.locator("article.assistant")
 
     def wait_for_answer(self, text: str, number: int = -1) -> Locator:
-        """Wait until an answer has ended and is exactly this."""
+        """Wait until an answer has ended and has exactly this text."""
         from playwright.sync_api import expect
 
         answer = self.answers.nth(number)
@@ -118,17 +118,17 @@ class ChatPage:
         return answer
 
     def expect(self, selector: str, number: int = 0) -> Any:
-        """Return Playwright's expectation of an element: it is waited for."""
+        """Return Playwright's expectation of an element, which waits until it is met."""
         from playwright.sync_api import expect
 
         return expect(self.page.locator(selector).nth(number))
 
     def button(self, name: str) -> Locator:
-        """Return the button with that name, of several the last."""
+        """Return the last button with that name."""
         return self.page.get_by_role("button", name=name, exact=True).last
 
     def set_option(self, label: str, value: str) -> None:
-        """Set one of the settings."""
+        """Set an option on the settings panel."""
         self.page.get_by_role("button", name="Settings").click()
         field = self.page.get_by_label(label, exact=True)
         if field.evaluate("(element) => element.tagName") == "SELECT":
@@ -138,14 +138,14 @@ class ChatPage:
         self.button("Done").click()
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Wait until something holds in this process, while the browser goes on."""
+        """Wait until a condition holds in this process, while the browser continues."""
         give_up_s = time.monotonic() + TIMEOUT_MS / 1000
         while not holds():
             assert time.monotonic() < give_up_s
             self.page.wait_for_timeout(10)
 
     def kept(self, name: str) -> str | None:
-        """Return what the browser keeps under a name."""
+        """Return the value that the browser stores under a name."""
         value: str | None = self.page.evaluate("(name) => localStorage.getItem(name)", f"tgi-asgi.{name}")
         return value
 
@@ -156,21 +156,21 @@ class ChatPage:
             self.bodies.append(request.post_data_json)
 
     def _note_console(self, message: Any) -> None:
-        # Chromium writes an error for each answer of 4xx and 5xx, and for a server that is not there.
+        # Chromium logs an error for each 4xx and 5xx answer, and for a server that does not answer.
         if message.type == "error" and not re.match("Failed to load resource", message.text):
             self.faults.append(message.text)
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, or the one of the variable CHROMIUM."""
+    """Yield Debian's Chromium, or the one that the variable CHROMIUM names."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=TIMEOUT_MS)
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    assert path is not None, "no Chromium: apt-get install chromium, or name one in CHROMIUM"
+    assert path is not None, "no Chromium: run `apt-get install chromium`, or name one in CHROMIUM"
     with sync_playwright() as playwright:
-        is_root = os.geteuid() == 0  # whom Chromium's sandbox refuses
+        is_root = os.geteuid() == 0  # Chromium's sandbox refuses root
         made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if is_root else [])
         yield made
         made.close()
@@ -178,7 +178,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def chat(browser: Browser) -> Iterator[ChatPage]:
-    """A page that has asked nobody but its server when the test is over, and has seen no error."""
+    """Yield a page; check at the end that it contacted only its server and had no errors."""
     with ExitStack() as stack:
         made = ChatPage(browser, stack)
         stack.callback(made.page.context.close)
@@ -189,7 +189,7 @@ def chat(browser: Browser) -> Iterator[ChatPage]:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What a script waits for; open when the test is over."""
+    """Yield the event that a script waits for; it is set when the test ends."""
     made = threading.Event()
     yield made
     made.set()

@@ -1,6 +1,6 @@
 """The README's picture: `python -m tests.page.picture docs/page.webp`, or `make picture`.
 
-The chat page before the demonstration model, with an answer as it came; half of it dark.
+It shows the chat page of the demonstration model with a real answer, one half in the dark theme.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _photograph(url: str) -> tuple[bytes, bytes]:
-    """Return the page with an answer, light and dark."""
+    """Return screenshots of the page with an answer, light and dark."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -70,11 +70,11 @@ def _ask(page: Page, question: str) -> None:
 
 
 def _save(light: bytes, dark: bytes, path: Path) -> None:
-    """Put one half of each side by side, cut along a slanted line."""
+    """Save the left part of the light and the right part of the dark picture, cut along a slanted line."""
     from PIL import Image, ImageDraw
 
     one, other = (Image.open(io.BytesIO(each)).convert("RGB") for each in (light, dark))
-    width, height = 4 * one.width, 4 * one.height  # scaled down, the slanted edge is smooth
+    width, height = 4 * one.width, 4 * one.height  # scaling down makes the slanted edge smooth
     mask = Image.new("L", (width, height), 0)
     corners = [(width * 0.68, 0), (width, 0), (width, height), (width * 0.56, height)]
     ImageDraw.Draw(mask).polygon(corners, fill=255)

@@ -1,4 +1,4 @@
-"""Answers: streamed, stopped, branched, thought about, with tools; and what is asked for them."""
+"""Answers: streamed, stopped, branched, with reasoning, with tools; and their requests."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_stop_ends_the_request_and_keeps_what_came(chat: ChatPage, gate: threadi
         chat.page.keyboard.press("Escape")
     answer = chat.wait_for_answer("So far")
     assert "Stopped." in answer.inner_text()
-    assert "about 2 tokens" in answer.locator(".speed").inner_text()  # nobody counted them
+    assert "about 2 tokens" in answer.locator(".speed").inner_text()  # no usage was received
     chat.page.wait_for_function("() => document.activeElement.id === 'prompt'")
     [channel] = chat.engine.channels
     chat.wait_until(lambda: channel.is_cancelled)
@@ -102,7 +102,7 @@ def test_an_edit_is_given_up_with_escape(chat: ChatPage) -> None:
     chat.open()
     chat.say("First")
     chat.wait_for_answer("Hello world")
-    chat.page.get_by_label("Message", exact=True).press("ArrowUp")  # the last message, from the empty box
+    chat.page.get_by_label("Message", exact=True).press("ArrowUp")  # edits the last message
     chat.page.keyboard.type(" and more")
     chat.page.keyboard.press("Escape")
     chat.expect("article.user .body").to_have_text("First")

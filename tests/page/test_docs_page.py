@@ -1,4 +1,4 @@
-"""The page of the API's description: every route, its fields, and a form that sends it."""
+"""The API documentation page: every route, its fields, and a form that sends requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.page
 
 
 def unfold(chat: ChatPage, method: str, path: str) -> str:
-    """Open a route and return what selects it."""
+    """Open a route; return its CSS selector."""
     name = f"{method.lower()}{path}".replace("/", "_").strip("_")
     selector = f"[id='{name}']"
     chat.page.locator(f"{selector} > summary").click()
@@ -81,7 +81,7 @@ def test_every_example_is_taken_by_its_route(chat: ChatPage) -> None:
         statuses[path] = line.inner_text().split()[0]
         summary.click()
     assert len(statuses) > 15
-    # The scripted model is none for vectors, and gives no tokens a text where it has made none.
+    # The scripted model computes no vectors; every other form must succeed.
     refused = {path for path, status in statuses.items() if status != "200"}
     assert refused == VECTORS, statuses
 

@@ -52,7 +52,7 @@ def test_an_answer_that_was_coming_when_the_page_closed_is_kept(
     chat.open()
     chat.say("Hi")
     chat.expect("article.assistant .body").to_have_text("Half")
-    chat.button("New chat").click()  # the answer stops
+    chat.button("New chat").click()  # which stops the answer
     chat.button("Hi").click()
     answer = chat.wait_for_answer("Half")
     assert "Stopped." in answer.inner_text()
@@ -104,7 +104,7 @@ GOOD: dict[str, Any] = {"id": A, "parent": None, "role": "user", "content": "x"}
 
 
 def whole(*nodes: dict[str, Any], **changes: Any) -> str:
-    """Return a file with one conversation."""
+    """Return an exported file with one conversation."""
     conversation = {
         "id": B,
         "title": "t",

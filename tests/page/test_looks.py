@@ -1,4 +1,4 @@
-"""How the pages look and are handled: themes, contrast, narrow windows, names, the keyboard alone."""
+"""Appearance and handling of the pages: themes, contrast, narrow windows, names, keyboard-only use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RICH = (
     '```python\ndef f(x: int) -> str:  # comment\n    return g("text", 12)\n```\n'
 )
 
-# Every text that is seen, with the contrast that it has with what lies behind it (WCAG 2, 1.4.3).
+# JavaScript: every visible text with its contrast to the background (WCAG 2, 1.4.3).
 CONTRASTS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (color) => {
@@ -82,7 +82,7 @@ def test_every_text_of_the_chat_can_be_read(chat: ChatPage, theme: Any) -> None:
     rich(chat)
     check_contrast(chat)
     chat.page.get_by_role("button", name="Settings").click()
-    chat.page.wait_for_timeout(300)  # the drawer slides in
+    chat.page.wait_for_timeout(300)  # until the drawer has slid in
     check_contrast(chat)
 
 

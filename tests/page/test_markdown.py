@@ -1,4 +1,4 @@
-"""Markdown: what becomes of it, and that nothing in it does more than to be read."""
+"""Markdown: how it is rendered, and that nothing in it is active."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_the_browser_itself_refuses_html_and_foreign_scripts(chat: ChatPage) -> 
     })""")
     assert any("evil.example" in fault for fault in chat.faults)
     chat.faults.clear()
-    chat.foreign.clear()  # asked for, and refused before it left
+    chat.foreign.clear()  # the request was refused before it was sent
 
 
 WORST: dict[str, Any] = {
@@ -206,7 +206,7 @@ WORST: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", WORST)
 def test_no_text_keeps_the_page_for_long(chat: ChatPage, name: str) -> None:
-    """A tenth of a megabyte takes a few milliseconds a parse; quadratic, it would take minutes."""
+    """Parsing 0.1 MB takes a few milliseconds; with quadratic time it would take minutes."""
     chat.open()
     seconds: float = chat.page.evaluate(
         """async (text) => {

@@ -1,4 +1,4 @@
-"""Images in messages, where the model sees."""
+"""Images in messages, for vision models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attach(chat: ChatPage, data: bytes, name: str = "it.png", kind: str = "image
 
 
 def sizes_seen(chat: ChatPage, width: int, height: int) -> list[tuple[int, int]]:
-    """Ask about a picture of this size; return the sizes of those that came to the model."""
+    """Ask about a picture of this size; return the sizes of the images that the model received."""
     processor = see(chat)
     attach(chat, encoded(picture(width, height)))
     chat.expect("#attached img").to_be_visible()

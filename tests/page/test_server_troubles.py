@@ -1,4 +1,4 @@
-"""A server that loads, wants a key, dies in the middle of an answer, and comes back."""
+"""A server that is loading, requires a key, dies during an answer, and comes back."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_behind_a_prefix_the_page_asks_its_own_server(chat: ChatPage) -> None:
     inner = scripted_app(chat.engine)
 
     async def prefixed(scope: object, receive: object, send: object) -> None:
-        """A proxy that takes its prefix away, and has nothing else."""
+        """Act as a proxy that removes its prefix and serves nothing else."""
         if isinstance(scope, dict) and scope["type"] == "http":
             assert scope["path"].startswith("/llm/"), scope["path"]
             scope = {**scope, "path": scope["path"].removeprefix("/llm")}

@@ -1,4 +1,4 @@
-"""The loop that we run on, and the places that we listen at: TCP, TLS and a Unix socket."""
+"""The server's event loop, and the places where it listens: TCP, TLS and a Unix socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server listens, and what a client needs to trust it."""
+    """A listening address, with the certificates that a client needs to trust it."""
 
     settings: Settings
     tls: ssl.SSLContext | None = None
@@ -32,7 +32,7 @@ class Place:
 
 @pytest.fixture(scope="session")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Return a place with a certificate for this machine."""
+    """Return a TLS place with a certificate for this machine."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1", "localhost")

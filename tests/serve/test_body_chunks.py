@@ -1,4 +1,4 @@
-"""The short way for chunks: on the wire nothing differs from hypercorn's own, whatever the client does."""
+"""Direct writes of body chunks: the bytes on the wire equal hypercorn's, whatever the client does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODIES = [b"data: a\n\n", b"", b"x" * 17, b"y" * 200_000, bytes(range(256)), b"d
 
 @pytest.fixture
 def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Count the chunks that go the short way."""
+    """Return a function that counts the chunks written directly."""
     results: list[bool] = []
     write_now = Stream.write_now
 
@@ -38,14 +38,14 @@ def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 async def send_chunk(scope: Any, send: Any, body: bytes) -> None:
-    """Take the short way where there is one and it is open."""
+    """Write directly if the server offers that and the connection is writable; otherwise use `send`."""
     write_now = (scope.get("extensions") or {}).get(DIRECT_WRITE)
     if write_now is None or not write_now(body):
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> App:
-    """Answer every request with these pieces, the last of which ends the body."""
+    """Return an app that answers every request with these chunks; the last one ends the body."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive()).get("more_body", False):
@@ -59,7 +59,7 @@ def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tupl
 
 
 async def exchanged(app: App, server: str, place: Place, *requests: bytes) -> bytes:
-    """Send the requests on one connection and return all that came back; the date is left out."""
+    """Send the requests on one connection; return the whole answer without its date."""
     async with serving(app, server, place.settings) as url:
         reader, writer = await connect(url, place.tls)
         for request in requests:
@@ -140,7 +140,7 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
 
 
 def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[None]]) -> App:
-    """Send numbered chunks of a kilobyte until the client has gone."""
+    """Return an app that sends numbered chunks of a kilobyte until the client has gone."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["more_body"]:
@@ -175,7 +175,7 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
-            connection = writer.get_extra_info("socket")  # a reset, not an end of what it sends
+            connection = writer.get_extra_info("socket")  # to send a reset rather than an end of stream
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
             await ended.wait()
@@ -184,7 +184,7 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
 
 
 async def test_a_client_that_sends_no_more_has_left(place: Place) -> None:
-    """Though it may read on: a closed connection looks the same."""
+    """The client may still read, but a closed connection looks the same."""
     ended = asyncio.Event()
     async with serving(endless(ended, [], lambda: asyncio.sleep(0.001)), "ours", place.settings) as url:
         reader, writer = await connect(url, place.tls)
@@ -195,14 +195,14 @@ async def test_a_client_that_sends_no_more_has_left(place: Place) -> None:
                 half.shutdown(socket.SHUT_WR)
             await ended.wait()
             while await reader.read(1 << 16):
-                pass  # it ends
+                pass  # read until the server closes the connection
         writer.close()
 
 
 async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
     num_written: Callable[[], int], place: Place
 ) -> None:
-    """What waits in the process stays below the high water mark; then everything arrives, in order."""
+    """Buffered data stays below the high water mark; then everything arrives, in order."""
     ended = asyncio.Event()
     sent: list[int] = []
     app = endless(ended, sent, lambda: asyncio.sleep(0))
@@ -211,7 +211,7 @@ async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             seen = -1
-            while seen != len(sent) or not sent:  # until no more is sent in a tenth of a second
+            while seen != len(sent) or not sent:  # until nothing more is sent for a tenth of a second
                 seen = len(sent)
                 await asyncio.sleep(0.1)
         assert len(sent) < 1500

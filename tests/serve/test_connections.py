@@ -1,4 +1,4 @@
-"""What our connections have beside hypercorn's: turns, and an end whatever the reader does."""
+"""The additions of `Connection` to hypercorn's: turns, and an end whatever the reader does."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -
             counts.append(len(passed) - before)
     assert max(counts) <= 4
     assert passed == [number for number in range(30) if number != 7]
-    await turnstile.enter()  # nobody is left before it
+    await turnstile.enter()  # no cancelled task is still queued before it
 
 
 class _GivenUp:
-    """A writer whose connection the kernel has closed, as the reader had stalled."""
+    """A writer whose connection the kernel closed because the reader stalled."""
 
     transport = asyncio.Transport()
 

@@ -1,4 +1,4 @@
-"""What start-up prints: progress, the summary, and a curl line that works."""
+"""Start-up output: progress, the summary, and a curl line that works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hypercorn as we run it: limits for long streams, our classes where its version is known, HTTP/1 only."""
+"""hypercorn's configuration: limits for long streams, native classes if its version is known, HTTP/1 only."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_unknown_hypercorn_keeps_its_own_classes(caplog: pytest.LogCaptureFix
 
 
 async def version_of(scope: Any, receive: Any, send: Any) -> None:
-    """Answer with the version of HTTP that the request came by."""
+    """Answer with the HTTP version of the request."""
     body = scope["http_version"].encode()
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -92,7 +92,7 @@ async def version_of(scope: Any, receive: Any, send: Any) -> None:
 async def test_http_2_by_prior_knowledge_is_refused(preface: bytes) -> None:
     async with serving(version_of) as url, asyncio.timeout(10):
         reader, writer = await connect(url)
-        writer.write(preface + b"\0\0\0\4\0\0\0\0\0")  # its first frame
+        writer.write(preface + b"\0\0\0\4\0\0\0\0\0")  # followed by the first frame
         assert (await reader.read()).startswith(b"HTTP/1.1 505 ")
         writer.close()
 

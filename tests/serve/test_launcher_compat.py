@@ -1,4 +1,4 @@
-"""What TGI's launcher and the clouds pass: nothing is lost in silence, nothing stops a server needlessly."""
+"""Options of TGI's launcher and of clouds: none is silently lost, and none stops a server needlessly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where we listen, and accepting a few connections a turn."""
+"""Listening sockets, and accepting a few connections per turn of the event loop."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_connections_that_come_at_once_are_accepted_a_few_a_turn(listener: socke
 def test_connections_wait_while_there_is_no_descriptor_for_them(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are served as soon as there is one again, and meanwhile nothing spins."""
+    """They are served as soon as a descriptor is free, without busy waiting until then."""
     num_refused = 0
 
     class Full(socket.socket):
@@ -136,7 +136,7 @@ def test_what_is_no_address_of_this_machine_is_refused_and_never_means_all(host:
 
 def test_a_socket_that_a_dead_server_has_left_is_taken_over(tmp_path: Path) -> None:
     settings = Settings(uds=str(tmp_path / "socket"))
-    listen(settings).close()  # which leaves the file
+    listen(settings).close()  # leaves the socket's file
     with listen(settings) as listener, socket.socket(socket.AF_UNIX) as client:
         client.connect(listener.getsockname())
 
@@ -183,7 +183,7 @@ async def test_what_speaks_no_tls_is_cut_off_and_the_next_one_is_served(
     async with serving(hello, "ours", tls.settings) as url, asyncio.timeout(10):
         reader, writer = await connect(url)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert not (await reader.read()).startswith(b"HTTP")  # an alert at most
+        assert not (await reader.read()).startswith(b"HTTP")  # at most a TLS alert
         writer.close()
         reader, writer = await connect(url, tls.tls)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

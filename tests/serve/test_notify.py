@@ -1,4 +1,4 @@
-"""What systemd hears: that the model is loaded, how far it is, and that the server leaves."""
+"""Notifications to systemd: the model is loaded, the progress until then, and that the server is stopping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tgi_asgi.serve.notify import notify
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
-    """Return a socket that plays systemd's, and its path."""
+    """Yield a socket that stands in for systemd's, and its path."""
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(path)

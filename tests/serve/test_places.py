@@ -1,4 +1,4 @@
-"""The command at each place that it can listen at: over TCP, over TLS and on a Unix socket."""
+"""The command at each place where it can listen: TCP, TLS and a Unix socket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture
 def server(place: Place) -> Iterator[ServerProcess]:
-    """Return a running server there."""
+    """Yield a running server that listens there."""
     settings, flags = place.settings, []
     for name in ("uds", "ssl_certfile", "ssl_keyfile"):
         value = getattr(settings, name)
@@ -36,14 +36,14 @@ def server(place: Place) -> Iterator[ServerProcess]:
 
 
 def _client(place: Place) -> httpx.Client:
-    """Return a client for what listens there."""
+    """Return a client for the server at that place."""
     if place.settings.uds is None:
         return httpx.Client(verify=place.tls or True)
-    with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks one that cannot be connected
+    with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks a socket that cannot connect
         try:
             probe.connect(place.settings.uds)
         except OSError as error:
-            raise httpx.ConnectError("nobody listens yet") from error
+            raise httpx.ConnectError("no server listens yet") from error
     return httpx.Client(transport=httpx.HTTPTransport(uds=place.settings.uds))
 
 
@@ -64,11 +64,11 @@ def test_a_client_that_leaves_frees_its_blocks(server: ServerProcess) -> None:
     with server.client() as client:
         with client.stream("POST", server.url + PATH, json={**CHAT, "max_tokens": 4000}) as stream:
             lines = stream.iter_lines()
-            for _ in range(6):  # two tokens: the figures are those of the last step
+            for _ in range(6):  # two tokens: the metrics are those of the previous step
                 next(lines)
             assert _metric(client, server, "tgi_kv_cache_usage_ratio") > 0
         while _metric(client, server, "tgi_kv_cache_usage_ratio") > 0:
-            pass  # the engine's own limits bound this: 4,000 tokens
+            pass  # ends at the latest when the engine has generated 4,000 tokens
         assert _metric(client, server, "tgi_requests_running") == 0
 
 

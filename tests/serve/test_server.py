@@ -1,4 +1,4 @@
-"""What signals do to a server: it leaves in time, drains and reloads."""
+"""A server's signals: it stops in time, drains and reloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgi_asgi.settings import Settings
 
 
 class _App:
-    """As much of an app with a model as signals need; its drain does not end."""
+    """The parts of an app with a model that signals need; its drain does not end."""
 
     def __init__(self) -> None:
         self.context = SimpleNamespace(served=SimpleNamespace(engine=self), is_leaving=False)
@@ -33,7 +33,7 @@ class _App:
 
 @pytest.fixture
 async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[_App]:
-    """Return the app of a server that gets this process's signals; it must not end the process."""
+    """Yield the app of a server that receives this process's signals but must not end the process."""
     app = _App()
     monkeypatch.setattr(module, "create_app", lambda settings, loader: app)
     monkeypatch.setattr(module, "end_process", lambda *how: app.calls.put_nowait(f"end {how}"))
@@ -43,7 +43,7 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[_App]:
 
 
 async def _signal(app: _App, number: signal.Signals) -> None:
-    """Send a signal; return once the loop has taken it."""
+    """Send a signal; return once the event loop has handled it."""
     os.kill(os.getpid(), number)
     async with asyncio.timeout(10):
         while app.calls.empty() and not app.context.is_leaving:

@@ -1,4 +1,4 @@
-"""Servers that several tests share, and what the machine must have for a test to run."""
+"""Servers that several tests share, and the checks for programs that tests need."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _NODE = Path(__file__).parent / "node"
 
 @pytest.fixture(autouse=True, scope="module")
 def _collected() -> Iterator[None]:
-    """Find sockets that a module's tests left open while it is known which module that was."""
+    """Collect garbage after each module, so that its open sockets are reported for that module."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session")
 def demo(demo_gguf: Path) -> Iterator[ServerProcess]:
-    """Return a server of the demonstration model, started as `make serve` starts it."""
+    """Yield a server of the demonstration model, started as `make serve` starts it."""
     with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1") as server:
         server.wait_until_healthy()
         yield server
@@ -36,13 +36,13 @@ def demo(demo_gguf: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(demo: ServerProcess) -> Iterator[OpenAI]:
-    """Return OpenAI's client of that server, closed after the test."""
+    """Yield OpenAI's client of that server, closed after the test."""
     with OpenAI(base_url=demo.url + "/v1", api_key="-", max_retries=0) as client:
         yield client
 
 
 def require_program(name: str) -> str:
-    """Return a program's path; without it the test is skipped."""
+    """Return a program's path; skip the test if it is not installed."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not installed")
@@ -50,7 +50,7 @@ def require_program(name: str) -> str:
 
 
 def require_node() -> str:
-    """Return Node's path; without it and OpenAI's SDK for it the test is skipped, but under CI it fails."""
+    """Return Node's path; skip the test without Node and OpenAI's SDK for it, but fail under CI."""
     node = require_program("node")
     if not (_NODE / "node_modules").is_dir():
         pytest.skip("the SDK for Node is not installed: `make test` does it")

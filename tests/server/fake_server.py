@@ -1,9 +1,9 @@
-"""The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
+"""The `tgi-asgi` command with the real engine and a runner without a model, for tests of a server's life.
 
-FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
-`crash` fail to load; `dies` loses the device at the first step; `hangs` never ends its tenth one; `stuck`
-never stops; `faulty:SEED` raises, runs out of memory, computes NaN and is slow at random. FAKE_STEP_S is how
-long a step takes, FAKE_NUM_BLOCKS the size of the KV cache.
+FAKE_MODEL sets its behaviour: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and `crash`
+fail to load; `dies` loses the device at the first step; `hangs` never ends its tenth step; `stuck` never
+stops; `faulty:SEED` raises, runs out of memory, computes NaN and is slow at random. FAKE_STEP_S is the
+duration of a step, FAKE_NUM_BLOCKS the size of the KV cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tgi_asgi.types import Progress
 
 
 def load(settings: Settings, progress: Progress) -> Served:
-    """Load no model, in the way that FAKE_MODEL says."""
+    """Return an engine without a model, with the behaviour that FAKE_MODEL sets."""
     behaviour, _, path = os.environ.get("FAKE_MODEL", "ok").partition(":")
     progress("reading weights", 1 << 20, 4 << 20)
     if behaviour == "waits":
@@ -60,7 +60,7 @@ def load(settings: Settings, progress: Progress) -> Served:
 
 
 class Faults:
-    """Let a runner go wrong at random steps, in every way that the engine promises to survive."""
+    """Makes a runner fail at random steps, in every way that the engine promises to survive."""
 
     def __init__(self, runner: FakeRunner, seed: int) -> None:
         self._runner = runner

@@ -1,4 +1,4 @@
-"""The `tgi-asgi` command, whose import of torch waits until something opens the FIFO in GATE."""
+"""The `tgi-asgi` command; its import of torch waits until something opens the FIFO in GATE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls that users' guides show, unchanged but for the port: curl and OpenAI's SDKs, on a real model."""
+"""The calls in users' guides, unchanged except for the port: curl and OpenAI's SDKs, on a real model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MESSAGES: list[Any] = [
 
 
 def _curl(demo: ServerProcess, path: str, body: object) -> str:
-    """Post with curl as guides write it."""
+    """Post with curl as guides do; return the output."""
     command = [
         require_program("curl"), demo.url + path, "--silent", "--no-buffer", "--fail-with-body", "-X", "POST",
         "-H", "Content-Type: application/json", "-d", json.dumps(body),
@@ -41,7 +41,7 @@ def test_curl_chat(demo: ServerProcess) -> None:
     body = {"model": "tgi", "messages": MESSAGES, "stream": False, "max_tokens": 20}
     answer = json.loads(_curl(demo, "/v1/chat/completions", body))
     assert answer["object"] == "chat.completion"
-    assert answer["model"] == DEMO_MODEL  # "tgi" means whatever is served
+    assert answer["model"] == DEMO_MODEL  # "tgi" stands for the served model
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["choices"][0]["message"]["content"]
     assert answer["usage"]["completion_tokens"] <= 20
@@ -148,7 +148,7 @@ def test_a_body_that_is_no_json_is_a_400(demo: ServerProcess) -> None:
 
 
 async def test_64_streams_at_once_none_waits_for_another_s_end(demo: ServerProcess) -> None:
-    """32 long streams begin, then 32 short ones: one that waited for a long one would end after it."""
+    """32 long streams start, then 32 short ones; a short one that waited for a long one would end last."""
     order: list[int] = []
 
     async def run(client: AsyncOpenAI, index: int) -> int:

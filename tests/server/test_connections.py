@@ -1,4 +1,4 @@
-"""Connections: those that are closed leave nothing behind, and a client has as many as it may."""
+"""Connections: closed ones leave nothing behind, and each client has a limited number."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _num_sockets(server: ServerProcess) -> int:
 
 
 def test_a_connection_that_the_client_closes_is_closed_at_once() -> None:
-    """And not when its keep-alive time is over, which is longer than this test waits."""
+    """It must not wait for the keep-alive timeout, which is longer than this test waits."""
     with _serve() as server:
         server.wait_until_healthy()
         before = _num_sockets(server)
@@ -74,7 +74,7 @@ def test_a_head_that_is_too_large_is_refused() -> None:
 def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = min(256, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))  # which the server inherits
+    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))  # the server inherits it
     try:
         server = _serve()
     finally:

@@ -1,4 +1,4 @@
-"""Each command of README and docs that can run here runs, as it is written there, against a real server."""
+"""Each command of README and docs that can run here, exactly as written, against a real server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCKS = [
 
 
 class Guides:
-    """The documents that a test has begun; a server stays until another document is read."""
+    """Creates the documents' guides; a guide's server runs until another document is read."""
 
     def __init__(self, folder: Path, request: pytest.FixtureRequest) -> None:
         self._folder, self._request = folder, request
@@ -50,7 +50,7 @@ class Guides:
 
 @pytest.fixture(scope="module")
 def guides(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Guides]:
-    """Return the documents; the last server is stopped at the end."""
+    """Yield the documents; stop the last server at the end."""
     found = Guides(tmp_path_factory.mktemp("guides"), request)
     yield found
     found.close()
@@ -58,7 +58,7 @@ def guides(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_command_of_the_documents_runs(block: Block, guides: Guides, demo_gguf: Path) -> None:
-    """The demonstration model must be there: the servers fetch nothing."""
+    """The demonstration model must exist already: the servers fetch nothing."""
     if block.language == "js":
         require_node()
     guides.of(block.page).run(block)

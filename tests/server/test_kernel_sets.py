@@ -1,4 +1,4 @@
-"""Each set of kernels that this machine runs serves the default model, as TGI_ISA asks for it."""
+"""Each kernel set that this machine can run, selected by TGI_ISA, serves the default model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from tests.support.server_process import ServerProcess
 from tgi_asgi import _C
 
-# By integers alone (codes of weights, an int8 cache), so that all sets have the same logits.
+# Integer arithmetic only (weight codes, an int8 KV cache), so that all sets compute the same logits.
 INTEGERS = ("--kv-cache-dtype", "int8", "--max-batch-total-tokens", "4096")
 PROMPT = "The capital of France is"
-SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # the model of AMX takes minutes
+SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # AMX's software model takes minutes
 
 
 def answer_of(name: str) -> Any:
-    """Return the text that a server with this set of kernels gives, with its log-probabilities."""
+    """Return the text that a server with this kernel set generates, with its log-probabilities."""
     with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS, environ={"TGI_ISA": name}) as server:
         server.wait_until_healthy()
         assert f"on cpu ({name})" in server.output()
@@ -32,7 +32,7 @@ def answer_of(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def portable() -> Any:
-    """What plain C++ gives."""
+    """Return the answer of the kernels in plain C++."""
     return answer_of("portable")
 
 
@@ -46,5 +46,5 @@ def test_plain_kernels_give_a_sensible_text(portable: Any) -> None:
 def test_each_set_serves_the_default_model_alike(name: str, portable: Any) -> None:
     (text, found), (expected_text, expected) = answer_of(name), portable
     assert (text, found["tokens"]) == (expected_text, expected["tokens"])
-    # Logits have the same bits; the sum of their exponentials does not.
+    # Logits are bitwise equal; the sum of their exponentials is not.
     assert found["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=2e-6)

@@ -1,4 +1,4 @@
-"""A server process's life: it answers while it loads, drains on a signal, and ends with a true exit code."""
+"""A server process's life: it answers while it loads, drains on a signal, and exits with the right code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_port_answers_503_with_progress_while_the_model_loads(tmp_path: Path
         answer = httpx.post(server.url + "/v1/chat/completions", json=ENDLESS)
         assert (answer.status_code, answer.headers["retry-after"].isdigit()) == (503, True)
         assert "loading" in answer.json()["error"]["message"]
-        fifo.write_bytes(b"")  # lets the loader go on
+        fifo.write_bytes(b"")  # lets the loader continue
         server.wait_until_healthy()
         assert httpx.get(server.url + "/info").status_code == 200
 
@@ -81,7 +81,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps() -> None:
             assert _metric(server, "tgi_kv_cache_usage_ratio") > 0
             before = _metric(server, steps)
         while _metric(server, "tgi_kv_cache_usage_ratio") > 0:
-            assert _metric(server, steps) <= before + 3  # the one that ran as it left, and two
+            assert _metric(server, steps) <= before + 3  # the step that was running, and two more
         assert _metric(server, "tgi_requests_running") == 0
 
 
@@ -124,7 +124,7 @@ def test_connections_that_the_end_cuts_off_are_no_errors() -> None:
         server.wait_until_healthy()
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-            httpx.get(server.url + "/health")  # it has come so far
+            httpx.get(server.url + "/health")  # the partial request has been read by then
             server.signal()
             assert server.wait() == 0
         assert "Traceback" not in server.output() and "ERROR" not in server.output()
@@ -245,12 +245,12 @@ def test_under_hypercorn_s_command_a_failed_load_ends_the_process() -> None:
 
 def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
     with _under_hypercorn("tests.server.fake_app:app", "--workers", "2", MODEL_ID="fake") as server:
-        server.wait()  # hypercorn's own exit code says nothing of its workers
+        server.wait()  # hypercorn's exit code does not reflect its workers'
         assert "start hypercorn with --workers 0" in server.output()
 
 
 def test_the_port_answers_within_a_second_of_work_and_before_torch_is_imported(tmp_path: Path) -> None:
-    """The command and the model are the real ones. It is processor time: the machine may be busy."""
+    """With the real command and model. The limit is processor time, because the machine may be busy."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with ServerProcess("tests.server.gated_server", environ={"GATE": str(gate)}) as server:
@@ -263,14 +263,14 @@ def test_the_port_answers_within_a_second_of_work_and_before_torch_is_imported(t
 
 
 def _processor_s(server: ServerProcess) -> float:
-    """Return the processor time that a server has taken, all its threads together."""
+    """Return a server's processor time, summed over all threads."""
     text = Path(f"/proc/{server.process.pid}/stat").read_text()
     user, system = text.rsplit(")", 1)[1].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_loads(tmp_path: Path) -> None:
-    """kill -9 in the middle of a stream: the next one listens at once, and knows nothing of the last."""
+    """After kill -9 during a stream, the next server listens at once and has no state of the last."""
     port = free_port()
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
@@ -291,7 +291,7 @@ def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_lo
 
 
 def test_it_serves_from_a_read_only_file_system_without_privileges() -> None:
-    """As the container runs: no home, no place to write, no capability. Its mounts need root, or a skip."""
+    """As in the container: no home, no writable folder, no capabilities. Needs root to change mounts."""
     port = free_port()
     script = 'mount --make-rprivate / && mount -o remount,ro,bind / && cd "$0" && exec "$@"'
     isolate = ["unshare", "--mount", "sh", "-c", script, str(ROOT)]

@@ -1,4 +1,4 @@
-"""Libraries that many programs reach OpenAI's API through, unmodified, over a real socket."""
+"""Libraries through which many programs use OpenAI's API, unmodified, over a real socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.server.test_tgi_clients import TEXT, require_client, serve
 
 SCRIPT = Path(__file__).parent / "tgi_clients" / "openai_users.py"
-USAGE = {"input_tokens": 22, "output_tokens": 3, "total_tokens": 25}  # of "Hi!" in the toy's template
+USAGE = {"input_tokens": 22, "output_tokens": 3, "total_tokens": 25}  # of "Hi!" in the toy model's template
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def found() -> Iterator[dict[str, Any]]:
 def test_langchain_reads_answers_and_streams(found: dict[str, Any]) -> None:
     chat = found["langchain"]
     assert chat["text"] == chat["streamed"] == chat["async"] == TEXT
-    assert chat["finish"] == chat["streamed_finish"] == "stop"  # it would join the words of two chunks
+    assert chat["finish"] == chat["streamed_finish"] == "stop"  # langchain joins two chunks' values
     assert chat["completion"] == chat["completion_streamed"] == TEXT
     assert chat["logprobs"] == 2
     assert chat["fingerprint"] == "fp_toy"

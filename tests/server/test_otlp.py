@@ -1,4 +1,4 @@
-"""Spans on the wire: a collector of our own takes what a server exports by OTLP, and reads it."""
+"""Spans on the wire: a test collector receives a server's OTLP export and reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILED = {"prompt": "x" * 5000, "max_tokens": 5}
 
 
 class Collector(service.TraceServiceServicer):
-    """Keeps what it is sent."""
+    """Records the spans that it receives."""
 
     def __init__(self) -> None:
         self.received: list[ResourceSpans] = []
@@ -69,7 +69,7 @@ def test_a_collector_gets_each_request_with_its_parts_in_its_clients_trace(colle
         ok = httpx.post(server.url + "/v1/completions", json=body, headers=traceparent, timeout=60)
         assert ok.status_code == 200
         assert httpx.post(server.url + "/v1/completions", json=FAILED, timeout=60).status_code == 400
-        server.signal()  # what waits for the next export leaves before the process does
+        server.signal()  # spans that wait for the next export are sent before the process ends
         assert server.wait() == 0
     assert {attributes_of(of.resource)["service.name"] for of in collector.received} == {"my-llm"}
     spans = collector.spans()

@@ -1,4 +1,4 @@
-"""What the wire promises, over a real socket: lengths, whole characters, stop strings, every refusal."""
+"""Guarantees on the wire, over a real socket: lengths, whole characters, stop strings, every refusal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server(script: Script = WORDS, **settings: Any) -> Iterator[httpx.Client]:
 
 
 def events(response: httpx.Response) -> list[Any]:
-    """Return a stream's events; each was one line of `data:`."""
+    """Return a stream's events; check that each is one `data:` line."""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *frames, rest = response.content.split(b"\n\n")
     assert rest == b""
@@ -44,7 +44,7 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 def test_1025_tokens_are_exactly_1025() -> None:
-    """TGI re-queued after 1,024: 1,500 could yield 2,048, or end at 1,024."""
+    """TGI re-queued after 1,024 tokens: 1,500 could yield 2,048, or end at 1,024."""
     native = {"inputs": "a", "parameters": {"max_new_tokens": 1025, "details": True}}
     with server(say("ab", finish=None)) as client:
         whole = client.post("/generate", json=native)
@@ -71,7 +71,7 @@ def test_a_stop_string_is_found_wherever_tokens_end(stop: str) -> None:
         assert done == b"[DONE]"
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == cut
         native = client.post("/generate", json={"inputs": "a", "parameters": {"stop": [stop]}}).json()
-        assert native["generated_text"] == cut + stop  # kept on the native routes
+        assert native["generated_text"] == cut + stop  # the native routes keep the stop string
 
 
 def test_text_that_was_held_back_comes_at_the_end() -> None:
@@ -81,7 +81,7 @@ def test_text_that_was_held_back_comes_at_the_end() -> None:
     texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert done == b"[DONE]"
     assert "".join(texts) == TEXT
-    assert texts[-1] == ""  # the finish chunk is of its own
+    assert texts[-1] == ""  # the finish chunk is separate
     assert not any("\ufffd" in text for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""A server in several processes: what clients learn when one ends or hangs, and that none is left behind."""
+"""A server in several processes: clients get an error if one ends or hangs, and none is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG = {"model": "tgi", "prompt": "abc", "stream": True, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """One whose answers may be so long that a test can step in."""
+    """Return a model whose answers are long enough for a test to interrupt."""
     directory = tmp_path_factory.mktemp("model")
     save_tokenizer(directory)
     return save(make_model(max_position_embeddings=8192), directory)
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 @contextmanager
 def serving(model: ModelFiles, *flags: str) -> Iterator[tuple[ServerProcess, int]]:
-    """Run a server of two shards; yields it, and the second's process id."""
+    """Run a server with two shards; yield it and the second shard's process id."""
     command = ("tgi_asgi", "--model-id", str(model.path), "--num-shard", "2", "--num-threads", "1", *flags)
     with ServerProcess(*command) as server:
         server.wait_until_healthy()
@@ -40,12 +40,12 @@ def serving(model: ModelFiles, *flags: str) -> Iterator[tuple[ServerProcess, int
 
 
 def children_of(parent: int) -> list[int]:
-    """Return the processes that one has started."""
+    """Return the ids of a process's children."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if int(lines["PPid"]) == parent:
             found.append(int(lines["Pid"]))
@@ -68,7 +68,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def stream(server: ServerProcess, max_tokens: int = 8000) -> Iterator[Iterator[str]]:
-    """Begin a long answer; yields its lines behind the first."""
+    """Start a long answer; yield its lines after the first."""
     with (
         httpx.Client(timeout=60) as client,
         client.stream(
@@ -81,7 +81,7 @@ def stream(server: ServerProcess, max_tokens: int = 8000) -> Iterator[Iterator[s
 
 
 def last_event(lines: Iterator[str]) -> dict[str, object]:
-    """Return what a stream says last, which ends as streams do."""
+    """Return a stream's last event; check that the stream ends with [DONE]."""
     *_, last, end = (line.removeprefix("data: ") for line in lines if line)
     assert end == "[DONE]"
     found: dict[str, object] = json.loads(last)
@@ -97,7 +97,7 @@ def test_a_shard_that_dies_ends_the_server_with_an_error_event(model: ModelFiles
         assert "shard 1 of the model has ended" in server.output()
 
 
-@pytest.mark.soak  # three servers of two processes are started as it is
+@pytest.mark.soak  # `make test` already starts three servers of two processes
 def test_a_shard_that_hangs_meets_the_step_timeout_and_is_not_left_behind(model: ModelFiles) -> None:
     with serving(model, "--step-timeout-s", "1") as (server, other):
         with stream(server) as lines:
@@ -115,7 +115,7 @@ def test_no_shard_outlives_a_server_that_is_killed(model: ModelFiles) -> None:
 
 
 def test_a_signal_to_all_of_them_lets_an_answer_finish(model: ModelFiles) -> None:
-    """As a terminal's Ctrl-C, and systemd's stop."""
+    """A terminal's Ctrl-C and systemd's stop do this."""
     with serving(model) as (server, other):
         with stream(server, max_tokens=400) as lines:
             for process in (server.process.pid, other):

@@ -1,4 +1,4 @@
-"""Pictures and vectors by the SDKs that programs have: OpenAI's for Node, langchain, litellm, unmodified."""
+"""Images and embeddings through common SDKs: OpenAI's for Node, langchain, litellm, all unmodified."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def url_of_picture() -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Serve a model that sees, and embeds as well."""
+    """Yield the URL of a vision model that also computes embeddings."""
     folder = tmp_path_factory.mktemp("llava")
     make("llava", folder)
     async with served(folder, pooling="last") as (address, _):
@@ -43,7 +43,7 @@ async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(url: str) -> dict[str, Any]:
-    """What the same calls give without an SDK."""
+    """Return the results of the same calls without an SDK."""
     content = [
         {"type": "text", "text": "What is in"},
         {"type": "image_url", "image_url": {"url": url_of_picture()}},
@@ -68,7 +68,7 @@ def run_clients(url: str) -> Any:
 
 
 def agree(found: Any, wanted: Any) -> None:
-    """SDKs read vectors from base64 of float32, or from decimals."""
+    """Compare vectors; SDKs read them from float32 in base64, or from decimals."""
     np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=0, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Structured outputs and tool calls on the demonstration model, small enough to get all else wrong."""
+"""Structured outputs and tool calls on the demonstration model, which is too small to do more."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def claude(demo: ServerProcess) -> Iterator[anthropic.Anthropic]:
 async def answer(
     client: AsyncOpenAI, *, stream: bool, max_tokens: int = 200, **options: Any
 ) -> tuple[str, str]:
-    """Return an answer's text and why it ended."""
+    """Return an answer's text and its finish reason."""
     options = {"model": "tgi", "messages": ASK, "max_tokens": 200, **options}
     if not stream:
         whole = await client.chat.completions.create(**options)
@@ -84,7 +84,7 @@ async def test_answers_to_random_schemas_validate(url: str, num_schemas: int) ->
 
     async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:
         ended = await asyncio.gather(*(check(client, *pair) for pair in enumerate(schemas)))
-    assert sum(ended) > num_schemas // 2  # the rest was cut by `length`
+    assert sum(ended) > num_schemas // 2  # `length` cut the others
 
 
 async def test_answers_match_regexes_and_choices(url: str) -> None:
@@ -146,7 +146,7 @@ def test_calls_that_must_be_made_are_made_with_valid_arguments(client: OpenAI, c
 
 
 def test_a_model_that_was_not_trained_for_tools_is_held_to_one_call(client: OpenAI) -> None:
-    """It repeats itself for as long as it is only let make calls."""
+    """It would repeat itself for as long as it may only make calls."""
     options: dict[str, Any] = {
         "model": "tgi", "messages": ASK, "tools": TOOLS, "tool_choice": "required", "max_tokens": 400,
         "temperature": 0,
@@ -269,7 +269,7 @@ def test_anthropic_s_sdk_calls_tools(claude: anthropic.Anthropic) -> None:
         max_iterations=2,
         **options,
     )
-    last = runner.until_done()  # it asks for a thread first, is refused, and sends the whole history
+    last = runner.until_done()  # the SDK requests a thread first, is refused, and sends the whole history
     assert last.stop_reason == "tool_use" and called
     assert all(isinstance(call["days"], int) for call in called)
     tools: Any = [{"name": "weather", "input_schema": WEATHER}]

@@ -1,4 +1,4 @@
-"""The clients that TGI's users have, unmodified, over a real socket: what they return and what they raise."""
+"""TGI's clients, unmodified, over a real socket: their results and exceptions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tgi_asgi.settings import Settings
 
 SCRIPT = Path(__file__).parent / "tgi_clients" / "examples.py"
-# `make test` makes it beside the packages of the tests, which cannot be installed together with these.
+# `make test` creates it separately, because these packages conflict with those of the tests.
 CLIENTS = Path(sys.prefix) / "clients" / "bin"
 TEXT = "Hello wörld"
 
 
 def require_client(name: str) -> Path:
-    """Return a program of the clients' environment; without it the test is skipped."""
+    """Return a program of the clients' environment; skip the test if it is missing."""
     path = CLIENTS / name
     if not path.exists():
         pytest.skip("TGI's clients are not installed: `make test` does it")
@@ -36,7 +36,7 @@ def serve(**settings: Any) -> LiveServer:
 
 
 def run_examples(url: str, *flags: str) -> dict[str, Any]:
-    """Run the calls in the clients' own environment."""
+    """Run the calls in the clients' own environment; return the JSON that they print."""
     run = subprocess.run(
         [require_client("python"), SCRIPT, url, *flags],
         capture_output=True,
@@ -80,7 +80,7 @@ def test_refusals_become_the_clients_exceptions(found: dict[str, Any]) -> None:
 
 def test_huggingface_hub_of_tgis_days(found: dict[str, Any]) -> None:
     hub = found["hub"]
-    # The client posts to `/`, whose default is the full text; its streams join token texts.
+    # The client posts to `/`, whose default is the full text; its streams join the tokens' texts.
     assert hub["text"] == hub["details_text"] == hub["last_text"] == "Hi" + TEXT
     assert hub["streamed"] == TEXT
     assert (hub["details_finish"], hub["tokens"]) == ("eos_token", 3)

@@ -1,4 +1,4 @@
-"""What `vllm bench serve` (0.32) sends, and every field that it reads, by its own reading rules."""
+"""The requests of `vllm bench serve` (0.32), and every field that it reads, by its own parsing rules."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.support.serving import serving
 
 TOKENS = (" Deep", " learn", "ing", " ", " 🦙".encode()[:3], " 🦙".encode()[3:], "\n\n", '"data: "', "!")
 WORDS = b"".join(token.encode() if isinstance(token, str) else token for token in TOKENS).decode()
-NUM_TOKENS = 12  # more than the script has: `ignore_eos` must go on past its end
+NUM_TOKENS = 12  # more than the script has: `ignore_eos` must continue past its end
 
 
 @dataclass
 class Output:
-    """What the benchmark's `RequestFuncOutput` holds after a request."""
+    """The contents of the benchmark's `RequestFuncOutput` after a request."""
 
     status: int = 0
     text: str = ""
-    num_chunks: int = 0  # the first is the time to first token, each later one an inter-token latency
+    num_chunks: int = 0  # the first gives the time to first token, each later one an inter-token latency
     output_tokens: int | None = None
     prompt_len: int | None = None
     usage_events: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +60,7 @@ def chat_payload(prompt: str) -> dict[str, Any]:
 
 
 async def bench(url: str, payload: dict[str, Any]) -> tuple[Output, httpx.Headers]:
-    """Post as the benchmark does, and read the stream by its rules: blanks around a read are dropped."""
+    """Post and read the stream as the benchmark does, which strips whitespace around each read."""
     output = Output()
     decoder = codecs.getincrementaldecoder("utf-8")()
     buffer = ""
@@ -75,7 +75,7 @@ async def bench(url: str, payload: dict[str, Any]) -> tuple[Output, httpx.Header
         async for read in response.aiter_raw():
             buffer += decoder.decode(read.strip())
             *messages, buffer = buffer.split("\n\n")
-            if buffer.startswith("data: "):  # it tries what is left as a whole message
+            if buffer.startswith("data: "):  # it tries to parse the rest as a whole message
                 rest = buffer.removeprefix("data: ")
                 if rest == "[DONE]" or _is_json(rest):
                     messages.append(buffer)
@@ -105,7 +105,7 @@ def _take(output: Output, message: str) -> None:
     assert not output.is_done
     event = json.loads(data)
     if choices := event.get("choices"):
-        assert not output.usage_events, "usage comes last"
+        assert not output.usage_events, "usage must come last"
         text = choices[0]["delta"].get("content") if "delta" in choices[0] else choices[0].get("text")
         output.text += text or ""
         output.num_chunks += 1
@@ -141,7 +141,7 @@ async def test_every_field_that_the_benchmark_reads_is_there(
     assert output.status == 200
     assert output.is_done
     assert output.text == WORDS
-    assert output.output_tokens == NUM_TOKENS  # its throughput: the tokens sampled, EOS past its end included
+    assert output.output_tokens == NUM_TOKENS  # all sampled tokens, with EOS past the script's end
     assert output.prompt_len == num_prompt == len(request.prompt_ids)
     assert len(output.usage_events) == 1
     assert 2 <= output.num_chunks <= NUM_TOKENS + 2  # no chunk without choices counts as a token
@@ -166,7 +166,7 @@ async def test_a_list_of_one_part_has_the_tokens_of_the_plain_text() -> None:
 
 async def test_a_single_token_still_gives_a_first_chunk_and_usage() -> None:
     output, _ = await run("/v1/completions", {**completion_payload("Hello"), "max_tokens": 1})
-    assert output.num_chunks >= 1  # else the benchmark calls the request failed
+    assert output.num_chunks >= 1  # otherwise the benchmark counts the request as failed
     assert output.output_tokens == 1
 
 

@@ -1,14 +1,14 @@
 # ruff: noqa: RUF001 (the strings are strange on purpose)
-"""Record `data/smollm2_tokens.json`: a thousand strings and their ids by two tokenizers that are not ours.
+"""Record `data/smollm2_tokens.json`: a thousand strings and their ids from two other tokenizers.
 
     llama-server -m SmolLM2-135M-Instruct.Q4_1.gguf --port 18200 &
     python tests/text/record_tokens.py SmolLM2-135M-Instruct.Q4_1.gguf http://127.0.0.1:18200
 
-The ids are llama.cpp's (its llama-vocab.cpp has the split that `smollm` names) and those of the GGUF
-conversion of transformers, which keeps GPT-2's split for every name that it does not know: here it gets what
-SmolLM2's own tokenizer.json has, `Digits(individual_digits=True)` before the byte level. A string on which
-the two disagree is printed and left out. Those are strings with a byte that the vocabulary lacks (0x04 is
-one): the tokenizers library drops it and then merges across the gap, llama.cpp drops it last.
+The ids come from llama.cpp (its llama-vocab.cpp has the split that `smollm` names) and from the GGUF
+conversion of transformers. The conversion uses GPT-2's split for every name that it does not know, so this
+script adds the step of SmolLM2's own tokenizer.json before the byte level, `Digits(individual_digits=True)`.
+Strings on which the two disagree are printed and left out. They contain a byte that the vocabulary lacks
+(0x04 is one): the tokenizers library drops it and then merges across the gap, llama.cpp drops it last.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ SAMPLES = {
 
 
 def make_strings() -> list[str]:
-    """Make the strings: samples whole and cut, mixtures, runs, random characters, random bytes as text."""
+    """Return test strings: samples whole and cut, mixtures, runs, random characters, random bytes as text."""
     rng = random.Random(SEED)
     samples = list(SAMPLES.values())
     strings = ["", " ", "  ", "\n", "a", "'s", "don't", " 's", "0", "007", " 42", *samples, "".join(samples)]
     while len(strings) < NUM_STRINGS + 20:
         kind = rng.randrange(6)
-        if kind == 0:  # a cut, anywhere
+        if kind == 0:  # a random cut
             text = rng.choice(samples)
             start = rng.randrange(len(text))
             strings.append(text[start : start + rng.randrange(1, 60)])
-        elif kind == 1:  # pieces of several, glued
+        elif kind == 1:  # pieces of several samples, joined
             cuts = [(text, rng.randrange(len(text))) for text in rng.choices(samples, k=rng.randrange(2, 6))]
             strings.append("".join(text[at : at + rng.randrange(1, 15)] for text, at in cuts))
         elif kind == 2:  # words and runs of white space
@@ -62,17 +62,17 @@ def make_strings() -> list[str]:
             strings.append("".join(part for pair in zip(gaps, words, strict=True) for part in pair))
         elif kind == 3:  # one character repeated
             strings.append(rng.choice(rng.choice(samples)) * rng.randrange(1, 40))
-        elif kind == 4:  # characters of any plane (surrogates are no characters)
+        elif kind == 4:  # characters of any plane (surrogates are none)
             points = (rng.randrange(1, rng.choice((0x80, 0x800, 0x10000, 0x30000))) for _ in range(20))
             strings.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
-        else:  # bytes that mean nothing
+        else:  # random bytes
             data = rng.randbytes(rng.randrange(1, 40))
             strings.append(data.decode(rng.choice(("latin-1", "utf-8")), "replace"))
     return strings
 
 
 def by_llama_cpp(server: str, text: str) -> list[int]:
-    """Ask a running llama-server."""
+    """Return the ids from a running llama-server."""
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     request = urllib.request.Request(f"{server}/tokenize", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -81,7 +81,7 @@ def by_llama_cpp(server: str, text: str) -> list[int]:
 
 
 def main(gguf: Path, server: str) -> None:
-    """Encode all strings twice and write those on which both agree."""
+    """Encode all strings twice, and write those on which both tokenizers agree."""
     import transformers
     from tokenizers import pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' own renderer, and the rules that it does not have."""
+"""Chat templates against transformers' renderer, and the rules that it does not have."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_renders_what_transformers_renders(
     name: str, messages: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
     options = {"add_generation_prompt": True, **options}
-    # Annotated as a string, but a pair: the texts, and where each assistant's part lies.
+    # The annotation says a string, but it returns a pair: the texts, and the spans of the assistant's parts.
     rendered: Any = render_jinja_template([messages], chat_template=TEMPLATES[name], **{**SPECIAL, **options})
     expected, _ = rendered
     assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages, **options) == expected[0]

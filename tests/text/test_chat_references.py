@@ -1,7 +1,7 @@
-"""Chat templates of many models, as llama.cpp and transformers carry them, against transformers' renderer.
+"""Chat templates of many models, from llama.cpp and transformers, against transformers' renderer.
 
-A template that fails on what clients send, or writes "None", is given words that it takes and is listed here:
-what transformers makes of those is what is expected.
+A template that fails on clients' messages, or writes "None", gets messages that it accepts and is listed
+here; transformers' rendering of those is the expected one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tgi_asgi.text.chat import sandbox
 from tgi_asgi.text.chat.template import ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-# Modules with templates in their strings: of llama-cpp-python, and of transformers.
+# Modules of llama-cpp-python and of transformers that contain templates as strings.
 PACKAGE_MODULES = ("llama_cpp/llama_chat_format.py",)
 TRANSFORMERS_MODULES = (
     "llama4.processing_llama4",
     "qwen2_audio.processing_qwen2_audio",
     "smolvlm.processing_smolvlm",
 )
-# These add the arguments of a call to text: they must get JSON.
+# These concatenate a call's arguments with text, so they must get JSON.
 TAKES_TEXT = {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "meetkai-functionary-medium-v3.2"}
-# These write "None" or "null" for the content of a call that has none, or fail on it: they get "".
-# So do templates that know no calls.
+# These write "None" or "null" for the missing content of a message with calls, or fail on it, so they get "".
+# Templates without support for calls get the same.
 TAKES_NO_NONE = {
     "Bielik-11B-v3.0-Instruct",
     "GLM-4.6",
@@ -127,7 +127,7 @@ class _Clock(datetime):
 
 @pytest.fixture(scope="module")
 def sources(llama_cpp: Path, llama_cpp_package: Path) -> dict[str, str]:
-    """The templates by name."""
+    """Return the templates by name."""
     paths = sorted((llama_cpp / "models" / "templates").glob("*.jinja"))
     assert len(paths) > 60
     found = {path.stem: path.read_text() for path in paths}
@@ -144,7 +144,7 @@ def sources(llama_cpp: Path, llama_cpp_package: Path) -> dict[str, str]:
 
 
 def templates_of_module(path: Path) -> dict[str, str]:
-    """Return the strings of a module that are templates, by their class, function or variable."""
+    """Return a module's strings that are templates, by their class, function or variable."""
     result = {}
     for statement in ast.parse(path.read_text()).body:
         owner = statement.targets[0] if isinstance(statement, ast.Assign) else statement
@@ -165,7 +165,7 @@ def templates(sources: dict[str, str]) -> dict[str, ChatTemplate]:
 
 
 def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the arguments of calls as JSON, as OpenAI's clients write them."""
+    """Return the messages with the arguments of calls as JSON, as OpenAI's clients send them."""
     messages = copy.deepcopy(messages)
     for message in messages:
         for entry in message.get("tool_calls", ()):
@@ -175,7 +175,7 @@ def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def in_its_words(messages: list[dict[str, Any]], name: str, source: str) -> list[dict[str, Any]]:
-    """Return the messages as this template takes them."""
+    """Return the messages in the form that this template accepts."""
     if name in TAKES_TEXT:
         messages = with_text_arguments(messages)
     if name in TAKES_NO_NONE or "tool_calls" not in source:
@@ -184,19 +184,20 @@ def in_its_words(messages: list[dict[str, Any]], name: str, source: str) -> list
 
 
 def theirs(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
-    """Return ("text", the prompt) or ("refused", why)."""
+    """Render with transformers; return ("text", the prompt) or ("refused", the reason)."""
     try:
-        # Annotated as a string, but a pair: the texts, and where each assistant's part lies.
+        # The annotation says a string, but it returns a pair: the texts, and the spans of the assistant's
+        # parts.
         rendered: Any = chat_template_utils.render_jinja_template(
             [messages], chat_template=source, **{**options, **SPECIAL}
         )
-    except Exception as error:  # whatever the template did
+    except Exception as error:  # a template may raise anything
         return "refused", reason(error)
     return "text", rendered[0][0]
 
 
 def ours(template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
-    """Return the same; nothing else than a TemplateError may come."""
+    """Render with `ChatTemplate`; return the same kind of pair. Only a `TemplateError` may be raised."""
     try:
         return "text", template.render(messages, **options)
     except TemplateError as error:
@@ -204,7 +205,7 @@ def ours(template: ChatTemplate, messages: list[dict[str, Any]], options: dict[s
 
 
 def reason(error: Exception) -> str:
-    """Return why, in the template's words; what cannot be continued each renderer says in its own."""
+    """Return an error's reason; unify the renderers' messages for what cannot be continued."""
     return re.sub(r"^continue_final_message(?s:.*)", "cannot be continued", str(error))
 
 

@@ -1,4 +1,4 @@
-"""The UTF-8 assembler against `bytes.decode`, whatever the cuts."""
+"""The UTF-8 assembler against `bytes.decode`, for any cuts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tgi_asgi.text.detokenize import Utf8Assembler
 
-# Bytes that look like text, and like text gone wrong: heads, continuations, surrogates, over-long forms.
+# Bytes of text and of damaged text: lead bytes, continuations, surrogates, over-long forms.
 _PIECES = st.one_of(
     st.text(max_size=3).map(lambda text: text.encode("utf-8", "surrogatepass")),
     st.sampled_from(
@@ -21,7 +21,7 @@ _PIECES = st.one_of(
 @example([b"\xf0\x9f\x98", b"a"], None)
 def test_any_cut_of_any_bytes_decodes_like_the_whole(pieces: list[bytes], data: st.DataObject | None) -> None:
     whole = b"".join(pieces)
-    if data is not None:  # cut anywhere, not only where the pieces meet
+    if data is not None:  # cut anywhere, not only between the pieces
         at = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))
         pieces = [whole[start:stop] for start, stop in zip([0, *at], [*at, len(whole)], strict=True)]
     assembler = Utf8Assembler()
@@ -40,7 +40,7 @@ def test_bytes_that_can_no_longer_become_a_character_are_replaced_at_once() -> N
     assert assembler.push(b"\xe2\x82") == ""
     assert assembler.push(b"x") == "\ufffdx"
     assert assembler.push(b"\xed") == ""
-    assert assembler.push(b"\xa0") == "\ufffd\ufffd"  # the head of a surrogate
+    assert assembler.push(b"\xa0") == "\ufffd\ufffd"  # the start of a surrogate
 
 
 def test_flush_replaces_the_head_of_a_character_once() -> None:

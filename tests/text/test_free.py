@@ -1,4 +1,4 @@
-"""Free text of answers against the grammar's own masks: what it may hold, and where it ends."""
+"""Free text of answers, against the grammar's own masks: the tokens it may contain, and where it ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOOL = ToolSpec("go", {"type": "object", "properties": {"to": {"type": "string"}
 
 
 class Pieces:
-    """Special tokens, bytes, and pieces with parts of marks in them; two ids more than the model draws."""
+    """Special tokens, bytes, and pieces with parts of marks; the model has two ids more than these."""
 
     vocab_size = VOCAB_SIZE
     eos_ids = frozenset({EOS})
@@ -73,7 +73,7 @@ def auto(mark: Mark) -> GrammarSource:
 
 
 def allowed(grammar: Grammar, token_ids: Sequence[int]) -> set[int]:
-    """Return what the grammar allows behind tokens, all of which it reads."""
+    """Return the tokens that the grammar allows after `token_ids`, all of which it reads."""
     matcher = grammar.matcher()
     for token_id in token_ids:
         matcher.accept(token_id)
@@ -110,7 +110,7 @@ def test_a_mark_of_one_token_ends_free_text(compiler: GrammarCompiler) -> None:
     watch = grammar.watch()
     assert watch is not None
     for token_id in [*tokens("a < b <tool_call>"), *map(piece, (b"x<tool_call>", b"<tool"))]:
-        assert not watch.push(token_id), "text is not the mark"
+        assert not watch.push(token_id), "plain text must not count as the mark"
     assert watch is not None and watch.push(CALL) and watch.is_over
 
 
@@ -142,7 +142,7 @@ def test_a_matcher_that_skips_free_text_is_where_one_is_that_reads_it(
     assert skipping.error is None
     found = set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
     assert found == allowed(grammar, output) == {FIRST_BYTE + ord("m")}
-    assert grammar.matcher([*tokens("\u00e9")[:1], THINK, *output]).error is None, "free is free"
+    assert grammar.matcher([*tokens("\u00e9")[:1], THINK, *output]).error is None, "free text may be anything"
 
 
 def test_reasoning_is_a_free_part_of_its_own(compiler: GrammarCompiler) -> None:

@@ -1,4 +1,4 @@
-"""GBNF and XGrammar's EBNF: what llguidance's converter spoils is read as llama.cpp reads it."""
+"""GBNF and XGrammar's EBNF: grammars that llguidance's converter misreads are read as by llama.cpp."""
 
 from __future__ import annotations
 

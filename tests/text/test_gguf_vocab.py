@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata: how named pre-tokenizers cut text, sentencepiece, damage."""
+"""Tokenizers rebuilt from GGUF metadata: splits of named pre-tokenizers, sentencepiece, damaged files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 
 def spell(text: str) -> str:
-    """Write text in the byte alphabet."""
+    """Return text in the byte-level alphabet."""
     return "".join(CHARACTERS[byte] for byte in text.encode())
 
 
 def byte_level(pre: str, *words: str, control: tuple[str, ...] = (), **extra: Any) -> dict[str, Any]:
-    """Metadata of a vocabulary of all bytes, words with the merges that build them, and control tokens."""
+    """Return metadata of a vocabulary: all bytes, words with their merges, and control tokens."""
     tokens, merges = [CHARACTERS[byte] for byte in range(256)], []
     for word in map(spell, words):
         for end in range(2, len(word) + 1):
@@ -42,12 +42,12 @@ def byte_level(pre: str, *words: str, control: tuple[str, ...] = (), **extra: An
 
 
 def pieces(pre: str, text: str) -> list[str]:
-    """Cut text as this pre-tokenizer does."""
+    """Split text as this pre-tokenizer does."""
     backend = Tokenizer.from_gguf(byte_level(pre))._backend
     return [text[start:stop] for _, (start, stop) in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
-# By the regular expressions of the models' own tokenizer.json files.
+# According to the regular expressions of the models' own tokenizer.json files.
 CUTS = [
     ("gpt-2", "I'll go  12345 far\n\n\nX", ["I", "'ll", " go", " ", " 12345", " far", "\n\n", "\n", "X"]),
     ("smollm", "it's 12½ x", ["it", "'s", " ", "1", "2", "½", " x"]),
@@ -123,7 +123,7 @@ def test_every_token_that_ends_a_turn_ends_an_answer() -> None:
         byte_level("llama-bpe", "<|end|>", control=control, eos_token_id=256, eom_token_id=258)
     )
     texts = {tokenizer.token_text(token_id) for token_id in tokenizer.eos_ids}
-    # "<|end|>" is an ordinary token here, so that text that merely looks like it does not end anything.
+    # "<|end|>" is an ordinary token here, so text that only looks like it must not end an answer.
     assert tokenizer.eos_id == 256 and len(tokenizer.eos_ids) == len(texts)
     assert "<|eot_id|>" in texts and "<|end|>" not in texts and "<other>" not in texts
 
@@ -191,7 +191,7 @@ WORDS = [
 
 
 def sentencepiece(**extra: Any) -> dict[str, Any]:
-    """Metadata of a small sentencepiece vocabulary: controls, bytes, letters, words with random scores."""
+    """Return metadata of a sentencepiece vocabulary: controls, bytes, letters, words with random scores."""
     letters = ["\u2581", *"abcthe"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *WORDS]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(letters) + len(WORDS))]
@@ -212,7 +212,7 @@ def sentencepiece(**extra: Any) -> dict[str, Any]:
 
 
 def merge_by_definition(metadata: dict[str, Any], text: str) -> list[int]:
-    """Sentencepiece's BPE by definition: join the neighbours whose union scores best, leftmost first."""
+    """Tokenise by sentencepiece's definition of BPE: merge the best-scored neighbours, leftmost first."""
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {token: index for index, token in enumerate(tokens) if index >= 259}
     scores = metadata["tokenizer.ggml.scores"]

@@ -1,4 +1,4 @@
-"""Grammars against `re` and `jsonschema`, on a vocabulary of bytes; and grammars made to hurt."""
+"""Grammars against `re` and `jsonschema`, on a vocabulary of bytes; and hostile grammars."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def allowed(matcher: Matcher) -> list[int]:
 
 
 def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool:
-    """Tell whether the grammar takes a text as a whole, token by token."""
+    """Return whether the grammar accepts a whole text, token by token."""
     matcher = compiler.compile(source).matcher()
     for byte in text.encode():
         if byte not in allowed(matcher):
@@ -51,12 +51,13 @@ def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool
 
 
 def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
-    """Draw allowed tokens at random until the text ends, as it must within `limit`."""
+    """Draw allowed tokens at random until the text ends, which it must within `limit`."""
     matcher = compiler.compile(source).matcher()
     data = bytearray()
     while not matcher.is_ended:
         tokens = allowed(matcher)
-        # Ends and quotes are rare among all bytes: taken at once where possible, for texts that end.
+        # Ends and quotes are rare among all bytes, so they are preferred if allowed; otherwise texts would
+        # not end.
         ends = [token for token in tokens if token in (EOS, *b'"}],')]
         token = rng.choice(ends if ends and rng.random() < 0.7 else tokens)
         if token in (EOS, IM_END):
@@ -113,7 +114,7 @@ def test_json_is_compact_and_keeps_the_schema_s_order(compiler: GrammarCompiler)
 
 
 def test_a_schema_with_properties_and_no_type_describes_an_object(compiler: GrammarCompiler) -> None:
-    """As TGI's guides write it."""
+    """TGI's guides write schemas like this."""
     schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
     source = sources.json_schema(schema)
     assert accepts(compiler, source, '{"a":1}')
@@ -133,7 +134,7 @@ def test_the_end_is_allowed_exactly_where_the_text_is_complete(compiler: Grammar
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
-@pytest.mark.parametrize("count", [1, 6])  # by the thread itself, by several
+@pytest.mark.parametrize("count", [1, 6])  # by the thread itself, or by several threads
 def test_text_that_must_follow_is_the_same_looked_up_or_computed(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, count: int, is_slow: bool
 ) -> None:
@@ -234,7 +235,7 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.json_schema({"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(9)]}),
         lambda: sources.regex("(" * 5_000 + "a" + ")" * 5_000),
         lambda: sources.regex("a" * 1_000_000),
-        lambda: sources.regex("((a{100}){100}){100}"),  # too complex behind the first token only
+        lambda: sources.regex("((a{100}){100}){100}"),  # too complex only after the first token
         lambda: sources.regex("a{300000}"),
         lambda: sources.ebnf("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))),
         lambda: sources.ebnf("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
@@ -246,7 +247,7 @@ def test_a_hostile_grammar_is_refused_soon(compiler: GrammarCompiler, make: Any)
     begun = time.thread_time()
     with pytest.raises(InvalidRequest):
         compiler.compile(make())
-    assert time.thread_time() - begun < 2  # half a second where nothing else runs
+    assert time.thread_time() - begun < 2  # half a second on an idle machine
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_equal_grammars_are_compiled_once_and_the_least_used_is_forgotten(
 
 
 def _read(matcher: Matcher, text: bytes) -> str | None:
-    """Take a text, with a mask before each byte; return what went wrong."""
+    """Accept a text, with a mask before each byte; return the matcher's error."""
     mask = np.zeros(NUM_WORDS, np.int32)
     for byte in text:
         matcher.fill_mask(mask)

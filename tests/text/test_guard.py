@@ -1,4 +1,4 @@
-"""Special tokens that clients write are text; those of the template act, wherever they stand."""
+"""Special tokens in clients' texts are plain text; those of the template are active, at any position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHATML = (
 
 
 def byte_tokenizer(specials: list[str], **flags: bool) -> Tokenizer:
-    """Make a tokenizer of bytes and special tokens, which prepends a space to its text as Llama 2's does."""
+    """Return a tokenizer of bytes and special tokens that prepends a space to its text, as Llama 2's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.normalizer = normalizers.Prepend(" ")
@@ -67,7 +67,7 @@ def test_only_the_templates_tokens_act(content: Any) -> None:
 
 
 def test_the_text_around_is_tokenised_as_ever() -> None:
-    """Marks change nothing but which tokens act: prepended spaces and stripped ones are as without them."""
+    """Marks change only which tokens are active; spaces are prepended and stripped as without them."""
     tokenizer = byte_tokenizer(SPECIALS[:4], rstrip=True)
     text = "<|im_start|>  user one<|im_end|> two"
     marked = text.replace("<|", tokenizer.guard.mark + "<|")

@@ -1,6 +1,6 @@
-"""The JSON-Schema-Test-Suite: of a schema that is accepted as strict, no invalid instance passes.
+"""The JSON-Schema-Test-Suite: if a schema is accepted as strict, no invalid instance passes.
 
-The suite lies in the source package of `jsonschema`, which pip fetches into build/ when it is not there yet.
+The suite is in the source package of `jsonschema`, which pip fetches into build/ if it is missing.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from tgi_asgi.text.constrain.source import COMPACT, SPACED, GrammarSource, inlin
 
 RELEASE = "jsonschema==4.26.0"
 STORE = Path(__file__).parents[2] / "build" / "json_schema_suite"
-MAX_ORDERS = 100  # in which the properties of an instance are tried
-# Valid instances that no answer can be, by file of the suite.
+MAX_ORDERS = 100  # of an instance's properties that are tried
+# Valid instances that a grammar excludes, by the suite's file.
 NARROWED = {
-    "additionalProperties": "an object that lists properties gets no others; without a type it is an object",
-    "properties": "as above",
-    "required": "as above",
-    "ref": "as above",
-    "anyOf": "as above, in each branch",
+    "additionalProperties": "an object with listed properties gets no others; without a type it is an object",
+    "properties": "as for additionalProperties",
+    "required": "as for additionalProperties",
+    "ref": "as for additionalProperties",
+    "anyOf": "as for additionalProperties, in each branch",
     "const": "numbers are written as in the schema: 1, not 1.0",
     "enum": "numbers are written as in the schema",
     "type": "an integer has no fraction",
     "format": "formats are enforced, not annotations",
     "email": "no quoted local parts and no IPv6 addresses",
-    "ipv6": "no IPv4 addresses within",
+    "ipv6": "no embedded IPv4 addresses",
     "date-time": "no leap seconds",
     "time": "no leap seconds",
     "float-overflow": "no exponents",
-    "vocabulary": "keywords are enforced whatever the `$schema`",
-    "ecmascript-regex": "U+FEFF is no white space",
+    "vocabulary": "keywords are enforced for any `$schema`",
+    "ecmascript-regex": "U+FEFF does not count as white space",
 }
 # Invalid instances that pass.
-LEAKS = {("ecmascript-regex", '"\ufeff"')}  # as above
+LEAKS = {("ecmascript-regex", '"\ufeff"')}  # U+FEFF does not count as white space
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def compiler() -> GrammarCompiler:
 
 @pytest.fixture(scope="module")
 def json_schema_suite() -> Path:
-    """The archive that has the suite, fetched once."""
+    """Return the archive that contains the suite, fetched once."""
     archive = STORE / (RELEASE.replace("==", "-") + ".tar.gz")
     if not archive.exists():
         command = ["download", "--no-deps", "--no-binary", "jsonschema", "--dest", str(STORE), RELEASE]
@@ -66,7 +66,7 @@ def json_schema_suite() -> Path:
 
 @pytest.fixture(scope="module")
 def groups(json_schema_suite: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The suite's groups of tests, each with the name of its file."""
+    """Return the suite's groups of tests, each with the name of its file."""
     result = []
     with tarfile.open(json_schema_suite) as tar:
         for member in tar:
@@ -78,7 +78,7 @@ def groups(json_schema_suite: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def spellings(value: Any) -> Iterator[Any]:
-    """Yield a value with its properties in several orders: a grammar has one."""
+    """Yield a value with its properties in several orders, because a grammar has only one."""
     if isinstance(value, list):
         for items in itertools.product(*(itertools.islice(spellings(item), 8) for item in value)):
             yield list(items)
@@ -91,7 +91,7 @@ def spellings(value: Any) -> Iterator[Any]:
 
 
 def is_allowed(grammar: Grammar, separators: Mapping[str, Any], instance: Any) -> bool:
-    """Tell whether an answer may be an instance, in any order, with its characters escaped or not."""
+    """Return whether a grammar accepts an instance, in any order, with its characters escaped or not."""
     marks = (separators.get("item_separator", ","), separators.get("key_separator", ":"))
     for value in itertools.islice(spellings(instance), MAX_ORDERS):
         for is_ascii in (False, True):
@@ -124,7 +124,7 @@ def test_of_a_strict_schema_that_is_accepted_nothing_invalid_passes(
                 count["valid"] += 1
             elif test["valid"]:
                 assert file in NARROWED, where
-    assert count["schemas"] >= 210  # of 438: the others are refused by the name of a keyword
+    assert count["schemas"] >= 210  # of 438; the others are refused, naming a keyword
     assert count["valid"] >= 535  # of 595
 
 
@@ -136,7 +136,7 @@ def test_a_schema_that_is_not_strict_is_served_without_what_cannot_be_enforced(
         try:
             source, ignored = inline_json(group["schema"], COMPACT, is_strict=False)
             grammar = compiler.compile(GrammarSource("start: " + source))
-        except InvalidRequest as error:  # no answer can match it
+        except InvalidRequest as error:  # the schema matches no answer
             assert "Unsatisfiable" in error.message, (group["schema"], error.message)
             continue
         count["schemas"] += 1

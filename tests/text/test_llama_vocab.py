@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF files against llama.cpp: its test vectors, and the patterns that it cuts text with."""
+"""Tokenizers from GGUF files, against llama.cpp: its test vectors, and the patterns that split text."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ WITH_VECTORS = (
 )  # fmt: skip
 WITHOUT_VECTORS = ("baichuan",)
 REFUSED = {
-    "bert-bge": ("kind 'bert'", "WordPiece, of models that embed"),
-    "nomic-bert-moe": ("kind 't5'", "Unigram, of models that embed or translate"),
-    "aquila": ("pre-tokenizer is None", "llama.cpp's default for such files is a guess, which it warns of"),
-    "gpt-neox": ("pre-tokenizer is None", "as above"),
+    "bert-bge": ("kind 'bert'", "WordPiece, of embedding models"),
+    "nomic-bert-moe": ("kind 't5'", "Unigram, of embedding or translation models"),
+    "aquila": ("pre-tokenizer is None", "llama.cpp's default for such files is a guess, with a warning"),
+    "gpt-neox": ("pre-tokenizer is None", "as for aquila"),
 }
-# Pre-tokenizers that llama.cpp knows and we refuse.
+# Pre-tokenizers that llama.cpp knows and this project refuses.
 UNKNOWN = {
     **dict.fromkeys(
         ("jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-de", "jina-es", "jina-v5-nano"),
-        "of models that embed",
+        "embedding models",
     ),
     **dict.fromkeys(
         ("roberta-bpe", "modern-bert", "f2llmv2", "granite-embed-multi-97m", "granite-embed-multi-311m"),
-        "of models that embed",
+        "embedding models",
     ),
-    "whitespace": "of models that embed",
+    "whitespace": "an embedding model",
     "chameleon": "its image tokens are part of the text",
-    "gemma4": "no file has it: the kind of the vocabulary says it",
-    "default": "a guess, and llama.cpp warns that the answers will be worse for it",
+    "gemma4": "no file names it: the kind of the vocabulary identifies it",
+    "default": "a guess; llama.cpp warns that it makes answers worse",
 }
-# Names whose patterns in llama.cpp are not what the model's tokenizer.json says.
+# Names whose patterns in llama.cpp differ from the model's tokenizer.json.
 OTHER_PATTERNS = {
-    "kimi-k2": "a function written by hand does it",
-    "afmoe": "as above",
-    "falcon": "digits are looked for among the bytes",
-    "deepseek-llm": "digits stand alone; no merge joins them, so that llama.cpp need not cut",
+    "kimi-k2": "llama.cpp uses a hand-written function",
+    "afmoe": "as for kimi-k2",
+    "falcon": "digits are matched among the bytes",
+    "deepseek-llm": "digits are separate tokens; no merge joins them, so llama.cpp need not split them",
 }
 
 
@@ -59,12 +59,12 @@ def open_vocabulary(name: str) -> Tokenizer:
 
 
 def vectors(name: str) -> list[tuple[str, list[int]]]:
-    """The texts and ids that llama.cpp's own test of this vocabulary compares."""
+    """Return the texts and ids that llama.cpp's own test of this vocabulary compares."""
     path = llama_cpp_source() / "models" / f"ggml-vocab-{name}.gguf"
     texts = path.with_name(path.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = path.with_name(path.name + ".out").read_text().splitlines()
     if len(texts) > len(lines):
-        assert texts.pop() == ""  # behind the last mark, which one file is without
+        assert texts.pop() == ""  # after the last separator, which one file lacks
     return [(text, [int(item) for item in line.split()]) for text, line in zip(texts, lines, strict=True)]
 
 
@@ -82,7 +82,7 @@ def test_text_becomes_the_ids_of_the_models_own_tokenizer(name: str) -> None:
     tokenizer = open_vocabulary(name)
     for text, ids in vectors(name):
         if name == "qwen35" and not unicodedata.is_normalized("NFC", text):
-            continue  # added by hand: llama.cpp does not compose characters, the model's tokenizer does
+            continue  # added by hand: the model's tokenizer composes characters, llama.cpp does not
         assert tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
         prefix = " " if name in ("llama-spm", "phi-3") and text else ""
@@ -104,14 +104,14 @@ def test_a_vocabulary_that_cannot_be_served_is_refused_by_name(name: str) -> Non
 
 
 def unescape(literal: str) -> str:
-    """Read the inside of a C++ string."""
+    """Return the text that the inside of a C++ string literal stands for."""
     return re.sub(r"\\(.)", lambda match: {"n": "\n", "r": "\r"}.get(match[1], match[1]), literal)
 
 
 def patterns_by_type(source: str) -> dict[str, list[str]]:
-    """Read the switch that gives each type its patterns.
+    """Return each type's patterns, read from the switch in llama.cpp's source.
 
-    Where a comment quotes the pattern of the model's tokenizer.json, that is taken instead.
+    If a comment quotes the pattern of the model's tokenizer.json, that pattern is used instead.
     """
     result: dict[str, list[str]] = {}
     types, patterns, quoted = [], [], None
@@ -132,7 +132,7 @@ def patterns_by_type(source: str) -> dict[str, list[str]]:
 
 
 def meaning_of_names(source: str) -> dict[str, tuple[str, bool, bool]]:
-    """Read what each name of a pre-tokenizer sets: type, whether merges are ignored, whether BOS is added."""
+    """Return the settings of each pre-tokenizer: type, whether merges are ignored, whether BOS is added."""
     result = {}
     start = source.index('tokenizer_pre == "default"')
     for block in source[start:].split("} else if (")[:100]:

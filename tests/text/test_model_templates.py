@@ -1,7 +1,7 @@
-"""Templates of real models, as llama.cpp and vLLM carry them: the calls that they render are read back.
+"""Templates of real models, from llama.cpp and vLLM: the calls that they render are parsed again.
 
-Each template is of one format at most, and of one style of reasoning. An assistant's turn is cut out of a
-rendered conversation and read by the character, in pieces, and whole.
+Each template has at most one call format and one reasoning style. The assistant's turn is cut out of a
+rendered conversation and parsed by the character, in pieces, and whole.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tgi_asgi.text.tools.reasoning import STYLES, wrapper_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
-# template: its format of calls, and its style of reasoning
+# template: its call format and its reasoning style
 MODELS: dict[str, tuple[str | None, str | None]] = {
     "Apertus-8B-Instruct": ("apertus", "apertus"),
     "Apriel-1.6-15b-Thinker-fixed": ("hunyuan_a13b", "apriel"),
@@ -136,32 +136,32 @@ MODELS: dict[str, tuple[str | None, str | None]] = {
     "tool_chat_template_xlam_llama": ("xlam", None),
     "tool_chat_template_xlam_qwen": ("xlam", None),
 }
-# These render no call of an assistant's turn, or fail on one: nothing can be read back.
+# These do not render a call of an assistant's turn, or fail on one, so nothing can be parsed again.
 RENDER_NO_CALL = {
     "HuggingFaceTB-SmolLM3-3B", "Kimi-K2-Instruct", "Kimi-K2-Thinking", "LFM2-8B-A1B", "LFM2.5-Instruct",
     "fireworks-ai-llama-3-firefunction-v2", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct",
     "llama-cpp-deepseek-r1", "llama-cpp-rwkv-world", "microsoft-Phi-3.5-mini-instruct",
     "tool_chat_template_glm4",
 }  # fmt: skip
-# These write text where it is no part of the turn, or values that cannot be told from others.
+# These write text that does not belong to the turn, or values that are ambiguous.
 MISWRITTEN = {
-    "GigaChat3-10B-A1.8B": "a call is a message of a role of its own",
-    "tool_chat_template_phi4_mini": "calls in Python, without what should stand before them",
+    "GigaChat3-10B-A1.8B": "a call is a message with a role of its own",
+    "tool_chat_template_phi4_mini": "calls in Python syntax, without the marker before them",
     "tool_chat_template_gemma3_pythonic": "no comma between arguments",
     "tool_chat_template_llama3.2_pythonic": "no quotes around strings",
     "tool_chat_template_llama4_pythonic": "no quotes are escaped within strings, and numbers are quoted",
     "tool_chat_template_toolace": "no quotes around strings",
 }
-# Formats that none of these templates writes as `tool_writers` does, and where that is from.
+# Formats that none of these templates writes as `tool_writers` does, with the source of that form.
 BY_DOCUMENTS = {
-    "mistral": "the history's calls have ids, which answers do not",
-    "pythonic": "vLLM's templates miss quotes; Meta's documents",
+    "mistral": "calls in the history have ids, those in answers do not",
+    "pythonic": "Meta's documents; vLLM's templates lack quotes",
     "olmo3": "the template on its model's page",
     "lfm2": "Liquid's documents; LFM2.5's template quotes as Python does",
     "phi4_mini": "Microsoft's page of the model; its template writes no calls",
     "phi4_mini_json": "the prompt of vLLM's template",
     "glm4": "the template of GLM-4-0414",
-    "minicpm5": "the template quotes texts with tags alone",
+    "minicpm5": "the template quotes only texts with tags",
     "functiongemma": "Google's documents; vLLM's template quotes numbers",
 }
 
@@ -186,7 +186,7 @@ THINKING = {"enable_thinking": True, "thinking": True, "reasoning_effort": "high
 
 @pytest.fixture(scope="module")
 def sources(llama_cpp: Path, vllm_examples: Path) -> dict[str, str]:
-    """The templates by name."""
+    """Return the templates by name."""
     paths = [*(llama_cpp / "models" / "templates").glob("*.jinja"), *vllm_examples.glob("*.jinja")]
     return {path.name.removesuffix(".jinja"): path.read_text() for path in sorted(paths)}
 
@@ -203,7 +203,7 @@ def test_each_template_is_of_one_format_and_one_style(sources: dict[str, str]) -
 
 @dataclass(frozen=True)
 class Turn:
-    """An assistant's turn as a template renders it, behind the prompt for it."""
+    """An assistant's turn as a template renders it, following the generation prompt."""
 
     text: str
     prompt: str
@@ -213,7 +213,7 @@ class Turn:
 
 
 def turns(source: str) -> list[Turn]:
-    """Return the turns that a template renders, with and without text, thoughts and a second call."""
+    """Return the turns that a template renders, with and without text, reasoning and a second call."""
     template = ChatTemplate(source, SPECIAL)
     result = []
     for num_calls, has_text, has_thoughts in product((1, 2), (True, False), (True, False)):
@@ -256,7 +256,7 @@ def turns(source: str) -> list[Turn]:
 
 
 def begin_of(prompt: str, whole: str) -> int:
-    """Return where the turn begins: behind what both have and the assistant's mark, and not within a mark."""
+    """Return where the turn begins: after the common prefix and the assistant's mark, not within a mark."""
     same = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
         min(len(prompt), len(whole)),
@@ -278,7 +278,7 @@ def read(turn: Turn, source: str, model: tuple[str | None, str | None], size: in
         return parse(HarmonyParser(SPECS), turn.text, size)
     known = next((each for each in STYLES if each.name == style), None)
     is_open = known is not None and known.is_open(turn.prompt)
-    if known is not None and is_open:  # some templates open it again, or leave out an empty one
+    if known is not None and is_open:  # some templates open it again, or omit an empty one
         is_open = known.end in turn.text and not turn.text.lstrip().startswith(known.start)
     parser = AnswerParser(
         known, FORMATS[form or "hermes"], SPECS, is_reasoning_open=is_open, wrapper=wrapper_of(source)
@@ -297,7 +297,7 @@ def calls_of(pieces: list[Piece]) -> list[tuple[str, Any]]:
 
 
 def with_calls(source: str) -> list[Turn]:
-    """Return the turns of a template that have the name of a call."""
+    """Return the turns of a template that contain a call's name."""
     return [turn for turn in turns(source) if "weather" in turn.text]
 
 
@@ -313,7 +313,7 @@ def test_a_turn_with_calls_is_read_as_it_was_rendered(name: str, sources: dict[s
     rendered = with_calls(sources[name])
     marker = form.marker if (form := FORMATS.get(MODELS[name][0] or "")) else "<|channel|>"
     for turn in rendered:
-        if turn.has_text and not marker:  # all of such an answer is calls, or text
+        if turn.has_text and not marker:  # such an answer is either all calls or all text
             continue
         for size in (1, 7, len(turn.text)):
             pieces = read(turn, sources[name], MODELS[name], size)
@@ -321,7 +321,7 @@ def test_a_turn_with_calls_is_read_as_it_was_rendered(name: str, sources: dict[s
                 turn
             )
             thoughts = [piece.text.strip() for piece in pieces if isinstance(piece, Reasoning)]
-            if MODELS[name][0] == harmony.NAME:  # it has no text before a call but thoughts
+            if MODELS[name][0] == harmony.NAME:  # only reasoning may precede a call
                 assert "".join(thoughts) in ("THOUGHTS", "TEXT", "")
             elif MODELS[name][1]:
                 assert "".join(thoughts) == ("THOUGHTS" if turn.has_thoughts else ""), turn

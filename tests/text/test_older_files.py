@@ -1,4 +1,4 @@
-"""Checkpoints without tokenizer.json: sentencepiece's own library and `transformers` are the truth."""
+"""Checkpoints without tokenizer.json, against sentencepiece's own library and `transformers`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that trains sentencepiece's model of a kind."""
+    """Return a function that trains a sentencepiece model of a kind."""
     folder = tmp_path_factory.mktemp("sentencepiece")
 
     def train(kind: str) -> Path:
@@ -64,7 +64,7 @@ def texts() -> list[str]:
 
 
 def checkpoint(folder: Path, model_type: str, **files: Any) -> Path:
-    """Write a directory; what is not bytes, as JSON. `_` of a name stands for the dot before its end."""
+    """Write files, bytes as they are and other values as JSON; the last `_` of a name becomes a dot."""
     config = {"model_type": model_type, "eos_token_id": 2}
     for name, content in {"config_json": config, **files}.items():
         stem, _, end = name.rpartition("_")
@@ -80,7 +80,7 @@ def refusal(folder: Path) -> str:
 
 
 def is_tie(truth: sentencepiece.SentencePieceProcessor, found: list[int], ids: list[int]) -> bool:
-    """Tell whether these are the same pieces in another order, which is equally likely in a unigram model."""
+    """Return whether both have the same pieces in another order, equally likely in a unigram model."""
     whole = ["".join(map(truth.id_to_piece, each)) for each in (found, ids)]
     return sorted(found) == sorted(ids) and whole[0] == whole[1]
 
@@ -92,7 +92,7 @@ def test_tokens_are_those_of_sentencepiece(trained: Callable[[str], Path], kind:
     for text in texts():
         ids = truth.encode(text)
         found = backend.encode(text, add_special_tokens=False).ids
-        has_ties = KINDS[kind]["model_type"] == "unigram"  # of which each library has its own
+        has_ties = KINDS[kind]["model_type"] == "unigram"  # each library breaks ties in its own way
         assert found == ids or (has_ties and is_tie(truth, found, ids)), text
         if truth.unk_id() not in ids:
             assert backend.decode(ids) == truth.decode(ids), text
@@ -198,7 +198,7 @@ def tekken() -> dict[str, Any]:
 
 def test_mistral_s_tekken_is_read(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(checkpoint(tmp_path, "mistral", tekken_json=tekken()))
-    # Special tokens come first, and every text begins with one.
+    # Special tokens come first, and every text begins with BOS.
     ids = [1, 6 + 257, *(6 + byte for byte in "lo é".encode())]
     assert tokenizer.encode("hello é", add_special_tokens=True) == ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello é"
@@ -228,7 +228,7 @@ def test_without_a_vocabulary_that_can_be_read_the_files_are_named(
 
 
 def test_an_empty_tokenizer_is_not_taken_for_one(tmp_path: Path) -> None:
-    """`transformers` makes one for GPT-2 of files that have nothing to do with it."""
+    """`transformers` creates an empty tokenizer for GPT-2 from unrelated files."""
     assert "finds no vocabulary" in refusal(checkpoint(tmp_path, "gpt2", vocab_txt=b"a\nb\n"))
 
 

@@ -1,4 +1,4 @@
-"""Styles of reasoning, and what models write around their answers: read however the text is cut."""
+"""Reasoning styles, and the text around models' answers, parsed however the text is cut."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_format_may_begin_with_a_name_where_the_prompt_has_its_marker(answer: 
 def test_templates_show_what_stands_around_answers() -> None:
     assert wrapper_of("<think></think> and write your response between <response></response>") is not None
     assert wrapper_of("<tool_output><response></think>") is not None
-    assert wrapper_of("<response></think>") is None  # MiniMax's results of tools
+    assert wrapper_of("<response></think>") is None  # MiniMax's tool results
 
 
 def test_a_grammar_lets_the_wrapper_stand_around_the_answer() -> None:

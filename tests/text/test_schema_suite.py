@@ -1,4 +1,4 @@
-"""The suite of realistic schemas: refused by the name of a keyword, or the grammar allows valid answers."""
+"""Realistic schemas: each is refused with the keyword's name, or its grammar allows valid answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
 FIRST = {family: [schema for name, schema in suite() if name == family] for family in FAMILIES}
-# Families with keywords that cannot be enforced: formats of OpenAPI and Kubernetes among them.
+# Families with keywords that cannot be enforced, such as the formats of OpenAPI and Kubernetes.
 REFUSED = {"condition", "collection", "mapping", "web_api", "kubernetes"}
 
 
@@ -361,7 +361,7 @@ def test_one_of_schemas_that_may_match_together_is_refused(
 
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_what_the_compiler_panics_on_is_refused(compiler: GrammarCompiler, is_strict: bool) -> None:
-    """It quotes 100 bytes, also where they end inside a character."""
+    """It quotes 100 bytes, even if they end inside a character."""
     for name in ("x", "xy"):
         with pytest.raises(InvalidRequest):
             compiler.compile(sources.json_schema({"required": {name: "é" * 60}}, is_strict=is_strict))

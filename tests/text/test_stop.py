@@ -13,7 +13,7 @@ _PUSHES = st.lists(st.text("abc", max_size=4), max_size=12)
 
 
 def _reference(stops: tuple[str, ...], text: str) -> tuple[int, str] | None:
-    """Return the earliest, then longest match in the text."""
+    """Return the earliest match in the text, the longest if several start there."""
     found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
     if not found:
         return None
@@ -22,7 +22,7 @@ def _reference(stops: tuple[str, ...], text: str) -> tuple[int, str] | None:
 
 
 def _held_length(stops: tuple[str, ...], text: str) -> int:
-    """Return the length of the longest suffix of the text that is a proper head of a stop string."""
+    """Return the length of the text's longest suffix that is a proper prefix of a stop string."""
     heads = {stop[:size] for stop in stops for size in range(1, len(stop))}
     return max((len(head) for head in heads if text.endswith(head)), default=0)
 

@@ -1,4 +1,4 @@
-"""What a template cannot do: compute for ever, or take the machine with one expression."""
+"""Limits of templates: one cannot compute for ever or exhaust the machine with one expression."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tokenizer, on the demonstration model's own vocabulary.
 
-That its ids are right is shown on a thousand recorded strings: `record_tokens.py` had them encoded by
-llama.cpp, and by what transformers makes of the same GGUF file, and kept those on which the two agree.
+A thousand recorded strings check its ids: `record_tokens.py` encoded them with llama.cpp and with
+transformers' conversion of the same GGUF file, and kept those on which the two agree.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def recorded() -> list[tuple[str, list[int]]]:
 
 @pytest.fixture
 def model_dir(tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A directory with the same vocabulary as a tokenizer.json, without configuration."""
+    """Return a directory with the same vocabulary as a tokenizer.json, without configuration."""
     tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 
 def complete(tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
-    """Leave out strings with bytes that no token has (0x04 is one): they are lost, as by other tokenizers."""
+    """Leave out strings with bytes that no token has (0x04 is one): this and other tokenizers drop them."""
     known = {byte for token_id in range(tokenizer.vocab_size) for byte in tokenizer.token_bytes(token_id)}
     kept = [(text, ids) for text, ids in recorded if set(text.encode()) <= known]
     assert len(kept) > 900
@@ -86,9 +86,9 @@ def test_offsets_are_byte_ranges_of_the_text(
         spans = tokenizer.encode_with_offsets(text, add_special_tokens=False)
         assert [token_id for token_id, _, _ in spans] == ids
         for token_id, start, stop in spans:
-            # A token that is a part of a character covers all of it.
+            # A token that is part of a character covers the whole character.
             assert tokenizer.token_bytes(token_id) in data[start:stop], (text, token_id)
-            data[start:stop].decode()  # never cuts a character
+            data[start:stop].decode()  # spans never cut a character
 
 
 def test_special_tokens_are_parsed_and_known(tokenizer: Tokenizer) -> None:
@@ -96,7 +96,7 @@ def test_special_tokens_are_parsed_and_known(tokenizer: Tokenizer) -> None:
     assert ids[0] == tokenizer.bos_id == 1 and ids[-1] == tokenizer.eos_id == 2
     assert {0, 1, 2} <= tokenizer.special_ids and ids[1] not in tokenizer.special_ids
     assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
-    assert tokenizer.eos_ids == {0, 2}  # <|endoftext|> ends a text as well
+    assert tokenizer.eos_ids == {0, 2}  # <|endoftext|> also ends a text
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hi"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
     assert not tokenizer.adds_bos
@@ -142,7 +142,7 @@ def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
     thread.start()
     waits.wait()
     interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(1000)  # no thread is made to give the GIL up: it must be let go of
+    sys.setswitchinterval(1000)  # no thread is forced to release the GIL: encoding must do so itself
     try:
         go_on.set()
         ran_before = list(ran)
@@ -179,7 +179,7 @@ class TestConfiguration:
     def test_bos_is_added_where_tokenizer_json_says_so(self, model_dir: Path) -> None:
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         write(model_dir / "tokenizer_config.json", {**config, "add_bos_token": True})
-        assert not Tokenizer.from_directory(model_dir).adds_bos  # as transformers has it
+        assert not Tokenizer.from_directory(model_dir).adds_bos  # as in transformers
         backend = Backend.from_file(str(model_dir / "tokenizer.json"))
         backend.post_processor = processors.TemplateProcessing(
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]

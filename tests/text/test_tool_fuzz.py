@@ -1,4 +1,4 @@
-"""Random arguments, written as each format writes them, come back equal however the text is cut."""
+"""Random arguments, written in each format, are parsed back unchanged however the text is cut."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PROPERTIES: dict[str, Any] = {
     "any": {},
 }
 SPECS = [ToolSpec("f", {"type": "object", "properties": PROPERTIES}), ToolSpec("get_it", None)]
-# What values may hold: letters, quotes, and parts of many formats' marks.
+# Contents of values: letters, quotes, and parts of many formats' marks.
 MARKS = ("<tool_call>", "</", *"{}[]),\"'\\\n=:é🙂", "<|", "```")
 TEXTS = st.lists(st.sampled_from(("a", "B c", "1", *MARKS)), max_size=6).map("".join)
-# What a format cannot hold: it does not quote texts, so that their own end ends them.
+# Texts that a format cannot contain: it does not quote texts, so its own end mark ends them.
 BOUND = {
     "qwen3_coder": "</", "seed_oss": "</", "minimax_m2": "</", "deepseek_v32": "</", "deepseek_v4": "</",
     "glm45": "</", "hy_v3": "</", "minicpm5": "]",
@@ -51,7 +51,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "is_it": st.booleans(),
         "many": st.lists(VALUES, max_size=3),
         "some": st.dictionaries(KEYS, VALUES, max_size=3),
-        # Of no type: what is written without quotes reads as what it looks like.
+        # A value without a declared type: unquoted text is parsed as the type that it looks like.
         "any": st.booleans() | NUMBERS | st.text("xyz", min_size=1),
     },
 )
@@ -81,7 +81,7 @@ def test_random_calls_come_back_equal(name: str, calls: list[Call], size: int, b
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_run_of_blanks_holds_the_server_up(name: str) -> None:
-    """The server reads answers on one thread: a call that ends in 500 blanks took it for many seconds."""
+    """The server parses answers on one thread: a call that ends in 500 blanks blocked it for many seconds."""
     text = write(name, [("f", {"text": "v w", "number": 1}), ("get_it", {})])
     begun_s = time.process_time()
     for place in re.finditer(r"\W(?=\w|$)|\w(?=\W)", text):
@@ -91,7 +91,7 @@ def test_no_run_of_blanks_holds_the_server_up(name: str) -> None:
 
 @pytest.mark.parametrize("behind", ['"' + 60_000 * "x", 20_000 * " "], ids=["text", "blanks"])
 def test_what_follows_arguments_is_read_in_time(behind: str) -> None:
-    """An id may stand there. All of it was matched anew at each of its characters."""
+    """An id may follow. The parser used to match all of it again at each of its characters."""
     call = '{"name": "f", "arguments": {"text": "v"}, "id":'
     begun_s = time.process_time()
     pieces = parse(AnswerParser(None, FORMATS["hermes"], SPECS), f"<tool_call>{call}{behind}", 16)
@@ -100,7 +100,7 @@ def test_what_follows_arguments_is_read_in_time(behind: str) -> None:
 
 
 def texts_of(value: Any) -> list[str]:
-    """Return the texts in a value."""
+    """Return all texts within a value."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):

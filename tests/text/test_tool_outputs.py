@@ -1,7 +1,7 @@
-"""What models really write where a call should be, after the issue trackers of other servers.
+"""Real outputs of models at the position of a call, from other servers' issue trackers.
 
-Whatever it is: what can be a call is one, what cannot is text, nothing is lost, and none of it depends on how
-the text was cut into pieces.
+If an output can be a call, it becomes one; otherwise it stays text. Nothing is lost, and the result does not
+depend on how the text was cut into pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piec
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import STYLES
 
-# ruff: noqa: RUF001, E501  # the bars are DeepSeek's own; outputs are kept on a line
+# ruff: noqa: RUF001, E501  # the bars are DeepSeek's own; each output is on one line
 PROPERTIES = {"a": {"type": "integer"}, "s": {"type": "string"}, "o": {"type": "object"}}
 SPECS = [ToolSpec("f", {"properties": PROPERTIES}), ToolSpec("g", None), ToolSpec("math.add", None)]
 F = ("f", {"a": 1})
@@ -26,7 +26,7 @@ G: tuple[str, Any] = ("g", {})
 BEGIN, END, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 
-# format: [(output, what it is read as: text, or a call)]
+# format: [(output, the expected result: texts and calls)]
 OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
     "hermes": [
         ('<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', [F]),
@@ -133,7 +133,7 @@ CASES = [(name, text, wanted) for name, outputs in OUTPUTS.items() for text, wan
 
 
 def told(pieces: list[Piece]) -> list[Any]:
-    """Return texts and calls; the arguments of a call that is cut are None."""
+    """Return texts and calls; the arguments of an incomplete call are None."""
     result: list[Any] = []
     for piece in pieces:
         if isinstance(piece, CallStart):

@@ -1,6 +1,6 @@
-"""The model families' chat templates, in short: a history of calls renders in the format that answers are read in.
+"""Shortened chat templates of the model families: a history's calls render in the format of answers.
 
-Each has what its family's own is particular about: how it writes arguments, which ids it takes, which roles.
+Each keeps its family's peculiarities: how it writes arguments, and which ids and roles it accepts.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def test_a_template_shows_its_format(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_calls_of_the_history_are_written_as_answers_are_read(name: str, num_calls: int) -> None:
     if name == "llama3_json" and num_calls > 1:
-        return  # its template takes one
+        return  # its template accepts only one
     text = render(name, num_calls)
     form = choose_format(TEMPLATES[name])
     answer = text[text.index("Which weather") :]

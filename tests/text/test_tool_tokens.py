@@ -1,4 +1,4 @@
-"""Grammars where markers are tokens of their own, as in most vocabularies: of calls, reasoning, channels."""
+"""Grammars whose markers are single tokens, as in most vocabularies: of calls, reasoning, channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALLS: list[Call] = [("f", {"a": 1, "b": True, "s": '}"<'}), ("g", {})]
 
 
 class Marked(ToyTokenizer):
-    """The toy's bytes, with tokens of their own for some texts."""
+    """The toy tokenizer's bytes, with single tokens for some texts."""
 
     def __init__(self, texts: list[str]) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Marked(ToyTokenizer):
 
 
 def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
-    """Tell whether a grammar takes a text as a whole, and lets what is free of it go unasked."""
+    """Return whether a grammar accepts a whole text; check that skipping its free text changes nothing."""
     assert source is not None
     compiled = GrammarCompiler(tokenizer, VOCAB_SIZE).compile(source)
     matcher = compiled.matcher()
@@ -50,7 +50,7 @@ def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
             return False
         matcher.accept(token_id)
     is_taken = matcher.is_ended or EOS in allowed(matcher)
-    shorter = compiled.matcher(tokenizer.ids(text))  # what is free of the text is not read
+    shorter = compiled.matcher(tokenizer.ids(text))  # does not read the free text
     assert shorter.is_ended == matcher.is_ended and (EOS in allowed(shorter)) == (EOS in allowed(matcher))
     return is_taken
 

@@ -47,8 +47,8 @@ PARAMETERS = {
 }
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
 TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
-UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # whose calls may be text
-LOOSE = ("gemma4", "functiongemma")  # whose grammar cannot hold values to all that a schema may say
+UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # calls may be text
+LOOSE = ("gemma4", "functiongemma")  # formats whose grammar cannot enforce all of a schema
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
@@ -62,7 +62,7 @@ def use(name: str, **options: Any) -> ToolUse:
 
 
 def parse(parser: AnswerParser | HarmonyParser, text: str, size: int) -> list[Piece]:
-    """Feed a text in pieces of some size; join what comes out."""
+    """Feed a text in pieces of some size; join the results."""
     pieces: list[Piece] = []
     for at in range(0, len(text), size):
         pieces += parser.push(text[at : at + size])
@@ -166,7 +166,7 @@ def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
 
 @names
 def test_the_beginning_of_a_call_that_must_follow_is_no_text(name: str) -> None:
-    """The answer was cut off inside the marker, or before it can be told from JSON."""
+    """The answer was cut off inside the marker, or before it can be distinguished from JSON."""
     form = FORMATS[name]
     text = form.marker or form.first
     for size in range(1, len(text)):
@@ -317,7 +317,7 @@ def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> Non
     assert assistant["content"].count('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>') == 2
     assert answer["role"] == "user"
     assert answer["content"].index("42") < answer["content"].index("43")
-    assert messages[1]["tool_calls"] == [call, call]  # the request's own
+    assert messages[1]["tool_calls"] == [call, call]  # the request's messages are unchanged
     kept, *_ = spell_out([{"role": "system", "content": "Be kind."}, *messages], [tool])
     assert kept["content"].startswith("Be kind.\n\n")
 

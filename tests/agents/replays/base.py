@@ -1,6 +1,7 @@
-"""What clients send, in our own words: their fields, items, blocks and tools, with short texts and schemas.
+"""Requests of real clients, reworded: their fields, items, blocks and tools, with short texts and schemas.
 
-Each request is as the real client sent it, in the version named; `agent_server.py` tells how to see more.
+Each request has the form that the named version of the client sent; `agent_server.py` describes how to record
+more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
-Item = tuple[str, ...]  # ("text", it), ("thoughts", them), ("call" or "custom", the name, the arguments)
+Item = tuple[str, ...]  # ("text", text), ("thoughts", text), ("call" or "custom", name, arguments)
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Replay:
     """One request.
 
     Attributes:
-        client: its name and version.
+        client: the client's name and version.
         what: what the request shows.
         says: the model's answer, as text.
-        items: what the client must read in our answer.
-        sees: texts that the prompt must hold, in this order.
-        misses: texts that it must not.
+        items: what the client must read in the server's answer.
+        sees: texts that the prompt must contain, in this order.
+        misses: texts that the prompt must not contain.
     """
 
     client: str
@@ -39,13 +40,13 @@ class Replay:
 
 
 def spelt(name: str, **arguments: Any) -> str:
-    """Return a call as the model writes it."""
+    """Return a tool call as the model writes it."""
     call = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
 def obj(**properties: Any) -> dict[str, Any]:
-    """Return the schema of an object that must have these properties and no others."""
+    """Return the schema of an object that requires these properties and allows no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -55,4 +56,4 @@ def obj(**properties: Any) -> dict[str, Any]:
 
 
 TEXT = {"type": "string", "description": "a text"}
-WHOLE = 9007199254740991  # JavaScript's largest
+WHOLE = 9007199254740991  # JavaScript's largest safe integer

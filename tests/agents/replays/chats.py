@@ -1,4 +1,4 @@
-"""What those send that speak `/v1/chat/completions`."""
+"""Requests of clients that use `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 
 
 def chat_tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Return a function as chat completions have it."""
+    """Return a function tool in the format of chat completions."""
     return {"type": "function", "function": {"name": name, "parameters": obj(**properties), **more}}
 
 

@@ -1,4 +1,4 @@
-"""What Claude Code sends to `/v1/messages`."""
+"""Claude Code's requests to `/v1/messages`."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8
 
 
 def text(content: str, **more: Any) -> dict[str, Any]:
-    """Return a block of text."""
+    """Return a text block."""
     return {"type": "text", "text": content, **more}
 
 
 ASKED = {"role": "user", "content": [text("The branch is main."), text("Edit the file.")]}
-BILLING = "x-anthropic-billing-header: cc_version=2.1.329.582;"  # its end differs by conversation
+BILLING = "x-anthropic-billing-header: cc_version=2.1.329.582;"  # its end differs between conversations
 SYSTEM = [text(BILLING), text("You are an agent.", **KEPT), text("Be brief.", **KEPT)]
 LATER = {"role": "system", "content": [text("The folder is /tmp.", **KEPT)]}
 
 
 def claude(messages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """Return a body of `POST /v1/messages`; its max_tokens are more than the context of the tests has."""
+    """Return a body of `POST /v1/messages`; its max_tokens exceeds the tests' context."""
     return {
         "model": "toy/model",
         "system": SYSTEM,
@@ -76,7 +76,7 @@ def result(number: int, content: Any, **more: Any) -> dict[str, Any]:
 
 
 def use(number: int, name: str, **arguments: Any) -> dict[str, Any]:
-    """Return a block with a call."""
+    """Return a block with a tool call."""
     return {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": arguments}
 
 

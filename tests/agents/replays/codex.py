@@ -1,4 +1,4 @@
-"""What Codex CLI sends to `/v1/responses`."""
+"""Codex CLI's requests to `/v1/responses`."""
 
 from __future__ import annotations
 

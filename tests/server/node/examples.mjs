@@ -1,4 +1,4 @@
-// The calls that guides show for OpenAI's Node SDK, against the server at BASE_URL; prints what came back.
+// The guides' calls with OpenAI's Node SDK, against the server at BASE_URL; prints the results.
 import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "-" });
@@ -28,7 +28,7 @@ for await (const chunk of stream) {
   chunks += 1;
 }
 
-// The helper that accumulates a stream, and whatever it checks on the way.
+// The helper that accumulates a stream and checks it.
 const helper = client.chat.completions.stream({
   model: "tgi",
   messages,

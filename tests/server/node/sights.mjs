@@ -1,4 +1,4 @@
-// Pictures in chats and vectors by OpenAI's Node SDK, against the server at BASE_URL; prints what came back.
+// Images in chats, and embeddings, with OpenAI's Node SDK, against the server at BASE_URL; prints the results.
 import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "-" });

@@ -1,4 +1,4 @@
-// OpenAI's Node SDK on structured outputs, tools and responses, against the server at BASE_URL.
+// Structured outputs, tools and responses with OpenAI's Node SDK, against the server at BASE_URL.
 import OpenAI from "openai";
 import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
@@ -47,7 +47,7 @@ const parsed = await client.chat.completions.parse({
   response_format: { type: "json_schema", json_schema: { name: "weather", strict: true, schema: parameters } },
 });
 
-// The same by zod: schemas are made from types, and answers become values of them.
+// The same with zod: schemas are generated from types, and answers are parsed into them.
 const Weather = z.object({ city: z.string().min(1).max(20), days: z.number().int().min(1).max(9) });
 const typed = await client.chat.completions.parse({ ...common, response_format: zodResponseFormat(Weather, "weather") });
 const typedCalls = [];

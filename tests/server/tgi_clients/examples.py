@@ -1,8 +1,8 @@
-"""Calls of the clients that TGI's users have: `text-generation` and the last `huggingface_hub` before 1.0.
+"""Calls of TGI's clients: `text-generation` and the last `huggingface_hub` before 1.0.
 
     python examples.py http://127.0.0.1:3000
 
-Runs in an environment of its own (the two pin each other), and prints what the calls returned as JSON.
+Runs in a separate environment (the two pin each other), and prints the calls' results as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def error_of(call: Any, *arguments: Any, **options: Any) -> str:
-    """Return the name of what a call raises."""
+    """Return the name and message of the exception that a call raises."""
     try:
         call(*arguments, **options)
     except (GenerationError, OverloadedError, ValidationError) as error:
@@ -31,7 +31,7 @@ def error_of(call: Any, *arguments: Any, **options: Any) -> str:
 
 
 def native() -> dict[str, Any]:
-    """Generate with every parameter that the client has."""
+    """Generate with every parameter of the client."""
     client = Client(URL)
     options: dict[str, Any] = {"max_new_tokens": 8, "repetition_penalty": 1.1, "frequency_penalty": 0.1,
         "stop_sequences": ["@@"], "temperature": 0.9, "top_k": 10, "top_p": 0.9, "truncate": 100,
@@ -53,7 +53,7 @@ def native() -> dict[str, Any]:
 
 
 async def native_async() -> dict[str, Any]:
-    """The same client, with asyncio."""
+    """Generate with the same client's asyncio version."""
     client = AsyncClient(URL)
     whole = await client.generate("Hi", max_new_tokens=8)
     texts = [event.token.text async for event in client.generate_stream("Hi", max_new_tokens=8)]
@@ -61,7 +61,7 @@ async def native_async() -> dict[str, Any]:
 
 
 def chat() -> dict[str, Any]:
-    """TGI's client's chat (which cannot read the stream's `[DONE]`, so it leaves before)."""
+    """Chat with TGI's client, which cannot parse the stream's `[DONE]` and so stops reading before it."""
     client = Client(URL)
     messages = [Message(**message) for message in MESSAGES]
     answer = client.chat(messages, max_tokens=8, logprobs=True, top_logprobs=2)
@@ -78,7 +78,7 @@ def chat() -> dict[str, Any]:
 
 
 def hub() -> dict[str, Any]:
-    """huggingface_hub's client of TGI's days."""
+    """Call huggingface_hub's client from TGI's time."""
     client = InferenceClient(URL)
     of_endpoint = InferenceClient(URL, provider="hf-inference")
     details = client.text_generation(
@@ -106,7 +106,7 @@ def hub() -> dict[str, Any]:
 
 
 def errors() -> dict[str, str]:
-    """What refusals become."""
+    """Return the client's exceptions for refused requests."""
     client = Client(URL)
     grammar = Grammar(type=GrammarType.Regex, value="a(?=b)")
     return {

@@ -2,7 +2,7 @@
 
     python langchain_tools.py http://127.0.0.1:3000/v1
 
-Runs in the clients' environment, and prints what the calls returned as JSON.
+Runs in the clients' environment, and prints the calls' results as JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Calls of libraries that speak to OpenAI's API through layers of their own: langchain-openai and litellm.
+"""Calls of libraries that wrap OpenAI's API: langchain-openai and litellm.
 
     python openai_users.py http://127.0.0.1:3000/v1
 
-Runs in the clients' environment, and prints what the calls returned as JSON.
+Runs in the clients' environment, and prints the calls' results as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network for prices
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it fetches prices from the network
 
 import litellm
 import openai
@@ -24,7 +24,7 @@ LONG = "long " * 1000
 
 
 def raised(call: Any, *arguments: Any, **options: Any) -> list[str]:
-    """Return the names of the classes of what a call raises, the most special first."""
+    """Return the class names of the exception that a call raises, most specific first, and its message."""
     try:
         call(*arguments, **options)
     except Exception as error:
@@ -33,7 +33,7 @@ def raised(call: Any, *arguments: Any, **options: Any) -> list[str]:
 
 
 def langchain() -> dict[str, Any]:
-    """Chat and completion models of langchain-openai, whole and streamed."""
+    """Call langchain-openai's chat and completion models, whole and streamed."""
     chat = ChatOpenAI(base_url=URL, api_key="-", model="tgi", max_retries=0, max_tokens=16, stream_usage=True)
     answer = chat.invoke([("system", "Be brief."), ("human", "Hi!")])
     chunks = list(chat.stream("Hi!"))
@@ -58,7 +58,7 @@ def langchain() -> dict[str, Any]:
 
 
 def lite() -> dict[str, Any]:
-    """litellm's own shape over OpenAI's API."""
+    """Call OpenAI's API through litellm."""
     options: dict[str, Any] = {"model": "openai/tgi", "api_base": URL, "api_key": "-", "num_retries": 0}
     messages = [{"role": "user", "content": "Hi!"}]
     answer = litellm.completion(messages=messages, **options)

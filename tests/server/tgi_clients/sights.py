@@ -1,8 +1,8 @@
-"""Pictures in chats and vectors by langchain-openai and litellm.
+"""Images in chats, and embeddings, through langchain-openai and litellm.
 
     python sights.py http://127.0.0.1:3000/v1 data:image/png;base64,...
 
-Runs in the clients' environment, and prints what the calls returned as JSON.
+Runs in the clients' environment, and prints the calls' results as JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network for prices
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it fetches prices from the network
 
 import litellm
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": CONTENT}]
 
 
 def langchain() -> dict[str, Any]:
-    """Its chat model and its embeddings; these send texts, as for servers that are not OpenAI's."""
+    """Call its chat model and its embeddings; these send texts, as to servers other than OpenAI's."""
     chat = ChatOpenAI(base_url=URL, api_key="-", model="tgi", max_retries=0, max_tokens=8, temperature=0)
     embeddings = OpenAIEmbeddings(
         base_url=URL, api_key="-", model="tgi", max_retries=0, check_embedding_ctx_length=False
@@ -37,7 +37,7 @@ def langchain() -> dict[str, Any]:
 
 
 def lite() -> dict[str, Any]:
-    """litellm's shape of both."""
+    """Call both through litellm."""
     options: dict[str, Any] = {"model": "openai/tgi", "api_base": URL, "api_key": "-", "num_retries": 0}
     answer = litellm.completion(messages=MESSAGES, max_tokens=8, temperature=0, **options)
     vectors = litellm.embedding(input=TEXTS, **options)
