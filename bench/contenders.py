@@ -101,7 +101,7 @@ class Vllm:
     python: Path
     libraries: str  # LD_PRELOAD: without tcmalloc and Intel's OpenMP it is half as fast
     threads: int
-    most_clients: int
+    max_clients: int
     pool_gib: int = 1  # an integer; 40,000 tokens of the default model's keys and values
     lasts: Lasts = "run"
 
@@ -117,7 +117,7 @@ class Vllm:
         command = [
             *(str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.checkpoint)),
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
-            *("--max-model-len", "8192", "--max-num-seqs", str(self.most_clients)),
+            *("--max-model-len", "8192", "--max-num-seqs", str(self.max_clients)),
         ]
         environ = {
             "PYTHONPATH": "",  # this interpreter's path is not for its interpreter

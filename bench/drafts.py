@@ -183,7 +183,7 @@ def decode(
         start_s = time.perf_counter()
         result = runner.run(StepPlan(0, [row]))
         times.append(time.perf_counter() - start_s)
-        for sampled in (result.sampled[0], *result.further.get(0, [])):
+        for sampled in (result.sampled[0], *result.draft_samples.get(0, [])):
             assert sampled is not None
             text.append(sampled.token_id)
     return text, times

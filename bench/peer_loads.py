@@ -35,7 +35,7 @@ class Plan:
     max_tokens: int
 
     @property
-    def most_clients(self) -> int:
+    def max_clients(self) -> int:
         return max(1, *self.clients)
 
 

@@ -91,7 +91,7 @@ def _vllm(checkpoint: Path, folder: Path, options: argparse.Namespace, plan: Pla
             options.vllm_python.absolute(),
             options.vllm_libraries,
             options.threads,
-            plan.most_clients,
+            plan.max_clients,
         )
         for name, path in (("vLLM bf16", checkpoint), ("vLLM W8A8", small))
     ]

@@ -79,7 +79,7 @@ async def burst(client: Client, text: Callable[[int], str], options: argparse.Na
         "prompts": options.burst,
         "prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
         "computed_tokens": computed,
-        "least_tokens": last.num_prompt_tokens + (options.burst - 1) * num_own,
+        "min_tokens": last.num_prompt_tokens + (options.burst - 1) * num_own,
         "ttft_ms": spread([answer.ttft_s for answer in answers], 1e3, 1),
     }
 

@@ -23,7 +23,14 @@ from tgi_asgi.engine.sequence import Sequence as EngineSequence
 from tgi_asgi.errors import TgiError
 from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Eyes, GenerationRequest, ModelInfo, SamplingParams, StopConditions, TokenEvent
+from tgi_asgi.types import (
+    Bidirectional,
+    GenerationRequest,
+    ModelInfo,
+    SamplingParams,
+    StopConditions,
+    TokenEvent,
+)
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 50_000
@@ -47,14 +54,14 @@ class InstantRunner:
 
     def __init__(self, num_blocks: int, max_batch_size: int) -> None:
         self.num_blocks = num_blocks
-        self.block_size = self.least_chunk = BLOCK_SIZE
+        self.block_size = self.min_chunk = BLOCK_SIZE
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
         self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.num_kept_states: int | None = None
         self.drafts: DraftLimits | None = None
         self.windows: tuple[int | None, ...] = (None,)
-        self.eyes: Eyes | None = None
+        self.vision: Bidirectional | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0
 

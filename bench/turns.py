@@ -74,12 +74,12 @@ def counted(turns: Sequence[Turn]) -> list[tuple[Turn, bool]]:
 
 
 def next_turn(
-    turns: Sequence[Turn], names: Sequence[str], rounds: int, most_tries: int
+    turns: Sequence[Turn], names: Sequence[str], rounds: int, max_tries: int
 ) -> tuple[int, str] | None:
     """Return the round and the contender of the next turn, or None when all is measured.
 
     A round's missing turns come first, in its order; then turns whose bandwidth deviated from the round's are
-    repeated, up to `most_tries` turns in all.
+    repeated, up to `max_tries` turns in all.
     """
     for index in range(rounds):
         of_round = [turn for turn in turns if turn.round == index]
@@ -90,6 +90,6 @@ def next_turn(
                 return index, name
         uneven = [turn.contender for turn, is_even in counted(of_round) if not is_even]
         for name in order:
-            if name in uneven and tries[name] < most_tries:
+            if name in uneven and tries[name] < max_tries:
                 return index, name
     return None

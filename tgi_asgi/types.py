@@ -128,8 +128,8 @@ class ImageInput:
     payload: Any
 
 
-class Eyes(enum.Enum):
-    """Which part of a prompt a single step must compute whole, for models that take images."""
+class Bidirectional(enum.Enum):
+    """Which tokens of a vision model's prompt attend to later ones; a single step computes each such part."""
 
     NOTHING = "nothing"
     IMAGES = "images"  # each image's tokens

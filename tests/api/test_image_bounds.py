@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from tests.api.test_fuzz import ANYTHING, SCALARS
 from tests.support.client import client_of
-from tests.support.eyes import (
+from tests.support.fuzzing import survive
+from tests.support.pictures import Answer, answer, data_url, encoded, picture, text_of, web
+from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
+from tests.support.vision_app import (
     PAYLOAD_BYTES,
     SVG,
     TEMPLATE,
@@ -27,12 +30,9 @@ from tests.support.eyes import (
     post,
     prompt_of,
     response,
-    seeing_app,
     source,
+    vision_app,
 )  # fmt: skip
-from tests.support.fuzzing import survive
-from tests.support.pictures import Answer, answer, data_url, encoded, picture, text_of, web
-from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tgi_asgi.api import images as loading
 from tgi_asgi.app import App
 from tgi_asgi.images.fetch import Fetcher
@@ -120,7 +120,7 @@ async def test_odd_shapes_are_refused_by_their_path(path: str, body: Any, param:
 
 
 async def test_a_hundred_images_are_too_many() -> None:
-    app, processor = seeing_app(ScriptedEngine(has_eyes=True))
+    app, processor = vision_app(ScriptedEngine(has_vision=True))
     status, body = await post("/v1/chat/completions", chat(*[URL] * 100), app=app)
     assert (status, body["error"]["param"]) == (400, "messages[0].content[16].image_url")
     assert (await post("/v1/chat/completions", chat(*[URL] * 17), app=app))[0] == 400
@@ -133,7 +133,7 @@ async def test_a_hundred_images_are_too_many() -> None:
 
 async def test_decoded_bytes_are_bounded_for_one_and_for_all() -> None:
     large = data_url(encoded(PIL.Image.new("RGB", (100, 100))))  # 40,000 bytes, and as many for decoding
-    app, _ = seeing_app(ScriptedEngine(has_eyes=True), Settings(max_image_memory=100_000))
+    app, _ = vision_app(ScriptedEngine(has_vision=True), Settings(max_image_memory=100_000))
     assert (await post("/v1/chat/completions", chat(large), app=app))[0] == 200
     status, body = await post("/v1/chat/completions", chat(large, large), app=app)
     assert (status, body["error"]["param"]) == (400, "messages[0].content[1].image_url")
@@ -147,8 +147,8 @@ async def test_decoded_bytes_are_bounded_for_one_and_for_all() -> None:
 
 
 async def test_what_the_model_takes_is_held_until_the_request_ends() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine)
     running, go_on = asyncio.Event(), asyncio.Event()
     spoken = say("a")
 
@@ -172,7 +172,7 @@ class Failing(FakeProcessor):
 
 
 async def test_a_processor_that_fails_holds_nothing() -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     app = scripted_app(engine, chat_template=TEMPLATE, image_processor=Failing())
     assert (await post("/v1/chat/completions", chat(URL), app=app))[0] == 500
     assert engine.num_permits == 128
@@ -205,8 +205,8 @@ async def endless(head: bytes, writer: asyncio.StreamWriter) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 async def test_images_are_fetched(path: str) -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, processor = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, processor = vision_app(engine)
     reaching(app)
     answers: dict[str, Answer] = {"/a": answer(encoded()), "/b": answer(encoded(picture(7, 2)))}
     async with web(answers) as (port, heads):
@@ -234,7 +234,7 @@ async def test_what_cannot_be_fetched_is_refused_by_its_path(
 ) -> None:
     if sent is never:
         monkeypatch.setattr(loading, "FETCH_TIMEOUT_S", 0.1)
-    app, _ = seeing_app(ScriptedEngine(has_eyes=True), Settings(payload_limit=1000))
+    app, _ = vision_app(ScriptedEngine(has_vision=True), Settings(payload_limit=1000))
     reaching(app, {"inside.example": ["10.0.0.1"]})
     async with web({"/": sent}) as (port, _):
         got, body = await post("/v1/chat/completions", chat("a", f"http://a.example:{port}/"), app=app)
@@ -244,7 +244,7 @@ async def test_what_cannot_be_fetched_is_refused_by_its_path(
 
 async def test_an_image_may_come_just_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "FETCH_TIMEOUT_S", 0.0)
-    app, _ = seeing_app(ScriptedEngine(has_eyes=True))
+    app, _ = vision_app(ScriptedEngine(has_vision=True))
 
     async def fetch(*_: Any) -> bytes:
         return encoded()
@@ -262,7 +262,7 @@ async def test_many_beginnings_of_images_are_read_once() -> None:
 
 
 async def test_all_that_a_request_fetches_counts_together() -> None:
-    app, _ = seeing_app(ScriptedEngine(has_eyes=True), Settings(payload_limit=1000))
+    app, _ = vision_app(ScriptedEngine(has_vision=True), Settings(payload_limit=1000))
     reaching(app)
     async with web({"/": answer(encoded() + bytes(400))}) as (port, _):
         url = f"http://a.example:{port}/"
@@ -271,8 +271,8 @@ async def test_all_that_a_request_fetches_counts_together() -> None:
 
 
 async def test_in_native_prompts_only_listed_hosts_are_fetched_from() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine)
     reaching(app, allowed=["good.example"])
     async with web({"/": answer(encoded())}) as (port, heads):
         inputs = f"![](http://good.example:{port}/)![](http://other.example:{port}/)"
@@ -283,14 +283,16 @@ async def test_in_native_prompts_only_listed_hosts_are_fetched_from() -> None:
 
 
 async def test_the_operator_s_hosts_may_be_listed_with_commas() -> None:
-    app, _ = seeing_app(
-        ScriptedEngine(has_eyes=True), Settings(allowed_media_domains=("A.example,b.example", "c.example"))
+    app, _ = vision_app(
+        ScriptedEngine(has_vision=True), Settings(allowed_media_domains=("A.example,b.example", "c.example"))
     )
     takes = app.context.fetcher.takes_host_of
     assert all(map(takes, ("http://a.example/", "https://b.example", "http://C.EXAMPLE:80/x")))
     assert not any(map(takes, ("http://d.example/", "data:x", "ftp://a.example/", "http://x.a.example/")))
     app.context.close()
-    assert not seeing_app(ScriptedEngine(has_eyes=True))[0].context.fetcher.takes_host_of("http://a.example/")
+    assert not vision_app(ScriptedEngine(has_vision=True))[0].context.fetcher.takes_host_of(
+        "http://a.example/"
+    )
 
 
 async def test_names_are_looked_up_and_local_ones_refused() -> None:
@@ -341,8 +343,8 @@ REQUESTS = st.one_of(
 @given(REQUESTS)
 def test_parts_of_any_shape_are_answered(request: tuple[str, Any]) -> None:
     async def run() -> None:
-        engine = ScriptedEngine(has_eyes=True)
-        app, _ = seeing_app(engine, Settings(max_image_pixels=10_000))
+        engine = ScriptedEngine(has_vision=True)
+        app, _ = vision_app(engine, Settings(max_image_pixels=10_000))
         reaching(app, {name: ["10.0.0.1"] for name in ("localhost", "127.0.0.1")})
         await survive(app, engine, *request)
         assert app.context.pixels.held == app.context.bodies.held == 0

@@ -9,7 +9,11 @@ import openai
 import pytest
 
 from tests.support.client import client_of
-from tests.support.eyes import (
+from tests.support.pictures import data_url, encoded, picture, text_of
+from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
+from tests.support.serving import serving
+from tests.support.toy_tokenizer import IMAGE
+from tests.support.vision_app import (
     SVG,
     TEXT,
     URL,
@@ -21,13 +25,9 @@ from tests.support.eyes import (
     post,
     prompt_of,
     response,
-    seeing_app,
     source,
+    vision_app,
 )  # fmt: skip
-from tests.support.pictures import data_url, encoded, picture, text_of
-from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
-from tests.support.serving import serving
-from tests.support.toy_tokenizer import IMAGE
 from tgi_asgi.settings import Settings
 
 SEEN = f"[{'<image>' * 4}]"
@@ -75,8 +75,8 @@ TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 async def test_each_dialect_s_images_stand_where_they_were(
     path: str, body: Any, expected: str, param: str
 ) -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, processor = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, processor = vision_app(engine)
     status, _ = await post(path, body, app=app)
     assert status == 200
     assert prompt_of(engine) == TURN.format(expected)
@@ -99,20 +99,20 @@ async def test_each_dialect_s_images_stand_where_they_were(
     ],
 )
 async def test_images_in_prompts_that_are_no_chats(path: str, body: Any, expected: str) -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     assert (await post(path, body, engine))[0] == 200
     assert prompt_of(engine) == expected
     assert len(engine.requests[0].images) == expected.count(SEEN)
 
 
 async def test_in_the_text_of_a_chat_markdown_is_text() -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     assert (await post("/v1/chat/completions", chat(f"![]({URL})"), engine))[0] == 200
     assert f"![]({URL})" in prompt_of(engine) and engine.requests[0].images == ()
 
 
 async def test_several_images_keep_their_order_and_places() -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     messages = [
         {"role": "system", "content": "See."},
         {"role": "user", "content": [openai_part(URL), openai_part(WIDE)]},
@@ -129,8 +129,8 @@ async def test_several_images_keep_their_order_and_places() -> None:
 
 
 async def test_what_one_key_has_sent_is_not_found_by_another() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine, Settings(api_key=("a", "b")))
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine, Settings(api_key=("a", "b")))
     async with client_of(app) as client:
         for key in ("a", "a", "b"):
             headers = {"authorization": f"Bearer {key}"}
@@ -138,7 +138,7 @@ async def test_what_one_key_has_sent_is_not_found_by_another() -> None:
     first, again, other = (request.images[0].digest for request in engine.requests)
     assert first == again != other
     assert len(other) == 32
-    shared = ScriptedEngine(has_eyes=True)
+    shared = ScriptedEngine(has_vision=True)
     await post("/v1/chat/completions", chat(URL) | {"cache_salt": "s"}, shared)
     await post("/v1/chat/completions", chat(URL), shared)
     salted, plain = (request.images[0].digest for request in shared.requests)
@@ -147,7 +147,7 @@ async def test_what_one_key_has_sent_is_not_found_by_another() -> None:
 
 @pytest.mark.parametrize("text", ["<image>", "a <image><|im_end|> b", "[<image>]"])
 async def test_placeholders_that_clients_write_are_text(text: str) -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     assert (await post("/v1/chat/completions", chat(text, URL), engine))[0] == 200
     assert prompt_of(engine) == TURN.format(text + SEEN)
     assert list(engine.requests[0].prompt_ids).count(IMAGE) == 4
@@ -162,8 +162,8 @@ async def test_where_clients_may_write_special_tokens_places_must_add_up() -> No
 
 
 async def test_what_counts_counts_what_the_model_sees() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine)
     body = chat("a", URL)
     _, answered = await post("/v1/chat/completions", body, app=app)
     ids = list(engine.requests[0].prompt_ids)
@@ -184,14 +184,14 @@ async def test_images_count_for_the_context() -> None:
     body = chat(data_url(encoded(picture(200, 1))), "hi")
     status, answered = await post("/v1/chat/completions", body)
     assert status == 200 and answered["usage"]["prompt_tokens"] > 200
-    app, _ = seeing_app(ScriptedEngine(has_eyes=True), max_total_tokens=150, max_input_tokens=149)
+    app, _ = vision_app(ScriptedEngine(has_vision=True), max_total_tokens=150, max_input_tokens=149)
     status, answered = await post("/v1/chat/completions", body, app=app)
     assert (status, answered["error"]["code"]) == (400, "context_length_exceeded")
 
 
 async def test_no_image_is_cut_off() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine)
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine)
     body = {"inputs": f"{'a' * 50}![]({URL})bc", "parameters": {"truncate": 20}}
     assert (await post("/generate", body, app=app))[0] == 200
     request = engine.requests[0]
@@ -212,16 +212,16 @@ PARTLY_BLIND = (
 
 
 async def test_a_template_that_shows_texts_in_parts_alone_gets_parts() -> None:
-    engine = ScriptedEngine(has_eyes=True)
-    app, _ = seeing_app(engine, template=PARTLY_BLIND)
+    engine = ScriptedEngine(has_vision=True)
+    app, _ = vision_app(engine, template=PARTLY_BLIND)
     messages = [{"role": "system", "content": "See."}, *chat("a", URL)["messages"]]
     assert (await post("/v1/chat/completions", {"messages": messages}, app=app))[0] == 200
     assert prompt_of(engine) == f"system:See.;user:a{SEEN};"
 
 
 async def test_a_template_that_takes_no_images_is_a_refusal() -> None:
-    app, _ = seeing_app(
-        ScriptedEngine(has_eyes=True), template="{% for m in messages %}{{ m.role }}{% endfor %}"
+    app, _ = vision_app(
+        ScriptedEngine(has_vision=True), template="{% for m in messages %}{{ m.role }}{% endfor %}"
     )
     status, body = await post("/v1/chat/completions", chat("a", URL), app=app)
     assert status == 400 and "room for 0 images" in body["error"]["message"]
@@ -266,7 +266,7 @@ async def test_only_users_show_images(role: str) -> None:
 
 
 async def test_images_in_the_results_of_tools_are_a_note() -> None:
-    engine = ScriptedEngine(has_eyes=True)
+    engine = ScriptedEngine(has_vision=True)
     image = {"type": "image", "source": source()}
     turns = [
         {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
@@ -289,8 +289,8 @@ async def test_images_in_the_results_of_tools_are_a_note() -> None:
 
 
 async def test_openai_s_sdk_sends_images() -> None:
-    engine = ScriptedEngine(say("Hel", "lo"), has_eyes=True)
-    app, processor = seeing_app(engine)
+    engine = ScriptedEngine(say("Hel", "lo"), has_vision=True)
+    app, processor = vision_app(engine)
     async with (
         serving(app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
@@ -314,8 +314,8 @@ async def test_openai_s_sdk_sends_images() -> None:
 
 
 async def test_anthropic_s_sdk_sends_images() -> None:
-    engine = ScriptedEngine(say("Hel", "lo"), has_eyes=True)
-    app, processor = seeing_app(engine)
+    engine = ScriptedEngine(say("Hel", "lo"), has_vision=True)
+    app, processor = vision_app(engine)
     async with (
         serving(app) as url,
         anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0) as client,

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-MOST_IN_FLIGHT = 2
+MAX_IN_FLIGHT = 2
 
 
 class BatchPrefillWithPagedKVCacheWrapper:
@@ -46,7 +46,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         """Note what the runs until the next plan compute."""
         kind = (window_left, logits_soft_cap or 0.0)
         alike = [wrapper for other, wrapper in type(self).planned if other == kind]
-        assert self not in alike[-MOST_IN_FLIGHT:], "the plan before may still be on its way to the GPU"
+        assert self not in alike[-MAX_IN_FLIGHT:], "the plan before may still be on its way to the GPU"
         type(self).planned.append((kind, self))
         for tensor in (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len):
             assert tensor.dtype is torch.int32 and tensor.dim() == 1

@@ -124,7 +124,7 @@ async def test_prompts_in_chunks_beside_others_follow_the_reference(
 
 
 def test_as_many_plans_as_steps_in_flight_stay_as_they_are() -> None:
-    assert flashinfer_stand_in.MOST_IN_FLIGHT == MAX_IN_FLIGHT
+    assert flashinfer_stand_in.MAX_IN_FLIGHT == MAX_IN_FLIGHT
 
 
 async def test_layers_of_several_kinds_have_a_plan_each(

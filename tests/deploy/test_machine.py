@@ -25,7 +25,7 @@ from tgi_asgi.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "tgi-asgi.service"
-MOST_EXPOSED = 20  # tenths, of `systemd-analyze security`; services with any hardening have less than 50
+MAX_EXPOSED = 20  # tenths, of `systemd-analyze security`; services with any hardening have less than 50
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -120,7 +120,7 @@ def test_systemd_takes_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") != text
     shown = _run(analyze, "verify", "--man=no", copy)
     assert not [line for line in shown.stderr.splitlines() if UNIT.name in line], shown.stderr
-    _run(analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", copy)
+    _run(analyze, "security", "--offline=yes", f"--threshold={MAX_EXPOSED}", copy)
 
 
 # Prometheus

@@ -99,13 +99,13 @@ def test_a_tenant_displaces_no_more_than_its_share_and_nobody_for_nothing() -> N
     admission = Admission(8, Clock())
     greedy = [admission.acquire(n, "greedy") for n in (1, 2, 1, 1)]
     third = [admission.acquire(1, "third") for _ in range(3)]
-    assert admission.to_displace(1, "modest", greedy) == greedy[:1]
-    assert admission.to_displace(2, "modest", greedy) == greedy[:2]
+    assert admission.permits_to_displace(1, "modest", greedy) == greedy[:1]
+    assert admission.permits_to_displace(2, "modest", greedy) == greedy[:2]
     # Three would leave "greedy" with less than "modest", and displacing one or two would not be enough.
-    assert admission.to_displace(3, "modest", [*greedy, *third]) == []
-    assert admission.to_displace(1, "greedy", third) == []
-    assert admission.to_displace(1, "third", greedy) == greedy[:1]
-    assert admission.to_displace(1, "modest", []) == []
+    assert admission.permits_to_displace(3, "modest", [*greedy, *third]) == []
+    assert admission.permits_to_displace(1, "greedy", third) == []
+    assert admission.permits_to_displace(1, "third", greedy) == greedy[:1]
+    assert admission.permits_to_displace(1, "modest", []) == []
     assert not admission.is_full(0)
     assert admission.is_full(1)
     assert not admission.is_full(9), "waiting cannot help a request that exceeds the capacity"

@@ -15,7 +15,7 @@ def test_the_first_chunk_is_modest_whatever_the_maximum() -> None:
 
 
 def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -> None:
-    budget = TokenBudget(max_tokens=4096, block_size=16, target_s=0.05, least_tokens=512)
+    budget = TokenBudget(max_tokens=4096, block_size=16, target_s=0.05, min_tokens=512)
     assert budget.tokens(0) == 512
     budget.observe(0, 512, 0.512)
     for _ in range(20):

@@ -292,7 +292,7 @@ async def test_a_device_that_loses_a_part_of_itself_ends_everything_whatever_run
     engine.start()
     asking = [asyncio.create_task(ask(engine, make_request([index], 50))) for index in range(4)]
     await until(lambda: engine.stats.accepted == 4)
-    await asyncio.to_thread(engine.lose, "shard 1 has ended")
+    await asyncio.to_thread(engine.mark_lost, "shard 1 has ended")
     answers = await asyncio.gather(*asking)
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
     await must_be_dead(engine, deaths, "shard 1 has ended")
@@ -301,7 +301,7 @@ async def test_a_device_that_loses_a_part_of_itself_ends_everything_whatever_run
 async def test_a_part_that_is_lost_before_the_engine_starts_is_not_forgotten() -> None:
     deaths = Deaths()
     engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
-    engine.lose("shard 1 has ended")
+    engine.mark_lost("shard 1 has ended")
     engine.start()
     await must_be_dead(engine, deaths, "shard 1 has ended")
 

@@ -8,19 +8,19 @@ from tests.support.waiting import until
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepPlan, StepResult
-from tgi_asgi.types import Eyes
+from tgi_asgi.types import Bidirectional
 
 
 class HeldRunner:
     """Holds every step until the test releases it."""
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
-    least_chunk = 16
+    min_chunk = 16
     takes_whole_prompts = has_prompt_arithmetic = False
     num_kept_states: int | None = None
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)
-    eyes: Eyes | None = None
+    vision: Bidirectional | None = None
 
     def __init__(self) -> None:
         self.held: deque[asyncio.Future[StepResult]] = deque()

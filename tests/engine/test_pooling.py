@@ -72,10 +72,10 @@ async def test_vectors_and_streams_share_steps(make_engine: MakeEngine) -> None:
         if request.pooling is not None:
             np.testing.assert_array_equal(channel.stats.vector, fake_vector(request.prompt_ids))
     assert any(
-        any(row.pools for row in plan.rows) and any(row.token_ids is None for row in plan.rows)
+        any(row.pooling for row in plan.rows) and any(row.token_ids is None for row in plan.rows)
         for plan in runner.plans
     ), "no step had both kinds"
-    assert any(row.pools and not row.samples for plan in runner.plans for row in plan.rows), "no chunks"
+    assert any(row.pooling and not row.samples for plan in runner.plans for row in plan.rows), "no chunks"
 
 
 @pytest.mark.parametrize(("pooling", "num_cached"), [(LAST, 96), (MEAN, 0)])

@@ -21,7 +21,7 @@ from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepResult
-from tgi_asgi.types import Adapter, Eyes, ImageInput, SamplingParams
+from tgi_asgi.types import Adapter, Bidirectional, ImageInput, SamplingParams
 
 BLOCK = 4
 
@@ -51,7 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill=st.sampled_from([4, 16, 64]),
         is_forgetful=SELDOM,
         num_eager=st.none() | st.integers(1, 8),
-        eyes=st.none() | st.sampled_from(Eyes),
+        vision=st.none() | st.sampled_from(Bidirectional),
         has_prompt_arithmetic=st.booleans(),
         num_drafts=st.sampled_from([0, 0, 1, 3, 9]),
         windows=st.sampled_from(WINDOWS),
@@ -65,7 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill: int,
         is_forgetful: bool,
         num_eager: int | None,
-        eyes: Eyes | None,
+        vision: Bidirectional | None,
         has_prompt_arithmetic: bool,
         num_drafts: int,
         windows: tuple[int | None, ...],
@@ -73,10 +73,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_kept_states: int | None,
     ) -> None:
         if num_kept_states is not None:
-            eyes = None
+            vision = None
         drafts = DraftLimits(num_drafts, 16) if num_drafts else None
         # A cramped step has space for one uncut prompt, or for an image of at most nine tokens.
-        is_cramped = is_cramped and eyes is not Eyes.PROMPT
+        is_cramped = is_cramped and vision is not Bidirectional.PROMPT
         max_step_tokens = max_prefill + max_batch_size + 16 if is_cramped else 1 << 20
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
@@ -85,9 +85,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,
             max_step_tokens=max_step_tokens,
-            prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT and num_kept_states != 0,
+            prefix_cache=not is_forgetful and vision is not Bidirectional.PROMPT and num_kept_states != 0,
             num_kept_states=num_kept_states,
-            eyes=eyes,
+            vision=vision,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
             max_adapters=MAX_ADAPTERS,
@@ -97,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_blocks=num_blocks,
             block_size=BLOCK,
             max_batch_size=max_batch_size,
-            eyes=eyes,
+            vision=vision,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
             max_adapters=MAX_ADAPTERS,
@@ -149,8 +149,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             tokens = [*prompt, 200 + own] if num_alike > 1 else prompt
             needs = self.scheduler.tables.needs
             num_blocks = max(
-                needs.of_tokens(len(tokens) + max_tokens - 1),
-                needs.of_tokens(len(tokens), keeps_all=wants_prompt_logprobs),
+                needs.total_for(len(tokens) + max_tokens - 1),
+                needs.total_for(len(tokens), keeps_all=wants_prompt_logprobs),
             )
             if num_blocks > self.num_blocks or len(self.open) > 12:
                 return
@@ -164,7 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
                 adapter=adapter,
-                images=images_at(places, len(tokens)) if self.runner.eyes is not None else (),
+                images=images_at(places, len(tokens)) if self.runner.vision is not None else (),
             )
             self.open += add_request(self.scheduler, request, self.num_arrived, tenant)
             self.num_arrived += 1
@@ -272,7 +272,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         holders: Counter[int] = Counter()
         writable: Counter[int] = Counter()
         for sequence in self.scheduler.running:
-            for table, first in zip(sequence.tables, sequence.num_given_back, strict=True):
+            for table, first in zip(sequence.tables, sequence.num_freed, strict=True):
                 holders.update(table[first:])
                 writable.update(table[sequence.num_computed // BLOCK :])
             holders.update(sequence.copy_sources)

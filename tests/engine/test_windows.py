@@ -40,11 +40,11 @@ def make(
 
 def held(sequence: Sequence) -> list[int]:
     """Return the number of blocks that a sequence holds in each group."""
-    pairs = zip(sequence.tables, sequence.num_given_back, strict=True)
+    pairs = zip(sequence.tables, sequence.num_freed, strict=True)
     return [len(table) - first for table, first in pairs]
 
 
-def most_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> list[int]:
+def max_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> list[int]:
     """Run with two steps in flight; return the largest number of blocks held in each group."""
     most = [0] * scheduler.tables.num_groups
     flights: list[Step] = []
@@ -62,7 +62,7 @@ def test_a_sequence_holds_its_window_and_a_chunk() -> None:
     scheduler, runner = make((None, 40))
     [sequence] = add_request(scheduler, make_request(range(1000), 100))
     # A window of 40 spans at most four blocks: three, and one that it shares with the tokens that follow.
-    assert most_held(scheduler, runner, sequence) == [69, 3 + 3 + 1]
+    assert max_held(scheduler, runner, sequence) == [69, 3 + 3 + 1]
     assert finished([sequence])
     assert runner.violations == []
 
@@ -240,7 +240,7 @@ def test_a_chunk_runs_again_where_it_began() -> None:
 async def test_a_request_that_windows_make_fit_is_taken(make_engine: Any) -> None:
     runner = FakeRunner(num_blocks=20, windows=(40, 40), max_step_tokens=64)
     engine: Engine = make_engine(runner, max_batch_prefill_tokens=32)
-    assert engine.scheduler.tables.needs.of_tokens(3000) == 2 * (3 + 4 + 1)
+    assert engine.scheduler.tables.needs.total_for(3000) == 2 * (3 + 4 + 1)
     permit = engine.acquire(1)
     engine.submit(make_request(2900, 100), permit).cancel()
     with pytest.raises(InvalidRequest, match="tokens of KV cache, which has 320"):

@@ -8,7 +8,7 @@ import pytest
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
-from tgi_asgi.formats.sources import AdapterSource, adapter_sources, most_adapters, resolve_adapter
+from tgi_asgi.formats.sources import AdapterSource, adapter_sources, max_loaded_adapters, resolve_adapter
 from tgi_asgi.settings import Settings
 
 
@@ -61,9 +61,9 @@ def test_what_is_not_written_so_is_refused_in_few_words(
 
 def test_memory_holds_as_many_as_are_named_if_nobody_says_otherwise() -> None:
     listed = ",".join(f"org/a{at}" for at in range(12))
-    assert most_adapters(Settings(lora_adapters=(listed,))) == 12
-    assert most_adapters(Settings(lora_adapters=(listed,), max_cpu_loras=3)) == 3
-    assert most_adapters(Settings(enable_lora=True)) == 8
+    assert max_loaded_adapters(Settings(lora_adapters=(listed,))) == 12
+    assert max_loaded_adapters(Settings(lora_adapters=(listed,), max_cpu_loras=3)) == 3
+    assert max_loaded_adapters(Settings(enable_lora=True)) == 8
 
 
 def test_a_location_is_a_directory_or_an_id_with_a_revision(

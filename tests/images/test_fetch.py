@@ -29,7 +29,7 @@ class Counter:
         if self.held + size > LIMIT:
             raise ImageTooLarge("too large", param="here")
 
-    def take(self, size: int) -> None:
+    def consume(self, size: int) -> None:
         self.expect(size)
         self.held += size
 
@@ -42,7 +42,7 @@ class Internet:
         self.lookups: list[str] = []
         self.connects: list[str] = []
         self.authority = trustme.CA()
-        self.room = Counter()
+        self.budget = Counter()
         real = asyncio.open_connection
 
         async def connect(host: str, port: int, **options: Any) -> Any:
@@ -69,7 +69,7 @@ class Internet:
     async def fetch(self, url: str, *allowed: str) -> bytes:
         fetcher = Fetcher(frozenset(allowed), self.lookup, self.tls)
         async with asyncio.timeout(10):
-            return await fetcher.fetch(url, "here", self.room)
+            return await fetcher.fetch(url, "here", self.budget)
 
     async def refusal(self, url: str, *allowed: str) -> str:
         with pytest.raises(InvalidRequest) as caught:
@@ -106,7 +106,7 @@ async def until_the_end(head: bytes, writer: asyncio.StreamWriter) -> None:
 async def test_bodies_end_in_each_of_http_s_ways(internet: Internet, sent: Answer) -> None:
     async with web({"/": sent}) as (port, _):
         assert await internet.fetch(f"http://a.example:{port}") == b"abcdefg"
-    assert internet.room.held == 7
+    assert internet.budget.held == 7
 
 
 async def test_certificates_are_checked_for_the_url_s_name(internet: Internet) -> None:
@@ -244,7 +244,7 @@ async def test_bytes_are_counted_as_they_arrive(internet: Internet, sent: Answer
     async with web({"/": sent}) as (port, _):
         with pytest.raises(ImageTooLarge):
             await internet.fetch(f"http://a.example:{port}/")
-    assert internet.room.held <= LIMIT
+    assert internet.budget.held <= LIMIT
 
 
 async def endless_head(head: bytes, writer: asyncio.StreamWriter) -> None:

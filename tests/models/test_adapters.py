@@ -25,7 +25,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 EXACT = 5e-5  # of a log-probability
-LEAST_EFFECT = 0.1  # least effect of each adapter on a log-probability
+MIN_EFFECT = 0.1  # least effect of each adapter on a log-probability
 NUM_BEST = 5
 BY_NAME = {case.name: case for case in CASES}
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -128,7 +128,7 @@ def test_a_family_gives_what_peft_gives_alone_and_among_others(
     logprobs = [np.array([value for value, _ in job.prompt_logprobs[1:]], float) for job in alone]
     for one in range(3):
         for other in range(one):
-            assert np.abs(logprobs[one] - logprobs[other]).max() > LEAST_EFFECT
+            assert np.abs(logprobs[one] - logprobs[other]).max() > MIN_EFFECT
 
 
 def bare(case: FamilyCase) -> list[Any]:

@@ -93,7 +93,7 @@ def read(config: dict[str, Any], **changes: Any) -> ModelConfig:
 def test_gpt2_has_learned_positions_and_four_times_its_width() -> None:
     config = read(GPT2)
     assert (config.hidden_size, config.intermediate_size, config.num_layers) == (768, 3072, 12)
-    assert (config.context_length, config.has_learnt_positions) == (1024, True)
+    assert (config.context_length, config.has_learned_positions) == (1024, True)
     assert (config.activation, config.has_tied_embeddings) == ("gelu_tanh", True)
     assert read(GPT2, n_inner=100).intermediate_size == 100
 

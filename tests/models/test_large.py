@@ -231,7 +231,7 @@ def test_what_weights_will_take_is_known_before(tmp_path: Path, quantise: str | 
     )
     packing = ops.Packing(is_exact=False, quantise=quantise)
     with OpenModel(files) as opened:
-        expected = packed_bytes(opened.held(), packing, vocabulary)
+        expected = packed_bytes(opened.packed_tensors(), packing, vocabulary)
         model: Any = opened.load(packing, 512)
     weights = [model.embedding, model.head]
     for layer in model.layers:

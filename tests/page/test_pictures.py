@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.page.conftest import ChatPage
-from tests.support.eyes import FakeProcessor, seeing_app
 from tests.support.pictures import encoded, picture
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.vision_app import FakeProcessor, vision_app
 
 pytestmark = pytest.mark.page
 
@@ -21,8 +21,8 @@ PASTE = """(data) => {
 
 
 def see(chat: ChatPage) -> FakeProcessor:
-    chat.engine = ScriptedEngine(say("A picture"), has_eyes=True)
-    app, processor = seeing_app(chat.engine)
+    chat.engine = ScriptedEngine(say("A picture"), has_vision=True)
+    app, processor = vision_app(chat.engine)
     chat.serve_app(app)
     chat.open()
     chat.expect("#attach").to_be_visible()

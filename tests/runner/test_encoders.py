@@ -48,7 +48,7 @@ def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, Enco
 
 def rows_of(pooling: Pooling, prompts: list[list[int]], second_start: int | None = None) -> list[StepRow]:
     return [
-        StepRow(slot, ids, 0, [[]], True, pools=pooling, second_start=second_start)
+        StepRow(slot, ids, 0, [[]], True, pooling=pooling, second_start=second_start)
         for slot, ids in enumerate(prompts)
     ]
 
@@ -283,13 +283,13 @@ def test_a_prompt_in_pieces_is_no_plan(tmp_path: Path) -> None:
         probe = runner.run(StepPlan(0, [StepRow(0, (0,), 0, [[0]], True)]))
         assert probe.sampled[0] is not None
         for row in (
-            StepRow(0, [5, 6], 1, [[]], True, pools=mean),
-            StepRow(0, [5, 6], 0, [[]], False, pools=mean),
-            StepRow(0, None, 0, [[]], True, pools=mean),
-            StepRow(0, [160], 0, [[]], True, pools=mean),
-            StepRow(0, [5] * 131, 0, [[]], True, pools=mean),
-            StepRow(0, [5], 0, [[]], True, pools=mean, second_start=2),
-            StepRow(0, [5], 0, [[]], True, pools=Pooling(PoolingKind.LOGITS, (0,))),
+            StepRow(0, [5, 6], 1, [[]], True, pooling=mean),
+            StepRow(0, [5, 6], 0, [[]], False, pooling=mean),
+            StepRow(0, None, 0, [[]], True, pooling=mean),
+            StepRow(0, [160], 0, [[]], True, pooling=mean),
+            StepRow(0, [5] * 131, 0, [[]], True, pooling=mean),
+            StepRow(0, [5], 0, [[]], True, pooling=mean, second_start=2),
+            StepRow(0, [5], 0, [[]], True, pooling=Pooling(PoolingKind.LOGITS, (0,))),
         ):
             with pytest.raises(PlanError):
                 runner.run(StepPlan(0, [row]))

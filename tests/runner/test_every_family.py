@@ -178,7 +178,7 @@ def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(CpuProgram, "run", fail_or_run)
     monkeypatch.setattr(CpuProgram, "draw", fail_or_draw)
-    monkeypatch.setattr(CpuRunner, "_is_rows_alone", lambda runner, plan: False)  # else `fail` is bypassed
+    monkeypatch.setattr(CpuRunner, "_has_only_rows", lambda runner, plan: False)  # else `fail` is bypassed
     return failed
 
 

@@ -50,9 +50,9 @@ def test_a_group_s_layers_have_one_window_and_fit_a_block(layers: list[tuple[int
 
 def test_a_sequence_holds_its_window_and_a_step_s_tokens() -> None:
     needs = BlockNeeds((None, 512), 16, max_step_tokens=256)
-    assert needs.of_tokens(16384) == 1024 + 32 + 16 + 1
-    assert needs.of_tokens(100) == 7 + 7
-    assert needs.of_tokens(16384, keeps_all=True) == 2 * 1024
+    assert needs.total_for(16384) == 1024 + 32 + 16 + 1
+    assert needs.total_for(100) == 7 + 7
+    assert needs.total_for(16384, keeps_all=True) == 2 * 1024
 
 
 @given(
@@ -66,9 +66,9 @@ def test_no_more_tokens_are_promised_than_there_are_blocks_for(
     window: int, block_size: int, max_step_tokens: int, most: int, num_blocks: int
 ) -> None:
     needs = BlockNeeds((None, window), block_size, max_step_tokens)
-    longest = needs.longest(num_blocks, most)
-    assert needs.of_tokens(longest) <= num_blocks
-    assert longest == most or needs.of_tokens(longest + 1) > num_blocks
+    longest = needs.longest_fitting(num_blocks, most)
+    assert needs.total_for(longest) <= num_blocks
+    assert longest == most or needs.total_for(longest + 1) > num_blocks
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 4, 16]), st.integers(0, 200))

@@ -81,7 +81,7 @@ async def test_a_step_draws_the_same_either_way(
     by_python = [Job(job.prompt_ids, job.num_tokens, job.sampling) for job in by_queue]
     await generate(make_runner(), by_queue)
     slow = make_runner()
-    monkeypatch.setattr(slow, "_is_rows_alone", lambda plan: False)
+    monkeypatch.setattr(slow, "_has_only_rows", lambda plan: False)
     await generate(slow, by_python)
     assert [job.sampled for job in by_queue] == [job.sampled for job in by_python]
     assert by_queue[1].sampled[5].top is not None

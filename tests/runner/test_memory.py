@@ -24,9 +24,9 @@ from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import (
     check_rope_fits,
     check_weights_fit,
+    log_adapter_memory,
     packed_bytes,
-    room_for_adapters,
-    tell_adapters,
+    reserved_adapter_bytes,
 )
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -84,7 +84,7 @@ def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
     """Check that the packed weights of a model are as large as predicted from its files."""
     with OpenModel(files) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
-        foretold = packed_bytes(opened.held(), packing, vocabulary)
+        foretold = packed_bytes(opened.packed_tensors(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
     made = [model.embedding.made, model.head.made]
@@ -205,12 +205,12 @@ def test_adapters_at_their_largest_are_kept_room_for(
         if "qkv" not in name and "gate_up" not in name
     }
     taken = loader.load(write_adapter(tmp_path / "adapter", shapes, 8)).num_bytes
-    assert room_for_adapters(model.config, 3, 8, GIB) == 3 * loader.most_bytes
-    assert loader.most_bytes <= taken <= 1.3 * loader.most_bytes, "rows and columns are padded"
-    assert room_for_adapters(model.config, 3, 8, 1000) == 500, "the cache needs room, too"
+    assert reserved_adapter_bytes(model.config, 3, 8, GIB) == 3 * loader.max_bytes
+    assert loader.max_bytes <= taken <= 1.3 * loader.max_bytes, "rows and columns are padded"
+    assert reserved_adapter_bytes(model.config, 3, 8, 1000) == 500, "the cache needs room, too"
     with caplog.at_level("INFO"):
-        tell_adapters(3, GIB, 3 * GIB)
-        tell_adapters(3, GIB, 2 * GIB)
+        log_adapter_memory(3, GIB, 3 * GIB)
+        log_adapter_memory(3, GIB, 2 * GIB)
     enough, short = caplog.records
     assert (enough.levelname, short.levelname) == ("INFO", "WARNING")
     assert "would take 3.00 GiB; 2.00 GiB are kept free" in short.getMessage()

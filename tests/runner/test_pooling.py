@@ -65,7 +65,7 @@ def run(runner: CpuRunner, pooling: Pooling, chunk: int, *, beside: bool = False
         runner.run(StepPlan(0, [StepRow(0, IDS[:9], 0, [other], True)], [SlotStart(0, GREEDY, 0, IDS[:9])]))
     for step, start in enumerate(range(0, len(IDS), chunk)):
         tokens = IDS[start : start + chunk]
-        row = StepRow(1, tokens, start, [table], start + chunk >= len(IDS), pools=pooling)
+        row = StepRow(1, tokens, start, [table], start + chunk >= len(IDS), pooling=pooling)
         rows = [StepRow(0, None, 9 + step, [other], True), row] if beside else [row]
         result = runner.run(StepPlan(step + 1, rows, starts))
         starts = []

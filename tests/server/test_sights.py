@@ -17,9 +17,9 @@ import pytest_asyncio
 
 from tests.server.conftest import run_node
 from tests.server.test_tgi_clients import require_client
-from tests.support.eyes_models import make, picture
-from tests.support.eyes_runs import served
 from tests.support.pictures import data_url
+from tests.support.vision_models import make, picture
+from tests.support.vision_runs import served
 
 SCRIPT = Path(__file__).parent / "tgi_clients" / "sights.py"
 TEXTS = ["one text", "another"]

@@ -44,7 +44,7 @@ def _body(model: str, number: int) -> dict[str, object]:
 async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
     serve: Serve, scale: Scale, tmp_path: Path
 ) -> None:
-    seconds, most_turns = scale((60.0, 6), (240.0, 10**9))
+    seconds, max_turns = scale((60.0, 6), (240.0, 10**9))
     folders = [await asyncio.to_thread(_write, tmp_path / str(rank), rank) for rank in (4, 8, 16)]
     server = serve(
         "--lora-modules", f"a={folders[0]} b={folders[1]}", "--admin-api-key", "root",
@@ -63,7 +63,7 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
         is_over = asyncio.Event()
         streams = [asyncio.create_task(_stream(server, alone, is_over, seed)) for seed in range(_NUM_STREAMS)]
         memory: list[int] = []
-        for turn in range(most_turns):
+        for turn in range(max_turns):
             if time.monotonic() > until_s:
                 break
             name = f"turn {turn}"

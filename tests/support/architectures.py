@@ -29,7 +29,7 @@ from tests.support.architecture_table import CONFIG, NO_REFERENCE, NOT_BUILT, TY
 
 VOCAB_SIZE = 320
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")  # beginning, end, padding
-_LEAST_GAP = 0.02  # smallest gap between the two largest logits for a clear greedy choice
+_MIN_GAP = 0.02  # smallest gap between the two largest logits for a clear greedy choice
 _SPREAD = 3.0  # approximate standard deviation of the logits
 
 _LAYERS = 3
@@ -185,7 +185,7 @@ def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int],
     for seed in range(100):
         ids = random_ids(length, seed)
         found, gap = _greedy(model, ids, num_tokens)
-        if gap > _LEAST_GAP and min(found) >= len(_SPECIAL_TOKENS):
+        if gap > _MIN_GAP and min(found) >= len(_SPECIAL_TOKENS):
             return ids, found
     raise AssertionError(f"{folder}: no prompt whose answer is clear")
 

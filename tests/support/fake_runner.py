@@ -38,7 +38,7 @@ from tgi_asgi.runner.plan import (
     StepResult,
     StepRow,
 )
-from tgi_asgi.types import Eyes, ModelInfo, SamplingParams
+from tgi_asgi.types import Bidirectional, ModelInfo, SamplingParams
 
 EOS_ID = 256
 BOS_ID = 257
@@ -138,7 +138,7 @@ class _Queued:
 class FakeRunner:
     """A runner that executes plans in order on a simulated cache, one per loop turn or every `step_s`.
 
-    With `eyes`, an image is encoded after it came first in the views of `view_steps` steps; no row may
+    With `vision`, an image is encoded after it came first in the images of `encode_steps` steps; no row may
     include it earlier.
 
     With `drafts`, each row that allows drafts guesses as many tokens as a hash determines; the first few are
@@ -154,10 +154,10 @@ class FakeRunner:
     max_batch_size: int = 64
     max_step_tokens: int = 4096
     num_kept_states: int | None = None
-    eyes: Eyes | None = None
-    view_steps: int = 2
+    vision: Bidirectional | None = None
+    encode_steps: int = 2
     takes_whole_prompts: bool = False
-    least_chunk: int = 0
+    min_chunk: int = 0
     has_prompt_arithmetic: bool = False
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)
@@ -178,7 +178,7 @@ class FakeRunner:
         self._states = FakeStates(self.num_kept_states or 0, self._extent, self._require)
         self._slots: dict[int, _Slot] = {}
         self._guesses: dict[int, list[int]] = {}  # of the current step, by slot
-        self._num_views: Counter[bytes] = Counter()  # by digest
+        self._num_encodes: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
         self._has_failed = False
@@ -269,13 +269,13 @@ class FakeRunner:
             result.sampled.append(self._row(row, is_tainted))
             if row.prompt_logprobs is not None and not is_tainted:
                 result.prompt_logprobs[index] = self._score(row)
-            if row.pools is not None and row.samples and not is_tainted:
+            if row.pooling is not None and row.samples and not is_tainted:
                 result.pooled[index] = fake_vector(self._slots[row.slot].tokens)
-        for image in plan.views:
-            if self._num_views[image.digest] < self.view_steps:
-                self._num_views[image.digest] += 1
+        for image in plan.images:
+            if self._num_encodes[image.digest] < self.encode_steps:
+                self._num_encodes[image.digest] += 1
                 break
-        result.is_viewed = [self._num_views[image.digest] >= self.view_steps for image in plan.views]
+        result.is_encoded = [self._num_encodes[image.digest] >= self.encode_steps for image in plan.images]
         return result
 
     def _extent(self, row: StepRow) -> tuple[list[int], int, int]:
@@ -290,13 +290,13 @@ class FakeRunner:
     def _check_sight(self, row: StepRow) -> None:
         start, end = row.start, row.start + row.num_tokens
         slot = self._slots[row.slot].start
-        if self.eyes is Eyes.PROMPT:
+        if self.vision is Bidirectional.PROMPT:
             self._require(end >= len(slot.prompt_ids), "a prompt is cut")
-        for image in slot.images if self.eyes is not None else ():
+        for image in slot.images if self.vision is not None else ():
             first, stop = image.start, image.start + image.num_tokens
             if first < end and stop > start:
-                self._require(self._num_views[image.digest] >= self.view_steps, "an image is not encoded")
-                self._require(self.eyes is not Eyes.IMAGES or end >= stop, "an image is cut")
+                self._require(self._num_encodes[image.digest] >= self.encode_steps, "an image is not encoded")
+                self._require(self.vision is not Bidirectional.IMAGES or end >= stop, "an image is cut")
 
     def _score(self, row: StepRow) -> PromptLogprobs:
         slot, tokens = self._slots[row.slot], row.token_ids or ()
@@ -308,7 +308,7 @@ class FakeRunner:
         ]
 
     def _check_plan(self, plan: StepPlan) -> None:
-        self._require(bool(plan.rows or plan.views), "an empty step")
+        self._require(bool(plan.rows or plan.images), "an empty step")
         slots = [row.slot for row in plan.rows]
         self._require(len(slots) <= self.max_batch_size, "too many rows")
         self._require(len(set(slots)) == len(slots), "a slot twice in a step")
@@ -370,7 +370,7 @@ class FakeRunner:
             if at == 0:
                 result.sampled[index] = sampled
             else:
-                result.further.setdefault(index, []).append(sampled)
+                result.draft_samples.setdefault(index, []).append(sampled)
             if at == len(guesses) or sampled.token_id != guesses[at] or not sampled.is_finite:
                 return
 
@@ -406,16 +406,16 @@ class FakeRunner:
         slot = self._slots[row.slot]
         end = row.start + row.num_tokens
         if is_tainted:
-            if row.pools is not None:
+            if row.pooling is not None:
                 return None
             if row.samples:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         self._read(row, slot, row.start, end)
-        if row.pools is not None and row.pools.needs_all:
+        if row.pooling is not None and row.pooling.needs_all:
             self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")
             slot.num_pooled = end
-        if not row.samples or row.pools is not None:
+        if not row.samples or row.pooling is not None:
             return None
         self._require(end == len(slot.tokens), f"slot {row.slot} draws before its last token")
         return self._draw(slot)

@@ -21,7 +21,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.loading.open import read_config
 from tgi_asgi.models.needs import needs_of
-from tgi_asgi.runner.cuda_load import HAS
+from tgi_asgi.runner.cuda_load import SUPPORTED_NEEDS
 
 
 def page() -> str:
@@ -45,7 +45,7 @@ def _lines() -> Iterator[str]:
 
 def _on_gpu(configs: Sequence[ModelConfig]) -> str:
     """Return whether the GPU kernels support models of these configurations, or what they lack."""
-    lacking = [needs_of(config) - HAS for config in configs]
+    lacking = [needs_of(config) - SUPPORTED_NEEDS for config in configs]
     if not any(lacking):
         return "yes"
     words = ", ".join(sorted({str(need) for each in lacking for need in each}))

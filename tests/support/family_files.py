@@ -25,7 +25,7 @@ from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
-_LEAST_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
+_MIN_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,7 @@ def faulty_checkpoint(case: FamilyCase, fault: Fault) -> ModelFiles:
             logprobs = family_maker.logprobs(case, partial, good.all_ids)
             rows, ids = np.arange(len(good.all_ids) - 1), good.all_ids[1:]
             effect = np.abs(logprobs[rows, ids] - good.logprobs[rows, ids]).max()
-            assert effect > _LEAST_EFFECT, (
-                f"{case.name}: {fault.name} moves log-probabilities by {effect:.1e}"
-            )
+            assert effect > _MIN_EFFECT, f"{case.name}: {fault.name} moves log-probabilities by {effect:.1e}"
     return ModelFiles(f"{case.name}, {fault.name}", None, "directory", folder)
 
 

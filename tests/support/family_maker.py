@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from tests.support.family_case import NUM_BEST, FamilyCase, Fault, overlaid
 
 NUM_TOKENS = 16  # number of generated tokens
-_LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
-_LEAST_MARGIN = 0.02  # between the two likeliest at each generated token, so that rounding cannot swap them
+_MIN_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
+_MIN_MARGIN = 0.02  # between the two likeliest at each generated token, so that rounding cannot swap them
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
 _BLOCK = 32  # weights that share a scale in Q8_0
 _ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight", "feed_forward.gate.weight")
@@ -48,12 +48,12 @@ def make(case: FamilyCase, folder: Path) -> dict[str, np.ndarray]:
         token_ids = _greedy_ids(model, prompt_ids)
         found = _logprobs(model, prompt_ids + token_ids)
         best, second = np.sort(found)[len(prompt_ids) - 1 : -1, :-3:-1].T
-        if (best - second).min() > _LEAST_MARGIN:
+        if (best - second).min() > _MIN_MARGIN:
             break
     else:
         raise AssertionError(f"{case.name}: no prompt whose answer is clear")
     confidence = found.max(axis=1).mean()
-    assert confidence > _LEAST_CONFIDENCE, f"{case.name}: the likeliest token has only {confidence:.2f}"
+    assert confidence > _MIN_CONFIDENCE, f"{case.name}: the likeliest token has only {confidence:.2f}"
     ids = prompt_ids + token_ids
     rounding = _rounding(_logprobs(model.bfloat16(), ids), found, ids)
     return {
@@ -127,7 +127,7 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
         if case.config["tie_word_embeddings"]:
             head *= 2.0**-4  # the embedding must not outweigh what the layers add to it
         ids = _random_ids(case, 0)
-        while model(torch.tensor([ids])).logits[0].log_softmax(-1).amax(-1).mean() < _LEAST_CONFIDENCE + 1:
+        while model(torch.tensor([ids])).logits[0].log_softmax(-1).amax(-1).mean() < _MIN_CONFIDENCE + 1:
             head *= 2
     return model
 

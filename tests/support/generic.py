@@ -43,8 +43,8 @@ class Outcome:
 
     Attributes:
         tier: "common" for a native decoder, "generic" for the model's own code with all sequences of a step
-            batched, or "floor" for one sequence at a time on the model's own cache.
-        reason: Why the tier is "floor".
+            batched, or "sequential" for one sequence at a time on the model's own cache.
+        reason: Why the tier is "sequential".
         difference: Largest difference of a logit, relative to the largest logit of its sequence.
     """
 
@@ -76,8 +76,8 @@ def measure(folder: Path) -> Outcome:
     difference = run_steps(model, ids, architectures.references(folder, ids))
     if not isinstance(model, GenericModel):
         return Outcome("common", "", difference)
-    reason = model.config.floor_reason
-    return Outcome("floor" if reason else "generic", reason, difference)
+    reason = model.config.sequential_reason
+    return Outcome("sequential" if reason else "generic", reason, difference)
 
 
 def run_steps(

@@ -24,7 +24,7 @@ def _lines() -> Iterator[str]:
     yield from _paragraph("By a native family", list(table.NATIVE))
     yield from _paragraph("By the common shape", by_tier["common"])
     yield from _paragraph("By the code of transformers, on the server's kernels", by_tier["generic"])
-    yield from _rows("One sequence at a time", table.FLOOR)
+    yield from _rows("One sequence at a time", table.SEQUENTIAL)
     yield from _rows("Refused before weights are read", table.REFUSED)
     yield from _rows("Not tried", NOT_BUILT)
 

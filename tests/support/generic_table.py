@@ -31,7 +31,7 @@ COMMON: tuple[str, ...] = (
 )  # fmt: skip
 
 # One sequence at a time, on the cache of the model's own code.
-FLOOR: Mapping[str, str] = {
+SEQUENTIAL: Mapping[str, str] = {
     **dict.fromkeys(
         ("big_bird", "gpt_neox_japanese", "megatron-bert", "mvp", "rembert", "roformer", "trocr", "xglm"),
         _OWN_ATTENTION,
@@ -80,10 +80,10 @@ USUAL: tuple[str, ...] = tuple(
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )
 
-TIERS = ("common", "generic", "floor", "refused")
+TIERS = ("common", "generic", "sequential", "refused")
 
 
 def tier_of(model_type: str) -> str:
     """Return the tier of `TIERS` that serves an architecture when `transformers`' code is requested."""
-    tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED}
+    tiers = {"common": COMMON, "sequential": SEQUENTIAL, "refused": REFUSED}
     return next((tier for tier, names in tiers.items() if model_type in names), "generic")

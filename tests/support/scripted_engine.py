@@ -147,9 +147,9 @@ class ScriptedEngine:
     """A `types.Engine` that plays a script and records its requests."""
 
     def __init__(
-        self, script: Script | None = None, *, num_permits: int = 128, has_eyes: bool = False
+        self, script: Script | None = None, *, num_permits: int = 128, has_vision: bool = False
     ) -> None:
-        self.tokenizer = ToyTokenizer(has_eyes=has_eyes)
+        self.tokenizer = ToyTokenizer(has_vision=has_vision)
         self.state = EngineState.READY
         self.script: Script = script or say("Hello", " world")
         self.num_permits = num_permits

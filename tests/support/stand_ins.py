@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.support import adapters, encoders, eyes_models, pooled
+from tests.support import adapters, encoders, pooled, vision_models
 from tests.support.checkpoints import make_model, save, save_tokenizer
 
 _COMMIT = "0" * 40
@@ -47,8 +47,8 @@ def _cross_encoder(folder: Path) -> None:
     encoders.save_encoder(folder, "XLMRoberta", "ForSequenceClassification", mode=None, num_labels=1)
 
 
-def _seer(folder: Path) -> None:
-    eyes_models.make("smolvlm", folder)
+def _vision(folder: Path) -> None:
+    vision_models.make("smolvlm", folder)
 
 
 _MODELS: dict[str, Callable[[Path], None]] = {
@@ -56,7 +56,7 @@ _MODELS: dict[str, Callable[[Path], None]] = {
     "Qwen/Qwen3-Embedding-0.6B": _embedder,
     "Qwen/Qwen3-Reranker-0.6B": _reranker,
     "BAAI/bge-reranker-v2-m3": _cross_encoder,
-    "HuggingFaceTB/SmolVLM-256M-Instruct": _seer,
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _vision,
 }
 _ADAPTERS = ("Qwen/Qwen3-0.6B", ("org/support", "org/sql"))  # the base, and its adapters
 

@@ -192,7 +192,7 @@ def test_system_messages_are_joined_where_the_template_wants_one(
     source: str, messages: list[dict[str, Any]]
 ) -> None:
     template = ChatTemplate(source, SPECIAL)
-    assert not template.takes_scattered_system
+    assert not template.accepts_scattered_system
     others = [message for message in messages if message["role"] != "system"]
     joined = {"role": "system", "content": "Be  brief.\n\n\na\nb"}
     before = json.dumps(messages)
@@ -210,7 +210,7 @@ def test_a_system_message_that_is_not_the_first_comes_first_where_it_must() -> N
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, QWEN])
 def test_system_messages_stay_where_the_template_shows_them(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
-    assert template.takes_scattered_system
+    assert template.accepts_scattered_system
     text = template.render([USER, SYSTEM, ASSISTANT, {"role": "system", "content": "And kind."}])
     assert text.index("Be  brief.") < text.index("Hello.") < text.index("And kind.")
 

@@ -95,16 +95,16 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
     if not remote:
         return files
     slots = asyncio.Semaphore(MAX_FETCHES)
-    room = _Room(exchange)
+    budget = _ByteBudget(exchange)
 
     async def fetch(i: int) -> None:
         async with slots:
             source = sources[i]
             try:
-                files[i] = await exchange.context.fetcher.fetch(source.content, source.param, room)
+                files[i] = await exchange.context.fetcher.fetch(source.content, source.param, budget)
             except _TooLong:
                 message = (
-                    f"`{source.param}`: the images that a request has fetched may have {room.most} bytes"
+                    f"`{source.param}`: the images that a request has fetched may have {budget.most} bytes"
                 )
                 raise ImageTooLarge(message, param=source.param) from None
 
@@ -125,7 +125,7 @@ class _TooLong(Exception):
     pass
 
 
-class _Room:
+class _ByteBudget:
     """Counts bytes fetched for a prompt against the body limit and the bytes held by all requests."""
 
     def __init__(self, exchange: Exchange) -> None:
@@ -137,7 +137,7 @@ class _Room:
         if self._num_read + size > self.most:
             raise _TooLong
 
-    def take(self, size: int) -> None:
+    def consume(self, size: int) -> None:
         self.expect(size)
         self._exchange.hold(size)
         self._num_read += size

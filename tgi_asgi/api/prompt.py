@@ -10,7 +10,7 @@ from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import check_characters
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.images import located, written_out
+from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out, with_own_tools
 from tgi_asgi.types import ImageInput
 
@@ -192,14 +192,14 @@ def _with_images(text: ChatText, images: Images | None, served: Served) -> ChatT
     guard, placeholder = served.tokenizer.guard, served.image_processor.placeholder
     texts = [image.text for _, image in images.loaded]
     if not text.is_marked:
-        source = written_out(text.source, placeholder, texts)
+        source = expand_placeholders(text.source, placeholder, texts)
         return ChatText(source, source)
-    source = written_out(text.source, guard.mark + placeholder, list(map(guard.marked, texts)))
+    source = expand_placeholders(text.source, guard.mark + placeholder, list(map(guard.marked, texts)))
     return ChatText(source.replace(guard.mark, ""), source, is_marked=True)
 
 
 def _located(ids: Sequence[int], images: Images | None) -> tuple[ImageInput, ...]:
-    return located(ids, images.loaded) if images is not None and images.loaded else ()
+    return locate_images(ids, images.loaded) if images is not None and images.loaded else ()
 
 
 def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:

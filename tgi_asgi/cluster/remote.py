@@ -159,7 +159,7 @@ class RemoteEngine:
             waiting = {
                 channel.permit: channel for channel in reversed(self.channels) if not channel.has_begun
             }
-            for permit in self.admission.to_displace(n, tenant, waiting):
+            for permit in self.admission.permits_to_displace(n, tenant, waiting):
                 retry_after_s = self.admission.retry_after_s(permit.n)
                 waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
         return self.admission.acquire(n, tenant)

@@ -289,12 +289,12 @@ class Adapters:
         task = entry.task
         if task is None:
             if entry.failed_s is not None and self._clock() - entry.failed_s < _PAUSE_S:
-                raise _told(entry)
+                raise _client_error(entry)
             task = self._begin(entry)
         await asyncio.wait({task}, timeout=_WAIT_S)
         if entry.adapter is None and self._entries.get(entry.source.name) is entry:
             if entry.failure is not None:
-                raise _told(entry)
+                raise _client_error(entry)
             raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
 
     def _begin(self, entry: _Entry) -> asyncio.Task[None]:
@@ -305,7 +305,7 @@ class Adapters:
     async def _read(self, entry: _Entry) -> None:
         source, begun_s = entry.source, self._clock()
         try:
-            self._make_room()
+            self._unload_unused()
             loop = asyncio.get_running_loop()
             loaded = await loop.run_in_executor(self._executor, self._load, source)
         except Exception as error:
@@ -330,7 +330,7 @@ class Adapters:
             source.name, loaded.rank, loaded.num_bytes / 1e6, self._clock() - begun_s,
         )  # fmt: skip
 
-    def _make_room(self) -> None:
+    def _unload_unused(self) -> None:
         """Unload unused adapters until there is room for the one that is about to be read.
 
         Raises:
@@ -356,7 +356,7 @@ def _check(entry: _Entry) -> None:
         raise entry.failure
 
 
-def _told(entry: _Entry) -> Exception:
+def _client_error(entry: _Entry) -> Exception:
     """Return the error for a client; the reason, which may name files, is only in the log."""
     if isinstance(entry.failure, Overloaded):
         return Overloaded(entry.failure.message)

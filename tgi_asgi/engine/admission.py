@@ -51,7 +51,7 @@ class Admission:
         """Return whether n choices do not fit now but could later."""
         return self.num_taken + n > self.capacity >= n
 
-    def to_displace(self, n: int, tenant: str | None, others: Iterable[Permit]) -> list[Permit]:
+    def permits_to_displace(self, n: int, tenant: str | None, others: Iterable[Permit]) -> list[Permit]:
         """Return which of `others`, taken in order, must go so that n choices of a tenant fit.
 
         A permit is chosen only if its tenant keeps at least as many choices as this tenant comes to have, so

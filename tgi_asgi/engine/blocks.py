@@ -38,8 +38,8 @@ class BlockPool:
     """
 
     __slots__ = (
-        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "dependents",
-        "journal", "num_blocks", "num_touched", "num_used",
+        "_by_digest", "_digests", "_evicted", "_free", "_num_eager", "_references", "dependents", "journal",
+        "num_blocks", "num_touched", "num_used",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, num_eager: int | None = None) -> None:
@@ -54,9 +54,7 @@ class BlockPool:
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict()
-        self._given_up: OrderedDict[bytes, None] = (
-            OrderedDict()
-        )  # newest last; as many as the pool has blocks
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()  # newest last; as many as the pool has blocks
 
     @property
     def num_free(self) -> int:
@@ -76,7 +74,7 @@ class BlockPool:
             if digest is not None:
                 self._unlist(block, digest)
                 if self._num_eager < self.num_blocks:
-                    self._give_up(digest)
+                    self._record_eviction(digest)
         self._references[block] = 1
         self.num_used += 1
         return block
@@ -88,19 +86,19 @@ class BlockPool:
             return True
         return self.num_touched < self._num_eager and self._digests[next(iter(self._free))] is not None
 
-    def _give_up(self, digest: bytes) -> None:
-        self._given_up[digest] = None
-        if len(self._given_up) > self.num_blocks:
-            self._given_up.popitem(last=False)
+    def _record_eviction(self, digest: bytes) -> None:
+        self._evicted[digest] = None
+        if len(self._evicted) > self.num_blocks:
+            self._evicted.popitem(last=False)
 
     def miss(self, digest: bytes) -> bool:
         """Record that `find` did not find wanted contents; return whether they were cached once.
 
         If so, a larger cache would still have them, so the pool may use one more block from now on.
         """
-        if digest not in self._given_up:
+        if digest not in self._evicted:
             return False
-        del self._given_up[digest]
+        del self._evicted[digest]
         self._num_eager = min(max(self._num_eager, self.num_touched) + 1, self.num_blocks)
         return True
 
@@ -142,7 +140,7 @@ class BlockPool:
         if digest not in self._by_digest and self._digests[block] is None:
             self._by_digest[digest] = block
             self._digests[block] = digest
-            self._given_up.pop(digest, None)
+            self._evicted.pop(digest, None)
             if self.journal is not None:
                 self.journal.found(digest)
 
@@ -165,7 +163,7 @@ class BlockPool:
         """Make all blocks unfindable, used and free; return how many could be found."""
         num_known = len(self._by_digest)
         self.forget(list(self._by_digest.values()))
-        self._given_up.clear()
+        self._evicted.clear()
         return num_known
 
     def release(self, blocks: list[int]) -> None:
@@ -192,6 +190,6 @@ class BlockPool:
         assert all(self._references[block] == 0 for block in self._free)
         assert not any(self._references[self.num_touched :])
         assert all(block < self.num_touched for block in self._free)
-        assert not self._given_up.keys() & self._by_digest.keys()
+        assert not self._evicted.keys() & self._by_digest.keys()
         registered = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
         assert registered == {block: digest for digest, block in self._by_digest.items()}

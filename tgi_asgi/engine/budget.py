@@ -23,33 +23,33 @@ class TokenBudget:
     until then.
 
     Args:
-        least_tokens: Least number of prompt tokens in a step, at least a block; fewer would take as long.
+        min_tokens: Least number of prompt tokens in a step, at least a block; fewer would take as long.
     """
 
     __slots__ = (
-        "_alike_s",
         "_block_size",
-        "_least_tokens",
         "_limit",
         "_max_tokens",
-        "_num_alike_drafts",
+        "_min_tokens",
         "_num_due",
+        "_num_pending_drafts",
         "_num_steps",
+        "_pending_s",
         "_size",
         "_target_s",
         "_time",
     )
 
-    def __init__(self, *, max_tokens: int, block_size: int, target_s: float, least_tokens: int = 0) -> None:
+    def __init__(self, *, max_tokens: int, block_size: int, target_s: float, min_tokens: int = 0) -> None:
         self._max_tokens = max_tokens
-        self._least_tokens = max(least_tokens, block_size)
+        self._min_tokens = max(min_tokens, block_size)
         self._limit = max_tokens  # smaller after a step that ran out of memory
         self._block_size = block_size
         self._target_s = target_s
         self._time = StepTime()
         self._size = (0, 0)  # of the last step: decode rows, prompt tokens
-        self._alike_s: list[float] = []  # durations of steps of that size that are not learnt from yet
-        self._num_alike_drafts = 0
+        self._pending_s: list[float] = []  # durations of steps of that size that are not learnt from yet
+        self._num_pending_drafts = 0
         self._num_due = 1
         self._num_steps = 0
 
@@ -66,15 +66,15 @@ class TokenBudget:
     def _wanted(self, num_decode_rows: int, waited_s: float) -> int:
         token_s = self._time.token_s
         if token_s is None:
-            return min(max(_UNKNOWN_COST_TOKENS, self._least_tokens), self._max_tokens)
+            return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
             return self._max_tokens
-        room_s = self.room_s(num_decode_rows, waited_s)
-        tokens = int(room_s / max(token_s, room_s / self._max_tokens))
+        spare_s = self.spare_s(num_decode_rows, waited_s)
+        tokens = int(spare_s / max(token_s, spare_s / self._max_tokens))
         aligned = tokens - tokens % self._block_size
-        return min(max(aligned, self._least_tokens), self._max_tokens)
+        return min(max(aligned, self._min_tokens), self._max_tokens)
 
-    def room_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
+    def spare_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
         """Return how long the next step may take in addition to its decoding."""
         decode_s = self._time.predict_s(num_decode_rows, 0)
         patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
@@ -106,16 +106,16 @@ class TokenBudget:
         size = (num_decode_rows, num_prefill_tokens)
         if size != self._size:
             self._size, self._num_due = size, 1
-            self._alike_s.clear()
-            self._num_alike_drafts = 0
-        self._alike_s.append(duration_s)
-        self._num_alike_drafts += num_drafts
-        count = len(self._alike_s)
+            self._pending_s.clear()
+            self._num_pending_drafts = 0
+        self._pending_s.append(duration_s)
+        self._num_pending_drafts += num_drafts
+        count = len(self._pending_s)
         if count >= self._num_due:
-            num_rows = num_decode_rows + self._num_alike_drafts / count
-            self._time.observe(num_rows, num_prefill_tokens, sum(self._alike_s) / count)
-            self._alike_s.clear()
-            self._num_alike_drafts = 0
+            num_rows = num_decode_rows + self._num_pending_drafts / count
+            self._time.observe(num_rows, num_prefill_tokens, sum(self._pending_s) / count)
+            self._pending_s.clear()
+            self._num_pending_drafts = 0
             self._num_due = _ALIKE
         if num_prefill_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)

@@ -65,7 +65,5 @@ def _sequence(sequence: Sequence) -> dict[str, Any]:
         "slot": sequence.slot,
         "computed_tokens": sequence.num_computed,
         "output_tokens": sequence.num_output,
-        "blocks": [
-            table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)
-        ],
+        "blocks": [table[first:] for table, first in zip(sequence.tables, sequence.num_freed, strict=True)],
     }

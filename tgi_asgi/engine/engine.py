@@ -110,7 +110,7 @@ class Engine:
         self._host = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._loop.run(), name="engine")
         self._task.add_done_callback(self._on_end)
-        self._host.call_soon(self._on_loss)  # in case `lose` was called before
+        self._host.call_soon(self._on_loss)  # in case `mark_lost` was called before
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take a permit for n choices.
@@ -125,7 +125,7 @@ class Engine:
         self._check_state()
         if self.admission.is_full(n):
             waiting = self._loop.waiting_newest_first()
-            for permit in self.admission.to_displace(n, tenant, waiting):
+            for permit in self.admission.permits_to_displace(n, tenant, waiting):
                 retry_after_s = self.admission.retry_after_s(permit.n)
                 waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
         return self.admission.acquire(n, tenant)
@@ -168,7 +168,7 @@ class Engine:
         """Forget all cached contents; used blocks keep their holders. Return how many contents were known."""
         return self.scheduler.pool.reset()
 
-    def lose(self, reason: str) -> None:
+    def mark_lost(self, reason: str) -> None:
         """Mark the engine dead because a part of its runner is lost; from any thread, at any time."""
         self._lost = reason
         if self._host is not None:
@@ -229,7 +229,7 @@ class Engine:
             end = image.start + image.num_tokens
         if end > len(prompt):
             raise InvalidRequest(f"an image ends at token {end} of a prompt of {len(prompt)}")
-        at_once = self.scheduler.cuts.longest(request.images, len(prompt))
+        at_once = self.scheduler.chunk_boundaries.min_step_tokens(request.images, len(prompt))
         if at_once and at_once > self._runner.max_step_tokens - self._runner.max_batch_size:
             raise InvalidRequest(
                 f"the model must compute {at_once} tokens of the prompt at once, but a step has "
@@ -252,9 +252,9 @@ class Engine:
         wants_all = request.prompt_logprobs is not None or (
             request.pooling is not None and request.pooling.needs_all
         )
-        needed = needs.of_tokens(num_tokens - 1)
+        needed = needs.total_for(num_tokens - 1)
         if wants_all:
-            needed = max(needed, needs.of_tokens(len(prompt), keeps_all=True))
+            needed = max(needed, needs.total_for(len(prompt), keeps_all=True))
         if needed > num_blocks:
             raise InvalidRequest(
                 f"prompt and max_tokens need {needed * needs.block_size} tokens of KV cache, which has "

@@ -27,7 +27,7 @@ from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
 from tgi_asgi.runner.plan import Runner, Sampled, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Eyes, FinishReason, Permit, TokenEvent
+from tgi_asgi.types import Bidirectional, FinishReason, Permit, TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector
@@ -64,7 +64,7 @@ class ServingLoop:
             max_tokens=settings.max_batch_prefill_tokens,
             block_size=runner.block_size,
             target_s=settings.target_inter_token_ms / 1000,
-            least_tokens=runner.least_chunk,
+            min_tokens=runner.min_chunk,
         )
         self.scheduler = Scheduler(
             num_blocks=runner.num_blocks,
@@ -74,9 +74,11 @@ class ServingLoop:
             budget=self._budget,
             stats=stats,
             num_eager_blocks=num_eager_blocks,
-            eyes=runner.eyes,
+            vision=runner.vision,
             prefix_cache=(
-                settings.prefix_cache and runner.num_kept_states != 0 and runner.eyes is not Eyes.PROMPT
+                settings.prefix_cache
+                and runner.num_kept_states != 0
+                and runner.vision is not Bidirectional.PROMPT
             ),
             num_kept_states=runner.num_kept_states,
             takes_whole_prompts=runner.takes_whole_prompts,
@@ -153,7 +155,7 @@ class ServingLoop:
             self.take_waiting()
             while (flight := self.pipeline.pop_done()) is not None:
                 await self.complete(flight)
-                await self._recovery.test_itself()
+                await self._recovery.probe_engine()
                 self._fill()
                 await self.flush()
             self._fill()
@@ -165,7 +167,7 @@ class ServingLoop:
         self._touched.clear()
         for channel in list(self._open):
             self._end(channel, error)
-        self._show()
+        self._update_gauges()
 
     async def _next_message(self) -> RequestChannel | TgiError | None:
         """Wait for a message; if that really waits, a new time slice begins."""
@@ -226,12 +228,14 @@ class ServingLoop:
             if step is None:
                 break
             self.submit(step)
-        self._show()
+        self._update_gauges()
 
     def submit(self, step: Step) -> Flight:
         predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
-        for sequence in step.sequences[step.num_decode_rows :] + [each.sequence for each in step.looks]:
+        for sequence in step.sequences[step.num_decode_rows :] + [
+            each.sequence for each in step.pending_images
+        ]:
             stats = sequence.owner.stats
             if stats.scheduled_s is None:
                 stats.scheduled_s = flight.begun_s
@@ -246,7 +250,7 @@ class ServingLoop:
             await self._recovery.recover(flight.step, error)
             return
         step, result = flight.step, flight.future.result()
-        duration_s = flight.done_s - flight.begun_s - result.view_s
+        duration_s = flight.done_s - flight.begun_s - result.image_s
         if step.sequences:
             self._budget.observe(
                 step.num_decode_rows, step.num_prefill_tokens, duration_s, num_drafts=result.num_drafts
@@ -268,7 +272,7 @@ class ServingLoop:
         stats = self._stats
         stats.drafted_rows += result.num_drafted_rows
         stats.draft_tokens += result.num_drafts
-        num_accepted = sum(map(len, result.further.values()))
+        num_accepted = sum(map(len, result.draft_samples.values()))
         stats.accepted_draft_tokens += num_accepted
         stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
 
@@ -288,19 +292,19 @@ class ServingLoop:
             if sampled is None:
                 continue
             self._deliver_token(sequence, sampled, now)
-            if row in result.further:
-                self._deliver_further(sequence, result.further[row], now)
+            if row in result.draft_samples:
+                self._deliver_draft_samples(sequence, result.draft_samples[row], now)
             if self._clock() > self._yield_at:
-                await self._breathe()
+                await self._yield_to_loop()
 
-    def _deliver_further(self, sequence: Sequence, further: list[Sampled], now: float) -> None:
+    def _deliver_draft_samples(self, sequence: Sequence, draft_samples: list[Sampled], now: float) -> None:
         """Turn the tokens from drafts into events, up to the one that ends the sequence."""
-        for count, sampled in enumerate(further):
+        for count, sampled in enumerate(draft_samples):
             if sequence.state is SequenceState.FINISHED:
-                further = further[:count]
+                draft_samples = draft_samples[:count]
                 break
             self._deliver_token(sequence, sampled, now)
-        self._stats.skipped_tokens.observe(len(further))
+        self._stats.skipped_tokens.observe(len(draft_samples))
 
     def _deliver_token(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         """Turn a token into an event, and end the sequence or request that it ends."""
@@ -311,7 +315,7 @@ class ServingLoop:
             return
         if not sampled.is_finite:
             self._recovery.num_lost_rows += 1
-            self.lose(sequence, "the model's logits were not finite")
+            self.fail_request(sequence, "the model's logits were not finite")
             return
         if sampled.failure is not None:
             # The limit is on what a request may ask for; clients would resend the request after a 500.
@@ -331,7 +335,7 @@ class ServingLoop:
             event = channel.outputs[sequence.choice].push(sampled)
         except Exception as error:
             log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-            self.lose(sequence, f"token {sampled.token_id} has no text", error)
+            self.fail_request(sequence, f"token {sampled.token_id} has no text", error)
             return
         channel.push(event)
         self._touched[channel] = None
@@ -347,7 +351,7 @@ class ServingLoop:
         channel: RequestChannel = sequence.owner
         if not bool(np.isfinite(vector).all()):
             self._recovery.num_lost_rows += 1
-            self.lose(sequence, "the model's hidden states were not finite")
+            self.fail_request(sequence, "the model's hidden states were not finite")
             return
         stats = channel.stats
         stats.vector, stats.first_token_s = vector, now
@@ -385,13 +389,13 @@ class ServingLoop:
             self._touched.pop(channel, None)
             channel.flush()
             if self._clock() > self._yield_at:
-                await self._breathe()
+                await self._yield_to_loop()
 
-    async def _breathe(self) -> None:
+    async def _yield_to_loop(self) -> None:
         await asyncio.sleep(0)
         self._yield_at = self._clock() + _SLICE_S
 
-    def lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+    def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row and keep what it wrote out of the cache.
 
         The log has the cause; the client gets the request id to find it there.
@@ -424,7 +428,7 @@ class ServingLoop:
         if not self._open:
             self.is_idle.set()
 
-    def _show(self) -> None:
+    def _update_gauges(self) -> None:
         stats, scheduler = self._stats, self.scheduler
         stats.running = scheduler.num_running
         stats.waiting = scheduler.num_waiting

@@ -34,7 +34,7 @@ class Host(Protocol):
 
     async def flush(self) -> None: ...
 
-    def lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+    def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row."""
 
 
@@ -82,8 +82,8 @@ class Recovery:
                 if not isinstance(error, MemoryError) or is_least:
                     for _, sequence in step.live():
                         self.num_lost_rows += 1
-                        self._host.lose(sequence, "the model failed on this request", error)
-                    await self.test_itself()
+                        self._host.fail_request(sequence, "the model failed on this request", error)
+                    await self.probe_engine()
                     continue
                 max_tokens = max(num_tokens // 2, self._scheduler.block_size)
                 halves = [range(1)]
@@ -95,7 +95,7 @@ class Recovery:
                 if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
                     self._scheduler.rollback(again)  # an image, which cannot be cut
                     for _, sequence in again.live():
-                        self._host.lose(sequence, "there is no memory for an image", error)
+                        self._host.fail_request(sequence, "there is no memory for an image", error)
                     continue
                 flight = await self._run(again)
                 if flight.error is not None:
@@ -104,7 +104,7 @@ class Recovery:
                 await self._host.complete(flight)
                 await self._host.flush()
 
-    async def test_itself(self) -> None:
+    async def probe_engine(self) -> None:
         """Run a probe step once several rows in a row have failed, and give up only if that fails, too.
 
         A client whose every prompt fails affects only itself; an engine that cannot compute affects everyone.

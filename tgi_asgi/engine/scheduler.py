@@ -30,19 +30,19 @@ from bisect import insort
 from collections import Counter
 from operator import attrgetter
 
-from tgi_asgi.engine.adapted import RunningAdapters
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
-from tgi_asgi.engine.looks import Cuts, is_looking, plan_views
+from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
+from tgi_asgi.engine.running_adapters import RunningAdapters
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
-from tgi_asgi.engine.step import Step, take_over
+from tgi_asgi.engine.step import Step, apply_result
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import Eyes, SamplingParams
+from tgi_asgi.types import Bidirectional, SamplingParams
 
 _urgency = attrgetter("urgency")
 
@@ -58,7 +58,7 @@ class Scheduler:
 
     Args:
         num_eager_blocks: Number of blocks to fill before cached ones are evicted (default: all).
-        eyes: Which parts of a prompt a step must compute whole, for a model that accepts images.
+        vision: Which parts of a prompt a step must compute whole, for a model that accepts images.
         num_kept_states: As `Runner.num_kept_states`.
         takes_whole_prompts: Whether no prompt may be cut; one that exceeds the budget gets its own step.
         has_prompt_arithmetic: Whether prompt tokens yield other bits than the same tokens sampled. A row then
@@ -85,7 +85,7 @@ class Scheduler:
         num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
         num_kept_states: int | None = None,
-        eyes: Eyes | None = None,
+        vision: Bidirectional | None = None,
         takes_whole_prompts: bool = False,
         has_prompt_arithmetic: bool = False,
         drafts: DraftLimits | None = None,
@@ -95,13 +95,13 @@ class Scheduler:
         max_adapters: int = 8,
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
-        self.cuts = Cuts(eyes)
+        self.chunk_boundaries = ChunkBoundaries(vision)
         self.tables = BlockTables(
             self.pool, BlockNeeds(windows, block_size, max_step_tokens), prefix_cache=prefix_cache,
-            num_kept_states=num_kept_states, shares_prompts_alone=has_prompt_arithmetic, stats=stats,
+            num_kept_states=num_kept_states, shares_only_prompts=has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
         self._has_prompt_arithmetic = has_prompt_arithmetic
-        self._has_eyes = eyes is not None
+        self._has_vision = vision is not None
         self.block_size = block_size
         self.takes_whole_prompts = takes_whole_prompts
         self._max_step_tokens = max_step_tokens
@@ -153,13 +153,13 @@ class Scheduler:
             self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
-            self._requeue(self._adapters.give_up(sequence))
+            self._requeue(self._adapters.remove(sequence))
         sequence.leave(SequenceState.FINISHED)
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
-        self.tables.give_back(sequence, forget=forget)
+        self.tables.release(sequence, forget=forget)
         self._slots.append(sequence.slot)
         self._num_running_of[sequence.tenant] -= 1
         self._requeue(self._adapters.leave(sequence))
@@ -183,19 +183,21 @@ class Scheduler:
             waited_s = now - following.arrival_s
             budget = self._budget.tokens(step.num_decode_rows, waited_s)
             budget = min(budget, self._max_step_tokens - step.num_decode_rows)
-            if self._has_eyes and step.num_decode_rows and any(map(is_looking, prefilling)):
+            if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)
         if self._may_admit(step):
             self._admit(step, budget)
-        if step.looks:
+        if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
-            plan_views(
-                step.plan, step.looks, lambda: left * self._budget.room_s(step.num_decode_rows, waited_s)
+            plan_image_encoding(
+                step.plan,
+                step.pending_images,
+                lambda: left * self._budget.spare_s(step.num_decode_rows, waited_s),
             )
-        if not step.sequences and not step.looks:
+        if not step.sequences and not step.pending_images:
             return None
         if self._drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
             room = self._max_step_tokens - step.num_decode_rows
@@ -211,7 +213,7 @@ class Scheduler:
         Takes about 1 us per row.
         """
         if self.pool.num_free < len(self._running) * self.tables.num_groups:
-            self._make_room()
+            self._preempt_for_blocks()
         prefilling: list[Sequence] = []
         running, size = self._running, self.block_size
         rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
@@ -251,7 +253,7 @@ class Scheduler:
             prefilling.sort(key=_urgency)
         return prefilling
 
-    def _make_room(self) -> None:
+    def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
         missing = {sequence: self._num_missing(sequence) for sequence in self._running}
         while sum(missing.values()) > self.pool.num_free:
@@ -314,10 +316,10 @@ class Scheduler:
                 return 0
             count = aligned if aligned > 0 else limit
         count = self._end_of_kind(sequence, start + count) - start
-        if self._has_eyes:
+        if self._has_vision:
             room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
-            count, looks = self.cuts.before_images(sequence, count, room)
-            step.looks += looks
+            count, pending = self.chunk_boundaries.before_images(sequence, count, room)
+            step.pending_images += pending
             if count == 0 or self._cover(sequence, start + count) < start + count:
                 return 0
         self._add_row(step, sequence, count, samples=count == remaining)
@@ -329,7 +331,7 @@ class Scheduler:
 
     def _end_of_kind(self, sequence: Sequence, end: int) -> int:
         """Return `end`, or an earlier end so that a row of prompt tokens stops before the sampled ones."""
-        if not self._has_prompt_arithmetic or sequence.is_behind_prompt:
+        if not self._has_prompt_arithmetic or sequence.is_past_prompt:
             return end
         return min(end, sequence.prompt_len)
 
@@ -344,7 +346,7 @@ class Scheduler:
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         second_start = sequence.request.second_start
-        is_generated = self._has_prompt_arithmetic and sequence.is_behind_prompt
+        is_generated = self._has_prompt_arithmetic and sequence.is_past_prompt
         at = step.num_generated_rows if is_generated else len(plan.rows)
         step.num_generated_rows += is_generated
         row = StepRow(
@@ -426,7 +428,7 @@ class Scheduler:
 
         Appends each sampled token unless its logits were not finite. The caller ends sequences.
         """
-        return take_over(step, result, self.tables)
+        return apply_result(step, result, self.tables)
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or that followed a failed one; undo the newest of several first."""
@@ -470,7 +472,7 @@ class Scheduler:
                     end = min(end, sequence.num_computed + max_tokens)
                 end = min(end, sequence.num_computed + room)
                 end = self._end_of_kind(sequence, end)
-                end = self.cuts.end(sequence, sequence.num_computed, end)
+                end = self.chunk_boundaries.end(sequence, sequence.num_computed, end)
                 count = end - sequence.num_computed
                 if count == 0:
                     continue

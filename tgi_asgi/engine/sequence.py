@@ -34,14 +34,14 @@ class Sequence:
 
     Counters:
         `num_computed`: tokens whose KV entries are written or being written by a step in flight.
-        `num_taken`: those of `num_computed` that the sequence did not compute itself: cached, or from its
+        `num_reused`: those of `num_computed` that the sequence did not compute itself: cached, or from its
             leader.
         `num_settled`: those of `num_computed` that no step in flight writes.
         `num_pending`: tokens that the steps in flight will sample at least.
         `num_ahead`: how many more tokens the steps in flight may sample and compute.
-        `num_seen`: leading images of the prompt that are known to be encoded.
+        `num_encoded_images`: leading images of the prompt that are known to be encoded.
 
-    `tables` has one block list per group of layers, indexed by position. The first `num_given_back` entries
+    `tables` has one block list per group of layers, indexed by position. The first `num_freed` entries
     of each list lie before the group's window; the sequence no longer owns those blocks. `epoch` changes
     whenever the sequence leaves the running set or restarts its slot; what older steps computed for it is
     then void.
@@ -49,8 +49,8 @@ class Sequence:
 
     __slots__ = (
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
-        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_given_back",
-        "num_pending", "num_registered", "num_seen", "num_settled", "num_taken", "owner", "pooling",
+        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
+        "num_freed", "num_pending", "num_registered", "num_reused", "num_settled", "owner", "pooling",
         "prompt_len", "request", "slot", "starts_slot", "state", "states", "stop_ids", "tables", "tenant",
         "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
@@ -98,14 +98,14 @@ class Sequence:
     def _reset(self) -> None:
         """Hold nothing; the tables are new lists, as steps in flight may still read the old ones."""
         self.tables: tuple[list[int], ...] = ()
-        self.num_given_back: list[int] = []
+        self.num_freed: list[int] = []
         self.num_settled = 0
-        self.num_taken = 0
+        self.num_reused = 0
         self.num_computed = 0
         self.num_pending = 0
         self.num_ahead = 0
         self.num_registered = 0
-        self.num_seen = 0
+        self.num_encoded_images = 0
         self.is_prefilling = True
         self.starts_slot = True
         self.copy_sources: list[int] = []
@@ -123,7 +123,7 @@ class Sequence:
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property
-    def is_behind_prompt(self) -> bool:
+    def is_past_prompt(self) -> bool:
         """Whether the next token to compute is a sampled one."""
         return self.num_computed >= self.prompt_len
 

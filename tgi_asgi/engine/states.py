@@ -114,7 +114,7 @@ class KeptStates:
             self.pool.share(place)
             planned.append((last, place))
             keeps.append(Keep(place, None, sequence))
-        resumes = held.resumes if row.start == sequence.num_taken else None
+        resumes = held.resumes if row.start == sequence.num_reused else None
         if planned or resumes is not None:
             row.states = StateMoves(resumes, planned)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgi_asgi.engine.drafting import settle_row
-from tgi_asgi.engine.looks import Look, settle
+from tgi_asgi.engine.image_encoding import PendingImage, settle
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import Keep
 from tgi_asgi.engine.tables import BlockTables
@@ -14,13 +14,13 @@ class Step:
     """A planned step: the plan for the runner, and the sequence that each row belongs to."""
 
     __slots__ = (
-        "epochs", "keeps", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan",
-        "sequences",
+        "epochs", "keeps", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "pending_images",
+        "plan", "sequences",
     )  # fmt: skip
 
     def __init__(self, step_id: int) -> None:
         self.plan = StepPlan(step_id, [])
-        self.looks: list[Look] = []  # images that it encodes
+        self.pending_images: list[PendingImage] = []  # images that it encodes
         self.keeps: list[Keep] = []  # states that it keeps
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
@@ -34,15 +34,15 @@ class Step:
         return [(row, sequence) for row, (sequence, epoch) in enumerate(pairs) if sequence.epoch == epoch]
 
 
-def take_over(step: Step, result: StepResult, tables: BlockTables) -> list[tuple[int, Sequence]]:
+def apply_result(step: Step, result: StepResult, tables: BlockTables) -> list[tuple[int, Sequence]]:
     """Apply a step's result to its sequences, as `Scheduler.apply`."""
     live = step.live()
-    settle(step.looks, result)
+    settle(step.pending_images, result)
     for index, sequence in live:
         row = step.plan.rows[index]
         sampled = result.sampled[index]
         if row.stop is not None:
-            _take_drafted(row, sequence, result, index, tables)
+            _apply_drafted(row, sequence, result, index, tables)
             continue
         computed = row.start + row.num_tokens
         tables.settle(sequence, computed)
@@ -66,17 +66,17 @@ def _append(sequence: Sequence, token_id: int) -> bool:
     return True
 
 
-def _take_drafted(
+def _apply_drafted(
     row: StepRow, sequence: Sequence, result: StepResult, index: int, tables: BlockTables
 ) -> None:
     """Apply the tokens of a row with a `stop`; there may be none if its sequence has ended."""
-    first, further = result.sampled[index], result.further.get(index, [])
-    drawn = [] if first is None else [first, *further]
+    first, draft_samples = result.sampled[index], result.draft_samples.get(index, [])
+    drawn = [] if first is None else [first, *draft_samples]
     sequence.num_pending -= 1
     settle_row(row, sequence, len(drawn))
     for at, sampled in enumerate(drawn):
         if sampled.is_finite and _append(sequence, sampled.token_id):
-            del further[at:]
+            del draft_samples[at:]
             break
     tables.settle(sequence, min(sequence.num_computed, len(sequence.token_ids) - 1))
 

@@ -6,7 +6,7 @@ import math
 
 _DRIFT = 0.03  # random relative change of a coefficient from step to step
 _NOISE = 0.1  # random relative deviation of a step's time from the line
-_MOST_DEVIATIONS = 4.0  # a step further off was delayed and shows no trend
+_MAX_DEVIATIONS = 4.0  # a step further off was delayed and shows no trend
 
 
 class StepTime:
@@ -46,7 +46,7 @@ class StepTime:
         variance = sum(map(float.__mul__, spread, sizes)) + noise_s**2
         if variance <= 0.0:
             return
-        bound_s = _MOST_DEVIATIONS * math.sqrt(variance)
+        bound_s = _MAX_DEVIATIONS * math.sqrt(variance)
         error_s = min(max(duration_s - expected_s, -bound_s), bound_s)
         for i in range(3):
             coefficients[i] = max(coefficients[i] + spread[i] / variance * error_s, 0.0)

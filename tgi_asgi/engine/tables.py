@@ -22,7 +22,7 @@ from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.runner.groups import BlockNeeds
 
-_GIVEN_BACK = -1  # entry that never held a block: before the window of the sequence's first token
+_FREED = -1  # entry that never held a block: before the window of the sequence's first token
 
 
 class BlockTables:
@@ -34,7 +34,7 @@ class BlockTables:
 
     Args:
         needs: Block needs of each group, in the order of a sequence's tables.
-        shares_prompts_alone: Whether blocks with sampled tokens are neither looked up nor registered, because
+        shares_only_prompts: Whether blocks with sampled tokens are neither looked up nor registered, because
             the same tokens as part of a prompt would fill them with other bits.
         num_kept_states: As `Runner.num_kept_states`.
 
@@ -49,7 +49,7 @@ class BlockTables:
         *,
         prefix_cache: bool,
         num_kept_states: int | None = None,
-        shares_prompts_alone: bool = False,
+        shares_only_prompts: bool = False,
         stats: EngineStats,
     ) -> None:
         self.pool = pool
@@ -59,11 +59,11 @@ class BlockTables:
         self._groups = range(self.num_groups)
         self._windowed = [group for group in self._groups if needs.windows[group] is not None]
         self._prefix_cache, self._can_fork = prefix_cache, num_kept_states != 0
-        self._shares_prompts_alone = shares_prompts_alone
+        self._shares_only_prompts = shares_only_prompts
         self._stats = stats
         self.states: KeptStates | None = None
         if num_kept_states:
-            keeps_answers = prefix_cache and not shares_prompts_alone
+            keeps_answers = prefix_cache and not shares_only_prompts
             self.states = KeptStates(num_kept_states, pool, needs.block_size, keeps_answers=keeps_answers)
             pool.dependents = self.states
 
@@ -73,7 +73,7 @@ class BlockTables:
 
     def num_held(self, sequence: Sequence) -> int:
         """Return how many blocks a sequence holds."""
-        return sum(map(len, sequence.tables)) - sum(sequence.num_given_back)
+        return sum(map(len, sequence.tables)) - sum(sequence.num_freed)
 
     def start(self, sequence: Sequence, reserve: int) -> bool:
         """Give a sequence its first blocks, shared with the cache or its leader as far as possible."""
@@ -95,22 +95,22 @@ class BlockTables:
             hit = find_hit(pool, self.needs, sequence, num_shared, self.states)
         num_tokens = len(sequence.token_ids)
         num_blocks = self.blocks_for(num_tokens)
-        num_new = self.needs.of_tokens(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
+        num_new = self.needs.total_for(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
         num_revived = sum(pool.is_free(block) for blocks in hit.blocks for block in blocks)
         if pool.num_free - num_new - num_revived < reserve * self.num_groups:
             return False
         for blocks in hit.blocks:
             for block in blocks:
                 pool.take(block)
-        sequence.num_given_back = [hit.num_blocks - len(blocks) for blocks in hit.blocks]
+        sequence.num_freed = [hit.num_blocks - len(blocks) for blocks in hit.blocks]
         sequence.tables = tuple(
-            [_GIVEN_BACK] * sequence.num_given_back[group] + blocks for group, blocks in enumerate(hit.blocks)
+            [_FREED] * sequence.num_freed[group] + blocks for group, blocks in enumerate(hit.blocks)
         )
         for group, table in enumerate(sequence.tables):
             if self.needs.windows[group] is None or sequence.needs_all:
                 table.extend(pool.allocate() for _ in range(num_blocks - len(table)))
         sequence.num_registered = hit.num_blocks
-        sequence.num_computed = sequence.num_taken = hit.num_blocks * self.block_size
+        sequence.num_computed = sequence.num_reused = hit.num_blocks * self.block_size
         sequence.num_settled = sequence.num_computed
         if self.states is not None and self._prefix_cache:
             ends = sorted({hit.num_found, num_shared} - {0})
@@ -124,7 +124,7 @@ class BlockTables:
 
     def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
         """Return how many blocks that others may share are filled by the first `num_tokens` tokens."""
-        if self._shares_prompts_alone:
+        if self._shares_only_prompts:
             num_tokens = min(num_tokens, sequence.prompt_len)
         return num_tokens // self.block_size
 
@@ -135,9 +135,7 @@ class BlockTables:
         if self.states is not None and leader.states.for_choices is None:
             return False
         last = sequence.prompt_len - 1
-        return all(
-            leader.num_given_back[group] <= self.needs.first_read(group, last) for group in self._groups
-        )
+        return all(leader.num_freed[group] <= self.needs.first_read(group, last) for group in self._groups)
 
     def _fork(self, sequence: Sequence, leader: Sequence, reserve: int) -> bool:
         """Share the leader's full blocks before the last prompt token, and copy the partial one.
@@ -148,12 +146,12 @@ class BlockTables:
             return False
         start = sequence.prompt_len - 1
         num_shared, num_partial = divmod(start, self.block_size)
-        sequence.num_given_back = [self.needs.first_read(group, start) for group in self._groups]
+        sequence.num_freed = [self.needs.first_read(group, start) for group in self._groups]
         sequence.tables = tuple(
-            [_GIVEN_BACK] * first + table[first:num_shared]
-            for first, table in zip(sequence.num_given_back, leader.tables, strict=True)
+            [_FREED] * first + table[first:num_shared]
+            for first, table in zip(sequence.num_freed, leader.tables, strict=True)
         )
-        for first, table in zip(sequence.num_given_back, sequence.tables, strict=True):
+        for first, table in zip(sequence.num_freed, sequence.tables, strict=True):
             for block in table[first:]:
                 self.pool.share(block)
             table.append(self.pool.allocate())
@@ -161,7 +159,7 @@ class BlockTables:
             sequence.copy_sources = [table[num_shared] for table in leader.tables]
             for block in sequence.copy_sources:
                 self.pool.share(block)
-        sequence.num_computed = sequence.num_taken = sequence.num_settled = start
+        sequence.num_computed = sequence.num_reused = sequence.num_settled = start
         sequence.num_registered = num_shared
         sequence.num_cached = 0
         if self.states is not None:
@@ -182,8 +180,8 @@ class BlockTables:
         if not self._windowed:
             return self.blocks_for(len(sequence.token_ids)) * self.block_size
         num_entries = len(sequence.tables[self._windowed[0]])  # of each windowed group
-        given_back, needs = sequence.num_given_back, self.needs
-        most = min(given_back[group] + needs.most_held(group, end) for group in self._windowed)
+        num_freed, needs = sequence.num_freed, self.needs
+        most = min(num_freed[group] + needs.max_held(group, end) for group in self._windowed)
         count = min(self.blocks_for(end), most) - num_entries
         if count > 0:
             width, num_free = len(self._windowed), self.pool.num_free
@@ -220,22 +218,22 @@ class BlockTables:
         if self.states is not None:
             self.states.begin(sequence)
         if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_taken
+            sequence.num_cached = sequence.num_reused
             if self._may_look_up(sequence):
                 self._stats.prefix_query_tokens += sequence.prompt_len
-                self._stats.prefix_hit_tokens += sequence.num_taken
+                self._stats.prefix_hit_tokens += sequence.num_reused
         self.register(sequence, num_computed)
         sequence.num_settled = num_computed
         if self._windowed and not sequence.needs_all:
-            self._leave_behind(sequence, num_computed)
+            self._free_before_window(sequence, num_computed)
 
-    def _leave_behind(self, sequence: Sequence, position: int) -> None:
+    def _free_before_window(self, sequence: Sequence, position: int) -> None:
         """Release the blocks that no token from `position` on reads; steps in flight still use the ids."""
         for group in self._windowed:
-            first, before = self.needs.first_read(group, position), sequence.num_given_back[group]
+            first, before = self.needs.first_read(group, position), sequence.num_freed[group]
             if first > before:
                 self.pool.release(sequence.tables[group][before:first])
-                sequence.num_given_back[group] = first
+                sequence.num_freed[group] = first
 
     def reads(self, sequence: Sequence, lost: Mapping[int, int]) -> bool:
         """Return whether a sequence was to read shared contents that are lost.
@@ -243,17 +241,17 @@ class BlockTables:
         Args:
             lost: By block, the position from which its contents are lost.
         """
-        num_shared = sequence.num_taken // self.block_size
-        for table, first in zip(sequence.tables, sequence.num_given_back, strict=True):
+        num_shared = sequence.num_reused // self.block_size
+        for table, first in zip(sequence.tables, sequence.num_freed, strict=True):
             if not lost.keys().isdisjoint(table[first:num_shared]):
                 return True
         return any(
-            lost.get(block, sequence.num_taken) < sequence.num_taken for block in sequence.copy_sources
+            lost.get(block, sequence.num_reused) < sequence.num_reused for block in sequence.copy_sources
         )
 
-    def give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
+    def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Release all blocks of a sequence; with `forget`, none of them can be found any more."""
-        held = [table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)]
+        held = [table[first:] for table, first in zip(sequence.tables, sequence.num_freed, strict=True)]
         self._release_copies(sequence)
         if self.states is not None:
             self.states.leave(sequence)

@@ -22,7 +22,7 @@ _QUANT = re.compile(
     r"(?<![a-z0-9])(?:ud-)?(?:i?q\d+(?:_\w+)*|t?q\d+_\d+|mxfp4(?:_moe)?|nvfp4|b?f16|f32|fp16|fp32)(?![a-z0-9_])",
     re.IGNORECASE,
 )
-_MOST_LISTED = 40
+_MAX_LISTED = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,5 +133,5 @@ def _has_word(path: str, word: str) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     found = list(dict.fromkeys(names))
-    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
-    return ", ".join(found[:_MOST_LISTED]) + more
+    more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+    return ", ".join(found[:_MAX_LISTED]) + more

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
 from tgi_asgi.formats.gguf_names import choose, models_of
-from tgi_asgi.formats.kinds import refuse_others
+from tgi_asgi.formats.kinds import servable_config
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
@@ -65,7 +65,7 @@ def fetch_model(
     folder, commit = Path(), ""
     if small:
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))
-    Quantisation.from_json(refuse_others(repo_id, listing.names, folder))
+    Quantisation.from_json(servable_config(repo_id, listing.names, folder))
     weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
     folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly([*small, *weights]))
     return Fetched("directory", folder, commit)

@@ -17,22 +17,22 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.safetensors import weight_names
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
-_TAKE_ANOTHER = "use the original model, or one in GGUF"
+_USE_ANOTHER = "use the original model, or one in GGUF"
 # Weight formats that are never read, by file-name patterns; the first match gives the message.
 _UNREAD = (
-    (("*ggml*.bin",), f"a file in GGML's format, which GGUF has replaced: {_TAKE_ANOTHER}"),
+    (("*ggml*.bin",), f"a file in GGML's format, which GGUF has replaced: {_USE_ANOTHER}"),
     (
         ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json"),
         "a checkpoint of pickled weights, which are never read because they can run any code: convert them "
         "to safetensors, or look on the Hub for a revision that has them (--revision refs/pr/N)",
     ),
-    (("*.onnx", "onnx"), f"an export to ONNX, which is not read: {_TAKE_ANOTHER}"),
-    (("openvino*.xml",), f"an export to OpenVINO, which is not read: {_TAKE_ANOTHER}"),
-    (("*.mlmodel", "*.mlpackage", "*.mlpackage/*", "*.mlmodelc"), f"an export to Core ML: {_TAKE_ANOTHER}"),
-    (("*.tflite", "*.task", "*.litertlm"), f"an export to LiteRT, which is not read: {_TAKE_ANOTHER}"),
-    (("*.engine", "*.plan"), f"a TensorRT engine, which is not read: {_TAKE_ANOTHER}"),
-    (("*.nemo",), f"a NeMo checkpoint, which is not read: {_TAKE_ANOTHER}"),
-    (("*.h5", "*.msgpack"), f"a TensorFlow or Flax checkpoint, which is not read: {_TAKE_ANOTHER}"),
+    (("*.onnx", "onnx"), f"an export to ONNX, which is not read: {_USE_ANOTHER}"),
+    (("openvino*.xml",), f"an export to OpenVINO, which is not read: {_USE_ANOTHER}"),
+    (("*.mlmodel", "*.mlpackage", "*.mlpackage/*", "*.mlmodelc"), f"an export to Core ML: {_USE_ANOTHER}"),
+    (("*.tflite", "*.task", "*.litertlm"), f"an export to LiteRT, which is not read: {_USE_ANOTHER}"),
+    (("*.engine", "*.plan"), f"a TensorRT engine, which is not read: {_USE_ANOTHER}"),
+    (("*.nemo",), f"a NeMo checkpoint, which is not read: {_USE_ANOTHER}"),
+    (("*.h5", "*.msgpack"), f"a TensorFlow or Flax checkpoint, which is not read: {_USE_ANOTHER}"),
 )
 # Architectures recognised by name; for others, the generic path reports why it cannot serve them.
 _SEES = re.compile(
@@ -45,7 +45,7 @@ _HEARS = re.compile(
 )
 
 
-def refuse_others(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:
+def servable_config(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:
     """Return the config.json of a model with safetensors; refuse everything else.
 
     Args:
@@ -85,10 +85,10 @@ def _refuse_quantised(model_id: str, names: Collection[str], config: Mapping[str
     options = config.get("quantization_config")
     method = str(options.get("quant_method", "")) if isinstance(options, dict) else ""
     if method.startswith("exl") or ("measurement.json" in names and "output.safetensors" in names):
-        raise ModelLoadError(f"{model_id} is quantised for ExLlama ({method or 'exl2'}): {_TAKE_ANOTHER}")
+        raise ModelLoadError(f"{model_id} is quantised for ExLlama ({method or 'exl2'}): {_USE_ANOTHER}")
     options = config.get("quantization")
     if isinstance(options, dict) and {"group_size", "bits"} <= options.keys():
-        raise ModelLoadError(f"{model_id} is quantised for Apple's MLX: {_TAKE_ANOTHER}")
+        raise ModelLoadError(f"{model_id} is quantised for Apple's MLX: {_USE_ANOTHER}")
 
 
 def _refuse_no_text(model_id: str, config: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tgi_asgi.types import Progress
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_MOST_SHOWN = 200  # longest excerpt of the operator's input in a message
+_MAX_SHOWN = 200  # longest excerpt of the operator's input in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 
 
@@ -70,7 +70,7 @@ def adapter_sources(settings: Settings) -> list[AdapterSource]:
     return found
 
 
-def most_adapters(settings: Settings) -> int:
+def max_loaded_adapters(settings: Settings) -> int:
     """Return the maximum number of adapters in memory: as configured, or by default all named adapters."""
     return settings.max_cpu_loras or max(settings.max_loras, len(adapter_sources(settings)))
 
@@ -121,7 +121,7 @@ def _split_revision(location: str) -> tuple[str, str | None]:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...")
+    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
 
 
 def _adapter_source(text: str) -> AdapterSource:
@@ -202,7 +202,7 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles:
         raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
     ggufs = models_of(names)
     if not ggufs or weight_names(names):
-        kinds.refuse_others(model_id, names, directory)
+        kinds.servable_config(model_id, names, directory)
         return ModelFiles(model_id, None, "directory", directory)
     if len(ggufs) > 1:
         listed = ", ".join(model.files[0] for model in ggufs)

@@ -1,7 +1,7 @@
 """Fetch images over http(s) from public addresses, for clients that may name any URL.
 
     fetcher = Fetcher(frozenset(), lookup, tls)
-    data = await fetcher.fetch("https://example.com/a.png", "messages[0].content[1].image_url", room)
+    data = await fetcher.fetch("https://example.com/a.png", "messages[0].content[1].image_url", budget)
 
 A host name is resolved once. Its addresses are checked, and the connection is made to one of them, with the
 URL's name for TLS. HTTP client libraries would resolve the name again after the check, so this uses h11,
@@ -37,13 +37,13 @@ Lookup = Callable[[str, int], Awaitable[Sequence[str]]]  # returns a host name's
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class Room(Protocol):
+class ByteBudget(Protocol):
     """A budget of bytes to read, shared by all images of a request; raises when it is exceeded."""
 
     def expect(self, size: int) -> None:
         """Check the announced size of a response against the budget."""
 
-    def take(self, size: int) -> None:
+    def consume(self, size: int) -> None:
         """Count bytes before they are kept."""
 
 
@@ -87,7 +87,7 @@ class Fetcher:
         self._tls: ssl.SSLContext | None = None
         self._is_allowed = is_allowed
 
-    async def fetch(self, url: str, param: str, room: Room) -> bytes:
+    async def fetch(self, url: str, param: str, budget: ByteBudget) -> bytes:
         """Return the body of the response to a GET of the URL. The caller limits the time.
 
         Raises:
@@ -95,7 +95,7 @@ class Fetcher:
         """
         for _ in range(MAX_REDIRECTS + 1):
             target = self._target(url, param)
-            answer = await self._get(target, param, room)
+            answer = await self._get(target, param, budget)
             if isinstance(answer, bytes):
                 return answer
             try:
@@ -131,7 +131,7 @@ class Fetcher:
             _refuse(param, f"this server does not fetch images from the host {host[:100]!r}")
         return _Target(url, parts.scheme == "https", host, port or _PORTS[parts.scheme], path)
 
-    async def _get(self, target: _Target, param: str, room: Room) -> bytes | _Redirect:
+    async def _get(self, target: _Target, param: str, budget: ByteBudget) -> bytes | _Redirect:
         try:
             async with self._connected(target, param) as (reader, writer):
                 http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADER_BYTES)
@@ -144,7 +144,7 @@ class Fetcher:
                 ]
                 request = h11.Request(method="GET", target=target.path, headers=headers)
                 writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
-                return await _read(http, reader, param, room)
+                return await _read(http, reader, param, budget)
         except (OSError, h11.ProtocolError, ValueError):  # their messages may reveal the server's network
             _refuse(param, "its URL gives no whole answer")
 
@@ -187,7 +187,7 @@ class _Redirect:
 
 
 async def _read(
-    http: h11.Connection, reader: asyncio.StreamReader, param: str, room: Room
+    http: h11.Connection, reader: asyncio.StreamReader, param: str, budget: ByteBudget
 ) -> bytes | _Redirect:
     """Read a response: return its body, or the redirect."""
     parts: list[bytes] = []
@@ -205,9 +205,9 @@ async def _read(
                 _refuse(param, "its URL was answered with compressed data")
             length = headers.get(b"content-length", b"")
             if length.isdigit():
-                room.expect(int(length))
+                budget.expect(int(length))
         elif isinstance(event, h11.Data):
-            room.take(len(event.data))
+            budget.consume(len(event.data))
             parts.append(bytes(event.data))
         elif isinstance(event, h11.EndOfMessage):
             return b"".join(parts)

@@ -54,7 +54,7 @@ class AdapterLoader:
         loader.load(Path("/adapters/sql")).weights      # any thread
 
     Attributes:
-        most_bytes: Approximate memory of an adapter that changes every product at the largest rank.
+        max_bytes: Approximate memory of an adapter that changes every product at the largest rank.
 
     Raises:
         ModelLoadError: if adapters cannot change anything in this model.
@@ -63,7 +63,7 @@ class AdapterLoader:
     def __init__(self, model: ServedModel, max_rank: int) -> None:
         self.layout = ops.AdapterLayout(targets_of(model), max_rank)
         elements = max_rank * _elements_of_rank_one(self.layout.targets.values())
-        self.most_bytes = 2 * elements
+        self.max_bytes = 2 * elements
         self._max_file_bytes = 4 * elements + _HEADER_BYTES * len(self.layout.targets)
 
     def load(self, directory: Path) -> LoadedAdapter:
@@ -143,10 +143,10 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
     if isinstance(model, Decoder):
         return _decoder_targets(model)
     if isinstance(model, GenericModel):
-        if model.config.floor_reason:
+        if model.config.sequential_reason:
             raise ModelLoadError(
                 f"{model.config.architecture} takes no adapters: it runs by transformers' own code, "
-                f"one sequence at a time ({model.config.floor_reason})"
+                f"one sequence at a time ({model.config.sequential_reason})"
             )
         return model.adapter_targets()
     raise ModelLoadError(f"{model.config.architecture} takes no adapters: it generates no text")

@@ -221,7 +221,7 @@ class ModelConfig:
     has_qk_norm: bool = False  # whether queries and keys are normalised, by default before rotation
     has_late_qk_norm: bool = False  # whether that happens after rotation
     has_interleaved_rope: bool = False  # whether dims 2i and 2i + 1 rotate together
-    has_learnt_positions: bool = False  # position embeddings are added to the token embedding
+    has_learned_positions: bool = False  # position embeddings are added to the token embedding
     has_layer_norm: bool = False  # LayerNorm instead of RMSNorm
     has_norm_weight: bool = True
     has_norm_bias: bool = False

@@ -44,7 +44,7 @@ class Decoder:
         words = range(config.vocab_size) if config.cut is None else config.cut.words
         embedding = weights.get("model.embed_tokens.weight", shape).rows(words.start, words.stop)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
-        self.positions = self.read_positions(weights) if config.has_learnt_positions else None
+        self.positions = self.read_positions(weights) if config.has_learned_positions else None
         self.norm = read_norm(config, weights, "model.norm")
         self.head = self.embedding
         if config.num_labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MOST = 1 << 16
-_BLOCK, _MOST_RANK, _MOST_WIDTH = 32, 512, 640  # limits of the kernels
+_BLOCK, _MAX_RANK, _MAX_WIDTH = 32, 512, 640  # limits of the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class LatentSpec:
         sizes = (self.rank, self.plain_dim, self.rotary_dim, self.value_dim)
         return (
             all(size > 0 and size % _BLOCK == 0 for size in sizes)
-            and self.rank <= _MOST_RANK
-            and self.rank + self.rotary_dim <= _MOST_WIDTH
+            and self.rank <= _MAX_RANK
+            and self.rank + self.rotary_dim <= _MAX_WIDTH
         )
 
     def refusal(self, turning: int | None) -> str | None:
@@ -41,8 +41,8 @@ class LatentSpec:
                 return f"latent attention's {name} must be in 1..{_MOST}, got {value}"
         if not self.is_computed:
             return (
-                f"latent attention needs multiples of {_BLOCK} as sizes, a kv_lora_rank up to {_MOST_RANK}, "
-                f"and up to {_MOST_WIDTH} together with the rotated dims, got {self}"
+                f"latent attention needs multiples of {_BLOCK} as sizes, a kv_lora_rank up to {_MAX_RANK}, "
+                f"and up to {_MAX_WIDTH} together with the rotated dims, got {self}"
             )
         if turning != self.rotary_dim:
             return f"latent attention's {self.rotary_dim} rotated dims are not those of its rotary embedding"

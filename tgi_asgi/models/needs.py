@@ -16,7 +16,7 @@ class Need(enum.StrEnum):
     LAYER_NORM = "LayerNorm"
     PLAIN_MLP = "MLPs without a gate"
     GATES = "gates by other functions than silu and gelu_tanh"
-    LEARNT_POSITIONS = "learned positions"
+    LEARNED_POSITIONS = "learned positions"
     INTERLEAVED_ROPE = "rotary embeddings of neighbouring dims"
     CLIP = "queries, keys and values that are cut to a range"
     QK_LAYER_NORM = "LayerNorm of queries and keys"
@@ -40,7 +40,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.LAYER_NORM: config.has_layer_norm,
         Need.PLAIN_MLP: not config.has_gate,
         Need.GATES: config.has_gate and config.activation not in ("silu", "gelu_tanh"),
-        Need.LEARNT_POSITIONS: config.has_learnt_positions,
+        Need.LEARNED_POSITIONS: config.has_learned_positions,
         Need.INTERLEAVED_ROPE: config.has_interleaved_rope,
         Need.CLIP: config.clip is not None,
         Need.QK_LAYER_NORM: config.has_qk_norm and config.has_layer_norm,

@@ -67,7 +67,7 @@ class PoolingFiles:
         kind: None: not specified, or unsupported for a `reason`.
         max_tokens: Maximum number of tokens in a text.
         score_tokens: Tokens whose logits score a pair: "yes", or "no" and "yes".
-        is_told: Whether the files are those of an embedding or ranking model, which is not for generating.
+        is_specified: Whether the files are those of an embedding or ranking model, which does not generate.
     """
 
     kind: PoolingKind | None = None
@@ -79,7 +79,7 @@ class PoolingFiles:
     score_tokens: tuple[int, ...] = ()
 
     @property
-    def is_told(self) -> bool:
+    def is_specified(self) -> bool:
         return self.kind is not None or bool(self.score_tokens)
 
 

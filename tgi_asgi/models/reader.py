@@ -135,7 +135,7 @@ class Reader:
             missing = {key: value for key, value in values.items() if self._own.get(key, key) == key}
             self._values = {**missing, **self._values}
 
-    def pass_over(self, *keys: str) -> None:
+    def drop(self, *keys: str) -> None:
         """Drop keys of a config.json that this family's class in transformers does not have."""
         if not self.is_gguf:
             self._values = {key: value for key, value in self._values.items() if key not in keys}

@@ -108,16 +108,16 @@ def read_layers(
     ropes: Sequence[RopeSpec] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
-    turns_part: bool = False,
+    has_partial_rotary: bool = False,
 ) -> tuple[LayerSpec, ...]:
     """Make the layers' specifications, with one rotary embedding unless `ropes` are given.
 
     Args:
-        turns_part: Whether the architecture supports `partial_rotary_factor`.
+        has_partial_rotary: Whether the architecture supports `partial_rotary_factor`.
     """
     count = num_layers(reader)
     if ropes is None:
-        ropes = [read_rope(reader, sizes["head_dim"], turns_part=turns_part)] * count
+        ropes = [read_rope(reader, sizes["head_dim"], has_partial_rotary=has_partial_rotary)] * count
     scale = sizes["head_dim"] ** -0.5 if scale is None else scale
     return tuple(
         LayerSpec(
@@ -151,7 +151,7 @@ def num_layers(reader: Reader) -> int:
     return count
 
 
-def read_rope(reader: Reader, head_dim: int, *, turns_part: bool = False) -> RopeSpec:
+def read_rope(reader: Reader, head_dim: int, *, has_partial_rotary: bool = False) -> RopeSpec:
     """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4."""
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
@@ -161,7 +161,7 @@ def read_rope(reader: Reader, head_dim: int, *, turns_part: bool = False) -> Rop
         not any(isinstance(value, dict) for value in values.values()),
         "`rope_parameters` differ by kind of layer, which this server does not know for this architecture",
     )
-    return make_rope(reader, values, head_dim, turns_part=turns_part)
+    return make_rope(reader, values, head_dim, has_partial_rotary=has_partial_rotary)
 
 
 def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
@@ -208,14 +208,14 @@ def rope_values(reader: Reader) -> dict[str, Any]:
 
 
 def make_rope(
-    reader: Reader, values: Mapping[str, Any], head_dim: int, *, turns_part: bool = False
+    reader: Reader, values: Mapping[str, Any], head_dim: int, *, has_partial_rotary: bool = False
 ) -> RopeSpec:
     """Make a rotary embedding from the result of `rope_values`."""
     rope = Reader.of_json(values)
     factor = rope.number("partial_rotary_factor", 1.0)
     check(0 < factor <= 1, f"partial_rotary_factor must be in (0, 1], got {factor}")
     check_computed(
-        turns_part or factor == 1,
+        has_partial_rotary or factor == 1,
         f"partial_rotary_factor is {factor}, but this architecture rotates whole heads",
     )
     theta = rope.number("rope_theta", 10000.0)

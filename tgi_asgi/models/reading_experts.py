@@ -84,7 +84,7 @@ def everywhere(index: int) -> bool:
     return True
 
 
-def behind_dense(reader: Reader) -> Callable[[int], bool]:
+def after_first_dense(reader: Reader) -> Callable[[int], bool]:
     """Return a predicate for layers with experts: all after the first dense ones."""
     first = 0 if reader.is_gguf else reader.integer("first_k_dense_replace", 0)
     return lambda index: index >= first

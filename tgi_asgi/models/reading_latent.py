@@ -21,7 +21,7 @@ from tgi_asgi.models.reading import (
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
-def has_our_sizes(config: Mapping[str, Any]) -> bool:
+def has_supported_sizes(config: Mapping[str, Any]) -> bool:
     """Return whether the kernels support the sizes of a config.json, as far as it states them."""
     given = [config.get(key) for key in _SIZES]
     if not all(value is None or (type(value) is int and value > 0) for value in given):

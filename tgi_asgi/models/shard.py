@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tgi_asgi.errors import ModelLoadError
 
 _STRIP = 32  # rows and columns per kernel strip: padding is less than that
-_MOST_SHARDS = 64
+_MAX_SHARDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ def cut_model(
     Raises:
         ModelLoadError: if there are more shards than parts.
     """
-    if not 2 <= count <= _MOST_SHARDS:
-        raise ModelLoadError(f"--num-shard must be in 1..{_MOST_SHARDS}, got {count}")
+    if not 2 <= count <= _MAX_SHARDS:
+        raise ModelLoadError(f"--num-shard must be in 1..{_MAX_SHARDS}, got {count}")
     heads, kv_heads = _cut_heads(count, num_heads, num_kv_heads, head_dim, output_block)
     # Kernels pad columns to strips; parts are whole strips if there are enough.
     unit = math.lcm(down_block, _STRIP) if intermediate_size >= count * _STRIP else down_block

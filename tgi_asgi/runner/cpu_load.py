@@ -11,7 +11,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import ModelFiles, most_adapters
+from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
@@ -21,7 +21,7 @@ from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
-from tgi_asgi.runner.drafts import most_drafts
+from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size
 from tgi_asgi.runner.memory import (
@@ -29,9 +29,9 @@ from tgi_asgi.runner.memory import (
     choose_kept_states,
     fitting_batch,
     kept_state_bytes,
-    room_for_adapters,
+    log_adapter_memory,
+    reserved_adapter_bytes,
     state_bytes,
-    tell_adapters,
 )
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import CpuRunner
@@ -67,17 +67,17 @@ class OnCpu:
             _quantised(settings.quantize),
             has_float_prompts=settings.prompt_precision == "bfloat16",
         )
-        room = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
-        self._room, self._opened = room, opened
-        self.settings = replace(settings, max_batch_size=room.batch, max_kept_states=room.num_kept_states)
-        self.longest = room.cache.longest(longest, self.settings)
+        budget = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
+        self._budget, self._opened = budget, opened
+        self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
+        self.longest = budget.cache.longest_fitting(longest, self.settings)
         self.kernels = ops.kernel_set()
         self.has_float_prompts = False  # known once the weights are packed
         self.shards: Shards | None = None
         if cuts:
             opened.use_cut(cuts[0])
             jobs = jobs_of(
-                opened.config, files, self.settings, cuts, self.arithmetic, room.cache, self.longest
+                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.longest
             )
             self.shards = Shards(jobs)
 
@@ -92,25 +92,25 @@ class OnCpu:
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
-        settings, room = self.settings, self._room
+        settings, budget = self.settings, self._budget
         adapters = None
         if settings.serves_adapters:
             adapters = AdapterLoader(model, settings.max_lora_rank)
-            tell_adapters(most_adapters(settings), adapters.most_bytes, room.adapter_bytes)
+            log_adapter_memory(max_loaded_adapters(settings), adapters.max_bytes, budget.adapter_bytes)
         if isinstance(model, EncoderModel):
             encoder = EncoderRunner(
                 model,
-                num_blocks=room.cache.num_blocks,
-                block_size=room.cache.block_size,
+                num_blocks=budget.cache.num_blocks,
+                block_size=budget.cache.block_size,
                 max_batch_size=settings.max_batch_size,
                 max_step_tokens=settings.max_batch_prefill_tokens,
                 max_context=self.longest,
                 dense=dense,
             )
-            return Placed(encoder, room.cache)
+            return Placed(encoder, budget.cache)
         runner = CpuRunner(
             model,
-            room.cache,
+            budget.cache,
             max_batch_size=settings.max_batch_size,
             max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
             max_context=self.longest,
@@ -118,11 +118,11 @@ class OnCpu:
             dense=dense,
             has_prompt_arithmetic=self.has_float_prompts,
             speculation=speculation_of(model, settings),
-            num_kept_states=room.num_kept_states,
+            num_kept_states=budget.num_kept_states,
             adapters=None if adapters is None else adapters.layout,
             shards=self.shards,
         )
-        return Placed(runner, room.cache, adapters)
+        return Placed(runner, budget.cache, adapters)
 
     @property
     def bits(self) -> str:
@@ -167,7 +167,7 @@ def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculati
         else "its logits depend on what else is computed"
         if generic is not None and not generic.is_batch_invariant
         else "it accepts images"
-        if generic is not None and generic.config.seeing is not None
+        if generic is not None and generic.config.vision is not None
         else None
     )
     if reason is None:
@@ -195,7 +195,7 @@ def _check_served(opened: OpenModel, settings: Settings) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Room:
+class _MemoryBudget:
     """How the free memory is divided."""
 
     cache: KvSize
@@ -212,7 +212,7 @@ def _divide(
     longest: int,
     cuts: Sequence[ModelCut],
     free: int,
-) -> _Room:
+) -> _MemoryBudget:
     """Divide the memory before anything is read: weights and tables first; the cache gets the rest.
 
     Raises:
@@ -221,12 +221,14 @@ def _divide(
     config = opened.config
     free = max(free - opened.table_bytes(longest), 0)
     vocabulary = config.vocab_size * config.hidden_size
-    free -= check_weights_fit(opened.held(), packing, vocabulary, free)
+    free -= check_weights_fit(opened.packed_tensors(), packing, vocabulary, free)
     adapter_bytes = 0
     if settings.serves_adapters:
-        adapter_bytes = room_for_adapters(config, most_adapters(settings), settings.max_lora_rank, free)
+        adapter_bytes = reserved_adapter_bytes(
+            config, max_loaded_adapters(settings), settings.max_lora_rank, free
+        )
         free -= adapter_bytes
-    num_drafts = most_drafts(settings.speculation)
+    num_drafts = max_drafts_per_row(settings.speculation)
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
@@ -240,7 +242,7 @@ def _divide(
         cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
     if isinstance(config, EncoderConfig):
         cache = replace(cache, bytes_per_token=0)
-    return _Room(cache, batch, num_kept, adapter_bytes)
+    return _MemoryBudget(cache, batch, num_kept, adapter_bytes)
 
 
 def _choose_dtype(name: str) -> torch.dtype:

@@ -36,13 +36,13 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DeviceLost, DraftLimits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
-from tgi_asgi.types import Eyes
+from tgi_asgi.types import Bidirectional
 
 logger = logging.getLogger(__name__)
 
 # Prompt tokens per step: a GPU computes products of about 200 tokens in the time it needs to read the
 # weights.
-LEAST_CHUNK = 512
+MIN_CHUNK = 512
 MAX_TOP = 20  # the limit of OpenAI's API
 
 
@@ -117,10 +117,10 @@ class CudaRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self.least_chunk = LEAST_CHUNK
+        self.min_chunk = MIN_CHUNK
         self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.num_kept_states: int | None = None
-        self.eyes: Eyes | None = None
+        self.vision: Bidirectional | None = None
         self.drafts: DraftLimits | None = None
         # One block table serves all layers, so blocks outside sliding windows are not freed.
         self.windows: tuple[int | None, ...] = (None,)

@@ -34,14 +34,14 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
+MIN_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
 HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
-HAS = frozenset(
+SUPPORTED_NEEDS = frozenset(
     {
         Need.LAYER_NORM,
         Need.PLAIN_MLP,
         Need.GATES,
-        Need.LEARNT_POSITIONS,
+        Need.LEARNED_POSITIONS,
         Need.INTERLEAVED_ROPE,
         Need.CLIP,
         Need.QK_LAYER_NORM,
@@ -67,13 +67,13 @@ def find_device() -> Device | None:
     if not hasattr(torch.ops.tgi_cuda, "attention_decode"):
         return None
     if not torch.cuda.is_available():
-        _tell_of_old_driver()
+        _warn_of_old_driver()
         return None
     capability = torch.cuda.get_device_capability()
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         logger.warning(
             "the CPU computes: %s has compute capability %d.%d, GPU kernels need %d.%d (Ampere) or later",
-            torch.cuda.get_device_name(), *capability, *LEAST_CAPABILITY,
+            torch.cuda.get_device_name(), *capability, *MIN_CAPABILITY,
         )  # fmt: skip
         return None
     return CudaDevice()
@@ -173,7 +173,7 @@ def register_kernels() -> None:
         importlib.import_module("tgi_asgi._cuda")
 
 
-def _tell_of_old_driver() -> None:
+def _warn_of_old_driver() -> None:
     """Log a warning if torch sees no GPU because the driver is too old."""
     try:
         torch.cuda.init()
@@ -194,7 +194,7 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
             f"--dtype {name} is not supported on a GPU: use {' or '.join(_DTYPES)}, or hide the GPU with "
             "CUDA_VISIBLE_DEVICES="
         )
-    lacking = sorted(needs_of(config) - HAS)
+    lacking = sorted(needs_of(config) - SUPPORTED_NEEDS)
     if lacking:
         raise ModelLoadError(
             f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet: to "

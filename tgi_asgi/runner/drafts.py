@@ -14,12 +14,12 @@ from tgi_asgi import ops
 from tgi_asgi.runner.plan import DraftLimits, Sampled, SlotStart, StepPlan
 from tgi_asgi.settings import Speculation
 
-MOST_PER_STEP = 64  # over all rows: each draft needs a row of logits
+MAX_DRAFTS_PER_STEP = 64  # over all rows: each draft needs a row of logits
 
 
-def most_drafts(how: Speculation | None) -> int:
+def max_drafts_per_row(how: Speculation | None) -> int:
     """Return the maximum number of drafts per row."""
-    return 0 if how is None else min(how.num_tokens, MOST_PER_STEP)
+    return 0 if how is None else min(how.num_tokens, MAX_DRAFTS_PER_STEP)
 
 
 class SlotDrafts:
@@ -31,7 +31,7 @@ class SlotDrafts:
     """
 
     def __init__(self, how: Speculation, num_slots: int) -> None:
-        self.limits = DraftLimits(most_drafts(how), MOST_PER_STEP)
+        self.limits = DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP)
         self.native = ops.Drafter(num_slots=num_slots, shortest=how.shortest, longest=how.longest)
 
     def start(self, start: SlotStart) -> None:
@@ -64,7 +64,7 @@ class SlotDrafts:
             drafts[index] = found
         return drafts
 
-    def tell(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
+    def append(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
         """Append the tokens sampled for the slots, in order."""
         for slot, sampled in zip(slots, drawn, strict=True):
             if sampled.is_finite:

@@ -17,7 +17,7 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
-from tgi_asgi.types import Eyes, PoolingKind
+from tgi_asgi.types import Bidirectional, PoolingKind
 
 
 class EncoderRunner:
@@ -39,7 +39,7 @@ class EncoderRunner:
     num_kept_states: int | None = 0
     takes_whole_prompts = True
     has_prompt_arithmetic = False
-    eyes: Eyes | None = None
+    vision: Bidirectional | None = None
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)
 
@@ -55,7 +55,7 @@ class EncoderRunner:
         dense: Sequence[Dense] = (),
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.least_chunk = block_size
+        self.min_chunk = block_size
         self.max_batch_size, self.max_context = max_batch_size, max_context
         self.max_step_tokens = max(max_step_tokens, max_context)
         self._vocab_size = model.config.vocab_size
@@ -96,19 +96,19 @@ class EncoderRunner:
             raise ops.PlanError("more prompts or tokens than a step has")
         ops.wake_threads()
         for index, (row, found) in enumerate(zip(plan.rows, self._program.run(prompts), strict=True)):
-            if row.pools is None:  # only the engine's probe requests a token
+            if row.pooling is None:  # only the engine's probe requests a token
                 result.sampled[index] = Sampled(0)
             else:
                 result.pooled[index] = self._vector(row, *found)
         return result
 
     def _vector(self, row: StepRow, states: Floats, logits: Floats | None) -> Floats:
-        assert row.pools is not None
-        if row.pools.kind is not PoolingKind.LOGITS:
-            return pool(row.pools.kind, states, self._dense)
+        assert row.pooling is not None
+        if row.pooling.kind is not PoolingKind.LOGITS:
+            return pool(row.pooling.kind, states, self._dense)
         if logits is None:
             raise ops.PlanError("the model has no labels")
-        return logits[list(row.pools.token_ids)]  # a copy
+        return logits[list(row.pooling.token_ids)]  # a copy
 
     def _prompt(self, row: StepRow) -> Prompt:
         """Return a row's prompt after checking it."""

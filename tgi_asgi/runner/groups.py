@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_MOST_PADDING = 0.1  # as a share of a token's bytes
+_MAX_PADDING = 0.1  # as a share of a token's bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class CacheGroups:
             for size in sorted({size for size in prefixes if size >= widest} | {widest}, reverse=True)
         ]
         padding = [size * len(cut) - total for size, cut in cuts]
-        best = next((at for at, lost in enumerate(padding) if lost <= _MOST_PADDING * total), None)
+        best = next((at for at, lost in enumerate(padding) if lost <= _MAX_PADDING * total), None)
         size, cut = cuts[padding.index(min(padding)) if best is None else best]
         of_layers = [0] * len(windows)
         for group, (_, part) in enumerate(cut):
@@ -99,7 +99,7 @@ class BlockNeeds:
         window = self.windows[group]
         return 0 if window is None else max(position - window + 1, 0) // self.block_size
 
-    def most_held(self, group: int, num_tokens: int) -> int:
+    def max_held(self, group: int, num_tokens: int) -> int:
         """Return the most blocks that a sequence of `num_tokens` tokens holds at a time."""
         num_blocks = -(-num_tokens // self.block_size)
         window = self.windows[group]
@@ -108,21 +108,21 @@ class BlockNeeds:
         reached, in_flight = -(-(window - 1) // self.block_size), -(-self.max_step_tokens // self.block_size)
         return min(num_blocks, reached + in_flight + 1)
 
-    def of_tokens(self, num_tokens: int, *, keeps_all: bool = False) -> int:
+    def total_for(self, num_tokens: int, *, keeps_all: bool = False) -> int:
         """Return the most blocks that a sequence of `num_tokens` tokens holds in all groups together.
 
         `keeps_all`: whether no block is freed before the whole prompt has been computed.
         """
         if keeps_all:
             return len(self.windows) * -(-num_tokens // self.block_size)
-        return sum(self.most_held(group, num_tokens) for group in range(len(self.windows)))
+        return sum(self.max_held(group, num_tokens) for group in range(len(self.windows)))
 
-    def longest(self, num_blocks: int, most: int) -> int:
+    def longest_fitting(self, num_blocks: int, most: int) -> int:
         """Return the most tokens, up to `most`, of a sequence that holds at most `num_blocks` blocks."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.of_tokens(middle) <= num_blocks:
+            if self.total_for(middle) <= num_blocks:
                 low = middle
             else:
                 high = middle - 1

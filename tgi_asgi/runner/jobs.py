@@ -53,13 +53,13 @@ class JobQueue:
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop that delivers results
         self._is_closed = False
 
-    def submit(self, plan: StepPlan, *, is_rows_alone: bool = False) -> asyncio.Future[StepResult]:
+    def submit(self, plan: StepPlan, *, has_only_rows: bool = False) -> asyncio.Future[StepResult]:
         """Queue a step.
 
         The future fails only if this step raises; if its rows are refused, it fails at once.
 
         Args:
-            is_rows_alone: Whether the plan has only rows: no slot starts, and no row has a grammar or scores
+            has_only_rows: Whether the plan has only rows: no slot starts, and no row has a grammar or scores
                 its prompt.
 
         Raises:
@@ -75,7 +75,7 @@ class JobQueue:
         job = Job(next(self._numbers), plan, loop.create_future())
         self._jobs[job.number] = job  # before the push: the thread that takes the number looks the job up
         try:
-            if is_rows_alone:
+            if has_only_rows:
                 self.steps.push_rows(job.number, plan.rows, *plan.cost)
             else:
                 self.steps.push(job.number)
@@ -137,11 +137,11 @@ class JobQueue:
                 logger.error("step %s failed: %s", job.plan.step_id, drawn)
                 outcome = drawn
             else:
-                rows, further, (num_drafted_rows, num_drafts) = drawn
+                rows, draft_samples, (num_drafted_rows, num_drafts) = drawn
                 outcome = StepResult(
                     job.plan.step_id,
                     [None if row is None else Sampled(*row) for row in rows],
-                    {row: [Sampled(*each) for each in more] for row, more in further.items()},
+                    {row: [Sampled(*each) for each in more] for row, more in draft_samples.items()},
                     num_drafted_rows,
                     num_drafts,
                 )

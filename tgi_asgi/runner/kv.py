@@ -13,7 +13,7 @@ from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
-_LEAST_BYTES = 64  # minimum per token, when a model keeps no keys and values
+_MIN_BYTES = 64  # minimum per token, when a model keeps no keys and values
 _SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -44,13 +44,13 @@ class KvSize:
         """Address space of the pool; the system commits memory when blocks are first written."""
         return self.num_blocks * self.block_size * self.bytes_per_token
 
-    def longest(self, most: int, settings: Settings) -> int:
+    def longest_fitting(self, most: int, settings: Settings) -> int:
         """Return the most tokens, up to `most`, that a sequence can have."""
-        return self._needs(settings).longest(self.num_blocks, most)
+        return self._needs(settings).longest_fitting(self.num_blocks, most)
 
     def held_tokens(self, longest: int, settings: Settings) -> int:
         """Return how many tokens it holds in sequences of `longest`, counting those that windows drop."""
-        num_sequences = self.num_blocks // self._needs(settings).of_tokens(longest)
+        num_sequences = self.num_blocks // self._needs(settings).total_for(longest)
         return max(num_sequences * longest, self.num_tokens)
 
     def _needs(self, settings: Settings) -> BlockNeeds:
@@ -99,14 +99,14 @@ def choose_size(
             cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
             for cache in config.caches
         )
-    per_token = max(int(per_token * repeats) + config.other_bytes_per_token, _LEAST_BYTES)
+    per_token = max(int(per_token * repeats) + config.other_bytes_per_token, _MIN_BYTES)
     size, num_groups = settings.block_size, len(windows)
     all_bytes = per_token * num_groups
     needs = BlockNeeds(windows, size, step_tokens(settings))
     if settings.max_batch_total_tokens is not None:
         num_blocks = settings.max_batch_total_tokens // size * num_groups
     else:
-        wanted = settings.max_batch_size * needs.of_tokens(max_total_tokens)
+        wanted = settings.max_batch_size * needs.total_for(max_total_tokens)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
         raise ModelLoadError(
@@ -114,8 +114,8 @@ def choose_size(
             f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
         )
     num_blocks = min(num_blocks, (1 << 31) // size - 1)
-    if settings.max_total_tokens is not None and num_blocks < needs.of_tokens(max_total_tokens):
-        longest = needs.longest(num_blocks, max_total_tokens)
+    if settings.max_total_tokens is not None and num_blocks < needs.total_for(max_total_tokens):
+        longest = needs.longest_fitting(num_blocks, max_total_tokens)
         raise ModelLoadError(
             f"the KV cache holds {longest} tokens of a sequence, fewer than --max-total-tokens "
             f"{settings.max_total_tokens}: set that to at most {longest}, or "

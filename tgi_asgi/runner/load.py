@@ -117,7 +117,7 @@ def _describe(
     """Return the API's description of the model, without how it embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
-    max_total_tokens = cache.longest(place.longest, settings)
+    max_total_tokens = cache.longest_fitting(place.longest, settings)
     num_kept = runner.num_kept_states or 0
     return ModelInfo(
         model_id=settings.served_model_name or files.model_id,
@@ -172,17 +172,17 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
         logger.warning("no native family computes this model: %s", why_generic)
 
     architecture, version = model.config.architecture, transformers.__version__
-    if isinstance(model, EncoderModel) and model.config.floor_reason:
+    if isinstance(model, EncoderModel) and model.config.sequential_reason:
         logger.warning(
             "%s runs one text at a time, slowly, on the code of transformers %s: %s",
-            architecture, version, model.config.floor_reason,
+            architecture, version, model.config.sequential_reason,
         )  # fmt: skip
     elif not isinstance(model, GenericModel | EncoderModel):
         logger.info("%s of transformers %s has the common shape: native code runs it", architecture, version)
-    elif model.config.floor_reason:
+    elif model.config.sequential_reason:
         logger.warning(
             "%s runs one sequence at a time, slowly, on the code of transformers %s only: %s",
-            architecture, version, model.config.floor_reason,
+            architecture, version, model.config.sequential_reason,
         )  # fmt: skip
     else:
         logger.info(

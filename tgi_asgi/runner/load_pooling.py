@@ -77,7 +77,9 @@ def with_pooling(
     reason = files.reason or "its files do not say how; start the server with --pooling last, mean or cls"
     if config.num_labels > 2:
         reason = f"it has {config.num_labels} labels, and a score is of one or two"
-    return replace(info, generates=config.generates and not files.is_told, why_no_pooling=reason, **given)
+    return replace(
+        info, generates=config.generates and not files.is_specified, why_no_pooling=reason, **given
+    )
 
 
 def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:

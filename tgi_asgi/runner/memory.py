@@ -15,12 +15,12 @@ _GIB = 1 << 30
 # Shares of the free memory for rotary tables: when the model's own context decides, and when the operator
 # does.
 _ROPE_SHARE = 1 / 32
-_MOST_ROPE_SHARE = 1 / 2
-_MOST_ADAPTER_SHARE = 1 / 2  # of the memory free after the weights
+_MAX_ROPE_SHARE = 1 / 2
+_MAX_ADAPTER_SHARE = 1 / 2  # of the memory free after the weights
 _ADAPTER_BYTES = 2  # bfloat16
-_MOST_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
+_MAX_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
 _KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
-_FEWEST_KEPT, _MOST_KEPT = 8, 1 << 16  # number of kept states if the operator sets none
+_MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # number of kept states if the operator sets none
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
@@ -75,7 +75,7 @@ def check_weights_fit(
     )
 
 
-def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int) -> int:
+def reserved_adapter_bytes(config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int) -> int:
     """Return the bytes to keep free for adapters: `num_adapters` at the largest rank.
 
     At most half of the free memory: few adapters have that rank on all products, and the cache needs memory
@@ -87,7 +87,7 @@ def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, fr
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 2 * (hidden + heads) + 2 * (hidden + keys)
     each = _ADAPTER_BYTES * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
-    return min(num_adapters * each, int(free_bytes * _MOST_ADAPTER_SHARE))
+    return min(num_adapters * each, int(free_bytes * _MAX_ADAPTER_SHARE))
 
 
 def state_bytes(config: ServedConfig, num_drafts: int = 0) -> int:
@@ -106,7 +106,7 @@ def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, nu
     Raises:
         ModelLoadError: if there is not enough memory for one sequence.
     """
-    each, room = state_bytes(config, num_drafts), int(free_bytes * _MOST_STATE_SHARE)
+    each, room = state_bytes(config, num_drafts), int(free_bytes * _MAX_STATE_SHARE)
     if max_batch_size * each <= room:
         return max_batch_size
     if each > room:
@@ -139,9 +139,9 @@ def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: in
     each = kept_state_bytes(config)
     if not each:
         return 0
-    fitting = int(free_bytes * _MOST_STATE_SHARE) // each
+    fitting = int(free_bytes * _MAX_STATE_SHARE) // each
     if wanted is None:
-        return min(max(int(cache_bytes * _KEPT_SHARE) // each, _FEWEST_KEPT), _MOST_KEPT, fitting)
+        return min(max(int(cache_bytes * _KEPT_SHARE) // each, _MIN_KEPT), _MAX_KEPT, fitting)
     if wanted > fitting:
         raise ModelLoadError(
             f"--max-kept-states {wanted} would take {wanted * each / _GIB:.2f} GiB, {free_bytes / _GIB:.2f} "
@@ -150,11 +150,11 @@ def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: in
     return wanted
 
 
-def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:
+def log_adapter_memory(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:
     """Log what adapters may occupy; warn if less than that was kept free for them."""
     most = num_adapters * each_bytes
-    tell = logger.info if most <= kept_bytes else logger.warning
-    tell(
+    log = logger.info if most <= kept_bytes else logger.warning
+    log(
         "%d adapters of --max-lora-rank on all products would take %.2f GiB; %.2f GiB are kept free%s",
         num_adapters, most / _GIB, kept_bytes / _GIB,
         "" if most <= kept_bytes else ": lower --max-cpu-loras or --max-lora-rank, or keep memory free",
@@ -188,7 +188,7 @@ def check_rope_fits(config: ServedConfig, max_positions: int, free_bytes: int) -
     Raises:
         ModelLoadError: if they would; the message says which context fits.
     """
-    each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MOST_ROPE_SHARE)
+    each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MAX_ROPE_SHARE)
     if max_positions * each > fitting:
         raise ModelLoadError(
             f"a context of {max_positions} tokens needs {max_positions * each / _GIB:.1f} GiB for its rotary "

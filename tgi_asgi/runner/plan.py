@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tgi_asgi.types import Eyes, ImageInput, Pooling, SamplingParams
+from tgi_asgi.types import Bidirectional, ImageInput, Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
@@ -65,8 +65,8 @@ class StepRow:
     prompt_logprobs: int | None = None  # k: return log-probabilities of this chunk's tokens and of the k best
     # How the prompt that this chunk belongs to becomes a vector. If `samples` is set, the prompt ends here
     # and the row returns a vector instead of a sampled token. Chunks come in order, from position 0 if
-    # `pools.needs_all`.
-    pools: Pooling | None = None
+    # `pooling.needs_all`.
+    pooling: Pooling | None = None
     second_start: int | None = None  # as in `GenerationRequest.second_start`
     # Whether its tokens were sampled. (A row without this may also recompute sampled tokens, unless prompts
     # have an arithmetic of their own.)
@@ -98,10 +98,10 @@ class StepPlan:
     rows: list[StepRow]  # decode rows, then prefill chunks, those of generated tokens first
     starts: list[SlotStart] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
-    # Images to encode ahead of the steps that need them, in order, for about `view_s` seconds: at least one
-    # piece.
-    views: list[ImageInput] = field(default_factory=list)
-    view_s: float = 0.0
+    # Images to encode ahead of the steps that need them, in order, for about `image_budget_s` seconds: at
+    # least one piece.
+    images: list[ImageInput] = field(default_factory=list)
+    image_budget_s: float = 0.0
     cost: tuple[float, float] = (0.0, 0.0)  # seconds of a decode step, and of each of its tokens
 
 
@@ -127,13 +127,14 @@ class StepResult:
 
     step_id: int
     sampled: list[Sampled | None]  # per row; None if it does not sample, or had nothing left
-    further: dict[int, list[Sampled]] = field(default_factory=dict)  # by row index: accepted drafts' tokens
+    # By row index: accepted drafts' tokens.
+    draft_samples: dict[int, list[Sampled]] = field(default_factory=dict)
     num_drafted_rows: int = 0  # number of rows with drafts
     num_drafts: int = 0
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
     pooled: dict[int, Vector] = field(default_factory=dict)  # by row index; float32, owned by the caller
-    is_viewed: list[bool] = field(default_factory=list)  # per view: whether it needs no more work
-    view_s: float = 0.0  # seconds of the step spent on views
+    is_encoded: list[bool] = field(default_factory=list)  # per image: whether it needs no more work
+    image_s: float = 0.0  # seconds of the step spent on encoding images
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +156,12 @@ class Runner(Protocol):
     block_size: int
     max_batch_size: int
     max_step_tokens: int
-    least_chunk: int  # prompt tokens; shorter chunks do not make a step faster
+    min_chunk: int  # prompt tokens; shorter chunks do not make a step faster
     # Places for states of sequences, besides those of the slots. A sequence can continue at a token only from
     # its state there; with 0 places no sequence can reuse computed prefixes. None: a sequence's state is only
     # its blocks.
     num_kept_states: int | None
-    eyes: Eyes | None  # for models that accept images
+    vision: Bidirectional | None  # for models that accept images
     # Whether a prompt is one row of one step and nothing follows; `max_step_tokens` then fits the longest
     # prompt.
     takes_whole_prompts: bool

@@ -88,8 +88,8 @@ class Pooler:
         Raises:
             ValueError: if the pooling needs tokens before this chunk that were not pooled.
         """
-        assert row.pools is not None
-        kind, stop = row.pools.kind, first + row.num_tokens
+        assert row.pooling is not None
+        kind, stop = row.pooling.kind, first + row.num_tokens
         if kind is PoolingKind.LAST:
             return _through(self._dense, self._hidden(stop - 1, stop)[0]) if row.samples else None
         found = self._open.pop(row.slot, None)

@@ -47,7 +47,7 @@ class CpuRunner:
     Attributes:
         max_context: Maximum number of tokens in a sequence.
         num_kept_states: As in `Runner.num_kept_states`.
-        eyes: As in `Runner.eyes`.
+        vision: As in `Runner.vision`.
         drafts: As in `Runner.drafts`.
         windows: As in `Runner.windows`.
     """
@@ -70,7 +70,7 @@ class CpuRunner:
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
-        self.block_size = self.least_chunk = kv_size.block_size
+        self.block_size = self.min_chunk = kv_size.block_size
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
@@ -108,8 +108,8 @@ class CpuRunner:
         self._copy_blocks = None if self._pool is None else self._pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
-        self._seer = self._program if isinstance(self._program, VisionProgram) else None
-        self.eyes = None if self._seer is None else self._seer.eyes
+        self._vision_program = self._program if isinstance(self._program, VisionProgram) else None
+        self.vision = None if self._vision_program is None else self._vision_program.bidirectional
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
@@ -130,7 +130,7 @@ class CpuRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        future = self._jobs.submit(plan, is_rows_alone=self._is_rows_alone(plan))
+        future = self._jobs.submit(plan, has_only_rows=self._has_only_rows(plan))
         for start in plan.starts:
             if start.grammar is None:
                 self._constrained.discard(start.slot)
@@ -148,13 +148,13 @@ class CpuRunner:
             self._shards.close()
         self._jobs.end()
 
-    def _is_rows_alone(self, plan: StepPlan) -> bool:
+    def _has_only_rows(self, plan: StepPlan) -> bool:
         """Return whether a step needs no Python; true for most steps of decoding streams."""
         if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
         constrained = self._constrained
         return not any(
-            row.prompt_logprobs is not None or row.pools is not None or row.slot in constrained
+            row.prompt_logprobs is not None or row.pooling is not None or row.slot in constrained
             for row in plan.rows
         )
 
@@ -183,15 +183,15 @@ class CpuRunner:
             self._masks.start(start)
             if self._drafts is not None:
                 self._drafts.start(start)
-            if self._seer is not None:
-                self._seer.start(start.slot, start.prompt_ids, start.images)
+            if self._vision_program is not None:
+                self._vision_program.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
             self._pooler.forget(start.slot)
         if plan.starts:
             self._jobs.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
-        if self._seer is not None:
-            result.is_viewed, result.view_s = self._seer.advance(plan.views, plan.view_s)
+        if self._vision_program is not None:
+            result.is_encoded, result.image_s = self._vision_program.advance(plan.images, plan.image_budget_s)
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
@@ -212,7 +212,7 @@ class CpuRunner:
         drawing = [
             index
             for index, row in enumerate(plan.rows)
-            if row.samples and row.pools is None and starts[index] < row.end
+            if row.samples and row.pooling is None and starts[index] < row.end
         ]
         drafts: list[list[int]] = []
         if self._drafts is not None:
@@ -235,7 +235,7 @@ class CpuRunner:
         if (
             draws.rows
             and self._generates
-            and all(row.prompt_logprobs is None and row.pools is None for row in plan.rows)
+            and all(row.prompt_logprobs is None and row.pooling is None for row in plan.rows)
         ):
             drawn = self._program.draw(batch, draws.tokens, draws.slots, self._sampling, mask, draws.drafts)
         else:
@@ -250,10 +250,10 @@ class CpuRunner:
             if not draws.rows:
                 return result
             drawn = ops.sample(logits, self._sampling, draws.slots, mask=mask, drafts=draws.drafts)
-        slots, sampled = draws.share_out(drawn, result)
+        slots, sampled = draws.collect(drawn, result)
         self._masks.accept(slots, sampled)
         if self._drafts is not None:
-            self._drafts.tell(slots, sampled)
+            self._drafts.append(slots, sampled)
         return result
 
     def _starts(self, plan: StepPlan) -> list[int]:
@@ -272,14 +272,14 @@ class CpuRunner:
         """Pool the rows that request it; return whether logits were computed for one."""
         has_logits = False
         for index, row in enumerate(plan.rows):
-            if row.pools is None:
+            if row.pooling is None:
                 continue
             vector = None
-            if row.pools.kind is not PoolingKind.LOGITS:
+            if row.pooling.kind is not PoolingKind.LOGITS:
                 vector = self._pooler.take(firsts[index], row)
             elif row.samples:
                 logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0].numpy()
-                vector, has_logits = logits[list(row.pools.token_ids)], True  # a copy
+                vector, has_logits = logits[list(row.pooling.token_ids)], True  # a copy
             if vector is not None:
                 result.pooled[index] = vector
         return has_logits

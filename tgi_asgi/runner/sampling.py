@@ -35,10 +35,10 @@ class Draws:
             batch.drafts.tolist(),
             strict=True,
         )
-        draws = [each for each in found if plan.rows[each[0]].pools is None]
+        draws = [each for each in found if plan.rows[each[0]].pooling is None]
         return cls(*map(list, zip(*draws, strict=True))) if draws else cls([], [], [], [])
 
-    def share_out(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
+    def collect(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
         """Store the samples that count in a step's result; return their slots and the samples."""
         are_kept: list[bool] = [True] * len(self.rows) if drawn.is_kept is None else drawn.is_kept.tolist()
         slots, kept = [], []
@@ -54,7 +54,7 @@ class Draws:
             if draft < 0:
                 result.sampled[row] = sampled
             else:
-                result.further.setdefault(row, []).append(sampled)
+                result.draft_samples.setdefault(row, []).append(sampled)
         result.num_drafted_rows = len(
             {row for row, draft in zip(self.rows, self.drafts, strict=True) if draft >= 0}
         )

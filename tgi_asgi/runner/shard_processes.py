@@ -68,7 +68,7 @@ class ShardProcesses:
         self._jobs, self._give_up = jobs, give_up
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
-        self._told: queue.Queue[str | None] = queue.Queue()
+        self._reasons: queue.Queue[str | None] = queue.Queue()
         self._lock = threading.Lock()  # protects the following attributes
         self._on_lost: Callable[[str], None] | None = None
         self._reason: str | None = None
@@ -84,7 +84,7 @@ class ShardProcesses:
             ModelLoadError: if one has failed, with its reason.
         """
         for _ in self._jobs:
-            reason = self._told.get()
+            reason = self._reasons.get()
             if reason is not None:
                 raise ModelLoadError(reason)
 
@@ -123,14 +123,14 @@ class ShardProcesses:
             try:
                 ranks[self._start(job)] = job.rank
             except OSError as error:
-                self._told.put(f"shard {job.rank} cannot be started: {error}")
+                self._reasons.put(f"shard {job.rank} cannot be started: {error}")
         for descriptor in {each for job in self._jobs for each in job.descriptors}:
             os.close(descriptor)
         while ranks:
             for connection in wait(list(ranks)):
                 assert isinstance(connection, Connection)
                 try:
-                    self._told.put(connection.recv())
+                    self._reasons.put(connection.recv())
                 except (EOFError, OSError):
                     self._lose(ranks.pop(connection))
         for process in self.processes:
@@ -164,7 +164,7 @@ class ShardProcesses:
                 return
             self._reason, on_lost = reason, self._on_lost
         logger.critical(reason)
-        self._told.put(reason)
+        self._reasons.put(reason)
         if on_lost is not None:
             on_lost(reason)
         self._give_up(reason)

@@ -8,7 +8,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.cpu_load import load_by_team
-from tgi_asgi.runner.drafts import MOST_PER_STEP, most_drafts
+from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP, max_drafts_per_row
 from tgi_asgi.runner.kv import groups_of
 from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.runner.programs import make_pool, make_program
@@ -39,7 +39,7 @@ def load(job: ShardJob) -> ops.NativeProgram:
         max_batch_size=settings.max_batch_size,
         max_step_tokens=job.memory.max_tokens,
         max_context=job.longest,
-        drafts=None if how is None else DraftLimits(most_drafts(how), MOST_PER_STEP),
+        drafts=None if how is None else DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP),
         shard=ops.Shard(group, cut.words.start),
     )
     ops.join_threads()

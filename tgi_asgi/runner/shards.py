@@ -23,7 +23,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
-from tgi_asgi.runner.drafts import MOST_PER_STEP
+from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP
 from tgi_asgi.runner.kv import KvSize, step_tokens
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
@@ -103,7 +103,7 @@ def jobs_of(
     Raises:
         ModelLoadError: if the system cannot create shared memory.
     """
-    drafts = 0 if settings.speculation is None else MOST_PER_STEP
+    drafts = 0 if settings.speculation is None else MAX_DRAFTS_PER_STEP
     memory = ops.ShardMemory(
         count=len(cuts), num_threads=ops.num_threads(), num_columns=config.hidden_size,
         max_tokens=step_tokens(settings), max_sequences=settings.max_batch_size,

@@ -11,7 +11,7 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.types import ImageInput, ProcessedImage
 
 
-def written_out(source: str, placeholder: str, texts: Sequence[str]) -> str:
+def expand_placeholders(source: str, placeholder: str, texts: Sequence[str]) -> str:
     """Return a prompt with each placeholder replaced by a text.
 
     Raises:
@@ -23,7 +23,9 @@ def written_out(source: str, placeholder: str, texts: Sequence[str]) -> str:
     return "".join(part for pair in zip(pieces, (*texts, ""), strict=True) for part in pair)
 
 
-def located(ids: Sequence[int], images: Sequence[tuple[bytes, ProcessedImage]]) -> tuple[ImageInput, ...]:
+def locate_images(
+    ids: Sequence[int], images: Sequence[tuple[bytes, ProcessedImage]]
+) -> tuple[ImageInput, ...]:
     """Return the positions of a prompt's images in its tokens; each image comes with its digest.
 
     Raises:

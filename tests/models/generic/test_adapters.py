@@ -16,7 +16,7 @@ from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.generic.model import GenericModel
 
 EXACT = 2e-5  # error of a logit, relative to the largest
-LEAST_EFFECT = 0.02
+MIN_EFFECT = 0.02
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -48,7 +48,7 @@ def test_a_model_gives_what_peft_gives(
         for adapter, tokens in zip((folders[0], None, folders[1]), ids, strict=True)
     ]
     without = peft_logits(base, None, ids[0])
-    assert np.abs(expected[0] - without).max() > LEAST_EFFECT * np.abs(without).max()
+    assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
     assert run_steps(model, ids, expected, layout=loader.layout, adapters=adapters) <= EXACT
 
 

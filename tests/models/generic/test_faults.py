@@ -198,7 +198,7 @@ def test_a_model_that_takes_no_positions_runs_alone(
 ) -> None:
     with open_generic(checkpoint("mbart")) as opened:
         assert isinstance(opened.config, GenericConfig)
-        assert "positions do not reach the layers of MBart" in opened.config.floor_reason
+        assert "positions do not reach the layers of MBart" in opened.config.sequential_reason
     monkeypatch.setattr(discovery, "require_positions", lambda module: None)
     with pytest.raises(ModelLoadError, match=REFUSAL):
         load_generic(checkpoint("mbart"))

@@ -62,7 +62,7 @@ def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) 
     """Load a model; return the predicted and the actual number of bytes."""
     with open_generic(folder) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
-        foretold = packed_bytes(opened.held(), arithmetic, vocabulary) + opened.table_bytes(context)
+        foretold = packed_bytes(opened.packed_tensors(), arithmetic, vocabulary) + opened.table_bytes(context)
         loaded = opened.load(arithmetic, context)
     assert isinstance(loaded, GenericModel)
     held = {id(each.matrix): each.matrix.nbytes for each in made_by(loaded.module)}
@@ -115,7 +115,7 @@ def test_a_model_that_fits_but_for_what_torch_keeps_is_refused_before_it_is_read
 def test_tables_of_a_model_take_no_more_than_is_allowed_together(
     most: int, count: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rope, "_MOST_BYTES", most)
+    monkeypatch.setattr(rope, "_MAX_BYTES", most)
     with open_generic(checkpoint("gemma3_text")) as opened:
         assert opened.table_bytes(64) == most
         loaded = opened.load(EXACT, 64)

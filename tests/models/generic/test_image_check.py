@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.support import eyes_models as eyes
-from tests.support.eyes_table import FAMILIES
+from tests.support import vision_models as vision
+from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.generic.guards import check_servable
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.generic.vision import check
-from tgi_asgi.models.generic.vision.own import Lfm2Images
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_image_processor
-from tgi_asgi.models.generic.vision.text import find
+from tgi_asgi.models.generic.vision.text import vision_traits
+from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.types import Image
 
@@ -33,7 +33,7 @@ def threads() -> None:
 
 def load(name: str, folder: Path) -> GenericModel:
     """Load a new checkpoint of a family as a server does, with its processor first."""
-    eyes.make(name, folder)
+    vision.make(name, folder)
     config = json.loads((folder / "config.json").read_text())
     opened = OpenGeneric(folder, config, trusts_code=False)
     opened.image_processor(folder)
@@ -44,7 +44,7 @@ def load(name: str, folder: Path) -> GenericModel:
 
 
 def test_classes_that_are_not_checked_are_those_that_tests_hold() -> None:
-    assert {family.architecture for family in FAMILIES.values()} == check.HELD
+    assert {family.architecture for family in FAMILIES.values()} == check.TESTED_CLASSES
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
@@ -59,7 +59,7 @@ def test_a_class_that_is_not_held_is_served_where_its_rows_are_all_there_is_of_a
         return seen[-1]
 
     monkeypatch.setattr(check, "_difference", noted)
-    monkeypatch.setattr(check, "HELD", frozenset())
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
     load(name, tmp_path)
     assert 0 < seen[0] < 1e-4
 
@@ -78,7 +78,7 @@ def test_a_class_that_does_more_with_an_image_is_refused(
         return found
 
     monkeypatch.setattr(LlavaModel, "forward", more)
-    monkeypatch.setattr(check, "HELD", frozenset())
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
     with pytest.raises(ModelLoadError, match="fails its image self-check against its own code"):
         load("llava", tmp_path)
 
@@ -89,11 +89,11 @@ def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     def process(*_: Any) -> None:
         raise NotImplementedError
 
-    eyes.make("llava", tmp_path)
+    vision.make("llava", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     opened = OpenGeneric(tmp_path, config, trusts_code=False)
     monkeypatch.setattr(VisionProcessor, "process", process)
-    monkeypatch.setattr(check, "HELD", frozenset())
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
     with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration cannot process images here"):
         opened.image_processor(tmp_path)
 
@@ -105,11 +105,11 @@ def test_an_image_that_a_processor_stumbles_over_is_a_client_s_mistake(
     def stumble(*_: Any, **__: Any) -> None:
         raise error
 
-    eyes.make("llava", tmp_path)
-    processor = eyes.processor_of(tmp_path)
+    vision.make("llava", tmp_path)
+    processor = vision.processor_of(tmp_path)
     monkeypatch.setattr(processor._processor, "_process_images", stumble)
     with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
-        processor.process([Image(eyes.picture(1, 1), b"d" * 32, "image_url")])
+        processor.process([Image(vision.picture(1, 1), b"d" * 32, "image_url")])
 
 
 def model_named(name: str, **inner: Any) -> Any:
@@ -129,13 +129,13 @@ def model_named(name: str, **inner: Any) -> Any:
 )
 def test_classes_that_read_images_otherwise_are_refused_by_name(stem: str, reason: str) -> None:
     with pytest.raises(ModelLoadError, match=rf"{stem}ForConditionalGeneration cannot be served.*{reason}"):
-        find(model_named(f"{stem}ForConditionalGeneration"))
+        vision_traits(model_named(f"{stem}ForConditionalGeneration"))
 
 
 def test_positions_that_are_asked_for_in_another_way_are_refused_by_name() -> None:
     model = model_named("OtherForConditionalGeneration", get_rope_index=lambda input_ids, audio_seqlens: None)
     with pytest.raises(ModelLoadError, match=r"OtherForConditionalGeneration .* positions of images"):
-        find(model)
+        vision_traits(model)
 
 
 def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:

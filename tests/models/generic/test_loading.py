@@ -201,7 +201,7 @@ def test_heads_that_the_cache_cannot_have_run_alone(
 ) -> None:
     with open_generic(with_config(checkpoint("gpt2"), tmp_path, **sizes)) as opened:
         assert isinstance(opened.config, GenericConfig)
-        assert reason in opened.config.floor_reason
+        assert reason in opened.config.sequential_reason
         assert opened.config.caches == ()
 
 

@@ -48,7 +48,7 @@ BUILDABLE = architectures.buildable()
 def test_the_table_names_architectures_once() -> None:
     groups = [
         set(table.COMMON),
-        set(table.FLOOR),
+        set(table.SEQUENTIAL),
         set(table.REFUSED),
         set(NOT_BUILT),
     ]
@@ -74,7 +74,7 @@ def test_all_tokens_have_the_logits_of_transformers(model_type: str, checkpoint:
     found = measure(checkpoint(model_type))
     assert found.difference < EQUAL
     assert found.tier == table.tier_of(model_type), found.reason
-    assert table.FLOOR.get(model_type, "") in found.reason
+    assert table.SEQUENTIAL.get(model_type, "") in found.reason
 
 
 @pytest.mark.parametrize("model_type", rows([name for name in BUILDABLE if name in table.COMMON]))

@@ -21,16 +21,16 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.support import eyes_models as eyes
-from tests.support.eyes_models import Prompt, picture
-from tests.support.eyes_runs import load, program_of, run, served
-from tests.support.eyes_table import FAMILIES
+from tests.support import vision_models as vision
+from tests.support.vision_models import Prompt, picture
+from tests.support.vision_runs import load, program_of, run, served
+from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
 from tgi_asgi.app import App
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.models.generic.model import OpenGeneric
 from tgi_asgi.models.generic.vision import tower
-from tgi_asgi.models.generic.vision.own import Lfm2Images
+from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
@@ -65,7 +65,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             )
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            eyes.make(name, made[name])
+            vision.make(name, made[name])
         return made[name]
 
     return folder
@@ -87,25 +87,25 @@ def test_logits_are_those_of_transformers_however_prompts_are_cut(
         ["no picture here, is there"],
         ["one ", picture(130, 33, 2), "?"],
     ]
-    prompts = [eyes.prompt_of(name, folder, each) for each in parts]
-    reference = eyes.open_reference(folder)
-    wanted = [eyes.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
+    prompts = [vision.prompt_of(name, folder, each) for each in parts]
+    reference = vision.open_reference(folder)
+    wanted = [vision.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
     model = load(folder)
     for chunks in ([1000, 1000, 1000], [7, 5, 16], [1, 1000, 3]):
         found, program = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
         for logits, expected in zip(found, wanted, strict=True):
             assert distance(logits, expected) < TOLERANCE
-        assert program.views.num_encoded == 3
+        assert program.encodings.num_encoded == 3
 
 
 def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("qwen2_vl")
-    prompt = eyes.prompt_of("qwen2_vl", folder, ["a ", picture(50, 30)])
+    prompt = vision.prompt_of("qwen2_vl", folder, ["a ", picture(50, 30)])
     pixels = weakref.ref(prompt.images[0].payload["pixel_values"])
     _, program = run(load(folder), [(prompt, ANSWER)], [7])
     del prompt
     gc.collect()
-    assert program.views.num_encoded == 1
+    assert program.encodings.num_encoded == 1
     assert pixels() is None
 
 
@@ -113,7 +113,7 @@ def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[s
 def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[str], Path]) -> None:
     folder = folder_of(name)
     model = load(folder)
-    prompts = [eyes.prompt_of(name, folder, ["a ", picture(50, 30, seed), "?"]) for seed in (3, 4)]
+    prompts = [vision.prompt_of(name, folder, ["a ", picture(50, 30, seed), "?"]) for seed in (3, 4)]
     (one, other), _ = run(model, [(prompt, []) for prompt in prompts], [1000, 1000])
     assert distance(one[-1:], other[-1:]) > 10 * TOLERANCE
 
@@ -123,14 +123,14 @@ def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callabl
     folder = folder_of(name)
     tower = load(folder).tower
     assert tower is not None
-    (image,) = eyes.prompt_of(name, folder, [picture(130, 90)]).images
+    (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
     whole = tower.encode(image.payload)
     tower.begin(image.payload)
     num_calls, before = 1, tower.num_pieces
-    while (view := tower.go_on(0.0)) is None:
+    while (encoding := tower.resume(0.0)) is None:
         num_calls += 1
     assert 10 <= tower.num_pieces - before == num_calls - 1  # the last call finds every piece computed
-    for found, wanted in zip((view.rows, *view.deep), (whole.rows, *whole.deep), strict=True):
+    for found, wanted in zip((encoding.rows, *encoding.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -141,11 +141,11 @@ def test_attention_in_pieces_gives_the_same(
     folder = folder_of(name)
     encoder = load(folder).tower
     assert encoder is not None
-    (image,) = eyes.prompt_of(name, folder, [picture(130, 90)]).images
+    (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
     whole = encoder.encode(image.payload)
     num_whole = encoder.num_pieces
     monkeypatch.setattr(tower, "ATTENTION_SIZE", 1)
-    monkeypatch.setattr(tower, "_LEAST_QUERIES", 3)
+    monkeypatch.setattr(tower, "_MIN_QUERIES", 3)
     cut = encoder.encode(image.payload)
     assert encoder.num_pieces - num_whole > num_whole
     for found, wanted in zip((cut.rows, *cut.deep), (whole.rows, *whole.deep), strict=True):
@@ -165,7 +165,7 @@ def test_prompts_are_those_of_the_processor_of_transformers(
 
     folder = folder_of(name)
     parts: list[Part] = ["a ", picture(50, 30), " b ", picture(40, 90, 1), " c"]
-    prompt = eyes.prompt_of(name, folder, parts)
+    prompt = vision.prompt_of(name, folder, parts)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     options = dict(FAMILIES[name].processor)
@@ -182,8 +182,8 @@ def test_one_of_several_images_is_seen_otherwise_by_onevision(
 ) -> None:
     folder = folder_of("llava_onevision")
     parts = [part for seed in range(num_images) for part in ("a ", picture(50, 80, seed))]
-    prompt = eyes.prompt_of("llava_onevision", folder, parts)
-    wanted = eyes.reference(folder, prompt)
+    prompt = vision.prompt_of("llava_onevision", folder, parts)
+    wanted = vision.reference(folder, prompt)
     (found,), _ = run(load(folder), [(prompt, [])], [1000])
     assert distance(found, wanted) < TOLERANCE
     assert prompt.images[0].num_tokens == (17 if num_images > 1 else 72)
@@ -192,7 +192,7 @@ def test_one_of_several_images_is_seen_otherwise_by_onevision(
 @pytest.mark.parametrize("options", [{"is_exact": False}, {"quantised": "Q8_0", "is_exact": False}])
 def test_packed_towers_are_close(options: dict[str, Any], folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("llava")
-    prompt = eyes.prompt_of("llava", folder, [picture(50, 30)])
+    prompt = vision.prompt_of("llava", folder, [picture(50, 30)])
     exact, packed = (load(folder, **each).tower for each in ({}, options))
     assert exact is not None
     assert packed is not None
@@ -222,7 +222,7 @@ def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_strip_that_the_processor_refuses_is_a_client_s_mistake(folder_of: Callable[[str], Path]) -> None:
-    processor = eyes.processor_of(folder_of("qwen2_vl"))
+    processor = vision.processor_of(folder_of("qwen2_vl"))
     with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
         processor.process([Image(picture(4000, 3), b"d" * 32, "image_url")])
 
@@ -263,11 +263,11 @@ async def chatting(folder: Path, **options: Any) -> AsyncIterator[tuple[Any, App
 
 def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> str:
     """Return the greedy answer of transformers' own model to one turn, in the checkpoint's template."""
-    prompt: Prompt = eyes.prompt_of(name, folder, ["user: ", *parts, "\nassistant: "])
-    model, answer = eyes.open_reference(folder), list[int]()
+    prompt: Prompt = vision.prompt_of(name, folder, ["user: ", *parts, "\nassistant: "])
+    model, answer = vision.open_reference(folder), list[int]()
     for _ in range(num_tokens):
-        answer.append(int(eyes.reference(folder, prompt, answer, model)[-1].argmax()))
-    return eyes.text_of(folder, answer)
+        answer.append(int(vision.reference(folder, prompt, answer, model)[-1].argmax()))
+    return vision.text_of(folder, answer)
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl"])
@@ -294,12 +294,12 @@ async def test_an_image_of_the_turn_before_is_not_encoded_again(
     async with chatting(folder_of("llava"), prefix_cache=has_cache) as (ask, app):
         first: list[Part] = ["what is ", picture(50, 30)]
         answer = (await ask(first)).choices[0].message.content
-        assert program_of(app).views.num_encoded == 1
+        assert program_of(app).encodings.num_encoded == 1
         again = await ask(first, [answer], ["and now?"])
-        assert program_of(app).views.num_encoded == 1
+        assert program_of(app).encodings.num_encoded == 1
         assert (again.usage.prompt_tokens_details.cached_tokens > 16) == has_cache
         await ask(["what is ", picture(50, 30, 1)])
-        assert program_of(app).views.num_encoded == 2
+        assert program_of(app).encodings.num_encoded == 2
 
 
 async def test_streams_have_tokens_while_an_image_is_encoded(
@@ -316,7 +316,7 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
         draw = program.draw
 
         def watched(*arguments: Any) -> Any:  # each step that samples a token for the stream
-            seen.add(program.views._tower.num_pieces)
+            seen.add(program.encodings._tower.num_pieces)
             return draw(*arguments)
 
         monkeypatch.setattr(tower, "_stacked", slowly)
@@ -343,7 +343,7 @@ async def test_without_a_processor_the_model_takes_text_alone(
 
 
 def test_pixtral_s_rows_end_with_a_break_and_the_image_with_an_end(folder_of: Callable[[str], Path]) -> None:
-    (made,) = eyes.processor_of(folder_of("mistral3")).process([Image(picture(50, 30), b"d" * 32, "image")])
+    (made,) = vision.processor_of(folder_of("mistral3")).process([Image(picture(50, 30), b"d" * 32, "image")])
     row = "[IMG]" * 4
     assert made.text == f"{row}[IMG_BREAK]{row}[IMG_BREAK]{row}[IMG_END]"
 
@@ -352,7 +352,7 @@ def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
     folder_of: Callable[[str], Path],
 ) -> None:
     with pytest.raises(InvalidRequest, match="it is too small"):
-        eyes.processor_of(folder_of("mistral3")).process([Image(picture(1, 1), b"d" * 32, "image")])
+        vision.processor_of(folder_of("mistral3")).process([Image(picture(1, 1), b"d" * 32, "image")])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
     """Read BLOOM's configuration; ALiBi has no limit, so the context is the length of its training."""
-    reader.pass_over(*LLAMA_NAMES)
+    reader.drop(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),

@@ -14,9 +14,9 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases
-from tgi_asgi.models.reading_experts import behind_dense, read_corrected, read_experts, with_experts
+from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, read_experts, with_experts
 from tgi_asgi.models.reading_latent import (
-    has_our_sizes,
+    has_supported_sizes,
     interleaved,
     latent_layers,
     read_latent,
@@ -46,7 +46,9 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
     _check_every_layer(reader)
     experts = _read_softmax(reader, has_groups=method == "group_limited_greedy")
     reader.ignore("n_group", "topk_group")
-    return _make(reader, architecture, interleaved(read_latent(reader), True), experts, behind_dense(reader))
+    return _make(
+        reader, architecture, interleaved(read_latent(reader), True), experts, after_first_dense(reader)
+    )
 
 
 def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
@@ -59,7 +61,7 @@ def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
     _check_corrected(reader)
     _check_every_layer(reader)
     latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
-    return _make(reader, architecture, latent, read_corrected(reader), behind_dense(reader))
+    return _make(reader, architecture, latent, read_corrected(reader), after_first_dense(reader))
 
 
 def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
@@ -71,7 +73,7 @@ def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
     )  # fmt: skip
     _check_corrected(reader)
     latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
-    kinds, where = reader.get("mlp_layer_types"), behind_dense(reader)
+    kinds, where = reader.get("mlp_layer_types"), after_first_dense(reader)
     if kinds is not None:
         count = num_layers(reader)
         check(
@@ -100,7 +102,7 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
         experts = _read_softmax(reader, has_groups=True)
     else:
         experts = replace(read_corrected(reader), is_renormalised=is_renormalised)
-    return _make(reader, architecture, latent, experts, behind_dense(reader))
+    return _make(reader, architecture, latent, experts, after_first_dense(reader))
 
 
 def _read_softmax(reader: Reader, *, has_groups: bool) -> ExpertsSpec:
@@ -148,7 +150,7 @@ def _make(
 
 _DRAFTING = ("model.layers.{num_layers}.*", "blk.{num_layers}.*", "*.rotary_emb.inv_freq")
 FAMILIES = tuple(
-    Family(name, "deepseek2", read, Decoder, computes=has_our_sizes, unused=_DRAFTING)
+    Family(name, "deepseek2", read, Decoder, computes=has_supported_sizes, unused=_DRAFTING)
     for name, read in (
         ("DeepseekV2ForCausalLM", read_deepseek_v2),
         ("DeepseekV3ForCausalLM", read_deepseek_v3),

@@ -21,7 +21,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_layers, read_s
 
 def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of 7B, of the "new decoder" (40B, 180B and 11B), or of the RW models."""
-    reader.pass_over(*LLAMA_NAMES)
+    reader.drop(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embed",),
         num_hidden_layers=("n_layer",),

@@ -34,7 +34,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's configuration: every other layer has a window, scores and logits are capped."""
-    reader.pass_over("hidden_act")
+    reader.drop("hidden_act")
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
     )  # fmt: skip
@@ -53,7 +53,7 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's configuration: layers with a window have their own rotary embedding."""
-    reader.pass_over("hidden_act")
+    reader.drop("hidden_act")
     reader.defaults(num_key_value_heads=4, sliding_window=4096)
     check_computed(
         not reader.number("attn_logit_softcapping", 0.0),

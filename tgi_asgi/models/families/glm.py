@@ -23,7 +23,7 @@ def read_glm(reader: Reader, architecture: str) -> ModelConfig:
     (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q")
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, turns_part=True),
+        layers=read_layers(reader, sizes, has_partial_rotary=True),
         has_qkv_bias=qkv_bias,
         has_interleaved_rope=True,
         **sizes,

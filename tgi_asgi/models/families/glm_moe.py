@@ -7,7 +7,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
-from tgi_asgi.models.reading_experts import behind_dense, read_corrected, with_experts
+from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, with_experts
 
 
 def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
@@ -23,10 +23,10 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)
-    layers = read_layers(reader, sizes, turns_part=True)
+    layers = read_layers(reader, sizes, has_partial_rotary=True)
     return ModelConfig(
         architecture=architecture,
-        layers=with_experts(reader, layers, read_corrected(reader), behind_dense(reader)),
+        layers=with_experts(reader, layers, read_corrected(reader), after_first_dense(reader)),
         has_qkv_bias=qkv_bias,
         has_qk_norm=has_norm,
         **sizes,
@@ -49,7 +49,7 @@ def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     )
     return ModelConfig(
         architecture=architecture,
-        layers=with_experts(reader, layers, experts, behind_dense(reader)),
+        layers=with_experts(reader, layers, experts, after_first_dense(reader)),
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_qk_norm=True,

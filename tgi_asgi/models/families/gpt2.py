@@ -16,7 +16,7 @@ from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 
 def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-2's configuration; some variants also divide scores by the layer's number."""
-    reader.pass_over(*LLAMA_NAMES)
+    reader.drop(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("n_embd",),
         num_hidden_layers=("n_layer",),
@@ -45,7 +45,7 @@ def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
         has_gate=False,
         has_layer_norm=True,
         has_norm_bias=True,
-        has_learnt_positions=True,
+        has_learned_positions=True,
         **sizes,
     )
 

@@ -24,7 +24,7 @@ from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
 _RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_attention")
 
 
-def _has_our_sizes(config: Mapping[str, Any]) -> bool:
+def _has_supported_sizes(config: Mapping[str, Any]) -> bool:
     """Return whether the kernels support the sizes of a model's states, if it has any."""
     kinds = config.get("layer_types") or config.get("layers_block_type") or _RECURRENT
     if not isinstance(kinds, list | tuple) or not any(kind in _RECURRENT for kind in kinds):
@@ -104,6 +104,6 @@ FAMILIES = (
         read_granite4,
         Granite4,
         is_rotary_permuted=True,
-        computes=_has_our_sizes,
+        computes=_has_supported_sizes,
     ),
 )

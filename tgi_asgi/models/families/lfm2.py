@@ -56,7 +56,7 @@ def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 def _read(reader: Reader, architecture: str) -> ModelConfig:
     reader.ignore(*(() if reader.is_gguf else _TRAINING))
-    reader.pass_over("hidden_act")
+    reader.drop("hidden_act")
     reader.defaults(rope_theta=1e6, conv_L_cache=3, num_key_value_heads=8)
     kinds = _read_kinds(reader)
     if reader.is_gguf:

@@ -13,7 +13,7 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases
 from tgi_asgi.models.reading_latent import (
-    has_our_sizes,
+    has_supported_sizes,
     latent_layers,
     read_latent,
     read_latent_rope,
@@ -46,4 +46,4 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder, computes=has_our_sizes),)
+FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder, computes=has_supported_sizes),)

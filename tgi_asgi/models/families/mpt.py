@@ -21,7 +21,7 @@ _MODEL = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None}
 
 def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
     """Read MPT's configuration, which nests the attention's; other variants are refused."""
-    reader.pass_over(*LLAMA_NAMES)
+    reader.drop(*LLAMA_NAMES)
     reader.rename(
         hidden_size=("d_model",),
         num_hidden_layers=("n_layers",),

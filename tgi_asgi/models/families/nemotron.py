@@ -23,7 +23,7 @@ def read_nemotron(reader: Reader, architecture: str) -> ModelConfig:
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_up")
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, turns_part=True),
+        layers=read_layers(reader, sizes, has_partial_rotary=True),
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=mlp_bias,

@@ -20,7 +20,7 @@ def read_phi(reader: Reader, architecture: str) -> ModelConfig:
     has_qk_norm = reader.flag("qk_layernorm", False)
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, turns_part=True),
+        layers=read_layers(reader, sizes, has_partial_rotary=True),
         has_qkv_bias=True,
         has_output_bias=True,
         has_mlp_bias=True,

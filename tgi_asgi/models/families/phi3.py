@@ -14,7 +14,7 @@ def read_phi3(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Phi 3 and 4."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
-    layers = read_layers(reader, sizes, windows=read_window(reader), turns_part=True)
+    layers = read_layers(reader, sizes, windows=read_window(reader), has_partial_rotary=True)
     return ModelConfig(architecture=architecture, layers=layers, **sizes)
 
 

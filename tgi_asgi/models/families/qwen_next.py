@@ -120,10 +120,10 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
     if reader.is_gguf:
-        rope = read_rope(reader, sizes["head_dim"], turns_part=True)
+        rope = read_rope(reader, sizes["head_dim"], has_partial_rotary=True)
     else:
         given = {key: value for key, value in rope_values(reader).items() if key not in _IMAGE_ROPE}
-        rope = make_rope(reader, given, sizes["head_dim"], turns_part=True)
+        rope = make_rope(reader, given, sizes["head_dim"], has_partial_rotary=True)
     delta = _read_delta(reader)
     layers = read_layers(reader, sizes, ropes=[rope] * len(kinds))
     return ModelConfig(

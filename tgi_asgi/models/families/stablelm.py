@@ -28,7 +28,7 @@ def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
         has_qk_norm = "blk.0.attn_q_norm.weight" in reader.tensors
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, turns_part=True),
+        layers=read_layers(reader, sizes, has_partial_rotary=True),
         has_qkv_bias=qkv_bias,
         has_qk_norm=has_qk_norm,
         has_layer_norm=True,

@@ -74,9 +74,9 @@ def _difference(model: GenericModel, seed: int) -> tuple[float, str]:
     lengths = (longest, _LENGTHS[1])
     generator = np.random.default_rng(seed)
     sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
-    if model.config.seeing is not None:  # text only: no image belongs to such placeholders
+    if model.config.vision is not None:  # text only: no image belongs to such placeholders
         for ids in sequences:
-            ids[ids == model.config.seeing.image_token_id] = model.config.seeing.pad_token_id
+            ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
     precision = model.replaced.precision
     precision.is_exact = True
     try:
@@ -157,8 +157,8 @@ def run_step(model: GenericModel, num_tokens: int) -> None:
     """Compute a step of one sequence of random tokens, with the logits of the first token only."""
     pool = _pool(model, 1)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
-    if model.config.seeing is not None:
-        ids[ids == model.config.seeing.image_token_id] = model.config.seeing.pad_token_id
+    if model.config.vision is not None:
+        ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
     model.program([] if pool is None else pool.layers, BLOCK).run(flat_rows([(0, ids, 0)], 1), [0])
     if pool is not None:
         pool.close()

@@ -32,7 +32,7 @@ def adapt(model: Any) -> None:
         _let_mpt_do_without_mask()
 
 
-def _is_ours(config: Any) -> bool:
+def _is_native(config: Any) -> bool:
     return str(config._attn_implementation).startswith(_PREFIX)
 
 
@@ -56,7 +56,7 @@ def _with_scores(scale: Callable[[Any], float], window: Callable[[Any, Any], int
         own = module._attn
 
         def attn(query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-            if not _is_ours(config):
+            if not _is_native(config):
                 return own(query, key, value, attention_mask)
             rows = _attend(
                 module, config, query, key, value, scale=scale(module), window=window(module, config)
@@ -77,7 +77,7 @@ def _install_forward(forward: Callable[..., Any], module: Any, config: Any) -> N
 
     @functools.wraps(own)
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        if not _is_ours(config):
+        if not _is_native(config):
             return own(*args, **kwargs)
         return forward(module, config, *args, **kwargs)
 
@@ -127,7 +127,7 @@ def _let_mpt_do_without_mask() -> None:
     from transformers.models.mpt import modeling_mpt
 
     def create(config: Any, *args: Any, **kwargs: Any) -> Any:
-        return torch.zeros(1) if _is_ours(config) else create_causal_mask(config, *args, **kwargs)
+        return torch.zeros(1) if _is_native(config) else create_causal_mask(config, *args, **kwargs)
 
     module: Any = modeling_mpt
     module.create_causal_mask = create

@@ -62,25 +62,27 @@ class CommonDecoder:
         """Return the module as such a decoder; None if it is not one."""
         try:
             return cls(module, layers, max_positions)
-        except (_Other, AttributeError, ModelLoadError, NotImplementedError) as reason:
+        except (_NotCommon, AttributeError, ModelLoadError, NotImplementedError) as reason:
             logger.debug("%s is not of the common shape: %s", type(module).__name__, reason)
             return None
 
     def _read(self, layers: Sequence[AttentionLayer]) -> ModelConfig:
         decoder, head = self._decoder, self._module.get_output_embeddings()
-        _need({"embed_tokens", "layers", "norm"} <= set(dict(decoder.named_children())), "other parts")
-        _need(len(decoder.layers) == len(layers), "the number of attention calls is not the number of layers")
-        _need(type(head) is nn.Linear and head.bias is None, "another head")
+        _expect({"embed_tokens", "layers", "norm"} <= set(dict(decoder.named_children())), "other parts")
+        _expect(
+            len(decoder.layers) == len(layers), "the number of attention calls is not the number of layers"
+        )
+        _expect(type(head) is nn.Linear and head.bias is None, "another head")
         kinds = [self._read_layer(layer) for layer in decoder.layers]
-        _need(len(set(kinds)) == 1, "layers of several shapes")
+        _expect(len(set(kinds)) == 1, "layers of several shapes")
         shape = dict(kinds[0])
         for found in layers:
-            _need(
+            _expect(
                 (found.num_heads, found.num_kv_heads, found.head_dim)
                 == (shape["num_heads"], shape["num_kv_heads"], shape["head_dim"]),
                 "heads that do not match the products",
             )
-            _need(found.is_plain and found.rule.chunk is None, "another attention")
+            _expect(found.is_plain and found.rule.chunk is None, "another attention")
         rope = self._rope(shape["head_dim"])
         specs = tuple(LayerSpec(rope, found.rule.window, found.scale) for found in layers)
         rows, hidden = decoder.embed_tokens.weight.shape
@@ -96,21 +98,21 @@ class CommonDecoder:
 
     def _read_layer(self, layer: nn.Module) -> tuple[tuple[str, Any], ...]:
         children = dict(layer.named_children())
-        _need(set(children) == _LAYER, "layers with other parts")
+        _expect(set(children) == _LAYER, "layers with other parts")
         attention: Any = children["self_attn"]
         mlp: Any = children["mlp"]
         products = {name for name, child in attention.named_children() if type(child) is nn.Linear}
         others = {name for name, _ in attention.named_children()} - products
-        _need(products == _ATTENTION and others in (set(), _HEAD_NORMS), "another attention")
-        _need(
+        _expect(products == _ATTENTION and others in (set(), _HEAD_NORMS), "another attention")
+        _expect(
             {name for name, child in mlp.named_children() if type(child) is nn.Linear} == _MLP, "another MLP"
         )
         biases = [attention.get_submodule(name).bias is not None for name in ("q_proj", "k_proj", "v_proj")]
         mlp_biases = [mlp.get_submodule(name).bias is not None for name in _MLP]
-        _need(len(set(biases)) == 1 and len(set(mlp_biases)) == 1, "biases in only some products")
+        _expect(len(set(biases)) == 1 and len(set(mlp_biases)) == 1, "biases in only some products")
         eps = {eps_of(module) for name, module in layer.named_modules() if name.endswith("norm")}
         eps.add(eps_of(self._decoder.norm))
-        _need(len(eps) == 1, "norms with different eps")
+        _expect(len(eps) == 1, "norms with different eps")
         head_dim = int(attention.head_dim)
         shape = {
             "intermediate_size": mlp.gate_proj.out_features,
@@ -137,7 +139,7 @@ class CommonDecoder:
         """Return what norms add to their weights, 0 or 1; all norms must add the same."""
         norms = [module for name, module in self._decoder.named_modules() if name.endswith("norm")]
         offsets = {norm_offset(module) for module in norms}
-        _need(len(offsets) == 1 and None not in offsets, "norms that are not RMSNorm")
+        _expect(len(offsets) == 1 and None not in offsets, "norms that are not RMSNorm")
         return float(offsets.pop() or 0)
 
     def _is_tied(self) -> bool:
@@ -329,13 +331,13 @@ def _ratio(found: Tensor, rows: Tensor) -> float:
     return factor
 
 
-class _Other(Exception):
+class _NotCommon(Exception):
     """Raised when a module is not of the common shape."""
 
 
-def _need(holds: object, reason: str) -> None:
+def _expect(holds: object, reason: str) -> None:
     if not holds:
-        raise _Other(reason)
+        raise _NotCommon(reason)
 
 
 def _activation(mlp: Any) -> str:
@@ -345,7 +347,7 @@ def _activation(mlp: Any) -> str:
     for name, function in ACTIVATIONS.items():
         if torch.allclose(found, function(x), atol=1e-6):
             return name
-    raise _Other("another activation")
+    raise _NotCommon("another activation")
 
 
 def _run(model: Model, ids: Any) -> Tensor:

@@ -24,7 +24,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_native, applies_sines, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
@@ -32,7 +32,7 @@ from tgi_asgi.models.loading import NamedWeights, Weights
 
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # heads that give tokens, which are left out
-_MOST_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
+_MAX_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
@@ -48,7 +48,7 @@ class EncoderConfig:
     num_token_types: int  # below 2: a pair's second text is not marked; 0: the model accepts none
     first_position: int  # position of a prompt's first token
     layers: tuple[WholeLayer, ...]
-    floor_reason: str = ""  # why prompts run one by one; empty: they do not
+    sequential_reason: str = ""  # why prompts run one by one; empty: they do not
 
     @property
     def longest_context(self) -> int:
@@ -135,7 +135,7 @@ class OpenEncoder:
         except ModelLoadError as error:
             layers, reason = [], str(error)
             num_heads = int(getattr(text, "num_attention_heads", 0)) or 16
-            context = min(context, math.isqrt(_MOST_SCORES // num_heads))
+            context = min(context, math.isqrt(_MAX_SCORES // num_heads))
         has_types = "token_type_ids" in inspect.signature(base.forward).parameters
         return EncoderConfig(
             architecture=self.architecture,
@@ -146,15 +146,15 @@ class OpenEncoder:
             num_token_types=int(getattr(text, "type_vocab_size", 0) or 0) if has_types else 0,
             first_position=first,
             layers=tuple(layers),
-            floor_reason=reason,
+            sequential_reason=reason,
         )
 
-    def held(self, weights: Weights) -> list[tuple[str, int]]:
-        """Return formats and numbers of elements that the module will hold; see `OpenGeneric.held`."""
+    def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:
+        """Return formats and element counts that the module will hold; see `OpenGeneric.packed_tensors`."""
         filler = Filler(
             self._model, cast(NamedWeights, weights), lambda name, value: False, is_unused=self._is_unused
         )
-        return filler.held(packed_names(self._model))
+        return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
         """Return the approximate bytes of the rotary tables."""
@@ -180,7 +180,7 @@ class OpenEncoder:
         attention.register()
         for config in configurations(model):
             config._experts_implementation_internal = attention.NAME
-            if not self.config.floor_reason:
+            if not self.config.sequential_reason:
                 config._attn_implementation_internal = attention.NAME
         loaded = EncoderModel(model, self.config, made[0])
         encoder_check.check(loaded)
@@ -211,14 +211,14 @@ class EncoderModel:
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
         base = module.base_model
-        self.is_batch_invariant = bool(config.floor_reason) or (
-            all_products_are_ours(base) and not takes_sines(base)
+        self.is_batch_invariant = bool(config.sequential_reason) or (
+            all_products_are_native(base) and not applies_sines(base)
         )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
         """Return a program for steps of at most these numbers of tokens and prompts."""
         layers = None
-        if not self.config.floor_reason:
+        if not self.config.sequential_reason:
             layers = WholeLayers(
                 self.config.layers, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
             )

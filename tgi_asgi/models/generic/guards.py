@@ -66,7 +66,7 @@ def check_servable(model: Any) -> None:
     _refuse_uses(model, _REFUSED.__contains__)
 
 
-def check_keeps_little(model: nn.Module) -> None:
+def check_cache_uses(model: nn.Module) -> None:
     """Refuse a module that keeps more state per sequence than keys, values and recurrent states.
 
     Raises:

@@ -14,25 +14,24 @@ from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, StateShape
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
-from tgi_asgi.models.generic.adapted import adaptable, attach
+from tgi_asgi.models.generic.adaptable import adaptable, attach
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
-from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
-from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
+from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
+from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_native, applies_sines, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
 from tgi_asgi.models.generic.states import state_bytes
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
+from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
-from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
-from tgi_asgi.models.generic.vision.text import find as find_seeing
+from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, refuse_cross_attention, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
-from tgi_asgi.models.generic.vision.views import Views
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.settings import GivenRope
@@ -64,15 +63,15 @@ class GenericConfig:
     has_states: bool  # a sequence has state other than keys and values: none of it can be shared
     num_layers: int
     first_position: int = 0  # position of a sequence's first token
-    floor_reason: str = ""  # why sequences run one by one, each on its own cache; empty: they do not
-    seeing: Seeing | None = None  # for models that accept images
+    sequential_reason: str = ""  # why sequences run one by one, each on its own cache; empty: they do not
+    vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
 
     @property
     def other_bytes_per_token(self) -> int:
         """Approximate bytes per token in a cache of the model's own: float32, for two states."""
-        return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
+        return 2 * 8 * self.num_layers * self.hidden_size if self.sequential_reason else 0
 
     @property
     def states(self) -> tuple[StateShape, ...]:
@@ -117,12 +116,12 @@ class OpenGeneric:
         self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool, rope: GivenRope | None = None
     ) -> None:
         self._model = build(directory, config, trusts_code=trusts_code, rope=rope)
-        check_looks_through_rows(self._model)
+        refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
-        self._seeing = find_seeing(self._model)
+        self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
-        self._text: Any = self._model if self._seeing is None else TextView(self._model)
+        self._text: Any = self._model if self._vision is None else TextView(self._model)
         text = self._model.config.get_text_config()
         first = first_position(self._model)
         context = context_length(text) - first
@@ -130,10 +129,10 @@ class OpenGeneric:
         layers: list[AttentionLayer] = []
         reason = ""
         try:
-            check_keeps_little(self._model)
+            check_cache_uses(self._model)
             layers = discover(self._text, context)
         except ModelLoadError as error:
-            if cache_name(self._model) is None or self._seeing is not None:
+            if cache_name(self._model) is None or self._vision is not None:
                 raise
             reason = str(error)
         self.config = GenericConfig(
@@ -144,9 +143,9 @@ class OpenGeneric:
             layers=tuple(layers),
             has_states=bool(self._recurrent) or bool(reason),
             first_position=first,
-            floor_reason=reason,
+            sequential_reason=reason,
             num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
-            seeing=self._seeing,
+            vision=self._vision,
             is_dynamic=is_dynamic(self._model),
             other_state_bytes=state_bytes(self._model, cache_name(self._model)) if self._recurrent else 0,
         )
@@ -157,16 +156,16 @@ class OpenGeneric:
         Raises:
             ModelLoadError: if the processor cannot be created.
         """
-        if self._seeing is None:
+        if self._vision is None:
             return None
         config = self._model.config.to_dict()
         names = input_names(self._model)
-        self._processor = load_processor(directory, config, self._seeing.image_token_id, names)
+        self._processor = load_processor(directory, config, self._vision.image_token_id, names)
         if self._processor is not None:
             check_processor(self._processor, self.config.architecture)
         return self._processor
 
-    def held(self, weights: Weights) -> list[tuple[str, int]]:
+    def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:
         """Return formats and numbers of elements that the module will hold of these weights.
 
         Called before they are loaded.
@@ -175,14 +174,14 @@ class OpenGeneric:
             ModelLoadError: if the module has no place for a tensor.
         """
         filler = Filler(self._model, cast(NamedWeights, weights), lambda name, value: False)
-        return filler.held(packed_names(self._model))
+        return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
         """Return the approximate bytes of the rotary tables."""
         return table_bytes(self._text, max_positions)
 
     def _common(self, max_positions: int) -> CommonDecoder | None:
-        if self._recurrent or self.config.floor_reason or self.config.first_position or self._seeing:
+        if self._recurrent or self.config.sequential_reason or self.config.first_position or self._vision:
             return None
         fix_rotary_tables(self._model, max_positions)
         return CommonDecoder.find(self._model, self.config.layers, max_positions)
@@ -209,10 +208,10 @@ class OpenGeneric:
         attention.register()
         for config in configurations(self._text):
             config._experts_implementation_internal = attention.NAME
-            if not self.config.floor_reason:
+            if not self.config.sequential_reason:
                 config._attn_implementation_internal = attention.NAME
         recurrent = None
-        if self._recurrent and not self.config.floor_reason:
+        if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
         loaded = GenericModel(model, self.config, made[0], recurrent, max_positions)
         self_check.check(loaded)
@@ -238,9 +237,9 @@ class GenericModel:
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
-        self.tower = None if config.seeing is None else Tower(module)
+        self.tower = None if config.vision is None else Tower(module)
         self.is_batch_invariant = (
-            not config.has_states and all_products_are_ours(module) and not takes_sines(module)
+            not config.has_states and all_products_are_native(module) and not applies_sines(module)
         )
 
     def adapter_targets(self) -> dict[str, ops.Target]:
@@ -250,7 +249,7 @@ class GenericModel:
     def program(
         self, caches: Sequence[ops.KvLayer], max_context: int, image_cache: int = 0,
         adapters: ops.AdapterLayout | None = None,
-    ) -> GenericProgram | FloorProgram:  # fmt: skip
+    ) -> GenericProgram | SequentialProgram:  # fmt: skip
         """Return a program that runs steps over these caches, one for each of the configuration's.
 
         Args:
@@ -259,13 +258,13 @@ class GenericModel:
         """
         if adapters is not None:
             attach(self.module, adapters)
-        if self.config.floor_reason:
-            return FloorProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
+        if self.config.sequential_reason:
+            return SequentialProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
         layers = PagedLayers(self.config.layers, caches, max_context)
-        if self.tower is not None and self.config.seeing is not None:
+        if self.tower is not None and self.config.vision is not None:
             return VisionProgram(
-                self.module, self.replaced.head, layers, self.recurrent, self.config.seeing,
-                Views(self.tower, image_cache), vocab_size=self.config.vocab_size,
+                self.module, self.replaced.head, layers, self.recurrent, self.config.vision,
+                EncodingCache(self.tower, image_cache), vocab_size=self.config.vocab_size,
                 precision=self.replaced.precision,
             )  # fmt: skip
         return GenericProgram(

@@ -1,6 +1,6 @@
 """Steps of a `transformers` module: all tokens of all sequences in one call, in Python, on native kernels.
 
-`FloorProgram` is the fallback for models that native attention does not support: one sequence after the
+`SequentialProgram` is the fallback for models that native attention does not support: one sequence after the
 other, each on a cache kept by the model's own code.
 """
 
@@ -213,7 +213,7 @@ class GenericProgram(ModuleProgram):
         return states
 
 
-class FloorProgram(ModuleProgram):
+class SequentialProgram(ModuleProgram):
     """One sequence after the other, on the model's own cache.
 
     Args:

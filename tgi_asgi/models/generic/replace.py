@@ -36,7 +36,11 @@ EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
-_PLACED = {"sin", "cos", "tanh"}  # torch rounds these differently by an element's position in the tensor
+_POSITION_DEPENDENT = {
+    "sin",
+    "cos",
+    "tanh",
+}  # torch rounds these differently by an element's position in the tensor
 # Activations that `ops.gate_up` supports, in torch.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -336,7 +340,7 @@ def factor_of(module: nn.Embedding) -> float | None:
     return factor if torch.allclose(found, factor * small, rtol=1e-6, atol=0) else None
 
 
-def all_products_are_ours(model: nn.Module) -> bool:
+def all_products_are_native(model: nn.Module) -> bool:
     """Return whether torch multiplies by none of the model's matrices."""
     return all(
         isinstance(module, (PackedModule, nn.Embedding))
@@ -345,13 +349,15 @@ def all_products_are_ours(model: nn.Module) -> bool:
     )
 
 
-def takes_sines(base: nn.Module) -> bool:
+def applies_sines(base: nn.Module) -> bool:
     """Return whether torch's sine, cosine or hyperbolic tangent is applied to rows of several sequences."""
     for path, module in base.named_modules():
         if isinstance(module.__dict__.get("forward"), RotaryLookup):
             continue
         used = set(inspect.unwrap(type(module).forward).__code__.co_names)
-        if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
+        if not path.startswith("pooler") and (
+            used & _POSITION_DEPENDENT or "tanh" in type(module).__name__.lower()
+        ):
             return True
     return False
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import GivenRope
 
-_MOST_BYTES = 256 << 20  # limit for all tables of a model
+_MAX_BYTES = 256 << 20  # limit for all tables of a model
 _AT_ONCE = 4096  # positions whose angles are computed per call
 # Signatures of rotary embeddings that depend only on positions.
 _FORMS = (["x", "position_ids"], ["x", "position_ids", "layer_type"])
@@ -97,7 +97,7 @@ def tabulate(model: nn.Module, max_positions: int) -> None:
     This is faster. It also gives a token the same angles bit for bit wherever it is in a batch: torch rounds
     sines differently at the end of a tensor than in its middle.
     """
-    room = _MOST_BYTES
+    room = _MAX_BYTES
     for module in _embeddings(model):
         made = {each: _tables(module.forward, max_positions, each, room) for each in _kinds(module)}
         tables = {each: found for each, found in made.items() if found is not None}
@@ -114,7 +114,7 @@ def table_bytes(model: nn.Module, max_positions: int) -> int:
         for kind in _kinds(module):
             frequencies = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
             each += 0 if frequencies is None else 2 * 4 * 2 * frequencies.numel()  # of half of the dims
-    return min(each * max_positions, _MOST_BYTES)
+    return min(each * max_positions, _MAX_BYTES)
 
 
 def _embeddings(model: nn.Module) -> list[Any]:
@@ -152,7 +152,7 @@ class RotaryLookup:
 
 
 def _tables(
-    own: Callable[..., Any], max_positions: int, layer_type: Any, most_bytes: int
+    own: Callable[..., Any], max_positions: int, layer_type: Any, max_bytes: int
 ) -> tuple[Tensor, ...] | None:
     """Return `own`'s result for each position; None if it is too large or has no tensor per position."""
     given = () if layer_type is None else (layer_type,)
@@ -166,7 +166,7 @@ def _tables(
         rows = made if isinstance(made, tuple) else (made,)
         if not all(isinstance(row, Tensor) and row.shape[:2] == positions.shape for row in rows):
             return None
-        if sum(row.nbytes for row in rows) / positions.shape[1] * max_positions > most_bytes:
+        if sum(row.nbytes for row in rows) / positions.shape[1] * max_positions > max_bytes:
             return None
         parts.append(tuple(row[0] for row in rows))
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))

@@ -56,7 +56,7 @@ class SlotStates:
         self.num_steps = 0
         self._make = make
         self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the latest last
-        self._under_way: dict[int, list[SequenceState]] = {}
+        self._in_progress: dict[int, list[SequenceState]] = {}
         self._done: tuple[int, ...] = ()  # slots of the last step
 
     def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
@@ -65,7 +65,7 @@ class SlotStates:
         Raises:
             RuntimeError: if a row continues at a position for which there is no state.
         """
-        self._under_way = {}
+        self._in_progress = {}
         found = []
         for slot, start, length in zip(slots, starts, lengths, strict=True):
             known = [state for state in self._states.get(slot, ()) if start and state.num_tokens == start]
@@ -74,14 +74,14 @@ class SlotStates:
             self._states[slot] = known
             cache = _copy(known[0].cache) if known else self._make()
             state = SequenceState(cache, start + length)
-            self._under_way[slot] = [*known, state]
+            self._in_progress[slot] = [*known, state]
             found.append(state)
         return found
 
     def commit(self) -> None:
         """Keep the states that the step has computed."""
-        self._states.update(self._under_way)
-        self._done, self._under_way = tuple(self._under_way), {}
+        self._states.update(self._in_progress)
+        self._done, self._in_progress = tuple(self._in_progress), {}
         self.num_steps += 1
 
     def forget(self) -> None:

@@ -167,7 +167,7 @@ class Filler:
             raise ModelLoadError(f"{name!r} is made from {[each for each, _ in target.sources]}")
         return self._weights.get(target.sources[0][0], self._shapes[name])
 
-    def held(self, packed: Container[str]) -> list[tuple[str, int]]:
+    def packed_tensors(self, packed: Container[str]) -> list[tuple[str, int]]:
         """Return formats and numbers of elements that the module will hold: `Weights.stored` for its tensors.
 
         Args:

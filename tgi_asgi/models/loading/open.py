@@ -175,14 +175,14 @@ class OpenModel:
         self._model = replace(self._model, config=replace(self._model.config, cut=cut))
         self.config = self._model.config
 
-    def held(self) -> list[tuple[str, int]]:
+    def packed_tensors(self) -> list[tuple[str, int]]:
         """Return the format and number of elements of each tensor that will be held. Call before `load`.
 
         Raises:
             ModelLoadError: if the code of `transformers` has no place for a tensor.
         """
         if not isinstance(self._model, _Native):
-            return self._model.held(self.weights)
+            return self._model.packed_tensors(self.weights)
         unused = self._unused(self._model)
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 

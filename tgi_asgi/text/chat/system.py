@@ -13,7 +13,7 @@ _PROBE = re.compile(r"PROBE-\d")
 _ROLES = ("system", "developer")
 
 
-def joined_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_system_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with all instructions merged into the first message, with the first one's role."""
     instructions = [message for message in messages if message["role"] in _ROLES]
     if not instructions:
@@ -28,7 +28,7 @@ def is_scattered(messages: Sequence[dict[str, Any]]) -> bool:
     return any(message["role"] in _ROLES for message in messages[1:])
 
 
-def takes_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_developer: bool) -> bool:
+def accepts_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_developer: bool) -> bool:
     """Return whether a template shows instructions at any position; it may refuse or drop them."""
     second = "developer" if has_developer else "system"
     first, late = {"role": "system", "content": "PROBE-1"}, {"role": second, "content": "PROBE-2"}

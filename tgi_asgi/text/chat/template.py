@@ -16,7 +16,7 @@ import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
-from tgi_asgi.text.chat.system import is_scattered, joined_system, takes_scattered
+from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
 from tgi_asgi.text.chat.time_limit import limited_time
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
@@ -54,7 +54,9 @@ class ChatTemplate:
         self._drops_texts = self.iterates_parts and not self._probe_text()
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
-        self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
+        self.accepts_scattered_system = accepts_scattered(
+            self._probe, has_developer=self.mentions("developer")
+        )
         """Whether system messages may come anywhere; otherwise `render` joins them into one at the front."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,8 +74,8 @@ class ChatTemplate:
 
     def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages in an order that the template accepts; several system messages may become one."""
-        is_refused = is_scattered(messages) and not self.takes_scattered_system
-        return joined_system(messages) if is_refused else messages
+        is_refused = is_scattered(messages) and not self.accepts_scattered_system
+        return merge_system_messages(messages) if is_refused else messages
 
     def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with texts as parts, if the template shows no plain texts (SmolVLM's)."""

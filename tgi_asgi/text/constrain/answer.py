@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import Mark, ToolFormat, spelled
+from tgi_asgi.text.tools.base import Mark, ToolFormat, marked_expression
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 _ANY = r"/(.|\n)*/"
@@ -55,11 +55,11 @@ def answer_grammar(
     body, rules = _body(content, tools, arguments, mark, begin, end)
     free: tuple[str, ...] = ()
     if tools is not None and content is None and not tools.must_call and tools.format.marker:
-        free = (_from_token(spelled(tools.format.marker, mark, tools.format.markers)),)
+        free = (_from_token(marked_expression(tools.format.marker, mark, tools.format.markers)),)
     start = ""
     if reasoning is not None:
-        opening = "" if is_reasoning_open else spelled(reasoning.start, mark, reasoning.marks)
-        ending = spelled(reasoning.end, mark, reasoning.marks)
+        opening = "" if is_reasoning_open else marked_expression(reasoning.start, mark, reasoning.marks)
+        ending = marked_expression(reasoning.end, mark, reasoning.marks)
         optional = "" if is_reasoning_open else "?"
         rules.append("GAP: /[ \\n]+/")
         if ending.startswith("<["):
@@ -87,9 +87,9 @@ def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:
     """Return the expressions that may precede and follow the answer's text; "" for nothing."""
     if wrapper is None:
         return "", ""
-    starts = [spelled(start, mark, wrapper.markers) for start in wrapper.start]
+    starts = [marked_expression(start, mark, wrapper.markers) for start in wrapper.start]
     begin = f'(({" | ".join(starts)}) "\\n"?)?' if starts else ""
-    return begin, f'("\\n"? {spelled(wrapper.end, mark, wrapper.markers)})?' if wrapper.end else ""
+    return begin, f'("\\n"? {marked_expression(wrapper.end, mark, wrapper.markers)})?' if wrapper.end else ""
 
 
 def _from_token(expression: str) -> str:
@@ -110,7 +110,7 @@ def _body(
     if tools is None:
         return answer, []
     kind = tools.format
-    marker = spelled(kind.marker, mark, kind.markers) if kind.marker else ""
+    marker = marked_expression(kind.marker, mark, kind.markers) if kind.marker else ""
     rules = [kind.rules(arguments, mark, is_parallel=tools.is_parallel)]
     calls = f"({marker})? calls" if marker and kind.may_begin else f"{marker} calls".strip()
     if tools.must_call:

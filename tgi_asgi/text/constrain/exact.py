@@ -11,7 +11,7 @@ _NUDGE = Decimal("0.000001")
 _MAX_MULTIPLE = 10_000
 _MAX_DIGITS = 15  # of a fraction; the compiler rounds further digits
 _FINEST = 1e-10  # the compiler accepts no finer step
-_MOST_OF_RANGE = 1e12
+_MAX_OF_RANGE = 1e12
 # Keywords that the compiler combines with a range; it then claims that a single value holds no multiple.
 _COMBINED = frozenset({"multipleOf", "const", "enum", "$ref", "anyOf", "oneOf", "allOf"})
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only writable as \u0000, which `inline_json` forbids
@@ -71,7 +71,7 @@ def bound_digits(schema: dict[str, Any]) -> None:
     is_any = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
     if not is_any or least is None or most is None or _COMBINED & schema.keys():
         return
-    if most - least >= 1 and max(abs(least), abs(most)) <= _MOST_OF_RANGE:
+    if most - least >= 1 and max(abs(least), abs(most)) <= _MAX_OF_RANGE:
         schema["multipleOf"] = _FINEST
 
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
-from tgi_asgi.text.constrain.reason import reason_of, refusing_panics
+from tgi_asgi.text.constrain.reason import reason_of, refuse_panics
 from tgi_asgi.text.constrain.source import GrammarSource
 
 MAX_CACHED = 64  # compiled grammars; one uses from 10 kB to 40 MB
@@ -289,7 +289,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
         max_grammar_size=200_000,
         verbose_errors=False,
     )
-    with refusing_panics():
+    with refuse_panics():
         matcher = LLMatcher(backend, text, log_level=0, limits=limits)
     if matcher.is_error():
         raise InvalidRequest(f"grammar is not valid: {reason_of(matcher.get_error())}")

@@ -46,7 +46,7 @@ def reason_of(message: str) -> str:
 
 
 @contextmanager
-def refusing_panics() -> Iterator[None]:
+def refuse_panics() -> Iterator[None]:
     """Refuse input on which the compiler, written in Rust, panics; its panics are not `Exception`s.
 
     Raises:
@@ -85,5 +85,5 @@ def _validate(schema: str) -> tuple[bool, list[str]]:
 
     limits = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=200_000, verbose_errors=False)
     grammar = json.dumps({"grammars": [{"json_schema": json.loads(schema)}]})
-    with refusing_panics():
+    with refuse_panics():
         return LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.gbnf import gbnf_to_lark, is_gbnf
-from tgi_asgi.text.constrain.reason import refusing_panics
+from tgi_asgi.text.constrain.reason import refuse_panics
 from tgi_asgi.text.constrain.schema import enforceable
 
 MAX_CHARS = 128 * 1024  # of a grammar; compiling that much takes up to 0.1 s
@@ -133,7 +133,7 @@ def regex(pattern: str) -> GrammarSource:
     from llguidance import regex_to_lark
 
     _check_size(pattern)
-    with refusing_panics():
+    with refuse_panics():
         return GrammarSource(f"start: /{regex_to_lark(pattern, 'dws')}/")
 
 

@@ -125,7 +125,7 @@ def alternatives(rule: str, expressions: Sequence[str]) -> str:
 _BLANKS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n"?'}
 
 
-def spelled(text: str, mark: Mark, markers: Sequence[str]) -> str:
+def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
     """Return a text as an expression of a grammar, with its markers as `mark` writes them.
 
     `%d` stands for a number, `%s` for an id, `%_` and `%n` for an optional blank and an optional newline.

@@ -19,7 +19,7 @@ from tgi_asgi.text.tools.base import (
     alternatives,
 )
 from tgi_asgi.text.tools.literals import as_json
-from tgi_asgi.text.tools.pythonic import keywords
+from tgi_asgi.text.tools.pythonic import argument_rules
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
@@ -80,7 +80,7 @@ class _Values:
         keys = [
             (literal(f"{key}:"), self._value(schema, lines, depth), needed) for key, schema, needed in each
         ]
-        return [*lines, *keywords(name, keys, ",")]
+        return [*lines, *argument_rules(name, keys, ",")]
 
     def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
         """Return the expression of a value; append the rules that it needs to `lines`."""

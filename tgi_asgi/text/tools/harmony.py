@@ -154,6 +154,6 @@ class HarmonyParser:
         if text:
             pieces.append(CallArguments(text))
 
-    def _show(self, pieces: list[Piece], text: str, num_behind: int) -> None:
+    def _show(self, pieces: list[Piece], text: str, num_after: int) -> None:
         if text:
-            pieces.append(Content(text, self._num_read - num_behind - len(text)))
+            pieces.append(Content(text, self._num_read - num_after - len(text)))

@@ -100,11 +100,11 @@ class JsonCallParser:
         if mark is not None:
             if not self._has_called or self._opening or mark not in self._closers:
                 self._opening += self._buffer[: self._buffer.index(mark) + len(mark)]
-            self._again(text[len(mark) :], pieces)
+            self._reparse(text[len(mark) :], pieces)
         elif text[0] == "{" or self._may_be_name(text[0]):
             self._opening += self._buffer[: -len(text)]
             self._nesting = Nesting()
-            self._again(text, pieces)
+            self._reparse(text, pieces)
         else:
             self._give_up()
 
@@ -158,9 +158,9 @@ class JsonCallParser:
             self._buffer, self._is_in_tail = "", False
         elif len(self._buffer) > _MAX_TAIL or not _IN_TAIL.fullmatch(self._buffer):
             self._is_in_tail = False
-            self._again(self._buffer, pieces)
+            self._reparse(self._buffer, pieces)
 
-    def _again(self, text: str, pieces: list[Piece]) -> None:
+    def _reparse(self, text: str, pieces: list[Piece]) -> None:
         self._buffer = ""
         self._feed(text, pieces)
 

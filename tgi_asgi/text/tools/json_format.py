@@ -9,7 +9,7 @@ from functools import partial
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, spelled
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
 from tgi_asgi.text.tools.json_calls import NAMED, JsonCallParser
 
 OBJECT = ('{"name": "', '", "arguments": ', "}")
@@ -40,7 +40,7 @@ class JsonFormat(ToolFormat):
     name_head: re.Pattern[str] | None = None
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        spell = partial(spelled, mark=mark, markers=self.markers)
+        spell = partial(marked_expression, mark=mark, markers=self.markers)
         before, middle, behind = self.call
         calls = [
             f"{spell(before)} {literal(tool.name)} {spell(middle)} {tool.whole()} {spell(behind)}"

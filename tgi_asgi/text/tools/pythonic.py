@@ -17,7 +17,7 @@ from tgi_asgi.text.tools.base import (
     Piece,
     ToolFormat,
     alternatives,
-    spelled,
+    marked_expression,
 )
 from tgi_asgi.text.tools.literals import Nesting, as_json
 
@@ -50,7 +50,7 @@ class PythonicFormat(ToolFormat):
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         head, between, tail = (
-            spelled(each, mark, self.markers) for each in (self.head, self.between, self.tail)
+            marked_expression(each, mark, self.markers) for each in (self.head, self.between, self.tail)
         )
         more = f" ({between} call)*" if is_parallel else ""
         rules = [f"calls: {head} call{more} {tail}"]
@@ -59,14 +59,14 @@ class PythonicFormat(ToolFormat):
         for name, tool in zip(names, tools, strict=True):
             rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
             keys = ((literal(f"{key}="), tool.value(value), needed) for key, value, needed in tool.each())
-            rules.extend(keywords(name, keys, ", "))
+            rules.extend(argument_rules(name, keys, ", "))
         return "\n".join(rules)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return _PythonicParser(tools, self.closers)
 
 
-def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
+def argument_rules(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
     """Return rules for arguments in order, some of which are optional.
 
     `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came

@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, spelled
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
 from tgi_asgi.text.tools.xml_calls import XmlCallParser, XmlTags, choices, is_text
 
 _ANY = r"/(.|\n)*/"
@@ -39,7 +39,7 @@ class XmlFormat(ToolFormat):
     wraps: tuple[str, ...] = ()
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        spell = partial(spelled, mark=mark, markers=self.markers)
+        spell = partial(marked_expression, mark=mark, markers=self.markers)
         more = f" ({spell(self.between)} call)*" if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
         lines = [f"calls: {spell(self.head)} call{more} {spell(self.tail)}", alternatives("call", names)]

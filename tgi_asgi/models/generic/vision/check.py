@@ -18,14 +18,14 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, whole_logits
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
 from tgi_asgi.models.generic.vision.program import VisionProgram
-from tgi_asgi.text.images import located
+from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import Image
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
 
-# Classes that tests compare with `transformers` (tests/support/eyes_table.py).
-HELD = frozenset(
+# Classes that tests compare with `transformers` (tests/support/vision_table.py).
+TESTED_CLASSES = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
         "AyaVision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Idefics3", "InternVL", "Lfm2Vl", "Llava",
@@ -42,7 +42,7 @@ def check_processor(processor: VisionProcessor, architecture: str) -> None:
     Raises:
         ModelLoadError: if it cannot be prepared, with the reason.
     """
-    if architecture in HELD:
+    if architecture in TESTED_CLASSES:
         return
     try:
         processor.process([_picture()])
@@ -57,7 +57,7 @@ def check_images(model: GenericModel, processor: VisionProcessor) -> None:
         ModelLoadError: if they differ, or the class handles images in another way.
     """
     name = model.config.architecture
-    if name in HELD:
+    if name in TESTED_CLASSES:
         return
     try:
         worst = _difference(model, processor)
@@ -96,7 +96,7 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     precision.is_exact = True
     try:
         expected = whole_logits(model, **given)
-        found = _steps(model, ids, located(ids, [(image.digest, processed)]))
+        found = _steps(model, ids, locate_images(ids, [(image.digest, processed)]))
     finally:
         precision.is_exact = False
     return float((found - expected).abs().max() / expected.abs().max())

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
-from tgi_asgi.models.generic.vision.own import Lfm2Images, PixtralHalf
+from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
 logger = logging.getLogger(__name__)
 
-_OWN = {"PixtralProcessor": PixtralHalf}
+_OWN = {"PixtralProcessor": PixtralImages}
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 
 

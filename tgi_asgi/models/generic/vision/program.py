@@ -16,16 +16,16 @@ from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.program import GenericProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
-from tgi_asgi.models.generic.vision.sight import NOTHING_SEEN, Sight, sight_of
-from tgi_asgi.models.generic.vision.text import Ahead, DecoderOutput, Seeing
-from tgi_asgi.models.generic.vision.views import Views
-from tgi_asgi.types import Eyes, ImageInput
+from tgi_asgi.models.generic.vision.encodings import EncodingCache
+from tgi_asgi.models.generic.vision.sequence_images import NO_IMAGES, SequenceImages, sequence_images_of
+from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, VisionTraits
+from tgi_asgi.types import Bidirectional, ImageInput
 
-_EYES = {
-    Ahead.NOTHING: Eyes.NOTHING,
-    Ahead.IMAGES: Eyes.IMAGES,
-    Ahead.IMAGES_IN_WINDOWS: Eyes.IMAGES,
-    Ahead.PROMPT: Eyes.PROMPT,
+_BIDIRECTIONAL = {
+    Lookahead.NOTHING: Bidirectional.NOTHING,
+    Lookahead.IMAGES: Bidirectional.IMAGES,
+    Lookahead.IMAGES_IN_WINDOWS: Bidirectional.IMAGES,
+    Lookahead.PROMPT: Bidirectional.PROMPT,
 }
 
 
@@ -33,93 +33,94 @@ class VisionProgram(GenericProgram):
     """All sequences of a step in one call of the decoder, with images' rows in place of their tokens.
 
     Attributes:
-        views: Cache of image encodings.
-        eyes: Which parts of a prompt must be in one step.
+        encodings: Cache of image encodings.
+        bidirectional: Which parts of a prompt must be in one step.
     """
 
     def __init__(
-        self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, seeing: Seeing,
-        views: Views, *, vocab_size: int, precision: Precision,
+        self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None,
+        traits: VisionTraits, encodings: EncodingCache, *, vocab_size: int, precision: Precision,
     ) -> None:  # fmt: skip
         super().__init__(
-            model, head, layers, recurrent, vocab_size=vocab_size, first_position=seeing.first_position,
+            model, head, layers, recurrent, vocab_size=vocab_size, first_position=traits.first_position,
             decode=self._decode, precision=precision,
         )  # fmt: skip
-        self.views = views
-        self.eyes = _EYES[seeing.ahead]
-        self._model, self._seeing = model, seeing
+        self.encodings = encodings
+        self.bidirectional = _BIDIRECTIONAL[traits.lookahead]
+        self._model, self._traits = model, traits
         self._decoder, self._embed = model.get_decoder(), model.get_input_embeddings()
-        self._sights: dict[int, Sight] = {}
+        self._sequences: dict[int, SequenceImages] = {}
         self._inputs: dict[str, Any] = {}
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with these images."""
-        self._sights[slot] = sight_of(self._model, self._seeing, prompt_ids, images)
+        self._sequences[slot] = sequence_images_of(self._model, self._traits, prompt_ids, images)
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
-        """Encode images before the steps that need them, as `Views.advance`; also return the time spent."""
+        """Encode images before the steps that need them, as `EncodingCache.advance`; and the seconds."""
         begun = time.monotonic()
-        return self.views.advance(images, seconds), time.monotonic() - begun
+        return self.encodings.advance(images, seconds), time.monotonic() - begun
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
         """Compute a step; see `GenericProgram.run`."""
         with torch.inference_mode():
-            self._inputs = self._look(batch)
+            self._inputs = self._decoder_inputs(batch)
         return super().run(batch, rows)
 
     def _begin(self, batch: ops.FlatRows) -> None:
         super()._begin(batch)
-        if self._seeing.ahead is not Ahead.NOTHING:
+        if self._traits.lookahead is not Lookahead.NOTHING:
             ends = np.concatenate([
-                sight.ends(self._seeing.ahead, positions) for _, sight, positions in self._parts(batch)
+                sequence.ends(self._traits.lookahead, positions)
+                for _, sequence, positions in self._parts(batch)
             ])  # fmt: skip
-            in_windows = self._seeing.ahead is Ahead.IMAGES_IN_WINDOWS
+            in_windows = self._traits.lookahead is Lookahead.IMAGES_IN_WINDOWS
             self._layers.look_ahead(batch, torch.from_numpy(ends.astype(np.int32)), in_windows=in_windows)
 
     def _decode(self, *_: Any, **__: Any) -> DecoderOutput:
         """Replace the part of the model that contains the tower and the decoder."""
         return DecoderOutput(self._decoder(**self._inputs).last_hidden_state)
 
-    def _parts(self, batch: ops.FlatRows) -> list[tuple[int, Sight, Any]]:
-        """Return, for each row of a step, its first token's index, its `Sight`, and its positions."""
+    def _parts(self, batch: ops.FlatRows) -> list[tuple[int, SequenceImages, Any]]:
+        """Return the index of each row's first token in a step, its `SequenceImages`, and its positions."""
         stops = batch.query_start.tolist()
         positions = batch.positions.astype(np.int64)
         return [
-            (first, self._sights.get(slot, NOTHING_SEEN), positions[first:stop])
+            (first, self._sequences.get(slot, NO_IMAGES), positions[first:stop])
             for slot, first, stop in zip(batch.row_slots.tolist(), stops[:-1], stops[1:], strict=True)
         ]
 
-    def _look(self, batch: ops.FlatRows) -> dict[str, Any]:
+    def _decoder_inputs(self, batch: ops.FlatRows) -> dict[str, Any]:
         """Return the decoder's arguments for a step."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))
         axes: list[Tensor] = []
         places: list[Tensor] = []  # indices in the step of images' rows
         rows: list[Tensor] = []
         deep: list[tuple[Tensor, ...]] = []
-        for first, sight, positions in self._parts(batch):
+        for first, sequence, positions in self._parts(batch):
             begin, end = int(positions[0]), int(positions[-1]) + 1
-            for seen in sight.images:
+            for seen in sequence.images:
                 low, high = np.searchsorted(seen.places, (begin, end)).tolist()
                 if low == high:
                     continue
                 image = seen.image()
                 assert image is not None, "the engine holds a request while a step has a row of it"
-                view = self.views.get(image)
-                if len(view.rows) != len(seen.places):
-                    raise ValueError(f"an image has {len(view.rows)} rows for {len(seen.places)} tokens")
+                encoding = self.encodings.get(image)
+                if len(encoding.rows) != len(seen.places):
+                    raise ValueError(f"an image has {len(encoding.rows)} rows for {len(seen.places)} tokens")
                 places.append(torch.from_numpy(seen.places[low:high] - begin + first))
-                rows.append(view.rows[low:high])
-                deep.append(tuple(each[low:high] for each in view.deep))
-            axes.append(_positions(sight, begin, end))
+                rows.append(encoding.rows[low:high])
+                deep.append(tuple(each[low:high] for each in encoding.deep))
+            axes.append(_positions(sequence, begin, end))
         at = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
-        ids[at] = self._seeing.pad_token_id
+        ids[at] = self._traits.pad_token_id
         embeds = self._embed(ids[None]).clone()
         if rows:
             embeds[0, at] = torch.cat(rows)
-        flat = torch.cat(axes, dim=-1) + self._seeing.first_position
+        flat = torch.cat(axes, dim=-1) + self._traits.first_position
         given: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False}
-        given["position_ids"] = flat[:, None] if self._seeing.has_axes else flat[:1]
-        if self._seeing.has_layer_inputs:
+        given["position_ids"] = flat[:, None] if self._traits.has_axes else flat[:1]
+        if self._traits.has_layer_inputs:
             given["per_layer_inputs"] = self._decoder.get_per_layer_inputs(ids[None], None)
         given = arguments(self._decoder, **given)
         if deep and deep[0]:
@@ -130,10 +131,10 @@ class VisionProgram(GenericProgram):
         return given
 
 
-def _positions(sight: Sight, begin: int, end: int) -> Tensor:
+def _positions(sequence: SequenceImages, begin: int, end: int) -> Tensor:
     """Return the positions [3, end - begin] of a sequence's tokens; a single axis is repeated."""
-    split = min(max(sight.num_prompt, begin), end) if sight.positions is not None else begin
-    behind = (torch.arange(split, end) + sight.delta).expand(3, -1)
-    if sight.positions is None or split == begin:
-        return behind
-    return torch.cat([sight.positions[:, begin:split], behind], dim=-1)
+    split = min(max(sequence.num_prompt, begin), end) if sequence.positions is not None else begin
+    after = (torch.arange(split, end) + sequence.delta).expand(3, -1)
+    if sequence.positions is None or split == begin:
+        return after
+    return torch.cat([sequence.positions[:, begin:split], after], dim=-1)

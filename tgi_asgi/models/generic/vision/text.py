@@ -17,7 +17,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import arguments
 
 
-class Ahead(enum.Enum):
+class Lookahead(enum.Enum):
     """Which tokens of a prompt see later tokens."""
 
     NOTHING = "nothing"
@@ -27,30 +27,33 @@ class Ahead(enum.Enum):
 
 
 # Classes that do not treat an image as rows in place of its placeholder tokens.
-_OTHERWISE = {
+_UNSUPPORTED = {
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
     "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
     "Ovis2ForConditionalGeneration": "also replaces the tokens around an image's",
 }
-_AHEAD = {"Gemma3ForConditionalGeneration": Ahead.IMAGES, "PaliGemmaForConditionalGeneration": Ahead.PROMPT}
+_LOOKAHEAD = {
+    "Gemma3ForConditionalGeneration": Lookahead.IMAGES,
+    "PaliGemmaForConditionalGeneration": Lookahead.PROMPT,
+}
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 
 @dataclass(frozen=True, slots=True)
-class Seeing:
+class VisionTraits:
     """Properties of a vision model that text models lack.
 
     Attributes:
         image_token_id: Id of the placeholder tokens that an image's rows replace.
-        ahead: Which tokens see later tokens.
+        lookahead: Which tokens see later tokens.
         has_axes: Whether positions have several axes.
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
     """
 
     image_token_id: int
-    ahead: Ahead = Ahead.NOTHING
+    lookahead: Lookahead = Lookahead.NOTHING
     has_axes: bool = False
     has_layer_inputs: bool = False
     pad_token_id: int = 0
@@ -86,8 +89,8 @@ class TextView(nn.Module):
         return bool(self.decoder._can_set_attn_implementation())
 
 
-def find(model: Any) -> Seeing | None:
-    """Return a model's `Seeing`; None if it is text only.
+def vision_traits(model: Any) -> VisionTraits | None:
+    """Return a model's `VisionTraits`; None if it is text only.
 
     Raises:
         ModelLoadError: if its image handling is not supported.
@@ -97,8 +100,8 @@ def find(model: Any) -> Seeing | None:
     if getattr(config, "vision_config", None) is None or not hasattr(inner, "get_image_features"):
         return None
     name = type(model).__name__
-    if name in _OTHERWISE:
-        raise ModelLoadError(f"{name} cannot be served: it {_OTHERWISE[name]}")
+    if name in _UNSUPPORTED:
+        raise ModelLoadError(f"{name} cannot be served: it {_UNSUPPORTED[name]}")
     text = config.get_text_config()
     token = next((getattr(config, key, None) for key in _TOKEN_NAMES if getattr(config, key, None)), None)
     if token is None:
@@ -107,12 +110,12 @@ def find(model: Any) -> Seeing | None:
     if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
         raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
     decoder = model.get_decoder()
-    ahead = _AHEAD.get(name, Ahead.NOTHING)
+    lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
-        ahead = Ahead.IMAGES_IN_WINDOWS
-    return Seeing(
+        lookahead = Lookahead.IMAGES_IN_WINDOWS
+    return VisionTraits(
         image_token_id=int(token),
-        ahead=ahead,
+        lookahead=lookahead,
         has_axes=counts is not None,
         has_layer_inputs=takes_layer_inputs(decoder),
         pad_token_id=int(getattr(text, "pad_token_id", None) or 0),
@@ -130,7 +133,7 @@ def takes_layer_inputs(decoder: Any) -> bool:
     )
 
 
-def check_looks_through_rows(model: Any) -> None:
+def refuse_cross_attention(model: Any) -> None:
     """Refuse a model that does not treat an image as rows among those of its tokens.
 
     Raises:

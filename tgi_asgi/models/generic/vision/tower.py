@@ -28,12 +28,12 @@ NAME = "tgi_tower"
 # 11 ms and all of them 41 ms. A photo of 12 megapixels has 60,000 patches in Qwen2-VL, which would take
 # minutes per layer in one piece.
 ATTENTION_SIZE = 1 << 18
-_LEAST_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
+_MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
 _running = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ImageEncoding:
     """The encoding of an image.
 
     Attributes:
@@ -58,7 +58,7 @@ class Tower:
     """A model's vision tower, including the projection to the decoder's width.
 
         tower.begin(inputs)
-        while (view := tower.go_on(seconds)) is None: ...
+        while (encoding := tower.resume(seconds)) is None: ...
 
     Attributes:
         num_pieces: Number of pieces computed so far, over all images.
@@ -93,7 +93,7 @@ class Tower:
         self._inputs, self._known, self._parts = {}, [], []
         self._products.forget()
 
-    def go_on(self, seconds: float | None) -> View | None:
+    def resume(self, seconds: float | None) -> ImageEncoding | None:
         """Compute pieces, at least one, as long as the next is likely to finish in time (None: no limit).
 
         Returns None until the encoding is complete.
@@ -110,17 +110,17 @@ class Tower:
         finally:
             self._is_inside = False
             _running.tower = None
-        return _view(found)
+        return _encoding(found)
 
-    def encode(self, inputs: Mapping[str, Any]) -> View:
+    def encode(self, inputs: Mapping[str, Any]) -> ImageEncoding:
         """Encode an image at once."""
         self.begin(inputs)
         try:
-            view = self.go_on(None)
+            encoding = self.resume(None)
         finally:
             self.forget()
-        assert view is not None
-        return view
+        assert encoding is not None
+        return encoding
 
     def _run(self, forward: Callable[..., Any], is_layer: bool, *args: Any, **kwargs: Any) -> Any:
         """Replace a piece's `forward`."""
@@ -248,7 +248,7 @@ def _attend(
     if tower is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
-    count = max(ATTENTION_SIZE // num_keys, _LEAST_QUERIES)
+    count = max(ATTENTION_SIZE // num_keys, _MIN_QUERIES)
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -320,8 +320,8 @@ def _stacked(parts: list[Any]) -> Any:
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
-def _view(found: Any) -> View:
-    return View(_joined(found.pooler_output), tuple(map(_joined, _deep(found))))
+def _encoding(found: Any) -> ImageEncoding:
+    return ImageEncoding(_joined(found.pooler_output), tuple(map(_joined, _deep(found))))
 
 
 def _deep(found: Any) -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.support.eyes_models import Prompt
 from tests.support.serving import serving
+from tests.support.vision_models import Prompt
 from tgi_asgi import ops
 from tgi_asgi.app import App, create_app
 from tgi_asgi.formats.quantised import Quantisation
@@ -26,7 +26,7 @@ from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Eyes
+from tgi_asgi.types import Bidirectional
 
 BLOCK = 16
 _MIB = 1 << 20
@@ -66,7 +66,7 @@ def run(
             start = sum(map(len, found[slot]))
             ids = [*prompt.ids, *answer]
             if start < len(ids):
-                end = _end(program.eyes, prompt, start, chunks[slot])
+                end = _end(program.bidirectional, prompt, start, chunks[slot])
                 rows.append((slot, np.array(ids[start:end]), start))
         if not rows:
             break
@@ -78,14 +78,14 @@ def run(
     return [torch.cat(parts).numpy() for parts in found], program
 
 
-def _end(eyes: Eyes, prompt: Prompt, start: int, chunk: int) -> int:
+def _end(bidirectional: Bidirectional, prompt: Prompt, start: int, chunk: int) -> int:
     """Return the end position of a prompt chunk that starts at `start`."""
     if start >= len(prompt.ids):
         return start + 1
     end = min(start + chunk, len(prompt.ids))
-    if eyes is Eyes.PROMPT:
+    if bidirectional is Bidirectional.PROMPT:
         return len(prompt.ids)
-    for image in prompt.images if eyes is Eyes.IMAGES else ():
+    for image in prompt.images if bidirectional is Bidirectional.IMAGES else ():
         stop = image.start + image.num_tokens
         end = stop if image.start < end < stop else end
     return end

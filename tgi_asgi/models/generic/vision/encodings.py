@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from tgi_asgi.models.generic.vision.tower import Tower, View
+from tgi_asgi.models.generic.vision.tower import ImageEncoding, Tower
 from tgi_asgi.types import ImageInput
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 Key = tuple[bytes, int]
 
 
-class Views:
+class EncodingCache:
     """Encodes images, a few pieces at a time or at once, and caches the latest encodings.
 
     Args:
@@ -29,9 +29,9 @@ class Views:
 
     def __init__(self, tower: Tower, max_bytes: int) -> None:
         self._tower, self._max_bytes = tower, max_bytes
-        self._kept: OrderedDict[Key, View] = OrderedDict()
+        self._cache: OrderedDict[Key, ImageEncoding] = OrderedDict()
         self._num_bytes = 0
-        self._under_way: Key | None = None
+        self._in_progress: Key | None = None
         self._wanted_by: weakref.ref[ImageInput] | None = None  # request image of the encoding under way
         self._failed: OrderedDict[Key, None] = OrderedDict()
         self.num_encoded = 0
@@ -43,48 +43,48 @@ class Views:
         images, so that a partial encoding that no request needs any more is released.
         """
         is_unwanted = self._wanted_by is not None and self._wanted_by() is None
-        if is_unwanted and self._under_way not in [key_of(image) for image in images]:
+        if is_unwanted and self._in_progress not in [key_of(image) for image in images]:
             self._end()
         ends_at = time.monotonic() + seconds
         for image in images:
             if self._is_done(image):
                 continue
-            self._go_on(image, max(ends_at - time.monotonic(), 0.0))
+            self._resume(image, max(ends_at - time.monotonic(), 0.0))
             # The tower holds one partial encoding; starting the next image would discard it.
             if not self._is_done(image) or time.monotonic() >= ends_at:
                 break
         return [self._is_done(image) for image in images]
 
-    def get(self, image: ImageInput) -> View:
+    def get(self, image: ImageInput) -> ImageEncoding:
         """Return the encoding of an image, which is computed at once if it is not cached.
 
         Raises:
             Exception: if the tower raises it.
         """
         key = key_of(image)
-        view = self._kept.get(key)
-        if view is None:
+        encoding = self._cache.get(key)
+        if encoding is None:
             logger.debug("an image is encoded within a step")
             self._end()
             self.num_encoded += 1
-            view = self._tower.encode(_inputs(image))
-            self._keep(key, view)
-        self._kept.move_to_end(key)
-        return view
+            encoding = self._tower.encode(_inputs(image))
+            self._keep(key, encoding)
+        self._cache.move_to_end(key)
+        return encoding
 
     def _is_done(self, image: ImageInput) -> bool:
         key = key_of(image)
-        return key in self._kept or key in self._failed
+        return key in self._cache or key in self._failed
 
-    def _go_on(self, image: ImageInput, seconds: float) -> None:
+    def _resume(self, image: ImageInput, seconds: float) -> None:
         key = key_of(image)
         self._wanted_by = weakref.ref(image)
         try:
-            if self._under_way != key:
-                self._under_way = key
+            if self._in_progress != key:
+                self._in_progress = key
                 self.num_encoded += 1
                 self._tower.begin(_inputs(image))
-            view = self._tower.go_on(seconds)
+            encoding = self._tower.resume(seconds)
         except Exception:  # the tower's error fails the image's own request when its rows are due
             logger.exception("an image could not be encoded")
             self._end()
@@ -92,21 +92,21 @@ class Views:
             if len(self._failed) > 100:
                 self._failed.popitem(last=False)
             return
-        if view is not None:
+        if encoding is not None:
             self._end()
-            self._keep(key, view)
+            self._keep(key, encoding)
 
     def _end(self) -> None:
         """Release the partial encoding."""
-        self._under_way = self._wanted_by = None
+        self._in_progress = self._wanted_by = None
         self._tower.forget()
 
-    def _keep(self, key: Key, view: View) -> None:
+    def _keep(self, key: Key, encoding: ImageEncoding) -> None:
         self._failed.pop(key, None)
-        self._kept[key] = view
-        self._num_bytes += view.num_bytes
-        while self._num_bytes > self._max_bytes and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
+        self._cache[key] = encoding
+        self._num_bytes += encoding.num_bytes
+        while self._num_bytes > self._max_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
             self._num_bytes -= oldest.num_bytes
 
 

@@ -17,10 +17,10 @@ from tests.engine.helpers import (
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
-from tgi_asgi.engine.looks import ALONE_S
+from tgi_asgi.engine.image_encoding import MAX_ENCODE_S
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Eyes, ImageInput
+from tgi_asgi.types import Bidirectional, ImageInput
 
 
 def image(start: int, num_tokens: int, colour: bytes = b"r") -> ImageInput:
@@ -28,17 +28,20 @@ def image(start: int, num_tokens: int, colour: bytes = b"r") -> ImageInput:
 
 
 def test_a_chunk_ends_before_an_image_that_is_not_encoded() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING)
+    scheduler, runner = make_scheduler(vision=Bidirectional.NOTHING), FakeRunner(vision=Bidirectional.NOTHING)
     add_request(scheduler, make_request(60, 1, images=(image(20, 10),)))
     steps = run_all(scheduler, runner)
     sizes = [[(row.start, row.num_tokens) for row in step.plan.rows] for step in steps]
     assert sizes == [[(0, 20)], [], [(20, 40)]]
-    assert [len(step.plan.views) for step in steps] == [1, 1, 0]
-    assert [step.plan.view_s for step in steps] == [ALONE_S, ALONE_S, 0.0]
+    assert [len(step.plan.images) for step in steps] == [1, 1, 0]
+    assert [step.plan.image_budget_s for step in steps] == [MAX_ENCODE_S, MAX_ENCODE_S, 0.0]
 
 
 def test_streams_go_on_while_an_image_is_encoded() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING, view_steps=5)
+    scheduler, runner = (
+        make_scheduler(vision=Bidirectional.NOTHING),
+        FakeRunner(vision=Bidirectional.NOTHING, encode_steps=5),
+    )
     add_request(scheduler, make_request(8, 20))
     run(scheduler, runner, must_plan(scheduler))
     add_request(scheduler, make_request(60, 1, images=(image(0, 10),)), arrival=1)
@@ -47,31 +50,37 @@ def test_streams_go_on_while_an_image_is_encoded() -> None:
         run(scheduler, runner, steps[-1])
         steps.append(must_plan(scheduler))
     assert [step.num_decode_rows for step in steps] == [1] * 7
-    assert [bool(step.plan.views) for step in steps] == [True] * 5 + [False] * 2
+    assert [bool(step.plan.images) for step in steps] == [True] * 5 + [False] * 2
     assert [step.num_prefill_tokens for step in steps] == [0] * 5 + [60, 0]
 
 
 def test_a_first_token_does_not_wait_for_an_image_of_another() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING, view_steps=9)
+    scheduler, runner = (
+        make_scheduler(vision=Bidirectional.NOTHING),
+        FakeRunner(vision=Bidirectional.NOTHING, encode_steps=9),
+    )
     add_request(scheduler, make_request(60, 1, images=(image(0, 10),)))
     run(scheduler, runner, must_plan(scheduler))
     add_request(scheduler, make_request(8, 20), arrival=1)
     scheduler._budget = TokenBudget(max_tokens=512, block_size=16, target_s=0.05)
     step = must_plan(scheduler)
     assert step.num_decode_rows == 0 and [row.samples for row in step.plan.rows] == [True]
-    assert step.plan.views and 0.0 < step.plan.view_s <= 0.05
+    assert step.plan.images and 0.0 < step.plan.image_budget_s <= 0.05
 
 
 def test_an_image_in_the_cache_is_not_encoded() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING)
+    scheduler, runner = make_scheduler(vision=Bidirectional.NOTHING), FakeRunner(vision=Bidirectional.NOTHING)
     for arrival in range(2):
         add_request(scheduler, make_request(60, 1, images=(image(20, 10),)), arrival)
         steps = run_all(scheduler, runner)
-    assert [len(step.plan.views) for step in steps] == [0]
+    assert [len(step.plan.images) for step in steps] == [0]
 
 
 def test_a_cancelled_prompt_s_image_is_encoded_no_further() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING, view_steps=9)
+    scheduler, runner = (
+        make_scheduler(vision=Bidirectional.NOTHING),
+        FakeRunner(vision=Bidirectional.NOTHING, encode_steps=9),
+    )
     (sequence,) = add_request(scheduler, make_request(60, 1, images=(image(0, 10),)))
     step = must_plan(scheduler)
     scheduler.remove(sequence)
@@ -79,17 +88,23 @@ def test_a_cancelled_prompt_s_image_is_encoded_no_further() -> None:
     assert scheduler.plan() is None
 
 
-@pytest.mark.parametrize(("eyes", "num_tokens"), [(Eyes.NOTHING, 32), (Eyes.IMAGES, 70), (Eyes.PROMPT, 100)])
-def test_what_sees_ahead_is_computed_at_once(eyes: Eyes, num_tokens: int) -> None:
-    scheduler, runner = make_scheduler(max_prefill_tokens=32, eyes=eyes), FakeRunner(eyes=eyes, view_steps=1)
+@pytest.mark.parametrize(
+    ("vision", "num_tokens"),
+    [(Bidirectional.NOTHING, 32), (Bidirectional.IMAGES, 70), (Bidirectional.PROMPT, 100)],
+)
+def test_what_sees_ahead_is_computed_at_once(vision: Bidirectional, num_tokens: int) -> None:
+    scheduler, runner = (
+        make_scheduler(max_prefill_tokens=32, vision=vision),
+        FakeRunner(vision=vision, encode_steps=1),
+    )
     add_request(scheduler, make_request(100, 1, images=(image(0, 70),)))
     run(scheduler, runner, must_plan(scheduler))
     assert must_plan(scheduler).num_prefill_tokens == num_tokens
 
 
-@pytest.mark.parametrize("eyes", Eyes)
-async def test_a_request_with_images_gives_what_it_should(eyes: Eyes) -> None:
-    runner = FakeRunner(eyes=eyes)
+@pytest.mark.parametrize("vision", Bidirectional)
+async def test_a_request_with_images_gives_what_it_should(vision: Bidirectional) -> None:
+    runner = FakeRunner(vision=vision)
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
     engine.start()
     answer = await ask(engine, make_request(100, 5, n=2, images=(image(3, 40), image(60, 9, b"b"))))
@@ -98,9 +113,9 @@ async def test_a_request_with_images_gives_what_it_should(eyes: Eyes) -> None:
     await engine.stop()
 
 
-@pytest.mark.parametrize(("eyes", "size"), [(Eyes.IMAGES, 40), (Eyes.PROMPT, 60)])
-async def test_what_no_step_could_hold_is_refused(eyes: Eyes, size: int) -> None:
-    runner = FakeRunner(eyes=eyes, max_step_tokens=64 + size - 1)
+@pytest.mark.parametrize(("vision", "size"), [(Bidirectional.IMAGES, 40), (Bidirectional.PROMPT, 60)])
+async def test_what_no_step_could_hold_is_refused(vision: Bidirectional, size: int) -> None:
+    runner = FakeRunner(vision=vision, max_step_tokens=64 + size - 1)
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
     engine.start()
     with pytest.raises(InvalidRequest, match=f"must compute {size} tokens of the prompt at once"):
@@ -109,7 +124,7 @@ async def test_what_no_step_could_hold_is_refused(eyes: Eyes, size: int) -> None
 
 
 async def test_an_image_for_which_there_is_no_memory_fails_alone() -> None:
-    runner = FakeRunner(eyes=Eyes.IMAGES)
+    runner = FakeRunner(vision=Bidirectional.IMAGES)
     runner.fault = lambda plan: (
         MemoryError("none") if any(row.num_tokens > 1 and row.slot == 1 for row in plan.rows) else None
     )
@@ -123,7 +138,7 @@ async def test_an_image_for_which_there_is_no_memory_fails_alone() -> None:
 
 
 def test_an_image_is_not_taken_for_encoded_because_one_behind_it_is() -> None:
-    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING)
+    scheduler, runner = make_scheduler(vision=Bidirectional.NOTHING), FakeRunner(vision=Bidirectional.NOTHING)
     add_request(scheduler, make_request(20, 1, images=(image(10, 5, b"b"),)))
     run_all(scheduler, runner)
     add_request(scheduler, make_request(30, 1, images=(image(2, 5), image(10, 5, b"b"))), arrival=1)

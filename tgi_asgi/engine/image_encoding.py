@@ -1,7 +1,7 @@
 """Images in prompts: which are encoded ahead of the chunks that need them, and where chunks may end.
 
-A chunk ends before the first image that has not been encoded yet. Until it is encoded, steps carry it as a
-view, alongside the rows of other sequences. Called by the scheduler; pure Python.
+A chunk ends before the first image that has not been encoded yet. Until it is encoded, steps encode it
+alongside the rows of other sequences. Called by the scheduler; pure Python.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.runner.plan import StepPlan, StepResult
-from tgi_asgi.types import Eyes, ImageInput
+from tgi_asgi.types import Bidirectional, ImageInput
 
-ALONE_S = 1.0  # longest that a step spends on encoding: after a longer silence the engine seems hung
+MAX_ENCODE_S = 1.0  # longest that a step spends on encoding: after a longer silence the engine seems hung
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class PendingImage:
     """An image that a step encodes, and the sequence that it belongs to."""
 
     sequence: Sequence
@@ -31,55 +31,59 @@ class Look:
         return self.sequence.request.images[self.index]
 
 
-def looks_for(sequence: Sequence, end: int) -> list[Look]:
+def unencoded_images(sequence: Sequence, end: int) -> list[PendingImage]:
     """Return the images with a token in [num_computed, end) that are not known to be encoded."""
     start = sequence.num_computed
     return [
-        Look(sequence, sequence.epoch, index)
+        PendingImage(sequence, sequence.epoch, index)
         for index, image in enumerate(sequence.request.images)
-        if index >= sequence.num_seen and image.start < end and image.start + image.num_tokens > start
+        if index >= sequence.num_encoded_images
+        and image.start < end
+        and image.start + image.num_tokens > start
     ]
 
 
-def is_looking(sequence: Sequence) -> bool:
+def awaits_image(sequence: Sequence) -> bool:
     """Return whether the sequence's next token belongs to an image that is not known to be encoded."""
-    return bool(sequence.request.images) and bool(looks_for(sequence, sequence.num_computed + 1))
+    return bool(sequence.request.images) and bool(unencoded_images(sequence, sequence.num_computed + 1))
 
 
-def settle(looks: Many[Look], result: StepResult) -> None:
+def settle(pending: Many[PendingImage], result: StepResult) -> None:
     """Record which images a step has encoded: for each sequence, only a leading run of its images."""
     waiting: set[Sequence] = set()
-    for look, is_viewed in zip(looks, result.is_viewed, strict=False):
-        sequence = look.sequence
-        if not is_viewed:
+    for each, is_encoded in zip(pending, result.is_encoded, strict=False):
+        sequence = each.sequence
+        if not is_encoded:
             waiting.add(sequence)
-        elif sequence.epoch == look.epoch and sequence not in waiting:
-            sequence.num_seen = max(sequence.num_seen, look.index + 1)
+        elif sequence.epoch == each.epoch and sequence not in waiting:
+            sequence.num_encoded_images = max(sequence.num_encoded_images, each.index + 1)
 
 
-def plan_views(plan: StepPlan, looks: Many[Look], room_s: Callable[[], float]) -> None:
-    """Give a step's images the time that is left, or `ALONE_S` if no row of the step samples a token."""
-    plan.views = [look.image for look in looks]
-    plan.view_s = min(room_s(), ALONE_S) if any(row.samples for row in plan.rows) else ALONE_S
+def plan_image_encoding(plan: StepPlan, pending: Many[PendingImage], spare_s: Callable[[], float]) -> None:
+    """Give a step's images the time that is left, or `MAX_ENCODE_S` if no row of the step samples a token."""
+    plan.images = [each.image for each in pending]
+    plan.image_budget_s = (
+        min(spare_s(), MAX_ENCODE_S) if any(row.samples for row in plan.rows) else MAX_ENCODE_S
+    )
 
 
-class Cuts:
+class ChunkBoundaries:
     """Where a prompt may be cut into chunks.
 
     Cached blocks may end inside an image: they were computed with all of it.
 
     Args:
-        eyes: Which parts of a prompt must not be cut; None: nothing is protected.
+        bidirectional: Which parts of a prompt must not be cut; None: nothing is protected.
     """
 
-    def __init__(self, eyes: Eyes | None) -> None:
-        self._eyes = eyes
+    def __init__(self, bidirectional: Bidirectional | None) -> None:
+        self._bidirectional = bidirectional
 
     def spans(self, sequence: Sequence) -> list[tuple[int, int]]:
         """Return the token ranges [start, end) that must each be computed in one step."""
-        if self._eyes is Eyes.PROMPT:
+        if self._bidirectional is Bidirectional.PROMPT:
             return [(0, sequence.prompt_len)]
-        if self._eyes is Eyes.IMAGES:
+        if self._bidirectional is Bidirectional.IMAGES:
             return [(each.start, each.start + each.num_tokens) for each in sequence.request.images]
         return []
 
@@ -90,7 +94,7 @@ class Cuts:
                 return first if first > start else stop
         return end
 
-    def before_images(self, sequence: Sequence, count: int, room: int) -> tuple[int, list[Look]]:
+    def before_images(self, sequence: Sequence, count: int, room: int) -> tuple[int, list[PendingImage]]:
         """Return how many tokens of a chunk can be computed, up to an image that must be encoded first.
 
         A span that must not be cut is left to the next step if it exceeds `room`. Also returns the images to
@@ -98,17 +102,17 @@ class Cuts:
         """
         start = sequence.num_computed
         end = self.end(sequence, start, start + count)
-        looks = looks_for(sequence, end)
-        if looks:
-            reach = max(looks[0].image.start, start)
+        pending = unencoded_images(sequence, end)
+        if pending:
+            reach = max(pending[0].image.start, start)
             end = self.end(sequence, start, reach) if reach > start else start
             if end > reach:
-                return 0, looks
-        return (end - start if end - start <= room else 0), looks
+                return 0, pending
+        return (end - start if end - start <= room else 0), pending
 
-    def longest(self, images: Many[ImageInput], prompt_len: int) -> int:
+    def min_step_tokens(self, images: Many[ImageInput], prompt_len: int) -> int:
         """Return the least number of the prompt's tokens that a single step must be able to compute."""
-        if self._eyes is Eyes.PROMPT:
+        if self._bidirectional is Bidirectional.PROMPT:
             return prompt_len
-        sizes = [each.num_tokens for each in images] if self._eyes is Eyes.IMAGES else []
+        sizes = [each.num_tokens for each in images] if self._bidirectional is Bidirectional.IMAGES else []
         return max(sizes, default=0)

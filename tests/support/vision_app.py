@@ -1,7 +1,7 @@
 """The app with a vision model, whose image processor makes one token for each column of an image.
 
-engine = ScriptedEngine(has_eyes=True)
-app, processor = seeing_app(engine)
+engine = ScriptedEngine(has_vision=True)
+app, processor = vision_app(engine)
 processor.seen[0].pixels
 engine.requests[0].images[0].payload
 """
@@ -49,7 +49,7 @@ class FakeProcessor:
         )
 
 
-def seeing_app(
+def vision_app(
     engine: ScriptedEngine, settings: Settings | None = None, *, template: str | None = TEMPLATE, **info: Any
 ) -> tuple[App, FakeProcessor]:
     """Return an app whose model accepts images, and its image processor."""
@@ -103,7 +103,7 @@ TEXT: Any = {"type": "text", "text": "hi"}
 async def post(
     path: str, body: Any, engine: ScriptedEngine | None = None, app: App | None = None, **options: Any
 ) -> tuple[int, Any]:
-    app = app or seeing_app(engine or ScriptedEngine(has_eyes=True), Settings(**options))[0]
+    app = app or vision_app(engine or ScriptedEngine(has_vision=True), Settings(**options))[0]
     async with client_of(app) as client:
         got = await client.post(path, json=body)
     assert app.context.pixels.held == app.context.bodies.held == 0

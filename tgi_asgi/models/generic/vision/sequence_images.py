@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.models.generic.vision.text import Ahead, Seeing
+from tgi_asgi.models.generic.vision.text import Lookahead, VisionTraits
 from tgi_asgi.types import ImageInput
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class SeenImage:
+class PromptImage:
     """An image in a prompt. Only the request owns it, so that an idle slot keeps no pixels alive."""
 
     image: weakref.ref[ImageInput]
@@ -27,7 +27,7 @@ class SeenImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class SequenceImages:
     """The images of a sequence, and the positions of its tokens.
 
     Attributes:
@@ -37,22 +37,22 @@ class Sight:
     """
 
     num_prompt: int
-    images: tuple[SeenImage, ...] = ()
+    images: tuple[PromptImage, ...] = ()
     positions: Tensor | None = None
     delta: int = 0
 
-    def ends(self, ahead: Ahead, positions: Ints) -> Ints:
+    def ends(self, lookahead: Lookahead, positions: Ints) -> Ints:
         """Return, for each of these tokens, where the range that it sees ends, at least after itself."""
         ends = positions + 1
-        if ahead is Ahead.PROMPT:
+        if lookahead is Lookahead.PROMPT:
             return np.where(positions < self.num_prompt, self.num_prompt, ends)
-        for seen in self.images if ahead is not Ahead.NOTHING else ():
+        for seen in self.images if lookahead is not Lookahead.NOTHING else ():
             for first, stop in runs(seen.places):
                 ends[(positions >= first) & (positions < stop)] = stop
         return ends
 
 
-NOTHING_SEEN = Sight(0)
+NO_IMAGES = SequenceImages(0)
 
 
 def runs(places: Ints) -> list[tuple[int, int]]:
@@ -61,25 +61,27 @@ def runs(places: Ints) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, cuts) if len(part)]
 
 
-def sight_of(model: Any, seeing: Seeing, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> Sight:
-    """Return the `Sight` of a sequence with this prompt."""
+def sequence_images_of(
+    model: Any, traits: VisionTraits, prompt_ids: Sequence[int], images: Sequence[ImageInput]
+) -> SequenceImages:
+    """Return the `SequenceImages` of a sequence with this prompt."""
     num_prompt = len(prompt_ids)
     if not images:
-        return Sight(num_prompt)
+        return SequenceImages(num_prompt)
     ids = np.asarray(prompt_ids, np.int64)
-    seen: list[SeenImage] = []
+    seen: list[PromptImage] = []
     for image in images:
         stop = image.start + image.num_tokens
-        places = np.flatnonzero(ids[image.start : stop] == seeing.image_token_id) + image.start
-        seen.append(SeenImage(weakref.ref(image), places))
+        places = np.flatnonzero(ids[image.start : stop] == traits.image_token_id) + image.start
+        seen.append(PromptImage(weakref.ref(image), places))
     positions, delta = None, 0
-    if seeing.has_axes:
+    if traits.has_axes:
         grids = torch.cat([image.payload["image_grid_thw"] for image in images])
         positions, delta = _axes(model, ids, seen, grids)
-    return Sight(num_prompt, tuple(seen), positions, delta)
+    return SequenceImages(num_prompt, tuple(seen), positions, delta)
 
 
-def _axes(model: Any, ids: Ints, seen: Sequence[SeenImage], grids: Tensor) -> tuple[Tensor, int]:
+def _axes(model: Any, ids: Ints, seen: Sequence[PromptImage], grids: Tensor) -> tuple[Tensor, int]:
     """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta.
 
     grids: [images, 3], the numbers of patches of each image in time, height and width.

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tgi_asgi.models.generic.vision.tower import View
-from tgi_asgi.models.generic.vision.views import Views
+from tgi_asgi.models.generic.vision.encodings import EncodingCache
+from tgi_asgi.models.generic.vision.tower import ImageEncoding
 from tgi_asgi.types import ImageInput
 
 LONG_S = 1000.0
@@ -30,15 +30,15 @@ class ScriptedTower:
         self.inputs, self._is_known = inputs, False
         self.begun.append(inputs["name"])
 
-    def go_on(self, seconds: float | None) -> View | None:
+    def resume(self, seconds: float | None) -> ImageEncoding | None:
         if self.inputs["name"] in self.broken:
             raise MemoryError
         is_known, self._is_known = self._is_known, True
-        return View(torch.zeros(3, 2)) if is_known or seconds is None else None
+        return ImageEncoding(torch.zeros(3, 2)) if is_known or seconds is None else None
 
-    def encode(self, inputs: Mapping[str, Any]) -> View:
+    def encode(self, inputs: Mapping[str, Any]) -> ImageEncoding:
         self.begin(inputs)
-        view = self.go_on(None)
+        view = self.resume(None)
         assert view is not None
         return view
 
@@ -52,44 +52,46 @@ def tower() -> ScriptedTower:
 
 
 @pytest.fixture
-def views(tower: ScriptedTower) -> Views:
+def cache(tower: ScriptedTower) -> EncodingCache:
     made: Any = tower
-    return Views(made, 1 << 20)
+    return EncodingCache(made, 1 << 20)
 
 
 def image(name: str) -> ImageInput:
     return ImageInput(name.encode() * 32, 0, 3, {"name": name})
 
 
-def test_a_picture_is_not_forgotten_for_one_behind_it(tower: ScriptedTower, views: Views) -> None:
+def test_a_picture_is_not_forgotten_for_one_behind_it(tower: ScriptedTower, cache: EncodingCache) -> None:
     """Check this also if time is left, but too little for the picture's next piece."""
     images = [image("a"), image("b")]
-    found = [views.advance(images, LONG_S) for _ in range(4)]
+    found = [cache.advance(images, LONG_S) for _ in range(4)]
     assert found == [[False, False], [True, False], [True, True], [True, True]]
     assert tower.begun == ["a", "b"]
 
 
-def test_what_is_known_of_a_picture_is_let_go_of_with_it(tower: ScriptedTower, views: Views) -> None:
+def test_what_is_known_of_a_picture_is_let_go_of_with_it(tower: ScriptedTower, cache: EncodingCache) -> None:
     images = [image("a")]
-    views.advance(images, LONG_S)
-    views.advance([], LONG_S)
+    cache.advance(images, LONG_S)
+    cache.advance([], LONG_S)
     assert tower.inputs
     images.clear()
     gc.collect()
-    views.advance([], LONG_S)
+    cache.advance([], LONG_S)
     assert not tower.inputs
 
 
-def test_who_asks_for_the_same_picture_goes_on_with_it(tower: ScriptedTower, views: Views) -> None:
-    views.advance([image("a")], LONG_S)
+def test_who_asks_for_the_same_picture_goes_on_with_it(tower: ScriptedTower, cache: EncodingCache) -> None:
+    cache.advance([image("a")], LONG_S)
     again = [image("a")]
-    assert views.advance(again, LONG_S) == [True]
+    assert cache.advance(again, LONG_S) == [True]
 
 
-def test_a_picture_that_is_encoded_holds_nothing_but_its_rows(tower: ScriptedTower, views: Views) -> None:
+def test_a_picture_that_is_encoded_holds_nothing_but_its_rows(
+    tower: ScriptedTower, cache: EncodingCache
+) -> None:
     images = [image("a")]
     for _ in range(100):
-        if all(views.advance(images, LONG_S)):
+        if all(cache.advance(images, LONG_S)):
             break
     else:
         pytest.fail("it is not encoded")
@@ -101,14 +103,14 @@ def test_a_picture_that_is_encoded_holds_nothing_but_its_rows(tower: ScriptedTow
 
 
 def test_a_picture_that_has_failed_is_raised_when_it_is_due_and_may_succeed_later(
-    tower: ScriptedTower, views: Views
+    tower: ScriptedTower, cache: EncodingCache
 ) -> None:
     images = [image("a")]
     tower.broken.add("a")
-    assert views.advance(images, LONG_S) == [True]
+    assert cache.advance(images, LONG_S) == [True]
     assert not tower.inputs
     with pytest.raises(MemoryError):
-        views.get(images[0])
+        cache.get(images[0])
     tower.broken.clear()
-    assert len(views.get(images[0]).rows) == 3
-    assert views._failed == {}
+    assert len(cache.get(images[0]).rows) == 3
+    assert cache._failed == {}

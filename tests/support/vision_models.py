@@ -4,7 +4,7 @@
     prompt = prompt_of("llava", folder, ["what?", picture, "and", other])
     reference(folder, prompt)                 # logits of transformers' own model, all at once
 
-`eyes_table` holds the particulars of each family.
+`vision_table` holds the particulars of each family.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import transformers
 from torch import nn
 
 from tests.support.architectures import _one_thread
-from tests.support.eyes_table import FAMILIES, VOCAB_SIZE, Family
+from tests.support.vision_table import FAMILIES, VOCAB_SIZE, Family
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
-from tgi_asgi.text.images import located, written_out
+from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.types import Image, ImageInput
 
 _BASIC = ("<s>", "</s>", "<pad>", "<unk>")
@@ -177,10 +177,10 @@ def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -
     processed = processor.process(images)
     image = family.before + processor.placeholder + family.after
     text = "".join(part if isinstance(part, str) else image for part in parts)
-    text = written_out(text, processor.placeholder, [each.text for each in processed])
+    text = expand_placeholders(text, processor.placeholder, [each.text for each in processed])
     ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     pairs = [(image.digest, each) for image, each in zip(images, processed, strict=True)]
-    return Prompt(ids, located(ids, pairs), pictures)
+    return Prompt(ids, locate_images(ids, pairs), pictures)
 
 
 def open_reference(folder: Path) -> Any:

@@ -19,10 +19,10 @@ class RunningAdapters:
     pass.
     """
 
-    __slots__ = ("_counts", "_held", "_most")
+    __slots__ = ("_counts", "_held", "_max_adapters")
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_adapters: int) -> None:
+        self._max_adapters = max_adapters
         self._counts: dict[str, int] = {}  # by adapter key: number of running sequences; in order of entry
         self._held: list[Sequence] = []
 
@@ -36,10 +36,10 @@ class RunningAdapters:
         key = _key(sequence)
         if key is None:
             return True
-        return not self._held and (key in self._counts or len(self._counts) < self._most)
+        return not self._held and (key in self._counts or len(self._counts) < self._max_adapters)
 
     def hold(self, sequence: Sequence) -> None:
-        """Hold a sequence that may not run yet; `leave` or `give_up` returns it."""
+        """Hold a sequence that may not run yet; `leave` or `remove` returns it."""
         self._held.append(sequence)
 
     def enter(self, sequence: Sequence) -> None:
@@ -59,7 +59,7 @@ class RunningAdapters:
         del self._counts[key]
         return self._release()
 
-    def give_up(self, sequence: Sequence) -> list[Sequence]:
+    def remove(self, sequence: Sequence) -> list[Sequence]:
         """Drop a sequence that no longer waits; if it was held, return the others that were held with it."""
         if sequence not in self._held:
             return []

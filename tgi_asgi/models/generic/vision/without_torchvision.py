@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 
-class PixtralHalf:
+class PixtralImages:
     """The image half of `PixtralProcessor`, whose module needs torchvision.
 
     An image becomes its rows of tokens, with a break token after each but the last, which an end token
