@@ -377,7 +377,7 @@ class LatentHeads:
         eps: float,
         cosines: _Floats,
         sines: _Floats,
-        turning_column: int,
+        rotary_column: int,
     ) -> None: ...
 
 class ShortConv:
@@ -470,14 +470,14 @@ class RouteSpec:
         correction: _Floats | None = None,
         num_groups: int = 1,
         top_groups: int = 1,
-        adds_two_best: bool = False,
+        sums_top_two: bool = False,
         is_renormalised: bool = False,
         eps: float = 0.0,
         scale: float = 1.0,
         jitter: float = 0.0,
     ) -> None: ...
 
-class Choice:
+class Routing:
     """The experts that each of a program's tokens is routed to."""
 
     def arrays(self) -> tuple[_Ints, _Floats]:
@@ -534,24 +534,24 @@ class ShardGroup:
     def end(self) -> None:
         """Let the other shards end; called by the first after its last step."""
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Release all shards that wait for another; their results are void. May be called from any thread."""
 
     @property
-    def is_given_up(self) -> bool: ...
+    def is_aborted(self) -> bool: ...
 
 class Program:
     """A list of kernel calls and their buffers; the methods are those of csrc/bindings/program.h."""
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
-    def use_adapters(self, layout: AdapterLayout) -> None: ...
-    def use_shards(self, shards: ShardGroup, first_word: int) -> None: ...
-    def part(self) -> Rows: ...
+    def set_adapters(self, layout: AdapterLayout) -> None: ...
+    def set_shards(self, shards: ShardGroup, first_vocab_id: int) -> None: ...
+    def partial_sum(self) -> Rows: ...
     def rows(self, columns: int, *, for_logits: bool = False) -> Rows: ...
     def activation(
         self, columns: int, precision: str, *, for_logits: bool = False, min_tiles: int = 0
     ) -> Activation: ...
-    def choice(self, num_experts: int, top_k: int) -> Choice: ...
+    def routing(self, num_experts: int, top_k: int) -> Routing: ...
     def query(self, pool: KvPool, num_heads: int) -> Query: ...
     def embed(self, *, table: Matrix, factor: float, positions: _Floats | None, out: Rows) -> None: ...
     def norm(self, *, x: Rows, norm: Norm, for_logits: bool, is_private: bool, out: Activation) -> None: ...
@@ -560,12 +560,12 @@ class Program:
     def pack(self, *, rows: Rows, out: Activation) -> None: ...
     def linear(self, *, product: Product, out: Rows, first_column: int = 0) -> None: ...
     def linear_add(self, *, product: Product, factor: float, x: Rows) -> None: ...
-    def sum_shards(self, *, part: Rows, factor: float, adds: bool, x: Rows) -> None: ...
+    def sum_shards(self, *, partial_sum: Rows, factor: float, adds: bool, x: Rows) -> None: ...
     def qkv(self, *, products: Sequence[Product], heads: Heads, out: Query) -> None: ...
     def head_rows(self, *, rows: Rows, heads: Heads, has_keys: bool, out: Query) -> None: ...
     def heads_linear(self, *, product: Product, num_heads: int, out: Rows) -> None: ...
     def latent_qkv(
-        self, *, absorbed: Rows, turning: Rows, latents: Rows, heads: LatentHeads, out: Query
+        self, *, absorbed: Rows, rotary: Rows, latents: Rows, heads: LatentHeads, out: Query
     ) -> None: ...
     def attention(
         self,
@@ -583,12 +583,12 @@ class Program:
     ) -> None: ...
     def gate_up(self, *, product: Product, activation: str, out: Activation) -> None: ...
     def act_mul(self, *, gate: Rows, up: Rows, activation: str, out: Activation) -> None: ...
-    def route(self, *, logits: Rows, spec: RouteSpec, out: Choice) -> None: ...
+    def route(self, *, logits: Rows, spec: RouteSpec, out: Routing) -> None: ...
     def experts_add(
         self,
         *,
         source: Activation,
-        choice: Choice,
+        routing: Routing,
         mlps: ExpertMlps,
         gathered: Activation,
         inner: Activation,
@@ -632,14 +632,14 @@ class Program:
     def num_steps(self) -> int:
         """Number of steps computed, up to and including the last one's states."""
 
-    def forget_since(self, num_steps: int) -> None:
+    def roll_back_to(self, num_steps: int) -> None:
         """Discard the recurrent states of a step that began after `num_steps` steps and then failed."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks of the pool, as pairs (from, to), in all shards."""
 
     def follow(self) -> None:
-        """Compute what the first shard sends, until it ends or gives up the group."""
+        """Compute what the first shard sends, until it ends or aborts the group."""
 
     @property
     def num_operators(self) -> int: ...
@@ -721,9 +721,14 @@ class Drafter:
         """Append a token that the slot's sequence has sampled."""
 
     def choose(
-        self, wishes: Sequence[tuple[int, int, Sequence[int]]], *, base: float, token: float, num_tokens: int
+        self,
+        requests: Sequence[tuple[int, int, Sequence[int]]],
+        *,
+        base: float,
+        token: float,
+        num_tokens: int,
     ) -> list[list[int]]:
-        """Return drafts for each wish: (slot, maximum number of drafts, tokens that must come next, if
+        """Return drafts for each request: (slot, maximum number of drafts, tokens that must come next, if
         known).
 
         A step costs `base`, and `token` per token, in any unit; it has `num_tokens` tokens without the

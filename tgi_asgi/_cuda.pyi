@@ -33,10 +33,10 @@ class Program:
         op: str | Callable[..., object],
         arguments: Sequence[Any],
         when: Operand | None,
-        least: int,
-        most: int,
+        min: int,
+        max: int,
     ) -> None:
-        """Add a call of `namespace::name.overload` or of a function, made if the size is in [least, most].
+        """Add a call of `namespace::name.overload` or of a function, made if the size is in [min, max].
 
         Arguments are constants or operands, in the schema's order.
 

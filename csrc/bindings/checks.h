@@ -13,7 +13,7 @@ namespace tgi {
 
 namespace py = pybind11;
 
-constexpr int64_t kMostLayers = 1 << 16;  // per model
+constexpr int64_t kMaxLayers = 1 << 16;  // per model
 
 // A contiguous numpy array. Arguments of this type are bound with noconvert(), so another dtype is
 // a TypeError, and writes go to the caller's own memory.

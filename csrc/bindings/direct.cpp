@@ -178,7 +178,7 @@ void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, F
     kernels.embed(params, header, member, num_members);
   };
   if (ids.size() * params.table.num_columns <= kAloneFloats) {
-    cpu::run_alone(run);
+    cpu::run_on_caller(run);
   } else {
     cpu::run_on_team(run);
   }
@@ -200,7 +200,7 @@ void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, Floa
     kernels.norm_rows(params, header, member, num_members);
   };
   if (header.num_tokens * width <= kAloneFloats) {
-    cpu::run_alone(run);
+    cpu::run_on_caller(run);
   } else {
     cpu::run_on_team(run);
   }

@@ -8,8 +8,8 @@
 
 namespace tgi {
 
-std::vector<SlotPlace> places_of(const PlannedRows& planned, const SampleArrays& state) {
-  std::vector<SlotPlace> places(planned.rows.size());
+std::vector<SlotPosition> slot_positions(const PlannedRows& planned, const SampleArrays& state) {
+  std::vector<SlotPosition> places(planned.rows.size());
   for (size_t index = 0; index < places.size(); ++index) {
     const PlannedRows::Row& row = planned.rows[index];
     if (!row.is_from_slot) continue;
@@ -20,32 +20,32 @@ std::vector<SlotPlace> places_of(const PlannedRows& planned, const SampleArrays&
   return places;
 }
 
-std::vector<std::vector<int32_t>> drafts_of(const PlannedRows& planned,
-                                            const std::vector<SlotPlace>& places,
-                                            const cpu::Drafter& drafter,
-                                            const cpu::StepCost& cost) {
-  std::vector<cpu::DraftWish> wishes;
+std::vector<std::vector<int32_t>> choose_drafts(const PlannedRows& planned,
+                                                const std::vector<SlotPosition>& places,
+                                                const cpu::Drafter& drafter,
+                                                const cpu::StepCost& cost) {
+  std::vector<cpu::DraftRequest> requests;
   std::vector<size_t> rows;
   int64_t num_tokens = 0;
   for (size_t index = 0; index < planned.rows.size(); ++index) {
     const PlannedRows::Row& row = planned.rows[index];
     num_tokens += row.is_from_slot ? 1 : static_cast<int64_t>(row.num_ids);
-    if (row.most_drafts == 0) continue;
-    const int64_t room = row.stop - start_of(row, places[index]) - 1;
-    if (room <= 0) continue;
-    wishes.push_back({row.slot, std::min<int64_t>(row.most_drafts, room), {}});
+    if (row.max_drafts == 0) continue;
+    const int64_t num_left = row.stop - start_of(row, places[index]) - 1;
+    if (num_left <= 0) continue;
+    requests.push_back({row.slot, std::min<int64_t>(row.max_drafts, num_left), {}});
     rows.push_back(index);
   }
-  if (wishes.empty()) return {};
-  std::vector<std::vector<int32_t>> chosen = drafter.choose(wishes, cost, num_tokens);
+  if (requests.empty()) return {};
+  std::vector<std::vector<int32_t>> chosen = drafter.choose(requests, cost, num_tokens);
   std::vector<std::vector<int32_t>> drafts(planned.rows.size());
   for (size_t i = 0; i < rows.size(); ++i) drafts[rows[i]] = std::move(chosen[i]);
   return drafts;
 }
 
-void tell(cpu::Drafter& drafter, const Draws& draws) {
+void observe(cpu::Drafter& drafter, const Draws& draws) {
   for (size_t row = 0; row < draws.slots.size(); ++row) {
-    if (draws.is_kept[row] && draws.is_finite[row])
+    if (draws.is_accepted[row] && draws.is_finite[row])
       drafter.append(draws.slots[row], draws.token_ids[row]);
   }
 }
@@ -71,17 +71,17 @@ void start(cpu::Drafter& drafter, int64_t slot, const Array<int32_t>& ids) {
   drafter.start(static_cast<int32_t>(slot), {ids.data(), ids.data() + ids.size()});
 }
 
-using Wish = std::tuple<int64_t, int64_t, std::vector<int32_t>>;
+using Request = std::tuple<int64_t, int64_t, std::vector<int32_t>>;
 
 std::vector<std::vector<int32_t>> choose(const cpu::Drafter& drafter,
-                                         const std::vector<Wish>& given, double base, double token,
-                                         int64_t num_tokens) {
-  std::vector<cpu::DraftWish> wishes;
-  for (const auto& [slot, most, certain] : given) {
+                                         const std::vector<Request>& given, double base,
+                                         double token, int64_t num_tokens) {
+  std::vector<cpu::DraftRequest> requests;
+  for (const auto& [slot, max_drafts, certain] : given) {
     check_slot(drafter, slot);
-    wishes.push_back({static_cast<int32_t>(slot), most, certain});
+    requests.push_back({static_cast<int32_t>(slot), max_drafts, certain});
   }
-  return drafter.choose(wishes, {base, token}, num_tokens);
+  return drafter.choose(requests, {base, token}, num_tokens);
 }
 
 void append(cpu::Drafter& drafter, int64_t slot, int32_t id) {
@@ -101,7 +101,7 @@ void bind_drafting(py::module_& module) {
       .def("start", &start, py::arg("slot"), py::arg("ids").noconvert(),
            "Assign a slot to a sequence with these tokens.")
       .def("append", &append, py::arg("slot"), py::arg("id"), "Append a sampled token.")
-      .def("choose", &choose, py::arg("wishes"), py::kw_only(), py::arg("base"), py::arg("token"),
+      .def("choose", &choose, py::arg("requests"), py::kw_only(), py::arg("base"), py::arg("token"),
            py::arg("num_tokens"),
            "Return the drafts for each (slot, maximum number, certain tokens), by a step's cost.");
 }

@@ -12,15 +12,16 @@ namespace tgi {
 
 // Returns each row's slot position; entries of rows that are not from a slot are unspecified.
 // Throws if a slot does not exist.
-std::vector<SlotPlace> places_of(const PlannedRows& planned, const SampleArrays& state);
+std::vector<SlotPosition> slot_positions(const PlannedRows& planned, const SampleArrays& state);
 
 // Returns the drafts for each row that may have some.
-std::vector<std::vector<int32_t>> drafts_of(const PlannedRows& planned,
-                                            const std::vector<SlotPlace>& places,
-                                            const cpu::Drafter& drafter, const cpu::StepCost& cost);
+std::vector<std::vector<int32_t>> choose_drafts(const PlannedRows& planned,
+                                                const std::vector<SlotPosition>& places,
+                                                const cpu::Drafter& drafter,
+                                                const cpu::StepCost& cost);
 
 // Appends the sampled tokens to the drafter.
-void tell(cpu::Drafter& drafter, const Draws& draws);
+void observe(cpu::Drafter& drafter, const Draws& draws);
 
 void bind_drafting(py::module_& module);
 

@@ -43,7 +43,7 @@ void check_experts(int64_t num_experts, int64_t top_k) {
 
 RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
                      const std::optional<Array<float>>& correction, int64_t num_groups,
-                     int64_t top_groups, bool adds_two_best, bool is_renormalised, double eps,
+                     int64_t top_groups, bool sums_top_two, bool is_renormalised, double eps,
                      double scale, double jitter) {
   check_experts(num_experts, top_k);
   check(num_groups >= 1 && num_experts % num_groups == 0, "`num_groups` must divide the ",
@@ -64,7 +64,7 @@ RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind
   }
   params_.num_groups = num_groups;
   params_.top_groups = top_groups;
-  params_.adds_two_best = adds_two_best;
+  params_.sums_top_two = sums_top_two;
   params_.is_renormalised = is_renormalised;
   params_.eps = finite(eps, "eps");
   params_.scale = finite(scale, "scale");
@@ -73,20 +73,20 @@ RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind
   params_.out.top_k = top_k;
 }
 
-ChoiceBuffer ChoiceBuffer::make(int64_t num_tokens, int64_t num_experts, int64_t top_k) {
+RoutingBuffer RoutingBuffer::make(int64_t num_tokens, int64_t num_experts, int64_t top_k) {
   check_experts(num_experts, top_k);
   const int64_t size = cpu::product_of_sizes({num_tokens, top_k});
-  check(size <= INT32_MAX, "a choice has at most ", INT32_MAX, " entries, got ", size);
+  check(size <= INT32_MAX, "a routing has at most ", INT32_MAX, " entries, got ", size);
   const int64_t list_bytes = (size * 4 + 63) / 64 * 64;
   const int64_t experts_bytes = num_experts * static_cast<int64_t>(sizeof(step::ExpertTokens));
-  ChoiceBuffer made = {cpu::allocate(64 + 4 * list_bytes + experts_bytes), num_tokens, {}};
+  RoutingBuffer made = {cpu::allocate(64 + 4 * list_bytes + experts_bytes), num_tokens, {}};
   uint8_t* at = made.memory.get();
   const auto take = [&](int64_t bytes) {
     uint8_t* const taken = at;
     at += bytes;
     return taken;
   };
-  step::Choice& view = made.view;
+  step::ExpertRouting& view = made.view;
   view.num_experts = num_experts;
   view.top_k = top_k;
   view.num_used = reinterpret_cast<int64_t*>(take(64));
@@ -214,11 +214,11 @@ ExpertsMemory& experts_memory() {
 }
 
 // Builds the routing from arrays; ids beyond the number of experts are ignored.
-ChoiceBuffer choice_of(const Array<int32_t>& ids, const Array<float>& weights,
-                       int64_t num_experts) {
+RoutingBuffer routing_of(const Array<int32_t>& ids, const Array<float>& weights,
+                         int64_t num_experts) {
   check_shape(ids, "ids", {-1, -1});
   check_shape(weights, "weights", {ids.shape(0), ids.shape(1)});
-  ChoiceBuffer made = ChoiceBuffer::make(ids.shape(0), num_experts, ids.shape(1));
+  RoutingBuffer made = RoutingBuffer::make(ids.shape(0), num_experts, ids.shape(1));
   check_range(ids.data(), ids.size(), INT32_MAX, "ids");
   std::copy_n(ids.data(), ids.size(), made.view.ids);
   std::copy_n(weights.data(), ids.size(), made.view.weights);
@@ -243,7 +243,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   const int64_t width = mlps.down->num_rows();
   check_contiguous(out, num_tokens, width);
   if (num_tokens == 0) return;
-  const ChoiceBuffer choice = choice_of(ids, weights, mlps.down->num_experts());
+  const RoutingBuffer routing = routing_of(ids, weights, mlps.down->num_experts());
   step::StepHeader header = {};
   header.num_tokens = header.num_generated = num_tokens;
   const step::Kernels& kernels = step::kernels();
@@ -252,31 +252,31 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   pack.rows = x.data();
   pack.width = x.shape(1);
   step::ExpertsAddParams params = {};
-  params.choice = choice.view;
+  params.routing = routing.view;
   params.in = params.gathered = {nullptr, precision_of(precision), columns, nullptr};
   params.inner = {nullptr, precision_of(inner_precision), mlps.num_columns(), nullptr};
   params.factor = 1;
   params.x = out.mutable_data();
   const int64_t floats = set_experts(mlps, params);
   const py::gil_scoped_release release;
-  step::sort_by_expert(choice.view, num_tokens, num_tokens);
+  step::sort_by_expert(routing.view, num_tokens, num_tokens);
   int64_t most = 0;  // tokens of one expert; a token may name the same id twice
-  for (int64_t i = 0; i < *choice.view.num_used; ++i) {
-    most = std::max<int64_t>(most, choice.view.experts[i].num_tokens);
+  for (int64_t i = 0; i < *routing.view.num_used; ++i) {
+    most = std::max<int64_t>(most, routing.view.experts[i].num_tokens);
   }
   const auto tiles_of = [&](int64_t rows) {
     return (rows + kernels.tile_tokens - 1) / kernels.tile_tokens;
   };
-  params.num_tiles = std::max({tiles_of(num_tokens), tiles_of(most), *choice.view.num_used});
+  params.num_tiles = std::max({tiles_of(num_tokens), tiles_of(most), *routing.view.num_used});
   ExpertsMemory& memory = experts_memory();
   const std::lock_guard<std::mutex> lock(memory.mutex);
-  const auto room = [&](Workspace& of, const step::Activation& activation, int64_t tiles) {
+  const auto allocate = [&](Workspace& of, const step::Activation& activation, int64_t tiles) {
     const int64_t tile_bytes = activation.tile_bytes(kernels.tile_tokens);
     return of.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
   };
-  params.in.data = room(memory.in, params.in, tiles_of(num_tokens));
-  params.gathered.data = room(memory.gathered, params.gathered, params.num_tiles);
-  params.inner.data = room(memory.inner, params.inner, params.num_tiles);
+  params.in.data = allocate(memory.in, params.in, tiles_of(num_tokens));
+  params.gathered.data = allocate(memory.gathered, params.gathered, params.num_tiles);
+  params.inner.data = allocate(memory.inner, params.inner, params.num_tiles);
   pack.out = params.in;
   params.gate_floats = most * step::kStripRows;
   std::fill_n(params.x, num_tokens * width, 0.0f);
@@ -373,7 +373,7 @@ void bind_experts(py::module_& module) {
                     int64_t, int64_t, bool, bool, double, double, double>(),
            py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("kind"),
            py::arg("correction").noconvert() = py::none(), py::arg("num_groups") = 1,
-           py::arg("top_groups") = 1, py::arg("adds_two_best") = false,
+           py::arg("top_groups") = 1, py::arg("sums_top_two") = false,
            py::arg("is_renormalised") = false, py::arg("eps") = 0.0, py::arg("scale") = 1.0,
            py::arg("jitter") = 0.0);
   py::class_<ExpertStack, StackPtr>(module, "ExpertStack",
@@ -387,13 +387,13 @@ void bind_experts(py::module_& module) {
       .def(py::init(&ExpertMlps::make), py::kw_only(), py::arg("gate_up"),
            py::arg("down").none(false), py::arg("activation"), py::arg("limit") = 0.0,
            py::arg("slope") = 1.0, py::arg("offset") = 0.0);
-  py::class_<ChoiceBuffer, ChoicePtr>(module, "Choice", "The experts selected for each token.")
+  py::class_<RoutingBuffer, RoutingPtr>(module, "Routing", "The experts selected for each token.")
       .def(
           "arrays",
-          [](const ChoiceBuffer& choice) {
-            const step::Choice& view = choice.view;
-            Array<int32_t> ids({choice.num_rows, view.top_k});
-            Array<float> weights({choice.num_rows, view.top_k});
+          [](const RoutingBuffer& routing) {
+            const step::ExpertRouting& view = routing.view;
+            Array<int32_t> ids({routing.num_rows, view.top_k});
+            Array<float> weights({routing.num_rows, view.top_k});
             std::copy_n(view.ids, ids.size(), ids.mutable_data());
             std::copy_n(view.weights, weights.size(), weights.mutable_data());
             return py::make_tuple(ids, weights);

@@ -18,7 +18,7 @@ class RouteSpec {
  public:
   RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
             const std::optional<Array<float>>& correction, int64_t num_groups, int64_t top_groups,
-            bool adds_two_best, bool is_renormalised, double eps, double scale, double jitter);
+            bool sums_top_two, bool is_renormalised, double eps, double scale, double jitter);
 
   int64_t num_experts() const { return params_.out.num_experts; }
   int64_t top_k() const { return params_.out.top_k; }
@@ -31,12 +31,12 @@ class RouteSpec {
 };
 
 // The experts selected for each token; written by `route`.
-struct ChoiceBuffer {
+struct RoutingBuffer {
   cpu::Memory memory;
   int64_t num_rows;  // tokens
-  step::Choice view;
+  step::ExpertRouting view;
 
-  static ChoiceBuffer make(int64_t num_tokens, int64_t num_experts, int64_t top_k);
+  static RoutingBuffer make(int64_t num_tokens, int64_t num_experts, int64_t top_k);
 };
 
 // One product of all experts of a layer: matrices of the same shape, each in the format of its
@@ -67,7 +67,7 @@ class ExpertStack {
 };
 
 using RoutePtr = std::shared_ptr<RouteSpec>;
-using ChoicePtr = std::shared_ptr<ChoiceBuffer>;
+using RoutingPtr = std::shared_ptr<RoutingBuffer>;
 using StackPtr = std::shared_ptr<ExpertStack>;
 
 // The experts of a layer, and how their gate and up outputs are combined.
@@ -87,9 +87,9 @@ struct ExpertMlps {
 
 using MlpsPtr = std::shared_ptr<ExpertMlps>;
 
-// Checks the weights and writes them to parameters whose choice, input and buffers are already set.
-// Returns the number of floats of work memory per member, which the caller allocates and passes to
-// `set_scratch`.
+// Checks the weights and writes them to parameters whose routing, input and buffers are already
+// set. Returns the number of floats of work memory per member, which the caller allocates and
+// passes to `set_scratch`.
 int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params);
 void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats);
 

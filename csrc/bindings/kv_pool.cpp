@@ -14,7 +14,7 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kMostBytes = int64_t{1} << 55;  // per block; a single layer's part is below 2^50
+constexpr int64_t kMaxBytes = int64_t{1} << 55;  // per block; a single layer's part is below 2^50
 
 void check_heads(const KvShape& shape, step::Precision precision) {
   const int64_t unit = precision == step::Precision::kInt8 ? step::kStripRows : 2;
@@ -44,7 +44,7 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
                const std::string& precision, bool has_latents)
     : num_blocks_(num_blocks), block_size_(block_size), precision_(precision_of(precision)) {
   const auto count = static_cast<int64_t>(layers.size());
-  check(count > 0 && count <= kMostLayers, "`layers` must be 1 to ", kMostLayers, ", got ", count);
+  check(count > 0 && count <= kMaxLayers, "`layers` must be 1 to ", kMaxLayers, ", got ", count);
   check(num_blocks > 0 && num_blocks < INT32_MAX / std::max<int64_t>(block_size, 1),
         "`num_blocks` must be positive, and all slots below 2^31, got ", num_blocks);
   check(block_size == 16 || block_size == 32 || block_size == 64,
@@ -56,7 +56,7 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
     } else {
       check_heads(shape, precision_);
     }
-    check(shape.group >= 0 && shape.group < kMostLayers, "`group` must be in [0, ", kMostLayers,
+    check(shape.group >= 0 && shape.group < kMaxLayers, "`group` must be in [0, ", kMaxLayers,
           "), got ", shape.group);
     step::KvLayerView view = {};
     view.precision = precision_;
@@ -71,7 +71,7 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
     sizes.resize(static_cast<size_t>(num_groups_));
     int64_t& size = sizes[static_cast<size_t>(shape.group)];
     offsets.push_back(size);
-    if (size > kMostBytes) throw std::bad_alloc();
+    if (size > kMaxBytes) throw std::bad_alloc();
     size += view.layer_bytes();
     layers_.push_back(view);
   }

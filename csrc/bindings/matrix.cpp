@@ -27,16 +27,16 @@ std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t r
 }
 
 void check_shares(const step::Shares& shares, int64_t num_strips) {
-  constexpr int64_t kMostUnitStrips = 1 << 16, kMostStrips = int64_t{1} << 40;
+  constexpr int64_t kMaxUnitStrips = 1 << 16, kMaxStrips = int64_t{1} << 40;
   const int64_t unit = shares.unit_strips, all = shares.all_strips;
-  check(unit > 0 && unit <= kMostUnitStrips && num_strips % unit == 0,
+  check(unit > 0 && unit <= kMaxUnitStrips && num_strips % unit == 0,
         "`unit_strips` must divide the matrix's ", num_strips, ", got ", unit);
   if (all == 0) {
     check(shares.query_strips == 0 && shares.first_strip == 0,
           "`query_strips` and `first_strip` must be 0 where `all_strips` is");
     return;
   }
-  check(all >= num_strips && all <= kMostStrips && all % unit == 0,
+  check(all >= num_strips && all <= kMaxStrips && all % unit == 0,
         "`all_strips` must be whole units, no less than the matrix's ", num_strips, ", got ", all);
   check(shares.query_strips >= 0 && shares.query_strips <= all && shares.query_strips % unit == 0,
         "`query_strips` must be whole units in [0, ", all, "], got ", shares.query_strips);

@@ -46,7 +46,7 @@ void use_kernel_set(const std::string& name) {
 }
 
 // Fails if TGI_ISA names a kernel set that is unavailable: whoever sets it wants to compare sets.
-void check_wish() {
+void check_requested_isa() {
   const char* wanted = std::getenv("TGI_ISA");
   // Done at import: the system grants AMX's tiles only to a process whose threads have no small
   // signal stacks.
@@ -140,7 +140,7 @@ void bind_team(py::module_& module) {
 }  // namespace tgi
 
 PYBIND11_MODULE(_C, module) {
-  tgi::check_wish();
+  tgi::check_requested_isa();
   module.doc() = "The engine's own arithmetic on CPUs; call it through tgi_asgi.ops.";
   module.def(
       "kernel_set", [] { return std::string(tgi::step::kernels().name); },

@@ -28,8 +28,8 @@ MlpActivation gated_of(const std::string& name) {
   return found;
 }
 
-// After writing a part of a sum all shards meet.
-Sync sync_behind(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
+// After writing a partial sum all shards meet at a barrier.
+Sync sync_after(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
 
 // Marks an activation as written without private copies per member.
 const step::Activation& shared(const ActivationPtr& out) {
@@ -51,7 +51,7 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
   check_size(max_context, "max_context");
 }
 
-void Program::use_adapters(LayoutPtr layout) {
+void Program::set_adapters(LayoutPtr layout) {
   check(num_operators() == 0 && adapters_ == nullptr, "adapters come before all operators");
   for (const AdapterLayout::Product& each : layout->products) {
     inner_stride_ = std::max(inner_stride_, each.max_inner);
@@ -118,8 +118,8 @@ void Program::embed(const Matrix& table, double factor, const std::optional<Floa
   keep(table.memory);
   keep(out->memory);
   if (shards_ == nullptr) return forward_.add(step::kernels().embed, params);
-  forward_.add(&step::embed_part, step::EmbedPartParams{params, first_word_, table.num_rows},
-               sync_behind(out));
+  forward_.add(&step::embed_part, step::EmbedPartParams{params, first_vocab_id_, table.num_rows},
+               sync_after(out));
 }
 
 std::pair<const float*, const float*> Program::keep(const Norm& norm, int64_t columns,
@@ -195,7 +195,7 @@ void Program::linear(const Product& product, const RowsPtr& out, int64_t first_c
   forward_.add(step::kernels().linear_rows,
                step::LinearRowsParams{linear_params(product, 1), out->data() + first_column,
                                       out->num_columns},
-               sync_behind(out));
+               sync_after(out));
 }
 
 void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {

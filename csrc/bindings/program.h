@@ -28,8 +28,8 @@ struct RowsBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   int64_t num_columns;
-  std::optional<int64_t> turn = std::nullopt;  // if the rows are this shard's part of a sum: the
-                                               // sum's turn
+  std::optional<int64_t> turn = std::nullopt;  // if the rows are a shard's partial sum: the sum's
+                                               // turn
   float* data() const { return reinterpret_cast<float*>(memory.get()); }
 };
 
@@ -109,8 +109,8 @@ struct LatentHeads {
   double scale;  // of the softmax
   Floats norm;   // [values of a latent]
   double eps;
-  Floats cosines, sines;   // [positions, rotated pairs]
-  int64_t turning_column;  // first column of the rotated query parts in their rows
+  Floats cosines, sines;  // [positions, rotated pairs]
+  int64_t rotary_column;  // first column of the rotated query parts in their rows
 };
 
 // A short convolution over columns of rows, see ShortConvParams.
@@ -152,11 +152,11 @@ class Program {
   Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context);
 
   // Must come before any recording: adapters of this layout may change products.
-  void use_adapters(LayoutPtr layout);
+  void set_adapters(LayoutPtr layout);
 
   // Must come before any recording: makes this program one of several shards, whose embedding and
-  // head hold the vocabulary ids from `first_word` on.
-  void use_shards(ShardsPtr shards, int64_t first_word);
+  // head hold the vocabulary ids from `first_vocab_id` on.
+  void set_shards(ShardsPtr shards, int64_t first_vocab_id);
 
   // Buffers for all tokens, or for the rows of logits. An activation's precision may be "by_kind":
   // int8 for sampled tokens, bfloat16 for prompt tokens.
@@ -164,9 +164,9 @@ class Program {
   // min_tiles: allocates at least this many tiles, for rows that are not contiguous.
   ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits,
                            int64_t min_tiles = 0) const;
-  // Returns this shard's part of the next sum, which the next operator must write.
-  RowsPtr part();
-  ChoicePtr choice(int64_t num_experts, int64_t top_k) const;
+  // Returns this shard's partial sum of the next sum, which the next operator must write.
+  RowsPtr partial_sum();
+  RoutingPtr routing(int64_t num_experts, int64_t top_k) const;
   QueryPtr query(const KvPool& pool, int64_t num_heads) const;
 
   // Recording. Each operator writes to `out` or adds to `x`.
@@ -182,17 +182,17 @@ class Program {
   // Writes to the columns of `out` from `first_column` on.
   void linear(const Product& product, const RowsPtr& out, int64_t first_column);
   void linear_add(const Product& product, double factor, const RowsPtr& x);
-  // x = factor * the sum of all shards' parts, or x += that.
-  void sum_shards(const RowsPtr& part, double factor, bool adds, const RowsPtr& x);
+  // x = factor * the sum of all shards' partial sums, or x += that.
+  void sum_shards(const RowsPtr& partial_sum, double factor, bool adds, const RowsPtr& x);
   // products: q, k and v as one matrix, or as three of different formats.
   void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
   // The same for rows in packed order.
   void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, const QueryPtr& out);
   // Multiplies each head's columns of the input by that head's rows of the weight.
   void heads_linear(const Product& product, int64_t num_heads, const RowsPtr& out);
-  // Writes queries against latents, from their parts `absorbed` and `turning`, and stores latents
+  // Writes queries against latents, from their parts `absorbed` and `rotary`, and stores latents
   // in the cache.
-  void latent_qkv(const RowsPtr& absorbed, const RowsPtr& turning, const RowsPtr& latents,
+  void latent_qkv(const RowsPtr& absorbed, const RowsPtr& rotary, const RowsPtr& latents,
                   const LatentHeads& heads, const QueryPtr& out);
   // Writes to an activation, or to rows if the head size is not a multiple of 32. The queries are
   // already scaled.
@@ -207,8 +207,8 @@ class Program {
   // Selects the experts of each token from a router's logits, and runs their MLPs. `gathered` and
   // `inner` hold the input rows, and the rows of the last product's input, of several experts at a
   // time.
-  void route(const RowsPtr& logits, const RoutePtr& spec, const ChoicePtr& out);
-  void experts_add(const ActivationPtr& in, const ChoicePtr& choice, const MlpsPtr& mlps,
+  void route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPtr& out);
+  void experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
                    const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
                    const RowsPtr& x);
   void gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor, const RowsPtr& x);
@@ -245,14 +245,14 @@ class Program {
   int64_t num_steps() const { return num_steps_; }
   // Discards the states of a step that failed after it was computed, if it was computed after the
   // first `num_steps`.
-  void forget_since(int64_t num_steps) {
-    if (num_steps_ > num_steps && states_ != nullptr) states_->forget();
+  void roll_back_to(int64_t num_steps) {
+    if (num_steps_ > num_steps && states_ != nullptr) states_->roll_back();
   }
   // Returns the logits of other rows of the last batch, which `run` must have computed.
   Floats run_head(const std::vector<int32_t>& rows);
   // Copies blocks of the pool (from, to), in all shards.
   void copy_blocks(const BlockPairs& pairs);
-  // Computes what the first shard sends, until it ends or the group is given up. Call it without
+  // Computes what the first shard sends, until it ends or the group is aborted. Call it without
   // the GIL.
   void follow();
   int64_t vocab() const { return vocab_; }
@@ -265,7 +265,7 @@ class Program {
   step::AdapterPlace adapter_place(const Product& product, size_t part);
   void check_adapters(const FlatRows& batch) const;
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
-  void use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params);
+  void set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   void use_states(const StatesPtr& states);
   const float* keep(const Floats& array);
@@ -290,10 +290,10 @@ class Program {
   // Sends the current step to the other shards; the last action before it runs.
   void send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows);
   // Called by every member when it has finished the work that was sent.
-  void meet_shards() {
-    if (shards_ != nullptr) shards_->meet();
+  void shard_barrier() {
+    if (shards_ != nullptr) shards_->barrier();
   }
-  // Throws std::runtime_error if another shard has not computed its part.
+  // Throws std::runtime_error if another shard has not computed its partial sums.
   void check_shards() const;
   void follow_one(ShardMail& mail);
   // Records, after the head, the copy of this shard's logits into the shared logits.
@@ -315,8 +315,8 @@ class Program {
   int64_t num_positions_ = INT32_MAX;  // positions for which every table has an entry
   bool has_positions_ = false;         // whether position embeddings are added
   ShardsPtr shards_;
-  int64_t first_word_ = 0;
-  int64_t num_parts_ = 0;
+  int64_t first_vocab_id_ = 0;
+  int64_t num_partial_sums_ = 0;
   int64_t num_steps_ = 0;
   StatesPtr states_;
   PoolPtr pool_;

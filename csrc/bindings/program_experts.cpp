@@ -15,11 +15,11 @@ int64_t tiles_of(int64_t rows) {
 
 }  // namespace
 
-ChoicePtr Program::choice(int64_t num_experts, int64_t top_k) const {
-  return std::make_shared<ChoiceBuffer>(ChoiceBuffer::make(max_tokens_, num_experts, top_k));
+RoutingPtr Program::routing(int64_t num_experts, int64_t top_k) const {
+  return std::make_shared<RoutingBuffer>(RoutingBuffer::make(max_tokens_, num_experts, top_k));
 }
 
-void Program::route(const RowsPtr& logits, const RoutePtr& spec, const ChoicePtr& out) {
+void Program::route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPtr& out) {
   check_rows_buffer(logits, step::padded_columns(spec->num_experts()), "logits");
   check_num_rows(*out, "out");
   check(out->view.num_experts == spec->num_experts() && out->view.top_k == spec->top_k(),
@@ -35,16 +35,16 @@ void Program::route(const RowsPtr& logits, const RoutePtr& spec, const ChoicePtr
   forward_.add(step::kernels().route, params);
 }
 
-void Program::experts_add(const ActivationPtr& in, const ChoicePtr& choice, const MlpsPtr& mlps,
+void Program::experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
                           const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
                           const RowsPtr& x) {
   check_num_rows(*in, "source");
-  check_num_rows(*choice, "choice");
+  check_num_rows(*routing, "routing");
   check_num_rows(*gathered, "gathered");
   check_num_rows(*inner, "inner");
   check_rows_buffer(x, mlps->down->num_rows(), "x");
-  check(choice->view.num_experts == mlps->down->num_experts(), "the choice is of ",
-        choice->view.num_experts, " experts, the layer has ", mlps->down->num_experts());
+  check(routing->view.num_experts == mlps->down->num_experts(), "the routing is of ",
+        routing->view.num_experts, " experts, the layer has ", mlps->down->num_experts());
   check(in != gathered && in != inner && gathered != inner, "the activations must be different");
   const step::Activation &from = in->view, &to = gathered->view;
   check(from.num_columns == mlps->gate_up.front()->num_columns(), "the input must have ",
@@ -55,7 +55,7 @@ void Program::experts_add(const ActivationPtr& in, const ChoicePtr& choice, cons
   check(inner->view.num_columns == mlps->num_columns(), "`inner` must have ", mlps->num_columns(),
         " columns, got ", inner->view.num_columns);
   step::ExpertsAddParams params = {};
-  params.choice = choice->view;
+  params.routing = routing->view;
   params.in = from;
   params.is_private = in->is_private;
   params.gathered = to;
@@ -72,7 +72,7 @@ void Program::experts_add(const ActivationPtr& in, const ChoicePtr& choice, cons
   params.gates = scratch + num_members_ * floats;
   for (const ActivationPtr& each : {in, gathered, inner}) keep(*each);
   gathered->is_private = inner->is_private = false;
-  keep(choice->memory);
+  keep(routing->memory);
   keep(x->memory);
   others_.push_back(mlps);
   forward_.add(step::kernels().experts_add, params);

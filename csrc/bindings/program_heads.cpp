@@ -73,7 +73,7 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
     num_positions_ = std::min<int64_t>(num_positions_, heads.query_scales->shape(0));
     params.query_scales = keep(*heads.query_scales);
   }
-  if (heads.norms) use_norms(*heads.norms, heads.num_heads, params);
+  if (heads.norms) set_norms(*heads.norms, heads.num_heads, params);
   params.num_heads = heads.num_heads;
   params.true_dim = heads.true_dim;
   params.clip = static_cast<float>(heads.clip);
@@ -83,7 +83,7 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
   return params;
 }
 
-void Program::use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params) {
+void Program::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params) {
   const int64_t width = params.kv.num_strips() * step::kStripRows, kv_heads = params.kv.num_heads;
   const bool is_each = norms.is_whole || norms.query.weight.size() != width;
   check(norms.query.bias.has_value() == norms.key.bias.has_value() &&

@@ -23,15 +23,15 @@ void Program::heads_linear(const Product& product, int64_t num_heads, const Rows
   forward_.add(step::kernels().heads_linear, params);
 }
 
-void Program::latent_qkv(const RowsPtr& absorbed, const RowsPtr& turning, const RowsPtr& latents,
+void Program::latent_qkv(const RowsPtr& absorbed, const RowsPtr& rotary, const RowsPtr& latents,
                          const LatentHeads& heads, const QueryPtr& out) {
   check_before_end("latent_qkv");
   check_size(heads.num_heads, "num_heads");
   step::LatentQkvParams params = {};
   params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
   check(params.kv.is_latent, "`latent_qkv` takes a pool of latents");
-  const int64_t rank = params.kv.value_dim, rotary = params.kv.head_dim - rank;
-  check(rotary > 0, "latents must have a part that is rotated");
+  const int64_t rank = params.kv.value_dim, rotary_dim = params.kv.head_dim - rank;
+  check(rotary_dim > 0, "latents must have a part that is rotated");
   const auto columns_of = [&](const RowsPtr& rows, int64_t first, int64_t count,
                               const char* name) -> const float* {
     check_rows_buffer(rows, rows->num_columns, name);
@@ -42,13 +42,13 @@ void Program::latent_qkv(const RowsPtr& absorbed, const RowsPtr& turning, const 
   };
   params.absorbed = columns_of(absorbed, 0, heads.num_heads * rank, "absorbed");
   params.absorbed_stride = absorbed->num_columns;
-  params.turning = columns_of(turning, heads.turning_column, heads.num_heads * rotary, "turning");
-  params.turning_stride = turning->num_columns;
-  params.latents = columns_of(latents, 0, rank + rotary, "latents");
+  params.rotary = columns_of(rotary, heads.rotary_column, heads.num_heads * rotary_dim, "rotary");
+  params.rotary_stride = rotary->num_columns;
+  params.latents = columns_of(latents, 0, rank + rotary_dim, "latents");
   params.latent_stride = latents->num_columns;
   check_shape(heads.norm, "norm", {rank});
-  check_shape(heads.cosines, "cosines", {-1, rotary / 2});
-  check_shape(heads.sines, "sines", {heads.cosines.shape(0), rotary / 2});
+  check_shape(heads.cosines, "cosines", {-1, rotary_dim / 2});
+  check_shape(heads.sines, "sines", {heads.cosines.shape(0), rotary_dim / 2});
   num_positions_ = std::min<int64_t>(num_positions_, heads.cosines.shape(0));
   params.norm = keep(heads.norm);
   params.eps = static_cast<float>(heads.eps);

@@ -89,14 +89,14 @@ void bind_buffers(py::module_& module) {
            py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
   py::class_<LatentHeads>(module, "LatentHeads", "The parameters of latent attention.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, double scale, Floats norm,
-                       double eps, Floats cosines, Floats sines, int64_t turning_column) {
+                       double eps, Floats cosines, Floats sines, int64_t rotary_column) {
              return LatentHeads{std::move(pool), layer, num_heads,          scale,
                                 std::move(norm), eps,   std::move(cosines), std::move(sines),
-                                turning_column};
+                                rotary_column};
            }),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
-           py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("turning_column"));
+           py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("rotary_column"));
   py::class_<ShortConv>(module, "ShortConv", "A short convolution over columns of rows.")
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
                        std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
@@ -148,17 +148,18 @@ void bind_program(py::module_& module) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),
            py::arg("max_sequences"), py::arg("max_rows"), py::arg("max_context"))
       .def(
-          "use_adapters",
+          "set_adapters",
           [](Program& program, std::shared_ptr<AdapterLayout> layout) {
-            program.use_adapters(std::move(layout));
+            program.set_adapters(std::move(layout));
           },
           py::arg("layout").none(false))
-      .def("use_shards", &Program::use_shards, py::arg("shards").none(false), py::arg("first_word"))
-      .def("part", &Program::part)
+      .def("set_shards", &Program::set_shards, py::arg("shards").none(false),
+           py::arg("first_vocab_id"))
+      .def("partial_sum", &Program::partial_sum)
       .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
       .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
            py::kw_only(), py::arg("for_logits") = false, py::arg("min_tiles") = 0)
-      .def("choice", &Program::choice, py::arg("num_experts"), py::arg("top_k"))
+      .def("routing", &Program::routing, py::arg("num_experts"), py::arg("top_k"))
       .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
       .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
            py::arg("positions").noconvert(), py::arg("out").none(false))
@@ -174,7 +175,7 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false), py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
            py::arg("x").none(false))
-      .def("sum_shards", &Program::sum_shards, py::kw_only(), py::arg("part").none(false),
+      .def("sum_shards", &Program::sum_shards, py::kw_only(), py::arg("partial_sum").none(false),
            py::arg("factor"), py::arg("adds"), py::arg("x").none(false))
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
            py::arg("out").none(false))
@@ -183,7 +184,7 @@ void bind_program(py::module_& module) {
       .def("heads_linear", &Program::heads_linear, py::kw_only(), py::arg("product"),
            py::arg("num_heads"), py::arg("out").none(false))
       .def("latent_qkv", &Program::latent_qkv, py::kw_only(), py::arg("absorbed").none(false),
-           py::arg("turning").none(false), py::arg("latents").none(false), py::arg("heads"),
+           py::arg("rotary").none(false), py::arg("latents").none(false), py::arg("heads"),
            py::arg("out").none(false))
       .def("attention", &Program::attention, py::kw_only(), py::arg("q").none(false),
            py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"),
@@ -198,7 +199,7 @@ void bind_program(py::module_& module) {
       .def("route", &Program::route, py::kw_only(), py::arg("logits").none(false),
            py::arg("spec").none(false), py::arg("out").none(false))
       .def("experts_add", &Program::experts_add, py::kw_only(), py::arg("source").none(false),
-           py::arg("choice").none(false), py::arg("mlps").none(false),
+           py::arg("routing").none(false), py::arg("mlps").none(false),
            py::arg("gathered").none(false), py::arg("inner").none(false), py::arg("factor"),
            py::arg("x").none(false))
       .def("gated_add", &Program::gated_add, py::kw_only(), py::arg("rows").none(false),
@@ -225,7 +226,7 @@ void bind_program(py::module_& module) {
       .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
       .def("run_head", &Program::run_head, py::arg("rows"))
       .def_property_readonly("num_steps", &Program::num_steps)
-      .def("forget_since", &Program::forget_since, py::arg("num_steps"))
+      .def("roll_back_to", &Program::roll_back_to, py::arg("num_steps"))
       .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
       .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_operators", &Program::num_operators)

@@ -51,7 +51,7 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
         },
         [&](int member, int num_members) {
           run_step(member, num_members);
-          meet_shards();
+          shard_barrier();
         });
   }
   end();
@@ -93,7 +93,7 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
       },
       [&](int member, int num_members) {
         run_step(member, num_members);
-        meet_shards();
+        shard_barrier();
         call.run(member, num_members);
       });
   end();
@@ -116,7 +116,7 @@ std::vector<double> Program::profile(const FlatRows& batch, const std::vector<in
         [&](int member, int num_members) {
           if (member == 0) ends[0] = now_s();
           run_step(member, num_members, ends.data() + 1);
-          meet_shards();
+          shard_barrier();
         });
   }
   end();
@@ -148,7 +148,7 @@ Floats Program::run_head(const std::vector<int32_t>& rows) {
         },
         [&](int member, int num_members) {
           head_.run(header_, 0, head_.size(), member, num_members);
-          meet_shards();
+          shard_barrier();
         });
   }
   check_shards();

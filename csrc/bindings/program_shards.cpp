@@ -1,4 +1,4 @@
-// A program that is one of several shards: its parts of sums, and the work that the first shard
+// A program that is one of several shards: its partial sums, and the work that the first shard
 // sends to the others.
 #include <stdexcept>
 #include <utility>
@@ -9,48 +9,50 @@
 
 namespace tgi {
 
-void Program::use_shards(ShardsPtr shards, int64_t first_word) {
+void Program::set_shards(ShardsPtr shards, int64_t first_vocab_id) {
   const cpu::ShardShape& shape = shards->shape();
   check(num_operators() == 0 && shards_ == nullptr, "shards come before all operators");
   check(shape.max_tokens == max_tokens_ && shape.max_rows == max_rows_,
         "the shards' memory is of another program");
   check(shape.num_members == num_members_, "the shards have ", shape.num_members,
         " threads each, not ", num_members_);
-  check(first_word >= 0 && first_word < shape.vocab_size, "`first_word` must be in [0, ",
-        shape.vocab_size, "), got ", first_word);
+  check(first_vocab_id >= 0 && first_vocab_id < shape.vocab_size,
+        "`first_vocab_id` must be in [0, ", shape.vocab_size, "), got ", first_vocab_id);
   shards_ = std::move(shards);
-  first_word_ = first_word;
-  forward_.use_shards(shards_);
+  first_vocab_id_ = first_vocab_id;
+  forward_.set_shards(shards_);
 }
 
-RowsPtr Program::part() {
+RowsPtr Program::partial_sum() {
   check(shards_ != nullptr, "there are no shards");
-  const int64_t turn = num_parts_++ % 2;
+  const int64_t turn = num_partial_sums_++ % 2;
   return std::make_shared<RowsBuffer>(
-      RowsBuffer{shards_->part(turn), max_tokens_, shards_->shape().num_columns, turn});
+      RowsBuffer{shards_->partial_sum(turn), max_tokens_, shards_->shape().num_columns, turn});
 }
 
-void Program::sum_shards(const RowsPtr& part, double factor, bool adds, const RowsPtr& x) {
-  check(shards_ != nullptr && part->turn, "`part` must be a shard's part of a sum");
-  check_rows_buffer(x, part->num_columns, "x");
+void Program::sum_shards(const RowsPtr& partial_sum, double factor, bool adds, const RowsPtr& x) {
+  check(shards_ != nullptr && partial_sum->turn, "`partial_sum` must be a shard's partial sum");
+  check_rows_buffer(x, partial_sum->num_columns, "x");
   keep(x->memory);
   const cpu::ShardGroup& group = *shards_;
   forward_.add(
       &step::sum_shards,
-      step::SumShardsParams{group.parts(*part->turn), group.part_floats(), group.shape().count,
-                            part->num_columns, adds, static_cast<float>(factor), x->data()});
+      step::SumShardsParams{group.partial_sums(*partial_sum->turn), group.partial_sum_floats(),
+                            group.shape().count, partial_sum->num_columns, adds,
+                            static_cast<float>(factor), x->data()});
 }
 
 void Program::share_logits() {
   const RowsPtr own = std::move(logits_);
-  const int64_t num_words = own->num_columns, vocab = shards_->shape().vocab_size;
-  check(first_word_ + num_words <= vocab, "the head's words must be in [0, ", vocab, "), got [",
-        first_word_, ", ", first_word_ + num_words, ")");
+  const int64_t num_vocab_ids = own->num_columns, vocab = shards_->shape().vocab_size;
+  check(first_vocab_id_ + num_vocab_ids <= vocab, "the head's vocabulary ids must be in [0, ",
+        vocab, "), got [", first_vocab_id_, ", ", first_vocab_id_ + num_vocab_ids, ")");
   keep(own->memory);
   vocab_ = vocab;
   logits_ = std::make_shared<RowsBuffer>(RowsBuffer{shards_->logits(), max_rows_, vocab});
-  head_.add(&step::put_logits,
-            step::PutLogitsParams{own->data(), num_words, logits_->data() + first_word_, vocab});
+  head_.add(&step::scatter_logits,
+            step::ScatterLogitsParams{own->data(), num_vocab_ids, logits_->data() + first_vocab_id_,
+                                      vocab});
 }
 
 void Program::send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows) {
@@ -60,7 +62,7 @@ void Program::send_step(const FlatRows& batch, const std::vector<int32_t>& rows,
 }
 
 void Program::check_shards() const {
-  if (shards_ != nullptr && shards_->is_given_up()) {
+  if (shards_ != nullptr && shards_->is_aborted()) {
     throw std::runtime_error("another shard of the model has ended");
   }
 }
@@ -78,7 +80,7 @@ void Program::copy_blocks(const BlockPairs& pairs) {
         write_mail(mail, *shards_);
         shards_->send();
       },
-      [&](int, int) { meet_shards(); });
+      [&](int, int) { shard_barrier(); });
   check_shards();
 }
 
@@ -95,7 +97,7 @@ void Program::follow() {
 void Program::follow_one(ShardMail& mail) {
   if (mail.kind == ShardMail::Kind::kCopy) {
     pool_->copy(mail.copies);
-    return cpu::run_on_team([&](int, int) { meet_shards(); });
+    return cpu::run_on_team([&](int, int) { shard_barrier(); });
   }
   if (mail.kind == ShardMail::Kind::kHead) {
     step::StepHeader header = header_;
@@ -105,7 +107,7 @@ void Program::follow_one(ShardMail& mail) {
     return cpu::run_on_team([&](int num_members) { check_members(num_members); },
                             [&](int member, int num_members) {
                               head_.run(header, 0, head_.size(), member, num_members);
-                              meet_shards();
+                              shard_barrier();
                             });
   }
   step::StepHeader header = mail.batch.header();
@@ -115,7 +117,7 @@ void Program::follow_one(ShardMail& mail) {
   cpu::run_on_team([&](int num_members) { prepare(num_members, mail.only_rows); },
                    [&](int member, int num_members) {
                      run_step(member, num_members);
-                     meet_shards();
+                     shard_barrier();
                    });
   end();
 }

@@ -9,7 +9,7 @@ namespace tgi {
 
 namespace {
 
-constexpr int64_t kMostHeads = 1 << 20;  // also bounds the other factors of a state's size
+constexpr int64_t kMaxHeads = 1 << 20;  // also bounds the other factors of a state's size
 constexpr int64_t kVectorFloats = 16;
 
 // Returns a pointer to columns of rows.
@@ -21,7 +21,7 @@ const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const
 
 void check_sizes(std::initializer_list<std::pair<int64_t, const char*>> sizes) {
   for (const auto& [size, name] : sizes) {
-    check(size > 0 && size <= kMostHeads, "`", name, "` must be in [1, ", kMostHeads, "], got ",
+    check(size > 0 && size <= kMaxHeads, "`", name, "` must be in [1, ", kMaxHeads, "], got ",
           size);
   }
 }

@@ -190,31 +190,31 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
     row.first_block = planned.blocks.size();
     const py::object token_ids = attribute(item, names.token_ids);
     row.is_from_slot = token_ids.is_none();
-    int64_t most_tokens = 1, stop = start + 1;
+    int64_t max_row_tokens = 1, stop = start + 1;
     if (row.is_from_slot) {
       const py::object given = attribute(item, names.stop);
       row.is_floating = !given.is_none();
       if (row.is_floating) {
         stop = integer(given.ptr(), "end position", limits.max_context + 1);
-        const int64_t most_drafts =
+        const int64_t max_drafts =
             integer(attribute(item, names.num_drafts).ptr(), "number of drafts", limits.max_tokens);
         if (stop < start) throw PlanError("a row stops before it starts");
-        row.most_drafts = narrow(most_drafts);
-        most_tokens += most_drafts;
+        row.max_drafts = narrow(max_drafts);
+        max_row_tokens += max_drafts;
       }
     } else {
       const Items ids(token_ids);
       for (int64_t i = 0; i < ids.size(); ++i)
         planned.ids.push_back(narrow(integer(ids[i], "token id", limits.vocab_size)));
-      most_tokens = ids.size();
-      stop = start + most_tokens;
+      max_row_tokens = ids.size();
+      stop = start + max_row_tokens;
     }
     row.num_ids = planned.ids.size() - row.first_id;
     row.stop = narrow(stop);
-    num_tokens += most_tokens;
+    num_tokens += max_row_tokens;
     if (num_tokens > limits.max_tokens)
       throw PlanError("a step has at most " + std::to_string(limits.max_tokens) + " tokens");
-    if (most_tokens == 0 || stop > limits.max_context)
+    if (max_row_tokens == 0 || stop > limits.max_context)
       throw PlanError("a row has no token, or exceeds the context of " +
                       std::to_string(limits.max_context));
     row.num_blocks = static_cast<size_t>((stop + limits.block_size - 1) / limits.block_size);
@@ -230,7 +230,7 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
   return planned;
 }
 
-int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place) {
+int64_t start_of(const PlannedRows::Row& row, const SlotPosition& place) {
   if (!row.is_floating) return row.start;
   const int64_t start = place.position - 1;
   if (start < row.start || start > row.stop)
@@ -271,7 +271,7 @@ void lay_out_tables(const PlannedRows& planned, const std::vector<const PlannedR
 }  // namespace
 
 FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
-                 const std::vector<SlotPlace>& places,
+                 const std::vector<SlotPosition>& places,
                  const std::vector<std::vector<int32_t>>& drafts) {
   FlatRows flat;
   std::vector<const PlannedRows::Row*> taken;
@@ -294,7 +294,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     }
     const auto stop = static_cast<int64_t>(flat.ids.size());
     const int64_t context = start + stop - first;
-    if (context > row.stop || (row.is_from_slot && stop - first > 1 + row.most_drafts))
+    if (context > row.stop || (row.is_from_slot && stop - first > 1 + row.max_drafts))
       throw PlanError("a row has more drafts than it may have");
     for (int64_t position = start; position < context; ++position)
       flat.positions.push_back(narrow(position));
@@ -346,7 +346,7 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
   for (const std::vector<int32_t>& list : drafts) {
     check_range(list.data(), static_cast<int64_t>(list.size()), limits.vocab_size, "drafts");
   }
-  std::vector<SlotPlace> places(planned.rows.size());
+  std::vector<SlotPosition> places(planned.rows.size());
   for (size_t index = 0; index < places.size(); ++index) {
     const PlannedRows::Row& row = planned.rows[index];
     if (!row.is_from_slot) continue;

@@ -51,7 +51,7 @@ struct PlannedRows {
     int32_t slot;
     int32_t start;  // if is_floating, the earliest start; the slot determines the actual one
     int32_t stop;   // end of the positions that it may have
-    int32_t most_drafts;
+    int32_t max_drafts;
     bool is_from_slot;  // its token is the one that its slot sampled last
     bool is_floating;   // its position also comes from the slot
     bool samples;
@@ -103,7 +103,7 @@ struct FlatRows {
 };
 
 // The last token that a slot sampled, and the position of its next token.
-struct SlotPlace {
+struct SlotPosition {
   int32_t last_id;
   int64_t position;
 };
@@ -114,12 +114,12 @@ PlannedRows read_rows(pybind11::handle rows, const RowLimits& limits);
 
 // Returns the position at which a row starts, given its slot's position. Throws PlanError if the
 // slot is elsewhere.
-int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place);
+int64_t start_of(const PlannedRows::Row& row, const SlotPosition& place);
 
 // Lays out rows. `places` has an entry per row, which only rows from slots use; `drafts` is empty
 // or has a list per row, no longer than the row allows. Throws PlanError.
 FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
-                 const std::vector<SlotPlace>& places,
+                 const std::vector<SlotPosition>& places,
                  const std::vector<std::vector<int32_t>>& drafts);
 
 void bind_rows(pybind11::module_& module);

@@ -92,7 +92,7 @@ void Draws::prepare(const SampleArrays& state) {
   const size_t rows = slots.size(), top = rows * static_cast<size_t>(max_top);
   token_ids.resize(rows);
   is_finite = std::make_unique<bool[]>(rows);
-  is_kept = std::make_unique<bool[]>(rows);
+  is_accepted = std::make_unique<bool[]>(rows);
   logprobs.resize(rows);
   top_ids.resize(top);
   top_logprobs.resize(top);
@@ -101,14 +101,14 @@ void Draws::prepare(const SampleArrays& state) {
 
 py::tuple Draws::arrays() const {
   const int64_t rows = num_rows();
-  py::array_t<bool> finite(rows), kept(rows);
+  py::array_t<bool> finite(rows), accepted(rows);
   std::copy_n(is_finite.get(), rows, finite.mutable_data());
-  std::copy_n(is_kept.get(), rows, kept.mutable_data());
+  std::copy_n(is_accepted.get(), rows, accepted.mutable_data());
   return py::make_tuple(py::array_t<int32_t>(rows, token_ids.data()), std::move(finite),
                         py::array_t<float>(rows, logprobs.data()),
                         py::array_t<int32_t>({rows, max_top}, top_ids.data()),
                         py::array_t<float>({rows, max_top}, top_logprobs.data()),
-                        py::array_t<int32_t>(rows, num_top.data()), std::move(kept));
+                        py::array_t<int32_t>(rows, num_top.data()), std::move(accepted));
 }
 
 SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
@@ -130,7 +130,7 @@ void SampleCall::run(int member, int num_members) const {
 }
 
 void SampleCall::finish() {
-  cpu::keep_drawn(params_, draws_.draft_rows(), num_rows_, draws_.is_kept.get());
+  cpu::accept_drafts(params_, draws_.draft_rows(), num_rows_, draws_.is_accepted.get());
 }
 
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,

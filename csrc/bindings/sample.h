@@ -49,7 +49,7 @@ struct Draws {
   std::vector<int32_t> drafts;  // see cpu::DraftRows; empty: no row follows a draft
   std::vector<int32_t> ahead;
   std::vector<int32_t> token_ids;
-  std::unique_ptr<bool[]> is_finite, is_kept;
+  std::unique_ptr<bool[]> is_finite, is_accepted;
   std::vector<float> logprobs;
   std::vector<int32_t> top_ids;  // [num_rows, max_top]
   std::vector<float> top_logprobs;
@@ -62,7 +62,8 @@ struct Draws {
   cpu::DraftRows draft_rows() const {
     return drafts.empty() ? cpu::DraftRows{} : cpu::DraftRows{drafts.data(), ahead.data()};
   }
-  // Returns numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top, is_kept.
+  // Returns numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top,
+  // is_accepted.
   py::tuple arrays() const;
 };
 

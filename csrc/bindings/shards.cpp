@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kWord = 8;      // everything is aligned to it
 constexpr int64_t kNumbers = 16;  // reserved for single numbers and array sizes
-constexpr int64_t kMostCopies = 4096;
+constexpr int64_t kMaxCopies = 4096;
 
 int64_t whole_words(int64_t bytes) { return (bytes + kWord - 1) / kWord * kWord; }
 
@@ -77,7 +77,7 @@ cpu::ShardShape make_shape(int64_t count, int64_t num_members, int64_t num_colum
       {vocab_size, "vocab_size"}, {num_groups, "num_groups"},   {table_width, "table_width"}};
   for (const auto& [size, name] : sizes) check_size(size, name);
   const int64_t words =
-      kNumbers + max_tokens * (1 + num_groups) + max_sequences + max_rows + 2 * kMostCopies;
+      kNumbers + max_tokens * (1 + num_groups) + max_sequences + max_rows + 2 * kMaxCopies;
   const int64_t tables = cpu::product_of_sizes({num_groups, max_sequences, table_width, 4});
   return {count,
           num_members,
@@ -162,8 +162,8 @@ void bind_shards(py::module_& module) {
             group.send();
           },
           "Make the other shards end; for the first shard, after its last step.")
-      .def("give_up", &Group::give_up)
-      .def_property_readonly("is_given_up", &Group::is_given_up);
+      .def("abort", &Group::abort)
+      .def_property_readonly("is_aborted", &Group::is_aborted);
 }
 
 }  // namespace tgi

@@ -14,10 +14,10 @@ namespace step = cpu::step;
 
 namespace {
 
-constexpr int64_t kMostFloats = int64_t{1} << 40;  // per layer
+constexpr int64_t kMaxFloats = int64_t{1} << 40;  // per layer
 constexpr int64_t kLineFloats = 16;
-constexpr int64_t kMostPlaces = INT32_MAX / 4;
-constexpr int64_t kMostDrafts = 1 << 10;  // per row
+constexpr int64_t kMaxPlaces = INT32_MAX / 4;
+constexpr int64_t kMaxDrafts = 1 << 10;  // per row
 
 }  // namespace
 
@@ -33,21 +33,21 @@ int64_t StateShape::num_bytes() const {
 StatePool::StatePool(std::vector<StateShape> layers, int64_t num_slots, int64_t num_kept,
                      int64_t num_drafts)
     : layers_(std::move(layers)), num_slots_(num_slots), depth_(1 + num_drafts) {
-  check(!layers_.empty() && num_layers() <= kMostLayers, "`layers` must be 1 to ", kMostLayers,
+  check(!layers_.empty() && num_layers() <= kMaxLayers, "`layers` must be 1 to ", kMaxLayers,
         ", got ", num_layers());
-  check(num_slots > 0 && num_slots <= kMostPlaces, "`num_slots` must be in [1, ", kMostPlaces,
+  check(num_slots > 0 && num_slots <= kMaxPlaces, "`num_slots` must be in [1, ", kMaxPlaces,
         "], got ", num_slots);
-  check(num_drafts >= 0 && num_drafts <= kMostDrafts && num_slots * depth_ <= kMostPlaces,
-        "`num_drafts` must be in [0, ", kMostDrafts, "], and less with many slots, got ",
+  check(num_drafts >= 0 && num_drafts <= kMaxDrafts && num_slots * depth_ <= kMaxPlaces,
+        "`num_drafts` must be in [0, ", kMaxDrafts, "], and less with many slots, got ",
         num_drafts);
-  check(num_kept >= 0 && num_kept <= kMostPlaces, "`num_kept` must be in [0, ", kMostPlaces,
+  check(num_kept >= 0 && num_kept <= kMaxPlaces, "`num_kept` must be in [0, ", kMaxPlaces,
         "], got ", num_kept);
   for (const StateShape& each : layers_) {
     check_size(each.num_channels, "num_channels");
     check(each.num_taps >= 2 && each.num_taps <= step::kMaxTaps, "`num_taps` must be in [2, ",
           step::kMaxTaps, "], got ", each.num_taps);
-    check(each.num_floats >= 0 && each.num_floats <= kMostFloats, "`num_floats` must be in [0, ",
-          kMostFloats, "], got ", each.num_floats);
+    check(each.num_floats >= 0 && each.num_floats <= kMaxFloats, "`num_floats` must be in [0, ",
+          kMaxFloats, "], got ", each.num_floats);
     offsets_.push_back(stride_);
     stride_ = cpu::product_of_sizes({1, stride_ + each.num_bytes()});
   }
@@ -200,7 +200,7 @@ void StatePool::commit() {
   for (const Target& each : targets_) newest_[static_cast<size_t>(each.slot)] = each.half;
 }
 
-void StatePool::forget() {
+void StatePool::roll_back() {
   for (const step::StateSpan& span : spans_) places_[static_cast<size_t>(span.to)] = {};
 }
 

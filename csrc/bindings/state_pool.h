@@ -46,7 +46,7 @@ class StatePool {
   void commit();
   // Voids a step after `commit`: the states that it wrote become invalid. A later step therefore
   // cannot start from them and overwrite the state with which the voided step started.
-  void forget();
+  void roll_back();
 
  private:
   struct Place {

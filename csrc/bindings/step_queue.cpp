@@ -83,7 +83,7 @@ void StepQueue::compute(Step& step) {
   } catch (const std::exception& error) {
     step.error = error.what();
   }
-  program_->forget_since(num_steps);
+  program_->roll_back_to(num_steps);
   step.has_failed = true;
 }
 
@@ -93,16 +93,16 @@ void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
 
 void StepQueue::draw(Step& step) {
   check(sampling_ != nullptr, "no slot was ever started");
-  const std::vector<SlotPlace> places = places_of(step.planned, *sampling_);
+  const std::vector<SlotPosition> places = slot_positions(step.planned, *sampling_);
   std::vector<std::vector<int32_t>> drafts;
-  if (drafter_ != nullptr) drafts = drafts_of(step.planned, places, *drafter_, step.cost);
+  if (drafter_ != nullptr) drafts = choose_drafts(step.planned, places, *drafter_, step.cost);
   step.rows = lay_out(step.planned, *limits_, places, drafts);
   if (step.rows.num_rows() == 0) return;
   step.draws.slots = step.rows.draw_slots;
   if (!drafts.empty()) step.draws.drafts = step.rows.drafts;
   SampleCall call(*sampling_, step.draws, nullptr);
   program_->draw_batch(step.rows, step.rows.draws, call);
-  if (drafter_ != nullptr) tell(*drafter_, step.draws);
+  if (drafter_ != nullptr) observe(*drafter_, step.draws);
 }
 
 py::list StepQueue::done() {
@@ -130,7 +130,7 @@ py::list StepQueue::done() {
 
 namespace {
 
-py::object drawn_of(const Draws& draws, size_t i) {
+py::object sampled_of(const Draws& draws, size_t i) {
   py::object logprob = py::none(), top = py::none();
   if (!std::isnan(draws.logprobs[i])) {  // the slot wants log-probabilities
     logprob = py::float_(draws.logprobs[i]);
@@ -163,16 +163,16 @@ py::object StepQueue::outcome_of(const Item& item) {
     const bool is_draft = step.rows.drafts[i] >= 0;
     num_drafts += is_draft;
     num_drafted_rows += is_draft && step.rows.drafts[i - 1] < 0;
-    if (!draws.is_kept[i]) continue;
-    py::object drawn = drawn_of(draws, i);
+    if (!draws.is_accepted[i]) continue;
+    py::object sampled = sampled_of(draws, i);
     const int32_t row = step.rows.draw_rows[i];
     if (!is_draft) {
-      rows[static_cast<size_t>(row)] = std::move(drawn);
+      rows[static_cast<size_t>(row)] = std::move(sampled);
       continue;
     }
     const py::int_ key(row);
     if (!further.contains(key)) further[key] = py::list();
-    further[key].cast<py::list>().append(std::move(drawn));
+    further[key].cast<py::list>().append(std::move(sampled));
   }
   return py::make_tuple(std::move(rows), std::move(further),
                         py::make_tuple(num_drafted_rows, num_drafts));

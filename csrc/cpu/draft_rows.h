@@ -27,8 +27,8 @@ void sample(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_r
             uint8_t* scratch, int member, int num_members);
 
 // Advances each row's slot by the tokens that `sample` has sampled, up to and including the first
-// that differs from its draft. is_kept: [num_rows], whether the row's sampled token counts.
-void keep_drawn(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
-                bool* is_kept);
+// that differs from its draft. is_accepted: [num_rows], whether the row's sampled token counts.
+void accept_drafts(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
+                   bool* is_accepted);
 
 }  // namespace tgi::cpu

@@ -8,7 +8,7 @@ namespace tgi::cpu {
 
 namespace {
 
-constexpr int kMostCandidates = 32;      // of a chain, that are examined
+constexpr int kMaxCandidates = 32;       // of a chain, that are examined
 constexpr double kSlotFading = 0.95;     // of a sequence's own cases, per new case
 constexpr double kCommonFading = 0.998;  // of the cases of all sequences
 constexpr double kSlotWeight = 4;        // cases that the common share counts as in a sequence
@@ -93,7 +93,7 @@ void TokenHistory::find(const MatchLimits& limits) {
   if (ids_.empty()) return;
   const size_t end = ids_.size() - 1;
   int32_t other = before_[end];
-  for (int i = 0; i < kMostCandidates && other >= 0 && match_ < limits.longest; ++i) {
+  for (int i = 0; i < kMaxCandidates && other >= 0 && match_ < limits.longest; ++i) {
     const int64_t found = common(end, static_cast<size_t>(other), limits);
     if (found >= limits.shortest && found > match_) {
       match_ = found;
@@ -108,15 +108,15 @@ int MatchScores::length_class(int64_t match) {
   return match <= 6 ? 4 : match <= 10 ? 5 : match <= 18 ? 6 : 7;
 }
 
-void MatchScores::observe(int64_t match, bool was_drawn, double fading) {
+void MatchScores::observe(int64_t match, bool was_sampled, double fading) {
   const auto at = static_cast<size_t>(length_class(match));
   cases_[at] = fading * cases_[at] + 1;
-  drawn_[at] = fading * drawn_[at] + (was_drawn ? 1 : 0);
+  sampled_[at] = fading * sampled_[at] + (was_sampled ? 1 : 0);
 }
 
 double MatchScores::share(int64_t match, double prior, double weight) const {
   const auto at = static_cast<size_t>(length_class(match));
-  return (weight * prior + drawn_[at]) / (weight + cases_[at]);
+  return (weight * prior + sampled_[at]) / (weight + cases_[at]);
 }
 
 Drafter::Drafter(int64_t num_slots, MatchLimits limits)
@@ -132,9 +132,9 @@ void Drafter::append(int32_t slot, int32_t id) {
   Slot& found = slots_[static_cast<size_t>(slot)];
   const int64_t match = found.history.match();
   if (match > 0) {  // learnt from whether it was drafted or not
-    const bool was_drawn = found.history.next() == id;
-    found.scores.observe(match, was_drawn, kSlotFading);
-    scores_.observe(match, was_drawn, kCommonFading);
+    const bool was_sampled = found.history.next() == id;
+    found.scores.observe(match, was_sampled, kSlotFading);
+    scores_.observe(match, was_sampled, kCommonFading);
   }
   found.history.append(id, limits_);
 }
@@ -146,45 +146,45 @@ double Drafter::likelihood(const Slot& slot, int64_t match) const {
 
 // Tokens per second are highest when drafts are added in order of probability, for as long as a
 // draft brings more tokens per second than the step has without it.
-std::vector<std::vector<int32_t>> Drafter::choose(const std::vector<DraftWish>& wishes,
+std::vector<std::vector<int32_t>> Drafter::choose(const std::vector<DraftRequest>& requests,
                                                   const StepCost& cost, int64_t num_tokens) const {
-  std::vector<std::vector<int32_t>> drafts(wishes.size());
+  std::vector<std::vector<int32_t>> drafts(requests.size());
   struct Next {
     double likelihood;  // that this draft and those before it are sampled
-    size_t wish;
+    size_t request;
     bool operator<(const Next& other) const { return likelihood < other.likelihood; }
   };
   std::priority_queue<Next> queue;
   const auto push = [&](size_t at, double so_far) {
-    const DraftWish& wish = wishes[at];
+    const DraftRequest& request = requests[at];
     const auto count = static_cast<int64_t>(drafts[at].size());
-    if (count >= wish.most) return;
-    if (!wish.certain.empty()) {
-      if (drafts[at].size() < wish.certain.size()) queue.push({so_far, at});
+    if (count >= request.max_drafts) return;
+    if (!request.certain.empty()) {
+      if (drafts[at].size() < request.certain.size()) queue.push({so_far, at});
       return;
     }
-    const Slot& slot = slots_[static_cast<size_t>(wish.slot)];
+    const Slot& slot = slots_[static_cast<size_t>(request.slot)];
     if (slot.history.match() == 0) return;
     const int64_t match = std::min(slot.history.match() + count, limits_.longest);
     queue.push({so_far * likelihood(slot, match), at});
   };
-  for (size_t at = 0; at < wishes.size(); ++at) push(at, 1.0);
+  for (size_t at = 0; at < requests.size(); ++at) push(at, 1.0);
   double expected = static_cast<double>(num_tokens);
   double time = cost.base + expected * cost.token;
   while (!queue.empty()) {
     const Next next = queue.top();
     if (next.likelihood * time <= kMargin * cost.token * expected) break;
     queue.pop();
-    const DraftWish& wish = wishes[next.wish];
-    std::vector<int32_t>& list = drafts[next.wish];
-    if (wish.certain.empty()) {
-      slots_[static_cast<size_t>(wish.slot)].history.extend(list);
+    const DraftRequest& request = requests[next.request];
+    std::vector<int32_t>& list = drafts[next.request];
+    if (request.certain.empty()) {
+      slots_[static_cast<size_t>(request.slot)].history.extend(list);
     } else {
-      list.push_back(wish.certain[list.size()]);
+      list.push_back(request.certain[list.size()]);
     }
     expected += next.likelihood;
     time += cost.token;
-    push(next.wish, next.likelihood);
+    push(next.request, next.likelihood);
   }
   return drafts;
 }

@@ -61,12 +61,12 @@ class MatchScores {
   static constexpr int kNumLengths = 8;
   static int length_class(int64_t match);
 
-  void observe(int64_t match, bool was_drawn, double fading);
+  void observe(int64_t match, bool was_sampled, double fading);
   // Returns the share that was sampled; `prior` counts as `weight` cases.
   double share(int64_t match, double prior, double weight) const;
 
  private:
-  std::array<double, kNumLengths> cases_ = {}, drawn_ = {};
+  std::array<double, kNumLengths> cases_ = {}, sampled_ = {};
 };
 
 // The cost of a step: base + tokens * token, in any unit.
@@ -76,9 +76,9 @@ struct StepCost {
 };
 
 // A row that may have drafts.
-struct DraftWish {
+struct DraftRequest {
   int32_t slot;
-  int64_t most;                  // maximum number of drafts
+  int64_t max_drafts;            // maximum number of drafts
   std::vector<int32_t> certain;  // tokens that must come next
 };
 
@@ -91,10 +91,10 @@ class Drafter {
   void start(int32_t slot, std::vector<int32_t> ids);
   // Appends a token that was sampled for the slot's sequence.
   void append(int32_t slot, int32_t id);
-  // Returns the drafts for each wish, in a step with `num_tokens` tokens besides the drafts. The
+  // Returns the drafts for each request, in a step with `num_tokens` tokens besides the drafts. The
   // total number of drafts is the one that maximises the expected tokens per second, given the cost
   // and each draft's probability.
-  std::vector<std::vector<int32_t>> choose(const std::vector<DraftWish>& wishes,
+  std::vector<std::vector<int32_t>> choose(const std::vector<DraftRequest>& requests,
                                            const StepCost& cost, int64_t num_tokens) const;
 
  private:

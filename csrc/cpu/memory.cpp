@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMappedBytes = 1 << 16;  // from this size on mmap is used, which returns zeros
 constexpr int64_t kPieceBytes = 64 << 20;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kMostBytes = int64_t{1} << 62;
+constexpr int64_t kMaxBytes = int64_t{1} << 62;
 
 }  // namespace
 
@@ -39,7 +39,7 @@ Memory allocate(int64_t bytes) {
 int64_t product_of_sizes(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (const int64_t size : sizes) {
-    if (__builtin_mul_overflow(product, size, &product) || product < 0 || product > kMostBytes) {
+    if (__builtin_mul_overflow(product, size, &product) || product < 0 || product > kMaxBytes) {
       throw std::bad_alloc();
     }
   }

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "draft_rows.h"
-#include "sample_cut.h"
+#include "sample_filter.h"
 #include "sample_team.h"
 #include "sample_top.h"
 #include "step/kernel_sets.h"
@@ -51,39 +51,40 @@ void apply_mask(const int32_t* mask, float* x, Range part) {
   }
 }
 
-// Returns the row's logits after penalties, bias and masks: in `room` if any of these applies,
+// Returns the row's logits after penalties, bias and masks: in `scratch` if any of these applies,
 // otherwise the original logits. Each member changes its own part.
 const float* modified(const RowTeam& team, const SampleParams& p, const DraftRows& drafts,
-                      int64_t row, float* room) {
+                      int64_t row, float* scratch) {
   const int64_t slot_index = p.slots[row], ahead = ahead_of(drafts, row);
   const SampleSlot& slot = p.records[slot_index];
   const float* logits = p.logits + row * p.vocab;
-  const bool is_held = slot.num_masked > 0 && slot.position + ahead < slot.masked_until;
-  if (!has_penalties(slot) && slot.num_biased == 0 && !is_held && p.mask == nullptr) return logits;
+  const bool has_masked_ids = slot.num_masked > 0 && slot.position + ahead < slot.masked_until;
+  if (!has_penalties(slot) && slot.num_biased == 0 && !has_masked_ids && p.mask == nullptr)
+    return logits;
   const Range part = team.part(p.vocab);
   const auto is_mine = [=](int64_t id) { return part.begin <= id && id < part.end; };
-  std::copy(logits + part.begin, logits + part.end, room + part.begin);
+  std::copy(logits + part.begin, logits + part.end, scratch + part.begin);
   if (has_penalties(slot)) {
     const int32_t* const counts = p.counts + slot_index * p.vocab;
-    apply_penalties(slot, counts, room, part);
+    apply_penalties(slot, counts, scratch, part);
     for (int64_t i = 0; i < ahead; ++i) {  // the preceding drafts, which are not counted yet
       const int32_t* const end = drafts.drafts + row + 1;
       const int32_t id = end[i - ahead];
       const auto in_drafts = static_cast<int32_t>(std::count(end - ahead, end, id));
-      if (is_mine(id)) room[id] = penalised(slot, counts[id] + 2 * in_drafts, logits[id]);
+      if (is_mine(id)) scratch[id] = penalised(slot, counts[id] + 2 * in_drafts, logits[id]);
     }
   }
   for (int64_t i = 0; i < slot.num_biased; ++i) {
     const int32_t id = p.biased_ids[slot_index * p.biased_stride + i];
-    if (is_mine(id)) room[id] += p.biased_values[slot_index * p.biased_stride + i];
+    if (is_mine(id)) scratch[id] += p.biased_values[slot_index * p.biased_stride + i];
   }
-  for (int64_t i = 0; is_held && i < slot.num_masked; ++i) {
+  for (int64_t i = 0; has_masked_ids && i < slot.num_masked; ++i) {
     const int32_t id = p.masked_ids[slot_index * p.masked_stride + i];
-    if (is_mine(id)) room[id] = -INFINITY;
+    if (is_mine(id)) scratch[id] = -INFINITY;
   }
-  if (p.mask != nullptr) apply_mask(p.mask + row * ((p.vocab + 31) / 32), room, part);
-  team.meet();
-  return room;
+  if (p.mask != nullptr) apply_mask(p.mask + row * ((p.vocab + 31) / 32), scratch, part);
+  team.barrier();
+  return scratch;
 }
 
 // Computes log softmax over the values [n] that are >= floor, whose masses add up to `mass`, at
@@ -126,7 +127,7 @@ void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, i
     // With a temperature near 0 the best score must not become 0 * infinity.
     const float factor = std::min(1.0f / slot.temperature, FLT_MAX);
     team.scale(values, p.vocab, stats.max, factor, scores);
-    floor = cut_off(team, slot, scores, p.vocab, scratch + 2 * p.vocab);
+    floor = filter_scores(team, slot, scores, p.vocab, scratch + 2 * p.vocab);
     const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
                          static_cast<uint64_t>(slot.position + ahead_of(drafts, row))};
     id = team.race(scores, p.vocab, floor, key);
@@ -161,7 +162,7 @@ int64_t member_bytes(int64_t vocab) {
 }  // namespace
 
 int64_t sample_scratch_bytes(int64_t vocab, int num_members) {
-  return num_members * member_bytes(vocab) + SampleBoard::num_bytes(vocab, num_members);
+  return num_members * member_bytes(vocab) + TeamExchange::num_bytes(vocab, num_members);
 }
 
 void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, uint8_t* scratch,
@@ -170,13 +171,14 @@ void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, ui
   const int64_t shared = num_members > 1 ? num_rows % num_members : 0;
   const Range own = split(num_rows - shared, member, num_members);
   RowTeam alone(rows);
-  auto* const room = reinterpret_cast<float*>(scratch + member * member_bytes(p.vocab));
-  for (int64_t row = own.begin; row < own.end; ++row) sample_row(alone, p, drafts, row, room);
+  auto* const own_scratch = reinterpret_cast<float*>(scratch + member * member_bytes(p.vocab));
+  for (int64_t row = own.begin; row < own.end; ++row)
+    sample_row(alone, p, drafts, row, own_scratch);
   // The first member's work memory is shared: it is written only after all members have met in the
   // row's first pass.
-  const auto board =
-      SampleBoard::at(scratch + num_members * member_bytes(p.vocab), p.vocab, num_members);
-  RowTeam together(rows, board, member, num_members);
+  const auto exchange =
+      TeamExchange::at(scratch + num_members * member_bytes(p.vocab), p.vocab, num_members);
+  RowTeam together(rows, exchange, member, num_members);
   for (int64_t row = num_rows - shared; row < num_rows; ++row) {
     sample_row(together, p, drafts, row, reinterpret_cast<float*>(scratch));
   }
@@ -187,12 +189,13 @@ void sample(const SampleParams& p, int64_t num_rows, uint8_t* scratch, int membe
   sample(p, DraftRows{}, num_rows, scratch, member, num_members);
 }
 
-void keep_drawn(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, bool* is_kept) {
+void accept_drafts(const SampleParams& p, const DraftRows& drafts, int64_t num_rows,
+                   bool* is_accepted) {
   for (int64_t row = 0; row < num_rows; ++row) {
     const bool follows = ahead_of(drafts, row) > 0;
-    is_kept[row] = !follows || (is_kept[row - 1] && p.is_finite[row - 1] &&
-                                p.token_ids[row - 1] == drafts.drafts[row]);
-    if (!is_kept[row] || !p.is_finite[row]) continue;
+    is_accepted[row] = !follows || (is_accepted[row - 1] && p.is_finite[row - 1] &&
+                                    p.token_ids[row - 1] == drafts.drafts[row]);
+    if (!is_accepted[row] || !p.is_finite[row]) continue;
     SampleSlot& slot = p.records[p.slots[row]];
     slot.last_id = p.token_ids[row];
     slot.position += 1;

@@ -13,7 +13,7 @@ namespace tgi::cpu {
 int64_t sample_scratch_bytes(int64_t vocab, int num_members);
 
 // A member's part of sampling `num_rows` rows. All members of a team call it, or a single caller as
-// member 0 of 1. The rows' slots are not advanced; `keep_drawn` in draft_rows.h does that. Each
+// member 0 of 1. The rows' slots are not advanced; `accept_drafts` in draft_rows.h does that. Each
 // member samples whole rows by itself, and all members share the remaining rows; both ways yield
 // the same bits. scratch: work memory for all members.
 void sample(const ::tgi::SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,

@@ -7,7 +7,7 @@ namespace tgi::cpu {
 namespace {
 
 int64_t part_bytes(int num_members) {
-  return num_members * static_cast<int64_t>(sizeof(SampleBoard::Part));
+  return num_members * static_cast<int64_t>(sizeof(TeamExchange::Part));
 }
 
 int64_t sum_bytes(int64_t vocab) {
@@ -17,19 +17,19 @@ int64_t sum_bytes(int64_t vocab) {
 
 }  // namespace
 
-int64_t SampleBoard::num_bytes(int64_t vocab, int num_members) {
+int64_t TeamExchange::num_bytes(int64_t vocab, int num_members) {
   return 2 * (part_bytes(num_members) + sum_bytes(vocab));
 }
 
-SampleBoard SampleBoard::at(uint8_t* memory, int64_t vocab, int num_members) {
-  SampleBoard board = {};
+TeamExchange TeamExchange::at(uint8_t* memory, int64_t vocab, int num_members) {
+  TeamExchange exchange = {};
   for (int turn = 0; turn < 2; ++turn) {
-    board.parts[turn] = reinterpret_cast<Part*>(memory);
+    exchange.parts[turn] = reinterpret_cast<Part*>(memory);
     memory += part_bytes(num_members);
-    board.sums[turn] = reinterpret_cast<double*>(memory);
+    exchange.sums[turn] = reinterpret_cast<double*>(memory);
     memory += sum_bytes(vocab);
   }
-  return board;
+  return exchange;
 }
 
 RowStats RowTeam::stats(const float* x, int64_t n) {
@@ -37,7 +37,7 @@ RowStats RowTeam::stats(const float* x, int64_t n) {
   RowStats found = rows_.stats(x + part.begin, part.end - part.begin);
   if (num_members_ == 1) return found;
   mine().stats = found;
-  const SampleBoard::Part* all = exchange();
+  const TeamExchange::Part* all = exchange();
   found = all[0].stats;
   for (int i = 1; i < num_members_; ++i) {
     found.max = std::fmax(found.max, all[i].stats.max);
@@ -51,7 +51,7 @@ int64_t RowTeam::find(const float* x, int64_t n, float bound) {
   const int64_t index = rows_.find(x, part.begin, part.end, bound, true);
   if (num_members_ == 1) return index;
   mine().index = index < part.end ? index : n;
-  const SampleBoard::Part* all = exchange();
+  const TeamExchange::Part* all = exchange();
   for (int i = 0; i < num_members_; ++i) {
     if (all[i].index < n) return all[i].index;
   }
@@ -61,13 +61,13 @@ int64_t RowTeam::find(const float* x, int64_t n, float bound) {
 void RowTeam::scale(const float* x, int64_t n, float max, float factor, float* out) {
   const Range part = this->part(n);
   rows_.scale(x + part.begin, part.end - part.begin, max, factor, out + part.begin);
-  meet();
+  barrier();
 }
 
 double RowTeam::mass(const float* x, int64_t n, float max, float floor) {
   if (num_members_ == 1) return rows_.mass(x, n, max, floor);
   const Range part = this->part(n);
-  double* const sums = board_.sums[turn_];
+  double* const sums = exchange_.sums[turn_];
   rows_.masses(x + part.begin, part.end - part.begin, max, floor, sums + part.begin / kSumBlock);
   exchange();
   double total = 0;
@@ -81,7 +81,7 @@ int64_t RowTeam::compact(const float* x, int64_t n, float floor, float* out) {
       rows_.compact(x + part.begin, part.end - part.begin, floor, out + part.begin);
   if (num_members_ == 1) return count;
   mine().index = count;
-  const SampleBoard::Part* all = exchange();
+  const TeamExchange::Part* all = exchange();
   int64_t total = 0;
   for (int i = 0; i < num_members_; ++i) {
     const float* from = out + split(n, i, num_members_, kSumBlock).begin;
@@ -89,7 +89,7 @@ int64_t RowTeam::compact(const float* x, int64_t n, float floor, float* out) {
       std::memmove(out + total, from, sizeof(float) * static_cast<size_t>(all[i].index));
     total += all[i].index;
   }
-  meet();
+  barrier();
   return total;
 }
 
@@ -99,7 +99,7 @@ int64_t RowTeam::race(const float* scores, int64_t n, float floor, const DrawKey
   if (num_members_ == 1) return winner.index;
   mine().index = winner.index;
   mine().arrival = winner.arrival;
-  const SampleBoard::Part* all = exchange();
+  const TeamExchange::Part* all = exchange();
   double best = INFINITY;
   int64_t index = n;
   for (int i = 0; i < num_members_; ++i) {

@@ -17,7 +17,7 @@
 namespace tgi::cpu {
 
 // Partial results that members exchange.
-struct SampleBoard {
+struct TeamExchange {
   struct alignas(64) Part {
     RowStats stats;
     int64_t index;
@@ -30,7 +30,7 @@ struct SampleBoard {
   // Returns the size in bytes that `at` lays out, from an address aligned to 64, for this many
   // members.
   static int64_t num_bytes(int64_t vocab, int num_members);
-  static SampleBoard at(uint8_t* memory, int64_t vocab, int num_members);
+  static TeamExchange at(uint8_t* memory, int64_t vocab, int num_members);
 };
 
 class RowTeam {
@@ -38,15 +38,15 @@ class RowTeam {
   // A team of one.
   explicit RowTeam(const RowPasses& rows) : rows_(rows) {}
   // Inside a team's run; if there are several members, all of them take part.
-  RowTeam(const RowPasses& rows, const SampleBoard& board, int member, int num_members)
-      : rows_(rows), board_(board), member_(member), num_members_(num_members) {}
+  RowTeam(const RowPasses& rows, const TeamExchange& exchange, int member, int num_members)
+      : rows_(rows), exchange_(exchange), member_(member), num_members_(num_members) {}
 
   const RowPasses& passes() const { return rows_; }
   bool is_first() const { return member_ == 0; }
   // This member's part of a row of n.
   Range part(int64_t n) const { return split(n, member_, num_members_, kSumBlock); }
   // Waits until the writes of all members are visible.
-  void meet() const {
+  void barrier() const {
     if (num_members_ > 1) team_barrier();
   }
 
@@ -63,22 +63,22 @@ class RowTeam {
   double once(const Compute& compute) {
     if (num_members_ == 1) return compute();
     if (is_first()) mine().arrival = compute();
-    const SampleBoard::Part* all = exchange();
+    const TeamExchange::Part* all = exchange();
     return all[0].arrival;
   }
 
  private:
-  SampleBoard::Part& mine() const { return board_.parts[turn_][member_]; }
+  TeamExchange::Part& mine() const { return exchange_.parts[turn_][member_]; }
   // Waits for all members' partial results of this pass and returns them.
-  const SampleBoard::Part* exchange() {
+  const TeamExchange::Part* exchange() {
     team_barrier();
-    const SampleBoard::Part* all = board_.parts[turn_];
+    const TeamExchange::Part* all = exchange_.parts[turn_];
     turn_ ^= 1;
     return all;
   }
 
   const RowPasses& rows_;
-  SampleBoard board_ = {};
+  TeamExchange exchange_ = {};
   int member_ = 0, num_members_ = 1, turn_ = 0;
 };
 

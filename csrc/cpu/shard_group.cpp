@@ -48,7 +48,7 @@ int64_t logits_bytes(const ShardShape& shape) {
   return whole_pages(product_of_sizes({shape.max_rows, shape.vocab_size, kFloat}));
 }
 
-int64_t parts_bytes(const ShardShape& shape) {
+int64_t partial_sum_bytes(const ShardShape& shape) {
   return whole_pages(
       product_of_sizes({2, shape.count, shape.max_tokens, shape.num_columns, kFloat}));
 }
@@ -61,11 +61,11 @@ struct ShardGroup::Head {
   alignas(64) std::atomic<uint32_t> generation;
   alignas(64) std::atomic<uint32_t> num_sent;
   alignas(64) std::atomic<uint32_t> num_sleeping;
-  alignas(64) std::atomic<uint32_t> is_given_up;
+  alignas(64) std::atomic<uint32_t> is_aborted;
 };
 
 int64_t ShardGroup::num_bytes(const ShardShape& shape) {
-  return kPage + whole_pages(shape.mail_bytes) + logits_bytes(shape) + parts_bytes(shape);
+  return kPage + whole_pages(shape.mail_bytes) + logits_bytes(shape) + partial_sum_bytes(shape);
 }
 
 ShardGroup::ShardGroup(int fd, int64_t rank, const ShardShape& shape)
@@ -73,7 +73,7 @@ ShardGroup::ShardGroup(int fd, int64_t rank, const ShardShape& shape)
       rank_(rank),
       mail_at_(kPage),
       logits_at_(mail_at_ + whole_pages(shape.mail_bytes)),
-      parts_at_(logits_at_ + logits_bytes(shape)) {
+      partial_sums_at_(logits_at_ + logits_bytes(shape)) {
   static_assert(sizeof(Head) <= kPage && std::atomic<uint32_t>::is_always_lock_free, "");
   const int64_t bytes = num_bytes(shape);
   struct stat found = {};
@@ -92,19 +92,19 @@ ShardGroup::ShardGroup(int fd, int64_t rank, const ShardShape& shape)
   yield_after_ = is_crowded ? kYieldWhenCrowded : kYieldAfter;
 }
 
-Memory ShardGroup::part(int64_t turn) const {
-  const int64_t at = (turn * shape_.count + rank_) * part_floats() * kFloat;
-  return Memory(memory_, memory_.get() + parts_at_ + at);
+Memory ShardGroup::partial_sum(int64_t turn) const {
+  const int64_t at = (turn * shape_.count + rank_) * partial_sum_floats() * kFloat;
+  return Memory(memory_, memory_.get() + partial_sums_at_ + at);
 }
 
-const float* ShardGroup::parts(int64_t turn) const {
-  const int64_t at = turn * shape_.count * part_floats() * kFloat;
-  return reinterpret_cast<const float*>(memory_.get() + parts_at_ + at);
+const float* ShardGroup::partial_sums(int64_t turn) const {
+  const int64_t at = turn * shape_.count * partial_sum_floats() * kFloat;
+  return reinterpret_cast<const float*>(memory_.get() + partial_sums_at_ + at);
 }
 
 Memory ShardGroup::logits() const { return Memory(memory_, memory_.get() + logits_at_); }
 
-void ShardGroup::meet() {
+void ShardGroup::barrier() {
   Head& h = head();
   const uint32_t generation = h.generation.load(std::memory_order_acquire);
   const auto total = static_cast<uint32_t>(shape_.count * shape_.num_members);
@@ -116,7 +116,7 @@ void ShardGroup::meet() {
   spin_until(
       [&] {
         return h.generation.load(std::memory_order_acquire) != generation ||
-               h.is_given_up.load(std::memory_order_relaxed) != 0;
+               h.is_aborted.load(std::memory_order_relaxed) != 0;
       },
       yield_after_);
 }
@@ -130,7 +130,7 @@ void ShardGroup::send() {
 bool ShardGroup::receive() {
   Head& h = head();
   const auto has_more = [&] {
-    return h.num_sent.load(std::memory_order_seq_cst) != num_received_ || is_given_up();
+    return h.num_sent.load(std::memory_order_seq_cst) != num_received_ || is_aborted();
   };
   const auto deadline = Clock::now() + kLookFor;
   while (!has_more() && Clock::now() < deadline) {
@@ -139,20 +139,20 @@ bool ShardGroup::receive() {
   h.num_sleeping.fetch_add(1, std::memory_order_seq_cst);
   while (!has_more()) wait_on_shared(&h.num_sent, num_received_);
   h.num_sleeping.fetch_sub(1, std::memory_order_seq_cst);
-  if (is_given_up()) return false;
+  if (is_aborted()) return false;
   ++num_received_;
   return true;
 }
 
-void ShardGroup::give_up() {
-  head().is_given_up.store(1, std::memory_order_seq_cst);
+void ShardGroup::abort() {
+  head().is_aborted.store(1, std::memory_order_seq_cst);
   // A shard that is about to sleep then sees a different number and does not sleep.
   head().num_sent.fetch_add(1, std::memory_order_seq_cst);
   wake_all_shared(&head().num_sent);
 }
 
-bool ShardGroup::is_given_up() const {
-  return head().is_given_up.load(std::memory_order_seq_cst) != 0;
+bool ShardGroup::is_aborted() const {
+  return head().is_aborted.load(std::memory_order_seq_cst) != 0;
 }
 
 }  // namespace tgi::cpu

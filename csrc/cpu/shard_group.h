@@ -38,26 +38,27 @@ class ShardGroup {
   const ShardShape& shape() const { return shape_; }
   int64_t rank() const { return rank_; }
 
-  // Where this shard writes its part of every other sum, and where the parts of all shards begin.
-  Memory part(int64_t turn) const;
-  const float* parts(int64_t turn) const;
-  int64_t part_floats() const { return shape_.max_tokens * shape_.num_columns; }
+  // Where this shard writes its partial sum of every other sum, and where the partial sums of all
+  // shards begin.
+  Memory partial_sum(int64_t turn) const;
+  const float* partial_sums(int64_t turn) const;
+  int64_t partial_sum_floats() const { return shape_.max_tokens * shape_.num_columns; }
   Memory logits() const;
 
   // Called by every thread of every shard, equally often: returns when all have arrived, or once
-  // the group has been given up.
-  void meet();
+  // the group has been aborted.
+  void barrier();
 
   // For the first shard: the mailbox, which may be written once all shards have met after the
   // previous mail, and the call that sends it.
   uint8_t* mail() const { return memory_.get() + mail_at_; }
   void send();
-  // For the other shards: waits for the next mail. Returns false if the group has been given up.
+  // For the other shards: waits for the next mail. Returns false if the group has been aborted.
   bool receive();
 
   // Releases all waiting threads, now and from now on; their results are void.
-  void give_up();
-  bool is_given_up() const;
+  void abort();
+  bool is_aborted() const;
 
  private:
   struct Head;
@@ -65,7 +66,7 @@ class ShardGroup {
 
   const ShardShape shape_;
   const int64_t rank_;
-  const int64_t mail_at_, logits_at_, parts_at_;
+  const int64_t mail_at_, logits_at_, partial_sums_at_;
   std::chrono::microseconds yield_after_;
   Memory memory_;
   uint32_t num_received_ = 0;

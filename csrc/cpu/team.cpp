@@ -48,7 +48,7 @@ std::atomic<int> other_spin_us{0};  // see team_spin
 
 class Team;
 thread_local Team* current_team = nullptr;  // the team whose run this thread is inside of; null in
-                                            // run_alone
+                                            // run_on_caller
 
 class Team {
  public:
@@ -242,7 +242,7 @@ void team_barrier() {
   if (current_team != nullptr) current_team->barrier();
 }
 
-void run_alone(TeamFunction fn, void* context) {
+void run_on_caller(TeamFunction fn, void* context) {
   FlushDenormals flush;
   fn(context, 0, 1);
 }

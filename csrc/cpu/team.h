@@ -101,14 +101,14 @@ inline Range split(int64_t size, int member, int num_members, int64_t grain = 1)
 
 // Flushes denormals and runs callable(0, 1) on the caller: a team of one. For work so small that
 // handing it over would cost more (1 us to a spinning member, 25 us to a parked one).
-void run_alone(TeamFunction fn, void* context);
+void run_on_caller(TeamFunction fn, void* context);
 
 template <typename Callable>
-void run_alone(Callable&& callable) {
+void run_on_caller(Callable&& callable) {
   using Plain = std::remove_reference_t<Callable>;
-  run_alone([](void* context, int member,
-               int num_members) { (*static_cast<Plain*>(context))(member, num_members); },
-            const_cast<void*>(static_cast<const void*>(&callable)));
+  run_on_caller([](void* context, int member,
+                   int num_members) { (*static_cast<Plain*>(context))(member, num_members); },
+                const_cast<void*>(static_cast<const void*>(&callable)));
 }
 
 // Number of multiplications that one core finishes before a parked member wakes up.
@@ -119,7 +119,7 @@ template <typename Prepare, typename Callable>
 void run_small(int64_t work, Prepare&& prepare, Callable&& callable) {
   if (work > kSmallWork) return run_on_team(prepare, callable);
   prepare(1);
-  run_alone(callable);
+  run_on_caller(callable);
 }
 
 // Runs kernel(begin, end) over [0, size), split over the team; on the caller only below
@@ -132,7 +132,7 @@ void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t s
     if (part.begin < part.end) kernel(part.begin, part.end);
   };
   if ((size + grain - 1) / grain < serial_below) {
-    run_alone(body);
+    run_on_caller(body);
   } else {
     run_on_team(body);
   }

@@ -11,8 +11,8 @@ constexpr int64_t kMaxGroup = 16;  // query heads per KV head: the rows of mma
 
 // One warp computes the running count of chunks before each sequence.
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p) {
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int lane = int(threadIdx.x);
   int32_t total = 0;
   for (int64_t first = 0; first < p.num_sequences; first += kWarpSize) {

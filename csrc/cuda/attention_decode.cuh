@@ -45,10 +45,10 @@ struct Decode {
 
   // Processes this warp's part of the tokens [begin, end): tiles warp, warp + kWarps and so on. The
   // query is the last of `context_end` tokens.
-  static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence,
-                                              int64_t kv_head, int64_t begin, int64_t end,
-                                              int64_t context_end, const uint4* queries,
-                                              uint4* tiles, RowState<HeadDim>& state) {
+  static __device__ __forceinline__ void process_tiles(const AttentionParams& p, int64_t sequence,
+                                                       int64_t kv_head, int64_t begin, int64_t end,
+                                                       int64_t context_end, const uint4* queries,
+                                                       uint4* tiles, RowState<HeadDim>& state) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
     const int64_t first_tile = begin / kTile;
     const int num_tiles =
@@ -65,7 +65,7 @@ struct Decode {
     const KvCache cache(p, kv_head);
     const int64_t head = kv_head * divide_narrow(p.num_heads, p.num_kv_heads) + lane / 4;
     const Scores scores(p, head, head + 8);
-    const auto bring_tile = [&](int i) {
+    const auto load_tile = [&](int i) {
       const int64_t token = token_of(i);
       const int32_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize);
       const int64_t place = cache.row_at(block, int(token) % int(p.block_size));
@@ -76,19 +76,19 @@ struct Decode {
         const int row = k / KvCache::kCopies % kTile;
         const bool is_valid = token + row >= begin && token + row < end;
         const int64_t at = place + row * HeadDim + (is_value ? cache.value_offset : 0);
-        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies,
-                    is_valid ? at : 0, is_valid);
+        cache.start_copy(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies,
+                         is_valid ? at : 0, is_valid);
       }
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
-      if (i < num_tiles) bring_tile(i);
+      if (i < num_tiles) load_tile(i);
       async_commit();
     }
     for (int i = 0; i < num_tiles; ++i) {
       async_wait<kStages - 2>();
       __syncwarp();  // all lanes see tile i and have finished with tile i - 1
-      if (i + kStages - 1 < num_tiles) bring_tile(i + kStages - 1);
+      if (i + kStages - 1 < num_tiles) load_tile(i + kStages - 1);
       async_commit();
       const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
       const int first = int(max(begin - token_of(i), int64_t{0}));
@@ -101,8 +101,8 @@ struct Decode {
   }
 
   // Writes the warp's rows to shared memory: [warp][row] sums, then each row's maximum and total.
-  static __device__ __forceinline__ void leave(const RowState<HeadDim>& state, float* sums,
-                                               float* stats) {
+  static __device__ __forceinline__ void store_rows(const RowState<HeadDim>& state, float* sums,
+                                                    float* stats) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -135,8 +135,8 @@ struct Merged {
 template <typename Element, typename KvElement, int HeadDim>
 __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads, 2)
     decode_kernel(AttentionParams p) {
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   using Kernel = Decode<Element, KvElement, HeadDim>;
   DYNAMIC_SHARED(uint4, queries);  // [16 rows], then the warps' tiles
   uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
                       // free
     RowState<HeadDim> state;
     state.clear();
-    Kernel::walk(p, sequence, kv_head, begin, end, context.end, queries,
-                 tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks,
-                 state);
+    Kernel::process_tiles(
+        p, sequence, kv_head, begin, end, context.end, queries,
+        tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks, state);
     __syncthreads();  // the tiles are no longer needed
-    Kernel::leave(state, sums, stats);
+    Kernel::store_rows(state, sums, stats);
     __syncthreads();
     for (int i = int(threadIdx.x); i < group * HeadDim; i += Kernel::kThreads) {
       const int row = i / HeadDim, d = i % HeadDim;
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
 // One block per (sequence, head): merges its chunks and divides.
 template <typename Element, int HeadDim>
 __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams p) {
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const Workspace workspace(p);
   const int64_t sequence = divide_narrow(blockIdx.x, p.num_heads),
                 head = blockIdx.x - sequence * p.num_heads;

@@ -45,16 +45,16 @@ struct Prefill {
     places[token / kKeys % 2 * kKeys + row] = place;
   }
 
-  static __device__ __forceinline__ void bring_tile(const KvCache& cache, int token,
-                                                    const int64_t* places, uint4* stage) {
+  static __device__ __forceinline__ void load_tile(const KvCache& cache, int token,
+                                                   const int64_t* places, uint4* stage) {
 #pragma unroll(kUnroll)
     for (int k = int(threadIdx.x); k < kKeys * KvCache::kCopies; k += kThreads) {
       const int row = k / KvCache::kCopies, i = k % KvCache::kCopies;
       const int64_t place = places[token / kKeys % 2 * kKeys + row];
       const bool is_valid = place >= 0;
       const int64_t at = is_valid ? place : 0;
-      cache.bring(stage, row, i, at, is_valid);
-      cache.bring(stage + kTileChunks, row, i, at + cache.value_offset, is_valid);
+      cache.start_copy(stage, row, i, at, is_valid);
+      cache.start_copy(stage + kTileChunks, row, i, at + cache.value_offset, is_valid);
     }
   }
 };
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   Kernel::find_tile(p, cache, table, first_tile * Kernel::kKeys, begin, end, places);
   Kernel::find_tile(p, cache, table, (first_tile + 1) * Kernel::kKeys, begin, end, places);
   __syncthreads();
-  Kernel::bring_tile(cache, first_tile * Kernel::kKeys, places, tiles);
+  Kernel::load_tile(cache, first_tile * Kernel::kKeys, places, tiles);
   async_commit();
 
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     const int stage = (tile - first_tile) % Kernel::kStages;
     const int token = tile * Kernel::kKeys;
     if (tile + 1 < stop_tile) {
-      Kernel::bring_tile(cache, token + Kernel::kKeys, places,
-                         tiles + (stage ^ 1) * 2 * Kernel::kTileChunks);
+      Kernel::load_tile(cache, token + Kernel::kKeys, places,
+                        tiles + (stage ^ 1) * 2 * Kernel::kTileChunks);
     }
     async_commit();
     // Overwrites this tile's positions, which all threads finished using before the barrier.

@@ -66,8 +66,8 @@ struct Cache {
 
   // Starts copying the i-th 16 bytes of the row at `at` (or zeros) to row `row` of a tile. An 8-bit
   // cache is converted synchronously.
-  __device__ __forceinline__ void bring(uint4* tile, int row, int i, int64_t at,
-                                        bool is_valid) const {
+  __device__ __forceinline__ void start_copy(uint4* tile, int row, int i, int64_t at,
+                                             bool is_valid) const {
     const KvElement* from = head + at + i * (16 / int(sizeof(KvElement)));
     if constexpr (kIsSame) {
       async_copy16(&tile[Row<HeadDim>::at(row, i)], from, is_valid);

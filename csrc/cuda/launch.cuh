@@ -3,8 +3,8 @@
 //
 // A kernel started by `launch_dependent` may begin while the previous one still runs ("programmatic
 // dependent launch", sm_90 and later; off until `set_dependent_launches`). Each of its threads must
-// call `wait_for_kernel_before` before it ends or accesses any memory except weights, which no
-// kernel writes. `start_kernel_after` then lets the next kernel begin.
+// call `wait_for_previous_kernel` before it ends or accesses any memory except weights, which no
+// kernel writes. `allow_next_kernel` then lets the next kernel begin.
 //
 // This is as safe as running one kernel after another. The wait returns when all blocks of the
 // previous kernel have ended and their writes are visible. Each thread of that kernel has itself
@@ -74,13 +74,13 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                                   block, shared_bytes, stream, arguments...);
 }
 
-__device__ __forceinline__ void wait_for_kernel_before() {
+__device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void start_kernel_after() {
+__device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
@@ -121,8 +121,8 @@ TGI_EMULATOR cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 gr
   return launch(kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-__forceinline__ void wait_for_kernel_before() { emu::wait_for_kernel_before(); }
-__forceinline__ void start_kernel_after() {}
+__forceinline__ void wait_for_previous_kernel() { emu::wait_for_previous_kernel(); }
+__forceinline__ void allow_next_kernel() {}
 
 inline int num_multiprocessors() { return 3; }
 

@@ -76,8 +76,9 @@ __device__ __forceinline__ void multiply(const uint4* step, Sums<Tokens>& sums) 
 
 // Processes this warp's columns: steps part, part + kParts and so on of the row.
 template <typename Element, int Tokens>
-__device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, int64_t first_token,
-                                     uint4* queue, Sums<Tokens>& sums) {
+__device__ __forceinline__ void multiply_columns(const LinearParams& p, int64_t first_row,
+                                                 int64_t first_token, uint4* queue,
+                                                 Sums<Tokens>& sums) {
   using T = Tile<Tokens>;
   const int part = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const int64_t row = first_row + lane / 4, token = first_token + lane / 4;
@@ -91,14 +92,14 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
   };
   const auto offset_of = [](int i) { return int64_t{i} * kParts * kStep; };
   const auto is_inside = [&](int i) { return first_column + offset_of(i) < p.num_columns; };
-  const auto bring_weights = [&](int i) {
+  const auto load_weights = [&](int i) {
 #pragma unroll
     for (int k = 0; k < 2 * T::kRowTiles; ++k) {
       async_copy16(&step_at(i)[k * kThreads], weights + k * 8 * p.num_columns + offset_of(i),
                    is_inside(i) && row + k * 8 < p.num_rows);
     }
   };
-  const auto bring_values = [&](int i) {
+  const auto load_values = [&](int i) {
 #pragma unroll
     for (int k = 0; k < T::kTokenTiles; ++k) {
       async_copy16(&step_at(i)[(2 * T::kRowTiles + k) * kThreads],
@@ -109,20 +110,20 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
   // Weights are never written, so their first copies start before the previous kernel has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
-    if (i < num_steps) bring_weights(i);
+    if (i < num_steps) load_weights(i);
   }
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
-    if (i < num_steps) bring_values(i);
+    if (i < num_steps) load_values(i);
     async_commit();
   }
   for (int i = 0; i < num_steps; ++i) {
     async_wait<T::kStages - 2>();
     if (i + T::kStages - 1 < num_steps) {  // overwrites what this lane read in the previous step
-      bring_weights(i + T::kStages - 1);
-      bring_values(i + T::kStages - 1);
+      load_weights(i + T::kStages - 1);
+      load_values(i + T::kStages - 1);
     }
     async_commit();
     multiply<Element>(step_at(i), sums);
@@ -132,7 +133,7 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
 
 // Writes the warp's sums to shared memory: [part][token][row].
 template <int Tokens>
-__device__ __forceinline__ void leave(const Sums<Tokens>& sums, float* shared) {
+__device__ __forceinline__ void store_sums(const Sums<Tokens>& sums, float* shared) {
   using T = Tile<Tokens>;
   const int part = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
 #pragma unroll
@@ -158,10 +159,10 @@ __global__ void __launch_bounds__(kThreads, Tile<Tokens>::kBlocks) linear_kernel
   const int64_t first_token = (blockIdx.x - row_tile * token_tiles) * Tokens;
   const int64_t first_row = row_tile * T::kRows;
   Sums<Tokens> sums = {};
-  walk<Element>(p, first_row, first_token, queue, sums);
+  multiply_columns<Element>(p, first_row, first_token, queue, sums);
   __syncthreads();  // the queue is no longer needed
   auto* shared = reinterpret_cast<float*>(queue);
-  leave(sums, shared);
+  store_sums(sums, shared);
   __syncthreads();
   for (int i = int(threadIdx.x); i < Tokens * T::kRows; i += kThreads) {
     const int64_t token = first_token + i / T::kRows, row = first_row + i % T::kRows;

@@ -64,8 +64,8 @@ __device__ __forceinline__ float to_float(fp16 x) { return Pair<fp16>::unpack(x.
 template <typename Element, typename Scale, typename Code, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
     quant_linear_kernel(QuantLinearParams p) {
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int lane = int(threadIdx.x) % kWarpSize;
   // Blocks that share rows are adjacent, so all but the first find the codes in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);

@@ -91,8 +91,8 @@ __device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, i
 
 template <typename Element, typename KvElement>
 __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
-  wait_for_kernel_before();
-  start_kernel_after();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim),
             half = int(p.rotary_dim / 2);
   const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads, token = blockIdx.x;

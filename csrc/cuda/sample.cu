@@ -10,19 +10,19 @@ namespace {
 
 constexpr float kNaN = NAN;
 
-__device__ __forceinline__ Weight sum_of(const Histogram& histogram, RowRoom& room) {
+__device__ __forceinline__ Weight sum_of(const Histogram& histogram, RowShared& shared) {
   Weight total = 0;
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) total += histogram.weights[bin];
-  return block_reduce(total, Add(), room.weights);
+  return block_reduce(total, Add(), shared.weights);
 }
 
 // Returns the weight of these elements' scores, as far as they are kept.
 template <typename Value>
 __device__ __forceinline__ Weight sum_of(const Elements& e, const Value& value, float max,
-                                         RowRoom& room) {
+                                         RowShared& shared) {
   Weight total = 0;
   for_each(e, [&](int, float x) { total += to_weight(value(x) - max); });
-  return block_reduce(total, Add(), room.weights);
+  return block_reduce(total, Add(), shared.weights);
 }
 
 // Returns the elements on a histogram's list, or the whole row if the list overflowed.
@@ -32,10 +32,10 @@ __device__ __forceinline__ Elements listed_of(const float* x, int n, const Histo
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all, int num_parts) {
-  wait_for_kernel_before();
-  start_kernel_after();
-  SHARED_ARRAY(RowRoom, rooms, 1);
-  RowRoom& room = rooms[0];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  SHARED_ARRAY(RowShared, shared_rows, 1);
+  RowShared& shared = shared_rows[0];
   const ::tgi::SampleParams& p = all.base;
   const DrawnRow row(all, blockIdx.x);
   const bool is_first = threadIdx.x == 0;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
     p.logprobs[row.index] = kNaN;
     p.num_top[row.index] = 0;
   }
-  if (!row.is_there) return;
+  if (!row.is_valid) return;
   // Not a copy: compute capability 8.0 has no registers left for it.
   const SampleSlot& slot = row.slot(all);
   const RowWork& work = row.work(all);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   if (!merged.can_draw()) return;
   const int n = row.n;
   const float* values = row.values(all);
-  Kept kept = row.kept(slot, merged.stats.max);
+  ScoreFilter filter = row.filter(slot, merged.stats.max);
   Elements set = {values, 0, n};  // contains everything that is kept
   int id;
   if (is_greedy(slot)) {
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
     Weight total = 0;
     if (row.has_candidates(slot)) {
       set = listed_of(values, n, work.scores);
-      total = sum_of(work.scores, room);
+      total = sum_of(work.scores, shared);
     }
-    cut(slot, set, total, n, kept, room);
-    id = int(race(slot, set, kept, room).id);
+    narrow_filter(slot, set, total, n, filter, shared);
+    id = int(race(slot, set, filter, shared).id);
   } else {
     id = merge_winners(work, num_parts);
   }
@@ -75,21 +75,21 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   int filled = 0;
   if (row.wants_processed(slot)) {
     const auto value = [&](float x) {
-      const float score = kept.score(x);
-      return kept.has(score) ? score : -INFINITY;
+      const float score = filter.score(x);
+      return filter.keeps(score) ? score : -INFINITY;
     };
     const Weight total =
-        row.is_cut(slot) ? sum_of(set, value, 0.0f, room) : sum_of(work.scores, room);
+        row.is_cut(slot) ? sum_of(set, value, 0.0f, shared) : sum_of(work.scores, shared);
     if (!row.is_cut(slot) && wanted > 0) set = listed_of(values, n, work.scores);
     filled = describe(set, value, 0.0f, log_of(total), id, wanted, p.logprobs + row.index, top_ids,
-                      top_logprobs, room);
+                      top_logprobs, shared);
   } else if (row.wants_raw(slot)) {
     const float* logits = row.logits(all);
     const Elements best = wanted > 0 ? listed_of(logits, n, work.raw) : Elements{logits, 0, n};
-    const float normaliser = log_of(sum_of(work.raw, room));
+    const float normaliser = log_of(sum_of(work.raw, shared));
     filled = describe(
         best, [](float x) { return x; }, merged.raw_max, normaliser, id, wanted,
-        p.logprobs + row.index, top_ids, top_logprobs, room);
+        p.logprobs + row.index, top_ids, top_logprobs, shared);
   }
   __syncthreads();  // all threads have read the slot
   if (!is_first) return;
@@ -102,22 +102,22 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLogprobsParams all) {
-  SHARED_ARRAY(RowRoom, rooms, 1);
-  RowRoom& room = rooms[0];
+  SHARED_ARRAY(RowShared, shared_rows, 1);
+  RowShared& shared = shared_rows[0];
   const ::tgi::TokenLogprobsParams& p = all.base;
   const int64_t row = blockIdx.x;
   const int n = int(p.vocab), num_top = int(p.num_top);
   const Elements logits = {p.logits + row * p.vocab, 0, n};
   int32_t* top_ids = p.top_ids + row * p.num_top;
   float* top_logprobs = p.top_logprobs + row * p.num_top;
-  const Stats stats = find_stats(logits, room);
+  const Stats stats = find_stats(logits, shared);
   int filled = 0;
   if (stats.is_finite && stats.max > -INFINITY) {
     const int id = min(max(p.token_ids[row], int32_t{0}), int32_t(n - 1));
     const auto value = [](float x) { return x; };
-    const float normaliser = log_of(sum_of(logits, value, stats.max, room));
+    const float normaliser = log_of(sum_of(logits, value, stats.max, shared));
     filled = describe(logits, value, stats.max, normaliser, id, num_top, p.logprobs + row, top_ids,
-                      top_logprobs, room);
+                      top_logprobs, shared);
   } else if (threadIdx.x == 0) {
     p.logprobs[row] = kNaN;
   }
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
 // Returns the number of blocks that share a row: as many as the device runs at a time, and a single
 // one for few elements.
 int parts_of(int64_t num_rows, int64_t vocab) {
-  const int64_t most = min(int64_t{kMaxParts}, ceil_divide(vocab, int64_t{kLeastPart}));
+  const int64_t most = min(int64_t{kMaxParts}, ceil_divide(vocab, int64_t{kMinPart}));
   const int64_t held = 2 * num_multiprocessors() / num_rows;
   return int(max(int64_t{1}, min(most, held)));
 }

@@ -24,17 +24,17 @@ __device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32
 __device__ __forceinline__ const int32_t* mask_of(const SampleParams& all, int64_t row) {
   if (all.base.mask == nullptr) return nullptr;
   const int64_t index = all.mask_rows[row];
-  const bool is_there = index >= 0 && index < all.num_masks;
-  return is_there ? all.base.mask + index * ((all.base.vocab + 31) / 32) : nullptr;
+  const bool is_valid = index >= 0 && index < all.num_masks;
+  return is_valid ? all.base.mask + index * ((all.base.vocab + 31) / 32) : nullptr;
 }
 
-__device__ __forceinline__ bool is_held(const SampleSlot& slot) {
+__device__ __forceinline__ bool has_masked_ids(const SampleSlot& slot) {
   return slot.num_masked > 0 && slot.position < slot.masked_until;
 }
 
 // Returns whether anything changes the slot's logits.
 __device__ __forceinline__ bool is_modified(const SampleSlot& slot, const int32_t* mask) {
-  return has_penalties(slot) || slot.num_biased != 0 || is_held(slot) || mask != nullptr;
+  return has_penalties(slot) || slot.num_biased != 0 || has_masked_ids(slot) || mask != nullptr;
 }
 
 // Writes these elements, after penalties, bias and masks, to the row `out` [vocab].
@@ -57,7 +57,7 @@ __device__ __forceinline__ void modify(const ::tgi::SampleParams& p, int64_t slo
     if (id >= e.first && id < end) out[id] += p.biased_values[slot_index * p.biased_stride + i];
   }
   __syncthreads();
-  const int num_masked = is_held(slot) ? min(slot.num_masked, int32_t(p.masked_stride)) : 0;
+  const int num_masked = has_masked_ids(slot) ? min(slot.num_masked, int32_t(p.masked_stride)) : 0;
   for (int i = int(threadIdx.x); i < num_masked; i += kRowThreads) {
     const int32_t id = p.masked_ids[slot_index * p.masked_stride + i];
     if (id >= e.first && id < end) out[id] = -INFINITY;
@@ -65,14 +65,14 @@ __device__ __forceinline__ void modify(const ::tgi::SampleParams& p, int64_t slo
   __syncthreads();
 }
 
-// The scores (the best is 0) that may be sampled: those >= `floor` and within `reach` of `mean`.
-struct Kept {
+// The scores (the best is 0) that may be sampled: those >= `floor` and within `radius` of `mean`.
+struct ScoreFilter {
   float max, factor;
-  float floor, mean, reach;
+  float floor, mean, radius;
 
   __device__ __forceinline__ float score(float value) const { return (value - max) * factor; }
-  __device__ __forceinline__ bool has(float score) const {
-    return score >= floor && fabsf(score - mean) <= reach;
+  __device__ __forceinline__ bool keeps(float score) const {
+    return score >= floor && fabsf(score - mean) <= radius;
   }
 };
 
@@ -91,64 +91,65 @@ __device__ __forceinline__ Weight share_of(Weight total, float p) {
 
 // Keeps all scores of a row with this maximum. A temperature near 0 must not make the best score 0
 // * infinity; in greedy mode, scores are the values minus the best.
-__device__ __forceinline__ Kept keep_all(const SampleSlot& slot, float max) {
+__device__ __forceinline__ ScoreFilter keep_all(const SampleSlot& slot, float max) {
   const float factor = is_greedy(slot) ? 1.0f : fminf(1.0f / slot.temperature, FLT_MAX);
   return {max, factor, -FLT_MAX, 0.0f, INFINITY};
 }
 
-__device__ __forceinline__ void keep_min_p(const SampleSlot& slot, Kept& kept) {
-  if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
+__device__ __forceinline__ void keep_min_p(const SampleSlot& slot, ScoreFilter& filter) {
+  if (slot.min_p > 0.0f) filter.floor = fmaxf(filter.floor, logf(slot.min_p));
 }
 
 // Keeps the most typical scores, up to typical_p of the weight kept so far. Meister et al., Locally
 // Typical Sampling, section 4.
-__device__ __forceinline__ void keep_typical(float typical_p, const Elements& e, Kept& kept,
-                                             RowRoom& room) {
+__device__ __forceinline__ void keep_typical(float typical_p, const Elements& e,
+                                             ScoreFilter& filter, RowShared& shared) {
   double mass = 0, weighted = 0;
   for_each(e, [&](int, float x) {
-    const float score = kept.score(x);
-    if (!(score >= kept.floor)) return;
+    const float score = filter.score(x);
+    if (!(score >= filter.floor)) return;
     const float weight = expf(score);
     mass += weight;
     weighted += double(weight) * score;
   });
-  mass = block_reduce(mass, Add(), room.doubles);
-  const auto mean = static_cast<float>(block_reduce(weighted, Add(), room.doubles) / mass);
+  mass = block_reduce(mass, Add(), shared.doubles);
+  const auto mean = static_cast<float>(block_reduce(weighted, Add(), shared.doubles) / mass);
   const auto weigh = [&](float x, float& distance) {
-    const float score = kept.score(x);
+    const float score = filter.score(x);
     distance = fabsf(score - mean);
-    return score >= kept.floor ? to_weight(score) : Weight{0};
+    return score >= filter.floor ? to_weight(score) : Weight{0};
   };
   const auto share = [=](Weight total) { return share_of(total, typical_p); };
-  kept.reach = reach(e, Weight{0}, weigh, share, room);
-  kept.mean = mean;
+  filter.radius = find_cutoff(e, Weight{0}, weigh, share, shared);
+  filter.mean = mean;
 }
 
 // Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep complete
 // ties. `total` is the row's weight if `e` is not the whole row; 0 if it is.
-__device__ __forceinline__ void cut(const SampleSlot& slot, const Elements& e, Weight total, int n,
-                                    Kept& kept, RowRoom& room) {
+__device__ __forceinline__ void narrow_filter(const SampleSlot& slot, const Elements& e,
+                                              Weight total, int n, ScoreFilter& filter,
+                                              RowShared& shared) {
   if (has_top_k(slot, n)) {
     const auto weigh = [&](float x, float& distance) {
-      const float score = kept.score(x);
+      const float score = filter.score(x);
       distance = fabsf(score);
       return Weight{score >= -FLT_MAX ? 1u : 0u};
     };
     const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
-    kept.floor = -reach(e, Weight{0}, weigh, share, room);
+    filter.floor = -find_cutoff(e, Weight{0}, weigh, share, shared);
     total = 0;  // of the top-k set, all of which is in `e`
   }
   if (slot.top_p < 1.0f) {
     const auto weigh = [&](float x, float& distance) {
-      const float score = kept.score(x);
+      const float score = filter.score(x);
       distance = fabsf(score);
-      return score >= kept.floor ? to_weight(score) : Weight{0};
+      return score >= filter.floor ? to_weight(score) : Weight{0};
     };
     const auto share = [&](Weight all) { return share_of(all, slot.top_p); };
-    kept.floor = fmaxf(kept.floor, -reach(e, total, weigh, share, room));
+    filter.floor = fmaxf(filter.floor, -find_cutoff(e, total, weigh, share, shared));
   }
-  keep_min_p(slot, kept);
-  if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, e, kept, room);
+  keep_min_p(slot, filter);
+  if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, e, filter, shared);
 }
 
 // The winner of the race: the element with the lowest log E - score, lowest id on ties.
@@ -159,16 +160,16 @@ struct Winner {
 
 // Computes the exact time only for elements close to the best so far: a logarithm in double costs
 // as much as a hundred other instructions.
-__device__ __forceinline__ Winner race(const SampleSlot& slot, const Elements& e, const Kept& kept,
-                                       RowRoom& room) {
+__device__ __forceinline__ Winner race(const SampleSlot& slot, const Elements& e,
+                                       const ScoreFilter& filter, RowShared& shared) {
   double best = INFINITY;
   int winner = INT_MAX;
   float bound = INFINITY;
   // One at a time, not four: the code of an iteration is long.
   for (int k = int(threadIdx.x); k < e.count; k += kRowThreads) {
     const int i = e.id_of(k);
-    const float score = kept.score(e.x[i]);
-    if (!kept.has(score)) continue;
+    const float score = filter.score(e.x[i]);
+    if (!filter.keeps(score)) continue;
     const uint32_t word =
         philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
     if (!(log_arrival_nearly(word) - score <= bound)) continue;
@@ -179,8 +180,8 @@ __device__ __forceinline__ Winner race(const SampleSlot& slot, const Elements& e
       bound = float(best) + 1e-3f + 1e-5f * fabsf(float(best));
     }
   }
-  const double first = block_reduce(best, Min(), room.doubles);
-  return {first, block_reduce(best == first ? winner : INT_MAX, Min(), room.ints)};
+  const double first = block_reduce(best, Min(), shared.doubles);
+  return {first, block_reduce(best == first ? winner : INT_MAX, Min(), shared.ints)};
 }
 
 }  // namespace tgi::cuda

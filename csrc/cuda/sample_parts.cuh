@@ -15,7 +15,7 @@
 namespace tgi::cuda {
 
 constexpr int kMaxParts = kWarpSize;    // one per lane
-constexpr int kLeastPart = 512;         // elements
+constexpr int kMinPart = 512;           // elements
 constexpr int kCandidates = 2 * kBins;  // capacity of a list
 
 struct PartStats {
@@ -45,13 +45,13 @@ static_assert(sizeof(RowWork) % 16 == 0);
 // A row, and what its slot requires. Each kernel constructs it again.
 struct DrawnRow {
   int64_t index, slot_index;
-  bool is_there;  // false: padding
+  bool is_valid;  // false: padding
   int n;
 
   __device__ __forceinline__ DrawnRow(const SampleParams& all, int64_t row)
       : index(row),
         slot_index(all.base.slots[row]),
-        is_there(slot_index >= 0 && slot_index < all.num_slots),
+        is_valid(slot_index >= 0 && slot_index < all.num_slots),
         n(int(all.base.vocab)) {}
 
   __device__ __forceinline__ const SampleSlot& slot(const SampleParams& all) const {
@@ -91,10 +91,10 @@ struct DrawnRow {
   }
 
   // Returns the scores for part_scores' histogram: for cut sets, those before the cut.
-  __device__ __forceinline__ Kept kept(const SampleSlot& slot, float max) const {
-    Kept kept = keep_all(slot, max);
-    if (!is_cut(slot) && !is_greedy(slot)) keep_min_p(slot, kept);
-    return kept;
+  __device__ __forceinline__ ScoreFilter filter(const SampleSlot& slot, float max) const {
+    ScoreFilter filter = keep_all(slot, max);
+    if (!is_cut(slot) && !is_greedy(slot)) keep_min_p(slot, filter);
+    return filter;
   }
 };
 
@@ -143,23 +143,23 @@ __device__ __forceinline__ void clear_part(Histogram& histogram, int part, int n
 
 __global__ void __launch_bounds__(kRowThreads, 2)
     part_stats_kernel(SampleParams all, int num_parts) {
-  wait_for_kernel_before();
-  start_kernel_after();
-  SHARED_ARRAY(RowRoom, rooms, 1);
-  RowRoom& room = rooms[0];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  SHARED_ARRAY(RowShared, shared_rows, 1);
+  RowShared& shared = shared_rows[0];
   const DrawnRow row(all, blockIdx.y);
-  if (!row.is_there) return;
+  if (!row.is_valid) return;
   const int part = int(blockIdx.x);
   const SampleSlot& slot = row.slot(all);
   RowWork& work = row.work(all);
   const Elements logits = part_of(row.logits(all), row.n, part, num_parts);
-  const Stats raw = find_stats(logits, room);
+  const Stats raw = find_stats(logits, shared);
   Stats stats = raw;
   const int32_t* mask = mask_of(all, row.index);
   if (is_modified(slot, mask)) {
     float* out = all.scratch + row.index * all.base.vocab;
     modify(all.base, row.slot_index, slot, mask, logits, out);
-    stats = find_stats(Elements{out, logits.first, logits.count}, room);
+    stats = find_stats(Elements{out, logits.first, logits.count}, shared);
   }
   if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);
   if (row.wants_raw(slot)) clear_part(work.raw, part, num_parts);
@@ -171,9 +171,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 // Adds the elements of these scores to the row's histogram, via shared memory.
 template <typename Score>
 __device__ __forceinline__ void fill(const Elements& e, float floor, const Score& score,
-                                     uint32_t* counts, RowRoom& room, Histogram& histogram) {
+                                     uint32_t* counts, RowShared& shared, Histogram& histogram) {
   __syncthreads();  // all threads have finished with the bins of an earlier call
-  clear_bins(room);
+  clear_bins(shared);
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) counts[bin] = 0;
   __syncthreads();
   for_each(e, [&](int, float x) {
@@ -182,62 +182,62 @@ __device__ __forceinline__ void fill(const Elements& e, float floor, const Score
     const int bin = linear_bin(-own);
     atomicAdd(&counts[bin], 1u);
     const Weight weight = to_weight(own);
-    if (weight != 0) add_to_bin(room, bin, weight);
+    if (weight != 0) add_to_bin(shared, bin, weight);
   });
   __syncthreads();
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
     if (counts[bin] == 0) continue;
     atomicAdd(&histogram.counts[bin], counts[bin]);
-    atomicAdd(&histogram.weights[bin], weight_of_bin(room, bin));
+    atomicAdd(&histogram.weights[bin], weight_of_bin(shared, bin));
   }
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2)
     part_scores_kernel(SampleParams all, int num_parts) {
-  wait_for_kernel_before();
-  start_kernel_after();
-  SHARED_ARRAY(RowRoom, rooms, 1);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  SHARED_ARRAY(RowShared, shared_rows, 1);
   SHARED_ARRAY(uint32_t, counts, kBins);
-  RowRoom& room = rooms[0];
+  RowShared& shared = shared_rows[0];
   const DrawnRow row(all, blockIdx.y);
-  if (!row.is_there) return;
+  if (!row.is_valid) return;
   const SampleSlot& slot = row.slot(all);
   RowWork& work = row.work(all);
   const MergedStats merged = merge_stats(work, num_parts);
   if (!merged.can_draw()) return;
-  const Kept kept = row.kept(slot, merged.stats.max);
+  const ScoreFilter filter = row.filter(slot, merged.stats.max);
   const Elements values = part_of(row.values(all), row.n, int(blockIdx.x), num_parts);
   if (!is_greedy(slot) && !row.is_cut(slot)) {
-    const Winner winner = race(slot, values, kept, room);
+    const Winner winner = race(slot, values, filter, shared);
     if (threadIdx.x == 0) work.winners[blockIdx.x] = winner;
   }
   if (row.needs_scores(slot)) {
-    const auto score = [&](float x) { return kept.score(x); };
-    fill(values, kept.floor, score, counts, room, work.scores);
+    const auto score = [&](float x) { return filter.score(x); };
+    fill(values, filter.floor, score, counts, shared, work.scores);
   }
   if (row.wants_raw(slot)) {
     const auto score = [&](float x) { return x - merged.raw_max; };
     const Elements logits = part_of(row.logits(all), row.n, int(blockIdx.x), num_parts);
-    fill(logits, -FLT_MAX, score, counts, room, work.raw);
+    fill(logits, -FLT_MAX, score, counts, shared, work.raw);
   }
 }
 
 // Returns the bin at which the set ends that consists of `count` elements, or with `top_p` of this
 // share of the weight; -1 if there are no elements.
 __device__ __forceinline__ int last_bin(const Histogram& histogram, int count, const float* top_p,
-                                        RowRoom& room) {
+                                        RowShared& shared) {
   Weight total = 0;
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
     const Weight weight = top_p == nullptr ? histogram.counts[bin] : histogram.weights[bin];
-    room.low[bin] = static_cast<uint32_t>(weight);
-    room.high[bin] = static_cast<uint32_t>(weight >> 32);
+    shared.low[bin] = static_cast<uint32_t>(weight);
+    shared.high[bin] = static_cast<uint32_t>(weight >> 32);
     total += weight;
   }
-  total = block_reduce(total, Add(), room.weights);
+  total = block_reduce(total, Add(), shared.weights);
   if (total == 0) return -1;
   const Weight wanted = top_p == nullptr ? Weight(count) : share_of(total, *top_p);
-  find_bin(min(max(wanted, Weight{1}), total), room);
-  return room.bin;
+  find_bin(min(max(wanted, Weight{1}), total), shared);
+  return shared.bin;
 }
 
 template <typename Score>
@@ -253,12 +253,12 @@ __device__ __forceinline__ void list(const Elements& e, float floor, int last, c
 
 __global__ void __launch_bounds__(kRowThreads, 2)
     part_list_kernel(SampleParams all, int num_parts) {
-  wait_for_kernel_before();
-  start_kernel_after();
-  SHARED_ARRAY(RowRoom, rooms, 1);
-  RowRoom& room = rooms[0];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  SHARED_ARRAY(RowShared, shared_rows, 1);
+  RowShared& shared = shared_rows[0];
   const DrawnRow row(all, blockIdx.y);
-  if (!row.is_there) return;
+  if (!row.is_valid) return;
   const SampleSlot& slot = row.slot(all);
   const int wanted = row.num_top(all, slot);
   const bool lists_raw = row.wants_raw(slot) && wanted > 0;
@@ -268,18 +268,18 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const MergedStats merged = merge_stats(work, num_parts);
   if (!merged.can_draw()) return;
   if (lists_scores) {
-    const Kept kept = row.kept(slot, merged.stats.max);
-    const auto score = [&](float x) { return kept.score(x); };
+    const ScoreFilter filter = row.filter(slot, merged.stats.max);
+    const auto score = [&](float x) { return filter.score(x); };
     const bool by_weight = row.has_candidates(slot) && !has_top_k(slot, row.n);
     const int count = row.has_candidates(slot) ? slot.top_k : wanted;
-    const int last = last_bin(work.scores, count, by_weight ? &slot.top_p : nullptr, room);
-    list(part_of(row.values(all), row.n, int(blockIdx.x), num_parts), kept.floor, last, score,
+    const int last = last_bin(work.scores, count, by_weight ? &slot.top_p : nullptr, shared);
+    list(part_of(row.values(all), row.n, int(blockIdx.x), num_parts), filter.floor, last, score,
          work.scores);
   }
   if (lists_raw) {
     __syncthreads();
     const auto score = [&](float x) { return x - merged.raw_max; };
-    const int last = last_bin(work.raw, wanted, nullptr, room);
+    const int last = last_bin(work.raw, wanted, nullptr, shared);
     list(part_of(row.logits(all), row.n, int(blockIdx.x), num_parts), -FLT_MAX, last, score,
          work.raw);
   }

@@ -28,7 +28,7 @@ struct Min {
 using Weight = unsigned long long;  // a count, or e^score in units of 2^-40
 
 // The block's shared memory.
-struct RowRoom {
+struct RowShared {
   // Weights in two words: shared memory has no 64-bit addition, only a compare-and-swap loop.
   uint32_t low[kBins];
   uint32_t high[kBins];
@@ -79,7 +79,7 @@ struct Stats {
   bool is_finite;  // all values: neither NaN nor +infinity
 };
 
-__device__ __forceinline__ Stats find_stats(const Elements& e, RowRoom& room) {
+__device__ __forceinline__ Stats find_stats(const Elements& e, RowShared& shared) {
   float largest = -INFINITY;
   int first = INT_MAX, is_finite = 1;
   for_each(e, [&](int i, float value) {
@@ -89,53 +89,53 @@ __device__ __forceinline__ Stats find_stats(const Elements& e, RowRoom& room) {
       first = i;
     }
   });
-  const float max = block_reduce(largest, Max(), room.floats);
-  first = block_reduce(largest == max ? first : INT_MAX, Min(), room.ints);
-  return {max, first, block_reduce(is_finite, Min(), room.ints) != 0};
+  const float max = block_reduce(largest, Max(), shared.floats);
+  first = block_reduce(largest == max ? first : INT_MAX, Min(), shared.ints);
+  return {max, first, block_reduce(is_finite, Min(), shared.ints) != 0};
 }
 
-__device__ __forceinline__ void clear_bins(RowRoom& room) {
+__device__ __forceinline__ void clear_bins(RowShared& shared) {
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
-    room.low[bin] = 0;
-    room.high[bin] = 0;
+    shared.low[bin] = 0;
+    shared.high[bin] = 0;
   }
 }
 
-__device__ __forceinline__ void add_to_bin(RowRoom& room, int bin, Weight weight) {
+__device__ __forceinline__ void add_to_bin(RowShared& shared, int bin, Weight weight) {
   const auto low = static_cast<uint32_t>(weight);
-  const uint32_t before = atomicAdd(&room.low[bin], low);
+  const uint32_t before = atomicAdd(&shared.low[bin], low);
   const uint32_t carry = before + low < before ? 1 : 0;
   const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
-  if (high != 0) atomicAdd(&room.high[bin], high);
+  if (high != 0) atomicAdd(&shared.high[bin], high);
 }
 
-__device__ __forceinline__ Weight weight_of_bin(const RowRoom& room, int bin) {
-  return Weight{room.high[bin]} << 32 | room.low[bin];
+__device__ __forceinline__ Weight weight_of_bin(const RowShared& shared, int bin) {
+  return Weight{shared.high[bin]} << 32 | shared.low[bin];
 }
 
 // Finds the first bin at which the weights up to it reach target (at most their total) and sets
-// room.bin and room.before, the weight before it. Each thread processes four adjacent bins.
-__device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
+// shared.bin and shared.before, the weight before it. Each thread processes four adjacent bins.
+__device__ __forceinline__ void find_bin(Weight target, RowShared& shared) {
   constexpr int kOwn = kBins / kRowThreads;
   const int thread = int(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   Weight own = 0;
 #pragma unroll
-  for (int k = 0; k < kOwn; ++k) own += weight_of_bin(room, thread * kOwn + k);
+  for (int k = 0; k < kOwn; ++k) own += weight_of_bin(shared, thread * kOwn + k);
   Weight upto = own;  // over this warp's threads
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
     const Weight other = __shfl_up_sync(0xffffffffu, upto, lanes);
     if (lane >= lanes) upto += other;
   }
-  if (lane == kWarpSize - 1) room.weights[warp] = upto;
+  if (lane == kWarpSize - 1) shared.weights[warp] = upto;
   __syncthreads();
-  for (int other = 0; other < warp; ++other) upto += room.weights[other];
+  for (int other = 0; other < warp; ++other) upto += shared.weights[other];
   Weight before = upto - own;
   if (before < target && target <= upto) {
     int bin = thread * kOwn;
-    while (before + weight_of_bin(room, bin) < target) before += weight_of_bin(room, bin++);
-    room.bin = bin;
-    room.before = before;
+    while (before + weight_of_bin(shared, bin) < target) before += weight_of_bin(shared, bin++);
+    shared.bin = bin;
+    shared.before = before;
   }
   __syncthreads();
 }
@@ -156,55 +156,55 @@ __device__ __forceinline__ int linear_bin(float distance) {
 // The list is searched by radix from the top bits of the distance, whose order equals that of its
 // bits. If the list overflows, all elements are searched instead, skipping those of other bins.
 template <typename Weigh, typename Share>
-__device__ __forceinline__ float reach(const Elements& e, Weight total, const Weigh& weigh,
-                                       const Share& share, RowRoom& room) {
-  clear_bins(room);
-  if (threadIdx.x == 0) room.num_listed = 0;
+__device__ __forceinline__ float find_cutoff(const Elements& e, Weight total, const Weigh& weigh,
+                                             const Share& share, RowShared& shared) {
+  clear_bins(shared);
+  if (threadIdx.x == 0) shared.num_listed = 0;
   __syncthreads();
   Weight own = 0;
   for_each(e, [&](int, float x) {
     float distance = 0;
     const Weight weight = weigh(x, distance);
     if (weight == 0) return;
-    add_to_bin(room, linear_bin(distance), weight);
+    add_to_bin(shared, linear_bin(distance), weight);
     own += weight;
   });
-  own = block_reduce(own, Add(), room.weights);  // its barriers also end the additions
+  own = block_reduce(own, Add(), shared.weights);  // its barriers also end the additions
   if (total == 0) total = own;
   if (total == 0) return INFINITY;
   Weight target = min(max(share(total), Weight{1}), total);
-  find_bin(target, room);
-  target -= room.before;
-  const int linear = room.bin;
+  find_bin(target, shared);
+  target -= shared.before;
+  const int linear = shared.bin;
   for_each(e, [&](int i, float x) {
     float distance = 0;
     if (weigh(x, distance) == 0 || linear_bin(distance) != linear) return;
-    const int place = atomicAdd(&room.num_listed, 1);
-    if (place < kListed) room.listed[place] = i;
+    const int place = atomicAdd(&shared.num_listed, 1);
+    if (place < kListed) shared.listed[place] = i;
   });
   __syncthreads();
-  const bool is_listed = room.num_listed <= kListed;
-  const int count = is_listed ? room.num_listed : e.count;
+  const bool is_listed = shared.num_listed <= kListed;
+  const int count = is_listed ? shared.num_listed : e.count;
   constexpr int kShifts[4] = {31, 20, 9, 0};
   uint32_t prefix = 0;
 #pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = pass == 0 ? kShifts[1] : pass == 1 ? kShifts[2] : kShifts[3];
     const int above = pass == 0 ? kShifts[0] : pass == 1 ? kShifts[1] : kShifts[2];
-    clear_bins(room);
+    clear_bins(shared);
     __syncthreads();
     for (int k = int(threadIdx.x); k < count; k += kRowThreads) {
       float distance = 0;
-      const Weight weight = weigh(e.x[is_listed ? room.listed[k] : e.id_of(k)], distance);
+      const Weight weight = weigh(e.x[is_listed ? shared.listed[k] : e.id_of(k)], distance);
       const uint32_t bits = __float_as_uint(distance);
       if (weight == 0 || bits >> above != prefix >> above) continue;
       if (!is_listed && linear_bin(distance) != linear) continue;
-      add_to_bin(room, int(bits >> shift & ((1u << (above - shift)) - 1)), weight);
+      add_to_bin(shared, int(bits >> shift & ((1u << (above - shift)) - 1)), weight);
     }
     __syncthreads();
-    find_bin(target, room);
-    target -= room.before;
-    prefix |= uint32_t(room.bin) << shift;
+    find_bin(target, shared);
+    target -= shared.before;
+    prefix |= uint32_t(shared.bin) << shift;
   }
   return __uint_as_float(prefix);
 }
@@ -223,7 +223,7 @@ __device__ __forceinline__ float log_of(Weight total) {
 template <typename Value>
 __device__ __forceinline__ int describe(const Elements& e, const Value& value, float max,
                                         float normaliser, int id, int wanted, float* logprob,
-                                        int32_t* top_ids, float* top_logprobs, RowRoom& room) {
+                                        int32_t* top_ids, float* top_logprobs, RowShared& shared) {
   const float own = value(e.x[id]);
   if (threadIdx.x == 0) *logprob = own == -INFINITY ? -INFINITY : (own - max) - normaliser;
   float last = INFINITY;  // value and id listed last
@@ -233,15 +233,15 @@ __device__ __forceinline__ int describe(const Elements& e, const Value& value, f
     int best_id = INT_MAX;
     for_each(e, [&](int i, float raw) {
       const float x = value(raw);
-      const bool is_behind = x < last || (x == last && i > last_id);
-      if (is_behind && (x > best || (x == best && i < best_id))) {
+      const bool is_after = x < last || (x == last && i > last_id);
+      if (is_after && (x > best || (x == best && i < best_id))) {
         best = x;
         best_id = i;
       }
     });
-    const float largest = block_reduce(best, Max(), room.floats);
+    const float largest = block_reduce(best, Max(), shared.floats);
     if (largest == -INFINITY) break;
-    last_id = block_reduce(best == largest ? best_id : INT_MAX, Min(), room.ints);
+    last_id = block_reduce(best == largest ? best_id : INT_MAX, Min(), shared.ints);
     last = largest;
     if (threadIdx.x == 0) {
       top_ids[filled] = last_id;

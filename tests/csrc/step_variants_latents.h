@@ -5,13 +5,13 @@
 // cache, the queries and the results.
 Bytes latents_and_attention(const Kernels& kernels, Precision precision,
                             const std::vector<float>& x) {
-  constexpr int64_t kHeads = 3, kRank = 64, kTurning = 32, kWidth = kHeads * kRank;
-  KvLayerView kv = {nullptr,          precision, 0,   (kContext + 15) / 16, 0, 16, 1,
-                    kRank + kTurning, kRank,     true};
+  constexpr int64_t kHeads = 3, kRank = 64, kRotary = 32, kWidth = kHeads * kRank;
+  KvLayerView kv = {nullptr,         precision, 0,   (kContext + 15) / 16, 0, 16, 1,
+                    kRank + kRotary, kRank,     true};
   kv.block_stride = kv.layer_bytes();
   Bytes pool(static_cast<size_t>(kv.num_blocks * kv.block_stride + kPoolSlack), 0xFF);  // NaN
   kv.data = pool.data();
-  std::vector<float> angles(kContext * kTurning / 2), out(kContext * kWidth, NAN);
+  std::vector<float> angles(kContext * kRotary / 2), out(kContext * kWidth, NAN);
   for (size_t i = 0; i < angles.size(); ++i) {
     angles[i] = static_cast<float>(static_cast<int>(i % 97) - 48) / 64.0f;
   }
@@ -22,8 +22,8 @@ Bytes latents_and_attention(const Kernels& kernels, Precision precision,
   split_attention(step, {}, {kHeads, 1, kernels.attention_rows(precision)}, 1, text.split);
   LatentQkvParams params = {};
   params.absorbed = params.latents = x.data();
-  params.turning = x.data() + 64;
-  params.absorbed_stride = params.latent_stride = params.turning_stride = kColumns;
+  params.rotary = x.data() + 64;
+  params.absorbed_stride = params.latent_stride = params.rotary_stride = kColumns;
   params.norm = norm.data();
   params.eps = 1e-5f;
   params.cosines = params.sines = angles.data();

@@ -36,12 +36,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choice(
-    program: Path, *, is_there: bool, is_kept: bool, answer: int, wish: str = ""
+    program: Path, *, is_supported: bool, is_os_enabled: bool, answer: int, wish: str = ""
 ) -> tuple[list[str], str, str, str]:
     """Return the kernel sets, the one that serves, the one that a forked child uses, and the refusal."""
     environ = {**os.environ, "TGI_ISA": wish}
     environ.pop("LD_PRELOAD", None)  # a sanitizer's, which the program is not built with
-    command = [str(program), str(int(is_there)), str(int(is_kept)), str(answer)]
+    command = [str(program), str(int(is_supported)), str(int(is_os_enabled)), str(answer)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode == 77:
         pytest.skip("this system has no seccomp filters")
@@ -51,13 +51,13 @@ def choice(
 
 
 def test_tiles_that_are_granted_serve_and_serve_a_forked_child(program: Path) -> None:
-    sets, serving, child, refused = choice(program, is_there=True, is_kept=True, answer=0)
+    sets, serving, child, refused = choice(program, is_supported=True, is_os_enabled=True, answer=0)
     assert sets[-1] == serving == child == "amx"
     assert refused == ""
 
 
 @pytest.mark.parametrize(
-    ("is_kept", "answer", "reason"),
+    ("is_os_enabled", "answer", "reason"),
     [
         (False, 0, "amx: the system does not keep the tiles of its threads"),
         (True, errno.EPERM, "amx: the system refused its tiles (arch_prctl)"),
@@ -70,10 +70,10 @@ def test_tiles_that_are_granted_serve_and_serve_a_forked_child(program: Path) ->
     ],
 )  # fmt: skip
 def test_tiles_that_are_refused_leave_the_next_set(
-    program: Path, is_kept: bool, answer: int, reason: str
+    program: Path, is_os_enabled: bool, answer: int, reason: str
 ) -> None:
-    without = choice(program, is_there=False, is_kept=False, answer=OWN_ANSWER)
-    found = choice(program, is_there=True, is_kept=is_kept, answer=answer)
+    without = choice(program, is_supported=False, is_os_enabled=False, answer=OWN_ANSWER)
+    found = choice(program, is_supported=True, is_os_enabled=is_os_enabled, answer=answer)
     assert without[3] == ""
     assert "amx" not in without[0]
     assert found == (*without[:3], reason)
@@ -81,6 +81,8 @@ def test_tiles_that_are_refused_leave_the_next_set(
 
 
 def test_a_wish_for_tiles_that_are_refused_is_not_met(program: Path) -> None:
-    _, serving, _, refused = choice(program, is_there=True, is_kept=True, answer=errno.EPERM, wish="amx")
+    _, serving, _, refused = choice(
+        program, is_supported=True, is_os_enabled=True, answer=errno.EPERM, wish="amx"
+    )
     assert serving != "amx"
     assert refused

@@ -14,7 +14,7 @@ import torch
 from tests.ops.helpers import FAST
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops.layout import STRIP, head_order, interleaved_order, kept_dims, ordered, padded, row_order
+from tgi_asgi.ops.layout import STRIP, cached_dims, head_order, interleaved_order, ordered, padded, row_order
 
 HEADS = [(64, 64), (80, 32), (20, 12), (6, 2), (256, 128), (112, 112)]
 
@@ -30,9 +30,9 @@ def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip(
     one, two = order.reshape(2, stored)
     np.testing.assert_array_equal(two, np.where(one < 0, -1, one + head_dim))
     first, second = order[:stored].reshape(-1, 2, 16).swapaxes(0, 1).reshape(2, -1)
-    turning = (first >= 0) & (first < rotary_dim // 2)
-    assert turning.sum() == rotary_dim // 2
-    assert (second[turning] - first[turning] == rotary_dim // 2).all()
+    rotated = (first >= 0) & (first < rotary_dim // 2)
+    assert rotated.sum() == rotary_dim // 2
+    assert (second[rotated] - first[rotated] == rotary_dim // 2).all()
     assert ((first >= 0) == (second >= 0)).all()
 
 
@@ -48,7 +48,7 @@ def test_values_stay_in_order_and_padding_is_behind_each_head() -> None:
 def test_a_cache_keeps_the_packed_rows_without_their_padding(
     head_dim: int, rotary_dim: int, is_paired: bool
 ) -> None:
-    kept = kept_dims(head_dim, rotary_dim, is_paired=is_paired)
+    kept = cached_dims(head_dim, rotary_dim, is_paired=is_paired)
     packed = head_order(1, head_dim, rotary_dim)
     assert sorted(kept.tolist()) == list(range(head_dim))
     if not is_paired:

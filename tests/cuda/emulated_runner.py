@@ -49,7 +49,9 @@ def make_runner(
     )
 
 
-def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
+def assert_matches_reference(
+    job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02
+) -> None:
     """Check each greedy token and its log-probability against the reference."""
     assert len(job.sampled) == job.num_tokens > 0
     expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]

@@ -139,8 +139,8 @@ FAULTS = [
     Fault(
         "the last tile's group is not committed",
         "attention_decode.cuh",
-        "bring_tile(i + kStages - 1);\n      async_commit();",
-        "{ bring_tile(i + kStages - 1);\n      async_commit(); }",
+        "load_tile(i + kStages - 1);\n      async_commit();",
+        "{ load_tile(i + kStages - 1);\n      async_commit(); }",
         "async",
     ),
     Fault(

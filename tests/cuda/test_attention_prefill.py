@@ -92,8 +92,8 @@ FAULTS = [
     Fault(
         "rows are brought before it is known where they lie",
         "attention_prefill.cuh",
-        "  __syncthreads();\n  Kernel::bring_tile(",
-        "  Kernel::bring_tile(",
+        "  __syncthreads();\n  Kernel::load_tile(",
+        "  Kernel::load_tile(",
         "race|uninit",
     ),
     Fault(

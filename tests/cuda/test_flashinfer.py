@@ -17,7 +17,7 @@ import transformers
 
 from tests.cuda import flashinfer_stand_in
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_follows, make_device
+from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_reference, make_device
 from tests.cuda.flashinfer_stand_in import BatchPrefillWithPagedKVCacheWrapper as StandIn
 from tests.cuda.gpu_device import GpuDevice
 from tests.cuda.paged import PagedCase, Shape, assert_attended
@@ -118,7 +118,7 @@ async def test_prompts_in_chunks_beside_others_follow_the_reference(
     finally:
         runner.close()
     for job in jobs:
-        assert_follows(job, reference)
+        assert_matches_reference(job, reference)
     # Steps of 20, 20, 9 + 1 + 10 and 7 prompt tokens: a plan each, that both layers run.
     assert (len(wrapper.planned), wrapper.num_runs) == (1 + 4, 2 * (1 + 4))
 
@@ -144,7 +144,7 @@ async def test_layers_of_several_kinds_have_a_plan_each(
         await generate(runner, [job], chunk=10)
     finally:
         runner.close()
-    assert_follows(job, reference)
+    assert_matches_reference(job, reference)
     num_steps = wrapper.num_runs // 4
     assert len(wrapper.planned) == 2 * num_steps
 

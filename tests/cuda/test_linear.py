@@ -134,8 +134,8 @@ FAULTS = [
     Fault(
         "the last steps commit no group",
         "linear.cu",
-        "      bring_values(i + T::kStages - 1);\n    }\n    async_commit();",
-        "      bring_values(i + T::kStages - 1);\n    async_commit();\n    }",
+        "      load_values(i + T::kStages - 1);\n    }\n    async_commit();",
+        "      load_values(i + T::kStages - 1);\n    async_commit();\n    }",
         "async",
     ),
     Fault(
@@ -169,14 +169,14 @@ FAULTS = [
     Fault(
         "activations are read before the wait",
         "linear.cu",
-        "if (i < num_steps) bring_weights(i);",
-        "if (i < num_steps) bring_weights(i), bring_values(i);",
+        "if (i < num_steps) load_weights(i);",
+        "if (i < num_steps) load_weights(i), load_values(i);",
         "dependent",
     ),
     Fault(
         "threads do not wait for the kernel before",
         "linear.cu",
-        "  wait_for_kernel_before();\n",
+        "  wait_for_previous_kernel();\n",
         "",
         "dependent",
     ),

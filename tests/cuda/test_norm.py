@@ -107,7 +107,7 @@ FAULTS = [
     Fault(
         "threads do not wait for the kernel before",
         "norm.cu",
-        "  wait_for_kernel_before();\n",
+        "  wait_for_previous_kernel();\n",
         "",
         "dependent",
     ),

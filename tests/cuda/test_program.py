@@ -18,7 +18,7 @@ from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import Graph
 from tests.emulation import library
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
-from tgi_asgi.ops.cuda_list import Given, LaunchList, Rows, Size, When
+from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,9 +27,9 @@ def emulation() -> None:
     emulated_ops.register()
 
 
-def finished(*launches: tuple[Any, ...], when: When | None = None) -> LaunchList:
+def finished(*launches: tuple[Any, ...], when: Condition | None = None) -> LaunchList:
     """Return a finished list with the sizes `tokens` and `decodes` and the tensors `ids` and `positions`."""
-    made = LaunchList((Size.TOKENS, Size.DECODES), (Given.IDS, Given.POSITIONS))
+    made = LaunchList((Size.TOKENS, Size.DECODES), (Input.IDS, Input.POSITIONS))
     for launch in launches:
         made.add(*launch, when=when)
     made.finish()
@@ -59,7 +59,7 @@ def test_launches_run_in_order_with_what_the_step_brings() -> None:
         ("aten::copy_", Rows(out, Size.TOKENS), Rows(x, Size.TOKENS)),
         ("aten::mul_.Scalar", Rows(out, Size.TOKENS), Size.TOKENS),
         ("aten::add_.Tensor", Rows(out, None, first=Size.DECODES), ones, 10),
-        ("aten::add_.Tensor", Given.IDS, Rows(Given.POSITIONS, Size.DECODES)),
+        ("aten::add_.Tensor", Input.IDS, Rows(Input.POSITIONS, Size.DECODES)),
     )
     ids, positions = torch.zeros(1), torch.tensor([5.0, 7.0])
     launches.run((2, 1), (ids, positions))
@@ -70,7 +70,7 @@ def test_launches_run_in_order_with_what_the_step_brings() -> None:
 @pytest.mark.parametrize(("decodes", "runs"), [(0, False), (1, True), (3, True), (4, False)])
 def test_a_launch_runs_while_its_size_is_in_bounds(decodes: int, runs: bool) -> None:
     x = torch.zeros(2)
-    launches = finished(("aten::add_.Scalar", x, 1), when=When(Size.DECODES, 1, 3))
+    launches = finished(("aten::add_.Scalar", x, 1), when=Condition(Size.DECODES, 1, 3))
     launches.run((0, decodes), (x, x))
     assert x.tolist() == [float(runs)] * 2
     assert launches.count((0, decodes)) == runs
@@ -80,7 +80,7 @@ def test_a_view_is_made_once_a_run_and_only_if_somebody_takes_it() -> None:
     x = torch.zeros(4, 6)
     heads = [x.view(4, 2, 3) for _ in range(3)]  # three tensors, one memory
     of_tokens = [("aten::mul_.Scalar", Rows(of, Size.TOKENS), 2) for of in (x, x, *heads)]
-    launches = finished(*of_tokens, when=When(Size.TOKENS, 1))
+    launches = finished(*of_tokens, when=Condition(Size.TOKENS, 1))
     for tokens, views in ((3, 2), (0, 0)):
         with Calls() as calls:
             launches.run((tokens, 0), (x, x))
@@ -115,7 +115,7 @@ def test_a_mixed_step_makes_as_many_views_whatever_the_model_s_depth(
         (Rows(torch.zeros(4, 2), Size.TOKENS), (5, 0)),
         (Rows(torch.zeros(4, 2), None, first=Size.DECODES), (0, 5)),
         (Rows(torch.zeros(4, 2), Size.TOKENS, first=Size.DECODES), (2, 3)),
-        (Rows(Given.IDS, Size.TOKENS), (3, 0)),
+        (Rows(Input.IDS, Size.TOKENS), (3, 0)),
     ],
 )
 def test_rows_past_a_buffer_are_refused(rows: Rows, sizes: tuple[int, int]) -> None:
@@ -136,7 +136,7 @@ def test_rows_past_a_buffer_are_refused(rows: Rows, sizes: tuple[int, int]) -> N
         (("tgi_cuda::embed", 1), TypeError, "tgi_cuda::embed: `ids` must be Tensor"),
         (("aten::zero_",), TypeError, "aten::zero_: `self` must be Tensor"),
         (("aten::zero_", torch.zeros(1), 2), TypeError, "takes 1 arguments, not 2"),
-        (("aten::mul_.Scalar", torch.zeros(1), Given.IDS), TypeError, "`other` must be"),
+        (("aten::mul_.Scalar", torch.zeros(1), Input.IDS), TypeError, "`other` must be"),
         (("aten::mul_.Tensor", Size.TOKENS, torch.zeros(1)), TypeError, "`self` must be Tensor"),
         (("aten::zero_", Rows(torch.zeros(()), Size.TOKENS)), ValueError, "without dimensions"),
     ],
@@ -180,7 +180,7 @@ def test_a_function_of_python_takes_its_place_among_operators() -> None:
 
     x = torch.zeros(4)
     launches = finished(
-        ("aten::add_.Scalar", x, 1), (note, Rows(x, Size.TOKENS), Size.DECODES, None, "text", Given.IDS),
+        ("aten::add_.Scalar", x, 1), (note, Rows(x, Size.TOKENS), Size.DECODES, None, "text", Input.IDS),
         ("aten::mul_.Scalar", x, 3),
     )  # fmt: skip
     ids = torch.ones(1)
@@ -212,7 +212,7 @@ def test_a_buffer_that_is_set_to_other_memory_is_found_there() -> None:
 
 def test_a_graph_holds_every_launch() -> None:
     x = torch.zeros(4)
-    launches = finished(("aten::add_.Tensor", Rows(x, Size.TOKENS), Given.IDS))
+    launches = finished(("aten::add_.Tensor", Rows(x, Size.TOKENS), Input.IDS))
     step = torch.ones(1)
     with Graph() as graph:
         launches.run((2, 0), (step, step))
@@ -245,7 +245,7 @@ def test_other_threads_run_python_meanwhile() -> None:
 
 
 def test_runs_of_several_threads_do_not_meet() -> None:
-    launches = finished(*[("aten::add_.Scalar", Rows(Given.IDS, Size.TOKENS), 1)] * 200)
+    launches = finished(*[("aten::add_.Scalar", Rows(Input.IDS, Size.TOKENS), 1)] * 200)
     given: list[Tensor] = [torch.zeros(8) for _ in range(4)]
 
     def run(rows: int) -> None:

@@ -11,7 +11,14 @@ import torch
 import transformers
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_follows, make_device, save_with_tokenizer
+from tests.cuda.emulated_runner import (
+    FP16,
+    PROMPT,
+    SHAPE,
+    assert_matches_reference,
+    make_device,
+    save_with_tokenizer,
+)
 from tests.cuda.paged import PagedCase, Shape, assert_attended
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
@@ -80,11 +87,11 @@ def make_runner(
 def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
     case = PagedCase(device, shape)
     size = max(case.counts) * case.kv[0].numel()
-    kept = torch.zeros(size, dtype=case.kv.dtype)
-    room = kept if case.kv.dtype is shape.dtype else torch.zeros(size, dtype=shape.dtype)
+    gathered = torch.zeros(size, dtype=case.kv.dtype)
+    converted = gathered if case.kv.dtype is shape.dtype else torch.zeros(size, dtype=shape.dtype)
     layer = CudaKvLayer(case.kv, *case.kv_scales)
     lengths = list(zip(shape.queries, shape.contexts, strict=True))
-    attention = GatheredAttention(layer, shape.head_dim**-0.5, kept, room)
+    attention = GatheredAttention(layer, shape.head_dim**-0.5, gathered, converted)
     attention.attend(case.q, case.block_table, 0, lengths, case.out)
     assert_attended(case)
 
@@ -101,7 +108,7 @@ async def test_prompts_in_chunks_beside_others_follow_the_reference(
     finally:
         runner.close()
     for job in jobs:
-        assert_follows(job, reference)
+        assert_matches_reference(job, reference)
     # Two layers; 20, 20, 9 + 1 + 10 and 7 prompt tokens, with decodes alongside at the end.
     assert (calls["sdpa"], calls["attention_prefill"]) == (2 * 6, 0)
     assert calls["attention_decode"] > 0
@@ -136,7 +143,7 @@ async def test_layers_with_a_window_keep_our_kernel(
         await generate(runner, [job], chunk=10)
     finally:
         runner.close()
-    assert_follows(job, reference)
+    assert_matches_reference(job, reference)
     assert (calls["sdpa"], calls["attention_prefill"]) == (2, 2), "a layer of either kind, two chunks"
 
 

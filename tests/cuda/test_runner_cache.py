@@ -17,7 +17,7 @@ from tests.cuda.emulated_runner import (
     FP16,
     PROMPT,
     SHAPE,
-    assert_follows,
+    assert_matches_reference,
     logprobs_of,
     make_device,
     make_runner,
@@ -91,7 +91,7 @@ async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
     assert logprob is not None
     assert abs(logprob - float(expected[job.token_ids[0]])) > EIGHT_BITS, "that is not eight bits"
     rounded_to(torch.float8_e4m3fn)
-    assert_follows(job, reference, tolerance=EIGHT_BITS)
+    assert_matches_reference(job, reference, tolerance=EIGHT_BITS)
 
 
 @pytest.mark.parametrize(("name", "itemsize"), [("auto", 2), ("fp8_e4m3fn", 1)])
@@ -144,7 +144,7 @@ async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
     finally:
         loaded.runner.close()
     rounded_to(torch.float8_e4m3fn)
-    assert_follows(job, reference, tolerance=EIGHT_BITS)
+    assert_matches_reference(job, reference, tolerance=EIGHT_BITS)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e5m2"])

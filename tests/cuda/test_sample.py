@@ -278,15 +278,15 @@ FAULTS = [
     Fault(
         "bins are cleared while others count",
         "sample_rows.cuh",
-        "    clear_bins(room);\n    __syncthreads();",
-        "    clear_bins(room);",
+        "    clear_bins(shared);\n    __syncthreads();",
+        "    clear_bins(shared);",
         "race",
     ),
     Fault(
         "counts are added without an atomic",
         "sample_rows.cuh",
-        "const uint32_t before = atomicAdd(&room.low[bin], low);",
-        "const uint32_t before = room.low[bin];\n  room.low[bin] = before + low;",
+        "const uint32_t before = atomicAdd(&shared.low[bin], low);",
+        "const uint32_t before = shared.low[bin];\n  shared.low[bin] = before + low;",
         "race",
     ),
     Fault(
@@ -299,7 +299,7 @@ FAULTS = [
     Fault(
         "elements that the list has no room for are forgotten",
         "sample_rows.cuh",
-        "const bool is_listed = room.num_listed <= kListed;",
+        "const bool is_listed = shared.num_listed <= kListed;",
         "const bool is_listed = true;",
         "bounds|result|ub",
     ),
@@ -320,8 +320,8 @@ FAULTS = [
     Fault(
         "the bin found is read too soon",
         "sample_rows.cuh",
-        "    room.before = before;\n  }\n  __syncthreads();",
-        "    room.before = before;\n  }",
+        "    shared.before = before;\n  }\n  __syncthreads();",
+        "    shared.before = before;\n  }",
         "race|uninit",
     ),
     Fault(
@@ -348,8 +348,8 @@ FAULTS = [
     Fault(
         "a row without a mask takes one",
         "sample_draw.cuh",
-        "const bool is_there = index >= 0 && index < all.num_masks;",
-        "const bool is_there = index < all.num_masks;",
+        "const bool is_valid = index >= 0 && index < all.num_masks;",
+        "const bool is_valid = index < all.num_masks;",
         "bounds",
     ),
     Fault("the draw forgets the choice", "sample_draw.cuh", "uint32_t(slot.choice)", "0u", "result"),
@@ -386,8 +386,8 @@ FAULTS = [
     Fault(
         "a histogram is added without an atomic",
         "sample_parts.cuh",
-        "atomicAdd(&histogram.weights[bin], weight_of_bin(room, bin));",
-        "histogram.weights[bin] += weight_of_bin(room, bin);",
+        "atomicAdd(&histogram.weights[bin], weight_of_bin(shared, bin));",
+        "histogram.weights[bin] += weight_of_bin(shared, bin);",
         "blocks",
     ),
     Fault(
@@ -400,7 +400,7 @@ FAULTS = [
     Fault(
         "top-p is a share of what is listed",
         "sample.cu",
-        "      total = sum_of(work.scores, room);",
+        "      total = sum_of(work.scores, shared);",
         "",
         "result",
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import gpu_shards
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_follows
+from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_reference
 from tests.cuda.emulated_shards import MissingDevice, ShardDevice, SilentDevice
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_tokenizer
@@ -104,7 +104,7 @@ async def test_two_devices_write_what_one_does(
         processes = list(loaded.shards.processes)
     compare(found, expected, TOLERANCE)
     for job in found:
-        assert_follows(job, reference)
+        assert_matches_reference(job, reference)
     assert [process.returncode for process in processes] == [0]  # ended by itself
 
 
@@ -131,7 +131,7 @@ async def test_a_token_s_bits_do_not_depend_on_the_batch(serving: Serve, tiny: M
     assert alone.sampled == others[0].sampled == others[1].sampled
 
 
-def _flip(group: DeviceGroup, part: Tensor, out: Tensor, gather: Any = DeviceGroup.gather) -> None:
+def _flip(group: DeviceGroup, part: Tensor, out: Tensor, gather: Any = DeviceGroup.all_gather) -> None:
     gather(group, part, out)
     out.copy_(out.flip(0))
 
@@ -144,12 +144,12 @@ async def test_a_fault_shows(
 ) -> None:  # fmt: skip
     is_silent = fault == "a rank that adds nothing"
     if not is_silent:
-        monkeypatch.setattr(DeviceGroup, "gather", _flip)
+        monkeypatch.setattr(DeviceGroup, "all_gather", _flip)
     async with serving(tiny, 2, SilentDevice if is_silent else ShardDevice) as loaded:
         job = Job(PROMPT, 2, SCORED)
         await generate(loaded.runner, [job])
     with pytest.raises(AssertionError):
-        assert_follows(job, reference)
+        assert_matches_reference(job, reference)
 
 
 async def test_a_device_whose_process_dies_fails_the_step_and_all_after_it(

@@ -63,7 +63,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
 // Applies to the next launch: before its wait a thread may only read constant memory, and every
 // thread must wait.
 void make_next_dependent();
-void wait_for_kernel_before();
+void wait_for_previous_kernel();
 
 // Returns this launch's memory for a shared array; `key` identifies the array.
 void* shared_array(const void* key, size_t bytes);

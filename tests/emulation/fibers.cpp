@@ -198,7 +198,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
 }
 
 void make_next_dependent() { machine.is_dependent = true; }
-void wait_for_kernel_before() { machine.current->has_waited = true; }
+void wait_for_previous_kernel() { machine.current->has_waited = true; }
 
 dim3 thread_index() { return unflatten(machine.current->index, machine.block_size); }
 dim3 block_index() { return machine.block.index; }

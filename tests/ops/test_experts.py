@@ -67,7 +67,7 @@ def run(
     spec: RouteSpec,
     layer: Layer | None = None,
     x: Tensor | None = None,
-    num_drawn: int = 0,
+    num_sampled: int = 0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Route, and add experts to x; return the weight of each expert [n, num_experts], and x.
@@ -79,14 +79,16 @@ def run(
         recorder.value(kind, tensor.shape[1])
         for kind, tensor in ((Kind.ROWS, logits), (Kind.ACTIVATION, a), (Kind.RESIDUAL, a))
     ]
-    choice = ops.route(values[0], spec)
+    routing = ops.route(values[0], spec)
     out = (
-        values[2] if layer is None else ops.experts_add(values[1], choice, layer.weight, values[2], **options)
+        values[2]
+        if layer is None
+        else ops.experts_add(values[1], routing, layer.weight, values[2], **options)
     )
     room = max(num_tokens, 1)
     program = ops.CpuProgram(
         recorder, max_tokens=room, max_sequences=2, max_rows=1, max_context=1,
-        inputs=values[: 1 if layer is None else 3], outputs=[choice, out][: 1 if layer is None else 2],
+        inputs=values[: 1 if layer is None else 3], outputs=[routing, out][: 1 if layer is None else 2],
     )  # fmt: skip
     buffers = program._calls.buffers
     buffers.of(values[0], "rows").array()[:] = np.nan
@@ -94,8 +96,8 @@ def run(
     if layer is not None:
         program.write(values[1], a)
         program.write(values[2], torch.zeros_like(a) if x is None else x)
-    program.run(at_once.step(num_tokens, num_drawn), ())
-    ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.of(choice, "choice").arrays())
+    program.run(at_once.step(num_tokens, num_sampled), ())
+    ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.of(routing, "routing").arrays())
     dense = torch.zeros(num_tokens, spec.num_experts, dtype=torch.float64)
     dense.scatter_(1, ids.long(), weights.double())
     assert all(len(set(row.tolist())) == spec.top_k for row in ids)
@@ -112,9 +114,9 @@ ROUTES = {
     "corrected softmax": RouteSpec(33, 5, correction=torch.linspace(0.3, 0, 33)),
     "groups": RouteSpec(64, 6, num_groups=8, top_groups=3, scale=16.0),
     "groups of two best": RouteSpec(
-        96, 8, "sigmoid", torch.linspace(0.1, -0.1, 96), 8, 4, adds_two_best=True, is_renormalised=True
+        96, 8, "sigmoid", torch.linspace(0.1, -0.1, 96), 8, 4, sums_top_two=True, is_renormalised=True
     ),
-    "groups of one": RouteSpec(16, 2, num_groups=16, top_groups=5, adds_two_best=True),
+    "groups of one": RouteSpec(16, 2, num_groups=16, top_groups=5, sums_top_two=True),
     "sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.01),
     "wide sparsemixer": RouteSpec(21, 3, "sparsemixer", jitter=0.4, scale=2.0),
 }
@@ -249,15 +251,15 @@ def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: s
     a, x, logits = torch.randn(40, 64), torch.randn(40, 64), torch.randn(40, 12)
     logits[:20] = logits[:1]  # so that some experts get many tokens
     one = [slice(row, row + 1) for row in range(40)]
-    drawn, of_prompts = (
-        torch.cat([run(a[row], logits[row], spec, layer, x[row], num_drawn)[1] for row in one])
-        for num_drawn in (1, 0)
+    sampled, of_prompts = (
+        torch.cat([run(a[row], logits[row], spec, layer, x[row], num_sampled)[1] for row in one])
+        for num_sampled in (1, 0)
     )
-    assert "by kind" in name or torch.equal(drawn, of_prompts)
+    assert "by kind" in name or torch.equal(sampled, of_prompts)
     _C.set_num_threads(threads)
-    for size, num_drawn in ((2, 2), (2, 1), (2, 0), (7, 3), (40, 40), (40, 0), (40, 17)):
-        found = run(a[:size], logits[:size], spec, layer, x[:size], num_drawn)[1]
-        assert_same_bits(found, torch.cat([drawn[:num_drawn], of_prompts[num_drawn:size]]))
+    for size, num_sampled in ((2, 2), (2, 1), (2, 0), (7, 3), (40, 40), (40, 0), (40, 17)):
+        found = run(a[:size], logits[:size], spec, layer, x[:size], num_sampled)[1]
+        assert_same_bits(found, torch.cat([sampled[:num_sampled], of_prompts[num_sampled:size]]))
 
 
 def test_sets_of_one_arithmetic_agree_to_the_bit() -> None:
@@ -358,7 +360,7 @@ def test_experts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must be of 32 columns and 64 inner ones"):
         ops.experts_weight([expert(32, 64), expert(32, 32)], FAST)
     layer, other = make_layer(4, 32, 64, FAST), make_layer(5, 32, 64, FAST)
-    with pytest.raises(ValueError, match="`experts_add` takes 5 columns as `choice`, not 4"):
+    with pytest.raises(ValueError, match="`experts_add` takes 5 columns as `routing`, not 4"):
         run(torch.zeros(1, 32), torch.zeros(1, 4), RouteSpec(4, 2), other)
     with pytest.raises(ValueError, match="`experts_add` takes 32 columns as `a`, not 40"):
         run(torch.zeros(1, 40), torch.zeros(1, 4), RouteSpec(4, 2), layer)

@@ -29,7 +29,7 @@ class Layer:
 
     heads: int = 3
     rank: int = 64
-    turning: int = 32
+    rotary_dim: int = 32
     dtype: torch.dtype = torch.float32
     block_size: int = 16
     threads: int = 2
@@ -38,8 +38,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.norm = ops.NormWeight.rms(self.rank, 1e-5, weight=torch.rand(self.rank) + 0.5)
-        self.rope = rope_table(self.turning, POSITIONS)
-        shape = CacheShape(1, self.rank + self.turning, self.rank, is_latent=True)
+        self.rope = rope_table(self.rotary_dim, POSITIONS)
+        shape = CacheShape(1, self.rank + self.rotary_dim, self.rank, is_latent=True)
         self.pool = ops.KvPool(
             [shape] * 2, num_blocks=NUM_BLOCKS, block_size=self.block_size, dtype=self.dtype
         )
@@ -50,8 +50,8 @@ class Layer:
         """Columns of the three inputs."""
         return (
             self.heads * self.rank,
-            self.first_column + self.heads * self.turning,
-            self.rank + self.turning,
+            self.first_column + self.heads * self.rotary_dim,
+            self.rank + self.rotary_dim,
         )
 
     def inputs(self, num_tokens: int) -> list[Tensor]:
@@ -66,7 +66,7 @@ class Layer:
         values = [recorder.value(Kind.ROWS, columns) for columns in self.columns]
         layer = self.pool.layers[1]
         q = ops.latent_qkv(
-            values[0], values[1], values[2], self.norm, self.rope, layer, turning_column=self.first_column
+            values[0], values[1], values[2], self.norm, self.rope, layer, rotary_column=self.first_column
         )
         out = ops.attention(q, layer, scale)
         program = ops.CpuProgram(
@@ -81,13 +81,13 @@ class Layer:
 
     def expected(self, rows: list[Tensor], num_queries: int) -> Tensor:
         """Return float64 results for a sequence's last tokens, from latents rounded to the cache's dtype."""
-        absorbed, turning, latents = rows
+        absorbed, rotary, latents = rows
         positions = torch.arange(len(latents))
         cos, sin = self.rope.cos[positions], self.rope.sin[positions]
         plain = norm(latents[:, : self.rank], self.norm)
-        turned = rotate(latents[:, self.rank :].double()[:, None], cos, sin)[:, 0]
-        keys = torch.cat([plain, turned], dim=1).to(self.dtype).double()[:, None]
-        heads = turning[:, self.first_column :].view(-1, self.heads, self.turning).double()
+        rotated = rotate(latents[:, self.rank :].double()[:, None], cos, sin)[:, 0]
+        keys = torch.cat([plain, rotated], dim=1).to(self.dtype).double()[:, None]
+        heads = rotary[:, self.first_column :].view(-1, self.heads, self.rotary_dim).double()
         queries = torch.cat(
             [absorbed.view(-1, self.heads, self.rank).double(), rotate(heads, cos, sin)], dim=2
         )
@@ -96,10 +96,10 @@ class Layer:
 
 SHAPES = {
     "one head": {"heads": 1},
-    "a few": {"heads": 5, "rank": 96, "turning": 64, "first_column": 24},
-    "DeepSeek's": {"heads": 16, "rank": 512, "turning": 64},
-    "more than a tile": {"heads": 21, "rank": 32, "turning": 32},
-    "MiniCPM's": {"heads": 40, "rank": 256, "turning": 32, "block_size": 32},
+    "a few": {"heads": 5, "rank": 96, "rotary_dim": 64, "first_column": 24},
+    "DeepSeek's": {"heads": 16, "rank": 512, "rotary_dim": 64},
+    "more than a tile": {"heads": 21, "rank": 32, "rotary_dim": 32},
+    "MiniCPM's": {"heads": 40, "rank": 256, "rotary_dim": 32, "block_size": 32},
 }
 
 
@@ -189,7 +189,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
     def call(**changes: object) -> None:
         given = {
-            "absorbed": values[0], "turning": values[1], "rows": values[2], "norm": layer.norm,
+            "absorbed": values[0], "rotary": values[1], "rows": values[2], "norm": layer.norm,
             "rope": layer.rope, "cache": cache, **changes,
         }  # fmt: skip
         ops.latent_qkv(**given)  # type: ignore[arg-type]
@@ -200,8 +200,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         call(rows=values[0])
     with pytest.raises(ValueError, match="`absorbed` must have 64 columns a head, got 97"):
         call(absorbed=recorder.value(Kind.ROWS, 97))
-    with pytest.raises(ValueError, match="takes columns 8 to 104 of `turning`, which has 96"):
-        call(turning_column=8)
+    with pytest.raises(ValueError, match="takes columns 8 to 104 of `rotary`, which has 96"):
+        call(rotary_column=8)
     with pytest.raises(ValueError, match="must rotate 32 dims, it rotates 64"):
         call(rope=rope_table(64, 9))
     with pytest.raises(ValueError, match="RMSNorm of 64 columns, got 32"):

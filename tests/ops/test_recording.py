@@ -44,7 +44,7 @@ class Values:
         self.gate = self.recorder.value(ops.Kind.ROWS, 1)
         self.steps = self.recorder.value(ops.Kind.ROWS, 2)
         self.route = ops.RouteSpec(48, 2)
-        self.choice = ops.route(self.rows, self.route)
+        self.routing = ops.route(self.rows, self.route)
         expert = ops.gate_up_weight(random_source(32, 48)[1], random_source(32, 48)[1], EXACT)
         down = ops.linear_weight(random_source(48, 32)[1], EXACT)
         self.experts = ops.experts_weight([(expert, down)] * 48, EXACT)
@@ -57,7 +57,7 @@ class Values:
         shape = CacheShape(1, 64, 32, is_latent=True)
         self.latents = ops.KvPool([shape], num_blocks=1, block_size=16, dtype=torch.float32).layers[0]
         self.absorbed, self.latent = (self.recorder.value(ops.Kind.ROWS, columns) for columns in (32, 64))
-        self.latent_norm, self.turns = ops.NormWeight(torch.ones(32), 1e-5), rope_table(32, 4)
+        self.latent_norm, self.latent_rope = ops.NormWeight(torch.ones(32), 1e-5), rope_table(32, 4)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
@@ -74,7 +74,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
     "route": ("rows", lambda v, x: ops.route(x, v.route)),
     "experts_add": (
-        "a choice of experts",
+        "a routing of experts",
         lambda v, x: ops.experts_add(v.activation, x, v.experts, v.residual),
     ),
     "gated_add": ("rows", lambda v, x: ops.gated_add(x, v.gate, v.residual)),
@@ -85,12 +85,12 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "heads_linear": ("an activation", lambda v, x: ops.heads_linear(x, v.head)),
     "latent_qkv": (
         "rows",
-        lambda v, x: ops.latent_qkv(v.absorbed, x, v.latent, v.latent_norm, v.turns, v.latents),
+        lambda v, x: ops.latent_qkv(v.absorbed, x, v.latent, v.latent_norm, v.latent_rope, v.latents),
     ),
 }
 KINDS = {
     "a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query",
-    "a choice of experts": "choice",
+    "a routing of experts": "routing",
 }  # fmt: skip
 
 

@@ -76,8 +76,8 @@ def test_draws_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
         drafts += [-1, *given]
         rows += [logits[slot, at] for at in range(1 + len(given))]
     result = ops.sample(torch.stack(rows), ahead, slots, drafts=drafts)
-    assert result.is_kept is not None
-    assert result.is_kept.tolist() == places
+    assert result.is_accepted is not None
+    assert result.is_accepted.tolist() == places
     assert [told(result, row) for row in np.flatnonzero(places).tolist()] == expected
     assert (ahead.records == alone.records).all()
     assert (ahead.counts == alone.counts).all()

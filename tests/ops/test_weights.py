@@ -77,10 +77,10 @@ def test_rows_of_a_source_are_a_view_of_its_bytes() -> None:
 
 def test_matrices_one_below_another_keep_their_bytes() -> None:
     first, second = torch.randn(3, 64), torch.randn(5, 64)
-    joined = ops.one_below_another([ops.from_floats(first.bfloat16()), ops.from_floats(second.bfloat16())])
+    joined = ops.stack_rows([ops.from_floats(first.bfloat16()), ops.from_floats(second.bfloat16())])
     assert (joined.format, joined.shape) == ("BF16", (8, 64))
     assert torch.equal(ops.plain_tensor(joined), torch.cat([first, second]).bfloat16())
-    mixed = ops.one_below_another([ops.from_floats(first.half()), ops.from_floats(second)])
+    mixed = ops.stack_rows([ops.from_floats(first.half()), ops.from_floats(second)])
     assert torch.equal(ops.plain_tensor(mixed), torch.cat([first.half().float(), second]))
     with pytest.raises(ValueError, match="the same columns"):
-        ops.one_below_another([ops.from_floats(first), ops.from_floats(second[:, :32])])
+        ops.stack_rows([ops.from_floats(first), ops.from_floats(second[:, :32])])

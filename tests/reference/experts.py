@@ -32,7 +32,7 @@ def route(logits: Tensor, spec: RouteSpec) -> Tensor:
         scores = row.softmax(0) if spec.kind == "softmax" else row.sigmoid()
         keys = scores.clone() if spec.correction is None else scores + spec.correction.double()
         groups = keys.view(spec.num_groups, -1)
-        best = groups.topk(2 if spec.adds_two_best and groups.shape[1] > 1 else 1).values.sum(1)
+        best = groups.topk(2 if spec.sums_top_two and groups.shape[1] > 1 else 1).values.sum(1)
         kept = best.topk(spec.top_groups).indices
         allowed = torch.zeros_like(groups, dtype=torch.bool).index_fill_(0, kept, value=True).view(-1)
         ids = keys.masked_fill(~allowed, -torch.inf).topk(spec.top_k).indices

@@ -127,12 +127,12 @@ def _run(
     return logits.clone() if out.kind is Kind.LOGITS else program.read(out, num_tokens)
 
 
-def step(num_tokens: int, num_drawn: int = 0) -> FlatRows:
-    """Return a step for operators that only use its tokens; the first `num_drawn` were sampled."""
+def step(num_tokens: int, num_sampled: int = 0) -> FlatRows:
+    """Return a step for operators that only use its tokens; the first `num_sampled` were sampled."""
     zeros = np.zeros(num_tokens, np.int32)
-    starts = sorted({0, num_drawn, num_tokens})
+    starts = sorted({0, num_sampled, num_tokens})
     lengths = np.diff(starts)
     return FlatRows(
         ids=zeros, positions=zeros, slots=zeros.astype(np.int64), query_start=np.array(starts),
-        context_len=lengths, block_table=np.zeros((len(lengths), 1), np.int32), num_generated=num_drawn,
+        context_len=lengths, block_table=np.zeros((len(lengths), 1), np.int32), num_generated=num_sampled,
     )  # fmt: skip

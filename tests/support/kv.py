@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import KvLayer, KvPool, kept_dim, layout
+from tgi_asgi.ops import KvLayer, KvPool, cached_head_dim, layout
 
 _Bytes = npt.NDArray[np.uint8]
 _SUB_BLOCK = 16  # tokens
@@ -84,7 +84,7 @@ def _kept_dims(
     if which == 1:
         return np.arange(layer.head_dim)
     is_paired = layer.pool.dtype is torch.bfloat16
-    return layout.kept_dims(
+    return layout.cached_dims(
         layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired, is_interleaved=is_interleaved
     )
 
@@ -103,7 +103,7 @@ def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
 
     For values, the last axis has length 1.
     """
-    dtype, num_kept = layer.pool.dtype, kept_dim(layer.head_dim, layer.pool.dtype)
+    dtype, num_kept = layer.pool.dtype, cached_head_dim(layer.head_dim, layer.pool.dtype)
     group = 4 // dtype.itemsize  # numbers in a word: dims for keys, tokens for values
     words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
     flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
@@ -125,7 +125,7 @@ def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any]
 
 def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
     """Return an int8 layer's scales as a view, and the index that selects [n_slots, kv_heads, strips]."""
-    codes = _SUB_BLOCK * kept_dim(layer.head_dim, layer.pool.dtype)
+    codes = _SUB_BLOCK * cached_head_dim(layer.head_dim, layer.pool.dtype)
     halves = _sub_blocks(layer, which)[..., codes:].view(np.float16)
     view = halves.reshape(*halves.shape[:3], -1, _SUB_BLOCK).swapaxes(3, 4)
     block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)

@@ -77,7 +77,7 @@ class ExpertsSpec:
     has_correction: bool = False  # whether a vector is added to the scores for the selection only
     num_groups: int = 1
     top_groups: int = 1
-    adds_two_best: bool = False
+    sums_top_two: bool = False
     is_renormalised: bool = False
     eps: float = 0.0
     scale: float = 1.0

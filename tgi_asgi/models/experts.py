@@ -80,8 +80,8 @@ class Experts:
 
     def add(self, a: ops.Value, x: ops.Value, factor: float) -> ops.Value:
         """Add the experts' output for the activation a, times `factor`, to the residual x."""
-        choice = ops.route(ops.linear(a, self._router), self._route)
-        x = ops.experts_add(a, choice, self._weight, x, self._activation, self._clamped, factor)
+        routing = ops.route(ops.linear(a, self._router), self._route)
+        x = ops.experts_add(a, routing, self._weight, x, self._activation, self._clamped, factor)
         if self._shared is None:
             return x
         gate_up, down = self._shared
@@ -99,7 +99,7 @@ def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> 
         correction = ops.vector(weights.get(name, *shape))
     return ops.RouteSpec(
         spec.num_experts, spec.top_k, spec.kind, correction, num_groups=spec.num_groups,
-        top_groups=spec.top_groups, adds_two_best=spec.adds_two_best, is_renormalised=spec.is_renormalised,
+        top_groups=spec.top_groups, sums_top_two=spec.sums_top_two, is_renormalised=spec.is_renormalised,
         eps=spec.eps, scale=spec.scale, jitter=spec.jitter,
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ class LatentAttention:
         queries = ops.linear(inner, self._query)  # the plain dims of all heads, then the rotated ones
         absorbed = ops.heads_linear(ops.activation(queries, self._plain_columns), self._to_latent)
         q = ops.latent_qkv(
-            absorbed, queries, latents, self._norm, rope, cache, turning_column=self._plain_columns
+            absorbed, queries, latents, self._norm, rope, cache, rotary_column=self._plain_columns
         )
         found = ops.attention(q, cache, scale)
         return ops.activation(ops.heads_linear(ops.activation(found), self._from_latent))
@@ -83,7 +83,7 @@ def _in_rows(
     return ops.linear_weight(source, weights.arithmetic, bias=bias)
 
 
-def _turning(spec: LatentSpec) -> Rows:
+def _rotary_dims(spec: LatentSpec) -> Rows:
     """Return the rotated dims, ordered so that the two of a pair are half of them apart."""
     dims = np.arange(spec.rotary_dim)
     return np.concatenate([dims[::2], dims[1::2]]) if spec.is_interleaved else dims
@@ -92,12 +92,12 @@ def _turning(spec: LatentSpec) -> Rows:
 def _query_rows(spec: LatentSpec, num_heads: int) -> Rows:
     """Return the file's rows of queries in order: the plain dims of all heads, then the rotated ones."""
     starts = np.arange(num_heads)[:, None] * (spec.plain_dim + spec.rotary_dim)
-    plain, turning = starts + np.arange(spec.plain_dim), starts + spec.plain_dim + _turning(spec)
-    return np.concatenate([plain.reshape(-1), turning.reshape(-1)])
+    plain, rotary = starts + np.arange(spec.plain_dim), starts + spec.plain_dim + _rotary_dims(spec)
+    return np.concatenate([plain.reshape(-1), rotary.reshape(-1)])
 
 
 def _latent_rows(spec: LatentSpec) -> Rows:
-    return np.concatenate([np.arange(spec.rank), spec.rank + _turning(spec)])
+    return np.concatenate([np.arange(spec.rank), spec.rank + _rotary_dims(spec)])
 
 
 def _read_ups(weights: LatentSource, spec: LatentSpec) -> tuple[ops.HeadsWeight, ops.HeadsWeight]:

@@ -33,8 +33,8 @@ class LatentSpec:
             and self.rank + self.rotary_dim <= _MAX_WIDTH
         )
 
-    def refusal(self, turning: int | None) -> str | None:
-        """Return why this cannot be computed with a rotary embedding of `turning` dims; None if it can."""
+    def refusal(self, rotary_dim: int | None) -> str | None:
+        """Return why this cannot be computed with a rotary embedding of `rotary_dim` dims; None if it can."""
         for name in ("rank", "plain_dim", "rotary_dim", "value_dim", "query_rank"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _MOST:
@@ -44,6 +44,6 @@ class LatentSpec:
                 f"latent attention needs multiples of {_BLOCK} as sizes, a kv_lora_rank up to {_MAX_RANK}, "
                 f"and up to {_MAX_WIDTH} together with the rotated dims, got {self}"
             )
-        if turning != self.rotary_dim:
+        if rotary_dim != self.rotary_dim:
             return f"latent attention's {self.rotary_dim} rotated dims are not those of its rotary embedding"
         return None

@@ -26,8 +26,8 @@ def has_supported_sizes(config: Mapping[str, Any]) -> bool:
     given = [config.get(key) for key in _SIZES]
     if not all(value is None or (type(value) is int and value > 0) for value in given):
         return True  # reading it refuses the value, naming its key
-    rank, plain, turning, value = (32 if size is None else size for size in given)
-    return LatentSpec(rank, plain, turning, value).is_computed
+    rank, plain, rotary, value = (32 if size is None else size for size in given)
+    return LatentSpec(rank, plain, rotary, value).is_computed
 
 
 def read_latent(reader: Reader) -> LatentSpec:

@@ -164,7 +164,7 @@ def _steps(weights: RecurrentSource, spec: GatedDeltaSpec) -> ops.WeightSource:
         order = _ungrouped(spec.num_key_heads, [spec.num_heads // spec.num_key_heads] * 2)
         return weights.get(both, 2 * spec.num_heads, hidden).in_rows(order)
     each = [weights.get(f"linear_attn.in_proj_{name}.weight", spec.num_heads, hidden) for name in ("b", "a")]
-    return ops.one_below_another(each)
+    return ops.stack_rows(each)
 
 
 def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:

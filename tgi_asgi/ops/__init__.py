@@ -25,7 +25,7 @@ from tgi_asgi.ops.gated_norm import gated_norm
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.heads_linear import heads_linear
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
-from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
+from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
 from tgi_asgi.ops.latent_qkv import latent_qkv
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
@@ -33,7 +33,7 @@ from tgi_asgi.ops.norm import norm, norm_add, norm_residual
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.packing import Packing
 from tgi_asgi.ops.paged import PagedAttention
-from tgi_asgi.ops.prompt_time import bfloat16_time
+from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -44,12 +44,12 @@ from tgi_asgi.ops.shards import Shard, ShardMemory
 from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
-    each_row,
+    every_nth_row,
     float8_source,
     from_floats,
     integer_source,
-    one_below_another,
     plain_tensor,
+    stack_rows,
 )
 from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_bytes, state_bytes
 from tgi_asgi.ops.team import (
@@ -131,12 +131,13 @@ __all__ = [
     "WeightSource",
     "activation",
     "attention",
-    "bfloat16_time",
+    "bfloat16_time_ratio",
+    "cached_head_dim",
     "configure_threads",
     "delta_rule",
     "direct",
-    "each_row",
     "embed",
+    "every_nth_row",
     "experts_add",
     "experts_weight",
     "flatten_rows",
@@ -151,7 +152,6 @@ __all__ = [
     "heads_weight",
     "integer_source",
     "join_threads",
-    "kept_dim",
     "kept_state_bytes",
     "kernel_set",
     "kv_bytes_per_token",
@@ -163,7 +163,6 @@ __all__ = [
     "norm_add",
     "norm_residual",
     "num_threads",
-    "one_below_another",
     "plain_tensor",
     "qkv",
     "qkv_weight",
@@ -172,6 +171,7 @@ __all__ = [
     "sample",
     "selective_scan",
     "short_conv",
+    "stack_rows",
     "state_bytes",
     "threads_kept_awake",
     "token_logprobs",

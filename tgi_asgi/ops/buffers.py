@@ -11,7 +11,7 @@ from tgi_asgi.ops.kv import KvPool
 from tgi_asgi.ops.values import Kind, Value
 
 
-class Uses:
+class Liveness:
     """Which calls use which value, in which precisions, and for how long.
 
     Args:
@@ -70,7 +70,7 @@ class Uses:
         """Return the values that no call after this one reads."""
         return [value for value, (_, last) in self._spans.items() if last == index]
 
-    def alive_behind(self, index: int) -> list[Value]:
+    def alive_after(self, index: int) -> list[Value]:
         """Return the values computed up to this call that a later one reads."""
         return [value for value, (first, last) in self._spans.items() if first <= index < last]
 
@@ -79,14 +79,14 @@ class Buffers:
     """The buffers of a program's values. Residuals that replace each other share one buffer."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Value, str], tuple[Hashable, Any]] = {}
+        self._assigned: dict[tuple[Value, str], tuple[Hashable, Any]] = {}
         self._free: dict[Hashable, list[Any]] = {}
-        self._lent: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
+        self._acquired: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
 
-    def hold(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
+    def assign(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
         """Assign a value a buffer of this kind, for one of its forms, until `free`."""
-        buffer = self.take(kind, make)
-        self._held[value.root, form] = (self._lent.pop(id(buffer)), buffer)
+        buffer = self.acquire(kind, make)
+        self._assigned[value.root, form] = (self._acquired.pop(id(buffer)), buffer)
         return buffer
 
     def of(self, value: Value, form: str) -> Any:
@@ -102,25 +102,25 @@ class Buffers:
 
     def find(self, value: Value, form: str) -> Any:
         """Return the buffer of a value's form; None if it has none."""
-        found = self._held.get((value.root, form))
+        found = self._assigned.get((value.root, form))
         return None if found is None else found[1]
 
-    def take(self, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """Take a buffer of this kind, a free one if possible, until `give_back`."""
+    def acquire(self, kind: Hashable, make: Callable[[], Any]) -> Any:
+        """Take a buffer of this kind, a free one if possible, until `release`."""
         free = self._free.get(kind)
         buffer = free.pop() if free else make()
-        self._lent[id(buffer)] = kind
+        self._acquired[id(buffer)] = kind
         return buffer
 
-    def give_back(self, buffer: Any) -> None:
-        """Return a buffer taken with `take`."""
-        self._free.setdefault(self._lent.pop(id(buffer)), []).append(buffer)
+    def release(self, buffer: Any) -> None:
+        """Return a buffer taken with `acquire`."""
+        self._free.setdefault(self._acquired.pop(id(buffer)), []).append(buffer)
 
     def free(self, values: Iterable[Value]) -> None:
         """Release the buffers of values for reuse."""
         ended = set(values)
-        for key in [key for key in self._held if key[0] in ended]:
-            kind, buffer = self._held.pop(key)
+        for key in [key for key in self._assigned if key[0] in ended]:
+            kind, buffer = self._assigned.pop(key)
             self._free.setdefault(kind, []).append(buffer)
 
 
@@ -133,31 +133,31 @@ class CpuBuffers(Buffers):
 
     def rows(self, value: Value, columns: int) -> Any:
         """Assign a value a float32 buffer."""
-        return self.hold(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
+        return self.assign(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
 
     def activation(self, value: Value, precision: str) -> Any:
         """Assign a value an activation buffer of this precision."""
         kind = ("activation", value.columns, precision)
-        return self.hold(value, precision, kind, lambda: self._native.activation(value.columns, precision))
+        return self.assign(value, precision, kind, lambda: self._native.activation(value.columns, precision))
 
     def query(self, value: Value, pool: KvPool, num_heads: int) -> Any:
         """Assign a value a buffer for queries, in this pool's layout."""
         kind = ("query", id(pool), num_heads)
-        return self.hold(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
+        return self.assign(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
 
-    def choice(self, value: Value, num_experts: int, top_k: int) -> Any:
+    def routing(self, value: Value, num_experts: int, top_k: int) -> Any:
         """Assign a value a buffer for each token's experts."""
-        kind = ("choice", num_experts, top_k)
-        return self.hold(value, "choice", kind, lambda: self._native.choice(num_experts, top_k))
+        kind = ("routing", num_experts, top_k)
+        return self.assign(value, "routing", kind, lambda: self._native.routing(num_experts, top_k))
 
     def expert_rows(self, columns: int, precision: str, num_experts: int) -> Any:
-        """Take a buffer for rows sorted by expert, until `give_back`; each expert may start a new tile."""
+        """Take a buffer for rows sorted by expert, until `release`; each expert may start a new tile."""
         kind = ("expert rows", columns, precision, num_experts)
-        return self.take(kind, lambda: self._native.activation(columns, precision, min_tiles=num_experts))
+        return self.acquire(kind, lambda: self._native.activation(columns, precision, min_tiles=num_experts))
 
     def scratch(self, columns: int) -> Any:
-        """Take rows for a call's internal use, until `give_back`."""
-        return self.take(("rows", columns), lambda: self._native.rows(columns))
+        """Take rows for a call's internal use, until `release`."""
+        return self.acquire(("rows", columns), lambda: self._native.rows(columns))
 
     def head_rows(self, columns: int) -> Any:
         """Take rows for attention's result. Attention does not write the padding, which must stay zero.
@@ -165,4 +165,4 @@ class CpuBuffers(Buffers):
         These buffers are kept apart from products' rows: a product writes the padding, and a NaN there would
         persist into the following steps.
         """
-        return self.take(("head rows", columns), lambda: self._native.rows(columns))
+        return self.acquire(("head rows", columns), lambda: self._native.rows(columns))

@@ -97,8 +97,8 @@ class LatentQkv(Call):
     """out = the queries, both parts, the second rotated; the rows' latents go to the cache."""
 
     absorbed: Value
-    turning: Value
-    turning_column: int  # first column of the second part in its rows
+    rotary: Value
+    rotary_column: int  # first column of the second part in its rows
     latents: Value
     norm: NormWeight
     rope: RopeTable
@@ -176,7 +176,7 @@ class ExpertsAdd(Call):
     """out = x + factor * sum of weight * down(f(gate(a)) * up(a)) over a token's experts"""
 
     a: Value
-    choice: Value
+    routing: Value
     weight: ExpertsWeight
     x: Value
     activation: str

@@ -15,7 +15,7 @@ import torch
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
-from tgi_asgi.ops.buffers import CpuBuffers, Uses
+from tgi_asgi.ops.buffers import CpuBuffers, Liveness
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
@@ -25,10 +25,10 @@ from tgi_asgi.ops.values import Kind, Value
 
 _Made = TypeVar("_Made")
 # Calls that change the residual in place.
-_CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
+_IN_PLACE = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
-_KEEPING = (
+_CACHE_WRITERS = (
     calls.Qkv,
     calls.LatentQkv,
     calls.ShortConv,
@@ -66,17 +66,17 @@ class CpuCalls:
         self.buffers = CpuBuffers(native)
         self.residual: Any = None
         self._native, self._recorded = native, recorded
-        self._uses = Uses(recorded, inputs, outputs, _precisions_of)
+        self._liveness = Liveness(recorded, inputs, outputs, _precisions_of)
         self._tables: dict[int, tuple[RopeTable, layout.Floats, layout.Floats]] = {}
 
     def emit_all(self) -> None:
         """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
-        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _KEEPING)]
+        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _CACHE_WRITERS)]
         for index, call in enumerate(self._recorded):
             _EMITTERS[type(call)](self, index, call)
             if writes and index == writes[-1]:
                 self._end_cache_writes(index)
-            self.buffers.free(self._uses.ending_at(index))
+            self.buffers.free(self._liveness.ending_at(index))
 
     def take_input(self, value: Value, columns: int) -> None:
         """Allocate an input that is given as rows; an activation is packed from them when a step begins."""
@@ -92,10 +92,10 @@ class CpuCalls:
         if call.positions is not None and (self._shard is None or self._shard.group.rank == 0):
             missing = -call.out.columns % layout.STRIP
             positions = torch.nn.functional.pad(call.positions, (0, missing)).contiguous().numpy()
-        to = out if self._shard is None else self._native.part()
+        to = out if self._shard is None else self._native.partial_sum()
         self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=to)
         if self._shard is not None:
-            self._native.sum_shards(part=to, factor=1.0, adds=False, x=out)
+            self._native.sum_shards(partial_sum=to, factor=1.0, adds=False, x=out)
 
     def _activation(self, index: int, call: calls.Activation) -> None:
         self._pack(self.buffers.of(call.x, "rows"), call.out)
@@ -105,13 +105,13 @@ class CpuCalls:
         # if the call after the norms does not write what other members may still be reading: neither the
         # residual, nor a buffer of x that is reused because x ends here. `linear_add` cannot read a private
         # activation.
-        behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
+        following = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
         is_private = (
-            not isinstance(behind, (*_CHANGING, type(None)))
+            not isinstance(following, (*_IN_PLACE, type(None)))
             and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
-            and call.x.root not in self._uses.ending_at(index)
+            and call.x.root not in self._liveness.ending_at(index)
         )
-        for precision in self._uses.precisions(call.out):
+        for precision in self._liveness.precisions(call.out):
             self._native.norm(
                 x=self.buffers.of(call.x, "rows"),
                 norm=_norm_of(call.weight),
@@ -135,7 +135,7 @@ class CpuCalls:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
         out = self.buffers.query(call.out, layer.pool, weight.num_heads)
-        scale = self._uses.query_scale(call.out)
+        scale = self._liveness.query_scale(call.out)
         cosines, sines = self._table(call.rope, weight.head_dim, weight.rotary_dim)
         norms = weight.norms
         heads = _C.Heads(
@@ -152,22 +152,22 @@ class CpuCalls:
         for part, product in enumerate(products):
             self._native.linear(product=product, out=rows, first_column=sum(widths[:part]))
         self._native.head_rows(rows=rows, heads=heads, has_keys=True, out=out)
-        self.buffers.give_back(rows)
+        self.buffers.release(rows)
 
     def _latent_qkv(self, index: int, call: calls.LatentQkv) -> None:
         layer = call.cache
         num_heads = call.out.columns // layer.head_dim
-        scale, norm = self._uses.query_scale(call.out), call.norm
+        scale, norm = self._liveness.query_scale(call.out), call.norm
         heads = _C.LatentHeads(
             pool=layer.pool.native, layer=layer.index, num_heads=num_heads,
             scale=1.0 if scale is None else scale, norm=norm.weight.numpy(), eps=norm.eps,
-            cosines=call.rope.cos.numpy(), sines=call.rope.sin.numpy(), turning_column=call.turning_column,
+            cosines=call.rope.cos.numpy(), sines=call.rope.sin.numpy(), rotary_column=call.rotary_column,
         )  # fmt: skip
-        absorbed, turning, latents = (
-            self.buffers.of(value, "rows") for value in (call.absorbed, call.turning, call.latents)
+        absorbed, rotary, latents = (
+            self.buffers.of(value, "rows") for value in (call.absorbed, call.rotary, call.latents)
         )
         out = self.buffers.query(call.out, layer.pool, num_heads)
-        self._native.latent_qkv(absorbed=absorbed, turning=turning, latents=latents, heads=heads, out=out)
+        self._native.latent_qkv(absorbed=absorbed, rotary=rotary, latents=latents, heads=heads, out=out)
 
     def _heads_linear(self, index: int, call: calls.HeadsLinear) -> None:
         made = _made(call.weight.made, PackedLinear)
@@ -184,7 +184,7 @@ class CpuCalls:
         if call.out.kind is Kind.ROWS:
             self._native.attention(**shape, rows=self.buffers.rows(call.out, call.out.columns))
             return
-        precisions = self._uses.precisions(call.out)
+        precisions = self._liveness.precisions(call.out)
         if call.gate is None and call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
             out = self.buffers.activation(call.out, precisions[0])
             self._native.attention(**shape, out=out)
@@ -195,7 +195,7 @@ class CpuCalls:
             self._pack(rows, call.out)
         else:
             self._pack_gated(rows, call.gate, call.out)
-        self.buffers.give_back(rows)
+        self.buffers.release(rows)
 
     def _pack_gated(self, rows: Any, gate: Value, out: Value) -> None:
         norm = _C.GatedNorm(
@@ -205,7 +205,7 @@ class CpuCalls:
         gated = self.buffers.scratch(out.columns)
         self._native.gated_norm(rows=rows, gate=self.buffers.of(gate, "rows"), norm=norm, out=gated)
         self._pack(gated, out)
-        self.buffers.give_back(gated)
+        self.buffers.release(gated)
 
     def _linear(self, index: int, call: calls.Linear) -> None:
         made = _made(call.weight.made, PackedLinear)
@@ -225,21 +225,21 @@ class CpuCalls:
             self._native.linear_add(product=product, factor=call.factor, x=x)
 
     def _sum(self, product: Any, factor: float, *, adds: bool, x: Any) -> None:
-        """Emit a product of which each shard computes a part, and the sum of the parts."""
-        part = self._native.part()
-        self._native.linear(product=product, out=part)
-        self._native.sum_shards(part=part, factor=factor, adds=adds, x=x)
+        """Emit a product of which each shard computes a partial sum, and the sum of these."""
+        partial_sum = self._native.partial_sum()
+        self._native.linear(product=product, out=partial_sum)
+        self._native.sum_shards(partial_sum=partial_sum, factor=factor, adds=adds, x=x)
 
     def _up(self, index: int, call: calls.Up) -> None:
         made = _made(call.weight.made, PackedLinear)
-        for precision in self._uses.precisions(call.out):  # one, unless consumers have several formats
+        for precision in self._liveness.precisions(call.out):  # one, unless consumers have several formats
             out = self.buffers.activation(call.out, precision)
             product = self._product(call.a, made)
             self._native.up(product=product, activation=call.activation, alphas=call.alphas, out=out)
 
     def _gate_up(self, index: int, call: calls.GateUp) -> None:
         parts = _made(call.weight.made, PackedGateUp).parts
-        precisions = self._uses.precisions(call.out)
+        precisions = self._liveness.precisions(call.out)
         if len(parts) == 1:
             for precision in precisions:  # one, unless the consumers' weights have several formats
                 out = self.buffers.activation(call.out, precision)
@@ -253,11 +253,11 @@ class CpuCalls:
             out = self.buffers.activation(call.out, precision)
             self._native.act_mul(gate=rows[0], up=rows[1], activation=call.activation, out=out)
         for each in rows:
-            self.buffers.give_back(each)
+            self.buffers.release(each)
 
     def _route(self, index: int, call: calls.Route) -> None:
         spec = call.spec
-        out = self.buffers.choice(call.out, spec.num_experts, spec.top_k)
+        out = self.buffers.routing(call.out, spec.num_experts, spec.top_k)
         self._native.route(logits=self.buffers.of(call.logits, "rows"), spec=spec.native, out=out)
 
     def _experts_add(self, index: int, call: calls.ExpertsAdd) -> None:
@@ -272,12 +272,12 @@ class CpuCalls:
             )
         ]
         self._native.experts_add(
-            source=self.buffers.of(call.a, made.precision), choice=self.buffers.of(call.choice, "choice"),
+            source=self.buffers.of(call.a, made.precision), routing=self.buffers.of(call.routing, "routing"),
             mlps=mlps, gathered=room[0], inner=room[1], factor=call.factor,
             x=self.buffers.of(call.x, "rows"),
         )  # fmt: skip
         for each in room:
-            self.buffers.give_back(each)
+            self.buffers.release(each)
 
     def _gated_add(self, index: int, call: calls.GatedAdd) -> None:
         rows, gate, x = (self.buffers.of(value, "rows") for value in (call.rows, call.gate, call.x))
@@ -349,7 +349,7 @@ class CpuCalls:
         self._native.logits(product=product, vocab_size=call.weight.rows, scale=call.scale, cap=call.cap)
 
     def _pack(self, rows: Any, value: Value) -> None:
-        for precision in self._uses.precisions(value):
+        for precision in self._liveness.precisions(value):
             self._native.pack(rows=rows, out=self.buffers.activation(value, precision))
 
     def _product(self, a: Value, part: PackedLinear) -> Any:
@@ -377,8 +377,8 @@ class CpuCalls:
 
     def _end_cache_writes(self, index: int) -> None:
         """Declare what the rest of a step reads of its tokens, so that it can go on with sampled rows."""
-        alive = self._uses.alive_behind(index)
-        can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.CHOICE) for value in alive)
+        alive = self._liveness.alive_after(index)
+        can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.ROUTING) for value in alive)
         kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]
         queries = [query for query in kept if query is not None]  # the others were given as rows
         found = [self.buffers.find(value, "rows") for value in alive]

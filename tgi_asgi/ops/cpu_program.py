@@ -58,9 +58,9 @@ class CpuProgram:
             max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=max_context
         )
         if adapters is not None:
-            self.native.use_adapters(adapters.native)
+            self.native.set_adapters(adapters.native)
         if shard is not None:
-            self.native.use_shards(shard.group, shard.first_word)
+            self.native.set_shards(shard.group, shard.first_vocab_id)
         self._recorded = recorder.calls
         self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs, adapters, shard)
         for value in inputs:
@@ -77,9 +77,9 @@ class CpuProgram:
         """Number of steps that have been computed, including the last one's states."""
         return self.native.num_steps
 
-    def forget_since(self, num_steps: int) -> None:
+    def roll_back_to(self, num_steps: int) -> None:
         """Discard the states of a step that was computed after the first `num_steps` and then failed."""
-        self.native.forget_since(num_steps)
+        self.native.roll_back_to(num_steps)
 
     @property
     def residual(self) -> npt.NDArray[np.float32]:
@@ -168,7 +168,7 @@ class CpuProgram:
         dtype = {4: torch.float32, 2: torch.bfloat16}.get(array.shape[1] // (heads * head_dim))
         if dtype is None or array.shape[1] != heads * head_dim * dtype.itemsize:
             raise ValueError("queries for an int8 cache are integers: use a float cache")
-        dims = layout.kept_dims(
+        dims = layout.cached_dims(
             head_dim, rotary, is_paired=dtype is torch.bfloat16, is_interleaved=is_interleaved
         )
         out = torch.empty(num_tokens, heads, head_dim)

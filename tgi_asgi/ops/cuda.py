@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.buffers import Buffers, Uses
+from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
-from tgi_asgi.ops.cuda_list import Given, LaunchList, Rows, Size, When
+from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
@@ -34,9 +34,9 @@ from tgi_asgi.ops.weights import LinearWeight, QkvWeight
 _SIZES = (
     Size.TOKENS, Size.DECODES, Size.PROMPTS, Size.KNOWN_PROMPTS, Size.UNKNOWN_PROMPTS, Size.MAX_QUERY_LEN,
 )  # fmt: skip
-_GIVEN = (
-    Given.IDS, Given.POSITIONS, Given.SLOTS, Given.QUERY_START, Given.CONTEXT_LEN, Given.BLOCK_TABLE,
-    Given.PROMPT_LENS,
+_INPUTS = (
+    Input.IDS, Input.POSITIONS, Input.SLOTS, Input.QUERY_START, Input.CONTEXT_LEN, Input.BLOCK_TABLE,
+    Input.PROMPT_LENS,
 )  # fmt: skip
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -77,7 +77,7 @@ class CudaBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that launches read, in the order of `_GIVEN`."""
+        """The tensors that launches read, in the order of `_INPUTS`."""
         lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
         return (
             self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
@@ -123,17 +123,17 @@ class CudaProgram:
         self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
         self._flashinfer: FlashInfer | None = None  # created by the first layer that uses it
         self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers of one plan share
-        self._launches = LaunchList(_SIZES, _GIVEN)
-        self._head = LaunchList((Size.ROWS,), (Given.ROWS,))
+        self._launches = LaunchList(_SIZES, _INPUTS)
+        self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
-        self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _most_codes(recorder.calls))
+        self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))
         self._values = Buffers()
         self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's tensor, and the device's
         self._plans: dict[int, Tensor] = {}  # for decode attention, by window
-        uses = Uses(recorder.calls, (), (), lambda call: [])
+        liveness = Liveness(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
-            self._values.free(uses.ending_at(index))
+            self._values.free(liveness.ending_at(index))
         self._moved.clear()  # releases the host tensors that nothing else references
         self._launches.finish()
         self._head.finish()
@@ -161,14 +161,14 @@ class CudaProgram:
         table = self._dense(call.table.made)
         out = _tokens(self._make(call.out, torch.float32))
         embed = "tgi_cuda::embed" if self._shard is None else self._shard.embed
-        self._launches.add(embed, Given.IDS, table, out)
+        self._launches.add(embed, Input.IDS, table, out)
         if call.factor != 1.0:
             self._launches.add("aten::mul_.Scalar", out, call.factor)
         if call.positions is not None:
             shape = (self._max_tokens, call.out.columns)
             added = _tokens(self._scratch.buffer("positions", shape, torch.float32))
             learnt = self._floats(call.positions)
-            self._launches.add("aten::index_select.out", learnt, 0, Given.POSITIONS, added)
+            self._launches.add("aten::index_select.out", learnt, 0, Input.POSITIONS, added)
             self._launches.add("aten::add_.Tensor", out, added)
 
     def _activation(self, call: calls.Activation) -> None:
@@ -213,7 +213,7 @@ class CudaProgram:
             ]
             eps, is_last = query.eps, norms.is_last
         self._launches.add(
-            "tgi_cuda::rope_kv_write", _tokens(product), Given.POSITIONS, Given.SLOTS, cos, sin, *parts,
+            "tgi_cuda::rope_kv_write", _tokens(product), Input.POSITIONS, Input.SLOTS, cos, sin, *parts,
             is_last, eps, layer.key_scale, layer.value_scale, _tokens(q), layer.pool,
         )  # fmt: skip
 
@@ -263,23 +263,24 @@ class CudaProgram:
             layer.key_scale, layer.value_scale,
         )  # fmt: skip
         self._launches.add(
-            "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Given.CONTEXT_LEN),
-            _decodes(Given.BLOCK_TABLE), *kind, plan, workspace, _decodes(out), when=When(Size.DECODES, 1),
+            "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Input.CONTEXT_LEN),
+            _decodes(Input.BLOCK_TABLE), *kind, plan, workspace, _decodes(out),
+            when=Condition(Size.DECODES, 1),
         )  # fmt: skip
         is_by_library = self._attend_by_library(layer, spec, query, out)
         self._launches.add(
-            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, _prompts(Given.QUERY_START),
-            _prompts(Given.CONTEXT_LEN), _prompts(Given.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind, _tokens(out),
-            when=When(Size.UNKNOWN_PROMPTS if is_by_library else Size.PROMPTS, 1),
+            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, _prompts(Input.QUERY_START),
+            _prompts(Input.CONTEXT_LEN), _prompts(Input.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind, _tokens(out),
+            when=Condition(Size.UNKNOWN_PROMPTS if is_by_library else Size.PROMPTS, 1),
         )  # fmt: skip
 
     def _attend_by_library(self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, out: Tensor) -> bool:
         """Add the launches of another library for prompts of known lengths; return whether there are any."""
-        when = When(Size.KNOWN_PROMPTS, 1)
+        when = Condition(Size.KNOWN_PROMPTS, 1)
         if self._prompt_attention is PromptAttention.SDPA and can_gather(spec):
             self._launches.add(
                 functools.partial(_attend_gathered, self._gathered(layer, spec)), query,
-                _prompts(Given.BLOCK_TABLE), Size.DECODES, Given.PROMPT_LENS, out, when=when,
+                _prompts(Input.BLOCK_TABLE), Size.DECODES, Input.PROMPT_LENS, out, when=when,
             )  # fmt: skip
             return True
         if self._prompt_attention is PromptAttention.FLASHINFER and can_plan(spec, layer.head_dim):
@@ -292,13 +293,13 @@ class CudaProgram:
 
     def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention:
         size = self._max_blocks * layer.pool[0].numel()
-        kept = self._scratch.buffer("gathered", (size,), layer.pool.dtype)
+        gathered = self._scratch.buffer("gathered", (size,), layer.pool.dtype)
         is_plain = layer.pool.dtype is self._dtype
-        room = kept if is_plain else self._scratch.buffer("gathered", (size,))
-        return GatheredAttention(layer, spec.scale, kept, room)
+        converted = gathered if is_plain else self._scratch.buffer("gathered", (size,))
+        return GatheredAttention(layer, spec.scale, gathered, converted)
 
     def _planned_for(
-        self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, when: When
+        self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, when: Condition
     ) -> PlannedAttention:
         """Return FlashInfer's plan for a layer; the first layer of its kind launches the planning."""
         self._flashinfer = self._flashinfer or FlashInfer(self._device)
@@ -306,7 +307,7 @@ class CudaProgram:
         if kind not in self._planned:
             planned = self._planned[kind] = PlannedAttention(self._flashinfer, spec, layer.pool, query)
             self._launches.add(
-                functools.partial(_plan_prompts, planned), _prompts(Given.BLOCK_TABLE), Given.PROMPT_LENS,
+                functools.partial(_plan_prompts, planned), _prompts(Input.BLOCK_TABLE), Input.PROMPT_LENS,
                 when=when,
             )  # fmt: skip
         return self._planned[kind]
@@ -317,8 +318,8 @@ class CudaProgram:
             plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
             self._plans[window] = plan
             self._launches.add(
-                "tgi_cuda::attention_plan", _decodes(Given.CONTEXT_LEN), _decodes(Given.BLOCK_TABLE),
-                block_size, window, plan, when=When(Size.DECODES, 1),
+                "tgi_cuda::attention_plan", _decodes(Input.CONTEXT_LEN), _decodes(Input.BLOCK_TABLE),
+                block_size, window, plan, when=Condition(Size.DECODES, 1),
             )  # fmt: skip
         return self._plans[window]
 
@@ -375,7 +376,7 @@ class CudaProgram:
         shape = (self._max_rows, call.weight.rows)
         self._logits = logits = torch.zeros(shape, dtype=torch.float32, device=self._device)
         out = Rows(logits, Size.ROWS)
-        self._head.add("tgi_cuda::norm", x, *norm, Given.ROWS, Rows(normed, Size.ROWS))
+        self._head.add("tgi_cuda::norm", x, *norm, Input.ROWS, Rows(normed, Size.ROWS))
         linear.multiply(self._head, normed, logits, Size.ROWS)
         if call.scale != 1.0:
             self._head.add("aten::mul_.Scalar", out, call.scale)
@@ -435,7 +436,7 @@ class CudaProgram:
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
         """Assign a value its buffer [max_tokens, columns]."""
         shape = (self._max_tokens, value.columns)
-        made: Tensor = self._values.hold(
+        made: Tensor = self._values.assign(
             value, "rows", (shape, dtype), lambda: torch.zeros(shape, dtype=dtype, device=self._device)
         )
         return made
@@ -450,7 +451,7 @@ class CudaProgram:
         return rows.view(self._max_tokens, -1, head_dim)
 
 
-_CPU_ALONE = (
+_CPU_ONLY = (
     calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm, calls.ShortConv, calls.SelectiveScan,
     calls.DeltaRule, calls.LatentQkv, calls.HeadsLinear,
 )  # fmt: skip
@@ -467,7 +468,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
     calls.Head: CudaProgram._make_head,
-    **dict.fromkeys(_CPU_ALONE, CudaProgram._refuse),
+    **dict.fromkeys(_CPU_ONLY, CudaProgram._refuse),
 }
 
 
@@ -476,12 +477,12 @@ def _tokens(rows: Tensor) -> Rows:
     return Rows(rows, Size.TOKENS)
 
 
-def _decodes(rows: Tensor | Given) -> Rows:
+def _decodes(rows: Tensor | Input) -> Rows:
     """Return the rows of decoding sequences."""
     return Rows(rows, Size.DECODES)
 
 
-def _prompts(rows: Given) -> Rows:
+def _prompts(rows: Input) -> Rows:
     """Return the rows of the other sequences."""
     return Rows(rows, None, first=Size.DECODES)
 
@@ -496,7 +497,7 @@ def _plan_prompts(planned: PlannedAttention, block_table: Tensor, lengths: Tenso
     planned.plan(block_table, lengths.tolist())
 
 
-def _most_codes(recorded: Sequence[calls.Call]) -> int:
+def _max_codes(recorded: Sequence[calls.Call]) -> int:
     """Return the number of weights in the largest quantised matrix that a product uses."""
     made = (getattr(getattr(call, "weight", None), "made", None) for call in recorded)
     matrices = (found.matrix for found in made if isinstance(found, DeviceMatrix))

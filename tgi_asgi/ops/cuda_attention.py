@@ -34,21 +34,21 @@ def can_gather(spec: AttentionSpec) -> bool:
 class GatheredAttention:
     """One layer's attention of prompts.
 
-        attention = GatheredAttention(layer, spec.scale, kept, room)
+        attention = GatheredAttention(layer, spec.scale, gathered, converted)
         attention.attend(query, block_table, first, lengths, out)
 
     Args:
-        kept: Buffer [max_blocks * elements of a block] of the pool's dtype; layers may share it.
-        room: The same buffer in the queries' dtype; `kept` itself if the dtypes are equal.
+        gathered: Buffer [max_blocks * elements of a block] of the pool's dtype; layers may share it.
+        converted: The same buffer in the queries' dtype; `gathered` itself if the dtypes are equal.
     """
 
-    def __init__(self, layer: CudaKvLayer, scale: float, kept: Tensor, room: Tensor) -> None:
+    def __init__(self, layer: CudaKvLayer, scale: float, gathered: Tensor, converted: Tensor) -> None:
         from torch.nn.attention.bias import causal_lower_right  # takes 1.5 s: it imports torch's compiler
 
         self._bias = causal_lower_right
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would make a plan for each new prompt length
         self._layer, self._scale = layer, scale
-        self._kept, self._room = kept, room
+        self._gathered, self._converted = gathered, converted
 
     def attend(
         self,
@@ -94,10 +94,10 @@ class GatheredAttention:
         size = num_blocks * pool[0].numel()
         # Moves eight bytes at a time: index_select's cost per element does not depend on the element's size.
         words = pool.view(torch.int64).permute(1, 2, 0, 3, 4)
-        kept = self._kept[:size].view(shape)
-        torch.index_select(words, 2, row[:num_blocks], out=kept.view(torch.int64))
-        room = self._room[:size].view(shape)
-        if self._room is not self._kept:
-            room.copy_(kept)
-        keys, values = room.view(2, num_kv_heads, num_blocks * block_size, head_dim)[:, :, :context_len]
+        gathered = self._gathered[:size].view(shape)
+        torch.index_select(words, 2, row[:num_blocks], out=gathered.view(torch.int64))
+        converted = self._converted[:size].view(shape)
+        if self._converted is not self._gathered:
+            converted.copy_(gathered)
+        keys, values = converted.view(2, num_kv_heads, num_blocks * block_size, head_dim)[:, :, :context_len]
         return keys, values

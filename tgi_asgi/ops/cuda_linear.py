@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.cuda_list import LaunchList, Rows, Size, When
+from tgi_asgi.ops.cuda_list import Condition, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 
 # Maximum number of tokens for which the native kernel, not cuBLAS, computes a plain product. Not measured: at
@@ -88,7 +88,7 @@ class PlainLinear:
             _multiply(launches, a, self._matrix, self._bias, product, self._scratch, many)
             launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count), when=many)
 
-    def _split(self, count: Size) -> tuple[When | None, When | None]:
+    def _split(self, count: Size) -> tuple[Condition | None, Condition | None]:
         """Return when the native kernel computes (None: always), and when cuBLAS does (None: never)."""
         return _split(count, MAX_SKINNY_TOKENS, self._is_batch_invariant)
 
@@ -135,10 +135,12 @@ class QuantLinear:
         launches.add("aten::add_.Tensor", Rows(x, count), Rows(product, count))
 
 
-def _split(count: Size, most: int, is_batch_invariant: bool) -> tuple[When | None, When | None]:
+def _split(
+    count: Size, max_count: int, is_batch_invariant: bool
+) -> tuple[Condition | None, Condition | None]:
     if is_batch_invariant:
         return None, None
-    return When(count, most=most), When(count, least=most + 1)
+    return Condition(count, max=max_count), Condition(count, min=max_count + 1)
 
 
 def _multiply(
@@ -148,7 +150,7 @@ def _multiply(
     bias: Tensor | None,
     out: Tensor,
     scratch: Scratch,
-    when: When,
+    when: Condition,
 ) -> None:
     """Append a cuBLAS product; a float32 output is not rounded if torch supports that."""
     source, target = Rows(a, when.size), Rows(out, when.size)

@@ -1,7 +1,7 @@
 """A CUDA step as a list of launches, which csrc/bindings/cuda/program.cpp runs without Python.
 
 A launch is an operator, its arguments, and a condition. Arguments that differ between steps are symbolic: a
-`Size`, a `Given` tensor, or `Rows` of a fixed or `Given` tensor.
+`Size`, an `Input` tensor, or `Rows` of a fixed or `Input` tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Size(Enum):
     ROWS = "rows"  # of logits
 
 
-class Given(Enum):
+class Input(Enum):
     """A step's input tensors on the device; shapes are those of `CudaBatch`."""
 
     IDS = "ids"
@@ -47,22 +47,22 @@ class Given(Enum):
 class Rows:
     """Rows of a tensor: from index `first` (None: 0) up to `stop` (None: the end)."""
 
-    of: Tensor | Given
+    of: Tensor | Input
     stop: Size | None
     first: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class When:
-    """The condition that `size` is in [least, most]."""
+class Condition:
+    """The condition that `size` is in [min, max]."""
 
     size: Size
-    least: int = 0
-    most: int = sys.maxsize
+    min: int = 0
+    max: int = sys.maxsize
 
     def holds(self, sizes: dict[Size, int]) -> bool:
         """Return whether the condition holds."""
-        return self.least <= sizes[self.size] <= self.most
+        return self.min <= sizes[self.size] <= self.max
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,14 +74,14 @@ class Launch:
 
     op: str | Callable[..., object]
     arguments: tuple[Any, ...]
-    when: When | None
+    when: Condition | None
 
 
 class LaunchList:
     """Launches in order.
 
-        launches = LaunchList((Size.TOKENS,), (Given.IDS,))
-        launches.add("tgi_cuda::embed", Given.IDS, table, Rows(x, Size.TOKENS))
+        launches = LaunchList((Size.TOKENS,), (Input.IDS,))
+        launches.add("tgi_cuda::embed", Input.IDS, table, Rows(x, Size.TOKENS))
         launches.run((3,), (ids,))
 
     Args:
@@ -91,12 +91,12 @@ class LaunchList:
         launches: All launches added so far.
     """
 
-    def __init__(self, sizes: Sequence[Size], given: Sequence[Given]) -> None:
+    def __init__(self, sizes: Sequence[Size], given: Sequence[Input]) -> None:
         self._sizes, self._given = tuple(sizes), tuple(given)
         self.launches: list[Launch] = []
         self._program: Program | None = None
 
-    def add(self, op: str | Callable[..., object], *arguments: object, when: When | None = None) -> None:
+    def add(self, op: str | Callable[..., object], *arguments: object, when: Condition | None = None) -> None:
         """Append a launch, which runs if `when` holds (None: always)."""
         self.launches.append(Launch(op, arguments, when))
 
@@ -111,9 +111,9 @@ class LaunchList:
         program = Program([size.value for size in self._sizes], [given.value for given in self._given])
         for launch in self.launches:
             arguments = [_operand(program, argument) for argument in launch.arguments]
-            when = launch.when or When(self._sizes[0])
+            when = launch.when or Condition(self._sizes[0])
             size = None if launch.when is None else program.size(when.size.value)
-            program.add(launch.op, arguments, size, when.least, when.most)
+            program.add(launch.op, arguments, size, when.min, when.max)
         self._program = program
 
     def run(self, sizes: Sequence[int], given: Sequence[Tensor]) -> None:
@@ -135,10 +135,10 @@ def _operand(program: Program, argument: object) -> object | Operand:
     """Return the program's operand for an argument; constants are returned as they are."""
     if isinstance(argument, Size):
         return program.size(argument.value)
-    if isinstance(argument, Given):
+    if isinstance(argument, Input):
         return program.tensor(argument.value)
     if isinstance(argument, Rows):
-        base = program.tensor(argument.of.value) if isinstance(argument.of, Given) else argument.of
+        base = program.tensor(argument.of.value) if isinstance(argument.of, Input) else argument.of
         first, stop = (
             None if size is None else program.size(size.value) for size in (argument.first, argument.stop)
         )

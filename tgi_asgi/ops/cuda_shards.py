@@ -34,7 +34,7 @@ class DeviceGroup:
     """The ranks' processes, one device each, which call the same collectives in the same order.
 
         group = DeviceGroup("nccl", store, rank=1, count=2, device=torch.device("cuda", 1))
-        group.sum(part)
+        group.all_reduce(part)
         group.close()
 
     A process has one group at a time. Collectives run on the current stream and do not wait for the device.
@@ -55,24 +55,24 @@ class DeviceGroup:
         meeting.set_timeout(_MEETING)
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=count, timeout=_TIMEOUT)
         self._group: Any = dist.group.WORLD
-        self._is_given_up = False
+        self._is_aborted = False
 
-    def sum(self, part: Tensor) -> None:
+    def all_reduce(self, part: Tensor) -> None:
         """Replace `part`, contiguous, by the sum over all ranks, in an addition order the library chooses."""
         self._check()
         dist.all_reduce(part)
 
-    def gather(self, part: Tensor, out: Tensor) -> None:
+    def all_gather(self, part: Tensor, out: Tensor) -> None:
         """Write all ranks' parts, contiguous, to out [count, *part.shape]."""
         self._check()
         _all_gather(out.view(-1, *part.shape[1:]), part)
 
-    def send(self, value: Tensor) -> None:
+    def broadcast(self, value: Tensor) -> None:
         """Replace `value` on every rank by rank 0's."""
         self._check()
         dist.broadcast(value, 0)
 
-    def least(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """Return the minimum of all ranks' values; waits for all of them."""
         held = torch.tensor([value], dtype=torch.int64, device=self._device)
         dist.all_reduce(held, dist.ReduceOp.MIN)
@@ -84,7 +84,7 @@ class DeviceGroup:
         The abort itself continues in a thread: NCCL's ends only when no graph is left that holds its
         collectives.
         """
-        self._is_given_up = True
+        self._is_aborted = True
         _within(0, self._group.abort)
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class DeviceGroup:
         _within(_END_S, dist.destroy_process_group)
 
     def _check(self) -> None:
-        if self._is_given_up:
+        if self._is_aborted:
             raise RuntimeError("the model's group of shards has been aborted")
 
 
@@ -115,23 +115,23 @@ class CudaShard:
     """A program's place among the shards.
 
     Attributes:
-        words: Range of vocabulary ids of each rank.
+        vocab_ranges: Range of vocabulary ids of each rank.
     """
 
     group: DeviceGroup
-    words: Sequence[range]
+    vocab_ranges: Sequence[range]
 
     @property
-    def own_words(self) -> range:
+    def own_vocab_range(self) -> range:
         """Vocabulary ids whose embeddings and logits this rank computes."""
-        return self.words[self.group.rank]
+        return self.vocab_ranges[self.group.rank]
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor) -> None:
-        """Write the embeddings of ids [n_tokens] to out [n_tokens, columns]; the table has own words only."""
-        ids = ids - self.own_words.start
+        """Write the embeddings of ids [n_tokens] to out [n_tokens, columns]; the table has only own rows."""
+        ids = ids - self.own_vocab_range.start
         _kernels.embed(ids, table, out)  # clamps other ranks' ids to the first or last row
-        others = (ids < 0) | (ids >= len(self.own_words))
-        self.group.sum(out.masked_fill_(others.unsqueeze(1), 0.0))
+        others = (ids < 0) | (ids >= len(self.own_vocab_range))
+        self.group.all_reduce(out.masked_fill_(others.unsqueeze(1), 0.0))
 
     def add(self, part: Tensor, parts: Tensor | None) -> None:
         """Replace `part` [n_tokens, columns], contiguous, by the sum over all ranks.
@@ -141,10 +141,10 @@ class CudaShard:
                 in float32, so that a token's bits do not depend on how many other tokens there are.
         """
         if parts is None:
-            self.group.sum(part)
+            self.group.all_reduce(part)
             return
         gathered = parts[: self.group.count * part.numel()].view(self.group.count, *part.shape)
-        self.group.gather(part, gathered)
+        self.group.all_gather(part, gathered)
         total = gathered[0].float()
         for other in gathered[1:]:
             total = total + other
@@ -152,25 +152,25 @@ class CudaShard:
 
 
 class WholeLogits:
-    """The logits of all ranks' words, gathered from each rank's own.
+    """The logits of all ranks' vocabulary ranges, gathered from each rank's own.
 
     Attributes:
         logits: [max_rows, vocab] float32.
     """
 
     def __init__(self, shard: CudaShard, max_rows: int, device: torch.device) -> None:
-        self._group, self._words = shard.group, shard.words
-        self._width = max(map(len, shard.words))  # collectives need parts of equal size
+        self._group, self._vocab_ranges = shard.group, shard.vocab_ranges
+        self._width = max(map(len, shard.vocab_ranges))  # collectives need parts of equal size
         self._part = torch.zeros(max_rows * self._width, device=device)
         self._parts = torch.zeros(shard.group.count * max_rows * self._width, device=device)
-        self.logits = torch.zeros(max_rows, shard.words[-1].stop, device=device)
+        self.logits = torch.zeros(max_rows, shard.vocab_ranges[-1].stop, device=device)
 
     def join(self, own: Tensor) -> None:
-        """Write the first rows of `logits` from own [n_rows, n_words]."""
+        """Write the first rows of `logits` from own [n_rows, n_ids]."""
         n, count, width = own.shape[0], self._group.count, self._width
         part = self._part[: n * width].view(n, width)
         part[:, : own.shape[1]] = own
         parts = self._parts[: count * n * width].view(count, n, width)
-        self._group.gather(part, parts)
-        for words, logits in zip(self._words, parts, strict=True):
-            self.logits[:n, words.start : words.stop] = logits[:, : len(words)]
+        self._group.all_gather(part, parts)
+        for ids, logits in zip(self._vocab_ranges, parts, strict=True):
+            self.logits[:n, ids.start : ids.stop] = logits[:, : len(ids)]

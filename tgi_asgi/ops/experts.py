@@ -1,8 +1,8 @@
 """The operators `route`, `experts_add` and `gated_add`: mixture-of-experts layers.
 
     rows = ops.linear(a, w.router)                                # the router's logits
-    choice = ops.route(rows, RouteSpec(num_experts=64, top_k=8))
-    x = ops.experts_add(a, choice, w.experts, x)
+    routing = ops.route(rows, RouteSpec(num_experts=64, top_k=8))
+    x = ops.experts_add(a, routing, w.experts, x)
 
 Source: Shazeer et al., Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv
 1701.06538.
@@ -35,11 +35,11 @@ class RouteSpec:
         kind: Function from logits to scores: `softmax`, `sigmoid`, or `sparsemixer`, the softmax over the
             experts not yet chosen whose logits are near the best one's (Phi 3.5 MoE; Liu et al., arXiv
             2409.12136).
-        correction: float32 [num_experts], added to the scores for the choice, not to the weights (Wang et
+        correction: float32 [num_experts], added to the scores for the selection, not to the weights (Wang et
             al., Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664).
         num_groups: Number of groups of consecutive experts; experts are chosen only from the best
             `top_groups` (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
-        adds_two_best: Whether a group's score is the sum of its two best experts' scores, not its best
+        sums_top_two: Whether a group's score is the sum of its two best experts' scores, not its best
             expert's score.
         is_renormalised: Whether a token's weights are divided by their sum plus `eps`.
         scale: Factor on the weights, applied after renormalisation.
@@ -56,7 +56,7 @@ class RouteSpec:
     correction: Tensor | None = None
     num_groups: int = 1
     top_groups: int = 1
-    adds_two_best: bool = False
+    sums_top_two: bool = False
     is_renormalised: bool = False
     eps: float = 0.0
     scale: float = 1.0
@@ -67,7 +67,7 @@ class RouteSpec:
         correction = None if self.correction is None else self.correction.contiguous().numpy()
         native = _C.RouteSpec(
             num_experts=self.num_experts, top_k=self.top_k, kind=self.kind, correction=correction,
-            num_groups=self.num_groups, top_groups=self.top_groups, adds_two_best=self.adds_two_best,
+            num_groups=self.num_groups, top_groups=self.top_groups, sums_top_two=self.sums_top_two,
             is_renormalised=self.is_renormalised, eps=self.eps, scale=self.scale, jitter=self.jitter,
         )  # fmt: skip
         object.__setattr__(self, "native", native)
@@ -86,14 +86,14 @@ class ClampedGate:
 
 
 def route(logits: Value, spec: RouteSpec) -> Value:
-    """Return each token's choice of experts, from a router's logits [n_tokens, num_experts]."""
+    """Return each token's routing to experts, from a router's logits [n_tokens, num_experts]."""
     recorder = recorder_of("route", logits=(logits, Kind.ROWS, spec.num_experts))
-    return recorder.note(calls.Route(recorder.value(Kind.CHOICE, spec.num_experts), logits, spec))
+    return recorder.note(calls.Route(recorder.value(Kind.ROUTING, spec.num_experts), logits, spec))
 
 
 def experts_add(
     a: Value,
-    choice: Value,
+    routing: Value,
     weight: ExpertsWeight,
     x: Value,
     activation: str = "silu",
@@ -107,7 +107,7 @@ def experts_add(
 
     Args:
         a: Activation [n_tokens, columns].
-        choice: Result of `route`.
+        routing: Result of `route`.
         x: Residual [n_tokens, columns], added to in place.
         clamped: Bounds on gates and ups; requires silu.
 
@@ -118,10 +118,10 @@ def experts_add(
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
     recorder = recorder_of(
         "experts_add", a=(a, Kind.ACTIVATION, weight.columns),
-        choice=(choice, Kind.CHOICE, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),
+        routing=(routing, Kind.ROUTING, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),
     )  # fmt: skip
     added = recorder.added(x)
-    return recorder.note(calls.ExpertsAdd(added, a, choice, weight, x, activation, clamped, factor))
+    return recorder.note(calls.ExpertsAdd(added, a, routing, weight, x, activation, clamped, factor))
 
 
 def gated_add(rows: Value, gate: Value, x: Value, factor: float = 1.0) -> Value:

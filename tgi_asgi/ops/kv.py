@@ -14,11 +14,11 @@ from tgi_asgi.ops.states import StateLayer
 
 MAX_HEAD_DIM = 512
 MAX_LATENT_DIM = 640
-_MOST_GROWTH = 1.2  # limit on how much int8's padding to whole strips may enlarge a head
+_MAX_GROWTH = 1.2  # limit on how much int8's padding to whole strips may enlarge a head
 _PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
-def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
+def cached_head_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
     """Return how many dims of a head the cache stores: all of them, which int8 pads to strips of 32.
 
     `name` is the head size's name in error messages.
@@ -33,7 +33,7 @@ def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
     if dtype is not torch.int8:
         return head_dim
     padded = -(-head_dim // STRIP) * STRIP
-    if padded > head_dim * _MOST_GROWTH:
+    if padded > head_dim * _MAX_GROWTH:
         raise ValueError(f"an int8 cache would pad heads of {head_dim} to {padded}: use bfloat16")
     return padded
 
@@ -58,16 +58,16 @@ def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
     """Return the bytes that a token occupies in the cache of a layer of this shape.
 
     Raises:
-        ValueError: as for `kept_dim`.
+        ValueError: as for `cached_head_dim`.
     """
     if shape.is_latent:
-        return _kept_latent(shape, dtype)[0] * dtype.itemsize
-    kept = kept_dim(shape.head_dim, dtype) + kept_dim(shape.value_dim, dtype, "value_dim")
+        return _cached_latent_dims(shape, dtype)[0] * dtype.itemsize
+    kept = cached_head_dim(shape.head_dim, dtype) + cached_head_dim(shape.value_dim, dtype, "value_dim")
     scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # float16, one per strip
     return shape.num_kv_heads * (kept * dtype.itemsize + scales)
 
 
-def _kept_latent(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+def _cached_latent_dims(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
     """Return the number of dims of a latent, and of the values in it.
 
     Raises:
@@ -82,11 +82,11 @@ def _kept_latent(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
     return dims
 
 
-def _kept(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+def _cached_dims(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
     """Return the dims stored per head, of keys and of values."""
     if shape.is_latent:
-        return _kept_latent(shape, dtype)
-    return kept_dim(shape.head_dim, dtype), kept_dim(shape.value_dim, dtype, "value_dim")
+        return _cached_latent_dims(shape, dtype)
+    return cached_head_dim(shape.head_dim, dtype), cached_head_dim(shape.value_dim, dtype, "value_dim")
 
 
 class KvCache(Protocol):
@@ -149,7 +149,7 @@ class KvPool:
         groups: Sequence[int] | None = None,
     ) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
-        kept = [(each.num_kv_heads, *_kept(each, dtype)) for each in shapes]
+        kept = [(each.num_kv_heads, *_cached_dims(each, dtype)) for each in shapes]
         has_latents = any(each.is_latent for each in shapes)
         if has_latents and not all(each.is_latent for each in shapes):
             raise ValueError("a pool must hold latents in all layers or in none")

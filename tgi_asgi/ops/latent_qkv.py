@@ -16,19 +16,19 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 def latent_qkv(
     absorbed: Value,
-    turning: Value,
+    rotary: Value,
     rows: Value,
     norm: NormWeight,
     rope: RopeTable,
     cache: Cache,
     *,
-    turning_column: int = 0,
+    rotary_column: int = 0,
 ) -> Value:
     """Write the latents of rows to `cache`; return the queries, for `attention` with the same cache.
 
     Args:
         absorbed: Rows [n_tokens, num_heads * value_dim], each head's query against the latents' values.
-        turning: Rows whose columns from `turning_column` on are [num_heads * rotary_dim], the part to be
+        rotary: Rows whose columns from `rotary_column` on are [num_heads * rotary_dim], the part to be
             rotated.
         rows: [n_tokens, value_dim + rotary_dim], the latents: values before their norm, then the key to be
             rotated.
@@ -45,16 +45,16 @@ def latent_qkv(
     if rope.rotary_dim != rotary_dim:
         raise ValueError(f"the rotary table must rotate {rotary_dim} dims, it rotates {rope.rotary_dim}")
     recorder = recorder_of(
-        "latent_qkv", absorbed=(absorbed, Kind.ROWS, None), turning=(turning, Kind.ROWS, None),
+        "latent_qkv", absorbed=(absorbed, Kind.ROWS, None), rotary=(rotary, Kind.ROWS, None),
         rows=(rows, Kind.ROWS, layer.head_dim),
     )  # fmt: skip
     num_heads = absorbed.columns // layer.value_dim
     if num_heads < 1 or absorbed.columns % layer.value_dim:
         raise ValueError(f"`absorbed` must have {layer.value_dim} columns a head, got {absorbed.columns}")
-    end = turning_column + num_heads * rotary_dim
-    if turning_column < 0 or end > turning.columns:
+    end = rotary_column + num_heads * rotary_dim
+    if rotary_column < 0 or end > rotary.columns:
         raise ValueError(
-            f"`latent_qkv` takes columns {turning_column} to {end} of `turning`, which has {turning.columns}"
+            f"`latent_qkv` takes columns {rotary_column} to {end} of `rotary`, which has {rotary.columns}"
         )
     out = recorder.value(Kind.QUERY, num_heads * layer.head_dim)
-    return recorder.note(calls.LatentQkv(out, absorbed, turning, turning_column, rows, norm, rope, layer))
+    return recorder.note(calls.LatentQkv(out, absorbed, rotary, rotary_column, rows, norm, rope, layer))

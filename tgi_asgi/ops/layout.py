@@ -37,10 +37,10 @@ def head_order(
         one = row_order(head_dim)
     else:
         half = rotary_dim // 2
-        turning, apart = (2 * np.arange(half), 1) if is_interleaved else (np.arange(half), half)
+        rotated, apart = (2 * np.arange(half), 1) if is_interleaved else (np.arange(half), half)
         rest = np.arange(rotary_dim, head_dim, 2)
-        first = np.concatenate([turning, rest])
-        second = np.concatenate([turning + apart, rest + 1])
+        first = np.concatenate([rotated, rest])
+        second = np.concatenate([rotated + apart, rest + 1])
         num_pairs = -(-head_dim // STRIP) * PANEL
         pairs = np.full((2, num_pairs), -1, np.int64)
         pairs[0, : len(first)], pairs[1, : len(second)] = first, second
@@ -49,7 +49,7 @@ def head_order(
     return np.where(one >= 0, starts + one, -1).reshape(-1)
 
 
-def kept_dims(
+def cached_dims(
     head_dim: int, rotary_dim: int | None, *, is_paired: bool, is_interleaved: bool = False
 ) -> Order:
     """Return, for each position of a head in a float cache or query, the dim that it holds.
@@ -86,8 +86,8 @@ def qkv_orders(
     num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, is_interleaved: bool
 ) -> list[Order]:
     """Return the row orders of q, k and v."""
-    turning = [
+    rotated = [
         head_order(count, head_dim, rotary_dim, is_interleaved=is_interleaved)
         for count in (num_heads, num_kv_heads)
     ]
-    return [*turning, head_order(num_kv_heads, head_dim, None)]
+    return [*rotated, head_order(num_kv_heads, head_dim, None)]

@@ -14,7 +14,7 @@ _TOKENS, _ROWS, _COLUMNS = 256, 512, 1024  # 0.3 ms at one multiply-add per pico
 _ROUNDS = 4
 
 
-def bfloat16_time(format: str) -> float:
+def bfloat16_time_ratio(format: str) -> float:
     """Return the time of a many-token product in bfloat16 over int8, for a weight of this format."""
 
     info = FORMATS[format]

@@ -26,7 +26,7 @@ class SampleResult:
     num_top: Tensor  # [n_rows] int32: number of a row's top entries that are filled
     # [n_rows] bool: False if a draft before the row was rejected (another token was sampled); None: no
     # drafts.
-    is_kept: Tensor | None = None
+    is_accepted: Tensor | None = None
 
     @classmethod
     def of(cls, arrays: Sequence[npt.NDArray[np.generic]]) -> SampleResult:

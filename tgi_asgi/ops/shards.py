@@ -19,11 +19,11 @@ class Shard:
 
     Attributes:
         group: The memory that all shards share; its first member leads, the others `follow`.
-        first_word: First row of the vocabulary that this shard has.
+        first_vocab_id: First vocabulary id that this shard has.
     """
 
     group: _C.ShardGroup
-    first_word: int
+    first_vocab_id: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class WeightSource:
         return from_floats(halves if halves.isfinite().all() else weights)
 
 
-def each_row(source: WeightSource, first: int, step: int) -> WeightSource:
+def every_nth_row(source: WeightSource, first: int, step: int) -> WeightSource:
     """Return every `step`-th row of a matrix, from row `first` on: a copy."""
     data = np.ascontiguousarray(source.data.reshape(source.shape[0], -1)[first::step])
     return replace(source, data=data.reshape(-1), shape=(len(data), source.shape[1]))
@@ -144,7 +144,7 @@ def plain_tensor(source: WeightSource) -> Tensor:
     return decode(source) if plain is None else as_tensor(source.data).view(plain).view(source.shape)
 
 
-def one_below_another(sources: Sequence[WeightSource]) -> WeightSource:
+def stack_rows(sources: Sequence[WeightSource]) -> WeightSource:
     """Return several matrices stacked by rows; if they share a format, their bytes are kept.
 
     Raises:

@@ -20,7 +20,7 @@ class Kind(enum.Enum):
     ACTIVATION = "an activation"  # input of products, in the precision that each needs
     ROWS = "rows"  # float32, the result of a product
     QUERY = "a query"  # rotated heads; their keys and values are in the cache
-    CHOICE = "a choice of experts"
+    ROUTING = "a routing of experts"
     LOGITS = "logits"
 
 

@@ -47,7 +47,7 @@ class Follower:
         steps = CudaSteps(self._model, device, job.limits, self._types, shard=shard)
         del self._model  # the program holds all of it
         steps.profile()
-        shard.group.least(device.free_bytes())
+        shard.group.all_reduce_min(device.free_bytes())
         staging = [device.pinned(job.limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
         taken: list[Event] = [device.record() for _ in staging]
         num_steps = 0

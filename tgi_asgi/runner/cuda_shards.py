@@ -142,7 +142,7 @@ class CudaShards:
     def least(self, value: int) -> int:
         """Return the smallest of all ranks' values; every rank must call this now."""
         assert self._shard is not None, "they have not met"
-        return self._shard.group.least(value)
+        return self._shard.group.all_reduce_min(value)
 
     @contextlib.contextmanager
     def together(self, message: Message, data: Tensor | None = None) -> Iterator[None]:

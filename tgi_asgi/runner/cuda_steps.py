@@ -236,7 +236,7 @@ class CudaSteps:
                 last = self._last_ids.index_select(0, buffers.from_slot.clamp(min=0))
                 ids.copy_(torch.where(buffers.from_slot >= 0, last, ids))
             if self._shard is not None:
-                self._shard.group.send(ids)
+                self._shard.group.broadcast(ids)
         self.program.forward(buffers.batch(self._tables))
         if buffers.shape.num_rows > 0:
             self.program.head(buffers.rows)

@@ -47,18 +47,18 @@ class SlotDrafts:
             starts: Position at which each row begins.
             certain: Returns the tokens that a slot's grammar forces next, if any.
         """
-        wishes: list[tuple[int, int, Sequence[int]]] = []
+        requests: list[tuple[int, int, Sequence[int]]] = []
         wishing: list[int] = []
         for index, row in enumerate(plan.rows):
             room = row.end - starts[index] - 1
             if row.num_drafts and room > 0:
-                wishes.append((row.slot, min(row.num_drafts, room), certain(row.slot)))
+                requests.append((row.slot, min(row.num_drafts, room), certain(row.slot)))
                 wishing.append(index)
-        if not wishes:
+        if not requests:
             return []
         base, token = plan.cost
         num_tokens = sum(row.num_tokens for row in plan.rows)
-        chosen = self.native.choose(wishes, base=base, token=token, num_tokens=num_tokens)
+        chosen = self.native.choose(requests, base=base, token=token, num_tokens=num_tokens)
         drafts: list[list[int]] = [[] for _ in plan.rows]
         for index, found in zip(wishing, chosen, strict=True):
             drafts[index] = found

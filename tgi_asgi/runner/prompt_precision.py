@@ -30,7 +30,7 @@ def announce(packing: ops.Packing) -> bool:
         logger.info("--prompt-precision bfloat16 changes nothing: no weight is multiplied as codes")
         return False
     [(name, _)] = packing.by_kind.most_common(1)
-    ratio = ops.bfloat16_time(name)
+    ratio = ops.bfloat16_time_ratio(name)
     if ratio < 1.0:
         logger.info("prompts in bfloat16: a product of %s takes %.2f of its time in int8", name, ratio)
     else:

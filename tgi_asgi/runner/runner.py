@@ -204,7 +204,7 @@ class CpuRunner:
         try:
             return self._compute_rows(plan)
         except BaseException:
-            self._program.forget_since(num_steps)
+            self._program.roll_back_to(num_steps)
             raise
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:

@@ -40,14 +40,16 @@ class Draws:
 
     def collect(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
         """Store the samples that count in a step's result; return their slots and the samples."""
-        are_kept: list[bool] = [True] * len(self.rows) if drawn.is_kept is None else drawn.is_kept.tolist()
+        are_accepted: list[bool] = (
+            [True] * len(self.rows) if drawn.is_accepted is None else drawn.is_accepted.tolist()
+        )
         slots, kept = [], []
-        for row, slot, draft, sampled, is_kept in zip(
-            self.rows, self.slots, self.drafts, unpack(drawn), are_kept, strict=True
+        for row, slot, draft, sampled, is_accepted in zip(
+            self.rows, self.slots, self.drafts, unpack(drawn), are_accepted, strict=True
         ):
             if draft >= 0:
                 result.num_drafts += 1
-            if not is_kept:
+            if not is_accepted:
                 continue
             slots.append(slot)
             kept.append(sampled)

@@ -141,21 +141,21 @@ class Shards:
         except (OSError, RuntimeError) as error:
             raise _no_memory(error) from error
         self.shard = ops.Shard(group, first.cut.words.start)
-        self._others = ShardProcesses(jobs[1:], lambda reason: group.give_up())
+        self._others = ShardProcesses(jobs[1:], lambda reason: group.abort())
         self.processes = self._others.processes
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def close(self) -> None:
         """Let the other processes end, once no step runs, and wait for them. Idempotent."""
         if self._others.begin_to_close():
-            if not self.shard.group.is_given_up:
+            if not self.shard.group.is_aborted:
                 self.shard.group.end()
             self._others.end()
 
     def abandon(self) -> None:
         """End the other processes at once; this process will not serve."""
         self._others.begin_to_close()
-        self.shard.group.give_up()
+        self.shard.group.abort()
         self._others.kill()
 
 

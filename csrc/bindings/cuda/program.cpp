@@ -98,7 +98,7 @@ class Program::Run {
     for (const Entry& entry : program_.entries_) {
       if (entry.when.size) {
         const int64_t size = sizes_[entry.when.size->index];
-        if (size < entry.when.least || size > entry.when.most) continue;
+        if (size < entry.when.min || size > entry.when.max) continue;
       }
       if (!entry.op) {
         call_python(entry);
@@ -314,15 +314,15 @@ void bind_program(py::module_& module) {
       .def(
           "add",
           [](Program& self, const py::object& op, const py::sequence& arguments,
-             const std::optional<Operand>& when, int64_t least, int64_t most) {
-            const Condition condition = {when, least, most};
+             const std::optional<Operand>& when, int64_t min, int64_t max) {
+            const Condition condition = {when, min, max};
             if (py::isinstance<py::str>(op)) {
               self.add(op.cast<std::string>(), arguments, condition);
             } else {
               self.add_function(op, arguments, condition);
             }
           },
-          py::arg("op"), py::arg("arguments"), py::arg("when"), py::arg("least"), py::arg("most"))
+          py::arg("op"), py::arg("arguments"), py::arg("when"), py::arg("min"), py::arg("max"))
       .def("run", run, py::arg("sizes"), py::arg("tensors"))
       .def("__len__", &Program::num_entries);
 }

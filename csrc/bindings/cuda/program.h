@@ -21,11 +21,11 @@ struct Operand {
   int64_t index;  // in sizes, or in tensors: the given ones, then views
 };
 
-// Makes an entry run only if a size is in [least, most].
+// Makes an entry run only if a size is in [min, max].
 struct Condition {
   std::optional<Operand> size;  // none: it always runs
-  int64_t least = 0;
-  int64_t most = std::numeric_limits<int64_t>::max();
+  int64_t min = 0;
+  int64_t max = std::numeric_limits<int64_t>::max();
 };
 
 // Calls of operators on fixed buffers and on a step's arguments: its sizes, its tensors, and the

@@ -59,7 +59,7 @@ inline typename S::F relu(typename S::F x) {
 
 // e^x - 1 - x for x <= 0, by a series near zero, where the difference would lose its digits.
 template <class S>
-inline typename S::F exp_beyond_line(typename S::F x) {
+inline typename S::F expm1_minus_x(typename S::F x) {
   auto p = S::set1(1.0f / 40320);
   p = S::fma(p, x, S::set1(1.0f / 5040));
   p = S::fma(p, x, S::set1(1.0f / 720));
@@ -80,7 +80,7 @@ inline typename S::F xielu(typename S::F x, const MlpFunction& f) {
   const auto above = S::max(S::zero(), x), below = S::min(S::zero(), x);
   const auto line = S::mul(x, S::set1(0.5f));
   const auto sum = S::fma(S::mul(above, above), S::set1(f.positive), line);
-  return S::fma(exp_beyond_line<S>(below), S::set1(f.negative), sum);
+  return S::fma(expm1_minus_x<S>(below), S::set1(f.negative), sum);
 }
 
 // A clamped gate and up. Source: OpenAI, gpt-oss model card, arXiv 2508.10925.

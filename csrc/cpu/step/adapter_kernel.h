@@ -168,9 +168,9 @@ void shrink(const ShrinkParams& params, const StepHeader& step, int member, int 
         return shrink_in<S, Precision::kFloat32>(p, input, step, member, num_members);
     }
   };
-  const int64_t drawn = p.in.is_by_kind() ? step.num_generated : step.num_tokens;
-  if (drawn > 0) of_kind(p.in, 0, drawn);
-  if (drawn < step.num_tokens) of_kind(p.in.of_prompts(), drawn, step.num_tokens);
+  const int64_t num_sampled = p.in.is_by_kind() ? step.num_generated : step.num_tokens;
+  if (num_sampled > 0) of_kind(p.in, 0, num_sampled);
+  if (num_sampled < step.num_tokens) of_kind(p.in.of_prompts(), num_sampled, step.num_tokens);
 }
 
 // Adds the inner values of `Tokens` tokens times sixteen rows of `up` to their outputs. Also

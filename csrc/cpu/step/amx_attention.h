@@ -108,7 +108,7 @@ template <class S>
 void mask_scores(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, float* scores) {
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     const int64_t begin = chunk.begin + 16 * b;
-    if (tile.shortest >= begin + 16 && tile.most_hidden <= begin) continue;
+    if (tile.shortest >= begin + 16 && tile.max_hidden <= begin) continue;
     for (int64_t r = 0; r < tile.count; ++r) {
       float* const at = scores + r * kChunkTokens + 16 * b;
       S::store(at, keep_visible<S>(tile, static_cast<int>(r), begin, S::load(at)));
@@ -147,7 +147,7 @@ inline void tile_values(const Chunk& chunk, const uint8_t* const* values, const 
   if constexpr (Vectors > 2) T::template zero<3>();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     if (chunk.is_cold && dim == 0) {
-      fetch_lines<S>(fetched_beside(chunk, Precision::kBF16, b), 32 * row_dim);
+      fetch_lines<S>(next_prefetch(chunk, Precision::kBF16, b), 32 * row_dim);
     }
     const uint8_t* const from = values[b] + 4 * dim;
     T::template load<6>(weights + 32 * b, kWeightStride);

@@ -10,8 +10,8 @@
 namespace tgi::cpu::step {
 
 bool request_tiles(AmxState state, const char** refused) {
-  if (!state.is_there) return false;
-  if (!state.is_kept) {
+  if (!state.is_supported) return false;
+  if (!state.is_os_enabled) {
     *refused = "amx: the system does not keep the tiles of its threads";
     return false;
   }

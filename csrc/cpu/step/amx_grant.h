@@ -5,8 +5,8 @@
 namespace tgi::cpu::step {
 
 struct AmxState {
-  bool is_there;  // the processor has tile products of bf16 and of bytes
-  bool is_kept;   // the operating system saves tiles when it switches threads
+  bool is_supported;   // the processor has tile products of bf16 and of bytes
+  bool is_os_enabled;  // the operating system saves tiles when it switches threads
 };
 
 // Reads what the processor reports. In a file of its own, because a test replaces it.

@@ -28,10 +28,10 @@ constexpr int64_t kFetchedAhead = 4096;  // bytes of each panel
 
 // Tokens processed at once: their activations use half of the L2 cache, which also holds a strip's
 // sums.
-constexpr int64_t kMostTileTokens = 512;
+constexpr int64_t kMaxTileTokens = 512;
 inline int64_t tile_tokens_at_once(int64_t num_columns) {
   const int64_t fitting = (1 << 20) / (2 * num_columns) / 32 * 32;
-  return fitting < 32 ? 32 : fitting > kMostTileTokens ? kMostTileTokens : fitting;
+  return fitting < 32 ? 32 : fitting > kMaxTileTokens ? kMaxTileTokens : fitting;
 }
 
 // A strip's weights and the activations that they multiply, both starting at the same block.

@@ -12,12 +12,12 @@ AmxState read_amx_state() {
                      kAll = kBF16 | kTile | kInt8;
   constexpr unsigned kXsave = 1u << 27, kTileState = 3u << 17;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool is_there = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
+  const bool is_supported = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
   unsigned enabled = 0, upper = 0;
   if (__get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kXsave) != 0) {
     asm volatile("xgetbv" : "=a"(enabled), "=d"(upper) : "c"(0));
   }
-  return {is_there, (enabled & kTileState) == kTileState};
+  return {is_supported, (enabled & kTileState) == kTileState};
 #else
   return {false, false};
 #endif

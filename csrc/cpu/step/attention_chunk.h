@@ -12,10 +12,10 @@ namespace tgi::cpu::step {
 namespace {
 
 constexpr int64_t kSubBlocks = kChunkTokens / 16;
-constexpr int64_t kMostAhead = 8;
+constexpr int64_t kMaxAhead = 8;
 // How far ahead of their use keys and values are prefetched, in sub-blocks: 8 KiB of a head of 64.
 constexpr int64_t ahead_of(Precision precision) {
-  return precision == Precision::kInt8 ? kMostAhead : 4;
+  return precision == Precision::kInt8 ? kMaxAhead : 4;
 }
 // How many more sub-blocks of values are prefetched during the softmax, so that the memory is not
 // idle.
@@ -38,7 +38,7 @@ struct RowTile {
   Precision precision;     // of `out`
   int64_t count;
   int64_t longest, shortest;  // largest and smallest of `visible`
-  int64_t most_hidden;        // largest of `hidden`
+  int64_t max_hidden;         // largest of `hidden`
   int64_t first_chunk;        // first chunk that is not hidden from all rows
   bool is_cold;               // the previous tile used other keys and values
 };
@@ -70,8 +70,8 @@ struct ChunkShape {
 };
 
 struct Chunk {
-  const uint8_t* keys[kSubBlocks + kMostAhead];  // this chunk's sub-blocks, then the first ones
-                                                 // read after it
+  const uint8_t* keys[kSubBlocks + kMaxAhead];  // this chunk's sub-blocks, then the first ones
+                                                // read after it
   const uint8_t* values[kSubBlocks];
   int64_t begin;  // first token
   int64_t num_tokens;
@@ -112,7 +112,7 @@ struct KvTraits<S, Precision::kFloat32> {
 
 // Returns the first `seen` of sixteen values, and `other` in the remaining lanes.
 template <class S>
-inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) {
+inline typename S::F keep_first(typename S::F values, int64_t seen, float other) {
   if (seen >= 16) return values;
   return S::select_head(static_cast<int>(seen < 0 ? 0 : seen), values, S::set1(other));
 }
@@ -126,7 +126,7 @@ inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t b
     scores = S::select_head(static_cast<int>(hidden < 16 ? hidden : 16), S::set1(kMinusInfinity),
                             scores);
   }
-  return keep_seen<S>(scores, tile.visible[r] - begin, kMinusInfinity);
+  return keep_first<S>(scores, tile.visible[r] - begin, kMinusInfinity);
 }
 
 // Computes the scores of sub-blocks [b, b + Blocks) of a chunk, -inf for tokens that a row may not
@@ -165,8 +165,7 @@ inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int
     }
   }
   float* const out = scores + 16 * b;
-  if (tile.shortest >= chunk.begin + 16 * (b + Blocks) &&
-      tile.most_hidden <= chunk.begin + 16 * b) {
+  if (tile.shortest >= chunk.begin + 16 * (b + Blocks) && tile.max_hidden <= chunk.begin + 16 * b) {
     TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       TGI_UNROLL(4)
@@ -317,7 +316,7 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out,
 // Returns what to prefetch while the values of sub-block b are read: later values, and after the
 // last of them the keys that are read next. Null if the softmax loop has already prefetched it, or
 // if nothing further is known.
-inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, int64_t b) {
+inline const uint8_t* next_prefetch(const Chunk& chunk, Precision precision, int64_t b) {
   const int64_t next = b + ahead_of(precision), value = next + softmax_ahead_of(precision);
   if (value < chunk.num_blocks) return chunk.values[value];
   return next >= chunk.num_blocks && next < chunk.num_ahead ? chunk.keys[next] : nullptr;
@@ -341,7 +340,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, i
     const int64_t tokens = chunk.num_tokens - 16 * b < 16 ? chunk.num_tokens - 16 * b : 16;
     const uint8_t* values = chunk.values[b] + first_dim * 4;
     const uint8_t* weight = weights + 16 * b * kWeightBytes;
-    const uint8_t* ahead = fetched_beside(chunk, precision, b);
+    const uint8_t* ahead = next_prefetch(chunk, precision, b);
     ahead = ahead == nullptr ? values : ahead + first_dim * 4;
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
       const int64_t row_bytes = t / kStepTokens * row_dim * 4;

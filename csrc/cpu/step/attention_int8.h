@@ -111,7 +111,7 @@ inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chu
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
       const int64_t seen = tile.visible[r] - chunk.begin - 16 * b;
-      const auto weight = keep_seen<S>(S::mul(S::load(softmax + at), scale), seen, 0.0f);
+      const auto weight = keep_first<S>(S::mul(S::load(softmax + at), scale), seen, 0.0f);
       largest[r] = S::imax(S::abs_bits(weight), largest[r]);
       S::store(scaled + at, weight);
     }
@@ -147,7 +147,7 @@ inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     const int64_t tokens = chunk.num_tokens - 16 * b < 16 ? chunk.num_tokens - 16 * b : 16;
     const uint8_t* values = chunk.values[b] + 128 * strip;
-    const uint8_t* ahead = fetched_beside(chunk, Precision::kInt8, b);
+    const uint8_t* ahead = next_prefetch(chunk, Precision::kInt8, b);
     ahead = ahead == nullptr ? values : ahead + 128 * strip;
     for (int64_t t = 0; t < tokens; t += 4) {
       typename S::I codes[2];

@@ -87,7 +87,7 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
       ++token;
     }
   }
-  tile.most_hidden = tile.hidden[tile.count - 1];
+  tile.max_hidden = tile.hidden[tile.count - 1];
   tile.first_chunk = tile.hidden[0] / kChunkTokens;
   tile.is_cold = is_cold;
   return tile;
@@ -206,8 +206,8 @@ template <class S, int MaxRows>
 void write_rows(const AttentionParams& p, const RowTile<MaxRows>& tile, RowState<MaxRows>& state) {
   if (p.scores.sinks != nullptr) add_sinks<S>(p, tile, state);
   if (p.rows != nullptr) return write_plain_rows<S>(p, tile, state);
-  by_blocks<S>(tile.count,
-               [&](auto n, int64_t first) { write_some_rows<S, n>(p, tile, first, state); });
+  for_each_batch<S>(tile.count,
+                    [&](auto n, int64_t first) { write_some_rows<S, n>(p, tile, first, state); });
 }
 
 template <class S, Precision precision>
@@ -232,13 +232,13 @@ inline bool same_point(const AttentionPoint& a, const AttentionPoint& b) {
 }
 
 // The members that share the tile at `at`: the first of them, and how many have chunks of it.
-struct Sharers {
+struct TileMembers {
   int first;
   int count;
 };
 
-inline Sharers sharers(const AttentionPoint* split, const AttentionPoint& at, int member,
-                       int num_members) {
+inline TileMembers tile_members(const AttentionPoint* split, const AttentionPoint& at, int member,
+                                int num_members) {
   int first = member;
   while (same_tile(split[first], at) && split[first].chunk > 0) --first;
   int count = 1;
@@ -290,7 +290,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
   const int64_t size = S::attention_rows(precision) * (value_dim + 2);
   const auto function = chunk_function<S, precision>(tile.count, p.kv.is_latent);
   const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
-  const Sharers all = sharers(split, at, member, num_members);
+  const TileMembers all = tile_members(split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
   State<S, precision> state(value_dim), merged(value_dim);
   clear(state);

@@ -100,7 +100,7 @@ void latent_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t h
 }
 
 // Returns the chunk marked as just read.
-inline Chunk warmed(Chunk chunk) {
+inline Chunk marked_warm(Chunk chunk) {
   chunk.is_cold = false;
   return chunk;
 }
@@ -110,7 +110,7 @@ void attend_latent_chunk(const Tile<S, precision>& tile, const Chunk& chunk,
                          const ChunkShape& shape, State<S, precision>& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   latent_scores<S, precision>(tile, chunk, shape.head_dim, scores);
-  attend_with_scores<S, precision, Rows>(tile, warmed(chunk), shape, scores, state);
+  attend_with_scores<S, precision, Rows>(tile, marked_warm(chunk), shape, scores, state);
 }
 
 // Scores use vectors, because tiles would need the rows in another order; values use tiles.
@@ -119,7 +119,7 @@ void attend_latent_tiles_chunk(const Tile<S, Precision::kBF16>& tile, const Chun
                                const ChunkShape& shape, State<S, Precision::kBF16>& state) {
   alignas(64) float scores[kTileRows * kChunkTokens];
   latent_scores<S, Precision::kBF16>(tile, chunk, shape.head_dim, scores);
-  attend_tiles_with_scores<S>(tile, warmed(chunk), shape, scores, state);
+  attend_tiles_with_scores<S>(tile, marked_warm(chunk), shape, scores, state);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Routed experts: which experts a token selects, and one MLP per expert. Plain structs, as in
 // step.h.
 //
-//   a token's choice       3: experts 5, 1    7: experts 1, 2        top_k = 2, in order of choice
+//   a token's routing      3: experts 5, 1    7: experts 1, 2        top_k = 2, best first
 //   sorted by expert       1: tokens 3, 7     2: token 7     5: token 3
 //
 // An expert's tokens are in order, so sampled tokens come before prompt tokens.
@@ -32,11 +32,11 @@ struct ExpertTokens {
   int32_t expert;
   int32_t first;
   int32_t num_tokens;
-  int32_t num_drawn;  // sampled tokens, which come first; the rest are prompt tokens
+  int32_t num_sampled;  // sampled tokens, which come first; the rest are prompt tokens
 };
 
 // The experts selected by a step's tokens.
-struct Choice {
+struct ExpertRouting {
   int64_t num_experts, top_k;
   int32_t* ids;           // [tokens, top_k]; ids of num_experts or above are ignored
   float* weights;         // [tokens, top_k]
@@ -47,7 +47,7 @@ struct Choice {
 };
 
 // Sorts the `ids` of `num_tokens` tokens by expert.
-void sort_by_expert(const Choice& choice, int64_t num_tokens, int64_t num_drawn);
+void sort_by_expert(const ExpertRouting& routing, int64_t num_tokens, int64_t num_sampled);
 
 struct RouteParams {
   const float* logits;  // [num_tokens, stride]
@@ -57,12 +57,12 @@ struct RouteParams {
   int64_t num_groups;       // groups of neighbouring experts, of which only the best `top_groups`
                             // compete; 1: no groups
   int64_t top_groups;
-  bool adds_two_best;  // a group's score is the sum of its two best experts, else its best expert
+  bool sums_top_two;  // a group's score is the sum of its two best experts, else its best expert
   bool is_renormalised;
   float eps;     // added to the sum that divides the weights
   float scale;   // factor on the weights
   float jitter;  // for kSparseMixer
-  Choice out;
+  ExpertRouting out;
 };
 
 // Clamped gate and up values: gate is limited to `limit` from above, up on both sides. The result

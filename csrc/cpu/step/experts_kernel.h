@@ -24,14 +24,14 @@ constexpr int64_t kReadingTokens = 4;
 
 // Number of tiles before an expert's tiles, in buffers of one part and of two parts.
 struct TilesBefore {
-  int64_t all = 0, drawn = 0, prompts = 0;
+  int64_t all = 0, sampled = 0, prompts = 0;
 
   template <class S>
   void add(const ExpertTokens& its) {
     const auto tiles_of = [](int64_t rows) { return (rows + S::kTileTokens - 1) / S::kTileTokens; };
     all += tiles_of(its.num_tokens);
-    drawn += tiles_of(its.num_drawn);
-    prompts += tiles_of(its.num_tokens - its.num_drawn);
+    sampled += tiles_of(its.num_sampled);
+    prompts += tiles_of(its.num_tokens - its.num_sampled);
   }
   template <class S>
   Activation of(Activation buffer) const {
@@ -39,7 +39,7 @@ struct TilesBefore {
       buffer.data += all * buffer.tile_bytes(S::kTileTokens);
       return buffer;
     }
-    buffer.data += drawn * buffer.tile_bytes(S::kTileTokens);
+    buffer.data += sampled * buffer.tile_bytes(S::kTileTokens);
     buffer.prompt_data += prompts * buffer.of_prompts().tile_bytes(S::kTileTokens);
     return buffer;
   }
@@ -64,7 +64,7 @@ struct ExpertPass {
 // Returns as many experts from `begin` on as fit in the buffers, but at least one.
 template <class S>
 inline ExpertPass next_pass(const ExpertsAddParams& p, const ExpertTokens* begin) {
-  const ExpertTokens* const last = p.choice.experts + *p.choice.num_used;
+  const ExpertTokens* const last = p.routing.experts + *p.routing.num_used;
   TilesBefore tiles;
   const ExpertTokens* end = begin;
   for (; end != last; ++end) {
@@ -117,7 +117,7 @@ inline void gather(const ExpertsAddParams& p, const StepHeader& step, const Expe
   TilesBefore total;
   for (const ExpertTokens* its = pass.begin; its != pass.end; ++its) total.add<S>(*its);
   const Range mine =
-      split(in.is_by_kind() ? total.drawn + total.prompts : total.all, member, num_members);
+      split(in.is_by_kind() ? total.sampled + total.prompts : total.all, member, num_members);
   int64_t before = 0;  // tiles, over all parts
   // Copies the member's rows among rows [0, size) of a part of an expert; `tokens` are their
   // indices in the step.
@@ -131,13 +131,13 @@ inline void gather(const ExpertsAddParams& p, const StepHeader& step, const Expe
     }
   };
   pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
-    const int32_t* const tokens = p.choice.tokens + its.first;
+    const int32_t* const tokens = p.routing.tokens + its.first;
     const Activation to = tiles.of<S>(p.gathered);
     if (!in.is_by_kind()) return copy_part(to, tokens, its.num_tokens);
-    Activation drawn = to;
-    drawn.prompt_data = nullptr;
-    copy_part(drawn, tokens, its.num_drawn);
-    copy_part(to.of_prompts(), tokens + its.num_drawn, its.num_tokens - its.num_drawn);
+    Activation sampled = to;
+    sampled.prompt_data = nullptr;
+    copy_part(sampled, tokens, its.num_sampled);
+    copy_part(to.of_prompts(), tokens + its.num_sampled, its.num_tokens - its.num_sampled);
   });
 }
 
@@ -188,7 +188,7 @@ inline void gate_then_up(const ExpertsAddParams& p, int32_t expert, const StepHe
 inline StepHeader header_of(const ExpertTokens& its) {
   StepHeader header = {};
   header.num_tokens = its.num_tokens;
-  header.num_generated = its.num_drawn;
+  header.num_generated = its.num_sampled;
   return header;
 }
 
@@ -237,8 +237,8 @@ inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int mem
   const Range units = split(width / kStripRows, member, num_members);
   pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
     const LinearParams linear = product_of(p.down, its.expert, tiles.of<S>(p.inner));
-    const int32_t* const tokens = p.choice.tokens + its.first;
-    const float* const weights = p.choice.token_weights + its.first;
+    const int32_t* const tokens = p.routing.tokens + its.first;
+    const float* const weights = p.routing.token_weights + its.first;
     const auto fetch = [&](int64_t unit, int64_t row, int64_t count) {
       for (int64_t t = 0; t < count; ++t) {
         const float* x = p.x + tokens[row + t] * width + unit * kStripRows;
@@ -262,13 +262,13 @@ inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int mem
 
 template <class S>
 void experts_add(const ExpertsAddParams& p, const StepHeader& step, int member, int num_members) {
-  const ExpertTokens* const last = p.choice.experts + *p.choice.num_used;
-  for (const ExpertTokens* begin = p.choice.experts; begin != last;) {
+  const ExpertTokens* const last = p.routing.experts + *p.routing.num_used;
+  for (const ExpertTokens* begin = p.routing.experts; begin != last;) {
     const ExpertPass pass = next_pass<S>(p, begin);
     if (step.num_tokens > 1) {
       gather<S>(p, step, pass, member, num_members);
       team_barrier();
-    } else if (begin != p.choice.experts) {
+    } else if (begin != p.routing.experts) {
       team_barrier();  // the previous pass has read what this pass overwrites
     }
     gate_up_pass<S>(p, step, pass, member, num_members);

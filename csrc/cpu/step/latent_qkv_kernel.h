@@ -27,8 +27,9 @@ inline void store_latent(const KvLayerView& kv, int64_t slot, int64_t dim, typen
 
 // Rotates a pair of vectors: `first` starts at dim 16 * pair, `second` half the rotated dims later.
 template <class S>
-inline void turn(const LatentQkvParams& p, const StepHeader& step, int64_t token, int64_t pair,
-                 const float* from, typename S::F& first, typename S::F& second) {
+inline void rotate_pair(const LatentQkvParams& p, const StepHeader& step, int64_t token,
+                        int64_t pair, const float* from, typename S::F& first,
+                        typename S::F& second) {
   const int64_t half = (p.kv.head_dim - p.kv.value_dim) / 2;
   first = S::load(from + 16 * pair);
   second = S::load(from + half + 16 * pair);
@@ -39,17 +40,17 @@ inline void turn(const LatentQkvParams& p, const StepHeader& step, int64_t token
 template <class S>
 inline void store_latent_query(const LatentQkvParams& p, const StepHeader& step, int64_t row) {
   const int64_t token = row / p.num_heads, head = row % p.num_heads;
-  const int64_t rank = p.kv.value_dim, rotary = p.kv.head_dim - rank;
+  const int64_t rank = p.kv.value_dim, rotary_dim = p.kv.head_dim - rank;
   const float* const absorbed = p.absorbed + token * p.absorbed_stride + head * rank;
-  const float* const turning = p.turning + token * p.turning_stride + head * rotary;
+  const float* const rotary = p.rotary + token * p.rotary_stride + head * rotary_dim;
   float* const out = p.q + row * p.kv.head_dim;
   const auto scale = S::set1(p.q_scale);
   for (int64_t d = 0; d < rank; d += 16) S::store(out + d, S::mul(S::load(absorbed + d), scale));
-  for (int64_t pair = 0; 32 * pair < rotary; ++pair) {
+  for (int64_t pair = 0; 32 * pair < rotary_dim; ++pair) {
     typename S::F first, second;
-    turn<S>(p, step, token, pair, turning, first, second);
+    rotate_pair<S>(p, step, token, pair, rotary, first, second);
     S::store(out + rank + 16 * pair, S::mul(first, scale));
-    S::store(out + rank + rotary / 2 + 16 * pair, S::mul(second, scale));
+    S::store(out + rank + rotary_dim / 2 + 16 * pair, S::mul(second, scale));
   }
 }
 
@@ -77,7 +78,7 @@ void latent_qkv(const LatentQkvParams& p, const StepHeader& step, int member, in
         continue;
       }
       typename S::F first, second;
-      turn<S>(p, step, token, pair, from + rank, first, second);
+      rotate_pair<S>(p, step, token, pair, from + rank, first, second);
       store_latent<S>(p.kv, slot, rank + 16 * pair, first);
       store_latent<S>(p.kv, slot, rank + half + 16 * pair, second);
     }

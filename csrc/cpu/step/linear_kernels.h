@@ -259,28 +259,31 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
     if (is_private) mine.in.data += member * in.tile_bytes(S::kTileTokens);
     return mine;
   };
-  const LinearParams drawn = of_member(p.in);
+  const LinearParams sampled = of_member(p.in);
   const int64_t first = p.in.is_by_kind() ? tokens.generated : tokens.all;
   const int64_t num_prompt = tokens.all - first;
   if (num_prompt == 0) {
-    return run_one_kind<S>(drawn, first, units, unit_strips, member, prologue, epilogue);
+    return run_one_kind<S>(sampled, first, units, unit_strips, member, prologue, epilogue);
   }
   LinearParams prompts = of_member(p.in.of_prompts());
   if (p.scratch != nullptr) prompts.scratch += p.prompt_scratch;
-  const auto before = [&](int64_t unit, int64_t token, int64_t count) {
+  const auto prompt_prologue = [&](int64_t unit, int64_t token, int64_t count) {
     if (token == 0 && first > 0) {
-      run_one_kind<S>(drawn, first, {unit, unit + 1}, unit_strips, member, prologue, epilogue);
+      run_one_kind<S>(sampled, first, {unit, unit + 1}, unit_strips, member, prologue, epilogue);
       if constexpr (S::kHasTiles) S::Tiles::configure(bf16_tiles(num_prompt));
     }
     prologue(unit, first + token, count);
   };
-  const auto behind = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+  const auto prompt_epilogue = [&](int64_t unit, int64_t token, int64_t count,
+                                   const UnitOutputs& out) {
     epilogue(unit, first + token, count, out);
   };
   if constexpr (S::kHasTiles) {
-    run_bf16_tiles<S>(prompts, num_prompt, units, unit_strips, member, before, behind);
+    run_bf16_tiles<S>(prompts, num_prompt, units, unit_strips, member, prompt_prologue,
+                      prompt_epilogue);
   } else {
-    run_groups<S>(prompts, num_prompt, units, unit_strips, member, before, behind);
+    run_groups<S>(prompts, num_prompt, units, unit_strips, member, prompt_prologue,
+                  prompt_epilogue);
   }
 }
 

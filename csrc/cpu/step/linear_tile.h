@@ -38,7 +38,7 @@ struct Ahead {
 
 // Prefetches the cache lines of the current panel and of what follows it, at a fixed distance: each
 // line once, evenly spread over the blocks.
-struct AheadInStream {
+struct StreamPrefetch {
   const uint8_t* next;
   int64_t distance;
 
@@ -286,7 +286,7 @@ using GroupFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, Tok
 // For one token, if streams are prefetched into L2: one panel after the other, because two streams
 // at once are slower. (When prefetched into L1, two streams are 4 to 8 % faster than this.)
 template <class Fmt>
-inline AheadInStream ahead_in(const uint8_t* panel) {
+inline StreamPrefetch stream_prefetch(const uint8_t* panel) {
   const int64_t distance = Fmt::kPanel.header_blocks == 8 ? kSuperDistance : kStreamDistance;
   return {panel + distance, distance};
 }
@@ -309,8 +309,8 @@ void int8_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, i
                  int8_tile<S, Fmt, 1, Tokens>({panel}, x, num_blocks, to, its);
                });
   } else if (Tokens == 1 && !kStreamsIntoL1) {
-    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, ahead_in<Fmt>(panel0));
-    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, ahead_in<Fmt>(panel1));
+    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, stream_prefetch<Fmt>(panel0));
+    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, stream_prefetch<Fmt>(panel1));
   } else {
     int8_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
   }

@@ -69,8 +69,8 @@ inline void each_run(const Activation& out, const StepHeader& step, int64_t toke
     const ActivationRow to = row_of(out, step, token + begin);
     const int64_t tile_left = S::kTileTokens - to.row % S::kTileTokens;
     run = count - begin < tile_left ? count - begin : tile_left;
-    const int64_t drawn_left = step.num_generated - (token + begin);
-    if (out.is_by_kind() && drawn_left > 0 && drawn_left < run) run = drawn_left;
+    const int64_t sampled_left = step.num_generated - (token + begin);
+    if (out.is_by_kind() && sampled_left > 0 && sampled_left < run) run = sampled_left;
     visit(to, begin, run);
   }
 }
@@ -83,7 +83,7 @@ void gate_up_units(const GateUpParams& p, const StepHeader& step, Range units, i
     each_run<S>(p.out, step, token, count,
                 [&](const ActivationRow& to, int64_t begin, int64_t run) {
                   const BlockSlot at = slot_of<S>(to.part, to.row, unit);
-                  by_blocks<S>(run, [&](auto n, int64_t first) {
+                  for_each_batch<S>(run, [&](auto n, int64_t first) {
                     finish_gate_up<S, n>(p, unit, out.from(begin + first), to.part.precision,
                                          at.block, at.slot + first);
                   });
@@ -125,7 +125,7 @@ void up(const UpParams& p, const StepHeader& step, int member, int num_members) 
     each_run<S>(p.out, step, token, count,
                 [&](const ActivationRow& to, int64_t begin, int64_t run) {
                   const BlockSlot at = slot_of<S>(to.part, to.row, unit);
-                  by_blocks<S>(run, [&](auto n, int64_t first) {
+                  for_each_batch<S>(run, [&](auto n, int64_t first) {
                     finish_up<S, n>(p, unit, out.from(begin + first), to.part.precision, at.block,
                                     at.slot + first);
                   });

@@ -23,14 +23,14 @@ inline float squares_of(const float* row, int64_t width) {
   return S::reduce_add(S::add(even, odd));
 }
 
-// Loads columns [k, k + 32) of a row that ends at `width`, with `behind` in the columns past its
+// Loads columns [k, k + 32) of a row that ends at `width`, with `fill` in the columns past its
 // end.
 template <class S>
-inline void load_end(const float* row, int64_t k, int64_t width, typename S::F behind,
+inline void load_end(const float* row, int64_t k, int64_t width, typename S::F fill,
                      typename S::F& a, typename S::F& b) {
   const auto left = static_cast<int>(width - k);
-  a = S::load_head(row + k, left < 16 ? left : 16, behind);
-  b = left > 16 ? S::load_head(row + k + 16, left - 16, behind) : behind;
+  a = S::load_head(row + k, left < 16 ? left : 16, fill);
+  b = left > 16 ? S::load_head(row + k + 16, left - 16, fill) : fill;
 }
 
 // The parameters of LayerNorm: a value becomes (x - mean) * factor.
@@ -44,7 +44,7 @@ struct Moments {
 template <class S>
 inline Moments moments_of(const float* row, int64_t width, float eps) {
   const int64_t whole = width / kBlockColumns * kBlockColumns;
-  const auto sum_of = [&](auto term, typename S::F behind) {
+  const auto sum_of = [&](auto term, typename S::F fill) {
     auto even = S::zero(), odd = S::zero();
     typename S::F a, b;
     for (int64_t k = 0; k < whole; k += kBlockColumns) {
@@ -52,7 +52,7 @@ inline Moments moments_of(const float* row, int64_t width, float eps) {
       odd = S::add(odd, term(S::load(row + k + 16)));
     }
     if (whole < width) {
-      load_end<S>(row, whole, width, behind, a, b);
+      load_end<S>(row, whole, width, fill, a, b);
       even = S::add(even, term(a));
       odd = S::add(odd, term(b));
     }

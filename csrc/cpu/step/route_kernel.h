@@ -13,7 +13,7 @@ namespace tgi::cpu::step {
 namespace {
 
 // Up to this many tokens are routed by a single member, which is cheaper than a barrier.
-constexpr int64_t kAloneTokens = 4;
+constexpr int64_t kSingleMemberTokens = 4;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -25,7 +25,7 @@ inline float largest(const float* values, int64_t size) {
 
 // Computes e^(logits - top), zero past the last; returns the sum. Reads and writes whole vectors.
 template <class S>
-inline float powers(const float* logits, int64_t size, float top, float* out) {
+inline float exp_shifted(const float* logits, int64_t size, float top, float* out) {
   auto sum = S::zero();
   for (int64_t i = 0; i < size; i += 16) {
     const auto x = S::mul(S::sub(S::load(logits + i), S::set1(top)), S::set1(kFloatLog2E));
@@ -41,7 +41,7 @@ template <class S>
 inline void make_scores(const RouteParams& p, const float* logits, float* scores) {
   const int64_t size = p.out.num_experts;
   if (p.kind == RouteKind::kSoftmax) {
-    const auto factor = S::set1(1.0f / powers<S>(logits, size, largest(logits, size), scores));
+    const auto factor = S::set1(1.0f / exp_shifted<S>(logits, size, largest(logits, size), scores));
     for (int64_t i = 0; i < size; i += 16)
       S::store(scores + i, S::mul(S::load(scores + i), factor));
     return;
@@ -66,8 +66,8 @@ inline void best_of(const float* keys, int64_t size, int64_t count, int32_t* ids
 }
 
 // Returns the score of a group of experts.
-inline float group_score(const float* keys, int64_t size, bool adds_two_best) {
-  if (!adds_two_best || size == 1) return largest(keys, size);
+inline float group_score(const float* keys, int64_t size, bool sums_top_two) {
+  if (!sums_top_two || size == 1) return largest(keys, size);
   int32_t best[2];
   best_of(keys, size, 2, best);
   return keys[best[0]] + keys[best[1]];
@@ -78,20 +78,21 @@ inline void keep_groups(const RouteParams& p, float* keys) {
   const int64_t size = p.out.num_experts / p.num_groups;
   float scores[kMaxExperts];
   int32_t best[kMaxExperts];
-  bool is_kept[kMaxExperts] = {};
+  bool is_selected[kMaxExperts] = {};
   for (int64_t g = 0; g < p.num_groups; ++g) {
-    scores[g] = group_score(keys + g * size, size, p.adds_two_best);
+    scores[g] = group_score(keys + g * size, size, p.sums_top_two);
   }
   best_of(scores, p.num_groups, p.top_groups, best);
-  for (int64_t i = 0; i < p.top_groups; ++i) is_kept[best[i]] = true;
+  for (int64_t i = 0; i < p.top_groups; ++i) is_selected[best[i]] = true;
   for (int64_t i = 0; i < p.out.num_experts; ++i) {
-    if (!is_kept[i / size]) keys[i] = kNever;
+    if (!is_selected[i / size]) keys[i] = kNever;
   }
 }
 
 // scores: of experts, in whole vectors. A NaN score counts as the best, so it reaches the logits
 // and is detected there.
-inline void choose(const RouteParams& p, const float* scores, int32_t* ids, float* weights) {
+inline void select_experts(const RouteParams& p, const float* scores, int32_t* ids,
+                           float* weights) {
   const int64_t size = p.out.num_experts, top_k = p.out.top_k;
   float keys[kMaxExperts];
   for (int64_t i = 0; i < size; ++i) {
@@ -107,8 +108,7 @@ inline void choose(const RouteParams& p, const float* scores, int32_t* ids, floa
 }
 
 template <class S>
-inline void choose_sparsely(const RouteParams& p, const float* logits, int32_t* ids,
-                            float* weights) {
+inline void sparse_mixer(const RouteParams& p, const float* logits, int32_t* ids, float* weights) {
   const int64_t size = p.out.num_experts;
   alignas(64) float left[kMaxExperts], near[kMaxExperts];
   for (int64_t i = 0; i < size; ++i) left[i] = logits[i] == logits[i] ? logits[i] : -kNever;
@@ -121,7 +121,7 @@ inline void choose_sparsely(const RouteParams& p, const float* logits, int32_t* 
       near[i] = distance > 2 * p.jitter ? kNever : left[i];
     }
     for (int64_t i = size; i % 16 != 0; ++i) near[i] = kNever;
-    weights[n] = p.scale / powers<S>(near, size, top, near);
+    weights[n] = p.scale / exp_shifted<S>(near, size, top, near);
     left[ids[n]] = kNever;
   }
 }
@@ -131,20 +131,20 @@ inline void route_token(const RouteParams& p, int64_t token) {
   const float* const logits = p.logits + token * p.stride;
   int32_t* const ids = p.out.ids + token * p.out.top_k;
   float* const weights = p.out.weights + token * p.out.top_k;
-  if (p.kind == RouteKind::kSparseMixer) return choose_sparsely<S>(p, logits, ids, weights);
+  if (p.kind == RouteKind::kSparseMixer) return sparse_mixer<S>(p, logits, ids, weights);
   alignas(64) float scores[kMaxExperts];
   make_scores<S>(p, logits, scores);
-  choose(p, scores, ids, weights);
+  select_experts(p, scores, ids, weights);
 }
 
 template <class S>
 void route(const RouteParams& p, const StepHeader& step, int member, int num_members) {
-  const bool is_alone = step.num_tokens <= kAloneTokens;
-  if (is_alone && member > 0) return;
+  const bool is_single_member = step.num_tokens <= kSingleMemberTokens;
+  if (is_single_member && member > 0) return;
   const Range tokens =
-      is_alone ? Range{0, step.num_tokens} : split(step.num_tokens, member, num_members);
+      is_single_member ? Range{0, step.num_tokens} : split(step.num_tokens, member, num_members);
   for (int64_t token = tokens.begin; token < tokens.end; ++token) route_token<S>(p, token);
-  if (!is_alone) team_barrier();
+  if (!is_single_member) team_barrier();
   if (member == 0) sort_by_expert(p.out, step.num_tokens, step.num_generated);
 }
 

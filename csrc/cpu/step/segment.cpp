@@ -14,14 +14,14 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
                   double* ends) const {
   for (int64_t i = begin; i < end; ++i) {
     const Operator& op = operators_[static_cast<size_t>(i)];
-    const bool is_left_out = op.sync == Sync::kOnlyAdapters && step.num_adapters == 0;
-    if (!is_left_out) op.call(op, step, member, num_members);
+    const bool is_skipped = op.sync == Sync::kOnlyAdapters && step.num_adapters == 0;
+    if (!is_skipped) op.call(op, step, member, num_members);
     const bool is_private =
-        is_left_out ||
+        is_skipped ||
         (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
         (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
     if (op.sync == Sync::kShards) {
-      shards_->meet();
+      shards_->barrier();
     } else if (!is_private) {
       team_barrier();
     }

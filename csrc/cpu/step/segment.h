@@ -32,7 +32,7 @@ class Segment {
   int64_t size() const { return static_cast<int64_t>(operators_.size()); }
 
   // Sets the group that operators with Sync::kShards wait for. Must be called before the first run.
-  void use_shards(std::shared_ptr<ShardGroup> shards) { shards_ = std::move(shards); }
+  void set_shards(std::shared_ptr<ShardGroup> shards) { shards_ = std::move(shards); }
 
   // Runs one member's share of operators [begin, end); all members of the team call it at the same
   // time. If `ends` is given, it has one element per operator of the segment, and member 0 writes

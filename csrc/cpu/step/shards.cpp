@@ -12,9 +12,9 @@ void embed_part(const EmbedPartParams& p, const StepHeader& step, int member, in
   const Range tokens = split(step.num_tokens, member, num_members);
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
     float* const x = p.embed.x + t * width;
-    const int64_t word = step.ids[t] - p.first_word;
-    if (word >= 0 && word < p.num_words) {
-      unpack_row(p.embed.table, word, p.embed.factor, x);
+    const int64_t row = step.ids[t] - p.first_vocab_id;
+    if (row >= 0 && row < p.num_vocab_ids) {
+      unpack_row(p.embed.table, row, p.embed.factor, x);
     } else {
       std::fill_n(x, width, 0.0f);
     }
@@ -29,10 +29,10 @@ void sum_shards(const SumShardsParams& p, const StepHeader& step, int member, in
   const Range range = split(step.num_tokens * p.num_columns, member, num_members, kLine);
   for (int64_t at = range.begin; at < range.end; at += kLine) {
     float sums[kLine];
-    for (int64_t i = 0; i < kLine; ++i) sums[i] = p.parts[at + i];
+    for (int64_t i = 0; i < kLine; ++i) sums[i] = p.partial_sums[at + i];
     for (int64_t shard = 1; shard < p.num_shards; ++shard) {
-      const float* const part = p.parts + shard * p.part_floats + at;
-      for (int64_t i = 0; i < kLine; ++i) sums[i] += part[i];
+      const float* const addends = p.partial_sums + shard * p.partial_sum_floats + at;
+      for (int64_t i = 0; i < kLine; ++i) sums[i] += addends[i];
     }
     float* const x = p.x + at;
     if (p.adds) {
@@ -43,11 +43,12 @@ void sum_shards(const SumShardsParams& p, const StepHeader& step, int member, in
   }
 }
 
-void put_logits(const PutLogitsParams& p, const StepHeader& step, int member, int num_members) {
-  const Range words = split(p.num_words, member, num_members);
+void scatter_logits(const ScatterLogitsParams& p, const StepHeader& step, int member,
+                    int num_members) {
+  const Range ids = split(p.num_vocab_ids, member, num_members);
   for (int64_t row = 0; row < step.num_rows; ++row) {
-    const float* const from = p.from + row * p.num_words;
-    std::copy(from + words.begin, from + words.end, p.to + row * p.stride + words.begin);
+    const float* const from = p.from + row * p.num_vocab_ids;
+    std::copy(from + ids.begin, from + ids.end, p.to + row * p.stride + ids.begin);
   }
 }
 

@@ -5,18 +5,18 @@
 
 namespace tgi::cpu::step {
 
-// Embedding rows of a shard that holds part of the vocabulary, `num_words` words starting at
-// `first_word`. Rows of other words are zero, because other shards hold them.
+// Embedding rows of a shard that holds part of the vocabulary, `num_vocab_ids` ids starting at
+// `first_vocab_id`. Rows of other ids are zero, because other shards hold them.
 struct EmbedPartParams {
   EmbedParams embed;
-  int64_t first_word;
-  int64_t num_words;
+  int64_t first_vocab_id;
+  int64_t num_vocab_ids;
 };
 
-// Adds the parts that shards have computed of the same rows, in shard order.
+// Adds the partial sums that shards have computed of the same rows, in shard order.
 struct SumShardsParams {
-  const float* parts;   // [num_shards][num_tokens, num_columns]
-  int64_t part_floats;  // from one shard's part to the next
+  const float* partial_sums;   // [num_shards][num_tokens, num_columns]
+  int64_t partial_sum_floats;  // from one shard's partial sums to the next
   int64_t num_shards;
   int64_t num_columns;
   bool adds;  // x += factor * sum, else x = factor * sum
@@ -25,15 +25,16 @@ struct SumShardsParams {
 };
 
 // Copies a shard's logits to their columns among the logits of all shards.
-struct PutLogitsParams {
-  const float* from;  // [num_rows, num_words]
-  int64_t num_words;
-  float* to;  // [num_rows, stride], starting at this shard's first word
+struct ScatterLogitsParams {
+  const float* from;  // [num_rows, num_vocab_ids]
+  int64_t num_vocab_ids;
+  float* to;  // [num_rows, stride], starting at this shard's first vocabulary id
   int64_t stride;
 };
 
 void embed_part(const EmbedPartParams& params, const StepHeader& step, int member, int num_members);
 void sum_shards(const SumShardsParams& params, const StepHeader& step, int member, int num_members);
-void put_logits(const PutLogitsParams& params, const StepHeader& step, int member, int num_members);
+void scatter_logits(const ScatterLogitsParams& params, const StepHeader& step, int member,
+                    int num_members);
 
 }  // namespace tgi::cpu::step

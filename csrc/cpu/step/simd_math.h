@@ -52,7 +52,7 @@ inline BlockSlot slot_of(const Activation& to, int64_t token, int64_t block) {
 // Calls visit(n, first) for n of `count` items at a time: as many as are quantised together, then
 // four if a whole tile leaves four, then one.
 template <class S, class Visit>
-inline void by_blocks(int64_t count, const Visit& visit) {
+inline void for_each_batch(int64_t count, const Visit& visit) {
   int64_t i = 0;
   for (; i + S::kBlocksAtOnce <= count; i += S::kBlocksAtOnce) {
     visit(std::integral_constant<int, S::kBlocksAtOnce>(), i);
@@ -70,7 +70,7 @@ struct Blocks {
 
 // Fills missing vectors with copies of the first.
 template <class S, int Count>
-inline Blocks<S> filled_up(const typename S::I (&a)[Count]) {
+inline Blocks<S> padded_with_first(const typename S::I (&a)[Count]) {
   Blocks<S> all;
   TGI_UNROLL(16)
   for (int i = 0; i < S::kBlocksAtOnce; ++i) all.blocks[i] = a[i < Count ? i : 0];
@@ -82,13 +82,13 @@ inline Blocks<S> filled_up(const typename S::I (&a)[Count]) {
 // or several), in lane i for vector i.
 template <class S, int Count>
 inline typename S::I sums_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count > 1) return S::reduce_iadd_each(filled_up<S>(a).blocks);
+  if constexpr (Count > 1) return S::reduce_iadd_each(padded_with_first<S>(a).blocks);
   return S::iset1(S::reduce_iadd(a[0]));
 }
 
 template <class S, int Count>
 inline typename S::I largest_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count > 1) return S::reduce_imax_each(filled_up<S>(a).blocks);
+  if constexpr (Count > 1) return S::reduce_imax_each(padded_with_first<S>(a).blocks);
   return S::iset1(S::reduce_imax(a[0]));
 }
 

@@ -213,8 +213,8 @@ struct HeadsLinearParams {
 struct LatentQkvParams {
   const float* absorbed;  // [num_tokens, stride], the first part of each query head
   int64_t absorbed_stride;
-  const float* turning;  // [num_tokens, stride], the second part of each head, to be rotated
-  int64_t turning_stride;
+  const float* rotary;  // [num_tokens, stride], the second part of each head, to be rotated
+  int64_t rotary_stride;
   const float* latents;  // [num_tokens, stride], a token's first part, to be normalised, then its
                          // second
   int64_t latent_stride;
@@ -326,7 +326,7 @@ struct ExpertProduct {
 // Adds the output of a token's routed experts to the residual:
 //   x += factor * sum of weight * down(f(gate) * up)
 struct ExpertsAddParams {
-  Choice choice;
+  ExpertRouting routing;
   Activation in;
   bool is_private;           // with few tokens, each member has its own copy of the input
   ExpertProduct gate_up[2];  // one matrix, or separate gate and up if their formats differ

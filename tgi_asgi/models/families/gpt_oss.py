@@ -105,7 +105,7 @@ class GptOssWeights(LayerWeights):
         gate_ups = self._matrices("gate_up_proj", count, 2 * inner, hidden)
         downs = self._matrices("down_proj", count, hidden, inner)
         for gate_up, down, of_gate_up, bias_of_down in zip(gate_ups, downs, both, of_down, strict=True):
-            gate, up = (ops.each_row(gate_up, first, 2) for first in (0, 1))
+            gate, up = (ops.every_nth_row(gate_up, first, 2) for first in (0, 1))
             bias = ops.vector(of_gate_up)
             biases = [ops.from_floats(bias[first::2].contiguous()) for first in (0, 1)]
             yield [gate, up, down], [*biases, bias_of_down]

@@ -117,7 +117,7 @@ class ModuleProgram(Protocol):
         """Number of steps that have been computed, including the last one's states."""
         return self._states.num_steps
 
-    def forget_since(self, num_steps: int) -> None:
+    def roll_back_to(self, num_steps: int) -> None:
         """Discard the states of a step that was computed after the first `num_steps` and then failed."""
         if self.num_steps > num_steps:
             self._states.forget()

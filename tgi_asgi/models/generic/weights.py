@@ -209,7 +209,7 @@ class Filler:
     def _matrices(self, target: _Target) -> Iterator[ops.WeightSource]:
         for names in target.stacked():
             parts = [self._weights.get(name, self._weights.shape(name)) for name in names]
-            yield ops.one_below_another(parts)
+            yield ops.stack_rows(parts)
 
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
         for source, pattern in target.sources:

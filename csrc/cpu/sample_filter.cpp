@@ -1,4 +1,4 @@
-#include "sample_cut.h"
+#include "sample_filter.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -47,9 +47,9 @@ struct Deviation {
 };
 
 // Keeps the most typical scores, up to typical_p of the mass of those >= floor, and sets the others
-// to -infinity. Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
-void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, float* room) {
-  auto* deviations = reinterpret_cast<Deviation*>(room);
+// to -infinity. Meister et al., Locally Typical Sampling, section 4. scratch: 2 * vocab floats.
+void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, float* scratch) {
+  auto* deviations = reinterpret_cast<Deviation*>(scratch);
   double mass = 0, weighted = 0;
   int64_t count = 0;
   for (int64_t i = 0; i < vocab; ++i) {
@@ -83,49 +83,50 @@ struct Candidates {
 };
 
 Candidates gather(RowTeam& team, const SampleSlot& slot, const float* scores, int64_t vocab,
-                  float* room) {
+                  float* scratch) {
   if (slot.top_k > 0) {
-    int64_t count = team.compact(scores, vocab, kNear, room);
-    if (count < slot.top_k) count = team.compact(scores, vocab, -FLT_MAX, room);
+    int64_t count = team.compact(scores, vocab, kNear, scratch);
+    if (count < slot.top_k) count = team.compact(scores, vocab, -FLT_MAX, scratch);
     return {count, 0};
   }
   const double mass = team.mass(scores, vocab, 0.0f, -FLT_MAX);
   const bool is_near = team.mass(scores, vocab, 0.0f, kNear) >= mass * slot.top_p;
-  return {team.compact(scores, vocab, is_near ? kNear : -FLT_MAX, room), mass};
+  return {team.compact(scores, vocab, is_near ? kNear : -FLT_MAX, scratch), mass};
 }
 
-// Returns the lowest score that top-k and top-p keep among those in room; reorders them.
-float least_of(const RowPasses& rows, const SampleSlot& slot, Candidates found, float* room) {
+// Returns the lowest score that top-k and top-p keep among those in scratch; reorders them.
+float find_cutoff(const RowPasses& rows, const SampleSlot& slot, Candidates found, float* scratch) {
   float floor = -FLT_MAX;
   if (slot.top_k > 0) {
     if (slot.top_k < found.count) {
-      floor = kth_largest(room, found.count, slot.top_k);
+      floor = kth_largest(scratch, found.count, slot.top_k);
       const auto is_kept = [=](float score) { return score >= floor; };
-      found.count = std::partition(room, room + found.count, is_kept) - room;
+      found.count = std::partition(scratch, scratch + found.count, is_kept) - scratch;
     }
-    found.mass = rows.mass(room, found.count, 0.0f, floor);
+    found.mass = rows.mass(scratch, found.count, 0.0f, floor);
   }
   if (slot.top_p >= 1.0f) return floor;
   const auto weigh = [&](const float* part, int64_t n) {
     return rows.mass(part, n, 0.0f, -FLT_MAX);
   };
   const double target = found.mass * slot.top_p;
-  return std::max(floor, value_at_mass(room, found.count, target, std::greater<float>(), weigh));
+  return std::max(floor, value_at_mass(scratch, found.count, target, std::greater<float>(), weigh));
 }
 
 }  // namespace
 
-float cut_off(RowTeam& team, const SampleSlot& slot, float* scores, int64_t vocab, float* room) {
+float filter_scores(RowTeam& team, const SampleSlot& slot, float* scores, int64_t vocab,
+                    float* scratch) {
   float floor = -FLT_MAX;
   if (slot.top_k > 0 || slot.top_p < 1.0f) {
-    const Candidates found = gather(team, slot, scores, vocab, room);
+    const Candidates found = gather(team, slot, scores, vocab, scratch);
     floor = static_cast<float>(
-        team.once([&] { return double(least_of(team.passes(), slot, found, room)); }));
+        team.once([&] { return double(find_cutoff(team.passes(), slot, found, scratch)); }));
   }
   if (slot.min_p > 0.0f) floor = std::max(floor, std::log(slot.min_p));
   if (slot.typical_p < 1.0f) {
-    if (team.is_first()) keep_typical(scores, vocab, floor, slot.typical_p, room);
-    team.meet();
+    if (team.is_first()) keep_typical(scores, vocab, floor, slot.typical_p, scratch);
+    team.barrier();
   }
   return floor;
 }
