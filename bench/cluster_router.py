@@ -5,10 +5,10 @@ from __future__ import annotations
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from tgi_asgi.cluster.routing import TellsIngress
+from tgi_asgi.cluster.routing import ReplicaReporter
 
 
-class RaysOwnRouter(TellsIngress, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]  # of Ray, which has no types
+class RaysOwnRouter(ReplicaReporter, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]  # of Ray, which has no types
     """Chooses the one with the shorter queue of two random replicas."""
 
     async def choose_replicas(

@@ -50,7 +50,7 @@ from bench.peer_loads import Figures, measure, stages
 from bench.peer_models import Match, billion_match, default_match, family_match
 from bench.report import command_line, commit, emit, machine, numbers, save, table
 from bench.servers import Server
-from bench.turns import TOLERANCE, Turn, counted, next_turn
+from bench.turns import TOLERANCE, Turn, counted_turns, next_turn
 from tgi_asgi.settings import DEMO_MODEL
 
 TIMES = (", ms", ", s", ", MiB")  # figures whose names end like this are better when lower
@@ -118,7 +118,7 @@ class Rounds:
 def rows_of(turns: Sequence[Turn], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return each figure's medians and intervals, and the advantage of each of ours over each peer."""
     values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for turn, _ in counted(turns):
+    for turn, _ in counted_turns(turns):
         for figure, value in turn.figures.items():
             values[figure][turn.contender][turn.round] = value
     rows = []
@@ -144,7 +144,7 @@ def rows_of(turns: Sequence[Turn], names: Sequence[str]) -> list[dict[str, Any]]
 def summary(match: Match, turns: Sequence[Turn]) -> dict[str, Any]:
     """Return a match in the form of the record."""
     names = [contender.name for contender in match.contenders]
-    found = counted(turns)
+    found = counted_turns(turns)
     return {
         "model": match.model,
         "contenders": names,

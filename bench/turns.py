@@ -58,7 +58,7 @@ def deviation(turn: Turn, round_turns: Iterable[Turn]) -> float:
     return max(abs(turn.before / usual - 1), abs(turn.after / usual - 1))
 
 
-def counted(turns: Sequence[Turn]) -> list[tuple[Turn, bool]]:
+def counted_turns(turns: Sequence[Turn]) -> list[tuple[Turn, bool]]:
     """Return the turn that counts for each contender and round, with whether it is within `TOLERANCE`.
 
     It is the turn whose bandwidth is nearest to that of the round.
@@ -88,7 +88,7 @@ def next_turn(
         for name in order:
             if not tries[name]:
                 return index, name
-        uneven = [turn.contender for turn, is_even in counted(of_round) if not is_even]
+        uneven = [turn.contender for turn, is_even in counted_turns(of_round) if not is_even]
         for name in order:
             if name in uneven and tries[name] < max_tries:
                 return index, name

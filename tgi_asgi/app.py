@@ -204,7 +204,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     from tgi_asgi.runner.load import load
 
     loaded = load(settings, files, progress)
-    _say_format(settings, loaded)
+    _warn_guessed_tool_format(settings, loaded)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     if loaded.shards is not None:
         loaded.shards.watch(engine.mark_lost)
@@ -214,15 +214,15 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     )  # fmt: skip
 
 
-def _say_format(settings: Settings, loaded: LoadedModel) -> None:
+def _warn_guessed_tool_format(settings: Settings, loaded: LoadedModel) -> None:
     """Log a warning at start-up if the tool call format is a guess."""
     from tgi_asgi.text.tools import assumption
 
     template = loaded.chat_template
     if template is not None and settings.tool_format == "auto":
-        said = assumption(template.tool_source, has_tools=template.mentions("tools"))
-        if said is not None:
-            logger.warning(said)
+        warning = assumption(template.tool_source, has_tools=template.mentions("tools"))
+        if warning is not None:
+            logger.warning(warning)
 
 
 def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:

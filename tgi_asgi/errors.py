@@ -56,7 +56,7 @@ class InvalidRequest(TgiError, error_type="validation"):
 
     Args:
         is_syntax: Whether the body is not JSON at all (400 on the native routes, where other cases are 422).
-        field: Path of the field, given instead of `param` by code that serves several APIs. `spell` then
+        field: Path of the field, given instead of `param` by code that serves several APIs. `name_field` then
             replaces `{field}` in the message with the client API's name for it.
     """
 
@@ -73,7 +73,7 @@ class InvalidRequest(TgiError, error_type="validation"):
         self.is_syntax = is_syntax
         self.field = field
 
-    def spell(self, name_of: Callable[[Field], str]) -> None:
+    def name_field(self, name_of: Callable[[Field], str]) -> None:
         """Name the field as the client's API does, in `param` and in the message."""
         if self.field is not None:
             self.param, self.field = name_of(self.field), None
@@ -83,13 +83,13 @@ class InvalidRequest(TgiError, error_type="validation"):
 class ContextExceeded(InvalidRequest):
     """Raised when a prompt, or a prompt with the tokens requested after it, exceeds the model's context.
 
-    The request has `num_tokens` tokens; `most` are allowed.
+    The request has `num_tokens` tokens; `max_tokens` are allowed.
     """
 
-    def __init__(self, message: str, num_tokens: int, most: int) -> None:
+    def __init__(self, message: str, num_tokens: int, max_tokens: int) -> None:
         super().__init__(message, code="context_length_exceeded", field=("prompt",))
         self.num_tokens = num_tokens
-        self.most = most
+        self.max_tokens = max_tokens
 
 
 class TemplateError(InvalidRequest, error_type="template_error", failure="template"):

@@ -182,7 +182,7 @@ async def test_prompts_of_a_request_have_the_adapter_that_it_named_though_it_is_
     assert app.context.served is not None and app.context.served.adapters is not None
     adapters = app.context.served.adapters
     removals: list[asyncio.Task[None]] = []
-    work = app.context.text.run
+    work = app.context.text_threads.run
 
     async def run(*args: Any) -> Any:  # called once the first prompt is tokenised: unload the adapter
         if not removals:
@@ -191,7 +191,7 @@ async def test_prompts_of_a_request_have_the_adapter_that_it_named_though_it_is_
                 await asyncio.sleep(0)
         return await work(*args)
 
-    monkeypatch.setattr(app.context.text, "run", run)
+    monkeypatch.setattr(app.context.text_threads, "run", run)
     async with serving_at(app) as url, httpx.AsyncClient(base_url=url) as client:
         body = {"model": "sql", "prompt": ["hi", "you", "they"]}
         answer = await client.post("/v1/completions", json=body)

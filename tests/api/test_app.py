@@ -201,4 +201,4 @@ async def test_an_observer_that_fails_holds_no_body() -> None:
     app.observers.append(fails)
     with pytest.raises(ZeroDivisionError):
         await send(app, request("POST", CHAT, HI))
-    assert app.context.bodies.held == 0
+    assert app.context.body_budget.held == 0

@@ -122,7 +122,7 @@ class HalfSent:
 
     async def is_held(self, app: App) -> None:
         async with asyncio.timeout(5):
-            while not app.context.bodies.held:
+            while not app.context.body_budget.held:
                 await asyncio.sleep(0)
 
 
@@ -150,11 +150,12 @@ async def test_more_bodies_than_there_is_room_for_are_refused(path: str, told: C
     assert refused.status == 429 and refused.is_complete
     assert 1 <= int(refused.headers["retry-after"]) <= 120
     assert told(refused.json())
-    assert app.context.bodies.held == 500  # the first request's bytes; the refused request's are released
+    # The first request's bytes are held; the refused request's are released.
+    assert app.context.body_budget.held == 500
     first.rest.put_nowait({"type": "http.request", "body": LARGE[500:], "more_body": False})
     first.rest.put_nowait({"type": "http.disconnect"})
     await first.task
-    assert app.context.bodies.held == 0
+    assert app.context.body_budget.held == 0
     assert (await send(app, sent_in_parts(path))).status != 429
 
 
@@ -190,7 +191,7 @@ async def test_however_a_request_ends_its_body_is_let_go(path: str, body: Any, s
     data = body if isinstance(body, bytes) else orjson.dumps(body)
     call = await send(app, request("POST", path, chunks=[data[:5], data[5:]]))
     assert call.status == status, call.content
-    assert app.context.bodies.held == 0
+    assert app.context.body_budget.held == 0
 
 
 @pytest.mark.parametrize("how", ["cancelled", "disconnected"])
@@ -204,7 +205,7 @@ async def test_a_client_that_goes_while_it_sends_leaves_nothing_behind(how: str)
         first.rest.put_nowait({"type": "http.disconnect"})
     await asyncio.gather(first.task, return_exceptions=True)
     assert first.call.sent == []
-    assert app.context.bodies.held == 0
+    assert app.context.body_budget.held == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -228,7 +229,7 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     async with asyncio.timeout(5):
         while not engine.channels:
             await asyncio.sleep(0.001)
-    assert app.context.bodies.held == len(body)  # the answer still needs the body's contents
+    assert app.context.body_budget.held == len(body)  # the answer still needs the body's contents
     if how == "cancelled":
         task.cancel()
     elif how == "disconnected":
@@ -236,7 +237,7 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     else:
         go_on.set()
     await asyncio.gather(task, return_exceptions=True)
-    assert app.context.bodies.held == 0
+    assert app.context.body_budget.held == 0
     assert engine.num_permits == 128
     gc.collect()
     assert complaints == []  # no future with an unretrieved exception

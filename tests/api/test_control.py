@@ -122,7 +122,7 @@ async def test_the_log_level_changes_while_the_server_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "is_leaving", "live", "ready"),
+    ("state", "is_terminating", "live", "ready"),
     [
         (EngineState.LOADING, False, 200, 503),
         (EngineState.READY, False, 200, 200),
@@ -132,25 +132,25 @@ async def test_the_log_level_changes_while_the_server_runs() -> None:
     ],
 )
 async def test_probes_tell_being_alive_from_being_ready(
-    state: EngineState, is_leaving: bool, live: int, ready: int
+    state: EngineState, is_terminating: bool, live: int, ready: int
 ) -> None:
     engine = ScriptedEngine()
     engine.state = state
     app = scripted_app(engine, SETTINGS)
     if state is EngineState.LOADING:
         app.context.served = None
-    app.context.is_leaving = is_leaving
+    app.context.is_terminating = is_terminating
     async with client_of(app) as client:
         assert (await client.get("/livez")).status_code == live
         answer = await client.get("/readyz")
     assert answer.status_code == ready
     if ready == 503:
-        assert answer.json()["state"] == ("draining" if is_leaving else state.value)
+        assert answer.json()["state"] == ("draining" if is_terminating else state.value)
         assert answer.headers["retry-after"] == "2"
 
 
 async def test_requests_are_taken_while_the_server_is_leaving() -> None:
     app = scripted_app(ScriptedEngine(), SETTINGS)
-    app.context.is_leaving = True
+    app.context.is_terminating = True
     answer = await post(app, "/generate", {"inputs": "hi"}, {"x-api-key": "user"})
     assert answer.status_code == 200

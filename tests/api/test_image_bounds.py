@@ -137,12 +137,12 @@ async def test_decoded_bytes_are_bounded_for_one_and_for_all() -> None:
     assert (await post("/v1/chat/completions", chat(large), app=app))[0] == 200
     status, body = await post("/v1/chat/completions", chat(large, large), app=app)
     assert (status, body["error"]["param"]) == (400, "messages[0].content[1].image_url")
-    app.context.pixels.take(50_000)
+    app.context.image_budget.acquire(50_000)
     async with client_of(app) as client:
         refused = await client.post("/v1/chat/completions", json=chat(large))
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-    assert app.context.pixels.held == 50_000
-    app.context.pixels.give_back(50_000)
+    assert app.context.image_budget.held == 50_000
+    app.context.image_budget.release(50_000)
     assert (await post("/v1/chat/completions", chat(large), app=app))[0] == 200
 
 
@@ -161,7 +161,7 @@ async def test_what_the_model_takes_is_held_until_the_request_ends() -> None:
     engine.script = script
     task = asyncio.create_task(post("/v1/chat/completions", chat(URL, URL), app=app))
     await running.wait()
-    assert app.context.pixels.held == 2 * PAYLOAD_BYTES
+    assert app.context.image_budget.held == 2 * PAYLOAD_BYTES
     go_on.set()
     assert (await task)[0] == 200
 
@@ -347,6 +347,6 @@ def test_parts_of_any_shape_are_answered(request: tuple[str, Any]) -> None:
         app, _ = vision_app(engine, Settings(max_image_pixels=10_000))
         reaching(app, {name: ["10.0.0.1"] for name in ("localhost", "127.0.0.1")})
         await survive(app, engine, *request)
-        assert app.context.pixels.held == app.context.bodies.held == 0
+        assert app.context.image_budget.held == app.context.body_budget.held == 0
 
     asyncio.run(run())

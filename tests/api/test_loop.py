@@ -179,7 +179,7 @@ async def check(
     info = toy_info(max_total_tokens=CONTEXT, max_input_tokens=CONTEXT - 1024)
     app = scripted_app(engine, settings, info=info)
     if stored is not None:
-        app.context.responses.keep(stored, None)
+        app.context.responses.add(stored, None)
     try:
         for writes_directly in (False, True)[: 1 + stream]:
             worst = (0.0, "")

@@ -233,7 +233,7 @@ async def test_what_was_said_in_a_thread_is_read_again_wherever_that_is() -> Non
 async def test_names_of_one_large_item_do_not_add_up_to_any_size() -> None:
     app = app_of(ScriptedEngine())
     item = b'[{"type":"message","role":"user","content":"%b"}]' % (b"x" * MIB)
-    app.context.responses.keep(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    app.context.responses.add(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
     refused = await post(app, {"input": [{"type": "item_reference", "id": "msg_1"}] * 65})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
     assert f"more than {64 * MIB} bytes" in refused.json()["error"]["message"]
@@ -243,8 +243,8 @@ async def test_a_request_is_as_large_as_what_it_goes_on_from() -> None:
     app = app_of(ScriptedEngine())
     item = b'[{"type":"message","role":"user","content":"","x":"%b"}]' % (b"x" * LARGE_BODY)
     small = b'[{"role":"user","content":"hi"}]'
-    app.context.responses.keep(StoredResponse("large", b"{}", [item], {"msg_1": item}), None)
-    app.context.responses.keep(StoredResponse("small", b"{}", [small], {}), None)
+    app.context.responses.add(StoredResponse("large", b"{}", [item], {"msg_1": item}), None)
+    app.context.responses.add(StoredResponse("small", b"{}", [small], {}), None)
     seen: list[bool] = []
     app.observers.append(lambda exchange: seen.append(exchange.is_large))
     for body in ({"input": "x"}, {"input": "x", "previous_response_id": "small"},
@@ -264,28 +264,28 @@ def stored(name: str, size: int, before: StoredResponse | None = None) -> Stored
 def test_the_oldest_go_where_there_is_no_room() -> None:
     store = ResponseStore(100, max_bytes=100)
     for name in "abc":
-        store.keep(stored(name, 40), None)
+        store.add(stored(name, 40), None)
     assert [store.find(name, None) is not None for name in "abc"] == [False, True, True]
     assert [store.find_item(f"item of {name}", None) is not None for name in "abc"] == [False, True, True]
     assert store.size == 80
-    store.keep(stored("large", 101), None)  # exceeds the whole store, so it must not evict the others
+    store.add(stored("large", 101), None)  # exceeds the whole store, so it must not evict the others
     assert store.find("large", None) is None and store.size == 80
     for _ in range(2):
-        store.forget("b", None)
+        store.delete("b", None)
         assert store.size == 40
-    store.keep(stored("d", 60), None)
+    store.add(stored("d", 60), None)
     assert store.find("c", None) is not None and store.size == 100
 
 
 def test_a_tenant_is_part_of_the_name() -> None:
     store = ResponseStore(10)
-    store.keep(stored("a", 40), "alice")
+    store.add(stored("a", 40), "alice")
     for tenant in ("bob", None):
         assert store.find("a", tenant) is None
         assert store.find_item("item of a", tenant) is None
-        store.forget("a", tenant)
+        store.delete("a", tenant)
     assert store.find("a", "alice") is not None
-    store.forget("a", "alice")
+    store.delete("a", "alice")
     assert store.find("a", "alice") is None and store.size == 0
 
 
@@ -294,11 +294,11 @@ def test_what_several_answers_share_counts_once() -> None:
     last = None
     for name in "abcd":  # with their whole histories they would have 40 + 60 + 80 + 100 bytes
         last = stored(name, 25 if last else 40, last)
-        store.keep(last, None)
+        store.add(last, None)
     assert store.find("a", None) is None  # of 115 bytes, the body of the first response could be freed
     assert store.size == 95
     for name in "bcd":
-        store.forget(name, None)
+        store.delete(name, None)
     assert store.size == 0 and store.find_item("item of a", None) is None
 
 
@@ -306,16 +306,16 @@ def test_a_share_that_nobody_takes_is_another_s_until_then() -> None:
     store = ResponseStore(10)
     for tenant in ("alice", "bob"):
         for i in range(10):
-            store.keep(stored(f"{i}", 40), tenant)
+            store.add(stored(f"{i}", 40), tenant)
     for tenant in ("alice", "bob"):
         assert [i for i in range(10) if store.find(f"{i}", tenant)] == [5, 6, 7, 8, 9]
 
 
 def test_no_tenant_takes_the_place_of_anothers_answers() -> None:
     for store in (ResponseStore(4), ResponseStore(100, max_bytes=160)):
-        store.keep(stored("mine", 40), "alice")
+        store.add(stored("mine", 40), "alice")
         for i in range(10):
-            store.keep(stored(f"{i}", 40), "bob")
+            store.add(stored(f"{i}", 40), "bob")
         assert store.find("mine", "alice") is not None
         kept = [store.find(f"{i}", "bob") is not None for i in range(10)]
         assert kept == [False] * 7 + [True] * 3

@@ -21,7 +21,7 @@ from bench.intervals import advantage, estimate
 from bench.peer_loads import Plan, Stage, chat_figures, stages
 from bench.peer_models import Match, made
 from bench.peers import MEMORY, MEMORY_USED, Record, Rounds, rows_of
-from bench.turns import Turn, counted, deviation, next_turn, order_of
+from bench.turns import Turn, counted_turns, deviation, next_turn, order_of
 
 
 def turn(index: int, name: str, before: float = 50.0, after: float = 50.0, **figures: float) -> Turn:
@@ -64,16 +64,16 @@ def test_missing_turns_come_first_and_uneven_ones_are_repeated_a_bounded_number_
         turns.append(turn(index, name, 50, 44 if is_slow else 51))
     first, second = order_of(names, 0), order_of(names, 1)
     assert taken == [*((0, name) for name in first), (0, "b"), (0, "b"), *((1, name) for name in second)]
-    assert [each.contender for each, is_even in counted(turns) if not is_even] == ["b"]
+    assert [each.contender for each, is_even in counted_turns(turns) if not is_even] == ["b"]
 
 
 def test_a_repeated_turn_that_is_even_counts_and_is_not_repeated_again() -> None:
     turns = [turn(0, "a"), turn(0, "b", 50, 30, speed=1), turn(0, "c"), turn(0, "b", 50, 52, speed=2)]
     assert next_turn(turns, ["a", "b", "c"], 1, 9) is None
-    (found,) = [each for each, is_even in counted(turns) if each.contender == "b" and is_even]
+    (found,) = [each for each, is_even in counted_turns(turns) if each.contender == "b" and is_even]
     assert found.figures == {"speed": 2}
     # The turn nearest to even counts, not the last.
-    assert counted([*turns, turn(0, "b", 50, 20, speed=3)])[1][0].figures == {"speed": 2}
+    assert counted_turns([*turns, turn(0, "b", 50, 20, speed=3)])[1][0].figures == {"speed": 2}
 
 
 def test_a_median_has_the_interval_of_all_resamples() -> None:

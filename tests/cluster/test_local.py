@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.asgi import Call, events_of, request, send
 from tests.support.local_cluster import LocalCluster
-from tgi_asgi.cluster.wire import Seen, split_digests
+from tgi_asgi.cluster.wire import CacheVersion, split_digests
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions, TokenEvent
 
@@ -50,7 +50,7 @@ async def test_the_ingress_hashes_prompts_as_the_engine_does() -> None:
         await ask(cluster, "x" * 100, max_tokens=1)
         [(_, wired)] = cluster.transport.sent
         digests = cluster.engine.digests(wired.request)
-        report = await cluster.transport.call("r0", "report", Seen())
+        report = await cluster.transport.call("r0", "report", CacheVersion())
     assert len(digests) >= 6
     assert set(digests) <= set(split_digests(report.found))
 
@@ -82,7 +82,7 @@ async def test_adapters_and_images_are_hashed_as_the_engine_does() -> None:
             known |= set(digests)
             channel = engine.submit(wanted, engine.acquire(1))
             await wait_for(lambda: channel.stats.finished_s is not None, cluster)  # noqa: B023
-        report = await cluster.transport.call("r0", "report", Seen())
+        report = await cluster.transport.call("r0", "report", CacheVersion())
     assert known == set(split_digests(report.found))
 
 
@@ -93,18 +93,18 @@ async def test_adapters_come_and_go_on_all_replicas() -> None:
     key = {"authorization": "Bearer admin"}
     async with LocalCluster(2, settings) as cluster:
 
-        async def tell(path: str, **body: object) -> Call:
+        async def post(path: str, **body: object) -> Call:
             return await send(cluster.app, request("POST", path, body, key))
 
-        loaded = await tell("/v1/load_lora_adapter", lora_name="sql", lora_path="/adapters/sql")
-        failed = await tell("/v1/load_lora_adapter", lora_name="bad", lora_path="/missing")
+        loaded = await post("/v1/load_lora_adapter", lora_name="sql", lora_path="/adapters/sql")
+        failed = await post("/v1/load_lora_adapter", lora_name="bad", lora_path="/missing")
         answer = await ask(cluster, "hi", model="sql", max_tokens=1)
         listed = (await send(cluster.app, request("GET", "/v1/models"))).json()
         again = {"lora_name": "sql", "load_inplace": True}
-        replaced = await tell("/v1/load_lora_adapter", lora_path="/adapters/new", **again)
-        kept = await tell("/v1/load_lora_adapter", lora_path="/missing", **again)
+        replaced = await post("/v1/load_lora_adapter", lora_path="/adapters/new", **again)
+        kept = await post("/v1/load_lora_adapter", lora_path="/missing", **again)
         still = await ask(cluster, "hi", model="sql", max_tokens=1)
-        gone = await tell("/v1/unload_lora_adapter", lora_name="sql")
+        gone = await post("/v1/unload_lora_adapter", lora_name="sql")
         after = await ask(cluster, "hi", model="sql", max_tokens=1)
     assert (loaded.status, failed.status, gone.status, after.status) == (200, 400, 200, 404)
     assert (replaced.status, kept.status, still.status) == (200, 400, 200)

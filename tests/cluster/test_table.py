@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tgi_asgi.cluster.table import STREAM_TOKENS, KnownReplica, ReplicaTable
-from tgi_asgi.cluster.wire import Report, Seen
+from tgi_asgi.cluster.wire import CacheVersion, Report
 
 BLOCK = 16
 
@@ -20,7 +20,7 @@ def digests(prefix: str, count: int) -> list[bytes]:
 def report(
     name: str, *found: bytes, lost: Sequence[bytes] = (), is_whole: bool = True, num_open: int = 0
 ) -> Report:
-    return Report(name, Seen("life", 1), is_whole, b"".join(found), b"".join(lost), num_open)
+    return Report(name, CacheVersion("life", 1), is_whole, b"".join(found), b"".join(lost), num_open)
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_a_ticket_gives_back_what_it_took_once(table: ReplicaTable) -> None:
 
 
 def test_only_those_that_serve_an_adapter_are_asked_for_it(table: ReplicaTable) -> None:
-    table.update(Report("b", Seen(), adapters={"sql": "key"}))
+    table.update(Report("b", CacheVersion(), adapters={"sql": "key"}))
     assert table.order([], 5, "sql") == ["b"]
 
 

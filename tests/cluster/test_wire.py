@@ -10,7 +10,7 @@ import pytest
 
 from tgi_asgi import errors
 from tgi_asgi.cluster.totals import Totals, snapshot
-from tgi_asgi.cluster.wire import join_digests, packed, split_digests, unpacked
+from tgi_asgi.cluster.wire import join_digests, pack_events, split_digests, unpack_events
 from tgi_asgi.engine.hits import group_key
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -23,7 +23,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_error_comes_out_as_it_went_in(kind: type[errors.TgiError]) -> None:
-    given: dict[str, Any] = {"num_tokens": 5, "most": 4, "allow": ("GET",)}
+    given: dict[str, Any] = {"num_tokens": 5, "max_tokens": 4, "allow": ("GET",)}
     if kind is errors.UnknownAdapter:
         given["param"] = "model"
     names = inspect.signature(kind).parameters
@@ -35,7 +35,7 @@ def test_every_error_comes_out_as_it_went_in(kind: type[errors.TgiError]) -> Non
 
 def test_events_come_out_as_they_went_in() -> None:
     event = TokenEvent(1, 17, b"\xe2", "", -0.5, [(17, -0.5)], True, FinishReason.STOP, "end")
-    [found] = unpacked(pickle.loads(pickle.dumps(packed([event]))))
+    [found] = unpack_events(pickle.loads(pickle.dumps(pack_events([event]))))
     for name in TokenEvent.__slots__:
         assert getattr(found, name) == getattr(event, name)
 
@@ -56,10 +56,10 @@ def test_counters_add_up_and_stay_when_a_replica_goes() -> None:
         stats.steps, stats.running = 10 * number, number
         stats.step_s["decode"].observe(0.01, number)
         totals.update(name, snapshot(stats))
-    totals.show()
+    totals.sum_up()
     assert (totals.stats.steps, totals.stats.running, totals.stats.step_s["decode"].count) == (30, 3, 3)
     totals.retire("b")
-    totals.show()
+    totals.sum_up()
     assert (totals.stats.steps, totals.stats.running, totals.stats.step_s["decode"].count) == (30, 1, 3)
 
 

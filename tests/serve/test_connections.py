@@ -12,14 +12,14 @@ import pytest
 from tests.serve.conftest import Place
 from tests.support.serving import connect, serving
 from tgi_asgi.serve import connections
-from tgi_asgi.serve.connections import Connection, ConnectionLimit, Turnstile
+from tgi_asgi.serve.connections import Connection, ConnectionLimit, TurnLimiter
 
 
 async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
-    turnstile, passed = Turnstile(4), []
+    turn_limiter, passed = TurnLimiter(4), []
 
     async def begin(number: int) -> None:
-        await turnstile.enter()
+        await turn_limiter.enter()
         passed.append(number)
 
     tasks = [asyncio.create_task(begin(number)) for number in range(30)]
@@ -32,7 +32,7 @@ async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -
             counts.append(len(passed) - before)
     assert max(counts) <= 4
     assert passed == [number for number in range(30) if number != 7]
-    await turnstile.enter()  # no cancelled task is still queued before it
+    await turn_limiter.enter()  # no cancelled task is still queued before it
 
 
 class _GivenUp:
@@ -53,7 +53,7 @@ async def test_a_connection_that_the_kernel_gave_up_ends_without_a_traceback() -
     writer: Any = _GivenUp()
     loop = asyncio.get_running_loop()
     connection = Connection(
-        ConnectionLimit(0), Turnstile(1), unused, loop, unused, unused, unused, unused, writer
+        ConnectionLimit(0), TurnLimiter(1), unused, loop, unused, unused, unused, unused, writer
     )
     await connection._close()
 

@@ -20,7 +20,7 @@ class _App:
     """The parts of an app with a model that signals need; its drain does not end."""
 
     def __init__(self) -> None:
-        self.context = SimpleNamespace(served=SimpleNamespace(engine=self), is_leaving=False)
+        self.context = SimpleNamespace(served=SimpleNamespace(engine=self), is_terminating=False)
         self.calls: asyncio.Queue[str] = asyncio.Queue()
 
     async def drain(self, timeout_s: float) -> None:
@@ -46,7 +46,7 @@ async def _signal(app: _App, number: signal.Signals) -> None:
     """Send a signal; return once the event loop has handled it."""
     os.kill(os.getpid(), number)
     async with asyncio.timeout(10):
-        while app.calls.empty() and not app.context.is_leaving:
+        while app.calls.empty() and not app.context.is_terminating:
             await asyncio.sleep(0)
 
 
@@ -61,13 +61,13 @@ async def test_a_hangup_reloads_the_app_again_and_again(app: _App) -> None:
     for _ in range(2):
         await _signal(app, signal.SIGHUP)
         assert app.calls.get_nowait() == "reload"
-    assert not app.context.is_leaving
+    assert not app.context.is_terminating
 
 
 async def test_without_a_delay_the_drain_begins_at_once(app: _App) -> None:
     _serve(graceful_termination_timeout=7)
     await _signal(app, signal.SIGTERM)
-    assert app.context.is_leaving
+    assert app.context.is_terminating
     async with asyncio.timeout(10):
         assert await app.calls.get() == "drain within 7 s"
 
@@ -77,7 +77,7 @@ async def test_with_a_delay_the_app_leaves_first_and_drains_later(app: _App) -> 
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     await _signal(app, signal.SIGTERM)
-    assert app.context.is_leaving
+    assert app.context.is_terminating
     async with asyncio.timeout(10):
         assert await app.calls.get() == "drain within 90 s"
     assert loop.time() - began_s >= 0.1

@@ -106,7 +106,7 @@ async def post(
     app = app or vision_app(engine or ScriptedEngine(has_vision=True), Settings(**options))[0]
     async with client_of(app) as client:
         got = await client.post(path, json=body)
-    assert app.context.pixels.held == app.context.bodies.held == 0
+    assert app.context.image_budget.held == app.context.body_budget.held == 0
     return got.status_code, got.json()
 
 

@@ -119,7 +119,7 @@ class AnswerForm:
             shows_reasoning=self._job.shows_reasoning,
             specs=tools.specs if tools is not None else (),
             special_ids=self._served.tokenizer.special_ids if self._job.skip_special_tokens else frozenset(),
-            kept=frozenset(special[text] for text in markers if text in special),
+            marker_ids=frozenset(special[text] for text in markers if text in special),
             must_call=tools is not None and tools.must_call,
             wrapper=wrapper,
             has_channels=self._has_channels,
@@ -139,8 +139,8 @@ class Reading:
     is_reasoning_open: bool = False
     shows_reasoning: bool = True
     specs: Sequence[ToolSpec] = ()  # tools that may be called
-    special_ids: frozenset[int] = frozenset()  # the engine shows their text; it is dropped unless kept
-    kept: frozenset[int] = frozenset()  # the format's markers among them
+    special_ids: frozenset[int] = frozenset()  # the engine shows their text; it is dropped unless a marker
+    marker_ids: frozenset[int] = frozenset()  # the format's markers among them
     must_call: bool = False
     wrapper: Wrapper | None = None
     has_channels: bool = False  # the whole answer is in harmony's format
@@ -223,7 +223,7 @@ class ChoiceReader:
     def _push(self, event: TokenEvent) -> list[Piece]:
         text = event.text
         reading = self._reading
-        if event.token_id in reading.special_ids and event.token_id not in reading.kept:
+        if event.token_id in reading.special_ids and event.token_id not in reading.marker_ids:
             text = text.removesuffix(event.data.decode("utf-8", "replace"))
         was_reasoning = self._parser.is_reasoning
         self._num_read += len(text)

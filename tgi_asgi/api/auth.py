@@ -70,15 +70,15 @@ class ApiKeys:
 
     def _count(self, name: str) -> None:
         """Use one of a key's requests; they are replenished evenly over a minute."""
-        most = self._settings.requests_per_minute
-        if not most:
+        limit = self._settings.requests_per_minute
+        if not limit:
             return
         now = self._clock()
-        left, then = self._buckets.get(name, (float(most), now))
-        left = min(left + (now - then) * most / 60, float(most))
+        left, then = self._buckets.get(name, (float(limit), now))
+        left = min(left + (now - then) * limit / 60, float(limit))
         if left < 1:
-            wait_s = -int(-(1 - left) * 60 / most // 1)
-            raise Overloaded(f"This API key may send {most} requests a minute", retry_after_s=max(wait_s, 1))
+            wait_s = -int(-(1 - left) * 60 / limit // 1)
+            raise Overloaded(f"This API key may send {limit} requests a minute", retry_after_s=max(wait_s, 1))
         self._buckets[name] = left - 1, now
 
     def _read(self) -> dict[bytes, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tgi_asgi.api.limits import Room
+from tgi_asgi.api.limits import Overflow
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import Field, TgiError
 from tgi_asgi.text.constrain.source import GrammarSource, source_of
@@ -162,7 +162,7 @@ class Job:
     where: str = ""
     max_tokens: int | None = None
     default_max_tokens: int | None = None
-    room: Room = Room.REFUSED
+    overflow: Overflow = Overflow.REFUSED
     keep_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False

@@ -98,13 +98,14 @@ class ServerContext:
         failure: The reason why loading failed or the engine died, if it did.
         metrics: Metrics for `/metrics`.
         responses: Stored answers of `/v1/responses`.
-        text, grammars, counting: Threads for prompts, for grammars, and for requests that only count tokens.
-        pictures, names: Threads for images, and for looking up their hosts.
-        bodies: Budget for bytes of unanswered request bodies and of what they fetched.
-        pixels: Budget for bytes of such requests' images, decoded or processed.
+        text_threads, grammar_threads: Threads for prompts and for grammars.
+        count_threads: Threads for requests that only count tokens.
+        image_threads, dns_threads: Threads for images, and for looking up their hosts.
+        body_budget: Budget for bytes of unanswered request bodies and of what they fetched.
+        image_budget: Budget for bytes of such requests' images, decoded or processed.
         fetcher: Fetches images.
         routes: All routes, for the OpenAPI document.
-        is_leaving: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
+        is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
     """
 
     responses: ResponseStore  # set by `app.py`
@@ -115,19 +116,19 @@ class ServerContext:
         self.failure: BaseException | None = None
         self.progress = LoadProgress()
         self.metrics = Metrics(settings.block_size)
-        self.bodies = ByteBudget(settings.max_body_memory, "request bodies")
-        self.pixels = ByteBudget(settings.max_image_memory, "images")
-        self.is_leaving = False
+        self.body_budget = ByteBudget(settings.max_body_memory, "request bodies")
+        self.image_budget = ByteBudget(settings.max_image_memory, "images")
+        self.is_terminating = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
-        self.text = Pool(settings.validation_workers, "text")
+        self.text_threads = ThreadPool(settings.validation_workers, "text")
         # Compiling a schema or counting a book's tokens may take a second, and must not delay templates and
         # prompts.
-        self.grammars = Pool(2, "grammar")
-        self.counting = Pool(1, "count")
-        self.pictures = Pool(2, "image")
-        self.names = Pool(8, "dns")  # a lookup may occupy one for half a minute
+        self.grammar_threads = ThreadPool(2, "grammar")
+        self.count_threads = ThreadPool(1, "count")
+        self.image_threads = ThreadPool(2, "image")
+        self.dns_threads = ThreadPool(8, "dns")  # a lookup may occupy one for half a minute
         hosts = ",".join(settings.allowed_media_domains).lower().split(",")
         self.fetcher = Fetcher(frozenset(filter(None, hosts)), self._lookup, self._tls)
 
@@ -181,19 +182,25 @@ class ServerContext:
             logger.info("model %r was asked for; answering as the served one", name)
 
     async def _lookup(self, name: str, port: int) -> list[str]:
-        found = await self.names.run(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
+        found = await self.dns_threads.run(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
         return [str(address[0]) for *_, address in found]
 
     async def _tls(self) -> ssl.SSLContext:
-        return await self.names.run(ssl.create_default_context)
+        return await self.dns_threads.run(ssl.create_default_context)
 
     def close(self) -> None:
         """Shut down the threads."""
-        for pool in (self.text, self.grammars, self.counting, self.pictures, self.names):
+        for pool in (
+            self.text_threads,
+            self.grammar_threads,
+            self.count_threads,
+            self.image_threads,
+            self.dns_threads,
+        ):
             pool.close()
 
 
-class Pool:
+class ThreadPool:
     """Threads for one purpose, to which the event loop delegates slow work."""
 
     def __init__(self, size: int, name: str) -> None:
@@ -226,21 +233,22 @@ def _cleared(work: Callable[[], T]) -> T:
 class ByteBudget:
     """A limit of bytes of `what` held at a time, over all requests."""
 
-    def __init__(self, most: int, what: str) -> None:
-        self._most = most
+    def __init__(self, max_bytes: int, what: str) -> None:
+        self._max_bytes = max_bytes
         self._what = what
         self.held = 0
 
-    def take(self, size: int, own: int = 0) -> None:
-        """Hold `size` more bytes for a request that already holds `own`.
+    def acquire(self, size: int, num_held: int = 0) -> None:
+        """Hold `size` more bytes for a request that already holds `num_held`.
 
         Raises:
             Overloaded: if there are too many now.
         """
-        if self.held > own and self.held + size > self._most:  # a request on its own has other limits
+        # A request on its own has other limits.
+        if self.held > num_held and self.held + size > self._max_bytes:
             raise Overloaded(f"The server holds as many {self._what} as it may")
         self.held += size
 
-    def give_back(self, size: int) -> None:
-        """Release bytes that were taken."""
+    def release(self, size: int) -> None:
+        """Release bytes that were acquired."""
         self.held -= size

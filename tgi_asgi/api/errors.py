@@ -92,7 +92,7 @@ class Dialect:
     is_json_only: bool = False  # whether a body must be declared as JSON
     request_id_header: bytes | None = None
 
-    def spell(self, path: Field) -> str:
+    def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""
         first, *rest = path
         if first == "tools" and self.nests_tools and len(rest) > 1:
@@ -100,10 +100,10 @@ class Dialect:
         tail = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
         return self.names.get(str(first), str(first)) + tail
 
-    def tell(self, error: BaseException) -> None:
+    def translate(self, error: BaseException) -> None:
         """Rewrite a refusal to use the field names that the client knows."""
         if isinstance(error, InvalidRequest):
-            error.spell(self.spell)
+            error.name_field(self.field_name)
 
 
 def error_event(error: BaseException, dialect: Dialect) -> bytes:

@@ -46,13 +46,13 @@ class Exchange:
         is_disconnected: Whether the client disconnected before the end of the response.
         is_large: Whether handling the body or the answer inline would block the event loop for too long. Set
             when a size becomes known: in `read_body`, and in `life.py` or a handler for later stages.
-        remains: Holders of many objects, added by their creators: if the exchange is large, freeing them
-            would block the event loop, too.
+        large_objects: Holders of many objects, added by their creators: if the exchange is large, freeing
+            them would block the event loop, too.
     """
 
     __slots__ = (
         "__weakref__", "_num_held", "_num_image_bytes", "channels", "context", "dialect", "error",
-        "is_body_read", "is_disconnected", "is_large", "leases", "receive", "remains", "request_id",
+        "is_body_read", "is_disconnected", "is_large", "large_objects", "leases", "receive", "request_id",
         "response_headers", "route", "scope", "send", "started_s", "status", "tenant",
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ class Exchange:
         self.is_body_read = False
         self.is_disconnected = False
         self.is_large = False
-        self.remains: list[object] = []
+        self.large_objects: list[object] = []
 
     @property
     def method(self) -> str:
@@ -105,8 +105,8 @@ class Exchange:
         if self.route is None or len(self.route.requests) < 2:  # otherwise its kind decides
             self.require_json()
         self.is_body_read = True  # from here on, `asgi.read_body` drains what it refuses
-        declared, most = self.header(b"content-length"), self.context.settings.payload_limit
-        parts = await asgi.read_body(self.receive, declared, most, self.hold)
+        declared, max_bytes = self.header(b"content-length"), self.context.settings.payload_limit
+        parts = await asgi.read_body(self.receive, declared, max_bytes, self.hold)
         self.is_large |= sum(map(len, parts)) > LARGE_BODY
         return await self.work(b"".join, parts)
 
@@ -116,7 +116,7 @@ class Exchange:
         Raises:
             Overloaded: if all requests together hold too many.
         """
-        self.context.bodies.take(size, self._num_held)
+        self.context.body_budget.acquire(size, self._num_held)
         self._num_held += size
 
     def hold_image(self, size: int, param: str) -> None:
@@ -126,28 +126,28 @@ class Exchange:
             Overloaded: if all requests together hold too many.
             InvalidRequest: if this request alone does.
         """
-        most = self.context.settings.max_image_memory
-        if size > 0 and self._num_image_bytes + size > most:
-            message = f"`{param}`: decoded, the images of a request may take {most} bytes together"
+        max_bytes = self.context.settings.max_image_memory
+        if size > 0 and self._num_image_bytes + size > max_bytes:
+            message = f"`{param}`: decoded, the images of a request may take {max_bytes} bytes together"
             raise InvalidRequest(message, param=param, code="image_too_large")
         if size > 0:
-            self.context.pixels.take(size, self._num_image_bytes)
+            self.context.image_budget.acquire(size, self._num_image_bytes)
         else:
-            self.context.pixels.give_back(-size)
+            self.context.image_budget.release(-size)
         self._num_image_bytes += size
 
     def close(self) -> None:
         """Release everything that the request held, once; large objects are freed in a thread."""
-        self.context.bodies.give_back(self._num_held)
-        self.context.pixels.give_back(self._num_image_bytes)
+        self.context.body_budget.release(self._num_held)
+        self.context.image_budget.release(self._num_image_bytes)
         for lease in self.leases:
             lease.release()
         self.leases.clear()
-        remains = [*self.remains, *self.channels]
-        self.remains.clear()
+        large_objects = [*self.large_objects, *self.channels]
+        self.large_objects.clear()
         self.channels.clear()  # breaks a cycle: their sinks refer to renderers, which refer to this list
         if self.is_large:
-            self.context.text.free(remains)
+            self.context.text_threads.free(large_objects)
 
     def require_json(self) -> None:
         """Refuse a body not declared as JSON if the request is TGI's; OpenAI's API accepts any type.
@@ -172,7 +172,7 @@ class Exchange:
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a pure function of the request inline, or in a thread if the request is large."""
         if self.is_large:
-            return await self.context.text.run(function, *args, **kwargs)
+            return await self.context.text_threads.run(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     async def respond(
@@ -199,7 +199,7 @@ class Exchange:
             self.is_body_read = True
             await asgi.drain(asgi.parts_of(self.receive))
         dialect = self.dialect
-        dialect.tell(error)
+        dialect.translate(error)
         await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))
 
     async def wait_for_disconnect(self) -> None:
@@ -207,13 +207,13 @@ class Exchange:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    def disconnect(self) -> ClientDisconnected:
+    def note_disconnect(self) -> ClientDisconnected:
         """Record the disconnect, cancel the request's channels, and return the exception to raise."""
         self.is_disconnected = True
-        self.give_up()
+        self.cancel_channels()
         return ClientDisconnected()
 
-    def give_up(self) -> None:
+    def cancel_channels(self) -> None:
         """Cancel everything that the engine still generates for the request."""
         for channel in self.channels:
             channel.cancel()

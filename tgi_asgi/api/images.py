@@ -21,16 +21,16 @@ FETCH_TIMEOUT_S = 10.0  # for all images of a prompt together
 MAX_FETCHES = 4  # concurrent, per prompt
 
 
-def check_images(prompts: Sequence[Images | None], most: int) -> None:
+def check_images(prompts: Sequence[Images | None], max_images: int) -> None:
     """Check the number of images in a request's prompts, before any work is done on them.
 
     Raises:
-        InvalidRequest: if there are more than `most`.
+        InvalidRequest: if there are more than `max_images`.
     """
     sources = [source for images in prompts if images is not None for source in images.sources]
-    if len(sources) > most:
-        param = sources[most].param
-        message = f"`{param}`: a request may have {most} images, got {len(sources)}"
+    if len(sources) > max_images:
+        param = sources[max_images].param
+        message = f"`{param}`: a request may have {max_images} images, got {len(sources)}"
         raise InvalidRequest(message, param=param, code="too_many_images")
 
 
@@ -52,12 +52,12 @@ async def load_images(exchange: Exchange, served: Served, images: Images) -> Non
         files[i] = None
         num_bytes += size
         decoded.append(image)
-    processed = await exchange.context.pictures.run(served.image_processor.process, decoded)
+    processed = await exchange.context.image_threads.run(served.image_processor.process, decoded)
     images.loaded = [(image.digest, made) for image, made in zip(decoded, processed, strict=True)]
     exchange.hold_image(sum(made.num_bytes for made in processed) - num_bytes, images.sources[0].param)
 
 
-def kept_apart(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInput, ...]:
+def salted_images(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInput, ...]:
     """Return images whose digests are specific to this salt.
 
     Encoded images are cached by digest. Response times must not reveal to one client what another has sent.
@@ -74,9 +74,10 @@ def kept_apart(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInp
 async def _decode(exchange: Exchange, source: ImageSource, file: bytes | None) -> tuple[Image, int]:
     """Return an image, and the number of bytes held for it."""
     context = exchange.context
-    opened = await context.pictures.run(_open, source, file, context.settings.max_image_pixels)
+    opened = await context.image_threads.run(_open, source, file, context.settings.max_image_pixels)
     exchange.hold_image(opened.decoding_bytes, source.param)
-    image = await context.pictures.run(opened.decode)  # on failure, the request's end releases everything
+    # On failure, the request's end releases everything.
+    image = await context.image_threads.run(opened.decode)
     exchange.hold_image(opened.decoded_bytes - opened.decoding_bytes, source.param)
     return image, opened.decoded_bytes
 

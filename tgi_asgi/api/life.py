@@ -18,11 +18,11 @@ from tgi_asgi.api.call import Call, Choices, Generation, Images, Job, Prepared, 
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.images import check_images, kept_apart, load_images
+from tgi_asgi.api.images import check_images, load_images, salted_images
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
-from tgi_asgi.observe.course import stream_headers, sync_headers
+from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
@@ -56,7 +56,7 @@ class WithImages:
     rest: Callable[[], bytes]
 
 
-def counting(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
+def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
     """Return the handler of a route that tokenises without generating; `work` turns a body into the answer.
 
     `work` runs in a thread, under a permit, because tokenising is subject to admission.
@@ -65,17 +65,17 @@ def counting(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
     async def handle(exchange: Exchange) -> None:
         body, context = await exchange.read_body(), exchange.context
         with admitted(exchange, 1):
-            answer = await context.counting.run(work, body, exchange)
+            answer = await context.count_threads.run(work, body, exchange)
             if isinstance(answer, WithImages):
                 check_images([answer.images], context.settings.max_images)
                 await load_images(exchange, context.ready(), answer.images)
-                answer = await context.counting.run(answer.rest)
+                answer = await context.count_threads.run(answer.rest)
         await exchange.respond(200, answer)
 
     return handle
 
 
-def counted(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
+def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
     """Return the result of `count`, at once or after images have been loaded."""
     return WithImages(images, count) if images is not None and images.sources else count()
 
@@ -90,7 +90,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     served = exchange.context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
     call = call if isinstance(call, Call) else await exchange.work(call)
-    exchange.remains.append(call)
+    exchange.large_objects.append(call)
     model = served_name(exchange, call.model)
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
@@ -101,7 +101,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         raise ModelNotSupported(f"The model {can} texts, and generates none", param="model")
     with admitted(exchange, call.num_choices) as permit:
         for job in call.jobs:
-            with placed(job.where, exchange.dialect):
+            with prefix_errors(job.where, exchange.dialect):
                 if job.check is not None:
                     job.check()
         # Nothing is awaited between these checks, the resolution of `model`, and this line.
@@ -113,7 +113,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         ]
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
-        exchange.remains += [jobs, renderer]
+        exchange.large_objects += [jobs, renderer]
         for prepared in jobs:
             _submit(exchange, served.engine, prepared.request, permit)
     characters = sum(job.prompt.num_characters for job in jobs)
@@ -125,7 +125,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         await stream.run(slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
         return
     parts = await collect(exchange)
-    exchange.remains.append(parts)
+    exchange.large_objects.append(parts)
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(each.request.prompt_ids) * each.request.n for each in jobs)
     exchange.is_large |= size > LARGE_ANSWER
@@ -185,11 +185,11 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         TemplateError: if there is no template, or it refuses the messages.
     """
     context = exchange.context
-    with placed(job.where, exchange.dialect):
+    with prefix_errors(job.where, exchange.dialect):
         if job.prompt.images is not None:
             await load_images(exchange, served, job.prompt.images)
-        prompt = await context.text.run(make_prompt, job, served, context.settings)
-        budget = job.room.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
+        prompt = await context.text_threads.run(make_prompt, job, served, context.settings)
+        budget = job.overflow.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
         if job.min_tokens > budget:
             message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
@@ -197,8 +197,8 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, job, form) if is_constrained else None
         reading = form.reading()
-    most = context.settings.max_priority
-    shows_markers = reading is not None and bool(reading.kept)
+    max_priority = context.settings.max_priority
+    shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
         request_id=exchange.request_id,
@@ -214,14 +214,14 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             skip_special_tokens=job.skip_special_tokens and not shows_markers,
         ),
         n=job.n,
-        priority=min(max(job.priority, -most), most),
+        priority=min(max(job.priority, -max_priority), max_priority),
         cache_salt=salt,
         adapter=adapter,
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,
         seeds=job.seeds,
-        images=kept_apart(prompt.images, salt),
+        images=salted_images(prompt.images, salt),
     )
     return Prepared(job, prompt, request, reading)
 
@@ -238,7 +238,7 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
         return compiler.compile(source), source.ignored
 
     try:
-        grammar, ignored = await context.grammars.run(compiled)
+        grammar, ignored = await context.grammar_threads.run(compiled)
     except InvalidRequest as error:
         if error.param is not None or error.field is not None:
             raise
@@ -265,13 +265,13 @@ def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def placed(where: str, dialect: Dialect) -> Iterator[None]:
+def prefix_errors(where: str, dialect: Dialect) -> Iterator[None]:
     """Prefix a refusal with the part of the call that it concerns."""
     try:
         yield
     except InvalidRequest as error:
         if where:
-            dialect.tell(error)
+            dialect.translate(error)
             error.param = ".".join(filter(None, (where, error.param)))
             error.message = f"{where}: {error.message}"
         raise
@@ -293,14 +293,14 @@ async def collect(exchange: Exchange) -> list[Choices]:
             channel.attach(sink)
         await asyncio.wait((ended, watch), return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
-            raise exchange.disconnect()
+            raise exchange.note_disconnect()
         ended.result()
     finally:
         watch.cancel()
         # When cancelled, it ends with an error that asyncio would log unless it is retrieved.
         ended.add_done_callback(lambda done: done.cancelled() or done.exception())
         ended.cancel()
-        exchange.give_up()
+        exchange.cancel_channels()
     return [sink.events for sink in sinks]
 
 
@@ -349,5 +349,5 @@ def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, perm
         exchange.channels.append(engine.submit(request, part))
     except BaseException:
         part.release()
-        exchange.give_up()
+        exchange.cancel_channels()
         raise

@@ -41,7 +41,7 @@ class Limits:
         )
 
 
-class Room(enum.Enum):
+class Overflow(enum.Enum):
     """What happens if a prompt and the requested tokens do not fit into the context together."""
 
     REFUSED = "refused"
@@ -59,29 +59,29 @@ class Room(enum.Enum):
             ContextExceeded: if the prompt, or the prompt with the requested tokens, does not fit.
             InvalidRequest: the same, in TGI's wording.
         """
-        if self is Room.TGI:
+        if self is Overflow.TGI:
             return _tgi_budget(info, num_prompt, max_tokens)
         context = info.max_total_tokens
-        room = context - num_prompt
+        available = context - num_prompt
         resulted = f"your {{field}} resulted in {num_prompt} tokens"
-        if room < 1:
+        if available < 1:
             raise _too_long(f"{context} tokens", resulted, num_prompt, info)
         if num_prompt > info.max_input_tokens:
-            most = f"{context} tokens, of which a prompt may take {info.max_input_tokens}"
-            raise _too_long(most, resulted, num_prompt, info)
+            limit = f"{context} tokens, of which a prompt may take {info.max_input_tokens}"
+            raise _too_long(limit, resulted, num_prompt, info)
         if max_tokens is None:
-            return room if default is None else min(room, default)
-        if max_tokens > room and self is Room.REFUSED:
+            return available if default is None else min(available, default)
+        if max_tokens > available and self is Overflow.REFUSED:
             parts = f"{num_prompt} in the {{field}}, {max_tokens} in the completion"
             asked = f"you requested {num_prompt + max_tokens} tokens ({parts})"
             raise _too_long(f"{context} tokens", asked, num_prompt, info, "{field} or completion")
-        return min(max_tokens, room)
+        return min(max_tokens, available)
 
 
-def check_stops(stops: tuple[str, ...], most: int, param: str, *, is_list: bool = True) -> None:
+def check_stops(stops: tuple[str, ...], max_stops: int, param: str, *, is_list: bool = True) -> None:
     """Check the number of stop strings and their lengths."""
-    if len(stops) > most:
-        refuse(param, f"`{param}` takes at most {most} strings, got {len(stops)}")
+    if len(stops) > max_stops:
+        refuse(param, f"`{param}` takes at most {max_stops} strings, got {len(stops)}")
     for i, stop in enumerate(stops):
         where = f"{param}[{i}]" if is_list else param
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
@@ -94,15 +94,15 @@ def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -
     Raises:
         ContextExceeded: if the text is too long.
     """
-    least = -(-num_characters // max(longest_token, 1))
-    if least > info.max_input_tokens:
-        given = f"your {{field}} has at least {least} tokens"
-        raise _too_long(f"{info.max_total_tokens} tokens", given, least, info)
+    num_tokens = -(-num_characters // max(longest_token, 1))
+    if num_tokens > info.max_input_tokens:
+        given = f"your {{field}} has at least {num_tokens} tokens"
+        raise _too_long(f"{info.max_total_tokens} tokens", given, num_tokens, info)
 
 
 def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int:
-    room = max(info.max_total_tokens - num_prompt, 0)
-    tested = min(room if max_tokens is None else max_tokens, TGI_TESTED_TOKENS)
+    available = max(info.max_total_tokens - num_prompt, 0)
+    tested = min(available if max_tokens is None else max_tokens, TGI_TESTED_TOKENS)
     if num_prompt + tested > info.max_total_tokens:
         raise InvalidRequest(
             f"`inputs` tokens + `max_new_tokens` must be <= {info.max_total_tokens}. "
@@ -114,7 +114,7 @@ def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int
             f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {num_prompt}",
             field=("prompt",),
         )
-    return room if max_tokens is None else min(max_tokens, room)
+    return available if max_tokens is None else min(max_tokens, available)
 
 
 def _too_long(

@@ -20,7 +20,7 @@ from tgi_asgi.api.life import Handler, admitted, cache_salt_of, lease_adapters, 
 from tgi_asgi.api.parse import refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.errors import ContextExceeded, ModelNotSupported, Overloaded, TgiError, TooManyPrompts
-from tgi_asgi.observe.course import sync_headers
+from tgi_asgi.observe.summary import sync_headers
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import (
     Adapter,
@@ -43,7 +43,7 @@ MAX_INPUTS = 2048  # per call: OpenAI's limit
 MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a query counts for each document
 _SHARE = 4  # a call runs at most this fraction of `--max-concurrent-requests` at a time
 _SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
-_CUTS = 8  # attempts to cut a document to fit; each renders the template
+_MAX_CUTS = 8  # attempts to cut a document to fit; each renders the template
 _RETRY_S = 0.1
 _LARGE = 16 * 1024  # numbers in an answer; writing one takes about 50 ns
 _BATCH_CHARACTERS = 32 * 1024  # text that a thread tokenises in one turn, in about 10 ms
@@ -70,7 +70,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Truncation:
     """How many tokens to keep of an input that is too long; None: as many as fit."""
 
     keep: int | None = None
@@ -92,7 +92,7 @@ class PoolCall:
 
     Attributes:
         answer: Returns the body of the answer; called in a thread if that is slow.
-        cut: How to truncate inputs that are too long; None: refuse them.
+        truncation: How to truncate inputs that are too long; None: refuse them.
         num_numbers: How many numbers the answer has for each input.
     """
 
@@ -100,7 +100,7 @@ class PoolCall:
     how: Embedding | Scoring
     answer: Callable[[Pooled], bytes]
     model: str | None = None
-    cut: Cut | None = None
+    truncation: Truncation | None = None
     adds_special_tokens: bool = True
     priority: int = 0
     num_numbers: int = 1
@@ -132,7 +132,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     context = exchange.context
     served = context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
-    exchange.remains.append(call)
+    exchange.large_objects.append(call)
     model = served_name(exchange, call.model)
     if not call.inputs:
         await exchange.respond(200, call.answer(Pooled(model, [], 0)))
@@ -177,17 +177,17 @@ def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
     """Refuse a call without inputs or with too many."""
     if not num_inputs:
         refuse_field(name, "must not be empty")
-    most = settings.max_client_batch_size or MAX_INPUTS
-    if num_inputs > most:
-        message = f"`{name}` takes at most {most} inputs, got {num_inputs}"
+    max_inputs = settings.max_client_batch_size or MAX_INPUTS
+    if num_inputs > max_inputs:
+        message = f"`{name}` takes at most {max_inputs} inputs, got {num_inputs}"
         raise TooManyPrompts(message, param=name)
 
 
-def read_cut(tokens: int | None, *, name: str = "truncate_prompt_tokens") -> Cut | None:
+def read_truncation(tokens: int | None, *, name: str = "truncate_prompt_tokens") -> Truncation | None:
     """Return the truncation that vLLM's field asks for; -1 keeps as much as fits."""
     if tokens is not None and tokens < 1 and tokens != -1:
         refuse_field(name, f"must be -1 or at least 1, got {tokens}")
-    return None if tokens is None else Cut(None if tokens == -1 else tokens)
+    return None if tokens is None else Truncation(None if tokens == -1 else tokens)
 
 
 def _num_characters(given: Input) -> int:
@@ -205,13 +205,13 @@ async def _requests(
     prompts: list[_Prompt] = []
     num_tokens = 0
     while len(prompts) < len(call.inputs):
-        found = await context.text.run(_tokenise, call, len(prompts), served, context.settings)
+        found = await context.text_threads.run(_tokenise, call, len(prompts), served, context.settings)
         num_tokens += sum(len(ids) for ids, _ in found)
         if num_tokens > MAX_TOKENS:
             where = call.inputs[len(prompts)].where.partition("[")[0]
             raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
         prompts += found
-    most = context.settings.max_priority
+    max_priority = context.settings.max_priority
     salt = cache_salt_of(exchange, None)
     return [
         GenerationRequest(
@@ -219,7 +219,7 @@ async def _requests(
             prompt_ids=ids,
             sampling=_SAMPLING,
             stop=_STOP,
-            priority=min(max(call.priority, -most), most),
+            priority=min(max(call.priority, -max_priority), max_priority),
             cache_salt=salt,
             adapter=adapter,
             is_prefix_cached=not call.pooling.needs_all,
@@ -249,61 +249,67 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
         ContextExceeded: if there are too many.
         InvalidRequest: if there are none.
     """
-    tokenizer, content, cut = served.tokenizer, given.content, call.cut
-    room = call.how.max_tokens
-    keep = room if cut is None else min(cut.keep or room, room)
-    most_characters = (keep + _SLACK_TOKENS) * tokenizer.longest_token
+    tokenizer, content, truncation = served.tokenizer, given.content, call.truncation
+    limit = call.how.max_tokens
+    keep = limit if truncation is None else min(truncation.keep or limit, limit)
+    max_chars = (keep + _SLACK_TOKENS) * tokenizer.longest_token
     # Only the document of a pair is cut.
-    num_whole = len(content.query) if isinstance(content, Pair) and cut else _num_characters(given)
-    if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
-        raise _too_long(given, cut, -(-num_whole // tokenizer.longest_token), keep, is_least=True)
+    num_whole = len(content.query) if isinstance(content, Pair) and truncation else _num_characters(given)
+    if (truncation is None or isinstance(content, Pair)) and num_whole > limit * tokenizer.longest_token:
+        raise _too_long(given, truncation, -(-num_whole // tokenizer.longest_token), keep, is_minimum=True)
     second_start = None
     if isinstance(content, Pair):
-        ids, second_start = _pair_prompt(content, served, settings, keep, most_characters, cut)
+        ids, second_start = _pair_prompt(content, served, settings, keep, max_chars, truncation)
     elif isinstance(content, list):
-        ids = content if cut is None or len(content) <= keep else _kept(content, keep, cut)
-    elif cut is None:
+        ids = content if truncation is None or len(content) <= keep else _kept(content, keep, truncation)
+    elif truncation is None:
         ids = tokenizer.encode(content, add_special_tokens=call.adds_special_tokens)
     else:
         ids = tokenizer.encode_cut(
-            _kept(content, most_characters, cut),
+            _kept(content, max_chars, truncation),
             keep,
             add_special_tokens=call.adds_special_tokens,
-            from_left=cut.from_left,
+            from_left=truncation.from_left,
         )
     if len(ids) > keep:
-        raise _too_long(given, cut, len(ids), keep)
+        raise _too_long(given, truncation, len(ids), keep)
     if not ids:
         refuse(given.where, f"`{given.where}` must not be empty")
     return ids, second_start
 
 
-def _kept(content: _Content, keep: int, cut: Cut) -> _Content:
-    return content[-keep:] if cut.from_left else content[:keep]
+def _kept(content: _Content, keep: int, truncation: Truncation) -> _Content:
+    return content[-keep:] if truncation.from_left else content[:keep]
 
 
 def _pair_prompt(
-    pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, cut: Cut | None
+    pair: Pair,
+    served: Served,
+    settings: Settings,
+    keep: int,
+    max_chars: int,
+    truncation: Truncation | None,
 ) -> _Prompt:
     """Return a pair's tokens; if it may be cut, with as much of its document as fits."""
-    document = pair.document if cut is None else _kept(pair.document, most_characters, cut)
+    document = pair.document if truncation is None else _kept(pair.document, max_chars, truncation)
     scoring, tokenizer = served.info.scoring, served.tokenizer
     if scoring is None or scoring.template is None:
-        if cut is None:
+        if truncation is None:
             return tokenizer.encode_pair(pair.query, document)
-        return tokenizer.encode_pair(pair.query, document, keep=keep, from_left=cut.from_left)
-    for attempt in range(_CUTS):
+        return tokenizer.encode_pair(pair.query, document, keep=keep, from_left=truncation.from_left)
+    for attempt in range(_MAX_CUTS):
         ids = _templated_pair(pair, document, served, settings)
         over = len(ids) - keep
-        if cut is None or over <= 0 or not document:
+        if truncation is None or over <= 0 or not document:
             break
         own = tokenizer.encode(document, add_special_tokens=False)
-        num_kept = max(len(own) - over, 0) if attempt < _CUTS - 2 else 0
+        num_kept = max(len(own) - over, 0) if attempt < _MAX_CUTS - 2 else 0
         if not num_kept:
             document = ""
             continue
+        kept = _kept(own, num_kept, truncation)
         # Drop characters that the cut has split.
-        document = tokenizer.decode(_kept(own, num_kept, cut), skip_special_tokens=False).strip("\ufffd")
+        document = tokenizer.decode(kept, skip_special_tokens=False).strip("\ufffd")
     return ids, None
 
 
@@ -315,22 +321,22 @@ def _templated_pair(pair: Pair, document: str, served: Served, settings: Setting
 
 
 def _too_long(
-    given: Input, cut: Cut | None, num_tokens: int, most: int, *, is_least: bool = False
+    given: Input, truncation: Truncation | None, num_tokens: int, limit: int, *, is_minimum: bool = False
 ) -> ContextExceeded:
     """Return the refusal of an input; if it was to be cut, its query is too long."""
-    number = f"at least {num_tokens}" if is_least else str(num_tokens)
-    if cut is None:
+    number = f"at least {num_tokens}" if is_minimum else str(num_tokens)
+    if truncation is None:
         with_query = " with its query" if isinstance(given.content, Pair) else ""
         message = (
-            f"This model's maximum context length is {most} tokens. However, `{given.where}` has {number}"
+            f"This model's maximum context length is {limit} tokens. However, `{given.where}` has {number}"
             f"{with_query}. Please shorten it, or have it cut. (context_length_exceeded)"
         )
     else:
         message = (
-            f"At most {most} tokens are kept of `{given.where}` with its query. However, without any of the "
+            f"At most {limit} tokens are kept of `{given.where}` with its query. However, without any of the "
             f"document there are {number}. Please shorten the query. (context_length_exceeded)"
         )
-    error = ContextExceeded(message, num_tokens, most)
+    error = ContextExceeded(message, num_tokens, limit)
     error.param, error.field = given.where, None
     return error
 
@@ -344,12 +350,12 @@ async def _compute(
     try:
         await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise exchange.disconnect()
+            raise exchange.note_disconnect()
         return work.result()
     finally:
         watch.cancel()
         work.cancel()
-        exchange.give_up()
+        exchange.cancel_channels()
 
 
 class _Window:
@@ -359,7 +365,7 @@ class _Window:
         self._exchange = exchange
         self._engine = engine
         self._permit = permit
-        self._most = permit.n
+        self._max_running = permit.n
         self._num_running = 0
         self._error: TgiError | None = None
         self._changed = asyncio.Event()
@@ -372,7 +378,7 @@ class _Window:
         """
         channels = self._exchange.channels
         for request in requests:
-            channel = self._engine.submit(request, await self._room())
+            channel = self._engine.submit(request, await self._next_permit())
             channels.append(channel)
             self._num_running += 1
             channel.attach(self)
@@ -394,11 +400,11 @@ class _Window:
         self._error = self._error or error
         self._changed.set()
 
-    async def _room(self) -> Permit:
+    async def _next_permit(self) -> Permit:
         """Return a permit for one more request: part of the initial one, then new ones as requests end."""
         if self._permit.n:
             return self._permit.split(1)
-        while self._num_running >= self._most:
+        while self._num_running >= self._max_running:
             await self._next_end()
         while True:
             try:

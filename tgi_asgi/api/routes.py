@@ -99,7 +99,7 @@ class RouteTable:
         elif exchange.path.startswith("/v1/v1/"):
             hint = f". Take /v1 from the base URL: {exchange.path[3:]}"
         dialect = row.dialect if row is not None else NATIVE
-        exchange.dialect = _spoken(dialect, exchange)
+        exchange.dialect = _effective_dialect(dialect, exchange)
         self._check(exchange)  # with a wrong key, do not reveal whether the path exists
         exchange.dialect = dialect
         raise NotFound(f"{'No route' if dialect is NATIVE else 'Unknown URL:'} {where}{hint}")
@@ -119,7 +119,7 @@ class _Endpoint:
         exchange: Exchange = scope.pop(_EXCHANGE)  # the exchange refers to the scope, so this avoids a cycle
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
-        exchange.dialect = dialect = _spoken(any_row.dialect, exchange)
+        exchange.dialect = dialect = _effective_dialect(any_row.dialect, exchange)
         if dialect.request_id_header is not None:
             exchange.response_headers.append((dialect.request_id_header, exchange.request_id.encode("ascii")))
         exchange.route = row
@@ -133,7 +133,7 @@ class _Endpoint:
         await row.handle(exchange)
 
 
-def _spoken(dialect: Dialect, exchange: Exchange) -> Dialect:
+def _effective_dialect(dialect: Dialect, exchange: Exchange) -> Dialect:
     is_openai = dialect.envelope is OPENAI.envelope
     return NATIVE if is_openai and exchange.context.settings.tgi_compat else dialect
 

@@ -100,7 +100,7 @@ class EventStream:
             pass
         finally:
             self._is_over = True
-            exchange.give_up()
+            exchange.cancel_channels()
             watch.cancel()
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
@@ -126,7 +126,7 @@ class EventStream:
         if self._is_over or self._failure is not None:
             return
         self._exchange.error = self._failure = error
-        self._exchange.give_up()
+        self._exchange.cancel_channels()
         self._num_open = 0
         self._wake()
 
@@ -214,7 +214,7 @@ class EventStream:
                 frames.append(self._renderer.close())
             return b"".join(frames)
 
-        return await self._exchange.context.text.run(render) if is_slow else render()
+        return await self._exchange.context.text_threads.run(render) if is_slow else render()
 
     async def _send(self, frames: bytes, is_last: bool) -> None:
         exchange = self._exchange
@@ -246,7 +246,7 @@ class EventStream:
         """End the stream now, whatever the request's task is doing."""
         self._is_over = True
         self._end = reason
-        self._exchange.give_up()
+        self._exchange.cancel_channels()
         if self._deadline is not None:
             self._deadline.reschedule(self._loop.time())
         self._wake()
@@ -260,7 +260,7 @@ class EventStream:
             return
         if self._num_open == 0 and self._is_busy and not self._waiting:
             return  # all is being sent; servers also report the response's end like this
-        self._stop(self._exchange.disconnect())
+        self._stop(self._exchange.note_disconnect())
 
 
 class _CutOff(Exception):

@@ -9,7 +9,7 @@ from tgi_asgi.api import docs
 from tgi_asgi.api.admin import adapters, control, status
 from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
-from tgi_asgi.api.life import Parse, counting, generating
+from tgi_asgi.api.life import Parse, generating, tokenising
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
@@ -69,7 +69,7 @@ def _openai() -> list[Route]:
         pooled("/v1/score", pooling(parse_score), "Score pairs of texts: vLLM", requests=(ScoreRequest,)),
         pooled("/score", pooling(parse_score), "The same, without /v1", requests=(ScoreRequest,)),
         row(
-            "POST", "/v1/responses/input_tokens", counting(responses.count_input), "Length of a prompt",
+            "POST", "/v1/responses/input_tokens", tokenising(responses.count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),
         ),
         row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),

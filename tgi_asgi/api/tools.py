@@ -64,8 +64,8 @@ class Tool:
 
     def for_template(self) -> dict[str, Any]:
         """Return it in the form that chat templates take."""
-        told = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        function: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
+        fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        function: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
         if self.is_strict is not None:
             function["strict"] = self.is_strict
         return {"type": "function", "function": function}

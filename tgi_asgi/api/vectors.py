@@ -23,7 +23,7 @@ def check_dimensions(dimensions: int | None, embedding: Embedding) -> None:
         refuse_field("dimensions", f"must be in 1..{embedding.dimensions}, got {dimensions}")
 
 
-def shaped(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Vector:
+def shape_vector(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Vector:
     """Return a vector's first dimensions (Matryoshka embeddings: Kusupati et al., 2022), or all of them.
 
     `is_normalized` scales the result to length 1; a zero vector stays as it is.
@@ -63,6 +63,6 @@ def probability(logit: float) -> float:
     return odds / (1 + odds)
 
 
-def ranked(scores: Sequence[float], most: int | None = None) -> list[int]:
+def best_first(scores: Sequence[float], top_n: int | None = None) -> list[int]:
     """Return the indices of scores, best first; equal scores keep their order."""
-    return sorted(range(len(scores)), key=lambda index: -scores[index])[:most]
+    return sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]

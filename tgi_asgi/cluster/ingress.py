@@ -24,16 +24,16 @@ def ingress_app(settings: Settings, connect: Connect) -> App:
 
     def loader(settings: Settings, progress: Progress) -> Served:
         progress("waiting for a replica", 0, None)
-        transport, told = connect()
-        engine = RemoteEngine(transport, settings, told.block_size)
+        transport, description = connect()
+        engine = RemoteEngine(transport, settings, description.block_size)
         return Served(
             cast(Engine, engine),
-            told.tokenizer,
-            told.chat_template,
-            told.info,
+            description.tokenizer,
+            description.chat_template,
+            description.info,
             engine.stats,
-            told.image_processor,
-            RemoteAdapters(engine) if told.has_adapters else None,
+            description.image_processor,
+            RemoteAdapters(engine) if description.has_adapters else None,
         )
 
     return create_app(settings, loader)

@@ -27,7 +27,7 @@ class Presence:
         self._known: dict[tuple[str, str], tuple[str, ...]] = {}
         self._listeners: dict[tuple[str, str], list[Listener]] = {}
 
-    def tell(self, deployment: tuple[str, str], replicas: Sequence[str]) -> None:
+    def publish(self, deployment: tuple[str, str], replicas: Sequence[str]) -> None:
         """Record a router's current replicas and notify the listeners."""
         with self._lock:
             self._known[deployment] = tuple(replicas)
@@ -35,7 +35,7 @@ class Presence:
         for listener in listeners:
             listener(replicas)
 
-    def listen(self, deployment: tuple[str, str], listener: Listener) -> None:
+    def subscribe(self, deployment: tuple[str, str], listener: Listener) -> None:
         """Call the listener with the known replicas now and on every change."""
         with self._lock:
             self._listeners.setdefault(deployment, []).append(listener)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tgi_asgi.cluster.table import ReplicaTable, Ticket
 from tgi_asgi.cluster.totals import Totals
-from tgi_asgi.cluster.wire import Reply, Report, Seen, WireRequest, finishes_of, unpacked
+from tgi_asgi.cluster.wire import CacheVersion, Reply, Report, WireRequest, finishes_of, unpack_events
 from tgi_asgi.engine.admission import Admission
 from tgi_asgi.engine.outbox import Outbox
 from tgi_asgi.engine.prefix import HashChain, root_digest
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 _REPORT_TIMEOUT_S = 5.0
-_MOST_TRIES = 3  # per request without a token yet: another replica may have capacity, or be alive
+_MAX_TRIES = 3  # per request without a token yet: another replica may have capacity, or be alive
 _LONG = 16 * 1024  # prompt tokens from which a thread does the hashing, at 60 ns each
 
 
@@ -86,14 +86,14 @@ class RemoteEngine:
         self.admission = Admission(settings.max_concurrent_requests, clock)
         self.channels: list[RemoteChannel] = []
         self._totals = Totals()
-        self._room = settings.max_concurrent_requests
+        self._max_per_replica = settings.max_concurrent_requests
         self._prefix_cache = settings.prefix_cache
         self.block_size = block_size
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._is_leaving = False
+        self._is_draining = False
         self._watch: asyncio.Task[None] | None = None
-        self._errands: set[asyncio.Task[None]] = set()
+        self._background_tasks: set[asyncio.Task[None]] = set()
 
     @property
     def stats(self) -> Any:
@@ -102,7 +102,7 @@ class RemoteEngine:
 
     @property
     def state(self) -> EngineState:
-        if self._is_leaving:
+        if self._is_draining:
             return EngineState.DRAINING
         return EngineState.READY if self.table.replicas else EngineState.LOADING
 
@@ -128,7 +128,7 @@ class RemoteEngine:
 
     async def drain(self, timeout_s: float) -> None:
         """Accept nothing new and let requests finish; after the timeout, end the rest with an error."""
-        self._is_leaving = True
+        self._is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._is_idle.wait()
@@ -136,9 +136,9 @@ class RemoteEngine:
 
     async def stop(self) -> None:
         """End every request with an error now."""
-        self._is_leaving = True
+        self._is_draining = True
         self._end_all()
-        tasks = [task for task in (self._watch, *self._errands) if task is not None]
+        tasks = [task for task in (self._watch, *self._background_tasks) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -189,12 +189,12 @@ class RemoteEngine:
         for replica in self.table.replicas.values():
             num_blocks += replica.num_blocks
             replica.forget()
-            task = asyncio.create_task(self._tell(replica.name, "reset_prefix_cache"))
-            self._errands.add(task)
-            task.add_done_callback(self._errands.discard)
+            task = asyncio.create_task(self._call_if_alive(replica.name, "reset_prefix_cache"))
+            self._background_tasks.add(task)
+            task.add_done_callback(self._background_tasks.discard)
         return num_blocks
 
-    async def _tell(self, replica: str, method: str) -> None:
+    async def _call_if_alive(self, replica: str, method: str) -> None:
         with contextlib.suppress(ReplicaLost):
             await self.transport.call(replica, method)
 
@@ -211,7 +211,7 @@ class RemoteEngine:
         """Remove a replica that is gone."""
         self.table.drop(replica)
         self._totals.retire(replica)
-        self._totals.show()
+        self._totals.sum_up()
 
     async def _keep_watching(self) -> None:
         while True:
@@ -228,16 +228,16 @@ class RemoteEngine:
         names = self.transport.replicas()
         for gone in self.table.replicas.keys() - set(names):
             self.drop(gone)
-        await asyncio.gather(*map(self._ask, names))
-        self._totals.show()
-        self.admission.capacity = self._room * max(len(self.table.replicas), 1)
+        await asyncio.gather(*map(self._request_report, names))
+        self._totals.sum_up()
+        self.admission.capacity = self._max_per_replica * max(len(self.table.replicas), 1)
 
-    async def _ask(self, name: str) -> None:
+    async def _request_report(self, name: str) -> None:
         known = self.table.replicas.get(name)
-        seen = Seen() if known is None else known.seen
+        version = CacheVersion() if known is None else known.cache_version
         try:
             async with asyncio.timeout(_REPORT_TIMEOUT_S):
-                report: Report = await self.transport.call(name, "report", seen)
+                report: Report = await self.transport.call(name, "report", version)
         except ReplicaLost:
             self.drop(name)
         except TimeoutError:
@@ -299,7 +299,7 @@ class RemoteChannel(Outbox):
         wired = WireRequest.of(request, self.permit.tenant)
         tried: list[str] = []
         error: TgiError | None = None
-        while len(tried) < _MOST_TRIES:
+        while len(tried) < _MAX_TRIES:
             order = engine.table.order(digests, size, adapter, without=tried)
             if not order:
                 break
@@ -326,10 +326,10 @@ class RemoteChannel(Outbox):
             async for reply in replies:
                 if reply.error is not None:
                     return reply.error
-                if reply.course is not None:
-                    reply.course.fill(self.stats)
+                if reply.stats is not None:
+                    reply.stats.fill(self.stats)
                 ticket.begin()
-                self._push(unpacked(reply.events))
+                self._push(unpack_events(reply.events))
         return None
 
     def _push(self, events: list[TokenEvent]) -> None:

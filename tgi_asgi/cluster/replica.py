@@ -15,15 +15,15 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, Loader, create_app, load_model
 from tgi_asgi.cluster.totals import snapshot
 from tgi_asgi.cluster.wire import (
-    Course,
+    CacheVersion,
     Description,
     Reply,
     Report,
-    Seen,
     WireRequest,
+    WireStats,
     finishes_of,
     join_digests,
-    packed,
+    pack_events,
 )
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.engine.engine import Engine
@@ -89,16 +89,16 @@ class Replica:
             self._adapters is not None, size,
         )  # fmt: skip
 
-    def report(self, seen: Seen) -> Report:
-        """Return the replica's status, and how its cache changed since the state that an ingress has seen."""
+    def report(self, known: CacheVersion) -> Report:
+        """Return the replica's status, and how its cache changed since the version that an ingress knows."""
         journal, stats = self._journal, self._engine.stats
-        changes = journal.since(seen.number) if seen.life == self._life else None
+        changes = journal.since(known.number) if known.life == self._life else None
         is_whole = changes is None
         if changes is None:
             changes = dict.fromkeys(self._engine.scheduler.resumable.known, True)
         return Report(
             self.name,
-            Seen(self._life, journal.end),
+            CacheVersion(self._life, journal.end),
             is_whole,
             join_digests(digest for digest, is_found in changes.items() if is_found),
             join_digests(digest for digest, is_found in changes.items() if not is_found),
@@ -131,8 +131,10 @@ class Replica:
                 while num_open:
                     events = await mailbox.take()
                     num_open -= len(finishes_of(events))
-                    is_told = is_first or not num_open
-                    yield Reply(self.name, packed(events), Course.of(channel.stats) if is_told else None)
+                    has_stats = is_first or not num_open
+                    yield Reply(
+                        self.name, pack_events(events), WireStats.of(channel.stats) if has_stats else None
+                    )
                     is_first = False
                     if num_open:
                         await asyncio.sleep(self._num_streams * _REPLY_S)
@@ -155,15 +157,15 @@ class Replica:
 
     async def add_adapter(self, name: str, location: str) -> TgiError | None:
         """Read an adapter; return the error if that fails."""
-        return await _told(self._served_adapters().add(name, location))
+        return await _error_of(self._served_adapters().add(name, location))
 
     async def replace_adapter(self, name: str, location: str) -> TgiError | None:
         """Read an adapter that replaces the one of this name; return the error if that fails."""
-        return await _told(self._served_adapters().replace(name, location))
+        return await _error_of(self._served_adapters().replace(name, location))
 
     async def remove_adapter(self, name: str) -> TgiError | None:
         """Unload an adapter; return the error if that fails."""
-        return await _told(self._served_adapters().remove(name))
+        return await _error_of(self._served_adapters().remove(name))
 
     def _served_adapters(self) -> Adapters:
         assert self._adapters is not None, "an ingress calls only replicas that serve adapters"
@@ -174,7 +176,7 @@ class Replica:
         return self._engine.reset_prefix_cache()
 
 
-async def _told(work: Awaitable[None]) -> TgiError | None:
+async def _error_of(work: Awaitable[None]) -> TgiError | None:
     """Return the error, because an actor's exceptions lose their type on the way."""
     try:
         await work

@@ -13,26 +13,26 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from tgi_asgi.cluster import presence
 
 
-class TellsIngress:
+class ReplicaReporter:
     """Mixin for Ray routers that reports the existing replicas to the ingress of its process."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Accept the controller's list of replicas."""
         super().update_replicas(replicas)  # type: ignore[misc]
-        self._tell()
+        self._publish_replicas()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Drop a replica after a failed call, before the controller reports it."""
         super().on_replica_actor_died(replica_id)  # type: ignore[misc]
-        self._tell()
+        self._publish_replicas()
 
-    def _tell(self) -> None:
+    def _publish_replicas(self) -> None:
         router: Any = self
         names = [replica_id.unique_id for replica_id in router.curr_replicas]
-        presence.shared.tell((router.app_name, router._deployment_id.name), names)
+        presence.shared.publish((router.app_name, router._deployment_id.name), names)
 
 
-class PreferringRouter(TellsIngress, RequestRouter):  # type: ignore[misc]  # Ray has no types
+class PreferringRouter(ReplicaReporter, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Chooses the first wanted replica that exists, otherwise any."""
 
     async def choose_replicas(

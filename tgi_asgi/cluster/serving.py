@@ -20,19 +20,19 @@ from ray.serve.handle import DeploymentHandle
 
 from tgi_asgi.app import Loader, load_model
 from tgi_asgi.cluster.config import ClusterConfig, ModelConfig, name_of
-from tgi_asgi.cluster.front import front_app
+from tgi_asgi.cluster.dispatcher import dispatch_app
 from tgi_asgi.cluster.ingress import ingress_app
 from tgi_asgi.cluster.presence import Wanted, shared
 from tgi_asgi.cluster.remote import ReplicaLost, Transport
 from tgi_asgi.cluster.replica import Replica
-from tgi_asgi.cluster.wire import Description, Reply, Report, Seen, WireRequest
+from tgi_asgi.cluster.wire import CacheVersion, Description, Reply, Report, WireRequest
 from tgi_asgi.errors import TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.settings import Settings
 
 ROUTER = "tgi_asgi.cluster.routing:PreferringRouter"
 _SLACK = 64  # calls in addition to those that generate: reports, and those that the engine itself refuses
-_MOST_AT_AN_INGRESS = 100_000  # the ingress's own permits limit it
+_MAX_INGRESS_REQUESTS = 100_000  # the ingress's own permits limit it
 _DRAIN_SLACK_S = 5.0
 _SWITCH_S = 0.001  # longest wait for the GIL, as in `serve/server.py`
 
@@ -55,9 +55,9 @@ class ReplicaDeployment:
         """Return what an ingress needs to know about the model."""
         return self._replica.describe()
 
-    async def report(self, _wanted: Wanted, seen: Seen) -> Report:
+    async def report(self, _wanted: Wanted, known: CacheVersion) -> Report:
         """Return the replica's status."""
-        return self._replica.report(seen)
+        return self._replica.report(known)
 
     async def add_adapter(self, _wanted: Wanted, name: str, location: str) -> TgiError | None:
         """Read an adapter."""
@@ -86,7 +86,7 @@ class ReplicaDeployment:
 
 @serve.ingress()
 class IngressDeployment:
-    """The actor around the API: one application per model, combined by `front.py` if there are several."""
+    """The actor around the API: one application per model, combined by `dispatcher.py` if several."""
 
     def __init__(self, models: Sequence[tuple[Settings, DeploymentHandle[Any]]]) -> None:
         logs.configure(models[0][0])
@@ -94,7 +94,7 @@ class IngressDeployment:
         self._models = models
 
     def __serve_build_asgi_app__(self) -> Any:  # name required by Ray
-        return front_app([_app_of(settings, handle) for settings, handle in self._models])
+        return dispatch_app([_app_of(settings, handle) for settings, handle in self._models])
 
 
 def _app_of(settings: Settings, handle: DeploymentHandle[Any]) -> Any:
@@ -119,7 +119,7 @@ class RayTransport:
         self._streams = handle.options(stream=True)
         self._replicas: Sequence[str] = ()
         self._has_changed = asyncio.Event()
-        shared.listen((handle.app_name, handle.deployment_name), self._hear)
+        shared.subscribe((handle.app_name, handle.deployment_name), self._on_replicas)
 
     def replicas(self) -> Sequence[str]:
         """Return the ids of the current replicas."""
@@ -137,7 +137,7 @@ class RayTransport:
         stream = self._streams.generate.remote(Wanted(tuple(order)), request)
         is_over = False
         try:
-            with _losses_told():
+            with _translate_ray_errors():
                 async for reply in stream:
                     yield reply
             is_over = True
@@ -152,10 +152,10 @@ class RayTransport:
         """Call a method of one replica."""
         if replica not in self._replicas:
             raise ReplicaLost(replica)
-        with _losses_told():
+        with _translate_ray_errors():
             return await getattr(self._handle, method).remote(Wanted((replica,)), *arguments)
 
-    def _hear(self, replicas: Sequence[str]) -> None:
+    def _on_replicas(self, replicas: Sequence[str]) -> None:
         """Store the current replicas; called in the router's thread."""
         self._replicas = tuple(replicas)
         if not self._loop.is_closed():
@@ -163,7 +163,7 @@ class RayTransport:
 
 
 @contextlib.contextmanager
-def _losses_told() -> Iterator[None]:
+def _translate_ray_errors() -> Iterator[None]:
     """Translate Ray's errors for an actor that is gone or ended its call to `ReplicaLost`."""
     try:
         yield
@@ -190,7 +190,7 @@ def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str =
         IngressDeployment,
         name="ingress",
         num_replicas=config.num_ingresses,
-        max_ongoing_requests=_MOST_AT_AN_INGRESS,
+        max_ongoing_requests=_MAX_INGRESS_REQUESTS,
         graceful_shutdown_timeout_s=config.models[0].settings.graceful_termination_timeout + _DRAIN_SLACK_S,
         ray_actor_options={"num_cpus": 0, **config.ingress_actor_options},
     )

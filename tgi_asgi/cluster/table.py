@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tgi_asgi.cluster.wire import Report, Seen, split_digests
+from tgi_asgi.cluster.wire import CacheVersion, Report, split_digests
 
 # Cost of a running stream to a concurrent prompt, in prompt tokens: a row of each step until it ends.
 STREAM_TOKENS = 32
@@ -32,7 +32,7 @@ class KnownReplica:
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.seen = Seen()
+        self.cache_version = CacheVersion()
         self.adapters: Mapping[str, str] = {}
         self.num_open = 0
         self.num_foreign = 0
@@ -91,7 +91,8 @@ class KnownReplica:
         oldest_s = self._clock() - _EXPECTED_S
         while self._expected and next(iter(self._expected.values())) < oldest_s:
             self._expected.popitem(last=False)
-        self.seen, self.adapters, self._has_states = report.seen, report.adapters, report.has_states
+        self.cache_version, self.adapters = report.cache_version, report.adapters
+        self._has_states = report.has_states
         self.num_foreign = max(report.num_open - self.num_open, 0)
         self.num_missed = 0
 

@@ -14,9 +14,9 @@ _GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "s
 
 def snapshot(stats: EngineStats) -> dict[str, Any]:
     """Return an engine's counters as plain values, for sending."""
-    taken = {name: getattr(stats, name) for name in EngineStats.__slots__ if name != "adapters"}
-    taken["adapters"] = stats.adapters() if stats.adapters is not None else None
-    return taken
+    values = {name: getattr(stats, name) for name in EngineStats.__slots__ if name != "adapters"}
+    values["adapters"] = stats.adapters() if stats.adapters is not None else None
+    return values
 
 
 class Totals:
@@ -30,22 +30,24 @@ class Totals:
         self._gone: list[Snapshot] = [snapshot(EngineStats())]
         self._now: dict[str, Snapshot] = {}
 
-    def update(self, replica: str, taken: Snapshot) -> None:
-        """Store a replica's counters; `show` adds them up."""
-        self._now[replica] = taken
+    def update(self, replica: str, counters: Snapshot) -> None:
+        """Store a replica's counters; `sum_up` adds them up."""
+        self._now[replica] = counters
 
     def retire(self, replica: str) -> None:
         """Record that a replica is gone."""
-        taken = self._now.pop(replica, None)
-        if taken is not None:
-            self._gone = [_added([*self._gone, {**taken, **dict.fromkeys(_GAUGES, 0)}])]
+        counters = self._now.pop(replica, None)
+        if counters is not None:
+            self._gone = [_added([*self._gone, {**counters, **dict.fromkeys(_GAUGES, 0)}])]
 
-    def show(self) -> None:
+    def sum_up(self) -> None:
         """Write the sums to `stats`."""
         total = _added([*self._gone, *self._now.values()])
         for name, value in total.items():
             setattr(self.stats, name, value)
-        adapters = [taken["adapters"] for taken in self._now.values() if taken.get("adapters") is not None]
+        adapters = [
+            counters["adapters"] for counters in self._now.values() if counters.get("adapters") is not None
+        ]
         self.stats.adapters = (lambda: _named(adapters)) if adapters else None
 
 
@@ -56,7 +58,7 @@ def _named(adapters: Iterable[tuple[list[str], list[str]]]) -> tuple[list[str], 
 
 def _added(snapshots: list[Snapshot]) -> dict[str, Any]:
     names = [name for name in snapshots[0] if name != "adapters"]
-    return {name: _sum([taken[name] for taken in snapshots if name in taken]) for name in names}
+    return {name: _sum([counters[name] for counters in snapshots if name in counters]) for name in names}
 
 
 def _sum(values: list[Any]) -> Any:

@@ -58,7 +58,7 @@ class WireRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class WireStats:
     """A request's `RequestStats`; times are in seconds since it reached the replica, which is `age_s` ago."""
 
     age_s: float
@@ -70,7 +70,7 @@ class Course:
     vector: Any
 
     @classmethod
-    def of(cls, stats: RequestStats) -> Course:
+    def of(cls, stats: RequestStats) -> WireStats:
         """Return the request's stats as of now."""
 
         def since(moment_s: float | None) -> float | None:
@@ -105,22 +105,22 @@ class Reply:
 
     Attributes:
         replica: Id of the replica that sends it.
-        course: The request's stats, sent with the first reply and the last.
+        stats: The request's stats, sent with the first reply and the last.
         error: Set if the request failed; nothing follows.
     """
 
     replica: str
     events: Sequence[Event] = ()
-    course: Course | None = None
+    stats: WireStats | None = None
     error: TgiError | None = None
 
 
-def packed(events: Sequence[TokenEvent]) -> list[Event]:
+def pack_events(events: Sequence[TokenEvent]) -> list[Event]:
     """Return events in the form in which they are sent."""
     return [_FIELDS(event) for event in events]
 
 
-def unpacked(events: Sequence[Event]) -> list[TokenEvent]:
+def unpack_events(events: Sequence[Event]) -> list[TokenEvent]:
     """Return the events that were packed."""
     return [TokenEvent(*event) for event in events]
 
@@ -131,7 +131,7 @@ def finishes_of(events: Sequence[TokenEvent]) -> list[FinishReason]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class CacheVersion:
     """What an ingress knows of a replica's prefix cache: its journal up to an entry, in one process life."""
 
     life: str = ""
@@ -144,7 +144,7 @@ class Report:
 
     Attributes:
         replica: Its id.
-        seen: What an ingress knows after reading this.
+        cache_version: What an ingress knows after reading this.
         is_whole: Whether `found` is everything cached; otherwise it has the changes since the last report.
         found, lost: Concatenated digests of blocks.
         num_open: Number of requests that run or wait there, from any ingress.
@@ -155,7 +155,7 @@ class Report:
     """
 
     replica: str
-    seen: Seen
+    cache_version: CacheVersion
     is_whole: bool = True
     found: bytes = b""
     lost: bytes = b""

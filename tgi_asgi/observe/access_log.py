@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import TemplateError
-from tgi_asgi.observe.course import Course
 from tgi_asgi.observe.logs import quoted
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.types import EngineState
 
 if TYPE_CHECKING:
@@ -33,25 +33,25 @@ def log_access(exchange: Exchange) -> None:
 
 
 def _fields(exchange: Exchange, status: int) -> dict[str, object]:
-    course = Course.of(exchange)
+    summary = RequestSummary.of(exchange)
     client = exchange.scope.get("client")
     fields: dict[str, object] = {
         "request_id": exchange.request_id,
         "client": client[0] if client else None,
         "status": status,
-        "total_ms": _milliseconds(course.total_s),
+        "total_ms": _milliseconds(summary.total_s),
     }
     if exchange.channels:
         fields |= {
-            "prompt_tokens": course.prompt_tokens,
-            "cached_tokens": course.cached_tokens,
-            "generated_tokens": course.generated_tokens,
-            "inference_ms": _milliseconds(course.inference_s),
-            **{f"{name}_ms": _milliseconds(end_s - begin_s) for name, begin_s, end_s in course.parts},
-            "finish": ",".join(course.finishes),
+            "prompt_tokens": summary.prompt_tokens,
+            "cached_tokens": summary.cached_tokens,
+            "generated_tokens": summary.generated_tokens,
+            "inference_ms": _milliseconds(summary.inference_s),
+            **{f"{name}_ms": _milliseconds(end_s - begin_s) for name, begin_s, end_s in summary.phases},
+            "finish": ",".join(summary.finishes),
         }
-        if course.first_token_s is not None:
-            fields["first_token_ms"] = _milliseconds(course.first_token_s)
+        if summary.first_token_s is not None:
+            fields["first_token_ms"] = _milliseconds(summary.first_token_s)
     if exchange.tenant is not None:
         fields["tenant"] = exchange.tenant
     if exchange.error is not None:

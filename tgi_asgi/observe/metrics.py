@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
 from tgi_asgi.errors import GenerationFailed, TgiError
-from tgi_asgi.observe.course import Course
 from tgi_asgi.observe.prometheus import Counter, Registry, Value
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ DROPPED = "dropped"  # the client disconnected
 # Failure labels (`TgiError.failure`); TGI does not have "unavailable" (loading, draining or dead).
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
 _ADAPTERS = "vllm:lora_requests_info"
-_MOST_NEW_TOKENS = 1024  # the number that TGI validates with
+_MAX_NEW_TOKENS = 1024  # the number that TGI validates with
 # Aliases: TGI's second names, and vLLM's, added once the model's name is known.
-_SAME = {
+_TGI_ALIASES = {
     "tgi_batch_forward_duration": "tgi_batch_inference_duration",
     "tgi_queue_size": "tgi_requests_waiting",
     "tgi_batch_current_size": "tgi_requests_running",
 }
-_VLLM = {
+_VLLM_ALIASES = {
     "num_requests_running": "tgi_requests_running",
     "num_requests_waiting": "tgi_requests_waiting",
     "kv_cache_usage_perc": "tgi_kv_cache_usage_ratio",
@@ -76,7 +76,7 @@ class Metrics:
             "gauge", _ADAPTERS, "Adapters of running and waiting requests; value: the time.", lambda: 0.0,
             max_lora="0", running_lora_adapters="", waiting_lora_adapters="",
         )  # fmt: skip
-        for name, of in _SAME.items():
+        for name, of in _TGI_ALIASES.items():
             self._registry.alias(name, of)
 
     def _add_requests(self) -> None:
@@ -155,7 +155,7 @@ class Metrics:
     def model_loaded(self, info: ModelInfo) -> None:
         """Take over the model's name and its limits, which define TGI's length buckets."""
         self._add_lengths(info.max_input_tokens, info.max_total_tokens)
-        for name, of in _VLLM.items():
+        for name, of in _VLLM_ALIASES.items():
             self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
     def request_ended(self, exchange: Exchange) -> None:
@@ -164,20 +164,20 @@ class Metrics:
         if exchange.method != "POST" or route is None or not route.generates:
             return
         self.count.add()
-        course = Course.of(exchange)
+        summary = RequestSummary.of(exchange)
         if exchange.tenant is not None:
-            self._used(exchange.tenant, course)
-        for finish in course.finishes:
+            self._used(exchange.tenant, summary)
+        for finish in summary.finishes:
             self.choices["length" if finish == "length" else "stop"].add()
-        self.choices["abort"].add(course.num_choices - len(course.finishes))
+        self.choices["abort"].add(summary.num_choices - len(summary.finishes))
         if exchange.channels:
-            self.input_length.observe(course.prompt_tokens)
-            self.max_new_tokens.observe(min(course.max_new_tokens, _MOST_NEW_TOKENS))
+            self.input_length.observe(summary.prompt_tokens)
+            self.max_new_tokens.observe(min(summary.max_new_tokens, _MAX_NEW_TOKENS))
         # Recorded even if the request then failed or was dropped: those are the ones that waited longest.
-        if course.has_run:
-            self.queue_duration.observe(course.queue_s)
-        if course.first_token_s is not None:
-            self.time_to_first_token.observe(course.first_token_s)
+        if summary.has_run:
+            self.queue_duration.observe(summary.queue_s)
+        if summary.first_token_s is not None:
+            self.time_to_first_token.observe(summary.first_token_s)
         if exchange.error is not None:
             # An error that is not a TgiError is a fault of the engine or the server.
             kind = exchange.error if isinstance(exchange.error, TgiError) else GenerationFailed
@@ -185,9 +185,9 @@ class Metrics:
         elif exchange.is_disconnected:
             self.failure[DROPPED].add()
         else:
-            self._request_succeeded(course)
+            self._request_succeeded(summary)
 
-    def _used(self, key: str, course: Course) -> None:
+    def _used(self, key: str, summary: RequestSummary) -> None:
         """Count what a request of an API key used; the operator names the keys, so they are few."""
         if key not in self._usage:
             add = self._registry.counter
@@ -196,17 +196,17 @@ class Metrics:
                 add("tgi_key_prompt_tokens_total", "Prompt tokens of requests that ran.", key=key),
                 add("tgi_key_generated_tokens_total", "Generated tokens.", key=key),
             )
-        used = (1, course.prompt_tokens if course.has_run else 0, course.generated_tokens)
+        used = (1, summary.prompt_tokens if summary.has_run else 0, summary.generated_tokens)
         for counter, amount in zip(self._usage[key], used, strict=True):
             counter.add(amount)
 
-    def _request_succeeded(self, course: Course) -> None:
+    def _request_succeeded(self, summary: RequestSummary) -> None:
         self.success.add()
-        self.duration.observe(course.total_s)
-        self.validation_duration.observe(course.validation_s)
-        self.inference_duration.observe(course.inference_s)
-        self.mean_time_per_token.observe(course.inference_s / max(course.generated_tokens, 1))
-        self.generated_tokens.observe(course.generated_tokens)
+        self.duration.observe(summary.total_s)
+        self.validation_duration.observe(summary.validation_s)
+        self.inference_duration.observe(summary.inference_s)
+        self.mean_time_per_token.observe(summary.inference_s / max(summary.generated_tokens, 1))
+        self.generated_tokens.observe(summary.generated_tokens)
 
     def render(self, stats: EngineStats | None = None) -> bytes:
         """Return the exposition, with the engine's current numbers (none while the model loads)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.observe.access_log import CLIENT_CLOSED
-from tgi_asgi.observe.course import Course
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Tracing:
         def epoch_ns(at_s: float) -> int:
             return now_ns - int((now_s - at_s) * 1e9)
 
-        course = Course.of(exchange)
+        summary = RequestSummary.of(exchange)
         parent = {
             name: value.decode("latin-1")
             for name in ("traceparent", "tracestate")
@@ -80,17 +80,17 @@ class Tracing:
             context=self._propagator.extract(parent),
             kind=self._trace.SpanKind.SERVER,
             start_time=epoch_ns(exchange.started_s),
-            attributes=_attributes(exchange, course, status),
+            attributes=_attributes(exchange, summary, status),
         )
         if status >= 500 or (exchange.error is not None and exchange.status == 200):
             span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
         context = self._trace.set_span_in_context(span)
-        for name, begin_s, end_s in course.parts:
+        for name, begin_s, end_s in summary.phases:
             self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s)).end(epoch_ns(end_s))
         span.end(now_ns)
 
 
-def _attributes(exchange: Exchange, course: Course, status: int) -> dict[str, Any]:
+def _attributes(exchange: Exchange, summary: RequestSummary, status: int) -> dict[str, Any]:
     """Return a span's attributes, named by OpenTelemetry's conventions where these exist."""
     attributes: dict[str, Any] = {
         "http.request.method": exchange.method,
@@ -103,9 +103,9 @@ def _attributes(exchange: Exchange, course: Course, status: int) -> dict[str, An
     if exchange.channels and info is not None:
         attributes |= {
             "gen_ai.request.model": info.model_id,
-            "gen_ai.usage.input_tokens": course.prompt_tokens,
-            "gen_ai.usage.output_tokens": course.generated_tokens,
-            "gen_ai.response.finish_reasons": list(course.finishes),
-            "tgi.cached_tokens": course.cached_tokens,
+            "gen_ai.usage.input_tokens": summary.prompt_tokens,
+            "gen_ai.usage.output_tokens": summary.generated_tokens,
+            "gen_ai.response.finish_reasons": list(summary.finishes),
+            "tgi.cached_tokens": summary.cached_tokens,
         }
     return attributes

@@ -28,22 +28,22 @@ _REFUSAL = (
 CLOSE_S = 120.0
 
 
-class Turnstile:
+class TurnLimiter:
     """Lets a few callers through in each turn of the event loop, in order.
 
     Otherwise a thousand simultaneous requests, on new or existing connections, would be parsed and started in
     a few turns of half a second each, and every stream would stall meanwhile.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_per_turn: int) -> None:
+        self._max_per_turn = max_per_turn
         self._num_passed = 0  # in the current turn
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def enter(self) -> None:
         """Wait for this caller's turn."""
         loop = asyncio.get_running_loop()
-        if self._num_passed < self._most and not self._waiting:
+        if self._num_passed < self._max_per_turn and not self._waiting:
             self._num_passed += 1
             if self._num_passed == 1:
                 loop.call_soon(self._turn, loop)
@@ -54,7 +54,7 @@ class Turnstile:
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._num_passed = 0
-        while self._waiting and self._num_passed < self._most:
+        while self._waiting and self._num_passed < self._max_per_turn:
             future = self._waiting.popleft()
             if not future.done():  # otherwise its connection was dropped
                 future.set_result(None)
@@ -66,13 +66,13 @@ class Turnstile:
 class ConnectionLimit:
     """Counts the open connections of each address; 0 means no limit."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_connections: int) -> None:
+        self._max_connections = max_connections
         self._open: Counter[str | None] = Counter()
 
     def enter(self, address: str | None) -> bool:
         """Count a connection; return False instead if its address is at the limit. No address: no limit."""
-        if self._most and address is not None and self._open[address] >= self._most:
+        if self._max_connections and address is not None and self._open[address] >= self._max_connections:
             return False
         self._open[address] += 1
         return True
@@ -91,10 +91,10 @@ class Connection(TCPServer):
     time is over. That is 75 s, in which one health check a second accumulates 75 of them.
     """
 
-    def __init__(self, limit: ConnectionLimit, turnstile: Turnstile, *args: Any) -> None:
+    def __init__(self, limit: ConnectionLimit, turn_limiter: TurnLimiter, *args: Any) -> None:
         super().__init__(*args)
         self._limit = limit
-        self._turnstile = turnstile
+        self._turn_limiter = turn_limiter
         self._has_gone = False
 
     async def run(self) -> None:
@@ -120,7 +120,7 @@ class Connection(TCPServer):
         """Read as hypercorn does, but parse in turn and close at once when the client has closed."""
         with contextlib.suppress(OSError):
             while data := await self.reader.read(MAX_RECV):
-                await self._turnstile.enter()
+                await self._turn_limiter.enter()
                 await self.protocol.handle(RawData(data))
         await self.protocol.handle(Closed())
         self._has_gone = True

@@ -16,7 +16,7 @@ from hypercorn.config import Config
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve.body_chunks import Stream
-from tgi_asgi.serve.connections import Connection, ConnectionLimit, Http1, Turnstile
+from tgi_asgi.serve.connections import Connection, ConnectionLimit, Http1, TurnLimiter
 from tgi_asgi.serve.listening import BACKLOG
 from tgi_asgi.settings import Settings
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
 KEEP_ALIVE_S = 75  # above the 60 s of common load balancers, which would else reuse a closing connection
 FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
-_A_TURN = 8  # reads parsed per turn of the event loop
+_MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 
 
 def make_config(listener: socket.socket, settings: Settings) -> Config:
@@ -66,7 +66,7 @@ def install(limit: ConnectionLimit) -> None:
     if not found.startswith(KNOWN_VERSIONS):
         logger.warning("hypercorn %s is untested: using its own classes, with slower streams", found)
         return
-    turnstile = Turnstile(_A_TURN)
-    hypercorn.asyncio.run.TCPServer = partial(Connection, limit, turnstile)  # type: ignore[assignment, attr-defined]
+    turn_limiter = TurnLimiter(_MAX_PER_TURN)
+    hypercorn.asyncio.run.TCPServer = partial(Connection, limit, turn_limiter)  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.H11Protocol = Http1  # type: ignore[attr-defined]
     hypercorn.protocol.h11.HTTPStream = Stream  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ BACKLOG = 2048
 # connection.
 STALLED_READER_MS = 120_000
 
-_A_TURN = 8
+_MAX_PER_TURN = 8
 _PAUSE_S = 0.1  # delay before accepting again after file descriptors or memory ran out
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -131,7 +131,7 @@ class Acceptor:
         """Return at once, because `close` waits for nothing."""
 
     def _accept(self) -> None:
-        for _ in range(_A_TURN):
+        for _ in range(_MAX_PER_TURN):
             try:
                 connection, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError):

@@ -115,7 +115,7 @@ class Server:
             end_process("stopped by a second signal", 128 + number)
         notify("STOPPING=1", "STATUS=finishing running requests")
         delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
-        self._app.context.is_leaving = True
+        self._app.context.is_terminating = True
         self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop(served, delay_s))
 
     async def _drain_and_stop(self, served: Served, delay_s: float) -> None:

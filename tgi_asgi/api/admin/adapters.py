@@ -46,17 +46,17 @@ async def load(exchange: Exchange) -> None:
         await adapters.replace(name, body.lora_path)
     else:
         await adapters.add(name, body.lora_path)
-    await _tell(exchange, f"Success: LoRA adapter '{name}' added successfully.")
+    await _respond(exchange, f"Success: LoRA adapter '{name}' added successfully.")
 
 
 async def unload(exchange: Exchange) -> None:
     """Unload an adapter; answer once no request uses it any more."""
     body = await exchange.read_json(_UNLOAD)
     await _adapters_of(exchange).remove(body.lora_name)
-    await _tell(exchange, f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+    await _respond(exchange, f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _tell(exchange: Exchange, message: str) -> None:
+async def _respond(exchange: Exchange, message: str) -> None:
     await exchange.respond(200, message.encode(), _TEXT)
 
 

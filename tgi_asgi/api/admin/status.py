@@ -33,7 +33,7 @@ async def live(exchange: Exchange) -> None:
 async def ready(exchange: Exchange) -> None:
     """Answer as `/health`, but 503 from SIGTERM on, while requests are still accepted."""
     context = exchange.context
-    await _report(exchange, context.state is EngineState.READY and not context.is_leaving)
+    await _report(exchange, context.state is EngineState.READY and not context.is_terminating)
 
 
 async def _report(exchange: Exchange, is_well: bool) -> None:
@@ -42,9 +42,9 @@ async def _report(exchange: Exchange, is_well: bool) -> None:
         return
     context = exchange.context
     progress = msgspec.to_builtins(context.progress) if context.state is EngineState.LOADING else None
-    state = EngineState.DRAINING if context.is_leaving else context.state
-    told = {"error": "unhealthy", "error_type": "healthcheck", "state": state.value, "progress": progress}
-    await exchange.respond_json(told, 503, [(b"retry-after", b"2")])
+    state = EngineState.DRAINING if context.is_terminating else context.state
+    body = {"error": "unhealthy", "error_type": "healthcheck", "state": state.value, "progress": progress}
+    await exchange.respond_json(body, 503, [(b"retry-after", b"2")])
 
 
 async def info(exchange: Exchange) -> None:

@@ -29,7 +29,7 @@ def _envelope(error: BaseException) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     message = message_of(error)
     if isinstance(error, ContextExceeded):  # agents recognise from this wording that they must summarise
-        message = f"prompt is too long: {error.num_tokens} tokens > {error.most} maximum"
+        message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
     described: dict[str, Any] = {"type": kind, "message": message}
     if isinstance(error, InvalidRequest) and error.code == "thread_unsupported_request":
         described["details"] = {"error_code": error.code, "unsupported": [error.param]}

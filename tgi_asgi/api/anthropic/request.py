@@ -11,7 +11,7 @@ from msgspec import Struct
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.limits import Limits, Room, check_stops
+from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.parse import (
     Fraction,
     Natural,
@@ -94,7 +94,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
             context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
         max_tokens=request.max_tokens,
-        room=Room.CLIPPED,  # agents request as many tokens as the largest models allow
+        overflow=Overflow.CLIPPED,  # agents request as many tokens as the largest models allow
         stop=stops,
         constraint=_constraint(request),
         tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
@@ -110,10 +110,10 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
     """
     messages: list[dict[str, Any]] = []
     if request.system:
-        said = request.system
-        if not isinstance(said, str):  # a counter of Claude Code would prevent shared prefixes
-            said = [block for block in said if not str(block.get("text")).startswith(_BILLING)]
-        messages.append({"role": "system", "content": _text(said, "system")})
+        system = request.system
+        if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
+            system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
+        messages.append({"role": "system", "content": _text(system, "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]", images)
     thinking = request.thinking

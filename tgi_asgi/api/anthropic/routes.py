@@ -16,7 +16,7 @@ from tgi_asgi.api.anthropic.request import (
     read_tools,
 )
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import WithImages, counted, counting, generating
+from tgi_asgi.api.life import WithImages, after_images, generating, tokenising
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.routes import Route
@@ -31,7 +31,7 @@ def rows() -> list[Route]:
             requests=(MessagesRequest,), generates=True, event=str,
         ),
         row(
-            "/v1/messages/count_tokens", counting(_count), "Length of a prompt",
+            "/v1/messages/count_tokens", tokenising(_count), "Length of a prompt",
             requests=(CountRequest,),
         ),
     ]  # fmt: skip
@@ -48,4 +48,4 @@ def _count(body: bytes, exchange: Exchange) -> bytes | WithImages:
         prompt = chat_prompt(chat, served, context.settings, is_bounded=False)
         return orjson.dumps({"input_tokens": len(prompt.ids)})
 
-    return counted(chat.images, count)
+    return after_images(chat.images, count)

@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Cut, Input, PoolCall, Pooled, check_num_inputs, embedding_of
-from tgi_asgi.api.vectors import as_json, check_dimensions, shaped
-from tgi_asgi.observe.course import Course
+from tgi_asgi.api.pooled import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
+from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
+from tgi_asgi.observe.summary import RequestSummary
 
 
 class OllamaEmbed(Struct, kw_only=True):
@@ -54,11 +54,11 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
             refuse_field(given.where, "must not be empty")
 
     def answer(pooled: Pooled) -> bytes:
-        course = Course.of(exchange)
-        vectors = [shaped(each, request.dimensions, is_normalized=True) for each in pooled.vectors]
+        summary = RequestSummary.of(exchange)
+        vectors = [shape_vector(each, request.dimensions, is_normalized=True) for each in pooled.vectors]
         shown = {
-            "total_duration": int(course.total_s * 1e9),
-            "load_duration": int((course.validation_s + course.queue_s) * 1e9),
+            "total_duration": int(summary.total_s * 1e9),
+            "load_duration": int((summary.validation_s + summary.queue_s) * 1e9),
             "prompt_eval_count": pooled.num_tokens,
         }
         head = orjson.dumps({"model": pooled.model})[:-1]
@@ -70,7 +70,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         how=embedding,
         answer=answer,
         model=request.model,
-        cut=None if request.truncate is False else Cut(),
+        truncation=None if request.truncate is False else Truncation(),
         num_numbers=embedding.dimensions,
     )
 
@@ -82,8 +82,8 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
     embedding = embedding_of(exchange.context.ready().info)
 
     def answer(pooled: Pooled) -> bytes:
-        vectors = [shaped(each, None, is_normalized=embedding.is_normalized) for each in pooled.vectors]
+        vectors = [shape_vector(each, None, is_normalized=embedding.is_normalized) for each in pooled.vectors]
         return b'{"embedding":%b}' % (as_json(vectors[0]) if vectors else b"[]")
 
     inputs = [Input(request.prompt, "prompt")] if request.prompt else []
-    return PoolCall(inputs=inputs, how=embedding, answer=answer, model=request.model, cut=Cut())
+    return PoolCall(inputs=inputs, how=embedding, answer=answer, model=request.model, truncation=Truncation())

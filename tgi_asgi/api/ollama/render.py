@@ -15,7 +15,7 @@ from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.tools import whole_arguments
 from tgi_asgi.errors import TgiError, UnknownModel
-from tgi_asgi.observe.course import Course
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
@@ -46,8 +46,8 @@ class LineRenderer(Renderer):
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         """Return a line with the content of new tokens, if any, followed at the end by the last line."""
-        said, finish = self._take(events), events[-1].finish
-        lines = _dump({**self._line(said), "done": False}) if said else b""
+        delta, finish = self._take(events), events[-1].finish
+        lines = _dump({**self._line(delta), "done": False}) if delta else b""
         return lines + _dump(self._line({}) | self._end(finish)) if finish is not None else lines
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
@@ -63,7 +63,7 @@ class LineRenderer(Renderer):
 
     def _take(self, events: Sequence[TokenEvent]) -> Line:
         """Parse new tokens; return their content. Calls are not streamed, but added at the end."""
-        said: Line = {}
+        delta: Line = {}
         for piece in self._reader.push(events):
             match piece:
                 case CallStart():
@@ -72,34 +72,36 @@ class LineRenderer(Renderer):
                     self._calls[-1][1].append(piece.text)
                 case Content() | Reasoning():
                     name = "thinking" if isinstance(piece, Reasoning) else "content"
-                    said[name] = said.get(name, "") + piece.text
+                    delta[name] = delta.get(name, "") + piece.text
         if events[-1].finish is not None:
             called = [(name, whole_arguments("".join(texts))) for name, texts in self._calls]
             functions = [{"name": name, "arguments": each} for name, each in called if each is not None]
             if functions:
-                said["tool_calls"] = [{"id": f"call_{token_hex(12)}", "function": each} for each in functions]
-        return said
+                delta["tool_calls"] = [
+                    {"id": f"call_{token_hex(12)}", "function": each} for each in functions
+                ]
+        return delta
 
-    def _line(self, said: Line) -> Line:
+    def _line(self, delta: Line) -> Line:
         line: Line = {"model": self._model, "created_at": datetime.now(UTC)}
         if self._is_chat:
-            return {**line, "message": {"role": "assistant", "content": "", **said}}
-        return {**line, "response": said.pop("content", ""), **said}
+            return {**line, "message": {"role": "assistant", "content": "", **delta}}
+        return {**line, "response": delta.pop("content", ""), **delta}
 
     def _end(self, finish: FinishReason | None) -> Line:
-        course = Course.of(self._exchange)
-        spent = {name: end_s - begin_s for name, begin_s, end_s in course.parts}
+        summary = RequestSummary.of(self._exchange)
+        spent = {name: end_s - begin_s for name, begin_s, end_s in summary.phases}
         durations = {
-            "total": course.total_s,
-            "load": course.validation_s + course.queue_s,  # time until the model could run
+            "total": summary.total_s,
+            "load": summary.validation_s + summary.queue_s,  # time until the model could run
             "prompt_eval": spent.get("prefill", 0.0),
             "eval": spent.get("decode", 0.0),
         }
         return {
             "done": True,
             "done_reason": "length" if finish is FinishReason.LENGTH else "stop",
-            "prompt_eval_count": course.prompt_tokens,
-            "eval_count": course.generated_tokens,
+            "prompt_eval_count": summary.prompt_tokens,
+            "eval_count": summary.generated_tokens,
             **{f"{name}_duration": int(seconds * 1e9) for name, seconds in durations.items()},
         }
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, Text, ToolChoice
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.limits import Limits, Room, check_stops
+from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
 from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
 from tgi_asgi.api.openai.tools import read_tools
@@ -160,7 +160,7 @@ def _call(
             **{name: getattr(options, name) for name in _AS_GIVEN},
         ),
         max_tokens=options.num_predict if (options.num_predict or 0) > 0 else None,
-        room=Room.CLIPPED,
+        overflow=Overflow.CLIPPED,
         stop=stops,
         constraint=None if given in (None, "") else Constraint.of("format", kind, given),
         tools=tools,

@@ -13,7 +13,7 @@ from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
-Said = dict[str, Any]  # fields of a choice
+Fields = dict[str, Any]  # fields of a choice
 
 
 class TextChoice:
@@ -41,20 +41,20 @@ class TextChoice:
         """Number of reasoning tokens so far."""
         return 0
 
-    def text(self, text: str) -> Said:
+    def text(self, text: str) -> Fields:
         """Return a chunk's fields for a text."""
         return {"text": text}
 
-    def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
+    def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""
         text = self._text_of(events)
         return [self.text(text)] if text else []
 
-    def whole(self, events: Sequence[TokenEvent]) -> Said:
+    def whole(self, events: Sequence[TokenEvent]) -> Fields:
         """Return the content of all events."""
         return {"text": self.echo + self._text_of(events)}
 
-    def logprobs(self) -> Said | None:
+    def logprobs(self) -> Fields | None:
         """Return the log-probabilities that may be sent now."""
         return self.tracker.take() if self.tracker is not None else None
 
@@ -95,8 +95,8 @@ class ChatChoice(TextChoice):
         self._is_named = is_named
         self._is_compat = is_compat
         # TGI's own client expects the role in every delta, and the `tool_calls` key.
-        self._role: Said = {"role": "assistant"} if is_compat else {}
-        self._no_calls: Said = {"tool_calls": None} if is_compat else {}
+        self._role: Fields = {"role": "assistant"} if is_compat else {}
+        self._no_calls: Fields = {"tool_calls": None} if is_compat else {}
         self._calls: list[dict[str, Any]] = []
 
     @property
@@ -104,21 +104,21 @@ class ChatChoice(TextChoice):
         """Number of reasoning tokens so far."""
         return self._reader.num_reasoning_tokens
 
-    def opening(self) -> Said:
+    def opening(self) -> Fields:
         """Return the fields of the first chunk."""
         return {"delta": {"role": "assistant", "content": "", **self._no_calls}}
 
-    def text(self, text: str) -> Said:
+    def text(self, text: str) -> Fields:
         """Return a chunk's fields for a text."""
         return {"delta": {**self._role, "content": text, **self._no_calls}}
 
-    def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
+    def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""
         if self._is_text:
             return super().deltas(events)
         return [self._delta(piece) for piece in self._reader.push(events, self.tracker)]
 
-    def whole(self, events: Sequence[TokenEvent]) -> Said:
+    def whole(self, events: Sequence[TokenEvent]) -> Fields:
         """Return the content of all events."""
         message = self.message(events)
         if self.echo:
@@ -154,7 +154,7 @@ class ChatChoice(TextChoice):
         is_told = is_call and not (self._is_named or self._is_compat)
         return "tool_calls" if is_told else super().finish_reason(event)
 
-    def _delta(self, piece: Piece) -> Said:
+    def _delta(self, piece: Piece) -> Fields:
         if isinstance(piece, Content):
             return self.text(piece.text)
         if isinstance(piece, Reasoning):

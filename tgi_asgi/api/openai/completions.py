@@ -110,7 +110,7 @@ def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
     prompts, is_list = _listed(request.prompt)
     for i, item in enumerate(prompts):
         field: Field = ("prompt", i) if is_list else ("prompt",)
-        path = OPENAI.spell(field)
+        path = OPENAI.field_name(field)
         if type(item) is not type(prompts[0]):
             refuse_field(path, "must be of the same type as `prompt[0]`")
         if not isinstance(item, str | list):

@@ -11,8 +11,8 @@ from msgspec import Struct
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.parse import Int, Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_cut
-from tgi_asgi.api.vectors import as_json, check_dimensions, shaped
+from tgi_asgi.api.pooled import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_truncation
+from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
@@ -51,7 +51,7 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
     def answer(pooled: Pooled) -> bytes:
         entries = []
         for index, vector in enumerate(pooled.vectors):
-            short = shaped(vector, request.dimensions, is_normalized=is_normalized)
+            short = shape_vector(vector, request.dimensions, is_normalized=is_normalized)
             shown = as_json(short, is_base64=is_base64)
             entries.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (index, shown))
         rest = orjson.dumps({"model": pooled.model, "usage": usage(pooled.num_tokens)})
@@ -62,7 +62,7 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
         how=embedding,
         answer=answer,
         model=request.model,
-        cut=read_cut(request.truncate_prompt_tokens),
+        truncation=read_truncation(request.truncate_prompt_tokens),
         adds_special_tokens=request.add_special_tokens is not False,
         priority=request.priority or 0,
         num_numbers=embedding.dimensions,

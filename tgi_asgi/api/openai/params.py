@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.api.call import Constraint
-from tgi_asgi.api.limits import MAX_IDS, Limits, Room, check_stops
+from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat
 from tgi_asgi.api.parse import check_ranges, check_unset, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
@@ -66,7 +66,7 @@ def job_of(
     given = {name: getattr(request, name) for name in _SAMPLING}
     return {
         "sampling": sampling(info, logprobs=logprobs, **given),
-        "room": room_of(settings),
+        "overflow": overflow_of(settings),
         "keep_tokens": request.truncate_prompt_tokens,
         "min_tokens": request.min_tokens or 0,
         "ignore_eos": bool(request.ignore_eos),
@@ -88,11 +88,11 @@ def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
             refuse_field(f"{path}[{i}]", rule)
 
 
-def room_of(settings: Settings) -> Room:
+def overflow_of(settings: Settings) -> Overflow:
     """Return how `/v1` treats an answer that is too long for the context."""
     if settings.tgi_compat:
-        return Room.TGI
-    return Room.CLIPPED if settings.clip_max_tokens else Room.REFUSED
+        return Overflow.TGI
+    return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
 
 
 def _stop_strings(request: CommonRequest) -> tuple[str, ...]:

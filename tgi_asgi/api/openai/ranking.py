@@ -13,8 +13,8 @@ from msgspec import Struct
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import usage
 from tgi_asgi.api.parse import Int, Natural, check_ranges, decode_json, refuse, refuse_field
-from tgi_asgi.api.pooled import Input, Pair, PoolCall, Pooled, check_num_inputs, read_cut, scoring_of
-from tgi_asgi.api.vectors import cosine, logit_of, probability, ranked
+from tgi_asgi.api.pooled import Input, Pair, PoolCall, Pooled, check_num_inputs, read_truncation, scoring_of
+from tgi_asgi.api.vectors import best_first, cosine, logit_of, probability
 from tgi_asgi.types import Embedding, ModelInfo
 
 
@@ -64,7 +64,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     def answer(pooled: Pooled) -> bytes:
         scores = scored.scores(pooled)
         results = []
-        for index in ranked(scores, request.top_n or None):
+        for index in best_first(scores, request.top_n or None):
             entry: dict[str, object] = {"index": index, "relevance_score": scores[index]}
             if request.return_documents is not False:
                 entry["document"] = {"text": documents[index]}
@@ -117,7 +117,7 @@ def _call(
         how=scored.how,
         answer=answer,
         model=request.model,
-        cut=read_cut(request.truncate_prompt_tokens),
+        truncation=read_truncation(request.truncate_prompt_tokens),
         priority=request.priority or 0,
         num_numbers=scored.num_numbers,
     )

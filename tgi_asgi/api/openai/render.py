@@ -15,7 +15,7 @@ import orjson
 from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.errors import NATIVE, OPENAI, error_event
-from tgi_asgi.api.openai.choice import ChatChoice, Said, TextChoice
+from tgi_asgi.api.openai.choice import ChatChoice, Fields, TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs
 from tgi_asgi.api.openai.schema import CommonRequest, StreamOptions
 from tgi_asgi.errors import TgiError
@@ -56,7 +56,7 @@ class CompletionRenderer:
         self._repeats_usage = self._includes_usage and bool(options.continuous_usage_stats)
         self._has_begun = [False] * len(generation.jobs)
         self._num_generated = 0
-        self._untold_ids: list[list[int]] = [[] for _ in choices]
+        self._unsent_ids: list[list[int]] = [[] for _ in choices]
         prefix, kind, chunk_kind = choices[0].names
         self._head = {
             "id": f"{prefix}-{request.request_id or secrets.token_hex(12)}",
@@ -104,21 +104,21 @@ class CompletionRenderer:
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body of an answer that is not streamed; of more than n choices, the likeliest n."""
-        told: list[Said] = []
+        choices: list[Fields] = []
         if self._hides_tokens:
             self._generation.num_shown = 0
-        on_top: Said = {}
+        on_top: Fields = {}
         for part, all_choices in enumerate(parts):
             self._num_generated += sum(map(len, all_choices))
             prompt_ids = self._begin_part(part)
             if isinstance(self._choices[0], ChatChoice):
                 on_top, prompt_ids = prompt_ids, {}
             for events in (all_choices[i] for i in likeliest(all_choices, self._n)):
-                index, choice = len(told), self._choices[len(told)]
-                said = choice.whole(self._shown(index, events))
-                said |= {"logprobs": choice.logprobs(), **self._ending(index, events[-1])}
-                told.append({"index": index, **said, **prompt_ids, **self._token_ids(index)})
-        return orjson.dumps({**self._head, "choices": told, "usage": self._usage(), **on_top})
+                index, choice = len(choices), self._choices[len(choices)]
+                fields = choice.whole(self._visible(index, events))
+                fields |= {"logprobs": choice.logprobs(), **self._ending(index, events[-1])}
+                choices.append({"index": index, **fields, **prompt_ids, **self._token_ids(index)})
+        return orjson.dumps({**self._head, "choices": choices, "usage": self._usage(), **on_top})
 
     def _begin(self, part: int) -> Iterator[bytes]:
         """Open every choice of a part, in the order of indices, which clients' accumulators require."""
@@ -132,7 +132,7 @@ class CompletionRenderer:
             elif choice.echo or prompt_ids:
                 yield self._chunk(index, choice.text(choice.echo), prompt_ids)
 
-    def _begin_part(self, part: int) -> Said:
+    def _begin_part(self, part: int) -> Fields:
         """Pass the prompt's log-probabilities to its choices; return the prompt's token ids, if requested."""
         generation = self._generation
         prompt_ids = generation.jobs[part].request.prompt_ids
@@ -147,10 +147,10 @@ class CompletionRenderer:
         self._num_generated += len(events)
         choice, last = self._choices[index], events[-1]
         if self._is_plain:
-            yield self._text_chunk(index, "".join([event.text for event in self._shown(index, events)]))
+            yield self._text_chunk(index, "".join([event.text for event in self._visible(index, events)]))
         else:
-            for said in choice.deltas(self._shown(index, events)):
-                yield self._chunk(index, said, self._token_ids(index))
+            for fields in choice.deltas(self._visible(index, events)):
+                yield self._chunk(index, fields, self._token_ids(index))
         if last.finish is not None:
             ending = self._ending(index, last)
             yield self._chunk(index, choice.text(""), {**ending, **self._token_ids(index)})
@@ -159,10 +159,14 @@ class CompletionRenderer:
         return self._plain_heads[index] + orjson.dumps(text) + self._plain_tail if text else b""
 
     def _chunk(
-        self, index: int, said: Said, more: Mapping[str, Any] = _NOTHING, on_top: Mapping[str, Any] = _NOTHING
+        self,
+        index: int,
+        fields: Fields,
+        more: Mapping[str, Any] = _NOTHING,
+        on_top: Mapping[str, Any] = _NOTHING,
     ) -> bytes:
         logprobs = self._choices[index].logprobs()
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": None, **more}
+        choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": None, **more}
         tail = self._tail
         if self._repeats_usage:
             tail = b'],"usage":%b}\n\n' % orjson.dumps(self._usage())
@@ -170,27 +174,27 @@ class CompletionRenderer:
             tail = b"],%b%b" % (orjson.dumps(on_top)[1:-1], tail[1:])
         return self._chunk_head + orjson.dumps(choice) + tail
 
-    def _shown(self, index: int, events: Sequence[TokenEvent]) -> Sequence[TokenEvent]:
+    def _visible(self, index: int, events: Sequence[TokenEvent]) -> Sequence[TokenEvent]:
         """Return the events that the client sees, and record their token ids."""
         if self._hides_tokens:
             return ()
         if self._shows_ids:
-            self._untold_ids[index] += [event.token_id for event in events]
+            self._unsent_ids[index] += [event.token_id for event in events]
         return events
 
     def _token_ids(self, index: int) -> Mapping[str, Any]:
         """Return the token ids not sent yet, if requested."""
         if not self._shows_ids:
             return _NOTHING
-        ids, self._untold_ids[index] = self._untold_ids[index], []
+        ids, self._unsent_ids[index] = self._unsent_ids[index], []
         return {"token_ids": ids}
 
-    def _ending(self, index: int, last: TokenEvent) -> Said:
+    def _ending(self, index: int, last: TokenEvent) -> Fields:
         if self._hides_tokens:
             return {"finish_reason": "length", "stop_reason": None}
         return {"finish_reason": self._choices[index].finish_reason(last), "stop_reason": last.stop}
 
-    def _usage(self) -> Said:
+    def _usage(self) -> Fields:
         """Return the token counts so far, over all choices."""
         num_prompt = self._generation.num_prompt_tokens
         num_generated = 0 if self._hides_tokens else self._num_generated

@@ -81,12 +81,12 @@ DECODER = msgspec.json.Decoder(ResponsesRequest)
 ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
-def items_of(said: str | list[Item]) -> list[Item]:
+def items_of(given: str | list[Item]) -> list[Item]:
     """Return an input as a list of items."""
-    return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
+    return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
 
 
-def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:
+def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:
     """Return the stored items that references point to, by index, as `find` returns them for an id.
 
     Raises:
@@ -95,10 +95,10 @@ def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict
     found = {}
     for i, item in enumerate(items):
         if (item.get("type") or ("role" not in item and "item_reference")) == "item_reference":
-            said = find(string_of(item, "id", f"input[{i}]"))
-            if said is None:
+            stored = find(string_of(item, "id", f"input[{i}]"))
+            if stored is None:
                 refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
-            found[i] = said
+            found[i] = stored
     return found
 
 

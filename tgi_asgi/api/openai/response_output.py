@@ -35,7 +35,7 @@ class ResponseRenderer:
         base: Constant fields of the response object.
         tools: Tools that may be called.
         tracker: Collects the log-probabilities, if requested.
-        keep: Called with the finished response.
+        store: Called with the finished response.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class ResponseRenderer:
         base: dict[str, Any],
         tools: Sequence[Tool],
         tracker: ChatLogprobs | None,
-        keep: Callable[[dict[str, Any]], None],
+        store: Callable[[dict[str, Any]], None],
     ) -> None:
         self._generation = generation
         self._response = base
         self._tools = {tool.name: tool for tool in tools}
         self._tracker = tracker
-        self._keep = keep
+        self._store = store
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._num_generated = 0
         self._output: list[dict[str, Any]] = base["output"]
@@ -85,8 +85,8 @@ class ResponseRenderer:
     def _begin(self) -> None:
         if not self._is_stream:
             self._is_stream = True
-            self._tell("created", response=self._response)
-            self._tell("in_progress", response=self._response)
+            self._emit("created", response=self._response)
+            self._emit("in_progress", response=self._response)
 
     def _take(self, events: Sequence[TokenEvent]) -> None:
         """Parse new tokens."""
@@ -108,11 +108,11 @@ class ResponseRenderer:
         self._close(status)
         details = {"reason": "max_output_tokens"} if is_cut else None
         self._end(status, incomplete_details=details, usage=self._usage())
-        self._keep(self._response)
+        self._store(self._response)
 
     def _end(self, status: str, **fields: Any) -> None:
         self._response |= {"status": status, **fields}
-        self._tell(status, response=self._response)
+        self._emit(status, response=self._response)
 
     def _add(self, piece: Piece, logprobs: list[dict[str, Any]]) -> None:
         """Add a piece to the open item, or to a new one."""
@@ -129,7 +129,7 @@ class ResponseRenderer:
         more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
         if more:
             growing["logprobs"] += logprobs
-        self._tell(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
+        self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
 
     def _open(self, piece: Piece) -> None:
         """Open an item for a piece."""
@@ -152,12 +152,12 @@ class ResponseRenderer:
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["status"] = "in_progress"
-        self._tell("output_item.added", output_index=len(self._output), item=item)
+        self._emit("output_item.added", output_index=len(self._output), item=item)
         self._output.append(item)
         self._kind = _kind_of(piece)
         if part is not None:
             item["content"].append(part)
-            self._tell("content_part.added", **self._place(), part=part)
+            self._emit("content_part.added", **self._place(), part=part)
 
     def _close(self, status: str) -> None:
         """Close the open item, if there is one."""
@@ -169,11 +169,11 @@ class ResponseRenderer:
         name, fields = _GROWING[item["type"]]
         if item["type"] == "custom_tool_call":
             item["input"] = _custom_input(self._arguments)
-            self._tell(f"{name}.delta", **place, delta=item["input"])
-        self._tell(f"{name}.done", **place, **{field: growing[field] for field in fields})
+            self._emit(f"{name}.delta", **place, delta=item["input"])
+        self._emit(f"{name}.done", **place, **{field: growing[field] for field in fields})
         if growing is not item:
-            self._tell("content_part.done", **place, part=growing)
-        self._tell("output_item.done", output_index=place["output_index"], item=item)
+            self._emit("content_part.done", **place, part=growing)
+        self._emit("output_item.done", output_index=place["output_index"], item=item)
 
     def _growing(self) -> dict[str, Any]:
         """Return the growing object: the only part of an item with parts, otherwise the item."""
@@ -186,7 +186,7 @@ class ResponseRenderer:
         place = {"item_id": item["id"], "output_index": len(self._output) - 1}
         return {**place, "content_index": 0} if "content" in item else place
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _emit(self, kind: str, **fields: Any) -> None:
         """Add an event if streaming; encoded at once, because its objects change later."""
         if self._is_stream:
             event = {"type": f"response.{kind}", "sequence_number": self._num_frames, **fields}

@@ -16,12 +16,12 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.life import WithImages, counted
+from tgi_asgi.api.life import WithImages, after_images
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
-from tgi_asgi.api.openai.params import room_of
+from tgi_asgi.api.openai.params import overflow_of
 from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
@@ -49,7 +49,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     _check(request)
     history = _history(request, exchange)
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
-    found = response_input.referred(response_input.items_of(request.input), find)
+    found = response_input.resolve_references(response_input.items_of(request.input), find)
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
@@ -62,10 +62,10 @@ def _call(
 ) -> Call:
     context = exchange.context
     tools = response_input.read_tools(request)
-    most = Limits.of(context.settings).top_logprobs
+    limit = Limits.of(context.settings).top_logprobs
     wants_logprobs = "message.output_text.logprobs" in (request.include or ())
-    if (request.top_logprobs or 0) > most:
-        refuse_field("top_logprobs", f"must be at most {most}")
+    if (request.top_logprobs or 0) > limit:
+        refuse_field("top_logprobs", f"must be at most {limit}")
     earlier = _items(history)
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
@@ -91,7 +91,7 @@ def _call(
             logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
         ),
         max_tokens=request.max_output_tokens,
-        room=room_of(context.settings),
+        overflow=overflow_of(context.settings),
         constraint=_constraint(request),
         tools=choice,
     )
@@ -101,14 +101,14 @@ def _call(
     def render(generation: Generation) -> Renderer:
         tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None
 
-        def keep(response: dict[str, Any]) -> None:
+        def store(response: dict[str, Any]) -> None:
             if own is not None:
                 made = {item["id"]: orjson.dumps([item]) for item in response["output"]}
-                said = (*history, own, *made.values())
-                stored = StoredResponse(response["id"], orjson.dumps(response), said, made)
-                context.responses.keep(stored, exchange.tenant)
+                full_history = (*history, own, *made.values())
+                stored = StoredResponse(response["id"], orjson.dumps(response), full_history, made)
+                context.responses.add(stored, exchange.tenant)
 
-        return ResponseRenderer(generation, _base(request, generation.model), tools, tracker, keep)
+        return ResponseRenderer(generation, _base(request, generation.model), tools, tracker, store)
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 
@@ -133,8 +133,8 @@ def _page(stored: StoredResponse, query_string: bytes) -> bytes:
         refuse_field("limit", f"must be 1 to {_MAX_PAGE}, got {limit[:40]!r}")
     if order not in ("asc", "desc"):
         refuse_field("order", f"must be asc or desc, got {order[:40]!r}")
-    said = stored.history[: len(stored.history) - len(stored.items)]
-    items = [_listed(item, stored.id, i) for i, item in enumerate(_items(said))]
+    history = stored.history[: len(stored.history) - len(stored.items)]
+    items = [_listed(item, stored.id, i) for i, item in enumerate(_items(history))]
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -151,7 +151,7 @@ def _page(stored: StoredResponse, query_string: bytes) -> bytes:
 
 
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return the number of tokens of a response's prompt; the route is `counting(count_input)`."""
+    """Return the number of tokens of a response's prompt; the route is `tokenising(count_input)`."""
     [job] = parse_response(body, exchange)().jobs
     context, chat = exchange.context, job.prompt
     assert isinstance(chat, Conversation), "a response's prompt is a conversation"
@@ -161,13 +161,13 @@ def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
         prompt = chat_prompt(chat, served, context.settings, is_bounded=False)
         return orjson.dumps({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
 
-    return counted(chat.images, count)
+    return after_images(chat.images, count)
 
 
 async def delete(exchange: Exchange) -> None:
     """Delete a stored response."""
     stored = _stored(exchange)
-    exchange.context.responses.forget(stored.id, exchange.tenant)
+    exchange.context.responses.delete(stored.id, exchange.tenant)
     await exchange.respond_json({"id": stored.id, "object": "response", "deleted": True})
 
 
@@ -180,8 +180,8 @@ def _stored(exchange: Exchange) -> StoredResponse:
     return stored
 
 
-def _items(said: Sequence[bytes]) -> list[dict[str, Any]]:
-    return [item for part in said for item in decode_json(part, response_input.ITEMS)]
+def _items(parts: Sequence[bytes]) -> list[dict[str, Any]]:
+    return [item for part in parts for item in decode_json(part, response_input.ITEMS)]
 
 
 def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any]:

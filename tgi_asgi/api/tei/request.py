@@ -14,8 +14,8 @@ from tgi_asgi.api.life import Handler
 from tgi_asgi.api.openai.embeddings import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Cut, Input, PoolCall, Pooled, answer, check_num_inputs, embedding_of
-from tgi_asgi.api.vectors import as_json, check_dimensions, ranked, shaped
+from tgi_asgi.api.pooled import Input, PoolCall, Pooled, Truncation, answer, check_num_inputs, embedding_of
+from tgi_asgi.api.vectors import as_json, best_first, check_dimensions, shape_vector
 from tgi_asgi.errors import ContextExceeded, TooManyPrompts
 
 
@@ -80,7 +80,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
 
     def answer(pooled: Pooled) -> bytes:
         vectors = [
-            shaped(vector, request.dimensions, is_normalized=is_normalized) for vector in pooled.vectors
+            shape_vector(vector, request.dimensions, is_normalized=is_normalized) for vector in pooled.vectors
         ]
         return b"[" + b",".join(map(as_json, vectors)) + b"]"
 
@@ -88,7 +88,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         inputs=inputs,
         how=embedding,
         answer=answer,
-        cut=_cut(request.truncate, request.truncation_direction),
+        truncation=_truncation(request.truncate, request.truncation_direction),
         num_numbers=embedding.dimensions,
     )
 
@@ -108,13 +108,17 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
                 "score": scores[index],
                 **({"text": texts[index]} if request.return_text else {}),
             }
-            for index in ranked(scores)
+            for index in best_first(scores)
         ]
         return orjson.dumps(shown)
 
-    cut = _cut(request.truncate, request.truncation_direction)
+    truncation = _truncation(request.truncate, request.truncation_direction)
     return PoolCall(
-        inputs=scored.inputs(), how=scored.how, answer=answer, cut=cut, num_numbers=scored.num_numbers
+        inputs=scored.inputs(),
+        how=scored.how,
+        answer=answer,
+        truncation=truncation,
+        num_numbers=scored.num_numbers,
     )
 
 
@@ -141,5 +145,5 @@ def embedding_or(handle: Handler) -> Handler:
     return either
 
 
-def _cut(truncate: bool | None, side: Side | None) -> Cut | None:
-    return Cut(from_left=side in ("left", "Left")) if truncate else None
+def _truncation(truncate: bool | None, side: Side | None) -> Truncation | None:
+    return Truncation(from_left=side in ("left", "Left")) if truncate else None

@@ -11,14 +11,14 @@ from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import placed
+from tgi_asgi.api.life import prefix_errors
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse
-from tgi_asgi.api.tgi.by_key import kind_of, speak
-from tgi_asgi.api.tgi.render import Shown, text_of
+from tgi_asgi.api.tgi.body_kind import kind_of, set_dialect
+from tgi_asgi.api.tgi.render import AnswerOptions, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
 from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
 from tgi_asgi.errors import TgiError
@@ -28,52 +28,52 @@ from tgi_asgi.types import TokenEvent
 def parse_invocation(body: bytes, exchange: Exchange) -> Call:
     """Parse a body of `POST /`, chat or completions, depending on its key."""
     parsers = {"inputs": parse_root, "messages": parse_chat, "prompt": parse_completion}
-    return parsers[speak(body, exchange)](body, exchange)
+    return parsers[set_dialect(body, exchange)](body, exchange)
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:
     """Parse several requests at once; if one is refused, the call fails."""
     raws = decode_json(body, VERTEX).instances
-    most = exchange.context.settings.max_concurrent_requests
+    limit = exchange.context.settings.max_concurrent_requests
     if not raws:
         refuse("instances", "`instances` must not be empty")
-    if len(raws) > most:  # checked before parsing: 16 MiB hold a million, and a 429 would be retried forever
-        refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {most} run at a time")
+    if len(raws) > limit:  # checked before parsing: 16 MiB hold a million, and a 429 would be retried forever
+        refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {limit} run at a time")
     read = []
     for i, raw in enumerate(raws):
-        with placed(f"instances[{i}]", OPENAI):
+        with prefix_errors(f"instances[{i}]", OPENAI):
             read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
     num_choices = sum(job.n for job, _ in read)
-    if num_choices > most:
-        refuse("instances", f"`instances` ask for {num_choices} choices, but at most {most} run at a time")
-    shown = [each for _, each in read]
-    return Call(jobs=[job for job, _ in read], render=partial(_Renderer, shown), is_sum=True)
+    if num_choices > limit:
+        refuse("instances", f"`instances` ask for {num_choices} choices, but at most {limit} run at a time")
+    options = [each for _, each in read]
+    return Call(jobs=[job for job, _ in read], render=partial(_Renderer, options), is_sum=True)
 
 
-def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Shown | None]:
-    """Return an instance's job, and its `Shown` unless it is a chat."""
-    shown = None
+def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, AnswerOptions | None]:
+    """Return an instance's job, and its `AnswerOptions` unless it is a chat."""
+    options = None
     match kind_of(raw):
         case "inputs":
-            job, shown = read_request(decode_json(raw, GENERATE), exchange.context)
+            job, options = read_request(decode_json(raw, GENERATE), exchange.context)
         case "messages":
             job = chat_job(decode_json(raw, CHAT_DECODER), exchange)
         case _:
             refuse("inputs", "`inputs` or `messages` is required")
     job.where = where
-    return job, shown
+    return job, options
 
 
 class _Renderer(Renderer):
     """Renders the texts of all instances, in order; there are no streams."""
 
-    def __init__(self, shown: Sequence[Shown | None], generation: Generation) -> None:
+    def __init__(self, options: Sequence[AnswerOptions | None], generation: Generation) -> None:
         self._generation = generation
-        self._shown = shown
+        self._options = options
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the predictions."""
-        jobs = zip(self._generation.jobs, self._shown, parts, strict=True)
+        jobs = zip(self._generation.jobs, self._options, parts, strict=True)
         return orjson.dumps({"predictions": [_text(*each) for each in jobs]})
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
@@ -83,10 +83,10 @@ class _Renderer(Renderer):
         return orjson.dumps(NATIVE.envelope(error))
 
 
-def _text(prepared: Prepared, shown: Shown | None, choices: Choices) -> str:
+def _text(prepared: Prepared, options: AnswerOptions | None, choices: Choices) -> str:
     """Return a prediction: text, or if a chat calls tools, the JSON of its `tool_calls`."""
-    if shown is not None:
-        return shown.text_prefix + text_of(choices[likeliest(choices)[0]])
+    if options is not None:
+        return options.text_prefix + text_of(choices[likeliest(choices)[0]])
     if prepared.reading is None:
         return text_of(choices[0])
     message = ChatChoice(prepared.reading).message(choices[0])

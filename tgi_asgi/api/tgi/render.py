@@ -42,7 +42,7 @@ _encode = msgspec.json.encode
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class AnswerOptions:
     """What to include in the answer to a request."""
 
     is_sampled: bool
@@ -90,11 +90,11 @@ class NativeRenderer(Renderer):
         is_list: Whether a complete answer is an array of one object, as on `POST /`.
     """
 
-    __slots__ = ("_generation", "_is_list", "_num_tokens", "_shown", "_texts", "_tokenizer")
+    __slots__ = ("_generation", "_is_list", "_num_tokens", "_options", "_texts", "_tokenizer")
 
-    def __init__(self, generation: Generation, shown: Shown, *, is_list: bool = False) -> None:
+    def __init__(self, generation: Generation, options: AnswerOptions, *, is_list: bool = False) -> None:
         self._generation = generation
-        self._shown = shown
+        self._options = options
         self._is_list = is_list
         self._tokenizer = generation.served.tokenizer
         self._num_tokens = 0
@@ -105,29 +105,31 @@ class NativeRenderer(Renderer):
         [choices] = parts
         [best] = likeliest(choices)
         self._generation.num_shown = len(choices[best])
-        texts = [self._shown.text_prefix + text_of(events) for events in choices]
+        texts = [self._options.text_prefix + text_of(events) for events in choices]
         details: Details | UnsetType = UNSET
-        if self._shown.details:
+        if self._options.details:
             prefill = self._prefill()
-            told = [self._tell(index, events, prefill) for index, events in enumerate(choices)]
+            all_details = [self._details_of(index, events, prefill) for index, events in enumerate(choices)]
             losers = [
                 BestOfSequence(generated_text=text, **each)
-                for index, (text, each) in enumerate(zip(texts, told, strict=True))
+                for index, (text, each) in enumerate(zip(texts, all_details, strict=True))
                 if index != best
             ]
-            details = Details(**told[best], best_of_sequences=losers or UNSET)
+            details = Details(**all_details[best], best_of_sequences=losers or UNSET)
         answer = GenerateResponse(texts[best], details)
         return _encode([answer] if self._is_list else answer)
 
-    def _tell(self, choice: int, events: Events, prefill: list[PrefillToken]) -> dict[str, Any]:
+    def _details_of(self, choice: int, events: Events, prefill: list[PrefillToken]) -> dict[str, Any]:
         """Return the details of a choice."""
         finish = events[-1].finish
         assert finish is not None, "a choice ended without a finish reason"
-        top_tokens = [_top_tokens(self._tokenizer, event) for event in events] if self._shown.top_n else UNSET
+        top_tokens = (
+            [_top_tokens(self._tokenizer, event) for event in events] if self._options.top_n else UNSET
+        )
         return {
             "finish_reason": FINISH_NAMES[finish],
             "generated_tokens": len(events),
-            "seed": self._shown.seed(choice),
+            "seed": self._options.seed(choice),
             "prefill": prefill,
             "tokens": [_token(self._tokenizer, event) for event in events],
             "top_tokens": top_tokens,
@@ -163,20 +165,20 @@ class NativeRenderer(Renderer):
             orjson.dumps(event.logprob),
             b"true" if event.is_special else b"false",
         )
-        if self._shown.top_n:
+        if self._options.top_n:
             head += b',"top_tokens":' + _encode(_top_tokens(self._tokenizer, event))
         if event.finish is None:
             return head + b',"generated_text":null,"details":null}\n\n'
         return head + b',"generated_text":%b,"details":%b}\n\n' % self._ending(event.finish)
 
     def _ending(self, finish: FinishReason) -> tuple[bytes, bytes]:
-        text = orjson.dumps(self._shown.text_prefix + "".join(self._texts))
-        if not self._shown.details:
+        text = orjson.dumps(self._options.text_prefix + "".join(self._texts))
+        if not self._options.details:
             return text, b"null"
         details = StreamDetails(
             finish_reason=FINISH_NAMES[finish],
             generated_tokens=self._num_tokens,
-            seed=self._shown.seed(),
+            seed=self._options.seed(),
             input_length=self._generation.num_prompt_tokens,
         )
         return text, _encode(details)

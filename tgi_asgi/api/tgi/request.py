@@ -15,10 +15,10 @@ import msgspec
 from tgi_asgi.api.call import Call, Constraint, Job, Text
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Room
+from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Overflow
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, drawn_seed, factor, sampling
-from tgi_asgi.api.tgi.render import NativeRenderer, Shown
+from tgi_asgi.api.tgi.render import AnswerOptions, NativeRenderer
 from tgi_asgi.api.tgi.schema import (
     COMPAT_GENERATE,
     GENERATE,
@@ -49,16 +49,16 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def parse_generate(body: bytes, exchange: Exchange, *, is_stream: bool = False) -> Call:
     """Parse the body of `/generate` or `/generate_stream`."""
-    job, shown = read_request(decode_json(body, GENERATE), exchange.context, is_stream=is_stream)
-    return Call(jobs=[job], render=partial(NativeRenderer, shown=shown), stream=is_stream)
+    job, options = read_request(decode_json(body, GENERATE), exchange.context, is_stream=is_stream)
+    return Call(jobs=[job], render=partial(NativeRenderer, options=options), stream=is_stream)
 
 
 def parse_root(body: bytes, exchange: Exchange) -> Call:
     """Parse the body of `POST /`, which may ask for streaming; answers begin with the prompt."""
     request = decode_json(body, COMPAT_GENERATE)
     is_stream = bool(request.stream)
-    job, shown = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
-    return Call(jobs=[job], render=partial(NativeRenderer, shown=shown, is_list=True), stream=is_stream)
+    job, options = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
+    return Call(jobs=[job], render=partial(NativeRenderer, options=options, is_list=True), stream=is_stream)
 
 
 def read_inputs(inputs: str, context: ServerContext) -> Text:
@@ -83,7 +83,7 @@ def read_inputs(inputs: str, context: ServerContext) -> Text:
 
 def read_request(
     request: GenerateRequest, context: ServerContext, *, is_stream: bool = False, full_text: bool = False
-) -> tuple[Job, Shown]:
+) -> tuple[Job, AnswerOptions]:
     """Make the checks that TGI makes before taking a permit; return the job and what to show.
 
     Args:
@@ -98,7 +98,7 @@ def read_request(
     n = _check_before_permit(p, limits, is_stream=is_stream)
     full_text = full_text if p.return_full_text is None else p.return_full_text
     is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
-    shown = Shown(
+    options = AnswerOptions(
         # As in TGI, a request without parameters samples, but one with parameters is greedy by default.
         is_sampled=given is None or bool(p.do_sample) or p.top_k is not None or is_warped,
         details=bool(p.details or p.decoder_input_details),
@@ -108,36 +108,36 @@ def read_request(
     )
     # Each token of a stream shows its own log-probability; choosing the best of several sequences needs them,
     # too.
-    needs_logprobs = is_stream or shown.details or n > 1
+    needs_logprobs = is_stream or options.details or n > 1
     shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
     info = context.ready().info
     job = Job(
         prompt=read_inputs(request.inputs, context),
         sampling=sampling(
             info,
-            temperature=max(factor(p.temperature), GREEDY_BELOW) if shown.is_sampled else 0.0,
+            temperature=max(factor(p.temperature), GREEDY_BELOW) if options.is_sampled else 0.0,
             top_k=p.top_k,
             top_p=p.top_p,
             typical_p=p.typical_p,
             repetition_penalty=p.repetition_penalty,
             frequency_penalty=p.frequency_penalty,
-            seed=shown.seeds[0],
-            logprobs=shown.top_n if needs_logprobs else None,
+            seed=options.seeds[0],
+            logprobs=options.top_n if needs_logprobs else None,
             mode=LogprobsMode.PROCESSED,
         ),
         n=n,
-        check=partial(_check, request.inputs, p, shown.top_n, n, limits, context),
+        check=partial(_check, request.inputs, p, options.top_n, n, limits, context),
         max_tokens=p.max_new_tokens,
-        room=Room.TGI,
+        overflow=Overflow.TGI,
         keep_tokens=p.truncate,
         stop=tuple(p.stop or ()),
         include_stop=True,
         constraint=Constraint(_GRAMMAR, partial(native_grammar, p.grammar)) if p.grammar else None,
         prompt_logprobs=0 if shows_prefill else None,
-        seeds=tuple(seed % ENGINE_SEEDS for seed in shown.seeds) if n > 1 else (),
+        seeds=tuple(seed % ENGINE_SEEDS for seed in options.seeds) if n > 1 else (),
         adapter=p.adapter_id,
     )
-    return job, shown
+    return job, options
 
 
 def _check_before_permit(p: GenerateParameters, limits: Limits, *, is_stream: bool) -> int:
@@ -165,8 +165,8 @@ def _check(
     for name, holds, words in _RULES:
         value = getattr(p, name)
         _require(value is None or holds(value), f"`{name}` must be {words}", name)
-    stop, most = p.stop or (), limits.stops
-    _require(len(stop) <= most, f"`stop` supports up to {most} stop sequences. Given: {len(stop)}", "stop")
+    stop, limit = p.stop or (), limits.stops
+    _require(len(stop) <= limit, f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}", "stop")
     # TGI ends such a request after its first token, which cannot be intended.
     _require("" not in stop, "`stop` must not hold an empty string", "stop")
     longest = max(map(len, stop), default=0)

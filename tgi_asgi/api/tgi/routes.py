@@ -6,7 +6,7 @@ from functools import partial
 
 from tgi_asgi.api.admin import status
 from tgi_asgi.api.errors import OPENAI
-from tgi_asgi.api.life import counting, generating
+from tgi_asgi.api.life import generating, tokenising
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Route
 from tgi_asgi.api.tgi import clouds, request, schema, tokenize
@@ -40,15 +40,15 @@ def rows() -> list[Route]:
             requests=(schema.VertexRequest,), response=dict[str, list[str]],
         ),
         tokens(
-            "/tokenize", counting(tokenize.tokenize), "Tokenise a text or chat",
+            "/tokenize", tokenising(tokenize.tokenize), "Tokenise a text or chat",
             requests=(schema.TokenizeRequest, schema.PromptTokenizeRequest, ChatRequest),
         ),
         tokens(
-            "/detokenize", counting(tokenize.detokenize), "Convert tokens to text", dialect=OPENAI,
+            "/detokenize", tokenising(tokenize.detokenize), "Convert tokens to text", dialect=OPENAI,
             requests=(schema.DetokenizeRequest,), response=dict[str, str],
         ),
         tokens(
-            "/chat_tokenize", counting(tokenize.chat_tokenize), "A chat's templated text and tokens",
+            "/chat_tokenize", tokenising(tokenize.chat_tokenize), "A chat's templated text and tokens",
             requests=(ChatRequest,), response=schema.ChatTokenizeResponse,
         ),
         Route("GET", "/tokenizer_info", status.tokenizer_info, "Special tokens and chat template", "Tokens"),

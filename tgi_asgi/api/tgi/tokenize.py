@@ -10,13 +10,13 @@ import orjson
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import WithImages, counted
+from tgi_asgi.api.life import WithImages, after_images
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text, plain_text
-from tgi_asgi.api.tgi.by_key import speak
+from tgi_asgi.api.tgi.body_kind import set_dialect
 from tgi_asgi.api.tgi.request import read_inputs
 from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatTokenizeResponse, SimpleToken
 
@@ -28,23 +28,23 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     def listed(ids: list[int]) -> bytes:
         return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
 
-    match speak(body, exchange):
+    match set_dialect(body, exchange):
         case "inputs":
             prompt = read_inputs(decode_json(body, TOKENIZE).inputs, exchange.context)
 
-            def shown() -> bytes:
+            def encode_answer() -> bytes:
                 text = plain_text(prompt, served)
                 tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
-                return msgspec.json.encode(_shown(text, tokens))
+                return msgspec.json.encode(_simple_tokens(text, tokens))
 
-            return counted(prompt.images, shown)
+            return after_images(prompt.images, encode_answer)
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
             adds = request.add_special_tokens is not False
             return listed(served.tokenizer.encode(request.prompt, add_special_tokens=adds))
         case _:
             chat = _chat(body, served)
-            return counted(
+            return after_images(
                 chat.images, lambda: listed(chat_prompt(chat, served, settings, is_bounded=False).ids)
             )
 
@@ -62,21 +62,21 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     served = exchange.context.ready()
     chat = _chat(body, served)
 
-    def shown() -> bytes:
+    def encode_answer() -> bytes:
         text = chat_text(chat, served, exchange.context.settings)
         tokens = served.tokenizer.encode_with_offsets(
             text.source, add_special_tokens=False, is_marked=text.is_marked
         )
-        return msgspec.json.encode(ChatTokenizeResponse(_shown(text.shown, tokens), text.shown))
+        return msgspec.json.encode(ChatTokenizeResponse(_simple_tokens(text.shown, tokens), text.shown))
 
-    return counted(chat.images, shown)
+    return after_images(chat.images, encode_answer)
 
 
 def _chat(body: bytes, served: Served) -> Conversation:
     return read_conversation(decode_json(body, CHAT_DECODER), images=served.new_images())
 
 
-def _shown(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
+def _simple_tokens(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
     """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text."""
     data = text.encode()
     return [

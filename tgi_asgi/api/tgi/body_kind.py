@@ -29,7 +29,7 @@ def kind_of(body: bytes) -> str:
     raise InvalidRequest("One of `inputs`, `messages` and `prompt` is required", param="inputs")
 
 
-def speak(body: bytes, exchange: Exchange) -> str:
+def set_dialect(body: bytes, exchange: Exchange) -> str:
     """Return which of `KINDS` a body is, and set the exchange's dialect accordingly.
 
     Raises:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RequestSummary:
     """A request's sizes and times so far, over all its channels (prompts)."""
 
     total_s: float  # since handling of the request began
@@ -34,10 +34,10 @@ class Course:
     finishes: tuple[str, ...] = ()  # finish reasons of the choices that have ended
     # The phases validation, queue, prefill (to the first token) and decode: (name, begin, end),
     # `time.monotonic()`.
-    parts: tuple[tuple[str, float, float], ...] = ()
+    phases: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
-    def of(cls, exchange: Exchange) -> Course:
+    def of(cls, exchange: Exchange) -> RequestSummary:
         """Return the request's sizes and times as of now."""
         now_s = time.monotonic()
         channels = exchange.channels
@@ -52,7 +52,7 @@ class Course:
         until_first_s = finished_s if first_s is None else first_s
         moments = (exchange.started_s, submitted_s, scheduled_s, until_first_s, finished_s)
         names = ("validation", "queue", "prefill", "decode")
-        parts = zip(names, moments, moments[1:], strict=False)
+        phases = zip(names, moments, moments[1:], strict=False)
         return cls(
             total_s=now_s - exchange.started_s,
             validation_s=max(submitted_s - exchange.started_s, 0.0),
@@ -66,7 +66,7 @@ class Course:
             max_new_tokens=max(channel.request.stop.max_tokens for channel in channels),
             num_choices=sum(channel.request.n for channel in channels),
             finishes=tuple(finish.value for s in stats for finish in s.finishes),
-            parts=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in parts),
+            phases=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in phases),
         )
 
 
@@ -95,19 +95,19 @@ def sync_headers(
         num_tokens: Number of generated tokens; by default those of all the request's choices.
         is_sum: Whether the answer covers several prompts; TGI then omits `x-compute-time`.
     """
-    course = Course.of(exchange)
-    num_tokens = course.generated_tokens if num_tokens is None else num_tokens
+    summary = RequestSummary.of(exchange)
+    num_tokens = summary.generated_tokens if num_tokens is None else num_tokens
     milliseconds = (
-        (b"x-total-time", course.total_s),
-        (b"x-validation-time", course.validation_s),
-        (b"x-queue-time", course.queue_s),
-        (b"x-inference-time", course.inference_s),
-        (b"x-time-per-token", course.inference_s / max(num_tokens, 1)),
+        (b"x-total-time", summary.total_s),
+        (b"x-validation-time", summary.validation_s),
+        (b"x-queue-time", summary.queue_s),
+        (b"x-inference-time", summary.inference_s),
+        (b"x-time-per-token", summary.inference_s / max(num_tokens, 1)),
     )
     return [
         *stream_headers(exchange, info, characters=characters),
-        *(() if is_sum else ((b"x-compute-time", b"%.9f" % course.total_s),)),
+        *(() if is_sum else ((b"x-compute-time", b"%.9f" % summary.total_s),)),
         *((name, b"%d" % int(seconds * 1000)) for name, seconds in milliseconds),
-        (b"x-prompt-tokens", b"%d" % course.prompt_tokens),
+        (b"x-prompt-tokens", b"%d" % summary.prompt_tokens),
         (b"x-generated-tokens", b"%d" % num_tokens),
     ]

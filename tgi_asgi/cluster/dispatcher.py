@@ -40,12 +40,12 @@ class _Named(msgspec.Struct):
 _BODY = msgspec.json.Decoder(_Named)
 
 
-def front_app(apps: Sequence[App]) -> App | Front:
+def dispatch_app(apps: Sequence[App]) -> App | ModelDispatcher:
     """Return an application that answers for these; a single one is returned as is."""
-    return apps[0] if len(apps) == 1 else Front(apps)
+    return apps[0] if len(apps) == 1 else ModelDispatcher(apps)
 
 
-class Front:
+class ModelDispatcher:
     """One ASGI application for several; the first answers requests that name no model."""
 
     def __init__(self, apps: Sequence[App]) -> None:
@@ -106,7 +106,7 @@ class Front:
     async def _by_body(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the body, up to the limit, and pass it to the application that it names."""
         first = self._apps[0]
-        settings, budget = first.context.settings, first.context.bodies
+        settings, budget = first.context.settings, first.context.body_budget
         declared = header(scope, b"content-length") or b""
         if declared.isdigit() and int(declared) > settings.payload_limit:
             await first(scope, receive, send)  # responds with the error without reading it
@@ -119,7 +119,7 @@ class Front:
                 message = await receive()
                 messages.append(message)
                 num_bytes = len(message.get("body", b""))
-                budget.take(num_bytes, size)
+                budget.acquire(num_bytes, size)
                 size += num_bytes
                 if not message.get("more_body", False):
                     break
@@ -127,7 +127,7 @@ class Front:
         except TgiError:
             name = None  # the application raises and reports the same error
         finally:
-            budget.give_back(size)
+            budget.release(size)
 
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
@@ -136,7 +136,7 @@ class Front:
 
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the models of all applications, except those still loading."""
-        answers = [await _asked(app, scope) for app in self._apps]
+        answers = [await _answer_of(app, scope) for app in self._apps]
         listed = [answer for answer in answers if answer.status == 200]
         if not listed:
             await self._apps[0](scope, receive, send)
@@ -146,7 +146,7 @@ class Front:
 
     async def _measure(self, scope: Scope, send: Send) -> None:
         """Answer with the metrics of all applications; each sample has its model's name."""
-        answers = [await _asked(app, scope) for app in self._apps]
+        answers = [await _answer_of(app, scope) for app in self._apps]
         names = [
             str(app.context.settings.served_model_name or app.context.settings.model_id) for app in self._apps
         ]
@@ -204,7 +204,7 @@ class _Answer:
     body: bytes = b""
 
 
-async def _asked(app: App, scope: Scope) -> _Answer:
+async def _answer_of(app: App, scope: Scope) -> _Answer:
     """Return an application's answer to a GET, whatever the request's own method."""
     answer = _Answer()
 

@@ -11,13 +11,13 @@ import pytest
 from tests.support.asgi import Call, request, send
 from tests.support.local_cluster import LocalCluster
 from tgi_asgi.app import OwnedEngine
-from tgi_asgi.cluster.front import Front, merged_metrics
+from tgi_asgi.cluster.dispatcher import ModelDispatcher, merged_metrics
 from tgi_asgi.settings import Settings
 
 
 @pytest.fixture
-async def front() -> AsyncIterator[Front]:
-    """Yield a front with two models, one key, and CORS for any origin."""
+async def dispatcher() -> AsyncIterator[ModelDispatcher]:
+    """Yield a dispatcher with two models, one key, and CORS for any origin."""
     async with AsyncExitStack() as stack:
         apps = []
         for name in ("org/a", "org/b"):
@@ -26,14 +26,14 @@ async def front() -> AsyncIterator[Front]:
                 cors_allow_origin=("*",),
             )  # fmt: skip
             apps.append((await stack.enter_async_context(LocalCluster(1, settings))).app)
-        yield Front(apps)
+        yield ModelDispatcher(apps)
 
 
 KEY = {"authorization": "Bearer k"}
 
 
-async def post(front: Front, path: str, body: Any, headers: dict[str, str] = KEY) -> Call:
-    return await send(front, request("POST", path, body, headers))
+async def post(dispatcher: ModelDispatcher, path: str, body: Any, headers: dict[str, str] = KEY) -> Call:
+    return await send(dispatcher, request("POST", path, body, headers))
 
 
 def chat(model: str | None) -> dict[str, Any]:
@@ -43,88 +43,94 @@ def chat(model: str | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("model", "answers"), [("org/a", "org/a"), ("org/b", "org/b"), (None, "org/a")])
 async def test_a_request_goes_to_the_model_that_it_names(
-    front: Front, model: str | None, answers: str
+    dispatcher: ModelDispatcher, model: str | None, answers: str
 ) -> None:
-    answer = await post(front, "/v1/chat/completions", chat(model))
+    answer = await post(dispatcher, "/v1/chat/completions", chat(model))
     assert answer.json()["model"] == answers
 
 
-async def test_a_name_that_is_not_served_is_refused(front: Front) -> None:
-    answer = await post(front, "/v1/chat/completions", chat("org/c"))
+async def test_a_name_that_is_not_served_is_refused(dispatcher: ModelDispatcher) -> None:
+    answer = await post(dispatcher, "/v1/chat/completions", chat("org/c"))
     assert answer.status == 404
     assert answer.json()["error"]["code"] == "model_not_found"
 
 
-async def test_all_models_are_listed_and_described(front: Front) -> None:
-    listed = (await send(front, request("GET", "/v1/models", headers=KEY))).json()
-    described = (await send(front, request("GET", "/v1/models/org/b", headers=KEY))).json()
+async def test_all_models_are_listed_and_described(dispatcher: ModelDispatcher) -> None:
+    listed = (await send(dispatcher, request("GET", "/v1/models", headers=KEY))).json()
+    described = (await send(dispatcher, request("GET", "/v1/models/org/b", headers=KEY))).json()
     assert [each["id"] for each in listed["data"]] == ["org/a", "org/b"]
     assert described["id"] == "org/b"
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
-async def test_what_all_models_answer_together_has_the_headers_of_one(front: Front, path: str) -> None:
+async def test_what_all_models_answer_together_has_the_headers_of_one(
+    dispatcher: ModelDispatcher, path: str
+) -> None:
     headers = {**KEY, "x-request-id": "mine"}
-    answer = await send(front, request("GET", path, headers=headers))
+    answer = await send(dispatcher, request("GET", path, headers=headers))
     assert answer.headers["x-request-id"] == "mine"
     assert answer.headers["access-control-allow-origin"] == "*"
     assert answer.headers["content-length"] == str(len(answer.content))
-    head = await send(front, request("HEAD", path, headers=headers))
+    head = await send(dispatcher, request("HEAD", path, headers=headers))
     assert (head.status, head.content) == (200, b"")
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
-async def test_other_methods_than_reading_are_answered_as_by_one_server(front: Front, path: str) -> None:
+async def test_other_methods_than_reading_are_answered_as_by_one_server(
+    dispatcher: ModelDispatcher, path: str
+) -> None:
     asks = {"origin": "https://example.org", "access-control-request-method": "GET"}
-    preflight = await send(front, request("OPTIONS", path, headers=asks))
+    preflight = await send(dispatcher, request("OPTIONS", path, headers=asks))
     assert "GET" in preflight.headers["access-control-allow-methods"]
-    assert (await send(front, request("DELETE", path, headers=KEY))).status == 405
-    assert (await post(front, path, {})).status == 405
+    assert (await send(dispatcher, request("DELETE", path, headers=KEY))).status == 405
+    assert (await post(dispatcher, path, {})).status == 405
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/org/b"])
-async def test_lists_need_a_key(front: Front, path: str) -> None:
-    assert (await send(front, request("GET", path))).status == 401
+async def test_lists_need_a_key(dispatcher: ModelDispatcher, path: str) -> None:
+    assert (await send(dispatcher, request("GET", path))).status == 401
 
 
-async def test_a_body_without_a_key_is_refused_as_by_one_server(front: Front) -> None:
-    answer = await post(front, "/v1/chat/completions", chat("org/b"), {})
+async def test_a_body_without_a_key_is_refused_as_by_one_server(dispatcher: ModelDispatcher) -> None:
+    answer = await post(dispatcher, "/v1/chat/completions", chat("org/b"), {})
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize(
     ("body", "status"), [(b"{nonsense", 400), (b'{"model": "' + b"x" * 6000 + b'"}', 413), (b"[1]", 400)]
 )
-async def test_what_is_wrong_with_a_body_is_said_by_the_api(front: Front, body: bytes, status: int) -> None:
-    answer = await post(front, "/v1/chat/completions", body)
+async def test_what_is_wrong_with_a_body_is_said_by_the_api(
+    dispatcher: ModelDispatcher, body: bytes, status: int
+) -> None:
+    answer = await post(dispatcher, "/v1/chat/completions", body)
     assert (answer.status, answer.is_complete) == (status, True)
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_body_in_pieces_that_grows_too_long_is_refused(front: Front) -> None:
+async def test_a_body_in_pieces_that_grows_too_long_is_refused(dispatcher: ModelDispatcher) -> None:
     call = request("POST", "/v1/chat/completions", headers=KEY, chunks=[b" " * 2000] * 4)
-    assert (await send(front, call)).status == 413
-    assert front._apps[0].context.bodies.held == 0
+    assert (await send(dispatcher, call)).status == 413
+    assert dispatcher._apps[0].context.body_budget.held == 0
 
 
-async def test_nothing_of_a_body_stays_counted(front: Front) -> None:
-    await post(front, "/v1/chat/completions", chat("org/b"))
-    assert [app.context.bodies.held for app in front._apps] == [0, 0]
+async def test_nothing_of_a_body_stays_counted(dispatcher: ModelDispatcher) -> None:
+    await post(dispatcher, "/v1/chat/completions", chat("org/b"))
+    assert [app.context.body_budget.held for app in dispatcher._apps] == [0, 0]
 
 
-async def test_one_metrics_page_has_both_models(front: Front) -> None:
-    await post(front, "/v1/chat/completions", chat("org/b"))
-    text = (await send(front, request("GET", "/metrics"))).content.decode()
+async def test_one_metrics_page_has_both_models(dispatcher: ModelDispatcher) -> None:
+    await post(dispatcher, "/v1/chat/completions", chat("org/b"))
+    text = (await send(dispatcher, request("GET", "/metrics"))).content.decode()
     assert 'tgi_request_count{model_name="org/a"} 0' in text
     assert 'tgi_request_count{model_name="org/b"} 1' in text
     assert text.count("# TYPE tgi_request_count counter") == 1
 
 
-async def test_the_cluster_is_well_while_one_model_is(front: Front) -> None:
-    served = front._apps[0].context.served
+async def test_the_cluster_is_well_while_one_model_is(dispatcher: ModelDispatcher) -> None:
+    served = dispatcher._apps[0].context.served
     assert served is not None
     await cast(OwnedEngine, served.engine).stop()
-    found = [(await send(front, request("GET", path))).status for path in ("/health", "/readyz")]
+    found = [(await send(dispatcher, request("GET", path))).status for path in ("/health", "/readyz")]
     assert found == [200, 503]
 
 
