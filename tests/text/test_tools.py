@@ -361,6 +361,26 @@ def test_text_in_xml_comes_out_as_it_is_written() -> None:
     assert parser.push("x>") == [CallArguments("\\n</x>")]
 
 
+@names
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_tool_that_lists_no_arguments_gets_none(
+    compiler: GrammarCompiler, name: str, is_strict: bool
+) -> None:
+    schema = {"type": "object", "properties": {}, "required": [], "title": "Now"}
+    specs = [ToolSpec("f", schema, is_strict)]
+    grammar = answer_grammar(None, ToolUse(FORMATS[name], specs, must_call=True, is_parallel=False))
+    assert grammar is not None
+    answer = wander(compiler, grammar, random.Random(1), 400)
+    start, *arguments = parse(AnswerParser(None, FORMATS[name], specs), answer, 7)
+    assert start == CallStart("f")
+    assert json.loads("".join(piece.text for piece in arguments if isinstance(piece, CallArguments))) == {}
+
+
+def test_a_tool_that_allows_unlisted_arguments_gets_any() -> None:
+    for said in ({"properties": {}, "additionalProperties": True}, {"type": "object"}):
+        assert ToolSpec("f", said).schema == {"type": "object", **said}
+
+
 @pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
 def test_a_condition_on_all_arguments_together_is_refused_by_name_where_it_cannot_be_held(name: str) -> None:
     schema = {**PARAMETERS, "dependentRequired": {"a": ["b"]}}

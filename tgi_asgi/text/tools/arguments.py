@@ -10,6 +10,10 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Many clients describe a tool without arguments by empty `properties`, with at most these other keywords.
+_WITHOUT_RULES = frozenset(
+    {"type", "properties", "required", "$defs", "definitions", "$schema", "$id", "title", "description"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,13 @@ class ToolSpec:
     @property
     def schema(self) -> Mapping[str, Any]:
         """The schema of its arguments, which are always an object."""
-        return {"type": "object", **self.parameters} if self.parameters else _NO_ARGUMENTS
+        if not self.parameters:
+            return _NO_ARGUMENTS
+        schema = {"type": "object", **self.parameters}
+        has_no_rules = not (schema.get("required") or schema.keys() - _WITHOUT_RULES)
+        if schema.get("properties") == {} and has_no_rules and schema["type"] == "object":
+            schema["additionalProperties"] = False
+        return schema
 
     @property
     def properties(self) -> Mapping[str, Any]:
