@@ -284,6 +284,7 @@ async def test_what_is_said_of_the_model() -> None:
             assert model.details is not None and model.details.family == "ToyForCausalLM"
         shown = await client.show("toy/model")
         assert await client.show("toy/model:latest") == shown
+        assert await client.show("other") == shown  # LlamaIndex asks before it chats, whatever the name
         [running] = (await client.ps()).models
     assert running.context_length == 4096
     assert shown.capabilities == ["completion", "tools", "thinking"]
@@ -325,7 +326,7 @@ async def test_errors_become_the_packages_exceptions() -> None:
     assert (await refused(ScriptedEngine(), api_key=("right",))).status_code == 401
     unknown = await refused(ScriptedEngine(), strict_model_names=True)
     assert (unknown.error, unknown.status_code) == ("model 'other' not found", 404)
-    async with sdk() as client:
+    async with sdk(strict_model_names=True) as client:
         with pytest.raises(ollama.ResponseError, match="model 'other' not found") as caught:
             await client.show("other")
         assert caught.value.status_code == 404

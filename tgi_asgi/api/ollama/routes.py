@@ -13,14 +13,13 @@ from msgspec import Struct
 import tgi_asgi
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import generating
+from tgi_asgi.api.life import generating, served_name
 from tgi_asgi.api.ollama.embed import OllamaEmbed, OllamaEmbeddings, parse_embed, parse_embeddings
 from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
 from tgi_asgi.api.parse import check_ranges
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Route
-from tgi_asgi.errors import UnknownModel
 from tgi_asgi.text.tools.reasoning import style_of
 
 
@@ -79,9 +78,8 @@ async def show(exchange: Exchange) -> None:
     served = exchange.context.ready()
     request = await exchange.read_json(_SHOW)
     check_ranges(request)
+    served_name(exchange, request.model.removesuffix(":latest"))  # as for a chat
     info, template = served.info, served.chat_template
-    if request.model.removesuffix(":latest") != info.model_id:
-        raise UnknownModel(request.model)
     architecture = info.architecture
     described = {
         "template": template.source if template is not None else "",
