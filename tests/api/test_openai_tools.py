@@ -176,6 +176,13 @@ async def test_a_named_function_ends_with_stop_as_openai_s_does(named: Any) -> N
         assert choices[-1]["finish_reason"] == "stop"
 
 
+async def test_a_stream_of_a_required_call_has_no_text_not_even_an_empty_one() -> None:
+    first, *chunks, last = await deltas(say(*CALLS[-3:]), tools=TOOLS, tool_choice="required")
+    assert first["delta"] == {"role": "assistant", "content": None}
+    assert all(chunk["delta"].keys() == {"tool_calls"} for chunk in chunks)
+    assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
+
+
 async def test_a_call_that_the_length_cuts_is_shown_as_far_as_it_came() -> None:
     choice = (await chat(say(*CALLS[4:]), tools=TOOLS, max_tokens=6))["choices"][0]
     assert choice["finish_reason"] == "length"

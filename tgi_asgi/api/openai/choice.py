@@ -45,6 +45,10 @@ class TextChoice:
         """Return a chunk's fields for a text."""
         return {"text": text}
 
+    def closing(self) -> Fields:
+        """Return the last chunk's fields, without the finish reason."""
+        return self.text("")
+
     def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""
         text = self._text_of(events)
@@ -75,6 +79,7 @@ class ChatChoice(TextChoice):
 
     Args:
         is_named: Whether the client chose the function to call.
+        must_call: Whether the answer must be a tool call, without text.
     """
 
     names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -86,6 +91,7 @@ class ChatChoice(TextChoice):
         *,
         echo: str = "",
         is_named: bool = False,
+        must_call: bool = False,
         is_compat: bool = False,
     ) -> None:
         super().__init__(tracker, echo=echo)
@@ -93,6 +99,7 @@ class ChatChoice(TextChoice):
         self._is_text = reading is None
         self._reader = ChoiceReader(reading)
         self._is_named = is_named
+        self._opens_with = None if must_call and not is_compat else ""
         self._is_compat = is_compat
         # TGI's own client expects the role in every delta, and the `tool_calls` key.
         self._role: Fields = {"role": "assistant"} if is_compat else {}
@@ -106,11 +113,15 @@ class ChatChoice(TextChoice):
 
     def opening(self) -> Fields:
         """Return the fields of the first chunk."""
-        return {"delta": {"role": "assistant", "content": "", **self._no_calls}}
+        return {"delta": {"role": "assistant", "content": self._opens_with, **self._no_calls}}
 
     def text(self, text: str) -> Fields:
         """Return a chunk's fields for a text."""
         return {"delta": {**self._role, "content": text, **self._no_calls}}
+
+    def closing(self) -> Fields:
+        """Return the last chunk's fields, without the finish reason; after a call no text, as OpenAI does."""
+        return {"delta": {}} if self._calls and not self._is_compat else self.text("")
 
     def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""

@@ -153,7 +153,7 @@ class CompletionRenderer:
                 yield self._chunk(index, fields, self._token_ids(index))
         if last.finish is not None:
             ending = self._ending(index, last)
-            yield self._chunk(index, choice.text(""), {**ending, **self._token_ids(index)})
+            yield self._chunk(index, choice.closing(), {**ending, **self._token_ids(index)})
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         return self._plain_heads[index] + orjson.dumps(text) + self._plain_tail if text else b""
