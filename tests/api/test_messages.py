@@ -207,3 +207,72 @@ async def test_an_answer_s_format_becomes_its_grammar(field: str) -> None:
         answer = await client.post("/v1/messages", json={"messages": HI, "max_tokens": 50, **fields})
     assert answer.status_code == 200
     assert engine.requests[0].grammar is not None
+
+
+PLAIN: dict[str, Any] = {"type": "text", "media_type": "text/plain", "data": "The grass is green."}
+BLOCKS: dict[str, Any] = {"type": "content", "content": [{"type": "text", "text": "The sky is blue."}]}
+FOUND: dict[str, Any] = {
+    "type": "search_result", "title": "Seas", "source": "https://sea.example",
+    "content": [{"type": "text", "text": "The sea is deep."}],
+}  # fmt: skip
+
+
+async def prompt_of(content: list[dict[str, Any]], role: str = "user") -> str:
+    """Return the prompt that a turn makes, with another turn of the user after it."""
+    engine = ScriptedEngine(say("a"))
+    body = {"messages": [{"role": role, "content": content}, *HI], "max_tokens": 5}
+    async with client_of(app_of(engine)) as client:
+        answer = await client.post("/v1/messages", json=body)
+    assert answer.status_code == 200, answer.text
+    return engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+
+
+async def test_documents_of_plain_text_are_part_of_the_prompt() -> None:
+    cited = {"title": "Meadows", "context": "From a book.", "citations": {"enabled": True}}
+    text = {"type": "text", "text": "What is green?"}
+    prompt = await prompt_of([{"type": "document", "source": PLAIN, **cited}, text])
+    assert "Meadows\n\nFrom a book.\n\nThe grass is green.\nWhat is green?" in prompt
+    assert "The sky is blue.\nWhat is green?" in await prompt_of(
+        [{"type": "document", "source": BLOCKS}, text]
+    )
+
+
+async def test_search_results_are_part_of_the_prompt() -> None:
+    assert "Seas\nhttps://sea.example\n\nThe sea is deep." in await prompt_of([FOUND])
+
+
+async def test_documents_in_tool_results_are_text_where_they_can_be() -> None:
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}}
+    content = [{"type": "document", "source": PLAIN}, FOUND, pdf]
+    prompt = await prompt_of([{"type": "tool_result", "tool_use_id": "t", "content": content}])
+    assert "The grass is green.\nSeas\nhttps://sea.example\n\nThe sea is deep.\n[document omitted]" in prompt
+
+
+@pytest.mark.parametrize("kind", ["base64", "url", "file", None])
+async def test_other_documents_are_refused_by_name(kind: str | None) -> None:
+    content = [{"type": "document", "source": {"type": kind, "data": "JVBE"}}]
+    status, answer = await post({"messages": [{"role": "user", "content": content}]})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert "messages[0].content[0].source.type" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["code_execution_tool_result", "web_fetch_tool_result", "mcp_tool_use"])
+async def test_what_servers_ran_is_left_out_of_histories(kind: str) -> None:
+    prompt = await prompt_of(
+        [{"type": "text", "text": "Done."}, {"type": kind, "content": "secret"}], "assistant"
+    )
+    assert "Done." in prompt and "secret" not in prompt
+
+
+async def test_models_are_listed_in_the_form_of_the_client() -> None:
+    async with sdk(say("a")) as client:
+        listed = [model async for model in client.models.list()]
+        one = await client.models.retrieve(listed[0].id)
+        with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
+            await client.models.retrieve("other")
+    assert one == listed[0] and len(listed) == 1
+    assert (one.type, one.display_name, one.lifecycle) == ("model", one.id, "active")
+    assert one.created_at.tzinfo is not None and one.max_input_tokens
+    async with client_of(app_of(ScriptedEngine())) as plain:
+        answer = await plain.get("/v1/models")
+    assert answer.json()["object"] == "list" and "anthropic-version" in answer.headers["vary"]

@@ -62,6 +62,13 @@ async def test_all_models_are_listed_and_described(dispatcher: ModelDispatcher) 
     assert described["id"] == "org/b"
 
 
+async def test_all_models_are_listed_in_anthropic_s_form(dispatcher: ModelDispatcher) -> None:
+    headers = {**KEY, "anthropic-version": "2023-06-01"}
+    listed = (await send(dispatcher, request("GET", "/v1/models", headers=headers))).json()
+    assert [each["display_name"] for each in listed["data"]] == ["org/a", "org/b"]
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("org/a", "org/b", False)
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
 async def test_what_all_models_answer_together_has_the_headers_of_one(
     dispatcher: ModelDispatcher, path: str

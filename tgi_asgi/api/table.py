@@ -7,6 +7,7 @@ from functools import partial
 
 from tgi_asgi.api import docs
 from tgi_asgi.api.admin import adapters, control, status
+from tgi_asgi.api.anthropic import models as anthropic_models
 from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating, tokenising
@@ -55,6 +56,7 @@ def _tgi() -> list[Route]:
 
 def _openai() -> list[Route]:
     row = partial(Route, tag="OpenAI", dialect=OPENAI)
+    listed = partial(anthropic_models.in_own_form, list_models=status.models_of)
 
     def made(path: str, parse: Parse, summary: str, kind: type, dialect: Dialect = OPENAI) -> Route:
         handle, kinds = generating(parse), (kind,)
@@ -75,8 +77,8 @@ def _openai() -> list[Route]:
         row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A stored response"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Delete a response"),
-        row("GET", "/v1/models", status.list_models, "List the served model"),
-        row("GET", "/v1/models/{model:path}", status.retrieve_model, "Describe a served model"),
+        row("GET", "/v1/models", listed(status.list_models), "List the served model"),
+        row("GET", "/v1/models/{model:path}", listed(status.retrieve_model), "Describe a served model"),
     ]  # fmt: skip
 
 

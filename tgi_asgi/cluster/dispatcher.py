@@ -141,8 +141,11 @@ class ModelDispatcher:
         if not listed:
             await self._apps[0](scope, receive, send)
             return
-        models = [model for answer in listed for model in orjson.loads(answer.body)["data"]]
-        await _respond(scope, send, listed[0], orjson.dumps({"object": "list", "data": models}))
+        lists = [orjson.loads(answer.body) for answer in listed]
+        joined = lists[0] | {"data": [model for each in lists for model in each["data"]]}
+        if "last_id" in joined:  # Anthropic's form
+            joined["last_id"] = lists[-1]["last_id"]
+        await _respond(scope, send, listed[0], orjson.dumps(joined))
 
     async def _measure(self, scope: Scope, send: Send) -> None:
         """Answer with the metrics of all applications; each sample has its model's name."""

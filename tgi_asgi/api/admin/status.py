@@ -122,29 +122,31 @@ async def engine(exchange: Exchange) -> None:
 
 async def list_models(exchange: Exchange) -> None:
     """Answer with the served model and its adapters, as OpenAI lists models."""
-    served = exchange.context.ready()
-    listed = [_model_object(served.info), *(_adapter_object(served.info, name) for name in _adapters(served))]
-    await exchange.respond_json({"object": "list", "data": listed})
+    await exchange.respond_json({"object": "list", "data": models_of(exchange)})
 
 
 async def retrieve_model(exchange: Exchange) -> None:
     """Answer with one model by its name, which may contain slashes."""
+    await exchange.respond_json(models_of(exchange)[0])
+
+
+def models_of(exchange: Exchange) -> list[dict[str, Any]]:
+    """Return the served model and its adapters, or the one that the path names, as OpenAI describes models.
+
+    Raises:
+        UnknownModel: if the path names none of them.
+    """
     served = exchange.context.ready()
-    name = exchange.scope["path_params"]["model"]
-    if name in _adapters(served):
-        await exchange.respond_json(_adapter_object(served.info, name))
-        return
-    if name != served.info.model_id:
+    base = _model_object(served.info)
+    adapters = [] if served.adapters is None else served.adapters.names
+    models = [base, *(base | {"id": name, "root": name, "parent": base["id"]} for name in adapters)]
+    name = exchange.scope["path_params"].get("model")
+    if name is None:
+        return models
+    named = [model for model in models if model["id"] == name]
+    if not named:
         raise UnknownModel(name)
-    await exchange.respond_json(_model_object(served.info))
-
-
-def _adapters(served: Served) -> list[str]:
-    return [] if served.adapters is None else served.adapters.names
-
-
-def _adapter_object(info: ModelInfo, name: str) -> dict[str, Any]:
-    return _model_object(info) | {"id": name, "root": name, "parent": info.model_id}
+    return named[-1:]
 
 
 def _model_object(info: ModelInfo) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from tgi_asgi.api.anthropic.documents import document_text, has_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
@@ -143,6 +144,10 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
         match role, block.get("type"):
             case _, "text":
                 parts.append(string_of(block, "text", where))
+            case "user", "document":
+                parts.append(document_text(block, where))
+            case "user", "search_result":
+                parts.append(search_text(block, where))
             case "user", "image" if images is not None:
                 parts.append(_image(block.get("source"), f"{where}.source", images))
             case "user", "tool_result":
@@ -151,7 +156,9 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
                 results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":
                 thoughts.append(string_of(block, "thinking", where))
-            case "assistant", "redacted_thinking" | "server_tool_use" | "web_search_tool_result":
+            case "assistant", "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
+                pass
+            case "assistant", str(kind) if kind.endswith("_tool_result"):  # of a tool that a server ran
                 pass
             case "assistant", "tool_use":
                 arguments = block.get("input")
@@ -204,6 +211,10 @@ def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
                 texts.append(string_of(block, "text", where))
             case "tool_reference":
                 texts.append(f"[tool: {string_of(block, 'tool_name', where)}]")
+            case "document" if has_text(block):
+                texts.append(document_text(block, where))
+            case "search_result":
+                texts.append(search_text(block, where))
             case kind:
                 texts.append(f"[{kind} omitted]")
     return "\n".join(texts)
