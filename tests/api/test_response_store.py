@@ -223,7 +223,7 @@ async def test_what_was_said_in_a_thread_is_read_again_wherever_that_is() -> Non
             body = b'{"input":[{"role":"user","content":"x","y":%b}],"x":"%b"}' % (deep, b"x" * LARGE_BODY)
             return await client.post("/v1/responses", content=body)
 
-        # The deepest body that is accepted: close to the recursion limit up to Python 3.11, to C's after that.
+        # The deepest accepted body: near the recursion limit up to Python 3.11, near C's own limit after that.
         accepted, refused = 1, 100_000
         while refused - accepted > 1:
             depth = (accepted + refused) // 2
