@@ -223,7 +223,7 @@ async def test_what_was_said_in_a_thread_is_read_again_wherever_that_is() -> Non
             body = b'{"input":[{"role":"user","content":"x","y":%b}],"x":"%b"}' % (deep, b"x" * LARGE_BODY)
             return await client.post("/v1/responses", content=body)
 
-        # The deepest accepted body: near the recursion limit up to Python 3.11, near C's own limit after that.
+        # The deepest accepted body: near the recursion limit up to Python 3.11, near C's own since 3.12.
         accepted, refused = 1, 100_000
         while refused - accepted > 1:
             depth = (accepted + refused) // 2
