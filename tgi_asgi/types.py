@@ -87,7 +87,7 @@ class Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProcessedImage:
-    """An image in the form that a model takes."""
+    """An image, processed for the model."""
 
     text: str  # text that replaces its placeholder
     token_id: int  # token that the image's embeddings replace
@@ -110,7 +110,7 @@ class ImageProcessor(Protocol):
         """Return the images of one prompt, in order, in the model's form. Called in a worker thread.
 
         Raises:
-            InvalidRequest: if the model cannot take an image; `param` names it.
+            InvalidRequest: if the model cannot use an image; `param` names it.
         """
 
 
@@ -138,7 +138,7 @@ class Bidirectional(enum.Enum):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """A LoRA adapter: what a request adds to the model's matrix products.
+    """A LoRA adapter: the terms that a request adds to the model's matrix products.
 
     Attributes:
         key: Hash of the contents; adapters with the same key compute the same.

@@ -45,7 +45,7 @@ void use_kernel_set(const std::string& name) {
   throw std::invalid_argument("`name` must be one of kernel_sets(), got " + name);
 }
 
-// Fails if TGI_ISA names a kernel set that is unavailable: whoever sets it wants to compare sets.
+// Fails if TGI_ISA names a kernel set that is unavailable: it is set in order to compare sets.
 void check_requested_isa() {
   const char* wanted = std::getenv("TGI_ISA");
   // Done at import: the system grants AMX's tiles only to a process whose threads have no small

@@ -286,11 +286,11 @@ async def test_the_operator_s_hosts_may_be_listed_with_commas() -> None:
     app, _ = vision_app(
         ScriptedEngine(has_vision=True), Settings(allowed_media_domains=("A.example,b.example", "c.example"))
     )
-    takes = app.context.fetcher.takes_host_of
+    takes = app.context.fetcher.allows_host_of
     assert all(map(takes, ("http://a.example/", "https://b.example", "http://C.EXAMPLE:80/x")))
     assert not any(map(takes, ("http://d.example/", "data:x", "ftp://a.example/", "http://x.a.example/")))
     app.context.close()
-    assert not vision_app(ScriptedEngine(has_vision=True))[0].context.fetcher.takes_host_of(
+    assert not vision_app(ScriptedEngine(has_vision=True))[0].context.fetcher.allows_host_of(
         "http://a.example/"
     )
 

@@ -60,7 +60,7 @@ async def test_keys_are_read_again_while_the_server_runs(tmp_path: Path) -> None
 
 
 async def test_a_key_without_a_name_never_gets_what_another_was_called(tmp_path: Path) -> None:
-    """Cached prompts and kept responses belong to the key's name."""
+    """Cached prompts and stored responses belong to the key's name."""
     path = tmp_path / "keys"
     path.write_text("one\ntwo\n")
     engine = ScriptedEngine()

@@ -358,7 +358,7 @@ async def test_a_custom_tool_s_call_of_the_history_is_a_function_s_of_one_string
     ],
 )  # fmt: skip
 async def test_a_custom_tool_s_format_that_names_no_grammar_is_free_text(form: object) -> None:
-    """The model is told the grammar, but nothing enforces it; the tool can be called without one as well."""
+    """The model is shown the grammar, but nothing enforces it; the tool can be called without one as well."""
     flat = {"type": "custom", "name": "patch", "format": form}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"messages": HI, "tools": [{"type": "custom", "custom": flat}]},

@@ -1,4 +1,4 @@
-"""`--prompt-attention flashinfer`: what is planned and run, and which layers keep the project's own kernel.
+"""`--prompt-attention flashinfer`: what is planned and run, and which layers keep the native kernel.
 
 The package needs a GPU; elsewhere a stand-in with its signatures attends in float64.
 """

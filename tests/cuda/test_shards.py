@@ -61,7 +61,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 @pytest.fixture(scope="module")
 def reference() -> transformers.PreTrainedModel:
-    """A model with 2 heads, 1 KV head, 96 MLP columns (shards get 64 and 32) and 160 words (96 and 64)."""
+    """A model with 2 heads, 1 KV head, 96 MLP columns (shards get 64 and 32) and 160 ids (96 and 64)."""
     return make_model(**SHAPE)
 
 

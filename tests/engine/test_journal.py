@@ -41,7 +41,7 @@ def test_a_reader_of_all_changes_knows_what_can_be_found() -> None:
 
 
 def test_a_reader_that_missed_changes_is_told_so() -> None:
-    journal = BlockJournal(most=3)
+    journal = BlockJournal(max_changes=3)
     for number in range(5):
         journal.found(digest(number))
     assert journal.since(1) is None

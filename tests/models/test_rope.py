@@ -162,7 +162,7 @@ def test_layers_with_a_window_keep_a_rotary_embedding_of_their_own() -> None:
     )  # fmt: skip
     first, second = (layer.rope for layer in scale_positions(mixed, GivenRope("linear", 2.0)).layers)
     assert first == local
-    assert second is not None and second.scaling == RopeScaling("linear", 2.0, 4096, is_given=True)
+    assert second is not None and second.scaling == RopeScaling("linear", 2.0, 4096, is_override=True)
     parsed = transformers.Gemma3TextConfig()
     scale_positions_of_transformers(parsed, GivenRope("linear", 2.0))
     made: dict[str, Any] = parsed.rope_parameters  # type: ignore[assignment]

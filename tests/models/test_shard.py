@@ -26,7 +26,7 @@ def test_heads_that_do_not_divide_are_split_unevenly() -> None:
     assert (first.heads, first.kv_heads) == (range(6), range(2))
     assert (second.heads, second.kv_heads) == (range(6, 9), range(2, 3))
     assert (first.inner, second.inner) == (range(768), range(768, 1536))
-    assert (first.words, second.words) == (range(24576), range(24576, 49152))
+    assert (first.vocab_ids, second.vocab_ids) == (range(24576), range(24576, 49152))
 
 
 def test_more_shards_than_kv_heads_have_some_of_them_several_times() -> None:
@@ -65,7 +65,7 @@ def test_every_part_is_had_once_and_every_shard_has_some(
     for size, parts in (
         (num_heads, [cut.heads for cut in cuts]),
         (inner, [cut.inner for cut in cuts]),
-        (vocab, [cut.words for cut in cuts]),
+        (vocab, [cut.vocab_ids for cut in cuts]),
     ):
         assert list(itertools.chain(*parts)) == list(range(size))
         assert all(parts)
@@ -80,7 +80,7 @@ def test_every_part_is_had_once_and_every_shard_has_some(
     ("count", "changes", "message"),
     [
         (12, {}, "3 query heads of each KV head are too few for"),
-        (4, {"vocab_size": 3}, "3 words are too few for 4 shards"),
+        (4, {"vocab_size": 3}, "3 vocabulary ids are too few for 4 shards"),
         (
             4,
             {"intermediate_size": 512, "down_block": 256},

@@ -207,7 +207,7 @@ class FakeRunner:
         try:
             result = self.execute(queued.plan, is_tainted=queued.is_tainted)
         except Exception as error:
-            self._has_failed = True  # until the future has told the engine
+            self._has_failed = True  # until the future has notified the engine
             for later in self._queue:
                 later.is_tainted = True
             if not queued.future.cancelled():

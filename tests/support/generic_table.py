@@ -49,16 +49,16 @@ SEQUENTIAL: Mapping[str, str] = {
 
 # Refused when the model is opened, before any weights are read.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to go on from"),
+    **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to continue from"),
     "reformer": "hashes tokens into buckets that change with the length",
-    "rwkv": "has a state of its own kind",
-    "xlnet": "goes on from its own memories",
-    "blt": "groups bytes into patches, of which attention sees fewer than tokens",
+    "rwkv": "has a state of a special kind",
+    "xlnet": "continues from memories of its own",
+    "blt": "groups bytes into patches, so attention sees fewer positions than tokens",
     "cpmant": "lets a prompt's tokens see each other both ways",
     "deepseek_v4": "holds tables of integers, and keeps compressed keys",
     "prophetnet": "predicts several tokens at once, by a table of positions",
     "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
-    "xlstm": "has a cache of its own kind",
+    "xlstm": "has a cache of a special kind",
     **dict.fromkeys(
         ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), _MORE
     ),

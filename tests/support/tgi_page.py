@@ -74,8 +74,8 @@ _WHERE_READ = {
 _NO_METRIC = {
     "tgi_batch_decode_duration": "nothing is decoded apart from a step: `tgi_batch_inference_duration`",
     "tgi_batch_filter_duration": "batches are not filtered: rows end by themselves",
-    "tgi_batch_concat": "batches are not concatenated: each step is planned anew",
-    "tgi_batch_concat_duration": "likewise",
+    "tgi_batch_concat": "batches are not concatenated: each step is planned from scratch",
+    "tgi_batch_concat_duration": "the same as for `tgi_batch_concat`",
 }
 _NO_DEFAULT = frozenset({"None", "()", "False"})
 _COMPARED = {  # defaults that differ because they mean something else

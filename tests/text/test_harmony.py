@@ -49,7 +49,7 @@ F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
         (f"{LATE}no object<|call|>", [Content(f"{LATE}no object")]),
         (f"{LATE}  no object<|call|>", [Content(f"{LATE}  no object")]),
         ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", [Reasoning("1 + 1")]),
-        # A header without a message was once buffered for ever.
+        # A header without a message was once buffered forever.
         (f"{THOUGHT}<|channel|>{'x' * 600}<|end|>{FINAL}y", [Reasoning("hm"), Content("x" * 600 + "y")]),
         (f"<|start|>assistant {'x' * 600}", [Content(f"assistant {'x' * 600}")]),
         (f"{'<|channel|>' * 50}{'x' * 600}", [Content("x" * 600)]),

@@ -1,4 +1,4 @@
-"""Limits of templates: one cannot compute for ever or exhaust the machine with one expression."""
+"""Limits of templates: one cannot compute forever or exhaust the machine with one expression."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # no blanks, which would forge a log
 
 
 class ClientDisconnected(Exception):
-    """Raised inside a request whose client has disconnected, so nobody can be answered."""
+    """Raised inside a request whose client has disconnected, so there is no one to answer."""
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:

@@ -1,4 +1,4 @@
-"""A client's request, independent of the API: a dialect makes a `Call` of a body, and `life.py` runs it.
+"""A client's request, independent of the API: a dialect makes a `Call` from a body, and `life.py` runs it.
 
 Fields in errors (`errors.Field`) are called "prompt", "max_tokens", "min_tokens", "tools", "tool_choice";
 each dialect spells them as its clients do.
@@ -67,7 +67,7 @@ class Images:
 
 @dataclass(slots=True)
 class Conversation:
-    """A chat in the form that chat templates take.
+    """A chat in the form that chat templates expect.
 
     Attributes:
         messages: Plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
@@ -113,7 +113,7 @@ class Text:
 
 @dataclass(slots=True)
 class Constraint:
-    """What an answer's text must match, and the client's name of the field that asked for it.
+    """A constraint on an answer's text, and the client's name of the field that asked for it.
 
     Attributes:
         make: Returns the grammar's source; takes milliseconds for large schemas.

@@ -104,9 +104,8 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
             try:
                 files[i] = await exchange.context.fetcher.fetch(source.content, source.param, budget)
             except _TooLong:
-                message = (
-                    f"`{source.param}`: the images that a request has fetched may have {budget.most} bytes"
-                )
+                limit = f"the images that a request has fetched may have {budget.max_bytes} bytes"
+                message = f"`{source.param}`: {limit}"
                 raise ImageTooLarge(message, param=source.param) from None
 
     try:
@@ -132,10 +131,10 @@ class _ByteBudget:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._num_read = 0
-        self.most = exchange.context.settings.payload_limit
+        self.max_bytes = exchange.context.settings.payload_limit
 
     def expect(self, size: int) -> None:
-        if self._num_read + size > self.most:
+        if self._num_read + size > self.max_bytes:
             raise _TooLong
 
     def consume(self, size: int) -> None:

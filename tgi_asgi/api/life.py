@@ -1,4 +1,4 @@
-"""The life cycle of a generating request: read, check, take a permit, make the prompt, generate, deliver.
+"""The lifecycle of a generating request: read, check, take a permit, make the prompt, generate, deliver.
 
     route = Route("POST", "/v1/chat/completions", generating(parse_chat), ...)
 
@@ -38,8 +38,8 @@ _MAX_HEADER_CHARS = 1000
 def generating(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads.
 
-    `parse` is a pure function; it runs in a thread if the body is large. It may return a function with the
-    remaining work after finding out that this is large (`Exchange.is_large`).
+    `parse` is a pure function; it runs in a thread if the body is large. It may set `Exchange.is_large` and
+    return a function that does the remaining work, which then runs in a thread.
     """
 
     async def handle(exchange: Exchange) -> None:
@@ -328,7 +328,7 @@ class _Choices:
 
 @contextlib.contextmanager
 def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
-    """Take a permit for all choices of a call at once, and finally release what the engine did not take.
+    """Take a permit for all choices of a call at once; finally release the part that the engine did not take.
 
     All at once, because admission may displace other requests, and a call that is refused must not do that.
 

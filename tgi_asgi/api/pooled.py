@@ -1,4 +1,4 @@
-"""The life cycle of a request for vectors: read, check, take a permit, tokenise, compute, answer.
+"""The lifecycle of a request for vectors: read, check, take a permit, tokenise, compute, answer.
 
     route = Route("POST", "/v1/embeddings", pooling(parse_embeddings), ...)
 
@@ -261,12 +261,12 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
     if isinstance(content, Pair):
         ids, second_start = _pair_prompt(content, served, settings, keep, max_chars, truncation)
     elif isinstance(content, list):
-        ids = content if truncation is None or len(content) <= keep else _kept(content, keep, truncation)
+        ids = content if truncation is None or len(content) <= keep else _truncated(content, keep, truncation)
     elif truncation is None:
         ids = tokenizer.encode(content, add_special_tokens=call.adds_special_tokens)
     else:
         ids = tokenizer.encode_cut(
-            _kept(content, max_chars, truncation),
+            _truncated(content, max_chars, truncation),
             keep,
             add_special_tokens=call.adds_special_tokens,
             from_left=truncation.from_left,
@@ -278,7 +278,7 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
     return ids, second_start
 
 
-def _kept(content: _Content, keep: int, truncation: Truncation) -> _Content:
+def _truncated(content: _Content, keep: int, truncation: Truncation) -> _Content:
     return content[-keep:] if truncation.from_left else content[:keep]
 
 
@@ -291,7 +291,7 @@ def _pair_prompt(
     truncation: Truncation | None,
 ) -> _Prompt:
     """Return a pair's tokens; if it may be cut, with as much of its document as fits."""
-    document = pair.document if truncation is None else _kept(pair.document, max_chars, truncation)
+    document = pair.document if truncation is None else _truncated(pair.document, max_chars, truncation)
     scoring, tokenizer = served.info.scoring, served.tokenizer
     if scoring is None or scoring.template is None:
         if truncation is None:
@@ -307,7 +307,7 @@ def _pair_prompt(
         if not num_kept:
             document = ""
             continue
-        kept = _kept(own, num_kept, truncation)
+        kept = _truncated(own, num_kept, truncation)
         # Drop characters that the cut has split.
         document = tokenizer.decode(kept, skip_special_tokens=False).strip("\ufffd")
     return ids, None

@@ -11,7 +11,7 @@ from tgi_asgi.types import LogprobsMode, ModelInfo, SamplingParams
 
 ENGINE_SEEDS = 2**63
 GREEDY_BELOW = 1e-5  # lower temperatures count as 0, because dividing logits by them would overflow
-_DRAWN_SEEDS = 2**53  # such a seed is exact as a JavaScript number
+_RANDOM_SEEDS = 2**53  # such a seed is exact as a JavaScript number
 # Factors that scale float32 logits without making them infinite or zero.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 
@@ -50,15 +50,15 @@ def sampling(
         frequency_penalty=frequency_penalty or 0.0,
         presence_penalty=presence_penalty or 0.0,
         logit_bias=_logit_bias(logit_bias or {}, info.vocab_size),
-        seed=drawn_seed() if seed is None else seed % ENGINE_SEEDS,
+        seed=random_seed() if seed is None else seed % ENGINE_SEEDS,
         logprobs=logprobs,
         logprobs_mode=mode,
     )
 
 
-def drawn_seed() -> int:
+def random_seed() -> int:
     """Return a random seed for a request without one."""
-    return random.randrange(_DRAWN_SEEDS)
+    return random.randrange(_RANDOM_SEEDS)
 
 
 def factor(value: float | None) -> float:

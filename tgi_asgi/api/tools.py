@@ -57,13 +57,13 @@ class Tool:
         *,
         namespace: str | None = None,
     ) -> Tool:
-        """Return a tool with one string parameter; its grammar is told to the model, but not enforced."""
+        """Return a tool with one string parameter; its grammar is shown to the model, but not enforced."""
         if grammar is not None:
             description = f"{description or ''}\nThe input must match this grammar:\n{grammar}".strip()
         return cls(index, name, description, _CUSTOM_PARAMETERS, is_custom=True, namespace=namespace)
 
     def for_template(self) -> dict[str, Any]:
-        """Return it in the form that chat templates take."""
+        """Return it in the form that chat templates expect."""
         fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
         function: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
         if self.is_strict is not None:
@@ -92,7 +92,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
 def choose(
     tools: Sequence[Tool], mode: str, names: Sequence[str] | None = None, *, is_parallel: bool = True
 ) -> ToolChoice | None:
-    """Return what the model may call, or None if it may call nothing.
+    """Return the tools that the model may call, or None if it may call none.
 
     Args:
         mode: none, auto, required, or named.

@@ -16,7 +16,7 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 _SETTINGS = {spec.name for spec in dataclasses.fields(Settings)}
-# Not for one process to decide where Serve listens, and starts and stops actors.
+# Settings of a process that Serve decides: where it listens, and how replicas start and stop.
 _REFUSED = {
     "hostname": "set Serve's http_options.host",
     "port": "set Serve's http_options.port",

@@ -78,7 +78,7 @@ class _Entry:
 
 
 class Lease:
-    """A request's hold on an adapter."""
+    """A request's reference to an adapter, which stays in memory until the release."""
 
     __slots__ = ("_entry", "adapter")
 
@@ -89,7 +89,7 @@ class Lease:
         entry.idle.clear()
 
     def release(self) -> None:
-        """Release the adapter. Idempotent."""
+        """Release the reference. Idempotent."""
         entry, self._entry = self._entry, None
         if entry is not None:
             entry.num_users -= 1
@@ -157,7 +157,7 @@ class Adapters:
         return sum(entry.adapter is not None or entry.task is not None for entry in entries)
 
     async def lease(self, name: str) -> Lease:
-        """Return a hold on an adapter, which is reloaded first if it was unloaded.
+        """Return a reference to an adapter, which is reloaded first if it was unloaded.
 
         Raises:
             UnknownAdapter: if there is none of that name.

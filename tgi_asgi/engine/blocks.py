@@ -34,7 +34,7 @@ class BlockPool:
 
     Attributes:
         journal: Records which contents become findable and which no longer are, if set.
-        dependents: Is told which contents can no longer be found, if set.
+        dependents: Notified of contents that can no longer be found, if set.
     """
 
     __slots__ = (
@@ -54,7 +54,9 @@ class BlockPool:
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict()
-        self._evicted: OrderedDict[bytes, None] = OrderedDict()  # newest last; as many as the pool has blocks
+        self._evicted: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # newest last; at most one per block of the pool
 
     @property
     def num_free(self) -> int:

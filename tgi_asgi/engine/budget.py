@@ -6,11 +6,11 @@ from tgi_asgi.engine.step_time import StepTime
 
 _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration reveals the cost of a token
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
-_SHARE = (0.5, 2.5)  # least time for prompts, as a multiple of the step's decode time
+_SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
-_ALIKE = 8  # steps of one size are averaged: each says the same, and learning takes 17 us
+_AVERAGED_STEPS = 8  # of one size; learning from each would take 17 us and teach little
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
-_PROBED_SHARE = 0.25  # cost of a row assumed in these at most, as a share of a step of one row
+_PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
 
 
 class TokenBudget:
@@ -86,11 +86,11 @@ class TokenBudget:
         """Seconds of a decode step: the fixed part, and the part per token; zeros while nothing is known.
 
         If a few delayed steps made rows look expensive, no row would get drafts and no step could show that
-        they are cheap. Therefore a few steps now and then assume that rows are cheap, and are learnt from.
+        they are cheap. A few steps now and then therefore assume that rows are cheap, and correct the model.
         """
         whole = self._time.predict_s(1, 0)
         row = whole - self._time.predict_s(0, 0)
-        if self._num_steps % _PROBE_EVERY < _ALIKE:
+        if self._num_steps % _PROBE_EVERY < _AVERAGED_STEPS:
             row = min(row, _PROBED_SHARE * whole)
         return whole - row, row
 
@@ -99,8 +99,8 @@ class TokenBudget:
     ) -> None:
         """Learn from a step that took `duration_s`: at once if its size is new, otherwise every eighth step.
 
-        A draft costs as much as a row. The number of drafts alone makes no new size, as it changes with every
-        step.
+        A draft costs as much as a row. A different number of drafts does not count as a new size, because it
+        changes with every step.
         """
         self._num_steps += 1
         size = (num_decode_rows, num_prefill_tokens)
@@ -116,7 +116,7 @@ class TokenBudget:
             self._time.observe(num_rows, num_prefill_tokens, sum(self._pending_s) / count)
             self._pending_s.clear()
             self._num_pending_drafts = 0
-            self._num_due = _ALIKE
+            self._num_due = _AVERAGED_STEPS
         if num_prefill_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)
 

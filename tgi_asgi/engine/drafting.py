@@ -49,7 +49,7 @@ def plan_drafts(
         sequence.num_ahead += row.num_drafts
 
 
-def settle_row(row: StepRow, sequence: Sequence, num_drawn: int) -> None:
+def settle_row(row: StepRow, sequence: Sequence, num_sampled: int) -> None:
     """Account for the number of tokens that a row with a `stop` has sampled."""
     sequence.num_ahead -= row.num_drafts
-    sequence.num_computed += num_drawn - 1
+    sequence.num_computed += num_sampled - 1

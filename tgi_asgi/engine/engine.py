@@ -100,7 +100,7 @@ class Engine:
         return self._loop.scheduler
 
     def describe(self) -> dict[str, Any]:
-        """Return what the engine holds now, for a person to read."""
+        """Return the engine's current state for people to read, in JSON types only."""
         return describe(self.admission, self.scheduler.tables, self._loop.channels, self.stats, self._clock())
 
     def start(self) -> None:
@@ -165,7 +165,7 @@ class Engine:
         return sum(channel.refuse(error) for channel in named)
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached contents; used blocks keep their holders. Return how many contents were known."""
+        """Drop all cached prompts; return the number of blocks dropped. Blocks in use stay allocated."""
         return self.scheduler.pool.reset()
 
     def mark_lost(self, reason: str) -> None:

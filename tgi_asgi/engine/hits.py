@@ -39,7 +39,7 @@ class Hit:
 
     @classmethod
     def none(cls, num_groups: int) -> Hit:
-        """Return the hit of a prompt of which nothing is cached."""
+        """Return the hit of a prompt without cached blocks."""
         return cls(0, [[] for _ in range(num_groups)])
 
 

@@ -111,7 +111,7 @@ class ChunkBoundaries:
         return (end - start if end - start <= room else 0), pending
 
     def min_step_tokens(self, images: Many[ImageInput], prompt_len: int) -> int:
-        """Return the least number of the prompt's tokens that a single step must be able to compute."""
+        """Return the minimum number of the prompt's tokens that a single step must be able to compute."""
         if self._bidirectional is Bidirectional.PROMPT:
             return prompt_len
         sizes = [each.num_tokens for each in images] if self._bidirectional is Bidirectional.IMAGES else []

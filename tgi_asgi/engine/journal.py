@@ -10,7 +10,7 @@ from itertools import islice
 
 
 class BlockJournal:
-    """The newest changes of what a block pool can find; the pool's n-th change has the number n.
+    """The newest changes to the contents that a block pool can find; the pool's n-th change has number n.
 
         pool.journal = journal = BlockJournal()
         ...
@@ -18,11 +18,11 @@ class BlockJournal:
         seen = journal.end
 
     Args:
-        most: Maximum number of changes to keep, at about 100 bytes each.
+        max_changes: Maximum number of changes to keep, at about 100 bytes each.
     """
 
-    def __init__(self, most: int = 65536) -> None:
-        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=most)
+    def __init__(self, max_changes: int = 65536) -> None:
+        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=max_changes)
         self.end = 0
 
     def found(self, digest: bytes) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LIMIT_FACTOR = 10  # a step hangs if it takes this many times its expected time, and `step_timeout_s`
+_LIMIT_FACTOR = 10  # a step hangs after this many times its expected time, or `step_timeout_s` if longer
 _SLICE_S = 0.001  # longest that delivery may hold the event loop
 _MAX_DELAY_S = 0.05  # longest a token may wait when the event loop is slower than the steps
 
@@ -318,7 +318,7 @@ class ServingLoop:
             self.fail_request(sequence, "the model's logits were not finite")
             return
         if sampled.failure is not None:
-            # The limit is on what a request may ask for; clients would resend the request after a 500.
+            # The request exceeded a limit; clients would resend the request after a 500.
             log.warning(
                 "request %s, choice %d: grammar: %s",
                 sequence.request.request_id, sequence.choice, sampled.failure,

@@ -42,7 +42,7 @@ class Recovery:
     """The search for the rows that make a step fail, if it is the rows' fault at all.
 
     Attributes:
-        num_lost_rows: Number of rows that failed since the last good one; the host updates it, too.
+        num_lost_rows: Number of rows that failed since the last good one; the host also updates it.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Recovery:
                 self._budget.shrink(step.num_prefill_tokens)
             if num_rows == 1:
                 num_tokens = step.plan.rows[0].num_tokens
-                is_least = num_tokens <= self._scheduler.block_size or self._scheduler.takes_whole_prompts
-                if not isinstance(error, MemoryError) or is_least:
+                is_minimum = num_tokens <= self._scheduler.block_size or self._scheduler.takes_whole_prompts
+                if not isinstance(error, MemoryError) or is_minimum:
                     for _, sequence in step.live():
                         self.num_lost_rows += 1
                         self._host.fail_request(sequence, "the model failed on this request", error)
@@ -105,7 +105,7 @@ class Recovery:
                 await self._host.flush()
 
     async def probe_engine(self) -> None:
-        """Run a probe step once several rows in a row have failed, and give up only if that fails, too.
+        """Run a probe step once several rows in a row have failed, and give up only if that fails as well.
 
         A client whose every prompt fails affects only itself; an engine that cannot compute affects everyone.
 

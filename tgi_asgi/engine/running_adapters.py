@@ -11,12 +11,12 @@ from tgi_asgi.engine.sequence import Sequence
 
 
 class RunningAdapters:
-    """The adapters of the running sequences, of which only a limited number differ at a time.
+    """The adapters of the running sequences: at most a fixed number of different ones at a time.
 
     A sequence whose adapter would exceed the limit is held until one of the running adapters has no sequence
-    left. From then on, all further sequences with an adapter are held behind it, even if their adapter is
-    running: adapters in constant use would otherwise keep it waiting for ever. Sequences without an adapter
-    pass.
+    left. Until then, all further sequences with an adapter are held as well, even if their adapter is
+    running: adapters in constant use would otherwise keep it waiting forever. Sequences without an adapter
+    are never held.
     """
 
     __slots__ = ("_counts", "_held", "_max_adapters")

@@ -10,7 +10,7 @@ before any row reads them. (2) A row writes only to blocks that no other table h
 registered when that row's result is applied. Later rows of the same sequence write after it. (4) A row reads
 only positions that it, or a row planned before it, writes for the same tokens. A hit on a planned block
 therefore reads the right contents (1, 3). A late write for a sequence that has ended lands before the block's
-next owner writes (1); it is either overwritten before it is read (4), or is what a hit wanted.
+next owner writes (1); it is either overwritten before it is read (4), or holds what a hit expects.
 
 With a sliding window, a running sequence frees blocks early: applying a row's result frees the blocks that no
 later token can read. The sequence's rows in flight begin where that row ends or later, so they neither read
@@ -67,7 +67,7 @@ class Scheduler:
             preemption.
         drafts: How many drafts the runner accepts.
         windows: Window of each group of layers, as `Runner.windows`.
-        waiting_served_ratio: Least ratio of waiting to decoding sequences at which new prompts start; below
+        waiting_served_ratio: Minimum ratio of waiting to decoding sequences at which new prompts start; below
             it they wait for up to `max_waiting_steps` steps, because steps without prompts are shorter. 0:
             they start at once.
         max_adapters: Maximum number of different adapters in a step.
@@ -487,7 +487,7 @@ class Scheduler:
     def probe(self) -> Step | None:
         """Plan a step of one token that belongs to no request, to test whether steps can succeed.
 
-        Returns None if no slot or block is free. `end_probe` releases what the step holds.
+        Returns None if no slot or block is free. `end_probe` releases its slot and blocks.
         """
         if not self._slots or self.pool.num_free < self.tables.num_groups:
             return None
@@ -500,7 +500,7 @@ class Scheduler:
         return step
 
     def end_probe(self, step: Step) -> None:
-        """Release what a probe held."""
+        """Release the slot and blocks of a probe."""
         [row] = step.plan.rows
         self._slots.append(row.slot)
         for table in row.block_tables:

@@ -37,12 +37,12 @@ class Sequence:
         `num_reused`: those of `num_computed` that the sequence did not compute itself: cached, or from its
             leader.
         `num_settled`: those of `num_computed` that no step in flight writes.
-        `num_pending`: tokens that the steps in flight will sample at least.
+        `num_pending`: minimum number of tokens that the steps in flight will sample.
         `num_ahead`: how many more tokens the steps in flight may sample and compute.
         `num_encoded_images`: leading images of the prompt that are known to be encoded.
 
     `tables` has one block list per group of layers, indexed by position. The first `num_freed` entries
-    of each list lie before the group's window; the sequence no longer owns those blocks. `epoch` changes
+    of each list are before the group's window; the sequence no longer owns those blocks. `epoch` changes
     whenever the sequence leaves the running set or restarts its slot; what older steps computed for it is
     then void.
     """

@@ -50,7 +50,7 @@ class Keep(NamedTuple):
 
 
 class KeptStates:
-    """The kept states: which rows keep theirs, in which place, and which place holds what.
+    """The kept states: which rows keep theirs, in which place, and which state each place holds.
 
     Args:
         num_places: Number of places that the runner has.

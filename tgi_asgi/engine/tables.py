@@ -181,8 +181,8 @@ class BlockTables:
             return self.blocks_for(len(sequence.token_ids)) * self.block_size
         num_entries = len(sequence.tables[self._windowed[0]])  # of each windowed group
         num_freed, needs = sequence.num_freed, self.needs
-        most = min(num_freed[group] + needs.max_held(group, end) for group in self._windowed)
-        count = min(self.blocks_for(end), most) - num_entries
+        max_entries = min(num_freed[group] + needs.max_held(group, end) for group in self._windowed)
+        count = min(self.blocks_for(end), max_entries) - num_entries
         if count > 0:
             width, num_free = len(self._windowed), self.pool.num_free
             count = min(count, max((num_free - spare) // width, 1))

@@ -104,7 +104,7 @@ class Fetcher:
                 _refuse(param, "its URL redirects to one that is invalid")
         _refuse(param, f"its URL redirects more than {MAX_REDIRECTS} times")
 
-    def takes_host_of(self, url: str) -> bool:
+    def allows_host_of(self, url: str) -> bool:
         """Return whether a URL's host is on the operator's list."""
         try:
             return bool(self._allowed_hosts) and bool(self._target(url, ""))

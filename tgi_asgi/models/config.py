@@ -53,7 +53,7 @@ class RopeScaling:
     # file
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
-    is_given: bool = False  # by the operator; then a GGUF file's tensors for it are ignored
+    is_override: bool = False  # set by the operator; then a GGUF file's tensors for it are ignored
 
 
 @dataclass(frozen=True, slots=True)

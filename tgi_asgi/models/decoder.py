@@ -1,7 +1,7 @@
 """The decoder of most families: an embedding, layers, a norm and a head.
 
-Plain Python over the operators: it is called once, to be recorded. `layers.py` has the layers and reads their
-weights.
+Plain Python over the operators: `forward` is called once, to be recorded. `layers.py` has the layers and
+reads their weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Decoder:
         recorder = record(model, pool.layers)
 
     Attributes:
-        layer_class, parallel_class, weights_class, checkpoint: What a family may override.
+        layer_class, parallel_class, weights_class, checkpoint: Attributes that a family may override.
         path: Module path of the layers' parent, as adapters name it.
     """
 
@@ -41,8 +41,8 @@ class Decoder:
         shape = (config.vocab_size, config.hidden_size)
         self.config, self.path = config, "model"
         ropes = RopeTables(config, weights, max_positions)
-        words = range(config.vocab_size) if config.cut is None else config.cut.words
-        embedding = weights.get("model.embed_tokens.weight", shape).rows(words.start, words.stop)
+        vocab_ids = range(config.vocab_size) if config.cut is None else config.cut.vocab_ids
+        embedding = weights.get("model.embed_tokens.weight", shape).rows(vocab_ids.start, vocab_ids.stop)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
         self.positions = self.read_positions(weights) if config.has_learned_positions else None
         self.norm = read_norm(config, weights, "model.norm")
@@ -53,9 +53,9 @@ class Decoder:
         elif config.has_head and (not config.has_tied_embeddings or config.has_head_bias):
             head, bias = embedding, None
             if not config.has_tied_embeddings:
-                head = weights.get("lm_head.weight", shape).rows(words.start, words.stop)
+                head = weights.get("lm_head.weight", shape).rows(vocab_ids.start, vocab_ids.stop)
             if config.has_head_bias:
-                bias = weights.get("lm_head.bias", shape[:1]).rows(words.start, words.stop)
+                bias = weights.get("lm_head.bias", shape[:1]).rows(vocab_ids.start, vocab_ids.stop)
             self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
         # After the head, which is fully resident while it is packed, although it may be a twentieth of the
         # file.

@@ -50,7 +50,7 @@ def _query_scales(growth: QueryGrowth, max_positions: int) -> Tensor:
 def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:
     """Return the divisors of the frequencies, [dim / 2] float32, if a list or a tensor has them."""
     scaling = spec.scaling
-    if scaling is not None and scaling.is_given:
+    if scaling is not None and scaling.is_override:
         for name in ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"):
             if name in weights:
                 weights.get(name, (spec.dim // 2,))  # mark it as read, but do not apply it
@@ -126,7 +126,7 @@ def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
     context = min(contexts, default=config.context_length)
     factor, magnitude = rope.factor, yarn_magnitude(rope.factor) if rope.kind == "yarn" else 1.0
     kind = "linear" if rope.kind == "none" else rope.kind
-    scaling = RopeScaling(kind, factor, context, attention_factor=magnitude, is_given=True)
+    scaling = RopeScaling(kind, factor, context, attention_factor=magnitude, is_override=True)
     layers = tuple(
         replace(layer, rope=replace(layer.rope, scaling=scaling)) if layer.rope in ropes else layer
         for layer in config.layers

@@ -1,4 +1,4 @@
-"""Cuts a model into shards: attention heads, MLP columns and vocabulary words per rank. Without torch.
+"""Cuts a model into shards: attention heads, MLP columns and vocabulary ids per rank. Without torch.
 
     9 query heads, 3 KV heads, two shards       queries 0..5 with KV heads 0 and 1 | 6..8 with 2
     2 KV heads for 8 query heads, four shards   queries 0, 1 with KV head 0 | 2, 3 with 0 | 4, 5 with 1 | ...
@@ -27,7 +27,7 @@ class ModelCut:
         rank, count: The shard's rank, and the number of shards.
         heads, kv_heads: Query heads, and the KV heads that they read.
         inner: Columns between an MLP's products.
-        words: Vocabulary words.
+        vocab_ids: Vocabulary ids.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class ModelCut:
     heads: range
     kv_heads: range
     inner: range
-    words: range
+    vocab_ids: range
 
 
 def cut_model(
@@ -57,8 +57,9 @@ def cut_model(
     # Kernels pad columns to strips; parts are whole strips if there are enough.
     unit = math.lcm(down_block, _STRIP) if intermediate_size >= count * _STRIP else down_block
     inner = _split(count, intermediate_size, unit, f"{intermediate_size} columns of the MLP")
-    words = _split(count, vocab_size, 1 if vocab_size < count * _STRIP else _STRIP, f"{vocab_size} words")
-    parts = zip(heads, kv_heads, inner, words, strict=True)
+    unit = 1 if vocab_size < count * _STRIP else _STRIP
+    vocab_ids = _split(count, vocab_size, unit, f"{vocab_size} vocabulary ids")
+    parts = zip(heads, kv_heads, inner, vocab_ids, strict=True)
     return [ModelCut(rank, count, *part) for rank, part in enumerate(parts)]
 
 

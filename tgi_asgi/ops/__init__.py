@@ -55,8 +55,8 @@ from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_by
 from tgi_asgi.ops.team import (
     configure_threads,
     join_threads,
+    keep_threads_awake,
     num_threads,
-    threads_kept_awake,
     use_share_of_cores,
     wake_threads,
 )
@@ -152,6 +152,7 @@ __all__ = [
     "heads_weight",
     "integer_source",
     "join_threads",
+    "keep_threads_awake",
     "kept_state_bytes",
     "kernel_set",
     "kv_bytes_per_token",
@@ -173,7 +174,6 @@ __all__ = [
     "short_conv",
     "stack_rows",
     "state_bytes",
-    "threads_kept_awake",
     "token_logprobs",
     "up",
     "use_share_of_cores",

@@ -69,7 +69,7 @@ class Condition:
 class Launch:
     """A call of `namespace::name.overload` with arguments in the schema's order, or of a Python function.
 
-    A function gets tensors and integers, and takes the GIL.
+    A function receives tensors and integers, and runs with the GIL held.
     """
 
     op: str | Callable[..., object]

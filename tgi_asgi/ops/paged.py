@@ -1,4 +1,4 @@
-"""Attention over a `KvPool` for models that compute in torch: one call a layer, tensors in and out."""
+"""Attention over a `KvPool` for models that compute in torch: one call per layer, tensors in and out."""
 
 from __future__ import annotations
 

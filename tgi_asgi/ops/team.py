@@ -70,7 +70,7 @@ def wake_threads() -> None:
 
 
 @contextlib.contextmanager
-def threads_kept_awake() -> Iterator[None]:
+def keep_threads_awake() -> Iterator[None]:
     """Keep the team from parking between operators that Python calls one by one.
 
     Each wake-up costs 16 to 25 us. A model of 16 layers that computes in torch calls about a hundred

@@ -154,7 +154,7 @@ class CudaRunner:
             device.enter_thread()
             self._steps.profile()
             free = device.free_bytes()
-            size = choose(free if shards is None else shards.least(free))
+            size = choose(free if shards is None else shards.minimum(free))
             with self._together(Cache(size.num_blocks)):
                 self._steps.make_cache(size.num_blocks)
                 self._steps.capture()
@@ -197,7 +197,7 @@ class CudaRunner:
             self._shards.close()
 
     def _together(self, message: Message, data: Tensor | None = None) -> AbstractContextManager[None]:
-        """Have the other devices, if any, do what is done inside."""
+        """Make the other devices, if any, repeat the calls of the body."""
         return nullcontext() if self._shards is None else self._shards.together(message, data)
 
     def _fail_to_prepare(self, reason: str) -> None:

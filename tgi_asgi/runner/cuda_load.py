@@ -35,7 +35,7 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
-HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
+HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
 SUPPORTED_NEEDS = frozenset(
     {
         Need.LAYER_NORM,
@@ -51,7 +51,7 @@ SUPPORTED_NEEDS = frozenset(
         Need.SLOPES,
         Need.SINKS,
     }
-)  # the special needs that the GPU kernels meet
+)  # the special needs that the GPU kernels support
 _MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
 _SHARE = 0.92  # of the memory free after a step of the largest size; graphs and fragmentation use the rest
@@ -233,9 +233,7 @@ def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
 def _choose_prompt_attention(settings: Settings) -> PromptAttention:
     wanted = PromptAttention(settings.prompt_attention)
     if wanted is not PromptAttention.PAGED and settings.batch_invariant:
-        logger.warning(
-            "--prompt-attention %s is ignored: --batch-invariant needs the project's own kernel", wanted
-        )
+        logger.warning("--prompt-attention %s is ignored: --batch-invariant needs the native kernel", wanted)
         return PromptAttention.PAGED
     if wanted is PromptAttention.FLASHINFER:
         try:

@@ -67,7 +67,7 @@ class CudaShardJob:
         group = DeviceGroup(
             self.device_class.backend, self.store, rank=self.rank, count=len(self.cuts), device=device
         )
-        return CudaShard(group, [cut.words for cut in self.cuts])
+        return CudaShard(group, [cut.vocab_ids for cut in self.cuts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +139,9 @@ class CudaShards:
         self._shard = self._job.join(device)
         return self._shard
 
-    def least(self, value: int) -> int:
-        """Return the smallest of all ranks' values; every rank must call this now."""
-        assert self._shard is not None, "they have not met"
+    def minimum(self, value: int) -> int:
+        """Return the minimum of all ranks' values; every rank must call this now."""
+        assert self._shard is not None, "`join` comes first"
         return self._shard.group.all_reduce_min(value)
 
     @contextlib.contextmanager

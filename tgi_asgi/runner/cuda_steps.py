@@ -52,7 +52,7 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class CudaTypes:
-    """What a model computes in, and how.
+    """The types and modes that a model computes with.
 
     Attributes:
         kv: Type of the cache; None: `dtype`.
@@ -76,20 +76,20 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
     Each has one logits row per sequence. Up to 16 are for decode-only batches and, with `has_mixed`, up to 18
     for batches that also have short prompts.
     """
-    most = limits.max_batch_size
-    alone = {size for size in BUCKETS if size < most} | {most}
-    shapes = [StepShape(size, size, size, size, 0, 0) for size in alone]
-    prompts = min(MIXED_PROMPTS, (most + 1) // 2)
-    beside = {min(size, most - prompts) for size in MIXED_DECODES}
+    max_size = limits.max_batch_size
+    decode_only = {size for size in BUCKETS if size < max_size} | {max_size}
+    shapes = [StepShape(size, size, size, size, 0, 0) for size in decode_only]
+    prompts = min(MIXED_PROMPTS, (max_size + 1) // 2)
+    mixed = {min(size, max_size - prompts) for size in MIXED_DECODES}
     for tokens in MIXED_TOKENS if has_mixed else ():
-        for size in beside:
+        for size in mixed:
             if size + tokens <= limits.max_step_tokens:
                 rows = size + prompts
                 shapes.append(StepShape(size + tokens, rows, rows, size, tokens, 0))
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -217,7 +217,7 @@ class CudaSteps:
         return self._calls(buffers)
 
     def _calls(self, buffers: StepBuffers) -> Graphs:
-        draw = _nothing if self._draw is None else functools.partial(self._draw, buffers)
+        draw = _do_nothing if self._draw is None else functools.partial(self._draw, buffers)
         return Graphs(functools.partial(self._forward, buffers), draw)
 
     def head(self, rows: Sequence[int] | None = None) -> None:

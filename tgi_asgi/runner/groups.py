@@ -35,7 +35,7 @@ class CacheGroups:
     def of(cls, windows: Sequence[int | None], sizes: Sequence[int]) -> CacheGroups:
         """Cut layers into the fewest groups that waste at most a tenth of a token's bytes.
 
-        If there are none, use the groups that waste the least.
+        If there are no such groups, use those that waste the least.
 
         Args:
             windows: Window of each layer.
@@ -68,14 +68,14 @@ class CacheGroups:
         return cls(tuple(window for window, _ in cut), tuple(of_layers), size)
 
 
-def _cut(layers: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Return the layers in parts whose sizes add up to at most `most`."""
+def _cut(layers: Sequence[int], sizes: Sequence[int], max_size: int) -> list[list[int]]:
+    """Return the layers in parts whose sizes add up to at most `max_size`."""
     parts: list[list[int]] = []
     room = 0
     for layer in layers:
         if not parts or sizes[layer] > room:
             parts.append([])
-            room = most
+            room = max_size
         parts[-1].append(layer)
         room -= sizes[layer]
     return parts
@@ -117,9 +117,9 @@ class BlockNeeds:
             return len(self.windows) * -(-num_tokens // self.block_size)
         return sum(self.max_held(group, num_tokens) for group in range(len(self.windows)))
 
-    def longest_fitting(self, num_blocks: int, most: int) -> int:
-        """Return the most tokens, up to `most`, of a sequence that holds at most `num_blocks` blocks."""
-        low, high = 0, most
+    def longest_fitting(self, num_blocks: int, max_tokens: int) -> int:
+        """Return the most tokens, up to `max_tokens`, of a sequence that holds `num_blocks` blocks."""
+        low, high = 0, max_tokens
         while low < high:
             middle = (low + high + 1) // 2
             if self.total_for(middle) <= num_blocks:

@@ -44,9 +44,9 @@ class KvSize:
         """Address space of the pool; the system commits memory when blocks are first written."""
         return self.num_blocks * self.block_size * self.bytes_per_token
 
-    def longest_fitting(self, most: int, settings: Settings) -> int:
-        """Return the most tokens, up to `most`, that a sequence can have."""
-        return self._needs(settings).longest_fitting(self.num_blocks, most)
+    def longest_fitting(self, max_tokens: int, settings: Settings) -> int:
+        """Return the most tokens, up to `max_tokens`, that a sequence can have."""
+        return self._needs(settings).longest_fitting(self.num_blocks, max_tokens)
 
     def held_tokens(self, longest: int, settings: Settings) -> int:
         """Return how many tokens it holds in sequences of `longest`, counting those that windows drop."""

@@ -1,6 +1,7 @@
 """The interface between the engine and a runner: a step's plan in, its sampled tokens out.
 
-Plain values without torch, so that the scheduler can be tested alone and the engine with a scripted runner.
+Plain values without torch, so that tests can run the scheduler on its own and the engine with a scripted
+runner.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class SlotStart:
     output_ids: Sequence[int] = ()
     min_tokens: int = 0  # number of output tokens before which `masked_ids` cannot be sampled
     masked_ids: tuple[int, ...] = ()  # EOS and stop token ids
-    grammar: Grammar | None = None  # what the output must match
+    grammar: Grammar | None = None  # grammar that the output must match
     images: tuple[ImageInput, ...] = ()  # of the prompt, in order
 
 
@@ -75,7 +76,7 @@ class StepRow:
     # at `start` or later, and ends before `stop`, which the block table covers; nothing may be left to
     # compute. None: the row begins exactly at `start`.
     stop: int | None = None
-    num_drafts: int = 0  # most draft tokens that the runner may compute after the row's own
+    num_drafts: int = 0  # maximum number of draft tokens that the runner may compute after the row's own
     adapter: Any = None  # `Adapter.weights`; steps are fastest if rows of one adapter are adjacent
     states: StateMoves | None = None
 

@@ -1,4 +1,4 @@
-"""Runs steps on the CPU, in a thread of its own: plan -> buffers -> model -> sampled tokens.
+"""Runs steps on the CPU, in its own thread: plan -> buffers -> model -> sampled tokens.
 
 The engine submits from its event loop and gets a future; steps run in FIFO order. Everything that one step
 leaves for the next (KV blocks, sampling state, the last sampled token) stays here.

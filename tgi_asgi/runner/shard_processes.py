@@ -2,7 +2,7 @@
 
 ```text
  rank 0   HTTP, engine, plans, sampling ─► the inputs of each step ─┐   pipe: ready, or the error
- rank 1   (shard_worker.py)  its heads, columns and words  ◄────────┤   its end of file shows a lost process
+ rank 1   (shard_worker.py)  its heads, columns, vocabulary ◄───────┤   its end of file shows a lost process
  rank 2   ...                                              ◄────────┘
 ```
 
@@ -157,7 +157,7 @@ class ShardProcesses:
         return ours
 
     def _lose(self, rank: int) -> None:
-        """Give the group up after a process ended; `on_lost` is told first, so that the cause is known."""
+        """Give up the group after a process ended; `on_lost` is called first, so that the cause is known."""
         reason = f"shard {rank} of the model has ended"
         with self._lock:
             if self._is_closing or self._reason is not None:

@@ -40,7 +40,7 @@ def load(job: ShardJob) -> ops.NativeProgram:
         max_step_tokens=job.memory.max_tokens,
         max_context=job.longest,
         drafts=None if how is None else DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP),
-        shard=ops.Shard(group, cut.words.start),
+        shard=ops.Shard(group, cut.vocab_ids.start),
     )
     ops.join_threads()
     assert program.native is not None

@@ -1,9 +1,9 @@
 """The shards of a model on a CPU, and the memory that they share.
 
 ```text
- rank 0   ─► step, head, blocks to copy ──────┐
- rank 1   its heads, columns and words ◄──────┤
- rank 2   ...                          ◄──────┘
+ rank 0   ─► step, head, blocks to copy ───────┐
+ rank 1   its heads, columns, vocabulary ◄─────┤
+ rank 2   ...                            ◄─────┘
           all: partial sums, logits and one barrier of all threads, in shared memory
 ```
 
@@ -131,7 +131,7 @@ class Shards:
         runner = CpuRunner(model, ..., shards=shards)
 
     Attributes:
-        shard: This rank's group and first vocabulary word, for its program.
+        shard: This rank's group and first vocabulary id, for its program.
     """
 
     def __init__(self, jobs: Sequence[ShardJob]) -> None:
@@ -140,7 +140,7 @@ class Shards:
             group = first.memory.open(first.descriptor, 0)
         except (OSError, RuntimeError) as error:
             raise _no_memory(error) from error
-        self.shard = ops.Shard(group, first.cut.words.start)
+        self.shard = ops.Shard(group, first.cut.vocab_ids.start)
         self._others = ShardProcesses(jobs[1:], lambda reason: group.abort())
         self.processes = self._others.processes
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch

@@ -23,7 +23,7 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
-KEEP_ALIVE_S = 75  # above the 60 s of common load balancers, which would else reuse a closing connection
+KEEP_ALIVE_S = 75  # above the 60 s of common load balancers, which could otherwise reuse a closing connection
 FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 

@@ -66,7 +66,7 @@ def listen(settings: Settings) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        reason = error.strerror or error  # an OSError for a too long path has no strerror
+        reason = error.strerror or error  # an OSError for an overlong path has no strerror
         raise ModelLoadError(f"cannot listen on {name}: {reason}; choose another with {flags}") from None
     return listener
 

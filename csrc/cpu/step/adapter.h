@@ -35,7 +35,7 @@ struct AdapterSpan {
 
 // Where a product finds its adapter terms.
 struct AdapterPlace {
-  int64_t product = 0;     // index of its own term
+  int64_t product = 0;     // index of the product's term
   float* inner = nullptr;  // [tokens, stride]; null: no adapter applies to the product
   int64_t stride = 0;
 };

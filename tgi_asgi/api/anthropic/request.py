@@ -221,7 +221,7 @@ def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
 
 
 def read_tools(request: CountRequest) -> list[Tool]:
-    """Return the tools that the model is told about.
+    """Return the tools that the model is shown.
 
     Raises:
         InvalidRequest: if two have the same name, or a name is invalid.
@@ -238,7 +238,7 @@ def read_tools(request: CountRequest) -> list[Tool]:
 
 
 def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
-    """Return what the model may call; None if all offered tools were skipped."""
+    """Return the tools that the model may call; None if all offered tools were skipped."""
     given = given or {"type": "auto"}
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:

@@ -162,8 +162,8 @@ class ChatChoice(TextChoice):
     def finish_reason(self, event: TokenEvent) -> str:
         """Return OpenAI's finish reason for the choice."""
         is_call = self._calls and event.finish is FinishReason.EOS
-        is_told = is_call and not (self._is_named or self._is_compat)
-        return "tool_calls" if is_told else super().finish_reason(event)
+        is_reported = is_call and not (self._is_named or self._is_compat)
+        return "tool_calls" if is_reported else super().finish_reason(event)
 
     def _delta(self, piece: Piece) -> Fields:
         if isinstance(piece, Content):

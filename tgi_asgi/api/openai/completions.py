@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.params import check_common, check_ids, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.api.parse import decode_json, refuse, refuse_field
-from tgi_asgi.api.sampling import drawn_seed
+from tgi_asgi.api.sampling import random_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
@@ -40,7 +40,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     jobs = []
     for prompt in _prompts(request, info.vocab_size):
         if request.seed is None:  # otherwise equal prompts of a call would get equal answers
-            sampling = dataclasses.replace(sampling, seed=drawn_seed())
+            sampling = dataclasses.replace(sampling, seed=random_seed())
         jobs.append(
             Job(
                 prompt=prompt,

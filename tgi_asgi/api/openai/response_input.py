@@ -150,7 +150,7 @@ def read_items(
 
 
 def read_tools(request: ResponsesRequest) -> list[Tool]:
-    """Return the functions that the model is told about, including those in items.
+    """Return the functions that the model is shown, including those in items.
 
     Raises:
         InvalidRequest: if one has the wrong form, or two have the same name.

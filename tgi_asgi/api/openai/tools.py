@@ -14,7 +14,7 @@ _MODES = ("none", "auto", "required")
 
 
 def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
-    """Return the tools of a chat that the model is told about.
+    """Return the tools of a chat that the model is shown.
 
     Raises:
         InvalidRequest: if one has the wrong form, or two have the same name.

@@ -17,7 +17,7 @@ from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Overflow
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, drawn_seed, factor, sampling
+from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, factor, random_seed, sampling
 from tgi_asgi.api.tgi.render import AnswerOptions, NativeRenderer
 from tgi_asgi.api.tgi.schema import (
     COMPAT_GENERATE,
@@ -74,7 +74,7 @@ def read_inputs(inputs: str, context: ServerContext) -> Text:
     pieces, end = [], 0
     for found in _MARKDOWN.finditer(inputs):
         url = found[1]
-        if url.startswith("data:") or context.fetcher.takes_host_of(url):
+        if url.startswith("data:") or context.fetcher.allows_host_of(url):
             images.add(url, "inputs")
             pieces += [inputs[end : found.start()], processor.placeholder]
             end = found.end()
@@ -104,7 +104,7 @@ def read_request(
         details=bool(p.details or p.decoder_input_details),
         top_n=p.top_n_tokens or 0,
         text_prefix=request.inputs if full_text else "",
-        seeds=tuple(drawn_seed() if p.seed is None else p.seed for _ in range(n)),
+        seeds=tuple(random_seed() if p.seed is None else p.seed for _ in range(n)),
     )
     # Each token of a stream shows its own log-probability; choosing the best of several sequences needs them,
     # too.

@@ -86,7 +86,7 @@ class EncoderConfig:
         return True
 
 
-def gives_vectors(architecture: str) -> bool:
+def produces_vectors(architecture: str) -> bool:
     """Return whether an architecture is a model without a head that generates text."""
     is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
     return architecture.endswith(("Model", _CLASSIFIER, *_HEADS)) and not is_head

@@ -1,6 +1,6 @@
 """Models refused by name before any weight is read, because their code would compute something else here.
 
-Each rule comes from a silent error that was met: wrong logits, and nothing that reported them.
+Each rule comes from an observed silent error: wrong logits that nothing reported.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _RECURRENT = frozenset({
 })  # fmt: skip
 # Architectures of `transformers` whose code cannot be served in steps, with the reason.
 _KNOWN: Mapping[str, str] = {
-    "BltForCausalLM": "groups bytes into patches, of which attention sees fewer than tokens",
+    "BltForCausalLM": "groups bytes into patches, so attention sees fewer positions than tokens",
     "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
     "DeepseekV4ForCausalLM": "holds tables of integers, and keeps compressed keys",
-    "OpenAIGPTLMHeadModel": "has no cache to go on from",
+    "OpenAIGPTLMHeadModel": "has no cache to continue from",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
     "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
-    "RwkvForCausalLM": "has a state of its own kind",
+    "RwkvForCausalLM": "has a state of a special kind",
     "UnlimitedOcrForConditionalGeneration": "lets what it writes see all of the prompt, whatever its window",
-    "XLMWithLMHeadModel": "has no cache to go on from",
-    "XLNetLMHeadModel": "goes on from its own memories",
+    "XLMWithLMHeadModel": "has no cache to continue from",
+    "XLNetLMHeadModel": "continues from memories of its own",
     "xLSTMForCausalLM": "has a cache of its own kind",
 }
 # Uses whose result depends on how a prompt is split, even in the model's own cache.

@@ -171,7 +171,7 @@ class GenericProgram(ModuleProgram):
         ids = torch.from_numpy(batch.ids.astype(np.int64))[None]
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None] + self._first_position
         self._known, self._batch = None, batch
-        with torch.inference_mode(), ops.threads_kept_awake(), running(self._layers), self._adapting():
+        with torch.inference_mode(), ops.keep_threads_awake(), running(self._layers), self._adapting():
             self._begin(batch)
             try:
                 logits, self._known = self._caller.compute(

@@ -16,7 +16,7 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, gives_vectors
+from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
@@ -88,7 +88,7 @@ class OpenModel:
                     self.why_generic = str(error)
             if found is not None:
                 self._model = self._open_native(*found)
-            elif gives_vectors(architecture):
+            elif produces_vectors(architecture):
                 check(rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
@@ -303,7 +303,7 @@ def is_native(config: Mapping[str, Any]) -> bool:
         ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
-    return has_family(architecture, config) and not (_sees_ahead(config) and gives_vectors(architecture))
+    return has_family(architecture, config) and not (_sees_ahead(config) and produces_vectors(architecture))
 
 
 def _sees_ahead(config: Mapping[str, Any]) -> bool:

@@ -73,7 +73,7 @@ class AnswerParser:
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
             if not self._must_call:
-                self._give(pieces, 0, is_end=True)
+                self._emit_text(pieces, 0, is_end=True)
         return pieces
 
     def _read(self, *, is_end: bool) -> list[Piece]:
@@ -141,7 +141,7 @@ class AnswerParser:
         """Emit text; return True if calls were read and text follows them."""
         tools = self._tools
         if tools is None:
-            self._give(pieces, 0, is_end=is_end)
+            self._emit_text(pieces, 0, is_end=is_end)
             return False
         if not tools.marker or (tools.may_begin and not self._has_content):
             is_known, has_rest = self._take_anchored(pieces, tools, is_end)
@@ -160,7 +160,7 @@ class AnswerParser:
             return self._enter_calls(pieces, tools, self._held[size_before:size], self._held[size:])
         is_cut = is_end and self._must_call  # inside a marker, so not text to show
         held = max(_num_held(self._held, marker, self._num_known) for marker in markers)
-        self._give(pieces, held if is_cut or not is_end else 0, is_end=is_end)
+        self._emit_text(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> tuple[bool, bool]:
@@ -179,7 +179,7 @@ class AnswerParser:
             return True, self._enter_calls(pieces, tools, "", self._held)
         is_known = is_call is not None or is_end
         if (is_call is not None or (is_end and not self._must_call)) and not tools.marker:
-            self._give(pieces, 0, is_end=is_end)
+            self._emit_text(pieces, 0, is_end=is_end)
         return is_known, False
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, opening: str, rest: str) -> bool:
@@ -205,7 +205,7 @@ class AnswerParser:
         self._num_known = 0 if self._has_called else len(self._opening) + 1
         self._is_after_section = self._has_called
 
-    def _give(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
+    def _emit_text(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
         if self._end:
             num_held = self._num_closing(num_held, is_end)
         start = self._num_read - len(self._held)

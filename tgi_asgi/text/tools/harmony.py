@@ -100,7 +100,7 @@ class HarmonyParser:
                 self._held = ""
                 return False
             if not is_end:
-                # Drop the markers: one would end the text and begin the same header, for ever.
+                # Drop the markers: one would end the text and begin the same header, forever.
                 marks = list(_OPENER.finditer(self._held, 0, _MAX_HEADER))
                 self._held = self._held[marks[-1].end() if marks else 0 :]
             self._kind, self._header = Content, ""

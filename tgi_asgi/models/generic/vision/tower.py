@@ -4,7 +4,7 @@ The tower's code is called unchanged. Its parts (embeddings, encoder layers, wha
 results for an image, and so do the products of the layer in progress. When the time is up, the call is
 aborted; the next call passes through the cached parts at once.
 
-    embed ─ layer ─ layer(q k v ✗                 first call: then time is up
+    embed ─ layer ─ layer(q k v ✗                 first call, until the time is up
     known   known   layer(known  attention o ✗    second call
 """
 

@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate, pad
 class PixtralImages:
     """The image half of `PixtralProcessor`, whose module needs torchvision.
 
-    An image becomes its rows of tokens, with a break token after each but the last, which an end token
-    follows.
+    An image becomes rows of tokens. A break token follows each row except the last; an end token follows the
+    last.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Lfm2Images:
         self.encoder_patch_size: int = values["encoder_patch_size"]
         self.downsample_factor: int = values["downsample_factor"]
         self.use_thumbnail: bool = values["use_thumbnail"]
-        self._least, self._most = values["min_image_tokens"], values["max_image_tokens"]
+        self._min_tokens, self._max_tokens = values["min_image_tokens"], values["max_image_tokens"]
         self._has_tiles = values["do_image_splitting"] and values["max_tiles"] > 1
         self._token_side = self.encoder_patch_size * self.downsample_factor
         tile_patches = (self.tile_size // self.encoder_patch_size) ** 2 if values["do_image_splitting"] else 0
-        self._num_patches = max(self._most * self.downsample_factor**2, tile_patches)
+        self._num_patches = max(self._max_tokens * self.downsample_factor**2, tile_patches)
 
     def fetch_images(self, images: Any) -> Any:
         """Return the images unchanged: none needs to be fetched from the network."""
@@ -125,29 +125,29 @@ class Lfm2Images:
     def _is_large(self, height: int, width: int) -> bool:
         side = self._token_side
         area = math.prod(max(self.encoder_patch_size, round(each / side) * side) for each in (height, width))
-        return bool(area > self._most * side**2 * self._values["max_pixels_tolerance"])
+        return bool(area > self._max_tokens * side**2 * self._values["max_pixels_tolerance"])
 
     def _fitting(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an untiled image is resized: whole tokens, within the allowed number."""
         side = self._token_side
-        least, most = self._least * side**2, self._most * side**2
+        min_area, max_area = self._min_tokens * side**2, self._max_tokens * side**2
         high, wide = (max(side, round(each / side) * side) for each in (height, width))
-        if high * wide > most:
-            factor = math.sqrt(height * width / most)
+        if high * wide > max_area:
+            factor = math.sqrt(height * width / max_area)
             high, wide = (max(side, math.floor(each / factor / side) * side) for each in (height, width))
-        elif high * wide < least:
-            factor = math.sqrt(least / (height * width))
+        elif high * wide < min_area:
+            factor = math.sqrt(min_area / (height * width))
             high, wide = (math.ceil(each * factor / side) * side for each in (height, width))
         return high, wide
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the columns and rows of the tile grid whose proportions are closest to the image's."""
-        best, least = (1, 1), math.inf
+        best, smallest = (1, 1), math.inf
         for columns, rows in self._grids():
             difference = abs(width / height - columns / rows)
             fills = height * width > 0.5 * self.tile_size**2 * columns * rows
-            if difference < least or (difference == least and fills):
-                best, least = (columns, rows), difference
+            if difference < smallest or (difference == smallest and fills):
+                best, smallest = (columns, rows), difference
         return best
 
     def _grids(self) -> list[tuple[int, int]]:
