@@ -39,7 +39,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("`logit_bias` entries", [limits.MAX_IDS]),
         ("top log-probabilities", [OPENAI.top_logprobs, COMPAT.top_logprobs]),
         (
-            "what a chat template makes",
+            "output of a chat template",
             [sandbox.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],
         ),
         ("choices that run and wait", [Settings().max_concurrent_requests]),
@@ -49,7 +49,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("all whose requests are not answered yet", [Settings().max_body_memory // MIB]),
         ("a stream without a first token", [Settings().first_event_timeout_s]),
         ("tools", [limits.MAX_TOOLS]),
-        ("what `/v1/responses` repeats", [responses.MAX_ECHOED_BYTES // MIB]),
+        ("fields that `/v1/responses` echoes", [responses.MAX_ECHOED_BYTES // MIB]),
         ("a grammar as text", [source.MAX_CHARS]),
         ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),
         ("images of a request", [Settings().max_images]),
@@ -62,7 +62,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("redirects of a URL", [fetch.MAX_REDIRECTS]),
         ("characters of a URL", [fetch.MAX_URL_CHARS]),
         ("scans of a JPEG", [headers.MAX_SCANS, headers.MAX_SEGMENTS]),
-        ("answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),
+        ("stored answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),
     ],
 )
 def test_the_page_has_each_limit_as_it_is(row: str, values: list[float]) -> None:
