@@ -267,7 +267,7 @@ class Settings:
         None,
         _one_of("last mean cls"),
     )
-    enable_lora: bool = _model("Serve LoRA adapters that are loaded while the server runs (CPU only).", False)
+    enable_lora: bool = _model("Serve LoRA adapters that are loaded while the server runs.", False)
     lora_adapters: tuple[str, ...] = _model(
         "LoRA adapter to serve, or several separated by commas: a directory or Hub id, or NAME= followed by "
         "either; an id may end in @revision (repeatable).",

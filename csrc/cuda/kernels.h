@@ -191,6 +191,44 @@ struct DequantiseParams {
 };
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
+// The adapters of a step's tokens, and where they lie: a pool of slots with one adapter each. A
+// product's part of a slot begins at `pool`, that of the next slot slot_stride elements later.
+struct LoraTokens {
+  const int32_t* adapters;  // [num_tokens] slot of each token's adapter; outside of the pool: none
+  const int32_t* ranks;     // [num_slots] multiples of 8, at most `rank`: the rest is not read
+  const void* pool;         // of type
+  int64_t num_tokens;
+  int64_t num_slots;
+  int64_t slot_stride;  // multiple of 8
+  int64_t rank;         // multiple of 8: inner values of each piece of the product
+  Type type;
+};
+
+// inner = down x, of the tokens with an adapter.
+struct LoraDownParams {
+  LoraTokens tokens;  // a slot has down [num_inner, num_columns]
+  const void* x;      // [num_tokens, num_columns] of type
+  float* inner;       // [num_tokens, num_inner]
+  int64_t num_columns;  // multiple of 8
+  int64_t num_inner;    // `rank` of each piece
+};
+cudaError_t lora_down(const LoraDownParams& p, cudaStream_t stream);
+
+// out += factor * (up inner), of the tokens with an adapter. Rows from first_end use the inner values
+// of the product's second piece, rows from second_end those of the third: q, k and v.
+struct LoraUpParams {
+  LoraTokens tokens;   // a slot has up [num_rows, rank]
+  const float* inner;  // [num_tokens, num_inner]
+  void* out;           // [num_tokens, num_rows] of type, or float32
+  int64_t num_rows;    // even, and so are the ends
+  int64_t num_inner;
+  int64_t first_end;
+  int64_t second_end;
+  float factor;
+  int32_t is_wide;  // out is float32
+};
+cudaError_t lora_up(const LoraUpParams& p, cudaStream_t stream);
+
 // A row whose slot is outside of [0, num_slots) is padding: it samples 0 and changes nothing.
 struct SampleParams {
   ::tgi::SampleParams base;  // its mask is [num_masks, ceil(vocab / 32)], or null

@@ -11,6 +11,7 @@ from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
     test_linear,
+    test_lora,
     test_norm,
     test_quant_linear,
     test_rope_kv_write,
@@ -36,6 +37,8 @@ def small() -> Iterator[Case]:
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
         for tokens in (1, 9, 70):
             yield "linear", dtype, _of(test_linear.check, tokens, 35, 296, dtype=dtype)
+        yield "lora_down", dtype, _of(test_lora.check_down, 37, 264, 3, dtype)
+        yield "lora_up", dtype, _of(test_lora.check_up, 37, (48, 64, 80), dtype, is_wide=False)
     yield from products(3, 17, 512)
     yield "sample", torch.float32, _of(_sample, 300)
 
@@ -51,6 +54,10 @@ def large() -> Iterator[Case]:
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
         for tokens in (1, 8, 16, 32, 64, 200):
             yield "linear", dtype, _of(test_linear.check, tokens, 4096, 4096, dtype=dtype)
+        yield "lora_down", dtype, _of(test_lora.check_down, 300, 4096, 3, dtype)
+        for is_wide in (False, True):
+            ends = (4096, 5120, 6144)
+            yield "lora_up", dtype, _of(test_lora.check_up, 300, ends, dtype, is_wide=is_wide)
     yield from products(8, 1024, 4096)
     yield "sample", torch.float32, _of(_sample, 32000)
 

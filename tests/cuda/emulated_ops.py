@@ -231,6 +231,32 @@ def _dequantise(
     device.launch("dequantise", **matrix, out=out, type=TYPES[out.dtype])
 
 
+def _lora_tokens(adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int) -> dict[str, Any]:
+    return {
+        "adapters": adapters, "ranks": ranks, "pool": pool.flatten()[offset:], "num_tokens": len(adapters),
+        "num_slots": pool.shape[0], "slot_stride": pool.shape[1], "rank": rank, "type": TYPES[pool.dtype],
+    }  # fmt: skip
+
+
+def _lora_down(
+    device: Device, x: Tensor, adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int,
+    inner: Tensor,
+) -> None:  # fmt: skip
+    tokens = _lora_tokens(adapters, ranks, pool, offset, rank)
+    device.launch("lora_down", **tokens, x=x, inner=inner, num_columns=x.shape[1], num_inner=inner.shape[1])
+
+
+def _lora_up(
+    device: Device, inner: Tensor, adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int,
+    first_end: int, second_end: int, factor: float, out: Tensor,
+) -> None:  # fmt: skip
+    tokens = _lora_tokens(adapters, ranks, pool, offset, rank)
+    device.launch(
+        "lora_up", **tokens, inner=inner, out=out, num_rows=out.shape[1], num_inner=inner.shape[1],
+        first_end=first_end, second_end=second_end, factor=factor, is_wide=out.dtype is torch.float32,
+    )  # fmt: skip
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "embed": _embed,
     "norm": _norm,
@@ -246,6 +272,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "quant_linear": _quant_linear,
     "dequantise": _dequantise,
+    "lora_down": _lora_down,
+    "lora_up": _lora_up,
     "sample": _sample,
     "sample_workspace_bytes": _sample_workspace_bytes,
     "token_logprobs": _token_logprobs,

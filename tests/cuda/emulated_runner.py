@@ -15,6 +15,7 @@ from tests.support.checkpoints import save, save_tokenizer
 from tests.support.driving import Job
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.kv import KvSize
 
@@ -31,7 +32,12 @@ def make_device() -> EmulatedDevice:
 
 
 def make_runner(
-    model: Model, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
+    model: Model,
+    device: EmulatedDevice,
+    *,
+    kv_dtype: torch.dtype | None = None,
+    max_context: int = 256,
+    adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:
     def choose(free_bytes: int) -> KvSize:
         return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
@@ -46,6 +52,7 @@ def make_runner(
         max_context=max_context,
         dtype=FP16,
         kv_dtype=kv_dtype,
+        adapters=adapters,
     )
 
 

@@ -120,6 +120,16 @@ class GpuDevice:
     def _dequantise(self, p: Any) -> None:
         _ops.dequantise(p.codes, p.scales, p.offsets, p.bits, p.zero, p.out)
 
+    def _lora_down(self, p: Any) -> None:
+        pool = p.pool.view(p.num_slots, p.slot_stride)
+        _ops.lora_down(p.x, p.adapters, p.ranks, pool, 0, p.rank, p.inner)
+
+    def _lora_up(self, p: Any) -> None:
+        pool = p.pool.view(p.num_slots, p.slot_stride)
+        _ops.lora_up(
+            p.inner, p.adapters, p.ranks, pool, 0, p.rank, p.first_end, p.second_end, p.factor, p.out
+        )
+
     def _sample(self, p: Any) -> None:
         _ops.sample(
             p.logits, p.slots, p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.mask,

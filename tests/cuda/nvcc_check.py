@@ -53,6 +53,8 @@ _REGISTERS = {
     "linear_kernel": 128,
     "quant_linear_kernel": 168,
     "dequantise_kernel": 64,
+    "lora_down_kernel": 60,
+    "lora_up_kernel": 104,
     "part_stats_kernel": 48,
     "part_scores_kernel": 48,
     "part_list_kernel": 58,
@@ -79,6 +81,8 @@ _LOOPS = {
     "linear_kernel": 305,
     "quant_linear_kernel": 1630,
     "dequantise_kernel": 8,
+    "lora_down_kernel": 515,  # eight columns of a tile of tokens
+    "lora_up_kernel": 570,
     "part_stats_kernel": 220,
     "part_scores_kernel": 450,  # the race
     "part_list_kernel": 130,
@@ -100,6 +104,7 @@ _INSTRUCTIONS = {
     "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
     "norm": ("ld.global.v4", "st.global.v4"),
     "activate": ("ld.global.v4", "st.global.v4"),
+    "lora": ("ld.global.v4", "griddepcontrol.wait"),
 }
 
 

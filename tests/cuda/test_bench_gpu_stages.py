@@ -105,7 +105,7 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
 SMALL: dict[str, Any] = {
     "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
     "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "DRAWS": (2,), "PRODUCTS": (3,),
-    "QUANT_PRODUCTS": (3,),
+    "QUANT_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
         gpu_stages.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
         "attention_decode", *["attention_prefill"] * 2, "norm", "_broken", "rope_kv_write", "sample",
-        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES),
+        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), "lora",
     ]  # fmt: skip
     assert rows[4]["why"] == "out of memory"
     measured = [row for row in rows if "why" not in row]

@@ -145,7 +145,7 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
         assert max(columns for columns, _ in sizes) == 23
         sizes.clear()
         await generate(runner, [short[1]])
-        assert max(sizes) == (2, most) and most < 1280, "64 tokens, of 16 bytes each, among them"
+        assert max(sizes) == (2, most) and most < 1536, "64 tokens, of 20 bytes each, among them"
         assert short[0].sampled == short[1].sampled
         assert runner._steps._tables.shape == (2, 40) and bool(runner._steps._tables[:, 2:].any())
     finally:

@@ -24,6 +24,8 @@ _STRUCTS = {
     "linear": "LinearParams",
     "quant_linear": "QuantLinearParams",
     "dequantise": "DequantiseParams",
+    "lora_down": "LoraDownParams",
+    "lora_up": "LoraUpParams",
     "sample": "SampleParams",
     "token_logprobs": "TokenLogprobsParams",
 }

@@ -18,7 +18,7 @@ from tests.support.adapters import write_adapter
 from tests.support.checkpoints import load_model, make_model, save
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
-from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
@@ -37,12 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
-def loader(model: Model) -> AdapterLoader:
-    return AdapterLoader(model, max_rank=8)
+def loader(model: Model) -> AdapterLoader[ops.AdapterLayout]:
+    return AdapterLoader(ops.AdapterLayout(targets_of(model), max_rank=8))
 
 
 @pytest.fixture(scope="module")
-def folders(loader: AdapterLoader, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(loader: AdapterLoader[ops.AdapterLayout], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     shapes = {
         f"base_model.model.{name}": target.shape
         for name, target in loader.layout.targets.items()
@@ -55,7 +55,7 @@ def folders(loader: AdapterLoader, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def adapters(loader: AdapterLoader, folders: list[Path]) -> list[Adapter]:
+def adapters(loader: AdapterLoader[ops.AdapterLayout], folders: list[Path]) -> list[Adapter]:
     found = [loader.load(folder) for folder in folders]
     return [Adapter(str(at), each.digest.hex(), each.weights) for at, each in enumerate(found)]
 
@@ -67,7 +67,7 @@ def grammar(model: Model) -> Grammar:
 
 
 @pytest.fixture
-async def engine(model: Model, loader: AdapterLoader) -> AsyncIterator[Engine]:
+async def engine(model: Model, loader: AdapterLoader[ops.AdapterLayout]) -> AsyncIterator[Engine]:
     size = KvSize(num_blocks=9, block_size=16, bytes_per_token=1, dtype=torch.float32)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=192, adapters=loader.layout
@@ -150,7 +150,7 @@ async def test_a_prefix_is_found_by_its_own_adapter_alone(engine: Engine, adapte
 
 
 async def test_an_adapter_that_is_let_go_of_is_freed_once_its_requests_have_ended(
-    engine: Engine, loader: AdapterLoader, folders: list[Path], model: Model
+    engine: Engine, loader: AdapterLoader[ops.AdapterLayout], folders: list[Path], model: Model
 ) -> None:
     """Load, use and release it repeatedly while other requests decode; memory must not grow."""
     stop = StopConditions(max_tokens=30, ignore_eos=True)

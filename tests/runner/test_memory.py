@@ -16,7 +16,7 @@ from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel, read_config
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
@@ -198,7 +198,7 @@ def test_adapters_at_their_largest_are_kept_room_for(
 ) -> None:
     model = load_model(save(make_model(), tmp_path / "model"), max_positions=64)
     assert isinstance(model, Decoder)
-    loader = AdapterLoader(model, max_rank=8)
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(model), max_rank=8))
     shapes = {
         f"base_model.model.{name}": target.shape
         for name, target in loader.layout.targets.items()

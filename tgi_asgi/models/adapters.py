@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +31,18 @@ _REASONS = {
 }
 
 
+class AdapterLayout(Protocol):
+    """A device's layout of adapters: `ops.AdapterLayout` of a CPU, `ops.CudaAdapterLayout` of a GPU."""
+
+    targets: dict[str, ops.Target]
+    max_rank: int
+
+    def pack(self, deltas: Mapping[str, ops.Delta]) -> Any: ...
+
+
+_Layout = TypeVar("_Layout", bound=AdapterLayout)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
     """An adapter in memory.
@@ -39,30 +52,27 @@ class LoadedAdapter:
         rank: Largest rank of its matrices.
     """
 
-    weights: ops.NativeAdapter
+    weights: Any  # as the device's layout packs them; a row of a step names them
     digest: bytes
     rank: int
     num_bytes: int
     base: str | None
 
 
-class AdapterLoader:
+class AdapterLoader(Generic[_Layout]):
     """Loads adapters for one model.
 
-        loader = AdapterLoader(model, max_rank=16)
+        loader = AdapterLoader(ops.AdapterLayout(targets_of(model), max_rank=16))
         program = make_program(model, ..., adapters=loader.layout)
         loader.load(Path("/adapters/sql")).weights      # any thread
 
     Attributes:
         max_bytes: Approximate memory of an adapter that changes every product at the largest rank.
-
-    Raises:
-        ModelLoadError: if adapters cannot change anything in this model.
     """
 
-    def __init__(self, model: ServedModel, max_rank: int) -> None:
-        self.layout = ops.AdapterLayout(targets_of(model), max_rank)
-        elements = max_rank * _elements_of_rank_one(self.layout.targets.values())
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+        elements = layout.max_rank * _elements_of_rank_one(layout.targets.values())
         self.max_bytes = 2 * elements
         self._max_file_bytes = 4 * elements + _HEADER_BYTES * len(self.layout.targets)
 

@@ -15,6 +15,7 @@ from tgi_asgi.ops.adapters import AdaptableWeight, AdapterLayout, Delta, NativeA
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
+from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.delta_rule import DeltaRuleWeight, delta_rule
 from tgi_asgi.ops.embed import embed
@@ -89,6 +90,8 @@ __all__ = [
     "Cache",
     "ClampedGate",
     "CpuProgram",
+    "CudaAdapter",
+    "CudaAdapterLayout",
     "Delta",
     "DeltaRuleWeight",
     "Drafter",

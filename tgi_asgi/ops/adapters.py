@@ -107,35 +107,48 @@ class AdapterLayout:
             ValueError: if a name is not a target, a shape differs from its target's, a rank exceeds
                 `max_rank`, a value is not finite, or two targets cover the same rows.
         """
-        of_weight: dict[int, list[tuple[str, Target, Delta]]] = {}
-        for name, delta in deltas.items():
-            target = self.targets.get(name)
-            if target is None:
-                raise ValueError(f"{name} is not a product that adapters can change")
-            self._check(name, target, delta)
-            if target.order is not None:
-                delta = replace(delta, up=delta.up[torch.from_numpy(target.order)])
-            of_weight.setdefault(id(target.weight), []).append((name, target, delta))
         parts: list[Any] = []
-        for weight, changes in of_weight.items():
-            for index in self._of_weight[weight]:
+        for changes in changes_by_weight(self.targets, deltas, self.max_rank):
+            for index in self._of_weight[id(changes[0][1].weight)]:
                 packed = _pack(self._products[index], changes)
                 if packed is not None:
                     parts.append((index, *packed))
         return _C.Adapter(self.native, parts)
 
-    def _check(self, name: str, target: Target, delta: Delta) -> None:
-        rows, columns = target.shape
-        rank = delta.down.shape[0]
-        if delta.down.shape != (rank, columns) or delta.up.shape != (rows, rank):
-            raise ValueError(
-                f"{name} is [{rows}, {columns}], the adapter's matrices are {list(delta.down.shape)} and "
-                f"{list(delta.up.shape)}"
-            )
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"{name} has the rank {rank}, allowed are 1 to {self.max_rank}")
-        if not all(matrix.to(torch.bfloat16).isfinite().all() for matrix in (delta.down, delta.up)):
-            raise ValueError(f"{name} has a value that is not finite")
+
+def changes_by_weight(
+    targets: Mapping[str, Target], deltas: Mapping[str, Delta], max_rank: int
+) -> list[list[tuple[str, Target, Delta]]]:
+    """Return the deltas that change each weight, with their targets and in the rows' order of the weight.
+
+    Raises:
+        ValueError: if a name is not a target, a shape differs from its target's, a rank exceeds `max_rank`,
+            or a value is not finite in bfloat16.
+    """
+    found: dict[int, list[tuple[str, Target, Delta]]] = {}
+    for name, delta in deltas.items():
+        target = targets.get(name)
+        if target is None:
+            raise ValueError(f"{name} is not a product that adapters can change")
+        _check(name, target, delta, max_rank)
+        if target.order is not None:
+            delta = replace(delta, up=delta.up[torch.from_numpy(target.order)])
+        found.setdefault(id(target.weight), []).append((name, target, delta))
+    return list(found.values())
+
+
+def _check(name: str, target: Target, delta: Delta, max_rank: int) -> None:
+    rows, columns = target.shape
+    rank = delta.down.shape[0]
+    if delta.down.shape != (rank, columns) or delta.up.shape != (rows, rank):
+        raise ValueError(
+            f"{name} is [{rows}, {columns}], the adapter's matrices are {list(delta.down.shape)} and "
+            f"{list(delta.up.shape)}"
+        )
+    if not 1 <= rank <= max_rank:
+        raise ValueError(f"{name} has the rank {rank}, allowed are 1 to {max_rank}")
+    if not all(matrix.to(torch.bfloat16).isfinite().all() for matrix in (delta.down, delta.up)):
+        raise ValueError(f"{name} has a value that is not finite")
 
 
 def _products_of(weight: AdaptableWeight) -> list[_Product]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.adapters import AdaptableWeight
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Liveness
+from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
@@ -33,10 +35,11 @@ from tgi_asgi.ops.weights import LinearWeight, QkvWeight
 
 _SIZES = (
     Size.TOKENS, Size.DECODES, Size.PROMPTS, Size.KNOWN_PROMPTS, Size.UNKNOWN_PROMPTS, Size.MAX_QUERY_LEN,
+    Size.ADAPTED,
 )  # fmt: skip
 _INPUTS = (
     Input.IDS, Input.POSITIONS, Input.SLOTS, Input.QUERY_START, Input.CONTEXT_LEN, Input.BLOCK_TABLE,
-    Input.PROMPT_LENS,
+    Input.PROMPT_LENS, Input.ADAPTERS,
 )  # fmt: skip
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -58,6 +61,7 @@ class CudaBatch:
     max_query_len: int  # of the other sequences
     # (tokens in this step, tokens in total) of each other sequence; outside graphs the host may know them.
     prompt_lens: Sequence[tuple[int, int]] = ()
+    adapters: Tensor | None = None  # [n_tokens] int32: slot of each token's adapter, -1: none; None: no token
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +77,11 @@ class CudaBatch:
         num_prompts = self.num_sequences - self.num_decodes
         num_known = len(self.prompt_lens)
         num_unknown = 0 if num_known else num_prompts
-        return self.num_tokens, self.num_decodes, num_prompts, num_known, num_unknown, self.max_query_len
+        num_adapted = 0 if self.adapters is None else self.num_tokens
+        return (
+            self.num_tokens, self.num_decodes, num_prompts, num_known, num_unknown, self.max_query_len,
+            num_adapted,
+        )  # fmt: skip
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -81,6 +89,7 @@ class CudaBatch:
         lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
         return (
             self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
+            self.ids[:0] if self.adapters is None else self.adapters,
         )  # fmt: skip
 
 
@@ -100,6 +109,7 @@ class CudaProgram:
         is_batch_invariant: Whether a token's results have the same bits whatever else is in the step.
         prompt_attention: Implementation of prompt attention, for the layers that it supports.
         shard: Which of several devices this is, each computing the same steps with its part of the weights.
+        adapters: Adapters that tokens of a step may have.
     """
 
     def __init__(
@@ -115,8 +125,9 @@ class CudaProgram:
         is_batch_invariant: bool = False,
         prompt_attention: PromptAttention = PromptAttention.PAGED,
         shard: CudaShard | None = None,
+        adapters: CudaAdapterLayout | None = None,
     ) -> None:
-        self._shard = shard
+        self._shard, self._adapters = shard, adapters
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
@@ -196,6 +207,7 @@ class CudaProgram:
         made: DeviceMatrix = weight.made
         rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
         product = self._product(call.a, made, rows, "qkv")
+        self._adapt(weight, call.a, product)
         if call.clip is not None:
             self._launches.add("aten::clamp_", _tokens(product), -call.clip, call.clip)
         norms = weight.norms
@@ -328,6 +340,7 @@ class CudaProgram:
         out = self._make(call.out, torch.float32)
         linear.multiply(self._launches, source, out, Size.TOKENS)
         self._add_up(call.weight, out)
+        self._adapt(call.weight, call.a, out)
 
     def _linear_add(self, call: calls.LinearAdd) -> None:
         """Add the product to the residual in float32."""
@@ -335,10 +348,11 @@ class CudaProgram:
         product = self._scratch.buffer("linear_add", (self._max_tokens, call.weight.rows))
         if call.factor == 1.0 and not self._is_part(call.weight):
             linear.add(self._launches, source, x, product, Size.TOKENS)
-            return
-        linear.multiply(self._launches, source, product, Size.TOKENS)
-        self._add_up(call.weight, product)
-        self._launches.add("aten::add_.Tensor", _tokens(x), _tokens(product), call.factor)
+        else:
+            linear.multiply(self._launches, source, product, Size.TOKENS)
+            self._add_up(call.weight, product)
+            self._launches.add("aten::add_.Tensor", _tokens(x), _tokens(product), call.factor)
+        self._adapt(call.weight, call.a, x, call.factor)
 
     def _is_part(self, weight: LinearWeight) -> bool:
         """Return whether other devices hold more of the weight's columns."""
@@ -356,15 +370,17 @@ class CudaProgram:
         self._launches.add(functools.partial(shard.add, parts=parts), _tokens(product))
 
     def _up(self, call: calls.Up) -> None:
-        product = _tokens(self._product(call.a, call.weight.made, call.weight.rows, "up product"))
+        product = self._product(call.a, call.weight.made, call.weight.rows, "up product")
+        self._adapt(call.weight, call.a, product)
         out = _tokens(self._make(call.out, self._dtype))
-        self._launches.add("tgi_cuda::activate", product, call.activation, *call.alphas, out)
+        self._launches.add("tgi_cuda::activate", _tokens(product), call.activation, *call.alphas, out)
 
     def _gate_up(self, call: calls.GateUp) -> None:
         rows = 2 * call.weight.intermediate_size
-        product = _tokens(self._product(call.a, call.weight.made, rows, "gate_up product"))
+        product = self._product(call.a, call.weight.made, rows, "gate_up product")
+        self._adapt(call.weight, call.a, product)
         out = _tokens(self._make(call.out, self._dtype))
-        self._launches.add("tgi_cuda::gate", product, call.activation, out)
+        self._launches.add("tgi_cuda::gate", _tokens(product), call.activation, out)
 
     def _refuse(self, call: calls.Call) -> None:
         raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
@@ -394,6 +410,25 @@ class CudaProgram:
         out = self._scratch.buffer(name, (self._max_tokens, rows))
         self._product_of(made).multiply(self._launches, self._in(a), out, Size.TOKENS)
         return out
+
+    def _adapt(self, weight: AdaptableWeight, a: Value, out: Tensor, factor: float = 1.0) -> None:
+        """Launch what adapters add to a product of their tokens; steps without adapters skip it."""
+        product = None if self._adapters is None else self._adapters.product(weight)
+        if self._adapters is None or product is None:
+            return
+        pool, rank, when = self._adapters.pool, product.rank, Condition(Size.ADAPTED, 1)
+        inner = _tokens(
+            self._scratch.buffer("adapters", (self._max_tokens, product.num_inner), torch.float32)
+        )
+        tokens = (Input.ADAPTERS, self._adapters.ranks, pool)
+        self._launches.add(
+            "tgi_cuda::lora_down", _tokens(self._in(a)), *tokens, product.down, rank, inner, when=when
+        )
+        first_end, second_end, *_ = (*product.ends, product.rows)
+        self._launches.add(
+            "tgi_cuda::lora_up", inner, *tokens, product.up, rank, first_end, second_end, factor,
+            _tokens(out), when=when,
+        )  # fmt: skip
 
     def _product_of(self, made: DeviceMatrix) -> CudaLinear:
         """Return the product with this weight, which is moved to the device."""

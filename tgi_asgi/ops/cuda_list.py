@@ -27,6 +27,7 @@ class Size(Enum):
     KNOWN_PROMPTS = "known_prompts"  # all of the prompts, if their lengths are known on the host
     UNKNOWN_PROMPTS = "unknown_prompts"  # all of the prompts, if they are not
     MAX_QUERY_LEN = "max_query_len"  # of the prompts
+    ADAPTED = "adapted"  # the tokens, if one of them has an adapter, else 0
     ROWS = "rows"  # of logits
 
 
@@ -40,6 +41,7 @@ class Input(Enum):
     CONTEXT_LEN = "context_len"
     BLOCK_TABLE = "block_table"
     PROMPT_LENS = "prompt_lens"  # [n_prompts, 2] int64 on the host
+    ADAPTERS = "adapters"  # empty if no token has one
     ROWS = "rows"  # [n_rows] int32: tokens whose logits are requested
 
 

@@ -12,7 +12,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
-from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
@@ -95,7 +95,7 @@ class OnCpu:
         settings, budget = self.settings, self._budget
         adapters = None
         if settings.serves_adapters:
-            adapters = AdapterLoader(model, settings.max_lora_rank)
+            adapters = AdapterLoader(ops.AdapterLayout(targets_of(model), settings.max_lora_rank))
             log_adapter_memory(max_loaded_adapters(settings), adapters.max_bytes, budget.adapter_bytes)
         if isinstance(model, EncoderModel):
             encoder = EncoderRunner(

@@ -17,11 +17,13 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
@@ -88,6 +90,7 @@ class CudaRunner:
         has_dependent_launches: Whether a kernel may begin before the previous one has ended.
         max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
         shards: The processes that have the rest of the model.
+        adapters: The adapters that rows may have, with their slots on the device.
 
     Attributes:
         max_context: Maximum number of tokens in a sequence.
@@ -111,6 +114,7 @@ class CudaRunner:
         has_dependent_launches: bool = False,
         max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
+        adapters: CudaAdapterLayout | None = None,
     ) -> None:
         config = model.config
         self.block_size = block_size
@@ -124,7 +128,7 @@ class CudaRunner:
         self.drafts: DraftLimits | None = None
         # One block table serves all layers, so blocks outside sliding windows are not freed.
         self.windows: tuple[int | None, ...] = (None,)
-        self._device, self._shards = device, shards
+        self._device, self._shards, self._adapters = device, shards, adapters
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
@@ -135,7 +139,7 @@ class CudaRunner:
                 dtype, kv_dtype, kv_scales, is_batch_invariant, prompt_attention, has_dependent_launches
             ),
             last_ids=self._sampler.state.last_ids, draw=self._draw,
-            shard=None if shards is None else shards.join(device.device),
+            shard=None if shards is None else shards.join(device.device), adapters=adapters,
         )  # fmt: skip
         self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
         self._no_ids = np.zeros(max_batch_size, np.int32)
@@ -282,7 +286,10 @@ class CudaRunner:
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
-        batch = self._inputs.fill(rows, self._no_ids)
+        adapters = self._place_adapters(rows)
+        # The extension takes a CPU's adapters only; these rows are just for the other inputs.
+        plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
+        batch = self._inputs.fill(plain, self._no_ids)
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
         stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
         lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
@@ -302,8 +309,23 @@ class CudaRunner:
             row_slots = [rows[index].slot for index in sampling]
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
         mask_rows = self._sampler.mask_rows(row_slots)
-        StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots, mask_rows)
+        shape = replace(shape, has_adapters=bool((adapters >= 0).any()))
+        StepBuffers.view(staging.inputs, shape).fill(
+            batch, from_slot, logits_rows, row_slots, mask_rows, adapters
+        )
         return shape, places
+
+    def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
+        """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
+        slots: dict[CudaAdapter | None, int] = dict.fromkeys((row.adapter for row in rows), -1)
+        if len(slots) > 1 or None not in slots:
+            wanted = [adapter for adapter in slots if adapter is not None]
+            if self._adapters is None:
+                raise PlanError("a row has an adapter, but the runner none")
+            slots.update(zip(wanted, self._adapters.place(wanted), strict=True))
+        return np.repeat(
+            np.array([slots[row.adapter] for row in rows], np.int32), [row.num_tokens for row in rows]
+        )
 
     def _is_decode(self, row: StepRow) -> bool:
         """Return whether decode attention may compute the row.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class StepShape:
     max_query_len: int  # longest query of the other sequences
     num_columns: int  # of the uploaded block tables: the blocks of the longest sequence
     prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
+    has_adapters: bool = False  # a token has one
 
     def sections(self) -> list[_Section]:
         t, s, r = self.num_tokens, self.num_sequences, self.num_rows
@@ -35,6 +38,7 @@ class StepShape:
             ("slots", (t,), torch.int64),
             ("ids", (t,), torch.int32),
             ("positions", (t,), torch.int32),
+            ("adapters", (t,), torch.int32),
             ("query_start", (s + 1,), torch.int32),
             ("context_len", (s,), torch.int32),
             ("from_slot", (self.num_decodes,), torch.int32),
@@ -55,7 +59,10 @@ class StepShape:
     @property
     def graph(self) -> tuple[int, ...]:
         """Key of the step's graph: graphs read no prompt lengths, and block tables from a fixed place."""
-        return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len
+        return (
+            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
+            self.has_adapters,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class StepBuffers:
     slots: Tensor  # [n_tokens] int64; -1: padding
     ids: Tensor  # [n_tokens] int32
     positions: Tensor  # [n_tokens] int32
+    adapters: Tensor  # [n_tokens] int32: slot of each token's adapter; -1: none
     query_start: Tensor  # [n_sequences + 1] int32
     context_len: Tensor  # [n_sequences] int32; 0: padding
     from_slot: Tensor  # [n_decodes] int32: slot to read the last token from; -1: use `ids`
@@ -86,6 +94,7 @@ class StepBuffers:
         rows: Sequence[int],
         row_slots: Sequence[int],
         mask_rows: Sequence[int],
+        adapters: npt.NDArray[np.int32],
     ) -> None:
         """Write a batch of at most this shape; the rest becomes padding.
 
@@ -98,6 +107,7 @@ class StepBuffers:
             (self.slots, batch.slots, -1),
             (self.ids, batch.ids, 0),
             (self.positions, batch.positions, 0),
+            (self.adapters, adapters, -1),
             (self.context_len, batch.context_len, 0),
             (self.block_table[:, : table.shape[1]], table, 0),
         ):
@@ -119,7 +129,7 @@ class StepBuffers:
         """Make everything padding, which writes to no cache and samples for no slot."""
         for field in fields(self)[1:]:
             getattr(self, field.name).zero_()
-        for tensor in (self.slots, self.from_slot, self.row_slots, self.mask_rows):
+        for tensor in (self.slots, self.adapters, self.from_slot, self.row_slots, self.mask_rows):
             tensor.fill_(-1)
 
     def batch(self, block_tables: Tensor) -> CudaBatch:
@@ -127,7 +137,7 @@ class StepBuffers:
         return CudaBatch(
             self.ids, self.positions, self.slots, self.query_start, self.context_len,
             block_tables[: self.shape.num_sequences], self.shape.num_decodes, self.shape.max_query_len,
-            self.shape.prompt_lens,
+            self.shape.prompt_lens, self.adapters if self.shape.has_adapters else None,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderModel
@@ -122,10 +123,15 @@ class OnCuda:
         assert not isinstance(model, GenericModel | EncoderModel)  # refused by `_check_served`
         if self.settings.speculation is not None:
             logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
+        adapters = None
+        if self.settings.serves_adapters:
+            with must_fit():
+                adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self.dtype))
         runner, cache = make_runner(
-            model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards
-        )
-        return Placed(runner, cache)
+            model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards,
+            None if adapters is None else adapters.layout,
+        )  # fmt: skip
+        return Placed(runner, cache, adapters)
 
     @property
     def bits(self) -> str:
@@ -151,11 +157,6 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
         raise ModelLoadError(
             f"{config.architecture} is computed by transformers' code{reason}, which is served on a CPU "
             'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
-        )
-    if settings.serves_adapters:
-        raise ModelLoadError(
-            "adapters (--enable-lora, --lora-adapters, --lora-modules) are served on a CPU only as yet: "
-            'set CUDA_VISIBLE_DEVICES="" to serve them there'
         )
     if not config.generates:
         raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
@@ -273,12 +274,14 @@ def make_runner(
     max_total_tokens: int,
     kv_scales: Sequence[tuple[float, float]] | None = None,
     shards: CudaShards | None = None,
+    adapters: ops.CudaAdapterLayout | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
     Args:
         kv_scales: Scales of keys and of values per layer, for an FP8 cache.
         shards: The processes that have the model's other parts.
+        adapters: The adapters that requests may name, with their slots on the device.
 
     Raises:
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
@@ -313,8 +316,28 @@ def make_runner(
             has_dependent_launches=types.has_dependent_launches,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
             shards=shards,
+            adapters=adapters,
         )
     return runner, sizes[-1]
+
+
+def make_adapter_layout(
+    model: Model, settings: Settings, device: Device, dtype: torch.dtype
+) -> ops.CudaAdapterLayout:
+    """Allocate the slots of adapters on the device, as many as a step may have.
+
+    Raises:
+        ModelLoadError: if adapters cannot change anything in this model.
+    """
+    layout = ops.CudaAdapterLayout(
+        targets_of(model), settings.max_lora_rank, num_slots=settings.max_loras, dtype=dtype,
+        device=device.device,
+    )  # fmt: skip
+    logger.info(
+        "%d adapters of --max-lora-rank %d take %.2f GiB of the GPU; see --max-loras",
+        settings.max_loras, settings.max_lora_rank, layout.pool.nbytes / (1 << 30),
+    )  # fmt: skip
+    return layout
 
 
 @contextlib.contextmanager

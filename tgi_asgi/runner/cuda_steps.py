@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.cuda_shards import CudaShard
@@ -116,12 +117,13 @@ class CudaSteps:
         last_ids: [num_slots] int32 on the device: the token that each slot sampled last; None on a device
             that gets them from rank 0's.
         draw: Body of a shape's second graph; None on a device that does not sample.
+        adapters: Adapters that rows may have. Every shape then has graphs with and without them.
     """
 
     def __init__(
         self, model: Model, device: Device, limits: StepLimits, types: CudaTypes, *,
         last_ids: Tensor | None = None, draw: Callable[[StepBuffers], None] | None = None,
-        shard: CudaShard | None = None,
+        shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None,
     ) -> None:  # fmt: skip
         config, largest = model.config, limits.largest
         torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
@@ -139,7 +141,7 @@ class CudaSteps:
             record(model, self._kv), max_tokens=limits.max_step_tokens, max_sequences=limits.max_batch_size,
             max_rows=limits.max_batch_size, max_blocks=limits.max_blocks, dtype=types.dtype,
             device=device.device, is_batch_invariant=types.is_batch_invariant,
-            prompt_attention=types.prompt_attention, shard=shard,
+            prompt_attention=types.prompt_attention, shard=shard, adapters=adapters,
         )  # fmt: skip
         self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
         # Fixed tables that graphs read. A step uploads only the columns that it has and copies them here;
@@ -152,12 +154,14 @@ class CudaSteps:
         has_mixed = types.prompt_attention is PromptAttention.PAGED
         self._shapes = graph_shapes(limits, has_mixed=has_mixed)
         self._graphs: dict[tuple[int, ...], Graphs] = {}
+        self._has_adapters = adapters is not None
 
     def profile(self) -> None:
         """Run a padding-only step of the largest size, so that libraries allocate the memory they need."""
         most, tokens = self.limits.max_batch_size, self.limits.max_step_tokens
         longest = min(tokens, self.limits.max_context)
-        shape = StepShape(tokens, most, most, 0, tokens, 0, ((longest, longest),))
+        lens = ((longest, longest),)
+        shape = StepShape(tokens, most, most, 0, tokens, 0, lens, self._has_adapters)
         buffers = StepBuffers.view(self._inputs, shape)
         buffers.clear()
         self._forward(buffers)
@@ -179,6 +183,10 @@ class CudaSteps:
             # A device that does not sample has nothing to capture.
             draw = calls.draw if self._draw is None else self._device.capture(calls.draw)
             self._graphs[shape.graph] = Graphs(forward, draw)
+            if self._has_adapters:
+                adapted = replace(shape, has_adapters=True)
+                forward = self._calls(StepBuffers.view(self._inputs, adapted)).forward
+                self._graphs[adapted.graph] = Graphs(self._device.capture(forward), draw)
 
     def release(self) -> None:
         """Release the graphs."""
@@ -187,7 +195,7 @@ class CudaSteps:
     def padded(self, num_decodes: int, prompts: Sequence[int]) -> StepShape | None:
         """Return the smallest graph shape that fits these decodes and prompt lengths; None if none does.
 
-        Its block tables have no columns yet.
+        Its block tables have no columns yet, and no token has an adapter.
         """
         tokens = sum(prompts)
         for shape in self._shapes:

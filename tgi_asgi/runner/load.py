@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import tgi_asgi
 from tgi_asgi import ops
@@ -46,7 +47,7 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     info: ModelInfo
     image_processor: ImageProcessor | None = None  # for models that accept images
-    adapters: AdapterLoader | None = None  # if adapters are served
+    adapters: AdapterLoader[Any] | None = None  # if adapters are served
     shards: Shards | CudaShards | None = None  # if the model is split
 
     @property

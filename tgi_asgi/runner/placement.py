@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,7 +30,7 @@ class Placed:
 
     runner: Runner
     cache: KvSize
-    adapters: AdapterLoader | None = None  # if adapters are served
+    adapters: AdapterLoader[Any] | None = None  # if adapters are served
 
 
 class Placement(Protocol):

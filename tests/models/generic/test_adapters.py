@@ -11,8 +11,9 @@ import pytest
 from tests.support import architectures
 from tests.support.adapters import make_adapter, peft_logits, write_adapter
 from tests.support.generic import LENGTHS, load_generic, run_steps
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.generic.model import GenericModel
 
 EXACT = 2e-5  # error of a logit, relative to the largest
@@ -40,7 +41,7 @@ def test_a_model_gives_what_peft_gives(
     folders = [make_adapter(base, tmp_path / str(seed), seed=seed, **changes) for seed in (1, 2)]
     model = load_generic(base)
     assert isinstance(model, GenericModel) is is_generic
-    loader = AdapterLoader(model, max_rank=8)
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(model), max_rank=8))
     adapters = [loader.load(folders[0]).weights, None, loader.load(folders[1]).weights]
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
     expected = [
@@ -55,7 +56,7 @@ def test_a_model_gives_what_peft_gives(
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     base = tmp_path / "base"
     architectures.make("olmoe", base)
-    loader = AdapterLoader(load_generic(base), max_rank=8)
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(base)), max_rank=8))
     name = "base_model.model.model.layers.0.mlp.experts.3.up_proj"
     write_adapter(tmp_path / "a", {name: (32, 64)})
     with pytest.raises(ModelLoadError, match=rf"'{name}.lora_A.weight': experts of a mixture"):
@@ -66,4 +67,4 @@ def test_a_model_that_runs_one_sequence_at_a_time_takes_none(tmp_path: Path) -> 
     base = tmp_path / "base"
     architectures.make("roformer", base)
     with pytest.raises(ModelLoadError, match="takes no adapters"):
-        AdapterLoader(load_generic(base), max_rank=8)
+        AdapterLoader(ops.AdapterLayout(targets_of(load_generic(base)), max_rank=8))
