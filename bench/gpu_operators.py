@@ -22,7 +22,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
 PREFILLS, ROWS, DRAWS = (2048, 8192), (64, 4096), (1, 64)
 PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens; shows where cuBLAS takes over
-LORAS, ADAPTERS, RANK = (1, 64, 2048), 8, 16  # tokens, of which each of so many adapters has as many
+LORAS = (1, 64, 2048)  # tokens, which several adapters share evenly
+ADAPTERS, RANK, MAX_RANK = 8, 16, 64
 _kernels: Any = torch.ops.tgi_cuda
 
 Measurement = tuple[str, str, int, str, list[Call], dict[str, Call]]
@@ -51,7 +52,10 @@ def makers() -> Iterator[functools.partial[Measurement]]:
         for name in CODES:
             yield functools.partial(_quant_product, tokens, name)
     for tokens in LORAS:
-        yield functools.partial(_lora, tokens)
+        query = HEADS * HEAD_DIM
+        ends = (query, query + KV_HEADS * HEAD_DIM, query + 2 * KV_HEADS * HEAD_DIM)
+        yield functools.partial(_lora, tokens, ends, HIDDEN)
+        yield functools.partial(_lora, tokens, (HIDDEN,), INTERMEDIATE)
 
 
 def _pool(batch: int, context: int) -> tuple[Tensor, Tensor]:
@@ -281,35 +285,33 @@ def _quant_product(tokens: int, name: str) -> Measurement:
     return "quant_linear", f"{tokens} x {rows} x {columns} {name}", num_bytes, "read", calls, peers
 
 
-def _lora(tokens: int) -> Measurement:
-    """Measure what adapters add to q, k and v, next to two products of torch for each adapter and piece."""
-    ends = (HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    rows, num_inner = ends[-1], len(ends) * RANK
-    num_used = min(tokens, ADAPTERS)
-    elements = num_inner * HIDDEN + rows * RANK
-    num_bytes = 2 * num_used * elements + tokens * (2 * HIDDEN + 8 * num_inner + 4 * rows)
-    sets = [random(ADAPTERS, elements) for _ in range(copies_past_l2(num_bytes))]
+def _lora(tokens: int, ends: tuple[int, ...], columns: int) -> Measurement:
+    """Measure what adapters add to a product, next to two products of torch for each adapter and piece."""
+    rows, num_inner, num_used = ends[-1], len(ends) * RANK, min(tokens, ADAPTERS)
+    num_down, num_up = num_inner * columns, rows * RANK
+    num_bytes = 2 * num_used * (num_down + num_up) + tokens * (2 * columns + 8 * num_inner + 4 * rows)
+    sets = [random(ADAPTERS, num_down + num_up) for _ in range(copies_past_l2(num_bytes))]
     adapters = torch.arange(tokens, device=gpu_timing.DEVICE, dtype=torch.int32) * num_used // tokens
-    ranks = torch.full((ADAPTERS,), RANK, dtype=torch.int32, device=gpu_timing.DEVICE)
-    x, out = random(tokens, HIDDEN), random(tokens, rows)
-    inner = random(tokens, num_inner, dtype=torch.float32)
+    places = torch.tensor([[[RANK, 0]]] * ADAPTERS, dtype=torch.int32, device=gpu_timing.DEVICE)
+    x, out = random(tokens, columns), random(tokens, rows)
+    inner = random(tokens, len(ends) * MAX_RANK, dtype=torch.float32)
+    first_end, second_end, *_ = (*ends, rows)
 
     def call(pool: Tensor) -> None:
-        _kernels.lora_down(x, adapters, ranks, pool, 0, RANK, inner)
-        _kernels.lora_up(inner, adapters, ranks, pool, num_inner * HIDDEN, RANK, ends[0], ends[1], 1.0, out)
+        given = (adapters, places, pool, 0, MAX_RANK)
+        _kernels.lora_down(x, *given, inner)
+        _kernels.lora_up(inner, *given, columns, first_end, second_end, 1.0, out)
 
     def by_torch(pool: Tensor) -> None:
         for slot, part in enumerate(torch.arange(tokens).chunk(num_used)):
             mine = slice(int(part[0]), int(part[-1]) + 1)
-            down = pool[slot, : num_inner * HIDDEN].view(num_inner, HIDDEN)
-            up = pool[slot, num_inner * HIDDEN :].view(rows, RANK)
+            down, up = pool[slot, :num_down].view(-1, columns), pool[slot, num_down:].view(rows, RANK)
             values = x[mine] @ down.t()
             for piece, (start, stop) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
-                columns = slice(piece * RANK, (piece + 1) * RANK)
-                out[mine, start:stop] += values[:, columns] @ up[start:stop].t()
+                out[mine, start:stop] += values[:, piece * RANK :][:, :RANK] @ up[start:stop].t()
 
     calls: list[Call] = [functools.partial(call, pool) for pool in sets]
     peers: dict[str, Call] = {
         "torch by adapter": in_turn([functools.partial(by_torch, pool) for pool in sets])
     }
-    return "lora", f"{tokens} x {rows} x {HIDDEN}, {num_used} adapters", num_bytes, "read", calls, peers
+    return "lora", f"{tokens} x {rows} x {columns}, {num_used} adapters", num_bytes, "read", calls, peers

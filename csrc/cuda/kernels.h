@@ -191,33 +191,37 @@ struct DequantiseParams {
 };
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
-// The adapters of a step's tokens, and where they lie: a pool of slots with one adapter each. A
-// product's part of a slot begins at `pool`, that of the next slot slot_stride elements later.
-struct LoraTokens {
+// A product's adapters: a pool of slots with one adapter each, and the slot of each token. An
+// adapter has matrices of its own rank: down [pieces * rank, num_columns], then up [rows, rank].
+// Pieces are the matrices stacked in a product, such as q, k and v: three at most.
+struct LoraProduct {
   const int32_t* adapters;  // [num_tokens] slot of each token's adapter; outside of the pool: none
-  const int32_t* ranks;     // [num_slots] multiples of 8, at most `rank`: the rest is not read
-  const void* pool;         // of type
+  const int32_t* places;    // [num_slots, num_products, 2] the rank, a multiple of 8 or 0 for no
+                            // change, and where the matrices begin in the slot, in 8 elements
+  const void* pool;         // [num_slots, slot_stride] of type
   int64_t num_tokens;
   int64_t num_slots;
+  int64_t num_products;
+  int64_t product;      // index of this one
   int64_t slot_stride;  // multiple of 8
-  int64_t rank;         // multiple of 8: inner values of each piece of the product
+  int64_t num_columns;  // multiple of 8
+  int64_t rank;         // maximum of an adapter, a multiple of 8
   Type type;
 };
 
-// inner = down x, of the tokens with an adapter.
+// inner = down x, of the tokens with an adapter; inner values beyond its rank are not written.
 struct LoraDownParams {
-  LoraTokens tokens;  // a slot has down [num_inner, num_columns]
+  LoraProduct product;
   const void* x;      // [num_tokens, num_columns] of type
   float* inner;       // [num_tokens, num_inner]
-  int64_t num_columns;  // multiple of 8
-  int64_t num_inner;    // `rank` of each piece
+  int64_t num_inner;  // `rank` for each piece
 };
 cudaError_t lora_down(const LoraDownParams& p, cudaStream_t stream);
 
-// out += factor * (up inner), of the tokens with an adapter. Rows from first_end use the inner values
-// of the product's second piece, rows from second_end those of the third: q, k and v.
+// out += factor * (up inner), of the tokens with an adapter. Rows from first_end use the inner
+// values of the product's second piece, rows from second_end those of the third.
 struct LoraUpParams {
-  LoraTokens tokens;   // a slot has up [num_rows, rank]
+  LoraProduct product;
   const float* inner;  // [num_tokens, num_inner]
   void* out;           // [num_tokens, num_rows] of type, or float32
   int64_t num_rows;    // even, and so are the ends

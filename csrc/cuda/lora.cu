@@ -1,10 +1,12 @@
-// The change that LoRA adapters make to a product, for the tokens that have one: out += up (down x).
-// Hu et al., LoRA, arXiv 2106.09685; adapters by token in one batch: Chen et al., Punica, arXiv
+// The change that LoRA adapters make to a product, for the tokens that have one: out += up (down
+// x). Hu et al., LoRA, arXiv 2106.09685; adapters by token in one batch: Chen et al., Punica, arXiv
 // 2310.18547.
 //
-// A block computes a tile of neighbouring tokens. A step's rows are grouped by adapter, so most tiles
-// load each piece of an adapter once; a tile with several adapters is computed just as well, only
-// with more loads. Every sum has one order, so the other tokens do not change a token's bits.
+// A block computes a tile of neighbouring tokens, in one pass for each adapter among them. A step's
+// rows are grouped by adapter, so most tiles take one pass, which loads the adapter's part once. In
+// a pass, tokens without this adapter read the rows of one that has it, and their sums are dropped:
+// no branch keeps the next load waiting. Every sum has one order, so the other tokens of a step do
+// not change a token's bits.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -12,57 +14,113 @@
 namespace tgi::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTokens = 8;  // of a tile
+constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Returns the slot of a token's adapter, or -1 if it has none.
-__device__ __forceinline__ int slot_of(const LoraTokens& p, int64_t token) {
-  const int slot = token < p.num_tokens ? p.adapters[token] : -1;
-  return slot >= 0 && slot < p.num_slots ? slot : -1;
-}
+// The adapters of a tile's tokens, taken one by one. All lanes of a warp must call its functions.
+class Passes {
+ public:
+  __device__ __forceinline__ Passes(const LoraProduct& p, int64_t first) {
+    const int lane = int(threadIdx.x) % kWarpSize;
+    const bool is_token = lane < kTokens && first + lane < p.num_tokens;
+    const int slot = is_token ? p.adapters[first + lane] : -1;
+    slot_ = slot < p.num_slots ? slot : -1;  // of this lane's token
+    pending_ = __ballot_sync(kAllLanes, slot_ >= 0);
+  }
 
-// A warp computes one inner value of each token of the tile.
+  // Goes on to the next adapter; returns whether there is one.
+  __device__ __forceinline__ bool next() {
+    if (pending_ == 0) return false;
+    leader_ = __ffs(int(pending_)) - 1;
+    slot = __shfl_sync(kAllLanes, slot_, leader_);
+    members_ = __ballot_sync(kAllLanes, slot_ == slot);
+    pending_ &= ~members_;
+    return true;
+  }
+
+  __device__ __forceinline__ bool has(int token) const { return members_ >> token & 1; }
+
+  // Returns the token, or one that has the adapter.
+  __device__ __forceinline__ int row(int token) const { return has(token) ? token : leader_; }
+
+  int slot;  // of the adapter
+
+ private:
+  int slot_, leader_;
+  uint32_t members_, pending_;
+};
+
+// A product's part of an adapter.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, 4) lora_down_kernel(LoraDownParams p) {
+struct Part {
+  const Element* matrices;  // down, then up
+  int rank;
+
+  __device__ __forceinline__ Part(const LoraProduct& p, int slot) {
+    const int32_t* place = p.places + (slot * p.num_products + p.product) * 2;
+    rank = place[0];
+    const int64_t begin = slot * p.slot_stride + int64_t{place[1]} * 8;
+    matrices = static_cast<const Element*>(p.pool) + begin;
+  }
+};
+
+constexpr int kDownThreads = 256;
+constexpr int kDownWarps = kDownThreads / kWarpSize;
+constexpr int kInner = 4;  // inner values of a block
+
+// The threads of a block share the columns.
+template <typename Element>
+__global__ void __launch_bounds__(kDownThreads, 2) lora_down_kernel(LoraDownParams p) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int lane = int(threadIdx.x) % kWarpSize;
-  const int inner = int(blockIdx.y) * kWarps + int(threadIdx.x) / kWarpSize;
-  if (inner >= p.num_inner) return;
-  const int64_t first = int64_t{blockIdx.x} * kTokens;
-  const int index = inner % int(p.tokens.rank);  // within its piece
-  int slots[kTokens];
-  bool is_needed = false;
+  SHARED_ARRAY(float, partial, kDownWarps * kTokens * kInner);
+  const LoraProduct& product = p.product;
+  const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  const int64_t columns = product.num_columns, first = int64_t{blockIdx.x} * kTokens;
+  const int inner = int(blockIdx.y) * kInner;
+  const int piece = inner / int(product.rank), index = inner % int(product.rank);
+  const Element* x = static_cast<const Element*>(p.x) + first * columns;
+  Passes passes(product, first);
+  while (passes.next()) {
+    const Part<Element> part(product, passes.slot);
+    if (index >= part.rank) continue;
+    const Element* down = part.matrices + (int64_t{piece} * part.rank + index) * columns;
+    const Element* rows[kTokens];
 #pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    const int slot = slot_of(p.tokens, first + i);
-    slots[i] = slot >= 0 && index < p.tokens.ranks[slot] ? slot : -1;
-    is_needed = is_needed || slots[i] >= 0;
-  }
-  if (!is_needed) return;
-  const Element* x = static_cast<const Element*>(p.x) + first * p.num_columns;
-  const Element* down = static_cast<const Element*>(p.tokens.pool) + inner * p.num_columns;
-  float sums[kTokens] = {};
-  for (int64_t column = lane * 8; column < p.num_columns; column += kWarpSize * 8) {
-    float weights[8];
-    int loaded = -1;
+    for (int i = 0; i < kTokens; ++i) rows[i] = x + passes.row(i) * columns;
+    float sums[kTokens][kInner] = {};
+    for (int64_t column = threadIdx.x * 8; column < columns; column += kDownThreads * 8) {
+      float weights[kInner][8];
+#pragma unroll
+      for (int j = 0; j < kInner; ++j) load8(down + j * columns + column, weights[j]);
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        float values[8];
+        load8(rows[i] + column, values);
+#pragma unroll
+        for (int j = 0; j < kInner; ++j) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) sums[i][j] = fmaf(values[k], weights[j][k], sums[i][j]);
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      if (slots[i] < 0) continue;
-      if (slots[i] != loaded) load8(down + slots[i] * p.tokens.slot_stride + column, weights);
-      loaded = slots[i];
-      float values[8];
-      load8(x + i * p.num_columns + column, values);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) sums[i] = fmaf(values[k], weights[k], sums[i]);
+      for (int j = 0; j < kInner; ++j) {
+        const float sum = warp_reduce(sums[i][j], Add());
+        if (lane == 0) partial[(warp * kTokens + i) * kInner + j] = sum;
+      }
     }
-  }
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    if (slots[i] < 0) continue;
-    const float sum = warp_reduce(sums[i], Add());
-    if (lane == 0) p.inner[(first + i) * p.num_inner + inner] = sum;
+    __syncthreads();
+    if (warp == 0) {
+      static_assert(kTokens * kInner == kWarpSize, "a lane for each sum");
+      float sum = partial[lane];
+      for (int other = 1; other < kDownWarps; ++other) sum += partial[other * kWarpSize + lane];
+      const int token = lane / kInner, j = lane % kInner;
+      if (passes.has(token)) p.inner[(first + token) * p.num_inner + inner + j] = sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -78,87 +136,82 @@ __device__ __forceinline__ void add_pair(Element* out, float2 sum) {
   *word = Pair<Element>::pack(old.x + sum.x, old.y + sum.y);
 }
 
+constexpr int kUpThreads = 64;  // few, so that a product of few rows has blocks for many processors
+
 // A thread computes two rows of each token of the tile.
 template <typename Element, typename Out>
-__global__ void __launch_bounds__(kThreads, 2) lora_up_kernel(LoraUpParams p) {
+__global__ void __launch_bounds__(kUpThreads, 6) lora_up_kernel(LoraUpParams p) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int64_t row = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * 2;
-  if (row >= p.num_rows) return;
+  const LoraProduct& product = p.product;
   const int64_t first = int64_t{blockIdx.x} * kTokens;
-  int slots[kTokens], ranks[kTokens], longest = 0;
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    slots[i] = slot_of(p.tokens, first + i);
-    ranks[i] = slots[i] < 0 ? 0 : min(p.tokens.ranks[slots[i]], int(p.tokens.rank));
-    longest = max(longest, ranks[i]);
-  }
+  const int64_t own_row = (int64_t{blockIdx.y} * kUpThreads + threadIdx.x) * 2;
+  const int64_t row = min(own_row, p.num_rows - 2);
   const int64_t piece = (row >= p.first_end) + (row >= p.second_end);
-  const float* inner = p.inner + first * p.num_inner + piece * p.tokens.rank;
-  const Element* up = static_cast<const Element*>(p.tokens.pool) + row * p.tokens.rank;
-  float2 sums[kTokens] = {};
-  for (int index = 0; index < longest; index += 8) {
-    float upper[8], lower[8];
-    int loaded = -1;
+  const float* inner = p.inner + first * p.num_inner + piece * product.rank;
+  Out* out = static_cast<Out*>(p.out) + first * p.num_rows + row;
+  Passes passes(product, first);
+  while (passes.next()) {
+    const Part<Element> part(product, passes.slot);
+    const int64_t rank = part.rank;
+    const int64_t num_inner = int(p.num_inner) / int(product.rank) * rank;
+    const Element* up = part.matrices + num_inner * product.num_columns + row * rank;
+    float2 sums[kTokens] = {};
+    for (int64_t index = 0; index < rank; index += 8) {
+      float upper[8], lower[8];
+      load8(up + index, upper);
+      load8(up + rank + index, lower);
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (index >= ranks[i]) continue;
-      if (slots[i] != loaded) {
-        const Element* weights = up + slots[i] * p.tokens.slot_stride + index;
-        load8(weights, upper);
-        load8(weights + p.tokens.rank, lower);
-        loaded = slots[i];
-      }
-      float values[8];
-      load8(inner + i * p.num_inner + index, values);
+      for (int i = 0; i < kTokens; ++i) {
+        float values[8];
+        load8(inner + passes.row(i) * p.num_inner + index, values);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        sums[i].x = fmaf(values[k], upper[k], sums[i].x);
-        sums[i].y = fmaf(values[k], lower[k], sums[i].y);
+        for (int k = 0; k < 8; ++k) {
+          sums[i].x = fmaf(values[k], upper[k], sums[i].x);
+          sums[i].y = fmaf(values[k], lower[k], sums[i].y);
+        }
       }
     }
-  }
-  Out* out = static_cast<Out*>(p.out) + first * p.num_rows + row;
+    if (rank == 0 || own_row >= p.num_rows) continue;
 #pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    if (ranks[i] == 0) continue;
-    add_pair(out + i * p.num_rows, float2{p.factor * sums[i].x, p.factor * sums[i].y});
+    for (int i = 0; i < kTokens; ++i) {
+      const float2 sum = {p.factor * sums[i].x, p.factor * sums[i].y};
+      if (passes.has(i)) add_pair(out + i * p.num_rows, sum);
+    }
   }
 }
 
 template <typename Element>
 cudaError_t run_up(const LoraUpParams& p, dim3 grid, cudaStream_t stream) {
   const auto kernel = p.is_wide ? lora_up_kernel<Element, float> : lora_up_kernel<Element, Element>;
-  return launch_dependent(kernel, grid, dim3(kThreads), 0, stream, p);
+  return launch_dependent(kernel, grid, dim3(kUpThreads), 0, stream, p);
 }
 
-bool are_sizes_valid(const LoraTokens& p, int64_t num_inner) {
-  return p.rank > 0 && p.rank % 8 == 0 && num_inner % p.rank == 0 && p.slot_stride % 8 == 0;
+bool are_sizes_valid(const LoraProduct& p, int64_t num_inner) {
+  return p.rank > 0 && p.rank % 8 == 0 && num_inner % p.rank == 0 && p.slot_stride % 8 == 0 &&
+         p.num_columns % 8 == 0;
 }
 
 }  // namespace
 
 cudaError_t lora_down(const LoraDownParams& p, cudaStream_t stream) {
-  if (!are_sizes_valid(p.tokens, p.num_inner) || p.num_columns % 8 != 0) {
-    return cudaErrorInvalidValue;
-  }
-  if (p.tokens.num_tokens == 0) return cudaSuccess;
-  const dim3 grid(unsigned(ceil_divide<int64_t>(p.tokens.num_tokens, kTokens)),
-                  unsigned(ceil_divide<int64_t>(p.num_inner, kWarps)));
+  if (!are_sizes_valid(p.product, p.num_inner)) return cudaErrorInvalidValue;
+  if (p.product.num_tokens == 0) return cudaSuccess;
+  const dim3 grid(unsigned(ceil_divide<int64_t>(p.product.num_tokens, kTokens)),
+                  unsigned(p.num_inner / kInner));
   const auto kernel =
-      p.tokens.type == Type::kBfloat16 ? lora_down_kernel<bf16> : lora_down_kernel<fp16>;
-  return launch_dependent(kernel, grid, dim3(kThreads), 0, stream, p);
+      p.product.type == Type::kBfloat16 ? lora_down_kernel<bf16> : lora_down_kernel<fp16>;
+  return launch_dependent(kernel, grid, dim3(kDownThreads), 0, stream, p);
 }
 
 cudaError_t lora_up(const LoraUpParams& p, cudaStream_t stream) {
-  if (!are_sizes_valid(p.tokens, p.num_inner) || (p.num_rows | p.first_end | p.second_end) % 2 != 0) {
-    return cudaErrorInvalidValue;
-  }
-  if (p.tokens.num_tokens == 0) return cudaSuccess;
-  const dim3 grid(unsigned(ceil_divide<int64_t>(p.tokens.num_tokens, kTokens)),
-                  unsigned(ceil_divide<int64_t>(p.num_rows, 2 * kThreads)));
-  return p.tokens.type == Type::kBfloat16 ? run_up<bf16>(p, grid, stream)
-                                          : run_up<fp16>(p, grid, stream);
+  const bool are_pairs = (p.num_rows | p.first_end | p.second_end) % 2 == 0 && p.num_rows > 0;
+  if (!are_sizes_valid(p.product, p.num_inner) || !are_pairs) return cudaErrorInvalidValue;
+  if (p.product.num_tokens == 0) return cudaSuccess;
+  const dim3 grid(unsigned(ceil_divide<int64_t>(p.product.num_tokens, kTokens)),
+                  unsigned(ceil_divide<int64_t>(p.num_rows, 2 * kUpThreads)));
+  return p.product.type == Type::kBfloat16 ? run_up<bf16>(p, grid, stream)
+                                           : run_up<fp16>(p, grid, stream);
 }
 
 }  // namespace tgi::cuda

@@ -231,29 +231,32 @@ def _dequantise(
     device.launch("dequantise", **matrix, out=out, type=TYPES[out.dtype])
 
 
-def _lora_tokens(adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int) -> dict[str, Any]:
+def _lora_product(
+    adapters: Tensor, places: Tensor, pool: Tensor, product: int, rank: int, columns: int
+) -> dict[str, Any]:
     return {
-        "adapters": adapters, "ranks": ranks, "pool": pool.flatten()[offset:], "num_tokens": len(adapters),
-        "num_slots": pool.shape[0], "slot_stride": pool.shape[1], "rank": rank, "type": TYPES[pool.dtype],
+        "adapters": adapters, "places": places, "pool": pool, "num_tokens": len(adapters),
+        "num_slots": pool.shape[0], "num_products": places.shape[1], "product": product,
+        "slot_stride": pool.shape[1], "num_columns": columns, "rank": rank, "type": TYPES[pool.dtype],
     }  # fmt: skip
 
 
 def _lora_down(
-    device: Device, x: Tensor, adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int,
+    device: Device, x: Tensor, adapters: Tensor, places: Tensor, pool: Tensor, product: int, rank: int,
     inner: Tensor,
 ) -> None:  # fmt: skip
-    tokens = _lora_tokens(adapters, ranks, pool, offset, rank)
-    device.launch("lora_down", **tokens, x=x, inner=inner, num_columns=x.shape[1], num_inner=inner.shape[1])
+    of_product = _lora_product(adapters, places, pool, product, rank, x.shape[1])
+    device.launch("lora_down", **of_product, x=x, inner=inner, num_inner=inner.shape[1])
 
 
 def _lora_up(
-    device: Device, inner: Tensor, adapters: Tensor, ranks: Tensor, pool: Tensor, offset: int, rank: int,
-    first_end: int, second_end: int, factor: float, out: Tensor,
+    device: Device, inner: Tensor, adapters: Tensor, places: Tensor, pool: Tensor, product: int, rank: int,
+    columns: int, first_end: int, second_end: int, factor: float, out: Tensor,
 ) -> None:  # fmt: skip
-    tokens = _lora_tokens(adapters, ranks, pool, offset, rank)
     device.launch(
-        "lora_up", **tokens, inner=inner, out=out, num_rows=out.shape[1], num_inner=inner.shape[1],
-        first_end=first_end, second_end=second_end, factor=factor, is_wide=out.dtype is torch.float32,
+        "lora_up", **_lora_product(adapters, places, pool, product, rank, columns), inner=inner, out=out,
+        num_rows=out.shape[1], num_inner=inner.shape[1], first_end=first_end, second_end=second_end,
+        factor=factor, is_wide=out.dtype is torch.float32,
     )  # fmt: skip
 
 

@@ -121,14 +121,13 @@ class GpuDevice:
         _ops.dequantise(p.codes, p.scales, p.offsets, p.bits, p.zero, p.out)
 
     def _lora_down(self, p: Any) -> None:
-        pool = p.pool.view(p.num_slots, p.slot_stride)
-        _ops.lora_down(p.x, p.adapters, p.ranks, pool, 0, p.rank, p.inner)
+        _ops.lora_down(p.x, p.adapters, p.places, p.pool, p.product, p.rank, p.inner)
 
     def _lora_up(self, p: Any) -> None:
-        pool = p.pool.view(p.num_slots, p.slot_stride)
         _ops.lora_up(
-            p.inner, p.adapters, p.ranks, pool, 0, p.rank, p.first_end, p.second_end, p.factor, p.out
-        )
+            p.inner, p.adapters, p.places, p.pool, p.product, p.rank, p.num_columns, p.first_end,
+            p.second_end, p.factor, p.out,
+        )  # fmt: skip
 
     def _sample(self, p: Any) -> None:
         _ops.sample(

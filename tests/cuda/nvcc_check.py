@@ -53,8 +53,8 @@ _REGISTERS = {
     "linear_kernel": 128,
     "quant_linear_kernel": 168,
     "dequantise_kernel": 64,
-    "lora_down_kernel": 60,
-    "lora_up_kernel": 104,
+    "lora_down_kernel": 128,
+    "lora_up_kernel": 160,
     "part_stats_kernel": 48,
     "part_scores_kernel": 48,
     "part_list_kernel": 58,
@@ -81,8 +81,8 @@ _LOOPS = {
     "linear_kernel": 305,
     "quant_linear_kernel": 1630,
     "dequantise_kernel": 8,
-    "lora_down_kernel": 515,  # eight columns of a tile of tokens
-    "lora_up_kernel": 570,
+    "lora_down_kernel": 1000,  # eight columns of a tile of tokens
+    "lora_up_kernel": 520,
     "part_stats_kernel": 220,
     "part_scores_kernel": 450,  # the race
     "part_list_kernel": 130,

@@ -251,7 +251,7 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
         gpu_stages.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
         "attention_decode", *["attention_prefill"] * 2, "norm", "_broken", "rope_kv_write", "sample",
-        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), "lora",
+        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), *["lora"] * 2,
     ]  # fmt: skip
     assert rows[4]["why"] == "out of memory"
     measured = [row for row in rows if "why" not in row]

@@ -142,6 +142,23 @@ async def test_an_adapter_is_loaded_once_and_its_key_is_of_its_contents() -> Non
     adapters.close()
 
 
+async def test_names_of_one_content_share_its_weights() -> None:
+    """A step may have a number of contents, and a device has as many places: names do not count."""
+    adapters = Adapters(Script(), [AdapterSource(name, "/same") for name in "ab"], max_loaded=4)
+    adapters.start()
+    await settled(adapters, "a", "b")
+    first, second = await adapters.lease("a"), await adapters.lease("b")
+    assert first.adapter.key == second.adapter.key
+    assert first.adapter.weights is second.adapter.weights
+    removal = asyncio.create_task(adapters.remove("a"))
+    await asyncio.sleep(0)
+    await adapters.add("c", "/same")
+    assert (await adapters.lease("c")).adapter.weights is first.adapter.weights
+    first.release()
+    await removal
+    adapters.close()
+
+
 async def test_one_that_loads_for_the_first_time_is_not_there_yet() -> None:
     script = Script()
     script.go_on.clear()

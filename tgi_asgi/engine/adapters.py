@@ -322,13 +322,20 @@ class Adapters:
         finally:
             entry.task = None
         entry.key = loaded.digest.hex()
-        entry.adapter = Adapter(source.name, entry.key, loaded.weights)
+        entry.adapter = Adapter(source.name, entry.key, self._shared(entry.key, loaded.weights))
         entry.failure, entry.failed_s, entry.has_loaded = None, None, True
         entry.used = next(self._turns)
         logger.info(
             "adapter %r: rank %d, %.1f MB, read in %.1f s",
             source.name, loaded.rank, loaded.num_bytes / 1e6, self._clock() - begun_s,
         )  # fmt: skip
+
+    def _shared(self, key: str, weights: object) -> object:
+        """Return the weights in memory with the same contents, if there are any: a step counts contents."""
+        for entry in (*self._entries.values(), *self._nameless):
+            if entry.adapter is not None and entry.adapter.key == key:
+                return entry.adapter.weights
+        return weights
 
     def _unload_unused(self) -> None:
         """Unload unused adapters until there is room for the one that is about to be read.

@@ -416,17 +416,21 @@ class CudaProgram:
         product = None if self._adapters is None else self._adapters.product(weight)
         if self._adapters is None or product is None:
             return
-        pool, rank, when = self._adapters.pool, product.rank, Condition(Size.ADAPTED, 1)
+        when = Condition(Size.ADAPTED, 1)
         inner = _tokens(
             self._scratch.buffer("adapters", (self._max_tokens, product.num_inner), torch.float32)
         )
-        tokens = (Input.ADAPTERS, self._adapters.ranks, pool)
-        self._launches.add(
-            "tgi_cuda::lora_down", _tokens(self._in(a)), *tokens, product.down, rank, inner, when=when
+        adapters = (
+            Input.ADAPTERS,
+            self._adapters.places,
+            self._adapters.pool,
+            product.index,
+            product.max_rank,
         )
+        self._launches.add("tgi_cuda::lora_down", _tokens(self._in(a)), *adapters, inner, when=when)
         first_end, second_end, *_ = (*product.ends, product.rows)
         self._launches.add(
-            "tgi_cuda::lora_up", inner, *tokens, product.up, rank, first_end, second_end, factor,
+            "tgi_cuda::lora_up", inner, *adapters, product.columns, first_end, second_end, factor,
             _tokens(out), when=when,
         )  # fmt: skip
 

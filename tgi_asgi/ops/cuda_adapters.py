@@ -7,8 +7,7 @@
     [slot] = layout.place([adapter])                                             # copied if it is not there
 
 The host keeps as many adapters as it may, the device those of the steps in flight and the last ones before.
-All matrices of a slot lie in one row of the pool, so placing an adapter is one copy. Kernels and sources:
-csrc/cuda/lora.cu.
+An adapter's matrices lie one after another, so placing it is one copy. Kernels: csrc/cuda/lora.cu.
 """
 
 from __future__ import annotations
@@ -29,43 +28,38 @@ _ALIGNMENT = 8  # elements that a kernel loads at a time
 
 @dataclass(frozen=True, slots=True)
 class CudaProduct:
-    """Where a product's matrices lie in a slot, and which rows have inner values of their own.
+    """A product that adapters may change.
 
     Attributes:
+        index: Its row in an adapter's places.
         ends: The last row of each piece, plus one: of q, k and v, or of gate and up.
-        down: Offset of `down` [num_inner, columns] in elements.
-        up: Offset of `up` [rows, rank].
+        max_rank: Maximum rank of a piece, in whole vectors.
     """
 
+    index: int
     ends: tuple[int, ...]
     columns: int
-    rank: int
-    down: int
-
-    @property
-    def num_inner(self) -> int:
-        return len(self.ends) * self.rank
+    max_rank: int
 
     @property
     def rows(self) -> int:
         return self.ends[-1]
 
     @property
-    def up(self) -> int:
-        return self.down + self.num_inner * self.columns
+    def num_inner(self) -> int:
+        return len(self.ends) * self.max_rank
 
-    @property
-    def end(self) -> int:
-        """Offset of the next product."""
-        return self.up + self.rows * self.rank
+    def num_elements(self, rank: int) -> int:
+        """Return the size of an adapter's matrices for this product."""
+        return rank * (len(self.ends) * self.columns + self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CudaAdapter:
-    """An adapter in the host's memory, laid out as a slot of the device's pool."""
+    """An adapter in the host's memory, as a slot of the device's pool has it."""
 
-    values: Tensor  # [slot_elements], pinned if the device is a GPU
-    rank: int  # largest of its matrices, rounded up to what kernels load at a time
+    values: Tensor  # the matrices `down` [pieces * rank, columns] and `up` [rows, rank] of each product
+    places: Tensor  # [num_products, 2] int32: its rank (0: no change), and where it begins, in 8 elements
 
     @property
     def num_bytes(self) -> int:
@@ -82,8 +76,8 @@ class CudaAdapterLayout:
         dtype: Dtype of the model's activations, in which the matrices are stored.
 
     Attributes:
-        pool: [num_slots, slot_elements].
-        ranks: [num_slots] int32, the rank of each slot's adapter.
+        pool: [num_slots, slot_elements]; a slot has space for `max_rank` on all products.
+        places: [num_slots, num_products, 2] int32, those of each slot's adapter.
     """
 
     def __init__(
@@ -92,21 +86,21 @@ class CudaAdapterLayout:
     ) -> None:  # fmt: skip
         self.targets, self.max_rank = dict(targets), max_rank
         self._products: dict[int, CudaProduct] = {}  # by the weight's id
-        rank, end = _aligned(max_rank), 0
+        rank = _aligned(max_rank)
         for target in self.targets.values():
             weight = target.weight
             if id(weight) not in self._products:
-                product = CudaProduct(_ends_of(weight), weight.columns, rank, end)
-                self._products[id(weight)], end = product, product.end
-        self._is_pinned = device.type == "cuda"
-        self.pool = torch.zeros(num_slots, _aligned(end), dtype=dtype, device=device)
-        self.ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
+                index = len(self._products)
+                self._products[id(weight)] = CudaProduct(index, _ends_of(weight), weight.columns, rank)
+        size = sum(product.num_elements(rank) for product in self._products.values())
+        self.pool = torch.zeros(num_slots, size, dtype=dtype, device=device)
+        self.places = torch.zeros(num_slots, len(self._products), 2, dtype=torch.int32, device=device)
         self._residents: list[weakref.ref[CudaAdapter] | None] = [None] * num_slots
         self._last_used = [0] * num_slots  # number of the last `place` that used each slot
         self._num_placed = 0
 
     def product(self, weight: AdaptableWeight) -> CudaProduct | None:
-        """Return a product's place in a slot; None if no adapter can change it."""
+        """Return a product; None if no adapter can change it."""
         return self._products.get(id(weight))
 
     def pack(self, deltas: Mapping[str, Delta]) -> CudaAdapter:
@@ -115,29 +109,19 @@ class CudaAdapterLayout:
         The scale is multiplied into `up` before it is rounded to the pool's dtype.
 
         Raises:
-            ValueError: as `AdapterLayout.pack`.
+            ValueError: as `AdapterLayout.pack`, or if a value is too large for the dtype.
         """
-        values = torch.zeros(self.pool.shape[1], dtype=self.pool.dtype, pin_memory=self._is_pinned)
-        for changes in changes_by_weight(self.targets, deltas, self.max_rank):
-            weight = changes[0][1].weight
-            product, changed = self._products[id(weight)], set[int]()
-            downs = values[product.down : product.up].view(len(product.ends), product.rank, product.columns)
-            ups = values[product.up : product.end].view(product.rows, product.rank)
-            starts = (0, *product.ends[:-1])
-            for name, target, delta in changes:
-                rank = delta.down.shape[0]
-                for piece, (start, stop) in enumerate(zip(starts, product.ends, strict=True)):
-                    if not target.start <= start < stop <= target.stop:
-                        continue
-                    if piece in changed:
-                        raise ValueError(f"{name} has rows that another target of the adapter has, too")
-                    changed.add(piece)
-                    up = delta.scale * delta.up[start - target.start : stop - target.start]
-                    if not up.to(values.dtype).isfinite().all():
-                        raise ValueError(f"{name} has a value that is too large for {values.dtype}")
-                    downs[piece, :rank] = delta.down
-                    ups[start:stop, :rank] = _in_device_order(weight, piece, up)
-        return CudaAdapter(values, _aligned(max(delta.down.shape[0] for delta in deltas.values())))
+        changes = changes_by_weight(self.targets, deltas, self.max_rank)
+        ranks = [_aligned(max(delta.down.shape[0] for _, _, delta in group)) for group in changes]
+        products = [self._products[id(group[0][1].weight)] for group in changes]
+        sizes = [product.num_elements(rank) for product, rank in zip(products, ranks, strict=True)]
+        values = torch.zeros(sum(sizes), dtype=self.pool.dtype)
+        places, begin = torch.zeros(len(self._products), 2, dtype=torch.int32), 0
+        for group, product, rank, part in zip(changes, products, ranks, values.split(sizes), strict=True):
+            places[product.index] = torch.tensor([rank, begin // _ALIGNMENT])
+            _fill(part, product, rank, group)
+            begin += part.numel()
+        return CudaAdapter(values, places)
 
     def place(self, adapters: Sequence[CudaAdapter]) -> list[int]:
         """Return the slot of each of a step's different adapters, after beginning to copy those not there.
@@ -161,11 +145,35 @@ class CudaAdapterLayout:
             if slot is None:
                 slot = min(range(len(self._residents)), key=self._last_used.__getitem__)
                 self._residents[slot] = None  # the copy may fail halfway
-                self.pool[slot].copy_(adapter.values, non_blocking=True)
-                self.ranks[slot].fill_(adapter.rank)
+                self.pool[slot, : adapter.values.numel()].copy_(adapter.values, non_blocking=True)
+                self.places[slot].copy_(adapter.places, non_blocking=True)
                 self._residents[slot], self._last_used[slot] = weakref.ref(adapter), self._num_placed
             slots.append(slot)
         return slots
+
+
+def _fill(
+    values: Tensor, product: CudaProduct, rank: int, changes: Sequence[tuple[str, Target, Delta]]
+) -> None:
+    """Write the matrices of a product's part of an adapter; rows of pieces that do not change stay 0."""
+    num_down = len(product.ends) * rank * product.columns
+    downs = values[:num_down].view(len(product.ends), rank, product.columns)
+    ups = values[num_down:].view(product.rows, rank)
+    starts = (0, *product.ends[:-1])
+    changed = set[int]()
+    for name, target, delta in changes:
+        own_rank = delta.down.shape[0]
+        for piece, (start, stop) in enumerate(zip(starts, product.ends, strict=True)):
+            if not target.start <= start < stop <= target.stop:
+                continue
+            if piece in changed:
+                raise ValueError(f"{name} has rows that another target of the adapter has, too")
+            changed.add(piece)
+            up = delta.scale * delta.up[start - target.start : stop - target.start]
+            downs[piece, :own_rank] = delta.down
+            ups[start:stop, :own_rank] = _in_device_order(target.weight, piece, up)
+        if not values.isfinite().all():
+            raise ValueError(f"{name} has a value that is too large for {values.dtype}")
 
 
 def _aligned(count: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.formats.sources import ModelFiles, adapter_sources, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
@@ -125,8 +125,7 @@ class OnCuda:
             logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
         adapters = None
         if self.settings.serves_adapters:
-            with must_fit():
-                adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self.dtype))
+            adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self.dtype))
         runner, cache = make_runner(
             model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards,
             None if adapters is None else adapters.layout,
@@ -327,15 +326,22 @@ def make_adapter_layout(
     """Allocate the slots of adapters on the device, as many as a step may have.
 
     Raises:
-        ModelLoadError: if adapters cannot change anything in this model.
+        ModelLoadError: if adapters cannot change anything in this model, or their slots do not fit.
     """
-    layout = ops.CudaAdapterLayout(
-        targets_of(model), settings.max_lora_rank, num_slots=settings.max_loras, dtype=dtype,
-        device=device.device,
-    )  # fmt: skip
+    num_slots = min(settings.max_loras, max_loaded_adapters(settings))
+    if settings.admin_api_key is None:  # no others can be loaded later
+        num_slots = min(num_slots, max(len(adapter_sources(settings)), 1))
+    targets, rank = targets_of(model), settings.max_lora_rank
+    try:
+        layout = ops.CudaAdapterLayout(targets, rank, num_slots=num_slots, dtype=dtype, device=device.device)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the GPU has no memory for {num_slots} adapters of rank {rank}: lower --max-loras or "
+            f"--max-lora-rank ({error})"
+        ) from error
     logger.info(
-        "%d adapters of --max-lora-rank %d take %.2f GiB of the GPU; see --max-loras",
-        settings.max_loras, settings.max_lora_rank, layout.pool.nbytes / (1 << 30),
+        "%d adapters on the GPU, with space for --max-lora-rank %d on all products, take %.2f GiB",
+        num_slots, rank, layout.pool.nbytes / (1 << 30),
     )  # fmt: skip
     return layout
 

@@ -41,11 +41,12 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "out) -> "
       "()");
   m.def(
-      "lora_down(Tensor x, Tensor adapters, Tensor ranks, Tensor pool, int offset, int rank, "
+      "lora_down(Tensor x, Tensor adapters, Tensor places, Tensor pool, int product, int rank, "
       "Tensor(a!) inner) -> ()");
   m.def(
-      "lora_up(Tensor inner, Tensor adapters, Tensor ranks, Tensor pool, int offset, int rank, int "
-      "first_end, int second_end, float factor, Tensor(a!) out) -> ()");
+      "lora_up(Tensor inner, Tensor adapters, Tensor places, Tensor pool, int product, int rank, "
+      "int "
+      "columns, int first_end, int second_end, float factor, Tensor(a!) out) -> ()");
   m.def(
       "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, "
       "Tensor biased_ids, Tensor biased_values, Tensor masked_ids, Tensor? mask, "

@@ -11,64 +11,65 @@ using at::Tensor;
 using tgi::cuda::check_tensor;
 using tgi::cuda::check_type;
 using tgi::cuda::LoraDownParams;
-using tgi::cuda::LoraTokens;
+using tgi::cuda::LoraProduct;
 using tgi::cuda::LoraUpParams;
 using tgi::cuda::run;
 
-// Checks a step's adapters and a product's part of the pool, `size` elements of each slot from
-// `offset` on.
-LoraTokens make_tokens(const Tensor& adapters, const Tensor& ranks, const Tensor& pool,
-                       int64_t offset, int64_t rank, int64_t size) {
+// Checks a step's adapters and the pool. The places are data of the device, which nothing checks.
+LoraProduct make_product(const Tensor& adapters, const Tensor& places, const Tensor& pool,
+                         int64_t product, int64_t rank, int64_t columns, const Tensor& inner) {
   const auto type = check_type(pool, "pool");
   check_tensor(pool, "pool", pool.scalar_type(), {-1, -1});
-  check_tensor(ranks, "ranks", kInt, {pool.size(0)});
+  check_tensor(places, "places", kInt, {pool.size(0), -1, 2});
   check_tensor(adapters, "adapters", kInt, {-1});
+  check_tensor(inner, "inner", kFloat, {adapters.size(0), -1});
+  TORCH_CHECK(0 <= product && product < places.size(1), "`product` must be in [0, ", places.size(1),
+              "), got ", product);
+  TORCH_CHECK(columns > 0 && columns % 8 == 0, "a product has a multiple of 8 columns, got ",
+              columns);
   TORCH_CHECK(rank > 0 && rank % 8 == 0, "`rank` must be a multiple of 8, got ", rank);
+  TORCH_CHECK(inner.size(1) % rank == 0, "`inner` must have a multiple of ", rank, " columns, got ",
+              inner.size(1));
   TORCH_CHECK(pool.size(1) % 8 == 0, "`pool` must have a multiple of 8 columns, got ",
               pool.size(1));
-  TORCH_CHECK(offset >= 0 && offset % 8 == 0 && size <= pool.size(1) - offset,
-              "`offset` must be a multiple of 8 with ", size, " elements behind it, got ", offset,
-              " of ", pool.size(1));
   return {adapters.const_data_ptr<int32_t>(),
-          ranks.const_data_ptr<int32_t>(),
-          static_cast<const char*>(pool.const_data_ptr()) + offset * pool.element_size(),
+          places.const_data_ptr<int32_t>(),
+          pool.const_data_ptr(),
           adapters.size(0),
           pool.size(0),
+          places.size(1),
+          product,
           pool.size(1),
+          columns,
           rank,
           type};
 }
 
-void lora_down(const Tensor& x, const Tensor& adapters, const Tensor& ranks, const Tensor& pool,
-               int64_t offset, int64_t rank, const Tensor& inner) {
+void lora_down(const Tensor& x, const Tensor& adapters, const Tensor& places, const Tensor& pool,
+               int64_t product, int64_t rank, const Tensor& inner) {
   check_tensor(x, "x", pool.scalar_type(), {adapters.size(0), -1});
-  check_tensor(inner, "inner", kFloat, {x.size(0), -1});
-  TORCH_CHECK(x.size(1) % 8 == 0, "`x` must have a multiple of 8 columns, got ", x.size(1));
-  const LoraTokens tokens =
-      make_tokens(adapters, ranks, pool, offset, rank, inner.size(1) * x.size(1));
-  TORCH_CHECK(inner.size(1) % rank == 0, "`inner` must have a multiple of ", rank,
-              " columns, got ", inner.size(1));
-  const LoraDownParams params = {tokens, x.const_data_ptr(), inner.mutable_data_ptr<float>(),
-                                 x.size(1), inner.size(1)};
+  const LoraDownParams params = {
+      make_product(adapters, places, pool, product, rank, x.size(1), inner), x.const_data_ptr(),
+      inner.mutable_data_ptr<float>(), inner.size(1)};
   run(tgi::cuda::lora_down, params, inner);
 }
 
-void lora_up(const Tensor& inner, const Tensor& adapters, const Tensor& ranks, const Tensor& pool,
-             int64_t offset, int64_t rank, int64_t first_end, int64_t second_end, double factor,
-             const Tensor& out) {
+void lora_up(const Tensor& inner, const Tensor& adapters, const Tensor& places, const Tensor& pool,
+             int64_t product, int64_t rank, int64_t columns, int64_t first_end, int64_t second_end,
+             double factor, const Tensor& out) {
   const bool is_wide = out.scalar_type() == kFloat;
-  check_tensor(inner, "inner", kFloat, {adapters.size(0), -1});
   check_tensor(out, "out", is_wide ? kFloat : pool.scalar_type(), {inner.size(0), -1});
   const int64_t num_rows = out.size(1);
-  const LoraTokens tokens = make_tokens(adapters, ranks, pool, offset, rank, num_rows * rank);
   TORCH_CHECK(0 <= first_end && first_end <= second_end && second_end <= num_rows &&
                   (num_rows | first_end | second_end) % 2 == 0,
               "`first_end` and `second_end` must be even numbers of rows in order, up to ",
               num_rows, ", got ", first_end, " and ", second_end);
   const int64_t num_pieces = 1 + (first_end < num_rows) + (second_end < num_rows);
-  TORCH_CHECK(inner.size(1) % rank == 0 && inner.size(1) >= num_pieces * rank,
-              "`inner` must have ", num_pieces * rank, " columns, got ", inner.size(1));
-  const LoraUpParams params = {tokens,
+  const LoraProduct of_product =
+      make_product(adapters, places, pool, product, rank, columns, inner);
+  TORCH_CHECK(inner.size(1) == num_pieces * rank, "`inner` must have ", num_pieces * rank,
+              " columns, got ", inner.size(1));
+  const LoraUpParams params = {of_product,
                                inner.const_data_ptr<float>(),
                                out.mutable_data_ptr(),
                                num_rows,
