@@ -95,15 +95,15 @@ async def _wait_until_healthy(url: str) -> None:
 
 async def converse(url: str, seed: str, options: argparse.Namespace) -> list[Answer]:
     """Hold all conversations, turn after turn, each with pauses; return every answer."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
 
     def text(num_words: int) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(num_words))
+        return " ".join(rng.choice(WORDS) for _ in range(num_words))
 
     client = Client(url)
     system = text(options.system_words)
     plans = [
-        [(draw.expovariate(1 / options.pause_s), text(options.turn_words)) for _ in range(options.turns)]
+        [(rng.expovariate(1 / options.pause_s), text(options.turn_words)) for _ in range(options.turns)]
         for _ in range(options.conversations)
     ]
 

@@ -34,7 +34,7 @@ BLOCK = 16
 GREEDY = SamplingParams(temperature=0.0)
 TOP_P = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
 _KV_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-_DRAWS = {"greedy": GREEDY, "top-p": TOP_P}
+_SAMPLINGS = {"greedy": GREEDY, "top-p": TOP_P}
 # Codes: bits, columns per scale, zero point, whether there are offsets.
 CODES = {
     "int4": (4, 128, 0, True), "q8_0": (8, 32, 128, False), "q6_k": (8, 16, 32, False),
@@ -51,7 +51,7 @@ class StepKind:
     weights: str = "bf16"  # or a name in `CODES`
     kv: str = "bf16"  # or fp8
     prompt: int = 0  # tokens of an additional prompt chunk, a multiple of a block
-    draw: str = ""  # greedy or top-p; empty: the step ends with logits
+    sampling: str = ""  # greedy or top-p; empty: the step ends with logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +165,11 @@ def make_sampler(rows: int, vocab: int, sampling: SamplingParams) -> Callable[[T
     )
     slots = torch.arange(rows, dtype=torch.int32, device=device)
 
-    def draw(logits: Tensor) -> Tensor:
-        state.draw(logits, slots, None, None, result)
+    def sample(logits: Tensor) -> Tensor:
+        state.sample(logits, slots, None, None, result)
         return ids
 
-    return draw
+    return sample
 
 
 def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
@@ -185,20 +185,20 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
         max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
     )  # fmt: skip
     inputs, rows = _inputs(kind, block_table(sequences, longest))
-    draw = make_sampler(sequences, config.vocab_size, _DRAWS[kind.draw]) if kind.draw else None
+    sampler = make_sampler(sequences, config.vocab_size, _SAMPLINGS[kind.sampling]) if kind.sampling else None
 
     def call() -> Tensor:
         program.forward(inputs)
         program.head(rows)
         logits = program.logits[:sequences]
-        return logits if draw is None else draw(logits)
+        return logits if sampler is None else sampler(logits)
 
     of_token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * _KV_TYPES[kind.kv].itemsize
     head = config.vocab_size * config.hidden_size
     flops = 2 * (model.num_weights * (batch + prompt) + head * sequences)
     flops += 2 * config.num_layers * config.num_heads * config.head_dim * prompt * prompt
     num_bytes = model.num_bytes + of_token * (batch * kind.context + prompt)
-    return Step(call, num_bytes, flops, program.num_launches(inputs, sequences) + (draw is not None))
+    return Step(call, num_bytes, flops, program.num_launches(inputs, sequences) + (sampler is not None))
 
 
 def _inputs(kind: StepKind, table: Tensor) -> tuple[CudaBatch, Tensor]:

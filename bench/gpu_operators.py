@@ -20,7 +20,7 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
-PREFILLS, ROWS, DRAWS = (2048, 8192), (64, 4096), (1, 64)
+PREFILLS, ROWS, SAMPLES = (2048, 8192), (64, 4096), (1, 64)
 PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens; shows where cuBLAS takes over
 LORAS = (1, 64, 2048)  # tokens, which several adapters share evenly
 ADAPTERS, RANK, MAX_RANK = 8, 16, 64
@@ -43,7 +43,7 @@ def makers() -> Iterator[functools.partial[Measurement]]:
     for rows in ROWS:
         for make in (_norm, _gate, _rope):
             yield functools.partial(make, rows)
-    for rows in DRAWS:
+    for rows in SAMPLES:
         yield functools.partial(_sample, rows)
     for tokens in PRODUCTS:
         for rows, columns in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
@@ -250,10 +250,10 @@ def _rope(rows: int) -> Measurement:
 
 
 def _sample(rows: int) -> Measurement:
-    draw = make_sampler(rows, VOCAB, TOP_P)
+    sampler = make_sampler(rows, VOCAB, TOP_P)
     num_bytes = 4 * rows * VOCAB
     sets = [random(rows, VOCAB, dtype=torch.float32) * 3 for _ in range(copies_past_l2(num_bytes))]
-    calls: list[Call] = [functools.partial(draw, logits) for logits in sets]
+    calls: list[Call] = [functools.partial(sampler, logits) for logits in sets]
     return "sample", f"{rows} rows, top-k and top-p", num_bytes, "read", calls, {}
 
 

@@ -29,9 +29,10 @@ from tgi_asgi.runner.plan import SlotStart, StepRow
 from tgi_asgi.types import SamplingParams
 
 KINDS = (  # in order of importance
-    StepKind(1, 1024), StepKind(64, 1024), StepKind(64, 1024, prompt=512), StepKind(64, 1024, draw="top-p"),
-    StepKind(256, 1024), StepKind(16, 8192), StepKind(64, 1024, kv="fp8"), StepKind(1, 1024, "int4"),
-    StepKind(16, 1024, "int4"), StepKind(16, 1024, "q8_0"), StepKind(64, 1024, draw="greedy"),
+    StepKind(1, 1024), StepKind(64, 1024), StepKind(64, 1024, prompt=512),
+    StepKind(64, 1024, sampling="top-p"), StepKind(256, 1024), StepKind(16, 8192),
+    StepKind(64, 1024, kv="fp8"), StepKind(1, 1024, "int4"), StepKind(16, 1024, "int4"),
+    StepKind(16, 1024, "q8_0"), StepKind(64, 1024, sampling="greedy"),
     StepKind(16, 1024), StepKind(16, 8192, kv="fp8"), StepKind(16, 1024, "fp8"), StepKind(1, 8192),
     StepKind(1, 1024, prompt=2048),
 )  # fmt: skip
@@ -44,7 +45,7 @@ ENGINES = (  # weights, cache, sampling
     ("bf16", "bf16", GREEDY), ("bf16", "bf16", TOP_P), ("bf16", "fp8", GREEDY), ("int4", "bf16", GREEDY),
     ("q8_0", "fp8", TOP_P),
 )  # fmt: skip
-PROFILED = (StepKind(1, 1024), StepKind(64, 1024, draw="top-p"), StepKind(16, 1024, "int4"))
+PROFILED = (StepKind(1, 1024), StepKind(64, 1024, sampling="top-p"), StepKind(16, 1024, "int4"))
 
 
 def step(report: Report) -> None:
@@ -89,7 +90,7 @@ def time_step(
 
 def _of(kind: StepKind) -> dict[str, Any]:
     named = {"batch": kind.batch, "context": kind.context, "weights": kind.weights, "kv": kind.kv}
-    return named | {"prompt": kind.prompt, "draw": kind.draw}
+    return named | {"prompt": kind.prompt, "draw": kind.sampling}
 
 
 def engine(report: Report) -> None:

@@ -32,11 +32,11 @@ _SETTINGS: dict[str, Any] = {"max_batch_size": 8, "max_batch_prefill_tokens": 12
 
 def check(device_class: type[Device], report: Callable[[str, Any], None], **shape: int) -> bool:
     """Score a prompt and decode on one device and, if available, on two; return whether the results agree."""
-    skipped: dict[str, Any] = {"what": "two ranks", "needed": False}
+    skipped: dict[str, Any] = {"what": "two shards", "needed": False}
     if device_class.count() < 2:
         report("skipped", skipped | {"why": f"GPUs that can be seen: {device_class.count()}"})
         return True
-    row: dict[str, Any] = {"op": "two ranks", "dtype": "bfloat16", "cases": 0, "ok": False, "why": None}
+    row: dict[str, Any] = {"op": "two shards", "dtype": "bfloat16", "cases": 0, "ok": False, "why": None}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), {**_SHAPE, **shape})
@@ -92,7 +92,7 @@ def _logprobs(device: Device, folder: Path, count: int) -> torch.Tensor:
         job = Job(prompt, 2, greedy, wants_prompt_logprobs=0)
         asyncio.run(generate(runner, [job, Job(prompt[:7], 12)], chunk=40))
     scored = [logprob for logprob, _ in job.prompt_logprobs[1:]]
-    return torch.tensor([*scored, *(drawn.logprob for drawn in job.sampled)])
+    return torch.tensor([*scored, *(sampled.logprob for sampled in job.sampled)])
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ def estimate(values: Sequence[float], *, resamples: int = RESAMPLES) -> Estimate
     """
     if not values:
         raise ValueError("an estimate needs at least one value")
-    drawn = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    medians = np.median(np.asarray(values, np.float64)[drawn], axis=1)
+    chosen = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    medians = np.median(np.asarray(values, np.float64)[chosen], axis=1)
     low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Estimate(statistics.median(values), float(low), float(high), len(values))
 

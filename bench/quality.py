@@ -37,7 +37,7 @@ from tgi_asgi.formats.sources import ModelFiles, resolve
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 GOLDEN = ROOT / "tests" / "models" / "oracle" / "smollm2-135m.json"
-DRAWN_FROM = ("raw", "single", "chat", "chat-turns", "code")  # golden prompts that are continued at random
+SAMPLED_FROM = ("raw", "single", "chat", "chat-turns", "code")  # golden prompts that are continued at random
 Texts = list[tuple[str, list[int]]]  # (kind, token ids)
 
 
@@ -78,15 +78,15 @@ class Errors:
         }
 
 
-def make_texts(files: ModelFiles, drawn_tokens: int) -> Texts:
+def make_texts(files: ModelFiles, num_sampled: int) -> Texts:
     """Return the golden cases, and continuations that the model samples in its exact arithmetic."""
     cases = json.loads(GOLDEN.read_text())["cases"]
     texts: Texts = [("golden", case["prompt_ids"] + case["token_ids"]) for case in cases.values()]
-    if drawn_tokens:
-        teacher = Teacher(files, "float32", drawn_tokens + 256)
-        for seed, name in enumerate(DRAWN_FROM):
+    if num_sampled:
+        teacher = Teacher(files, "float32", num_sampled + 256)
+        for seed, name in enumerate(SAMPLED_FROM):
             prompt = cases[name]["prompt_ids"]
-            texts.append(("drawn", prompt + teacher.sample(prompt, drawn_tokens, seed)))
+            texts.append(("drawn", prompt + teacher.sample(prompt, num_sampled, seed)))
     return texts
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model-id", default=DEMO_MODEL, help="a .gguf file or pypi:<package>")
     parser.add_argument("--llama-python", type=Path, help="interpreter that imports llama_cpp and numpy")
     parser.add_argument("--llama-dir", type=Path, help="folder of libllama.so and llama-quantize")
-    parser.add_argument("--drawn-tokens", type=int, default=160, help="of each drawn text, or 0")
+    parser.add_argument("--drawn-tokens", type=int, default=160, help="of each sampled text, or 0")
     parser.add_argument("--work-dir", type=Path, help="keeps the dequantised checkpoint")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()

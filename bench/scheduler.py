@@ -71,7 +71,7 @@ class InstantRunner:
             if self.num_decode_steps == 1:
                 self.begun_s = time.process_time()
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        future.set_result(draw(plan))
+        future.set_result(sample_all(plan))
         return future
 
     def close(self) -> None: ...
@@ -86,7 +86,8 @@ class Counter:
         raise error
 
 
-def draw(plan: StepPlan) -> StepResult:
+def sample_all(plan: StepPlan) -> StepResult:
+    """Return token 1 for every row that samples."""
     return StepResult(plan.step_id, [Sampled(1) if row.samples else None for row in plan.rows])
 
 
@@ -120,7 +121,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
         step = scheduler.plan()
         spent_s += time.process_time() - begun
         assert ahead is not None
-        result = draw(ahead.plan)
+        result = sample_all(ahead.plan)
         begun = time.process_time()
         scheduler.apply(ahead, result)
         spent_s += time.process_time() - begun

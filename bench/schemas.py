@@ -2,7 +2,7 @@
 
     python -m bench.schemas [--model-id model.gguf] [--answers 5] [--out schemas.json]
 
-From each accepted schema's grammar, answers are drawn at random among the tokens that it allows, preferring
+From each accepted schema's grammar, answers are sampled among the tokens that it allows, preferring
 those that end something, and `jsonschema` checks them, formats included. Loads only the model's tokenizer.
 """
 
@@ -34,7 +34,7 @@ _KEYWORD = re.compile(r"`(\$?\w+)`|\[\"(\$?\w+)\"")
 
 
 class Writer:
-    """Draws answers from grammars."""
+    """Samples answers from grammars."""
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
         self._tokenizer, self._num_words = tokenizer, -(-vocab_size // 32)
@@ -45,7 +45,7 @@ class Writer:
         self._ending[list(tokenizer.eos_ids)] = True
 
     def write(self, grammar: Grammar, rng: random.Random) -> str | None:
-        """Draw an answer; None if it has not ended after `MAX_TOKENS`."""
+        """Sample an answer; None if it has not ended after `MAX_TOKENS`."""
         matcher, data = grammar.matcher(), b""
         mask = np.empty(self._num_words, np.int32)
         for _ in range(MAX_TOKENS):
@@ -93,7 +93,7 @@ def judge(compiler: GrammarCompiler, writer: Writer, schema: dict[str, Any], ans
 def main() -> None:
     """Judge the suite and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--answers", type=int, default=5, help="answers drawn from each accepted schema")
+    parser.add_argument("--answers", type=int, default=5, help="answers sampled from each accepted schema")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     with OpenModel(resolve(settings_of(arguments), lambda stage, done, total: None)) as opened:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.report import command_line, commit, emit, machine, median, numbers, table
-from bench.scheduler import draw, make_request
+from bench.scheduler import make_request, sample_all
 from bench.shapes import RandomWeights
 from tgi_asgi import ops
 from tgi_asgi.engine import EngineStats
@@ -148,7 +148,7 @@ def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, 
             ):
                 most_held[group] = max(most_held[group], len(entries) - given_back)
         step = flights.pop(0)
-        for _, sequence in scheduler.apply(step, draw(step.plan)):
+        for _, sequence in scheduler.apply(step, sample_all(step.plan)):
             if sequence.num_output >= sequence.max_tokens:
                 scheduler.remove(sequence)
     return {

@@ -14,11 +14,11 @@ _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
 FloatArray = npt.NDArray[np.float32]  # any strides, but contiguous along the last axis
 _Bytes = npt.NDArray[np.uint8]
-# Result of `sample` and `Program.draw`, one entry per row: token ids, whether logits were finite,
+# Result of `sample` and `Program.run_and_sample`, one entry per row: token ids, whether logits were finite,
 # log-probabilities, the most probable ids, their log-probabilities, and how many of these there are.
-_Draws = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints, npt.NDArray[np.bool_]]
-_Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
-_Outcome = tuple[list[_Drawn | None], dict[int, list[_Drawn]], tuple[int, int]]
+_Samples = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints, npt.NDArray[np.bool_]]
+_Sampled = tuple[int, float | None, list[tuple[int, float]] | None, bool]
+_Outcome = tuple[list[_Sampled | None], dict[int, list[_Sampled]], tuple[int, int]]
 
 # Threads and kernels.
 
@@ -178,7 +178,7 @@ def sample(
     state: SampleArrays,
     mask: _Ints | None = None,
     drafts: Sequence[int] = (),
-) -> _Draws:
+) -> _Samples:
     """See `tgi_asgi.ops.sample`."""
 
 def token_logprobs(logits: _Floats, token_ids: _Ints, num_top: int) -> tuple[_Floats, _Ints, _Floats]:
@@ -265,11 +265,11 @@ class FlatRows:
     @property
     def row_of_plan(self) -> _Ints: ...
     @property
-    def draws(self) -> _Ints: ...
+    def sample_after(self) -> _Ints: ...
     @property
-    def draw_slots(self) -> _Ints: ...
+    def sample_slots(self) -> _Ints: ...
     @property
-    def draw_rows(self) -> _Ints: ...
+    def sample_plan_rows(self) -> _Ints: ...
     @property
     def drafts(self) -> _Ints: ...
     @property
@@ -532,7 +532,7 @@ class ShardGroup:
     @property
     def rank(self) -> int: ...
     def end(self) -> None:
-        """Let the other shards end; called by the first after its last step."""
+        """Let the other shards end; called by shard 0 after its last step."""
 
     def abort(self) -> None:
         """Release all shards that wait for another; their results are void. May be called from any thread."""
@@ -611,7 +611,7 @@ class Program:
     def run(self, batch: FlatRows, rows: Sequence[int]) -> _Floats:
         """Compute a step; return the logits of `rows`, valid until the next call."""
 
-    def draw(
+    def run_and_sample(
         self,
         batch: FlatRows,
         rows: Sequence[int],
@@ -619,11 +619,11 @@ class Program:
         state: SampleArrays,
         mask: _Ints | None = None,
         drafts: Sequence[int] = (),
-    ) -> _Draws:
+    ) -> _Samples:
         """Compute a step and sample a token after each of `rows`."""
 
     def profile(self, batch: FlatRows, rows: Sequence[int]) -> list[float]:
-        """Compute a step as `draw` does, without sampling; return the seconds that each operator took."""
+        """Compute a step as `run_and_sample` does, but sample nothing; return each operator's seconds."""
 
     def run_head(self, rows: Sequence[int]) -> _Floats:
         """Return the logits of other rows of the last step that `run` computed."""
@@ -639,7 +639,7 @@ class Program:
         """Copy blocks of the pool, as pairs (from, to), in all shards."""
 
     def follow(self) -> None:
-        """Compute what the first shard sends, until it ends or aborts the group."""
+        """Compute what shard 0 sends, until it ends or aborts the group."""
 
     @property
     def num_operators(self) -> int: ...
@@ -768,9 +768,9 @@ class StepQueue:
         """Return the numbers and outcomes of steps finished since the last call, in order.
 
         The outcome is None for a step that `compute_rows` returned, or the exception of a failed step.
-        Otherwise it is: each row's first draw; the further draws by row; the number of rows with drafts, and
-        of drafts. A draw is the token, its log-probability and the most probable tokens if requested, and
-        whether its logits were finite.
+        Otherwise it is: each row's first sample; the further samples by row; the number of rows with drafts,
+        and of drafts. A sample is the token, its log-probability and the most probable tokens if requested,
+        and whether its logits were finite.
         """
 
     def compute_rows(self) -> int | None:

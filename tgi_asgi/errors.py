@@ -125,7 +125,7 @@ class Unauthorized(TgiError, error_type="unauthorized"):
 
 
 class Forbidden(TgiError, error_type="forbidden"):
-    """Raised when a request uses a feature that the operator has not enabled."""
+    """Raised when a request uses a feature that the administrator has not enabled."""
 
 
 class NotFound(TgiError, error_type="not_found"):
@@ -193,7 +193,7 @@ class IncompleteGeneration(TgiError, error_type="incomplete_generation", failure
 
 
 class RequestAborted(IncompleteGeneration):
-    """Raised when an operator has aborted the request; clients should not send it again."""
+    """Raised when an administrator has aborted the request; clients should not send it again."""
 
 
 class ModelLoadError(TgiError, error_type="model_load", failure="generation"):

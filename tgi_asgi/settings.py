@@ -164,7 +164,7 @@ class Settings:
         Settings(model_id="model.gguf", port=8080)
         Settings.from_environ(os.environ)
 
-    None means "not set by the operator": the value is then derived from the model or the machine.
+    None means "not set by the administrator": the value is then derived from the model or the machine.
 
     Raises:
         InvalidRequest: if a value is out of range; the message names the flag.

@@ -44,7 +44,7 @@ class LogprobsMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is sampled: penalties, bias, temperature, top-k, top-p, min-p, typical-p, draw.
+    """How the next token is sampled: penalties, bias, temperature, top-k, top-p, min-p, typical-p, seed.
 
     `temperature == 0` is greedy: the argmax after penalties and bias; ties go to the lowest id.
     """
@@ -58,7 +58,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # multiplied by the token's count in the output
     presence_penalty: float = 0.0  # applied once if the token is in the output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit); <= -100 bans
-    seed: int = 0  # [0, 2**63), always set: if the client sent none, HTTP draws one below 2**53
+    seed: int = 0  # [0, 2**63), always set: if the client sent none, HTTP chooses one below 2**53
     logprobs: int | None = None  # None: none; k: for the sampled token and the k best
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
 
@@ -228,8 +228,8 @@ class Pooling:
 class GenerationRequest:
     """A validated request: every integer in it is within the model's bounds.
 
-    The `n` choices share the prompt. Choice i draws from the random stream (seed, i), so it does not depend
-    on n. With `seeds`, choice i draws as the only choice of a request with seed `seeds[i]` would.
+    The `n` choices share the prompt. Choice i samples with the random stream (seed, i), so it does not depend
+    on n. With `seeds`, choice i samples as the only choice of a request with seed `seeds[i]` would.
     """
 
     request_id: str
@@ -400,7 +400,7 @@ class Scoring:
 class ModelInfo:
     """Description of the served model for the API."""
 
-    model_id: str  # as the operator named it: also the served name
+    model_id: str  # as the administrator named it: also the served name
     revision: str | None  # commit or file hash, if known
     architecture: str  # e.g. "LlamaForCausalLM"
     dtype: str  # arithmetic, e.g. "float32"
@@ -425,4 +425,4 @@ class ModelInfo:
     generates: bool = True  # whether it generates text; embedding and scoring models do not
     embedding: Embedding | None = None  # None: does not embed
     scoring: Scoring | None = None  # None: scores by its embeddings, if it has any
-    why_no_pooling: str = ""  # if both are None: what the operator can do about it
+    why_no_pooling: str = ""  # if both are None: what the administrator can do about it

@@ -43,10 +43,10 @@ std::vector<std::vector<int32_t>> choose_drafts(const PlannedRows& planned,
   return drafts;
 }
 
-void observe(cpu::Drafter& drafter, const Draws& draws) {
-  for (size_t row = 0; row < draws.slots.size(); ++row) {
-    if (draws.is_accepted[row] && draws.is_finite[row])
-      drafter.append(draws.slots[row], draws.token_ids[row]);
+void observe(cpu::Drafter& drafter, const Samples& samples) {
+  for (size_t row = 0; row < samples.slots.size(); ++row) {
+    if (samples.is_accepted[row] && samples.is_finite[row])
+      drafter.append(samples.slots[row], samples.token_ids[row]);
   }
 }
 

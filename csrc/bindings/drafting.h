@@ -21,7 +21,7 @@ std::vector<std::vector<int32_t>> choose_drafts(const PlannedRows& planned,
                                                 const cpu::StepCost& cost);
 
 // Appends the sampled tokens to the drafter.
-void observe(cpu::Drafter& drafter, const Draws& draws);
+void observe(cpu::Drafter& drafter, const Samples& samples);
 
 void bind_drafting(py::module_& module);
 

@@ -232,14 +232,16 @@ class Program {
 
   // Running. Everything is checked before anything is computed; the GIL is released meanwhile.
   Floats run(const FlatRows& batch, const std::vector<int32_t>& rows);
-  // Runs the same and samples one token per row, in one run of the team. For tokens that are not
-  // sampled after, only keys and values are computed. `run_head` is not possible afterwards.
-  py::tuple draw(const FlatRows& batch, const std::vector<int32_t>& rows,
-                 std::vector<int32_t> slots, SampleArrays& state,
-                 const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts);
+  // Runs the same and samples one token per row, in one run of the team. Of tokens after which
+  // nothing is sampled, only keys and values are computed. `run_head` is not possible afterwards.
+  py::tuple run_and_sample(const FlatRows& batch, const std::vector<int32_t>& rows,
+                           std::vector<int32_t> slots, SampleArrays& state,
+                           const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts);
   // The same for a prepared call, without the GIL.
-  void draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows, SampleCall& call);
-  // Does the same as `draw` without sampling; returns the seconds per operator, barrier included.
+  void run_and_sample_prepared(const FlatRows& batch, const std::vector<int32_t>& rows,
+                               SampleCall& call);
+  // Does the same as `run_and_sample` without sampling; returns the seconds per operator, barrier
+  // included.
   std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
   // The number of steps computed, up to and including the last one's states.
   int64_t num_steps() const { return num_steps_; }
@@ -252,7 +254,7 @@ class Program {
   Floats run_head(const std::vector<int32_t>& rows);
   // Copies blocks of the pool (from, to), in all shards.
   void copy_blocks(const BlockPairs& pairs);
-  // Computes what the first shard sends, until it ends or the group is aborted. Call it without
+  // Computes what shard 0 sends, until it ends or the group is aborted. Call it without
   // the GIL.
   void follow();
   int64_t vocab() const { return vocab_; }

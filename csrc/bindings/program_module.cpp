@@ -220,8 +220,8 @@ void bind_program(py::module_& module) {
       .def("end_cache_writes", &Program::end_cache_writes, py::kw_only(), py::arg("can_gather"),
            py::arg("rows"), py::arg("query"))
       .def("run", &Program::run, py::arg("batch"), py::arg("rows"))
-      .def("draw", &Program::draw, py::arg("batch"), py::arg("rows"), py::arg("slots"),
-           py::arg("state"), py::arg("mask").noconvert() = py::none(),
+      .def("run_and_sample", &Program::run_and_sample, py::arg("batch"), py::arg("rows"),
+           py::arg("slots"), py::arg("state"), py::arg("mask").noconvert() = py::none(),
            py::arg("drafts") = std::vector<int32_t>())
       .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
       .def("run_head", &Program::run_head, py::arg("rows"))

@@ -60,29 +60,30 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   return logits_view(header_.num_rows);
 }
 
-py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
-                        std::vector<int32_t> slots, SampleArrays& state,
-                        const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts) {
+py::tuple Program::run_and_sample(const FlatRows& batch, const std::vector<int32_t>& rows,
+                                  std::vector<int32_t> slots, SampleArrays& state,
+                                  const std::optional<Array<int32_t>>& mask,
+                                  std::vector<int32_t> drafts) {
   check(!rows.empty() && rows.size() == slots.size(),
         "`rows` must not be empty, and have a slot each");
-  Draws draws;
-  draws.slots = std::move(slots);
-  draws.drafts = std::move(drafts);
-  SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
+  Samples samples;
+  samples.slots = std::move(slots);
+  samples.drafts = std::move(drafts);
+  SampleCall call(state, samples, mask_data(mask, samples.num_rows(), state.vocab()));
   {
     const py::gil_scoped_release release;
-    draw_batch(batch, rows, call);
+    run_and_sample_prepared(batch, rows, call);
   }
-  return draws.arrays();
+  return samples.arrays();
 }
 
-void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows,
-                         SampleCall& call) {
+void Program::run_and_sample_prepared(const FlatRows& batch, const std::vector<int32_t>& rows,
+                                      SampleCall& call) {
   check(logits_ != nullptr, "nothing was recorded");
   check_adapters(batch);
   const step::StepHeader header = header_of(batch, rows);
   check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
-        "the draw must have the rows and the vocabulary of the step");
+        "the samples must have the rows and the vocabulary of the step");
   begin(header, batch);
   call.set_logits(logits_->data());
   cpu::run_on_team(

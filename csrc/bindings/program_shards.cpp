@@ -1,4 +1,4 @@
-// A program that is one of several shards: its partial sums, and the work that the first shard
+// A program that is one of several shards: its partial sums, and the work that shard 0
 // sends to the others.
 #include <stdexcept>
 #include <utility>
@@ -85,7 +85,7 @@ void Program::copy_blocks(const BlockPairs& pairs) {
 }
 
 void Program::follow() {
-  check(shards_ != nullptr && shards_->rank() > 0, "the first shard leads");
+  check(shards_ != nullptr && shards_->rank() > 0, "shard 0 leads");
   ShardMail mail;
   while (shards_->receive()) {
     read_mail(*shards_, mail);

@@ -85,7 +85,7 @@ cpu::step::StepHeader FlatRows::header() const {
   header.num_tokens = static_cast<int64_t>(ids.size());
   header.num_generated = num_generated;
   header.num_sequences = num_rows();
-  header.num_rows = static_cast<int64_t>(draws.size());
+  header.num_rows = static_cast<int64_t>(sample_after.size());
   header.ids = ids.data();
   header.positions = positions.data();
   header.num_groups = num_groups;
@@ -94,7 +94,7 @@ cpu::step::StepHeader FlatRows::header() const {
   header.context_len = context_len.data();
   header.block_table = block_table.data();
   header.block_table_stride = table_width;
-  header.rows = draws.data();
+  header.rows = sample_after.data();
   header.adapters = adapter_spans.data();
   header.num_adapters = static_cast<int64_t>(adapter_spans.size());
   return header;
@@ -321,9 +321,9 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     if (!row.samples) continue;
     for (int64_t token = row.is_from_slot ? first : stop - 1; token < stop; ++token) {
       const bool is_draft = row.is_from_slot && token > first;
-      flat.draws.push_back(narrow(token));
-      flat.draw_slots.push_back(row.slot);
-      flat.draw_rows.push_back(narrow(static_cast<int64_t>(index)));
+      flat.sample_after.push_back(narrow(token));
+      flat.sample_slots.push_back(row.slot);
+      flat.sample_plan_rows.push_back(narrow(static_cast<int64_t>(index)));
       flat.drafts.push_back(is_draft ? flat.ids[static_cast<size_t>(token)] : -1);
     }
   }
@@ -448,11 +448,12 @@ void bind_rows(py::module_& module) {
                              [](const FlatRows& rows) { return copy_of(rows.row_slots); })
       .def_property_readonly("row_of_plan",
                              [](const FlatRows& rows) { return copy_of(rows.row_of_plan); })
-      .def_property_readonly("draws", [](const FlatRows& rows) { return copy_of(rows.draws); })
-      .def_property_readonly("draw_slots",
-                             [](const FlatRows& rows) { return copy_of(rows.draw_slots); })
-      .def_property_readonly("draw_rows",
-                             [](const FlatRows& rows) { return copy_of(rows.draw_rows); })
+      .def_property_readonly("sample_after",
+                             [](const FlatRows& rows) { return copy_of(rows.sample_after); })
+      .def_property_readonly("sample_slots",
+                             [](const FlatRows& rows) { return copy_of(rows.sample_slots); })
+      .def_property_readonly("sample_plan_rows",
+                             [](const FlatRows& rows) { return copy_of(rows.sample_plan_rows); })
       .def_property_readonly("drafts", [](const FlatRows& rows) { return copy_of(rows.drafts); })
       .def_property_readonly("block_tables", [](const FlatRows& rows) {
         return py::array_t<int32_t>({rows.num_groups, rows.num_rows(), rows.table_width},

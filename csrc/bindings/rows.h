@@ -88,9 +88,9 @@ struct FlatRows {
   std::vector<int32_t> resumes;  // [num_rows] places of kept states, -1: its slot's own; or empty
   std::vector<StateKeep> keeps;  // row by row, in order of position
   std::vector<int32_t> row_of_plan;              // [num_rows] index of the row in the plan
-  std::vector<int32_t> draws;                    // tokens to sample after
-  std::vector<int32_t> draw_slots;               // their slots
-  std::vector<int32_t> draw_rows;                // their rows in the plan
+  std::vector<int32_t> sample_after;             // tokens to sample after, as indices into `ids`
+  std::vector<int32_t> sample_slots;             // their slots
+  std::vector<int32_t> sample_plan_rows;         // their rows in the plan
   std::vector<int32_t> drafts;                   // their ids if they are drafts, else -1
   std::vector<AdapterPtr> adapters;              // [num_rows], null: none; or empty
   std::vector<step::AdapterSpan> adapter_spans;  // runs of consecutive rows with the same adapter

@@ -79,7 +79,7 @@ void SampleArrays::reserve(int num_members) {
   num_scratch_ = num_members;
 }
 
-void Draws::prepare(const SampleArrays& state) {
+void Samples::prepare(const SampleArrays& state) {
   state.check_slots(slots, drafts);
   ahead.resize(drafts.size());
   for (size_t row = 0; row < drafts.size(); ++row) {
@@ -99,7 +99,7 @@ void Draws::prepare(const SampleArrays& state) {
   num_top.resize(rows);
 }
 
-py::tuple Draws::arrays() const {
+py::tuple Samples::arrays() const {
   const int64_t rows = num_rows();
   py::array_t<bool> finite(rows), accepted(rows);
   std::copy_n(is_finite.get(), rows, finite.mutable_data());
@@ -111,26 +111,26 @@ py::tuple Draws::arrays() const {
                         py::array_t<int32_t>(rows, num_top.data()), std::move(accepted));
 }
 
-SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
-    : state_(state), draws_(draws), params_(state.params()), num_rows_(draws.num_rows()) {
-  draws.prepare(state);
-  params_.slots = draws.slots.data();
+SampleCall::SampleCall(SampleArrays& state, Samples& samples, const int32_t* mask)
+    : state_(state), samples_(samples), params_(state.params()), num_rows_(samples.num_rows()) {
+  samples.prepare(state);
+  params_.slots = samples.slots.data();
   params_.mask = mask;
-  params_.token_ids = draws.token_ids.data();
-  params_.is_finite = draws.is_finite.get();
-  params_.logprobs = draws.logprobs.data();
-  params_.top_ids = draws.top_ids.data();
-  params_.top_logprobs = draws.top_logprobs.data();
-  params_.num_top = draws.num_top.data();
-  params_.max_top = draws.max_top;
+  params_.token_ids = samples.token_ids.data();
+  params_.is_finite = samples.is_finite.get();
+  params_.logprobs = samples.logprobs.data();
+  params_.top_ids = samples.top_ids.data();
+  params_.top_logprobs = samples.top_logprobs.data();
+  params_.num_top = samples.num_top.data();
+  params_.max_top = samples.max_top;
 }
 
 void SampleCall::run(int member, int num_members) const {
-  cpu::sample(params_, draws_.draft_rows(), num_rows_, state_.scratch(), member, num_members);
+  cpu::sample(params_, samples_.draft_rows(), num_rows_, state_.scratch(), member, num_members);
 }
 
 void SampleCall::finish() {
-  cpu::accept_drafts(params_, draws_.draft_rows(), num_rows_, draws_.is_accepted.get());
+  cpu::accept_drafts(params_, samples_.draft_rows(), num_rows_, samples_.is_accepted.get());
 }
 
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
@@ -147,21 +147,21 @@ constexpr int64_t kTokenWork = 16;
 
 py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, SampleArrays& state,
                  const std::optional<Array<int32_t>>& mask, const std::vector<int32_t>& drafts) {
-  Draws draws;
-  draws.slots = slots;
-  draws.drafts = drafts;
-  check_shape(logits, "logits", {draws.num_rows(), state.vocab()});
-  SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
+  Samples samples;
+  samples.slots = slots;
+  samples.drafts = drafts;
+  check_shape(logits, "logits", {samples.num_rows(), state.vocab()});
+  SampleCall call(state, samples, mask_data(mask, samples.num_rows(), state.vocab()));
   call.set_logits(logits.data());
   {
     const py::gil_scoped_release release;
     const auto reserve = [&](int num_members) { call.reserve(num_members); };
     const auto body = [&](int member, int num_members) { call.run(member, num_members); };
-    if (draws.num_rows() > 0)
-      cpu::run_small(kTokenWork * draws.num_rows() * state.vocab(), reserve, body);
+    if (samples.num_rows() > 0)
+      cpu::run_small(kTokenWork * samples.num_rows() * state.vocab(), reserve, body);
     call.finish();
   }
-  return draws.arrays();
+  return samples.arrays();
 }
 
 py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token_ids,

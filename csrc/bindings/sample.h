@@ -44,7 +44,7 @@ class SampleArrays {
 };
 
 // What one call samples: one token per row.
-struct Draws {
+struct Samples {
   std::vector<int32_t> slots;
   std::vector<int32_t> drafts;  // see cpu::DraftRows; empty: no row follows a draft
   std::vector<int32_t> ahead;
@@ -71,7 +71,7 @@ struct Draws {
 class SampleCall {
  public:
   // mask: [num_rows, ceil(vocab / 32)], or null.
-  SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask);
+  SampleCall(SampleArrays& state, Samples& samples, const int32_t* mask);
   void set_logits(const float* logits) { params_.logits = logits; }
   int64_t num_rows() const { return num_rows_; }
   int64_t vocab() const { return params_.vocab; }
@@ -83,7 +83,7 @@ class SampleCall {
 
  private:
   SampleArrays& state_;
-  Draws& draws_;
+  Samples& samples_;
   SampleParams params_;
   int64_t num_rows_;
 };

@@ -161,7 +161,7 @@ void bind_shards(py::module_& module) {
             write_mail({ShardMail::Kind::kEnd}, group);
             group.send();
           },
-          "Make the other shards end; for the first shard, after its last step.")
+          "Make the other shards end; for shard 0, after its last step.")
       .def("abort", &Group::abort)
       .def_property_readonly("is_aborted", &Group::is_aborted);
 }

@@ -1,4 +1,4 @@
-// What the first shard sends to the others: a step's arrays, the rows of another head, or blocks to
+// What shard 0 sends to the others: a step's arrays, the rows of another head, or blocks to
 // copy.
 #pragma once
 

@@ -75,7 +75,7 @@ void StepQueue::compute(Step& step) {
   const int64_t num_steps = program_->num_steps();
   try {
     cpu::team_wake();
-    draw(step);
+    run_and_sample(step);
     return;
   } catch (const std::bad_alloc&) {
     step.is_out_of_memory = true;
@@ -91,18 +91,18 @@ void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
   drafter_ = std::move(drafter);
 }
 
-void StepQueue::draw(Step& step) {
+void StepQueue::run_and_sample(Step& step) {
   check(sampling_ != nullptr, "no slot was ever started");
   const std::vector<SlotPosition> places = slot_positions(step.planned, *sampling_);
   std::vector<std::vector<int32_t>> drafts;
   if (drafter_ != nullptr) drafts = choose_drafts(step.planned, places, *drafter_, step.cost);
   step.rows = lay_out(step.planned, *limits_, places, drafts);
   if (step.rows.num_rows() == 0) return;
-  step.draws.slots = step.rows.draw_slots;
-  if (!drafts.empty()) step.draws.drafts = step.rows.drafts;
-  SampleCall call(*sampling_, step.draws, nullptr);
-  program_->draw_batch(step.rows, step.rows.draws, call);
-  if (drafter_ != nullptr) observe(*drafter_, step.draws);
+  step.samples.slots = step.rows.sample_slots;
+  if (!drafts.empty()) step.samples.drafts = step.rows.drafts;
+  SampleCall call(*sampling_, step.samples, nullptr);
+  program_->run_and_sample_prepared(step.rows, step.rows.sample_after, call);
+  if (drafter_ != nullptr) observe(*drafter_, step.samples);
 }
 
 py::list StepQueue::done() {
@@ -130,19 +130,19 @@ py::list StepQueue::done() {
 
 namespace {
 
-py::object sampled_of(const Draws& draws, size_t i) {
+py::object sampled_of(const Samples& samples, size_t i) {
   py::object logprob = py::none(), top = py::none();
-  if (!std::isnan(draws.logprobs[i])) {  // the slot wants log-probabilities
-    logprob = py::float_(draws.logprobs[i]);
-    py::list pairs(draws.num_top[i]);
+  if (!std::isnan(samples.logprobs[i])) {  // the slot wants log-probabilities
+    logprob = py::float_(samples.logprobs[i]);
+    py::list pairs(samples.num_top[i]);
     for (size_t k = 0; k < pairs.size(); ++k) {
-      const size_t at = i * static_cast<size_t>(draws.max_top) + k;
-      pairs[k] = py::make_tuple(draws.top_ids[at], draws.top_logprobs[at]);
+      const size_t at = i * static_cast<size_t>(samples.max_top) + k;
+      pairs[k] = py::make_tuple(samples.top_ids[at], samples.top_logprobs[at]);
     }
     top = std::move(pairs);
   }
-  return py::make_tuple(draws.token_ids[i], std::move(logprob), std::move(top),
-                        bool{draws.is_finite[i]});
+  return py::make_tuple(samples.token_ids[i], std::move(logprob), std::move(top),
+                        bool{samples.is_finite[i]});
 }
 
 }  // namespace
@@ -158,14 +158,14 @@ py::object StepQueue::outcome_of(const Item& item) {
   for (size_t row = 0; row < rows.size(); ++row) rows[row] = py::none();
   py::dict further;
   int64_t num_drafted_rows = 0, num_drafts = 0;
-  const Draws& draws = step.draws;
-  for (size_t i = 0; i < draws.token_ids.size(); ++i) {
+  const Samples& samples = step.samples;
+  for (size_t i = 0; i < samples.token_ids.size(); ++i) {
     const bool is_draft = step.rows.drafts[i] >= 0;
     num_drafts += is_draft;
     num_drafted_rows += is_draft && step.rows.drafts[i - 1] < 0;
-    if (!draws.is_accepted[i]) continue;
-    py::object sampled = sampled_of(draws, i);
-    const int32_t row = step.rows.draw_rows[i];
+    if (!samples.is_accepted[i]) continue;
+    py::object sampled = sampled_of(samples, i);
+    const int32_t row = step.rows.sample_plan_rows[i];
     if (!is_draft) {
       rows[static_cast<size_t>(row)] = std::move(sampled);
       continue;

@@ -63,7 +63,7 @@ class StepQueue {
     PlannedRows planned;
     cpu::StepCost cost = {};
     FlatRows rows;
-    Draws draws;
+    Samples samples;
     std::string error;  // why the step failed
     bool has_failed = false;
     bool is_out_of_memory = false;
@@ -76,7 +76,7 @@ class StepQueue {
   void enqueue(Item item);
   void end(Item item);
   void compute(Step& step);
-  void draw(Step& step);
+  void run_and_sample(Step& step);
   static pybind11::object outcome_of(const Item& item);
 
   const std::shared_ptr<Program> program_;

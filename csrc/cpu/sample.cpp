@@ -128,8 +128,8 @@ void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, i
     const float factor = std::min(1.0f / slot.temperature, FLT_MAX);
     team.scale(values, p.vocab, stats.max, factor, scores);
     floor = filter_scores(team, slot, scores, p.vocab, scratch + 2 * p.vocab);
-    const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
-                         static_cast<uint64_t>(slot.position + ahead_of(drafts, row))};
+    const SampleKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
+                           static_cast<uint64_t>(slot.position + ahead_of(drafts, row))};
     id = team.race(scores, p.vocab, floor, key);
     if (id == p.vocab) return;  // nothing can be sampled
     values = scores;

@@ -22,9 +22,9 @@ void sample(const ::tgi::SampleParams& p, int64_t num_rows, uint8_t* scratch, in
 // Computes rows [begin, end). A row that is not finite gets NaN.
 void token_logprobs(const ::tgi::TokenLogprobsParams& p, int64_t begin, int64_t end);
 
-// The key and counter of Philox, on which a draw depends in addition to the scores. One call per
+// The key and counter of Philox, on which a sample depends in addition to the scores. One call per
 // token id, of which the first word is used.
-struct DrawKey {
+struct SampleKey {
   uint64_t seed;
   uint32_t choice;
   uint64_t position;
@@ -64,7 +64,7 @@ struct RowPasses {
   // >= floor, with E exponential from the key and the index; lowest index on ties, n if there is
   // none. begin is a multiple of kSumBlock. No score is above 0.
   RaceWinner (*race)(const float* scores, int64_t begin, int64_t n, float floor,
-                     const DrawKey& key);
+                     const SampleKey& key);
 };
 
 }  // namespace tgi::cpu

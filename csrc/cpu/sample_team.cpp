@@ -93,7 +93,7 @@ int64_t RowTeam::compact(const float* x, int64_t n, float floor, float* out) {
   return total;
 }
 
-int64_t RowTeam::race(const float* scores, int64_t n, float floor, const DrawKey& key) {
+int64_t RowTeam::race(const float* scores, int64_t n, float floor, const SampleKey& key) {
   const Range part = this->part(n);
   const RaceWinner winner = rows_.race(scores, part.begin, part.end, floor, key);
   if (num_members_ == 1) return winner.index;

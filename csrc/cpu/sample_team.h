@@ -56,7 +56,7 @@ class RowTeam {
   void scale(const float* x, int64_t n, float max, float factor, float* out);
   double mass(const float* x, int64_t n, float max, float floor);
   int64_t compact(const float* x, int64_t n, float floor, float* out);
-  int64_t race(const float* scores, int64_t n, float floor, const DrawKey& key);
+  int64_t race(const float* scores, int64_t n, float floor, const SampleKey& key);
 
   // Computes a number on the first member and returns it to all.
   template <typename Compute>

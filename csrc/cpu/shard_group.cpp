@@ -27,7 +27,7 @@ constexpr std::chrono::microseconds kLookFor{200};
 // With more threads than cores, waiting threads hold up working ones.
 constexpr std::chrono::microseconds kYieldWhenCrowded{5};
 
-// Like wait_on and wake_all in platform.h, for a word that other processes wait on as well. Shards
+// Like wait_on and wake_all in platform.h, for a word that other shards wait on as well. Shards
 // are supported on Linux only: other systems provide no memory for them.
 #if defined(__linux__)
 void wait_on_shared(std::atomic<uint32_t>* word, uint32_t expected) {

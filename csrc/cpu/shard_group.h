@@ -1,11 +1,11 @@
-// Tensor-parallel processes on one machine that compute each step together, each holding one shard
-// of the model. They share a memory segment:
+// The tensor-parallel shards of a model on one machine, which compute each step together: each is a
+// process with a part of the model. They share a memory segment:
 //
 //   head | mailbox | logits [max_rows, vocab] | partial sums [2 turns][shard][max_tokens, columns]
 //
-// The first shard writes the work to compute to the mailbox. All shards write their partial sums,
-// all threads of all processes meet at a barrier, and each process adds all partial sums in shard
-// order, so the bits depend only on the number of shards. There are two turns because shards may
+// Shard 0 writes the work to compute to the mailbox. All shards write their partial sums, all
+// threads of all shards meet at a barrier, and each shard adds all partial sums in the order of
+// ranks, so the bits depend only on the number of shards. There are two turns because shards may
 // still read the partial sums of one sum while others write those of the next.
 #pragma once
 
@@ -31,8 +31,8 @@ class ShardGroup {
  public:
   // The size that `fd` must have. Throws std::bad_alloc if no machine has that much memory.
   static int64_t num_bytes(const ShardShape& shape);
-  // Maps the memory behind a descriptor that all shards share; it was zero before the first shard
-  // mapped it. Throws std::runtime_error.
+  // Maps the memory behind a descriptor that all shards share; it was zero before any shard
+  // mapped it. rank: this shard's number. Throws std::runtime_error.
   ShardGroup(int fd, int64_t rank, const ShardShape& shape);
 
   const ShardShape& shape() const { return shape_; }
@@ -49,7 +49,7 @@ class ShardGroup {
   // the group has been aborted.
   void barrier();
 
-  // For the first shard: the mailbox, which may be written once all shards have met after the
+  // For shard 0: the mailbox, which may be written once all shards have met after the
   // previous mail, and the call that sends it.
   uint8_t* mail() const { return memory_.get() + mail_at_; }
   void send();

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   SHARED_ARRAY(RowShared, shared_rows, 1);
   RowShared& shared = shared_rows[0];
   const ::tgi::SampleParams& p = all.base;
-  const DrawnRow row(all, blockIdx.x);
+  const SampledRow row(all, blockIdx.x);
   const bool is_first = threadIdx.x == 0;
   if (is_first) {
     p.token_ids[row.index] = 0;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   const SampleSlot& slot = row.slot(all);
   const RowWork& work = row.work(all);
   const MergedStats merged = merge_stats(work, num_parts);
-  if (!merged.can_draw()) return;
+  if (!merged.can_sample()) return;
   const int n = row.n;
   const float* values = row.values(all);
   ScoreFilter filter = row.filter(slot, merged.stats.max);

@@ -1,16 +1,17 @@
 // Three kernels that run before the sampling kernel. The blocks that share a row each process their
 // part of it and write these results:
 //
-//     part_stats   maximum, whether all is finite; logits after penalties, bias and masks
-//     part_scores  the winner of the race if nothing is cut off; else a histogram of scores, added
-//     to the row's part_list    the elements up to the bin where the set ends: the few candidates
-//     for sampling
+//     part_stats   the part's maximum, whether all of it is finite, and its logits after penalties,
+//                  bias and masks
+//     part_scores  the winner of the race if nothing is cut off; else a histogram of the part's
+//                  scores, added to the row's
+//     part_list    the elements up to the bin in which the cut-off is: the few candidates
 //
 // Each kernel begins when the previous one has ended, so no block waits for another. Histograms are
 // sums of integers, so neither the number of parts nor their order affects the result.
 #pragma once
 
-#include "sample_draw.cuh"
+#include "sample_filter.cuh"
 
 namespace tgi::cuda {
 
@@ -43,12 +44,12 @@ struct RowWork {
 static_assert(sizeof(RowWork) % 16 == 0);
 
 // A row, and what its slot requires. Each kernel constructs it again.
-struct DrawnRow {
+struct SampledRow {
   int64_t index, slot_index;
   bool is_valid;  // false: padding
   int n;
 
-  __device__ __forceinline__ DrawnRow(const SampleParams& all, int64_t row)
+  __device__ __forceinline__ SampledRow(const SampleParams& all, int64_t row)
       : index(row),
         slot_index(all.base.slots[row]),
         is_valid(slot_index >= 0 && slot_index < all.num_slots),
@@ -109,7 +110,7 @@ struct MergedStats {
   float raw_max;
   Stats stats;
 
-  __device__ __forceinline__ bool can_draw() const {
+  __device__ __forceinline__ bool can_sample() const {
     return stats.is_finite && stats.max > -INFINITY;
   }
 };
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   allow_next_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
   RowShared& shared = shared_rows[0];
-  const DrawnRow row(all, blockIdx.y);
+  const SampledRow row(all, blockIdx.y);
   if (!row.is_valid) return;
   const int part = int(blockIdx.x);
   const SampleSlot& slot = row.slot(all);
@@ -199,12 +200,12 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   SHARED_ARRAY(RowShared, shared_rows, 1);
   SHARED_ARRAY(uint32_t, counts, kBins);
   RowShared& shared = shared_rows[0];
-  const DrawnRow row(all, blockIdx.y);
+  const SampledRow row(all, blockIdx.y);
   if (!row.is_valid) return;
   const SampleSlot& slot = row.slot(all);
   RowWork& work = row.work(all);
   const MergedStats merged = merge_stats(work, num_parts);
-  if (!merged.can_draw()) return;
+  if (!merged.can_sample()) return;
   const ScoreFilter filter = row.filter(slot, merged.stats.max);
   const Elements values = part_of(row.values(all), row.n, int(blockIdx.x), num_parts);
   if (!is_greedy(slot) && !row.is_cut(slot)) {
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   allow_next_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
   RowShared& shared = shared_rows[0];
-  const DrawnRow row(all, blockIdx.y);
+  const SampledRow row(all, blockIdx.y);
   if (!row.is_valid) return;
   const SampleSlot& slot = row.slot(all);
   const int wanted = row.num_top(all, slot);
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   if (!lists_raw && !lists_scores) return;
   RowWork& work = row.work(all);
   const MergedStats merged = merge_stats(work, num_parts);
-  if (!merged.can_draw()) return;
+  if (!merged.can_sample()) return;
   if (lists_scores) {
     const ScoreFilter filter = row.filter(slot, merged.stats.max);
     const auto score = [&](float x) { return filter.score(x); };

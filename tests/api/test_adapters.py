@@ -1,4 +1,4 @@
-"""Adapters on the wire: selected by `adapter_id` or `model`, listed, loaded and unloaded by the operator."""
+"""Adapters over HTTP: selected by `adapter_id` or `model`; listed, loaded and unloaded with the admin key."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_an_adapter_at_the_start_cannot_have_a_name_of_the_model(name: str) -> N
         make_adapters(settings, loaded)
 
 
-async def test_the_operator_loads_and_unloads() -> None:
+async def test_the_administrator_loads_and_unloads() -> None:
     app = await serving()
     body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
     answer = await post(app, "/v1/load_lora_adapter", body, ROOT)
@@ -292,7 +292,7 @@ async def test_what_cannot_be_loaded_is_refused_with_the_reason(body: dict[str, 
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-async def test_the_routes_need_the_operators_key_and_the_feature(path: str) -> None:
+async def test_the_routes_need_the_administrators_key_and_the_feature(path: str) -> None:
     body = {"lora_name": "sql", "lora_path": "/a"}
     app = await serving()
     assert (await post(app, path, body)).status_code == 401

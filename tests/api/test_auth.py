@@ -113,7 +113,7 @@ async def test_requests_are_counted_for_the_key_that_they_carry() -> None:
     assert [channel.permit.tenant for channel in engine.channels] == ["key 1", "key 2"]
 
 
-async def test_what_operators_may_do_is_there_only_with_a_key_for_it() -> None:
+async def test_what_administrators_may_do_is_there_only_with_a_key_for_it() -> None:
     path, keyed = "/abort_request", Settings(api_key=("k",), admin_api_key="root")
     assert (await call("POST", path, "Bearer root", Settings())).status_code == 404
     for key in ("Bearer k", "Bearer ", None):

@@ -28,7 +28,7 @@ def cors_headers(response: httpx.Response) -> dict[str, str]:
     return {name: value for name, value in response.headers.items() if name.startswith("access-control")}
 
 
-async def test_nothing_is_sent_unless_the_operator_names_origins() -> None:
+async def test_nothing_is_sent_unless_the_administrator_names_origins() -> None:
     response = await call("POST", Settings(), {"origin": "https://app.example"})
     assert cors_headers(response) == {}
     assert (await call("OPTIONS", Settings(), PREFLIGHT)).status_code == 405

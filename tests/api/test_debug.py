@@ -1,4 +1,4 @@
-"""The debug endpoint: visible to the operator, and hidden by default."""
+"""The debug endpoint: visible to the administrator, and hidden by default."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.observe.metrics import LAG_INTERVAL_S, LoopLag
 from tgi_asgi.settings import Settings
 
 
-async def test_the_engine_is_shown_only_where_the_operator_asks_for_it() -> None:
+async def test_the_engine_is_shown_only_where_the_administrator_asks_for_it() -> None:
     async with client_of(scripted_app(ScriptedEngine())) as client:
         assert (await client.get("/debug/engine")).status_code == 404
 

@@ -282,7 +282,7 @@ async def test_in_native_prompts_only_listed_hosts_are_fetched_from() -> None:
     assert status == 400 and "does not fetch images from the host" in body["error"]["message"]
 
 
-async def test_the_operator_s_hosts_may_be_listed_with_commas() -> None:
+async def test_the_administrator_s_hosts_may_be_listed_with_commas() -> None:
     app, _ = vision_app(
         ScriptedEngine(has_vision=True), Settings(allowed_media_domains=("A.example,b.example", "c.example"))
     )

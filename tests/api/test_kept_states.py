@@ -1,4 +1,4 @@
-"""Kept states of a tiny model with recurrent layers, as clients and operators see them."""
+"""Kept states of a tiny model with recurrent layers, as clients and administrators see them."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ async def test_a_priority_is_cut_to_what_one_may_have(asked: int, taken: int) ->
     assert [request.priority for request in engine.requests] == [taken, taken]
 
 
-async def test_the_operator_says_how_far_a_priority_goes() -> None:
+async def test_the_administrator_says_how_far_a_priority_goes() -> None:
     engine = ScriptedEngine()
     await call(
         scripted_app(engine, Settings(max_priority=0)), "-", "/v1/completions", prompt="hi", priority=-3
@@ -208,7 +208,7 @@ async def test_no_salt_of_a_client_leads_into_anothers_cache(tmp_path: Path) -> 
     assert len(set(found)) == 4
 
 
-async def test_keys_share_cached_prefixes_where_the_operator_says_so() -> None:
+async def test_keys_share_cached_prefixes_where_the_administrator_says_so() -> None:
     settings = Settings(api_key=TWO, share_prefix_cache=True)
     assert await salts(settings, ("first", None), ("second", None), ("second", "x")) == [None, None, "x"]
 

@@ -107,7 +107,7 @@ async def test_prompts_that_are_refused(prompt: Any, param: str) -> None:
     assert engine.num_permits == 128
 
 
-async def test_equal_prompts_without_a_seed_draw_differently() -> None:
+async def test_equal_prompts_without_a_seed_are_sampled_differently() -> None:
     engine = ScriptedEngine()
     await complete(engine, prompt=["a", "a"])
     assert engine.requests[0].sampling.seed != engine.requests[1].sampling.seed

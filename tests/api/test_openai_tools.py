@@ -136,7 +136,7 @@ async def test_channels_become_reasoning_content_and_calls(stream: bool) -> None
         assert tuple(told) == wanted
 
 
-async def test_an_operator_may_leave_reasoning_in_the_text() -> None:
+async def test_an_administrator_may_leave_reasoning_in_the_text() -> None:
     script = say("<think>", "hm", "</think>", "hello")
     for given, content in (
         ("auto", "hello"),

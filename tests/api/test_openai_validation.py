@@ -222,7 +222,7 @@ async def test_a_template_from_a_request_is_forbidden() -> None:
     assert (call.status, call.json()["error"]["type"]) == (403, "permission_error")
 
 
-async def test_the_operators_limits_hold_on_v1() -> None:
+async def test_the_administrators_limits_hold_on_v1() -> None:
     settings = Settings(max_stop_sequences=1, max_best_of=2, max_top_n_tokens=3, max_client_batch_size=2)
     for fields, param in (
         ({"stop": ["a", "b"]}, "stop"), ({"n": 3}, "n"),

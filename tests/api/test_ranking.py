@@ -259,7 +259,7 @@ async def test_more_than_two_labels_are_no_score(tmp_path: Path) -> None:
         assert "3 labels" in answer.json()["error"]["message"]
 
 
-async def test_a_classifier_may_embed_if_the_operator_says_how(tmp_path: Path) -> None:
+async def test_a_classifier_may_embed_if_the_administrator_says_how(tmp_path: Path) -> None:
     save_classifier(tmp_path, 1)
     edit(tmp_path / "config.json", num_labels=1)
     async with pooled_server(tmp_path, pooling="mean") as server:

@@ -200,7 +200,7 @@ async def test_only_so_many_responses_are_kept() -> None:
     assert kept == [404, 200, 200]
 
 
-async def test_nothing_is_kept_where_the_operator_says_so() -> None:
+async def test_nothing_is_kept_where_the_administrator_says_so() -> None:
     app = app_of(ScriptedEngine(), Settings(response_store=0))
     first = await respond(app, "one")
     assert (await post(app, {"input": "x", "previous_response_id": first["id"]})).status_code == 400

@@ -129,8 +129,8 @@ async def test_the_seed_is_shown_only_where_it_was_used() -> None:
     assert greedy["details"]["seed"] is None
     sampled = (await post("/generate", parameters(details=True, seed=2**64 - 1, do_sample=True))).json()
     assert sampled["details"]["seed"] == 2**64 - 1
-    drawn = (await post("/generate", parameters(details=True, do_sample=True))).json()
-    assert 0 <= drawn["details"]["seed"] < 2**53
+    sampled = (await post("/generate", parameters(details=True, do_sample=True))).json()
+    assert 0 <= sampled["details"]["seed"] < 2**53
 
 
 async def test_the_root_answers_with_an_array_and_the_full_text() -> None:
@@ -216,7 +216,7 @@ def with_prefill(script: Script) -> Script:
     return wrapped
 
 
-async def test_prefill_shows_the_prompt_where_the_operator_allows_it() -> None:
+async def test_prefill_shows_the_prompt_where_the_administrator_allows_it() -> None:
     body = parameters(decoder_input_details=True)
     refused = await post("/generate", body, with_prefill(say("a")))
     assert refused.json()["details"]["prefill"] == []

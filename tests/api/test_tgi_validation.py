@@ -97,7 +97,7 @@ async def test_an_empty_prompt_is_refused_after_the_parameters() -> None:
     assert "`inputs`" in response.json()["error"]
 
 
-async def test_best_of_is_refused_altogether_where_the_operator_allows_one() -> None:
+async def test_best_of_is_refused_altogether_where_the_administrator_allows_one() -> None:
     response = await post(parameters(best_of=2, do_sample=True), max_best_of=1)
     assert response.json()["error"] == PREFIX + "`best_of` != 1 is not allowed for this endpoint"
 
@@ -244,7 +244,7 @@ def test_parameters_reach_the_engine() -> None:
     assert (got.stop.max_tokens, got.stop.stop, got.stop.include_stop) == (7, ("a", "b"), True)
 
 
-def test_a_drawn_seed_survives_javascript() -> None:
+def test_a_random_seed_survives_javascript() -> None:
     assert all(generation({"inputs": "x"}).sampling.seed < 2**53 for _ in range(50))
 
 
@@ -285,7 +285,7 @@ def test_truncate_keeps_the_end_of_the_prompt() -> None:
     assert len(generation(parameters(truncate=9), prompt=5).prompt_ids) == 5
 
 
-def test_prefill_logprobs_are_computed_only_where_the_operator_allows() -> None:
+def test_prefill_logprobs_are_computed_only_where_the_administrator_allows() -> None:
     body = parameters(decoder_input_details=True)
     assert generation(body).prompt_logprobs is None
     allowed = generation(body, enable_prefill_logprobs=True)
@@ -340,7 +340,7 @@ async def test_a_grammar_of_every_spelling_reaches_the_engine(grammar: dict[str,
     assert native_grammar(Grammar(**grammar)).lark.startswith(lark)
 
 
-async def test_an_operator_may_switch_grammars_off_and_then_they_are_not_looked_at() -> None:
+async def test_an_administrator_may_switch_grammars_off_and_then_they_are_not_looked_at() -> None:
     app = scripted_app(ScriptedEngine(), Settings(model_id="toy/model", disable_grammar_support=True))
     async with client_of(app) as client:
         answer = await client.post("/generate", json=parameters(grammar={"type": "json", "value": "{"}))

@@ -78,7 +78,7 @@ def test_a_repeated_turn_that_is_even_counts_and_is_not_repeated_again() -> None
 
 def test_a_median_has_the_interval_of_all_resamples() -> None:
     values = [3.0, 1.0, 4.0, 2.0, 10.0]
-    medians = [statistics.median(drawn) for drawn in itertools.product(values, repeat=5)]
+    medians = [statistics.median(sample) for sample in itertools.product(values, repeat=5)]
     low, high = np.quantile(medians, (0.025, 0.975))
     found = estimate(values)
     assert (found.median, found.low, found.high, found.rounds) == (3.0, low, high, 5)
@@ -92,8 +92,8 @@ def test_a_median_has_the_interval_of_all_resamples() -> None:
 
 def test_the_interval_of_a_median_holds_the_true_one_most_of_the_time() -> None:
     random = np.random.default_rng(5)
-    draws = random.lognormal(0.0, 0.3, (400, 12))  # the true median is 1
-    found = [estimate(list(row), resamples=500) for row in draws]
+    samples = random.lognormal(0.0, 0.3, (400, 12))  # the true median is 1
+    found = [estimate(list(row), resamples=500) for row in samples]
     coverage = sum(each.low <= 1.0 <= each.high for each in found) / len(found)
     assert 0.9 < coverage < 0.99
     assert statistics.mean(each.high - each.low for each in found) < 0.8

@@ -43,7 +43,7 @@ def test_a_teacher_gives_the_logits_of_every_token(tmp_path: Path) -> None:
     assert torch.allclose(teacher.logits(ids[40:], 40), expected[40:], atol=1e-3)
 
 
-def test_a_teacher_draws_the_same_text_from_the_same_seed(tmp_path: Path) -> None:
+def test_a_teacher_samples_the_same_text_from_the_same_seed(tmp_path: Path) -> None:
     files = save_gguf(make_model(), tmp_path / "tiny.gguf", "Q4_1")
     teacher = Teacher(files, "float32", 64)
     first = teacher.sample([1, 2, 3], 20, seed=0)

@@ -300,8 +300,8 @@ async def test_the_other_routes_answer(path: str) -> None:
 async def test_three_replicas_find_nearly_what_one_would() -> None:
     found = {}
     for count in (1, 3):
-        draw = random.Random(7)
-        plans = [["".join(draw.choices("abcdefgh ", k=60)) for _ in range(6)] for _ in range(12)]
+        rng = random.Random(7)
+        plans = [["".join(rng.choices("abcdefgh ", k=60)) for _ in range(6)] for _ in range(12)]
         async with LocalCluster(count) as cluster:
 
             async def hold(cluster: LocalCluster, plan: list[str]) -> int:

@@ -37,8 +37,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def table(clock: Clock) -> ReplicaTable:
-    """Return a table of three idle replicas whose random draw keeps their order."""
-    made = ReplicaTable(BLOCK, clock=clock, draw=lambda items, count: list(items)[:count])
+    """Return a table of three idle replicas whose random sample keeps their order."""
+    made = ReplicaTable(BLOCK, clock=clock, sample=lambda items, count: list(items)[:count])
     for name in "abc":
         made.update(report(name))
     return made
@@ -140,10 +140,10 @@ def test_a_silent_replica_is_left_out_until_it_reports(table: ReplicaTable) -> N
 
 
 def test_of_many_replicas_the_best_and_two_at_random_are_compared(clock: Clock) -> None:
-    def drawn(items: Sequence[KnownReplica], count: int) -> list[KnownReplica]:
+    def sampled(items: Sequence[KnownReplica], count: int) -> list[KnownReplica]:
         return sorted(items, key=lambda each: each.name)[:count]
 
-    table = ReplicaTable(BLOCK, clock=clock, draw=drawn)
+    table = ReplicaTable(BLOCK, clock=clock, sample=sampled)
     for name in "abcdef":
         table.update(report(name, num_open=0 if name == "f" else 1))
     prompt = digests("p", 2)

@@ -1,4 +1,4 @@
-// Counts the allocations of draws and log-probabilities. Inside a team's run there must be none,
+// Counts the allocations of sampling and log-probabilities. Inside a team's run there must be none,
 // because a failed one would end the process. Also compares the lists of the best tokens with a
 // sort. Uses the portable passes, which compile in seconds (test_sample_allocations.py).
 #include <algorithm>
@@ -52,7 +52,7 @@ const Kernels& kernels() {
 }  // namespace tgi::cpu::step
 
 namespace tgi::cpu {
-void team_barrier() {}  // here one thread draws each row
+void team_barrier() {}  // here one thread samples each row
 }  // namespace tgi::cpu
 
 namespace {
@@ -94,8 +94,9 @@ bool is_sorted(const int32_t* ids, const float* logprobs, int64_t n) {
   return true;
 }
 
-// Returns the number of allocations of all slots' draws, or -1 if one fails.
-int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector<int32_t>& mask) {
+// Returns the number of allocations of sampling all slots, or -1 if one fails.
+int64_t allocations_of_sampling(const std::vector<float>& logits,
+                                const std::vector<int32_t>& mask) {
   std::vector<SampleSlot> records = slots();
   const auto num_rows = static_cast<int64_t>(records.size());
   std::vector<int32_t> rows(num_rows), counts(num_rows * kVocab, 0), token_ids(num_rows);
@@ -176,7 +177,7 @@ int main() {
     ++num_failed;
     std::printf("%s: %lld\n", what, static_cast<long long>(found));
   };
-  check("sample", allocations_of_draws(logits, mask));
+  check("sample", allocations_of_sampling(logits, mask));
   for (const int64_t num_top : {0, 1, 20, 300, 5003}) {
     check("token_logprobs", allocations_of_logprobs(logits, 8, num_top));
   }

@@ -19,8 +19,8 @@ using namespace tgi::cpu::step;  // NOLINT
 constexpr int64_t kColumns = 256, kRows = 96, kTokens = 39, kContext = 300;
 using Bytes = std::vector<uint8_t>;
 
-// Makes rows of random blocks. Each block is redrawn until its largest weight is from 2^-8 to 1, so
-// that scales are valid in every format, wherever it stores them.
+// Makes rows of random blocks. Each block is made again until its largest weight is in [2^-8, 1],
+// so that scales are valid in every format, wherever it stores them.
 Bytes random_rows(Format format, std::mt19937& random) {
   const FormatInfo& info = format_info(format);
   Bytes rows(kRows * file_row_bytes(format, kColumns));

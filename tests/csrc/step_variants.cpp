@@ -16,9 +16,9 @@
 #include "step_inputs.h"
 
 using namespace tgi::cpu::step;  // NOLINT
-using tgi::cpu::DrawKey;
 using tgi::cpu::RowPasses;
 using tgi::cpu::RowStats;
+using tgi::cpu::SampleKey;
 
 namespace {
 
@@ -234,7 +234,7 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
       differences += a.compact(scores_a.data(), n, floor, kept_a.data()) != count;
       differences += !std::equal(kept_a.begin(), kept_a.begin() + count, kept_b.begin());
       for (uint64_t seed = 0; seed < 8; ++seed) {
-        const DrawKey key = {seed << 30, 3, seed * 1000};
+        const SampleKey key = {seed << 30, 3, seed * 1000};
         differences += a.race(scores_a.data(), 0, n, floor, key).index !=
                        b.race(scores_b.data(), 0, n, floor, key).index;
       }

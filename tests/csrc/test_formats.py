@@ -72,7 +72,7 @@ def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
 
 @functools.cache  # `gguf` decodes block by block, which would take half of the time
 def random_rows(name: str, rows: int, columns: int, least: float = 0.0, most: float = np.inf) -> _Bytes:
-    """Make rows of random bytes; redraw each block until its largest weight is in range."""
+    """Make rows of random bytes; make each block again until its largest weight is in range."""
     rng = np.random.default_rng(rows * columns)
     row = TABLE[name]
     blocks = np.zeros((rows * columns // row.block_columns, row.block_bytes), np.uint8)

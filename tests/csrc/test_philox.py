@@ -1,11 +1,11 @@
-"""The random draw: Philox's published answers verify the reference, and the reference verifies the kernel."""
+"""Random numbers: Philox's published answers verify the reference, and the reference verifies the kernel."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.reference.philox import draw, philox
+from tests.reference.philox import philox, sample_token
 from tgi_asgi import ops
 from tgi_asgi.types import SamplingParams
 
@@ -32,11 +32,13 @@ def test_philox_gives_its_authors_known_answers(
 
 @pytest.mark.parametrize("vocab", [1, 3, 17, 129, 1000])
 @pytest.mark.parametrize(("seed", "choice", "position"), [(0, 0, 1), (2**63 - 1, 3, 5), (1 << 40, 127, 9000)])
-def test_a_draw_is_the_references(kernel_set: str, vocab: int, seed: int, choice: int, position: int) -> None:
+def test_samples_are_the_references(
+    kernel_set: str, vocab: int, seed: int, choice: int, position: int
+) -> None:
     state = ops.SampleState(1, vocab)
     state.start(0, SamplingParams(seed=seed), choice=choice, prompt_ids=[0] * position)
     for step in range(4):
         logits = torch.randn(1, vocab) * 3
         token = int(ops.sample(logits, state, [0]).token_ids)
         scores = (logits[0] - logits.max()).tolist()
-        assert token == draw(scores, seed, choice, position + step)
+        assert token == sample_token(scores, seed, choice, position + step)

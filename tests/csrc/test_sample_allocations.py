@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_draws_and_logprobs_allocate_nothing_whatever_is_asked_of_them(tmp_path: Path) -> None:
+def test_sampling_and_logprobs_allocate_nothing_whatever_is_asked_of_them(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path / "sample_allocations"
     sampler = sorted(map(str, (ROOT / "csrc" / "cpu").glob("sample*.cpp")))

@@ -1,4 +1,4 @@
-"""Emulated devices of tensor-parallel processes: each creates one of the class that rank 0 names."""
+"""Emulated devices of tensor-parallel shards: each creates one of the class that shard 0 names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tgi_asgi.ops.cuda_shards import DeviceGroup
 
 
 class ShardDevice(EmulatedDevice):
-    """The device of one of several processes."""
+    """The device of one of several shards."""
 
     def __init__(self, index: int = 0) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -22,7 +22,7 @@ class ShardDevice(EmulatedDevice):
 
 
 class SilentDevice(ShardDevice):
-    """Rank 1 adds nothing to sums."""
+    """Shard 1 adds nothing to sums."""
 
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
@@ -31,7 +31,7 @@ class SilentDevice(ShardDevice):
 
 
 class MissingDevice(ShardDevice):
-    """Rank 1 has no device."""
+    """Shard 1 has no device."""
 
     def __init__(self, index: int = 0) -> None:
         if index == 1:

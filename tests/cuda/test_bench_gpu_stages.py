@@ -104,7 +104,7 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
 
 SMALL: dict[str, Any] = {
     "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
-    "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "DRAWS": (2,), "PRODUCTS": (3,),
+    "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "SAMPLES": (2,), "PRODUCTS": (3,),
     "QUANT_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
 
@@ -206,7 +206,7 @@ def test_checks_say_how_near_each_operator_came_to_its_limit(
     skipped: list[dict[str, Any]] = []
     gpu_stages.checks(lambda name, row: (rows if name == "checks" else skipped).append(row))
     why = f"GPUs that can be seen: {torch.cuda.device_count()}"
-    assert skipped == [{"what": "two ranks", "needed": False, "why": why}]
+    assert skipped == [{"what": "two shards", "needed": False, "why": why}]
     assert len({(row["op"], row["dtype"]) for row in rows}) == len(rows)
     assert {row["op"] for row in rows} == {operator for operator, _, _ in cases.small()}
     assert sum(row["cases"] for row in rows) == len(list(cases.small()))
@@ -268,7 +268,7 @@ def _broken(rows: int) -> None:
         (StepKind(3, 48), 16, 9),
         (StepKind(3, 48, "int4"), 4.5, 11),  # two more sums
         (StepKind(3, 48, prompt=32), 16, 12),  # and attention of prompts
-        (StepKind(3, 48, draw="top-p"), 16, 9),
+        (StepKind(3, 48, sampling="top-p"), 16, 9),
         (StepKind(2, 16, "q8_0", "fp8", 48, "greedy"), 8.5, 16),  # and four matrices decoded
     ],
     ids=str,
@@ -281,11 +281,11 @@ def test_a_step_of_random_weights_is_timed_as_a_graph_and_without(
     of_token = 2 * 2 * 2 * 64 * (1 if kind.kv == "fp8" else 2)
     tokens = kind.batch * kind.context + kind.prompt
     assert made.num_bytes == 300 * 128 * 2 + matrices * bits / 8 + of_token * tokens
-    assert made.num_calls == 1 + 1 + 2 * of_layer + 2 + bool(kind.draw)
+    assert made.num_calls == 1 + 1 + 2 * of_layer + 2 + bool(kind.sampling)
     out = made.call()
     rows_of_logits = kind.batch + bool(kind.prompt)
-    assert out.shape == ((rows_of_logits,) if kind.draw else (rows_of_logits, 300))
-    assert bool((out >= 0).all() and (out < 300).all()) if kind.draw else bool(out.isfinite().all())
+    assert out.shape == ((rows_of_logits,) if kind.sampling else (rows_of_logits, 300))
+    assert bool((out >= 0).all() and (out < 300).all()) if kind.sampling else bool(out.isfinite().all())
 
     monkeypatch.setattr(gpu_runs, "DEPENDENT", (kind,))
     rows: list[dict[str, Any]] = []
@@ -294,7 +294,7 @@ def test_a_step_of_random_weights_is_timed_as_a_graph_and_without(
         (True, False), (False, False), (True, True), (False, True),
     ]  # fmt: skip
     assert all(row["us"] > 0 and row["floor_us"] > 0 and row["prompt"] == kind.prompt for row in rows)
-    assert kind.draw == "top-p" or all(row["same_bits"] for row in rows if row["dependent"])
+    assert kind.sampling == "top-p" or all(row["same_bits"] for row in rows if row["dependent"])
 
 
 def test_one_kind_of_step_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

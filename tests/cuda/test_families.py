@@ -64,7 +64,7 @@ def test_log_probabilities_are_those_of_transformers(name: str, device: Emulated
     case = _widened(name)
     found = reference(case)
     apart = differences(score(case, checkpoint(case), found, "float16"), found)
-    assert len(apart) == len(found.all_ids) - 1, "another token was drawn"
+    assert len(apart) == len(found.all_ids) - 1, "another token was sampled"
     assert found.rounding is not None
     assert apart.max() <= max(LARGEST, found.rounding.max() / 2)
     assert apart.mean() <= max(MEAN, found.rounding.mean() / 2)

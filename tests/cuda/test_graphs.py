@@ -76,7 +76,7 @@ def make_runner(
 
 
 def jobs(grammar: Grammar) -> list[Job]:
-    """Make sequences that differ in everything that a draw depends on, and in their lengths."""
+    """Make sequences that differ in everything that sampling depends on, and in their lengths."""
     # More than the initial capacity of a list.
     many = tuple((token, 1.0 + token % 7) for token in range(3, 140))
     ways = [
@@ -96,7 +96,7 @@ def jobs(grammar: Grammar) -> list[Job]:
     return made
 
 
-async def drawn_by(runner: CudaRunner, grammar: Grammar) -> list[list[Sampled]]:
+async def sampled_by(runner: CudaRunner, grammar: Grammar) -> list[list[Sampled]]:
     """Run all of them twice, in different slots the second time; then each alone."""
     first, second, alone = jobs(grammar), jobs(grammar), jobs(grammar)
     await generate(runner, first)
@@ -106,13 +106,13 @@ async def drawn_by(runner: CudaRunner, grammar: Grammar) -> list[list[Sampled]]:
     return [job.sampled for job in (*first, *second, *alone)]
 
 
-async def test_graphs_draw_what_calls_draw_whatever_has_changed_since_they_were_made(
+async def test_graphs_sample_what_calls_sample_whatever_has_changed_since_they_were_made(
     make_runner: Callable[[EmulatedDevice], CudaRunner], grammar: Grammar
 ) -> None:
     device = EmulatedDevice()
-    found = await drawn_by(make_runner(device), grammar)
+    found = await sampled_by(make_runner(device), grammar)
     assert device.replayed > 100
-    assert found == await drawn_by(make_runner(EagerDevice()), grammar)
+    assert found == await sampled_by(make_runner(EagerDevice()), grammar)
     by_job = list(zip(found[:8], found[8:16], found[16:], strict=True))
     assert all(together == other == alone for together, other, alone in by_job), "a neighbour was felt"
     ids = [[sampled.token_id for sampled in row] for row in found]

@@ -22,7 +22,7 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
+from tests.support.driving import GREEDY, Job, generate, sample_over_a_shared_block
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -95,7 +95,7 @@ async def test_sequences_in_one_batch_follow_the_reference(
     assert device.replayed > 8
 
 
-async def test_a_seeded_sequence_draws_the_same_alone_in_a_batch_and_in_chunks(runner: CudaRunner) -> None:
+async def test_a_seeded_sequence_samples_the_same_alone_in_a_batch_and_in_chunks(runner: CudaRunner) -> None:
     seeded = SamplingParams(temperature=1.5, seed=5, top_p=0.95)
     alone, batched, others = Job(PROMPT, 8, seeded), Job(PROMPT, 8, seeded), [Job([7, 8, 9], 12), Job([4], 3)]
     await generate(runner, [alone])
@@ -166,10 +166,10 @@ async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:
 
 async def test_a_row_may_read_what_another_of_its_step_writes(runner: CudaRunner) -> None:
     """Prompts that share a block, planned together: one computes it, the other has it in its table."""
-    drawn = await draw_over_a_shared_block(runner, PROMPT, GREEDY)
+    steps = await sample_over_a_shared_block(runner, PROMPT, GREEDY)
     job = Job(PROMPT, 4, GREEDY)
     await generate(runner, [job])
-    assert [first for first, _ in drawn] == [second for _, second in drawn] == job.sampled
+    assert [first for first, _ in steps] == [second for _, second in steps] == job.sampled
 
 
 async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:

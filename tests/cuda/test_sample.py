@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import Device
 from tests.reference.compare import note
-from tests.reference.philox import draw
+from tests.reference.philox import sample_token
 from tests.reference.sample import penalised, probabilities
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.types import LogprobsMode, SamplingParams
@@ -22,7 +22,7 @@ PROMPT, OUTPUT = [1, 5, 5, 9, 11], [2, 5, 2, 2, 30]
 
 
 @dataclass
-class Drawn:
+class Samples:
     """The kernel's output, one list entry per row."""
 
     ids: list[int]
@@ -43,7 +43,7 @@ def run(
     mask: Tensor | None = None,
     mask_rows: Sequence[int] = (),
     padding: bool = False,
-) -> Drawn:
+) -> Samples:
     rows, vocab = logits.shape
     state = SampleState(rows + 2, vocab)
     slots = torch.randperm(rows + 2)[:rows].int()
@@ -82,7 +82,7 @@ def run(
         for row, count in enumerate(num_top.tolist())
     ]
     choices = [slot % 3 for slot in slots.tolist()]
-    return Drawn(ids.tolist(), are_finite.tolist(), logprobs.tolist(), tops, choices, state)
+    return Samples(ids.tolist(), are_finite.tolist(), logprobs.tolist(), tops, choices, state)
 
 
 def check(
@@ -101,7 +101,7 @@ def check(
     vocab = logits.shape[1]
     max_top = min(vocab, 40)
     wanted = [replace(one, logprobs=max_top, logprobs_mode=LogprobsMode.PROCESSED) for one in params]
-    drawn = run(device, logits, wanted, max_top=max_top, banned=banned, mask=mask, mask_rows=mask_rows)
+    found = run(device, logits, wanted, max_top=max_top, banned=banned, mask=mask, mask_rows=mask_rows)
     position = len(PROMPT) + len(OUTPUT)
     for row, sampling in enumerate(params):
         x = penalised(logits[row], sampling, PROMPT, OUTPUT, banned)
@@ -110,22 +110,22 @@ def check(
             bits = torch.tensor([words[i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
             x = x.masked_fill(~bits, -math.inf)
         slot = (
-            int((drawn.state.records["position"] == position + 1).nonzero()[0][0])
+            int((found.state.records["position"] == position + 1).nonzero()[0][0])
             if len(params) == 1
             else None
         )
         expected = x.softmax(0) if sampling.temperature == 0 else probabilities(x, sampling)
         logs = expected.log()
         kept = logs[logs.isfinite()].sort(descending=True).values[:max_top]
-        assert len(drawn.tops[row]) == len(kept)
-        assert min(drawn.tops[row].values()) == pytest.approx(float(kept[-1]), abs=1e-4)
-        for token, logprob in drawn.tops[row].items():
+        assert len(found.tops[row]) == len(kept)
+        assert min(found.tops[row].values()) == pytest.approx(float(kept[-1]), abs=1e-4)
+        for token, logprob in found.tops[row].items():
             assert_near(logprob, float(logs[token]))
         if sampling.temperature == 0:
-            assert drawn.ids[row] == int(x.argmax())
+            assert found.ids[row] == int(x.argmax())
         elif slot is not None:
-            assert drawn.ids[row] == draw(logs.tolist(), sampling.seed, slot % 3, position)
-        assert_near(drawn.logprobs[row], float(logs[drawn.ids[row]]))
+            assert found.ids[row] == sample_token(logs.tolist(), sampling.seed, slot % 3, position)
+        assert_near(found.logprobs[row], float(logs[found.ids[row]]))
 
 
 def assert_near(actual: float, expected: float) -> None:
@@ -154,7 +154,7 @@ WAYS = [
 
 @pytest.mark.parametrize("vocab", [37, 1000])
 @pytest.mark.parametrize("sampling", WAYS, ids=str)
-def test_a_row_is_drawn_as_the_reference_draws(device: Device, sampling: SamplingParams, vocab: int) -> None:
+def test_a_row_is_sampled_as_in_the_reference(device: Device, sampling: SamplingParams, vocab: int) -> None:
     check(device, torch.randn(1, vocab) * 3, [sampling])
 
 
@@ -198,57 +198,57 @@ def test_a_row_s_bits_do_not_hang_on_where_it_lies(device: Device) -> None:
     """Rows of 1,003 floats: one in four is aligned to 16 bytes."""
     logits = (torch.randn(1, 1003) * 3).expand(4, -1).contiguous()
     wanted = [SamplingParams(top_p=0.9, typical_p=0.9, seed=4, logprobs=9)] * 4
-    drawn = run(device, logits, wanted, max_top=9)
-    assert all(top == drawn.tops[0] for top in drawn.tops)
-    assert len({drawn.logprobs[row] for row in range(4) if drawn.ids[row] == drawn.ids[0]}) == 1
+    found = run(device, logits, wanted, max_top=9)
+    assert all(top == found.tops[0] for top in found.tops)
+    assert len({found.logprobs[row] for row in range(4) if found.ids[row] == found.ids[0]}) == 1
 
 
 def test_large_and_negative_logits_do_not_overflow(device: Device) -> None:
     check(device, torch.randn(1, 300) * 50 - 30000, [SamplingParams(top_p=0.95)])
 
 
-def test_rows_differ_in_everything_and_masked_ids_are_never_drawn(device: Device) -> None:
+def test_rows_differ_in_everything_and_masked_ids_are_never_sampled(device: Device) -> None:
     logits = torch.randn(len(WAYS), 130)
     mask = torch.randint(-(2**31), 2**31, (5, 5), dtype=torch.int64).int()
     mask_rows = [3, -1, 4, 0, -1, 1, 2, 5, -1, -1, -1, 0, -1, -1]  # there is no row 5
     check(device, logits, WAYS, banned=(0, 7, 129), mask=mask, mask_rows=mask_rows)
 
 
-def test_the_state_moves_on_by_the_token_drawn(device: Device) -> None:
-    drawn = run(device, torch.randn(1, 50), [SamplingParams(presence_penalty=0.1)])
-    slot = int(drawn.state.records["position"].argmax())
-    assert drawn.state.records["position"][slot] == len(PROMPT) + len(OUTPUT) + 1
-    assert drawn.state.last_ids[slot] == drawn.ids[0]
+def test_the_state_moves_on_by_the_token_sampled(device: Device) -> None:
+    found = run(device, torch.randn(1, 50), [SamplingParams(presence_penalty=0.1)])
+    slot = int(found.state.records["position"].argmax())
+    assert found.state.records["position"][slot] == len(PROMPT) + len(OUTPUT) + 1
+    assert found.state.last_ids[slot] == found.ids[0]
     expected = [2 * OUTPUT.count(token) + (token in PROMPT) for token in range(50)]
-    expected[drawn.ids[0]] += 2
-    assert drawn.state.counts[slot].tolist() == expected
+    expected[found.ids[0]] += 2
+    assert found.state.counts[slot].tolist() == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_draws_nothing_and_others_go_on(device: Device, bad: float) -> None:
+def test_a_row_that_is_not_finite_samples_nothing_and_others_go_on(device: Device, bad: float) -> None:
     logits = torch.randn(3, 600)
     logits[1, 555] = bad
-    drawn = run(device, logits, [SamplingParams(temperature=0, logprobs=0)] * 3)
-    assert drawn.are_finite == [True, False, True]
-    assert drawn.ids == [int(logits[0].argmax()), 0, int(logits[2].argmax())]
-    assert math.isnan(drawn.logprobs[1])
-    assert sorted(drawn.state.records["position"].tolist()) == [0, 0, 10, 11, 11]
+    found = run(device, logits, [SamplingParams(temperature=0, logprobs=0)] * 3)
+    assert found.are_finite == [True, False, True]
+    assert found.ids == [int(logits[0].argmax()), 0, int(logits[2].argmax())]
+    assert math.isnan(found.logprobs[1])
+    assert sorted(found.state.records["position"].tolist()) == [0, 0, 10, 11, 11]
 
 
 def test_a_row_without_a_slot_is_padding(device: Device) -> None:
-    drawn = run(device, torch.randn(2, 40), [SamplingParams(temperature=0)] * 2, padding=True)
-    assert drawn.are_finite == [True, False]
-    assert sorted(drawn.state.records["position"].tolist()) == [0, 0, 10, 11]
+    found = run(device, torch.randn(2, 40), [SamplingParams(temperature=0)] * 2, padding=True)
+    assert found.are_finite == [True, False]
+    assert sorted(found.state.records["position"].tolist()) == [0, 0, 10, 11]
 
 
 def test_raw_log_probabilities_are_of_the_logits_as_they_came(device: Device) -> None:
     logits = torch.randn(1, 700)
     logits[0, 20] = logits[0, 10]
     sampling = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=2.0, logprobs=5)
-    drawn = run(device, logits, [sampling], max_top=8)
+    found = run(device, logits, [sampling], max_top=8)
     logs = logits[0].double().log_softmax(0)
-    assert list(drawn.tops[0]) == logs.sort(descending=True, stable=True).indices[:5].tolist()
-    for token, logprob in [*drawn.tops[0].items(), (drawn.ids[0], drawn.logprobs[0])]:
+    assert list(found.tops[0]) == logs.sort(descending=True, stable=True).indices[:5].tolist()
+    for token, logprob in [*found.tops[0].items(), (found.ids[0], found.logprobs[0])]:
         assert logprob == pytest.approx(float(logs[token]), abs=1e-5)
 
 
@@ -333,29 +333,29 @@ FAULTS = [
     ),
     Fault(
         "the bias is added before the logits are there",
-        "sample_draw.cuh",
+        "sample_filter.cuh",
         "    out[i] = x;\n  }\n  __syncthreads();",
         "    out[i] = x;\n  }",
         "race",
     ),
     Fault(
         "the mask of another row",
-        "sample_draw.cuh",
+        "sample_filter.cuh",
         "all.base.mask + index * ((all.base.vocab + 31) / 32)",
         "all.base.mask + index * (all.base.vocab / 32)",
         "result",
     ),
     Fault(
         "a row without a mask takes one",
-        "sample_draw.cuh",
+        "sample_filter.cuh",
         "const bool is_valid = index >= 0 && index < all.num_masks;",
         "const bool is_valid = index < all.num_masks;",
         "bounds",
     ),
-    Fault("the draw forgets the choice", "sample_draw.cuh", "uint32_t(slot.choice)", "0u", "result"),
+    Fault("sampling forgets the choice", "sample_filter.cuh", "uint32_t(slot.choice)", "0u", "result"),
     Fault(
         "top-p over the whole vocabulary",
-        "sample_draw.cuh",
+        "sample_filter.cuh",
         "to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight all) {",
         "to_weight(score) : to_weight(score);\n    };\n    const auto share = [&](Weight all) {",
         "result",

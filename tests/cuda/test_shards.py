@@ -1,4 +1,4 @@
-"""Several devices that compute a model together: processes with emulated kernels, gloo instead of NCCL."""
+"""The shards of a model on several devices, with emulated kernels, and gloo instead of NCCL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_refer
 from tests.cuda.emulated_shards import MissingDevice, ShardDevice, SilentDevice
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.driving import Job, compare, draw_over_a_shared_block, generate
+from tests.support.driving import Job, compare, generate, sample_over_a_shared_block
 from tests.support.quantised import save_quantised
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -92,13 +92,13 @@ async def test_two_devices_write_what_one_does(
     async with serving(tiny, 2) as loaded:
         found = await written(loaded)
         assert loaded.info.num_shards == 2
-        drawn = await draw_over_a_shared_block(loaded.runner, PROMPT, SCORED)
-        assert all(first == second for first, second in drawn)
+        steps = await sample_over_a_shared_block(loaded.runner, PROMPT, SCORED)
+        assert all(first == second for first, second in steps)
         # The prompt's last token again, from copies of its blocks, which all devices make.
         row = StepRow(2, PROMPT[-1:], len(PROMPT) - 1, [[4, 6]], samples=True)
         starts = [SlotStart(2, SCORED, 0, PROMPT)]
         again = await loaded.runner.submit(StepPlan(10, [row], starts, copies=[(5, 4), (9, 6)]))
-        first, last = drawn[0][0], again.sampled[0]
+        first, last = steps[0][0], again.sampled[0]
         assert first is not None and last is not None and first.token_id == last.token_id
         assert last.logprob == pytest.approx(first.logprob, abs=TOLERANCE)
         processes = list(loaded.shards.processes)
@@ -137,12 +137,12 @@ def _flip(group: DeviceGroup, part: Tensor, out: Tensor, gather: Any = DeviceGro
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("fault", ["a rank that adds nothing", "ranks in another order"])
+@pytest.mark.parametrize("fault", ["a shard that adds nothing", "shards in another order"])
 async def test_a_fault_shows(
     serving: Serve, tiny: ModelFiles, reference: transformers.PreTrainedModel, fault: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    is_silent = fault == "a rank that adds nothing"
+    is_silent = fault == "a shard that adds nothing"
     if not is_silent:
         monkeypatch.setattr(DeviceGroup, "all_gather", _flip)
     async with serving(tiny, 2, SilentDevice if is_silent else ShardDevice) as loaded:
@@ -152,9 +152,7 @@ async def test_a_fault_shows(
         assert_matches_reference(job, reference)
 
 
-async def test_a_device_whose_process_dies_fails_the_step_and_all_after_it(
-    serving: Serve, tiny: ModelFiles
-) -> None:
+async def test_a_shard_that_dies_fails_the_step_and_all_after_it(serving: Serve, tiny: ModelFiles) -> None:
     async with serving(tiny, 2) as loaded:
         assert isinstance(loaded.shards, CudaShards)
         told: list[str] = []
@@ -200,5 +198,5 @@ def test_the_check_of_two_gpus_sees_that_they_agree_and_that_they_do_not() -> No
     for device in (ShardDevice, SilentDevice):
         gpu_shards.check(device, lambda name, row: rows.append(row), **shape)
     assert [(row["op"], row["ok"], row["cases"]) for row in rows] == [
-        ("two ranks", True, 91), ("two ranks", False, 91)
+        ("two shards", True, 91), ("two shards", False, 91)
     ]  # fmt: skip

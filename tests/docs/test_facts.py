@@ -109,7 +109,7 @@ def test_the_tour_says_how_long_its_files_are() -> None:
     assert abs(int(said[1].replace(",", "")) - length) < 0.1 * length, f"the files have {length} lines"
 
 
-def test_metrics_of_the_operators_page_are_those_of_the_dashboard_or_wire() -> None:
+def test_metrics_of_the_operating_page_are_those_of_the_dashboard_or_wire() -> None:
     metrics = Path(ROOT / "tgi_asgi/observe/metrics.py").read_text(encoding="utf-8")
     for name in re.findall(r"\btgi_[a-z_]+", _text("docs/operating.md")):
         if name not in ("tgi_asgi",):
@@ -124,7 +124,7 @@ def test_the_performance_page_is_what_the_record_says() -> None:
     assert peers_page.PLOT.read_text(encoding="utf-8") == plot, "run `python -m bench.peers_page`"
 
 
-def test_the_operators_page_names_each_alert() -> None:
+def test_the_operating_page_names_each_alert() -> None:
     rules = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
     page = _text("docs/operating.md")
     assert set(re.findall(r"alert: (\w+)", rules)) == set(re.findall(r"`(TgiAsgi\w+)`", page))

@@ -250,7 +250,7 @@ async def test_a_broken_one_fails_alone_and_is_tried_again_later(
     adapters.close()
 
 
-async def test_the_operator_is_told_why_an_adapter_cannot_be_served() -> None:
+async def test_the_administrator_is_told_why_an_adapter_cannot_be_served() -> None:
     script = Script()
     script.failures["a"] = ModelLoadError("tensor 'x' is short")
     adapters = Adapters(script, max_loaded=4, taken=("base",))

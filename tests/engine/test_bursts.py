@@ -38,9 +38,9 @@ async def test_a_cold_burst_computes_its_common_prefix_once(make_engine: MakeEng
 async def test_a_burst_whose_steps_fail_at_random_loses_nobody(
     make_engine: MakeEngine, error: type[Exception]
 ) -> None:
-    draw = random.Random(4)
+    rng = random.Random(4)
     runner = FakeRunner(num_blocks=400)
-    runner.fault = lambda plan: error() if len(plan.rows) > 1 and draw.random() < 0.3 else None
+    runner.fault = lambda plan: error() if len(plan.rows) > 1 and rng.random() < 0.3 else None
     engine = make_engine(runner, max_batch_prefill_tokens=256)
     requests = make_burst(24, 200, 21)
     answers = await asyncio.gather(*(ask(engine, request) for request in requests))

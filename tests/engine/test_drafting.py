@@ -22,7 +22,7 @@ async def test_drafts_save_steps_and_change_no_token(make_engine: MakeEngine) ->
     assert len(drafting.plans) < len(plain.plans) * 2 / 3
 
 
-async def test_what_is_drawn_behind_the_end_is_not_told(make_engine: MakeEngine) -> None:
+async def test_what_is_sampled_behind_the_end_is_not_told(make_engine: MakeEngine) -> None:
     runner = FakeRunner(drafts=LIMITS, next_token=script(b"one two, three, four, five")(5))
     engine = make_engine(runner)
     answer = await ask(engine, make_request(5, max_tokens=30, stop={"stop": (",",)}))

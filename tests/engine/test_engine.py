@@ -65,9 +65,9 @@ async def test_a_request_gets_its_tokens_and_one_finish(make_engine: MakeEngine)
 
 async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(num_blocks=400))
-    draw = random.Random(0)
+    rng = random.Random(0)
     requests = [
-        make_request([draw.randrange(256) for _ in range(draw.randrange(1, 60))], 30, sampling=SEEDED)
+        make_request([rng.randrange(256) for _ in range(rng.randrange(1, 60))], 30, sampling=SEEDED)
         for _ in range(64)
     ]
     order: list[str] = []
@@ -291,15 +291,15 @@ async def test_cancelling_after_the_end_changes_nothing(make_engine: MakeEngine)
 
 async def test_a_storm_of_cancellations_leaves_nothing_and_harms_nobody(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(num_blocks=60), max_concurrent_requests=1000)
-    draw = random.Random(1)
+    rng = random.Random(1)
     survivors = [make_request([index] * 30, 60) for index in range(10)]
     kept = [submit(engine, request) for request in survivors]
     victims = [
-        submit(engine, make_request([draw.randrange(9)] * 30, 50, n=draw.choice((1, 2)))) for _ in range(90)
+        submit(engine, make_request([rng.randrange(9)] * 30, 50, n=rng.choice((1, 2)))) for _ in range(90)
     ]
 
     async def leave(channel: object) -> None:
-        for _ in range(draw.randrange(200)):
+        for _ in range(rng.randrange(200)):
             await asyncio.sleep(0)
         channel.cancel()  # type: ignore[attr-defined]
 
@@ -332,11 +332,11 @@ async def test_a_sink_that_raises_loses_its_own_request_only(
 async def test_a_cpu_cache_takes_memory_where_conversations_come_back_for_it(make_engine: MakeEngine) -> None:
     """New prompts fill only 256 MiB of 2 GiB; prompts that are sent again make the cache grow further."""
     engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=2 << 30)
-    pool, draw = engine.scheduler.pool, random.Random(2)
+    pool, rng = engine.scheduler.pool, random.Random(2)
     for _ in range(30):
-        await ask(engine, make_request([draw.randrange(256) for _ in range(100)], max_tokens=2))
+        await ask(engine, make_request([rng.randrange(256) for _ in range(100)], max_tokens=2))
     assert pool.num_touched == 16
-    prompts = [[draw.randrange(256) for _ in range(100)] for _ in range(6)]
+    prompts = [[rng.randrange(256) for _ in range(100)] for _ in range(6)]
     for _ in range(8):
         engine.stats.prefix_hit_tokens = 0
         for prompt in prompts:

@@ -172,7 +172,7 @@ async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
     assert engine.stats.failed_steps >= 1
 
 
-async def test_an_end_that_the_model_cannot_draw_is_not_masked(
+async def test_an_end_that_the_model_cannot_sample_is_not_masked(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tokenizer may have more tokens than the model; the runner refuses ids outside the vocabulary."""
@@ -205,20 +205,20 @@ async def test_cancellations_are_heard_while_a_fault_is_looked_for(make_engine: 
 
 
 async def test_faults_at_random_steps_lose_no_request_and_change_no_token(make_engine: MakeEngine) -> None:
-    draw = random.Random(2)
+    rng = random.Random(2)
     runner = FakeRunner(num_blocks=40, max_batch_size=8)
-    runner.fault = lambda plan: RuntimeError("flaky") if len(plan.rows) > 1 and draw.random() < 0.2 else None
+    runner.fault = lambda plan: RuntimeError("flaky") if len(plan.rows) > 1 and rng.random() < 0.2 else None
     engine = make_engine(runner)
     requests = [
         make_request(
-            [index % 4] * draw.randrange(1, 40), draw.randrange(1, 40), sampling=SEEDED, n=1 + index % 3
+            [index % 4] * rng.randrange(1, 40), rng.randrange(1, 40), sampling=SEEDED, n=1 + index % 3
         )
         for index in range(40)
     ]
     channels = [submit(engine, request) for request in requests]
     answering = [asyncio.create_task(collect(channel)) for channel in channels]
     for channel in channels[::5]:
-        for _ in range(draw.randrange(20)):
+        for _ in range(rng.randrange(20)):
             await asyncio.sleep(0)
         channel.cancel()
     answers = await asyncio.gather(*answering)

@@ -13,24 +13,24 @@ def digest(number: int) -> bytes:
 
 
 def test_a_reader_of_all_changes_knows_what_can_be_found() -> None:
-    draw = random.Random(5)
+    rng = random.Random(5)
     pool, journal = BlockPool(16, num_eager=6), BlockJournal()
     pool.journal = journal
     known: set[bytes] = set()
     seen = 0
     used: list[int] = []
     for number in range(2000):
-        if used and (draw.random() < 0.5 or not pool.num_free):
-            pool.release([used.pop(draw.randrange(len(used)))])
+        if used and (rng.random() < 0.5 or not pool.num_free):
+            pool.release([used.pop(rng.randrange(len(used)))])
         else:
             block = pool.allocate()
             used.append(block)
-            pool.register(block, digest(draw.randrange(40)))
+            pool.register(block, digest(rng.randrange(40)))
         if number % 500 == 250:
             pool.forget(used[:1])
         if number == 1200:
             pool.reset()
-        if draw.random() < 0.3:
+        if rng.random() < 0.3:
             changes = journal.since(seen)
             assert changes is not None
             known = {each for each in known if changes.get(each, True)} | {

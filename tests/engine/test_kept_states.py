@@ -247,7 +247,7 @@ def test_who_must_not_share_does_not(fields: dict[str, Any]) -> None:
     assert ask(scheduler, runner, range(70), **fields)[1].start == 0
 
 
-def test_what_was_drawn_is_not_kept_where_prompts_have_an_arithmetic() -> None:
+def test_what_was_sampled_is_not_kept_where_prompts_have_an_arithmetic() -> None:
     scheduler, runner = make(has_prompt_arithmetic=True)
     runner.has_prompt_arithmetic = True
     sequence, _ = ask(scheduler, runner, range(40), max_tokens=40)

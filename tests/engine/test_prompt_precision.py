@@ -18,7 +18,7 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, SamplingParams
 
-Drawn = list[tuple[int, float | None]]  # tokens and their log-probabilities
+Samples = list[tuple[int, float | None]]  # tokens and their log-probabilities
 MAX_TOKENS = 40
 
 
@@ -52,7 +52,7 @@ class Served:
         self.runner, self.stats = runner, EngineStats()
         values = {"num_blocks": runner.num_blocks, "max_batch_size": 16, "max_step_tokens": 1000, **changes}
         self.scheduler = make_scheduler(has_prompt_arithmetic=True, stats=self.stats, **values)
-        self.drawn: dict[Sequence_, Drawn] = defaultdict(list)
+        self.samples: dict[Sequence_, Samples] = defaultdict(list)
         self._num_arrived = 0
 
     def add(self, request: GenerationRequest) -> list[Sequence_]:
@@ -72,24 +72,24 @@ class Served:
             for row, sequence in self.scheduler.apply(step, result):
                 sampled = result.sampled[row]
                 if sampled is not None:
-                    self.drawn[sequence].append((sampled.token_id, sampled.logprob))
+                    self.samples[sequence].append((sampled.token_id, sampled.logprob))
                 if sequence.num_output == MAX_TOKENS:
                     self.scheduler.remove(sequence)
 
-    def complete(self, *requests: GenerationRequest) -> list[Drawn]:
+    def complete(self, *requests: GenerationRequest) -> list[Samples]:
         """Serve requests that arrive together; return each choice's sampled tokens."""
         sequences = [sequence for request in requests for sequence in self.add(request)]
         self.run()
-        return [self.drawn[sequence] for sequence in sequences]
+        return [self.samples[sequence] for sequence in sequences]
 
 
-def alone(runner: CpuRunner, request: GenerationRequest) -> list[Drawn]:
+def alone(runner: CpuRunner, request: GenerationRequest) -> list[Samples]:
     return Served(runner, prefix_cache=False).complete(request)
 
 
 def test_neither_others_nor_chunks_nor_preemptions_change_a_text(runner: CpuRunner) -> None:
     requests = [request_of(prompt_of(at, 16 + 9 * at), at, n=1 + at % 3) for at in range(6)]
-    expected = [drawn for request in requests for drawn in alone(runner, request)]
+    expected = [each for request in requests for each in alone(runner, request)]
     served = Served(runner, num_blocks=20, max_prefill_tokens=32)
     assert served.complete(*requests) == expected
     assert served.stats.preemptions >= 3
@@ -118,4 +118,4 @@ def test_an_answer_computed_again_does_not_find_the_same_tokens_of_a_prompt(runn
     served.run(until=lambda: not other.is_prefilling)
     served.scheduler._suspend(victim)
     served.run()
-    assert served.drawn[victim] == expected
+    assert served.samples[victim] == expected

@@ -220,7 +220,7 @@ def test_a_priority_does_not_count_as_waiting() -> None:
     assert waited == [1.0]
 
 
-def test_a_preempted_sequence_forgets_what_a_step_in_flight_draws_for_it() -> None:
+def test_a_preempted_sequence_forgets_what_a_step_in_flight_samples_for_it() -> None:
     scheduler, runner = make_scheduler(num_blocks=4), FakeRunner()
     add_request(scheduler, make_request(range(31), max_tokens=20), arrival=0)
     new = add_request(scheduler, make_request(range(100, 116), max_tokens=20), arrival=1)[0]
@@ -256,7 +256,7 @@ def test_blocks_of_a_finished_sequence_may_be_reused_while_a_step_still_writes_t
     assert runner.violations == []
 
 
-def test_each_slot_is_told_what_was_drawn_and_what_may_not_be() -> None:
+def test_each_slot_is_told_what_was_sampled_and_what_may_not_be() -> None:
     scheduler, runner = make_scheduler(num_blocks=5), FakeRunner()
     add_request(scheduler, make_request(range(30), max_tokens=33), arrival=0)
     stop = {"min_tokens": 5, "stop_token_ids": frozenset({7})}

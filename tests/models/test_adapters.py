@@ -232,8 +232,8 @@ def test_another_models_adapter_is_no_row_of_this_one(tmp_path: Path, llama: Loa
         other.runner.close()
 
 
-def test_a_draw_depends_on_its_own_adapter_alone(tmp_path: Path, llama: LoadedModel) -> None:
-    """Check that a row's draws do not depend on other rows: sampled, with log-probabilities, in chunks."""
+def test_a_sample_depends_on_its_own_adapter_alone(tmp_path: Path, llama: LoadedModel) -> None:
+    """Check that a row's samples do not depend on other rows: sampled, with log-probabilities, in chunks."""
     found, base = reference(BY_NAME["llama"]), checkpoint(BY_NAME["llama"]).path
     assert llama.adapters is not None
     weights = [

@@ -265,7 +265,7 @@ def test_a_rotary_table_beyond_the_memory_names_what_would_fit(
 ) -> None:
     load = load_with(monkeypatch, 64 * MIB)
     files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
-    options = {"max_batch_total_tokens": 1 << 20}  # the operator has set the size of the cache
+    options = {"max_batch_total_tokens": 1 << 20}  # the administrator has set the size of the cache
     with pytest.raises(ModelLoadError, match="for its rotary tables") as refused:
         load(files, max_total_tokens=1 << 20, **options)
     found = re.search(r"--max-total-tokens to at most (\d+)", str(refused.value))

@@ -1,4 +1,4 @@
-"""Rotary positions beyond the original context: as the model or the operator configures them.
+"""Rotary positions beyond the original context: as the model or the administrator configures them.
 
 The reference is `transformers`, whose tables depend on the longest position of a call: its logits come from
 one call with the whole served context.
@@ -76,7 +76,7 @@ def test_dynamic_scaling_of_a_configuration_equals_transformers(tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["native", "gguf", "transformers", "generic"])
-def test_what_the_operator_says_equals_a_configuration_that_says_it(
+def test_what_the_administrator_says_equals_a_configuration_that_says_it(
     tmp_path: Path, form: str, kind: str
 ) -> None:
     architecture = "Phi" if form == "generic" else "Llama"

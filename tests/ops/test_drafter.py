@@ -71,7 +71,7 @@ def test_no_draft_where_a_token_costs_what_it_brings() -> None:
     assert len(few) < len(many)
 
 
-def test_guesses_that_are_not_drawn_teach_it_to_guess_less() -> None:
+def test_guesses_that_are_not_sampled_teach_it_to_guess_less() -> None:
     cost: dict[str, Any] = {"base": 1.0, "token": 0.1, "num_tokens": 1}
     rng = random.Random(1)
     drafter = drafter_of([1, 2, 3, 4, 5, 6, 7, 8])

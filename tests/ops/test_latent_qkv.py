@@ -105,7 +105,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prompts_and_drawn_tokens_are_those_of_the_reference(
+def test_prompts_and_sampled_tokens_are_those_of_the_reference(
     kernel_set: str, shape: str, dtype: torch.dtype
 ) -> None:
     """Use sequences of one token, of odd sizes, and one beyond a chunk of context; then one token each."""
@@ -115,8 +115,8 @@ def test_prompts_and_drawn_tokens_are_those_of_the_reference(
     texts = [layer.inputs(size + 1) for size in contexts]
     prompt = [torch.cat([text[part][:-1] for text in texts]) for part in range(3)]
     found = layer.run(prompt, [(0, size) for size in contexts], blocks).split(contexts)
-    drawn = [torch.cat([text[part][-1:] for text in texts]) for part in range(3)]
-    last = layer.run(drawn, [(size, size + 1) for size in contexts], blocks)
+    sampled = [torch.cat([text[part][-1:] for text in texts]) for part in range(3)]
+    last = layer.run(sampled, [(size, size + 1) for size in contexts], blocks)
     # The kernels round weights like values, and a latent may round in the other direction than the
     # reference's.
     unit = 1e-5 if dtype is torch.float32 else 4e-3

@@ -1,6 +1,6 @@
 """Random graphs of operators against the same graphs in float64: no buffer mixes two values.
 
-Each graph runs in one step, in two steps, and by `draw`, which continues only with the rows to sample.
+Each graph runs in one step, in two steps, and by `run_and_sample`, which continues only with rows to sample.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST
-from tests.ops.twin import Graph, Shape, Twin, draw_state
+from tests.ops.twin import Graph, Shape, Twin, greedy_state
 from tests.reference.compare import assert_same_bits
 from tests.support.kv import poison
 from tests.support.scale import Scale
@@ -107,7 +107,7 @@ class Plan:
     calls: list[tuple[str, int, int]]
     lengths: list[int]
     cuts: list[int]
-    drawn: list[int]
+    sampled: list[int]
     threads: int
     seed: int
 
@@ -121,7 +121,7 @@ PLANS = st.builds(
     ),
     lengths=st.lists(st.sampled_from([1, 2, 3, 7, 20, 35]), min_size=1, max_size=3),
     cuts=st.lists(st.integers(0, 34), min_size=3, max_size=3),
-    drawn=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    sampled=st.lists(st.integers(0, 200), min_size=1, max_size=4),
     threads=st.sampled_from([1, 1, 2, 3]),
     seed=st.integers(0, 1000),
 )
@@ -162,18 +162,18 @@ def check(plan: Plan) -> float:
     error = float((logits.double() - graph.exact_logits).norm() / graph.exact_logits.norm().clamp_min(1e-30))
     assert error <= ROOM[plan.is_exact]
     assert_same_bits(run_in_steps(graph, program, plan.cuts), logits)
-    rows = sorted({row % len(logits) for row in plan.drawn})
+    rows = sorted({row % len(logits) for row in plan.sampled})
     slots, vocab = list(range(len(rows))), graph.shape.vocab
-    expected = ops.sample(logits[rows].contiguous(), draw_state(len(rows), vocab), slots)
+    expected = ops.sample(logits[rows].contiguous(), greedy_state(len(rows), vocab), slots)
     poison(graph.pool)
     batch, _ = graph.step([(0, length) for length in plan.lengths])
-    drawn = program.draw(batch, rows, slots, draw_state(len(rows), vocab))
-    assert torch.equal(drawn.top_ids, expected.top_ids)
-    assert_same_bits(drawn.top_logprobs, expected.top_logprobs)
+    found = program.run_and_sample(batch, rows, slots, greedy_state(len(rows), vocab))
+    assert torch.equal(found.top_ids, expected.top_ids)
+    assert_same_bits(found.top_logprobs, expected.top_logprobs)
     return error
 
 
-def test_a_graph_means_the_same_recorded_cut_and_drawn(scale: Scale) -> None:
+def test_a_graph_means_the_same_recorded_cut_and_sampled(scale: Scale) -> None:
     examples = scale(120, 3000)
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     errors: list[float] = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rope_table
-from tests.ops.twin import Graph, Shape, Twin, draw_state
+from tests.ops.twin import Graph, Shape, Twin, greedy_state
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.batches import flat_rows
 from tests.support.kv import poison, poisoned_pool
@@ -204,17 +204,17 @@ def run_all(graph: Graph, program: ops.CpuProgram) -> Tensor:
     return program.run(batch, range(len(tokens))).clone()
 
 
-def assert_draws_as_it_runs(graph: Graph, program: ops.CpuProgram, rows: list[int]) -> None:
-    """Require the tokens and log-probabilities of `draw` to have the bits of `run` and `sample`."""
+def assert_samples_as_it_runs(graph: Graph, program: ops.CpuProgram, rows: list[int]) -> None:
+    """Require the tokens and log-probabilities of `run_and_sample` to have the bits of `run` and `sample`."""
     logits = run_all(graph, program)[rows].contiguous()
     slots, vocab = list(range(len(rows))), graph.shape.vocab
-    expected = ops.sample(logits, draw_state(len(rows), vocab), slots)
+    expected = ops.sample(logits, greedy_state(len(rows), vocab), slots)
     poison(graph.pool)
     batch, _ = graph.step([(0, length) for length in graph.lengths])
-    drawn = program.draw(batch, rows, slots, draw_state(len(rows), vocab))
-    assert drawn.token_ids.tolist() == expected.token_ids.tolist()
-    assert torch.equal(drawn.top_ids, expected.top_ids)
-    assert_same_bits(drawn.top_logprobs, expected.top_logprobs)
+    found = program.run_and_sample(batch, rows, slots, greedy_state(len(rows), vocab))
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert torch.equal(found.top_ids, expected.top_ids)
+    assert_same_bits(found.top_logprobs, expected.top_logprobs)
 
 
 def parallel_layer(graph: Graph, x: Twin, layer: int) -> Twin:
@@ -238,8 +238,8 @@ def test_a_value_taken_again_is_what_it_was_when_the_residual_has_changed(
     graph.head(x, 1.0, 0.0)
     program = graph.program()
     assert_close(run_all(graph, program), graph.exact_logits, length=4000)
-    # The norm's lifetime spans the last write to the cache, so `draw` must keep its row, too.
-    assert_draws_as_it_runs(graph, program, [sum(lengths) - 1])
+    # The norm's lifetime spans the last write to the cache, so `run_and_sample` must keep its row, too.
+    assert_samples_as_it_runs(graph, program, [sum(lengths) - 1])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])
@@ -297,7 +297,7 @@ def layers_with_norms_behind(graph: Graph, x: Twin) -> ops.CpuProgram:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_query_that_was_given_is_that_of_the_rows_drawn_after(threads: int) -> None:
+def test_a_query_that_was_given_is_that_of_the_rows_sampled_after(threads: int) -> None:
     _C.set_num_threads(threads)
     values = Values()
     given = values.recorder.value(ops.Kind.QUERY, 48)
@@ -310,9 +310,9 @@ def test_a_query_that_was_given_is_that_of_the_rows_drawn_after(threads: int) ->
     batch, query = flat_rows([(0, 9)], [[3]], 16, ids=range(9)), torch.randn(9, 48)
     program.write(given, query)
     logits = program.run(batch, [4, 8])
-    expected = ops.sample(logits, draw_state(2, 48), [0, 1])
+    expected = ops.sample(logits, greedy_state(2, 48), [0, 1])
     program.write(given, query)
-    found = program.draw(batch, [4, 8], [0, 1], draw_state(2, 48))
+    found = program.run_and_sample(batch, [4, 8], [0, 1], greedy_state(2, 48))
     for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
         assert_same_bits(getattr(found, name), getattr(expected, name))
 

@@ -1,4 +1,4 @@
-"""The operator sample: which tokens can be drawn, how often, and what is reported about them."""
+"""The operator sample: which tokens can be sampled, how often, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def distribution(result: ops.SampleResult, vocab: int, row: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("vocab", [1, 3, 17, 129, 1000])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_the_distribution_drawn_from_is_the_references(
+def test_the_distribution_sampled_from_is_the_references(
     kernel_set: str, filters: dict[str, Any], vocab: int
 ) -> None:
     if vocab <= 7 and "logit_bias" in filters:
@@ -83,7 +83,7 @@ def test_the_distribution_drawn_from_is_the_references(
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_draws_follow_the_exact_probabilities(filters: dict[str, Any]) -> None:
+def test_samples_follow_the_exact_probabilities(filters: dict[str, Any]) -> None:
     vocab, num_slots, rounds = 64, 200, 50
     params = SamplingParams(seed=11, **filters)
     logits = torch.randn(1, vocab) * 1.5
@@ -99,7 +99,7 @@ def test_draws_follow_the_exact_probabilities(filters: dict[str, Any]) -> None:
         counts += np.bincount(ids, minlength=vocab)
     total = num_slots * rounds
     assert counts.sum() == total
-    assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
+    assert not counts[expected == 0].any(), "a token of probability 0 was sampled"
     often = expected * total >= 5
     rest = expected[~often].sum() * total
     chi_square = (((counts - expected * total) ** 2)[often] / (expected * total)[often]).sum()
@@ -144,14 +144,14 @@ def test_top_k_and_top_p_keep_whole_ties() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-20, 1e-6])
-def test_the_least_temperatures_draw_the_best_token(kernel_set: str, temperature: float) -> None:
+def test_the_least_temperatures_sample_the_best_token(kernel_set: str, temperature: float) -> None:
     logits = torch.randn(1, 100)
     result = ops.sample(logits, started(SamplingParams(temperature=temperature), 100), slots(0))
     assert result.is_finite.item()
     assert result.token_ids.item() == logits.argmax().item()
 
 
-def test_a_draw_depends_on_nothing_else_in_the_batch(kernel_set: str) -> None:
+def test_a_sample_depends_on_nothing_else_in_the_batch(kernel_set: str) -> None:
     vocab, many = 777, 9
     logits = torch.randn(many, vocab) * 3
     kinds = [SamplingParams(seed=5, logprobs=4, **FILTERS[i % len(FILTERS)]) for i in range(many)]
@@ -175,22 +175,22 @@ def test_a_draw_depends_on_nothing_else_in_the_batch(kernel_set: str) -> None:
     assert repr(run([[8, 2, 5], [0, 1, 3, 4, 6, 7]], 3)) == alone
 
 
-def test_seed_choice_and_position_each_change_the_draw() -> None:
+def test_seed_choice_and_position_each_change_the_sample() -> None:
     vocab = 10_000
     logits = torch.zeros(1, vocab)
 
-    def drawn(seed: int, choice: int, position: int) -> int:
+    def sampled(seed: int, choice: int, position: int) -> int:
         state = ops.SampleState(1, vocab)
         state.start(0, SamplingParams(seed=seed), choice=choice, prompt_ids=[0] * position)
         return int(ops.sample(logits, state, slots(0)).token_ids)
 
     places = [(0, 0, 1), (1, 0, 1), (1 << 40, 0, 1), (0, 1, 1), (0, 0, 2), (2**63 - 1, 0, 1)]
-    draws = [drawn(*place) for place in places]
-    assert len(set(draws)) == len(draws)
-    assert draws == [drawn(*place) for place in places]
+    samples = [sampled(*place) for place in places]
+    assert len(set(samples)) == len(samples)
+    assert samples == [sampled(*place) for place in places]
 
 
-def test_resuming_after_preemption_draws_what_would_have_been_drawn() -> None:
+def test_resuming_after_preemption_samples_what_would_have_been_sampled() -> None:
     vocab, params = 500, SamplingParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.7)
     rows = [torch.randn(1, vocab) * 3 for _ in range(8)]
     state = started(params, vocab)
@@ -199,7 +199,7 @@ def test_resuming_after_preemption_draws_what_would_have_been_drawn() -> None:
     assert [int(ops.sample(row, resumed, slots(0)).token_ids) for row in rows[5:]] == straight[5:]
 
 
-def test_a_slot_moves_on_by_what_it_drew_and_only_if_it_was_sampled() -> None:
+def test_a_slot_moves_on_by_its_sample_and_only_if_it_was_sampled() -> None:
     state = started(replace(GREEDY, presence_penalty=0.1), 50, num_slots=2)
     token = int(ops.sample(torch.randn(1, 50), state, slots(1)).token_ids)
     assert state.records["position"].tolist() == [3, 4]
@@ -220,7 +220,7 @@ def test_starting_a_slot_again_forgets_its_past() -> None:
     assert int(ops.sample(logits, state, slots(0)).token_ids) == 30
 
 
-def test_masked_ids_cannot_be_drawn_before_min_tokens() -> None:
+def test_masked_ids_cannot_be_sampled_before_min_tokens() -> None:
     logits = torch.tensor([[0.0, 5.0, 3.0, 4.0]])
     state = started(GREEDY, 4, prompt_ids=[0], min_tokens=2, masked_ids=[1, 3])
     assert [int(ops.sample(logits, state, slots(0)).token_ids) for _ in range(4)] == [2, 2, 1, 1]
@@ -248,7 +248,7 @@ def test_a_longer_bias_list_than_any_before_is_kept_whole() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", [0, 15, 16, 128])
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9, logprobs=2)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9, logprobs=2)], ids=["greedy", "sampled"])
 def test_a_row_that_is_not_finite_fails_alone(
     kernel_set: str, params: SamplingParams, place: int, bad: float
 ) -> None:
@@ -262,18 +262,18 @@ def test_a_row_that_is_not_finite_fails_alone(
     assert state.records["position"].tolist() == [4, 3, 4]
 
 
-def test_minus_infinity_is_a_token_that_cannot_be_drawn(kernel_set: str) -> None:
+def test_minus_infinity_is_a_token_that_cannot_be_sampled(kernel_set: str) -> None:
     logits = torch.full((2, 20), -torch.inf)
     logits[0, 13] = -3.0
     state = started(processed(20), 20, 2)
     result = ops.sample(logits, state, slots(0, 1))
-    assert result.is_finite.tolist() == [True, False], "a row in which no token can be drawn is not finite"
+    assert result.is_finite.tolist() == [True, False], "a row in which no token can be sampled is not finite"
     assert (int(result.token_ids[0]), float(result.logprobs[0])) == (13, 0.0)
     assert int(result.num_top[0]) == 1
 
 
 @pytest.mark.parametrize(
-    "params", [GREEDY, SamplingParams(temperature=0.5, top_k=3)], ids=["greedy", "drawn"]
+    "params", [GREEDY, SamplingParams(temperature=0.5, top_k=3)], ids=["greedy", "sampled"]
 )
 def test_raw_logprobs_are_the_log_softmax_of_the_logits(kernel_set: str, params: SamplingParams) -> None:
     vocab = 1111
@@ -346,7 +346,7 @@ def test_starting_with_values_out_of_range_is_refused(start: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "typical_p"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), 1.5])
-def test_a_record_that_leaves_nothing_to_draw_is_refused(field: str, value: float) -> None:
+def test_a_record_that_leaves_nothing_to_sample_is_refused(field: str, value: float) -> None:
     """Check the record, as no token would pass the threshold and the next slot's counts be overwritten."""
     if (field, value) == ("temperature", 1.5):
         value = -1.5

@@ -49,7 +49,7 @@ def told(result: ops.SampleResult, row: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_draws_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
+def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     prompt = [rng.randrange(VOCAB) for _ in range(5)]
@@ -59,19 +59,19 @@ def test_draws_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
     alone, ahead = state_of(sampling, prompt), state_of(sampling, prompt)
     slots, drafts, rows, expected, places = [], [], [], [], []
     for slot in (2, 0, 1):
-        drawn: list[tuple[Any, ...]] = []
+        singles: list[tuple[Any, ...]] = []
         num_right = rng.randrange(0, 5)
         for at in range(5):
-            if drawn and not drawn[-1][1]:
+            if singles and not singles[-1][1]:
                 break
-            drawn.append(told(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
+            singles.append(told(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
             if at == num_right:
                 break
         # The draft after the last right one differs from the sampled token.
-        given = [one[0] if at < num_right else (one[0] + 1) % VOCAB for at, one in enumerate(drawn)]
-        given = given if drawn[-1][1] else given[:-1]
-        expected += drawn
-        places += [True] * len(drawn) + [False] * (1 + len(given) - len(drawn))
+        given = [one[0] if at < num_right else (one[0] + 1) % VOCAB for at, one in enumerate(singles)]
+        given = given if singles[-1][1] else given[:-1]
+        expected += singles
+        places += [True] * len(singles) + [False] * (1 + len(given) - len(singles))
         slots += [slot] * (1 + len(given))
         drafts += [-1, *given]
         rows += [logits[slot, at] for at in range(1 + len(given))]

@@ -1,4 +1,4 @@
-"""The operator sample on a thread team: a row has the same bits whichever or how many threads draw it."""
+"""The operator sample on a thread team: a row has the same bits whichever or how many threads sample it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ KINDS = [
 ]
 
 
-def drawn(
+def results_of(
     logits: torch.Tensor, params: list[SamplingParams], mask: np.ndarray | None, threads: int
 ) -> list[np.ndarray]:
-    """Return all results of three draws of these rows, and the slots' records afterwards."""
+    """Return all results of sampling these rows three times, and the slots' records afterwards."""
     vocab = logits.shape[1]
     state = ops.SampleState(len(params), vocab)
     for slot, kind in enumerate(params):
@@ -58,31 +58,31 @@ def rows() -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("index", range(len(KINDS)))
-def test_a_row_that_a_team_draws_together_has_the_bits_of_one_drawn_alone(
+def test_a_row_that_a_team_samples_together_has_the_bits_of_one_sampled_alone(
     kernel_set: str, rows: torch.Tensor, index: int
 ) -> None:
     row, kind = rows[index : index + 1], [KINDS[index]]
     words = (1, -(-rows.shape[1] // 32))
     mask = np.random.default_rng(index).integers(-(2**31), 2**31, words, dtype=np.int32)
     for mask_or_none in (None, mask):
-        alone = drawn(row, kind, mask_or_none, 1)
+        alone = results_of(row, kind, mask_or_none, 1)
         for threads in (2, 3, 5):
-            assert same(alone, drawn(row, kind, mask_or_none, threads)), f"{threads} threads"
+            assert same(alone, results_of(row, kind, mask_or_none, threads)), f"{threads} threads"
 
 
 @pytest.mark.parametrize("threads", [2, 4, 7])
-def test_rows_that_do_not_come_out_even_are_drawn_as_all_others(rows: torch.Tensor, threads: int) -> None:
-    assert len(KINDS) % threads, "otherwise no row would be drawn by several threads"
-    assert same(drawn(rows, KINDS, None, 1), drawn(rows, KINDS, None, threads))
+def test_rows_that_do_not_come_out_even_are_sampled_as_all_others(rows: torch.Tensor, threads: int) -> None:
+    assert len(KINDS) % threads, "otherwise no row would be sampled by several threads"
+    assert same(results_of(rows, KINDS, None, 1), results_of(rows, KINDS, None, threads))
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 1024, 1025, 2049])
-def test_a_part_may_have_nothing_to_draw(vocab: int) -> None:
+def test_a_part_may_have_nothing_to_sample(vocab: int) -> None:
     kinds = [SamplingParams(temperature=0.8, seed=3, top_p=0.9)] * 5
     logits = torch.randn(5, vocab)
     pad = torch.full((5, 40_960 - vocab), -torch.inf)  # enough for several threads to pay off
     logits = torch.cat([pad, logits], 1)
-    assert same(drawn(logits, kinds, None, 1), drawn(logits, kinds, None, 3))
+    assert same(results_of(logits, kinds, None, 1), results_of(logits, kinds, None, 3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -90,6 +90,6 @@ def test_a_part_may_have_nothing_to_draw(vocab: int) -> None:
 def test_a_row_that_is_not_finite_is_told_whoever_finds_it(rows: torch.Tensor, bad: float, at: int) -> None:
     row = rows[1:2].clone()
     row[0, at] = bad
-    found = drawn(row, [KINDS[1]], None, 3)
-    assert same(found, drawn(row, [KINDS[1]], None, 1))
-    assert not found[3][0], "`is_finite` of the first draw must be false"
+    found = results_of(row, [KINDS[1]], None, 3)
+    assert same(found, results_of(row, [KINDS[1]], None, 1))
+    assert not found[3][0], "`is_finite` of the first sample must be false"

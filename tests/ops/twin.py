@@ -276,8 +276,8 @@ class Graph:
         return batch, tokens
 
 
-def draw_state(num_slots: int, vocab: int) -> ops.SampleState:
-    """Return a state whose slots all draw the best token and list every log-probability."""
+def greedy_state(num_slots: int, vocab: int) -> ops.SampleState:
+    """Return a state whose slots all sample the best token and list every log-probability."""
     state = ops.SampleState(num_slots, vocab)
     params = SamplingParams(temperature=0.0, logprobs=vocab)
     for slot in range(num_slots):

@@ -104,8 +104,8 @@ def test_paths_have_their_parts_and_errors_are_shown(chat: ChatPage) -> None:
     chat.expect(f"{route} .answer pre").to_contain_text('"id": "toy/model"')
 
 
-def test_a_key_is_asked_for_and_the_operators_is_another(chat: ChatPage) -> None:
-    settings = Settings(api_key=("user",), admin_api_key="operator")
+def test_a_key_is_asked_for_and_the_administrators_is_another(chat: ChatPage) -> None:
+    settings = Settings(api_key=("user",), admin_api_key="administrator")
     chat.serve_app(scripted_app(chat.engine, settings))
     chat.open("docs")
     field = chat.page.get_by_label("API key")
@@ -113,10 +113,10 @@ def test_a_key_is_asked_for_and_the_operators_is_another(chat: ChatPage) -> None
     chat.page.keyboard.press("Enter")
     route = unfold(chat, "POST", "/reset_prefix_cache")
     chat.page.locator(route).get_by_role("button", name="Send").click()
-    field.fill("operator")
+    field.fill("administrator")
     chat.page.keyboard.press("Enter")
     chat.expect(f"{route} .answer .type").to_contain_text("200")
-    assert (chat.kept("key"), chat.kept("admin-key")) == ("user", "operator")
+    assert (chat.kept("key"), chat.kept("admin-key")) == ("user", "administrator")
     with chat.page.expect_download() as started:
         chat.page.get_by_role("link", name="OpenAPI document").click()
     assert json.loads(started.value.path().read_text("utf-8"))["openapi"] == "3.1.0"

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the token draw based on it, in plain Python.
+"""Philox4x32-10 and the sampling of a token based on it, in plain Python.
 
 Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 3.3.
 """
@@ -22,8 +22,8 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, i
     return c0, c1, c2, c3
 
 
-def draw(scores: Sequence[float], seed: int, choice: int, position: int) -> int:
-    """Return the argmax of score + Gumbel noise; a token with score -inf cannot be drawn."""
+def sample_token(scores: Sequence[float], seed: int, choice: int, position: int) -> int:
+    """Return the argmax of score + Gumbel noise; a token with score -inf cannot be sampled."""
     best, winner = -math.inf, -1
     for token, score in enumerate(scores):
         if score == -math.inf:

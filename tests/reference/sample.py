@@ -1,4 +1,4 @@
-"""Float64 reference for the distribution that tokens are drawn from, with full sorts: slow and plain."""
+"""Float64 reference for the distribution that tokens are sampled from, with full sorts: slow and plain."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     failed: list[int] = []
     steps = itertools.count()
-    run, draw = CpuProgram.run, CpuProgram.draw
+    run, run_and_sample = CpuProgram.run, CpuProgram.run_and_sample
 
     def fail(program: CpuProgram, batch: Any, rows: Any) -> None:
         num_rows = len(batch.row_slots)
@@ -172,12 +172,12 @@ def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         fail(program, batch, rows)
         return run(program, batch, rows)
 
-    def fail_or_draw(program: CpuProgram, batch: Any, rows: Any, *others: Any) -> Any:
+    def fail_or_sample(program: CpuProgram, batch: Any, rows: Any, *others: Any) -> Any:
         fail(program, batch, rows)
-        return draw(program, batch, rows, *others)
+        return run_and_sample(program, batch, rows, *others)
 
     monkeypatch.setattr(CpuProgram, "run", fail_or_run)
-    monkeypatch.setattr(CpuProgram, "draw", fail_or_draw)
+    monkeypatch.setattr(CpuProgram, "run_and_sample", fail_or_sample)
     monkeypatch.setattr(CpuRunner, "_has_only_rows", lambda runner, plan: False)  # else `fail` is bypassed
     return failed
 

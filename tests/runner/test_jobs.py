@@ -74,7 +74,7 @@ async def test_the_second_chunk_of_a_prompt_needs_none(
     assert last.sampled == whole.sampled
 
 
-async def test_a_step_draws_the_same_either_way(
+async def test_a_step_samples_the_same_either_way(
     make_runner: Callable[[], CpuRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_queue = [Job(PROMPT[: 3 + n], 12, SEEDED if n % 2 else GREEDY) for n in range(5)]
@@ -115,13 +115,13 @@ async def test_a_slot_that_never_started_fails(runner: CpuRunner) -> None:
 
 
 def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
-    async def draw(plan: StepPlan) -> int:
+    async def sample(plan: StepPlan) -> int:
         sampled = (await runner.submit(plan)).sampled[0]
         assert sampled is not None
         return sampled.token_id
 
-    first = [asyncio.run(draw(plan)) for plan in (starting(), going_on(0))]
-    assert [asyncio.run(draw(plan)) for plan in (starting(1), going_on(0, 1))] == first
+    first = [asyncio.run(sample(plan)) for plan in (starting(), going_on(0))]
+    assert [asyncio.run(sample(plan)) for plan in (starting(1), going_on(0, 1))] == first
 
 
 @pytest.mark.parametrize("num_left", [1, 2])
@@ -140,7 +140,7 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
         for index in range(num_left):
             queue.submit(StepPlan(index, [])).add_done_callback(print)
 
-    async def draw() -> StepResult:
+    async def sample() -> StepResult:
         future = queue.submit(StepPlan(9, []))
         assert finished.acquire(timeout=10)  # so that new and old results arrive together
         return await asyncio.wait_for(future, 10)
@@ -152,7 +152,7 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
     for _ in range(num_left):
         assert finished.acquire(timeout=10)
     try:
-        assert asyncio.run(draw()) == StepResult(9, [])
+        assert asyncio.run(sample()) == StepResult(9, [])
     finally:
         queue.close()
         thread.join(10)

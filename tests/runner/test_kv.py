@@ -45,7 +45,7 @@ def test_half_of_the_free_memory_is_the_bound() -> None:
     assert size.num_blocks == 50
 
 
-def test_the_operator_decides() -> None:
+def test_the_administrator_decides() -> None:
     assert choose(Settings(max_batch_total_tokens=1234), free_bytes=0).num_blocks == 1234 // 16
 
 
@@ -74,7 +74,7 @@ def test_no_memory_is_an_error_with_a_cure() -> None:
         choose(Settings(), free_bytes=0)
 
 
-def test_a_sequence_that_the_operator_asked_for_must_fit() -> None:
+def test_a_sequence_that_the_administrator_asked_for_must_fit() -> None:
     with pytest.raises(ModelLoadError, match="--max-total-tokens 500"):
         choose(Settings(max_total_tokens=500, max_batch_total_tokens=496))
 

@@ -54,7 +54,7 @@ def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:
     assert total == done[-1] > 0
 
 
-def test_the_operator_s_limits_bound_a_sequence(files: ModelFiles) -> None:
+def test_the_administrator_s_limits_bound_a_sequence(files: ModelFiles) -> None:
     info = load_closed(files, settings(max_total_tokens=100, max_input_tokens=60)).info
     assert (info.max_total_tokens, info.max_input_tokens) == (100, 60)
     assert load_closed(files, settings(max_total_tokens=4096)).info.max_total_tokens == 512

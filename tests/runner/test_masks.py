@@ -38,7 +38,7 @@ def allowed(masks: SlotMasks, *slots: int) -> list[set[int]]:
     return [{i for i in range(VOCAB_SIZE) if row[i // 32] >> i % 32 & 1} for row in words]
 
 
-def draw(masks: SlotMasks, slot: int, token_id: int) -> Sampled:
+def accept(masks: SlotMasks, slot: int, token_id: int) -> Sampled:
     sampled = Sampled(token_id)
     masks.accept([slot], [sampled])
     return sampled
@@ -59,19 +59,19 @@ def test_the_token_after_which_nothing_can_follow_is_marked(
     masks: SlotMasks, compiler: GrammarCompiler
 ) -> None:
     masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
-    assert not draw(masks, 0, ord("x")).is_last
-    assert draw(masks, 0, ord("y")).is_last
-    # The step that was planned before the end was known still runs, so it must find a token to draw.
+    assert not accept(masks, 0, ord("x")).is_last
+    assert accept(masks, 0, ord("y")).is_last
+    # The step that was planned before the end was known still runs, so it must find a token to sample.
     assert len(*allowed(masks, 0)) == VOCAB_SIZE
-    assert draw(masks, 0, 3).failure is None
+    assert accept(masks, 0, 3).failure is None
 
 
 def test_an_eos_where_the_text_may_end_is_the_last_token(masks: SlotMasks, compiler: GrammarCompiler) -> None:
     masks.start(start(0, compiler.compile(sources.regex("x+"))))
     assert allowed(masks, 0) == [{ord("x")}]
-    assert not draw(masks, 0, ord("x")).is_last
+    assert not accept(masks, 0, ord("x")).is_last
     assert EOS in allowed(masks, 0)[0]
-    assert draw(masks, 0, EOS).is_last
+    assert accept(masks, 0, EOS).is_last
 
 
 def test_a_new_sequence_frees_the_slot_of_the_old_one_s_grammar(
@@ -93,16 +93,16 @@ def test_min_tokens_forbids_the_end_unless_the_grammar_leaves_nothing_else(
     masks.start(start(0, compiler.compile(sources.regex("x{1,4}")), min_tokens=3, masked_ids=(EOS, 259)))
     for _ in range(2):
         assert EOS not in allowed(masks, 0)[0]
-        draw(masks, 0, ord("x"))
+        accept(masks, 0, ord("x"))
     assert EOS not in allowed(masks, 0)[0]
-    draw(masks, 0, ord("x"))
+    accept(masks, 0, ord("x"))
     assert EOS in allowed(masks, 0)[0]
     masks.start(start(0, compiler.compile(sources.choice(["", "x"])), min_tokens=9, masked_ids=(EOS, 259)))
-    draw(masks, 0, ord("x"))
+    accept(masks, 0, ord("x"))
     assert EOS in allowed(masks, 0)[0]
 
 
-def test_a_draw_that_is_not_finite_does_not_move_the_matcher(
+def test_a_sample_that_is_not_finite_does_not_move_the_matcher(
     masks: SlotMasks, compiler: GrammarCompiler
 ) -> None:
     masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
@@ -114,7 +114,7 @@ def test_a_matcher_that_fails_says_so_and_leaves_the_row_free(
     masks: SlotMasks, compiler: GrammarCompiler
 ) -> None:
     masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
-    assert draw(masks, 0, ord("q")).failure
+    assert accept(masks, 0, ord("q")).failure
     assert len(*allowed(masks, 0)) == VOCAB_SIZE
 
 
@@ -124,7 +124,7 @@ def test_masks_of_many_slots_are_each_slot_s_own(masks: SlotMasks, compiler: Gra
         masks.start(
             start(slot, compiler.compile(sources.choice([text])), output_ids=list(text[: slot % 3].encode()))
         )
-    draw(masks, 5, ord("q"))  # the matcher fails
+    accept(masks, 5, ord("q"))  # the matcher fails
     masks.start(start(6, None))
     order = [6, 3, 0, 5, 4, 1, 2]
     free = set(range(VOCAB_SIZE))
@@ -149,7 +149,7 @@ def test_each_draft_has_the_mask_that_it_would_have_one_by_one(compiler: Grammar
     expected = []
     for token_id in text:
         expected += allowed(one_by_one, 3)
-        draw(one_by_one, 3, token_id)
+        accept(one_by_one, 3, token_id)
     expected += allowed(one_by_one, 3)
     assert found[1:-2] == expected
     assert found[0] == found[-1] == found[-2] == set(range(VOCAB_SIZE))

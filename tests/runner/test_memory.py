@@ -169,7 +169,7 @@ def test_a_context_without_end_is_cut_to_the_cache_before_its_table_is_made(
 def test_a_rotary_table_that_does_not_fit_is_refused_before_it_is_made(
     files: ModelFiles, tables: list[int]
 ) -> None:
-    """Check the rotary tables only; the operator's cache size is trusted, as the cache is merely reserved."""
+    """Check the rotary tables only; the administrator's cache size is trusted: memory is only reserved."""
     with pytest.raises(
         ModelLoadError, match=r"rotary tables, .* GiB are free: set --max-total-tokens to at most"
     ):

@@ -152,7 +152,7 @@ def test_tokens_logits_score_beside_a_stream(tmp_path: Path) -> None:
             np.testing.assert_allclose(vector, expected, atol=1e-3)
 
 
-def test_only_the_operator_says_how_a_chat_model_embeds(tmp_path: Path) -> None:
+def test_only_the_administrator_says_how_a_chat_model_embeds(tmp_path: Path) -> None:
     save_embedder(tmp_path, None, is_bare=False)
     with loaded(tmp_path) as (found, _):
         assert found.info.embedding is None

@@ -136,10 +136,10 @@ class Cache:
         rows = np.array_split(np.arange(len(batch.ids)), -(-len(batch.ids) // 32))
         return torch.cat([self.program.run_head(part.tolist()).clone() for part in rows])
 
-    def draw(self, pieces: Sequence[Piece], rows: Sequence[int]) -> ops.SampleResult:
+    def sample(self, pieces: Sequence[Piece], rows: Sequence[int]) -> ops.SampleResult:
         """Compute the pieces as one batch and sample greedily after some of its rows."""
         state = _greedy(len(rows))
-        return self.program.draw(self.batch(pieces), rows, range(len(rows)), state, None)
+        return self.program.run_and_sample(self.batch(pieces), rows, range(len(rows)), state, None)
 
     def batch(self, pieces: Sequence[Piece]) -> ops.FlatRows:
         """Make a batch of the pieces, allocating new blocks as needed."""
@@ -175,7 +175,7 @@ class Cache:
 
 
 def _greedy(num_slots: int) -> ops.SampleState:
-    """Return slots whose draws report the log-probabilities of all tokens."""
+    """Return slots whose samples report the log-probabilities of all tokens."""
     state = ops.SampleState(num_slots, CONFIG.vocab_size)
     for slot in range(num_slots):
         sampling = SamplingParams(temperature=0.0, logprobs=CONFIG.vocab_size)
@@ -326,28 +326,28 @@ def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: tor
         pytest.param([10, 20, 350], id="inside pieces"),
     ],
 )
-def test_a_draw_computes_of_its_rows_what_a_whole_step_does(
+def test_sampling_computes_of_its_rows_what_a_whole_step_does(
     rows: list[int], threads: int, config: ModelConfig
 ) -> None:
     _C.set_num_threads(threads)
     format = "Q4_1" if config is CONFIG else "BF16"
-    drawn, whole = (recorded_cache(format, is_exact=False, config=config) for _ in range(2))
+    sampled, whole = (recorded_cache(format, is_exact=False, config=config) for _ in range(2))
     prompts = [Piece(0, 0, 300), Piece(1, 0, 3), Piece(2, 0, 7)]
     later = [Piece(0, 300, 301), Piece(1, 3, 4), Piece(2, 7, 50), Piece(3, 0, 307)]
     for pieces, wanted in ((prompts, [299, 309]), (later, rows)):
-        found = drawn.draw(pieces, wanted)
+        found = sampled.sample(pieces, wanted)
         logits = whole.run(pieces)[wanted].contiguous()
         expected = ops.sample(logits, _greedy(len(wanted)), range(len(wanted)))
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
             assert_same_bits(getattr(found, name), getattr(expected, name))
 
 
-def test_after_a_draw_there_are_no_logits_of_other_rows() -> None:
+def test_after_sampling_there_are_no_logits_of_other_rows() -> None:
     cache = recorded_cache("Q4_1", is_exact=False)
-    cache.draw([Piece(0, 0, 20)], [19])
+    cache.sample([Piece(0, 0, 20)], [19])
     with pytest.raises(ValueError, match="`run_head` is of a step that `run` has computed"):
         cache.program.run_head([3])
-    cache.draw([Piece(0, 20, 21)], [0])  # all of its tokens
+    cache.sample([Piece(0, 20, 21)], [0])  # all of its tokens
     with pytest.raises(ValueError, match="`run_head` is of a step that `run` has computed"):
         cache.program.run_head([0])
 

@@ -57,14 +57,14 @@ class DecodedWeights(RandomWeights):
 
 def by_kind(pieces: Sequence[Piece]) -> list[Piece]:
     """Cut pieces where their prompts end; pieces of generated tokens come first."""
-    prompts, drawn = [], []
+    prompts, sampled = [], []
     for piece in pieces:
         end = PROMPT_LENS[piece.sequence]
         if piece.start < end:
             prompts.append(Piece(piece.sequence, piece.start, min(piece.stop, end)))
         if piece.stop > end:
-            drawn.append(Piece(piece.sequence, max(piece.start, end), piece.stop))
-    return drawn + prompts
+            sampled.append(Piece(piece.sequence, max(piece.start, end), piece.stop))
+    return sampled + prompts
 
 
 def run(cache: Cache, *steps: Sequence[Piece]) -> dict[tuple[int, int], Tensor]:
@@ -98,7 +98,7 @@ def test_tokens_of_a_prompt_have_the_bits_of_the_decoded_model(format: str, kern
     assert_same_bits(made(format).run(pieces), decoded.run(pieces))
 
 
-def test_tokens_that_were_drawn_have_the_bits_of_int8(kernel_set: str) -> None:
+def test_tokens_that_were_sampled_have_the_bits_of_int8(kernel_set: str) -> None:
     pieces = [Piece(0, 0, 40), Piece(1, 0, 3)]
     cache = Cache(CONFIG, "Q4_1", BY_KIND, torch.bfloat16, prompt_lens={0: 0, 1: 0})
     plain = Cache(CONFIG, "Q4_1", FAST, torch.bfloat16)
@@ -135,14 +135,14 @@ def test_tiles_of_any_size_keep_kinds_apart(kernel_set: str) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", [[41, 42, 46], [0, 43, 353], [5, 41], [353, 0]])
-def test_a_draw_computes_of_its_rows_what_a_whole_step_does(rows: list[int], num_threads: int) -> None:
+def test_sampling_computes_of_its_rows_what_a_whole_step_does(rows: list[int], num_threads: int) -> None:
     _C.set_num_threads(num_threads)
-    drawn, whole = made(), made()
+    sampled, whole = made(), made()
     first = [Piece(0, 0, 202), Piece(1, 0, 9), Piece(3, 0, 1)]
     # 42 sampled tokens, then 312 prompt tokens.
     later = by_kind([Piece(1, 9, 50), Piece(3, 1, 2), Piece(2, 0, 256), Piece(0, 202, 258)])
     for pieces, wanted in ((first, [201]), (later, rows)):
-        found = drawn.draw(pieces, wanted)
+        found = sampled.sample(pieces, wanted)
         logits = whole.run(pieces)[wanted].contiguous()
         expected = ops.sample(logits, _greedy(len(wanted)), range(len(wanted)))
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):

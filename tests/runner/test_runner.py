@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
-from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
+from tests.support.driving import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
@@ -97,11 +97,11 @@ async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
 
 async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner) -> None:
     """Plan prompts that share a block together: one row computes it, the other has it in its block table."""
-    drawn = await draw_over_a_shared_block(runner, PROMPT, SEEDED)
+    steps = await sample_over_a_shared_block(runner, PROMPT, SEEDED)
     job = Job(PROMPT, 4, SEEDED)
     await generate(runner, [job])
     for row in (0, 1):
-        sampled = [step[row] for step in drawn]
+        sampled = [step[row] for step in steps]
         assert [each and each.token_id for each in sampled] == job.token_ids
 
 

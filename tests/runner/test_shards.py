@@ -1,4 +1,4 @@
-"""Several tensor-parallel processes produce the same text as one; and how they end."""
+"""Several tensor-parallel shards produce the same text as a whole model; and how they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.driving import Job, compare, draw_over_a_shared_block, generate
+from tests.support.driving import Job, compare, generate, sample_over_a_shared_block
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
@@ -123,14 +123,14 @@ async def test_shards_of_quantised_weights_write_what_one_does(
 async def test_blocks_are_copied_and_shared_in_all_shards(tiny: ModelFiles) -> None:
     prompt = [(7 * at) % 150 + 2 for at in range(24)]
     async with serving(tiny, 2) as loaded:
-        drawn = await draw_over_a_shared_block(loaded.runner, prompt, SCORED)
-        assert all(first == second for first, second in drawn)
+        steps = await sample_over_a_shared_block(loaded.runner, prompt, SCORED)
+        assert all(first == second for first, second in steps)
         copied = await loaded.runner.submit(StepPlan(9, [], copies=[(5, 20), (9, 21)]))
         assert copied.sampled == []
         # Compute the last prompt token again, from the copies.
         row = StepRow(2, prompt[-1:], 23, [[20, 21]], samples=True)
         again = await loaded.runner.submit(StepPlan(10, [row], [SlotStart(2, SCORED, 0, prompt)]))
-        assert again.sampled[0] == drawn[0][0]
+        assert again.sampled[0] == steps[0][0]
 
 
 async def test_a_shard_that_dies_is_told_and_fails_the_step(tiny: ModelFiles) -> None:

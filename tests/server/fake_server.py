@@ -64,20 +64,20 @@ class Faults:
 
     def __init__(self, runner: FakeRunner, seed: int) -> None:
         self._runner = runner
-        self._draw = random.Random(seed)
+        self._rng = random.Random(seed)
         self._step_s = runner.step_s
         runner.fault = self._fault
         runner.is_poisoned = self._is_poisoned
 
     def _fault(self, plan: StepPlan) -> BaseException | None:
-        self._runner.step_s = 0.2 if self._draw.random() < 0.01 else self._step_s
-        draw = self._draw.random()
-        if draw < 0.03:
+        self._runner.step_s = 0.2 if self._rng.random() < 0.01 else self._step_s
+        chance = self._rng.random()
+        if chance < 0.03:
             return RuntimeError("a step that raises")
-        return MemoryError("a step without memory") if draw < 0.06 else None
+        return MemoryError("a step without memory") if chance < 0.06 else None
 
     def _is_poisoned(self, tokens: Sequence[int]) -> bool:
-        return self._draw.random() < 0.0005
+        return self._rng.random() < 0.0005
 
 
 def _hang(runner: FakeRunner, plan: StepPlan) -> BaseException | None:

@@ -1,4 +1,4 @@
-"""A server in several processes: clients get an error if one ends or hangs, and none is left behind."""
+"""A server of several shards: clients get an error if one ends or hangs, and none is left behind."""
 
 from __future__ import annotations
 

@@ -98,9 +98,9 @@ async def _stream(
     server: ServerProcess, alone: dict[tuple[str, int], str], is_over: asyncio.Event, seed: int
 ) -> int:
     """Repeat requests whose answers are known until `is_over`; return how many answers were compared."""
-    draw, count = random.Random(seed), 0
+    rng, count = random.Random(seed), 0
     while not is_over.is_set():
-        name, number = draw.choice(list(alone))
+        name, number = rng.choice(list(alone))
         client = await (await Streaming.start(server.port, _body(name, number))).finish()
         if client.status == 429:  # all adapters that fit into memory are in use
             await asyncio.sleep(0.05)

@@ -53,24 +53,24 @@ def seeds() -> list[bytes]:
     return made
 
 
-def mutate(data: bytes, draw: random.Random) -> bytes:
+def mutate(data: bytes, rng: random.Random) -> bytes:
     """Return a request with bytes changed, cut, doubled, moved or inserted, often with the right length."""
     head, gap, body = data.partition(b"\r\n\r\n")
-    mutates_body = body and draw.random() < 0.5
+    mutates_body = body and rng.random() < 0.5
     text = bytearray(body if mutates_body else data)
-    for _ in range(draw.choice((1, 1, 2, 4))):
-        at, size = draw.randrange(len(text) + 1), draw.choice((1, 1, 3, 20))
-        match draw.randrange(5):
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at, size = rng.randrange(len(text) + 1), rng.choice((1, 1, 3, 20))
+        match rng.randrange(5):
             case 0:
-                text[at : at + 1] = bytes([draw.randrange(256)])
+                text[at : at + 1] = bytes([rng.randrange(256)])
             case 1:
                 del text[at : at + size]
             case 2:
-                text[at:at] = text[at : at + size] * draw.choice((1, 5))
+                text[at:at] = text[at : at + size] * rng.choice((1, 5))
             case 3:
-                text[at:at] = draw.choice(PIECES)
+                text[at:at] = rng.choice(PIECES)
             case _:
-                other = draw.randrange(len(text) + 1)
+                other = rng.randrange(len(text) + 1)
                 text[at:at] = text[other : other + size]
     if not mutates_body:
         return bytes(text)
@@ -107,9 +107,9 @@ async def statuses_of(port: int, data: bytes) -> list[int]:
 async def test_no_request_makes_the_server_fail(serve: Serve, scale: Scale) -> None:
     num_requests = scale(100, 10_000)
     server = serve("--max-total-tokens", "200", FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="512")
-    draw = random.Random(9)
+    rng = random.Random(9)
     originals = seeds()
-    requests = [mutate(draw.choice(originals), draw) for _ in range(num_requests)]
+    requests = [mutate(rng.choice(originals), rng) for _ in range(num_requests)]
     counts: dict[int, int] = {}
     failed: list[tuple[int, bytes]] = []
 

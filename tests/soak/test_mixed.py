@@ -24,10 +24,10 @@ def resident_bytes(server: ServerProcess) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _prompts(draw: random.Random, count: int) -> list[tuple[str, int]]:
+def _prompts(rng: random.Random, count: int) -> list[tuple[str, int]]:
     """Make prompts, of which several share a prefix, with the number of tokens to request."""
     prefixes = ["", "You are a careful assistant. " * 4, "Once upon a time, " * 10]
-    made = [(draw.choice(prefixes) + f"Tell me about {draw.randrange(10**6)}", draw.randrange(1, 60))
+    made = [(rng.choice(prefixes) + f"Tell me about {rng.randrange(10**6)}", rng.randrange(1, 60))
             for _ in range(count)]  # fmt: skip
     return [*made, (prefixes[2] * 2 + "x", 100)]
 
@@ -38,7 +38,7 @@ class Mixed:
     def __init__(self, server: ServerProcess, prompts: list[tuple[str, int]], seed: int) -> None:
         self.server = server
         self.prompts = prompts
-        self.draw = random.Random(seed)
+        self.rng = random.Random(seed)
         self.alone: dict[str, str] = {}
         self.num_compared = 0
 
@@ -52,12 +52,12 @@ class Mixed:
         """Send requests until a time, or at most `most` requests."""
         while most and time.monotonic() < until_s:
             most -= 1
-            prompt, num_tokens = self.draw.choice(self.prompts)
-            num_choices = self.draw.choice((1, 1, 1, 2, 3))
+            prompt, num_tokens = self.rng.choice(self.prompts)
+            num_choices = self.rng.choice((1, 1, 1, 2, 3))
             body = {"prompt": prompt, "max_tokens": num_tokens, "n": num_choices}
             client = await Streaming.start(self.server.port, body)
-            if self.draw.random() < 0.2:
-                num_events = self.draw.randrange(6)
+            if self.rng.random() < 0.2:
+                num_events = self.rng.randrange(6)
                 if await client.head() == 200:
                     async for _ in client.events():
                         num_events -= 1
@@ -106,14 +106,14 @@ async def test_whatever_fails_every_request_ends_once_and_health_tells_the_truth
     serve: Serve, scale: Scale
 ) -> None:
     server = serve("--max-batch-size", "8", FAKE_MODEL="faulty:3", FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="64")
-    draw = random.Random(4)
+    rng = random.Random(4)
     num_failed = num_whole = 0
 
     async def work() -> None:
         nonlocal num_failed, num_whole
         for _ in range(scale(8, 300)):
-            num_tokens = draw.randrange(1, 60)
-            body = {"prompt": f"{draw.random()}" * draw.randrange(1, 9), "max_tokens": num_tokens, "n": 2}
+            num_tokens = rng.randrange(1, 60)
+            body = {"prompt": f"{rng.random()}" * rng.randrange(1, 9), "max_tokens": num_tokens, "n": 2}
             client = await (await Streaming.start(server.port, body)).finish()
             if client.status == 200 and client.error is None:
                 assert client.is_done

@@ -28,11 +28,11 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serv
     server = serve("--max-concurrent-requests", "1000", FAKE_STEP_S="0.002")
     await ask(server.port, {"prompt": "warm up", "max_tokens": 2})
     before, files_before = await until_idle(server), num_files(server)
-    draw = random.Random(5)
+    rng = random.Random(5)
 
     async def leave_somewhere(delay_s: float, num_events: int, num_choices: int) -> None:
         await asyncio.sleep(delay_s)
-        body = {"prompt": f"{draw.random()}" * 3, "max_tokens": 1000, "n": num_choices}
+        body = {"prompt": f"{rng.random()}" * 3, "max_tokens": 1000, "n": num_choices}
         client = await Streaming.start(server.port, body)
         if num_events:
             await client.head()
@@ -44,7 +44,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serv
 
     await asyncio.gather(
         *(
-            leave_somewhere(draw.uniform(0, seconds), draw.choice((0, 1, 2, 9, 60)), draw.choice((1, 1, 3)))
+            leave_somewhere(rng.uniform(0, seconds), rng.choice((0, 1, 2, 9, 60)), rng.choice((1, 1, 3)))
             for _ in range(num_clients)
         )
     )

@@ -136,7 +136,7 @@ def make(model_type: str, folder: Path) -> None:
     made._attn_implementation = "eager"
     model: transformers.PreTrainedModel = kind(made).eval()
     with torch.no_grad():
-        _draw(model)
+        _randomise(model)
         _spread(model, random_ids(40, seed))
     model.save_pretrained(folder)
     _save_tokenizer(folder)
@@ -223,7 +223,7 @@ def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     return found
 
 
-def _draw(model: transformers.PreTrainedModel) -> None:
+def _randomise(model: transformers.PreTrainedModel) -> None:
     """Set every parameter, and every bias that is a buffer, to a value that affects the logits.
 
     With tied embeddings, a token's own logit is always the largest if its embedding outweighs what the layers

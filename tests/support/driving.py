@@ -124,7 +124,7 @@ def compare(found: Sequence[Job], expected: Sequence[Job], tolerance: float = 2e
             assert mine_logprob == pytest.approx(other_logprob, abs=tolerance)
 
 
-async def draw_over_a_shared_block(
+async def sample_over_a_shared_block(
     runner: Runner, prompt: Sequence[int], sampling: SamplingParams
 ) -> list[list[Sampled | None]]:
     """Run a prompt twice in one step, the second reading the block that the first writes; decode both.
@@ -135,9 +135,9 @@ async def draw_over_a_shared_block(
     starts = [SlotStart(slot, sampling, 0, prompt) for slot in (0, 1)]
     writer = StepRow(0, prompt, 0, [[5, 9]], samples=True)
     reader = StepRow(1, prompt[16:], 16, [[5, 11]], samples=True)
-    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
+    steps = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
     for step in range(1, 4):
         at = len(prompt) + step - 1
         rows = [StepRow(0, None, at, [[5, 9]], samples=True), StepRow(1, None, at, [[5, 11]], samples=True)]
-        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
-    return drawn
+        steps.append((await runner.submit(StepPlan(step, rows))).sampled)
+    return steps

@@ -82,7 +82,7 @@ def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
 
 
 def letters(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
-    """Draw a lower-case letter from all preceding tokens; greedy sampling ignores seed and choice."""
+    """Sample a lower-case letter from all preceding tokens; greedy sampling ignores seed and choice."""
     key = (0, 0) if sampling.temperature == 0 else (sampling.seed, choice)
     return 97 + crc32(repr(key).encode(), crc32(array("q", tokens).tobytes())) % 26
 
@@ -146,7 +146,7 @@ class FakeRunner:
 
     With `is_manual`, a step runs when `run_next` is called. Hooks can be set at any time: `fault(plan)` may
     return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits non-finite, and
-    `next_token` draws.
+    `next_token` samples.
     """
 
     num_blocks: int = 64
@@ -235,7 +235,7 @@ class FakeRunner:
             self._pump_later()
 
     def execute(self, plan: StepPlan, *, is_tainted: bool = False) -> StepResult:
-        """Run a step immediately: slots start, blocks are copied, rows write, then rows read and draw."""
+        """Run a step immediately: slots start, blocks are copied, rows write, then rows read and sample."""
         if self.keeps_plans:
             self.plans.append(plan)
         error = self.fault(plan) if self.fault is not None else None
@@ -353,7 +353,7 @@ class FakeRunner:
         return tokens[len(slot.tokens) :]
 
     def _drafted_row(self, index: int, row: StepRow, is_tainted: bool, result: StepResult) -> None:
-        """Draw the tokens of a row with a `stop`, up to the first that differs from its draft."""
+        """Sample the tokens of a row with a `stop`, up to the first that differs from its draft."""
         slot, guesses = self._slots[row.slot], self._guesses[row.slot]
         result.sampled.append(None)
         if is_tainted:
@@ -366,7 +366,7 @@ class FakeRunner:
         result.num_drafted_rows += bool(guesses)
         for at in range(len(guesses) + 1):
             self._read(row, slot, len(slot.tokens) - 1, len(slot.tokens))
-            sampled = self._draw(slot)
+            sampled = self._sample(slot)
             if at == 0:
                 result.sampled[index] = sampled
             else:
@@ -417,10 +417,10 @@ class FakeRunner:
             slot.num_pooled = end
         if not row.samples or row.pooling is not None:
             return None
-        self._require(end == len(slot.tokens), f"slot {row.slot} draws before its last token")
-        return self._draw(slot)
+        self._require(end == len(slot.tokens), f"slot {row.slot} samples before its last token")
+        return self._sample(slot)
 
-    def _draw(self, slot: _Slot) -> Sampled:
+    def _sample(self, slot: _Slot) -> Sampled:
         sampling = slot.start.sampling
         token = self._next(slot, slot.tokens)
         is_finite = self.is_poisoned is None or not self.is_poisoned(slot.tokens)

@@ -50,10 +50,10 @@ def differences(job: Job, found: Reference) -> np.ndarray:
         for token, (logprob, top) in zip(job.prompt_ids, job.prompt_logprobs, strict=True)
         if logprob is not None  # the first token follows none
     ]
-    for drawn, expected in zip(job.sampled, found.token_ids, strict=True):
-        assert drawn.logprob is not None
-        rows.append([*(drawn.top or ()), (drawn.token_id, drawn.logprob)])
-        if drawn.token_id != expected:
+    for sampled, expected in zip(job.sampled, found.token_ids, strict=True):
+        assert sampled.logprob is not None
+        rows.append([*(sampled.top or ()), (sampled.token_id, sampled.logprob)])
+        if sampled.token_id != expected:
             break
     worst = [
         max(abs(logprob - float(truth[token])) for token, logprob in row)

@@ -166,8 +166,8 @@ def fix_weights(directory: Path) -> None:
         tensors = safetensors.torch.load_file(path)
         generator = np.random.default_rng(5)
         for name in sorted(tensors):
-            drawn = generator.standard_normal(tuple(tensors[name].shape)).astype(np.float32) * 0.15
-            tensors[name] = torch.from_numpy(drawn + (1 if "norm" in name else 0))
+            random = generator.standard_normal(tuple(tensors[name].shape)).astype(np.float32) * 0.15
+            tensors[name] = torch.from_numpy(random + (1 if "norm" in name else 0))
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
 
 

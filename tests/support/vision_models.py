@@ -66,7 +66,7 @@ def make(name: str, folder: Path) -> None:
     kind = getattr(transformers, family.architecture)
     model: Any = kind(_config(family, kind, tokens)).eval()
     with torch.no_grad():
-        _draw(model)
+        _randomise(model)
         _spread(model)
     model.save_pretrained(folder)
     preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
@@ -123,7 +123,7 @@ def _template(family: Family) -> str:
     )
 
 
-def _draw(model: Any) -> None:
+def _randomise(model: Any) -> None:
     """Set every parameter to a value that affects the logits; tied embeddings are small."""
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     size, gain = (0.1, 1.5) if is_tied else (0.3, 1.2)

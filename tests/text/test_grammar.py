@@ -51,7 +51,7 @@ def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool
 
 
 def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
-    """Draw allowed tokens at random until the text ends, which it must within `limit`."""
+    """Sample allowed tokens until the text ends, which it must within `limit`."""
     matcher = compiler.compile(source).matcher()
     data = bytearray()
     while not matcher.is_ended:

@@ -238,11 +238,11 @@ def test_a_damaged_sentencepiece_model_is_read_or_refused(
     trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = trained("llama").read_bytes()
-    draw = random.Random(7)
+    rng = random.Random(7)
     for _ in range(60):
-        damaged = bytearray(data[: draw.choice([len(data), draw.randrange(len(data))])])
-        for _ in range(draw.choice([1, 4, 100])):
-            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        damaged = bytearray(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        for _ in range(rng.choice([1, 4, 100])):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         folder = checkpoint(tmp_path, "llama", tokenizer_model=bytes(damaged))
         with contextlib.suppress(ModelLoadError):
             Tokenizer.from_directory(folder).encode("Hello wörld", add_special_tokens=True)

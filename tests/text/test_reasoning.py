@@ -40,7 +40,7 @@ def test_each_style_is_split_off_and_its_prompts_are_known(name: str) -> None:
     assert style_of("nothing", name) is style
 
 
-def test_an_operator_may_leave_reasoning_in_the_text() -> None:
+def test_an_administrator_may_leave_reasoning_in_the_text() -> None:
     assert style_of("</think>", "none") is None
 
 

@@ -215,9 +215,7 @@ def test_reasoning_is_split_off(text: str, is_open: bool, pieces: list[Piece], s
 
 @names
 @pytest.mark.parametrize("seed", range(4))
-def test_arguments_drawn_at_random_are_valid_for_their_schema(
-    compiler: GrammarCompiler, name: str, seed: int
-) -> None:
+def test_random_arguments_are_valid_for_their_schema(compiler: GrammarCompiler, name: str, seed: int) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
     is_strict = name not in LOOSE
@@ -278,7 +276,7 @@ def test_a_template_shows_its_format(template: str, name: str) -> None:
     assert choose_format(template, "mistral").name == "mistral"
 
 
-def test_operators_may_name_every_format() -> None:
+def test_administrators_may_name_every_format() -> None:
     choices = {spec.name: spec.metadata["choices"] for spec in dataclasses.fields(Settings)}
     assert choices["tool_format"] == ("auto", *FORMATS, harmony.NAME)
     assert choices["reasoning_format"] == ("auto", "none", *(style.name for style in STYLES))

@@ -237,7 +237,7 @@ class ChoiceReader:
 
 
 def _chosen(name: str) -> str | None:
-    """Return the format that the operator chose, or None if the template decides."""
+    """Return the format that the administrator chose, or None if the template decides."""
     return None if name == "auto" else name
 
 

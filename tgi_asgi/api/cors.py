@@ -1,7 +1,7 @@
 """Cross-origin requests: preflights, and the headers that let a browser read an answer.
 
-Off unless the operator configures origins. `app.py` checks this before routing, because a preflight has no
-key.
+Off unless the administrator configures origins. `app.py` checks this before routing, because a preflight has
+no key.
 """
 
 from __future__ import annotations

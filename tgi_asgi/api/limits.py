@@ -1,4 +1,4 @@
-"""How much one request may ask for: TGI's and OpenAI's limits, the operator's, and the context length."""
+"""How much one request may ask for: TGI's and OpenAI's limits, the administrator's, the context length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TGI_TESTED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of one API's requests: TGI's or OpenAI's by default, overridden by the operator."""
+    """The bounds of one API's requests: TGI's or OpenAI's by default, overridden by the administrator."""
 
     best_of: int
     stops: int

@@ -30,7 +30,7 @@ class Access(enum.Enum):
 
     OPEN = "open"  # anyone: orchestrators and Prometheus send no key
     KEY = "key"
-    ADMIN = "admin"  # always requires the operator's admin key
+    ADMIN = "admin"  # always requires the administrator's admin key
 
 
 @dataclass(frozen=True, slots=True)

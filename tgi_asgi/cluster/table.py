@@ -127,7 +127,7 @@ class ReplicaTable:
         ticket = table.send(order[0], digests, len(prompt_ids))
 
     Args:
-        draw: Function that samples a sequence like `random.sample`; replaced in tests.
+        sample: Function that samples a sequence like `random.sample`; replaced in tests.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class ReplicaTable:
         block_size: int,
         *,
         clock: Callable[[], float] = time.monotonic,
-        draw: Callable[[Sequence[KnownReplica], int], list[KnownReplica]] = random.sample,
+        sample: Callable[[Sequence[KnownReplica], int], list[KnownReplica]] = random.sample,
     ) -> None:
         self.replicas: dict[str, KnownReplica] = {}
         self._block_size = block_size
         self._clock = clock
-        self._draw = draw
+        self._sample = sample
 
     def update(self, report: Report) -> None:
         """Apply a report; the first report of a replica adds it."""
@@ -178,7 +178,7 @@ class ReplicaTable:
         if not able:
             return []
         held = {each.name: each.num_held(digests) for each in able}
-        able = self._draw(able, len(able))  # shuffled, so that older replicas do not come first
+        able = self._sample(able, len(able))  # shuffled, so that older replicas do not come first
         best = max(able, key=lambda each: held[each.name])
         others = [each for each in able if each is not best]
         compared = [best, *others[:2]]

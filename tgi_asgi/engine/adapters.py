@@ -53,7 +53,7 @@ class _Entry:
         is_queued: Whether it waits for its turn to be read for the first time.
         num_users: Number of leases.
         used: Turn number of its last lease; turn numbers only grow.
-        failed_s: When loading last failed for a reason of its own.
+        failed_s: When loading last failed, except for lack of room.
         failure: Why the last attempt to read it failed.
     """
 
@@ -121,7 +121,7 @@ class Adapters:
         self._taken = frozenset(taken)
         self._clock = clock
         self._entries = {source.name: _Entry(source) for source in sources}
-        self._nameless: set[_Entry] = set()  # in memory or being read: about to replace another, or to leave
+        self._nameless: set[_Entry] = set()  # will replace another once read, or leave once unused
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = itertools.count(1)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tgi-adapters")
@@ -355,7 +355,7 @@ class Adapters:
 
 
 def _check(entry: _Entry) -> None:
-    """Raise the reason why an adapter could not be read, if any; this one is for the operator."""
+    """Raise the reason why an adapter could not be read, if any; this one is for the administrator."""
     if isinstance(entry.failure, ModelLoadError):
         message = f"The adapter '{entry.source.name}' cannot be served: {entry.failure.message}"
         raise InvalidRequest(message, param="lora_path")

@@ -8,7 +8,7 @@ _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration rev
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
 _SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
-_AVERAGED_STEPS = 8  # of one size; learning from each would take 17 us and teach little
+_AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and each teaches little
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
 _PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
 
@@ -50,7 +50,7 @@ class TokenBudget:
         self._size = (0, 0)  # of the last step: decode rows, prompt tokens
         self._pending_s: list[float] = []  # durations of steps of that size that are not learnt from yet
         self._num_pending_drafts = 0
-        self._num_due = 1
+        self._num_due = 1  # steps of this size to average before learning
         self._num_steps = 0
 
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:

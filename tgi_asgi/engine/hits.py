@@ -94,7 +94,7 @@ def _key(sequence: Sequence, group: int, index: int) -> bytes:
 
 
 def _resumable(needs: BlockNeeds, find: Callable[[int, int], int | None], end: int) -> int:
-    """Return how many blocks, up to `end`, can be followed by a token whose windows are all covered."""
+    """Return the most blocks, up to `end`, after which the next token finds all blocks that it reads."""
     known = [end] * len(needs.windows)  # all of a group's blocks in [known, end) are found
     before = -1
     while end != before:

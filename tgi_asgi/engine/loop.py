@@ -105,7 +105,7 @@ class ServingLoop:
         self._open: set[RequestChannel] = set()
         self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
         self._num_arrived = 0
-        self._yield_at = 0.0
+        self._yield_at = 0.0  # when delivery must next let the event loop run
         self._flush_by: float | None = None  # when the tokens waiting in `_touched` must leave
         self._last_done_s = 0.0
 

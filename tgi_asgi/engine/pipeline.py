@@ -13,8 +13,8 @@ from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
 
 log = logging.getLogger(__name__)
 
-_DEPTH = 2
-_GRACE_S = 1.0  # a process that was suspended finds its step late, but not hung
+_DEPTH = 2  # steps that the runner has at a time
+_GRACE_S = 1.0  # given to a late step: it may be late because the process was suspended
 
 
 class Flight:

@@ -93,7 +93,7 @@ class Recovery:
                 if again is None:
                     continue
                 if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
-                    self._scheduler.rollback(again)  # an image, which cannot be cut
+                    self._scheduler.rollback(again)  # no smaller: its image cannot be cut
                     for _, sequence in again.live():
                         self._host.fail_request(sequence, "there is no memory for an image", error)
                     continue

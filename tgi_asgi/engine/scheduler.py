@@ -341,7 +341,7 @@ class Scheduler:
         plan = step.plan
         if sequence.starts_slot:
             self._start_slot(plan, sequence)
-        for block, table in zip(sequence.copy_sources, sequence.tables, strict=False):  # none, or one of each
+        for block, table in zip(sequence.copy_sources, sequence.tables, strict=False):  # 0, or 1 per table
             plan.copies.append((block, table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
@@ -368,7 +368,7 @@ class Scheduler:
         sequence.starts_slot = False
 
     def _end_prefills(self, step: Step) -> None:
-        """Let sequences that sample decode from the next step on; queue the choices they held back."""
+        """End the prefill of sequences that this step samples for; queue the choices that waited for it."""
         for index in range(step.num_decode_rows, len(step.sequences)):
             if step.plan.rows[index].samples:
                 sequence = step.sequences[index]

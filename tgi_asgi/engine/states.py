@@ -35,7 +35,7 @@ class HeldStates:
     """A running sequence's use of kept states; the places that it holds are not reused."""
 
     resumes: int | None = None  # the place that its first row resumes from, until that row is computed
-    keep_at: tuple[int, ...] = ()  # positions, ascending
+    keep_at: tuple[int, ...] = ()  # positions at which to keep a state, ascending
     for_choices: int | None = None  # place before the prompt's last token, for other choices
     num_forks: int = 0  # number of choices that have resumed from there
     answer: int | None = None  # the place of the state that it keeps while it decodes
@@ -90,7 +90,7 @@ class KeptStates:
         sequence.states.resumes = place
 
     def fork(self, sequence: Sequence, leader: Sequence) -> None:
-        """Start a further choice before the prompt's last token; the last one releases the state there."""
+        """Start a further choice before the prompt's last token; the last choice releases the state there."""
         held = leader.states
         assert held.for_choices is not None
         self.resume(sequence, held.for_choices)
@@ -100,7 +100,10 @@ class KeptStates:
             held.for_choices = None
 
     def plan_row(self, keeps: list[Keep], row: StepRow, sequence: Sequence) -> None:
-        """Plan the states that a row of known tokens resumes from and keeps; `keeps` is its step's."""
+        """Plan the states that a row of known tokens resumes from and keeps.
+
+        The latter are added to `keeps`, the list of the row's step.
+        """
         held, end = sequence.states, row.start + row.num_tokens
         planned: list[tuple[int, int]] = []
         for position in held.keep_at:

@@ -20,12 +20,12 @@ class Step:
 
     def __init__(self, step_id: int) -> None:
         self.plan = StepPlan(step_id, [])
-        self.pending_images: list[PendingImage] = []  # images that it encodes
-        self.keeps: list[Keep] = []  # states that it keeps
+        self.pending_images: list[PendingImage] = []  # images that the step encodes
+        self.keeps: list[Keep] = []  # states that the step keeps
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
         self.num_decode_rows = 0
-        self.num_generated_rows = 0  # these, and the rows that recompute sampled tokens
+        self.num_generated_rows = 0  # decode rows, and rows that recompute sampled tokens
         self.num_prefill_tokens = 0
 
     def live(self) -> list[tuple[int, Sequence]]:
@@ -71,10 +71,10 @@ def _apply_drafted(
 ) -> None:
     """Apply the tokens of a row with a `stop`; there may be none if its sequence has ended."""
     first, draft_samples = result.sampled[index], result.draft_samples.get(index, [])
-    drawn = [] if first is None else [first, *draft_samples]
+    samples = [] if first is None else [first, *draft_samples]
     sequence.num_pending -= 1
-    settle_row(row, sequence, len(drawn))
-    for at, sampled in enumerate(drawn):
+    settle_row(row, sequence, len(samples))
+    for at, sampled in enumerate(samples):
         if sampled.is_finite and _append(sequence, sampled.token_id):
             del draft_samples[at:]
             break

@@ -179,7 +179,7 @@ class BlockTables:
         """
         if not self._windowed:
             return self.blocks_for(len(sequence.token_ids)) * self.block_size
-        num_entries = len(sequence.tables[self._windowed[0]])  # of each windowed group
+        num_entries = len(sequence.tables[self._windowed[0]])  # in the table of each windowed group
         num_freed, needs = sequence.num_freed, self.needs
         max_entries = min(num_freed[group] + needs.max_held(group, end) for group in self._windowed)
         count = min(self.blocks_for(end), max_entries) - num_entries

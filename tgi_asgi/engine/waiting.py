@@ -1,8 +1,7 @@
 """The waiting queue: the next free slot goes to the most urgent sequence of the tenant that runs the fewest.
 
 Called only by the scheduler; knows neither torch nor asyncio. A tenant is the client that a request is
-counted against (an API key). Without keys there is one tenant, and only urgency
-decides.
+counted against (an API key). Without keys there is one tenant, and only urgency decides.
 """
 
 from __future__ import annotations

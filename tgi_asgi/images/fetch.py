@@ -64,7 +64,7 @@ class _Target:
 
 
 class Fetcher:
-    """A client that fetches from public servers, or only from an operator's list of hosts.
+    """A client that fetches from public servers, or only from an administrator's list of hosts.
 
     Args:
         allowed_hosts: Lower-case host names; empty: any host.
@@ -105,7 +105,7 @@ class Fetcher:
         _refuse(param, f"its URL redirects more than {MAX_REDIRECTS} times")
 
     def allows_host_of(self, url: str) -> bool:
-        """Return whether a URL's host is on the operator's list."""
+        """Return whether a URL's host is on the administrator's list."""
         try:
             return bool(self._allowed_hosts) and bool(self._target(url, ""))
         except InvalidRequest:

@@ -53,7 +53,7 @@ class RopeScaling:
     # file
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
-    is_override: bool = False  # set by the operator; then a GGUF file's tensors for it are ignored
+    is_override: bool = False  # set by the administrator; then a GGUF file's tensors for it are ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class ModelConfig:
     logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: no cap
     has_head: bool = True  # False: the model has no head, and the embedding is used as one
     num_labels: int = 0  # labels of a classifier, whose head has a row per label; 0: not a classifier
-    cut: ModelCut | None = None  # the part that this process computes; None: all
+    cut: ModelCut | None = None  # the part that this shard computes; None: all
 
     @property
     def generates(self) -> bool:

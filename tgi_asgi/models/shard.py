@@ -1,4 +1,4 @@
-"""Cuts a model into shards: attention heads, MLP columns and vocabulary ids per rank. Without torch.
+"""Cuts a model into shards: the attention heads, MLP columns and vocabulary ids of each. Without torch.
 
     9 query heads, 3 KV heads, two shards       queries 0..5 with KV heads 0 and 1 | 6..8 with 2
     2 KV heads for 8 query heads, four shards   queries 0, 1 with KV head 0 | 2, 3 with 0 | 4, 5 with 1 | ...
@@ -24,7 +24,7 @@ class ModelCut:
     """One shard's part of a model.
 
     Attributes:
-        rank, count: The shard's rank, and the number of shards.
+        rank, count: The shard's number, and how many there are.
         heads, kv_heads: Query heads, and the KV heads that they read.
         inner: Columns between an MLP's products.
         vocab_ids: Vocabulary ids.

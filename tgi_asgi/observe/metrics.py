@@ -188,7 +188,7 @@ class Metrics:
             self._request_succeeded(summary)
 
     def _used(self, key: str, summary: RequestSummary) -> None:
-        """Count what a request of an API key used; the operator names the keys, so they are few."""
+        """Count what a request of an API key used; the administrator names the keys, so they are few."""
         if key not in self._usage:
             add = self._registry.counter
             self._usage[key] = (

@@ -72,7 +72,7 @@ class RequestSummary:
 
 def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:
     """Return the TGI headers of a stream; `characters` is the length of the prompt's text."""
-    # The operator's COMPUTE_TYPE, otherwise TGI's `{shards}-{device}`.
+    # The administrator's COMPUTE_TYPE, otherwise TGI's `{shards}-{device}`.
     compute_type = exchange.context.settings.compute_type or f"{info.num_shards}-{info.device}"
     return [
         (b"x-compute-type", compute_type.encode("latin-1", "replace")),

@@ -38,7 +38,7 @@ class Target:
     weight: AdaptableWeight
     start: int
     stop: int
-    order: Order | None = None  # row of an adapter's matrix for each of these; None: the same order
+    order: Order | None = None  # for each of these rows, its row in an adapter's `up`; None: the same order
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A packed matrix, and the row of its weight for each of its own rows (-1: none)."""
+    """A packed matrix, and the row of its weight for each of its own rows (-1: padding)."""
 
     part: PackedLinear
     order: Order
@@ -91,7 +91,7 @@ class AdapterLayout:
             self._of_weight[id(target.weight)] = range(first, first + len(products))
             self._products += products
             for each in products:
-                # The targets of one product are its matrices: three at most.
+                # A product has up to three targets (q, k and v), each with up to `max_rank` inner values.
                 sizes.append((each.columns, each.part.matrix.num_stored_rows, 3 * max_rank))
         self._of_part = {id(each.part): index for index, each in enumerate(self._products)}
         self.native = _C.AdapterLayout(sizes)
@@ -188,7 +188,7 @@ def _shifted(
 def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[Any, ...] | None:
     """Return the extension's arguments for one product of an adapter; None if nothing changes the product."""
     panels = product.order.reshape(-1, layout.PANEL)
-    inner = np.zeros((len(panels), 2), np.int64)  # a panel's first inner value, and their number
+    inner = np.zeros((len(panels), 2), np.int64)  # per panel: its first inner value, and how many it has
     starts = np.zeros(len(panels), np.int64)  # where a panel's rows are in `ups`
     downs: list[_Bits] = []
     ups: list[_Bits] = []

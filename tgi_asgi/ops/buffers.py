@@ -84,7 +84,7 @@ class Buffers:
         self._acquired: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
 
     def assign(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """Assign a value a buffer of this kind, for one of its forms, until `free`."""
+        """Assign a value a buffer for one of its forms (rows, query, routing, a precision), until `free`."""
         buffer = self.acquire(kind, make)
         self._assigned[value.root, form] = (self._acquired.pop(id(buffer)), buffer)
         return buffer

@@ -94,11 +94,11 @@ class Qkv(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LatentQkv(Call):
-    """out = the queries, both parts, the second rotated; the rows' latents go to the cache."""
+    """out = each head's columns of `absorbed` and rotated columns of `rotary`; latents go to the cache."""
 
     absorbed: Value
     rotary: Value
-    rotary_column: int  # first column of the second part in its rows
+    rotary_column: int  # first column of the queries in `rotary`
     latents: Value
     norm: NormWeight
     rope: RopeTable

@@ -46,7 +46,7 @@ class CpuCalls:
         inputs: Values that no call computes.
         outputs: Values that are needed after the last call.
         adapters: Adapters that may change the program's products.
-        shard: The program's shard; None: not sharded.
+        shard: The program's shard; None: the model is not split.
 
     Attributes:
         buffers: The values' buffers.
@@ -376,7 +376,7 @@ class CpuCalls:
         return query
 
     def _end_cache_writes(self, index: int) -> None:
-        """Declare what the rest of a step reads of its tokens, so that it can go on with sampled rows."""
+        """Declare what the rest of a step reads, so that only tokens that need logits continue."""
         alive = self._liveness.alive_after(index)
         can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.ROUTING) for value in alive)
         kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]

@@ -24,7 +24,7 @@ class CpuProgram:
     """Runs steps of a recorded model on the team of threads.
 
         program = CpuProgram(recorder, max_tokens=4224, max_sequences=128, max_rows=128, max_context=8192)
-        result = program.draw(batch, rows, slots, state)
+        result = program.run_and_sample(batch, rows, slots, state)
 
     It is built for the kernel set in use and at most the team's current number of threads.
 
@@ -35,7 +35,7 @@ class CpuProgram:
         inputs: Values that no call computes; `write` sets them.
         outputs: Values that `read` can return, in addition to the residual.
         adapters: Adapters that rows of a step may use.
-        shard: Which of several shards it is, if the model's weights are a shard's.
+        shard: The shard that it computes, if the model is split.
 
     Attributes:
         native: The extension's program, which `StepQueue` runs without Python.
@@ -98,7 +98,7 @@ class CpuProgram:
         """
         return torch.from_numpy(self.native.run(batch, list(rows)))
 
-    def draw(
+    def run_and_sample(
         self,
         batch: _C.FlatRows,
         rows: Sequence[int],
@@ -115,10 +115,10 @@ class CpuProgram:
         Raises:
             ValueError: as for `run` and `sample`. Nothing has been computed then.
         """
-        return SampleResult.of(self.native.draw(batch, rows, slots, state.arrays, mask, drafts))
+        return SampleResult.of(self.native.run_and_sample(batch, rows, slots, state.arrays, mask, drafts))
 
     def profile(self, batch: _C.FlatRows, rows: Sequence[int]) -> list[float]:
-        """Compute a step as `draw` does; return the seconds that each kernel call took."""
+        """Compute a step as `run_and_sample` does; return the seconds that each kernel call took."""
         return self.native.profile(batch, rows)
 
     def run_head(self, rows: Sequence[int]) -> Tensor:

@@ -108,7 +108,7 @@ class CudaProgram:
         dtype: Dtype of activations and weights, bfloat16 or float16; the residual and logits are float32.
         is_batch_invariant: Whether a token's results have the same bits whatever else is in the step.
         prompt_attention: Implementation of prompt attention, for the layers that it supports.
-        shard: Which of several devices this is, each computing the same steps with its part of the weights.
+        shard: The shard that it computes, if the model is split.
         adapters: Adapters that tokens of a step may have.
     """
 
@@ -133,7 +133,7 @@ class CudaProgram:
         self._dtype, self._device = dtype, device
         self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
         self._flashinfer: FlashInfer | None = None  # created by the first layer that uses it
-        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers of one plan share
+        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers with one plan share
         self._launches = LaunchList(_SIZES, _INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)

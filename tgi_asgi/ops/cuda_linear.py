@@ -19,13 +19,13 @@ MAX_CODED_TOKENS = 32
 
 
 class CudaLinear(Protocol):
-    """`a @ W.T (+ bias)` of the first rows of a [max_rows, columns]; the size `count` is their number."""
+    """A product `a @ W.T (+ bias)` of the first `count` rows of a [max_rows, columns]."""
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product to out [max_rows, rows], of a's dtype or float32."""
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
-        """Add the product to x [max_rows, rows] float32; `product`, like x in a's dtype, is scratch space."""
+        """Add the product to x [max_rows, rows] float32; `product` is scratch, of x's shape and a's dtype."""
 
 
 class Scratch:

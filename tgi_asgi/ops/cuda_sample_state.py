@@ -27,7 +27,7 @@ class CudaSampleState:
 
         state = CudaSampleState(num_slots=128, vocab_size=49152, device=torch.device("cuda"))
         state.start(3, SamplingParams(temperature=0.7, seed=1), choice=0, prompt_ids=[1, 2, 3])
-        state.draw(logits, slots, None, None, result)
+        state.sample(logits, slots, None, None, result)
 
     All arrays keep their addresses, so that sampling can be part of a CUDA graph.
 
@@ -81,7 +81,7 @@ class CudaSampleState:
         """Return the largest number of top log-probabilities that any of these slots wants."""
         return int(self._host.records["num_top"][list(slots)].max(initial=0))
 
-    def draw(
+    def sample(
         self,
         logits: Tensor,
         slots: Tensor,

@@ -45,10 +45,10 @@ def sample(
     """Sample one token for each row of logits [n_rows, vocab] float32, with the parameters of its slot.
 
     In order: penalties (repetition, frequency, presence), bias, masked ids, `mask`, temperature, top-k, top-p
-    over the renormalised top-k set, min-p, typical-p, draw. Cut-offs keep all tied tokens. The draw is
-    Gumbel-max (in the equivalent form of a race of exponentials) with Philox4x32-10, key (seed, choice),
-    counter (position, token id), so it does not depend on the rest of the batch. Temperature 0 is the argmax
-    after the masks, lowest id on ties.
+    over the renormalised top-k set, min-p, typical-p. Cut-offs keep all tied tokens. Then the token is
+    sampled by Gumbel-max (in the equivalent form of a race of exponentials) with Philox4x32-10, key (seed,
+    choice), counter (position, token id), so it does not depend on the rest of the batch. Temperature 0 is
+    the argmax after the masks, lowest id on ties.
 
     Depending on the slot's mode, log-probabilities describe the softmax of the raw logits or the distribution
     that was sampled from (for greedy: the softmax after penalties, bias and masks). Ids outside that

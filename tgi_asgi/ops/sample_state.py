@@ -26,8 +26,8 @@ SLOT = np.dtype(
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("seed", np.uint64),
-        ("position", np.int64),  # of the next token to be sampled; the counter of the draw
-        ("masked_until", np.int64),  # the masked ids cannot be drawn at positions below this one
+        ("position", np.int64),  # of the next token to be sampled; the counter of its random number
+        ("masked_until", np.int64),  # the masked ids cannot be sampled at positions below this one
         ("choice", np.int32),
         ("last_id", np.int32),  # sampled last
         ("num_biased", np.int32),

@@ -1,4 +1,4 @@
-"""CPU tensor parallelism: several processes compute a model's steps, each with some heads and columns.
+"""CPU tensor parallelism: several shards compute a model's steps, each with some heads and columns.
 
 `linear` and `linear_add` sum over the shards' columns for weights that are marked partial
 (`LinearWeight.is_partial`), and so does `embed`, since a shard has only some rows of its table.
@@ -18,7 +18,7 @@ class Shard:
     """A program's place among the shards.
 
     Attributes:
-        group: The memory that all shards share; its first member leads, the others `follow`.
+        group: The memory that all shards share; shard 0 leads, the others `follow`.
         first_vocab_id: First vocabulary id that this shard has.
     """
 
@@ -51,7 +51,7 @@ class ShardMemory:
         return fd
 
     def open(self, fd: int, rank: int) -> _C.ShardGroup:
-        """Map the memory."""
+        """Map the memory as the shard of this rank."""
         return _C.ShardGroup(fd=fd, rank=rank, shape=self._shape())
 
     def _shape(self) -> _C.ShardShape:

@@ -39,7 +39,7 @@ def configure_threads(
     so they are switched off for the process.
 
     Args:
-        num_shards: Number of processes that share the cores, each with as many threads. This one has the
+        num_shards: Number of shards that share the cores, each with as many threads. This one has the
             first cores.
     """
     count = num_threads or max(_C.default_num_threads() // num_shards, 1)
@@ -53,9 +53,9 @@ def configure_threads(
 
 
 def use_share_of_cores(rank: int, num_shards: int) -> int:
-    """Restrict this process, one of several, to its own cores; return their number.
+    """Restrict this shard, one of several, to its own cores; return their number.
 
-    With fewer cores than processes, it stays on all of them.
+    With fewer cores than shards, it stays on all of them.
     """
     cores = _C.usable_cores()
     each = len(cores) // num_shards
@@ -84,5 +84,5 @@ def keep_threads_awake() -> Iterator[None]:
 
 
 def join_threads() -> None:
-    """Make the calling thread member 0 for good (its core, its nice value); for the runner's own thread."""
+    """Make the runner's thread, which calls this, member 0 for good, with its core and nice value."""
     _C.join_team()

@@ -47,7 +47,7 @@ class OnCpu:
     """A `Placement` of a model on this machine's CPU, made before its weights are read.
 
     Args:
-        longest: Maximum number of tokens in a sequence, as far as the model goes.
+        longest: Maximum number of tokens in a sequence that the model supports.
         free: Bytes of memory that are free now.
 
     Raises:
@@ -199,7 +199,7 @@ class _MemoryBudget:
     """How the free memory is divided."""
 
     cache: KvSize
-    batch: int  # sequences whose states fit
+    batch: int  # sequences that run at once: those whose recurrent states fit
     num_kept_states: int  # states of sequences that have ended
     adapter_bytes: int
 

@@ -42,10 +42,10 @@ from tgi_asgi.types import Bidirectional
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens per step: a GPU computes products of about 200 tokens in the time it needs to read the
-# weights.
+# Least number of prompt tokens in a step: a GPU computes products of about 200 tokens in the time that it
+# needs to read the weights.
 MIN_CHUNK = 512
-MAX_TOP = 20  # the limit of OpenAI's API
+MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI's API
 
 
 @dataclass(slots=True)
@@ -54,10 +54,10 @@ class _Launched:
 
     result: StepResult  # complete except for the sampled tokens
     event: Event
-    drawn: SampleResult | None  # the host's copy, valid once `event` has passed
+    samples: SampleResult | None  # the host's copy, valid once `event` has passed
     sampling: list[int]  # plan rows that sample
-    places: list[int]  # row of `drawn` of each
-    slots: list[int]
+    places: list[int]  # for each of these, its row in `samples`
+    slots: list[int]  # their slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class CudaRunner:
         prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
         has_dependent_launches: Whether a kernel may begin before the previous one has ended.
         max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
-        shards: The processes that have the rest of the model.
+        shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
 
     Attributes:
@@ -138,7 +138,7 @@ class CudaRunner:
             CudaTypes(
                 dtype, kv_dtype, kv_scales, is_batch_invariant, prompt_attention, has_dependent_launches
             ),
-            last_ids=self._sampler.state.last_ids, draw=self._draw,
+            last_ids=self._sampler.state.last_ids, sample=self._sample,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
         )  # fmt: skip
         self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
@@ -205,7 +205,7 @@ class CudaRunner:
         return nullcontext() if self._shards is None else self._shards.together(message, data)
 
     def _fail_to_prepare(self, reason: str) -> None:
-        """Fail the start; otherwise the launcher could wait forever for a process that has ended."""
+        """Fail the start; otherwise the launcher could wait forever for a shard that has ended."""
         with suppress(InvalidStateError):  # it has already ended
             self._prepared.set_exception(ModelLoadError(reason))
 
@@ -259,12 +259,12 @@ class CudaRunner:
             graphs.forward()
         self._score(plan, result)
         self._start_grammars(plan, had_grammars)
-        drawn = None
+        samples = None
         if slots:
             self._sampler.upload_masks(slots, staging.sampling)
-            graphs.draw()
-            drawn = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
-        return _Launched(result, self._device.record(), drawn, sampling, places, slots)
+            graphs.sample()
+            samples = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
+        return _Launched(result, self._device.record(), samples, sampling, places, slots)
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
@@ -297,7 +297,7 @@ class CudaRunner:
         padded = None if is_scored else self._steps.padded(num_decodes, [length for length, _ in lens])
         if padded is not None:
             shape = replace(padded, num_columns=columns)
-            gap = shape.num_decodes - num_decodes  # after the last decoding sequence
+            gap = shape.num_decodes - num_decodes  # padding after the last decoding sequence
             slots = [row.slot if row.samples else -1 for row in rows]
             row_slots = [*slots[:num_decodes], *[-1] * gap, *slots[num_decodes:]]
             last = [stop - 1 for stop in stops[1:]]
@@ -353,8 +353,8 @@ class CudaRunner:
             self._steps.head(rows)
         return self._steps.program.logits[: len(rows)]
 
-    def _draw(self, buffers: StepBuffers) -> None:
-        self._sampler.draw(self._steps.program.logits, buffers)
+    def _sample(self, buffers: StepBuffers) -> None:
+        self._sampler.sample(self._steps.program.logits, buffers)
 
     # The waiter's thread.
 
@@ -373,12 +373,12 @@ class CudaRunner:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
-            if launched.drawn is not None:
-                rows: list[Sampled] = unpack(launched.drawn)
-                drawn = [rows[place] for place in launched.places]
-                self._sampler.accept(launched.slots, drawn)
-                for index, sampled in zip(launched.sampling, drawn, strict=True):
-                    launched.result.sampled[index] = sampled
+            if launched.samples is not None:
+                rows: list[Sampled] = unpack(launched.samples)
+                sampled = [rows[place] for place in launched.places]
+                self._sampler.accept(launched.slots, sampled)
+                for index, each in zip(launched.sampling, sampled, strict=True):
+                    launched.result.sampled[index] = each
         except Exception as error:
             logger.exception("step %s failed", job.plan.step_id)
             return self._describe(error)

@@ -35,7 +35,7 @@ class Device(Protocol):
     device: torch.device
 
     def __init__(self, index: int) -> None:
-        """Use the device of this index, which is the rank of its process."""
+        """Use the device of this index, which is the rank of its shard."""
 
     @staticmethod
     def count() -> int:

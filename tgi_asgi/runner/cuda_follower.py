@@ -1,4 +1,4 @@
-"""A GPU that is a shard other than the first: loads its part and makes the launches that rank 0 requests."""
+"""A shard on a GPU other than shard 0: loads its part and makes the launches that shard 0 requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgi_asgi.runner.jobs import MAX_IN_FLIGHT
 
 
 class Follower:
-    """Loads its part on construction; `run` computes until rank 0 stops it.
+    """Loads its part on construction; `run` computes until shard 0 stops it.
 
     Raises:
         ModelLoadError: if a tensor is missing or does not fit.
@@ -41,7 +41,7 @@ class Follower:
             self._types = replace(job.types, kv_scales=cuda_load.kv_scales_of(opened, settings))
 
     def run(self) -> None:
-        """Do what rank 0 does, until it sends the end."""
+        """Do what shard 0 does, until it sends the end."""
         job, device, connection = self._job, self._device, self._connection
         shard = job.join(device.device)
         steps = CudaSteps(self._model, device, job.limits, self._types, shard=shard)

@@ -55,7 +55,7 @@ SUPPORTED_NEEDS = frozenset(
 )  # the special needs that the GPU kernels support
 _MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
-_SHARE = 0.92  # of the memory free after a step of the largest size; graphs and fragmentation use the rest
+_SHARE = 0.92  # the cache's, of memory free after the largest step; graphs and fragmentation use the rest
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -255,7 +255,7 @@ def make_shards(
     files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, dtype: torch.dtype,
     max_total_tokens: int,
 ) -> CudaShards:  # fmt: skip
-    """Start the processes of the other devices, which begin to load their parts.
+    """Start the other shards, which begin to load their parts.
 
     Raises:
         ModelLoadError: if the kernels cannot compute a part.
@@ -279,7 +279,7 @@ def make_runner(
 
     Args:
         kv_scales: Scales of keys and of values per layer, for an FP8 cache.
-        shards: The processes that have the model's other parts.
+        shards: The other shards, if the model is split.
         adapters: The adapters that requests may name, with their slots on the device.
 
     Raises:

@@ -32,13 +32,13 @@ class SampleStaging:
 class CudaSampler:
     """The sampling state, grammars and buffers of all slots.
 
-        sampler.start(start)                             # for each slot start of a step
-        rows = sampler.mask_rows(row_slots)              # goes up with the step's inputs
-        sampler.start_grammar(start)                     # once the steps before are done
+        sampler.start(start)                               # for each slot start of a step
+        rows = sampler.mask_rows(row_slots)                # goes up with the step's inputs
+        sampler.start_grammar(start)                       # once the steps before are done
         sampler.upload_masks(slots, staging)
-        sampler.draw(logits, buffers)                    # or its graph
-        drawn = sampler.fetch(slots, num_rows, staging)  # valid once the device has got so far
-        sampler.accept(slots, drawn)                     # on the thread that waited for it
+        sampler.sample(logits, buffers)                    # or its graph
+        samples = sampler.fetch(slots, num_rows, staging)  # valid once the device has got so far
+        sampler.accept(slots, unpack(samples))             # on the thread that waited for it
 
     Args:
         max_top: Maximum number of log-probabilities that a slot can request besides its token's.
@@ -106,11 +106,11 @@ class CudaSampler:
             self._grammars.fill(bound, masks.numpy())
             self._masks[: len(bound)].copy_(masks, non_blocking=True)
 
-    def draw(self, logits: Tensor, buffers: StepBuffers) -> None:
+    def sample(self, logits: Tensor, buffers: StepBuffers) -> None:
         """Sample a token for each row of logits; capturable, as it uses fixed buffers and never waits."""
         num_rows = buffers.shape.num_rows
-        drawn = view_result(self._results, num_rows, self._max_top)
-        self.state.draw(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, drawn)
+        results = view_result(self._results, num_rows, self._max_top)
+        self.state.sample(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, results)
 
     def fetch(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> SampleResult:
         """Begin to copy the last results to the host, without the top entries if no slot wants them."""
@@ -119,9 +119,9 @@ class CudaSampler:
         staging.results[:count].copy_(self._results[:count], non_blocking=True)
         return view_result(staging.results, num_rows, max_top)
 
-    def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
+    def accept(self, slots: Iterable[int], sampled: Iterable[Sampled]) -> None:
         """Advance grammars by the sampled tokens, and mark samples that end or fail their sequences."""
-        self._grammars.accept(slots, drawn)
+        self._grammars.accept(slots, sampled)
 
     def _bound(self, slots: Sequence[int]) -> list[int]:
         return [slot for slot in slots if slot in self._constrained]

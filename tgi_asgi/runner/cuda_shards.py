@@ -1,13 +1,13 @@
-"""Several GPUs that compute a model together: rank 0's side, which tells the other ranks what to launch.
+"""The shards of a model on several GPUs: shard 0's side, which tells the other shards what to launch.
 
 ```text
- rank 0   plan ─► inputs ─► pipe: shape, inputs ─────┐   all ranks make the same calls in the same order:
- rank 1   (cuda_follower.py)  up, launch  ◄──────────┤   collectives synchronise the devices, and no host
- rank 2   ...                             ◄──────────┘   waits for another
+ shard 0   plan ─► inputs ─► pipe: shape, inputs ─────┐   all shards make the same calls in the same order:
+ shard 1   (cuda_follower.py)  up, launch  ◄──────────┤   collectives synchronise the devices, and no host
+ shard 2   ...                             ◄──────────┘   waits for another
 ```
 
-The other ranks know no plan and no sampler. Rank 0's device sends them the ids within the step, including
-those that slots sampled last.
+The other shards know no plan and no sampler. Shard 0's device sends them a step's token ids within the step,
+because some are the last samples of slots, which only that device has.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _MULTIPLE = 8  # divides the column counts of the CUDA kernels' products
 
 @dataclass(frozen=True, slots=True)
 class CudaShardJob:
-    """What a process needs to know to compute its part, as chosen by rank 0."""
+    """What a shard needs to know to compute its part, as chosen by shard 0."""
 
     files: ModelFiles
     settings: Settings
-    cuts: Sequence[ModelCut]  # of all ranks
+    cuts: Sequence[ModelCut]  # of all shards, by rank
     rank: int
     device_class: type[Device]
     limits: StepLimits
@@ -53,17 +53,17 @@ class CudaShardJob:
 
     @property
     def cut(self) -> ModelCut:
-        """This rank's part of the model."""
+        """This shard's part of the model."""
         return self.cuts[self.rank]
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as described in `ProcessJob.load`."""
+        """Load the part, as described in `ShardJob.load`."""
         from tgi_asgi.runner.cuda_follower import Follower  # that module imports this one
 
         return Follower(self, connection).run
 
     def join(self, device: torch.device) -> CudaShard:
-        """Join the group of all ranks."""
+        """Join the group of all shards."""
         group = DeviceGroup(
             self.device_class.backend, self.store, rank=self.rank, count=len(self.cuts), device=device
         )
@@ -110,7 +110,7 @@ def check_cuts(cuts: Sequence[ModelCut]) -> None:
 
 
 class CudaShards:
-    """The other processes, and the group of all devices.
+    """The other shards' processes, and the group of all devices.
 
     shards = CudaShards(files, settings, cuts, type(device), limits, types)   # they begin to load
     shards.wait_ready()
@@ -135,21 +135,21 @@ class CudaShards:
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def join(self, device: torch.device) -> CudaShard:
-        """Join the other ranks, which have loaded their parts."""
+        """Join the other shards, which have loaded their parts."""
         self._shard = self._job.join(device)
         return self._shard
 
     def minimum(self, value: int) -> int:
-        """Return the minimum of all ranks' values; every rank must call this now."""
+        """Return the minimum of all shards' values; every shard must call this now."""
         assert self._shard is not None, "`join` comes first"
         return self._shard.group.all_reduce_min(value)
 
     @contextlib.contextmanager
     def together(self, message: Message, data: Tensor | None = None) -> Iterator[None]:
-        """Send the other ranks a message; the body must make the same calls on rank 0's device.
+        """Send the other shards a message; the body must make the same calls on shard 0's device.
 
         Raises:
-            DeviceLost: if a rank cannot be reached, or the body failed; the ranks' states are then unknown.
+            DeviceLost: if a shard cannot be reached, or the body failed; the shards' states are then unknown.
         """
         try:
             for connection in self._others.connections:
@@ -164,13 +164,13 @@ class CudaShards:
         """Check that the device's last results are valid.
 
         Raises:
-            DeviceLost: if a process has ended, so that the device did not wait for it.
+            DeviceLost: if a shard has ended, so that the device did not wait for it.
         """
         if self._lost is not None:
             raise DeviceLost(self._lost)
 
     def close(self) -> None:
-        """Let the others end, once no step runs and no graph is left, and wait for them. Idempotent."""
+        """Let the other shards end, once no step runs and no graph is left; wait for them. Idempotent."""
         if not self._others.begin_to_close():
             return
         if self._lost is None:
@@ -178,12 +178,12 @@ class CudaShards:
                 pass
             self._leave()  # at the same time as the others, because NCCL groups end together
             self._others.end()
-        else:  # the others wait for the process that ended
+        else:  # the others wait for the shard that ended
             self._others.kill()
             self._leave()
 
     def abandon(self) -> None:
-        """End the others at once; this process will not serve."""
+        """End the other shards at once; this process will not serve."""
         self._others.begin_to_close()
         self._others.kill()
         self._leave()

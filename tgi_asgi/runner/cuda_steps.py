@@ -1,6 +1,6 @@
 """The device's half of steps: uploaded inputs, the program that computes them, and its graphs.
 
-A `CudaRunner` has one. If several devices compute together, each process has one, and all do the same.
+A `CudaRunner` has one `CudaSteps`. If the model is split, each shard has one, and all do the same.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Graphs:
     """The graphs of one shape; grammar masks are uploaded between the two."""
 
     forward: Callable[[], None]
-    draw: Callable[[], None]
+    sample: Callable[[], None]
 
 
 class CudaSteps:
@@ -115,21 +115,21 @@ class CudaSteps:
 
     Args:
         last_ids: [num_slots] int32 on the device: the token that each slot sampled last; None on a device
-            that gets them from rank 0's.
-        draw: Body of a shape's second graph; None on a device that does not sample.
+            that gets them from shard 0's.
+        sample: Body of a shape's second graph; None on a device that does not sample.
         adapters: Adapters that rows may have. Every shape then has graphs with and without them.
     """
 
     def __init__(
         self, model: Model, device: Device, limits: StepLimits, types: CudaTypes, *,
-        last_ids: Tensor | None = None, draw: Callable[[StepBuffers], None] | None = None,
+        last_ids: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
         shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None,
     ) -> None:  # fmt: skip
         config, largest = model.config, limits.largest
         torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
         self.limits = limits
         self._device, self._shard, self._last_ids = device, shard, last_ids
-        self._draw = draw
+        self._sample = sample
         (num_kv_heads,) = {cache.num_kv_heads for cache in config.caches}
         self._pool_shape = (
             num_kv_heads, config.head_dim, limits.block_size, types.kv or types.dtype, device.device
@@ -181,12 +181,12 @@ class CudaSteps:
             calls = self._calls(buffers)
             forward = self._device.capture(calls.forward)
             # A device that does not sample has nothing to capture.
-            draw = calls.draw if self._draw is None else self._device.capture(calls.draw)
-            self._graphs[shape.graph] = Graphs(forward, draw)
+            sample = calls.sample if self._sample is None else self._device.capture(calls.sample)
+            self._graphs[shape.graph] = Graphs(forward, sample)
             if self._has_adapters:
                 adapted = replace(shape, has_adapters=True)
                 forward = self._calls(StepBuffers.view(self._inputs, adapted)).forward
-                self._graphs[adapted.graph] = Graphs(self._device.capture(forward), draw)
+                self._graphs[adapted.graph] = Graphs(self._device.capture(forward), sample)
 
     def release(self) -> None:
         """Release the graphs."""
@@ -225,8 +225,8 @@ class CudaSteps:
         return self._calls(buffers)
 
     def _calls(self, buffers: StepBuffers) -> Graphs:
-        draw = _do_nothing if self._draw is None else functools.partial(self._draw, buffers)
-        return Graphs(functools.partial(self._forward, buffers), draw)
+        sample = _do_nothing if self._sample is None else functools.partial(self._sample, buffers)
+        return Graphs(functools.partial(self._forward, buffers), sample)
 
     def head(self, rows: Sequence[int] | None = None) -> None:
         """Compute logits of at most `max_batch_size` tokens of the last step; None: its own rows."""

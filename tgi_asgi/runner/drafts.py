@@ -64,8 +64,8 @@ class SlotDrafts:
             drafts[index] = found
         return drafts
 
-    def append(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
+    def append(self, slots: Iterable[int], samples: Iterable[Sampled]) -> None:
         """Append the tokens sampled for the slots, in order."""
-        for slot, sampled in zip(slots, drawn, strict=True):
+        for slot, sampled in zip(slots, samples, strict=True):
             if sampled.is_finite:
                 self.native.append(slot, sampled.token_id)

@@ -36,14 +36,14 @@ class JobQueue:
         while (job := queue.take()) is not None: # on a thread
             queue.finish(job, compute(job.plan))
 
-    With a native program, `take` computes steps that consist only of rows itself, one after the other.
+    With a native program, `take` itself computes the steps that consist only of rows, one after the other.
     Neither the computation nor the completion signal runs Python or waits for the GIL.
 
     Call `submit`, `close` and `end` on the event loop, `take` and `finish` on any other thread.
 
     Args:
         program: Native program that computes steps that consist only of rows.
-        limits: Bounds of their integers.
+        limits: Bounds of the integers in those rows.
     """
 
     def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
@@ -127,17 +127,17 @@ class JobQueue:
 
     def _deliver(self) -> None:
         """Complete the futures of finished steps. Runs on the event loop."""
-        for number, drawn in self.steps.done():
+        for number, sampled in self.steps.done():
             job = self._jobs.pop(number)
             outcome: StepResult | Exception
-            if drawn is None:
+            if sampled is None:
                 assert job.outcome is not None
                 outcome = job.outcome
-            elif isinstance(drawn, Exception):
-                logger.error("step %s failed: %s", job.plan.step_id, drawn)
-                outcome = drawn
+            elif isinstance(sampled, Exception):
+                logger.error("step %s failed: %s", job.plan.step_id, sampled)
+                outcome = sampled
             else:
-                rows, draft_samples, (num_drafted_rows, num_drafts) = drawn
+                rows, draft_samples, (num_drafted_rows, num_drafts) = sampled
                 outcome = StepResult(
                     job.plan.step_id,
                     [None if row is None else Sampled(*row) for row in rows],

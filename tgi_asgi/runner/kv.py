@@ -49,7 +49,7 @@ class KvSize:
         return self._needs(settings).longest_fitting(self.num_blocks, max_tokens)
 
     def held_tokens(self, longest: int, settings: Settings) -> int:
-        """Return how many tokens it holds in sequences of `longest`, counting those that windows drop."""
+        """Return the tokens in the pool of sequences of `longest`, counting those that windows drop."""
         num_sequences = self.num_blocks // self._needs(settings).total_for(longest)
         return max(num_sequences * longest, self.num_tokens)
 
@@ -76,9 +76,9 @@ def choose_size(
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`.
 
-    If the operator set `max_batch_total_tokens`, the pool holds that many tokens in all layers, regardless of
-    what sliding windows free. Otherwise it holds all slots at full length, or as much as `share` of the free
-    memory holds.
+    If the administrator set `max_batch_total_tokens`, the pool holds that many tokens in all layers,
+    regardless of what sliding windows free. Otherwise it holds all slots at full length, or as much as
+    `share` of the free memory holds.
 
     Args:
         share: Share of the free memory that the pool may use.
@@ -86,7 +86,7 @@ def choose_size(
         repeats: How many shards hold each KV head, on average.
 
     Raises:
-        ModelLoadError: if not even one block fits, the operator's own limits contradict each other, or the
+        ModelLoadError: if not even one block fits, the administrator's limits contradict each other, or the
             cache cannot have the type given by --kv-cache-dtype.
     """
     windows: tuple[int | None, ...] = (None,)
@@ -134,7 +134,7 @@ def step_tokens(settings: Settings) -> int:
 
 
 def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
-    """Return the type of keys and values: that of the arithmetic, unless the operator chose int8."""
+    """Return the type of keys and values: that of the arithmetic, unless the administrator chose int8."""
     if settings.kv_cache_dtype != "int8":
         return torch.float32 if dtype is torch.float32 else torch.bfloat16
     if dtype is torch.float32:

@@ -16,7 +16,7 @@ from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
 
 logger = logging.getLogger(__name__)
 
-# From Qwen3-Reranker's model card; for models that are asked for a "yes".
+# How a pair is put to a model that is asked for a "yes", from Qwen3-Reranker's model card.
 RANKING = """\
 {%- set ns = namespace(instruct="Given a web search query, retrieve relevant passages that answer the query",
  query="", document="") -%}
@@ -96,7 +96,7 @@ def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:
 def _score_tokens(
     config: ServedConfig, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-    """Return whose logits make a score: a classifier's labels, or tokens named by files or settings."""
+    """Return the ids whose logits make a score: a classifier's labels, or tokens of files or settings."""
     if config.num_labels:
         return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
     if settings.score_tokens is None:

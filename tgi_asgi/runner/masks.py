@@ -18,7 +18,7 @@ class SlotMasks:
 
         masks.start(start)                    # for each slot start of a step
         mask = masks.compute(slots, drafts)   # before sampling; None if no row is constrained
-        masks.accept(slots, drawn)            # after sampling
+        masks.accept(slots, samples)          # after sampling
 
     For use on the runner's thread. A step that raises between `compute` and `accept` changes nothing.
 
@@ -38,7 +38,7 @@ class SlotMasks:
             self._slots[start.slot] = _Slot(start, self.num_words * 32)
 
     def compute(self, slots: Sequence[int], drafts: Sequence[list[int]] = ()) -> npt.NDArray[np.int32] | None:
-        """Compute masks [n_draws, n_words] for the slots that will sample; return None if none has a grammar.
+        """Compute masks [n_samples, n_words] for slots that will sample; return None if none has a grammar.
 
         A slot samples once, plus once after each of its `drafts`. Drafts are truncated in place at the first
         token that the grammar forbids, or at the grammar's end.
@@ -78,11 +78,11 @@ class SlotMasks:
         for row, one in bound:
             one.correct(masks[row])
 
-    def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
+    def accept(self, slots: Iterable[int], samples: Iterable[Sampled]) -> None:
         """Advance matchers by the sampled tokens, and mark samples that end or fail their sequences."""
         if not self._slots:
             return
-        for slot, sampled in zip(slots, drawn, strict=True):
+        for slot, sampled in zip(slots, samples, strict=True):
             constrained = self._slots.get(slot)
             if constrained is not None:
                 constrained.accept(sampled)
@@ -106,8 +106,8 @@ class _Slot:
     def __init__(self, start: SlotStart, num_bits: int) -> None:
         assert start.grammar is not None
         self.matcher: Matcher = start.grammar.matcher(start.output_ids)
-        self._num_early = start.min_tokens - len(start.output_ids)  # samples left that must not end it
-        self._early = _bits(start.masked_ids, num_bits)  # the tokens that would end it
+        self._num_early = start.min_tokens - len(start.output_ids)  # samples left that must not end the text
+        self._early = _bits(start.masked_ids, num_bits)  # the tokens that would end the text
 
     def fill_along(self, drafts: Sequence[int], masks: Mask) -> int:
         """Write one mask per draft plus one, from row 0 on; return how many drafts the grammar allows.
@@ -134,7 +134,7 @@ class _Slot:
         return len(drafts)
 
     def correct(self, mask: Mask, num_ahead: int = 0) -> None:
-        """Clear mask bits that would end the text too early, `num_ahead` drafts past the matcher."""
+        """Clear bits of tokens that would end the text too early, if `num_ahead` drafts precede them."""
         if self.matcher.error is not None:
             mask[:] = _ALL
         elif self._num_early > num_ahead:

@@ -12,15 +12,15 @@ from tgi_asgi.models.config import ModelConfig, ServedConfig
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
-# Shares of the free memory for rotary tables: when the model's own context decides, and when the operator
-# does.
+# Shares of the free memory that rotary tables may take: if the model's own context sets their length, and if
+# the administrator does.
 _ROPE_SHARE = 1 / 32
 _MAX_ROPE_SHARE = 1 / 2
 _MAX_ADAPTER_SHARE = 1 / 2  # of the memory free after the weights
 _ADAPTER_BYTES = 2  # bfloat16
 _MAX_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
 _KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
-_MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # number of kept states if the operator sets none
+_MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # kept states, unless the administrator sets their number
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:

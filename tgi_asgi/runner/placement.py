@@ -70,7 +70,7 @@ class Placement(Protocol):
 
     @property
     def shards(self) -> Shards | CudaShards | None:
-        """The other processes, if the model is split."""
+        """The other shards, if the model is split."""
 
     @property
     def bits(self) -> str:

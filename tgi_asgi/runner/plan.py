@@ -99,8 +99,8 @@ class StepPlan:
     rows: list[StepRow]  # decode rows, then prefill chunks, those of generated tokens first
     starts: list[SlotStart] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
-    # Images to encode ahead of the steps that need them, in order, for about `image_budget_s` seconds: at
-    # least one piece.
+    # Images to encode ahead of the steps that need them, in order, for about `image_budget_s` seconds. An
+    # image is encoded in pieces; the step encodes at least one piece.
     images: list[ImageInput] = field(default_factory=list)
     image_budget_s: float = 0.0
     cost: tuple[float, float] = (0.0, 0.0)  # seconds of a decode step, and of each of its tokens
@@ -127,8 +127,8 @@ class StepResult:
     """The results of a step."""
 
     step_id: int
-    sampled: list[Sampled | None]  # per row; None if it does not sample, or had nothing left
-    # By row index: accepted drafts' tokens.
+    sampled: list[Sampled | None]  # per row; None if it does not sample, or had nothing left to compute
+    # By row index: the samples after the row's first, one for each accepted draft.
     draft_samples: dict[int, list[Sampled]] = field(default_factory=dict)
     num_drafted_rows: int = 0  # number of rows with drafts
     num_drafts: int = 0

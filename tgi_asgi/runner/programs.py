@@ -17,7 +17,7 @@ from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DraftLimits
 
-SUPPLIED_BYTES = 192 << 20  # of the cache, committed before first use: 8,000 tokens of the default model
+SUPPLIED_BYTES = 192 << 20  # of the cache to commit ahead of its use: 8,000 tokens of the default model
 
 
 class Program(Protocol):
@@ -38,7 +38,7 @@ class Program(Protocol):
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]: ...
 
-    def draw(
+    def run_and_sample(
         self,
         batch: ops.FlatRows,
         rows: Sequence[int],

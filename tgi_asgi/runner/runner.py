@@ -24,7 +24,7 @@ from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
-from tgi_asgi.runner.sampling import Draws
+from tgi_asgi.runner.sampling import StepSamples
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings import Speculation
 from tgi_asgi.types import PoolingKind
@@ -42,7 +42,7 @@ class CpuRunner:
         speculation: How to draft tokens; None: each row samples one.
         num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
         adapters: Layout of the adapters that rows may have.
-        shards: Processes that compute the model's other parts.
+        shards: The other shards, if the model is split.
 
     Attributes:
         max_context: Maximum number of tokens in a sequence.
@@ -209,7 +209,7 @@ class CpuRunner:
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:
         starts = self._starts(plan)
-        drawing = [
+        sampling = [
             index
             for index, row in enumerate(plan.rows)
             if row.samples and row.pooling is None and starts[index] < row.end
@@ -220,40 +220,42 @@ class CpuRunner:
         # Before the step, not in parallel: the team uses every core, and a thread computing masks would delay
         # a member and, at the next barrier, all others.
         mask = self._masks.compute(
-            [plan.rows[index].slot for index in drawing],
-            [drafts[index] for index in drawing] if drafts else (),
+            [plan.rows[index].slot for index in sampling],
+            [drafts[index] for index in sampling] if drafts else (),
         )
         ops.wake_threads()
         batch = self._inputs.fill(
             plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
         )
         result = StepResult(plan.step_id, [None] * len(plan.rows))
-        draws = Draws.of(plan, batch)
+        samples = StepSamples.of(plan, batch)
         if not len(batch.row_slots):
             return result
         firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
         if (
-            draws.rows
+            samples.rows
             and self._generates
             and all(row.prompt_logprobs is None and row.pooling is None for row in plan.rows)
         ):
-            drawn = self._program.draw(batch, draws.tokens, draws.slots, self._sampling, mask, draws.drafts)
+            sampled = self._program.run_and_sample(
+                batch, samples.tokens, samples.slots, self._sampling, mask, samples.drafts
+            )
         else:
-            logits = self._program.run(batch, draws.tokens)
+            logits = self._program.run(batch, samples.tokens)
             has_pooled = self._pool_rows(plan, firsts, result)
             if self._score(plan, firsts, result) or has_pooled:
-                logits = self._program.run_head(draws.tokens)  # the scorer overwrote these logits
+                logits = self._program.run_head(samples.tokens)  # the scorer overwrote these logits
             if not self._generates:  # only the engine's probe requests a token
-                for row in draws.rows:
+                for row in samples.rows:
                     result.sampled[row] = Sampled(0)
                 return result
-            if not draws.rows:
+            if not samples.rows:
                 return result
-            drawn = ops.sample(logits, self._sampling, draws.slots, mask=mask, drafts=draws.drafts)
-        slots, sampled = draws.collect(drawn, result)
-        self._masks.accept(slots, sampled)
+            sampled = ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
+        slots, kept = samples.collect(sampled, result)
+        self._masks.accept(slots, kept)
         if self._drafts is not None:
-            self._drafts.append(slots, sampled)
+            self._drafts.append(slots, kept)
         return result
 
     def _starts(self, plan: StepPlan) -> list[int]:

@@ -10,7 +10,7 @@ from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class StepSamples:
     """The samples of a step: one per row, and one more after each of its drafts.
 
     Attributes:
@@ -26,26 +26,26 @@ class Draws:
     drafts: list[int]
 
     @classmethod
-    def of(cls, plan: StepPlan, batch: FlatRows) -> Draws:
-        """Return the samples of rows that do not return a vector instead."""
+    def of(cls, plan: StepPlan, batch: FlatRows) -> StepSamples:
+        """Return the samples of a batch, without rows that return a vector instead of a token."""
         found = zip(
-            batch.draw_rows.tolist(),
-            batch.draws.tolist(),
-            batch.draw_slots.tolist(),
+            batch.sample_plan_rows.tolist(),
+            batch.sample_after.tolist(),
+            batch.sample_slots.tolist(),
             batch.drafts.tolist(),
             strict=True,
         )
-        draws = [each for each in found if plan.rows[each[0]].pooling is None]
-        return cls(*map(list, zip(*draws, strict=True))) if draws else cls([], [], [], [])
+        samples = [each for each in found if plan.rows[each[0]].pooling is None]
+        return cls(*map(list, zip(*samples, strict=True))) if samples else cls([], [], [], [])
 
-    def collect(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
+    def collect(self, results: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
         """Store the samples that count in a step's result; return their slots and the samples."""
         are_accepted: list[bool] = (
-            [True] * len(self.rows) if drawn.is_accepted is None else drawn.is_accepted.tolist()
+            [True] * len(self.rows) if results.is_accepted is None else results.is_accepted.tolist()
         )
         slots, kept = [], []
         for row, slot, draft, sampled, is_accepted in zip(
-            self.rows, self.slots, self.drafts, unpack(drawn), are_accepted, strict=True
+            self.rows, self.slots, self.drafts, unpack(results), are_accepted, strict=True
         ):
             if draft >= 0:
                 result.num_drafts += 1

@@ -1,14 +1,14 @@
-"""Starts, watches and ends the processes of this machine that compute a model together with the server.
+"""Starts, watches and ends the other shards of a model that is split over several processes of this machine.
 
 ```text
- rank 0   HTTP, engine, plans, sampling ─► the inputs of each step ─┐   pipe: ready, or the error
- rank 1   (shard_worker.py)  its heads, columns, vocabulary ◄───────┤   its end of file shows a lost process
- rank 2   ...                                              ◄────────┘
+ shard 0   HTTP, engine, plans, sampling ─► the inputs of each step ─┐   pipe: ready, or the error
+ shard 1   (shard_worker.py)  its heads, columns, vocabulary ◄───────┤   its end of file shows a lost shard
+ shard 2   ...                                              ◄────────┘
 ```
 
-Rank 0 is the server's own process, which starts the others. It notices the end of a process by the end of
-file on its pipe, and then ends all of them. `shards.py` and `cuda_shards.py` add what CPU and GPU ranks
-share.
+A shard is a part of the model and the process that computes it; its rank is its number. Shard 0 is the server
+itself. It starts the others, notices that one has ended by the end of file on its pipe, and then ends all of
+them. `shards.py` and `cuda_shards.py` add what the shards on CPUs and on GPUs have in common.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from tgi_asgi.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-_END_S = 5.0  # that a process gets to exit by itself
+_END_S = 5.0  # time that a shard gets to exit by itself
 
 
-class ProcessJob(Protocol):
-    """What a process needs to know to compute its part; it is pickled and sent over the pipe."""
+class ShardJob(Protocol):
+    """What a shard needs to know to compute its part; it is pickled and sent over the pipe."""
 
     @property
     def rank(self) -> int:
-        """Rank of the shard."""
+        """The shard's number."""
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """File descriptors that it inherits from this process."""
+        """File descriptors that the shard inherits from this process."""
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part; return the function that computes, driven by the pipe, until rank 0 stops it.
+        """Load the part; return the function that computes, driven by the pipe, until shard 0 stops it.
 
         Raises:
             ModelLoadError: if a tensor is missing or does not fit.
@@ -50,25 +50,25 @@ class ProcessJob(Protocol):
 
 
 class ShardProcesses:
-    """The processes of all ranks except the first.
+    """The processes of all shards except shard 0.
 
         processes = ShardProcesses(jobs, give_up)        # they begin to load
         processes.wait_ready()
         processes.watch(on_lost)
 
     Args:
-        give_up: Called once when a process has ended prematurely; it must release everything that waits for
-            it.
+        give_up: Called once when a shard has ended prematurely; it must release everything that waits for
+            that shard.
 
     Attributes:
-        processes, connections: Those started so far; `connections` in the order of ranks.
+        processes, connections: Of the shards started so far; `connections` in the order of ranks.
     """
 
-    def __init__(self, jobs: Sequence[ProcessJob], give_up: Callable[[str], None]) -> None:
+    def __init__(self, jobs: Sequence[ShardJob], give_up: Callable[[str], None]) -> None:
         self._jobs, self._give_up = jobs, give_up
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
-        self._reasons: queue.Queue[str | None] = queue.Queue()
+        self._reasons: queue.Queue[str | None] = queue.Queue()  # why a shard failed; None: it is ready
         self._lock = threading.Lock()  # protects the following attributes
         self._on_lost: Callable[[str], None] | None = None
         self._reason: str | None = None
@@ -78,7 +78,7 @@ class ShardProcesses:
         self._thread.start()
 
     def wait_ready(self) -> None:
-        """Wait until all have loaded their parts.
+        """Wait until all shards have loaded their parts.
 
         Raises:
             ModelLoadError: if one has failed, with its reason.
@@ -89,20 +89,20 @@ class ShardProcesses:
                 raise ModelLoadError(reason)
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost` with the reason, from a thread, when a process ends; at once if one already has."""
+        """Call `on_lost` with the reason, from a thread, when a shard ends; at once if one already has."""
         with self._lock:
             self._on_lost, reason = on_lost, self._reason
         if reason is not None:
             on_lost(reason)
 
     def begin_to_close(self) -> bool:
-        """Treat ending processes as expected from now on; return whether this is the first call."""
+        """Treat ending shards as expected from now on; return whether this is the first call."""
         with self._lock:
             was_closing, self._is_closing = self._is_closing, True
         return not was_closing
 
     def end(self) -> None:
-        """Wait for processes that were asked to end, and kill those that do not."""
+        """Wait for the shards, which were asked to end, and kill those that do not."""
         for process in self.processes:
             try:
                 process.wait(_END_S)
@@ -111,13 +111,13 @@ class ShardProcesses:
                 process.wait()
 
     def kill(self) -> None:
-        """Kill the processes at once; this process will not serve."""
+        """Kill the shards at once; this process will not serve."""
         for process in self.processes:
             process.kill()
         self.end()
 
     def _watch(self) -> None:
-        """Start the processes, forward their messages and notice their end. The body of a thread."""
+        """Start the shards, forward their messages and notice their end. The body of a thread."""
         ranks: dict[Connection, int] = {}
         for job in self._jobs:
             try:
@@ -136,7 +136,7 @@ class ShardProcesses:
         for process in self.processes:
             process.wait()
 
-    def _start(self, job: ProcessJob) -> Connection:
+    def _start(self, job: ShardJob) -> Connection:
         ours, theirs = Pipe()
         # -P: do not find modules in the current directory first.
         command = [sys.executable, "-P", "-m", "tgi_asgi.runner.shard_worker", str(theirs.fileno())]
@@ -157,7 +157,7 @@ class ShardProcesses:
         return ours
 
     def _lose(self, rank: int) -> None:
-        """Give up the group after a process ended; `on_lost` is called first, so that the cause is known."""
+        """Give up the group after a shard ended; `on_lost` is called first, so that the cause is known."""
         reason = f"shard {rank} of the model has ended"
         with self._lock:
             if self._is_closing or self._reason is not None:

@@ -1,4 +1,4 @@
-"""Loads the part of a model that a shard other than the first computes, as a program."""
+"""Loads the part of a model that a shard other than shard 0 computes, as a program for CPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP, max_drafts_per_row
 from tgi_asgi.runner.kv import groups_of
 from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.runner.programs import make_pool, make_program
-from tgi_asgi.runner.shards import ShardJob
+from tgi_asgi.runner.shards import CpuShardJob
 
 
-def load(job: ShardJob) -> ops.NativeProgram:
+def load(job: CpuShardJob) -> ops.NativeProgram:
     """Load this shard's part of the model; return its program, which the calling thread follows.
 
     Raises:

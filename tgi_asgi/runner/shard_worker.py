@@ -1,4 +1,4 @@
-"""A process that is a shard of a model: loads its part and computes what the first shard sends.
+"""A process that is a shard of a model: loads its part and computes what shard 0 sends.
 
 `python -m tgi_asgi.runner.shard_worker PIPE`, where PIPE is a descriptor; only `shard_processes.py` starts
 it.
@@ -17,9 +17,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(pipe: int) -> int:
-    """Serve as a shard until the first one ends; return the exit code."""
+    """Serve as a shard until shard 0 ends; return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the first shard drains, and needs this one meanwhile
+        signal.signal(number, signal.SIG_IGN)  # shard 0 drains, and needs this one meanwhile
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(pipe)
     try:
@@ -40,7 +40,7 @@ def main(pipe: int) -> int:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # cleanup may wait for devices, and the first shard waits for this process to end
+        os._exit(1)  # cleanup may wait for devices, and shard 0 waits for this process to end
     return 0
 
 

@@ -1,13 +1,13 @@
 """The shards of a model on a CPU, and the memory that they share.
 
 ```text
- rank 0   ─► step, head, blocks to copy ───────┐
- rank 1   its heads, columns, vocabulary ◄─────┤
- rank 2   ...                            ◄─────┘
-          all: partial sums, logits and one barrier of all threads, in shared memory
+ shard 0   ─► step, head, blocks to copy ───────┐
+ shard 1   its heads, columns, vocabulary ◄─────┤
+ shard 2   ...                            ◄─────┘
+           all: partial sums, logits and one barrier of all threads, in shared memory
 ```
 
-The other ranks know no plan; they compute the arrays that rank 0 made from one. `shard_processes.py` starts
+The other shards know no plan; they compute the arrays that shard 0 made from one. `shard_processes.py` starts
 and watches them.
 """
 
@@ -30,8 +30,8 @@ from tgi_asgi.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class ShardJob:
-    """What a process needs to know to compute its part, as chosen by rank 0."""
+class CpuShardJob:
+    """What a shard needs to know to compute its part, as chosen by shard 0."""
 
     files: ModelFiles
     settings: Settings
@@ -46,7 +46,7 @@ class ShardJob:
 
     @property
     def rank(self) -> int:
-        """Rank of the shard."""
+        """The shard's number."""
         return self.cut.rank
 
     @property
@@ -55,7 +55,7 @@ class ShardJob:
         return (self.descriptor,)
 
     def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as described in `ProcessJob.load`."""
+        """Load the part, as described in `ShardJob.load`."""
         from tgi_asgi.runner.shard_program import load  # that module imports this one
 
         return load(self).follow
@@ -97,8 +97,8 @@ def repeats_of(cuts: Sequence[ModelCut]) -> float:
 def jobs_of(
     config: ServedConfig, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut],
     packing: ops.Packing, kv_size: KvSize, longest: int,
-) -> list[ShardJob]:  # fmt: skip
-    """Return what each process needs to know, including the first.
+) -> list[CpuShardJob]:  # fmt: skip
+    """Return what each shard needs to know, including shard 0.
 
     Raises:
         ModelLoadError: if the system cannot create shared memory.
@@ -115,7 +115,7 @@ def jobs_of(
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
         raise _no_memory(error) from error
     return [
-        ShardJob(
+        CpuShardJob(
             files, settings, cut, packing.is_exact, packing.quantise, packing.has_float_prompts, kv_size,
             longest, memory, descriptor,
         )
@@ -124,17 +124,17 @@ def jobs_of(
 
 
 class Shards:
-    """The other processes, and the memory that all ranks share.
+    """The other shards' processes, and the memory that all shards share.
 
         shards = Shards(jobs)             # they begin to load
         shards.wait_ready()
         runner = CpuRunner(model, ..., shards=shards)
 
     Attributes:
-        shard: This rank's group and first vocabulary id, for its program.
+        shard: The group and first vocabulary id of shard 0, for its program.
     """
 
-    def __init__(self, jobs: Sequence[ShardJob]) -> None:
+    def __init__(self, jobs: Sequence[CpuShardJob]) -> None:
         first = jobs[0]
         try:
             group = first.memory.open(first.descriptor, 0)
@@ -146,14 +146,14 @@ class Shards:
         self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
 
     def close(self) -> None:
-        """Let the other processes end, once no step runs, and wait for them. Idempotent."""
+        """Let the other shards end, once no step runs, and wait for them. Idempotent."""
         if self._others.begin_to_close():
             if not self.shard.group.is_aborted:
                 self.shard.group.end()
             self._others.end()
 
     def abandon(self) -> None:
-        """End the other processes at once; this process will not serve."""
+        """End the other shards at once; this process will not serve."""
         self._others.begin_to_close()
         self.shard.group.abort()
         self._others.kill()

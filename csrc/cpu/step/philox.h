@@ -13,7 +13,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
 // Counters processed together. Rounds depend on each other, so there are at least two chains.
-constexpr int kDraws = 32;
+constexpr int kCounters = 32;
 
 template <class S>
 inline typename S::I words(uint32_t x) {
@@ -23,8 +23,8 @@ inline typename S::I words(uint32_t x) {
 // Computes the first output word for the counters (token + i, choice, position low, position high),
 // key = seed.
 template <class S>
-inline void philox(uint32_t token, const DrawKey& key, uint32_t* out) {
-  constexpr int kGroups = kDraws / 16;
+inline void philox(uint32_t token, const SampleKey& key, uint32_t* out) {
+  constexpr int kGroups = kCounters / 16;
   alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                      8, 9, 10, 11, 12, 13, 14, 15};
   typename S::I c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];

@@ -139,23 +139,23 @@ int64_t row_compact(const float* x, int64_t n, float floor, float* out) {
 
 template <class S>
 RaceWinner row_race(const float* scores, int64_t begin, int64_t n, float floor,
-                    const DrawKey& key) {
+                    const SampleKey& key) {
   const auto least = S::set1(floor);
   double best = INFINITY;  // lowest log E - score so far
   int64_t winner = n;
   auto reach = S::set1(INFINITY);  // e^best, plus a margin above the error of e^score below
-  for (int64_t first = begin; first < n; first += kDraws) {
+  for (int64_t first = begin; first < n; first += kCounters) {
     uint32_t runs = 0;  // bit k: token first + k may be sampled
-    for (int k = 0; k < kDraws && first + k < n; k += 16) {
+    for (int k = 0; k < kCounters && first + k < n; k += 16) {
       runs |= S::less_equal(least, load_row<S>(scores + first + k, n - first - k)) << k;
     }
     if (runs == 0) continue;
-    alignas(64) uint32_t words[kDraws];
+    alignas(64) uint32_t words[kCounters];
     philox<S>(static_cast<uint32_t>(first), key, words);
     // -log(1 - u) >= u, so a token with u above e^best * e^score cannot win. About ten tokens per
     // row remain.
     uint32_t is_near = 0;
-    for (int k = 0; k < kDraws && first + k < n; k += 16) {
+    for (int k = 0; k < kCounters && first + k < n; k += 16) {
       const auto uniform = S::mul(S::to_float(S::ishr(S::iload(words + k), 8)), S::set1(0x1p-24f));
       const auto weight = weight_of<S>(load_row<S>(scores + first + k, n - first - k));
       is_near |= S::less_equal(uniform, S::mul(reach, weight)) << k;

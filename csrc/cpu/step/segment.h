@@ -15,7 +15,7 @@ namespace tgi::cpu::step {
 
 // Which operators are followed by a barrier: all except norms that every member computes for
 // itself. Operators that only serve adapters are skipped in steps without adapters. After kShards
-// operators all shards of the model meet, not only this process's team.
+// operators all shards of the model meet, not only this shard's team.
 enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters, kShards };
 
 // Part of a step (the forward pass, or the head) as a list of operators.

@@ -13,7 +13,7 @@ struct EmbedPartParams {
   int64_t num_vocab_ids;
 };
 
-// Adds the partial sums that shards have computed of the same rows, in shard order.
+// Adds the partial sums that shards have computed of the same rows, in the order of their ranks.
 struct SumShardsParams {
   const float* partial_sums;   // [num_shards][num_tokens, num_columns]
   int64_t partial_sum_floats;  // from one shard's partial sums to the next

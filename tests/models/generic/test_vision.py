@@ -313,14 +313,14 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
 
     async with chatting(folder_of("llava"), target_inter_token_ms=1.0) as (ask, app):
         program, seen = program_of(app), set[int]()
-        draw = program.draw
+        run_and_sample = program.run_and_sample
 
         def watched(*arguments: Any) -> Any:  # each step that samples a token for the stream
             seen.add(program.encodings._tower.num_pieces)
-            return draw(*arguments)
+            return run_and_sample(*arguments)
 
         monkeypatch.setattr(tower, "_stacked", slowly)
-        monkeypatch.setattr(program, "draw", watched)
+        monkeypatch.setattr(program, "run_and_sample", watched)
         stream = await ask(["tell"], max_tokens=400, stream=True, extra_body={"ignore_eos": True})
         await anext(aiter(stream))
         asked = asyncio.ensure_future(ask(["what is ", picture(50, 30, 7)]))

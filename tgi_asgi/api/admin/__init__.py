@@ -1,1 +1,1 @@
-"""Routes for operators and monitoring: health, metrics, model information, administration."""
+"""Routes for administrators and monitoring: health, metrics, model information, administration."""

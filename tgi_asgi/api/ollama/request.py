@@ -34,7 +34,7 @@ _AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "freque
 
 
 class OllamaOptions(Struct):
-    """Sampling options with Ollama's defaults; load options (`num_ctx`, ...) are left to the operator."""
+    """Sampling options with Ollama's defaults; load options (`num_ctx`, ...) are the administrator's."""
 
     temperature: Annotated[float, range_of(minimum=0)] | None = 0.8
     top_k: int | None = 40

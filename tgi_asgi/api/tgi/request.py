@@ -64,8 +64,8 @@ def parse_root(body: bytes, exchange: Exchange) -> Call:
 def read_inputs(inputs: str, context: ServerContext) -> Text:
     """Return a prompt; if the model accepts images, `![](url)` in it is an image.
 
-    Only `data:` URLs and URLs of hosts that the operator has listed are used. The prompt may contain anyone's
-    text, so a URL in it does not mean that the client wants it fetched.
+    Only `data:` URLs and URLs of hosts that the administrator has listed are used. The prompt may contain
+    anyone's text, so a URL in it does not mean that the client wants it fetched.
     """
     served = context.ready()
     images, processor = served.new_images(), served.image_processor

@@ -126,7 +126,7 @@ class ModuleProgram(Protocol):
 
     def run_head(self, rows: Sequence[int]) -> Tensor: ...
 
-    def draw(
+    def run_and_sample(
         self,
         batch: ops.FlatRows,
         rows: Sequence[int],
@@ -135,7 +135,7 @@ class ModuleProgram(Protocol):
         mask: npt.NDArray[np.int32] | None = None,
         drafts: Sequence[int] = (),
     ) -> ops.SampleResult:
-        """Compute a step and sample a token after each of `rows`; see `CpuProgram.draw`."""
+        """Compute a step and sample a token after each of `rows`; see `CpuProgram.run_and_sample`."""
         return ops.sample(self.run(batch, rows), state, slots, mask=mask, drafts=drafts)
 
 

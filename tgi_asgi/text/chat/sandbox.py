@@ -1,7 +1,8 @@
 """The jinja2 sandbox of chat templates: the extensions, filters and globals of transformers, with limits.
 
-Templates come from the model or the operator. They cannot reach Python, loop forever, or exhaust the machine
-with one expression. How much a template's loops accumulate is not limited; the operator chose the model.
+Templates come from the model or the administrator. They cannot reach Python, loop forever, or exhaust the
+machine with one expression. How much a template's loops accumulate is not limited; the administrator chose
+the model.
 """
 
 from __future__ import annotations

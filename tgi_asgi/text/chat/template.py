@@ -1,7 +1,7 @@
 """Chat templates: messages to prompt text in jinja2's immutable sandbox, by the rules of transformers.
 
-The source comes from the model or the operator, never from a request; its variables do come from requests.
-`render` takes up to milliseconds and belongs in a worker thread. Knows no tokenizer and no HTTP.
+The source comes from the model or the administrator, never from a request; its variables do come from
+requests. `render` takes up to milliseconds and belongs in a worker thread. Knows no tokenizer and no HTTP.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def load_chat_template(
 ) -> ChatTemplate | None:
     """Find the model's chat template and compile it; return None if there is none.
 
-    The first of these that exists is used: the operator's `override` (a tokenizer_config.json, or a bare
+    The first of these that exists is used: the administrator's `override` (a tokenizer_config.json, or a bare
     .jinja file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
     its chat_template.json (of older vision models) or tokenizer_config.json, `tokenizer.chat_template` of a
     GGUF file's `metadata`.

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def choose_format(template: str, wanted: str | None = None) -> ToolFormat:
-    """Return the format that a chat template's model was trained on, or the operator's choice.
+    """Return the format that a chat template's model was trained on, or the administrator's choice.
 
     Templates that are not recognised get the generic format.
     """

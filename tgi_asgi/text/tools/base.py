@@ -74,7 +74,7 @@ class ToolFormat(ABC):
     """One family's way to write calls.
 
     Attributes:
-        name: Name for operators; vLLM's name if it has one.
+        name: Name for administrators; vLLM's name if it has one.
         families: Models that write this format, for the documentation.
         shows: Groups of texts; a chat template of this format contains all texts of at least one group.
         lacks: Texts that none of its templates contain, to exclude formats that share the texts in `shows`.

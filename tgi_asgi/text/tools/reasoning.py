@@ -11,7 +11,7 @@ class ReasoningStyle:
     """The markers of one family; clients never see them.
 
     Attributes:
-        name: Name for operators.
+        name: Name for administrators.
         families: Models that write this style, for the documentation.
         start, end: Markers before and after the section.
         label: Text after `start` that is not reasoning.
@@ -107,7 +107,7 @@ STYLES = (
 
 
 def style_of(template: str, wanted: str | None = None) -> ReasoningStyle | None:
-    """Return the style that a chat template's source shows, or the operator's choice; None: no style."""
+    """Return the style that a chat template's source shows, or the administrator's choice; None: no style."""
     if wanted is not None:
         return next((style for style in STYLES if style.name == wanted), None)
     return next((style for style in STYLES if style.recognises(template)), None)

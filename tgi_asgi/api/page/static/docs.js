@@ -10,7 +10,7 @@ const METHODS = ["get", "post", "put", "patch", "delete"];
 prepare();
 setUpTheme(byId("theme"));
 const server = new Server(askKey);
-const operator = new Server(askKey, "tgi-asgi.admin-key");
+const administrator = new Server(askKey, "tgi-asgi.admin-key");
 byId("document").addEventListener("click", download);
 start();
 
@@ -100,7 +100,7 @@ function parts(operation, schemas) {
       "section",
       {},
       h("h3", {}, "Try it"),
-      tryForm(operation, schemas, operation.tags?.[0] === "Admin" ? operator : server),
+      tryForm(operation, schemas, operation.tags?.[0] === "Admin" ? administrator : server),
     ),
     body && h("section", {}, h("h3", {}, "Request"), schemas.view(body)),
     answers.length > 0 &&

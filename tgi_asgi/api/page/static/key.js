@@ -2,7 +2,7 @@
 import { byId } from "./dom.js";
 
 const FIRST = "It is kept in this browser and sent to this server alone.";
-const WRONG = "The server does not know the key that this browser has. Its operator may have changed it.";
+const WRONG = "The server does not know the key that this browser has. Its administrator may have changed it.";
 
 /** Ask for a key; resolves to the key, or to null if the user has none. */
 export function askKey(wasWrong) {
