@@ -59,7 +59,7 @@ test-cluster: $(VENV)/.cluster-tools
 
 # The README's screenshot of the chat page, with the demonstration model.
 picture: $(VENV)/.page-tools
-	$(BIN)/python -m tests.page.picture docs/page.webp
+	$(BIN)/python -m tests.page.screenshot docs/page.webp
 
 # The documentation site, in build/site. `make test` checks the documents' links, anchors and commands.
 docs: $(VENV)/.docs-tools

@@ -84,7 +84,7 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
 
 def _logprobs(device: Device, folder: Path, count: int) -> torch.Tensor:
     """Return the log-probabilities of a prompt's tokens, in three chunks, and of the first two samples."""
-    from tests.support.driving import Job, generate
+    from tests.support.runner_driver import Job, generate
 
     with _runner(device, folder, count) as runner:
         prompt = [(37 * at) % _WORDS for at in range(90)]

@@ -69,7 +69,7 @@ def _k_format(name: str) -> str:
 
 @functools.cache
 def _random(format: str, rows: int, columns: int) -> ops.WeightSource:
-    from tests.support.blocks import random_weight
+    from tests.support.random_weights import random_weight
 
     made = random_weight(format, rows, columns, seed=rows + columns)
     return ops.WeightSource(made.data, format, (columns,)) if rows == 1 else made

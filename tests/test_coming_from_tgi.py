@@ -43,7 +43,7 @@ def test_a_default_that_is_another_is_told() -> None:
 
 def test_a_flag_that_nobody_knows_has_no_row() -> None:
     with pytest.raises(KeyError):
-        tgi_page._fate("frobnicate", "")
+        tgi_page._verdict("frobnicate", "")
 
 
 def test_a_page_without_a_place_for_a_table_is_no_page() -> None:

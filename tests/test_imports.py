@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 
 # The packages that each package may import, in addition to `settings`, `errors`, `types` and its own modules.
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
-ALLOWED = {
+ALLOWED_IMPORTS = {
     "api": {"images", "observe", "text"},
     "serve": {"app", "api", "observe"},
     "commands": {"serve", "observe", "formats"},
@@ -33,14 +33,15 @@ ALLOWED = {
 COMMON = {"settings", "errors", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
-MAY_KNOW = {  # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format
+# TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.
+ALLOWED_DIALECTS = {
     "tgi": {"openai"},
     "tei": {"openai"},  # the two APIs share the path /rerank
     "ollama": {"openai"},
 }
-MAX_MODULES_OF_A_CHAT = 25
+MAX_CHAT_MODULES = 25
 RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
-TORCH_ROOMS = {"runner", "models", "ops"}
+TORCH_PACKAGES = {"runner", "models", "ops"}
 PURE = ("engine/scheduler.py", "engine/blocks.py", "engine/prefix.py", "engine/sequence.py")
 
 
@@ -65,7 +66,7 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _room(path: Path) -> str:
+def _package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -74,14 +75,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
-    room = _room(path)
-    if room not in ALLOWED:
+    package = _package_of(path)
+    if package not in ALLOWED_IMPORTS:
         return  # app, cli and the modules that only they use may import everything
     for name in _imports(path):
         parts = name.split(".")
         if parts[0] != "tgi_asgi" or len(parts) == 1 or parts[1] == "__version__":
             continue
-        assert parts[1] in ALLOWED[room] | COMMON | {room}, f"{room} must not import {name}"
+        assert parts[1] in ALLOWED_IMPORTS[package] | COMMON | {package}, f"{package} must not import {name}"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,9 @@ def test_a_dialect_knows_no_other(path: Path) -> None:
     for name in _imports(path):
         if name.startswith("tgi_asgi.api.") and own in DIALECTS:
             found = name.split(".")[2]
-            assert found not in DIALECTS - {own} - MAY_KNOW.get(own, set()), f"{own} must not import {name}"
+            assert found not in DIALECTS - {own} - ALLOWED_DIALECTS.get(own, set()), (
+                f"{own} must not import {name}"
+            )
 
 
 def test_what_serves_all_dialects_knows_none() -> None:
@@ -113,7 +116,7 @@ def test_a_chat_stands_on_few_modules() -> None:
             if path.exists() and path not in found and path.is_relative_to(PACKAGE / "api"):
                 found.add(path)
                 waiting += _imports(path)
-    assert len(found) <= MAX_MODULES_OF_A_CHAT, sorted(map(str, found))
+    assert len(found) <= MAX_CHAT_MODULES, sorted(map(str, found))
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -122,9 +125,9 @@ def test_scheduler_and_blocks_know_neither_torch_nor_asyncio(name: str) -> None:
     assert not roots & {"torch", "asyncio", "threading"}
 
 
-def test_torch_stays_in_the_rooms_below_the_engine() -> None:
+def test_torch_stays_in_the_packages_below_the_engine() -> None:
     for path in FILES:
-        if _room(path) not in TORCH_ROOMS or path.name == "plan.py":
+        if _package_of(path) not in TORCH_PACKAGES or path.name == "plan.py":
             assert "torch" not in {module.split(".")[0] for module in _imports(path)}, path
 
 
@@ -133,7 +136,7 @@ def test_ray_stays_in_two_files_that_the_server_does_not_know() -> None:
         imported = set(_imports(path))
         if str(path.relative_to(PACKAGE)) not in RAY_FILES:
             assert "ray" not in {module.split(".")[0] for module in imported}, path
-        if _room(path) != "cluster":
+        if _package_of(path) != "cluster":
             assert not any(name.startswith("tgi_asgi.cluster") for name in imported), path
 
 

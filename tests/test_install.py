@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 import tgi_asgi
+from tests.support.documents import blocks_of, pages
 from tests.support.installing import (
     WAYS,
-    Here,
+    ThisMachine,
     copy_tracked,
     install_and_ask,
     make_repository,
@@ -26,7 +27,6 @@ from tests.support.installing import (
     record,
     settings_for_uv,
 )
-from tests.support.pages import blocks_of, pages
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -110,15 +110,15 @@ def test_what_is_installed_serves_the_demonstration_model(
     tmp_path: Path, environ: dict[str, str], way: str
 ) -> None:
     """Each way takes minutes and 1 GB, most of it torch."""
-    place = Here(tmp_path / "place", environ)
-    install_and_ask(place, way)
+    machine = ThisMachine(tmp_path / "machine", environ)
+    install_and_ask(machine, way)
     elsewhere = "cd / && $OLDPWD/env/bin/"
-    assert place.run(f"{elsewhere}tgi-asgi --version") == f"tgi-asgi, version {tgi_asgi.__version__}\n"
+    assert machine.run(f"{elsewhere}tgi-asgi --version") == f"tgi-asgi, version {tgi_asgi.__version__}\n"
     code = "import sys, tgi_asgi._C as c; print(c.__file__, c.kernel_set(), 'torch' in sys.modules)"
-    shown = place.run(f'{elsewhere}python -c "{code}"').split()
-    assert shown[0].startswith(str(tmp_path / "place" / "env"))
+    shown = machine.run(f'{elsewhere}python -c "{code}"').split()
+    assert shown[0].startswith(str(tmp_path / "machine" / "env"))
     assert shown[2] == "False", "the extension needs no torch"
-    assert "No broken requirements" in place.run("env/bin/python -m pip check")
+    assert "No broken requirements" in machine.run("env/bin/python -m pip check")
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,13 @@ def test_every_python_has_a_wheel_that_needs_no_torch(source: Path, tmp_path: Pa
     program = f"python{python}"
     if subprocess.run(["bash", "-c", f"{program} --version"], capture_output=True).returncode:
         pytest.skip(f"there is no {program} here")
-    place = Here(tmp_path / "place", {"SOURCE": str(source), "TGI_CUDA": "0"})
-    place.run(f"cp -r $SOURCE source && {program} -m venv env")
-    place.run("env/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist ./source")
-    place.run("env/bin/python -m pip install --quiet --no-deps dist/*.whl")
-    shown = place.run("cd / && $OLDPWD/env/bin/python -c 'import tgi_asgi._C as c; print(c.kernel_sets())'")
+    machine = ThisMachine(tmp_path / "machine", {"SOURCE": str(source), "TGI_CUDA": "0"})
+    machine.run(f"cp -r $SOURCE source && {program} -m venv env")
+    machine.run("env/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist ./source")
+    machine.run("env/bin/python -m pip install --quiet --no-deps dist/*.whl")
+    shown = machine.run("cd / && $OLDPWD/env/bin/python -c 'import tgi_asgi._C as c; print(c.kernel_sets())'")
     assert "portable" in shown
-    (wheel,) = (tmp_path / "place" / "dist").glob("*.whl")
+    (wheel,) = (tmp_path / "machine" / "dist").glob("*.whl")
     tag = f"cp{python.replace('.', '')}"
     assert f"-{tag}-{tag}-linux_" in wheel.name
     record("this machine", f"wheel {python}", wheel_mb=wheel.stat().st_size / 1e6)

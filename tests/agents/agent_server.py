@@ -44,7 +44,7 @@ class Recorder:
             return await _call_app(app, scope, receive, send)
         body, status = bytearray(), 0
 
-        async def hear() -> Any:
+        async def receive_recorded() -> Any:
             message = await receive()
             body.extend(message.get("body", b""))
             return message
@@ -61,14 +61,14 @@ class Recorder:
             }
             (self._folder / f"{number:04}.json").write_text(json.dumps(record, indent=1))
 
-        async def tell(message: Any) -> None:
+        async def send_recorded(message: Any) -> None:
             nonlocal status
             status = message.get("status", status)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 write()  # before the client has its answer
             await send(message)
 
-        await _call_app(app, scope, hear, tell)
+        await _call_app(app, scope, receive_recorded, send_recorded)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ PATCH = "*** Begin Patch\n*** Update File: fruit.txt\n@@\n-apples\n+pears\n*** E
 
 
 @dataclass
-class Place:
+class Workspace:
     """A server and a client's folders: a home, and a project with a text file and an image."""
 
     url: str
@@ -50,7 +50,7 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def workspace(tmp_path: Path) -> Iterator[Workspace]:
     folders = [tmp_path / name for name in ("home", "project", "record")]
     for folder in folders:
         folder.mkdir()
@@ -60,70 +60,70 @@ def place(tmp_path: Path) -> Iterator[Place]:
     command = ("tests.agents.agent_server", "--hostname", "127.0.0.1")
     with ServerProcess(*command, environ={"RECORD": str(record)}) as server:
         server.wait_until_healthy()
-        yield Place(server.url, home, project, record)
+        yield Workspace(server.url, home, project, record)
 
 
-def test_the_server_plays_and_records(place: Place) -> None:
+def test_the_server_plays_and_records(workspace: Workspace) -> None:
     tool = {"type": "function", "function": {"name": "look"}}
     messages = [{"role": "user", "content": play_of([call("look", at="fruit")])}]
     body = {"messages": messages, "tools": [tool]}
-    answer = httpx.post(place.url + "/v1/chat/completions", json=body).json()
+    answer = httpx.post(workspace.url + "/v1/chat/completions", json=body).json()
     (choice,) = answer["choices"]
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": "fruit"}'}
-    assert httpx.get(place.url + "/v1/nothing?a=b").status_code == 404
-    chat, nothing = place.seen()
+    assert httpx.get(workspace.url + "/v1/nothing?a=b").status_code == 404
+    chat, nothing = workspace.seen()
     assert (chat["request"], chat["status"], chat["body"]) == ("POST /v1/chat/completions", 200, body)
     assert (nothing["request"], nothing["status"]) == ("GET /v1/nothing?a=b", 404)
 
 
 @pytest.mark.agents
-def test_codex_edits_with_its_shell_and_looks_at_an_image(place: Place) -> None:
+def test_codex_edits_with_its_shell_and_looks_at_an_image(workspace: Workspace) -> None:
     install()
     steps = [
         call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt"),
         call("view_image", path="dot.png"),
         call("exec_command", cmd="cat fruit.txt"),
     ]
-    run = codex(place.url, place.home, place.project, play_of(steps))
-    place.check(run, "pears")
-    assert [seen["request"] for seen in place.seen()] == ["POST /v1/responses"] * 4
+    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps))
+    workspace.check(run, "pears")
+    assert [seen["request"] for seen in workspace.seen()] == ["POST /v1/responses"] * 4
 
 
 @pytest.mark.agents
-def test_codex_edits_with_a_custom_tool(place: Place) -> None:
+def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
     install()
-    catalog = codex_catalog(place.home)
+    catalog = codex_catalog(workspace.home)
     steps = [call("apply_patch", input=PATCH), call("exec_command", cmd="cat fruit.txt")]
     option = f"model_catalog_json={json.dumps(str(catalog))}"
-    run = codex(place.url, place.home, place.project, play_of(steps), "-c", option)
-    place.check(run, "pears")
-    first = place.seen()[0]["body"]
+    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps), "-c", option)
+    workspace.check(run, "pears")
+    first = workspace.seen()[0]["body"]
     assert "custom" in [tool["type"] for tool in first["tools"]]
 
 
 @pytest.mark.agents
-def test_claude_edits_and_uses_what_only_its_own_models_know(place: Place) -> None:
+def test_claude_edits_and_uses_what_only_its_own_models_know(workspace: Workspace) -> None:
     install()
-    fruit = str(place.fruit)
+    fruit = str(workspace.fruit)
     steps = [
         call("Read", file_path=fruit),
-        call("Read", file_path=str(place.project / "dot.png")),
+        call("Read", file_path=str(workspace.project / "dot.png")),
         call("ToolSearch", query="select:WebSearch", max_results=1),
         call("WebSearch", query="pears"),  # makes a separate request with a hosted tool
         call("Edit", file_path=fruit, old_string="apples", new_string="pears"),
         call("Bash", command="cat fruit.txt"),
     ]
-    run = claude(place.url, place.home, place.project, play_of(steps))
-    place.check(run, "pears")
-    kinds = [tool.get("type") for seen in place.seen() for tool in seen["body"]["tools"]]
+    run = claude(workspace.url, workspace.home, workspace.project, play_of(steps))
+    workspace.check(run, "pears")
+    kinds = [tool.get("type") for seen in workspace.seen() for tool in seen["body"]["tools"]]
     assert any(str(kind).startswith("web_search") for kind in kinds)
 
 
 @pytest.mark.agents
-def test_claude_counts_its_tokens(place: Place) -> None:
+def test_claude_counts_its_tokens(workspace: Workspace) -> None:
     install()
-    run = claude(place.url, place.home, place.project, "/context")
+    run = claude(workspace.url, workspace.home, workspace.project, "/context")
     assert run.exit_code == 0, run.output
-    seen = place.seen()
+    seen = workspace.seen()
     assert {one["request"].partition("?")[0] for one in seen} == {"POST /v1/messages/count_tokens"}
     assert {one["status"] for one in seen} == {200}

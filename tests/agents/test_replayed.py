@@ -18,7 +18,7 @@ CONTEXT = 16_384  # less than the 32,000 tokens that Claude Code asks for
 
 async def post(replay: Replay) -> tuple[str, str]:
     """Send a request; return the prompt that it makes, and its answer."""
-    engine = ScriptedEngine(say(*(bytes([byte]) for byte in replay.says.encode())))
+    engine = ScriptedEngine(say(*(bytes([byte]) for byte in replay.answer.encode())))
     info = toy_info(max_input_tokens=CONTEXT - 1, max_total_tokens=CONTEXT)
     async with client_of(scripted_app(engine, info=info, chat_template=TEMPLATE)) as client:
         answer = await client.post(replay.path, json=replay.body)
@@ -100,19 +100,19 @@ READERS = {"responses": codex_reads, "messages": claude_reads, "completions": ch
 @pytest.mark.parametrize(
     "replay",
     [*codex.REPLAYS, *claude.REPLAYS, *chats.REPLAYS],
-    ids=lambda replay: f"{replay.client}: {replay.what}",
+    ids=lambda replay: f"{replay.client}: {replay.description}",
 )
 async def test_a_request_is_answered(replay: Replay) -> None:
     prompt, stream = await post(replay)
     read = READERS[replay.path.partition("?")[0].rpartition("/")[2]](events_of(stream))
     assert [(*item[:-1], item[-1].strip()) for item in read] == [
-        (*item[:-1], item[-1].strip()) for item in replay.items
+        (*item[:-1], item[-1].strip()) for item in replay.expected_items
     ]
     at = 0
-    for seen in replay.sees:
+    for seen in replay.in_prompt:
         at = prompt.find(seen, at)
         assert at >= 0, f"{seen!r} is missing from the prompt or out of order: {prompt}"
-    assert not [missed for missed in replay.misses if missed in prompt]
+    assert not [missed for missed in replay.not_in_prompt if missed in prompt]
 
 
 @pytest.mark.parametrize("replay", [codex.REPLAYS[1], claude.REPLAYS[1]], ids=lambda replay: replay.client)
@@ -121,7 +121,7 @@ async def test_a_system_message_that_comes_late_is_read(replay: Replay) -> None:
     assert prompt.count("The mode has changed.") == 1
 
 
-@pytest.mark.parametrize("replay", claude.REPLAYS, ids=lambda replay: replay.what)
+@pytest.mark.parametrize("replay", claude.REPLAYS, ids=lambda replay: replay.description)
 async def test_a_request_is_counted(replay: Replay) -> None:
     info = toy_info(max_input_tokens=CONTEXT - 1, max_total_tokens=CONTEXT)
     names = ("model", "system", "messages", "tools", "tool_choice", "thinking")

@@ -127,7 +127,7 @@ class HalfSent:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "is_expected"),
     [
         ("/v1/chat/completions", lambda body: body["error"]["type"] == "rate_limit_error"),
         ("/v1/responses", lambda body: body["error"]["code"] == "rate_limit_exceeded"),
@@ -142,14 +142,16 @@ class HalfSent:
         ("/api/chat", lambda body: isinstance(body["error"], str)),
     ],
 )
-async def test_more_bodies_than_there_is_room_for_are_refused(path: str, told: Callable[[Any], bool]) -> None:
+async def test_more_bodies_than_there_is_room_for_are_refused(
+    path: str, is_expected: Callable[[Any], bool]
+) -> None:
     app = scripted_app(ScriptedEngine(), BUDGET)
     first = HalfSent(app)
     await first.is_held(app)
     refused = await send(app, sent_in_parts(path))
     assert refused.status == 429 and refused.is_complete
     assert 1 <= int(refused.headers["retry-after"]) <= 120
-    assert told(refused.json())
+    assert is_expected(refused.json())
     # The first request's bytes are held; the refused request's are released.
     assert app.context.body_budget.held == 500
     first.rest.put_nowait({"type": "http.request", "body": LARGE[500:], "more_body": False})

@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 
-from tests.support.pooled import (
+from tests.support.pooling_models import (
     EOS,
     QUERIES,
     RECORDED,
@@ -26,8 +26,8 @@ from tests.support.pooled import (
     save_recorded_classifier,
     states,
 )
-from tests.support.pooled import TEXTS as SAID
-from tests.support.pooled_server import PooledServer, pooled_server
+from tests.support.pooling_models import TEXTS as RECORDED_TEXTS
+from tests.support.pooling_server import PooledServer, pooled_server
 from tests.support.waiting import until
 from tgi_asgi.text.tokenizer import Tokenizer
 
@@ -360,7 +360,7 @@ async def test_vectors_are_those_of_sentence_transformers(tmp_path: Path, name: 
     save_recorded(name, tmp_path)
     recorded = json.loads(ORACLE.read_text())[name]
     async with pooled_server(tmp_path) as server:
-        answer = await server.post("/v1/embeddings", input=list(SAID))
+        answer = await server.post("/v1/embeddings", input=list(RECORDED_TEXTS))
     for entry, vector in zip(answer.json()["data"], recorded, strict=True):
         np.testing.assert_allclose(entry["embedding"], vector, atol=2e-4)
 
@@ -370,6 +370,6 @@ async def test_scores_are_those_of_its_cross_encoder(tmp_path: Path) -> None:
     recorded = json.loads(ORACLE.read_text())["classifier"]
     async with pooled_server(tmp_path) as server:
         for query, scores in zip(QUERIES, recorded, strict=True):
-            answer = await server.post("/score", text_1=query, text_2=list(SAID))
+            answer = await server.post("/score", text_1=query, text_2=list(RECORDED_TEXTS))
             found = [entry["score"] for entry in answer.json()["data"]]
             np.testing.assert_allclose(found, scores, atol=1e-4)

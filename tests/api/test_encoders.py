@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.support.encoders import RECORDED, TEXTS, logits_of, save_encoder, save_recorded, states_of
-from tests.support.pooled import QUERIES, pooled
-from tests.support.pooled_server import pooled_server
+from tests.support.pooling_models import QUERIES, pooled
+from tests.support.pooling_server import pooled_server
 from tgi_asgi.text.tokenizer import Tokenizer
 
 ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers-encoders.json"

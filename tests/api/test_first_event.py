@@ -26,7 +26,7 @@ from tgi_asgi.types import EngineState, FinishReason
 
 HI = [{"role": "user", "content": "hi"}]
 COMMENT = b":\n\n"
-PATIENCE = Settings(first_event_timeout_s=0.001)
+SHORT_FIRST_EVENT_TIMEOUT = Settings(first_event_timeout_s=0.001)
 STREAMS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HI, "stream": True},
     "/v1/completions": {"prompt": "hi", "stream": True},
@@ -40,7 +40,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 @asynccontextmanager
 async def waiting(
-    path: str, steps: Steps, settings: Settings = PATIENCE, **fields: Any
+    path: str, steps: Steps, settings: Settings = SHORT_FIRST_EVENT_TIMEOUT, **fields: Any
 ) -> AsyncIterator[tuple[Call, ScriptedEngine]]:
     """Run a stream that receives the events from `steps`; check at the end that it is complete."""
     engine = ScriptedEngine(steps.script)
@@ -83,9 +83,9 @@ async def test_a_stream_without_a_token_yet_begins_with_a_comment(path: str, ste
 
 async def test_what_follows_a_comment_is_the_stream_as_ever(steps: Steps) -> None:
     streams = []
-    for settings in (PATIENCE, Settings()):
+    for settings in (SHORT_FIRST_EVENT_TIMEOUT, Settings()):
         async with waiting("/v1/chat/completions", steps, settings) as (call, _):
-            if settings is PATIENCE:
+            if settings is SHORT_FIRST_EVENT_TIMEOUT:
                 await bodies(call, 1)
             await steps.deliver(token("a"), token("b"), token("", FinishReason.EOS))
         streams.append(
@@ -170,7 +170,7 @@ async def test_lines_of_json_stay_that_in_a_silence(steps: Steps, monkeypatch: p
 async def test_a_client_that_leaves_before_the_first_token_is_noticed(steps: Steps) -> None:
     engine = ScriptedEngine(steps.script)
     call = request("POST", "/v1/chat/completions", STREAMS["/v1/chat/completions"])
-    task = asyncio.create_task(send(scripted_app(engine, PATIENCE), call))
+    task = asyncio.create_task(send(scripted_app(engine, SHORT_FIRST_EVENT_TIMEOUT), call))
     await bodies(call, 1)
     call.gone.set()
     await task
@@ -178,7 +178,7 @@ async def test_a_client_that_leaves_before_the_first_token_is_noticed(steps: Ste
     assert engine.num_permits == 128
 
 
-class Impatient:
+class ShortSendTimeout:
     """A middleware that gives each `send` 50 ms, as any may; records the tasks that call it."""
 
     def __init__(self, app: App) -> None:
@@ -195,14 +195,14 @@ class Impatient:
 
 
 @asynccontextmanager
-async def running_engine() -> AsyncIterator[tuple[Impatient, Engine]]:
+async def running_engine() -> AsyncIterator[tuple[ShortSendTimeout, Engine]]:
     """Serve a real engine wrapped by the middleware."""
     engine = Engine(FakeRunner(), ToyTokenizer(), Settings(), toy_info())
     engine.start()
     app = scripted_app(ScriptedEngine())
     app.context.served = Served(engine, ToyTokenizer(), None, toy_info(), engine.stats)  # type: ignore[arg-type]
     try:
-        yield Impatient(app), engine
+        yield ShortSendTimeout(app), engine
     finally:
         await engine.stop()
 
@@ -259,7 +259,7 @@ async def test_frames_go_the_servers_own_way_where_it_has_one() -> None:
         assert call.is_complete and num_tokens(call.content) > 2
 
 
-@pytest.mark.parametrize("server", ["ours", "hypercorn", "uvicorn"])
+@pytest.mark.parametrize("server", ["native", "hypercorn", "uvicorn"])
 async def test_impatient_middleware_under_real_servers(server: str) -> None:
     async with running_engine() as (app, engine), serving(app, server) as url, httpx.AsyncClient() as client:
         answers = await asyncio.gather(

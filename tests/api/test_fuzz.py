@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.asgi import events_of
-from tests.support.fuzzing import survive
+from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, give_vector, say, scripted_app, toy_info
 from tgi_asgi.api.ollama.embed import OllamaEmbed
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest
@@ -64,7 +64,7 @@ APPS = st.sampled_from([Settings(), Settings(tgi_compat=True), Settings(strict_m
 async def post(app_settings: Settings, path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "lo", b"\xf0\x9f"))
     app = scripted_app(engine, app_settings)
-    call = await survive(app, engine, path, body)
+    call = await post_and_check(app, engine, path, body)
     if call.headers["content-type"].startswith("text/event-stream"):
         assert events_of(call.content)[-1] == "[DONE]"
     else:
@@ -110,7 +110,7 @@ def test_random_requests_for_vectors(asked: tuple[str, Any], model: dict[str, An
     async def ask() -> None:
         engine = ScriptedEngine(give_vector(0.5, -2.0))
         app = scripted_app(engine, info=toy_info(**model))
-        call = await survive(app, engine, *asked)
+        call = await post_and_check(app, engine, *asked)
         answer = call.json()
         assert (isinstance(answer, dict) and "error" in answer) == (call.status >= 400)
         assert model or call.status >= 400

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.api.test_fuzz import ANYTHING, SCALARS
 from tests.support.client import client_of
-from tests.support.fuzzing import survive
+from tests.support.fuzzing import post_and_check
 from tests.support.pictures import Answer, answer, data_url, encoded, picture, text_of, web
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.vision_app import (
@@ -38,7 +38,7 @@ from tgi_asgi.app import App
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.settings import Settings
 
-SEEN = f"[{'<image>' * 4}]"
+IMAGE_TOKENS = f"[{'<image>' * 4}]"
 
 
 BROKEN = [
@@ -277,7 +277,7 @@ async def test_in_native_prompts_only_listed_hosts_are_fetched_from() -> None:
     async with web({"/": answer(encoded())}) as (port, heads):
         inputs = f"![](http://good.example:{port}/)![](http://other.example:{port}/)"
         assert (await post("/generate", {"inputs": inputs}, app=app))[0] == 200
-        assert prompt_of(engine) == f"{SEEN}![](http://other.example:{port}/)" and len(heads) == 1
+        assert prompt_of(engine) == f"{IMAGE_TOKENS}![](http://other.example:{port}/)" and len(heads) == 1
         status, body = await post("/v1/chat/completions", chat(f"http://other.example:{port}/"), app=app)
     assert status == 400 and "does not fetch images from the host" in body["error"]["message"]
 
@@ -346,7 +346,7 @@ def test_parts_of_any_shape_are_answered(request: tuple[str, Any]) -> None:
         engine = ScriptedEngine(has_vision=True)
         app, _ = vision_app(engine, Settings(max_image_pixels=10_000))
         reaching(app, {name: ["10.0.0.1"] for name in ("localhost", "127.0.0.1")})
-        await survive(app, engine, *request)
+        await post_and_check(app, engine, *request)
         assert app.context.image_budget.held == app.context.body_budget.held == 0
 
     asyncio.run(run())

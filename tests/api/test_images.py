@@ -30,46 +30,51 @@ from tests.support.vision_app import (
 )  # fmt: skip
 from tgi_asgi.settings import Settings
 
-SEEN = f"[{'<image>' * 4}]"
+IMAGE_TOKENS = f"[{'<image>' * 4}]"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
     ("path", "body", "expected", "param"),
     [
-        ("/v1/chat/completions", chat("a", URL, "b"), f"a{SEEN}b", "messages[0].content[1].image_url"),
+        (
+            "/v1/chat/completions",
+            chat("a", URL, "b"),
+            f"a{IMAGE_TOKENS}b",
+            "messages[0].content[1].image_url",
+        ),
         (
             "/v1/chat/completions",
             chat({"type": "image_url", "image_url": URL}),
-            SEEN,
+            IMAGE_TOKENS,
             "messages[0].content[0].image_url",
         ),
         (
             "/v1/responses",
             response({"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": URL}),
-            f"a{SEEN}",
+            f"a{IMAGE_TOKENS}",
             "input[0].content[1].image_url",
         ),
         (
             "/v1/messages",
             claude({"type": "image", "source": source()}, TEXT),
-            f"{SEEN}hi",
+            f"{IMAGE_TOKENS}hi",
             "messages[0].content[0].source",
         ),
         (
             "/v1/messages",
             claude(TEXT, {"type": "image", "source": {"type": "url", "url": URL}}),
-            f"hi{SEEN}",
+            f"hi{IMAGE_TOKENS}",
             "messages[0].content[1].source",
         ),
-        ("/api/chat", llama(text_of()), f"{SEEN}hi", "messages[0].images[0]"),
+        ("/api/chat", llama(text_of()), f"{IMAGE_TOKENS}hi", "messages[0].images[0]"),
         (
             "/api/generate",
             {"prompt": "hi", "images": [text_of()], "stream": False},
-            f"{SEEN}hi",
+            f"{IMAGE_TOKENS}hi",
             "images[0]",
         ),
-        ("/vertex", {"instances": [chat("a", URL)]}, f"a{SEEN}", "messages[0].content[1].image_url"),
+        ("/vertex", {"instances": [chat("a", URL)]}, f"a{IMAGE_TOKENS}", "messages[0].content[1].image_url"),
     ],
 )
 async def test_each_dialect_s_images_stand_where_they_were(
@@ -91,9 +96,13 @@ async def test_each_dialect_s_images_stand_where_they_were(
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
-        ("/generate", {"inputs": f"a ![]({URL}) b"}, f"a {SEEN} b"),
-        ("/", {"inputs": f"![]({URL})", "parameters": {"max_new_tokens": 5}}, SEEN),
-        ("/api/generate", {"prompt": "hi", "images": [text_of()], "raw": True, "stream": False}, f"{SEEN}hi"),
+        ("/generate", {"inputs": f"a ![]({URL}) b"}, f"a {IMAGE_TOKENS} b"),
+        ("/", {"inputs": f"![]({URL})", "parameters": {"max_new_tokens": 5}}, IMAGE_TOKENS),
+        (
+            "/api/generate",
+            {"prompt": "hi", "images": [text_of()], "raw": True, "stream": False},
+            f"{IMAGE_TOKENS}hi",
+        ),
         ("/generate", {"inputs": "![](https://a.example/b.png)"}, "![](https://a.example/b.png)"),
         ("/generate", {"inputs": f"![alt]({URL}) ![] (x) ![](b.png)"}, f"![alt]({URL}) ![] (x) ![](b.png)"),
     ],
@@ -102,7 +111,7 @@ async def test_images_in_prompts_that_are_no_chats(path: str, body: Any, expecte
     engine = ScriptedEngine(has_vision=True)
     assert (await post(path, body, engine))[0] == 200
     assert prompt_of(engine) == expected
-    assert len(engine.requests[0].images) == expected.count(SEEN)
+    assert len(engine.requests[0].images) == expected.count(IMAGE_TOKENS)
 
 
 async def test_in_the_text_of_a_chat_markdown_is_text() -> None:
@@ -149,7 +158,7 @@ async def test_what_one_key_has_sent_is_not_found_by_another() -> None:
 async def test_placeholders_that_clients_write_are_text(text: str) -> None:
     engine = ScriptedEngine(has_vision=True)
     assert (await post("/v1/chat/completions", chat(text, URL), engine))[0] == 200
-    assert prompt_of(engine) == TURN.format(text + SEEN)
+    assert prompt_of(engine) == TURN.format(text + IMAGE_TOKENS)
     assert list(engine.requests[0].prompt_ids).count(IMAGE) == 4
 
 
@@ -204,7 +213,7 @@ async def test_no_image_is_cut_off() -> None:
         assert status == 422 and "cut off" in answered["error"]
 
 
-PARTLY_BLIND = (
+TEXT_PARTS_ONLY = (
     "{% for m in messages %}{{ m.role }}:{% for p in m.content %}"
     "{% if p.type == 'image' %}<image>{% elif p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %};"
     "{% endfor %}"
@@ -213,10 +222,10 @@ PARTLY_BLIND = (
 
 async def test_a_template_that_shows_texts_in_parts_alone_gets_parts() -> None:
     engine = ScriptedEngine(has_vision=True)
-    app, _ = vision_app(engine, template=PARTLY_BLIND)
+    app, _ = vision_app(engine, template=TEXT_PARTS_ONLY)
     messages = [{"role": "system", "content": "See."}, *chat("a", URL)["messages"]]
     assert (await post("/v1/chat/completions", {"messages": messages}, app=app))[0] == 200
-    assert prompt_of(engine) == f"system:See.;user:a{SEEN};"
+    assert prompt_of(engine) == f"system:See.;user:a{IMAGE_TOKENS};"
 
 
 async def test_a_template_that_takes_no_images_is_a_refusal() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
-from tests.support.fuzzing import survive
+from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
 from tgi_asgi.api.anthropic.request import MessagesRequest
 from tgi_asgi.api.openai.response_input import ResponsesRequest
@@ -78,7 +78,7 @@ CONSTRAINTS = st.one_of(
 async def post(path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "<tool_call>", '\n{"name": "f", "arg', 'uments": {', b"\xf0\x9f"))
     app = scripted_app(engine, Settings(), info=toy_info(max_input_tokens=4095, max_total_tokens=4096))
-    await survive(app, engine, path, body)
+    await post_and_check(app, engine, path, body)
 
 
 @settings(max_examples=100, deadline=None)

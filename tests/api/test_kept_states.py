@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
-from tests.support.pooled_server import PooledServer, pooled_server
+from tests.support.pooling_server import PooledServer, pooled_server
 
 LFM2 = STATE_CASES[0]
 PROMPT = [3 + number * 5 % 90 for number in range(40)]

@@ -122,7 +122,7 @@ async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs() -> N
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "told"),
+    ("path", "body", "is_expected"),
     [
         ("/generate", {"inputs": "hi"}, lambda body: body["error_type"] == "overloaded"),
         ("/v1/chat/completions", {"messages": HI}, lambda body: body["error"]["type"] == "rate_limit_error"),
@@ -132,13 +132,13 @@ async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs() -> N
     ],
 )  # fmt: skip
 async def test_too_many_requests_are_refused_in_the_clients_own_words(
-    path: str, body: Any, told: Any
+    path: str, body: Any, is_expected: Any
 ) -> None:
     app = limited([0.0])
     answers = [await call(app, "first", path, **body) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[-1].headers["retry-after"] == "30"
-    assert told(answers[-1].json()), answers[-1].text
+    assert is_expected(answers[-1].json()), answers[-1].text
 
 
 async def test_only_what_generates_is_counted() -> None:

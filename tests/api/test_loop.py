@@ -105,14 +105,14 @@ def _step(n: int, top: int | None, is_last: bool) -> list[TokenEvent]:
 
 
 @contextmanager
-def watched_callbacks(took: list[tuple[float, str]]) -> Iterator[None]:
+def watched_callbacks(durations: list[tuple[float, str]]) -> Iterator[None]:
     """Record the name and run time of each callback of the loop."""
     run = Handle._run
 
     def timed(handle: Any) -> None:
         began_s = time.thread_time()
         run(handle)
-        took.append((time.thread_time() - began_s, _name(handle)))
+        durations.append((time.thread_time() - began_s, _name(handle)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Handle, "_run", timed)
@@ -146,8 +146,8 @@ async def worst_callback(app: App, call: Call, *, writes_directly: bool = False)
             return True
 
         call.scope["extensions"] = {DIRECT_WRITE: write}
-    took: list[tuple[float, str]] = []
-    with watched_callbacks(took):
+    durations: list[tuple[float, str]] = []
+    with watched_callbacks(durations):
         task = asyncio.create_task(app(call.scope, call.receive, call.send))
         async with asyncio.timeout(100):
             while not task.done():
@@ -156,7 +156,7 @@ async def worst_callback(app: App, call: Call, *, writes_directly: bool = False)
         del task
         for _ in range(3):
             await asyncio.sleep(0)
-    return max(took)
+    return max(durations)
 
 
 async def check(
@@ -219,7 +219,7 @@ def tgi(**parameters: Any) -> bytes:
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 # Objects with many small parts take longer to generate than to measure; an eighth of the size shows slow code
 # too.
-ROOM = pytest.mark.parametrize("room", [2 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
+BODY_SIZES = pytest.mark.parametrize("body_size", [2 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
 MESSAGE = b'{"role":"user","content":""}'
 CHAT_TOOL = '{"type":"function","function":{"name":"%s","description":"%s"}}'
 FLAT_TOOL = '{"type":"function","name":"%s","description":"%s"}'
@@ -241,17 +241,17 @@ async def test_a_chat_as_long_as_a_body_may_be(path: str, stream: bool) -> None:
 
 
 @STREAM
-@ROOM
-async def test_a_chat_of_very_many_messages(room: int, stream: bool) -> None:
+@BODY_SIZES
+async def test_a_chat_of_very_many_messages(body_size: int, stream: bool) -> None:
     head = b'{"stream":%b,"messages":[' % orjson.dumps(stream)
-    await check(CHAT, filled(head, MESSAGE, room), stream=stream)
+    await check(CHAT, filled(head, MESSAGE, body_size), stream=stream)
 
 
-@ROOM
-async def test_very_many_messages_that_are_refused(room: int) -> None:
-    await check(CHAT, filled(b'{"n":0,"messages":[', MESSAGE, room), status=400)
-    await check(CHAT, filled(b'{"messages":[', MESSAGE, room), status=429, num_permits=0)
-    await check(CHAT, filled(b'{"max_tokens":999999,"messages":[', MESSAGE, room), status=400)
+@BODY_SIZES
+async def test_very_many_messages_that_are_refused(body_size: int) -> None:
+    await check(CHAT, filled(b'{"n":0,"messages":[', MESSAGE, body_size), status=400)
+    await check(CHAT, filled(b'{"messages":[', MESSAGE, body_size), status=429, num_permits=0)
+    await check(CHAT, filled(b'{"max_tokens":999999,"messages":[', MESSAGE, body_size), status=400)
 
 
 @STREAM
@@ -286,13 +286,13 @@ async def test_very_many_long_prompts(stream: bool) -> None:
     await check("/v1/completions", orjson.dumps(fields), stream=stream, jobs=128)
 
 
-@ROOM
-async def test_very_many_prompts_of_ids(room: int) -> None:
-    ids = filled(b"[", b"997", room // 129, b"]")
+@BODY_SIZES
+async def test_very_many_prompts_of_ids(body_size: int) -> None:
+    ids = filled(b"[", b"997", body_size // 129, b"]")
     await check("/v1/completions", b'{"prompt":[' + b",".join([ids] * 128) + b"]}", jobs=128)
 
 
-@ROOM
+@BODY_SIZES
 @pytest.mark.parametrize(("path", "head", "item", "status"), [
     ("/v1/completions", b'{"prompt":[', b'""', 400),
     ("/v1/completions", b'{"prompt":[', b"997", 400),
@@ -302,8 +302,8 @@ async def test_very_many_prompts_of_ids(room: int) -> None:
     (MESSAGES, b'{"max_tokens":1,"messages":[],"tools":[', b'{"name":"f"}', 400),
     (RESPONSES, b'{"input":"hi","tools":[', b'{"type":"function","name":"f"}', 400),
 ])  # fmt: skip
-async def test_long_lists(path: str, head: bytes, item: bytes, status: int, room: int) -> None:
-    await check(path, filled(head, item, room), status=status)
+async def test_long_lists(path: str, head: bytes, item: bytes, status: int, body_size: int) -> None:
+    await check(path, filled(head, item, body_size), status=status)
 
 
 async def test_many_long_instances() -> None:
@@ -323,13 +323,13 @@ async def test_many_long_instances() -> None:
 )
 async def test_tools_that_fill_a_body(path: str, head: bytes, tool: str, stream: bool) -> None:
     begin = head % MESSAGE + b',"stream":%b,"tools":' % orjson.dumps(stream)
-    room = (MAX_ECHOED_BYTES if path == RESPONSES else SIZE) - 1024
-    await check(path, begin + tools_of(tool, room) + b"}", stream=stream)
+    body_size = (MAX_ECHOED_BYTES if path == RESPONSES else SIZE) - 1024
+    await check(path, begin + tools_of(tool, body_size) + b"}", stream=stream)
 
 
-@ROOM
-async def test_a_schema_that_fills_a_body(room: int) -> None:
-    properties = b",".join(b'"k%d":{}' % i for i in range(room // 20))
+@BODY_SIZES
+async def test_a_schema_that_fills_a_body(body_size: int) -> None:
+    properties = b",".join(b'"k%d":{}' % i for i in range(body_size // 20))
     schema = (
         b'{"type":"json_schema","json_schema":{"name":"x","schema":{"properties":{' + properties + b"}}}}"
     )
@@ -342,31 +342,33 @@ async def test_tokens_of_a_long_text(key: str) -> None:
     await check("/tokenize", orjson.dumps({key: given}))
 
 
-@ROOM
+@BODY_SIZES
 @pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize", "/v1/messages/count_tokens"])
-async def test_tokens_of_a_chat(path: str, room: int) -> None:
+async def test_tokens_of_a_chat(path: str, body_size: int) -> None:
     await check(path, chat(LONG_TEXT))
-    await check(path, filled(b'{"messages":[', MESSAGE, room))
+    await check(path, filled(b'{"messages":[', MESSAGE, body_size))
 
 
 @STREAM
-@ROOM
+@BODY_SIZES
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
-async def test_many_messages_of_agents(path: str, room: int, stream: bool) -> None:
+async def test_many_messages_of_agents(path: str, body_size: int, stream: bool) -> None:
     name = "messages" if path == MESSAGES else "input"
     fields = b'{"stream":%b,' % orjson.dumps(stream) + (b'"max_tokens":9,' if path == MESSAGES else b"")
-    await check(path, filled(fields + b'"%b":[' % name.encode(), MESSAGE, room), stream=stream)
+    await check(path, filled(fields + b'"%b":[' % name.encode(), MESSAGE, body_size), stream=stream)
     long = [{"role": "user", "content": LONG_TEXT}]
     await check(path, orjson.dumps({name: long, "max_tokens": 9, "stream": stream}), stream=stream)
 
 
 @STREAM
-@ROOM
-async def test_what_responses_repeat(room: int, stream: bool) -> None:
+@BODY_SIZES
+async def test_what_responses_repeat(body_size: int, stream: bool) -> None:
     fields = {"input": "hi", "instructions": LONG_TEXT, "stream": stream}
     await check(RESPONSES, orjson.dumps(fields), stream=stream)
     head = b'{"stream":%b,"input":"hi","tools":[' % orjson.dumps(stream)
-    await check(RESPONSES, filled(head, b'{"type":"a"}', min(room, MAX_ECHOED_BYTES - 1024)), stream=stream)
+    await check(
+        RESPONSES, filled(head, b'{"type":"a"}', min(body_size, MAX_ECHOED_BYTES - 1024)), stream=stream
+    )
 
 
 @STREAM

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
 from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
-from tests.support.fuzzing import survive
+from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import CHATML, Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, OllamaOptions
@@ -428,7 +428,7 @@ def test_random_requests(body: dict[str, Any], template: str | None) -> None:
     async def send() -> None:
         engine = ScriptedEngine(say("Hel", "<tool_call>", '\n{"name": "f", "arg', 'uments": {', b"\xf0\x9f"))
         path = "/api/generate" if "prompt" in body else "/api/chat"
-        answer = await survive(app_of(engine, chat_template=template), engine, path, body)
+        answer = await post_and_check(app_of(engine, chat_template=template), engine, path, body)
         lines = [json.loads(line) for line in answer.content.removesuffix(b"\n").split(b"\n")]
         assert ("error" in lines[-1]) == (answer.status >= 400)
         assert "error" in lines[-1] or [line["done"] for line in lines] == [*[False] * (len(lines) - 1), True]
@@ -440,4 +440,4 @@ def test_random_requests(body: dict[str, Any], template: str | None) -> None:
 @given(st.sampled_from(["chat", "generate", "show"]), st.binary(max_size=60) | ANYTHING)
 def test_random_bodies(path: str, body: Any) -> None:
     engine = ScriptedEngine()
-    asyncio.run(survive(app_of(engine), engine, f"/api/{path}", body))
+    asyncio.run(post_and_check(app_of(engine), engine, f"/api/{path}", body))

@@ -127,13 +127,13 @@ async def test_channels_become_reasoning_content_and_calls(stream: bool) -> None
             messages = [choice["delta"] for choice in await deltas(script, template=template, tools=TOOLS)]
         else:
             messages = [(await chat(script, template=template, tools=TOOLS))["choices"][0]["message"]]
-        told = [
+        received = [
             "".join(message.get(key) or "" for message in messages)
             for key in ("reasoning_content", "content")
         ]
         calls = [call for message in messages for call in message.get("tool_calls") or ()]
-        told.append("".join(call["function"].get("arguments") or "" for call in calls))
-        assert tuple(told) == wanted
+        received.append("".join(call["function"].get("arguments") or "" for call in calls))
+        assert tuple(received) == wanted
 
 
 async def test_an_administrator_may_leave_reasoning_in_the_text() -> None:

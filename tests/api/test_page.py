@@ -81,8 +81,8 @@ async def test_all_others_get_the_health_check(accept: str) -> None:
 async def test_the_pages_are_there_while_the_model_loads_and_health_tells_how_far_it_is() -> None:
     for path in ("/", "/docs", "/page/main.js"):
         assert (await get(path, accept=CHROME, is_loaded=False)).status_code == 200
-    told = (await get("/health", is_loaded=False)).json()
-    assert (told["state"], told["progress"]) == (
+    health = (await get("/health", is_loaded=False)).json()
+    assert (health["state"], health["progress"]) == (
         "loading",
         {"stage": "reading weights", "done": 1, "total": 4},
     )

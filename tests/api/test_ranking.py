@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.pooled import edit, save_classifier, save_embedder
-from tests.support.pooled_server import PooledServer, pooled_server
+from tests.support.pooling_models import edit, save_classifier, save_embedder
+from tests.support.pooling_server import PooledServer, pooled_server
 from tgi_asgi.api.vectors import probability
 from tgi_asgi.runner.load_pooling import RANKING
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -213,8 +213,8 @@ async def test_yes_is_weighed_against_no_behind_the_model_cards_prompt(tmp_path:
         for result in answer["results"]:
             score = expected(DOCUMENTS[result["index"]])
             assert result["relevance_score"] == pytest.approx(score, abs=1e-4)
-        told = (await server.post("/score", text_1=QUERY, text_2="b", instruction="Find")).json()
-        assert told["data"][0]["score"] == pytest.approx(expected("b", "Find"), abs=1e-4)
+        answer = (await server.post("/score", text_1=QUERY, text_2="b", instruction="Find")).json()
+        assert answer["data"][0]["score"] == pytest.approx(expected("b", "Find"), abs=1e-4)
         cut = await server.post("/score", text_1=QUERY, text_2="b" * 900, truncate_prompt_tokens=-1)
         assert cut.status_code == 200
         assert cut.json()["usage"]["prompt_tokens"] == 512

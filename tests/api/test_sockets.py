@@ -21,7 +21,7 @@ from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import TokenEvent
 
-pytestmark = pytest.mark.parametrize("server", ["ours", "hypercorn", "uvicorn"])
+pytestmark = pytest.mark.parametrize("server", ["native", "hypercorn", "uvicorn"])
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.asgi import events_of
-from tests.support.fuzzing import survive
+from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tgi_asgi.api.tgi.schema import GenerateParameters
 from tgi_asgi.settings import Settings
@@ -61,7 +61,7 @@ async def post(path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "lo", b"\xf0\x9f"))
     app = scripted_app(engine, Settings(enable_prefill_logprobs=True))
     data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode(errors="replace")
-    call = await survive(app, engine, path, data)
+    call = await post_and_check(app, engine, path, data)
     if call.headers["content-type"].startswith("text/event-stream"):
         events_of(call.content)
     elif call.status >= 400:

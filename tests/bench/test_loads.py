@@ -85,7 +85,7 @@ async def serving(answer: Callable[[Write, dict[str, Any]], Awaitable[None]]) ->
         await asyncio.gather(*(task for task in server.tasks if task is not None))
 
 
-async def well(write: Write, body: dict[str, Any]) -> None:
+async def answer_normally(write: Write, body: dict[str, Any]) -> None:
     """Answer as llama-server does: a header that ends in 0, and the last chunk in two pieces."""
     words = sum(len(message["content"].split()) for message in body["messages"])
     await write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5, max=100\r\n\r\n")
@@ -98,7 +98,7 @@ async def well(write: Write, body: dict[str, Any]) -> None:
 
 
 async def test_an_answer_is_read_as_it_was_sent() -> None:
-    async with serving(well) as server:
+    async with serving(answer_normally) as server:
         client = Client(server.url)
         exchange = await client.chat({"messages": [{"role": "user", "content": "a b"}], "max_tokens": 3})
         client.close()
@@ -166,7 +166,7 @@ async def test_a_connection_that_the_server_drops_is_an_error() -> None:
 
 
 async def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> None:
-    async with serving(well) as server:
+    async with serving(answer_normally) as server:
         measured = await run(ClosedLoop(clients=3, requests=8), Prompts(30), server.url, max_tokens=2)
     assert not measured.errors and len(measured.answers) == 8
     assert server.most_running == 3
@@ -176,21 +176,21 @@ async def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() 
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     release = asyncio.Event()
 
-    async def late(write: Write, body: dict[str, Any]) -> None:
+    async def answer_late(write: Write, body: dict[str, Any]) -> None:
         if len(server.bodies) >= 2 + 5:  # two requests measured the length of prompts
             release.set()
         if len(server.bodies) > 2:
             await release.wait()
-        await well(write, body)
+        await answer_normally(write, body)
 
-    async with serving(late) as server:
+    async with serving(answer_late) as server:
         measured = await run(OpenLoop(rate=500, requests=5), Prompts(30), server.url, max_tokens=2)
     assert not measured.errors and len(measured.answers) == 5
     assert server.most_running == 5
 
 
 async def test_prompts_have_the_length_that_the_server_counts_and_are_all_different() -> None:
-    async with serving(well) as server:
+    async with serving(answer_normally) as server:
         prompts = Prompts(40, shared_tokens=12)
         measured = await run(ClosedLoop(2, 6), prompts, server.url, max_tokens=2)
     assert {answer.num_prompt_tokens for answer in measured.answers} == {40}
@@ -204,7 +204,7 @@ async def test_a_summary_counts_what_meets_the_target_and_what_failed() -> None:
         if len(server.bodies) > 2 and len(server.bodies) % 2:
             await write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
         else:
-            await well(write, body)
+            await answer_normally(write, body)
 
     async with serving(every_other) as server:
         measured = await run(ClosedLoop(1, 6), Prompts(30), server.url, max_tokens=4)

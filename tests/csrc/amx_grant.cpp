@@ -21,7 +21,7 @@ namespace tgi::cpu::step {
 
 namespace {
 
-AmxState said;
+AmxState simulated_state;
 
 double spin(Precision, int64_t) { return 0.0; }  // as fast as any other
 
@@ -35,7 +35,7 @@ Kernels named(const char* name, const char* arithmetic) {
 
 }  // namespace
 
-AmxState read_amx_state() { return said; }
+AmxState read_amx_state() { return simulated_state; }
 
 extern const Kernels kPortableKernels = named("portable", "fma");
 extern const Kernels kAvx2Kernels = named("avx2", "fma");
@@ -69,7 +69,7 @@ bool answer_requests(unsigned error) {
 
 int main(int count, char** arguments) {
   if (count != 4) return 2;
-  tgi::cpu::step::said = {std::atoi(arguments[1]) != 0, std::atoi(arguments[2]) != 0};
+  tgi::cpu::step::simulated_state = {std::atoi(arguments[1]) != 0, std::atoi(arguments[2]) != 0};
   const int answer = std::atoi(arguments[3]);
   if (answer >= 0 && !answer_requests(static_cast<unsigned>(answer))) return 77;
   for (const tgi::cpu::step::Kernels* set : tgi::cpu::step::kernel_sets()) {

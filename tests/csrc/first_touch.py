@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 
 from tests.ops.helpers import rope_table
-from tests.support import at_once
+from tests.support import eager_ops
 from tests.support.batches import flat_rows
-from tests.support.blocks import random_weight
 from tests.support.kv import poisoned_pool
+from tests.support.random_weights import random_weight
 from tgi_asgi import _C, ops
 
 COLUMNS = 1024
@@ -41,7 +41,7 @@ def linear(watch: Watch, packing: ops.Packing) -> list[int]:
     """Pack a plain weight and multiply by it."""
     weight = ops.linear_weight(random_weight("Q8_0", 2080, COLUMNS, seed=1), packing)
     packed = watch.take()
-    at_once.linear(torch.randn(1, COLUMNS), weight)
+    eager_ops.linear(torch.randn(1, COLUMNS), weight)
     return packed
 
 
@@ -50,7 +50,7 @@ def gate_up(watch: Watch, packing: ops.Packing) -> list[int]:
     sources = [random_weight("Q8_0", 992, COLUMNS, seed=seed) for seed in (1, 2)]
     weight = ops.gate_up_weight(sources[0], sources[1], packing)
     packed = watch.take()
-    at_once.gate_up(torch.randn(1, COLUMNS), weight)
+    eager_ops.gate_up(torch.randn(1, COLUMNS), weight)
     return packed
 
 
@@ -72,7 +72,7 @@ def qkv(
     )  # fmt: skip
     packed = watch.take()
     layer = poisoned_pool(num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16).layers[0]
-    at_once.qkv(
+    eager_ops.qkv(
         torch.randn(1, COLUMNS), weight, layer, rope_table(head_dim, 64), flat_rows([(3, 4)], [[0]], 16)
     )
     return packed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.support import at_once
+from tests.support import eager_ops
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.packing import PackedLinear
@@ -63,7 +63,7 @@ def _reference(name: str) -> Callable[[_Bytes], _Floats]:
     return ggml
 
 
-def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
+def decoded_values(data: _Bytes, name: str, columns: int) -> Tensor:
     """Return a file's rows as float32."""
     with np.errstate(all="ignore"):
         weights = _reference(name)(data.reshape(-1, TABLE[name].block_bytes))
@@ -79,7 +79,7 @@ def random_rows(name: str, rows: int, columns: int, least: float = 0.0, most: fl
     wrong = np.ones(len(blocks), bool)
     while wrong.any():
         blocks[wrong] = rng.integers(0, 256, (int(wrong.sum()), row.block_bytes), np.uint8)
-        largest = meaning(blocks, name, row.block_columns).abs().amax(-1).numpy()
+        largest = decoded_values(blocks, name, row.block_columns).abs().amax(-1).numpy()
         wrong = ~(np.isfinite(largest) & (largest >= least) & (largest <= most))
     return blocks.reshape(-1)
 
@@ -106,7 +106,7 @@ def packed(data: _Bytes, name: str, rows: int, columns: int) -> _C.Matrix:
 def product(a: Tensor, matrix: _C.Matrix, precision: str, bias: Tensor | None = None) -> Tensor:
     """Return `a @ W.T (+ bias)` by the operator; the bias has an element for each stored row."""
     made = PackedLinear(matrix, precision, None if bias is None else bias.numpy())
-    return at_once.linear(a, ops.LinearWeight(matrix.num_rows, matrix.num_columns, made))
+    return eager_ops.linear(a, ops.LinearWeight(matrix.num_rows, matrix.num_columns, made))
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
@@ -130,13 +130,13 @@ def test_a_block_is_of_the_size_that_gguf_says(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_decoded_row_has_the_bits_of_ggml(name: str) -> None:
     data = random_rows(name, 24, 1024)
-    assert_same_bits(decode(data, name, 1024), meaning(data, name, 1024))
+    assert_same_bits(decode(data, name, 1024), decoded_values(data, name, 1024))
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])
 def test_every_half_is_decoded(name: str) -> None:
     every = np.arange(65536, dtype=np.uint16).view(np.uint8)
-    found, wanted = decode(every, name, 65536), meaning(every, name, 65536)
+    found, wanted = decode(every, name, 65536), decoded_values(every, name, 65536)
     assert_same_bits(torch.nan_to_num(found), torch.nan_to_num(wanted))
     assert torch.equal(found.isnan(), wanted.isnan())
 
@@ -145,7 +145,7 @@ def test_every_eight_bit_float_is_decoded() -> None:
     blocks = np.zeros((2, 132), np.uint8)
     blocks[:, :4] = np.float32(1).reshape(1).view(np.uint8)
     blocks[:, 4:] = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    found, wanted = (read(blocks.reshape(-1), "F8_128", 256) for read in (decode, meaning))
+    found, wanted = (read(blocks.reshape(-1), "F8_128", 256) for read in (decode, decoded_values))
     assert_same_bits(torch.nan_to_num(found), torch.nan_to_num(wanted))
     assert torch.equal(found.isnan(), wanted.isnan())
 
@@ -214,7 +214,7 @@ def test_a_product_is_that_of_the_rounded_activations(
     data = sound_rows(name, rows, columns)
     for precision in dict.fromkeys(_precisions(name)):
         found = product(a, packed(data, name, rows, columns), precision, bias)
-        wanted = rounded(a, precision) @ meaning(data, name, columns).double().T + bias[:rows].double()
+        wanted = rounded(a, precision) @ decoded_values(data, name, columns).double().T + bias[:rows].double()
         # A value halfway between two codes may round either way.
         assert_close(found, wanted, length=columns * (40 if precision == "int8" else 4) ** 2)
 

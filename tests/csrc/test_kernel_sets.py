@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.ops.helpers import FAST, random_source, with_each_kernel_set
 from tests.reference.compare import assert_same_bits
-from tests.support.blocks import random_weight
+from tests.support.random_weights import random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import direct
 

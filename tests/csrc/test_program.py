@@ -13,8 +13,8 @@ from tests.ops.helpers import EXACT, random_source
 from tests.support.batches import flat_rows
 from tgi_asgi import _C, ops
 
-MOST = 2**31 - 1
-TURNS = np.ones((16, 16), np.float32)
+INT32_MAX = 2**31 - 1
+ROTATIONS = np.ones((16, 16), np.float32)
 
 Make = Callable[[_C.Program], Any]
 Call = Callable[..., object]
@@ -233,12 +233,12 @@ def test_a_program_of_sizes_beyond_all_bounds_is_refused(name: str, size: int) -
 
 
 def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
-    program = make_program(max_tokens=MOST, max_rows=MOST)
+    program = make_program(max_tokens=INT32_MAX, max_rows=INT32_MAX)
     for make in (
-        lambda: program.rows(MOST),
-        lambda: program.rows(MOST, for_logits=True),
-        lambda: program.activation(MOST, "float32"),
-        lambda: program.query(pool(), MOST),
+        lambda: program.rows(INT32_MAX),
+        lambda: program.rows(INT32_MAX, for_logits=True),
+        lambda: program.activation(INT32_MAX, "float32"),
+        lambda: program.query(pool(), INT32_MAX),
     ):
         with pytest.raises(MemoryError):
             make()
@@ -263,7 +263,9 @@ def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> Non
         with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
             call(program, **{name: make(program) for name, make in buffers.items()})
     with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
-        write_heads(program, program.rows(64), query(program), has_keys=False, cosines=TURNS, sines=TURNS)
+        write_heads(
+            program, program.rows(64), query(program), has_keys=False, cosines=ROTATIONS, sines=ROTATIONS
+        )
     write_heads(program, program.rows(64), query(program), has_keys=False)
 
 

@@ -82,7 +82,7 @@ class World:
         return [rotate(heads[0], cos, sin), rotate(heads[1], cos, sin), heads[2]]
 
 
-def _room(dtype: torch.dtype, values: Tensor) -> Tensor:
+def _tolerance(dtype: torch.dtype, values: Tensor) -> Tensor:
     """Return the largest allowed error of written values."""
     if dtype is torch.float32:
         return torch.full_like(values, 1e-5)
@@ -103,7 +103,7 @@ def test_keys_and_values_are_written_as_close_as_the_type_allows(
     world.run(5, 37)
     found = read_kv(world.layer, world.slots(0, 37), rotary_dim)
     for each, expected in zip(found, world.computed()[1:], strict=True):
-        assert ((each.double() - expected).abs() <= _room(dtype, expected)).all()
+        assert ((each.double() - expected).abs() <= _tolerance(dtype, expected)).all()
     written = world.pool.native.memory().copy()
     world.run(0, 37)
     np.testing.assert_array_equal(world.pool.native.memory(), written, "written again, the same bytes")
@@ -119,9 +119,9 @@ def test_attention_to_what_the_cache_holds_equals_the_reference(
     key, value = read_kv(world.layer, world.slots(0, 300), rotary_dim)
     expected = reference(world.computed()[0], key, value, SCALE)
     # bfloat16 rounds queries and weights; those for int8 have 16 bits.
-    room = {torch.float32: 2e-5, torch.int8: 1e-4, torch.bfloat16: 1e-2}[dtype]
+    tolerance = {torch.float32: 2e-5, torch.int8: 1e-4, torch.bfloat16: 1e-2}[dtype]
     assert torch.isfinite(found).all()
-    assert (found - expected).abs().max() <= room * expected.abs().max()
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_an_int8_cache_gives_the_same_bits_with_every_set_of_kernels() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ops.helpers import FAST
-from tests.support.blocks import meaning, random_weight
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops.layout import STRIP, cached_dims, head_order, interleaved_order, ordered, padded, row_order
 
@@ -73,7 +73,7 @@ def test_rows_of_several_sources_are_one_weight_in_any_order() -> None:
     matrix = _C.pack(
         sources=[source.data for source in sources], format="Q4_K", columns=256, order=order, arena=_C.Arena()
     )
-    every = torch.cat([meaning(source) for source in sources])[order.clip(0)]
+    every = torch.cat([decoded_values(source) for source in sources])[order.clip(0)]
     expected = torch.where(torch.from_numpy(order >= 0)[:, None], every, torch.zeros(()))
     assert (matrix.num_rows, matrix.num_stored_rows) == (128, 160)
     torch.testing.assert_close(torch.from_numpy(matrix.unpack()), expected, rtol=1e-6, atol=1e-7)
@@ -111,8 +111,8 @@ def test_quantised_rows_are_within_half_a_level_of_what_they_were(
     level = blocks.abs().amax(-1, keepdim=True) / levels
     # Opposite to the largest value, one of sixteen codes is missing, so the error reaches a whole level
     # there.
-    room = 0.51 if format == "Q8_0" else 1.01
-    assert ((found.view_as(blocks) - blocks).abs() <= room * level + 1e-6).all()
+    tolerance = 0.51 if format == "Q8_0" else 1.01
+    assert ((found.view_as(blocks) - blocks).abs() <= tolerance * level + 1e-6).all()
     assert not found[3, 32:64].any()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import at_once
+from tests.support import eager_ops
 from tgi_asgi import _C, ops
 
 ROWS = torch.randn(64, 257)
@@ -31,7 +31,7 @@ def team() -> Iterator[None]:
 
 
 def norm() -> torch.Tensor:
-    return at_once.norm(ROWS, ops.NormWeight(torch.ones(257), 1e-5))
+    return eager_ops.norm(ROWS, ops.NormWeight(torch.ones(257), 1e-5))
 
 
 def team_threads() -> list[int]:

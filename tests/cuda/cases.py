@@ -10,15 +10,15 @@ import torch
 from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
+    test_embed_and_activate,
     test_linear,
     test_lora,
     test_norm,
     test_quant_linear,
     test_rope_kv_write,
-    test_rows,
     test_sample,
 )
-from tests.cuda.paged import Shape
+from tests.cuda.paged_cache import Shape
 from tgi_asgi.types import SamplingParams
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -30,8 +30,8 @@ def small() -> Iterator[Case]:
     """Yield a few small cases per operator: for sanitizers, and for the emulation's own test of this list."""
     for dtype in (BF16, FP16):
         yield "norm", dtype, _of(test_norm.check, 3, 576, dtype)
-        yield "embed", dtype, _of(test_rows.check_embed, 17, 64, dtype)
-        yield "activate", dtype, _of(test_rows.check_activate, 5, 264, dtype)
+        yield "embed", dtype, _of(test_embed_and_activate.check_embed, 17, 64, dtype)
+        yield "activate", dtype, _of(test_embed_and_activate.check_activate, 5, 264, dtype)
         rope = _of(test_rope_kv_write.check, 7, 80, 64, dtype=dtype, kv_dtype=dtype)
         yield "rope_kv_write", dtype, rope
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
@@ -47,8 +47,8 @@ def large() -> Iterator[Case]:
     """Yield cases of realistic sizes with all head sizes: seconds on a GPU."""
     for dtype in (BF16, FP16):
         yield "norm", dtype, _of(test_norm.check, 300, 4096, dtype)
-        yield "embed", dtype, _of(test_rows.check_embed, 300, 4096, dtype)
-        yield "activate", dtype, _of(test_rows.check_activate, 300, 14336, dtype)
+        yield "embed", dtype, _of(test_embed_and_activate.check_embed, 300, 4096, dtype)
+        yield "activate", dtype, _of(test_embed_and_activate.check_activate, 300, 14336, dtype)
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)

@@ -12,7 +12,7 @@ from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
 from tests.support.checkpoints import save, save_tokenizer
-from tests.support.driving import Job
+from tests.support.runner_driver import Job
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout

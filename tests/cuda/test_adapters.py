@@ -17,8 +17,8 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, make_device, make_runner, save_with_tokenizer
 from tests.support.adapters import ALL_PRODUCTS, make_adapter, peft_logprobs, write_adapter
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.driving import GREEDY, Job, generate
 from tests.support.quantised import save_quantised
+from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cuda.faults import Fault, assert_caught
-from tests.cuda.paged import PagedCase, Shape, assert_attended, random_shape
+from tests.cuda.paged_cache import PagedCase, Shape, assert_attended, random_shape
 from tests.emulation.device import Device
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn

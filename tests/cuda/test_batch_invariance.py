@@ -11,7 +11,7 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, PROMPT
 from tests.emulation import library
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.driving import Job, generate
+from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner

@@ -114,7 +114,7 @@ def test_a_stage_s_figures_are_printed_as_a_table(capsys: pytest.CaptureFixture[
 
 
 # Modules that a machine with torch and a GPU may lack, or have in a version that is too old.
-LACKING = (
+MISSING_PACKAGES = (
     "starlette",
     "hypercorn",
     "orjson",
@@ -135,15 +135,15 @@ import importlib.abc, sys
 
 class Nothing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {LACKING!r}:
+        if name.partition(".")[0] in {MISSING_PACKAGES!r}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Nothing())
 from bench import gpu, gpu_operators, gpu_runs, gpu_stages
 from tests.cuda import cases, gpu_device
 assert len(list(cases.small())) > 20
-from tests.support.blocks import meaning, random_weight
-assert meaning(random_weight("Q4_K", 2, 512, 1)).isfinite().all()
+from tests.support.random_weights import decoded_values, random_weight
+assert decoded_values(random_weight("Q4_K", 2, 512, 1)).isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=280)
 

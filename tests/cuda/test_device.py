@@ -85,7 +85,7 @@ def test_a_gpu_before_ampere_is_told_of_in_a_sentence_and_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("driver_error", "logged"),
     [
         (
             "The NVIDIA driver on your system is too old (found version 11040). Please update",
@@ -98,14 +98,14 @@ def test_a_driver_that_is_too_old_is_told_of_and_a_hidden_gpu_is_not(
     kernels: None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    said: str,
-    told: list[str],
+    driver_error: str,
+    logged: list[str],
 ) -> None:
     def refuse() -> None:
-        raise RuntimeError(said)
+        raise RuntimeError(driver_error)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", refuse)
     with caplog.at_level(logging.WARNING):
         assert cuda_load.find_device() is None
-    assert [record.getMessage() for record in caplog.records] == told
+    assert [record.getMessage() for record in caplog.records] == logged

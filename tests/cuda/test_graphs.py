@@ -13,7 +13,7 @@ from tests.cuda.emulated_device import EmulatedDevice, Graph
 from tests.emulation import library
 from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.driving import GREEDY, Job, generate
+from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS

@@ -19,10 +19,10 @@ from tests.cuda.emulated_runner import (
     make_device,
     save_with_tokenizer,
 )
-from tests.cuda.paged import PagedCase, Shape, assert_attended
+from tests.cuda.paged_cache import PagedCase, Shape, assert_attended
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.driving import Job, generate
+from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops.attention_spec import AttentionSpec

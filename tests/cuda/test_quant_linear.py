@@ -14,7 +14,7 @@ from tests.cuda.faults import Fault, assert_caught
 from tests.emulation import library
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
-from tests.support.blocks import QUANTISED, meaning, random_weight
+from tests.support.random_weights import QUANTISED, decoded_values, random_weight
 from tgi_asgi.formats.quantised import IntegerMatrix
 from tgi_asgi.ops.cuda_linear import QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import LaunchList, Size
@@ -33,7 +33,7 @@ def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Ten
     if name in GROUPED:
         return random_grouped(name, rows, columns)
     source = random_weight(name, rows, columns, seed=1)
-    return source, meaning(source)
+    return source, decoded_values(source)
 
 
 def random_grouped(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:

@@ -22,8 +22,8 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.driving import GREEDY, Job, generate, sample_over_a_shared_block
 from tests.support.quantised import save_quantised
+from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.decoder import Decoder

@@ -24,8 +24,8 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_tokenizer
-from tests.support.driving import Job, generate
 from tests.support.quantised import save_quantised
+from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model

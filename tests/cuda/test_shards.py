@@ -17,8 +17,8 @@ from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_refer
 from tests.cuda.emulated_shards import MissingDevice, ShardDevice, SilentDevice
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.driving import Job, compare, generate, sample_over_a_shared_block
 from tests.support.quantised import save_quantised
+from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.ops.cuda_shards import DeviceGroup
@@ -155,15 +155,15 @@ async def test_a_fault_shows(
 async def test_a_shard_that_dies_fails_the_step_and_all_after_it(serving: Serve, tiny: ModelFiles) -> None:
     async with serving(tiny, 2) as loaded:
         assert isinstance(loaded.shards, CudaShards)
-        told: list[str] = []
-        loaded.shards.watch(told.append)
+        reported: list[str] = []
+        loaded.shards.watch(reported.append)
         (process,) = loaded.shards.processes
         process.kill()
         process.wait()
         for _ in range(2):
             with pytest.raises(DeviceLost):
                 await generate(loaded.runner, [Job([1, 2, 3], 20)])
-    assert told == ["shard 1 of the model has ended"]
+    assert reported == ["shard 1 of the model has ended"]
 
 
 async def test_what_devices_cannot_share_is_refused_by_name(

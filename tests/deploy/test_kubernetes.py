@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.programs import require_package
+from tests.support.system_programs import require_package
 from tgi_asgi.api.table import routes
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.serve.server import CLOSE_S

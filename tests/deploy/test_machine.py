@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.support.programs import require_package
 from tests.support.server_process import ServerProcess, free_port
+from tests.support.system_programs import require_package
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.serve.server import CLOSE_S
 from tgi_asgi.settings import Settings

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from tests.support.live_server import LiveServer
-from tests.support.programs import require_package
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.server_process import ServerProcess, free_port
+from tests.support.system_programs import require_package
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import peers_page
-from tests.support.pages import ROOT, blocks_of, lines_of, pages
+from tests.support.documents import ROOT, blocks_of, lines_of, pages
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import FORMATS, harmony
 from tgi_asgi.text.tools.reasoning import STYLES

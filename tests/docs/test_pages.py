@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.pages import (
+from tests.support.documents import (
     COMMANDS,
     OTHERS,
     ROOT,

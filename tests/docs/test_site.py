@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import ROOT, pages
+from tests.support.documents import ROOT, pages
 
 pytestmark = pytest.mark.docs
 

@@ -145,7 +145,7 @@ async def ask(engine: Engine, request: GenerationRequest) -> Answer:
     return await collect(submit(engine, request))
 
 
-def must_plan(scheduler: Scheduler) -> Step:
+def plan_step(scheduler: Scheduler) -> Step:
     """Return the next step; fail if there is none."""
     step = scheduler.plan()
     assert step is not None
@@ -168,6 +168,6 @@ def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
     return steps
 
 
-def finished(sequences: list[Sequence]) -> bool:
+def are_finished(sequences: list[Sequence]) -> bool:
     """Return whether all of the sequences have finished."""
     return all(sequence.state is SequenceState.FINISHED for sequence in sequences)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.helpers import add_request, make_request, make_scheduler, must_plan, run, run_all
+from tests.engine.helpers import add_request, make_request, make_scheduler, plan_step, run, run_all
 from tests.support.fake_runner import FakeRunner
 from tests.support.waiting import until
 from tgi_asgi.engine.adapters import Adapters
@@ -33,8 +33,8 @@ def queue(scheduler: Any, adapters: str, max_tokens: int = 4) -> list[Sequence]:
 def test_rows_that_decode_are_grouped_by_adapter_with_those_of_none_first() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     queue(scheduler, "a-bab-")
-    run(scheduler, runner, must_plan(scheduler))
-    step = must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    step = plan_step(scheduler)
     assert [row.adapter for row in step.plan.rows] == [
         None, None, "weights a", "weights a", "weights b", "weights b",
     ]  # fmt: skip
@@ -47,14 +47,14 @@ def test_rows_that_decode_are_grouped_by_adapter_with_those_of_none_first() -> N
 def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
     scheduler, runner = make_scheduler(max_adapters=2), FakeRunner(max_adapters=2)
     first = queue(scheduler, "abc-a")
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert step.sequences == [first[0], first[1], first[3]], "a's second request must wait for c"
     assert scheduler.num_waiting == 2
     run(scheduler, runner, step)
     for _ in range(6):
         if first[2].state is SequenceState.RUNNING:
             break
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     assert first[2].state is SequenceState.RUNNING
     run_all(scheduler, runner)
     assert runner.violations == []
@@ -64,7 +64,7 @@ def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
 def test_one_that_is_held_can_be_given_up() -> None:
     scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
     one, held = queue(scheduler, "ab")
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     scheduler.remove(held)
     assert scheduler.num_waiting == 0
     run_all(scheduler, runner)
@@ -78,10 +78,10 @@ def test_one_that_is_given_up_holds_nobody() -> None:
     """While it is held, requests of a running adapter wait for it; its removal must release them."""
     scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
     one, held, other = queue(scheduler, "aba", max_tokens=20)
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     assert (one.state, other.state) == (SequenceState.RUNNING, SequenceState.WAITING)
     scheduler.remove(held)
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     assert other.state is SequenceState.RUNNING
     run_all(scheduler, runner)
     assert runner.violations == []

@@ -254,7 +254,7 @@ async def test_a_token_without_text_fails_its_request_alone(make_engine: MakeEng
     assert good.text() == "a" * 8
 
 
-class Deaths:
+class FatalErrors:
     """Records the errors that `on_fatal` reports."""
 
     def __init__(self) -> None:
@@ -264,10 +264,10 @@ class Deaths:
         self.errors.append(error)
 
 
-async def must_be_dead(engine: Engine, deaths: Deaths, reason: str) -> None:
+async def assert_dead(engine: Engine, fatal_errors: FatalErrors, reason: str) -> None:
     await until(lambda: engine.state is EngineState.DEAD)
-    assert len(deaths.errors) == 1
-    assert reason in str(deaths.errors[0])
+    assert len(fatal_errors.errors) == 1
+    assert reason in str(fatal_errors.errors[0])
     with pytest.raises(Unavailable):
         engine.acquire(1)
     assert engine.stats.failed == engine.stats.accepted
@@ -277,57 +277,61 @@ async def must_be_dead(engine: Engine, deaths: Deaths, reason: str) -> None:
 
 
 async def test_a_lost_device_ends_everything_at_once() -> None:
-    runner, deaths = FakeRunner(), Deaths()
+    runner, fatal_errors = FakeRunner(), FatalErrors()
     runner.fault = lambda plan: DeviceLost("CUDA error") if plan.step_id == 4 else None
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "CUDA error")
+    await assert_dead(engine, fatal_errors, "CUDA error")
 
 
 async def test_a_device_that_loses_a_part_of_itself_ends_everything_whatever_runs() -> None:
-    runner, deaths = FakeRunner(is_manual=True), Deaths()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     asking = [asyncio.create_task(ask(engine, make_request([index], 50))) for index in range(4)]
     await until(lambda: engine.stats.accepted == 4)
     await asyncio.to_thread(engine.mark_lost, "shard 1 has ended")
     answers = await asyncio.gather(*asking)
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "shard 1 has ended")
+    await assert_dead(engine, fatal_errors, "shard 1 has ended")
 
 
 async def test_a_part_that_is_lost_before_the_engine_starts_is_not_forgotten() -> None:
-    deaths = Deaths()
-    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    fatal_errors = FatalErrors()
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.mark_lost("shard 1 has ended")
     engine.start()
-    await must_be_dead(engine, deaths, "shard 1 has ended")
+    await assert_dead(engine, fatal_errors, "shard 1 has ended")
 
 
 async def test_a_hung_step_is_noticed() -> None:
-    runner, deaths = FakeRunner(is_manual=True), Deaths()
-    engine = Engine(runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=deaths)
+    runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
+    engine = Engine(
+        runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=fatal_errors
+    )
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "has not ended")
+    await assert_dead(engine, fatal_errors, "has not ended")
 
 
 async def test_a_step_that_hangs_while_a_fault_is_looked_for_is_noticed() -> None:
-    runner, deaths = FakeRunner(), Deaths()
+    runner, fatal_errors = FakeRunner(), FatalErrors()
 
     def fault(plan: StepPlan) -> BaseException | None:
         runner.is_manual = True
         return RuntimeError("then silence")
 
     runner.fault = fault
-    engine = Engine(runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=deaths)
+    engine = Engine(
+        runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=fatal_errors
+    )
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "has not ended")
+    await assert_dead(engine, fatal_errors, "has not ended")
 
 
 async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
@@ -337,41 +341,41 @@ async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
 
 
 async def test_an_engine_whose_steps_all_fail_does_not_stay_up() -> None:
-    runner, deaths = FakeRunner(), Deaths()
+    runner, fatal_errors = FakeRunner(), FatalErrors()
     runner.fault = lambda plan: RuntimeError("all broken")
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 5)) for index in range(40)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "all broken")
+    await assert_dead(engine, fatal_errors, "all broken")
     assert engine.stats.failed_steps < 40
 
 
 async def test_an_engine_without_finite_logits_does_not_stay_up() -> None:
-    runner, deaths = FakeRunner(is_poisoned=lambda tokens: True), Deaths()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    runner, fatal_errors = FakeRunner(is_poisoned=lambda tokens: True), FatalErrors()
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 5)) for index in range(6)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
-    await must_be_dead(engine, deaths, "not finite")
+    await assert_dead(engine, fatal_errors, "not finite")
 
 
 async def test_a_bug_in_the_engine_is_not_silent() -> None:
-    deaths = Deaths()
-    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    fatal_errors = FatalErrors()
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     channel = submit(engine, make_request(9, 50))
     await until(lambda: engine.stats.sampled_tokens > 2)
     engine.scheduler.apply = None  # type: ignore[method-assign, assignment]
     assert isinstance((await collect(channel)).error, GenerationFailed)
-    await must_be_dead(engine, deaths, "the engine failed")
+    await assert_dead(engine, fatal_errors, "the engine failed")
 
 
 @pytest.mark.parametrize("num_steps", [0, 3])
 async def test_an_engine_whose_task_is_cancelled_is_dead(num_steps: int) -> None:
     """A timeout of code that runs in the task could cancel it; only `stop` may end the task."""
-    runner, deaths = FakeRunner(is_manual=True), Deaths()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
     channel = submit(engine, make_request(9, 50))
     for _ in range(num_steps):
@@ -381,16 +385,16 @@ async def test_an_engine_whose_task_is_cancelled_is_dead(num_steps: int) -> None
     task.cancel()
     assert isinstance((await collect(channel)).error, GenerationFailed)
     runner.is_manual = False
-    await must_be_dead(engine, deaths, "cancelled")
+    await assert_dead(engine, fatal_errors, "cancelled")
 
 
 async def test_stopping_is_no_death(make_engine: MakeEngine) -> None:
-    engine, deaths = make_engine(), Deaths()
-    engine.on_fatal = deaths
+    engine, fatal_errors = make_engine(), FatalErrors()
+    engine.on_fatal = fatal_errors
     channel = submit(engine, make_request(9, 50))
     await engine.stop()
     assert isinstance((await collect(channel)).error, IncompleteGeneration)
-    assert deaths.errors == [] and engine.state is EngineState.DRAINING
+    assert fatal_errors.errors == [] and engine.state is EngineState.DRAINING
 
 
 async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_engine: MakeEngine) -> None:

@@ -9,7 +9,7 @@ from tests.engine.helpers import (
     ask,
     make_request,
     make_scheduler,
-    must_plan,
+    plan_step,
     run,
     run_all,
     submit,
@@ -43,12 +43,12 @@ def test_streams_go_on_while_an_image_is_encoded() -> None:
         FakeRunner(vision=Bidirectional.NOTHING, encode_steps=5),
     )
     add_request(scheduler, make_request(8, 20))
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request(60, 1, images=(image(0, 10),)), arrival=1)
-    steps = [must_plan(scheduler)]
+    steps = [plan_step(scheduler)]
     for _ in range(6):
         run(scheduler, runner, steps[-1])
-        steps.append(must_plan(scheduler))
+        steps.append(plan_step(scheduler))
     assert [step.num_decode_rows for step in steps] == [1] * 7
     assert [bool(step.plan.images) for step in steps] == [True] * 5 + [False] * 2
     assert [step.num_prefill_tokens for step in steps] == [0] * 5 + [60, 0]
@@ -60,10 +60,10 @@ def test_a_first_token_does_not_wait_for_an_image_of_another() -> None:
         FakeRunner(vision=Bidirectional.NOTHING, encode_steps=9),
     )
     add_request(scheduler, make_request(60, 1, images=(image(0, 10),)))
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request(8, 20), arrival=1)
     scheduler._budget = TokenBudget(max_tokens=512, block_size=16, target_s=0.05)
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert step.num_decode_rows == 0 and [row.samples for row in step.plan.rows] == [True]
     assert step.plan.images and 0.0 < step.plan.image_budget_s <= 0.05
 
@@ -82,7 +82,7 @@ def test_a_cancelled_prompt_s_image_is_encoded_no_further() -> None:
         FakeRunner(vision=Bidirectional.NOTHING, encode_steps=9),
     )
     (sequence,) = add_request(scheduler, make_request(60, 1, images=(image(0, 10),)))
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     scheduler.remove(sequence)
     run(scheduler, runner, step)
     assert scheduler.plan() is None
@@ -98,8 +98,8 @@ def test_what_sees_ahead_is_computed_at_once(vision: Bidirectional, num_tokens: 
         FakeRunner(vision=vision, encode_steps=1),
     )
     add_request(scheduler, make_request(100, 1, images=(image(0, 70),)))
-    run(scheduler, runner, must_plan(scheduler))
-    assert must_plan(scheduler).num_prefill_tokens == num_tokens
+    run(scheduler, runner, plan_step(scheduler))
+    assert plan_step(scheduler).num_prefill_tokens == num_tokens
 
 
 @pytest.mark.parametrize("vision", Bidirectional)

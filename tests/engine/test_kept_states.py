@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
+from tests.engine.helpers import (
+    add_request,
+    are_finished,
+    make_request,
+    make_scheduler,
+    plan_step,
+    run,
+    run_all,
+)
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
@@ -16,10 +24,10 @@ from tgi_asgi.runner.plan import StepRow
 from tgi_asgi.types import Adapter
 
 BLOCK = 16
-ROOMY = 20
+MANY_STATES = 20
 
 
-def make(num_kept_states: int | None = ROOMY, **changes: Any) -> tuple[Scheduler, FakeRunner]:
+def make(num_kept_states: int | None = MANY_STATES, **changes: Any) -> tuple[Scheduler, FakeRunner]:
     scheduler = make_scheduler(
         num_kept_states=num_kept_states, prefix_cache=num_kept_states != 0, **{"num_blocks": 64} | changes
     )
@@ -80,7 +88,7 @@ def test_prompts_of_one_step_keep_what_they_share_once() -> None:
     scheduler, runner = make()
     for own in range(3):
         add_request(scheduler, make_request([*range(32), own, own]), own)
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert [(row.start, kept_at(row)) for row in step.plan.rows] == [(0, [32]), (0, []), (0, [])]
     run(scheduler, runner, step)
     run_all(scheduler, runner)
@@ -90,7 +98,7 @@ def test_prompts_of_one_step_keep_what_they_share_once() -> None:
 def test_states_are_kept_in_the_middle_of_chunks_and_found_with_the_result() -> None:
     scheduler, runner = make(max_prefill_tokens=48)
     [sequence] = add_request(scheduler, make_request(range(100), 1))
-    steps = [must_plan(scheduler), must_plan(scheduler), must_plan(scheduler)]
+    steps = [plan_step(scheduler), plan_step(scheduler), plan_step(scheduler)]
     assert [kept_at(step.plan.rows[0]) for step in steps] == [[], [], [96]]
     digest = sequence.chain.digest(5, sequence.token_ids)
     for step in steps:
@@ -104,7 +112,7 @@ def test_a_prompt_goes_on_from_its_own_state_behind_its_first_chunk() -> None:
     scheduler, runner = make(max_prefill_tokens=32)
     ask(scheduler, runner, range(40))
     add_request(scheduler, make_request([*range(40), *range(100, 160)]), 5)
-    first, second = must_plan(scheduler), must_plan(scheduler)
+    first, second = plan_step(scheduler), plan_step(scheduler)
     assert [step.plan.rows[0].start for step in (first, second)] == [32, 64]
     assert first.plan.rows[0].states is not None and second.plan.rows[0].states is None
     assert states_of(scheduler).pool.num_used == 1
@@ -130,13 +138,13 @@ def test_a_state_in_use_is_not_written_to() -> None:
     scheduler, runner = make()
     [first] = add_request(scheduler, make_request(range(31), 40))
     for _ in range(4):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     place = first.states.answer
     assert place is not None and first.num_computed == 34
     for _ in range(13):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request([*first.token_ids[:33], 7]), 1)
-    flying, following = must_plan(scheduler), must_plan(scheduler)
+    flying, following = plan_step(scheduler), plan_step(scheduler)
     assert flying.plan.rows[1].states is not None and flying.plan.rows[1].states.resumes == place
     assert kept_at(following.plan.rows[0]) == [48] and first.states.answer != place
     for step in (flying, following):
@@ -150,7 +158,7 @@ def test_answers_hold_half_of_the_places_at_most() -> None:
     for own in range(6):
         add_request(scheduler, make_request([own] * 20, 20), own)
     for _ in range(16):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     held = [sequence.states.answer for sequence in scheduler.running]
     assert sum(place is not None for place in held) == 2
     run_all(scheduler, runner)
@@ -173,7 +181,7 @@ def test_states_in_use_are_not_given_up() -> None:
     ask(scheduler, runner, range(40))
     add_request(scheduler, make_request(range(40)), 1)
     add_request(scheduler, make_request([7] * 40), 2)
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert [(row.start, kept_at(row)) for row in step.plan.rows] == [(32, []), (0, [])]
     run(scheduler, runner, step)
     run_all(scheduler, runner)
@@ -191,7 +199,7 @@ def test_without_a_state_nothing_is_taken_from_the_cache(num_kept_states: int) -
 def test_a_step_that_failed_leaves_no_state() -> None:
     scheduler, runner = make()
     [sequence] = add_request(scheduler, make_request(range(70), 1))
-    failed = must_plan(scheduler)
+    failed = plan_step(scheduler)
     runner.execute(failed.plan, is_tainted=True)
     scheduler.rollback(failed)
     pool = states_of(scheduler).pool
@@ -201,15 +209,15 @@ def test_a_step_that_failed_leaves_no_state() -> None:
         run(scheduler, runner, again)
         assert sequence.num_computed <= 32 or pool.num_used + pool.num_known <= 1
         again = scheduler.plan()
-    assert finished([sequence]) and runner.violations == []
+    assert are_finished([sequence]) and runner.violations == []
     assert ask(scheduler, runner, range(70))[1].start == 64
 
 
 def test_what_is_forgotten_with_a_request_is_not_gone_on_with() -> None:
     scheduler, runner = make()
     [sequence] = add_request(scheduler, make_request(range(70), 4))
-    run(scheduler, runner, must_plan(scheduler))
-    flying = must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    flying = plan_step(scheduler)
     scheduler.remove(sequence, forget=True)
     run(scheduler, runner, flying)
     assert not states_of(scheduler).num_known and states_of(scheduler).pool.num_used == 0
@@ -220,12 +228,12 @@ def test_a_reset_forgets_states() -> None:
     scheduler, runner = make()
     ask(scheduler, runner, range(70))
     [sequence] = add_request(scheduler, make_request([9] * 70), 1)
-    flying = must_plan(scheduler)
+    flying = plan_step(scheduler)
     scheduler.pool.reset()
     run(scheduler, runner, flying)
     assert not states_of(scheduler).num_known
     run_all(scheduler, runner)
-    assert finished([sequence])
+    assert are_finished([sequence])
     assert ask(scheduler, runner, range(70))[1].start == 0
 
 
@@ -258,29 +266,29 @@ def test_what_was_sampled_is_not_kept_where_prompts_have_an_arithmetic() -> None
 def test_choices_begin_in_front_of_the_last_token(prompt_len: int) -> None:
     scheduler, runner = make()
     sequences = add_request(scheduler, make_request(range(prompt_len), 20, n=3))
-    run(scheduler, runner, must_plan(scheduler))
-    step = must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    step = plan_step(scheduler)
     assert [row.start for row in step.plan.rows] == [prompt_len, prompt_len - 1, prompt_len - 1]
     assert states_of(scheduler).pool.num_used == (prompt_len > 1) + (prompt_len == 16)
     run(scheduler, runner, step)
     run_all(scheduler, runner)
-    assert finished(sequences) and runner.violations == []
+    assert are_finished(sequences) and runner.violations == []
     assert states_of(scheduler).pool.num_used == 0
 
 
 def test_choices_compute_the_prompt_where_nothing_is_kept() -> None:
     scheduler, runner = make(num_kept_states=0)
     add_request(scheduler, make_request(range(40), 20, n=2))
-    run(scheduler, runner, must_plan(scheduler))
-    assert [row.start for row in must_plan(scheduler).plan.rows] == [40, 0]
+    run(scheduler, runner, plan_step(scheduler))
+    assert [row.start for row in plan_step(scheduler).plan.rows] == [40, 0]
 
 
 def test_choices_wait_for_a_prompt_whose_end_is_computed_again() -> None:
     """The last chunk is the one token that the choices do not share; they read only its state."""
     scheduler, runner = make(max_prefill_tokens=32)
     leader, follower = add_request(scheduler, make_request(range(33), 4, n=2))
-    run(scheduler, runner, must_plan(scheduler))
-    failed, following = must_plan(scheduler), must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    failed, following = plan_step(scheduler), plan_step(scheduler)
     assert [row.num_tokens for row in failed.plan.rows] == [1]
     assert following.sequences == [leader, follower], "the test's setup has changed"
     for step in (failed, following):
@@ -291,14 +299,14 @@ def test_choices_wait_for_a_prompt_whose_end_is_computed_again() -> None:
     assert again is not None and again.sequences == [leader]
     run(scheduler, runner, again)
     run_all(scheduler, runner)
-    assert finished([leader, follower]) and runner.violations == []
+    assert are_finished([leader, follower]) and runner.violations == []
 
 
 def test_a_preempted_sequence_goes_on_from_its_newest_state() -> None:
     scheduler, runner = make()
     [sequence] = add_request(scheduler, make_request(range(20), 60))
     for _ in range(36):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     scheduler._suspend(sequence)
-    (row,) = must_plan(scheduler).plan.rows
+    (row,) = plan_step(scheduler).plan.rows
     assert (row.start, row.num_tokens) == (48, len(sequence.token_ids) - 48)

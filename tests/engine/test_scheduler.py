@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
+from tests.engine.helpers import (
+    add_request,
+    are_finished,
+    make_request,
+    make_scheduler,
+    plan_step,
+    run,
+    run_all,
+)
 from tests.support.fake_runner import EOS_ID, FakeRunner
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 
@@ -14,8 +22,8 @@ def test_nothing_to_do_is_no_step() -> None:
 def test_the_next_step_is_planned_before_the_token_is_known() -> None:
     scheduler = make_scheduler()
     add_request(scheduler, make_request(5))
-    (prefill,) = must_plan(scheduler).plan.rows
-    (decode,) = must_plan(scheduler).plan.rows
+    (prefill,) = plan_step(scheduler).plan.rows
+    (decode,) = plan_step(scheduler).plan.rows
     assert (prefill.start, len(prefill.token_ids or ()), prefill.samples) == (0, 5, True)
     assert (decode.start, decode.token_ids, decode.samples) == (5, None, True)
 
@@ -23,19 +31,19 @@ def test_the_next_step_is_planned_before_the_token_is_known() -> None:
 def test_a_length_limit_needs_no_result() -> None:
     scheduler = make_scheduler()
     add_request(scheduler, make_request(5, max_tokens=2))
-    must_plan(scheduler)
-    must_plan(scheduler)
+    plan_step(scheduler)
+    plan_step(scheduler)
     assert scheduler.plan() is None
 
 
 def test_decode_rows_come_first_and_prompts_in_whole_blocks() -> None:
     scheduler, runner = make_scheduler(max_prefill_tokens=40), FakeRunner()
     add_request(scheduler, make_request(10))
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request(100), arrival=1)
     sizes = []
     for _ in range(4):
-        step = must_plan(scheduler)
+        step = plan_step(scheduler)
         sizes.append([row.num_tokens for row in step.plan.rows])
         run(scheduler, runner, step)
     assert sizes == [[1, 32], [1, 32], [1, 36], [1, 1]]
@@ -45,37 +53,37 @@ def test_prompts_share_a_step_but_no_sliver_of_one_is_computed() -> None:
     scheduler = make_scheduler(max_prefill_tokens=64)
     for arrival, size in enumerate((30, 30, 30)):
         add_request(scheduler, make_request(list(range(arrival, arrival + size))), arrival)
-    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [30, 30]
-    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1, 1, 30]
+    assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [30, 30]
+    assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1, 1, 30]
 
 
 def test_a_step_never_exceeds_what_the_runner_takes() -> None:
     scheduler = make_scheduler(max_step_tokens=20)
     add_request(scheduler, make_request(16))
-    must_plan(scheduler)
+    plan_step(scheduler)
     add_request(scheduler, make_request(range(100, 200)), arrival=1)
-    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1, 16]
+    assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1, 16]
 
 
 def test_a_step_that_is_full_of_decode_rows_leaves_prompts_for_later() -> None:
     scheduler = make_scheduler(max_step_tokens=20)
     add_request(scheduler, make_request(18))
-    must_plan(scheduler)
+    plan_step(scheduler)
     add_request(scheduler, make_request(range(100, 200)), arrival=1)
-    must_plan(scheduler)
+    plan_step(scheduler)
     scheduler._max_step_tokens = 1
-    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1]
+    assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1]
 
 
 def test_a_new_prompt_leaves_a_block_to_each_that_runs() -> None:
     scheduler = make_scheduler(num_blocks=4)
     add_request(scheduler, make_request(range(20)), arrival=0)
-    must_plan(scheduler)
+    plan_step(scheduler)
     waiting = add_request(scheduler, make_request(range(100, 120)), arrival=1)[0]
-    must_plan(scheduler)
+    plan_step(scheduler)
     assert waiting.state is SequenceState.WAITING
     scheduler.remove(scheduler.running[0])
-    must_plan(scheduler)
+    plan_step(scheduler)
     assert waiting in scheduler.running
 
 
@@ -83,7 +91,7 @@ def test_slots_and_blocks_come_back_at_the_end() -> None:
     scheduler, runner = make_scheduler(max_batch_size=2), FakeRunner()
     sequences = [add_request(scheduler, make_request(20), arrival)[0] for arrival in range(5)]
     run_all(scheduler, runner)
-    assert finished(sequences)
+    assert are_finished(sequences)
     assert scheduler.pool.num_used == 0
     assert max(len(plan.rows) for plan in runner.plans) == 2
 
@@ -95,7 +103,7 @@ def test_priority_goes_before_arrival_and_waiting_makes_up_for_it() -> None:
     late = add_request(scheduler, make_request(5, priority=0), arrival=31)[0]
     order = []
     for _ in range(3):
-        (sequence,) = must_plan(scheduler).sequences
+        (sequence,) = plan_step(scheduler).sequences
         order.append(sequence)
         scheduler.remove(sequence)
     assert order == [high, low, late]
@@ -104,14 +112,14 @@ def test_priority_goes_before_arrival_and_waiting_makes_up_for_it() -> None:
 def test_the_next_slot_goes_to_the_tenant_that_runs_least() -> None:
     scheduler = make_scheduler(max_batch_size=4)
     greedy = [add_request(scheduler, make_request(5), arrival, "greedy")[0] for arrival in range(8)]
-    assert must_plan(scheduler).sequences == greedy[:4]
+    assert plan_step(scheduler).sequences == greedy[:4]
     modest = [add_request(scheduler, make_request(5), 10 + arrival, "modest")[0] for arrival in range(3)]
     third = add_request(scheduler, make_request(5, priority=9), 20, "third")[0]
     started: list[Sequence] = []
     for sequence in greedy[:4]:
         scheduler.remove(sequence)
         running = set(scheduler.running)
-        must_plan(scheduler)
+        plan_step(scheduler)
         started += set(scheduler.running) - running
     # Tenants that run nothing come first, however short their wait; once each runs one, priority decides.
     assert started == [modest[0], third, greedy[4], greedy[5]]
@@ -122,27 +130,27 @@ def test_a_preempted_sequence_comes_back_before_new_ones_of_other_tenants() -> N
     old = add_request(scheduler, make_request(range(30), max_tokens=40), 0, "a")[0]
     new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), 1, "a")[0]
     while new.state is not SequenceState.WAITING or not new.was_preempted:
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     other = add_request(scheduler, make_request(range(60, 80)), 2, "b")[0]
     while new.state is SequenceState.WAITING:
         assert other.state is SequenceState.WAITING
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     run_all(scheduler, runner)
-    assert finished([old, new, other])
+    assert are_finished([old, new, other])
 
 
 def test_prompts_wait_for_company_while_others_decode_but_not_for_ever() -> None:
     scheduler, runner = make_scheduler(waiting_served_ratio=1.0, max_waiting_steps=5), FakeRunner()
     running = [add_request(scheduler, make_request(5, max_tokens=100), arrival)[0] for arrival in range(2)]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     lonely = add_request(scheduler, make_request(5, max_tokens=100), arrival=2)[0]
     num_steps = 0
     while lonely.state is SequenceState.WAITING:
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
         num_steps += 1
     assert num_steps == 6
     company = [add_request(scheduler, make_request(5), arrival)[0] for arrival in (3, 4, 5)]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     assert all(sequence.state is SequenceState.RUNNING for sequence in (*running, *company))
 
 
@@ -151,7 +159,7 @@ def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> Non
     old = add_request(scheduler, make_request(range(30), max_tokens=40), arrival=0)[0]
     new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
     steps = run_all(scheduler, runner)
-    assert finished([old, new])
+    assert are_finished([old, new])
     assert scheduler._stats.preemptions == 1
     last_of_old = max(at for at, step in enumerate(steps) if old in step.sequences)
     first_back = next(
@@ -168,10 +176,10 @@ def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> Non
 def test_a_priority_decides_who_is_preempted() -> None:
     scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
     low = add_request(scheduler, make_request(range(30), max_tokens=40, priority=2), arrival=0)[0]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     high = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
     while scheduler._stats.preemptions == 0:
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     assert (low.state, high.state) == (SequenceState.WAITING, SequenceState.RUNNING)
 
 
@@ -181,15 +189,15 @@ def test_who_holds_most_blocks_is_preempted_whatever_others_wait_for() -> None:
         add_request(scheduler, make_request(range(at, at + 30), max_tokens=50), at, "greedy")[0]
         for at in (0, 50, 100)
     ]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     late = make_request(range(150, 160), max_tokens=50, priority=9)
     modest = add_request(scheduler, late, 150, "modest")[0]
     while scheduler._stats.preemptions == 0:
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     assert modest.state is SequenceState.RUNNING, "it has the lowest priority, but holds the fewest blocks"
     assert [sequence.state for sequence in greedy] == [SequenceState.RUNNING] * 2 + [SequenceState.WAITING]
     run_all(scheduler, runner)
-    assert finished([*greedy, modest])
+    assert are_finished([*greedy, modest])
     assert runner.violations == []
 
 
@@ -198,10 +206,10 @@ def test_the_most_urgent_is_never_preempted_whatever_it_holds() -> None:
     large = add_request(scheduler, make_request(range(50), max_tokens=40), 0, "large")[0]
     small = add_request(scheduler, make_request(range(100, 110), max_tokens=40), 1, "small")[0]
     while scheduler._stats.preemptions == 0:
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     assert (large.state, small.state) == (SequenceState.RUNNING, SequenceState.WAITING)
     run_all(scheduler, runner)
-    assert finished([large, small])
+    assert are_finished([large, small])
 
 
 def test_a_priority_does_not_count_as_waiting() -> None:
@@ -224,10 +232,10 @@ def test_a_preempted_sequence_forgets_what_a_step_in_flight_samples_for_it() -> 
     scheduler, runner = make_scheduler(num_blocks=4), FakeRunner()
     add_request(scheduler, make_request(range(31), max_tokens=20), arrival=0)
     new = add_request(scheduler, make_request(range(100, 116), max_tokens=20), arrival=1)[0]
-    first = must_plan(scheduler)
-    second = must_plan(scheduler)  # the prompts' blocks are full, so the older sequence takes the last one
+    first = plan_step(scheduler)
+    second = plan_step(scheduler)  # the prompts' blocks are full, so the older sequence takes the last one
     run(scheduler, runner, first)
-    third = must_plan(scheduler)
+    third = plan_step(scheduler)
     assert new.state is SequenceState.WAITING
     known = list(new.token_ids)
     run(scheduler, runner, second)
@@ -242,17 +250,17 @@ def test_blocks_of_a_finished_sequence_may_be_reused_while_a_step_still_writes_t
     """The speculative row runs first, and its block's next owner overwrites what it wrote."""
     scheduler, runner = make_scheduler(num_blocks=2), FakeRunner(num_blocks=2)
     first = add_request(scheduler, make_request(range(16), max_tokens=10), arrival=0)[0]
-    prefill, speculative = must_plan(scheduler), must_plan(scheduler)
+    prefill, speculative = plan_step(scheduler), plan_step(scheduler)
     late_block = first.tables[0][-1]
     scheduler.apply(prefill, runner.execute(prefill.plan))
     scheduler.remove(first)  # as an EOS token does
     second = add_request(scheduler, make_request(range(100, 117), max_tokens=10), arrival=1)[0]
-    reuse = must_plan(scheduler)
+    reuse = plan_step(scheduler)
     assert late_block in second.tables[0]
     assert scheduler.apply(speculative, runner.execute(speculative.plan)) == []
     run(scheduler, runner, reuse)
     run_all(scheduler, runner)
-    assert finished([second])
+    assert are_finished([second])
     assert runner.violations == []
 
 
@@ -271,7 +279,7 @@ def test_cancelling_a_queued_request_leaves_nothing() -> None:
     scheduler = make_scheduler(max_batch_size=1)
     add_request(scheduler, make_request(5, max_tokens=1), arrival=0)
     queued = add_request(scheduler, make_request(5, n=3), arrival=1)
-    must_plan(scheduler)
+    plan_step(scheduler)
     assert scheduler.num_waiting == 3
     for sequence in queued:
         scheduler.remove(sequence)
@@ -282,10 +290,10 @@ def test_cancelling_a_queued_request_leaves_nothing() -> None:
 def test_a_blocked_queue_does_not_collect_the_cancelled() -> None:
     scheduler, runner = make_scheduler(max_batch_size=1), FakeRunner()
     first = add_request(scheduler, make_request(5, max_tokens=100), arrival=0)[0]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     for arrival in range(1, 1000):
         scheduler.remove(add_request(scheduler, make_request(5), arrival)[0])
     last = add_request(scheduler, make_request(5), arrival=1000)[0]
     assert len(scheduler._waiting) < 100
     scheduler.remove(first)
-    assert must_plan(scheduler).sequences == [last]
+    assert plan_step(scheduler).sequences == [last]

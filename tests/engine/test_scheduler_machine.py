@@ -41,7 +41,7 @@ ADAPTERS = tuple(Adapter(name, name, f"weights of {name}") for name in "xyz")  #
 # Windows of the groups of layers. With blocks of four tokens, a window of 5 spans two blocks, and of 1 one
 # block.
 WINDOWS = ((None,), (None,), (None, 5), (5,), (None, 9, 1), (None, None, 4), (13, 2))
-SELDOM = st.sampled_from((False, False, False, True))
+RARELY = st.sampled_from((False, False, False, True))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -49,7 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(6, 30),
         max_batch_size=st.integers(1, 5),
         max_prefill=st.sampled_from([4, 16, 64]),
-        is_forgetful=SELDOM,
+        is_forgetful=RARELY,
         num_eager=st.none() | st.integers(1, 8),
         vision=st.none() | st.sampled_from(Bidirectional),
         has_prompt_arithmetic=st.booleans(),
@@ -120,9 +120,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_alike=st.integers(1, 3),
         tenant=st.sampled_from("ab"),
         priority=st.integers(0, 1),
-        is_private=SELDOM,
-        wants_prompt_logprobs=SELDOM,
-        is_watched=SELDOM,
+        is_private=RARELY,
+        wants_prompt_logprobs=RARELY,
+        is_watched=RARELY,
         places=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=3),
         adapter=st.sampled_from((None, *ADAPTERS)),
     )

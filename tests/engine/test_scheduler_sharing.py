@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
+from tests.engine.helpers import (
+    add_request,
+    are_finished,
+    make_request,
+    make_scheduler,
+    plan_step,
+    run,
+    run_all,
+)
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.sequence import SequenceState
 from tgi_asgi.types import Adapter, ImageInput
@@ -17,7 +25,7 @@ def test_a_second_prompt_takes_the_cached_prefix() -> None:
     add_request(scheduler, make_request(range(70)))
     run_all(scheduler, runner)
     again = add_request(scheduler, make_request([*range(50), 240]), arrival=1)[0]
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     (row,) = step.plan.rows
     run(scheduler, runner, step)
     assert (row.start, row.num_tokens, again.num_cached) == (48, 3, 48)
@@ -28,7 +36,7 @@ def test_a_second_prompt_takes_the_cached_prefix() -> None:
 def test_prompts_of_one_step_compute_what_they_share_once() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     first, *others = [add_request(scheduler, make_request([*range(64), own]), own)[0] for own in (65, 66, 67)]
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert step.sequences == [first, *others]
     assert [(row.start, row.num_tokens) for row in step.plan.rows] == [(0, 65), (64, 1), (64, 1)]
     run(scheduler, runner, step)
@@ -43,11 +51,11 @@ def test_what_a_step_in_flight_computes_is_found(has_ended: bool) -> None:
     """The rows of a finished sequence still run, before those of the sequences that found its blocks."""
     scheduler, runner = make_scheduler(), FakeRunner()
     [one] = add_request(scheduler, make_request(range(64)), 0)
-    first = must_plan(scheduler)
+    first = plan_step(scheduler)
     if has_ended:
         scheduler.remove(one)
     add_request(scheduler, make_request([*range(64), 70]), 1)
-    second = must_plan(scheduler)
+    second = plan_step(scheduler)
     assert [row.start for row in second.plan.rows] == [64] * (2 - has_ended)
     run(scheduler, runner, first)
     run(scheduler, runner, second)
@@ -69,16 +77,16 @@ def test_what_is_left_of_a_budget_below_a_block_starts_nobody() -> None:
 def test_hits_on_what_a_failed_step_was_to_compute_are_dropped() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     first = add_request(scheduler, make_request([*range(64), 70]), 0)[0]
-    failed = must_plan(scheduler)
+    failed = plan_step(scheduler)
     second = add_request(scheduler, make_request([*range(64), 80]), 1)[0]
-    following = must_plan(scheduler)
+    following = plan_step(scheduler)
     for step in (failed, following):
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)
     scheduler.rollback(failed)
     assert (first.state, second.state) == (SequenceState.RUNNING, SequenceState.WAITING)
     assert scheduler.retry(failed, range(1), max_tokens=16) is not None
-    again = must_plan(scheduler)  # planned after the retry of a quarter, which no sequence waited for
+    again = plan_step(scheduler)  # planned after the retry of a quarter, which no sequence waited for
     assert [(row.start, row.num_tokens) for row in again.plan.rows] == [(16, 49), (64, 1)]
     assert scheduler._stats.prefix_query_tokens == 0, "no step has returned a result yet"
 
@@ -88,8 +96,8 @@ def test_a_choice_waits_for_a_prompt_that_is_tried_again_in_parts(wants_prompt_l
     scheduler, runner = make_scheduler(max_prefill_tokens=32), FakeRunner()
     request = make_request(range(60), n=2, prompt_logprobs=0 if wants_prompt_logprobs else None)
     leader, follower = add_request(scheduler, request)
-    run(scheduler, runner, must_plan(scheduler))
-    failed, following = must_plan(scheduler), must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    failed, following = plan_step(scheduler), plan_step(scheduler)
     assert following.sequences == [leader, follower], "the test's setup has changed"
     for step in (failed, following):
         runner.execute(step.plan, is_tainted=True)
@@ -100,11 +108,11 @@ def test_a_choice_waits_for_a_prompt_that_is_tried_again_in_parts(wants_prompt_l
     assert part is not None
     run(scheduler, runner, part)
     while follower.state is SequenceState.HELD:
-        step = must_plan(scheduler)
+        step = plan_step(scheduler)
         assert step.sequences == [leader]
         run(scheduler, runner, step)
     run_all(scheduler, runner)
-    assert finished([leader, follower])
+    assert are_finished([leader, follower])
     assert runner.violations == []
 
 
@@ -114,7 +122,7 @@ def test_the_next_turn_computes_only_what_is_new() -> None:
     sequence = add_request(scheduler, make_request(20, max_tokens=60))[0]
     run_all(scheduler, runner)
     add_request(scheduler, make_request([*sequence.token_ids, 7, 8, 9]), arrival=1)
-    (row,) = must_plan(scheduler).plan.rows
+    (row,) = plan_step(scheduler).plan.rows
     # The answer's last token has no KV entries: it was sampled but never fed to the model.
     assert row.start == (20 + 59) // 16 * 16
 
@@ -123,7 +131,7 @@ def test_one_token_is_computed_even_if_all_blocks_are_cached() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     for arrival in range(2):
         add_request(scheduler, make_request(range(32)), arrival)
-        step = must_plan(scheduler)
+        step = plan_step(scheduler)
         run(scheduler, runner, step)
         run_all(scheduler, runner)
     assert [(row.start, row.num_tokens) for row in step.plan.rows] == [(16, 16)]
@@ -143,7 +151,7 @@ def test_who_must_not_share_does_not(fields: dict[str, Any]) -> None:
     add_request(scheduler, make_request(range(70)))
     run_all(scheduler, runner)
     add_request(scheduler, make_request(range(70), **fields), arrival=1)
-    assert must_plan(scheduler).plan.rows[0].start == 0
+    assert plan_step(scheduler).plan.rows[0].start == 0
 
 
 def test_prompts_with_different_images_share_what_comes_before_them() -> None:
@@ -151,14 +159,14 @@ def test_prompts_with_different_images_share_what_comes_before_them() -> None:
     red, blue = (ImageInput(colour * 32, 20, 15, payload=None) for colour in (b"r", b"b"))
     for arrival, image in enumerate((red, blue, red)):
         add_request(scheduler, make_request(range(40), images=(image,)), arrival)
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert [row.start for row in step.plan.rows] == [0, 16, 32]
     run(scheduler, runner, step)
     run_all(scheduler, runner)
     for arrival, image in enumerate((blue, red), 3):
         add_request(scheduler, make_request(range(40), images=(image,)), arrival)
     add_request(scheduler, make_request(range(40)), arrival=5)
-    assert [row.start for row in must_plan(scheduler).plan.rows] == [32, 32, 16]
+    assert [row.start for row in plan_step(scheduler).plan.rows] == [32, 32, 16]
     assert runner.violations == []
 
 
@@ -166,7 +174,7 @@ def test_without_the_prefix_cache_nothing_is_shared_or_counted() -> None:
     scheduler, runner = make_scheduler(prefix_cache=False), FakeRunner()
     for arrival in range(2):
         add_request(scheduler, make_request(range(70)), arrival)
-        assert must_plan(scheduler).plan.rows[0].start == 0
+        assert plan_step(scheduler).plan.rows[0].start == 0
         scheduler.remove(scheduler.running[0])
     assert scheduler._stats.prefix_query_tokens == 0
     assert runner.violations == []
@@ -176,10 +184,10 @@ def test_without_the_prefix_cache_nothing_is_shared_or_counted() -> None:
 def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: int) -> None:
     scheduler, runner = make_scheduler(), FakeRunner(max_batch_size=8)
     leader, second, third = add_request(scheduler, make_request(prompt_len, max_tokens=40, n=3))
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert step.sequences == [leader]
     run(scheduler, runner, step)
-    forks = must_plan(scheduler)
+    forks = plan_step(scheduler)
     assert forks.sequences == [leader, second, third]
     num_shared = (prompt_len - 1) // 16
     for sequence in (second, third):
@@ -190,7 +198,7 @@ def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: 
     assert len(forks.plan.copies) == (2 if (prompt_len - 1) % 16 else 0)
     run(scheduler, runner, forks)
     run_all(scheduler, runner)
-    assert finished([leader, second, third])
+    assert are_finished([leader, second, third])
     assert scheduler.pool.num_used == 0
     assert runner.violations == []
 
@@ -199,7 +207,7 @@ def test_further_choices_whose_first_is_gone_go_through_the_cache() -> None:
     scheduler, runner = make_scheduler(max_batch_size=1), FakeRunner(max_batch_size=1)
     sequences = add_request(scheduler, make_request(40, max_tokens=3, n=3))
     steps = run_all(scheduler, runner)
-    assert finished(sequences)
+    assert are_finished(sequences)
     starts = [row.start for step in steps for row in step.plan.rows if (row.token_ids or ())[1:]]
     assert starts == [0, 32, 32]
 
@@ -207,17 +215,17 @@ def test_further_choices_whose_first_is_gone_go_through_the_cache() -> None:
 def test_what_a_poisoned_sequence_wrote_is_not_found() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     poisoned = add_request(scheduler, make_request(range(70), max_tokens=20))[0]
-    run(scheduler, runner, must_plan(scheduler))
+    run(scheduler, runner, plan_step(scheduler))
     scheduler.remove(poisoned, forget=True)
     add_request(scheduler, make_request(range(70)), arrival=1)
-    assert must_plan(scheduler).plan.rows[0].start == 0
+    assert plan_step(scheduler).plan.rows[0].start == 0
 
 
 def test_a_failed_step_and_the_one_behind_it_are_computed_again() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     sequences = add_request(scheduler, make_request(20, max_tokens=12, n=2))
-    run(scheduler, runner, must_plan(scheduler))
-    failed, following = must_plan(scheduler), must_plan(scheduler)
+    run(scheduler, runner, plan_step(scheduler))
+    failed, following = plan_step(scheduler), plan_step(scheduler)
     runner.execute(failed.plan, is_tainted=True)
     runner.execute(following.plan, is_tainted=True)
     scheduler.rollback(following)
@@ -228,7 +236,7 @@ def test_a_failed_step_and_the_one_behind_it_are_computed_again() -> None:
         assert again.sequences == [sequences[rows[0]]]
         run(scheduler, runner, again)
     run_all(scheduler, runner)
-    assert finished(sequences)
+    assert are_finished(sequences)
     assert runner.violations == []
     assert scheduler.pool.num_used == 0
 
@@ -236,7 +244,7 @@ def test_a_failed_step_and_the_one_behind_it_are_computed_again() -> None:
 def test_rows_that_ended_are_not_tried_again() -> None:
     scheduler = make_scheduler()
     sequence = add_request(scheduler, make_request(20))[0]
-    failed = must_plan(scheduler)
+    failed = plan_step(scheduler)
     scheduler.rollback(failed)
     scheduler.remove(sequence)
     assert scheduler.retry(failed, range(1)) is None
@@ -253,4 +261,4 @@ def test_a_choice_does_not_fork_from_a_prompt_that_this_very_step_computes_again
     assert leader in first.sequences, "the test's setup has changed"
     assert first.plan.rows[first.sequences.index(follower)].start == 0
     assert runner.violations == []
-    assert finished([leader, follower])
+    assert are_finished([leader, follower])

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
+from tests.engine.helpers import (
+    add_request,
+    are_finished,
+    make_request,
+    make_scheduler,
+    plan_step,
+    run,
+    run_all,
+)
 from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.engine import Engine
@@ -63,7 +71,7 @@ def test_a_sequence_holds_its_window_and_a_chunk() -> None:
     [sequence] = add_request(scheduler, make_request(range(1000), 100))
     # A window of 40 spans at most four blocks: three, and one that it shares with the tokens that follow.
     assert max_held(scheduler, runner, sequence) == [69, 3 + 3 + 1]
-    assert finished([sequence])
+    assert are_finished([sequence])
     assert runner.violations == []
 
 
@@ -82,7 +90,7 @@ def test_a_prompt_is_longer_than_a_pool_that_windows_alone_use() -> None:
     scheduler, runner = make((40, 70), num_blocks=16)
     [sequence] = add_request(scheduler, make_request(range(1000), 60))
     run_all(scheduler, runner)
-    assert finished([sequence])
+    assert are_finished([sequence])
     assert sequence.token_ids[1000:] == expected_tokens(range(1000), 60)
     assert runner.violations == []
 
@@ -171,9 +179,9 @@ def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: i
     prompt = range(101)
     first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
     for _ in range(3 + num_steps):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
     scheduler._slots.append(1)
-    step = must_plan(scheduler)
+    step = plan_step(scheduler)
     assert step.sequences == [first, second]
     assert step.plan.rows[1].start == (100 if num_steps < 60 else 96)
     assert len(step.plan.copies) == (2 if num_steps < 60 else 0)
@@ -196,7 +204,7 @@ def test_prompts_that_share_blocks_behind_their_windows_all_end_in_a_tight_pool(
         for own in (1, 2, 3)
     ]
     run_all(scheduler, runner)
-    assert finished(sequences)
+    assert are_finished(sequences)
     assert runner.violations == []
     assert scheduler.pool.num_used == 0
 
@@ -205,9 +213,9 @@ def test_a_prompt_whose_scores_may_begin_again_keeps_its_blocks_until_then() -> 
     scheduler, runner = make((None, 40))
     [sequence] = add_request(scheduler, make_request(range(200), 60, prompt_logprobs=1))
     for _ in range(6):
-        run(scheduler, runner, must_plan(scheduler))
+        run(scheduler, runner, plan_step(scheduler))
         assert held(sequence) == [13, 13]
-    failed = must_plan(scheduler)
+    failed = plan_step(scheduler)
     scheduler.rollback(failed)
     again = scheduler.retry(failed, range(1))
     assert again is not None
@@ -215,7 +223,7 @@ def test_a_prompt_whose_scores_may_begin_again_keeps_its_blocks_until_then() -> 
     runner._slots.clear()
     run(scheduler, runner, again)
     run_all(scheduler, runner)
-    assert finished([sequence])
+    assert are_finished([sequence])
     assert runner.violations == []
 
 
@@ -223,8 +231,8 @@ def test_a_chunk_runs_again_where_it_began() -> None:
     scheduler, runner = make((None, 40))
     [sequence] = add_request(scheduler, make_request(range(200), 60))
     for _ in range(3):
-        run(scheduler, runner, must_plan(scheduler))
-    failed, following = must_plan(scheduler), must_plan(scheduler)
+        run(scheduler, runner, plan_step(scheduler))
+    failed, following = plan_step(scheduler), plan_step(scheduler)
     for step in (failed, following):
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)
@@ -233,7 +241,7 @@ def test_a_chunk_runs_again_where_it_began() -> None:
     assert again is not None
     run(scheduler, runner, again)
     run_all(scheduler, runner)
-    assert finished([sequence])
+    assert are_finished([sequence])
     assert runner.violations == []
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tests.support.examples import for_all
 from tests.support.gguf_bytes import Tensor, gguf_bytes
+from tests.support.hypothesis_examples import for_all
 from tests.support.scale import Scale
 from tgi_asgi import _C
 from tgi_asgi.errors import ModelLoadError

@@ -137,7 +137,7 @@ def one(*dims: int, kind: int = F32, size: int = 16, offset: int | None = None) 
     return gguf_bytes({}, [Tensor("a", dims, kind, bytes(size), offset)])
 
 
-LIES = {
+BAD_HEADERS = {
     "magic": (b"GGML" + bytes(60), "not a GGUF file"),
     "old version": (gguf_bytes(version=1), "of version 1"),
     "big-endian": (gguf_bytes(version=0x03000000), "big-endian"),
@@ -178,7 +178,7 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize(("data", "reason"), LIES.values(), ids=LIES.keys())
+@pytest.mark.parametrize(("data", "reason"), BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
 def test_a_header_that_lies_is_refused_with_the_reason(tmp_path: Path, data: bytes, reason: str) -> None:
     assert reason in refusal(tmp_path, data)
 

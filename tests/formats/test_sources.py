@@ -14,12 +14,12 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
 
 
-def quietly(stage: str, done: int, total: int | None) -> None:
+def ignore_progress(stage: str, done: int, total: int | None) -> None:
     """Ignore progress."""
 
 
 def find(name: str | Path) -> ModelFiles:
-    return resolve(Settings(model_id=str(name)), quietly)
+    return resolve(Settings(model_id=str(name)), ignore_progress)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ class TestPaths:
     def test_no_name_at_all_says_how_to_give_one(self) -> None:
         for model_id in (None, ""):
             with pytest.raises(ModelLoadError, match="--model-id or MODEL_ID"):
-                resolve(Settings(model_id=model_id), quietly)
+                resolve(Settings(model_id=model_id), ignore_progress)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_other_names_are_ids_of_the_hub(
         return hub_models.Fetched("directory", tmp_path, "abc123")
 
     monkeypatch.setattr(hub_models, "fetch_model", fetch)
-    files = resolve(Settings(model_id=name, revision="v2"), quietly)
-    resolve(Settings(model_id=name, revision="v2", trust_remote_code=True), quietly)
+    files = resolve(Settings(model_id=name, revision="v2"), ignore_progress)
+    resolve(Settings(model_id=name, revision="v2", trust_remote_code=True), ignore_progress)
     repository = name.partition(":")[0]
     assert asked == [(repository, "v2", quant, False), (repository, "v2", quant, True)]
     assert files == ModelFiles(name, "abc123", "directory", tmp_path)

@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.adapters import make_adapter, peft_logprobs, write_adapter
-from tests.support.driving import Job, generate
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import Reference, checkpoint, gguf_file, reference
 from tests.support.family_scores import differences
+from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
@@ -55,7 +55,7 @@ def job_of(found: Reference, weights: Any) -> Job:
     return Job(found.prompt_ids, 6, sampling, wants_prompt_logprobs=NUM_BEST, adapter=weights)
 
 
-def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
+def assert_matches_peft(job: Job, base: Path, adapter: Path | None) -> None:
     """Compare a job's log-probabilities with peft's for the tokens that it generated."""
     ids = [*job.prompt_ids, *job.token_ids]
     truth = Reference(list(job.prompt_ids), job.token_ids, peft_logprobs(base, adapter, ids))
@@ -121,7 +121,7 @@ def test_a_family_gives_what_peft_gives_alone_and_among_others(
     finally:
         loaded.runner.close()
     for job, adapter in zip(alone, (None, *adapters), strict=True):
-        assert_is_pefts(job, files.path, adapter)
+        assert_matches_peft(job, files.path, adapter)
     for job, which in zip(mixed, order, strict=True):
         assert job.sampled == alone[which].sampled, "others in the batch must not change a bit"
         assert job.prompt_logprobs == alone[which].prompt_logprobs
@@ -174,7 +174,7 @@ def test_quantised_bases_take_adapters_in_every_arithmetic(kind: str, dtype: str
     finally:
         loaded.runner.close()
     if dtype == "float32":
-        assert_is_pefts(jobs[0], base, adapter)
+        assert_matches_peft(jobs[0], base, adapter)
     else:  # activations are rounded to eight bits
         ids = [*jobs[0].prompt_ids, *jobs[0].token_ids]
         truth = Reference(list(jobs[0].prompt_ids), jobs[0].token_ids, peft_logprobs(base, adapter, ids))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.examples import for_all
+from tests.support.hypothesis_examples import for_all
 from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles

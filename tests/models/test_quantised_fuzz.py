@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.support.examples import for_all
+from tests.support.hypothesis_examples import for_all
 from tests.support.quantised import (
     awq_tensors,
     compressed_tensors,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.reference.attention import attention as reference
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
-from tests.support import at_once
+from tests.support import eager_ops
 from tests.support.batches import flat_rows, random_blocks, slots_of
 from tests.support.kv import poisoned_pool, read_kv, write_kv
 from tgi_asgi import _C, ops
@@ -21,7 +21,7 @@ from tgi_asgi.ops import FlatRows, Kind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # bfloat16 rounds queries and weights; for an int8 cache, queries have 16 bits and weights 15.
-ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 2e-4}
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 2e-4}
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Sequences:
             write_kv(layer, slots, keys, values, self.rotary_dim)
         spans = [(context - len(q), context) for _, context, q in parts]
         q = torch.cat([q for _, _, q in parts]).flatten(1)
-        return at_once.attention(
+        return eager_ops.attention(
             q, layer, self.head_dim**-0.5, window=self.window, rotary_dim=self.rotary_dim,
             batch=flat_rows(spans, blocks, self.block_size), gate=gate, **self.rules,
         )  # fmt: skip
@@ -82,9 +82,9 @@ class Sequences:
     def check(self, cases: list[tuple[int, int]]) -> None:
         """Compare one step of cases (context, number of queries) with the reference."""
         parts = [(self.add(context), context, self.queries(count)) for context, count in cases]
-        room = ROOM[self.dtype]
+        tolerance = TOLERANCES[self.dtype]
         expected = torch.cat([self.expected(*part) for part in parts])
-        assert_within(self.run(parts), expected, whole=room, worst=2 * room)
+        assert_within(self.run(parts), expected, whole=tolerance, worst=2 * tolerance)
 
 
 # Heads, KV heads, head size, block size, rotary size.
@@ -207,7 +207,7 @@ def call(*, window: int | None = None, **changes: Any) -> Tensor:
         "block_table": np.array([[3, 1]], np.int32),
     }  # fmt: skip
     batch = FlatRows(**operands | changes)
-    return at_once.attention(torch.randn(2, 32), layer, 1.0, window=window, batch=batch)
+    return eager_ops.attention(torch.randn(2, 32), layer, 1.0, window=window, batch=batch)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def test_gates_let_through_some_of_the_result(kernel_set: str, heads: int, dim: 
     gate = torch.randn(37, heads * dim) * 3
     found = sequences.run([(sequence, 70, q)], gate=gate)
     expected = sequences.expected(sequence, 70, q).flatten(1) * torch.sigmoid(gate.double())
-    room = ROOM[torch.float32]
-    assert_within(found, expected, whole=room, worst=2 * room)
+    tolerance = TOLERANCES[torch.float32]
+    assert_within(found, expected, whole=tolerance, worst=2 * tolerance)
 
 
 def test_a_gate_of_other_columns_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate
-from tests.support import at_once
+from tests.support import eager_ops
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Packing, direct
 
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_in_any_tensor_and_team(
 def test_a_product_has_the_bits_of_the_recorded_one(kernel_set: str) -> None:
     _, _, weight = _weight(QUANTISED, 64, 96)
     x = torch.randn(11, 96)
-    assert_same_bits(direct.linear(weight, x), at_once.linear(x, weight))
+    assert_same_bits(direct.linear(weight, x), eager_ops.linear(x, weight))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -15,8 +15,8 @@ from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference import experts as reference
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.experts import Mlp
-from tests.support import at_once
-from tests.support.blocks import QUANTISED, meaning, random_weight
+from tests.support import eager_ops
+from tests.support.random_weights import QUANTISED, decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import ClampedGate, ExpertsWeight, Kind, RouteSpec, direct
 
@@ -56,7 +56,7 @@ def make_layer(
         of_gate_up = [source for _, source in biases[:2] if source is not None]
         gate_up = ops.gate_up_weight(sources[0], sources[1], packing, biases=of_gate_up or None)
         made.append((gate_up, ops.linear_weight(sources[2], packing, bias=biases[2][1])))
-        gate, up, down = map(meaning, sources)
+        gate, up, down = map(decoded_values, sources)
         mlps.append(Mlp(gate, up, down, [bias for bias, _ in biases]))
     return Layer(ops.experts_weight(made, packing), mlps)
 
@@ -96,7 +96,7 @@ def run(
     if layer is not None:
         program.write(values[1], a)
         program.write(values[2], torch.zeros_like(a) if x is None else x)
-    program.run(at_once.step(num_tokens, num_sampled), ())
+    program.run(eager_ops.step(num_tokens, num_sampled), ())
     ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.of(routing, "routing").arrays())
     dense = torch.zeros(num_tokens, spec.num_experts, dtype=torch.float64)
     dense.scatter_(1, ids.long(), weights.double())
@@ -210,7 +210,7 @@ def test_experts_may_be_of_different_formats_each() -> None:
         sources = [random_weight(format, 32, 32, seed=3 * expert + part) for part in range(3)]
         gate_up = ops.gate_up_weight(sources[0], sources[1], FAST)
         made.append((gate_up, ops.linear_weight(sources[2], FAST)))
-        mlps.append(Mlp(meaning(sources[0]), meaning(sources[1]), meaning(sources[2])))
+        mlps.append(Mlp(decoded_values(sources[0]), decoded_values(sources[1]), decoded_values(sources[2])))
     layer = Layer(ops.experts_weight(made, FAST), mlps)
     assert layer.precisions == ("float32", "float32")
     check_fast(layer, 7, 32)
@@ -321,7 +321,7 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
     rows, x = torch.randn(tokens, columns), torch.randn(tokens, columns)
     gate = torch.randn(tokens, 1) * 3
     expected = x.double() - 0.5 * gate.double().sigmoid() * rows.double()
-    assert_close(at_once.gated_add(rows, gate, x, -0.5), expected, length=4)
+    assert_close(eager_ops.gated_add(rows, gate, x, -0.5), expected, length=4)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate, linear
-from tests.support import at_once
-from tests.support.blocks import meaning, random_weight
+from tests.support import eager_ops
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 
 
@@ -29,7 +29,7 @@ def test_the_activation_equals_the_reference(
     assert weight.intermediate_size == size
     a = torch.randn(tokens, hidden)
     expected = activate(linear(a, gate, biases[0]), activation) * linear(a, up, biases[1])
-    assert_close(at_once.gate_up(a, weight, activation), expected, length=2 * hidden)
+    assert_close(eager_ops.gate_up(a, weight, activation), expected, length=2 * hidden)
 
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
@@ -47,10 +47,10 @@ def test_gate_and_up_may_be_of_different_formats(
     assert len(parts) == (1 if formats[0] == formats[1] else 2)
     a = torch.randn(7, 96)
     gate, up = (
-        linear(rounded(a, part.precision), meaning(source), bias)
+        linear(rounded(a, part.precision), decoded_values(source), bias)
         for part, source, bias in zip((parts[0], parts[-1]), sources, biases, strict=True)
     )
-    assert_close(at_once.gate_up(a, weight), activate(gate, "silu") * up, length=4 * 96)
+    assert_close(eager_ops.gate_up(a, weight), activate(gate, "silu") * up, length=4 * 96)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
@@ -61,7 +61,7 @@ def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats:
         ops.from_floats(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
         for values, format in zip((gate, torch.ones_like(gate)), formats, strict=True)
     ]
-    out = at_once.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)
+    out = eager_ops.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)
     torch.testing.assert_close(out, gate.T.clamp_min(0), atol=1e-30, rtol=1e-6)
 
 
@@ -69,10 +69,10 @@ def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats:
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads: int) -> None:
     weight = ops.gate_up_weight(random_source(100, 72)[1], random_source(100, 72)[1], FAST)
     a = torch.randn(20, 72)
-    alone = torch.cat([at_once.gate_up(a[row : row + 1], weight) for row in range(20)])
+    alone = torch.cat([eager_ops.gate_up(a[row : row + 1], weight) for row in range(20)])
     _C.set_num_threads(threads)
     for size in (1, 2, 7, 20):
-        assert_same_bits(at_once.gate_up(a[:size], weight), alone[:size])
+        assert_same_bits(eager_ops.gate_up(a[:size], weight), alone[:size])
 
 
 def test_an_unknown_activation_and_unequal_halves_are_refused() -> None:
@@ -81,8 +81,8 @@ def test_an_unknown_activation_and_unequal_halves_are_refused() -> None:
     with pytest.raises(
         ValueError, match="`activation` must be one of silu, gelu_tanh, gelu, relu, relu_squared, got xielu"
     ):
-        at_once.gate_up(torch.randn(1, 8), weight, "xielu")
+        eager_ops.gate_up(torch.randn(1, 8), weight, "xielu")
     with pytest.raises(ValueError, match="must have one shape"):
         ops.gate_up_weight(source, random_source(5, 8)[1], EXACT)
     with pytest.raises(ValueError, match="`gate_up` takes 8 columns as `a`, not 7"):
-        at_once.gate_up(torch.randn(1, 7), weight)
+        eager_ops.gate_up(torch.randn(1, 7), weight)

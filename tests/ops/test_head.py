@@ -10,7 +10,7 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear, rms_norm
-from tests.support import at_once
+from tests.support import eager_ops
 from tests.support.batches import flat_rows
 from tgi_asgi import _C, ops
 
@@ -25,7 +25,7 @@ def test_logits_equal_the_reference(
     bias, bias_source = random_source(vocab) if has_bias else (None, None)
     x, norm = torch.randn(tokens, hidden), torch.randn(hidden)
     weight = ops.linear_weight(source, EXACT, bias=bias_source, is_vocabulary=True)
-    logits = at_once.head(x, ops.NormWeight(norm, 1e-5), weight)
+    logits = eager_ops.head(x, ops.NormWeight(norm, 1e-5), weight)
     assert_close(logits, linear(rms_norm(x, norm, 1e-5), matrix, bias), length=6 * hidden)
 
 
@@ -33,7 +33,7 @@ def test_logits_equal_the_reference(
 def test_logits_are_scaled_and_then_capped(kernel_set: str, scale: float, cap: float) -> None:
     matrix, source = random_source(131, 72)
     x, norm = torch.randn(5, 72), torch.randn(72)
-    logits = at_once.head(
+    logits = eager_ops.head(
         x, ops.NormWeight(norm, 1e-5), ops.linear_weight(source, EXACT), scale=scale, cap=cap
     )
     expected = linear(rms_norm(x, norm, 1e-5), matrix) * scale
@@ -67,6 +67,6 @@ def test_only_the_rows_asked_for_are_computed_in_their_order(
 def test_weights_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(7, 33)[1], EXACT)
     with pytest.raises(ValueError, match="`head` takes a weight of 32 columns, not 33"):
-        at_once.head(torch.randn(5, 32), ops.NormWeight(torch.ones(32), 1e-5), weight)
+        eager_ops.head(torch.randn(5, 32), ops.NormWeight(torch.ones(32), 1e-5), weight)
     with pytest.raises(ValueError, match="`head` takes 33 columns as `x`, not 32"):
-        at_once.head(torch.randn(5, 32), ops.NormWeight(torch.ones(33), 1e-5), weight)
+        eager_ops.head(torch.randn(5, 32), ops.NormWeight(torch.ones(33), 1e-5), weight)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, rounded, with_each_kernel_set
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.support.at_once import step
-from tests.support.blocks import meaning, random_weight
+from tests.support.eager_ops import step
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import HeadsWeight, Kind
 
@@ -52,7 +52,7 @@ def test_each_head_is_multiplied_by_its_own_matrix(
     weight = ops.heads_weight(source, EXACT, num_heads=heads)
     x = torch.randn(tokens, heads * columns + _BEHIND)
     x[:, heads * columns :] = math.nan
-    expected = reference(x, meaning(source).view(heads, rows, columns), "float32")
+    expected = reference(x, decoded_values(source).view(heads, rows, columns), "float32")
     assert_close(run(x, weight), expected, length=columns)
 
 
@@ -66,7 +66,7 @@ def test_formats_are_multiplied_as_those_of_other_products(
     source = random_weight(format, 3 * 64, 256, seed=2)
     weight = ops.heads_weight(source, FAST, num_heads=3)
     x = torch.randn(9, 3 * 256)
-    expected = reference(x, meaning(source).view(3, 64, 256), precision)
+    expected = reference(x, decoded_values(source).view(3, 64, 256), precision)
     assert_close(run(x, weight), expected, length=256)
 
 
@@ -87,7 +87,7 @@ def test_transposes_are_taken_apart_head_by_head(
     source = random_weight(format, 3 * 64, 256, seed=3)
     weight = ops.heads_weight(source, arithmetic, num_heads=3, is_transposed=True)
     assert (weight.rows, weight.columns) == (256, 64)
-    matrices = meaning(source).view(3, 64, 256).transpose(1, 2)
+    matrices = decoded_values(source).view(3, 64, 256).transpose(1, 2)
     if precision == "bfloat16":
         matrices = matrices.bfloat16()
     x = torch.randn(9, 3 * 64)

@@ -8,8 +8,8 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear
-from tests.support import at_once
-from tests.support.blocks import QUANTISED, meaning, random_weight, same_codes
+from tests.support import eager_ops
+from tests.support.random_weights import QUANTISED, decoded_values, random_weight, same_codes
 from tgi_asgi import _C, ops
 
 # Tokens, columns, rows, whether there is a bias.
@@ -40,9 +40,9 @@ def test_products_of_any_size_equal_the_reference(
     weight = ops.linear_weight(source, packing, bias=bias_source)
     assert (weight.rows, weight.columns) == (rows, columns)
     a, x = torch.randn(tokens, columns), torch.randn(tokens, rows)
-    expected = linear(rounded(a, weight.made.precision), meaning(source), bias)
-    assert_close(at_once.linear(a, weight), expected, length=columns + 2)
-    assert_close(at_once.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=columns + 3)
+    expected = linear(rounded(a, weight.made.precision), decoded_values(source), bias)
+    assert_close(eager_ops.linear(a, weight), expected, length=columns + 2)
+    assert_close(eager_ops.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=columns + 3)
 
 
 @pytest.mark.parametrize(("format", "columns"), [("Q8_0", 96), ("Q4_0", 32), ("Q5_1", 224), ("Q6_K", 512)])
@@ -54,9 +54,9 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
     biased = ops.linear_weight(source, FAST, bias=ops.from_floats(bias))
     assert weight.made.precision == "int8"
     a = torch.randn(9, columns)
-    expected = linear(rounded(a, "int8"), meaning(source))
-    assert_close(at_once.linear(a, weight), expected, length=columns)
-    assert_close(at_once.linear(a, biased), expected + bias.double(), length=columns)
+    expected = linear(rounded(a, "int8"), decoded_values(source))
+    assert_close(eager_ops.linear(a, weight), expected, length=columns)
+    assert_close(eager_ops.linear(a, biased), expected + bias.double(), length=columns)
 
 
 @pytest.mark.parametrize("format", QUANTISED)
@@ -67,27 +67,27 @@ def test_sums_of_the_largest_codes_and_values_do_not_overflow(
     """Use code bytes 0x00, 0x77 and 0xFF, and activations of the largest magnitude: 127 and -127."""
     source = same_codes(format, 32, 256, byte)
     a = torch.tensor([1.0, -1.0]).repeat(4, 1).reshape(8, 1).expand(8, 256).contiguous()
-    expected = linear(rounded(a, "int8"), meaning(source))
-    assert_close(at_once.linear(a, ops.linear_weight(source, FAST)), expected, length=256)
+    expected = linear(rounded(a, "int8"), decoded_values(source))
+    assert_close(eager_ops.linear(a, ops.linear_weight(source, FAST)), expected, length=256)
 
 
 @pytest.mark.parametrize("format", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_K"])
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, format: str) -> None:
     weight = ops.linear_weight(random_weight(format, 100, 256, seed=1), FAST)
     a, x, order = torch.randn(20, 256), torch.randn(20, 100), torch.randperm(20)
-    alone = torch.cat([at_once.linear_add(a[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
+    alone = torch.cat([eager_ops.linear_add(a[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
     for threads in (2, 3, 7):
         _C.set_num_threads(threads)
         for size in (1, 2, 3, 6, 7, 20):
-            assert_same_bits(at_once.linear_add(a[:size], weight, x[:size]), alone[:size])
-        assert_same_bits(at_once.linear_add(a[order], weight, x[order]), alone[order])
+            assert_same_bits(eager_ops.linear_add(a[:size], weight, x[:size]), alone[:size])
+        assert_same_bits(eager_ops.linear_add(a[order], weight, x[order]), alone[order])
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(5, 7)[1], EXACT)
     with pytest.raises(ValueError, match="`linear_add` takes 7 columns as `a`, not 6"):
-        at_once.linear_add(torch.randn(2, 6), weight, torch.randn(2, 5))
+        eager_ops.linear_add(torch.randn(2, 6), weight, torch.randn(2, 5))
     with pytest.raises(ValueError, match="`linear_add` takes 5 columns as `x`, not 7"):
-        at_once.linear_add(torch.randn(2, 7), weight, torch.randn(2, 7))
+        eager_ops.linear_add(torch.randn(2, 7), weight, torch.randn(2, 7))
     with pytest.raises(ValueError, match="`linear` takes 7 columns as `a`, not 5"):
-        at_once.linear(torch.randn(2, 5), weight)
+        eager_ops.linear(torch.randn(2, 5), weight)

@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear, norm, rms_norm
-from tests.support import at_once
-from tests.support.blocks import meaning, random_weight
+from tests.support import eager_ops
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 
 SIZES = [1, 3, 17, 32, 72, 129, 576]
@@ -27,8 +27,8 @@ def weight_of(hidden: int, kind: str) -> ops.NormWeight:
 def test_the_activation_is_the_normed_residual(kernel_set: str, tokens: int, hidden: int, kind: str) -> None:
     _C.set_num_threads(2)
     x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
-    assert_close(at_once.norm(x, weight), norm(x, weight), length=hidden + 8)
-    assert_same_bits(at_once.norm(x, weight, ops.Kind.ROWS), at_once.norm(x, weight))
+    assert_close(eager_ops.norm(x, weight), norm(x, weight), length=hidden + 8)
+    assert_same_bits(eager_ops.norm(x, weight, ops.Kind.ROWS), eager_ops.norm(x, weight))
 
 
 @KINDS
@@ -39,15 +39,15 @@ def test_the_norm_takes_the_place_of_the_residual(
 ) -> None:
     _C.set_num_threads(2)
     x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
-    assert_close(at_once.norm_residual(x, weight), norm(x, weight), length=hidden + 8)
+    assert_close(eager_ops.norm_residual(x, weight), norm(x, weight), length=hidden + 8)
 
 
 def test_the_variance_is_that_around_the_mean(kernel_set: str) -> None:
     x = torch.randn(3, 129) + 1000.0
     weight = weight_of(129, "layer")
-    assert_close(at_once.norm(x, weight), norm(x, weight), length=129 * 1000**2)
+    assert_close(eager_ops.norm(x, weight), norm(x, weight), length=129 * 1000**2)
     heads = ops.NormWeight.layer(129, 1e-5, weight=None)
-    assert_close(at_once.norm(x, heads), norm(x, heads), length=129 * 1000**2)
+    assert_close(eager_ops.norm(x, heads), norm(x, heads), length=129 * 1000**2)
 
 
 @KINDS
@@ -59,27 +59,27 @@ def test_the_norm_of_rows_is_added_to_the_residual(
     _C.set_num_threads(2)
     rows, x, weight = torch.randn(tokens, hidden) * 3, torch.randn(tokens, hidden), weight_of(hidden, kind)
     expected = x.double() + 0.3 * norm(rows, weight)
-    assert_close(at_once.norm_add(rows, weight, x, 0.3), expected, length=hidden + 8)
+    assert_close(eager_ops.norm_add(rows, weight, x, 0.3), expected, length=hidden + 8)
 
 
 @KINDS
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: int, kind: str) -> None:
     x, rows, weight = torch.randn(20, 577), torch.randn(20, 577), weight_of(577, kind)
-    alone = torch.cat([at_once.norm(x[row : row + 1], weight) for row in range(20)])
-    added = torch.cat([at_once.norm_add(rows[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
-    in_place = torch.cat([at_once.norm_residual(x[row : row + 1], weight) for row in range(20)])
+    alone = torch.cat([eager_ops.norm(x[row : row + 1], weight) for row in range(20)])
+    added = torch.cat([eager_ops.norm_add(rows[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
+    in_place = torch.cat([eager_ops.norm_residual(x[row : row + 1], weight) for row in range(20)])
     _C.set_num_threads(threads)
-    assert_same_bits(at_once.norm(x, weight), alone)
-    assert_same_bits(at_once.norm_add(rows, weight, x), added)
-    assert_same_bits(at_once.norm_residual(x, weight), in_place)
+    assert_same_bits(eager_ops.norm(x, weight), alone)
+    assert_same_bits(eager_ops.norm_add(rows, weight, x), added)
+    assert_same_bits(eager_ops.norm_residual(x, weight), in_place)
 
 
 def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:
     ones = ops.NormWeight(torch.ones(33), 1e-5)
-    assert_same_bits(at_once.norm(torch.zeros(1, 33), ones), torch.zeros(1, 33))
+    assert_same_bits(eager_ops.norm(torch.zeros(1, 33), ones), torch.zeros(1, 33))
     x = torch.randn(1, 33)
-    assert_same_bits(at_once.norm_add(torch.zeros(1, 33), ones, x), x)
+    assert_same_bits(eager_ops.norm_add(torch.zeros(1, 33), ones, x), x)
 
 
 class NormAndProduct:
@@ -88,7 +88,7 @@ class NormAndProduct:
     def __init__(self, format: str, norm: Tensor, packing: ops.Packing) -> None:
         hidden = len(norm)
         source = random_weight(format, 50, hidden, seed=3)
-        self.matrix = meaning(source)
+        self.matrix = decoded_values(source)
         weight = ops.linear_weight(source, packing)
         self.precision: str = weight.made.precision
         recorder = ops.Recorder()
@@ -123,9 +123,9 @@ def test_a_product_takes_the_norm_in_its_own_precision(
     rows = torch.cat([alone.run(x[row : row + 1]) for row in range(20)])
     normed = rms_norm(x, norm, 1e-5).float()
     # A value halfway between two codes may round either way, depending on the norm's last bit.
-    room = {"int8": 40, "bfloat16": 40, "float32": 4}[alone.precision]
+    tolerance = {"int8": 40, "bfloat16": 40, "float32": 4}[alone.precision]
     expected = linear(rounded(normed, alone.precision), alone.matrix)
-    assert_close(rows, expected, length=hidden * room**2)
+    assert_close(rows, expected, length=hidden * tolerance**2)
     for threads in (2, 5):
         _C.set_num_threads(threads)
         team = NormAndProduct(format, norm, packing)
@@ -135,11 +135,11 @@ def test_a_product_takes_the_norm_in_its_own_precision(
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="`norm` takes 15 columns as `x`, not 16"):
-        at_once.norm(torch.randn(2, 16), ops.NormWeight(torch.ones(15), 1e-5))
+        eager_ops.norm(torch.randn(2, 16), ops.NormWeight(torch.ones(15), 1e-5))
     with pytest.raises(ValueError, match="a norm's bias must have 16 elements, got 15"):
         ops.NormWeight(torch.ones(16), 1e-5, torch.ones(15))
     with pytest.raises(ValueError, match="`norm_add` takes 16 columns as `x`, not 15"):
-        at_once.norm_add(torch.randn(2, 16), ops.NormWeight(torch.ones(16), 1e-5), torch.randn(2, 15))
+        eager_ops.norm_add(torch.randn(2, 16), ops.NormWeight(torch.ones(16), 1e-5), torch.randn(2, 15))
     weight = ops.linear_weight(random_source(4, 15)[1], EXACT)
     with pytest.raises(ValueError, match="`linear` takes 15 columns as `a`, not 16"):
-        at_once.linear(torch.randn(2, 16), weight)
+        eager_ops.linear(torch.randn(2, 16), weight)

@@ -21,10 +21,10 @@ from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
-ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
 
 
-def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_as_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return heads rounded as in a cache of this dtype; int8 has a float16 scale per strip of 32 dims."""
     if dtype is not torch.int8:
         return x.to(dtype).float()
@@ -94,7 +94,12 @@ class Layer:
     def expected(self, given: tuple[Tensor, Tensor, Tensor], visible_until: Tensor | None = None) -> Tensor:
         q, k, v = given
         return reference(
-            q, kept(k, self.dtype), kept(v, self.dtype), self.scale, visible_until=visible_until, **self.rules
+            q,
+            rounded_as_cached(k, self.dtype),
+            rounded_as_cached(v, self.dtype),
+            self.scale,
+            visible_until=visible_until,
+            **self.rules,
         )
 
     def check(self, contexts: list[int], last: int = 1) -> None:
@@ -102,8 +107,10 @@ class Layer:
         given = self.heads_of(contexts)
         steps = [[(0, n - last) for n in contexts], [(n - last, n) for n in contexts]]
         found = torch.cat(self.run(given, steps))
-        room = ROOM[self.dtype]
-        assert_within(found, torch.cat([self.expected(each) for each in given]), whole=room, worst=2 * room)
+        tolerance = TOLERANCES[self.dtype]
+        assert_within(
+            found, torch.cat([self.expected(each) for each in given]), whole=tolerance, worst=2 * tolerance
+        )
 
 
 # Heads, KV heads, dims of keys and of values, block size.
@@ -165,8 +172,8 @@ def test_tokens_of_an_image_see_each_other(
     ends[1][:20] = 20
     found = layer.run(given, [[(0, 400), (0, 20)]], torch.cat(ends).int())
     for each, end, out in zip(given, ends, found, strict=True):
-        room = ROOM[dtype]
-        assert_within(out, layer.expected(each, end), whole=room, worst=2 * room)
+        tolerance = TOLERANCES[dtype]
+        assert_within(out, layer.expected(each, end), whole=tolerance, worst=2 * tolerance)
 
 
 @pytest.mark.parametrize("rules", [RULES["all"], RULES["window"], RULES["everything"]])
@@ -196,8 +203,8 @@ def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: torch.dtype
     across = torch.randn(4, 64, 40).permute(2, 0, 1)  # a head's dims are not adjacent
     second = attention.run(pool.layers[0], across, None, None, spec)
     for found, queries in ((first, q), (second, across)):
-        expected = reference(queries, kept(k, dtype), kept(v, dtype), layer.scale)
-        assert_within(found.flatten(1), expected, whole=ROOM[dtype], worst=2 * ROOM[dtype])
+        expected = reference(queries, rounded_as_cached(k, dtype), rounded_as_cached(v, dtype), layer.scale)
+        assert_within(found.flatten(1), expected, whole=TOLERANCES[dtype], worst=2 * TOLERANCES[dtype])
 
 
 def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes: Any) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, FAST, random_source, rope_table
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.layers import linear, norm, rotate
-from tests.support import at_once
+from tests.support import eager_ops
 from tests.support.batches import flat_rows
-from tests.support.blocks import meaning, random_weight
 from tests.support.kv import poisoned_pool, read_kv
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 
 NUM_BLOCKS, POSITIONS = 12, 120
@@ -47,7 +47,7 @@ class Case:
             random_weight(format, heads * self.head_dim, self.hidden, seed=index)
             for index, (format, heads) in enumerate(zip(self.formats, counts, strict=True))
         ]
-        self.parts = [meaning(source) for source in sources]
+        self.parts = [decoded_values(source) for source in sources]
         self.biases = [torch.randn(len(part)) * self.has_bias for part in self.parts]
         self.rope = rope_table(self.rotary_dim or self.head_dim, POSITIONS) if self.has_rope else None
         self.weight = ops.qkv_weight(
@@ -94,7 +94,7 @@ class Case:
         free = torch.randperm(NUM_BLOCKS).tolist()
         blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
         batch = flat_rows(spans, blocks, block_size)
-        q = at_once.qkv(a, self.weight, layer, self.rope, batch, self.clip, self.query_scales)
+        q = eager_ops.qkv(a, self.weight, layer, self.rope, batch, self.clip, self.query_scales)
         return q.view(len(a), self.heads, self.head_dim), layer, torch.from_numpy(batch.slots)
 
 
@@ -199,9 +199,9 @@ def test_only_the_slots_asked_for_are_written(
     beside = layer.pool.native.memory().reshape(NUM_BLOCKS, 2, -1)[:, 0]
     assert (beside == 0xFF).all(), "another layer was written"
     key, value = case.expected(a, positions_of(spans))[1:]
-    room = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 1e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 1e-2}[dtype]
     for found, expected in zip(read_kv(layer, slots), (key, value), strict=True):
-        assert_within(found, expected, whole=room, worst=room)
+        assert_within(found, expected, whole=tolerance, worst=tolerance)
 
 
 def run_without_queries(
@@ -268,7 +268,7 @@ def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> N
 def test_no_tokens_write_nothing() -> None:
     case = Case()
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
-    assert at_once.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
+    assert eager_ops.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_places_out_of_range_are_refused_before_anything_is_written(
     given = {name: getattr(good, name) for name in names}
     batch = ops.FlatRows(**{**given, "block_table": good.block_tables[0], **change})
     with pytest.raises(ValueError, match=message):
-        at_once.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
+        eager_ops.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
     assert (pool.native.memory() == 0xFF).all()
 
 
@@ -313,7 +313,7 @@ def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
         ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(48, 16, is_whole=True, is_last=True))
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
     with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
-        at_once.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
+        eager_ops.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
 
 
 def test_a_rope_table_has_the_angles_of_transformers() -> None:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ops.float64_graph import Graph, Shape, Twin, greedy_state
 from tests.ops.helpers import EXACT, FAST
-from tests.ops.twin import Graph, Shape, Twin, greedy_state
 from tests.reference.compare import assert_same_bits
 from tests.support.kv import poison
 from tests.support.scale import Scale
@@ -33,7 +33,7 @@ OPERATORS = [
 ]  # fmt: skip
 # Limits on the error of logits. A value halfway between two codes may round either way, and such errors add
 # up, but only in few graphs.
-ROOM, USUAL_ROOM = {True: 2e-4, False: 6e-2}, 1e-4
+TOLERANCES, USUAL_TOLERANCE = {True: 2e-4, False: 6e-2}, 1e-4
 
 
 @dataclass
@@ -160,7 +160,7 @@ def check(plan: Plan) -> float:
     graph, program = make(plan)
     logits = run_in_steps(graph, program, [0] * 3)
     error = float((logits.double() - graph.exact_logits).norm() / graph.exact_logits.norm().clamp_min(1e-30))
-    assert error <= ROOM[plan.is_exact]
+    assert error <= TOLERANCES[plan.is_exact]
     assert_same_bits(run_in_steps(graph, program, plan.cuts), logits)
     rows = sorted({row % len(logits) for row in plan.sampled})
     slots, vocab = list(range(len(rows))), graph.shape.vocab
@@ -184,7 +184,7 @@ def test_a_graph_means_the_same_recorded_cut_and_sampled(scale: Scale) -> None:
         errors.append(check(plan))
 
     check_plan()
-    assert statistics.median(errors) <= USUAL_ROOM
+    assert statistics.median(errors) <= USUAL_TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.hidden))

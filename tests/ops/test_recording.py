@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.float64_graph import Graph, Shape, Twin, greedy_state
 from tests.ops.helpers import EXACT, FAST, random_source, rope_table
-from tests.ops.twin import Graph, Shape, Twin, greedy_state
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.batches import flat_rows
 from tests.support.kv import poison, poisoned_pool

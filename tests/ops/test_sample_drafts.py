@@ -36,7 +36,7 @@ def state_of(sampling: list[SamplingParams], prompt: list[int]) -> ops.SampleSta
     return state
 
 
-def told(result: ops.SampleResult, row: int) -> tuple[Any, ...]:
+def row_of(result: ops.SampleResult, row: int) -> tuple[Any, ...]:
     count = int(result.num_top[row])
     logprob = float(result.logprobs[row])
     return (
@@ -64,7 +64,7 @@ def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
         for at in range(5):
             if singles and not singles[-1][1]:
                 break
-            singles.append(told(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
+            singles.append(row_of(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
             if at == num_right:
                 break
         # The draft after the last right one differs from the sampled token.
@@ -78,7 +78,7 @@ def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
     result = ops.sample(torch.stack(rows), ahead, slots, drafts=drafts)
     assert result.is_accepted is not None
     assert result.is_accepted.tolist() == places
-    assert [told(result, row) for row in np.flatnonzero(places).tolist()] == expected
+    assert [row_of(result, row) for row in np.flatnonzero(places).tolist()] == expected
     assert (ahead.records == alone.records).all()
     assert (ahead.counts == alone.counts).all()
 

@@ -13,8 +13,8 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import (
     Shape,
     Steps,
-    assert_drafts_are_taken_back,
-    assert_kept_states_are_gone_on_with,
+    assert_kept_states_resume,
+    assert_rejected_drafts_are_undone,
     assert_wrong_states_are_refused,
 )
 from tgi_asgi import _C, ops
@@ -103,14 +103,14 @@ def test_a_row_that_cannot_go_on_is_refused_and_leaves_the_others_states() -> No
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kept_states_are_gone_on_with(taps: int, threads: int) -> None:
     weight, text = random_weight(77, taps, has_bias=True), [torch.randn(12, 77)]
-    assert_kept_states_are_gone_on_with(lambda slots: steps_of(weight, 77, slots), text, threads)
+    assert_kept_states_resume(lambda slots: steps_of(weight, 77, slots), text, threads)
 
 
 @pytest.mark.parametrize("taps", [2, 4])
 def test_drafts_are_taken_back(taps: int) -> None:
     weight = random_weight(33, taps, has_bias=True)
     text, wrong = ([torch.randn(count, 33)] for count in (12, 4))
-    assert_drafts_are_taken_back(lambda slots: steps_of(weight, 33, slots), text, wrong)
+    assert_rejected_drafts_are_undone(lambda slots: steps_of(weight, 33, slots), text, wrong)
 
 
 def test_states_that_are_not_there_are_refused() -> None:

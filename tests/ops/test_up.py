@@ -8,8 +8,8 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate, linear
-from tests.support import at_once
-from tests.support.blocks import meaning, random_weight
+from tests.support import eager_ops
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 
 ALPHAS = (0.7, 0.4)
@@ -33,7 +33,7 @@ def test_the_activation_equals_the_reference(
     weight = ops.linear_weight(source, EXACT, bias=None if bias is None else ops.from_floats(bias))
     a, alphas = torch.randn(tokens, hidden), alphas_of(activation)
     expected = activate(linear(a, matrix, bias), activation, alphas)
-    assert_close(at_once.up(a, weight, activation, alphas), expected, length=2 * hidden)
+    assert_close(eager_ops.up(a, weight, activation, alphas), expected, length=2 * hidden)
 
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
@@ -43,15 +43,15 @@ def test_weights_of_any_format_are_taken(kernel_set: str, format: str, packing: 
     source = random_weight(format, 100, 96, seed=1)
     weight = ops.linear_weight(source, packing)
     a = torch.randn(37, 96)
-    expected = activate(linear(rounded(a, weight.made.precision), meaning(source)), "gelu")
-    assert_close(at_once.up(a, weight, "gelu"), expected, length=4 * 96)
+    expected = activate(linear(rounded(a, weight.made.precision), decoded_values(source)), "gelu")
+    assert_close(eager_ops.up(a, weight, "gelu"), expected, length=4 * 96)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_each_value_is_right_by_itself(kernel_set: str, activation: str) -> None:
     values = torch.cat([torch.linspace(-9, 9, 1201), torch.tensor([0.0, -0.0, 1e-6, -1e-6, -0.5, 40, -40])])
     weight = ops.linear_weight(ops.from_floats(values[:, None]), EXACT)
-    found = at_once.up(torch.ones(1, 1), weight, activation, alphas_of(activation))[0].double()
+    found = eager_ops.up(torch.ones(1, 1), weight, activation, alphas_of(activation))[0].double()
     expected = activate(values, activation, alphas_of(activation))
     apart = (found - expected).abs() - 2e-6 * expected.abs()
     assert apart.max() <= 1e-7, values[apart.argmax()]
@@ -61,7 +61,7 @@ def test_each_value_is_right_by_itself(kernel_set: str, activation: str) -> None
 def test_values_far_from_zero_saturate(kernel_set: str, activation: str) -> None:
     values = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0, 1e4])[:, None]
     weight = ops.linear_weight(ops.from_floats(values), EXACT)
-    out = at_once.up(torch.ones(1, 1), weight, activation)
+    out = eager_ops.up(torch.ones(1, 1), weight, activation)
     torch.testing.assert_close(out, values.T.clamp_min(0), atol=1e-30, rtol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_values_far_from_zero_saturate(kernel_set: str, activation: str) -> None
 def test_nan_is_kept(kernel_set: str, activation: str) -> None:
     weight = ops.linear_weight(ops.from_floats(torch.ones(40, 3)), EXACT)
     a = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 3.0]])
-    found = at_once.up(a, weight, activation, alphas_of(activation))
+    found = eager_ops.up(a, weight, activation, alphas_of(activation))
     assert found[0].isfinite().all()
     assert found[1].isnan().all()
 
@@ -78,10 +78,10 @@ def test_nan_is_kept(kernel_set: str, activation: str) -> None:
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads: int) -> None:
     weight = ops.linear_weight(random_source(100, 72)[1], FAST)
     a = torch.randn(20, 72)
-    alone = torch.cat([at_once.up(a[row : row + 1], weight, "xielu", ALPHAS) for row in range(20)])
+    alone = torch.cat([eager_ops.up(a[row : row + 1], weight, "xielu", ALPHAS) for row in range(20)])
     _C.set_num_threads(threads)
     for size in (1, 2, 7, 20):
-        assert_same_bits(at_once.up(a[:size], weight, "xielu", ALPHAS), alone[:size])
+        assert_same_bits(eager_ops.up(a[:size], weight, "xielu", ALPHAS), alone[:size])
 
 
 def test_an_unknown_function_and_numbers_that_are_not_its_own_are_refused() -> None:
@@ -89,11 +89,11 @@ def test_an_unknown_function_and_numbers_that_are_not_its_own_are_refused() -> N
     with pytest.raises(
         ValueError, match="must be one of silu, gelu_tanh, gelu, relu, relu_squared, xielu, got"
     ):
-        at_once.up(torch.randn(1, 8), weight, "tanh")
+        eager_ops.up(torch.randn(1, 8), weight, "tanh")
     for activation, alphas in (("xielu", None), ("relu", ALPHAS)):
         with pytest.raises(ValueError, match="no other activation needs `alphas`"):
-            at_once.up(torch.randn(1, 8), weight, activation, alphas)
+            eager_ops.up(torch.randn(1, 8), weight, activation, alphas)
     with pytest.raises(ValueError, match="`alphas` must be finite"):
-        at_once.up(torch.randn(1, 8), weight, "xielu", (1.0, float("nan")))
+        eager_ops.up(torch.randn(1, 8), weight, "xielu", (1.0, float("nan")))
     with pytest.raises(ValueError, match="`up` takes 8 columns as `a`, not 7"):
-        at_once.up(torch.randn(1, 7), weight, "relu")
+        eager_ops.up(torch.randn(1, 7), weight, "relu")

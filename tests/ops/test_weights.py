@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ops.helpers import EXACT, FAST, random_source
-from tests.support.blocks import random_weight
+from tests.support.random_weights import random_weight
 from tgi_asgi import ops
 from tgi_asgi.ops.sources import decode
 

@@ -3,7 +3,7 @@
 def test_a_question_is_answered(chat: ChatPage) -> None:
     chat.engine.script = say("Hi")
     chat.open()
-    chat.say("Hello")
+    chat.send("Hello")
     chat.wait_for_answer("Hi")
 """
 
@@ -50,7 +50,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"\S+\s*|\s+", text)
 
 
-def say_half(gate: threading.Event, first: str, rest: str = "") -> Script:
+def say_in_halves(gate: threading.Event, first: str, rest: str = "") -> Script:
     """Return a script that says `first`, waits for the gate, and then says `rest`."""
     num_first = len(words(first))
 
@@ -72,14 +72,14 @@ class ChatPage:
     def __init__(self, browser: Browser, stack: ExitStack) -> None:
         self.engine = ScriptedEngine()
         self.url = ""
-        self.foreign: list[str] = []  # requests of the page to any other server
-        self.faults: list[str] = []  # script errors, and requests that the policy refused
+        self.foreign_requests: list[str] = []  # requests of the page to any other server
+        self.errors: list[str] = []  # script errors, and requests that the policy refused
         self.bodies: list[Any] = []  # of the page's chat requests
         self._stack = stack
         self.page: Page = browser.new_page(viewport={"width": 1200, "height": 800})
         self.page.set_default_timeout(TIMEOUT_MS)
         self.page.on("request", self._note_request)
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._note_console)
 
     def serve(self, settings: Settings | None = None, **app: Any) -> None:
@@ -98,7 +98,7 @@ class ChatPage:
             self.serve()
         self.page.goto(self.url + path)
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         """Type a message and send it by keyboard, once the server is ready."""
         self.page.wait_for_selector("#send:not([disabled])")
         self.page.get_by_label("Message", exact=True).fill(text)
@@ -144,21 +144,21 @@ class ChatPage:
             assert time.monotonic() < give_up_s
             self.page.wait_for_timeout(10)
 
-    def kept(self, name: str) -> str | None:
+    def stored_value(self, name: str) -> str | None:
         """Return the value that the browser stores under a name."""
         value: str | None = self.page.evaluate("(name) => localStorage.getItem(name)", f"tgi-asgi.{name}")
         return value
 
     def _note_request(self, request: Any) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):
-            self.foreign.append(request.url)
+            self.foreign_requests.append(request.url)
         if request.url.endswith("/v1/chat/completions"):
             self.bodies.append(request.post_data_json)
 
     def _note_console(self, message: Any) -> None:
         # Chromium logs an error for each 4xx and 5xx answer, and for a server that does not answer.
         if message.type == "error" and not re.match("Failed to load resource", message.text):
-            self.faults.append(message.text)
+            self.errors.append(message.text)
 
 
 @pytest.fixture(scope="session")
@@ -183,8 +183,8 @@ def chat(browser: Browser) -> Iterator[ChatPage]:
         made = ChatPage(browser, stack)
         stack.callback(made.page.context.close)
         yield made
-        assert made.foreign == []
-        assert made.faults == []
+        assert made.foreign_requests == []
+        assert made.errors == []
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.page.conftest import ChatPage, say_half, words
+from tests.page.conftest import ChatPage, say_in_halves, words
 from tests.support.scripted_engine import fail_with, say
 from tgi_asgi.errors import GenerationFailed
 
@@ -20,9 +20,9 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool
 
 
 def test_an_answer_is_streamed_with_its_speed(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "Deep learning ", "is learning.")
+    chat.engine.script = say_in_halves(gate, "Deep learning ", "is learning.")
     chat.open()
-    chat.say("What is deep learning?")
+    chat.send("What is deep learning?")
     chat.expect("article.assistant .body").to_have_text("Deep learning")
     chat.expect("article.assistant").to_have_attribute("aria-busy", "true")
     gate.set()
@@ -37,18 +37,18 @@ def test_an_answer_is_streamed_with_its_speed(chat: ChatPage, gate: threading.Ev
 
 def test_the_next_question_has_what_was_said_before(chat: ChatPage) -> None:
     chat.open()
-    chat.say("One")
+    chat.send("One")
     chat.wait_for_answer("Hello world")
-    chat.say("Two")
+    chat.send("Two")
     chat.wait_for_answer("Hello world", number=1)
     assert [each["content"] for each in chat.bodies[-1]["messages"]] == ["One", "Hello world", "Two"]
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
 def test_stop_ends_the_request_and_keeps_what_came(chat: ChatPage, gate: threading.Event, way: str) -> None:
-    chat.engine.script = say_half(gate, "So far ", "so good")
+    chat.engine.script = say_in_halves(gate, "So far ", "so good")
     chat.open()
-    chat.say("Go")
+    chat.send("Go")
     chat.expect("article.assistant .body").to_have_text("So far")
     if way == "button":
         chat.page.get_by_label("Stop the answer").click()
@@ -63,9 +63,9 @@ def test_stop_ends_the_request_and_keeps_what_came(chat: ChatPage, gate: threadi
 
 
 def test_a_stopped_answer_is_continued(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "One ", "never")
+    chat.engine.script = say_in_halves(gate, "One ", "never")
     chat.open()
-    chat.say("Count")
+    chat.send("Count")
     chat.expect("article.assistant .body").to_have_text("One")
     chat.page.keyboard.press("Escape")
     chat.wait_for_answer("One")
@@ -78,7 +78,7 @@ def test_a_stopped_answer_is_continued(chat: ChatPage, gate: threading.Event) ->
 
 def test_an_edited_question_begins_a_branch(chat: ChatPage) -> None:
     chat.open()
-    chat.say("First")
+    chat.send("First")
     chat.wait_for_answer("Hello world")
     chat.engine.script = say("Another answer")
     chat.page.locator("article.user").hover()
@@ -100,7 +100,7 @@ def test_an_edited_question_begins_a_branch(chat: ChatPage) -> None:
 
 def test_an_edit_is_given_up_with_escape(chat: ChatPage) -> None:
     chat.open()
-    chat.say("First")
+    chat.send("First")
     chat.wait_for_answer("Hello world")
     chat.page.get_by_label("Message", exact=True).press("ArrowUp")  # edits the last message
     chat.page.keyboard.type(" and more")
@@ -111,7 +111,7 @@ def test_an_edit_is_given_up_with_escape(chat: ChatPage) -> None:
 
 def test_an_answer_is_asked_for_again(chat: ChatPage) -> None:
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     chat.engine.script = say("Hello again")
     chat.button("Answer again").click()
@@ -121,9 +121,9 @@ def test_an_answer_is_asked_for_again(chat: ChatPage) -> None:
 
 
 def test_thoughts_are_folded(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "<think> Let me see. ", "Yes. </think> It is so.")
+    chat.engine.script = say_in_halves(gate, "<think> Let me see. ", "Yes. </think> It is so.")
     chat.open()
-    chat.say("Is it so?")
+    chat.send("Is it so?")
     summary = chat.page.locator(".reasoning summary")
     chat.expect(".reasoning summary").to_have_text("Thinking")
     chat.expect(".reasoning p").to_be_hidden()
@@ -138,7 +138,7 @@ def test_a_tool_call_is_shown_and_its_result_is_sent(chat: ChatPage) -> None:
     chat.engine.script = say("Let me look.\n", *words(CALL))
     chat.open()
     chat.set_option("Tools", json.dumps([TOOL]))
-    chat.say("How is the weather in Paris?")
+    chat.send("How is the weather in Paris?")
     chat.expect(".call").to_contain_text("Calls weather")
     chat.expect(".call pre").to_have_text('{\n  "city": "Paris"\n}')
     chat.engine.script = say("It is sunny.")
@@ -163,7 +163,7 @@ def test_the_settings_are_sent_and_kept(chat: ChatPage) -> None:
     chat.set_option("Stop at", "END\nStop.")
     chat.set_option("Reasoning", "low")
     chat.page.reload()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     body = chat.bodies[-1]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -173,7 +173,7 @@ def test_the_settings_are_sent_and_kept(chat: ChatPage) -> None:
     chat.page.get_by_role("button", name="Settings").click()
     chat.button("Back to the defaults").click()
     chat.button("Done").click()
-    chat.say("Hi again")
+    chat.send("Hi again")
     chat.wait_for_answer("Hello world", number=1)
     assert chat.bodies[-1].keys() == {"model", "messages", "stream", "stream_options"}
 
@@ -193,7 +193,7 @@ def test_a_value_that_cannot_be_is_refused_in_the_settings(chat: ChatPage) -> No
 def test_an_answer_that_fails_says_why_and_can_be_tried_again(chat: ChatPage) -> None:
     chat.engine.script = fail_with(GenerationFailed("the step failed"), after=say("Half an answer"))
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.expect(".failure").to_contain_text("the step failed")
     chat.expect("article.assistant .body").to_have_text("Half an answer")
     chat.engine.script = say("Whole")
@@ -204,14 +204,14 @@ def test_an_answer_that_fails_says_why_and_can_be_tried_again(chat: ChatPage) ->
 def test_a_refused_request_says_why(chat: ChatPage) -> None:
     chat.open()
     chat.set_option("Maximum tokens", "9999999")
-    chat.say("Hi")
+    chat.send("Hi")
     chat.expect(".failure").to_contain_text("9999999")
 
 
 def test_the_answer_is_read_aloud_paragraph_by_paragraph(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "One paragraph.\n\nAnother that ", "goes on.")
+    chat.engine.script = say_in_halves(gate, "One paragraph.\n\nAnother that ", "goes on.")
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.expect("#spoken").to_have_text("One paragraph.")
     gate.set()
     chat.wait_for_answer("One paragraph.Another that goes on.")

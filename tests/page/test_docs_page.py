@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests.page.conftest import ChatPage, say_half
+from tests.page.conftest import ChatPage, say_in_halves
 from tests.support.scripted_engine import scripted_app
 from tgi_asgi.api import table
 from tgi_asgi.settings import Settings
@@ -51,7 +51,7 @@ def test_fields_have_types_bounds_and_fields_of_their_own(chat: ChatPage) -> Non
 
 
 def test_a_stream_is_tried_and_stopped(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "First ", "second")
+    chat.engine.script = say_in_halves(gate, "First ", "second")
     chat.open("docs")
     route = unfold(chat, "POST", "/v1/chat/completions")
     form = chat.page.locator(f"{route} .try")
@@ -116,7 +116,7 @@ def test_a_key_is_asked_for_and_the_administrators_is_another(chat: ChatPage) ->
     field.fill("administrator")
     chat.page.keyboard.press("Enter")
     chat.expect(f"{route} .answer .type").to_contain_text("200")
-    assert (chat.kept("key"), chat.kept("admin-key")) == ("user", "administrator")
+    assert (chat.stored_value("key"), chat.stored_value("admin-key")) == ("user", "administrator")
     with chat.page.expect_download() as started:
         chat.page.get_by_role("link", name="OpenAPI document").click()
     assert json.loads(started.value.path().read_text("utf-8"))["openapi"] == "3.1.0"

@@ -132,7 +132,7 @@ def test_hostile_output_is_text(chat: ChatPage) -> None:
     text = "\n\n".join(HOSTILE)
     chat.engine.script = say(f"<think>{HOSTILE[1]}</think>", *words(text))
     chat.open()
-    chat.say(HOSTILE[1])
+    chat.send(HOSTILE[1])
     chat.expect("article.assistant").to_have_attribute("aria-busy", "false")
     body = chat.page.locator("article.assistant .body")
     assert "<script>window.hacked = 1</script>" in body.inner_text()
@@ -157,7 +157,7 @@ def test_hostile_names_of_models_tools_and_titles_are_text(chat: ChatPage) -> No
     )
     chat.open()
     chat.expect("#models option").to_have_text(bad)
-    chat.say(bad)
+    chat.send(bad)
     chat.wait_for_answer("Hello world")
     chat.expect("#conversations .title").to_have_text(bad)
     assert chat.page.evaluate("window.hacked") is None
@@ -174,9 +174,9 @@ def test_the_browser_itself_refuses_html_and_foreign_scripts(chat: ChatPage) -> 
       script.onerror = script.onload = resolve;
       script.src = "https://evil.example/x.png";
     })""")
-    assert any("evil.example" in fault for fault in chat.faults)
-    chat.faults.clear()
-    chat.foreign.clear()  # the request was refused before it was sent
+    assert any("evil.example" in fault for fault in chat.errors)
+    chat.errors.clear()
+    chat.foreign_requests.clear()  # the request was refused before it was sent
 
 
 WORST: dict[str, Any] = {

@@ -11,26 +11,26 @@ from tests.reference.layers import activate, linear, rms_norm, rotate
 from tgi_asgi.models.config import ModelConfig, RopeSpec
 
 
-class MeantWeights(Protocol):
+class DecodedWeights(Protocol):
     """Weights by canonical names, decoded to float32."""
 
-    def meaning(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def decoded_values(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of this shape."""
 
 
-def decoder_logits(config: ModelConfig, weights: MeantWeights, ids: list[int]) -> Tensor:
+def decoder_logits(config: ModelConfig, weights: DecodedWeights, ids: list[int]) -> Tensor:
     """Return the logits after every token [n_tokens, vocab]."""
     hidden, middle = config.hidden_size, config.intermediate_size
-    table = weights.meaning("model.embed_tokens.weight", (config.vocab_size, hidden))
+    table = weights.decoded_values("model.embed_tokens.weight", (config.vocab_size, hidden))
     x = table.double()[ids] * config.embedding_factor
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
 
         def vector(name: str, size: int = hidden, prefix: str = prefix) -> Tensor:
-            return weights.meaning(prefix + name, (size,))
+            return weights.decoded_values(prefix + name, (size,))
 
         def matrix(name: str, rows: int, columns: int, prefix: str = prefix) -> Tensor:
-            return weights.meaning(prefix + name, (rows, columns))
+            return weights.decoded_values(prefix + name, (rows, columns))
 
         a = rms_norm(x, vector("input_layernorm.weight"), config.norm_eps)
         heads = []
@@ -52,8 +52,8 @@ def decoder_logits(config: ModelConfig, weights: MeantWeights, ids: list[int]) -
         gate, up = (linear(a, matrix(f"mlp.{name}_proj.weight", middle, hidden)) for name in ("gate", "up"))
         down = matrix("mlp.down_proj.weight", hidden, middle)
         x = x + config.residual_factor * linear(activate(gate, config.activation) * up, down)
-    x = rms_norm(x, weights.meaning("model.norm.weight", (hidden,)), config.norm_eps)
-    head = weights.meaning("lm_head.weight", (config.vocab_size, hidden))
+    x = rms_norm(x, weights.decoded_values("model.norm.weight", (hidden,)), config.norm_eps)
+    head = weights.decoded_values("lm_head.weight", (config.vocab_size, hidden))
     return linear(x, table if config.has_tied_embeddings else head) * config.logits_scale
 
 

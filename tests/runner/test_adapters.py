@@ -108,7 +108,7 @@ def long_request(number: int) -> GenerationRequest:
     return GenerationRequest(f"l{number}", [number + 2] * 20, SamplingParams(seed=number), stop)
 
 
-def shown(answer: Answer) -> list[tuple[object, ...]]:
+def client_view(answer: Answer) -> list[tuple[object, ...]]:
     """Return everything that clients see of an answer, choice by choice."""
     return sorted(
         (event.index, at, event.token_id, event.text, event.logprob, str(event.top), str(event.finish))
@@ -125,13 +125,13 @@ async def test_company_preemption_and_cached_prefixes_change_no_answer(
     expected = []
     for request in requests:
         engine.reset_prefix_cache()
-        expected.append(shown(await collect(submit(engine, request))))
+        expected.append(client_view(await collect(submit(engine, request))))
     assert engine.stats.preemptions == 0
     answers = await asyncio.gather(*(collect(submit(engine, request)) for request in requests))
     assert engine.stats.preemptions > 0
     for request, answer, wanted in zip(requests, answers, expected, strict=True):
         assert answer.error is None
-        assert shown(answer) == wanted, request
+        assert client_view(answer) == wanted, request
 
 
 async def test_a_prefix_is_found_by_its_own_adapter_alone(engine: Engine, adapters: list[Adapter]) -> None:

@@ -135,7 +135,7 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
     )  # fmt: skip
 
 
-def said(answer: Answer) -> tuple[object, ...]:
+def client_view(answer: Answer) -> tuple[object, ...]:
     """Return everything that a client learns except timing."""
     events = sorted(answer.events, key=lambda event: event.index)
     stats = answer.stats
@@ -155,7 +155,7 @@ async def answers_of(
 
     async def ask(request: GenerationRequest) -> tuple[object, ...]:
         async with slots:
-            return said(await collect(submit(engine, request)))
+            return client_view(await collect(submit(engine, request)))
 
     return await asyncio.gather(*map(ask, requests))
 

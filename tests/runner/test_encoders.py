@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.support.encoders import logits_of, random_ids, save_encoder, states_of
-from tests.support.pooled import edit, files_of, pooled, save_embedder, states
+from tests.support.pooling_models import edit, files_of, pooled, save_embedder, states
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic import encoder_check
 from tgi_asgi.models.generic.reach import Reach, reach_of

@@ -18,7 +18,7 @@ from tests.runner.test_grammar import AUTO, Letters
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
-from tests.support.real_engine import alone, serving, together, told
+from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
@@ -70,7 +70,7 @@ def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def preemption_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Preempt one sequence in every ninth step if several run, regardless of free blocks."""
     steps = itertools.count()
     plan_decodes = Scheduler._plan_decodes
@@ -124,7 +124,7 @@ async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: st
     settings: dict[str, Any] = {"dtype": dtype, "max_total_tokens": 160}
     apart = {"max_batch_size": 1, "prefix_cache": False, "max_kept_states": 0}
     async with serving(files, tmp_path / "a", **settings, **apart) as (engine, adapters):
-        expected = await alone(engine, requests_of(case, adapters)[:NUM_PROBES])
+        expected = await one_by_one(engine, requests_of(case, adapters)[:NUM_PROBES])
         assert engine.stats.preemptions == engine.stats.prefix_hit_tokens == 0
     busy = {
         "max_batch_size": 32,
@@ -134,20 +134,20 @@ async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: st
     }
     async with serving(files, tmp_path / "b", **settings, **busy) as (engine, adapters):
         requests = requests_of(case, adapters)
-        among = await together(engine, requests)
+        among = await all_at_once(engine, requests)
         stats = engine.stats
         assert stats.preemptions > 0
         assert stats.accepted_draft_tokens > 0
         before = stats.prefix_hit_tokens
         twice = [request for request in requests[:NUM_PROBES] for _ in range(2)]
-        cached = (await alone(engine, twice))[1::2]
+        cached = (await one_by_one(engine, twice))[1::2]
         assert stats.prefix_hit_tokens > before
         assert engine.scheduler.pool.num_used == 0
     for request, lone, busy_one, cached_one in zip(requests, expected, among, cached, strict=False):
-        assert told(busy_one) == told(lone), request
-        assert told(cached_one) == told(lone), request
+        assert client_view(busy_one) == client_view(lone), request
+        assert client_view(cached_one) == client_view(lone), request
         assert busy_one.stats.prompt_logprobs == lone.stats.prompt_logprobs, request
-    ids = [tuple(token for token, *_ in told(answer)) for answer in expected]
+    ids = [tuple(token for token, *_ in client_view(answer)) for answer in expected]
     assert len(set(ids)) == len(ids), "adapters, seeds or grammars have no effect"
 
 
@@ -197,17 +197,17 @@ async def test_a_step_that_failed_changes_no_answer(
     settings: dict[str, Any] = {"dtype": "auto", "max_total_tokens": 160}
     apart = {"max_batch_size": 1, "prefix_cache": False, "max_kept_states": 0}
     async with serving(files, tmp_path / "a", **settings, **apart) as (engine, adapters):
-        expected = await alone(engine, requests_of(case, adapters)[:NUM_PROBES])
+        expected = await one_by_one(engine, requests_of(case, adapters)[:NUM_PROBES])
     assert not steps_fail
     busy = {"max_batch_size": 12, "max_batch_prefill_tokens": 37, "speculate": 8}
     async with serving(files, tmp_path / "b", **settings, **busy) as (engine, adapters):
         requests = requests_of(case, adapters)[:NUM_PROBES]
-        found = await together(engine, requests)
+        found = await all_at_once(engine, requests)
         assert engine.stats.failed_steps == len(steps_fail) > 5
         assert engine.stats.accepted_draft_tokens > 0
         assert engine.scheduler.pool.num_used == 0
     for request, lone, one in zip(requests, expected, found, strict=True):
-        assert told(one) == told(lone), request
+        assert client_view(one) == client_view(lone), request
 
 
 def test_every_architecture_has_a_case() -> None:

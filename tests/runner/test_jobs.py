@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.driving import GREEDY, Job, generate
+from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi import _C, ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
@@ -35,12 +35,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(save(model, tmp_path_factory.mktemp("model")), max_positions=256)
 
 
-def starting(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:
+def start_plan(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:
     row = StepRow(slot, PROMPT, 0, [[2 * slot, 2 * slot + 1]], samples=True)
     return StepPlan(0, [row], [SlotStart(slot, sampling, 0, PROMPT)])
 
 
-def going_on(index: int, slot: int = 0) -> StepPlan:
+def continue_plan(index: int, slot: int = 0) -> StepPlan:
     row = StepRow(slot, None, len(PROMPT) + index, [[2 * slot, 2 * slot + 1]], samples=True)
     return StepPlan(1 + index, [row])
 
@@ -53,18 +53,18 @@ def forbid_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_steps_that_decode_need_no_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    await runner.submit(starting())
+    await runner.submit(start_plan())
     forbid_python(runner, monkeypatch)
-    results = [await runner.submit(going_on(index)) for index in range(3)]
+    results = [await runner.submit(continue_plan(index)) for index in range(3)]
     assert [result.step_id for result in results] == [1, 2, 3]
     with pytest.raises(AssertionError, match="Python"):
-        await runner.submit(starting(1))
+        await runner.submit(start_plan(1))
 
 
 async def test_the_second_chunk_of_a_prompt_needs_none(
     runner: CpuRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = await runner.submit(starting(sampling=SEEDED))
+    whole = await runner.submit(start_plan(sampling=SEEDED))
     start = SlotStart(1, SEEDED, 0, PROMPT)
     await runner.submit(StepPlan(0, [StepRow(1, PROMPT[:9], 0, [[4, 5]], samples=False)], [start]))
     forbid_python(runner, monkeypatch)
@@ -88,30 +88,30 @@ async def test_a_step_samples_the_same_either_way(
 
 
 async def test_rows_out_of_bounds_fail_their_step_only(runner: CpuRunner) -> None:
-    await runner.submit(starting())
+    await runner.submit(start_plan())
     bad = StepPlan(1, [StepRow(0, None, len(PROMPT), [[0, 64]], samples=True)])
-    first, failing = runner.submit(going_on(0)), runner.submit(bad)
+    first, failing = runner.submit(continue_plan(0)), runner.submit(bad)
     with pytest.raises(PlanError, match="block"):
         await failing
     assert (await first).sampled[0] is not None
-    assert (await runner.submit(going_on(1))).step_id == 2
+    assert (await runner.submit(continue_plan(1))).step_id == 2
 
 
 async def test_a_step_that_cannot_be_computed_fails_alone(
     runner: CpuRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await runner.submit(starting())
+    await runner.submit(start_plan())
     ops.configure_threads(3, nice=0, pin=False)  # more than the step was recorded for
     with pytest.raises(RuntimeError, match="recorded for 2 threads, not 3"):
-        await runner.submit(going_on(0))
+        await runner.submit(continue_plan(0))
     assert "step 1 failed" in caplog.text
     ops.configure_threads(2, nice=0, pin=False)
-    assert (await runner.submit(going_on(0))).sampled[0] is not None
+    assert (await runner.submit(continue_plan(0))).sampled[0] is not None
 
 
 async def test_a_slot_that_never_started_fails(runner: CpuRunner) -> None:
     with pytest.raises(RuntimeError, match="no slot was ever started"):
-        await runner.submit(going_on(0))
+        await runner.submit(continue_plan(0))
 
 
 def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
@@ -120,8 +120,8 @@ def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
         assert sampled is not None
         return sampled.token_id
 
-    first = [asyncio.run(sample(plan)) for plan in (starting(), going_on(0))]
-    assert [asyncio.run(sample(plan)) for plan in (starting(1), going_on(0, 1))] == first
+    first = [asyncio.run(sample(plan)) for plan in (start_plan(), continue_plan(0))]
+    assert [asyncio.run(sample(plan)) for plan in (start_plan(1), continue_plan(0, 1))] == first
 
 
 @pytest.mark.parametrize("num_left", [1, 2])
@@ -160,8 +160,8 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
 
 
 async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
-    await runner.submit(starting())
-    futures = [runner.submit(going_on(index)) for index in range(2)]
+    await runner.submit(start_plan())
+    futures = [runner.submit(continue_plan(index)) for index in range(2)]
     runner.close()
     assert [future.result().step_id for future in futures] == [1, 2]
     runner.close()
@@ -169,13 +169,13 @@ async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
 
 async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> None:
     """Poison the keys and values of one context, but not of the other."""
-    await asyncio.gather(*(runner.submit(starting(slot)) for slot in range(2)))
+    await asyncio.gather(*(runner.submit(start_plan(slot)) for slot in range(2)))
     rows = [
         StepRow(0, None, len(PROMPT), [[0, 1]], samples=True),
         StepRow(1, None, len(PROMPT), [[2, 3]], samples=True),
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
-    await runner.submit(starting(1))
+    await runner.submit(start_plan(1))
     assert runner._pool is not None
     runner._pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
@@ -187,9 +187,9 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
 
 async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) -> None:
     """Mix steps that run in Python with steps that do not."""
-    await runner.submit(starting())
+    await runner.submit(start_plan())
     done: list[int] = []
-    plans = [going_on(0), starting(1), going_on(1), going_on(0, 1), starting(2)]
+    plans = [continue_plan(0), start_plan(1), continue_plan(1), continue_plan(0, 1), start_plan(2)]
     previous: asyncio.Future[StepResult] | None = None
     for number, plan in enumerate(plans):
         plan.step_id = number

@@ -77,20 +77,20 @@ def test_predicted_weight_bytes_are_those_packed(tmp_path: Path, kind: str, quan
     files = save_gguf(
         make_model(vocab_size=32, num_attention_heads=2, num_key_value_heads=2), tmp_path / "model.gguf", kind
     )
-    assert_foretold(files, ops.Packing(is_exact=False, quantise=quantise))
+    assert_size_is_predicted(files, ops.Packing(is_exact=False, quantise=quantise))
 
 
-def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
+def assert_size_is_predicted(files: ModelFiles, packing: ops.Packing) -> None:
     """Check that the packed weights of a model are as large as predicted from its files."""
     with OpenModel(files) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
-        foretold = packed_bytes(opened.packed_tensors(), packing, vocabulary)
+        predicted = packed_bytes(opened.packed_tensors(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
     made = [model.embedding.made, model.head.made]
     for layer in model.layers:
         made += [*layer.qkv.made.parts, layer.output.made, *layer.up.made.parts, layer.down.made]
-    assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.06)
+    assert sum(part.matrix.nbytes for part in made) == pytest.approx(predicted, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_is_foretold_of_quantised_checkpoints(tmp_path: Path, recipe: dict[
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     files = save_quantised(make_model(vocab_size=32, **shape), tmp_path, **recipe)
     for is_exact in (False, True):
-        assert_foretold(files, ops.Packing(is_exact))
+        assert_size_is_predicted(files, ops.Packing(is_exact))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.driving import GREEDY, Job, generate
+from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings

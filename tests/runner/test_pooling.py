@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import make_model, save_gguf
-from tests.support.pooled import (
+from tests.support.pooling_models import (
     Vector,
     dense,
     edit,

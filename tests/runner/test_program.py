@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.reference.compare import assert_same_bits
 from tests.reference.decoder import decoder_logits
-from tests.support.blocks import meaning, random_weight
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.decoder import Decoder
@@ -68,8 +68,8 @@ class RandomWeights:
             return ops.WeightSource(values.view(np.uint8), "F32", shape)
         return random_weight(self._format, shape[0], shape[1], seed)
 
-    def meaning(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return meaning(self.get(name, shape))
+    def decoded_values(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return decoded_values(self.get(name, shape))
 
     def unread(self) -> list[str]:
         return []

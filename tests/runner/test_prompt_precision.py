@@ -22,7 +22,7 @@ from tests.runner.test_program import (
     _greedy,
     by_token,
 )
-from tests.support.blocks import meaning, random_weight
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import ModelConfig
 
@@ -45,14 +45,14 @@ class MixedWeights(RandomWeights):
         return super().get(name, shape)
 
 
-class DecodedWeights(RandomWeights):
+class Bfloat16Weights(RandomWeights):
     """The same weights decoded to bfloat16, except the vocabulary."""
 
     def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
         source = super().get(name, shape)
         if len(shape) == 1 or "embed_tokens" in name or "lm_head" in name:
             return source
-        return ops.from_floats(meaning(source).bfloat16())
+        return ops.from_floats(decoded_values(source).bfloat16())
 
 
 def by_kind(pieces: Sequence[Piece]) -> list[Piece]:
@@ -94,7 +94,7 @@ def assert_alike(found: dict[tuple[int, int], Tensor], expected: dict[tuple[int,
 @pytest.mark.parametrize("format", ["Q4_1", "Q8_0", "Q6_K"])
 def test_tokens_of_a_prompt_have_the_bits_of_the_decoded_model(format: str, kernel_set: str) -> None:
     pieces = [Piece(0, 0, 70), Piece(1, 0, 3)]
-    decoded = Cache(CONFIG, DecodedWeights(format), FAST, torch.bfloat16)
+    decoded = Cache(CONFIG, Bfloat16Weights(format), FAST, torch.bfloat16)
     assert_same_bits(made(format).run(pieces), decoded.run(pieces))
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
-from tests.support.driving import GREEDY, Job, generate, sample_over_a_shared_block
+from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError

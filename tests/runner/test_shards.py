@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.driving import Job, compare, generate, sample_over_a_shared_block
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.gguf_models import LLAMA, make
+from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
@@ -136,15 +136,15 @@ async def test_blocks_are_copied_and_shared_in_all_shards(tiny: ModelFiles) -> N
 async def test_a_shard_that_dies_is_told_and_fails_the_step(tiny: ModelFiles) -> None:
     async with serving(tiny, 2) as loaded:
         assert loaded.shards is not None
-        told: list[str] = []
-        loaded.shards.watch(told.append)
+        reported: list[str] = []
+        loaded.shards.watch(reported.append)
         (process,) = loaded.shards.processes
         process.kill()
         process.wait()
         jobs = [Job([1, 2, 3], 200, SCORED)]
         with pytest.raises(RuntimeError, match="another shard of the model has ended"):
             await generate(loaded.runner, jobs)
-        assert told == ["shard 1 of the model has ended"]
+        assert reported == ["shard 1 of the model has ended"]
 
 
 async def test_shards_end_with_their_runner(tiny: ModelFiles) -> None:

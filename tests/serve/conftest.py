@@ -1,4 +1,4 @@
-"""The server's event loop, and the places where it listens: TCP, TLS and a Unix socket."""
+"""The server's event loop, and the addresses where it listens: TCP, TLS and a Unix socket."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tgi_asgi.settings import Settings
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"ours": new_event_loop}
+    return {"native": new_event_loop}
 
 
 @dataclass(frozen=True)
-class Place:
+class ListeningAddress:
     """A listening address, with the certificates that a client needs to trust it."""
 
     settings: Settings
@@ -31,8 +31,8 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Return a TLS place with a certificate for this machine."""
+def tls(tmp_path_factory: pytest.TempPathFactory) -> ListeningAddress:
+    """Return an address with TLS and a certificate for this machine."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1", "localhost")
@@ -44,12 +44,14 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Place:
     authority.cert_pem.write_to_path(str(folder / "authority.pem"))
     paths = {"ssl_certfile": str(folder / "chain.pem"), "ssl_keyfile": str(folder / "key.pem")}
     settings = dataclasses.replace(LOCAL, **paths)  # type: ignore[arg-type]
-    return Place(settings, context, str(folder / "authority.pem"))
+    return ListeningAddress(settings, context, str(folder / "authority.pem"))
 
 
 @pytest.fixture(params=["tcp", "tls", "unix"])
-def place(request: pytest.FixtureRequest, tls: Place, tmp_path: Path) -> Place:
-    """Return each place in turn."""
+def address(request: pytest.FixtureRequest, tls: ListeningAddress, tmp_path: Path) -> ListeningAddress:
+    """Return each address in turn."""
     if request.param == "tls":
         return tls
-    return Place(dataclasses.replace(LOCAL, uds=str(tmp_path / "s")) if request.param == "unix" else LOCAL)
+    return ListeningAddress(
+        dataclasses.replace(LOCAL, uds=str(tmp_path / "s")) if request.param == "unix" else LOCAL
+    )

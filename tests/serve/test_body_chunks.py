@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Place
+from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, App, connect, serving
 from tgi_asgi.api.sse import DIRECT_WRITE
 from tgi_asgi.serve import body_chunks
@@ -58,10 +58,10 @@ def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tupl
     return app
 
 
-async def exchanged(app: App, server: str, place: Place, *requests: bytes) -> bytes:
+async def exchanged(app: App, server: str, address: ListeningAddress, *requests: bytes) -> bytes:
     """Send the requests on one connection; return the whole answer without its date."""
-    async with serving(app, server, place.settings) as url:
-        reader, writer = await connect(url, place.tls)
+    async with serving(app, server, address.settings) as url:
+        reader, writer = await connect(url, address.tls)
         for request in requests:
             writer.write(request)
         async with asyncio.timeout(10):
@@ -101,17 +101,19 @@ async def test_the_bytes_are_those_of_hypercorn(
     headers: list[tuple[bytes, bytes]],
     is_short: bool,
     num_written: Callable[[], int],
-    place: Place,
+    address: ListeningAddress,
 ) -> None:
     app = stream(BODIES, status=status, headers=headers)
-    expected = await exchanged(app, "hypercorn", place, *requests)
+    expected = await exchanged(app, "hypercorn", address, *requests)
     assert num_written() == 0
     assert expected.startswith(b"HTTP/1.1 %d " % status)
-    assert await exchanged(app, "ours", place, *requests) == expected
+    assert await exchanged(app, "native", address, *requests) == expected
     assert (num_written() > 0) == is_short
 
 
-async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(place: Place) -> None:
+async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
+    address: ListeningAddress,
+) -> None:
     """As under hypercorn, it is an error; the next response on the connection has begun by then."""
     errors: list[str] = []
     second_began = asyncio.Event()
@@ -132,10 +134,10 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
             errors.append(type(error).__name__)
 
     requests = [REQUEST, LAST_REQUEST.replace(b"GET / ", b"GET /second ")]
-    expected = await exchanged(app, "hypercorn", place, *requests)
+    expected = await exchanged(app, "hypercorn", address, *requests)
     assert expected.endswith(b"6\r\nsecond\r\n0\r\n\r\n")
     second_began.clear()
-    assert await exchanged(app, "ours", place, *requests) == expected
+    assert await exchanged(app, "native", address, *requests) == expected
     assert errors == ["UnexpectedMessageError"] * 2
 
 
@@ -158,7 +160,7 @@ def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[
 
 
 async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
-    num_written: Callable[[], int], place: Place
+    num_written: Callable[[], int], address: ListeningAddress
 ) -> None:
     ended = asyncio.Event()
     late: list[int] = []
@@ -170,8 +172,8 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
             await send_chunk(scope, send, b"late")
         late.append(num_written() - before)
 
-    async with serving(app, "ours", place.settings) as url:
-        reader, writer = await connect(url, place.tls)
+    async with serving(app, "native", address.settings) as url:
+        reader, writer = await connect(url, address.tls)
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
@@ -183,11 +185,11 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
     assert late == [0]
 
 
-async def test_a_client_that_sends_no_more_has_left(place: Place) -> None:
+async def test_a_client_that_sends_no_more_has_left(address: ListeningAddress) -> None:
     """The client may still read, but a closed connection looks the same."""
     ended = asyncio.Event()
-    async with serving(endless(ended, [], lambda: asyncio.sleep(0.001)), "ours", place.settings) as url:
-        reader, writer = await connect(url, place.tls)
+    async with serving(endless(ended, [], lambda: asyncio.sleep(0.001)), "native", address.settings) as url:
+        reader, writer = await connect(url, address.tls)
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
@@ -200,14 +202,14 @@ async def test_a_client_that_sends_no_more_has_left(place: Place) -> None:
 
 
 async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
-    num_written: Callable[[], int], place: Place
+    num_written: Callable[[], int], address: ListeningAddress
 ) -> None:
     """Buffered data stays below the high water mark; then everything arrives, in order."""
     ended = asyncio.Event()
     sent: list[int] = []
     app = endless(ended, sent, lambda: asyncio.sleep(0))
-    async with serving(app, "ours", place.settings, send_buffer=8192) as url:
-        reader, writer = await connect(url, place.tls, is_slow=True)
+    async with serving(app, "native", address.settings, send_buffer=8192) as url:
+        reader, writer = await connect(url, address.tls, is_slow=True)
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             seen = -1
@@ -226,20 +228,20 @@ async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
 
 
 async def test_a_connection_of_another_kind_keeps_its_own_way(
-    num_written: Callable[[], int], monkeypatch: pytest.MonkeyPatch, place: Place
+    num_written: Callable[[], int], monkeypatch: pytest.MonkeyPatch, address: ListeningAddress
 ) -> None:
     monkeypatch.setattr(body_chunks, "TCPServer", type("Other", (), {}))
-    expected = await exchanged(stream(BODIES), "hypercorn", place, LAST_REQUEST)
-    assert await exchanged(stream(BODIES), "ours", place, LAST_REQUEST) == expected
+    expected = await exchanged(stream(BODIES), "hypercorn", address, LAST_REQUEST)
+    assert await exchanged(stream(BODIES), "native", address, LAST_REQUEST) == expected
     assert num_written() == 0
 
 
 @pytest.mark.parametrize(
     ("server", "request_line", "is_there"),
     [
-        ("ours", b"GET / HTTP/1.1", True),
-        ("ours", b"HEAD / HTTP/1.1", False),
-        ("ours", b"GET / HTTP/1.0", False),
+        ("native", b"GET / HTTP/1.1", True),
+        ("native", b"HEAD / HTTP/1.1", False),
+        ("native", b"GET / HTTP/1.0", False),
         ("hypercorn", b"GET / HTTP/1.1", False),
         ("uvicorn", b"GET / HTTP/1.1", False),
     ],
@@ -247,15 +249,15 @@ async def test_a_connection_of_another_kind_keeps_its_own_way(
 async def test_the_app_is_told_where_there_is_a_short_way(
     server: str, request_line: bytes, is_there: bool
 ) -> None:
-    told: list[bool] = []
+    offered: list[bool] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        told.append(DIRECT_WRITE in (scope.get("extensions") or {}))
+        offered.append(DIRECT_WRITE in (scope.get("extensions") or {}))
         await stream([b"end"])(scope, receive, send)
 
     request = request_line + b"\r\nhost: x\r\nconnection: close\r\n\r\n"
-    await exchanged(app, server, Place(LOCAL), request)
-    assert told == [is_there]
+    await exchanged(app, server, ListeningAddress(LOCAL), request)
+    assert offered == [is_there]
 
 
 async def test_the_short_way_is_shut_before_a_response_begins_and_after_its_end() -> None:
@@ -269,6 +271,6 @@ async def test_the_short_way_is_shut_before_a_response_begins_and_after_its_end(
         await send({"type": "http.response.body", "body": b"end", "more_body": False})
         written.append(write_now(b"late"))
 
-    answer = await exchanged(app, "ours", Place(LOCAL), LAST_REQUEST)
+    answer = await exchanged(app, "native", ListeningAddress(LOCAL), LAST_REQUEST)
     assert written == [False, True, False]
     assert answer.endswith(b"\r\n\r\n5\r\nchunk\r\n3\r\nend\r\n0\r\n\r\n")

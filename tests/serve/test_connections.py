@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Place
+from tests.serve.conftest import ListeningAddress
 from tests.support.serving import connect, serving
 from tgi_asgi.serve import connections
 from tgi_asgi.serve.connections import Connection, ConnectionLimit, TurnLimiter
@@ -59,7 +59,7 @@ async def test_a_connection_that_the_kernel_gave_up_ends_without_a_traceback() -
 
 
 async def test_a_connection_whose_reader_stalls_does_not_wait_for_ever_to_be_closed(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    address: ListeningAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed, give_up = asyncio.Event(), asyncio.Event()
     close = Connection._close
@@ -78,8 +78,8 @@ async def test_a_connection_whose_reader_stalls_does_not_wait_for_ever_to_be_clo
         await give_up.wait()
         sending.cancel()
 
-    async with serving(app, "ours", place.settings, send_buffer=8192) as url, asyncio.timeout(10):
-        reader, writer = await connect(url, place.tls, is_slow=True)
+    async with serving(app, "native", address.settings, send_buffer=8192) as url, asyncio.timeout(10):
+        reader, writer = await connect(url, address.tls, is_slow=True)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         give_up.set()

@@ -40,13 +40,13 @@ def test_the_summary_has_what_a_person_wants_to_know() -> None:
 
 
 def test_the_summary_says_in_how_many_shards() -> None:
-    told = describe(replace(INFO, num_shards=2), "http://h:1", 1)
-    assert "Arithmetic    bfloat16 on cpu, 2 shards with 2 threads each" in told
+    text = describe(replace(INFO, num_shards=2), "http://h:1", 1)
+    assert "Arithmetic    bfloat16 on cpu, 2 shards with 2 threads each" in text
 
 
 def test_the_summary_says_how_prompts_are_computed_where_that_is_otherwise() -> None:
-    told = describe(replace(INFO, kernel_set="amx", prompt_precision="bfloat16"), "http://h:1", 1)
-    assert "Arithmetic    bfloat16 on cpu (amx), prompts in bfloat16, 2 threads" in told
+    text = describe(replace(INFO, kernel_set="amx", prompt_precision="bfloat16"), "http://h:1", 1)
+    assert "Arithmetic    bfloat16 on cpu (amx), prompts in bfloat16, 2 threads" in text
 
 
 def test_the_example_fits_the_model_and_the_keys() -> None:

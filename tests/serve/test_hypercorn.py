@@ -12,8 +12,8 @@ import httpx
 import hypercorn.protocol.h2
 import pytest
 
-from tests.serve.conftest import Place
-from tests.support.serving import LOCAL, REPLACED, connect, own_hypercorn, serving
+from tests.serve.conftest import ListeningAddress
+from tests.support.serving import LOCAL, REPLACED, connect, restored_hypercorn, serving
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve import hypercorn as module
 from tgi_asgi.serve.body_chunks import Stream
@@ -41,14 +41,14 @@ def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
     assert "h2" not in config.alpn_protocols
 
 
-def test_a_certificate_that_cannot_be_used_is_one_clear_line(tls: Place, tmp_path: Path) -> None:
+def test_a_certificate_that_cannot_be_used_is_one_clear_line(tls: ListeningAddress, tmp_path: Path) -> None:
     chain, key = tls.settings.ssl_certfile, tls.settings.ssl_keyfile
     for certfile, keyfile in ((chain, chain), (key, key), (str(tmp_path / "none.pem"), key), (chain, None)):
         with pytest.raises(ModelLoadError, match=r"--ssl-certfile, --ssl-keyfile: cannot use .*pem"):
             make_config(listen(LOCAL), Settings(ssl_certfile=certfile, ssl_keyfile=keyfile))
 
 
-def test_the_key_may_be_in_the_certificate_s_file(tls: Place, tmp_path: Path) -> None:
+def test_the_key_may_be_in_the_certificate_s_file(tls: ListeningAddress, tmp_path: Path) -> None:
     both = tmp_path / "both.pem"
     paths = (tls.settings.ssl_certfile, tls.settings.ssl_keyfile)
     both.write_text("".join(Path(path or "").read_text() for path in paths))
@@ -60,7 +60,7 @@ def test_the_key_may_be_in_the_certificate_s_file(tls: Place, tmp_path: Path) ->
 def test_our_classes_take_the_place_of_hypercorn_s_for_http_1() -> None:
     own, http_2 = _classes(), vars(hypercorn.protocol.h2)
     own_2 = http_2["HTTPStream"]
-    with own_hypercorn():
+    with restored_hypercorn():
         install(ConnectionLimit(0))
         assert not any(ours is theirs for ours, theirs in zip(_classes(), own, strict=True))
         assert _classes()[-1] is Stream
@@ -70,7 +70,7 @@ def test_our_classes_take_the_place_of_hypercorn_s_for_http_1() -> None:
 
 def test_an_unknown_hypercorn_keeps_its_own_classes(caplog: pytest.LogCaptureFixture) -> None:
     own = _classes()
-    with own_hypercorn() as patch, caplog.at_level(logging.WARNING):
+    with restored_hypercorn() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(module, "version", lambda name: "0.19.0")
         install(ConnectionLimit(0))
         assert _classes() == own
@@ -111,13 +111,13 @@ async def test_a_wish_to_upgrade_to_http_2_is_ignored() -> None:
         writer.close()
 
 
-async def test_a_client_of_http_2_is_refused_or_speaks_http_1(tls: Place) -> None:
+async def test_a_client_of_http_2_is_refused_or_speaks_http_1(tls: ListeningAddress) -> None:
     async with serving(version_of) as url, httpx.AsyncClient(http1=False, http2=True) as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await client.get(url)
     context = tls.tls or ssl.create_default_context()
     async with (
-        serving(version_of, "ours", tls.settings) as url,
+        serving(version_of, "native", tls.settings) as url,
         httpx.AsyncClient(http1=True, http2=True, verify=context) as client,
     ):
         answer = await client.get(url)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Place
+from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, connect, serving
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve.listening import STALLED_READER_MS, Acceptor, listen, new_event_loop
@@ -178,9 +178,9 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def test_what_speaks_no_tls_is_cut_off_and_the_next_one_is_served(
-    tls: Place, caplog: pytest.LogCaptureFixture
+    tls: ListeningAddress, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving(hello, "ours", tls.settings) as url, asyncio.timeout(10):
+    async with serving(hello, "native", tls.settings) as url, asyncio.timeout(10):
         reader, writer = await connect(url)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         assert not (await reader.read()).startswith(b"HTTP")  # at most a TLS alert

@@ -50,16 +50,16 @@ def load(settings: Settings, progress: Progress) -> Served:
     if behaviour == "hangs":
         runner.fault = partial(_hang, runner)
     if behaviour == "faulty":
-        Faults(runner, int(path))
-    room = settings.max_total_tokens or 4096
-    tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=room, max_input_tokens=room - 1)
+        RandomFaults(runner, int(path))
+    max_tokens = settings.max_total_tokens or 4096
+    tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=max_tokens, max_input_tokens=max_tokens - 1)
     engine = Engine(runner, tokenizer, settings, info)
     if behaviour == "stuck":
         engine.stop = asyncio.Event().wait  # type: ignore[method-assign,assignment]
     return Served(engine, tokenizer, ChatTemplate(CHATML, {}), info, engine.stats)  # type: ignore[arg-type]
 
 
-class Faults:
+class RandomFaults:
     """Makes a runner fail at random steps, in every way that the engine promises to survive."""
 
     def __init__(self, runner: FakeRunner, seed: int) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import require_node
+from tests.support.documents import COMMANDS, Block, blocks_of, pages
 from tests.support.guide import Guide
-from tests.support.pages import COMMANDS, Block, blocks_of, pages
+from tests.support.hub_stand_ins import StandIns
 from tests.support.server_process import ServerProcess
-from tests.support.stand_ins import StandIns
 
 BLOCKS = [
     block

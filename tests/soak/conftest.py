@@ -11,13 +11,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.soak.lag import lag_told
+from tests.soak.lag import reporting_lag
 from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 Serve = Callable[..., ServerProcess]
-Tell = Callable[[str], None]
-TOLD = pytest.StashKey[list[str]]()
+Report = Callable[[str], None]
+REPORTED = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -26,21 +26,21 @@ def _at_both_sizes(scale: Scale) -> None:
 
 
 @pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Tell:
+def report(request: pytest.FixtureRequest) -> Report:
     """Return a function that reports figures that no assertion can judge, whether or not the test passes."""
-    told, name = request.config.stash.setdefault(TOLD, []), request.node.name
-    return lambda text: told.append(f"{name}: {text}")
+    lines, name = request.config.stash.setdefault(REPORTED, []), request.node.name
+    return lambda text: lines.append(f"{name}: {text}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if told := config.stash.get(TOLD, []):
+    if lines := config.stash.get(REPORTED, []):
         terminalreporter.section("measured")
-        for line in told:
+        for line in lines:
             terminalreporter.write_line(line)
 
 
 @pytest.fixture
-def serve(tell: Tell) -> Iterator[Serve]:
+def serve(report: Report) -> Iterator[Serve]:
     """Start servers: `serve("--max-batch-size", "8", FAKE_STEP_S="0.001")`; `is_real`: the demo model."""
     with ExitStack() as stack:
 
@@ -49,7 +49,7 @@ def serve(tell: Tell) -> Iterator[Serve]:
             local = ("--hostname", "127.0.0.1", "--debug-endpoints")
             server = stack.enter_context(ServerProcess(*command, *local, *arguments, environ=environ))
             server.wait_until_healthy()
-            stack.enter_context(lag_told(server.url, tell))
+            stack.enter_context(reporting_lag(server.url, report))
             return server
 
         yield start

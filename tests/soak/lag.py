@@ -11,19 +11,19 @@ _BUCKET = 'tgi_event_loop_lag_seconds_bucket{le="'
 
 
 @contextmanager
-def lag_told(url: str, tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_lag(url: str, report: Callable[[str], None]) -> Iterator[None]:
     """Report p50, p99 and the maximum of the lag inside the context, excluding earlier lag."""
     before = _counts(url)
     yield
     try:
         after = _counts(url)
     except httpx.TransportError:
-        tell("loop lag unknown, for the server has ended")
+        report("loop lag unknown, for the server has ended")
         return
     counts = {bound: count - before[bound] for bound, count in after.items()}
     p50, p99, most = (_below_ms(counts, share) for share in (0.5, 0.99, 1.0))
     num_ticks = counts[float("inf")]
-    tell(
+    report(
         f"loop lag p50 <= {p50:.2f} ms, p99 <= {p99:.2f} ms, max <= {most:.2f} ms, {num_ticks} times measured"
     )
 

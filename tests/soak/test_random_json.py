@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tests.api import test_fuzz as openai
 from tests.api import test_tgi_fuzz as native
 from tests.server.test_tgi_clients import require_client, serve
-from tests.soak.conftest import Tell
-from tests.soak.lag import lag_told
-from tests.support.examples import for_all
+from tests.soak.conftest import Report
+from tests.soak.lag import reporting_lag
+from tests.support.hypothesis_examples import for_all
 from tests.support.scale import Scale
 from tgi_asgi.settings import Settings
 
@@ -62,12 +62,12 @@ def test_bytes(scale: Scale) -> None:
 
 
 @pytest.mark.soak  # a few examples are in tests/server/test_tgi_clients.py
-def test_what_the_openapi_document_allows(tell: Tell) -> None:
+def test_what_the_openapi_document_allows(report: Report) -> None:
     command = [
         "run", "--max-examples", "500", "--no-color", "--request-timeout", "20", "--workers", "2",
         "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
     ]  # fmt: skip
-    with serve() as server, lag_told(server.url, tell):
+    with serve() as server, reporting_lag(server.url, report):
         run = subprocess.run(
             [require_client("st"), *command, server.url + "/api-doc/openapi.json"],
             capture_output=True,

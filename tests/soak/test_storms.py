@@ -8,7 +8,7 @@ import random
 import time
 
 from tests.soak.client import Streaming, ask, inside, percentile, until_idle
-from tests.soak.conftest import Serve, Tell
+from tests.soak.conftest import Report, Serve
 from tests.support.fake_runner import expected_tokens
 from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
@@ -60,7 +60,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serv
 
 
 async def test_under_overload_each_gets_all_its_tokens_or_a_429_at_once(
-    serve: Serve, scale: Scale, tell: Tell
+    serve: Serve, scale: Scale, report: Report
 ) -> None:
     num_clients, num_running, num_tokens = scale((100, 8, 20), (1000, 64, 100))
     limits = ("--max-batch-size", str(num_running), "--max-concurrent-requests", str(2 * num_running))
@@ -89,7 +89,7 @@ async def test_under_overload_each_gets_all_its_tokens_or_a_429_at_once(
     assert len(refused) > 0
     assert (await until_idle(server))["counters"]["finished"] == len(admitted)
     firsts = [client.first_s for _, client in admitted if client.first_s is not None]
-    tell(
+    report(
         f"{num_clients} clients, {len(admitted)} admitted, {len(refused)} refused; "
         f"429 p99 {percentile(refused_s, 0.99):.3f} s, first token p99 {percentile(firsts, 0.99):.3f} s"
     )

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 import transformers
 
-from tests.support.pooled import fix_weights
+from tests.support.pooling_models import fix_weights
 
 VOCAB_SIZE, CLS, SEP = 160, 2, 3
 CONTEXT = 130  # positions; RoBERTa and its variants start at the third

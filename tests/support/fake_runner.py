@@ -190,7 +190,7 @@ class FakeRunner:
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()
         queued = _Queued(plan, loop.create_future(), is_tainted=self._has_failed)
-        queued.future.add_done_callback(self._told)
+        queued.future.add_done_callback(self._on_delivered)
         self._queue.append(queued)
         self._require(len(self._queue) <= 2, "more than two steps in flight")
         self._require(not self.is_closed, "a step after close()")
@@ -216,7 +216,7 @@ class FakeRunner:
             if not queued.future.cancelled():
                 queued.future.set_result(result)
 
-    def _told(self, future: asyncio.Future[StepResult]) -> None:
+    def _on_delivered(self, future: asyncio.Future[StepResult]) -> None:
         self._has_failed = False
 
     def _pump_later(self) -> None:
@@ -255,7 +255,7 @@ class FakeRunner:
         }
         self._states.check_places(plan)
         for row in plan.rows:
-            self._check_sight(row)
+            self._check_images(row)
             self._write(row, is_tainted)
         if self.num_kept_states is not None:
             self._states.move(plan, is_tainted=is_tainted)
@@ -287,7 +287,7 @@ class FakeRunner:
         guesses = self._guesses[row.slot]
         return [*tokens, *guesses], begin, begin + 1 + len(guesses) if begin < row.stop else begin
 
-    def _check_sight(self, row: StepRow) -> None:
+    def _check_images(self, row: StepRow) -> None:
         start, end = row.start, row.start + row.num_tokens
         slot = self._slots[row.slot].start
         if self.vision is Bidirectional.PROMPT:

@@ -6,9 +6,9 @@ import asyncio
 
 import numpy as np
 
-from tests.support.driving import Job, generate
 from tests.support.family_case import NUM_BEST, FamilyCase
 from tests.support.family_files import Reference
+from tests.support.runner_driver import Job, generate
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings

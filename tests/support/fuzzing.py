@@ -9,7 +9,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tgi_asgi.app import App
 
 
-async def survive(app: App, engine: ScriptedEngine, path: str, body: Any) -> Call:
+async def post_and_check(app: App, engine: ScriptedEngine, path: str, body: Any) -> Call:
     """Post a body; require a complete answer, no server error, and all permits and memory returned."""
     try:
         call = await send(app, request("POST", path, body))

@@ -67,15 +67,15 @@ def random_matrix(
     if format in _FLOATS:
         values = (random.standard_normal((rows, columns)) * deviation).astype(np.float32)
         data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[format]).view(np.uint8)
-        return GgufMatrix(format, data.reshape(rows, -1), meaning(format, data.reshape(rows, -1)))
+        return GgufMatrix(format, data.reshape(rows, -1), decoded_values(format, data.reshape(rows, -1)))
     if format == "MXFP4":
         data = _mxfp4_blocks(rows, columns, deviation, random)
     else:
         data = _scaled_blocks(_BLOCKS[format], format, rows, columns, deviation, random)
-    return GgufMatrix(format, data, meaning(format, data))
+    return GgufMatrix(format, data, decoded_values(format, data))
 
 
-def meaning(format: str, data: Bytes) -> Floats:
+def decoded_values(format: str, data: Bytes) -> Floats:
     """Return the values of rows of bytes: [rows, columns] float32."""
     if format == "Q8_1":  # `gguf` does not read it: a scale, then a redundant sum
         blocks = data.reshape(-1, 36)
@@ -99,7 +99,7 @@ def _scaled_blocks(
             _put(data, block.offset, moves * unit)
         return data.reshape(rows, -1)
 
-    return filled(deviation / float(meaning(format, filled(2.0**-6)).std()) * 2.0**-6)
+    return filled(deviation / float(decoded_values(format, filled(2.0**-6)).std()) * 2.0**-6)
 
 
 def _put(data: Bytes, offset: int, numbers: npt.NDArray[np.float64]) -> None:

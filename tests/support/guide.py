@@ -20,9 +20,9 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.pages import ROOT, Block, blocks_of
-from tests.support.server_process import KEPT, ServerProcess, free_port
-from tests.support.stand_ins import StandIns
+from tests.support.documents import ROOT, Block, blocks_of
+from tests.support.hub_stand_ins import StandIns
+from tests.support.server_process import KEPT_VARIABLES, ServerProcess, free_port
 
 _TIMEOUT_S = 240  # the machine may be busy
 _NODE = ROOT / "tests/server/node/node_modules"
@@ -50,7 +50,7 @@ class Guide:
         self._folder = ROOT if page in ("CONTRIBUTING.md", "bench/README.md") else folder
         (folder / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n", encoding="utf-8")
         self._environ = {
-            **{name: value for name, value in os.environ.items() if name in KEPT},
+            **{name: value for name, value in os.environ.items() if name in KEPT_VARIABLES},
             "PATH": f"{_BIN}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "CURL_HOME": str(folder),

@@ -1,8 +1,8 @@
 """The ways in which users install the server, as shell commands, with a request to the installed server.
 
-A way is a shell script that runs in an empty folder of a `Place`: this machine (`Here`) or a fresh Debian
-(tests/image). $SOURCE is a folder with the files that git tracks, and $REPOSITORY a git repository of the
-same files.
+A way is a shell script that runs in an empty folder of a `Machine`: `ThisMachine` or a fresh Debian
+(tests/container_image). $SOURCE is a folder with the files that git tracks, and $REPOSITORY a git repository
+of the same files.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ WAYS = {
 }
 
 
-class Place(Protocol):
-    """A place where a way is tried."""
+class Machine(Protocol):
+    """A machine where a way is tried."""
 
     @property
     def name(self) -> str:
-        """Name of the place in the results."""
+        """Name of the machine in the results."""
 
     def run(self, script: str) -> str:
-        """Run a shell script in the place's folder and return its output, or fail with it."""
+        """Run a shell script in the machine's folder and return its output, or fail with it."""
 
     def start(self, script: str, environ: dict[str, str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """Start a script and end it when the context exits."""
 
 
-class Here:
+class ThisMachine:
     """A folder on this machine, with the tests' Python but nothing from its environment."""
 
     name = "this machine"
@@ -183,18 +183,18 @@ def _configured(name: str) -> str:
     return " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
 
 
-def install_and_ask(place: Place, name: str) -> None:
+def install_and_ask(machine: Machine, name: str) -> None:
     """Install in one way, ask the demonstration model a question, and record time and size."""
     way, port, start = WAYS[name], free_port(), time.monotonic()
-    place.run(way.install)
+    machine.run(way.install)
     installed = time.monotonic()
-    with place.start(way.serve, {"PORT": str(port)}) as process:
+    with machine.start(way.serve, {"PORT": str(port)}) as process:
         _wait(process, f"http://127.0.0.1:{port}/health")
         healthy = time.monotonic()
         assert "Paris" in ask(f"http://127.0.0.1:{port}")
-    size = place.run(f"du -sm {way.environment}").split()[0]
+    size = machine.run(f"du -sm {way.environment}").split()[0]
     minutes, start_s = (installed - start) / 60, healthy - installed
-    record(place.name, name, install_minutes=minutes, start_s=start_s, environment_mb=int(size))
+    record(machine.name, name, install_minutes=minutes, start_s=start_s, environment_mb=int(size))
 
 
 def ask(url: str) -> str:
@@ -209,15 +209,15 @@ def ask(url: str) -> str:
     return content
 
 
-def record(place: str, what: str, **figures: float) -> None:
-    """Write figures under a place and a name, keeping those of earlier tests."""
+def record(where: str, what: str, **figures: float) -> None:
+    """Write figures under an environment and a name, keeping those of earlier tests."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         results |= {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
         rounded = {key: round(value, 2) for key, value in figures.items()}
-        results.setdefault(place, {})[what] = rounded
+        results.setdefault(where, {})[what] = rounded
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

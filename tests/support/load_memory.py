@@ -13,14 +13,14 @@ _ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class LoadResult:
     """Results of a measured load."""
 
     peak_bytes: int  # peak resident memory beyond that before the load
     max_total_tokens: int  # of a sequence
 
 
-def measure(kind: str, path: Path, *, free_bytes: int) -> Taken:
+def measure(kind: str, path: Path, *, free_bytes: int) -> LoadResult:
     """Load `path` as the server does with this much free memory; a GGUF file without its tokenizer."""
     done = subprocess.run(
         [sys.executable, __file__, kind, str(path), str(free_bytes)],
@@ -29,7 +29,7 @@ def measure(kind: str, path: Path, *, free_bytes: int) -> Taken:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Taken(**json.loads(done.stdout.splitlines()[-1]))
+    return LoadResult(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _resident(key: str) -> int:
@@ -60,7 +60,7 @@ def _main(kind: str, path: str, free_bytes: str) -> None:
         loaded = load.load(settings, files, lambda stage, done, total: None)
         loaded.runner.close()
         longest = loaded.info.max_total_tokens
-    taken = Taken(peak_bytes=_resident("VmHWM") - before, max_total_tokens=longest)
+    taken = LoadResult(peak_bytes=_resident("VmHWM") - before, max_total_tokens=longest)
     print(json.dumps({"peak_bytes": taken.peak_bytes, "max_total_tokens": taken.max_total_tokens}))
 
 

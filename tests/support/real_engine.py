@@ -49,17 +49,17 @@ async def serving(
         found.runner.close()
 
 
-async def alone(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
+async def one_by_one(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Send requests one after the other."""
     return [await collect(submit(engine, each), _LIMIT_S) for each in requests]
 
 
-async def together(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
+async def all_at_once(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Send all requests at once."""
     return await asyncio.gather(*(collect(submit(engine, each), _LIMIT_S) for each in requests))
 
 
-def told(answer: Answer) -> list[tuple[object, ...]]:
+def client_view(answer: Answer) -> list[tuple[object, ...]]:
     """Return what a client learns from an answer, except timing: tokens, texts and log-probabilities."""
     assert answer.error is None
     events = sorted(answer.events, key=lambda event: event.index)

@@ -26,7 +26,7 @@ import httpx
 ROOT = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 120.0  # the machine may be busy; a start takes 2 seconds
 EXIT_TIMEOUT_S = 60.0
-KEPT = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
+KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
 
 
 def free_port() -> int:
@@ -57,7 +57,11 @@ class ServerProcess:
         self.client = client
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        base = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("PIP_")}
+        base = {
+            name: value
+            for name, value in os.environ.items()
+            if name in KEPT_VARIABLES or name.startswith("PIP_")
+        }
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self.process = subprocess.Popen(
             [*program, *command],

@@ -35,7 +35,7 @@ REPLACED: tuple[tuple[ModuleType, str], ...] = (  # where hypercorn looks up rep
 
 
 @contextlib.contextmanager
-def own_hypercorn() -> Iterator[pytest.MonkeyPatch]:
+def restored_hypercorn() -> Iterator[pytest.MonkeyPatch]:
     """Restore hypercorn's own classes at the end."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in REPLACED:
@@ -45,11 +45,11 @@ def own_hypercorn() -> Iterator[pytest.MonkeyPatch]:
 
 @asynccontextmanager
 async def serving(
-    app: App, server: str = "ours", settings: Settings = LOCAL, *, send_buffer: int | None = None
+    app: App, server: str = "native", settings: Settings = LOCAL, *, send_buffer: int | None = None
 ) -> AsyncIterator[str]:
     """Yield the app's base URL.
 
-    `server` is "hypercorn", "ours" (hypercorn with the project's classes, as `server.py` runs it) or
+    `server` is "hypercorn", "native" (hypercorn with the project's classes, as `server.py` runs it) or
     "uvicorn". `settings` define where it listens. `send_buffer` limits what the kernel buffers for a slow
     reader.
     """
@@ -59,8 +59,8 @@ async def serving(
     listener.setblocking(False)
     url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     stop = asyncio.Event()
-    with own_hypercorn():
-        if server == "ours":
+    with restored_hypercorn():
+        if server == "native":
             install(ConnectionLimit(0))
         running = (
             _uvicorn(app, listener, stop)

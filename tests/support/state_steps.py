@@ -94,7 +94,7 @@ class Steps:
         return found
 
 
-def assert_steps_leave_bits_alone(make: Callable[[int], Steps], texts: Sequence[Text], threads: int) -> None:
+def assert_chunking_keeps_bits(make: Callable[[int], Steps], texts: Sequence[Text], threads: int) -> None:
     """Check that cutting texts into steps, next to others and in reused slots, changes no bit of the results.
 
     Args:
@@ -129,7 +129,7 @@ def assert_step_may_be_computed_again(
     assert_same_bits(steps.run([(2, 6, part(text, 6, 9))])[0], whole[6:])
 
 
-def assert_kept_states_are_gone_on_with(make: Callable[[int], Steps], text: Text, threads: int) -> None:
+def assert_kept_states_resume(make: Callable[[int], Steps], text: Text, threads: int) -> None:
     """Check that resuming twelve tokens from states kept on the way, in other slots, changes no bit."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])
@@ -188,7 +188,7 @@ def assert_wrong_states_are_refused(make: Callable[[int], Steps], text: Text) ->
     assert_same_bits(torch.cat(found), torch.cat([whole[5:9], whole[3:9]]))
 
 
-def assert_drafts_are_taken_back(make: Callable[[int], Steps], text: Text, wrong: Text) -> None:
+def assert_rejected_drafts_are_undone(make: Callable[[int], Steps], text: Text, wrong: Text) -> None:
     """Check that drafts, of which any number is right, change no bit of a text of twelve tokens."""
     _C.set_num_threads(2)
     (whole,) = make(1).run([(0, 0, text)])

@@ -88,13 +88,13 @@ def flags() -> list[str]:
     """Return the table of the launcher's flags."""
     lines = ["| TGI's flag | default there | here | what it does here |", "|---|---|---|---|"]
     for name, default in LAUNCHER.items():
-        verdict, text = _fate(name, default)
+        verdict, text = _verdict(name, default)
         shown = f"`{default}`" if default else ""
         lines.append(f"| `{flag_of(name)}` | {shown} | {verdict} | {text} |")
     return lines
 
 
-def _fate(name: str, default: str) -> tuple[str, str]:
+def _verdict(name: str, default: str) -> tuple[str, str]:
     """Return a flag's fate in a word and its meaning in a sentence.
 
     Raises:

@@ -174,7 +174,7 @@ def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def in_its_words(messages: list[dict[str, Any]], name: str, source: str) -> list[dict[str, Any]]:
+def adapted_messages(messages: list[dict[str, Any]], name: str, source: str) -> list[dict[str, Any]]:
     """Return the messages in the form that this template accepts."""
     if name in TAKES_TEXT:
         messages = with_text_arguments(messages)
@@ -183,7 +183,7 @@ def in_its_words(messages: list[dict[str, Any]], name: str, source: str) -> list
     return messages
 
 
-def theirs(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
+def reference_render(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
     """Render with transformers; return ("text", the prompt) or ("refused", the reason)."""
     try:
         # The annotation says a string, but it returns a pair: the texts, and the spans of the assistant's
@@ -196,7 +196,9 @@ def theirs(source: str, messages: list[dict[str, Any]], options: dict[str, Any])
     return "text", rendered[0][0]
 
 
-def ours(template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
+def native_render(
+    template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> tuple[str, str]:
     """Render with `ChatTemplate`; return the same kind of pair. Only a `TemplateError` may be raised."""
     try:
         return "text", template.render(messages, **options)
@@ -222,9 +224,9 @@ def test_every_template_gives_the_prompt_or_the_refusal_that_it_gives_in_transfo
     options = {"add_generation_prompt": True, **options}
     different = {}
     for name, source in sources.items():
-        expected = theirs(source, in_its_words(messages, name, source), options)
+        expected = reference_render(source, adapted_messages(messages, name, source), options)
         for sent in (messages, with_text_arguments(messages)):
-            got = ours(templates[name], sent, options)
+            got = native_render(templates[name], sent, options)
             if got != expected:
                 different[name] = (got, expected)
     assert different == {}
@@ -234,8 +236,8 @@ def test_no_template_is_listed_without_need(sources: dict[str, str]) -> None:
     messages, options = CONVERSATIONS["a call without content"]
     texts = {
         name: (
-            theirs(source, messages, options),
-            theirs(source, in_its_words(messages, name, source), options),
+            reference_render(source, messages, options),
+            reference_render(source, adapted_messages(messages, name, source), options),
         )
         for name, source in sources.items()
     }

@@ -57,7 +57,7 @@ def tokens(text: str) -> list[int]:
     return Pieces().encode(text, add_special_tokens=False)
 
 
-def own(text: str) -> str:
+def token_mark(text: str) -> str:
     return f"<[{SPECIAL[text]}]>" if text in SPECIAL else literal(text)
 
 
@@ -91,7 +91,7 @@ def is_whole(token_id: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("mark", [literal, own])
+@pytest.mark.parametrize("mark", [literal, token_mark])
 @pytest.mark.parametrize("text", ["", "Hello", "a > b, not c\n\n", "\u00e9\u4e16"])
 def test_free_text_may_hold_what_the_grammar_allows(compiler: GrammarCompiler, mark: Mark, text: str) -> None:
     grammar = compiler.compile(auto(mark))
@@ -106,7 +106,7 @@ def test_free_text_may_hold_what_the_grammar_allows(compiler: GrammarCompiler, m
 
 
 def test_a_mark_of_one_token_ends_free_text(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(auto(own))
+    grammar = compiler.compile(auto(token_mark))
     watch = grammar.watch()
     assert watch is not None
     for token_id in [*tokens("a < b <tool_call>"), *map(piece, (b"x<tool_call>", b"<tool"))]:
@@ -129,12 +129,12 @@ def test_tokens_that_go_on_wrongly_behind_a_mark_are_not_free_text(compiler: Gra
     assert piece(b"<tool_call>\n{") not in watch.part.masked_ids
 
 
-@pytest.mark.parametrize("mark", [literal, own])
+@pytest.mark.parametrize("mark", [literal, token_mark])
 def test_a_matcher_that_skips_free_text_is_where_one_is_that_reads_it(
     compiler: GrammarCompiler, mark: Mark
 ) -> None:
     grammar = compiler.compile(auto(mark))
-    opening = [CALL] if mark is own else tokens("<tool_call>")
+    opening = [CALL] if mark is token_mark else tokens("<tool_call>")
     output = [*tokens("I look it up. "), *opening, *tokens('\n{"na')]
     skipping = grammar.matcher(output)
     mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
@@ -146,7 +146,7 @@ def test_a_matcher_that_skips_free_text_is_where_one_is_that_reads_it(
 
 
 def test_reasoning_is_a_free_part_of_its_own(compiler: GrammarCompiler) -> None:
-    source = answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL]), STYLES[0], mark=own)
+    source = answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL]), STYLES[0], mark=token_mark)
     assert source is not None
     grammar = compiler.compile(source)
     with_it = [THINK, *tokens("hm <"), END_THINK, *tokens("\n\nSo")]
@@ -167,7 +167,7 @@ def test_reasoning_is_a_free_part_of_its_own(compiler: GrammarCompiler) -> None:
 
 def test_constrained_content_is_free_up_to_the_end_of_open_reasoning(compiler: GrammarCompiler) -> None:
     content = json_schema({"type": "integer"})
-    source = answer_grammar(content, None, STYLES[0], is_reasoning_open=True, mark=own)
+    source = answer_grammar(content, None, STYLES[0], is_reasoning_open=True, mark=token_mark)
     assert source is not None
     watch = compiler.compile(source).watch()
     assert watch is not None
@@ -178,10 +178,10 @@ def test_constrained_content_is_free_up_to_the_end_of_open_reasoning(compiler: G
 @pytest.mark.parametrize(
     "source",
     [
-        answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL], must_call=True), mark=own),
-        answer_grammar(None, ToolUse(FORMATS["llama3_json"], [TOOL]), mark=own),
-        answer_grammar(json_schema({"type": "integer"}), ToolUse(FORMATS["hermes"], [TOOL]), mark=own),
-        answer_grammar(json_schema({"type": "integer"}), None, STYLES[0], mark=own),
+        answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL], must_call=True), mark=token_mark),
+        answer_grammar(None, ToolUse(FORMATS["llama3_json"], [TOOL]), mark=token_mark),
+        answer_grammar(json_schema({"type": "integer"}), ToolUse(FORMATS["hermes"], [TOOL]), mark=token_mark),
+        answer_grammar(json_schema({"type": "integer"}), None, STYLES[0], mark=token_mark),
     ],
 )
 def test_what_is_constrained_from_its_first_character_is_not_free(

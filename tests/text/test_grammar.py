@@ -50,8 +50,8 @@ def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool
     return matcher.is_ended or EOS in allowed(matcher)
 
 
-def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
-    """Sample allowed tokens until the text ends, which it must within `limit`."""
+def random_walk(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
+    """Sample allowed tokens at random until the text ends, which it must within `limit`."""
     matcher = compiler.compile(source).matcher()
     data = bytearray()
     while not matcher.is_ended:
@@ -72,7 +72,7 @@ def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random,
 def test_whatever_a_random_schema_s_grammar_allows_validates(compiler: GrammarCompiler, seed: int) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
-    text = wander(compiler, sources.json_schema(schema), rng, 4000)
+    text = random_walk(compiler, sources.json_schema(schema), rng, 4000)
     check(text, schema)
 
 
@@ -84,7 +84,7 @@ def test_whatever_a_regex_s_grammar_allows_matches_it_as_a_whole(
     compiler: GrammarCompiler, pattern: str
 ) -> None:
     for seed in range(5):
-        text = wander(compiler, sources.regex(pattern), random.Random(seed), 300)
+        text = random_walk(compiler, sources.regex(pattern), random.Random(seed), 300)
         assert re.fullmatch(pattern, text)
 
 

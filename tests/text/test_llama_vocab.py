@@ -131,7 +131,7 @@ def patterns_by_type(source: str) -> dict[str, list[str]]:
     return result
 
 
-def meaning_of_names(source: str) -> dict[str, tuple[str, bool, bool]]:
+def settings_by_name(source: str) -> dict[str, tuple[str, bool, bool]]:
     """Return the settings of each pre-tokenizer: type, whether merges are ignored, whether BOS is added."""
     result = {}
     start = source.index('tokenizer_pre == "default"')
@@ -165,7 +165,7 @@ def cut(pre_tokenizer: Any, text: str) -> list[tuple[int, int]]:
 
 def test_each_name_of_a_pre_tokenizer_means_what_llama_cpp_takes_it_for() -> None:
     source = Path(llama_cpp_source() / "src" / "llama-vocab.cpp").read_text()
-    patterns, names = patterns_by_type(source), meaning_of_names(source)
+    patterns, names = patterns_by_type(source), settings_by_name(source)
     assert names.keys() - SPLITS.keys() == UNKNOWN.keys() and SPLITS.keys() <= names.keys()
     texts = texts_to_cut()
     cuts: dict[str, list[Any]] = {}

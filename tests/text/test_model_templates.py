@@ -144,7 +144,7 @@ RENDER_NO_CALL = {
     "tool_chat_template_glm4",
 }  # fmt: skip
 # These write text that does not belong to the turn, or values that are ambiguous.
-MISWRITTEN = {
+UNPARSABLE = {
     "GigaChat3-10B-A1.8B": "a call is a message with a role of its own",
     "tool_chat_template_phi4_mini": "calls in Python syntax, without the marker before them",
     "tool_chat_template_gemma3_pythonic": "no comma between arguments",
@@ -153,7 +153,7 @@ MISWRITTEN = {
     "tool_chat_template_toolace": "no quotes around strings",
 }
 # Formats that none of these templates writes as `tool_writers` does, with the source of that form.
-BY_DOCUMENTS = {
+FORMATS_FROM_DOCS = {
     "mistral": "calls in the history have ids, those in answers do not",
     "pythonic": "Meta's documents; vLLM's templates lack quotes",
     "olmo3": "the template on its model's page",
@@ -307,7 +307,7 @@ def test_the_table_knows_which_templates_render_no_call(name: str, sources: dict
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, (form, _) in MODELS.items() if form is not None and name not in MISWRITTEN]
+    "name", [name for name, (form, _) in MODELS.items() if form is not None and name not in UNPARSABLE]
 )
 def test_a_turn_with_calls_is_read_as_it_was_rendered(name: str, sources: dict[str, str]) -> None:
     rendered = with_calls(sources[name])
@@ -339,4 +339,4 @@ def test_calls_are_written_as_the_formats_writers_write_them(sources: dict[str, 
         for turn in turns(sources[name]) if form in FORMATS else ():
             if form is not None and bare(write(form, CALLS[: turn.num_calls])) in bare(turn.text):
                 written.add(form)
-    assert FORMATS.keys() - written == BY_DOCUMENTS.keys()
+    assert FORMATS.keys() - written == FORMATS_FROM_DOCS.keys()

@@ -25,13 +25,13 @@ from tgi_asgi.text.tokenizer import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 SYMBOLS = ["<|im_start|>", "<|im_end|>"]
-KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+TEXT_UNCHANGED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "bpe", "byte_fallback": True, "split_digits": True, **KEPT},
-    "gemma": {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, **KEPT},
+    "llama": {"model_type": "bpe", "byte_fallback": True, "split_digits": True, **TEXT_UNCHANGED},
+    "gemma": {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, **TEXT_UNCHANGED},
     "normalised": {"model_type": "bpe", "byte_fallback": True},
     "unigram": {"model_type": "unigram", "byte_fallback": True},
-    "unigram without bytes": {"model_type": "unigram", **KEPT},
+    "unigram without bytes": {"model_type": "unigram", **TEXT_UNCHANGED},
 }
 TEXTS = [
     "", " ", "Hello  world", "  two before", "two behind  ", "ﬁne 日本 €", "a\nb\tc", "12345",

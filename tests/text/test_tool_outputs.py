@@ -132,7 +132,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
 CASES = [(name, text, wanted) for name, outputs in OUTPUTS.items() for text, wanted in outputs]
 
 
-def told(pieces: list[Piece]) -> list[Any]:
+def texts_and_calls(pieces: list[Piece]) -> list[Any]:
     """Return texts and calls; the arguments of an incomplete call are None."""
     result: list[Any] = []
     for piece in pieces:
@@ -148,7 +148,7 @@ def told(pieces: list[Piece]) -> list[Any]:
 @pytest.mark.parametrize(("name", "text", "wanted"), CASES)
 def test_what_models_write_is_read_however_it_is_cut(name: str, text: str, wanted: list[Any]) -> None:
     for size in range(1, len(text) + 1):
-        assert told(parse(AnswerParser(None, FORMATS[name], SPECS), text, size)) == wanted, size
+        assert texts_and_calls(parse(AnswerParser(None, FORMATS[name], SPECS), text, size)) == wanted, size
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -157,7 +157,7 @@ def test_calls_follow_reasoning_and_are_none_within_it(name: str) -> None:
     for size in (1, 7, len(text)):
         reasoning, *rest = parse(AnswerParser(STYLES[0], FORMATS[name], SPECS), text, size)
         assert reasoning == Reasoning(TWO_CALLS[name])
-        assert told(rest) == [("f", {"a": 1, "s": '}"<'}), G]
+        assert texts_and_calls(rest) == [("f", {"a": 1, "s": '}"<'}), G]
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

@@ -12,7 +12,7 @@ import pytest
 from tests.support.schemas import check, random_schema
 from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts, wander
+from tests.text.test_grammar import accepts, random_walk
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -47,8 +47,9 @@ PARAMETERS = {
 }
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
 TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
-UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # calls may be text
-LOOSE = ("gemma4", "functiongemma")  # formats whose grammar cannot enforce all of a schema
+# Formats whose calls may be text.
+UNMARKED_FORMATS = {name for name, form in FORMATS.items() if not form.marker + form.first}
+LOOSELY_CONSTRAINED = ("gemma4", "functiongemma")  # formats whose grammar cannot enforce all of a schema
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
@@ -91,7 +92,7 @@ def test_a_required_answer_is_calls_and_nothing_else(compiler: GrammarCompiler, 
 
 @names
 def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarCompiler, name: str) -> None:
-    for must_call in (True, False) if name not in UNTOLD else (True,):
+    for must_call in (True, False) if name not in UNMARKED_FORMATS else (True,):
         grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
         assert grammar is not None
         assert not accepts(compiler, grammar, TWO_CALLS[name])
@@ -103,7 +104,7 @@ def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarComp
     assert grammar is not None
     for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
         assert accepts(compiler, grammar, text), text
-    if name in UNTOLD:
+    if name in UNMARKED_FORMATS:
         return
     assert not accepts(compiler, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
     if FORMATS[name].marker:
@@ -218,11 +219,11 @@ def test_reasoning_is_split_off(text: str, is_open: bool, pieces: list[Piece], s
 def test_random_arguments_are_valid_for_their_schema(compiler: GrammarCompiler, name: str, seed: int) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
-    is_strict = name not in LOOSE
+    is_strict = name not in LOOSELY_CONSTRAINED
     use_specs = [ToolSpec("f", schema, is_strict)]
     grammar = answer_grammar(None, ToolUse(FORMATS[name], use_specs, must_call=True, is_parallel=False))
     assert grammar is not None
-    answer = wander(compiler, grammar, rng, 4000)
+    answer = random_walk(compiler, grammar, rng, 4000)
     start, arguments = parse(AnswerParser(None, FORMATS[name], use_specs), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
@@ -368,7 +369,7 @@ def test_a_tool_that_lists_no_arguments_gets_none(
     specs = [ToolSpec("f", schema, is_strict)]
     grammar = answer_grammar(None, ToolUse(FORMATS[name], specs, must_call=True, is_parallel=False))
     assert grammar is not None
-    answer = wander(compiler, grammar, random.Random(1), 400)
+    answer = random_walk(compiler, grammar, random.Random(1), 400)
     start, *arguments = parse(AnswerParser(None, FORMATS[name], specs), answer, 7)
     assert start == CallStart("f")
     assert json.loads("".join(piece.text for piece in arguments if isinstance(piece, CallArguments))) == {}

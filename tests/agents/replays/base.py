@@ -22,30 +22,30 @@ class Replay:
 
     Attributes:
         client: the client's name and version.
-        what: what the request shows.
-        says: the model's answer, as text.
-        items: what the client must read in the server's answer.
-        sees: texts that the prompt must contain, in this order.
-        misses: texts that the prompt must not contain.
+        description: what the request shows.
+        answer: the model's answer, as text.
+        expected_items: what the client must read in the server's answer.
+        in_prompt: texts that the prompt must contain, in this order.
+        not_in_prompt: texts that the prompt must not contain.
     """
 
     client: str
-    what: str
+    description: str
     path: str
     body: dict[str, Any]
-    says: str = "Done."
-    items: Sequence[Item] = (("text", "Done."),)
-    sees: Sequence[str] = ()
-    misses: Sequence[str] = ()
+    answer: str = "Done."
+    expected_items: Sequence[Item] = (("text", "Done."),)
+    in_prompt: Sequence[str] = ()
+    not_in_prompt: Sequence[str] = ()
 
 
-def spelt(name: str, **arguments: Any) -> str:
+def render_call(name: str, **arguments: Any) -> str:
     """Return a tool call as the model writes it."""
     call = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def obj(**properties: Any) -> dict[str, Any]:
+def object_schema(**properties: Any) -> dict[str, Any]:
     """Return the schema of an object that requires these properties and allows no others."""
     return {
         "type": "object",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.agents.replays.base import TEXT, WHOLE, Replay, obj, spelt
+from tests.agents.replays.base import TEXT, WHOLE, Replay, object_schema, render_call
 
 OPENCODE = "opencode 1.18.33"
 AIDER = "aider 0.86.2"
@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 
 def chat_tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return a function tool in the format of chat completions."""
-    return {"type": "function", "function": {"name": name, "parameters": obj(**properties), **more}}
+    return {"type": "function", "function": {"name": name, "parameters": object_schema(**properties), **more}}
 
 
 def message(role: str, content: str | None, **more: Any) -> dict[str, Any]:
@@ -71,9 +71,9 @@ REPLAYS = [
             "tool_choice": "auto",
             **STREAMED,
         },
-        spelt("edit", path="/b", at=2),
+        render_call("edit", path="/b", at=2),
         [("call", "edit", '{"path": "/b", "at": 2}')],
-        sees=["Be brief.", "Edit the file.", "Edited."],
+        in_prompt=["Be brief.", "Edit the file.", "Edited."],
     ),
     Replay(
         AIDER,
@@ -110,7 +110,7 @@ REPLAYS = [
         "a tool that must be called",
         CHAT,
         {"model": "toy/model", "messages": [ASK], "tools": [EDIT], "tool_choice": "required", **STREAMED},
-        spelt("edit", path="/b", at=2),
+        render_call("edit", path="/b", at=2),
         [("call", "edit", '{"path": "/b", "at": 2}')],
     ),
     Replay(
@@ -122,7 +122,11 @@ REPLAYS = [
             "messages": [ASK],
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"schema": obj(ok={"type": "boolean"}), "strict": True, "name": "response"},
+                "json_schema": {
+                    "schema": object_schema(ok={"type": "boolean"}),
+                    "strict": True,
+                    "name": "response",
+                },
             },
             **STREAMED,
         },

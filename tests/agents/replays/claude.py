@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.agents.replays.base import PIXEL, TEXT, WHOLE, Replay, obj, spelt
+from tests.agents.replays.base import PIXEL, TEXT, WHOLE, Replay, object_schema, render_call
 
 CLAUDE = "claude-code 2.1.329"
 LONG_NAME = "mcp__a_server_with_quite_a_long_name__and_a_tool_whose_name_is_long_as_well"  # 76 characters
 
-KEPT = {"cache_control": {"type": "ephemeral"}}
+CACHED = {"cache_control": {"type": "ephemeral"}}
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return a tool as Claude Code offers it."""
-    schema = {"$schema": DRAFT, **obj(**properties), "required": list(properties)[:1]}
+    schema = {"$schema": DRAFT, **object_schema(**properties), "required": list(properties)[:1]}
     return {"name": name, "description": f"Do {name}.", "input_schema": schema, **more}
 
 
@@ -49,8 +49,8 @@ def text(content: str, **more: Any) -> dict[str, Any]:
 
 ASKED = {"role": "user", "content": [text("The branch is main."), text("Edit the file.")]}
 BILLING = "x-anthropic-billing-header: cc_version=2.1.329.582;"  # its end differs between conversations
-SYSTEM = [text(BILLING), text("You are an agent.", **KEPT), text("Be brief.", **KEPT)]
-LATER = {"role": "system", "content": [text("The folder is /tmp.", **KEPT)]}
+SYSTEM = [text(BILLING), text("You are an agent.", **CACHED), text("Be brief.", **CACHED)]
+LATER = {"role": "system", "content": [text("The folder is /tmp.", **CACHED)]}
 
 
 def claude(messages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -88,10 +88,10 @@ REPLAYS = [
         "first",
         BETA,
         claude([ASKED, LATER]),
-        f"<think>\nhm\n</think>\n\nNow.\n{spelt('Read', file_path='/a')}",
+        f"<think>\nhm\n</think>\n\nNow.\n{render_call('Read', file_path='/a')}",
         [("thoughts", "hm"), ("text", "Now."), ("call", "Read", '{"file_path": "/a"}')],
-        sees=["You are an agent.", "Be brief.", "The folder is /tmp.", LONG_NAME, "Edit the file."],
-        misses=["x-anthropic-billing-header"],
+        in_prompt=["You are an agent.", "Be brief.", "The folder is /tmp.", LONG_NAME, "Edit the file."],
+        not_in_prompt=["x-anthropic-billing-header"],
     ),
     Replay(
         CLAUDE,
@@ -108,7 +108,7 @@ REPLAYS = [
                         text("Now."),
                         use(1, "Read", file_path="/a.png"),
                         use(2, "ToolSearch", query="select:Fetch"),
-                        use(3, "Nope") | KEPT,
+                        use(3, "Nope") | CACHED,
                     ],
                 },
                 {
@@ -116,28 +116,28 @@ REPLAYS = [
                     "content": [
                         result(2, [{"type": "tool_reference", "tool_name": "Fetch"}]),
                         result(3, "No such tool", is_error=True),
-                        result(1, [SHOWN], **KEPT),
+                        result(1, [SHOWN], **CACHED),
                         text("Go on."),
                     ],
                 },
                 {"role": "system", "content": "The mode has changed."},
             ]
         ),
-        sees=[
+        in_prompt=[
             "The folder is /tmp.",
             "Fetch",
             "No such tool",
             "[image omitted]",
             "Go on.",
         ],
-        misses=[PIXEL],
+        not_in_prompt=[PIXEL],
     ),
     Replay(
         CLAUDE,
         "a hosted tool",
         BETA,
         claude([ASKED], tools=[WEB_SEARCH], tool_choice={"type": "auto"}),
-        misses=["web_search"],
+        not_in_prompt=["web_search"],
     ),
     Replay(
         CLAUDE,
@@ -150,7 +150,7 @@ REPLAYS = [
             thinking={"type": "disabled"},
             temperature=1,
         ),
-        misses=["web_search"],
+        not_in_prompt=["web_search"],
     ),
     Replay(
         CLAUDE,

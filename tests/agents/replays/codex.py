@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.agents.replays.base import PIXEL, TEXT, Replay, obj, spelt
+from tests.agents.replays.base import PIXEL, TEXT, Replay, object_schema, render_call
 
 CODEX = "codex 0.169.0"
 PATCH = "*** Begin Patch\n*** Add File: a.txt\n+a\n*** End Patch\n"
 
 
-def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
+def message(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
     """Return a message as Codex sends it."""
     content = [{"type": kind, "text": text} for text in texts]
     return {"type": "message", "id": f"msg_{role}", "role": role, "content": content}
@@ -23,7 +23,7 @@ def function(name: str, **properties: Any) -> dict[str, Any]:
         "name": name,
         "description": f"Do {name}.",
         "strict": False,
-        "parameters": obj(**properties),
+        "parameters": object_schema(**properties),
     }
 
 
@@ -52,15 +52,15 @@ HOSTED = [
         "type": "tool_search",
         "execution": "client",
         "description": "Find tools.",
-        "parameters": obj(query=TEXT),
+        "parameters": object_schema(query=TEXT),
     },
     {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
 ]
 FIRST = [
-    said("developer", "You are an agent.", "Be brief."),
-    said("developer", "These skills are known."),
-    said("user", "The folder is /tmp."),
-    said("user", "Edit the file."),
+    message("developer", "You are an agent.", "Be brief."),
+    message("developer", "These skills are known."),
+    message("user", "The folder is /tmp."),
+    message("user", "Edit the file."),
 ]
 SHELL_CALL = {
     "type": "function_call",
@@ -97,10 +97,16 @@ REPLAYS = [
         "first",
         "/v1/responses",
         codex(FIRST),
-        f"<think>\nhm\n</think>\n\nNow.\n{spelt('exec_command', cmd='ls')}",
+        f"<think>\nhm\n</think>\n\nNow.\n{render_call('exec_command', cmd='ls')}",
         [("thoughts", "hm"), ("text", "Now."), ("call", "exec_command", '{"cmd": "ls"}')],
-        sees=["You are an agent.", "Be brief.", "These skills are known.", "exec_command", "Edit the file."],
-        misses=["web_search", "tool_search"],
+        in_prompt=[
+            "You are an agent.",
+            "Be brief.",
+            "These skills are known.",
+            "exec_command",
+            "Edit the file.",
+        ],
+        not_in_prompt=["web_search", "tool_search"],
     ),
     Replay(
         CODEX,
@@ -116,7 +122,7 @@ REPLAYS = [
                     "content": [{"type": "reasoning_text", "text": "hm"}],
                     "encrypted_content": None,
                 },
-                {**said("assistant", "Now.", kind="output_text"), "status": "completed"},
+                {**message("assistant", "Now.", kind="output_text"), "status": "completed"},
                 SHELL_CALL,
                 {
                     **SHELL_CALL,
@@ -127,11 +133,11 @@ REPLAYS = [
                 },
                 {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "a.txt"},
                 {"type": "function_call_output", "id": "fco_2", "call_id": "call_2", "output": [IMAGE]},
-                said("developer", "The mode has changed."),
+                message("developer", "The mode has changed."),
             ]
         ),
-        sees=["You are an agent.", "Edit the file.", "a.txt", "[image omitted]"],
-        misses=[PIXEL],
+        in_prompt=["You are an agent.", "Edit the file.", "a.txt", "[image omitted]"],
+        not_in_prompt=[PIXEL],
     ),
     Replay(
         CODEX,
@@ -143,9 +149,9 @@ REPLAYS = [
             reasoning={"effort": "medium"},
             text={"verbosity": "low"},
         ),
-        spelt("apply_patch", input=PATCH),
+        render_call("apply_patch", input=PATCH),
         [("custom", "apply_patch", PATCH)],
-        sees=["apply_patch", "Edit files with a patch.", '"input"'],
+        in_prompt=["apply_patch", "Edit files with a patch.", '"input"'],
     ),
     Replay(
         CODEX,
@@ -177,14 +183,14 @@ REPLAYS = [
                 "format": {
                     "type": "json_schema",
                     "strict": True,
-                    "schema": obj(ok={"type": "boolean"}),
+                    "schema": object_schema(ok={"type": "boolean"}),
                     "name": "codex_output_schema",
                 },
             },
         ),
         '{"ok": true}',
         [("text", '{"ok": true}')],
-        sees=["apply_patch", "+a\\n", "Updated a.txt"],
+        in_prompt=["apply_patch", "+a\\n", "Updated a.txt"],
     ),
     Replay(
         CODEX,
@@ -207,6 +213,6 @@ REPLAYS = [
             ).items()
             if name != "tools"
         },
-        sees=["You are an agent.", "Edit the file."],
+        in_prompt=["You are an agent.", "Edit the file."],
     ),
 ]

@@ -36,7 +36,7 @@ def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
-def made_by(model: nn.Module) -> Iterator[Any]:
+def packed_weights_of(model: nn.Module) -> Iterator[Any]:
     """Yield the packed weights of a module."""
     for module in model.modules():
         if isinstance(module, PackedModule):
@@ -46,7 +46,7 @@ def made_by(model: nn.Module) -> Iterator[Any]:
             yield from (*module.gate_up.made.parts, module.down.made)
 
 
-def kept_by(model: nn.Module) -> Iterator[Tensor]:
+def torch_tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors that torch holds."""
     for module in model.modules():
         if not isinstance(module, PackedModule):
@@ -58,18 +58,19 @@ def kept_by(model: nn.Module) -> Iterator[Tensor]:
                 yield from tables
 
 
-def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) -> tuple[int, int]:
+def predicted_and_actual_bytes(folder: Path, arithmetic: ops.Packing, context: int = 64) -> tuple[int, int]:
     """Load a model; return the predicted and the actual number of bytes."""
     with open_generic(folder) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
-        foretold = packed_bytes(opened.packed_tensors(), arithmetic, vocabulary) + opened.table_bytes(context)
+        predicted = packed_bytes(opened.packed_tensors(), arithmetic, vocabulary)
+        predicted += opened.table_bytes(context)
         loaded = opened.load(arithmetic, context)
     assert isinstance(loaded, GenericModel)
-    held = {id(each.matrix): each.matrix.nbytes for each in made_by(loaded.module)}
-    kept = {each.data_ptr(): each.untyped_storage().nbytes() for each in kept_by(loaded.module)}
+    held = {id(each.matrix): each.matrix.nbytes for each in packed_weights_of(loaded.module)}
+    kept = {each.data_ptr(): each.untyped_storage().nbytes() for each in torch_tensors_of(loaded.module)}
     found = (module.__dict__.get("tgi_experts") for module in loaded.module.modules())
     experts = sum(each.nbytes for each in found if each is not None)
-    return foretold, sum(held.values()) + sum(kept.values()) + experts
+    return predicted, sum(held.values()) + sum(kept.values()) + experts
 
 
 @pytest.mark.parametrize("arithmetic", [EXACT, FAST, SMALL], ids=["exact", "fast", "q8_0"])
@@ -89,15 +90,15 @@ def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) 
 def test_what_a_module_holds_is_foretold(
     model_type: str, arithmetic: ops.Packing, checkpoint: Checkpoint
 ) -> None:
-    foretold, held = foretold_and_held(checkpoint(model_type), arithmetic)
-    assert foretold == pytest.approx(held, rel=0.06)
+    predicted, held = predicted_and_actual_bytes(checkpoint(model_type), arithmetic)
+    assert predicted == pytest.approx(held, rel=0.06)
 
 
 @pytest.mark.parametrize("recipe", list(CODES))
 def test_what_quantised_experts_take_is_foretold(recipe: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder, _ = with_quantised_experts(checkpoint("mixtral"), tmp_path, recipe)
-    foretold, held = foretold_and_held(folder, EXACT)
-    assert foretold == pytest.approx(held, rel=0.06)
+    predicted, held = predicted_and_actual_bytes(folder, EXACT)
+    assert predicted == pytest.approx(held, rel=0.06)
 
 
 def test_a_model_that_fits_but_for_what_torch_keeps_is_refused_before_it_is_read(
@@ -128,7 +129,7 @@ def test_tables_of_a_model_take_no_more_than_is_allowed_together(
 def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpoint: Checkpoint) -> None:
     folder = checkpoint(model_type)
     with open_generic(folder) as opened:
-        foretold = opened.config.other_state_bytes
+        predicted = opened.config.other_state_bytes
     ids = [architectures.random_ids(20, 0)]
     with program_of(load_generic(folder), num_sequences=1) as program:
         for start, count in ((0, 9), (9, 1), (10, 10)):
@@ -137,4 +138,4 @@ def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpo
     tensors = [
         tensor for state in kept for layer in state.cache.layers for tensor in states.tensors_of(layer)
     ]
-    assert foretold == sum(tensor.nbytes for tensor in tensors) > 0
+    assert predicted == sum(tensor.nbytes for tensor in tensors) > 0

@@ -1,4 +1,4 @@
-"""Record the errors of llama.cpp against float32 on the files of tests/models/test_formats_whole.py.
+"""Record the errors of llama.cpp against float32 on the files of tests/models/test_gguf_formats.py.
 
     CMAKE_ARGS="-DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF" pip install llama-cpp-python==0.3.36
     python tests/models/oracle/record_llama_errors.py tests/models/oracle/llama-errors.json

@@ -13,7 +13,7 @@ from pathlib import Path
 import sentence_transformers  # type: ignore[import-not-found]
 
 from tests.support import encoders
-from tests.support.pooled import QUERIES, RECORDED, TEXTS, save_recorded, save_recorded_classifier
+from tests.support.pooling_models import QUERIES, RECORDED, TEXTS, save_recorded, save_recorded_classifier
 
 _TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "!", "model_max_length": 512}
 

@@ -60,7 +60,7 @@ def stretch(small: ModelFiles, path: Path) -> ModelFiles:
     return ModelFiles("large", None, "directory", path)
 
 
-def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -> ModelFiles:
+def sparse_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -> ModelFiles:
     """Write a checkpoint of bfloat16 zeros, `SHAPE` with `changes`, optionally with an unused tensor."""
     config = transformers.LlamaConfig(**{**SHAPE, **changes}, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
@@ -71,10 +71,10 @@ def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -
     config.save_pretrained(path)
     _write_safetensors(path / "model.safetensors", tensors)
     save_tokenizer(path)
-    return ModelFiles("hollow", None, "directory", path)
+    return ModelFiles("sparse", None, "directory", path)
 
 
-def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
+def sparse_gguf(path: Path, **changes: Any) -> ModelFiles:
     """Write the same as a GGUF file, with everything except its header after a hole of `HOLE_BYTES`.
 
     With `num_experts`, it uses OLMoE's architecture, whose MLPs are experts.
@@ -119,7 +119,7 @@ def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + at)
-    return ModelFiles("hollow", None, "gguf", path)
+    return ModelFiles("sparse", None, "gguf", path)
 
 
 def _unused() -> _Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.real_engine import alone, serving, together, told
+from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
@@ -59,12 +59,12 @@ async def test_no_answer_depends_on_its_company_or_on_drafts(
 ) -> None:
     settings = {**SETTINGS, "prompt_precision": precision}
     async with serving(files, tmp_path / "a", **settings) as (engine, adapters):
-        expected = [told(answer) for answer in await alone(engine, requests_with(adapters))]
+        expected = [client_view(answer) for answer in await one_by_one(engine, requests_with(adapters))]
     async with serving(files, tmp_path / "b", **settings, speculate=8) as (engine, adapters):
         requests = requests_with(adapters)
-        answers = await together(engine, requests)
+        answers = await all_at_once(engine, requests)
         assert engine.stats.accepted_draft_tokens > 20
-    found = [told(answer) for answer in answers]
+    found = [client_view(answer) for answer in answers]
     for request, ours, wanted in zip(requests, found, expected, strict=True):
         assert ours == wanted, request
     texts = {str([token for token, *_ in answer]) for answer in found}

@@ -21,7 +21,7 @@ from tests.support.pictures import data_url
 from tests.support.vision_models import make, picture
 from tests.support.vision_runs import served
 
-SCRIPT = Path(__file__).parent / "tgi_clients" / "sights.py"
+SCRIPT = Path(__file__).parent / "tgi_clients" / "multimodal.py"
 TEXTS = ["one text", "another"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -73,7 +73,7 @@ def agree(found: Any, wanted: Any) -> None:
 
 
 async def test_openai_node_sends_pictures_and_asks_for_vectors(url: str, expected: dict[str, Any]) -> None:
-    found = await asyncio.to_thread(run_node, "sights.mjs", url, PICTURE=url_of_picture())
+    found = await asyncio.to_thread(run_node, "multimodal.mjs", url, PICTURE=url_of_picture())
     assert found["chat"] == expected["chat"]
     assert found["tokens"] == expected["tokens"]
     assert found["response"].startswith(expected["chat"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.support import adapters, encoders, pooled, vision_models
+from tests.support import adapters, encoders, pooling_models, vision_models
 from tests.support.checkpoints import make_model, save, save_tokenizer
 
 _COMMIT = "0" * 40
@@ -24,7 +24,7 @@ def _decoder(folder: Path) -> None:
 
 
 def _embedder(folder: Path) -> None:
-    pooled.save_embedder(folder)
+    pooling_models.save_embedder(folder)
 
 
 def _reranker(folder: Path) -> None:

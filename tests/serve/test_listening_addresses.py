@@ -1,4 +1,4 @@
-"""The command at each place where it can listen: TCP, TLS and a Unix socket."""
+"""The command at each address where it can listen: TCP, TLS and a Unix socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import partial
 import httpx
 import pytest
 
-from tests.serve.conftest import Place
+from tests.serve.conftest import ListeningAddress
 from tests.support.server_process import ROOT, ServerProcess
 
 CHAT = {"model": "tgi", "messages": [{"role": "user", "content": "go"}], "stream": True}
@@ -21,30 +21,30 @@ PATH = "/v1/chat/completions"
 
 
 @pytest.fixture
-def server(place: Place) -> Iterator[ServerProcess]:
+def server(address: ListeningAddress) -> Iterator[ServerProcess]:
     """Yield a running server that listens there."""
-    settings, flags = place.settings, []
+    settings, flags = address.settings, []
     for name in ("uds", "ssl_certfile", "ssl_keyfile"):
         value = getattr(settings, name)
         flags += [f"--{name.replace('_', '-')}", value] if value else []
-    client = partial(_client, place)
+    client = partial(_client, address)
     with ServerProcess("tests.server.fake_server", "--model-id", "fake", *flags, client=client) as server:
-        if place.tls is not None:
+        if address.tls is not None:
             server.url = server.url.replace("http", "https")
         server.wait_until_healthy()
         yield server
 
 
-def _client(place: Place) -> httpx.Client:
-    """Return a client for the server at that place."""
-    if place.settings.uds is None:
-        return httpx.Client(verify=place.tls or True)
+def _client(address: ListeningAddress) -> httpx.Client:
+    """Return a client for the server at that address."""
+    if address.settings.uds is None:
+        return httpx.Client(verify=address.tls or True)
     with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks a socket that cannot connect
         try:
-            probe.connect(place.settings.uds)
+            probe.connect(address.settings.uds)
         except OSError as error:
             raise httpx.ConnectError("no server listens yet") from error
-    return httpx.Client(transport=httpx.HTTPTransport(uds=place.settings.uds))
+    return httpx.Client(transport=httpx.HTTPTransport(uds=address.settings.uds))
 
 
 def _metric(client: httpx.Client, server: ServerProcess, name: str) -> float:
@@ -52,9 +52,9 @@ def _metric(client: httpx.Client, server: ServerProcess, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
 
 
-def test_the_line_that_it_prints_works(server: ServerProcess, place: Place) -> None:
+def test_the_line_that_it_prints_works(server: ServerProcess, address: ListeningAddress) -> None:
     (line,) = (line for line in server.output().splitlines() if line.startswith("curl "))
-    environ = {**os.environ, "CURL_CA_BUNDLE": place.authority}
+    environ = {**os.environ, "CURL_CA_BUNDLE": address.authority}
     run = subprocess.run(line, shell=True, env=environ, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.rstrip().endswith("data: [DONE]")
@@ -85,13 +85,13 @@ def test_a_signal_lets_a_stream_finish_there(server: ServerProcess) -> None:
     assert "Traceback" not in server.output()
 
 
-def test_the_container_s_health_check_reaches_it(server: ServerProcess, place: Place) -> None:
+def test_the_container_s_health_check_reaches_it(server: ServerProcess, address: ListeningAddress) -> None:
     spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker" / "healthcheck.py")
     assert spec is not None
     assert spec.loader is not None
     healthcheck = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(healthcheck)
-    url = f"unix:{place.settings.uds}" if place.settings.uds else server.url
+    url = f"unix:{address.settings.uds}" if address.settings.uds else server.url
     with contextlib.closing(healthcheck.connect(url)) as connection:
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200

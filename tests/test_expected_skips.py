@@ -52,7 +52,7 @@ def reasons_in(path: Path) -> Iterator[str]:
         yield from found
 
 
-def are_of_one_kind(reason: str, listed: str) -> bool:
+def reasons_match(reason: str, listed: str) -> bool:
     """Return whether a reason and a line's pattern can match the same text; both may contain `*`."""
     listed = listed.replace("[", "[[]")
     return fnmatchcase(reason, listed) or fnmatchcase(listed, reason.replace("[", "[[]"))
@@ -63,8 +63,7 @@ def is_listed(path: Path, reason: str) -> bool:
     name = path.relative_to(ROOT).as_posix()
     is_shared = not path.name.startswith("test_")
     return any(
-        are_of_one_kind(reason, line.reason)
-        and (is_shared or fnmatchcase(name, line.test.partition("::")[0]))
+        reasons_match(reason, line.reason) and (is_shared or fnmatchcase(name, line.test.partition("::")[0]))
         for line in skips.read(skips.LIST)
     )
 
@@ -86,6 +85,6 @@ def test_each_line_of_the_list_is_for_a_skip_that_there_is() -> None:
     dead = [
         line
         for line in skips.read(skips.LIST)
-        if not any(are_of_one_kind(reason, line.reason) for reason in reasons)
+        if not any(reasons_match(reason, line.reason) for reason in reasons)
     ]
     assert dead == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.container import TOOLS, make_base
+from tests.container_image.container import TOOLS, make_base
 from tests.support.installing import pinned_torch
 
 

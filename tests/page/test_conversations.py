@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.page.conftest import ChatPage, say_half
+from tests.page.conftest import ChatPage, say_in_halves
 from tests.support.scripted_engine import say
 
 pytestmark = pytest.mark.page
@@ -31,10 +31,10 @@ def choose(chat: ChatPage, text: str) -> None:
 
 def test_conversations_outlive_the_page(chat: ChatPage) -> None:
     chat.open()
-    chat.say("The first one")
+    chat.send("The first one")
     chat.wait_for_answer("Hello world")
     chat.button("New chat").click()
-    chat.say("The second one")
+    chat.send("The second one")
     chat.wait_for_answer("Hello world")
     chat.page.reload()
     chat.expect("#conversations li").to_have_text("The second one")
@@ -48,9 +48,9 @@ def test_conversations_outlive_the_page(chat: ChatPage) -> None:
 def test_an_answer_that_was_coming_when_the_page_closed_is_kept(
     chat: ChatPage, gate: threading.Event
 ) -> None:
-    chat.engine.script = say_half(gate, "Half ", "whole")
+    chat.engine.script = say_in_halves(gate, "Half ", "whole")
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.expect("article.assistant .body").to_have_text("Half")
     chat.button("New chat").click()  # which stops the answer
     chat.button("Hi").click()
@@ -59,9 +59,9 @@ def test_an_answer_that_was_coming_when_the_page_closed_is_kept(
 
 
 def test_a_deleted_conversation_stays_away(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "Still ", "coming")
+    chat.engine.script = say_in_halves(gate, "Still ", "coming")
     chat.open()
-    chat.say("Forget me")
+    chat.send("Forget me")
     chat.expect("article.assistant .body").to_have_text("Still")
     chat.page.once("dialog", lambda dialog: dialog.accept())
     chat.page.locator("#conversations li").hover()
@@ -75,7 +75,7 @@ def test_a_deleted_conversation_stays_away(chat: ChatPage, gate: threading.Event
 
 def test_json_brings_all_branches_back(chat: ChatPage, tmp_path: Path) -> None:
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     chat.engine.script = say("Another")
     chat.button("Answer again").click()
@@ -94,7 +94,7 @@ def test_json_brings_all_branches_back(chat: ChatPage, tmp_path: Path) -> None:
 def test_markdown_is_what_is_seen(chat: ChatPage, tmp_path: Path) -> None:
     chat.engine.script = say("Hello *you*")
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello you")
     assert export(chat, tmp_path, "Markdown") == "# Hi\n\n## You\n\nHi\n\n## Model\n\nHello *you*\n\n"
 
@@ -156,6 +156,6 @@ def test_a_browser_that_keeps_nothing_still_talks(chat: ChatPage) -> None:
         "delete window.indexedDB; Object.defineProperty(window, 'indexedDB', {value: undefined})"
     )
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     chat.expect("#conversations li").to_have_text("Hi")

@@ -20,7 +20,7 @@ PASTE = """(data) => {
 }"""
 
 
-def see(chat: ChatPage) -> FakeProcessor:
+def serve_vision_model(chat: ChatPage) -> FakeProcessor:
     chat.engine = ScriptedEngine(say("A picture"), has_vision=True)
     app, processor = vision_app(chat.engine)
     chat.serve_app(app)
@@ -35,10 +35,10 @@ def attach(chat: ChatPage, data: bytes, name: str = "it.png", kind: str = "image
 
 def sizes_seen(chat: ChatPage, width: int, height: int) -> list[tuple[int, int]]:
     """Ask about a picture of this size; return the sizes of the images that the model received."""
-    processor = see(chat)
+    processor = serve_vision_model(chat)
     attach(chat, encoded(picture(width, height)))
     chat.expect("#attached img").to_be_visible()
-    chat.say("What is this?")
+    chat.send("What is this?")
     chat.wait_for_answer("A picture")
     return [(image.pixels.width, image.pixels.height) for image in processor.seen]
 
@@ -59,7 +59,7 @@ def test_a_large_image_is_made_smaller(chat: ChatPage) -> None:
 def test_images_are_pasted_and_removed_and_go_without_words(chat: ChatPage) -> None:
     import base64
 
-    processor = see(chat)
+    processor = serve_vision_model(chat)
     data = base64.b64encode(encoded(picture(5, 5))).decode()
     chat.page.evaluate(PASTE, data)
     chat.expect("#attached img").to_be_visible()
@@ -73,7 +73,7 @@ def test_images_are_pasted_and_removed_and_go_without_words(chat: ChatPage) -> N
 
 
 def test_what_is_no_image_is_refused_by_name(chat: ChatPage) -> None:
-    see(chat)
+    serve_vision_model(chat)
     attach(chat, b"no image", "broken.png")
     chat.expect("#status .notice").to_have_text("broken.png cannot be read as an image.")
 

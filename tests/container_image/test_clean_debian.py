@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.container import BASE, CERTIFICATES, buildah, buildah_command
+from tests.container_image.container import BASE, CERTIFICATES, buildah, buildah_command
 from tests.support.installing import (
     ROOT,
     WAYS,
@@ -102,8 +102,8 @@ def given(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_installed_serves_the_demonstration_model(prepared: None, given: Path, way: str) -> None:
-    place = Debian(given)
+    machine = Debian(given)
     try:
-        install_and_ask(place, way)
+        install_and_ask(machine, way)
     finally:
-        place.close()
+        machine.close()

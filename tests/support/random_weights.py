@@ -62,7 +62,7 @@ def _with_scales(
     return WeightSource(blocks.reshape(-1), format, shape)
 
 
-def meaning(source: WeightSource) -> Tensor:
+def decoded_values(source: WeightSource) -> Tensor:
     """Return a weight's values as float32."""
     if source.format in _FLOATS:
         values = torch.from_numpy(source.data).view(_FLOATS[source.format])

@@ -1,4 +1,4 @@
-"""The README's picture: `python -m tests.page.picture docs/page.webp`, or `make picture`.
+"""The README's picture: `python -m tests.page.screenshot docs/page.webp`, or `make picture`.
 
 It shows the chat page of the demonstration model with a real answer, one half in the dark theme.
 """

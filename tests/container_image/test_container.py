@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.container import FOLDER, Container, build, configuration, mounted
+from tests.container_image.container import FOLDER, Container, build, configuration, mounted
 from tests.support.installing import ask, copy_context, record
 from tests.support.server_process import free_port
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.page.conftest import ChatPage, say_half, words
+from tests.page.conftest import ChatPage, say_in_halves, words
 from tests.support.scripted_engine import say
 
 pytestmark = pytest.mark.page
@@ -64,7 +64,7 @@ FOCUSED = "document.activeElement.ariaLabel ?? document.activeElement.textConten
 def rich(chat: ChatPage) -> None:
     chat.engine.script = say(*words(RICH))
     chat.open()
-    chat.say("Show me everything")
+    chat.send("Show me everything")
     chat.expect("article.assistant").to_have_attribute("aria-busy", "false")
     chat.page.locator(".reasoning summary").click()
 
@@ -128,9 +128,9 @@ def test_all_that_can_be_used_has_a_name(chat: ChatPage) -> None:
 
 def test_nothing_moves_where_that_is_not_wanted(chat: ChatPage, gate: threading.Event) -> None:
     chat.page.emulate_media(reduced_motion="reduce")
-    chat.engine.script = say_half(gate, "One ", "two")
+    chat.engine.script = say_in_halves(gate, "One ", "two")
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.expect("article.assistant .body").to_have_text("One")
     assert chat.page.evaluate("document.getAnimations().filter((a) => a instanceof CSSAnimation).length") == 0
     chat.page.emulate_media(reduced_motion="no-preference")
@@ -202,7 +202,7 @@ def test_no_width_cuts_the_page_off(chat: ChatPage, width: int) -> None:
 def test_in_a_narrow_window_the_list_lies_over_the_messages(chat: ChatPage) -> None:
     chat.page.set_viewport_size({"width": 390, "height": 700})
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     chat.expect("#sidebar").not_to_be_in_viewport()
     chat.button("Show conversations").click()
@@ -216,9 +216,9 @@ def test_in_a_narrow_window_the_list_lies_over_the_messages(chat: ChatPage) -> N
 
 
 def test_a_reader_who_scrolls_up_is_left_there(chat: ChatPage, gate: threading.Event) -> None:
-    chat.engine.script = say_half(gate, "line\n\n" * 60, "last\n\n" * 10)
+    chat.engine.script = say_in_halves(gate, "line\n\n" * 60, "last\n\n" * 10)
     chat.open()
-    chat.say("Hi")
+    chat.send("Hi")
     chat.page.wait_for_function("() => document.getElementById('spoken').childElementCount > 55")
     chat.page.locator("#messages").hover()
     chat.page.mouse.wheel(0, -600)

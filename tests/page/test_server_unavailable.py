@@ -46,7 +46,7 @@ def test_an_answer_whose_server_dies_says_so_and_can_be_tried_again(chat: ChatPa
         server.wait_until_healthy()
         chat.url = server.url + "/"
         chat.open()
-        chat.say("Talk on and on")
+        chat.send("Talk on and on")
         chat.expect("article.assistant .body").not_to_be_empty()
         server.process.kill()
         chat.expect(".failure").to_contain_text("The connection was lost")
@@ -76,9 +76,9 @@ def test_a_key_is_asked_for_once(chat: ChatPage) -> None:
     chat.page.keyboard.press("Enter")
     chat.expect("#key-dialog").to_be_hidden()
     chat.expect("#model").to_have_text("toy/model")
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
-    assert chat.kept("key") == "right"
+    assert chat.stored_value("key") == "right"
     chat.page.reload()
     chat.expect("#model").to_have_text("toy/model")
     chat.expect("#key-dialog").to_be_hidden()
@@ -89,14 +89,14 @@ def test_without_a_key_a_message_asks_again(chat: ChatPage) -> None:
     chat.open()
     chat.expect("#key").to_be_focused()
     chat.page.keyboard.press("Escape")
-    chat.say("Hi")
+    chat.send("Hi")
     chat.page.get_by_label("API key").fill("right")
     chat.page.keyboard.press("Enter")
     chat.wait_for_answer("Hello world")
     chat.expect("#model").to_have_text("toy/model")
     chat.page.get_by_role("button", name="Settings").click()
     chat.button("Forget the key").click()
-    assert chat.kept("key") is None
+    assert chat.stored_value("key") is None
 
 
 def test_behind_a_prefix_the_page_asks_its_own_server(chat: ChatPage) -> None:
@@ -111,7 +111,7 @@ def test_behind_a_prefix_the_page_asks_its_own_server(chat: ChatPage) -> None:
 
     chat.serve_app(prefixed)  # type: ignore[arg-type]
     chat.open("llm/")
-    chat.say("Hi")
+    chat.send("Hi")
     chat.wait_for_answer("Hello world")
     chat.open("llm/docs")
     chat.expect(".route").to_be_visible()

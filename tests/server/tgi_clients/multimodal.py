@@ -1,6 +1,6 @@
 """Images in chats, and embeddings, through langchain-openai and litellm.
 
-    python sights.py http://127.0.0.1:3000/v1 data:image/png;base64,...
+    python multimodal.py http://127.0.0.1:3000/v1 data:image/png;base64,...
 
 Runs in the clients' environment, and prints the calls' results as JSON.
 """

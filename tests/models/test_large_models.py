@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.support.checkpoints import make_model, our_logits, save, save_gguf, save_tokenizer
-from tests.support.driving import Job, generate
-from tests.support.large import HOLE_BYTES, hollow_checkpoint, hollow_gguf, stretch
 from tests.support.load_memory import measure
+from tests.support.runner_driver import Job, generate
+from tests.support.sparse_files import HOLE_BYTES, sparse_checkpoint, sparse_gguf, stretch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -97,9 +97,9 @@ def test_tensors_beyond_2_32_bytes_are_read_right(tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
 def test_loading_takes_the_weights_once(tmp_path: Path, kind: str) -> None:
     files = (
-        hollow_gguf(tmp_path / "model.gguf", **WIDE)
+        sparse_gguf(tmp_path / "model.gguf", **WIDE)
         if kind == "gguf"
-        else hollow_checkpoint(tmp_path / "model", has_unused=True, **WIDE)
+        else sparse_checkpoint(tmp_path / "model", has_unused=True, **WIDE)
     )
     file = files.path if kind == "gguf" else files.path / "model.safetensors"
     assert file.stat().st_size > HOLE_BYTES + WIDE_BYTES
@@ -110,7 +110,7 @@ def test_loading_takes_the_weights_once(tmp_path: Path, kind: str) -> None:
 
 def test_loading_takes_a_layer_of_experts_once(tmp_path: Path) -> None:
     shape = {**WIDE, "num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 1024}
-    files = hollow_gguf(tmp_path / "model.gguf", num_experts=40, **shape)
+    files = sparse_gguf(tmp_path / "model.gguf", num_experts=40, **shape)
     num_bytes = 2 * 40 * 3 * 1024 * 1024
     taken = measure("gguf", files.path, free_bytes=GIB)
     assert num_bytes < taken.peak_bytes < 1.3 * num_bytes + 64 * MIB
@@ -213,7 +213,7 @@ def load_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Callable[...,
 def test_weights_beyond_the_memory_are_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, advice: str
 ) -> None:
-    files = hollow_checkpoint(tmp_path / "model", **BEYOND)
+    files = sparse_checkpoint(tmp_path / "model", **BEYOND)
     stages: list[str] = []
     monkeypatch.setattr(load_module, "free_memory", lambda: free_bytes)
     with pytest.raises(
@@ -226,7 +226,7 @@ def test_weights_beyond_the_memory_are_refused_unread(
 @pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
 def test_what_weights_will_take_is_known_before(tmp_path: Path, quantise: str | None) -> None:
     vocabulary = 8192 * 256
-    files = hollow_checkpoint(
+    files = sparse_checkpoint(
         tmp_path / "model", hidden_size=256, intermediate_size=512, vocab_size=8192, num_key_value_heads=4
     )
     packing = ops.Packing(is_exact=False, quantise=quantise)
@@ -241,7 +241,7 @@ def test_what_weights_will_take_is_known_before(tmp_path: Path, quantise: str | 
 
 
 def test_tensors_that_nothing_reads_need_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = hollow_checkpoint(tmp_path / "model", has_unused=True)
+    files = sparse_checkpoint(tmp_path / "model", has_unused=True)
     assert load_with(monkeypatch, GIB)(files).max_total_tokens == 512
 
 
@@ -249,7 +249,7 @@ def test_a_cache_beyond_the_memory_names_what_would_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = load_with(monkeypatch, 64 * MIB)
-    files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 20, num_key_value_heads=4)
+    files = sparse_checkpoint(tmp_path / "model", max_position_embeddings=1 << 20, num_key_value_heads=4)
     with pytest.raises(ModelLoadError, match="fewer than --max-total-tokens 1000000") as refused:
         load(files, max_total_tokens=1_000_000)
     found = re.search(r"set that to at most (\d+), or free memory", str(refused.value))
@@ -264,7 +264,7 @@ def test_a_rotary_table_beyond_the_memory_names_what_would_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = load_with(monkeypatch, 64 * MIB)
-    files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
+    files = sparse_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
     options = {"max_batch_total_tokens": 1 << 20}  # the administrator has set the size of the cache
     with pytest.raises(ModelLoadError, match="for its rotary tables") as refused:
         load(files, max_total_tokens=1 << 20, **options)
@@ -277,7 +277,7 @@ def test_a_rotary_table_beyond_the_memory_names_what_would_fit(
 
 
 def test_a_context_of_millions_is_cut_to_what_memory_holds(tmp_path: Path) -> None:
-    files = hollow_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
+    files = sparse_checkpoint(tmp_path / "model", max_position_embeddings=1 << 24)
     taken = measure("safetensors", files.path, free_bytes=2 * GIB)
     assert 1 << 18 < taken.max_total_tokens < 1 << 20
     assert taken.peak_bytes < 512 * MIB

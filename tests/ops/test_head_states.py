@@ -8,10 +8,10 @@ import pytest
 
 from tests.ops import test_delta_rule, test_selective_scan
 from tests.support.state_steps import (
-    assert_drafts_are_taken_back,
-    assert_kept_states_are_gone_on_with,
+    assert_chunking_keeps_bits,
+    assert_kept_states_resume,
+    assert_rejected_drafts_are_undone,
     assert_step_may_be_computed_again,
-    assert_steps_leave_bits_alone,
 )
 
 # Modules with `random_weight`, `random_text` and `steps_of`.
@@ -26,7 +26,7 @@ def test_a_sequence_has_the_same_bits_in_any_steps_and_team(
 ) -> None:
     weight = operator.random_weight(3, 80, 3, 9)
     texts = [operator.random_text(weight, length) for length in (23, 11, 40)]
-    assert_steps_leave_bits_alone(lambda slots: operator.steps_of(weight, slots), texts, threads)
+    assert_chunking_keeps_bits(lambda slots: operator.steps_of(weight, slots), texts, threads)
 
 
 def test_a_step_may_be_computed_again(operator: Any) -> None:
@@ -39,10 +39,10 @@ def test_a_step_may_be_computed_again(operator: Any) -> None:
 def test_kept_states_are_gone_on_with(operator: Any, threads: int) -> None:
     weight = operator.random_weight(3, 48, 3, 6)
     text = operator.random_text(weight, 12)
-    assert_kept_states_are_gone_on_with(lambda slots: operator.steps_of(weight, slots), text, threads)
+    assert_kept_states_resume(lambda slots: operator.steps_of(weight, slots), text, threads)
 
 
 def test_drafts_are_taken_back(operator: Any) -> None:
     weight = operator.random_weight(2, 32, 1, 6)
     text, wrong = (operator.random_text(weight, length) for length in (12, 4))
-    assert_drafts_are_taken_back(lambda slots: operator.steps_of(weight, slots), text, wrong)
+    assert_rejected_drafts_are_undone(lambda slots: operator.steps_of(weight, slots), text, wrong)

@@ -17,8 +17,8 @@ from tests.reference.attention import attention
 from tests.reference.experts import Mlp, experts, route
 from tests.reference.layers import activate, linear, norm, rotate
 from tests.support.batches import flat_rows, random_blocks
-from tests.support.blocks import meaning, random_weight
 from tests.support.kv import poisoned_pool
+from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import ops
 from tgi_asgi.types import SamplingParams
 
@@ -103,7 +103,7 @@ class Graph:
         source = self._source(self.shape.vocab, self.shape.hidden)
         added = torch.randn(max(self.lengths), self.shape.hidden) if has_positions else None
         x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor, added)
-        exact = meaning(source).double()[self.ids] * factor
+        exact = decoded_values(source).double()[self.ids] * factor
         return Twin(x, exact if added is None else exact + added[self.positions])
 
     def norm_weight(self, columns: int) -> ops.NormWeight:
@@ -147,7 +147,7 @@ class Graph:
         sources = [self._source(self.shape.intermediate, a.value.columns) for _ in range(2)]
         weight = ops.gate_up_weight(sources[0], sources[1], self.packing)
         gate, up = (
-            linear(rounded(a.exact.float(), part.precision), meaning(source))
+            linear(rounded(a.exact.float(), part.precision), decoded_values(source))
             for part, source in zip((weight.made.parts[0], weight.made.parts[-1]), sources, strict=True)
         )
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
@@ -164,7 +164,7 @@ class Graph:
             sources = [self._source(*size, self.formats[:1]) for size in sizes]
             gate_up = ops.gate_up_weight(sources[0], sources[1], self.packing)
             made.append((gate_up, ops.linear_weight(sources[2], self.packing)))
-            gate, up, down = map(meaning, sources)
+            gate, up, down = map(decoded_values, sources)
             mlps.append(Mlp(gate, up, down))
         weight = ops.experts_weight(made, self.packing)
         router = random_weight("F32", NUM_EXPERTS, columns, seed=self._num_weights)
@@ -173,7 +173,7 @@ class Graph:
         spec = ops.RouteSpec(NUM_EXPERTS, top_k, "sigmoid", correction, is_renormalised=True)
         added = ops.experts_add(a.value, ops.route(logits, spec), weight, x.value, factor=factor)
         of_input, inner = weight.made.precision, weight.made.inner_precision
-        weights = route(linear(a.exact.float(), meaning(router)), spec)
+        weights = route(linear(a.exact.float(), decoded_values(router)), spec)
         seen = rounded(a.exact.float(), of_input)
         found = experts(seen, weights, mlps, round_inner=lambda rows: rounded(rows.float(), inner))
         return Twin(added, x.exact + factor * found)
@@ -211,7 +211,7 @@ class Graph:
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
-            rows = linear(rounded(a.exact.float(), part.precision), meaning(source))
+            rows = linear(rounded(a.exact.float(), part.precision), decoded_values(source))
             rows = rows if clip is None else rows.clamp(-clip, clip)
             each = rows.view(len(rows), -1, shape.head_dim)
             if norms not in (None, "last") and index < 2:
@@ -238,7 +238,7 @@ class Graph:
         source, last = self._source(self.shape.vocab, self.shape.hidden), self.norm_weight(self.shape.hidden)
         weight = ops.linear_weight(source, self.packing)
         ops.head(x.value, last, weight, scale=scale, cap=cap)
-        logits = linear(rounded(norm(x.exact, last).float(), weight.made.precision), meaning(source))
+        logits = linear(rounded(norm(x.exact, last).float(), weight.made.precision), decoded_values(source))
         self.exact_logits = logits * scale
         if cap:
             self.exact_logits = cap * (self.exact_logits / cap).tanh()
@@ -250,7 +250,7 @@ class Graph:
 
     def _linear(self, a: Twin, rows: int) -> tuple[ops.LinearWeight, Tensor]:
         source = self._source(rows, a.value.columns)
-        return ops.linear_weight(source, self.packing), meaning(source)
+        return ops.linear_weight(source, self.packing), decoded_values(source)
 
     def _seen(self, a: Twin, weight: ops.LinearWeight) -> Tensor:
         return rounded(a.exact.float(), weight.made.precision)
