@@ -43,6 +43,18 @@ async def test_anything_else_is_a_401_with_a_challenge(authorization: str | byte
     assert response.json()["error_type"] == "unauthorized"
 
 
+@pytest.mark.parametrize("name", ["x-api-key", "api-key"])
+async def test_a_key_may_come_in_a_header_of_its_own(name: str) -> None:
+    async with client_of(scripted_app(ScriptedEngine(), KEYED)) as client:
+        for own, other, status in (
+            ("first-key", None, 200), ("wrong", None, 401), ("first-key", "Basic dTpw", 200),
+            ("first-key", "Bearer wrong", 401), ("wrong", "Bearer first-key", 200),
+        ):  # fmt: skip
+            headers = {name: own} | ({} if other is None else {"authorization": other})
+            answer = await client.post("/generate", headers=headers, json={"inputs": "hi"})
+            assert answer.status_code == status, (own, other)
+
+
 async def test_the_refusal_speaks_the_routes_dialect() -> None:
     assert isinstance((await call("POST", "/generate")).json()["error"], str)
     assert (await call("POST", "/v1/chat/completions")).json()["error"]["code"] == "invalid_api_key"

@@ -61,7 +61,8 @@ async def test_another_origin_gets_no_leave() -> None:
 async def test_a_star_allows_any_origin(settings: Settings) -> None:
     response = await call("POST", settings, {"origin": "https://any.example"})
     assert response.headers["access-control-allow-origin"] == "*"
-    assert "x-request-id" in response.headers["access-control-expose-headers"]
+    exposed = response.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", "request-id", "retry-after", "x-should-retry"} <= set(exposed)
 
 
 async def test_streams_can_be_read_as_well() -> None:

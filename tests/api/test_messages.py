@@ -59,6 +59,23 @@ async def test_what_never_reaches_the_handler_has_the_request_s_id_too(method: s
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "version"),
+    [("POST", "/v1/messages/batches", None), ("GET", "/v1/messages/x/y", None),
+     ("GET", "/v1/files", "2023-06-01"), ("POST", "/v1/v1/messages", None), ("POST", "/messages", None)],
+)  # fmt: skip
+async def test_unknown_paths_of_the_api_have_its_envelope(
+    method: str, path: str, version: str | None
+) -> None:
+    headers = {} if version is None else {"anthropic-version": version}
+    async with client_of(app_of(ScriptedEngine())) as client:
+        answer = await client.request(method, path, headers=headers, json={})
+    body = answer.json()
+    assert (answer.status_code, body["type"], body["error"]["type"]) == (404, "error", "not_found_error")
+    assert path in body["error"]["message"]
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
 async def test_a_whole_message_through_the_sdk() -> None:
     async with sdk(say("Hel", "lo")) as client:
         message = await client.messages.create(model="m", messages=HI, max_tokens=50, system="Be brief.")
@@ -108,6 +125,16 @@ async def test_events_come_in_order() -> None:
 async def test_the_reason_to_stop(fields: dict[str, Any], stop: tuple[str, str | None]) -> None:
     _, message = await post(fields)
     assert (message["stop_reason"], message["stop_sequence"]) == stop
+
+
+async def test_max_tokens_0_only_reads_the_prompt() -> None:
+    _, message = await post({"max_tokens": 0})
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+    assert message["usage"]["output_tokens"] == 0 and message["usage"]["input_tokens"] > 0
+    _, events = await post({"max_tokens": 0, "stream": True})
+    assert [event["type"] for event in events] == ["message_start", "message_delta", "message_stop"]
+    assert events[1]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
+    assert events[1]["usage"]["output_tokens"] == 0
 
 
 async def test_a_failure_after_the_start_is_an_event() -> None:
@@ -169,7 +196,9 @@ async def test_anthropic_s_header_carries_the_key() -> None:
     ("fields", "word"),
     [
         ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"max_tokens": -1}, "`max_tokens`"),
+        ({"thinking": {"type": "some"}}, "thinking.type"),
+        ({"thinking": {}}, "thinking.type"),
         ({"stop_sequences": [""]}, "`stop_sequences[0]`"),
         ({"tools": [{"name": "a b"}]}, "`tools[0].name`"),
         ({"system": "x", "messages": [{"role": "user", "content": []}]}, "`messages[0].content`"),
@@ -177,6 +206,7 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"tool_choice": {}}, "tool_choice.type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "tool", "name": "absent"}}, "tool_choice"),
         ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
@@ -274,5 +304,7 @@ async def test_models_are_listed_in_the_form_of_the_client() -> None:
     assert (one.type, one.display_name, one.lifecycle) == ("model", one.id, "active")
     assert one.created_at.tzinfo is not None and one.max_input_tokens
     async with client_of(app_of(ScriptedEngine())) as plain:
+        answer = await plain.get("/v1/models", headers={"anthropic-version": "2023-06-01"})
+        assert answer.headers["request-id"] == answer.headers["x-request-id"]
         answer = await plain.get("/v1/models")
     assert answer.json()["object"] == "list" and "anthropic-version" in answer.headers["vary"]

@@ -368,7 +368,9 @@ async def test_a_failure_after_the_start_is_a_line(error: GenerationFailed | Ove
         ("chat", {"messages": HI, "format": "xml"}, 400, "format"),
         ("chat", {"messages": HI, "format": {"type": "x"}}, 400, "format"),
         ("chat", {"messages": HI, "think": "a bit"}, 400, "think"),
-        ("chat", {"messages": HI, "logprobs": True}, 400, "logprobs"),
+        ("chat", {"messages": HI, "logprobs": 1}, 400, "logprobs"),
+        ("chat", {"messages": HI, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ("generate", {"prompt": "x", "logprobs": True, "top_logprobs": -1}, 400, "top_logprobs"),
         ("chat", {"messages": HI, "model": "m" * 300}, 400, "model"),
         ("generate", {"prompt": "x" * 9000}, 400, "prompt"),
         ("generate", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
@@ -377,6 +379,7 @@ async def test_a_failure_after_the_start_is_a_line(error: GenerationFailed | Ove
         ("generate", {"prompt": "x", "raw": True, "system": "y"}, 400, "system"),
         ("generate", {"prompt": "x", "template": "{{ .Prompt }}"}, 403, "template"),
         ("show", {}, 400, "model"),
+        ("show", {"name": "m" * 300}, 400, "model"),
     ],
 )  # fmt: skip
 async def test_refusals_name_the_field(path: str, fields: dict[str, Any], status: int, says: str) -> None:
@@ -384,6 +387,47 @@ async def test_refusals_name_the_field(path: str, fields: dict[str, Any], status
     assert (got, request) == (status, None)
     assert list(error) == ["error"]
     assert says in error["error"]
+
+
+async def test_log_probabilities_through_the_package() -> None:
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
+    async with sdk(ScriptedEngine(say("Hel", "l", "o, you"))) as client:
+        chat = await client.chat("m", HI, options={"stop": [", y"]}, **options)
+        lines = [line async for line in await client.chat("m", HI, stream=True, **options)]
+        made = await client.generate("m", "hi", logprobs=True)
+        plain = await client.generate("m", "hi", top_logprobs=2)
+    streamed = [entry for line in lines for entry in line.logprobs or ()]
+    assert [entry.token for entry in streamed] == ["Hel", "l", "o, you"]
+    assert lines[0].logprobs == streamed[:1] and lines[-1].logprobs is None
+    assert chat.message.content == "Hello" and list(chat.logprobs or ()) == streamed
+    assert all(len(entry.top_logprobs or ()) == 2 for entry in streamed)
+    assert streamed[0].top_logprobs and streamed[0].top_logprobs[0].token == "Hel"
+    assert [entry.top_logprobs for entry in made.logprobs or ()] == [None] * 3
+    assert plain.logprobs is None
+
+
+async def test_calls_have_no_log_probabilities() -> None:
+    _, [answer], _ = await post(
+        "/api/chat", {"messages": HI, "stream": False, "tools": TOOLS, "logprobs": True}, say(*CALLS)
+    )
+    assert "".join(entry["token"] for entry in answer["logprobs"]).startswith("Let me see")
+    assert not any("weather" in entry["token"] for entry in answer["logprobs"])
+
+
+async def test_a_model_is_described_by_its_older_field_too() -> None:
+    engine = ScriptedEngine()
+    async with client_of(app_of(engine)) as client:
+        older, newer = [
+            (await client.post("/api/show", json=body)).json() for body in ({"name": "m"}, {"model": "m"})
+        ]
+    assert older == newer and older["capabilities"] == ["completion"]
+
+
+async def test_the_loaded_model_never_expires() -> None:
+    async with sdk() as client:
+        [model] = (await client.ps()).models
+    assert model.expires_at is not None and model.expires_at.year > 2300
+    assert model.size_vram == 0
 
 
 async def test_leaving_a_stream_frees_the_request() -> None:

@@ -183,6 +183,20 @@ async def test_a_stream_of_a_required_call_has_no_text_not_even_an_empty_one() -
     assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
 
 
+@pytest.mark.parametrize(
+    ("said", "content"),
+    [(CALLS[4:], None), (["\n", *CALLS[4:]], None), (CALLS, ""), (["Hi"], ""), ([], "")],
+)
+async def test_only_a_stream_that_begins_with_text_opens_with_one(
+    said: list[str], content: str | None
+) -> None:
+    options: dict[str, Any] = {"tools": TOOLS, "logprobs": True, "return_token_ids": True}
+    first, *chunks = await deltas(say(*said), **options)
+    assert first["delta"] == {"role": "assistant", "content": content}
+    assert first["logprobs"] is None
+    assert not any("role" in chunk["delta"] for chunk in chunks)
+
+
 async def test_a_call_that_the_length_cuts_is_shown_as_far_as_it_came() -> None:
     choice = (await chat(say(*CALLS[4:]), tools=TOOLS, max_tokens=6))["choices"][0]
     assert choice["finish_reason"] == "length"

@@ -86,6 +86,24 @@ async def test_a_streamed_response_is_kept_as_well() -> None:
     assert (kept.id, kept.output_text, kept.status) == (first.id, "Hello", "completed")
 
 
+async def test_what_background_responses_have_is_refused_by_name() -> None:
+    async with sdk(app_of(ScriptedEngine(say("a")))) as client:
+        made = await client.responses.create(model="m", input="one")
+        with pytest.raises(openai.BadRequestError, match="only background responses") as finished:
+            await client.responses.cancel(made.id)
+        with pytest.raises(openai.BadRequestError, match="stream") as streamed:
+            await client.responses.retrieve(made.id, stream=True)
+        with pytest.raises(openai.NotFoundError, match="not found") as unknown:
+            await client.responses.cancel("resp_1")
+        with pytest.raises(openai.NotFoundError, match="compacts no conversations") as compacted:
+            await client.responses.compact(model="m", input="one")
+        with pytest.raises(openai.NotFoundError, match="Unknown URL"):
+            await client.conversations.create()
+        assert (await client.responses.retrieve(made.id, stream=False)).id == made.id
+    assert (finished.value.param, streamed.value.param) == ("id", "stream")
+    assert (unknown.value.code, compacted.value.code) == ("response_not_found", "unknown_url")
+
+
 async def test_calls_and_their_results_are_part_of_the_history() -> None:
     engine = ScriptedEngine(say(*CALLS[4:12]))
     app = app_of(engine, chat_template=TEMPLATE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response
 from pydantic import BaseModel
 
 from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
@@ -99,6 +100,39 @@ async def test_events_come_in_order_and_say_where_they_belong() -> None:
     assert item["status"] == "completed" and item["content"][0]["text"] == "ab"
 
 
+async def test_the_answer_has_what_the_request_said() -> None:
+    named = {"prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "max_tool_calls": 3}
+    status, body = await post(say("a"), tools=[{"type": "function", "name": "now"}], **named)
+    assert status == 200 and {name: body[name] for name in named} == named
+    assert body["tools"] == [
+        {"type": "function", "name": "now", "description": None, "parameters": None, "strict": False}
+    ]
+    assert body["created_at"] <= body["completed_at"]
+    assert (body["service_tier"], body["frequency_penalty"], body["presence_penalty"]) == ("default", 0, 0)
+    Response.model_validate_json(json.dumps(body), strict=True)
+    status, cut = await post(say("a", "b"), max_output_tokens=1)
+    assert (status, cut["completed_at"], cut["user"]) == (200, None, None)
+    status, refused = await post(say("a"), user="u" * 257)
+    assert (status, refused["error"]["param"]) == (400, "user")
+
+
+async def test_sampling_and_stop_strings_are_those_of_chats() -> None:
+    engine = ScriptedEngine(say("Hel", "lo"))
+    fields: dict[str, Any] = {
+        "temperature": 0.5, "top_p": 0.25, "seed": 7, "top_k": 3, "repetition_penalty": 1.5,
+        "presence_penalty": 1.0, "frequency_penalty": -0.5, "stop": ["l"],
+    }  # fmt: skip
+    async with client_of(app_of(engine)) as client:
+        answer = (await client.post("/v1/responses", json={"input": "hi", **fields})).json()
+        await client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], **fields}
+        )
+    assert answer["output"][0]["content"][0]["text"] == "He" and answer["status"] == "completed"
+    assert (answer["presence_penalty"], answer["frequency_penalty"]) == (1.0, -0.5)
+    response, chat = engine.requests
+    assert response.sampling == chat.sampling and response.stop == chat.stop
+
+
 async def test_a_response_that_the_length_cuts_is_incomplete() -> None:
     _, body = await post(say("a", "b", "c"), max_output_tokens=2)
     assert body["status"] == "incomplete"
@@ -182,6 +216,10 @@ async def test_items_become_the_messages_of_a_chat() -> None:
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"tools": [{"name": "web_search"}]}, "tools[0].type"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"top_k": -2}, "top_k"),
+        ({"truncation": "some"}, "truncation"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "absent"}}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import ssl
 from pathlib import Path
@@ -93,7 +94,21 @@ async def test_http_2_by_prior_knowledge_is_refused(preface: bytes) -> None:
     async with serving(version_of) as url, asyncio.timeout(10):
         reader, writer = await connect(url)
         writer.write(preface + b"\0\0\0\4\0\0\0\0\0")  # followed by the first frame
-        assert (await reader.read()).startswith(b"HTTP/1.1 505 ")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 505 ")
+        assert json.loads(body) == {
+            "error": "This server speaks HTTP/1.0 and HTTP/1.1", "error_type": "validation"
+        }  # fmt: skip
+        writer.close()
+
+
+async def test_a_body_with_two_lengths_is_refused() -> None:
+    async with serving(version_of) as url, asyncio.timeout(10):
+        reader, writer = await connect(url)
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(head + b"0\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
         writer.close()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import resource
 import socket
 import time
 
 import httpx
+import pytest
 
+from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tests.support.server_process import ServerProcess
+from tests.support.serving import connect, serving
 from tgi_asgi.serve.process import MAX_FILES
 
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -63,12 +68,23 @@ def test_one_address_has_as_many_connections_as_it_may() -> None:
             client.close()
 
 
-def test_a_head_that_is_too_large_is_refused() -> None:
-    with _serve() as server:
-        server.wait_until_healthy()
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-            client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"a" * (80 << 10))
-            assert client.recv(4096).startswith(b"HTTP/1.1 431")
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["unfinished", "finished"])
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_a_head_that_is_too_large_is_refused(method: bytes, end: bytes) -> None:
+    async def ask(head: bytes) -> tuple[bytes, bytes]:
+        async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(20):
+            reader, writer = await connect(url)
+            writer.write(head)
+            answer = await reader.read()
+            writer.close()
+        start, _, body = answer.partition(b"\r\n\r\n")
+        return start.split(b"\r\n")[0], body
+
+    start = method + b" /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: "
+    status, body = asyncio.run(ask(start + b"a" * (80 << 10) + end))
+    assert status == b"HTTP/1.1 431 "
+    assert (method == b"HEAD" and bool(end)) or "too large" in json.loads(body)["error"]
+    assert asyncio.run(ask(start + b"a" * (60 << 10) + b"\r\n\r\n")) == (b"HTTP/1.1 200 ", b"")
 
 
 def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:

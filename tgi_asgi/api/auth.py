@@ -16,9 +16,13 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_OTHER_HEADERS = (b"x-api-key", b"api-key")  # sent by Anthropic's clients, and by OpenAI's for Azure
+
 
 class ApiKeys:
-    """The keys that clients may send as `Authorization: Bearer <key>`; without keys, everything is open.
+    """The keys that clients may send as `Authorization: Bearer <key>`, or in a header of `_OTHER_HEADERS`.
+
+    Without keys, everything is open.
 
     Raises:
         ModelLoadError: if the key file cannot be read or is empty, so that the server does not run open.
@@ -114,15 +118,15 @@ def read_key_file(path: str) -> list[tuple[str, str]]:
 
 def _key_of(exchange: Exchange) -> bytes:
     given = exchange.header(b"authorization")
-    own = exchange.header(b"x-api-key")  # sent by Anthropic's clients
-    if given is None and own is not None:
-        return own.strip()
+    scheme, _, key = (given or b"").strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    for name in _OTHER_HEADERS:  # also next to another scheme, which is then meant for a proxy
+        if (own := exchange.header(name)) is not None:
+            return own.strip()
     if given is None:
         raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
-    scheme, _, key = given.strip().partition(b" ")
-    if scheme.lower() != b"bearer":
-        raise Unauthorized("The API key is wrong")
-    return key.strip()
+    raise Unauthorized("The API key is wrong")
 
 
 def _digest(key: bytes) -> bytes:

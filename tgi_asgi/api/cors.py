@@ -17,7 +17,8 @@ _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2048}")
 _DEFAULT_HEADERS = b"authorization, content-type, x-request-id"
 _EXPOSED = b", ".join(
     (
-        b"x-request-id", b"retry-after", b"x-compute-type", b"x-compute-time", b"x-compute-characters",
+        b"x-request-id", b"request-id", b"retry-after", b"x-should-retry",
+        b"x-compute-type", b"x-compute-time", b"x-compute-characters",
         b"x-total-time", b"x-validation-time", b"x-queue-time", b"x-inference-time", b"x-time-per-token",
         b"x-prompt-tokens", b"x-generated-tokens", b"x-tgi-model", b"x-tgi-ignored-keywords",
     )

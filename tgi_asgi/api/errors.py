@@ -82,6 +82,7 @@ class Dialect:
         names: The API's field names, by the names that `Call` uses.
         nests_tools: Whether a tool's fields are nested in its `function`.
         request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one.
+        client_header: Header that only its clients send, if there is one.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Dialect:
     nests_tools: bool = False
     is_json_only: bool = False  # whether a body must be declared as JSON
     request_id_header: bytes | None = None
+    client_header: bytes | None = None
 
     def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""

@@ -92,6 +92,12 @@ class Exchange:
         """Return a request header by its lower-case name."""
         return asgi.header(self.scope, name)
 
+    def use(self, dialect: Dialect) -> None:
+        """Answer in this dialect, and with the request id in the header that its clients expect."""
+        self.dialect = dialect
+        if dialect.request_id_header is not None:
+            self.response_headers.append((dialect.request_id_header, self.request_id.encode("ascii")))
+
     async def read_body(self) -> bytes:
         """Read the body, within the server's limit.
 

@@ -22,6 +22,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
 _SLASHES = re.compile("//+")
+_MAX_FOLDERS = 4  # of an unknown path that are compared with the routes: a path may have thousands
 _EXCHANGE = "tgi_asgi.exchange"  # key in the scope for the endpoint's exchange
 
 
@@ -91,21 +92,33 @@ class RouteTable:
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
         """Refuse an unknown path in the dialect of neighbouring routes; suggest adding or removing /v1."""
         exchange: Exchange = scope.pop(_EXCHANGE)
-        where = f"{exchange.method} {exchange.path}"
-        folder = "/" + exchange.path.lstrip("/").partition("/")[0]
-        row, hint = self._row_in(folder), ""
-        if row is None and (row := self._row_in(f"/v1{folder}")):
-            hint = f". Add /v1 to the base URL: /v1{exchange.path}"
-        elif exchange.path.startswith("/v1/v1/"):
-            hint = f". Take /v1 from the base URL: {exchange.path[3:]}"
+        path, hint = exchange.path, ""
+        if path.startswith("/v1/v1/"):
+            path = path[3:]
+            hint = f". Take /v1 from the base URL: {path}"
+        row = self._neighbour_of(path)
+        if row is None and (row := self._neighbour_of(f"/v1{path}", num_folders=2)):
+            hint = f". Add /v1 to the base URL: /v1{path}"
         dialect = row.dialect if row is not None else NATIVE
-        exchange.dialect = _effective_dialect(dialect, exchange)
+        if dialect.envelope is OPENAI.envelope:  # paths below /v1 are not only OpenAI's
+            others = ((row.dialect, row.dialect.client_header) for row in self.rows)
+            sent = (each for each, name in others if name is not None and exchange.header(name) is not None)
+            dialect = next(sent, dialect)
+        exchange.use(_effective_dialect(dialect, exchange))
         self._check(exchange)  # with a wrong key, do not reveal whether the path exists
         exchange.dialect = dialect
-        raise NotFound(f"{'No route' if dialect is NATIVE else 'Unknown URL:'} {where}{hint}")
+        start = "No route" if dialect is NATIVE else "Unknown URL:"
+        raise NotFound(f"{start} {exchange.method} {exchange.path}{hint}")
 
-    def _row_in(self, folder: str) -> Route | None:
-        return next((row for row in self.rows if f"{row.path}/".startswith(f"{folder}/")), None)
+    def _neighbour_of(self, path: str, num_folders: int = 1) -> Route | None:
+        """Return a route that shares most folders with a path, at least the first `num_folders`, or None."""
+        folders = path.split("/", _MAX_FOLDERS + 1)[1 : _MAX_FOLDERS + 1]
+        for size in range(len(folders), num_folders - 1, -1):
+            shared = "".join(f"/{folder}" for folder in folders[:size])
+            for row in self.rows:
+                if f"{row.path}/".startswith(f"{shared}/"):
+                    return row
+        return None
 
 
 class _Endpoint:
@@ -119,9 +132,7 @@ class _Endpoint:
         exchange: Exchange = scope.pop(_EXCHANGE)  # the exchange refers to the scope, so this avoids a cycle
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
-        exchange.dialect = dialect = _effective_dialect(any_row.dialect, exchange)
-        if dialect.request_id_header is not None:
-            exchange.response_headers.append((dialect.request_id_header, exchange.request_id.encode("ascii")))
+        exchange.use(_effective_dialect(any_row.dialect, exchange))
         exchange.route = row
         self._check(exchange)
         if row is None:

@@ -23,6 +23,12 @@ _REFUSAL = (
     b"content-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
 )
 
+_REFUSALS = {
+    431: "The request line and headers are too large",
+    501: "This transfer encoding is not supported; send chunked or a content-length",
+    505: "This server speaks HTTP/1.0 and HTTP/1.1",
+}
+
 # Time a connection's last bytes may wait for a stalled reader; over TCP the kernel then gives up the
 # connection.
 CLOSE_S = 120.0
@@ -149,8 +155,42 @@ class Http1(H11Protocol):
         """Do not switch protocols; a server may ignore an upgrade request."""
 
     async def _create_stream(self, request: h11.Request) -> None:
-        if request.http_version.startswith(b"1."):
+        if not request.http_version.startswith(b"1."):  # looks like an HTTP/2 preface with prior knowledge
+            await self._refuse(505, request)
+        elif _size_of(request) > self.config.h11_max_incomplete_size:
+            # h11 counts only the bytes of a head that is not complete yet, so one that arrives with the last
+            # of them may have twice as many.
+            await self._refuse(431, request)
+        elif _is_ambiguous(request):
+            await self._refuse(400, request)
+        else:
             await super()._create_stream(request)
-        else:  # looks like an HTTP/2 preface with prior knowledge
-            await self._send_error_response(505)
-            await self.send(Closed())
+
+    async def _refuse(self, status: int, request: h11.Request) -> None:
+        await self._send_error_response(status, has_body=request.method != b"HEAD")
+        await self.send(Closed())
+
+    async def _send_error_response(self, status_code: int, *, has_body: bool = True) -> None:
+        """Refuse a request that is not for the app, in TGI's envelope, and close the connection."""
+        text = _REFUSALS.get(status_code, "The request is not valid HTTP/1.1")
+        body = b'{"error":"%b","error_type":"validation"}' % text.encode()
+        headers = [
+            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"), *self.config.response_headers("h11"),
+        ]  # fmt: skip
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        if has_body:
+            await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+def _is_ambiguous(request: h11.Request) -> bool:
+    """Return whether a body has two lengths, so that a proxy may see another end of it (RFC 9112, 6.1)."""
+    names = {name for name, _ in request.headers}
+    return b"content-length" in names and b"transfer-encoding" in names
+
+
+def _size_of(request: h11.Request) -> int:
+    """Return the bytes of a request's head."""
+    line = len(request.method) + len(request.target) + len(request.http_version) + len("  HTTP/\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers)

@@ -26,7 +26,7 @@ def in_own_form(other: Handler, list_models: Callable[[Exchange], Models]) -> Ha
         if exchange.header(b"anthropic-version") is None:
             await other(exchange)
             return
-        exchange.dialect = ANTHROPIC
+        exchange.use(ANTHROPIC)
         models = [_model(model) for model in list_models(exchange)]
         if "model" in exchange.scope["path_params"]:
             await exchange.respond_json(models[0])

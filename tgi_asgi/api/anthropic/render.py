@@ -36,14 +36,24 @@ def _envelope(error: BaseException) -> dict[str, Any]:
     return {"type": "error", "error": described}
 
 
-ANTHROPIC = Dialect("anthropic", _envelope, names={"prompt": "messages"}, request_id_header=b"request-id")
+ANTHROPIC = Dialect(
+    "anthropic",
+    _envelope,
+    names={"prompt": "messages"},
+    request_id_header=b"request-id",
+    client_header=b"anthropic-version",
+)
 
 
 class MessageRenderer(Renderer):
-    """Renders one choice's token events as content blocks and their events."""
+    """Renders one choice's token events as content blocks and their events.
 
-    def __init__(self, generation: Generation) -> None:
+    hides_tokens: Whether `max_tokens` was 0, so the one sampled token is not shown.
+    """
+
+    def __init__(self, generation: Generation, *, hides_tokens: bool = False) -> None:
         self._generation = generation
+        self._hides_tokens = hides_tokens
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._id = f"msg_{secrets.token_hex(12)}"
         self._has_begun = False
@@ -60,6 +70,8 @@ class MessageRenderer(Renderer):
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the message."""
+        if self._hides_tokens:
+            self._generation.num_shown = 0
         self._take(parts[0][0])
         return orjson.dumps(self._message())
 
@@ -87,6 +99,9 @@ class MessageRenderer(Renderer):
 
     def _take(self, events: Sequence[TokenEvent]) -> list[Event]:
         """Parse new tokens; return their events."""
+        if self._hides_tokens:
+            self._stop = {"stop_reason": "max_tokens", "stop_sequence": None}
+            return [self._delta(), {"type": "message_stop"}]
         self._num_generated += len(events)
         made = [event for piece in self._reader.push(events) for event in self._add(piece)]
         last = events[-1]
@@ -96,8 +111,10 @@ class MessageRenderer(Renderer):
             made += self._open(Content(""))
         made += self._close()
         self._stop = self._stop_of(last)
-        made.append({"type": "message_delta", "delta": self._stop, "usage": self._usage()})
-        return [*made, {"type": "message_stop"}]
+        return [*made, self._delta(), {"type": "message_stop"}]
+
+    def _delta(self) -> Event:
+        return {"type": "message_delta", "delta": self._stop, "usage": self._usage()}
 
     def _add(self, piece: Piece) -> list[Event]:
         made = self._open(piece) if isinstance(piece, CallStart) or _KINDS[type(piece)] != self._kind else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,7 +17,6 @@ from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.parse import (
     Fraction,
     Natural,
-    Positive,
     check_ranges,
     decode_json,
     kind_of,
@@ -29,6 +29,7 @@ from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _RESULT = ("text", "image", "tool_reference", "document", "search_result")
+_THINKING = ("adaptive", "disabled", "enabled")
 _BILLING = "x-anthropic-billing-header:"
 
 
@@ -63,7 +64,7 @@ class CountRequest(Struct, kw_only=True):
 class MessagesRequest(CountRequest, kw_only=True):
     """Body of `POST /v1/messages`."""
 
-    max_tokens: Positive
+    max_tokens: Natural  # 0 only reads the prompt, so that later requests find it in the cache
     temperature: Fraction | None = None
     top_p: Fraction | None = None
     top_k: Natural | None = None
@@ -94,13 +95,14 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         sampling=sampling(
             context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
-        max_tokens=request.max_tokens,
+        max_tokens=request.max_tokens or 1,
         overflow=Overflow.CLIPPED,  # agents request as many tokens as the largest models allow
         stop=stops,
         constraint=_constraint(request),
         tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
     )
-    return Call(jobs=[job], render=MessageRenderer, model=request.model, stream=bool(request.stream))
+    render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0)
+    return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 
 
 def read_conversation(request: CountRequest, tools: list[Tool], images: Images | None = None) -> Conversation:
@@ -117,12 +119,11 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         messages.append({"role": "system", "content": _text(system, "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]", images)
-    thinking = request.thinking
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
         offers_tools=(request.tool_choice or {}).get("type") != "none",
-        variables={} if thinking is None else thinking_variables(thinking.get("type") != "disabled"),
+        variables={} if request.thinking is None else thinking_variables(_thinks(request.thinking)),
         is_continued=leaves_open(messages),
         images=images,
     )
@@ -239,7 +240,7 @@ def read_tools(request: CountRequest) -> list[Tool]:
 
 def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
     """Return the tools that the model may call; None if all offered tools were skipped."""
-    given = given or {"type": "auto"}
+    given = {"type": "auto"} if given is None else given
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
         refuse("tool_choice.type", "`tool_choice.type` must be auto, any, tool or none")
@@ -247,6 +248,15 @@ def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int
     if num_offered and not tools:
         return None
     return choose(tools, mode, names, is_parallel=not given.get("disable_parallel_tool_use"))
+
+
+def _thinks(given: dict[str, Any]) -> bool:
+    """Return whether a request's `thinking` lets the model think."""
+    kind = given.get("type")
+    if kind not in _THINKING:
+        known = ", ".join(_THINKING)
+        refuse("thinking.type", f"`thinking.type` must be one of {known}, got {str(kind)[:40]!r}")
+    return bool(kind != "disabled")
 
 
 def _constraint(request: MessagesRequest) -> Constraint | None:

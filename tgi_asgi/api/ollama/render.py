@@ -13,6 +13,7 @@ from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.tools import whole_arguments
 from tgi_asgi.errors import TgiError, UnknownModel
 from tgi_asgi.observe.summary import RequestSummary
@@ -36,18 +37,22 @@ CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages
 class LineRenderer(Renderer):
     """Renders one choice's token events as lines; without a job, reports that the model is loaded."""
 
-    def __init__(self, exchange: Exchange, generation: Generation, *, is_chat: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, generation: Generation, *, is_chat: bool, shows_logprobs: bool = False
+    ) -> None:
         self._exchange = exchange
         self._model = generation.model
         self._is_chat = is_chat
         reading = generation.jobs[0].reading if generation.jobs else None
         self._reader = ChoiceReader(reading)
+        self._tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None
         self._calls: list[tuple[str, list[str]]] = []  # function names, and the text of their arguments
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         """Return a line with the content of new tokens, if any, followed at the end by the last line."""
         delta, finish = self._take(events), events[-1].finish
-        lines = _dump({**self._line(delta), "done": False}) if delta else b""
+        logprobs = self._logprobs()
+        lines = _dump({**self._line(delta), **logprobs, "done": False}) if delta or logprobs else b""
         return lines + _dump(self._line({}) | self._end(finish)) if finish is not None else lines
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
@@ -55,7 +60,8 @@ class LineRenderer(Renderer):
         if not parts:
             return _dump({**self._line({}), "done": True, "done_reason": "load"})
         events = parts[0][0]
-        return _dump(self._line(self._take(events)) | self._end(events[-1].finish))
+        delta = self._take(events)
+        return _dump(self._line(delta) | self._logprobs() | self._end(events[-1].finish))
 
     def fail(self, error: TgiError) -> bytes:
         """Return the error as a line."""
@@ -64,7 +70,7 @@ class LineRenderer(Renderer):
     def _take(self, events: Sequence[TokenEvent]) -> Line:
         """Parse new tokens; return their content. Calls are not streamed, but added at the end."""
         delta: Line = {}
-        for piece in self._reader.push(events):
+        for piece in self._reader.push(events, self._tracker):
             match piece:
                 case CallStart():
                     self._calls.append((piece.name, []))
@@ -81,6 +87,17 @@ class LineRenderer(Renderer):
                     {"id": f"call_{token_hex(12)}", "function": each} for each in functions
                 ]
         return delta
+
+    def _logprobs(self) -> Line:
+        """Return the log-probabilities that may be sent now, if there are any."""
+        taken = self._tracker.take() if self._tracker is not None else None
+        if taken is None:
+            return {}
+        entries = taken["content"]
+        for entry in entries:
+            if not entry["top_logprobs"]:
+                del entry["top_logprobs"]
+        return {"logprobs": entries}
 
     def _line(self, delta: Line) -> Line:
         line: Line = {"model": self._model, "created_at": datetime.now(UTC)}

@@ -29,7 +29,7 @@ from tgi_asgi.api.sampling import factor, sampling
 from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
 
-_UNSUPPORTED = ("suffix", "context", "logprobs")
+_UNSUPPORTED = ("suffix", "context")
 _AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
 
@@ -68,6 +68,7 @@ class _Request(Struct, kw_only=True):
     options: OllamaOptions | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None  # only with `logprobs`
 
 
 class OllamaChat(_Request, kw_only=True):
@@ -143,8 +144,11 @@ def _call(
     options = request.options or OllamaOptions()
     check_ranges(request)
     check_ranges(options, "options.")
-    stops = tuple(options.stop or ())
-    check_stops(stops, Limits.of(exchange.context.settings).stops, "options.stop")
+    stops, limits = tuple(options.stop or ()), Limits.of(exchange.context.settings)
+    check_stops(stops, limits.stops, "options.stop")
+    num_top = request.top_logprobs or 0
+    if num_top > limits.top_logprobs:
+        refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {num_top}")
     for name in _UNSUPPORTED:
         if getattr(request, name, None):
             refuse(name, f"`{name}` is not supported", "unsupported_parameter")
@@ -157,6 +161,7 @@ def _call(
             temperature=factor(options.temperature),
             repetition_penalty=options.repeat_penalty,
             seed=options.seed if (options.seed or 0) >= 0 else None,
+            logprobs=num_top if request.logprobs else None,
             **{name: getattr(options, name) for name in _AS_GIVEN},
         ),
         max_tokens=options.num_predict if (options.num_predict or 0) > 0 else None,
@@ -168,7 +173,7 @@ def _call(
     )
     return Call(
         jobs=[job] if job else [],
-        render=partial(LineRenderer, exchange, is_chat=is_chat),
+        render=partial(LineRenderer, exchange, is_chat=is_chat, shows_logprobs=bool(request.logprobs)),
         model=request.model and request.model.removesuffix(":latest"),
         stream=request.stream is not False,
         stream_type=NDJSON,

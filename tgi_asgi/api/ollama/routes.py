@@ -17,7 +17,7 @@ from tgi_asgi.api.life import generating, served_name
 from tgi_asgi.api.ollama.embed import OllamaEmbed, OllamaEmbeddings, parse_embed, parse_embeddings
 from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
-from tgi_asgi.api.parse import check_ranges
+from tgi_asgi.api.parse import check_ranges, refuse_field
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Route
 from tgi_asgi.text.tools.reasoning import style_of
@@ -26,9 +26,14 @@ from tgi_asgi.text.tools.reasoning import style_of
 class OllamaShow(Struct):
     """The body of `POST /api/show`."""
 
-    model: str
+    model: str | None = None
+    name: str | None = None  # older name of `model`
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.name
 
 
+_NEVER = "2318-01-01T00:00:00Z"  # about what Ollama reports for a model that stays loaded
 _SHOW = msgspec.json.Decoder(OllamaShow)
 
 
@@ -49,23 +54,32 @@ def rows() -> list[Route]:
         ),
         row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
         row("GET", "/api/tags", list_models, "List the served model"),
-        row("GET", "/api/ps", list_models, "List the loaded model, which is the served one"),
+        row("GET", "/api/ps", list_loaded, "List the loaded model, which is the served one"),
         row("GET", "/api/version", version, "The server's version"),
     ]  # fmt: skip
 
 
 async def list_models(exchange: Exchange) -> None:
     """Answer with the served model."""
-    served = exchange.context.ready()
+    await exchange.respond_json({"models": [_listed(exchange.context.ready())]})
+
+
+async def list_loaded(exchange: Exchange) -> None:
+    """Answer with the served model, which stays loaded."""
+    entry = _listed(exchange.context.ready())
+    await exchange.respond_json({"models": [{**entry, "expires_at": _NEVER, "size_vram": 0}]})
+
+
+def _listed(served: Served) -> dict[str, Any]:
     info = served.info
-    entry = {
+    return {
         "name": info.model_id,
         "model": info.model_id,
         "size": 0,  # clients require a number; Ollama also uses 0 for unknown
         "digest": hashlib.sha256(info.fingerprint.encode()).hexdigest(),
         "context_length": info.max_total_tokens,
+        **_known(served),
     }
-    await exchange.respond_json({"models": [{**entry, **_known(served)}]})
 
 
 async def version(exchange: Exchange) -> None:
@@ -78,6 +92,8 @@ async def show(exchange: Exchange) -> None:
     served = exchange.context.ready()
     request = await exchange.read_json(_SHOW)
     check_ranges(request)
+    if not request.model:
+        refuse_field("model", "is required")
     served_name(exchange, request.model.removesuffix(":latest"))  # as for a chat
     info, template = served.info, served.chat_template
     architecture = info.architecture

@@ -44,6 +44,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
                 ChatLogprobs(names) if job.sampling.logprobs is not None else None,
                 echo=prepared.prompt.echo,
                 is_named=job.tools is not None and job.tools.is_named,
+                may_call=job.tools is not None,
                 must_call=job.tools is not None and job.tools.must_call,
                 is_compat=is_compat,
             )

@@ -79,6 +79,7 @@ class ChatChoice(TextChoice):
 
     Args:
         is_named: Whether the client chose the function to call.
+        may_call: Whether the answer may have tool calls.
         must_call: Whether the answer must be a tool call, without text.
     """
 
@@ -91,6 +92,7 @@ class ChatChoice(TextChoice):
         *,
         echo: str = "",
         is_named: bool = False,
+        may_call: bool = False,
         must_call: bool = False,
         is_compat: bool = False,
     ) -> None:
@@ -99,6 +101,8 @@ class ChatChoice(TextChoice):
         self._is_text = reading is None
         self._reader = ChoiceReader(reading)
         self._is_named = is_named
+        # Whether the first chunk depends on the second: before a call it has no text, not even an empty one.
+        self.opens_late = may_call and not (must_call or is_compat or echo)
         self._opens_with = None if must_call and not is_compat else ""
         self._is_compat = is_compat
         # TGI's own client expects the role in every delta, and the `tool_calls` key.
@@ -111,9 +115,10 @@ class ChatChoice(TextChoice):
         """Number of reasoning tokens so far."""
         return self._reader.num_reasoning_tokens
 
-    def opening(self) -> Fields:
-        """Return the fields of the first chunk."""
-        return {"delta": {"role": "assistant", "content": self._opens_with, **self._no_calls}}
+    def opening(self, then: Sequence[Fields] = ()) -> Fields:
+        """Return the fields of the first chunk, given those of the next ones if it `opens_late`."""
+        text = None if then and "tool_calls" in then[0]["delta"] else self._opens_with
+        return {"delta": {"role": "assistant", "content": text, **self._no_calls}}
 
     def text(self, text: str) -> Fields:
         """Return a chunk's fields for a text."""

@@ -42,8 +42,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
         refuse_field("n", f"must be at most {limits.best_of}, got {request.n}")
     if request.stream_options is not None and not request.stream and not is_compat:
         refuse_field("stream_options", "is only allowed with `stream: true`")
-    stops = _stop_strings(request)
-    check_stops(stops, limits.stops, "stop", is_list=not isinstance(request.stop, str))
+    check_stop(request.stop, limits)
     stop_ids = request.stop_token_ids or ()
     if len(stop_ids) > MAX_IDS:
         refuse_field("stop_token_ids", f"takes at most {MAX_IDS} ids")
@@ -71,13 +70,23 @@ def job_of(
         "min_tokens": request.min_tokens or 0,
         "ignore_eos": bool(request.ignore_eos),
         "stop_token_ids": frozenset(request.stop_token_ids or ()),
-        "stop": _stop_strings(request),
+        "stop": stop_strings(request.stop),
         "include_stop": bool(request.include_stop_str_in_output or request.no_stop_trim),
         "skip_special_tokens": request.skip_special_tokens is not False,
         "constraint": _constraint(request),
         "priority": request.priority or 0,
         "cache_salt": request.cache_salt,
     }
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the strings of `stop`, which is one or a list."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def check_stop(stop: str | Sequence[str] | None, limits: Limits) -> None:
+    """Check the number of a request's stop strings and their lengths."""
+    check_stops(stop_strings(stop), limits.stops, "stop", is_list=not isinstance(stop, str))
 
 
 def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
@@ -93,10 +102,6 @@ def overflow_of(settings: Settings) -> Overflow:
     if settings.tgi_compat:
         return Overflow.TGI
     return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
-
-
-def _stop_strings(request: CommonRequest) -> tuple[str, ...]:
-    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
 
 
 def _constraint(request: CommonRequest) -> Constraint | None:

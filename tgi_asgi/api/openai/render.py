@@ -55,6 +55,7 @@ class CompletionRenderer:
         self._includes_usage = bool(options.include_usage)
         self._repeats_usage = self._includes_usage and bool(options.continuous_usage_stats)
         self._has_begun = [False] * len(generation.jobs)
+        self._unopened: dict[int, Mapping[str, Any]] = {}  # what the late first chunks have on top, by choice
         self._num_generated = 0
         self._unsent_ids: list[list[int]] = [[] for _ in choices]
         prefix, kind, chunk_kind = choices[0].names
@@ -126,7 +127,11 @@ class CompletionRenderer:
         for index in range(part * self._n, (part + 1) * self._n):
             choice = self._choices[index]
             if isinstance(choice, ChatChoice):
-                yield self._chunk(index, choice.opening(), on_top=prompt_ids if index == 0 else _NOTHING)
+                on_top = prompt_ids if index == 0 else _NOTHING
+                if choice.opens_late and self._n == 1:
+                    self._unopened[index] = on_top
+                    continue
+                yield self._chunk(index, choice.opening(), on_top=on_top, is_opening=True)
                 if choice.echo:
                     yield self._chunk(index, choice.text(choice.echo))
             elif choice.echo or prompt_ids:
@@ -149,7 +154,12 @@ class CompletionRenderer:
         if self._is_plain:
             yield self._text_chunk(index, "".join([event.text for event in self._visible(index, events)]))
         else:
-            for fields in choice.deltas(self._visible(index, events)):
+            content = choice.deltas(self._visible(index, events))
+            if index in self._unopened and (content or last.finish is not None):
+                assert isinstance(choice, ChatChoice), "only a chat has a first chunk of its own"
+                on_top = self._unopened.pop(index)
+                yield self._chunk(index, choice.opening(content), on_top=on_top, is_opening=True)
+            for fields in content:
                 yield self._chunk(index, fields, self._token_ids(index))
         if last.finish is not None:
             ending = self._ending(index, last)
@@ -164,8 +174,10 @@ class CompletionRenderer:
         fields: Fields,
         more: Mapping[str, Any] = _NOTHING,
         on_top: Mapping[str, Any] = _NOTHING,
+        *,
+        is_opening: bool = False,
     ) -> bytes:
-        logprobs = self._choices[index].logprobs()
+        logprobs = None if is_opening else self._choices[index].logprobs()
         choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": None, **more}
         tail = self._tail
         if self._repeats_usage:

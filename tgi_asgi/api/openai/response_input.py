@@ -7,14 +7,25 @@ Tools and items that only offer or carry something unusable are skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.tools import grammar_of
-from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, refuse_field, string_of
+from tgi_asgi.api.parse import (
+    Fraction,
+    Int,
+    Natural,
+    Penalty,
+    Positive,
+    kind_of,
+    range_of,
+    refuse,
+    refuse_field,
+    string_of,
+)
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, note_skipped
 
 Item = dict[str, Any]
@@ -61,6 +72,8 @@ class ResponsesRequest(Struct, kw_only=True):
     temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
     top_p: Fraction | None = None
     top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     include: list[str] | None = None
     stream: bool | None = None
     text: TextOptions | None = None
@@ -70,8 +83,21 @@ class ResponsesRequest(Struct, kw_only=True):
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # always disabled: what is too long is refused
     store: bool | None = None
     previous_response_id: str | None = None
+    max_tool_calls: Natural | None = None  # of hosted tools, which are never called
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    # vLLM's additions.
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
+    repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
+
+    # Known but not supported, and therefore refused: ignoring them would mislead.
     conversation: Any = None
     prompt: Any = None
     background: bool | None = None

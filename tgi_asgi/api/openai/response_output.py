@@ -6,6 +6,7 @@ A stream sends the events; a complete answer is their result.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ class ResponseRenderer:
         status = "incomplete" if is_cut else "completed"
         self._close(status)
         details = {"reason": "max_output_tokens"} if is_cut else None
-        self._end(status, incomplete_details=details, usage=self._usage())
+        ended = None if is_cut else int(time.time())
+        self._end(status, completed_at=ended, incomplete_details=details, usage=self._usage())
         self._store(self._response)
 
     def _end(self, status: str, **fields: Any) -> None:

@@ -21,12 +21,12 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
-from tgi_asgi.api.openai.params import overflow_of
+from tgi_asgi.api.openai.params import check_stop, overflow_of, stop_strings
 from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
-from tgi_asgi.api.parse import check_ranges, check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import MAX_ECHOED_CHARS, check_ranges, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
@@ -36,11 +36,17 @@ RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
 _MAX_PAGE = 100  # items per page, OpenAI's limit
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
+_SAMPLING = (
+    "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "repetition_penalty",
+)  # fmt: skip
+_NAMES = ("prompt_cache_key", "safety_identifier", "user")  # echoed, but not used
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
-    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
-    "previous_response_id": None, "store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [],
-    "top_logprobs": 0, "top_p": 1.0,
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
+    "parallel_tool_calls": True, "previous_response_id": None, "store": True, "temperature": 1.0,
+    "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, **dict.fromkeys(_NAMES),
 }  # fmt: skip
+_FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": False}
 
 
 def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
@@ -62,10 +68,11 @@ def _call(
 ) -> Call:
     context = exchange.context
     tools = response_input.read_tools(request)
-    limit = Limits.of(context.settings).top_logprobs
+    limits = Limits.of(context.settings)
     wants_logprobs = "message.output_text.logprobs" in (request.include or ())
-    if (request.top_logprobs or 0) > limit:
-        refuse_field("top_logprobs", f"must be at most {limit}")
+    if (request.top_logprobs or 0) > limits.top_logprobs:
+        refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
+    check_stop(request.stop, limits)
     earlier = _items(history)
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
@@ -86,10 +93,10 @@ def _call(
         ),
         sampling=sampling(
             context.ready().info,
-            temperature=request.temperature,
-            top_p=request.top_p,
             logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
+            **{name: getattr(request, name) for name in _SAMPLING},
         ),
+        stop=stop_strings(request.stop),
         max_tokens=request.max_output_tokens,
         overflow=overflow_of(context.settings),
         constraint=_constraint(request),
@@ -115,7 +122,21 @@ def _call(
 
 async def retrieve(exchange: Exchange) -> None:
     """Answer with a stored response."""
-    await exchange.respond(200, _stored(exchange).body)
+    stored = _stored(exchange)
+    if _query(exchange.scope["query_string"]).get("stream") == "true":
+        refuse_field("stream", "is not supported: the events of a stored response are not kept")
+    await exchange.respond(200, stored.body)
+
+
+async def cancel(exchange: Exchange) -> None:
+    """Refuse to cancel: a stored response is finished, because none runs in the background."""
+    stored = _stored(exchange)
+    refuse("id", f"Response with id '{stored.id}' is finished; only background responses can be cancelled")
+
+
+async def compact(exchange: Exchange) -> None:
+    """Refuse to compact a conversation."""
+    raise NotFound(f"Unknown URL: {exchange.method} {exchange.path}: this server compacts no conversations")
 
 
 async def list_input(exchange: Exchange) -> None:
@@ -127,7 +148,7 @@ async def list_input(exchange: Exchange) -> None:
 
 def _page(stored: StoredResponse, query_string: bytes) -> bytes:
     """Return the items that a query asks for: `limit` of them, in `order`, after the one with id `after`."""
-    query = {name: values[-1] for name, values in parse_qs(query_string.decode("latin-1")).items()}
+    query = _query(query_string)
     limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
     if not (re.fullmatch("[0-9]{1,3}", limit) and 1 <= int(limit) <= _MAX_PAGE):
         refuse_field("limit", f"must be 1 to {_MAX_PAGE}, got {limit[:40]!r}")
@@ -148,6 +169,10 @@ def _page(stored: StoredResponse, query_string: bytes) -> bytes:
     return msgspec.json.encode(  # integers may be of any size, which orjson rejects
         {"object": "list", "data": page, "first_id": first_id, "last_id": last_id, "has_more": has_more}
     )
+
+
+def _query(query_string: bytes) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(query_string.decode("latin-1")).items()}
 
 
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
@@ -198,6 +223,9 @@ def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any
 def _check(request: ResponsesRequest) -> None:
     check_ranges(request)
     check_unset(request, ("conversation", "prompt", "background"))
+    for name in _NAMES:
+        if len(getattr(request, name) or "") > MAX_ECHOED_CHARS:
+            refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters")
     size = 0
     for name in _ECHOED:
         try:
@@ -240,16 +268,21 @@ def _base(request: ResponsesRequest, model: str) -> dict[str, Any]:
     text = msgspec.to_builtins(request.text) if request.text is not None else {}
     reasoning = request.reasoning or ReasoningOptions()
     given = {name: getattr(request, name) for name in _DEFAULTS}
+    given["tools"] = [  # clients' types require all of a function's fields
+        {**_FUNCTION, **tool} if tool.get("type") == "function" else tool for tool in request.tools or ()
+    ]
     return {
         "id": f"resp_{secrets.token_hex(24)}",
         "object": "response",
         "created_at": int(time.time()),
+        "completed_at": None,
         "status": "in_progress",
         "background": False,
         "error": None,
         "incomplete_details": None,
         "model": model,
         "output": [],
+        "service_tier": "default",
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "text": {"format": {"type": "text"}, **{key: value for key, value in text.items() if value}},
         "truncation": "disabled",
