@@ -263,7 +263,7 @@ async def test_for_models_without_eyes_markdown_is_text() -> None:
     assert prompt_of(engine) == "![](data:x)"
 
 
-@pytest.mark.parametrize("role", ["system", "assistant", "tool", "developer"])
+@pytest.mark.parametrize("role", ["system", "assistant", "developer"])
 async def test_only_users_show_images(role: str) -> None:
     message: dict[str, Any] = {"role": role, "content": [openai_part(URL)], "tool_call_id": "a"}
     status, body = await post("/v1/chat/completions", {"messages": [message]})

@@ -99,6 +99,7 @@ async def test_the_sdk_s_stream_adds_up_to_the_whole_message() -> None:
         assert message.stop_reason == "tool_use"
         thinking, _, weather, now = message.content
         assert isinstance(thinking, ThinkingBlock) and thinking.thinking == "hm"
+        assert thinking.signature  # without it, many clients drop the thoughts or send them back as text
         assert isinstance(weather, ToolUseBlock) and isinstance(now, ToolUseBlock)
         assert (weather.name, weather.input) == ("weather", {"city": "Paris"})
         assert (now.name, now.input) == ("now", {})
@@ -201,10 +202,23 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"thinking": {}}, "thinking.type"),
         ({"stop_sequences": [""]}, "`stop_sequences[0]`"),
         ({"tools": [{"name": "a b"}]}, "`tools[0].name`"),
+        ({"tools": [{"input_schema": {}}]}, "`tools[0].name` is required"),
+        (
+            {"messages": [*HI, {"role": "system", "content": [{"type": "tool_removal"}]}]},
+            "`messages[1].content[0].tool`",
+        ),
+        (
+            {"messages": [*HI, {"role": "user", "content": [{"type": "tool_removal"}]}]},
+            "messages[1].content[0].type",
+        ),
         ({"system": "x", "messages": [{"role": "user", "content": []}]}, "`messages[0].content`"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "the model reads nothing but text",
+        ),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
         ({"tool_choice": {}}, "tool_choice.type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
@@ -292,6 +306,51 @@ async def test_what_servers_ran_is_left_out_of_histories(kind: str) -> None:
         [{"type": "text", "text": "Done."}, {"type": kind, "content": "secret"}], "assistant"
     )
     assert "Done." in prompt and "secret" not in prompt
+
+
+LATER: dict[str, Any] = {"name": "later", "input_schema": {"type": "object", "properties": {}}}
+CALL_LATER = '<tool_call>\n{"name": "later", "arguments": {}}\n</tool_call>'
+
+
+def changes(kind: str, **tool: Any) -> dict[str, Any]:
+    """Return a system turn that changes the tools, as Anthropic's tool runner sends it."""
+    return {"role": "system", "content": [{"type": kind, "tool": tool}]}
+
+
+@pytest.mark.parametrize(
+    ("tools", "turns", "is_offered"),
+    [
+        (TOOLS, [], False),
+        (TOOLS, [changes("tool_addition", type="tool_definition", definition=LATER)], True),
+        ([], [changes("tool_addition", type="tool_definition", definition=LATER)], True),
+        ([*TOOLS, LATER], [changes("tool_removal", type="tool_reference", name="later")], False),
+        (
+            [*TOOLS, {**LATER, "defer_loading": True}],
+            [
+                changes(f"tool_{what}", type="tool_reference", name="later")
+                for what in ("removal", "addition")
+            ],
+            True,
+        ),
+        (TOOLS, [changes("tool_addition", type="mcp_toolset_reference", server_name="later")], False),
+    ],
+)
+async def test_a_conversation_adds_and_removes_tools(
+    tools: list[Any], turns: list[Any], is_offered: bool
+) -> None:
+    async with sdk(say(CALL_LATER)) as client:
+        body: dict[str, Any] = {"model": "m", "messages": [*HI, *turns], "tools": tools}
+        message = await client.messages.create(**body, max_tokens=50)
+        counted = await client.messages.count_tokens(**body)
+    assert [block.type for block in message.content] == (["tool_use"] if is_offered else ["text"])
+    assert counted.input_tokens == message.usage.input_tokens
+
+
+async def test_toolsets_without_a_name_are_skipped_as_other_hosted_tools_are() -> None:
+    tools: list[Any] = [{"type": "mcp_toolset", "mcp_server_name": "x"}, LATER]
+    async with sdk(say(CALL_LATER)) as client:
+        message = await client.messages.create(model="m", messages=HI, tools=tools, max_tokens=50)
+    assert [block.type for block in message.content] == ["tool_use"]
 
 
 async def test_models_are_listed_in_the_form_of_the_client() -> None:

@@ -223,6 +223,15 @@ async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> 
     assert await prompt_of(messages, app={"chat_template": template}) == "1 c1 tool"
 
 
+async def test_images_in_the_results_of_tools_are_left_out() -> None:
+    """Agents send on what their tools return; a refusal would end the session."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "Seen:"}, image]}
+    prompt = await prompt_of([*HI, {"role": "assistant", "tool_calls": [call]}, result])
+    assert "Seen:\n[image omitted]" in prompt and "AAAA" not in prompt
+
+
 async def test_reasoning_of_the_history_has_its_aliases() -> None:
     messages = [*HI, {"role": "assistant", "content": "x", "reasoning": "because"}, *HI]
     template = "{{ messages[1].reasoning_content }}"

@@ -15,6 +15,7 @@ from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
 from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
+from tests.support.serving import serving
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import MIB
 
@@ -200,6 +201,84 @@ async def test_items_become_the_messages_of_a_chat() -> None:
     assert [call["function"]["name"] for call in messages[3]["tool_calls"]] == ["f", "g"]
     assert messages[3]["reasoning_content"] == "hm"
     assert [message["content"] for message in messages[4:]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("kept", [("type", "id", "summary", "encrypted_content"), ("type", "id", "content")])
+async def test_thoughts_come_back_in_the_field_that_a_client_keeps(kept: tuple[str, ...]) -> None:
+    """Many clients send back `encrypted_content` only, and without it no reasoning at all."""
+    template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{# <think> </think> #}"
+    engine = ScriptedEngine(say("<think>", "hm\n", "</think>", "Hello"))
+    async with (
+        serving(app_of(engine, chat_template=template)) as url,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
+    ):
+        options: dict[str, Any] = {"model": "m", "include": ["reasoning.encrypted_content"], "store": False}
+        whole = await client.responses.create(input="hi", **options)
+        async with client.responses.stream(input="hi", **options) as stream:
+            streamed = await (await stream.until_done()).get_final_response()
+        for response in (whole, streamed):
+            thoughts, message = [item.model_dump() for item in response.output]
+            assert thoughts["encrypted_content"]
+            sent = {name: thoughts[name] for name in kept}
+            history: Any = [{"role": "user", "content": "hi"}, sent, message]
+            await client.responses.create(input=history, **options)
+        plain = await client.responses.create(model="m", input="hi")
+    assert plain.output[0].model_dump().get("encrypted_content") is None
+    for made in engine.requests[2:4]:
+        prompt = engine.tokenizer.decode(list(made.prompt_ids), skip_special_tokens=False)
+        _, assistant = [json.loads(line) for line in prompt.splitlines()]
+        assert assistant["reasoning_content"].strip() == "hm"
+
+
+@pytest.mark.parametrize("content", ["gAAAAABo", "tgi-%", "tgi-_w==", 5, None])
+async def test_thoughts_that_others_encrypted_are_left_out(content: Any) -> None:
+    item = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": content}
+    status, _ = await post(say("a"), input=[{"role": "user", "content": "hi"}, item])
+    assert status == 200
+
+
+async def test_a_text_model_says_that_it_reads_no_images() -> None:
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    status, body = await post(say("a"), input=[{"role": "user", "content": [image]}])
+    assert status == 400 and body["error"]["message"].endswith("the model reads nothing but text")
+
+
+@pytest.mark.parametrize("kind", ["mcp_approval_request", "mcp_approval_response"])
+async def test_approvals_of_hosted_tools_are_left_out(kind: str) -> None:
+    item = {"type": kind, "id": "mcpr_1", "approve": True, "name": "f", "arguments": "{}"}
+    status, _ = await post(say("a"), input=[{"role": "user", "content": "hi"}, item])
+    assert status == 200
+
+
+def searching(namespace: str) -> dict[str, Any]:
+    """Return a namespace with a function `search`, as Codex offers the tools of an MCP server."""
+    return {
+        "type": "namespace",
+        "name": namespace,
+        "description": "Find things.",
+        "tools": [{"type": "function", "name": "search", "parameters": CITY, "strict": False}],
+    }
+
+
+async def test_namespaces_may_have_tools_of_the_same_name() -> None:
+    call = '<tool_call>\n{"name": "mcp__b__search", "arguments": {"city": "Paris"}}\n</tool_call>'
+    engine = ScriptedEngine(say(call))
+    tools: list[Any] = [searching("mcp__a"), searching("mcp__b"), *TOOLS]
+    async with (
+        serving(app_of(engine)) as url,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
+    ):
+        first = await client.responses.create(model="m", input="hi", tools=tools)
+        [item] = first.output
+        assert item.type == "function_call"
+        assert (item.namespace, item.name, item.arguments) == ("mcp__b", "search", '{"city": "Paris"}')
+        made = [item.model_dump(), {"type": "function_call_output", "call_id": item.call_id, "output": "4"}]
+        history: Any = [{"role": "user", "content": "hi"}, *made]
+        await client.responses.create(model="m", input=history, tools=tools)
+    prompt = engine.tokenizer.decode(list(engine.requests[1].prompt_ids), skip_special_tokens=False)
+    assert prompt.count("mcp__a__search") == 1
+    assert prompt.count("mcp__b__search") == 2  # in the list, and in the history
+    assert '"weather"' in prompt
 
 
 @pytest.mark.parametrize(

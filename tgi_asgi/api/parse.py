@@ -19,6 +19,8 @@ from tgi_asgi.errors import InvalidRequest
 
 T = TypeVar("T")
 
+NO_IMAGES = "the model reads nothing but text"  # why an image is refused
+ONLY_USERS = "only the user's messages may have images"
 MAX_ECHOED_CHARS = 256  # of a client's name that is sent back, in every chunk of a stream
 
 _AT = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*?)(?:\[\.{3}\])?`$", re.DOTALL)

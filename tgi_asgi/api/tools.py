@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -37,6 +38,7 @@ class Tool:
         is_strict: Whether its parameters are enforced exactly, or the request refused.
         is_custom: Whether it takes one string instead of JSON; the model passes it as `input`.
         namespace: Group that the client put it in; returned with its calls.
+        own_name: The client's name for it, if the model is shown another one.
     """
 
     index: int
@@ -46,6 +48,7 @@ class Tool:
     is_strict: bool | None = None
     is_custom: bool = False
     namespace: str | None = None
+    own_name: str | None = None
 
     @classmethod
     def custom(
@@ -69,6 +72,20 @@ class Tool:
         if self.is_strict is not None:
             function["strict"] = self.is_strict
         return {"type": "function", "function": function}
+
+
+def distinct(tools: Sequence[Tool]) -> list[Tool]:
+    """Return the tools with different names: those of namespaces get the namespace's name in front.
+
+    Only names that several tools have change, so that most tools keep the name that their texts mention.
+    """
+    counts = Counter(tool.name for tool in tools)
+    return [
+        replace(tool, name=f"{tool.namespace.rstrip('_')}__{tool.name}", own_name=tool.name)
+        if tool.namespace and counts[tool.name] > 1
+        else tool
+        for tool in tools
+    ]
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

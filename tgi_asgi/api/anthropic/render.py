@@ -147,10 +147,16 @@ class MessageRenderer(Renderer):
     def _close(self) -> list[Event]:
         if self._kind is None:
             return []
+        made: list[Event] = []
+        block, index = self._blocks[-1], len(self._blocks) - 1
         if self._kind == "tool_use":
-            self._blocks[-1]["input"] = whole_arguments(self._arguments)  # None is omitted from the message
+            block["input"] = whole_arguments(self._arguments)  # None is omitted from the message
+        elif self._kind == "thinking":  # clients drop thoughts without a signature, or make them text
+            block["signature"] = secrets.token_hex(16)
+            delta = {"type": "signature_delta", "signature": block["signature"]}
+            made.append({"type": "content_block_delta", "index": index, "delta": delta})
         self._kind = None
-        return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
+        return [*made, {"type": "content_block_stop", "index": index}]
 
     def _stop_of(self, event: TokenEvent) -> dict[str, str | None]:
         reason = "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"

@@ -11,10 +11,13 @@ from msgspec import Struct
 
 from tgi_asgi.api.anthropic.documents import document_text, has_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
+from tgi_asgi.api.anthropic.tools import CHANGES, ClientTool, read_tools
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.parse import (
+    NO_IMAGES,
+    ONLY_USERS,
     Fraction,
     Natural,
     check_ranges,
@@ -25,7 +28,7 @@ from tgi_asgi.api.parse import (
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
-from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
+from tgi_asgi.api.tools import Tool, choose
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _RESULT = ("text", "image", "tool_reference", "document", "search_result")
@@ -38,16 +41,6 @@ class Turn(Struct):
 
     role: str
     content: str | list[dict[str, Any]]
-
-
-class ClientTool(Struct):
-    """A function that the model may call; tools of other types are hosted elsewhere and skipped."""
-
-    name: str
-    input_schema: dict[str, Any] | None = None
-    description: str | None = None
-    type: str | None = None
-    strict: bool | None = None
 
 
 class CountRequest(Struct, kw_only=True):
@@ -89,7 +82,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     if request.thread is not None:  # this error code makes the SDK send the whole history instead
         message = "`thread` is not supported: this server keeps no conversations"
         refuse("thread", message, "thread_unsupported_request")
-    tools = read_tools(request)
+    tools = read_tools(request.tools, request.messages)
     job = Job(
         prompt=read_conversation(request, tools, context.ready().new_images()),
         sampling=sampling(
@@ -140,11 +133,14 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
     parts: list[str | dict[str, str]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
+    changes_tools = False
     for j, block in enumerate(turn.content):
         where = f"{path}.content[{j}]"
         match role, block.get("type"):
             case _, "text":
                 parts.append(string_of(block, "text", where))
+            case "system", str(kind) if kind in CHANGES:  # `read_tools` reads them
+                changes_tools = True
             case "user", "document":
                 parts.append(document_text(block, where))
             case "user", "search_result":
@@ -168,8 +164,10 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
                 function = {"name": string_of(block, "name", where), "arguments": arguments}
                 calls.append({"id": string_of(block, "id", where), "type": "function", "function": function})
             case _, kind:
-                what = str(kind)[:40]
-                refuse(f"{where}.type", f"`{where}.type` {what!r} is not supported", "invalid_value")
+                what = f"`{where}.type` {str(kind)[:40]!r} is not supported"
+                if kind == "image":
+                    what += f": {NO_IMAGES if images is None else ONLY_USERS}"
+                refuse(f"{where}.type", what, "invalid_value")
     texts = [part for part in parts if isinstance(part, str)]
     content = "\n".join(texts) if len(texts) == len(parts) else parts
     message: dict[str, Any] = {"role": role, "content": content or None}
@@ -178,7 +176,7 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
     if calls:
         message["tool_calls"] = calls
     if role != "assistant" and not parts:
-        if not results:
+        if not (results or changes_tools):
             refuse(f"{path}.content", f"`{path}.content` must have at least one block")
         return results
     return [*results, message]
@@ -219,23 +217,6 @@ def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
             case kind:
                 texts.append(f"[{kind} omitted]")
     return "\n".join(texts)
-
-
-def read_tools(request: CountRequest) -> list[Tool]:
-    """Return the tools that the model is shown.
-
-    Raises:
-        InvalidRequest: if two have the same name, or a name is invalid.
-    """
-    tools, skipped = [], []
-    for i, tool in enumerate(request.tools or ()):
-        if tool.type in (None, "custom"):
-            tools.append(Tool(i, tool.name, tool.description, tool.input_schema, tool.strict))
-        else:
-            skipped.append(tool.type)
-    check_tools(tools)
-    note_skipped(skipped)
-    return tools
 
 
 def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:

@@ -13,8 +13,8 @@ from tgi_asgi.api.anthropic.request import (
     MessagesRequest,
     parse_messages,
     read_conversation,
-    read_tools,
 )
+from tgi_asgi.api.anthropic.tools import read_tools
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import WithImages, after_images, generating, tokenising
 from tgi_asgi.api.parse import check_ranges, decode_json
@@ -42,7 +42,7 @@ def _count(body: bytes, exchange: Exchange) -> bytes | WithImages:
     request = decode_json(body, COUNT_DECODER)
     check_ranges(request)
     served = context.ready()
-    chat = read_conversation(request, read_tools(request), served.new_images())
+    chat = read_conversation(request, read_tools(request.tools, request.messages), served.new_images())
 
     def count() -> bytes:
         prompt = chat_prompt(chat, served, context.settings, is_bounded=False)

@@ -170,6 +170,8 @@ def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str
         if given is None:
             refuse_field(f"{path}.image_url", "is required")
         return images.add(given.url if isinstance(given, ImageUrl) else given, f"{path}.image_url")
+    if part.type == "image_url" and role in ("tool", "function"):  # agents send on what their tools return
+        return "[image omitted]"
     if part.type == "text" and part.text is not None:
         return part.text
     if part.type == "refusal" and role == "assistant" and part.refusal is not None:

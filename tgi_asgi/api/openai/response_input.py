@@ -6,15 +6,18 @@ Tools and items that only offer or carry something unusable are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
+from tgi_asgi.api.openai.thoughts import unsealed
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import (
+    NO_IMAGES,
+    ONLY_USERS,
     Fraction,
     Int,
     Natural,
@@ -26,13 +29,14 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
-from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, note_skipped
+from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, distinct, note_skipped
 
 Item = dict[str, Any]
 
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
-_HOSTED = ("_call", "_output", "_list_tools", "compaction")  # suffixes of hosted tools' item types
+# Suffixes of hosted tools' item types.
+_HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response", "compaction")
 _OMITTED = ("input_image", "input_file")  # kinds omitted from tool outputs
 
 
@@ -129,17 +133,22 @@ def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None
 
 
 def read_items(
-    items: Sequence[Item], num_before: int = 0, images: Images | None = None
+    items: Sequence[Item],
+    num_before: int = 0,
+    images: Images | None = None,
+    tools: Sequence[Tool] = (),
 ) -> list[dict[str, Any]]:
     """Convert items to messages.
 
     Args:
         num_before: Number of leading items from earlier responses, which have been validated before.
         images: Collects the images of the user's messages; None if the model does not accept images.
+        tools: The tools that the model is shown; calls get the names that these have for the model.
 
     Raises:
         InvalidRequest: if an item is refused; `param` names it.
     """
+    names = {(tool.namespace, tool.own_name): tool.name for tool in tools if tool.own_name is not None}
     messages: list[dict[str, Any]] = []
     thought: dict[str, str] = {}  # added to the assistant's next message
     skipped = []
@@ -148,12 +157,13 @@ def read_items(
         match kind := item.get("type") or "message":
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
-                thought = {"reasoning_content": texts if isinstance(texts, str) else "\n".join(texts)}
+                text = texts if isinstance(texts, str) else "\n".join(texts)
+                thought = {"reasoning_content": text or unsealed(item.get("encrypted_content"))}
             case "function_call" | "custom_tool_call":
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None, **thought})
                     thought = {}
-                messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path))
+                messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path, names))
             case "function_call_output" | "custom_tool_call_output":
                 output = _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
                 call_id = string_of(item, "call_id", path)
@@ -162,7 +172,7 @@ def read_items(
                 role = string_of(item, "role", path)
                 if role not in _ROLES:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
-                content = _parts(item.get("content"), f"{path}.content", images if role == "user" else None)
+                content = _parts(item.get("content"), f"{path}.content", role, images)
                 messages.append({"role": role, "content": content})
                 if role == "assistant":
                     messages[-1] |= thought
@@ -187,6 +197,7 @@ def read_tools(request: ResponsesRequest) -> list[Tool]:
         if item.get("type") == "additional_tools" and isinstance(item.get("tools"), list):
             for given in item["tools"]:
                 tools += _tools(given, len(tools), skipped)
+    tools = distinct(tools)
     check_tools(tools)
     note_skipped(skipped)
     return tools
@@ -218,18 +229,26 @@ def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = N
     yield Tool(index, name, description, parameters, is_strict, namespace=namespace)
 
 
-def _call(item: Item, kind: str, path: str) -> dict[str, Any]:
+def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[str, Any]:
+    """Return a call of the history; `names` has the model's names by namespace and client's name."""
     if kind == "custom_tool_call":
         arguments: Any = {CUSTOM_INPUT: string_of(item, "input", path)}
     else:
         arguments = string_of(item, "arguments", path)
-    function = {"name": string_of(item, "name", path), "arguments": arguments}
+    name, namespace = string_of(item, "name", path), item.get("namespace")
+    if isinstance(namespace, str):
+        name = names.get((namespace, name), name)
+    function = {"name": name, "arguments": arguments}
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
 
 
-def _parts(content: Any, path: str, images: Images | None) -> str | list[str] | list[str | dict[str, str]]:
+def _parts(
+    content: Any, path: str, role: str, images: Images | None
+) -> str | list[str] | list[str | dict[str, str]]:
     """Return a message's text, or its parts, which may be images."""
-    if images is None or not isinstance(content, list):
+    if images is None or role != "user":
+        return _texts(content, path, why=NO_IMAGES if images is None else ONLY_USERS)
+    if not isinstance(content, list):
         return _texts(content, path)
     parts: list[str | dict[str, str]] = []
     for j, part in enumerate(content):
@@ -243,12 +262,15 @@ def _parts(content: Any, path: str, images: Images | None) -> str | list[str] | 
     return parts
 
 
-def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS) -> str | list[str]:
-    """Return a content's text, or its parts' texts."""
+def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS, why: str | None = None) -> str | list[str]:
+    """Return a content's text, or its parts' texts; `why` says why they may not be images."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         refuse_field(path, "must be a string or a list of parts")
+    for j, part in enumerate(content if why is not None else ()):
+        if isinstance(part, dict) and part.get("type") == "input_image":
+            refuse_field(f"{path}[{j}].type", f"may not be 'input_image': {why}", "invalid_value")
     return [_text(part, f"{path}[{j}]", kinds) for j, part in enumerate(content)]
 
 

@@ -15,6 +15,7 @@ import orjson
 from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.openai.logprobs import ChatLogprobs
+from tgi_asgi.api.openai.thoughts import sealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool
 from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
@@ -37,6 +38,7 @@ class ResponseRenderer:
         tools: Tools that may be called.
         tracker: Collects the log-probabilities, if requested.
         store: Called with the finished response.
+        seals_thoughts: Whether reasoning items have `encrypted_content`.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class ResponseRenderer:
         tools: Sequence[Tool],
         tracker: ChatLogprobs | None,
         store: Callable[[dict[str, Any]], None],
+        *,
+        seals_thoughts: bool = False,
     ) -> None:
         self._generation = generation
+        self._seals_thoughts = seals_thoughts
         self._response = base
         self._tools = {tool.name: tool for tool in tools}
         self._tracker = tracker
@@ -144,7 +149,8 @@ class ResponseRenderer:
                 kind, prefix, field = "custom_tool_call", "ctc", "input"
             self._arguments = ""
             call_id = "call_" + secrets.token_hex(12)
-            item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": piece.name, field: ""}
+            name = piece.name if tool is None else tool.own_name or tool.name
+            item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": name, field: ""}
             if tool is not None and tool.namespace is not None:
                 item["namespace"] = tool.namespace
         elif isinstance(piece, Reasoning):
@@ -172,6 +178,8 @@ class ResponseRenderer:
         if item["type"] == "custom_tool_call":
             item["input"] = _custom_input(self._arguments)
             self._emit(f"{name}.delta", **place, delta=item["input"])
+        if item["type"] == "reasoning" and self._seals_thoughts:
+            item["encrypted_content"] = sealed(growing["text"])
         self._emit(f"{name}.done", **place, **{field: growing[field] for field in fields})
         if growing is not item:
             self._emit("content_part.done", **place, part=growing)

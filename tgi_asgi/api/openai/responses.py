@@ -69,7 +69,9 @@ def _call(
     context = exchange.context
     tools = response_input.read_tools(request)
     limits = Limits.of(context.settings)
-    wants_logprobs = "message.output_text.logprobs" in (request.include or ())
+    included = request.include or ()
+    wants_logprobs = "message.output_text.logprobs" in included
+    seals_thoughts = "reasoning.encrypted_content" in included
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
     check_stop(request.stop, limits)
@@ -77,7 +79,7 @@ def _call(
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
     images = context.ready().new_images()
-    messages = response_input.read_items([*earlier, *items], len(earlier), images)
+    messages = response_input.read_items([*earlier, *items], len(earlier), images, tools)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
@@ -115,7 +117,8 @@ def _call(
                 stored = StoredResponse(response["id"], orjson.dumps(response), full_history, made)
                 context.responses.add(stored, exchange.tenant)
 
-        return ResponseRenderer(generation, _base(request, generation.model), tools, tracker, store)
+        base = _base(request, generation.model)
+        return ResponseRenderer(generation, base, tools, tracker, store, seals_thoughts=seals_thoughts)
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 

@@ -1,0 +1,88 @@
+"""The tools of Anthropic's requests: those listed, and those that a conversation adds and removes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from tgi_asgi.api.parse import refuse, string_of
+from tgi_asgi.api.tools import Tool, check_tools, note_skipped
+
+if TYPE_CHECKING:
+    from tgi_asgi.api.anthropic.request import Turn
+
+CHANGES = ("tool_addition", "tool_removal")  # blocks of system turns
+
+
+class ClientTool(Struct):
+    """A function that the model may call; tools of other types are hosted elsewhere and skipped."""
+
+    name: str | None = None  # toolsets, which are hosted, have none
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    type: str | None = None
+    strict: bool | None = None
+
+
+def read_tools(entries: Sequence[ClientTool] | None, turns: Sequence[Turn]) -> list[Tool]:
+    """Return the tools that the model is shown: those listed, with the changes that system turns make.
+
+    Raises:
+        InvalidRequest: if two have the same name, or a name is missing or invalid.
+    """
+    tools, skipped = [], []
+    for i, tool in enumerate(entries or ()):
+        if tool.type in (None, "custom"):
+            tools.append(_tool(tool, i, f"tools[{i}]"))
+        else:
+            skipped.append(tool.type)
+    check_tools(tools)
+    note_skipped(skipped)
+    changed = _changed_tools(tools, turns)
+    check_tools(changed)
+    return changed
+
+
+def _tool(tool: ClientTool, index: int, path: str) -> Tool:
+    if tool.name is None:
+        refuse(f"{path}.name", f"`{path}.name` is required")
+    return Tool(index, tool.name, tool.description, tool.input_schema, tool.strict)
+
+
+def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
+    """Return the tools after the `tool_addition` and `tool_removal` blocks of system turns.
+
+    A block names a listed tool or has a definition; one that names a hosted tool changes nothing.
+    """
+    known = {tool.name: tool for tool in tools}
+    offered = dict(known)
+    for i, turn in enumerate(turns):
+        if turn.role != "system" or isinstance(turn.content, str):
+            continue
+        for j, block in enumerate(turn.content):
+            if block.get("type") not in CHANGES:
+                continue
+            path = f"messages[{i}].content[{j}].tool"
+            change = block.get("tool")
+            if not isinstance(change, dict):
+                refuse(path, f"`{path}` must be an object")
+            if change.get("type") == "tool_definition" and block["type"] == "tool_addition":
+                tool = _defined_tool(change.get("definition"), len(known), f"{path}.definition")
+                known[tool.name] = offered[tool.name] = tool
+            elif change.get("type") == "tool_reference":
+                name = string_of(change, "name", path)
+                if block["type"] == "tool_removal":
+                    offered.pop(name, None)
+                elif name in known:
+                    offered[name] = known[name]
+    return [*offered.values()]
+
+
+def _defined_tool(definition: Any, index: int, path: str) -> Tool:
+    try:
+        return _tool(msgspec.convert(definition, ClientTool), index, path)
+    except msgspec.ValidationError as error:
+        refuse(path, f"`{path}`: {error}")
