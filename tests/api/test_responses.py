@@ -102,7 +102,12 @@ async def test_events_come_in_order_and_say_where_they_belong() -> None:
 
 
 async def test_the_answer_has_what_the_request_said() -> None:
-    named = {"prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "max_tool_calls": 3}
+    named: dict[str, Any] = {
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "user": "u",
+        "max_tool_calls": 3,
+    }
     status, body = await post(say("a"), tools=[{"type": "function", "name": "now"}], **named)
     assert status == 200 and {name: body[name] for name in named} == named
     assert body["tools"] == [

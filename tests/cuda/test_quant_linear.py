@@ -15,7 +15,7 @@ from tests.emulation import library
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
 from tests.support.random_weights import QUANTISED, decoded_values, random_weight
-from tgi_asgi.formats.quantised import IntegerMatrix
+from tgi_asgi.formats.codes import IntegerMatrix
 from tgi_asgi.ops.cuda_linear import QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import LaunchList, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack

@@ -106,7 +106,8 @@ def test_types_that_are_not_read_have_names_for_people() -> None:
     for kind in GGMLQuantizationType:
         assert name_of(kind.value) == kind.name
     assert name_of(4242) == "number 4242"
-    assert all(READ[number].name == GGMLQuantizationType(number).name for number in READ)
+    known = {kind.value for kind in GGMLQuantizationType}
+    assert all(READ[number].name == GGMLQuantizationType(number).name for number in READ if number in known)
 
 
 def test_a_tensor_of_unknown_type_matters_only_when_it_is_wanted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tests.support.checkpoints import make_model, our_logits, reference_logits
-from tests.support.compressed import save_compressed
+from tests.support.compressed import save_compressed, save_groups
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
@@ -21,12 +21,23 @@ from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops.sources import decode
 
 EXACT = 1e-3  # of a log-probability
+ROUNDED = 2e-2  # where the server rounds weights to float16
+COARSE = 0.15  # where the package rounds them to bfloat16
+LIMITS = {"nvfp4-pack-quantized": COARSE}
 ORDERED = Path(__file__).with_name("oracle") / "compressed-order.npz"  # made by record_compressed_order.py
 FILE = "model.safetensors"
 IDS = torch.randint(0, 160, (48,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 FP8 = {"num_bits": 8, "type": "float"}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+NVFP4 = {
+    "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+    "scale_dtype": torch.float8_e4m3fn,
+}  # fmt: skip
+MXFP4 = {
+    "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8
+}  # fmt: skip
 # The package's format, its arguments for weights, and the format in which the server keeps them.
 RECIPES = [
     pytest.param(
@@ -53,6 +64,16 @@ RECIPES = [
     pytest.param(
         "naive-quantized", FP8 | {"strategy": "channel"}, "BF16", id="naive-fp8", marks=pytest.mark.models
     ),
+    pytest.param("float-quantized", FP8 | {"strategy": "group", "group_size": 64}, "BF16", id="fp8-group"),
+    pytest.param("pack-quantized", INT4 | {"num_bits": 2}, "INT4_128", id="int2"),
+    pytest.param("pack-quantized", INT4 | {"num_bits": 3, "symmetric": False}, "INT4_128", id="int3"),
+    pytest.param("pack-quantized", INT4 | {"num_bits": 6}, "Q8_0", id="int6"),
+    pytest.param("int-quantized", INT8, "Q8_0", id="w8a8"),
+    pytest.param("int-quantized", INT8 | {"symmetric": False}, "F16", id="w8a8-asymmetric"),
+    pytest.param("naive-quantized", INT8, "Q8_0", id="naive-int8", marks=pytest.mark.models),
+    pytest.param("nvfp4-pack-quantized", NVFP4, "BF16", id="nvfp4"),
+    pytest.param("mxfp4-pack-quantized", MXFP4, "MXFP4", id="mxfp4"),
+    pytest.param("mxfp8-quantized", MXFP4 | {"num_bits": 8}, "BF16", id="mxfp8"),
 ]
 
 
@@ -65,7 +86,8 @@ def test_log_probabilities_are_those_of_what_the_package_decompresses(
     reference = reference_logits(model, IDS).log_softmax(-1)
     assert float(reference.std()) > 0.5, "flat logits prove nothing"
     ours = our_logits(files, IDS).log_softmax(-1)
-    assert float((ours - reference).abs().max()) <= EXACT
+    limit = ROUNDED if kept == "F16" else LIMITS.get(format, EXACT)
+    assert float((ours - reference).abs().max()) <= limit
     assert kept_format(files) == kept
 
 
@@ -82,11 +104,50 @@ def test_columns_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> Non
     torch.testing.assert_close(ours, values, rtol=2**-11, atol=0)  # no block holds its groups: float16
 
 
-def test_integers_that_are_not_packed_are_refused(tmp_path: Path) -> None:
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
-    files = save_compressed(make_model(**SHAPE), tmp_path, "naive-quantized", **weights)
-    with pytest.raises(ModelLoadError, match="is of dtype I8; supported are"):
-        kept_format(files)
+def test_groups_of_layers_may_have_different_formats(tmp_path: Path) -> None:
+    model = make_model(**SHAPE)
+    groups = {
+        "re:.*self_attn.*": ("float-quantized", FP8 | {"strategy": "channel"}),
+        "re:.*(gate|up)_proj": ("pack-quantized", INT4 | {"symmetric": True}),
+        "re:.*down_proj": ("nvfp4-pack-quantized", NVFP4),
+    }
+    files = save_groups(model, tmp_path, groups)
+    reference = reference_logits(model, IDS).log_softmax(-1)
+    assert float((our_logits(files, IDS).log_softmax(-1) - reference).abs().max()) <= COARSE
+
+
+def test_one_format_may_have_several_widths(tmp_path: Path) -> None:
+    model = make_model(**SHAPE)
+    groups = {
+        "re:.*self_attn.*": ("pack-quantized", INT4 | {"num_bits": 8}),
+        "re:.*mlp.*": ("pack-quantized", INT4 | {"symmetric": False}),
+    }
+    files = save_groups(model, tmp_path, groups)
+    reference = reference_logits(model, IDS).log_softmax(-1)
+    assert float((our_logits(files, IDS).log_softmax(-1) - reference).abs().max()) <= EXACT
+
+
+@pytest.mark.parametrize("location", ["input", "output", "q_attn", "k_cache", None])
+def test_transforms_of_activations_are_refused(location: str | None) -> None:
+    applied = [{"targets": ["Linear"], "location": place} for place in ("weight_input", location)]
+    transforms = {"config_groups": {"R4": {"type": "hadamard", "apply": applied}}}
+    options = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    with pytest.raises(ModelLoadError, match="activations would have to be rotated"):
+        Quantisation.from_json({"quantization_config": options | {"transform_config": transforms}})
+
+
+def test_transforms_that_are_part_of_the_weights_are_read() -> None:
+    applied = [{"targets": ["Linear"], "location": place} for place in ("weight_input", "weight_output")]
+    transforms = {"config_groups": {"R1": {"type": "hadamard", "apply": applied}}}
+    options = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    assert Quantisation.from_json({"quantization_config": options | {"transform_config": transforms}})
+
+
+@pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_sparse_checkpoints_are_refused_by_name(format: str) -> None:
+    options = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": format}}
+    with pytest.raises(ModelLoadError, match=format):
+        Quantisation.from_json({"quantization_config": options})
 
 
 def kept_format(files: ModelFiles) -> str:

@@ -1,7 +1,7 @@
 """GPTQ matrices packed by AutoGPTQ, against the weights that it reads: zero points, act-order, eight bits.
 
 Also AWQ matrices, which use the bytes of their file, except for zero points. oracle/record_gptq.py has made
-oracle/gptq.npz.
+oracle/gptq.npz; oracle/record_gptqmodel.py, with GPTQModel, oracle/gptqmodel.npz.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from tests.support.quantised import awq_tensors, random_codes
 from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops.sources import decode
@@ -34,14 +35,79 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_that_autogptq_multiplies_by(tmp_path: Path, case: str) -> None:
-    with np.load(ORACLE) as stored:
-        arrays = {key.partition(".")[2]: stored[key] for key in stored if key.startswith(f"{case}.")}
+    arrays = case_of(ORACLE, case)
     values = torch.from_numpy(arrays.pop("values"))
     options = {"quant_method": "gptq", "bits": int(case[3]), "group_size": 64}
     source = read(tmp_path, arrays, tuple(values.shape), options).in_order()
     assert source.format == CASES[case]
     # Each value is rounded once: to float16 if no block format holds the codes.
     torch.testing.assert_close(decode(source), values, rtol=2**-11 if source.format == "F16" else 0, atol=0)
+
+
+GPTQMODEL = Path(__file__).with_name("oracle") / "gptqmodel.npz"
+MODEL_CASES = {
+    "int2": "INT4_64",
+    "int2-v2": "INT4_64",
+    "int3": "INT4_64",
+    "int4": "INT4_64",
+    "int4-v2": "INT4_64",
+    "int4-last-group": "F16",
+    "int8": "F16",
+}
+
+
+@pytest.mark.parametrize("described", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("case", MODEL_CASES)
+def test_weights_are_those_that_gptqmodel_reads(tmp_path: Path, case: str, described: str) -> None:
+    arrays = case_of(GPTQMODEL, case)
+    values = torch.from_numpy(arrays.pop("values"))
+    layout = "gptq_v2" if case.endswith(("v2", "group")) else "gptq"
+    options = {
+        "quant_method": "gptq", "bits": int(case[3]), "group_size": 64, described: layout,
+        "meta": {"quantizer": ["gptqmodel:7.7.0"]},
+    }  # fmt: skip
+    source = read(tmp_path, arrays, tuple(values.shape), options)
+    assert source.format == MODEL_CASES[case]
+    # GPTQModel multiplies in float16.
+    torch.testing.assert_close(decode(source), values, rtol=2**-10, atol=2e-4)
+
+
+def test_layers_may_have_other_widths_than_the_configuration_says(tmp_path: Path) -> None:
+    arrays = case_of(GPTQMODEL, "int3")
+    values = torch.from_numpy(arrays.pop("values"))
+    options = {"quant_method": "gptq", "bits": 4, "group_size": 128, "meta": {"quantizer": ["gptqmodel"]}}
+    source = read(tmp_path, arrays, tuple(values.shape), options)
+    torch.testing.assert_close(decode(source), values, rtol=2**-10, atol=2e-4)
+
+
+def test_a_shorter_last_group_is_read_without_the_groups_of_columns(tmp_path: Path) -> None:
+    arrays = case_of(GPTQMODEL, "int4-last-group")
+    values = torch.from_numpy(arrays.pop("values"))
+    del arrays["g_idx"]
+    options = {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"}
+    source = read(tmp_path, arrays, tuple(values.shape), options)
+    torch.testing.assert_close(decode(source), values, rtol=2**-10, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("packing", "case"), [(":auto_gptq", "int4"), (":gptqmodel", "int4-v2"), ("", "int4-v2")]
+)
+def test_autoround_packs_as_the_tools_that_it_names(tmp_path: Path, packing: str, case: str) -> None:
+    arrays = case_of(GPTQMODEL, case)
+    values = torch.from_numpy(arrays.pop("values"))
+    options = {
+        "quant_method": "auto-round", "bits": 4, "group_size": 64, "packing_format": f"auto_round{packing}",
+        "meta": {"quantizer": ["gptqmodel"]},
+    }  # fmt: skip
+    source = read(tmp_path, arrays, tuple(values.shape), options)
+    torch.testing.assert_close(decode(source), values, rtol=2**-10, atol=2e-4)
+
+
+@pytest.mark.parametrize("key", ["rotation", "rotation_config", "hadamard_config"])
+def test_rotated_activations_are_refused(key: str) -> None:
+    options = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", key: "hadamard"}
+    with pytest.raises(ModelLoadError, match=f"`{key}`: activations would have to be rotated"):
+        Quantisation.from_json({"quantization_config": options})
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(256, 256), (64, 1024)])
@@ -56,6 +122,12 @@ def test_an_awq_matrix_takes_the_bytes_of_its_file_and_half_a_byte_a_group(
     assert np.array_equal(packed.matrix.unpack()[:rows], matrix.weights().numpy())
     # A zero point takes a byte instead of the file's four bits: 67 bytes for 128 columns instead of 66.5.
     assert packed.matrix.nbytes <= sum(array.nbytes for array in arrays.values()) + rows * columns // 256
+
+
+def case_of(file: Path, case: str) -> dict[str, np.ndarray]:
+    """Return the recorded arrays of one case."""
+    with np.load(file) as stored:
+        return {key.partition(".")[2]: stored[key] for key in stored if key.startswith(f"{case}.")}
 
 
 def read(

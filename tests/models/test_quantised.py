@@ -171,7 +171,7 @@ STEM = "model.layers.1.mlp.down_proj."
         ("gptq", {}, "g_idx", lambda t: t + 100, "g_idx must give one of"),
         ("gptq", {}, "scales", lambda t: None, r"no tensor '.*scales'"),
         ("gptq", {}, "qweight", lambda t: t.float(), "is of dtype F32, not I32"),
-        ("gptq", {}, "qweight", lambda t: t[:-4].contiguous(), "g_idx must give"),
+        ("gptq", {}, "qweight", lambda t: t[:-4].contiguous(), "qweight has 28 words for 256 columns"),
         ("awq", {}, "scales", lambda t: t[:, :-8].contiguous(), "do not fit"),
         ("awq", {}, "qweight", lambda t: t[:-32].contiguous(), "do not fit|shape"),
         ("compressed", {}, "weight_packed", lambda t: t[:, :-1].contiguous(), "do not fit 256 columns"),
@@ -198,15 +198,15 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
     [
         ([], "must be an object"),
         ({}, "an unnamed method"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes are not supported; supported are awq"),
-        ({"quant_method": "gptq", "bits": 3}, "GPTQ of 3 bits"),
+        ({"quant_method": "hqq"}, "hqq are not supported; supported are awq"),
+        ({"quant_method": "gptq", "bits": 5}, "GPTQ of 5 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "awq", "bits": 8}, "AWQ of 8 bits"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128, 48]}, "multiple of 32"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt of quant_algo 'NVFP4'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt of quant_algo 'W4A8_AWQ'"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}, "mxfp6"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(options: Any, words: str) -> None:

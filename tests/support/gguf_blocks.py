@@ -43,8 +43,20 @@ _BLOCKS = {
     "IQ4_NL": _Block(32, 18, 0),
     "IQ4_XS": _Block(256, 136, 0),
 }
+_DECODED = {
+    "TQ1_0": _Block(256, 54, 52),
+    "TQ2_0": _Block(256, 66, 64),
+    "Q1_0": _Block(128, 18, 0),
+    "IQ1_S": _Block(256, 50, 0),
+    "IQ2_XXS": _Block(256, 66, 0),
+    "IQ2_XS": _Block(256, 74, 0),
+    "IQ2_S": _Block(256, 82, 0),
+    "IQ3_XXS": _Block(256, 98, 0),
+    "IQ3_S": _Block(256, 110, 0),
+}
 _FLOATS = ("F32", "F16", "BF16")
 FORMATS = ("F16", "BF16", *_BLOCKS, "MXFP4")  # without F32, which is compared with nothing
+DECODED = (*_DECODED, "IQ1_M", "NVFP4")  # that the server decodes while it loads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +82,13 @@ def random_matrix(
         return GgufMatrix(format, data.reshape(rows, -1), decoded_values(format, data.reshape(rows, -1)))
     if format == "MXFP4":
         data = _mxfp4_blocks(rows, columns, deviation, random)
+    elif format == "NVFP4":
+        data = _nvfp4_blocks(rows, columns, deviation, random)
+    elif format == "IQ1_M":
+        data = _iq1_m_blocks(rows, columns, deviation, random)
     else:
-        data = _scaled_blocks(_BLOCKS[format], format, rows, columns, deviation, random)
+        block = _BLOCKS.get(format) or _DECODED[format]
+        data = _scaled_blocks(block, format, rows, columns, deviation, random)
     return GgufMatrix(format, data, decoded_values(format, data))
 
 
@@ -81,6 +98,11 @@ def decoded_values(format: str, data: Bytes) -> Floats:
         blocks = data.reshape(-1, 36)
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         return (scales * blocks[:, 4:].view(np.int8)).reshape(len(data), -1)
+    if format == "Q1_0":  # nor this: a scale, then a bit per weight, set for plus (ggml-quants.c)
+        blocks = data.reshape(-1, 18)
+        scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        signs = 2.0 * np.unpackbits(blocks[:, 2:], axis=1, bitorder="little") - 1
+        return (scales * signs).astype(np.float32).reshape(len(data), -1)
     values: Floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format])
     return values.astype(np.float32).reshape(len(data), -1)
 
@@ -110,4 +132,23 @@ def _mxfp4_blocks(rows: int, columns: int, deviation: float, random: np.random.G
     """Make blocks of E2M1, whose standard deviation is about 3, with exponents that differ by one or two."""
     data = random.integers(0, 256, (rows, columns // 32, 17), np.uint8)
     data[..., 0] = 127 + round(np.log2(deviation / 3)) + random.integers(-1, 2, data.shape[:2])
+    return data.reshape(rows, -1)
+
+
+def _nvfp4_blocks(rows: int, columns: int, deviation: float, random: np.random.Generator) -> Bytes:
+    """Make blocks of E2M1 with four scales each, E4M3 without sign, around the wanted size."""
+    data = random.integers(0, 256, (rows, columns // 64, 36), np.uint8)
+    middle = 8 * (7 + round(np.log2(deviation / 3)))
+    data[..., :4] = np.clip(middle + random.integers(-6, 7, (*data.shape[:2], 4)), 1, 126)
+    return data.reshape(rows, -1)
+
+
+def _iq1_m_blocks(rows: int, columns: int, deviation: float, random: np.random.Generator) -> Bytes:
+    """Make blocks whose scale lies in the highest four bits of four words."""
+    shape = (rows, columns // 256)
+    data = random.integers(0, 256, (*shape, 56), np.uint8)
+    halves = (random.uniform(0.5, 1.5, shape) * deviation / 8).astype(np.float16).view(np.uint16)
+    words = data[..., 48:].view(np.uint16)
+    words &= 0x0FFF
+    words |= (halves[..., None] >> np.array([0, 4, 8, 12], np.uint16) & 15) << 12
     return data.reshape(rows, -1)

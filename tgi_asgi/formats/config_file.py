@@ -1,4 +1,4 @@
-"""Read a checkpoint's config.json, and the quantisation files that older checkpoints keep next to it."""
+"""Read a checkpoint's config.json, and the quantisation files that some checkpoints keep next to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tgi_asgi.formats.files import read_json
 
 # AutoGPTQ's and AutoAWQ's own files, from before `transformers` had a key for them.
 _OF_QUANTISERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_OF_MODELOPT = "hf_quant_config.json"  # the only description in checkpoints of older versions
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -21,4 +22,8 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     for name, method in _OF_QUANTISERS.items():
         if config.get("quantization_config") is None and (directory / name).is_file():
             config["quantization_config"] = {"quant_method": method, **read_json(directory / name)}
+    if config.get("quantization_config") is None and (directory / _OF_MODELOPT).is_file():
+        found = read_json(directory / _OF_MODELOPT).get("quantization")
+        if isinstance(found, dict):
+            config["quantization_config"] = {"quant_method": "modelopt", **found}
     return config

@@ -1,30 +1,39 @@
-"""Quantised safetensors checkpoints: parse `quantization_config`, and undo the packing of codes.
+"""Read `quantization_config` of a checkpoint: whether its matrices can be read, and what they do not show.
 
-AutoAWQ, AutoGPTQ and compressed-tensors each have their own layout of integers. Here they become rows of
-codes in the order of columns, low half first, with a scale and a zero point for each group of columns. FP8
-codes are bytes already. Used by `models/loading`; knows neither torch nor files.
-Sources: AutoAWQ's packing_utils.py, AutoGPTQ's qlinear_cuda.py, compressed-tensors' pack_quantized.
+The tensors' names and dtypes show most of a layout (`models/loading/quantised.py`), also where layers differ;
+the configuration says what they leave open, and refuses what would be computed wrongly. Knows neither torch
+nor files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from tgi_asgi.formats.codes import GPTQ_BITS, Layout, check
 
-from tgi_asgi.errors import ModelLoadError
-
-Bytes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
-# Columns of each group of eight in the order of AutoAWQ's nibbles in a word, lowest nibble first.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_FP8_METHODS = ("fp8", "fbgemm_fp8")
-_COMPRESSED_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")
+_COMPRESSED_FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp8-quantized",
+)  # fmt: skip
+_MIXED = "mixed-precision"  # of compressed-tensors: each group of layers has one of the formats
+_DENSE = "dense"  # of compressed-tensors: nothing is quantised, except perhaps the cache
+_OFFLINE = ("weight_input", "weight_output")  # where transforms are part of the stored weights
+# ModelOpt's algorithms, with the rows and columns per FP8 scale of those that have blocks.
+_MODELOPT: dict[str, tuple[int, int] | None] = {
+    "FP8": None, "FP8_PER_CHANNEL_PER_TOKEN": None, "FP8_PB_WO": (128, 128), "MXFP8": None, "MXFP4": None,
+    "NVFP4": None, "W4A16_NVFP4": None, "W4A8_NVFP4_FP8": None, "W4A8_MXFP4_FP8": None,
+}  # fmt: skip
+# Layouts of integers of AutoRound's packing formats; None: small floats, as compressed-tensors has them.
+_AUTO_ROUND: dict[str, str | None] = {
+    "": "gptq_v2", "gptqmodel": "gptq_v2", "auto_gptq": "gptq", "auto_awq": "awq", "llm_compressor": None,
+    "fp8_static": None,
+}  # fmt: skip
+_METHODS = (
+    "awq, gptq, auto-round, fp8, fbgemm_fp8, mxfp8, modelopt, quark, mxfp4, bitsandbytes and "
+    "compressed-tensors"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +44,9 @@ class Quantisation:
         ModelLoadError: if a method, or an option of one, is not supported.
     """
 
-    method: str  # awq, gptq, fp8, mxfp4 or compressed-tensors
-    bits: int = 4  # of integers
-    zero_shift: int = 0  # GPTQ: amount subtracted from stored zero points
+    method: str  # gptq and awq decide how `qweight` is packed, mxfp4 where experts are; others by their name
+    bits: int = 4  # GPTQ: of codes whose columns are unknown
+    layout: Layout = field(default_factory=Layout)  # of integers
     block: tuple[int, int] | None = None  # FP8: rows and columns per scale; None: a whole row, or all
 
     @classmethod
@@ -46,266 +55,178 @@ class Quantisation:
         options = config.get("quantization_config")
         if options is None:
             return None
-        _check(isinstance(options, dict), "`quantization_config` must be an object")
-        method = str(options.get("quant_method", "")).lower()
+        check(isinstance(options, dict), "`quantization_config` must be an object")
+        method = str(options.get("quant_method") or options.get("method") or "").lower()
+        _refuse_rotations(options)
         if method == "gptq":
             return cls._gptq(options)
         if method == "awq":
             return cls._awq(options)
-        if method == "mxfp4":
-            return cls("mxfp4")
-        if method in _FP8_METHODS:
-            return cls("fp8", 8, block=_read_block(options.get("weight_block_size")))
+        if method in ("auto-round", "intel/auto-round"):
+            return cls._auto_round(options)
+        if method in ("fp8", "fbgemm_fp8", "mxfp8"):
+            return cls("fp8", block=_read_block(options.get("weight_block_size")))
         if method == "modelopt":
-            algorithm = options.get("quant_algo")
-            _check(algorithm == "FP8", f"ModelOpt of quant_algo {algorithm!r} is not supported, only FP8")
-            return cls("fp8", 8)
-        _check(
-            method == "compressed-tensors",
-            f"checkpoints quantised by {method or 'an unnamed method'} are not supported; supported are awq, "
-            "gptq, fp8, modelopt, mxfp4 and compressed-tensors: take one of these, the original, or a GGUF "
-            "file",
+            return cls("modelopt", block=_modelopt_block(options))
+        if method == "quark":
+            _check_quark(options)
+            return cls("quark")
+        if method == "compressed-tensors":
+            return cls._compressed(options)
+        check(
+            method in ("mxfp4", "bitsandbytes"),
+            f"checkpoints quantised by {method or 'an unnamed method'} are not supported; supported are "
+            f"{_METHODS}: take one of these, the original, or a GGUF file",
         )
-        layout = options.get("format")
-        _check(
-            layout in _COMPRESSED_FORMATS,
-            f"compressed-tensors of format {layout!r} are not supported; supported are "
-            f"{', '.join(_COMPRESSED_FORMATS)}",
-        )
-        weights = _find_weights(options.get("config_groups"))
-        bits = 8 if weights.get("num_bits") == 8 else 4
-        return cls("compressed-tensors", bits, block=_read_block(weights.get("block_structure")))
+        return cls(method)
 
     @classmethod
     def _gptq(cls, options: Mapping[str, Any]) -> Quantisation:
-        bits, layout = options.get("bits"), options.get("checkpoint_format") or "gptq"
-        _check(bits in (4, 8), f"GPTQ of {bits} bits is not supported, only of 4 and 8")
-        _check(
+        bits = options.get("bits")
+        layout = options.get("checkpoint_format") or options.get("format") or "gptq"
+        check(
+            type(bits) is int and bits in GPTQ_BITS,
+            f"GPTQ of {bits} bits is not supported, only of {', '.join(map(str, GPTQ_BITS))}",
+        )
+        check(
             layout in ("gptq", "gptq_v2"), f"GPTQ of checkpoint_format {layout!r} is not supported, only gptq"
         )
-        return cls("gptq", 8 if bits == 8 else 4, 1 if layout == "gptq" else 0)
+        shift = 1 if layout == "gptq" else 0
+        borrows = "gptqmodel" in str(options.get("meta")).lower()
+        assert isinstance(bits, int)
+        return cls("gptq", bits, Layout(shift, borrows, _group_size(options)))
 
     @classmethod
     def _awq(cls, options: Mapping[str, Any]) -> Quantisation:
-        bits, version = options.get("bits", options.get("w_bit", 4)), str(options.get("version", "gemm"))
-        _check(bits == 4, f"AWQ of {bits} bits is not supported, only of 4")
-        _check(version.lower() == "gemm", f"AWQ of version {version!r} is not supported, only gemm")
+        bits = options.get("bits", options.get("w_bit", 4))
+        version = str(options.get("version") or options.get("format") or "gemm").lower()
+        check(bits == 4, f"AWQ of {bits} bits is not supported, only of 4")
+        check(
+            version == "gemm" and str(options.get("backend", "")) != "llm-awq",
+            f"AWQ of version {version!r} is not supported, only gemm",
+        )
         return cls("awq")
 
+    @classmethod
+    def _auto_round(cls, options: Mapping[str, Any]) -> Quantisation:
+        """Read AutoRound's own method; its files are packed like others'."""
+        packing = str(options.get("packing_format", ""))
+        kind = packing.removeprefix("auto_round").removeprefix(":")
+        check(
+            kind in _AUTO_ROUND and packing.startswith("auto_round"),
+            f"AutoRound's packing_format {packing!r} is not supported; supported are auto_round with "
+            f"{', '.join(filter(None, _AUTO_ROUND))} after a colon, or nothing",
+        )
+        layout = _AUTO_ROUND[kind]
+        if layout == "awq":
+            return cls._awq({**options, "version": "gemm"})
+        if layout is not None:
+            return cls._gptq({**options, "checkpoint_format": layout})
+        return cls("auto-round")
 
-@dataclass(frozen=True, slots=True)
-class IntegerMatrix:
-    """A matrix with the weights scales[row, group] * (code - zeros[row, group])."""
-
-    codes: Bytes  # [rows, columns * bits / 8], the first of two nibbles in the low half
-    scales: Floats  # [rows, num_groups]
-    zeros: Bytes  # [rows, num_groups]
-    bits: int  # 4 or 8
-    groups: npt.NDArray[np.int64] | None = None  # [columns]; None: consecutive groups of equal size
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
-
-    def by_group(self) -> tuple[IntegerMatrix, npt.NDArray[np.int64]] | None:
-        """Reorder columns so that each group is contiguous; also return the original index of each column.
-
-        This undoes AutoGPTQ's act-order: a product reads its input's columns in this order. Returns None if
-        the groups differ in size.
-        """
-        assert self.groups is not None
-        _, columns = self.shape
-        counts = np.bincount(self.groups, minlength=self.scales.shape[1])
-        if (counts * len(counts) != columns).any():
-            return None
-        order = np.argsort(self.groups, kind="stable")
-        codes: Bytes = self._bytes()[:, order]
-        if self.bits == 4:
-            codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
-        return IntegerMatrix(codes, self.scales, self.zeros, self.bits), order
-
-    def dequantise(self) -> Floats:
-        """Return the weights [rows, columns], each rounded once."""
-        codes, (_, columns) = self._bytes(), self.shape
-        groups = self.groups
-        if groups is None:
-            groups = np.arange(columns) // (columns // self.scales.shape[1])
-        weights = codes.astype(np.float32)
-        weights -= self.zeros[:, groups]
-        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-            weights *= self.scales[:, groups]
-        return weights
-
-    def _bytes(self) -> Bytes:
-        """Return the codes [rows, columns], one byte each."""
-        codes = self.codes
-        if self.bits == 8:
-            return codes
-        return np.stack([codes & 15, codes >> 4], axis=2).reshape(self.shape)
+    @classmethod
+    def _compressed(cls, options: Mapping[str, Any]) -> Quantisation:
+        groups = [group for group in _objects(options.get("config_groups"))]
+        weights = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+        named = options.get("format")
+        formats = {str(named)} if named != _MIXED else {str(group.get("format")) for group in groups}
+        if formats == {_DENSE} and not weights:
+            formats = set()
+        for layout in sorted(formats):
+            check(
+                layout in _COMPRESSED_FORMATS,
+                f"compressed-tensors of format {layout!r} are not supported; supported are "
+                f"{', '.join(_COMPRESSED_FORMATS)}",
+            )
+        sparsity = options.get("sparsity_config")
+        sparse = sparsity.get("format", _DENSE) if isinstance(sparsity, dict) else _DENSE
+        check(
+            sparse == _DENSE,
+            f"compressed-tensors with zeros left out ({str(sparse)[:100]}) are not supported: take a "
+            "checkpoint that is only quantised",
+        )
+        blocks = {_read_block(each.get("block_structure")) for each in weights} - {None}
+        check(len(blocks) <= 1, f"compressed-tensors with several block sizes: {blocks}")
+        sizes = {each.get("group_size") for each in weights} - {None, -1}
+        group = sizes.pop() if len(sizes) == 1 else None
+        return cls(
+            "compressed-tensors",
+            layout=Layout(group=group if type(group) is int and group > 0 else None),
+            block=blocks.pop() if blocks else None,
+        )
 
 
-def unpack_gptq(
-    qweight: Words, qzeros: Words, scales: Floats, g_idx: Words | None, bits: int, shift: int
-) -> IntegerMatrix:
-    """Undo AutoGPTQ's packing of codes along the columns, and of zero points along the rows.
-
-    Args:
-        qweight: [columns * bits / 32, rows].
-        qzeros: [num_groups, rows * bits / 32], stored minus `shift`.
-        scales: [num_groups, rows].
-        g_idx: [columns], the group of each column, or None.
-    """
-    _check_matrices(qweight=qweight, qzeros=qzeros, scales=scales)
-    rows, num_groups = qweight.shape[1], scales.shape[0]
-    _check(
-        scales.shape == (num_groups, rows) and qzeros.shape == (num_groups, rows * bits / 32),
-        f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
-    )
-    codes = np.ascontiguousarray(qweight.T).view(np.uint8)  # little-endian words: columns ascend
-    zeros = _by_byte(np.ascontiguousarray(qzeros), bits)[:, :rows] + np.uint8(shift)
-    columns = codes.shape[1] * 8 // bits
-    return IntegerMatrix(
-        codes,
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(zeros.T),
-        bits,
-        _read_groups(g_idx, columns, num_groups),
-    )
+def _refuse_rotations(options: Mapping[str, Any]) -> None:
+    """Refuse models whose activations are rotated while they run, because nothing here would do so."""
+    for key in ("rotation", "rotation_config", "hadamard_config", "transform_config"):
+        value = options.get(key)
+        is_offline = key == "transform_config" and all(place in _OFFLINE for place in _places(value))
+        check(
+            not value or is_offline,
+            f"`quantization_config` has a `{key}`: activations would have to be rotated, which is not "
+            "supported",
+        )
 
 
-def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
-    """Undo AutoAWQ's packing (GEMM) of eight rows per word, in its own order.
-
-    Args:
-        qweight: [columns, rows / 8].
-        qzeros: [num_groups, rows / 8].
-        scales: [num_groups, rows].
-    """
-    _check_matrices(qweight=qweight, qzeros=qzeros, scales=scales)
-    rows, num_groups = qweight.shape[1] * 8, scales.shape[0]
-    _check(
-        scales.shape == (num_groups, rows)
-        and qzeros.shape == (num_groups, rows // 8)
-        and qweight.shape[0] % num_groups == qweight.shape[0] % 2 == 0,
-        f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
-    )
-    codes = _awq_rows(qweight)  # [columns, rows]
-    pairs = codes[0::2] | codes[1::2] << 4
-    return IntegerMatrix(
-        np.ascontiguousarray(pairs.T),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(_awq_rows(qzeros).T),
-        4,
-    )
+def _places(transforms: Any) -> Iterator[Any]:
+    """Return where compressed-tensors' transforms apply; None for what is not one."""
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    for group in _objects(groups):
+        applied = group.get("apply")
+        for each in applied if isinstance(applied, list) else [None]:
+            yield each.get("location") if isinstance(each, dict) else None
 
 
-def unpack_compressed(
-    packed: Words, scales: Floats, zeros: Words | None, g_idx: Words | None, columns: int
-) -> IntegerMatrix:
-    """Undo compressed-tensors' packing; codes are stored offset by half their range.
-
-    Args:
-        packed: [rows, columns * bits / 32].
-        scales: [rows, num_groups].
-        zeros: [rows * bits / 32, num_groups]; None: half the range.
-        g_idx: [columns], the group of each column, or None; all -1 if there is no reordering.
-    """
-    _check_matrices(weight_packed=packed, weight_scale=scales)
-    rows, num_groups = packed.shape[0], scales.shape[1]
-    bits = packed.shape[1] * 32 // columns
-    _check(
-        bits in (4, 8) and packed.shape[1] * 32 == columns * bits and scales.shape[0] == rows,
-        f"weight_packed and weight_scale do not fit {columns} columns: {packed.shape} and {scales.shape}",
-    )
-    codes = np.ascontiguousarray(packed).view(np.uint8)
-    if zeros is None:
-        points = np.full(scales.shape, 1 << bits - 1, np.uint8)
-    else:
-        _check_matrices(weight_zero_point=zeros)
-        points = np.ascontiguousarray(_by_byte(np.ascontiguousarray(zeros.T), bits)[:, :rows].T)
-        _check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
-    if g_idx is not None and g_idx.shape == (columns,) and (g_idx == -1).all():
-        g_idx = None
-    return IntegerMatrix(codes, scales, points, bits, _read_groups(g_idx, columns, num_groups))
+def _objects(groups: Any) -> list[dict[str, Any]]:
+    """Return the objects among an object's values."""
+    return [each for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
 
 
-def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[int, int], run: int) -> Floats:
-    """Return FP8 scales per run of columns, [rows, columns / run], from any granularity in the file.
-
-    Args:
-        scales: One for the matrix, one per row, or one per block of `block` rows and columns.
-        run: Number of columns; divides those of a block.
-    """
-    rows, columns = shape
-    if scales.size == 1:
-        return np.full((rows, columns // run), scales.reshape(()), np.float32)
-    if scales.shape in ((rows,), (rows, 1)):
-        return np.repeat(scales.reshape(rows, 1), columns // run, axis=1)
-    _check(block is not None, f"scales of shape {scales.shape} need `weight_block_size`")
-    assert block is not None
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    _check(scales.shape == wanted, f"scales of shape {scales.shape} do not fit blocks of {block} in {shape}")
-    by_row = scales[np.arange(rows) // block[0]]
-    return np.ascontiguousarray(by_row[:, np.arange(0, columns, run) // block[1]])
+def _modelopt_block(options: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Check ModelOpt's algorithms, of all layers or of each; return the block of FP8 scales."""
+    algorithm = options.get("quant_algo")
+    if algorithm is None and (options.get("kv_cache_quant_algo") or options.get("kv_cache_scheme")):
+        return None  # only the cache is quantised
+    found = {algorithm}
+    if algorithm == "MIXED_PRECISION":
+        found = {layer.get("quant_algo") for layer in _objects(options.get("quantized_layers"))}
+    names = {str(each).upper() for each in found}  # some are in lower case: fp8_pb_wo, mxfp4
+    for each in sorted(names):
+        check(
+            each in _MODELOPT,
+            f"ModelOpt of quant_algo {each!r} is not supported; supported are {', '.join(_MODELOPT)}",
+        )
+    return next((block for each in names if (block := _MODELOPT[each]) is not None), None)
 
 
-def _awq_rows(words: Words) -> Bytes:
-    """Unpack [n, rows / 8] words into [n, rows] nibbles, one byte each."""
-    data = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
-    out = np.empty((*words.shape, 8), np.uint8)
-    for place, row in enumerate(_AWQ_ORDER):
-        out[..., row] = data[..., place // 2] >> 4 * (place % 2) & 15
-    return out.reshape(words.shape[0], -1)
+def _check_quark(options: Mapping[str, Any]) -> None:
+    """Refuse what Quark stores otherwise than as FP8 or MXFP4."""
+    layers = [options.get("global_quant_config"), *_objects(options.get("layer_quant_config"))]
+    layers += _objects(options.get("layer_type_quant_config"))
+    for layer in layers:
+        weight = layer.get("weight") if isinstance(layer, dict) else None
+        for spec in weight if isinstance(weight, list) else [weight]:
+            if not isinstance(spec, dict):
+                continue
+            dtype, scales = spec.get("dtype"), spec.get("scale_format")
+            check(
+                dtype == "fp8_e4m3" or (dtype == "fp4" and scales == "e8m0" and spec.get("group_size") == 32),
+                f"Quark's weights of dtype {dtype!r} are not supported; supported are fp8_e4m3 and MXFP4 "
+                "(fp4 in groups of 32)",
+            )
 
 
-def _by_byte(words: Words, bits: int) -> Bytes:
-    """Unpack [n, m] words into [n, m * 32 / bits] codes, one byte each."""
-    data = words.view(np.uint8)
-    return data if bits == 8 else np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
-
-
-def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
-    """Check the group of each column; return None if the groups are consecutive and of equal size."""
-    if g_idx is None:
-        _check(columns % num_groups == 0, f"{columns} columns cannot be {num_groups} equal groups")
-        return None
-    _check(
-        g_idx.shape == (columns,) and int(g_idx.min()) >= 0 and int(g_idx.max()) < num_groups,
-        f"g_idx must give one of {num_groups} groups for each of {columns} columns",
-    )
-    if columns % num_groups == 0 and np.array_equal(g_idx, np.arange(columns) // (columns // num_groups)):
-        return None
-    return g_idx.astype(np.int64)
-
-
-def _check_matrices(**arrays: npt.NDArray[Any]) -> None:
-    """Refuse arrays that are not matrices or are empty, because a file's shapes are untrusted."""
-    for name, array in arrays.items():
-        _check(array.ndim == 2 and array.size > 0, f"{name} has the shape {list(array.shape)}, no matrix's")
+def _group_size(options: Mapping[str, Any]) -> int | None:
+    size = options.get("group_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def _read_block(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
-    _check(
+    check(
         isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value),
         f"`weight_block_size` must be two positive integers, got {str(value)[:100]}",
     )
-    _check(value[1] % 32 == 0, f"`weight_block_size` must have a multiple of 32 columns, got {value[1]}")
+    check(value[1] % 32 == 0, f"`weight_block_size` must have a multiple of 32 columns, got {value[1]}")
     return value[0], value[1]
-
-
-def _find_weights(groups: Any) -> dict[str, Any]:
-    """Return the merged weight options of all of compressed-tensors' module groups."""
-    found: dict[str, Any] = {}
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict):
-            found |= {key: value for key, value in weights.items() if value is not None}
-    return found
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ModelLoadError(message)

@@ -45,6 +45,7 @@ from tgi_asgi.ops.shards import Shard, ShardMemory
 from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
+    decoded_source,
     every_nth_row,
     float8_source,
     from_floats,
@@ -137,6 +138,7 @@ __all__ = [
     "bfloat16_time_ratio",
     "cached_head_dim",
     "configure_threads",
+    "decoded_source",
     "delta_rule",
     "direct",
     "embed",

@@ -244,10 +244,10 @@ class Packing:
         """Return a matrix as it will be packed: the file's own bytes, unless quantised or decoded here."""
         source = source.in_order()
         info = FORMATS[source.format]
-        if info.has_kernel and (info.is_quantised or self.quantise is None):
+        if info.has_kernel and not source.is_decoded and (info.is_quantised or self.quantise is None):
             return source
         if self.quantise is None:
-            weights = decode(source)  # FP8: rounded to bfloat16, which has more bits
+            weights = decode(source)  # FP8, NVFP4: rounded to bfloat16, which has more bits
             return from_floats(weights if self.is_exact else weights.bfloat16())
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape

@@ -30,6 +30,8 @@ class WeightSource:
         shape: (rows, columns) with rows outermost in memory, or (elements,).
         order: [columns], the matrix column of each column of the data (GPTQ's act-order); None: the same
             column.
+        is_decoded: Whether float32 values were decoded from at most eight bits, in which case they may be
+            rounded to bfloat16, like FP8's.
 
     Raises:
         ValueError: if the format is unknown, or the number of bytes does not match format and shape.
@@ -39,6 +41,7 @@ class WeightSource:
     format: str
     shape: tuple[int, ...]
     order: npt.NDArray[np.int64] | None = None
+    is_decoded: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -128,6 +131,13 @@ def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32])
     return WeightSource(*float8_blocks(codes, scales), codes.shape)
 
 
+def decoded_source(weights: npt.NDArray[np.float32]) -> WeightSource:
+    """Wrap weights [rows, columns] that were decoded from at most eight bits each."""
+    return WeightSource(
+        np.ascontiguousarray(weights).reshape(-1).view(np.uint8), "F32", weights.shape, is_decoded=True
+    )
+
+
 def decode(source: WeightSource) -> Tensor:
     """Return a source as float32 in its shape, its columns in stored order."""
     plain = _PLAIN.get(source.format)
@@ -155,11 +165,12 @@ def stack_rows(sources: Sequence[WeightSource]) -> WeightSource:
     sources = [source.in_order() for source in sources]
     if len({source.shape[1] for source in sources}) > 1:
         raise ValueError(f"the matrices must have the same columns, got {[each.shape for each in sources]}")
+    is_decoded = all(source.is_decoded for source in sources)
     if len({source.format for source in sources}) > 1:
         return from_floats(torch.cat([decode(source) for source in sources]))
     data = np.concatenate([source.data for source in sources])
     rows = sum(source.shape[0] for source in sources)
-    return WeightSource(data, sources[0].format, (rows, sources[0].shape[1]))
+    return WeightSource(data, sources[0].format, (rows, sources[0].shape[1]), is_decoded=is_decoded)
 
 
 def from_floats(values: Tensor) -> WeightSource:

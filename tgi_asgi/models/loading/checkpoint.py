@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -87,4 +89,4 @@ def _transposed(name: str, source: WeightSource) -> WeightSource:
             f"tensor {name!r} is quantised, which is not supported for this architecture's matrices"
         )
     matrix = np.ascontiguousarray(source.data.view(word).reshape(source.shape).T)
-    return WeightSource(matrix.reshape(-1).view(np.uint8), source.format, matrix.shape)
+    return replace(source, data=matrix.reshape(-1).view(np.uint8), shape=matrix.shape)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.gguf_decoded import BY_NAME
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import check_shape
@@ -70,7 +71,10 @@ class GgufWeights:
             data = join_rotary_halves(data, shape[0], self._head_dim)
         if len(shape) == 3:  # matrices one below another
             shape = (shape[0] * shape[1], shape[2])
-        return WeightSource(data, info.type, shape)
+        decoded = BY_NAME.get(info.type)
+        if decoded is None:
+            return WeightSource(data, info.type, shape)
+        return WeightSource(decoded.convert(data), decoded.held, shape, is_decoded=decoded.held == "F32")
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""
@@ -78,7 +82,10 @@ class GgufWeights:
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`."""
-        return {name: (info.type, math.prod(info.shape)) for name, info in self._file.tensors.items()}
+        return {
+            name: (held_format(info.type, for_memory=True), math.prod(info.shape))
+            for name, info in self._file.tensors.items()
+        }
 
     def block_columns(self, name: str) -> int:
         """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""
@@ -86,11 +93,19 @@ class GgufWeights:
             return 1
         stored = gguf_name(name, self._names)
         assert stored is not None
-        return FORMATS[self._file.tensor(stored).type].block_columns
+        return FORMATS[held_format(self._file.tensor(stored).type)].block_columns
 
     def close(self) -> None:
         """Unmap the file."""
         self._file.close()
+
+
+def held_format(name: str, *, for_memory: bool = False) -> str:
+    """Return the format in which a tensor of this type is loaded; for memory, floats count as FP8 does."""
+    decoded = BY_NAME.get(name)
+    if decoded is None:
+        return name
+    return "F8_32" if for_memory and decoded.held == "F32" else decoded.held
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

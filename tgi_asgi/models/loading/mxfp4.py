@@ -3,8 +3,8 @@
     experts.gate_up_proj_blocks [experts, rows, blocks, 16]    byte i: columns 2i and 2i + 1, the first low
     experts.gate_up_proj_scales [experts, rows, blocks]        2^(exponent - 127)
 
-A block is converted to the equivalent ggml block: the exponent, then byte i with columns i and i + 16.
-Nothing is rounded. Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
+A block is converted to the equivalent ggml block; nothing is rounded.
+Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-import numpy as np
-
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.formats.small_floats import mxfp4_blocks
 from tgi_asgi.models.loading import check_shape
 from tgi_asgi.ops import WeightSource
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-_LOW, _HIGH, _FOUR = np.uint8(0x0F), np.uint8(0xF0), np.uint8(4)
 
 
 class ExpertMatrix(NamedTuple):
@@ -59,11 +57,7 @@ def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, 
             raise ModelLoadError(f"tensor {info.name!r} is of dtype {info.dtype}, not U8")
         check_shape(info.name, info.shape, expected)
     codes = checkpoint.raw(matrix.blocks).reshape(count, -1, 16)[matrix.number]
-    out = np.empty((len(codes), 17), np.uint8)
-    out[:, 0] = checkpoint.raw(matrix.scales).reshape(count, -1)[matrix.number]
-    first, second = codes[:, :8], codes[:, 8:]  # columns 0 to 15 and 16 to 31, two per byte
-    out[:, 1::2] = (first & _LOW) | (second << _FOUR)
-    out[:, 2::2] = (first >> _FOUR) | (second & _HIGH)
+    out = mxfp4_blocks(codes, checkpoint.raw(matrix.scales).reshape(count, -1)[matrix.number])
     return WeightSource(out.reshape(-1), "MXFP4", (rows, columns))
 
 

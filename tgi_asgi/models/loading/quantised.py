@@ -1,107 +1,29 @@
 """Reads quantised matrices of a checkpoint, each stored as several tensors, as a `WeightSource`.
 
-A matrix is recognised as quantised by its tensors: `qweight` with `scales` (AutoAWQ, AutoGPTQ),
-`weight_packed` with `weight_scale` (compressed-tensors), or a `weight` of bytes (FP8).
+`stored.py` lists the kinds of tensors.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.quantised import (
+from tgi_asgi.formats.codes import (
     IntegerMatrix,
-    Quantisation,
-    float8_scales,
     unpack_awq,
+    unpack_bytes,
     unpack_compressed,
     unpack_gptq,
 )
+from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4, decode_table, float8_scales, mxfp4_blocks
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.models.loading.mxfp4 import stored_expert
+from tgi_asgi.models.loading.stored import TABLES, is_mxfp4, read_state, state_name
+from tgi_asgi.models.loading.tensors import FLOAT8, read_array, read_floats, read_number, read_scales
 from tgi_asgi.ops import WeightSource
-
-_NUMPY: dict[str, Any] = {"I32": np.int32, "F32": np.float32, "F16": np.float16}
-_FLOAT8 = "F8_E4M3"
-
-
-def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether this weight is quantised in the checkpoint."""
-    stem = name.removesuffix("weight")
-    if stem == name:
-        return False
-    if name in checkpoint:
-        return checkpoint.tensor(name).dtype == _FLOAT8
-    return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
-
-
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_WEIGHT_PARTS = ("", "_packed", "_scale", "_scale_inv", "_zero_point", "_g_idx", "_shape")
-# Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
-# only an FP8 cache uses (`kv_scales.py`).
-UNUSED = (
-    "*.input_scale", "*.input_zero_point", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
-    "*.qkv_proj.[kv]_scale",
-    "*.self_attn.[kqv]_scale", "*.self_attn.kv_scale", "*.self_attn.prob_scale",
-)  # fmt: skip
-
-
-def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Return the names of the tensors that make up a quantised weight."""
-    stem = name.removesuffix("weight")
-    names = [f"{stem}{part}" for part in _PARTS] + [f"{name}{part}" for part in _WEIGHT_PARTS]
-    bias = f"{stem}bias"  # AutoGPTQ writes a bias of zeros if the product has none
-    if bias in checkpoint and not checkpoint.raw(bias).any():
-        names.append(bias)
-    return [each for each in names if each in checkpoint]
-
-
-def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
-    """Return a tensor's format and elements; codes that no format can hold count as the decoded type."""
-    info = checkpoint.tensor(name)
-    if quantisation is not None and quantisation.method == "mxfp4":
-        found = stored_expert(name, math.prod(info.shape))
-        if found is not None:
-            return found
-    if quantisation is not None and info.dtype == "I32" and _is_decoded(checkpoint, name, quantisation):
-        return "F16", math.prod(info.shape) * 32 // quantisation.bits
-    return info.dtype.replace(_FLOAT8, "F8_32"), math.prod(info.shape)
-
-
-def _is_decoded(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> bool:
-    """Return whether codes must be decoded: groups out of order, or eight bits with zero points."""
-    stem, codes, _ = name.rpartition("qweight" if quantisation.method == "gptq" else "weight_packed")
-    if not codes:
-        return False
-    groups, zeros = (f"{stem}{part}" for part in ("weight_g_idx", "weight_zero_point"))
-    if quantisation.method == "gptq":
-        groups, zeros = f"{stem}g_idx", f"{stem}qzeros"
-    if groups in checkpoint and (np.diff(_read(checkpoint, groups, "I32").reshape(-1)) < 0).any():
-        return True
-    if quantisation.bits != 8 or zeros not in checkpoint:
-        return False
-    return bool((checkpoint.raw(zeros) + np.uint8(quantisation.zero_shift) != 128).any())
-
-
-def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> tuple[int, int]:
-    """Return the rows and columns of a quantised weight."""
-    if name in checkpoint:
-        rows, columns = checkpoint.tensor(name).shape
-        return rows, columns
-    stem = name.removesuffix("weight")
-    if f"{name}_packed" in checkpoint:
-        rows, words = checkpoint.tensor(f"{name}_packed").shape
-        return rows, words * 32 // quantisation.bits
-    first, second = checkpoint.tensor(f"{stem}qweight").shape
-    if quantisation.method == "gptq":
-        return second, first * 32 // quantisation.bits
-    return second * 32 // quantisation.bits, first
 
 
 def read_quantised(
@@ -114,8 +36,14 @@ def read_quantised(
     """
     if len(shape) != 2:
         raise ModelLoadError(f"only matrices can be quantised, not one of shape {list(shape)}")
-    if name in checkpoint:
+    codes = name if name in checkpoint else f"{name}_packed"
+    dtype = checkpoint.tensor(codes).dtype if codes in checkpoint else ""
+    if dtype == "U8":
+        return _read_nibbles(checkpoint, name, codes, (shape[0], shape[1]))
+    if codes == name and dtype == FLOAT8:
         return _read_float8(checkpoint, name, (shape[0], shape[1]), quantisation)
+    if codes == name:
+        return _read_bytes(checkpoint, name, (shape[0], shape[1]), quantisation)
     matrix = _read_integers(checkpoint, name.removesuffix("weight"), shape[1], quantisation)
     check_shape(name, matrix.shape, shape)
     return _as_source(matrix)
@@ -125,7 +53,7 @@ def _read_integers(
     checkpoint: Checkpoint, stem: str, columns: int, quantisation: Quantisation
 ) -> IntegerMatrix:
     def words(name: str) -> npt.NDArray[np.int32]:
-        return _read(checkpoint, stem + name, "I32")
+        return read_array(checkpoint, stem + name, "I32")
 
     def words_or_none(name: str) -> npt.NDArray[np.int32] | None:
         return words(name) if stem + name in checkpoint else None
@@ -133,14 +61,30 @@ def _read_integers(
     if quantisation.method == "gptq":
         return unpack_gptq(
             words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"),
-            words_or_none("g_idx"), quantisation.bits, quantisation.zero_shift,
+            words_or_none("g_idx"), columns, quantisation.layout,
         )  # fmt: skip
     if quantisation.method == "awq":
         return unpack_awq(words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"))
     return unpack_compressed(
         words("weight_packed"), read_floats(checkpoint, f"{stem}weight_scale"),
-        words_or_none("weight_zero_point"), words_or_none("weight_g_idx"), columns,
+        words_or_none("weight_zero_point"), words_or_none("weight_g_idx"), columns, quantisation.layout,
     )  # fmt: skip
+
+
+def _read_bytes(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], quantisation: Quantisation
+) -> WeightSource:
+    """Read codes of one byte each; bitsandbytes' scales are rounded to float16 (one part in 4,096)."""
+    check_shape(name, checkpoint.tensor(name).shape, shape)
+    codes = read_array(checkpoint, name, "I8")
+    largest, scale, zeros = f"{name.removesuffix('weight')}SCB", f"{name}_scale", f"{name}_zero_point"
+    if largest in checkpoint:
+        halves = (read_floats(checkpoint, largest) / 127).astype(np.float16)
+        return _as_source(unpack_bytes(codes, halves.astype(np.float32), None, quantisation.layout))
+    if scale not in checkpoint:
+        raise ModelLoadError("it has neither a weight_scale nor bitsandbytes' SCB")
+    points = read_array(checkpoint, zeros, "I8") if zeros in checkpoint else None
+    return _as_source(unpack_bytes(codes, read_floats(checkpoint, scale), points, quantisation.layout))
 
 
 def _as_source(matrix: IntegerMatrix) -> WeightSource:
@@ -170,31 +114,46 @@ def _read_float8(
     checkpoint: Checkpoint, name: str, shape: tuple[int, int], quantisation: Quantisation
 ) -> WeightSource:
     check_shape(name, checkpoint.tensor(name).shape, shape)
-    codes = checkpoint.raw(name).reshape(shape)
+    codes, columns = checkpoint.raw(name).reshape(shape), shape[1]
     scale = next((s for s in (f"{name}_scale", f"{name}_scale_inv") if s in checkpoint), None)
     if scale is None:
         raise ModelLoadError("it has neither a weight_scale nor a weight_scale_inv")
-    run = next((run for run in (128, 64, 32) if shape[1] % run == 0), None)
-    if quantisation.block is not None:
-        run = next((run for run in (128, 64, 32) if shape[1] % run == quantisation.block[1] % run == 0), None)
-    if run is None:
-        raise ModelLoadError(f"FP8 needs columns in multiples of 32, not {shape[1]}")
-    scales = float8_scales(read_floats(checkpoint, scale), quantisation.block, shape, run)
-    return ops.float8_source(codes, scales)
+    grid = float8_scales(read_scales(checkpoint, scale), quantisation.block, shape)
+    run = next((run for run in (128, 64, 32) if columns % run == 0 == grid.run % run), None)
+    if run is not None:
+        return ops.float8_source(codes, grid.by_run(run, columns))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ops.decoded_source(decode_e4m3(codes) * grid.spread(columns))
 
 
-def read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
-    """Return a tensor of any float dtype as float32."""
-    if checkpoint.tensor(name).dtype == "BF16":
-        info = checkpoint.tensor(name)
-        halves = checkpoint.raw(name).view(np.uint16).astype(np.uint32) << 16
-        return halves.view(np.float32).reshape(info.shape)
-    return _read(checkpoint, name, "F32", "F16").astype(np.float32)
+def _read_nibbles(checkpoint: Checkpoint, name: str, codes: str, shape: tuple[int, int]) -> WeightSource:
+    """Read codes of four bits, two to a byte."""
+    if state_name(checkpoint, name) is not None:
+        return _read_table(checkpoint, name, shape)
+    check_shape(codes, checkpoint.tensor(codes).shape, (shape[0], shape[1] // 2))
+    packed, scale = read_array(checkpoint, codes, "U8"), f"{name}_scale"
+    if is_mxfp4(checkpoint, name):
+        check_shape(scale, checkpoint.tensor(scale).shape, (shape[0], shape[1] // 32))
+        exponents = checkpoint.raw(scale).reshape(shape[0], -1)
+        blocks = mxfp4_blocks(packed.reshape(shape[0], -1, 16), exponents)
+        return WeightSource(blocks.reshape(-1), "MXFP4", shape)
+    scales = read_scales(checkpoint, scale)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if f"{name}_scale_2" in checkpoint:
+            scales = scales * read_number(checkpoint, f"{name}_scale_2")
+        elif f"{name}_global_scale" in checkpoint:
+            scales = scales / read_number(checkpoint, f"{name}_global_scale")
+        else:
+            raise ModelLoadError("it has neither a weight_global_scale nor a weight_scale_2")
+    return ops.decoded_source(decode_fp4(packed, scales))
 
 
-def _read(checkpoint: Checkpoint, name: str, *dtypes: str) -> npt.NDArray[Any]:
-    info = checkpoint.tensor(name)
-    if info.dtype not in dtypes:
-        raise ModelLoadError(f"{name!r} is of dtype {info.dtype}, not {' or '.join(dtypes)}")
-    values: npt.NDArray[Any] = checkpoint.raw(name).view(_NUMPY[info.dtype]).reshape(info.shape)
-    return values
+def _read_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> WeightSource:
+    """Read bitsandbytes' NF4 or FP4."""
+    state = read_state(checkpoint, name)
+    check_shape(name, state.shape, shape)
+    parts = {
+        table: read_array(checkpoint, f"{name}.{table}", "F32", "U8" if table == "absmax" else "F32")
+        for table in (TABLES if state.nested_block else TABLES[:2])
+    }
+    return ops.decoded_source(decode_table(checkpoint.raw(name), state, parts))

@@ -13,15 +13,9 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.models.loading import check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
-from tgi_asgi.models.loading.quantised import (
-    UNUSED,
-    find_quantised,
-    names_of,
-    quantised_shape,
-    read_floats,
-    read_quantised,
-    stored_format,
-)
+from tgi_asgi.models.loading.quantised import read_quantised
+from tgi_asgi.models.loading.stored import UNUSED, find_quantised, names_of, quantised_shape, stored_format
+from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.formats import RUNS
 

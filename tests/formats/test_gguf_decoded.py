@@ -1,0 +1,38 @@
+"""Types of GGUF files that are decoded while they are loaded, against the values of the `gguf` package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.support.gguf_blocks import DECODED, random_matrix
+from tgi_asgi import ops
+from tgi_asgi.formats.gguf_decoded import BY_NAME
+from tgi_asgi.ops.sources import decode
+
+ROUNDING = {"Q4_0": 0.0, "F32": 2**-23, "Q8_0": 2**-11}  # of one weight: Q8_0's scale is a float16
+
+
+@pytest.mark.parametrize("format", DECODED)
+def test_weights_are_those_of_the_gguf_package(format: str) -> None:
+    matrix = random_matrix(format, 64, 1024, 0.5, np.random.default_rng(1))
+    kind = BY_NAME[format]
+    source = ops.WeightSource(kind.convert(matrix.data.reshape(-1)), kind.held, (64, 1024))
+    ours = decode(source).numpy()
+    assert float(np.abs(matrix.values).max()) > 0.1
+    np.testing.assert_allclose(ours, matrix.values, rtol=ROUNDING[kind.held], atol=1e-7)
+
+
+def test_two_bits_of_q2_0_stand_for_minus_one_to_two() -> None:
+    scale = np.array([0.5], np.float16).view(np.uint8)
+    data = np.concatenate([scale, np.full(16, 0b11_10_01_00, np.uint8)])
+    kind = BY_NAME["Q2_0"]
+    ours = decode(ops.WeightSource(kind.convert(data), kind.held, (1, 64))).numpy()
+    assert ours.reshape(-1, 4).tolist() == [[-0.5, 0.0, 0.5, 1.0]] * 16
+
+
+def test_many_blocks_are_decoded_part_by_part() -> None:
+    matrix = random_matrix("TQ2_0", 3, 256 * 2048, 0.5, np.random.default_rng(1))
+    whole = BY_NAME["TQ2_0"].convert(matrix.data.reshape(-1))
+    rows = [BY_NAME["TQ2_0"].convert(row) for row in matrix.data]
+    assert np.array_equal(whole, np.concatenate(rows))

@@ -1,0 +1,186 @@
+"""Matrices of four- and eight-bit floats: bitsandbytes', ModelOpt's, Quark's and odd FP8.
+
+oracle/record_small_floats.py has recorded tensors and values with the tools themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.support.checkpoints import make_model, our_logits, save
+from tests.support.quantised import save_quantised
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.config_file import read_config_file
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.ops.sources import decode
+
+ORACLE = Path(__file__).with_name("oracle") / "small-floats.npz"
+STEM = "model.layers.0.mlp.down_proj."
+BITSANDBYTES: dict[str, Any] = {"quant_method": "bitsandbytes"}
+NVFP4: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+def recorded(case: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a case's tensors, and its weights."""
+    with np.load(ORACLE) as stored:
+        found = {
+            key.partition(".")[2]: torch.from_numpy(stored[key])
+            for key in stored
+            if key.startswith(f"{case}.")
+        }
+    return found, found.pop("values")
+
+
+def read(folder: Path, tensors: dict[str, Tensor], shape: Any, options: dict[str, Any]) -> ops.WeightSource:
+    """Return a matrix as the server reads it from a checkpoint of these tensors."""
+    save_file(
+        {STEM + key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+    weights = SafetensorsWeights(folder, Quantisation.from_json({"quantization_config": options}))
+    try:
+        assert weights.names() == [f"{STEM}weight"]
+        assert weights.shape(f"{STEM}weight") == tuple(shape)
+        source = weights.get(f"{STEM}weight", tuple(shape))
+        assert weights.unread() == []
+        return source
+    finally:
+        weights.close()
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4-nested", "fp4"])
+def test_weights_are_those_that_bitsandbytes_reads(tmp_path: Path, case: str) -> None:
+    tensors, values = recorded(case)
+    source = read(tmp_path, tensors, values.shape, BITSANDBYTES)
+    torch.testing.assert_close(decode(source), values, rtol=1e-6, atol=1e-7)
+
+
+def test_bytes_of_bitsandbytes_stay_bytes(tmp_path: Path) -> None:
+    tensors, values = recorded("int8")
+    source = read(
+        tmp_path, tensors | {"weight_format": torch.tensor(0, dtype=torch.uint8)}, values.shape, BITSANDBYTES
+    )
+    assert source.format == "Q8_0"
+    torch.testing.assert_close(decode(source), values, rtol=2**-11, atol=0)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_modelopt_s_nvfp4_is_decoded_as_it_decodes_it(tmp_path: Path, is_exact: bool) -> None:
+    tensors, values = recorded("nvfp4")
+    tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
+    source = read(tmp_path, tensors, values.shape, NVFP4)
+    torch.testing.assert_close(decode(source), values, rtol=1e-6, atol=0)
+    packed: Any = ops.linear_weight(source, ops.Packing(is_exact=is_exact)).made
+    assert packed.matrix.format == ("F32" if is_exact else "BF16")
+
+
+def test_damaged_states_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
+    tensors, values = recorded("nf4")
+    name = "weight.quant_state.bitsandbytes__nf4"
+    for change, words in ((b"{", "no JSON"), (b'{"shape": [0, 4]}', "unknown values"), (b"[]", "no object")):
+        tensors[name] = torch.frombuffer(bytearray(change), dtype=torch.uint8)
+        with pytest.raises(ModelLoadError, match=words):
+            read(tmp_path, tensors, values.shape, BITSANDBYTES)
+
+
+@pytest.mark.parametrize(("rows", "columns", "block"), [(50, 100, None), (50, 328, [128, 128]), (8, 8, None)])
+def test_float8_may_have_any_number_of_columns(
+    tmp_path: Path, rows: int, columns: int, block: list[int] | None
+) -> None:
+    codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    shape = (rows, 1) if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+    scales = torch.rand(shape) + 0.5
+    spread = scales if block is None else scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+    options = {"quant_method": "fp8", "weight_block_size": block}
+    source = read(tmp_path, {"weight": codes, "weight_scale_inv": scales}, (rows, columns), options)
+    assert torch.equal(decode(source), codes.float() * spread[:, : max(columns, 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_may_be_powers_of_two(tmp_path: Path, dtype: torch.dtype) -> None:
+    codes = torch.randn(16, 64).to(torch.float8_e4m3fn)
+    exponents = torch.randint(120, 130, (16, 2), dtype=torch.uint8)
+    options = {"quant_method": "mxfp8", "weight_block_size": [1, 32]}
+    tensors = {"weight": codes, "weight_scale_inv": exponents.view(dtype)}
+    source = read(tmp_path, tensors, (16, 64), options)
+    scales = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    assert torch.equal(decode(source), codes.float() * scales)
+
+
+@pytest.mark.parametrize("rows", [128, 256])
+def test_modelopt_s_blocks_have_four_dimensions(tmp_path: Path, rows: int) -> None:
+    codes = torch.randn(rows, 256).to(torch.float8_e4m3fn)
+    scales = torch.rand(rows // 128, 1, 2, 1) + 0.5
+    options = {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}
+    source = read(tmp_path, {"weight": codes, "weight_scale": scales}, (rows, 256), options)
+    spread = scales[:, 0, :, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(decode(source), codes.float() * spread)
+
+
+def test_quark_s_mxfp4_becomes_ggml_s(tmp_path: Path) -> None:
+    codes = torch.randint(0, 256, (16, 32), dtype=torch.uint8)
+    exponents = torch.randint(120, 130, (16, 2), dtype=torch.uint8)
+    weight = {"dtype": "fp4", "scale_format": "e8m0", "group_size": 32}
+    options = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+    source = read(tmp_path, {"weight": codes, "weight_scale": exponents}, (16, 64), options)
+    assert source.format == "MXFP4"
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nibbles = torch.stack([codes & 15, codes >> 4], 2).view(16, 64).int()
+    values = table[nibbles & 7] * torch.where(nibbles < 8, 1.0, -1.0)
+    assert torch.equal(decode(source), values * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1))
+
+
+def test_static_scales_of_inputs_are_passed_over(tmp_path: Path) -> None:
+    """Ministral 3 has an `activation_scale` beside each matrix."""
+    files = save_quantised(make_model(), tmp_path, "fp8", kind="tensor")
+    expected = our_logits(files, IDS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {
+        f"{name.removesuffix('weight_scale')}activation_scale": torch.tensor(0.1)
+        for name in tensors
+        if name.endswith("weight_scale")
+    }
+    assert scales
+    save_file(tensors | scales, tmp_path / "model.safetensors")
+    assert torch.equal(our_logits(files, IDS), expected)
+
+
+def test_modelopt_s_own_file_describes_older_checkpoints(tmp_path: Path) -> None:
+    save(make_model(), tmp_path)
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
+    found = Quantisation.from_json(read_config_file(tmp_path))
+    assert found is not None and found.method == "modelopt"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "NVFP4_AWQ"),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a": {"quant_algo": "W4A8_AWQ"}},
+            },
+            "W4A8_AWQ",
+        ),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4"}}}, "dtype 'int4'"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:mlx"}, "packing_format"),
+        ({"quant_method": "torchao"}, "quantised by torchao are not supported"),
+        ({"quant_method": "hqq"}, "quantised by hqq are not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words):
+        Quantisation.from_json({"quantization_config": options})

@@ -1,0 +1,169 @@
+"""Recognises quantised matrices of a checkpoint by their tensors, and tells their shapes and formats unread.
+
+qweight            int32   codes, with scales and qzeros (AutoGPTQ, AutoAWQ)
+weight_packed      int32   codes, with weight_scale (compressed-tensors)
+weight_packed      uint8   NVFP4 with weight_global_scale, MXFP4 without
+weight             E4M3    with weight_scale or weight_scale_inv
+weight             int8    codes, with weight_scale (compressed-tensors) or SCB (bitsandbytes)
+weight             uint8   NVFP4 with weight_scale_2 (ModelOpt), MXFP4 (Quark), or bitsandbytes' tables
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.codes import width
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.formats.small_floats import TableState
+from tgi_asgi.models.loading.mxfp4 import stored_expert
+from tgi_asgi.models.loading.tensors import FLOAT8, POWERS, read_array
+
+_CODES = (FLOAT8, "I8", "U8")  # dtypes of a `weight` that has scales beside it
+_DECODED = "F8_32"  # the format that counts the memory of weights that are decoded and then rounded
+
+
+def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether this weight is quantised in the checkpoint."""
+    stem = name.removesuffix("weight")
+    if stem == name:
+        return False
+    if name in checkpoint:
+        return checkpoint.tensor(name).dtype in _CODES
+    return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
+
+
+_STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_PARTS = ("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format")
+_WEIGHT_PARTS = (
+    "", "_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_g_idx", "_shape",
+    *(f".{table}" for table in TABLES), *_STATES,
+)  # fmt: skip
+# Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
+# only an FP8 cache uses (`kv_scales.py`).
+UNUSED = (
+    "*.input_scale", "*.input_zero_point", "*.input_global_scale", "*.activation_scale", "*.act_scale",
+    "*.input_scale_ub", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
+    "*.qkv_proj.[kv]_scale",
+    "*.self_attn.[kqv]_scale", "*.self_attn.kv_scale", "*.self_attn.prob_scale",
+)  # fmt: skip
+
+
+def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Return the names of the tensors that make up a quantised weight."""
+    stem = name.removesuffix("weight")
+    names = [f"{stem}{part}" for part in _PARTS] + [f"{name}{part}" for part in _WEIGHT_PARTS]
+    bias = f"{stem}bias"  # AutoGPTQ writes a bias of zeros if the product has none
+    if bias in checkpoint and not checkpoint.raw(bias).any():
+        names.append(bias)
+    return [each for each in names if each in checkpoint]
+
+
+def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
+    """Return a tensor's format and elements; codes that no format can hold count as the decoded type."""
+    info = checkpoint.tensor(name)
+    elements = math.prod(info.shape)
+    if quantisation is None:
+        return info.dtype, elements
+    if quantisation.method == "mxfp4":
+        found = stored_expert(name, elements)
+        if found is not None:
+            return found
+    weight = _weight_of(name)
+    if info.dtype == "I32" and weight is not None:
+        return _stored_integers(checkpoint, weight, quantisation)
+    if weight is None or not find_quantised(checkpoint, weight):
+        return info.dtype, 0 if info.dtype in (FLOAT8, *POWERS) else elements  # scales are in the blocks
+    if info.dtype == "U8":
+        return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
+    return {FLOAT8: _DECODED, "I8": "Q8_0"}.get(info.dtype, info.dtype), elements
+
+
+def _weight_of(name: str) -> str | None:
+    """Return the weight that a tensor of codes belongs to; None for any other tensor."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.weight" if last in ("weight", "qweight", "weight_packed") else None
+
+
+def _stored_integers(checkpoint: Checkpoint, weight: str, quantisation: Quantisation) -> tuple[str, int]:
+    rows, columns = quantised_shape(checkpoint, weight, quantisation)
+    if _is_decoded(checkpoint, weight, columns, quantisation):
+        return "F16", rows * columns
+    is_wide = _bits(checkpoint, weight, columns, quantisation) > 4
+    return "I32", rows * columns // (4 if is_wide else 8)  # words; scales and zero points count beside them
+
+
+def _bits(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quantisation) -> int:
+    if quantisation.method == "awq":
+        return 4
+    packed, stem = f"{weight}_packed", weight.removesuffix("weight")
+    if packed in checkpoint:
+        return width(checkpoint.tensor(packed).shape[-1], columns)
+    return width(checkpoint.tensor(f"{stem}qweight").shape[0], columns)
+
+
+def _is_decoded(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quantisation) -> bool:
+    """Return whether codes must be decoded: groups out of order, or eight bits with zero points."""
+    stem = weight.removesuffix("weight")
+    groups, zeros = f"{weight}_g_idx", f"{weight}_zero_point"
+    if quantisation.method == "gptq":
+        groups, zeros = f"{stem}g_idx", f"{stem}qzeros"
+    if groups in checkpoint and (np.diff(read_array(checkpoint, groups, "I32", "I64").reshape(-1)) < 0).any():
+        return True
+    if zeros not in checkpoint or _bits(checkpoint, weight, columns, quantisation) != 8:
+        return False
+    return bool((checkpoint.raw(zeros) + np.uint8(quantisation.layout.shift) != 128).any())
+
+
+def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> tuple[int, int]:
+    """Return the rows and columns of a quantised weight."""
+    stem, packed, shape = name.removesuffix("weight"), f"{name}_packed", f"{name}_shape"
+    if state_name(checkpoint, name) is not None:
+        return read_state(checkpoint, name).shape
+    if name in checkpoint or packed in checkpoint:
+        info = checkpoint.tensor(name if name in checkpoint else packed)
+        rows, words = _pair(info.name, info.shape)
+        if info.dtype == "I32" and shape in checkpoint:
+            rows, words = _pair(shape, tuple(read_array(checkpoint, shape, "I64", "I32").tolist()))
+        elif info.dtype == "I32":
+            words = words * 32 // quantisation.bits
+        return rows, words * 2 if info.dtype == "U8" else words
+    first, second = _pair(f"{stem}qweight", checkpoint.tensor(f"{stem}qweight").shape)
+    if quantisation.method != "gptq":
+        return second * 8, first
+    groups = f"{stem}g_idx"
+    if groups in checkpoint:
+        return second, math.prod(checkpoint.tensor(groups).shape)
+    return second, first * 32 // quantisation.bits
+
+
+def _pair(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise ModelLoadError(f"only matrices can be quantised, but {name!r} has the shape {list(shape)}")
+    return shape[0], shape[1]
+
+
+def is_mxfp4(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether codes of four bits have a power of two per 32 columns."""
+    scale = f"{name}_scale"
+    codes = name if name in checkpoint else f"{name}_packed"
+    if scale not in checkpoint or checkpoint.tensor(scale).dtype not in POWERS:
+        return False
+    packed, scales = checkpoint.tensor(codes).shape, checkpoint.tensor(scale).shape
+    return len(packed) == len(scales) == 2 and packed[1] == 16 * scales[1]
+
+
+def state_name(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return the name of the tensor that describes bitsandbytes' codes of four bits; None for others."""
+    return next((name + state for state in _STATES if name + state in checkpoint), None)
+
+
+def read_state(checkpoint: Checkpoint, name: str) -> TableState:
+    """Return the description of bitsandbytes' codes of four bits."""
+    found = state_name(checkpoint, name)
+    assert found is not None
+    return TableState.from_json(checkpoint.raw(found).tobytes())
