@@ -18,7 +18,8 @@ from bench.gpu_timing import random
 from tgi_asgi import ops
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.family import record
-from tgi_asgi.ops.cuda import CudaBatch, CudaProgram
+from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 
-# The packages that each package may import, in addition to `settings`, `errors`, `types` and its own modules.
+# The packages that each package may import, in addition to `COMMON` and its own modules.
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED_IMPORTS = {
     "api": {"images", "observe", "text"},
@@ -27,10 +27,11 @@ ALLOWED_IMPORTS = {
     "images": set(),
     "formats": {"_C"},  # for its table of weight formats
     "settings": set(),
+    "speculation": set(),
     "errors": set(),
     "types": set(),
 }
-COMMON = {"settings", "errors", "types"}
+COMMON = {"settings", "speculation", "errors", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.
@@ -42,7 +43,13 @@ ALLOWED_DIALECTS = {
 MAX_CHAT_MODULES = 25
 RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
 TORCH_PACKAGES = {"runner", "models", "ops"}
-PURE = ("engine/scheduler.py", "engine/blocks.py", "engine/prefix.py", "engine/sequence.py")
+PURE = (
+    "engine/scheduler.py",
+    "engine/preemption.py",
+    "engine/blocks.py",
+    "engine/prefix.py",
+    "engine/sequence.py",
+)
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -20,6 +20,7 @@ from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.preemption import choose_victim
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.step import Step
@@ -77,7 +78,7 @@ def preemption_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan(scheduler: Scheduler, step: Step) -> list[Sequence]:
         if next(steps) % 9 == 8 and len(scheduler.running) > 1:
-            scheduler._suspend(scheduler._victim())
+            scheduler._suspend(choose_victim(scheduler.running, scheduler.tables))
             scheduler._stats.preemptions += 1
         return plan_decodes(scheduler, step)
 

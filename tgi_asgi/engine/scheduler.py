@@ -34,6 +34,7 @@ from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
+from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
 from tgi_asgi.engine.running_adapters import RunningAdapters
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
@@ -255,34 +256,12 @@ class Scheduler:
 
     def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
-        missing = {sequence: self._num_missing(sequence) for sequence in self._running}
+        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in self._running}
         while sum(missing.values()) > self.pool.num_free:
-            victim = self._victim()
+            victim = choose_victim(self._running, self.tables)
             self._suspend(victim)
             self._stats.preemptions += 1
             del missing[victim]
-
-    def _num_missing(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence needs for its next token."""
-        if sequence.is_prefilling:
-            return self.tables.num_missing(sequence)
-        end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
-        is_growing = (
-            end > len(sequence.tables[0]) * self.block_size
-            and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
-        )
-        return self.tables.num_groups if is_growing else 0
-
-    def _victim(self) -> Sequence:
-        """Return the least urgent sequence of the tenant with the most blocks.
-
-        The most urgent sequence of all is exempt unless it is the only one.
-        """
-        num_held = Counter[str | None]()
-        for sequence in self._running:
-            num_held[sequence.tenant] += self.tables.num_held(sequence)
-        others = self._running[1:] or self._running
-        return max(others, key=lambda sequence: (num_held[sequence.tenant], sequence.urgency))
 
     def _suspend(self, sequence: Sequence) -> None:
         """Preempt a running sequence; hold a further choice if its leader still computes the prompt."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
+from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
@@ -33,64 +33,7 @@ from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import LinearWeight, QkvWeight
 
-_SIZES = (
-    Size.TOKENS, Size.DECODES, Size.PROMPTS, Size.KNOWN_PROMPTS, Size.UNKNOWN_PROMPTS, Size.MAX_QUERY_LEN,
-    Size.ADAPTED,
-)  # fmt: skip
-_INPUTS = (
-    Input.IDS, Input.POSITIONS, Input.SLOTS, Input.QUERY_START, Input.CONTEXT_LEN, Input.BLOCK_TABLE,
-    Input.PROMPT_LENS, Input.ADAPTERS,
-)  # fmt: skip
 _kernels: Any = torch.ops.tgi_cuda
-
-
-@dataclass(frozen=True, slots=True)
-class CudaBatch:
-    """The tokens of one step on the device, sequence by sequence: sequences of one token come first.
-
-    A padding sequence has context length 0, and its token has slot -1.
-    """
-
-    ids: Tensor  # [n_tokens] int32
-    positions: Tensor  # [n_tokens] int32
-    slots: Tensor  # [n_tokens] int64
-    query_start: Tensor  # [n_sequences + 1] int32
-    context_len: Tensor  # [n_sequences] int32
-    block_table: Tensor  # [n_sequences, max_blocks] int32
-    num_decodes: int  # sequences of one token, which come first
-    max_query_len: int  # of the other sequences
-    # (tokens in this step, tokens in total) of each other sequence; outside graphs the host may know them.
-    prompt_lens: Sequence[tuple[int, int]] = ()
-    adapters: Tensor | None = None  # [n_tokens] int32: slot of each token's adapter, -1: none; None: no token
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.ids.shape[0])
-
-    @property
-    def num_sequences(self) -> int:
-        return int(self.context_len.shape[0])
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sizes that select launches, in the order of `_SIZES`."""
-        num_prompts = self.num_sequences - self.num_decodes
-        num_known = len(self.prompt_lens)
-        num_unknown = 0 if num_known else num_prompts
-        num_adapted = 0 if self.adapters is None else self.num_tokens
-        return (
-            self.num_tokens, self.num_decodes, num_prompts, num_known, num_unknown, self.max_query_len,
-            num_adapted,
-        )  # fmt: skip
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that launches read, in the order of `_INPUTS`."""
-        lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
-        return (
-            self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
-            self.ids[:0] if self.adapters is None else self.adapters,
-        )  # fmt: skip
 
 
 class CudaProgram:
@@ -134,7 +77,7 @@ class CudaProgram:
         self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
         self._flashinfer: FlashInfer | None = None  # created by the first layer that uses it
         self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers with one plan share
-        self._launches = LaunchList(_SIZES, _INPUTS)
+        self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
         self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import FlatRows
-from tgi_asgi.ops.cuda import CudaBatch
+from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
