@@ -29,7 +29,8 @@ def test_every_route_is_there_with_its_fields(chat: ChatPage) -> None:
     shown = chat.page.locator(".route > summary").evaluate_all(
         "(all) => all.map((row) => ['.method', 'code'].map((part) => row.querySelector(part).textContent))"
     )
-    documented = [[row.method, row.path.replace(":path}", "}")] for row in table.routes(Settings())]
+    rows = [row for row in table.routes(Settings()) if row.summary]
+    documented = [[row.method, row.path.replace(":path}", "}")] for row in rows]
     assert sorted(shown) == sorted(documented)
     for summary in chat.page.locator(".route > summary").all():
         summary.click()

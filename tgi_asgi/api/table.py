@@ -74,8 +74,8 @@ def _openai() -> list[Route]:
             "POST", "/v1/responses/input_tokens", tokenising(responses.count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),
         ),
-        row("POST", "/v1/responses/compact", responses.compact, "Not supported"),
-        row("POST", "/v1/responses/{response}/cancel", responses.cancel, "Always refused"),
+        row("POST", "/v1/responses/compact", responses.compact, ""),  # refused with the reason
+        row("POST", "/v1/responses/{response}/cancel", responses.cancel, ""),  # the same
         row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A stored response"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Delete a response"),
