@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tgi_asgi.api import asgi, images, limits, parse, pooled, sse
+from tgi_asgi.api import asgi, images, limits, parse, pool_call, pooled, sse
 from tgi_asgi.api.openai import response_store, responses
 from tgi_asgi.engine import engine, loop, sequence
 from tgi_asgi.images import fetch, headers
@@ -30,7 +30,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("size", [Settings().payload_limit // MIB]),
         ("`n`, `best_of`", [OPENAI.best_of, COMPAT.best_of]),
         ("prompts of a call", [OPENAI.prompts, COMPAT.prompts]),
-        ("inputs of a call for embeddings or scores", [pooled.MAX_INPUTS]),
+        ("inputs of a call for embeddings or scores", [pool_call.MAX_INPUTS]),
         ("their tokens together", [pooled.MAX_TOKENS]),
         ("prompts times choices", [OPENAI.choices]),
         ("stop strings", [OPENAI.stops, COMPAT.stops]),

@@ -158,6 +158,8 @@ async def test_compat_mode_speaks_tgis_envelope_on_v1() -> None:
     assert call.json()["error_type"] == "validation"
     call = await send(app, request("POST", CHAT, HI, {"content-type": "text/plain"}))
     assert call.status == 415
+    call = await send(app, request("POST", "/v1/chat", HI))
+    assert (call.status, call.json()["error_type"]) == (404, "not_found")
 
 
 def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -257,6 +257,14 @@ async def test_defaults_are_ollamas_and_the_context_bounds_the_answer(num_predic
     assert request is not None and request.sampling.top_k == 40
 
 
+async def test_null_means_ollamas_default() -> None:
+    options = dict.fromkeys(OllamaOptions.__struct_fields__)
+    _, _, request = await post("/api/chat", {"messages": HI, "options": options})
+    assert request is not None
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.8, 40, 0.9)
+
+
 @pytest.mark.parametrize(("options", "reason"), [({"num_predict": 1}, "length"), ({"stop": ["b"]}, "stop")])
 async def test_the_reason_to_stop(options: dict[str, Any], reason: str) -> None:
     _, lines, _ = await post("/api/chat", {"messages": HI, "options": options})

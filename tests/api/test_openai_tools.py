@@ -197,6 +197,14 @@ async def test_only_a_stream_that_begins_with_text_opens_with_one(
     assert not any("role" in chunk["delta"] for chunk in chunks)
 
 
+@pytest.mark.parametrize("said", [CALLS[4:], CALLS, ["Hi"], []])
+async def test_several_choices_that_may_call_open_without_text(said: list[str]) -> None:
+    first, *chunks, last = await deltas(say(*said), tools=TOOLS, n=2)
+    assert first["delta"] == {"role": "assistant", "content": None}
+    assert all(chunk["delta"].get("content") != "" for chunk in chunks)
+    assert last["delta"] == ({"content": ""} if said in (["Hi"], []) else {})
+
+
 async def test_a_call_that_the_length_cuts_is_shown_as_far_as_it_came() -> None:
     choice = (await chat(say(*CALLS[4:]), tools=TOOLS, max_tokens=6))["choices"][0]
     assert choice["finish_reason"] == "length"

@@ -16,6 +16,7 @@ from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
 from tests.support.serving import serving
+from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import MIB
 
@@ -158,6 +159,7 @@ async def test_a_failure_after_the_start_is_an_event() -> None:
     assert events[-1]["type"] == "response.failed"
     assert events[-1]["response"]["status"] == "failed"
     assert events[-1]["response"]["error"]["code"] == "server_error"
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == "ab"
 
 
 async def test_the_sdk_parses_a_response_into_a_model() -> None:
@@ -206,6 +208,22 @@ async def test_items_become_the_messages_of_a_chat() -> None:
     assert [call["function"]["name"] for call in messages[3]["tool_calls"]] == ["f", "g"]
     assert messages[3]["reasoning_content"] == "hm"
     assert [message["content"] for message in messages[4:]] == ["1", "2"]
+
+
+def test_reasoning_belongs_to_the_answer_that_it_led_to() -> None:
+    def thought(text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    messages = read_items(
+        [
+            {"role": "user", "content": "hi"}, thought("cut off"),
+            {"role": "user", "content": "again"}, thought("a"), {"role": "assistant", "content": "So."},
+            thought("b"), call, {"type": "function_call_output", "call_id": "c1", "output": "1"},
+            {"role": "assistant", "content": "Done."},
+        ]
+    )  # fmt: skip
+    assert [message.get("reasoning_content") for message in messages] == [None, None, "a\nb", None, None]
 
 
 @pytest.mark.parametrize("kept", [("type", "id", "summary", "encrypted_content"), ("type", "id", "content")])

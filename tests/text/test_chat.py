@@ -157,6 +157,19 @@ def test_the_messages_are_not_changed_and_string_arguments_become_objects() -> N
     assert json.dumps(messages) == before
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_text_and_reasoning_before_a_call_are_joined_where_the_template_refuses_both(refuses: bool) -> None:
+    source = (
+        "{% for m in messages %}{% if m.tool_calls %}{% if m.content and m.thinking and refuses %}"
+        "{{ raise_exception('not both') }}{% endif %}[{{ m.thinking }}|{{ m.content }}]"
+        "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"
+    ).replace("refuses", str(refuses).lower())
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": "Let me see.", "reasoning_content": "hm", "tool_calls": [call]}
+    rendered = ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}, answer])
+    assert rendered == ("[hm\n\nLet me see.|]{}" if refuses else "[hm|Let me see.]{}")
+
+
 def test_absent_content_is_an_empty_string_where_the_template_adds_strings() -> None:
     text = ChatTemplate(CHATML, SPECIAL).render([USER, {"role": "assistant"}], add_generation_prompt=False)
     assert text.endswith("<|im_start|>assistant\n<|im_end|>\n")

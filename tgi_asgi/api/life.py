@@ -19,6 +19,7 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images, salted_images
+from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
@@ -197,7 +198,6 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, job, form) if is_constrained else None
         reading = form.reading()
-    max_priority = context.settings.max_priority
     shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
@@ -214,7 +214,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             skip_special_tokens=job.skip_special_tokens and not shows_markers,
         ),
         n=job.n,
-        priority=min(max(job.priority, -max_priority), max_priority),
+        priority=bounded_priority(job.priority, context.settings),
         cache_salt=salt,
         adapter=adapter,
         grammar=grammar,

@@ -78,6 +78,11 @@ class Overflow(enum.Enum):
         return min(max_tokens, available)
 
 
+def bounded_priority(priority: int, settings: Settings) -> int:
+    """Return a request's priority within the bounds of `--max-priority`."""
+    return min(max(priority, -settings.max_priority), settings.max_priority)
+
+
 def check_stops(stops: tuple[str, ...], max_stops: int, param: str, *, is_list: bool = True) -> None:
     """Check the number of stop strings and their lengths."""
     if len(stops) > max_stops:

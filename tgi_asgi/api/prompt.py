@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate
 
 _TAIL_CHARS = 64
-_SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
+SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
 _NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --tokenizer-config-path "
     "and a tokenizer_config.json that has a chat_template"
@@ -263,4 +263,4 @@ def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -
     if keep is None:
         check_characters(num_characters, longest, served.info)
         return text
-    return text[-(keep + _SLACK_TOKENS) * longest :]
+    return text[-(keep + SLACK_TOKENS) * longest :]

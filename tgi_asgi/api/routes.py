@@ -104,9 +104,9 @@ class RouteTable:
             others = ((row.dialect, row.dialect.client_header) for row in self.rows)
             sent = (each for each, name in others if name is not None and exchange.header(name) is not None)
             dialect = next(sent, dialect)
-        exchange.use(_effective_dialect(dialect, exchange))
+        dialect = _effective_dialect(dialect, exchange)
+        exchange.use(dialect)
         self._check(exchange)  # with a wrong key, do not reveal whether the path exists
-        exchange.dialect = dialect
         start = "No route" if dialect is NATIVE else "Unknown URL:"
         raise NotFound(f"{start} {exchange.method} {exchange.path}{hint}")
 

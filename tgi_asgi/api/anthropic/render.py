@@ -60,7 +60,7 @@ class MessageRenderer(Renderer):
         self._num_generated = 0
         self._blocks: list[dict[str, Any]] = []
         self._kind: str | None = None  # of the open block
-        self._arguments = ""  # of the last call, so far
+        self._texts: list[str] = []  # of the open block; a string would be copied for each token
         self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
@@ -92,6 +92,7 @@ class MessageRenderer(Renderer):
             "type": "message",
             "role": "assistant",
             "model": self._generation.model,
+            # A call whose arguments were cut off is left out.
             "content": [block for block in self._blocks if block.get("input", {}) is not None],
             **self._stop,
             "usage": self._usage(),
@@ -118,16 +119,13 @@ class MessageRenderer(Renderer):
 
     def _add(self, piece: Piece) -> list[Event]:
         made = self._open(piece) if isinstance(piece, CallStart) or _KINDS[type(piece)] != self._kind else []
-        match piece:
-            case CallStart():
-                return made
-            case CallArguments():
-                self._arguments += piece.text
-                delta = {"type": "input_json_delta", "partial_json": piece.text}
-            case _:
-                kind = _KINDS[type(piece)]
-                self._blocks[-1][kind] += piece.text
-                delta = {"type": f"{kind}_delta", kind: piece.text}
+        if isinstance(piece, CallStart):
+            return made
+        self._texts.append(piece.text)
+        kind = _KINDS[type(piece)]
+        delta = {"type": f"{kind}_delta", kind: piece.text}
+        if isinstance(piece, CallArguments):
+            delta = {"type": "input_json_delta", "partial_json": piece.text}
         return [*made, {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}]
 
     def _open(self, piece: Piece) -> list[Event]:
@@ -135,8 +133,8 @@ class MessageRenderer(Renderer):
         made = self._close()
         self._kind = kind = _KINDS[type(piece)]
         block: dict[str, Any] = {"type": kind, kind: ""}
+        self._texts = []
         if isinstance(piece, CallStart):
-            self._arguments = ""
             block = {"type": kind, "id": f"toolu_{secrets.token_hex(12)}", "name": piece.name, "input": {}}
         elif isinstance(piece, Reasoning):
             block["signature"] = ""
@@ -148,10 +146,9 @@ class MessageRenderer(Renderer):
         if self._kind is None:
             return []
         made: list[Event] = []
-        block, index = self._blocks[-1], len(self._blocks) - 1
-        if self._kind == "tool_use":
-            block["input"] = whole_arguments(self._arguments)  # None is omitted from the message
-        elif self._kind == "thinking":  # clients drop thoughts without a signature, or make them text
+        block, index, text = self._blocks[-1], len(self._blocks) - 1, "".join(self._texts)
+        block |= {"input": whole_arguments(text)} if self._kind == "tool_use" else {self._kind: text}
+        if self._kind == "thinking":  # clients drop thoughts without a signature, or make them text
             block["signature"] = secrets.token_hex(16)
             delta = {"type": "signature_delta", "signature": block["signature"]}
             made.append({"type": "content_block_delta", "index": index, "delta": delta})

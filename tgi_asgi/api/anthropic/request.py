@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.anthropic.documents import document_text, has_text, search_text
+from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.anthropic.tools import CHANGES, ClientTool, read_tools
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
@@ -22,8 +22,8 @@ from tgi_asgi.api.parse import (
     Natural,
     check_ranges,
     decode_json,
-    kind_of,
     refuse,
+    refuse_field,
     string_of,
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
@@ -31,7 +31,6 @@ from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import Tool, choose
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-_RESULT = ("text", "image", "tool_reference", "document", "search_result")
 _THINKING = ("adaptive", "disabled", "enabled")
 _BILLING = "x-anthropic-billing-header:"
 
@@ -109,7 +108,7 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         system = request.system
         if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
             system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
-        messages.append({"role": "system", "content": _text(system, "system")})
+        messages.append({"role": "system", "content": plain_text(system, "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]", images)
     return Conversation(
@@ -126,60 +125,81 @@ def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
     """Return a turn as messages; tool results become separate messages before the text."""
     role = turn.role
     if role not in ("user", "assistant", "system"):
-        refuse(f"{path}.role", f"`{path}.role` must be user or assistant, got {role[:40]!r}")
+        refuse_field(f"{path}.role", f"must be user or assistant, got {role[:40]!r}")
     if isinstance(turn.content, str):
         return [{"role": role, "content": turn.content}]
-    results: list[dict[str, Any]] = []
-    parts: list[str | dict[str, str]] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    changes_tools = False
+    blocks = _Blocks(role, images)
     for j, block in enumerate(turn.content):
-        where = f"{path}.content[{j}]"
-        match role, block.get("type"):
+        blocks.read(block, f"{path}.content[{j}]")
+    return blocks.messages(path)
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """What the blocks of one turn contain, in their order."""
+
+    role: str
+    images: Images | None
+    parts: list[str | dict[str, str]] = field(default_factory=list)  # texts and images
+    results: list[dict[str, Any]] = field(default_factory=list)  # of tools, as messages
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    changes_tools: bool = False
+
+    def read(self, block: dict[str, Any], where: str) -> None:
+        """Add a block, whose path is `where`."""
+        match self.role, block.get("type"):
             case _, "text":
-                parts.append(string_of(block, "text", where))
+                self.parts.append(string_of(block, "text", where))
             case "system", str(kind) if kind in CHANGES:  # `read_tools` reads them
-                changes_tools = True
+                self.changes_tools = True
             case "user", "document":
-                parts.append(document_text(block, where))
+                self.parts.append(document_text(block, where))
             case "user", "search_result":
-                parts.append(search_text(block, where))
-            case "user", "image" if images is not None:
-                parts.append(_image(block.get("source"), f"{where}.source", images))
+                self.parts.append(search_text(block, where))
+            case "user", "image" if self.images is not None:
+                self.parts.append(_image(block.get("source"), f"{where}.source", self.images))
             case "user", "tool_result":
-                text = _text(block.get("content") or "", f"{where}.content", _RESULT)
+                text = result_text(block.get("content") or "", f"{where}.content")
                 call_id = string_of(block, "tool_use_id", where)
-                results.append({"role": "tool", "content": text, "tool_call_id": call_id})
+                self.results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":
-                thoughts.append(string_of(block, "thinking", where))
+                self.thoughts.append(string_of(block, "thinking", where))
             case "assistant", "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
                 pass
             case "assistant", str(kind) if kind.endswith("_tool_result"):  # of a tool that a server ran
                 pass
             case "assistant", "tool_use":
-                arguments = block.get("input")
-                if not isinstance(arguments, dict):
-                    refuse(f"{where}.input", f"`{where}.input` must be an object")
-                function = {"name": string_of(block, "name", where), "arguments": arguments}
-                calls.append({"id": string_of(block, "id", where), "type": "function", "function": function})
+                self.calls.append(_call(block, where))
             case _, kind:
-                what = f"`{where}.type` {str(kind)[:40]!r} is not supported"
+                rule = f"{str(kind)[:40]!r} is not supported"
                 if kind == "image":
-                    what += f": {NO_IMAGES if images is None else ONLY_USERS}"
-                refuse(f"{where}.type", what, "invalid_value")
-    texts = [part for part in parts if isinstance(part, str)]
-    content = "\n".join(texts) if len(texts) == len(parts) else parts
-    message: dict[str, Any] = {"role": role, "content": content or None}
-    if thoughts:
-        message["reasoning_content"] = "\n".join(thoughts)
-    if calls:
-        message["tool_calls"] = calls
-    if role != "assistant" and not parts:
-        if not (results or changes_tools):
-            refuse(f"{path}.content", f"`{path}.content` must have at least one block")
-        return results
-    return [*results, message]
+                    rule += f": {NO_IMAGES if self.images is None else ONLY_USERS}"
+                refuse_field(f"{where}.type", rule, "invalid_value")
+
+    def messages(self, path: str) -> list[dict[str, Any]]:
+        """Return the turn, whose path is `path`, as messages."""
+        if self.role != "assistant" and not self.parts:
+            if not (self.results or self.changes_tools):
+                refuse_field(f"{path}.content", "must have at least one block")
+            return self.results
+        texts = [part for part in self.parts if isinstance(part, str)]
+        content = "\n".join(texts) if len(texts) == len(self.parts) else self.parts
+        message: dict[str, Any] = {"role": self.role, "content": content or None}
+        if self.thoughts:
+            message["reasoning_content"] = "\n".join(self.thoughts)
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return [*self.results, message]
+
+
+def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a `tool_use` block as a call of a message."""
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        refuse_field(f"{where}.input", "must be an object")
+    function = {"name": string_of(block, "name", where), "arguments": arguments}
+    return {"id": string_of(block, "id", where), "type": "function", "function": function}
 
 
 def _image(source: Any, path: str, images: Images) -> dict[str, str]:
@@ -188,35 +208,10 @@ def _image(source: Any, path: str, images: Images) -> dict[str, str]:
     if kind == "url":
         return images.add(string_of(source, "url", path), path)
     if kind != "base64":
-        refuse(
-            f"{path}.type", f"`{path}.type` must be base64 or url, got {str(kind)[:40]!r}", "invalid_value"
-        )
+        refuse_field(f"{path}.type", f"must be base64 or url, got {str(kind)[:40]!r}", "invalid_value")
     if not string_of(source, "media_type", path).startswith("image/"):
-        refuse(f"{path}.media_type", f"`{path}.media_type` must be one of images", "invalid_value")
+        refuse_field(f"{path}.media_type", "must be one of images", "invalid_value")
     return images.add(string_of(source, "data", path), path, is_base64=True)
-
-
-def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
-    """Return a text, or the text of blocks of these kinds; blocks without text are named."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        refuse(path, f"`{path}` must be a string or a list of text blocks")
-    texts = []
-    for j, block in enumerate(content):
-        where = f"{path}[{j}]"
-        match kind_of(block, where, kinds):
-            case "text":
-                texts.append(string_of(block, "text", where))
-            case "tool_reference":
-                texts.append(f"[tool: {string_of(block, 'tool_name', where)}]")
-            case "document" if has_text(block):
-                texts.append(document_text(block, where))
-            case "search_result":
-                texts.append(search_text(block, where))
-            case kind:
-                texts.append(f"[{kind} omitted]")
-    return "\n".join(texts)
 
 
 def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
@@ -224,7 +219,7 @@ def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int
     given = {"type": "auto"} if given is None else given
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
-        refuse("tool_choice.type", "`tool_choice.type` must be auto, any, tool or none")
+        refuse_field("tool_choice.type", "must be auto, any, tool or none")
     names = [string_of(given, "name", "tool_choice")] if mode == "named" else None
     if num_offered and not tools:
         return None
@@ -236,7 +231,7 @@ def _thinks(given: dict[str, Any]) -> bool:
     kind = given.get("type")
     if kind not in _THINKING:
         known = ", ".join(_THINKING)
-        refuse("thinking.type", f"`thinking.type` must be one of {known}, got {str(kind)[:40]!r}")
+        refuse_field("thinking.type", f"must be one of {known}, got {str(kind)[:40]!r}")
     return bool(kind != "disabled")
 
 
@@ -250,5 +245,5 @@ def _constraint(request: MessagesRequest) -> Constraint | None:
         return None
     schema = given.get("schema") if isinstance(given, dict) and given.get("type") == "json_schema" else None
     if not isinstance(schema, dict):
-        refuse(name, f"`{name}` must have type `json_schema` and a `schema`")
+        refuse_field(name, "must have type `json_schema` and a `schema`")
     return Constraint.of(name, "json", schema)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.parse import refuse, string_of
+from tgi_asgi.api.parse import refuse, refuse_field, string_of
 from tgi_asgi.api.tools import Tool, check_tools, note_skipped
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_tools(entries: Sequence[ClientTool] | None, turns: Sequence[Turn]) -> l
 
 def _tool(tool: ClientTool, index: int, path: str) -> Tool:
     if tool.name is None:
-        refuse(f"{path}.name", f"`{path}.name` is required")
+        refuse_field(f"{path}.name", "is required")
     return Tool(index, tool.name, tool.description, tool.input_schema, tool.strict)
 
 
@@ -68,7 +68,7 @@ def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
             path = f"messages[{i}].content[{j}].tool"
             change = block.get("tool")
             if not isinstance(change, dict):
-                refuse(path, f"`{path}` must be an object")
+                refuse_field(path, "must be an object")
             if change.get("type") == "tool_definition" and block["type"] == "tool_addition":
                 tool = _defined_tool(change.get("definition"), len(known), f"{path}.definition")
                 known[tool.name] = offered[tool.name] = tool

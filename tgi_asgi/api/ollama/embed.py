@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
+from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
 from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
 from tgi_asgi.observe.summary import RequestSummary
 

@@ -15,13 +15,14 @@ from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
 from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
 from tgi_asgi.api.openai.tools import read_tools
 from tgi_asgi.api.parse import (
+    NO_IMAGES,
+    ONLY_USERS,
     Fraction,
     Penalty,
     Share,
     check_ranges,
     decode_json,
     range_of,
-    refuse,
     refuse_field,
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
@@ -47,6 +48,11 @@ class OllamaOptions(Struct):
     seed: int | None = None  # negative: random
     num_predict: int | None = None  # not positive: until the context is full
     stop: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            if getattr(self, name) is None:  # null means the default, too
+                setattr(self, name, default)
 
 
 class OllamaMessage(Struct):
@@ -122,7 +128,7 @@ def parse_generate(body: bytes, exchange: Exchange) -> Call:
     parts = _images(request.images, "images", images)
     if request.raw or served.chat_template is None:
         if request.system:
-            refuse("system", "`system` needs a chat template: `raw` uses none, or the model has none")
+            refuse_field("system", "needs a chat template: `raw` uses none, or the model has none")
         before = served.image_processor.placeholder * len(parts) if served.image_processor else ""
         text = Text(before + request.prompt, images=images) if request.prompt else None
         return _call(request, exchange, text)
@@ -151,7 +157,7 @@ def _call(
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {num_top}")
     for name in _UNSUPPORTED:
         if getattr(request, name, None):
-            refuse(name, f"`{name}` is not supported", "unsupported_parameter")
+            refuse_field(name, "is not supported", "unsupported_parameter")
     given = request.format
     kind = "json" if isinstance(given, dict) else "json_object"
     job = prompt and Job(
@@ -190,7 +196,7 @@ def _variables(request: _Request) -> dict[str, Any]:
 def _images(given: list[Any] | None, path: str, images: Images | None) -> list[dict[str, str]]:
     """Add base64 images; return their placeholders, which precede the text."""
     if given and images is None:
-        refuse_field(path, "is not supported: the model reads nothing but text", "unsupported_parameter")
+        refuse_field(path, f"is not supported: {NO_IMAGES}", "unsupported_parameter")
     if images is None:
         return []
     return [images.add(image, f"{path}[{j}]", is_base64=True) for j, image in enumerate(given or ())]
@@ -203,8 +209,7 @@ def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[st
     for i, message in enumerate(given):
         where = f"messages[{i}].images"
         if message.images and images is not None and message.role != "user":
-            rule = "is not supported: only the user's messages may have images"
-            refuse_field(where, rule, "unsupported_parameter")
+            refuse_field(where, f"is not supported: {ONLY_USERS}", "unsupported_parameter")
         parts: list[Any] = [*_images(message.images, where, images)]
         if parts and message.content:
             parts.append(message.content)

@@ -46,6 +46,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
                 is_named=job.tools is not None and job.tools.is_named,
                 may_call=job.tools is not None,
                 must_call=job.tools is not None and job.tools.must_call,
+                is_alone=job.n == 1,
                 is_compat=is_compat,
             )
             for _ in range(job.n)
@@ -112,7 +113,7 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
             rule = "is not supported; OpenAI has replaced it by `tools`"
             refuse_field(name, rule, "unsupported_parameter")
     if any(modality != "text" for modality in request.modalities or ()):
-        refuse("modalities", "`modalities` may hold `text` only", "unsupported_parameter")
+        refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
     check_unset(request, ("audio",))
     choice = request.tool_choice
     is_name = isinstance(choice, str) and choice not in ("auto", "none", "required")
@@ -129,12 +130,12 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     max_tokens: int | None = getattr(request, field)
     if max_tokens == 0:
-        refuse(field, f"`{field}` must be at least 1, got 0")
+        refuse_field(field, "must be at least 1, got 0")
     top = request.top_logprobs or 0
     if top > limits.top_logprobs:
-        refuse("top_logprobs", f"`top_logprobs` must be at most {limits.top_logprobs}, got {top}")
+        refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {top}")
     if top and not request.logprobs and not is_compat:
-        refuse("top_logprobs", "`top_logprobs` is only allowed with `logprobs: true`")
+        refuse_field("top_logprobs", "is only allowed with `logprobs: true`")
     if request.chat_template is not None:
         raise Forbidden("`chat_template` is not accepted from requests")
     return max_tokens, top if request.logprobs else None

@@ -80,6 +80,7 @@ class ChatChoice(TextChoice):
     Args:
         is_named: Whether the client chose the function to call.
         may_call: Whether the answer may have tool calls.
+        is_alone: Whether the answer has no other choice.
         must_call: Whether the answer must be a tool call, without text.
     """
 
@@ -94,6 +95,7 @@ class ChatChoice(TextChoice):
         is_named: bool = False,
         may_call: bool = False,
         must_call: bool = False,
+        is_alone: bool = True,
         is_compat: bool = False,
     ) -> None:
         super().__init__(tracker, echo=echo)
@@ -101,9 +103,12 @@ class ChatChoice(TextChoice):
         self._is_text = reading is None
         self._reader = ChoiceReader(reading)
         self._is_named = is_named
-        # Whether the first chunk depends on the second: before a call it has no text, not even an empty one.
-        self.opens_late = may_call and not (must_call or is_compat or echo)
-        self._opens_with = None if must_call and not is_compat else ""
+        # Before a call, the first chunk has no text, not even an empty one. So it waits for the second,
+        # unless there are other choices: clients' accumulators need the first chunks in the choices' order.
+        opens_before_call = may_call and not (must_call or is_compat or echo)
+        self.opens_late = opens_before_call and is_alone
+        is_undecided = opens_before_call and not is_alone
+        self._opens_with = None if is_undecided or (must_call and not is_compat) else ""
         self._is_compat = is_compat
         # TGI's own client expects the role in every delta, and the `tool_calls` key.
         self._role: Fields = {"role": "assistant"} if is_compat else {}

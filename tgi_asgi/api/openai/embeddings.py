@@ -11,7 +11,7 @@ from msgspec import Struct
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.parse import Int, Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_truncation
+from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_truncation
 from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo

@@ -13,7 +13,15 @@ from msgspec import Struct
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import usage
 from tgi_asgi.api.parse import Int, Natural, check_ranges, decode_json, refuse, refuse_field
-from tgi_asgi.api.pooled import Input, Pair, PoolCall, Pooled, check_num_inputs, read_truncation, scoring_of
+from tgi_asgi.api.pool_call import (
+    Input,
+    Pair,
+    PoolCall,
+    Pooled,
+    check_num_inputs,
+    read_truncation,
+    scoring_of,
+)
 from tgi_asgi.api.vectors import best_first, cosine, logit_of, probability
 from tgi_asgi.types import Embedding, ModelInfo
 

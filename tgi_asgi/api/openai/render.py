@@ -128,7 +128,7 @@ class CompletionRenderer:
             choice = self._choices[index]
             if isinstance(choice, ChatChoice):
                 on_top = prompt_ids if index == 0 else _NOTHING
-                if choice.opens_late and self._n == 1:
+                if choice.opens_late:
                     self._unopened[index] = on_top
                     continue
                 yield self._chunk(index, choice.opening(), on_top=on_top, is_opening=True)

@@ -150,7 +150,7 @@ def read_items(
     """
     names = {(tool.namespace, tool.own_name): tool.name for tool in tools if tool.own_name is not None}
     messages: list[dict[str, Any]] = []
-    thought: dict[str, str] = {}  # added to the assistant's next message
+    thoughts: list[str] = []  # the reasoning before the next item, if the assistant made that
     skipped = []
     for i, item in enumerate(items, -num_before):
         path = f"input[{i}]" if i >= 0 else "previous_response_id"
@@ -158,12 +158,12 @@ def read_items(
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
                 text = texts if isinstance(texts, str) else "\n".join(texts)
-                thought = {"reasoning_content": text or unsealed(item.get("encrypted_content"))}
+                thoughts.append(text or unsealed(item.get("encrypted_content")))
             case "function_call" | "custom_tool_call":
                 if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": None, **thought})
-                    thought = {}
+                    messages.append({"role": "assistant", "content": None})
                 messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path, names))
+                _add_thoughts(messages[-1], thoughts)
             case "function_call_output" | "custom_tool_call_output":
                 output = _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
                 call_id = string_of(item, "call_id", path)
@@ -175,14 +175,23 @@ def read_items(
                 content = _parts(item.get("content"), f"{path}.content", role, images)
                 messages.append({"role": role, "content": content})
                 if role == "assistant":
-                    messages[-1] |= thought
-                    thought = {}
+                    _add_thoughts(messages[-1], thoughts)
+                else:
+                    thoughts.clear()  # of an answer that ended in its reasoning
             case str() if kind == "additional_tools" or kind.endswith(_HOSTED):
                 skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
     note_skipped(skipped)
     return messages
+
+
+def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:
+    """Move reasoning to the message that followed it, which may have earlier reasoning."""
+    texts = [text for text in (message.get("reasoning_content"), *thoughts) if text]
+    if texts:
+        message["reasoning_content"] = "\n".join(texts)
+    thoughts.clear()
 
 
 def read_tools(request: ResponsesRequest) -> list[Tool]:

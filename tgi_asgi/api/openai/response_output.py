@@ -61,7 +61,7 @@ class ResponseRenderer:
         self._num_generated = 0
         self._output: list[dict[str, Any]] = base["output"]
         self._kind: type[Piece] | None = None  # of the open item
-        self._arguments = ""  # of the open call of a custom tool
+        self._texts: list[str] = []  # of the open item; a string would be copied for each token
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -118,6 +118,7 @@ class ResponseRenderer:
         self._store(self._response)
 
     def _end(self, status: str, **fields: Any) -> None:
+        self._fill()
         self._response |= {"status": status, **fields}
         self._emit(status, response=self._response)
 
@@ -128,14 +129,13 @@ class ResponseRenderer:
             self._open(piece)
         if isinstance(piece, CallStart):
             return
-        item, growing = self._output[-1], self._growing()
+        item = self._output[-1]
+        self._texts.append(piece.text)
         if item["type"] == "custom_tool_call":  # its string is known only at the end
-            self._arguments += piece.text
             return
-        growing["arguments" if isinstance(piece, CallArguments) else "text"] += piece.text
         more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
         if more:
-            growing["logprobs"] += logprobs
+            self._growing()["logprobs"] += logprobs
         self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
 
     def _open(self, piece: Piece) -> None:
@@ -147,7 +147,6 @@ class ResponseRenderer:
             kind, prefix, field = "function_call", "fc", "arguments"
             if tool is not None and tool.is_custom:
                 kind, prefix, field = "custom_tool_call", "ctc", "input"
-            self._arguments = ""
             call_id = "call_" + secrets.token_hex(12)
             name = piece.name if tool is None else tool.own_name or tool.name
             item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": name, field: ""}
@@ -160,6 +159,7 @@ class ResponseRenderer:
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["status"] = "in_progress"
+        self._texts = []
         self._emit("output_item.added", output_index=len(self._output), item=item)
         self._output.append(item)
         self._kind = _kind_of(piece)
@@ -171,12 +171,12 @@ class ResponseRenderer:
         """Close the open item, if there is one."""
         if self._kind is None:
             return
+        self._fill()
         self._kind = None
         item, growing, place = self._output[-1], self._growing(), self._place()
         item["status"] = status
         name, fields = _GROWING[item["type"]]
         if item["type"] == "custom_tool_call":
-            item["input"] = _custom_input(self._arguments)
             self._emit(f"{name}.delta", **place, delta=item["input"])
         if item["type"] == "reasoning" and self._seals_thoughts:
             item["encrypted_content"] = sealed(growing["text"])
@@ -184,6 +184,19 @@ class ResponseRenderer:
         if growing is not item:
             self._emit("content_part.done", **place, part=growing)
         self._emit("output_item.done", output_index=place["output_index"], item=item)
+
+    def _fill(self) -> None:
+        """Write the text that has come so far into the open item, if there is one."""
+        if self._kind is None:
+            return
+        item, text = self._output[-1], "".join(self._texts)
+        match item["type"]:
+            case "custom_tool_call":
+                item["input"] = _custom_input(text)
+            case "function_call":
+                item["arguments"] = text
+            case _:
+                item["content"][0]["text"] = text
 
     def _growing(self) -> dict[str, Any]:
         """Return the growing object: the only part of an item with parts, otherwise the item."""

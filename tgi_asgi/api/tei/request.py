@@ -14,7 +14,8 @@ from tgi_asgi.api.life import Handler
 from tgi_asgi.api.openai.embeddings import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pooled import Input, PoolCall, Pooled, Truncation, answer, check_num_inputs, embedding_of
+from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
+from tgi_asgi.api.pooled import answer
 from tgi_asgi.api.vectors import as_json, best_first, check_dimensions, shape_vector
 from tgi_asgi.errors import ContextExceeded, TooManyPrompts
 

@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
-from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.parse import decode_json, refuse, refuse_field
 from tgi_asgi.api.tgi.body_kind import kind_of, set_dialect
 from tgi_asgi.api.tgi.render import AnswerOptions, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
@@ -36,16 +36,16 @@ def parse_vertex(body: bytes, exchange: Exchange) -> Call:
     raws = decode_json(body, VERTEX).instances
     limit = exchange.context.settings.max_concurrent_requests
     if not raws:
-        refuse("instances", "`instances` must not be empty")
+        refuse_field("instances", "must not be empty")
     if len(raws) > limit:  # checked before parsing: 16 MiB hold a million, and a 429 would be retried forever
-        refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {limit} run at a time")
+        refuse_field("instances", f"ask for {len(raws)} choices, but at most {limit} run at a time")
     read = []
     for i, raw in enumerate(raws):
         with prefix_errors(f"instances[{i}]", OPENAI):
             read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
     num_choices = sum(job.n for job, _ in read)
     if num_choices > limit:
-        refuse("instances", f"`instances` ask for {num_choices} choices, but at most {limit} run at a time")
+        refuse_field("instances", f"ask for {num_choices} choices, but at most {limit} run at a time")
     options = [each for _, each in read]
     return Call(jobs=[job for job, _ in read], render=partial(_Renderer, options), is_sum=True)
 

@@ -54,6 +54,7 @@ class ChatTemplate:
         self._drops_texts = self.iterates_parts and not self._probe_text()
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
+        self._takes_one_text = self._probe_one_text()
         self.accepts_scattered_system = accepts_scattered(
             self._probe, has_developer=self.mentions("developer")
         )
@@ -102,9 +103,10 @@ class ChatTemplate:
         """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
 
         Tool-call arguments given as a string with a JSON object reach the template as the object, or as text
-        if the template concatenates them with text (DeepSeek's). With `continue_final_message` the prompt
-        ends right after the last message's content. If the template would refuse or drop system messages that
-        are not a single one at the front, they are joined into one there.
+        if the template concatenates them with text (DeepSeek's). A call's text joins its reasoning if the
+        template refuses both (gpt-oss's). With `continue_final_message` the prompt ends right after the last
+        message's content. If the template would refuse or drop system messages that are not a single one at
+        the front, they are joined into one there.
 
         Raises:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.
@@ -150,6 +152,10 @@ class ChatTemplate:
         reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
         if reasoning is not None:  # templates differ in the name they read
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        content = message["content"]
+        if calls and reasoning and content and isinstance(content, str) and self._takes_one_text:
+            both = f"{reasoning}\n\n{content}"
+            message |= {"thinking": both, "reasoning_content": both, "content": ""}
         return message
 
     def _probe_text(self) -> bool:
@@ -168,10 +174,17 @@ class ChatTemplate:
         text = self._probe_answer({"PROBE": 1} if self._takes_objects else '{"PROBE": 1}')
         return "PROBE" in text and "None" not in text
 
-    def _probe_answer(self, arguments: object) -> str:
+    def _probe_one_text(self) -> bool:
+        """Return whether the template refuses a call with both text and reasoning before it, as gpt-oss's."""
+        arguments = {"PROBE": 1} if self._takes_objects else '{"PROBE": 1}'
+        thoughts = {"thinking": "hm", "reasoning_content": "hm"}
+        one, two = (self._probe_answer(arguments, content=text, **thoughts) for text in ("", "Let me see."))
+        return "PROBE" in one and not two
+
+    def _probe_answer(self, arguments: object, content: str | None = None, **fields: str) -> str:
         function = {"name": "f", "arguments": arguments}
         call = {"id": "call00000", "type": "function", "function": function}
-        answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        answer = {"role": "assistant", "content": content, **fields, "tool_calls": [call]}
         return self._probe([{"role": "user", "content": "hi"}, answer])
 
     def _probe(self, messages: list[dict[str, Any]]) -> str:
