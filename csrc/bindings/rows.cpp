@@ -106,6 +106,9 @@ void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
   for (size_t row = 0; row < adapters.size(); ++row) {
     if (adapters[row] == nullptr) continue;
     const int32_t begin = query_start[row], end = query_start[row + 1];
+    check(begin >= 0 && begin < end && end <= static_cast<int64_t>(ids.size()),
+          "a row with an adapter must have some of the ", ids.size(), " tokens, got [", begin, ", ",
+          end, ")");
     if (row > 0 && adapters[row] == adapters[row - 1]) {
       adapter_spans.back().end = end;
     } else {

@@ -96,7 +96,8 @@ struct FlatRows {
   std::vector<step::AdapterSpan> adapter_spans;  // runs of consecutive rows with the same adapter
 
   int64_t num_rows() const { return static_cast<int64_t>(context_len.size()); }
-  // Sets the rows' adapters: one per row, or an empty list.
+  // Sets the rows' adapters: one per row, or an empty list. Throws std::invalid_argument if a row
+  // with an adapter has other tokens than those of `ids`.
   void set_adapters(std::vector<AdapterPtr> of_rows);
   // Returns a step's header; it points into this struct.
   cpu::step::StepHeader header() const;

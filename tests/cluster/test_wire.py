@@ -63,6 +63,29 @@ def test_counters_add_up_and_stay_when_a_replica_goes() -> None:
     assert (totals.stats.steps, totals.stats.running, totals.stats.step_s["decode"].count) == (30, 1, 3)
 
 
+def test_a_replica_that_comes_back_is_not_counted_twice() -> None:
+    totals = Totals()
+
+    def counted(name: str, steps: int) -> int:
+        stats = EngineStats()
+        stats.steps = steps
+        totals.update(name, snapshot(stats))
+        totals.sum_up()
+        return totals.stats.steps
+
+    assert counted("a", 10) == 10
+    totals.retire("a")
+    assert counted("b", 5) == 15
+    assert counted("a", 12) == 17
+    totals.retire("a")
+    for number in range(40):  # gone for good: only the sum is kept
+        assert counted(f"other {number}", 1) == 18 + number
+        totals.retire(f"other {number}")
+    totals.sum_up()
+    assert totals.stats.steps == 57
+    assert len(totals._absent) < 40
+
+
 def test_a_report_has_the_blocks_of_the_first_group_of_layers() -> None:
     """A model with windows has several blocks for the same tokens; an ingress knows one digest per block."""
     digests = [bytes([number]) * 16 for number in range(3)]

@@ -23,10 +23,24 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
     block = pool.allocate()
     pool.share(block)
     pool.release([block])
-    assert not pool.is_free(block)
+    assert pool.num_holders(block) > 0
     pool.release([block])
-    assert pool.is_free(block)
+    assert pool.num_holders(block) == 0
     pool.check()
+
+
+def test_contents_are_found_up_to_the_first_that_are_gone() -> None:
+    pool = BlockPool(4)
+    names = [digest(name) for name in "abcd"]
+    blocks = [pool.allocate() for _ in names]
+    for block, name in zip(blocks, names, strict=True):
+        pool.register(block, name)
+    assert pool.find_leading(names) == blocks
+    pool.forget([blocks[2]])
+    assert pool.find_leading(names) == blocks[:2]
+    assert pool.find_leading([]) == []
+    pool.release(blocks[1:])
+    assert (pool.count_free(blocks), pool.count_free(blocks[:2]), pool.count_free([])) == (3, 1, 0)
 
 
 def test_releasing_twice_is_noticed() -> None:

@@ -14,7 +14,7 @@ from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens
 from tests.support.waiting import until
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError, Unavailable
-from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult
+from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
@@ -170,6 +170,25 @@ async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
     assert [entry[0] for entry in answer.stats.prompt_logprobs] == [None, *map(fake_logprob, prompt[1:])]
     assert (await collect(other)).error is None
     assert engine.stats.failed_steps >= 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+async def test_a_later_chunk_that_always_fails_ends_a_prompt_that_starts_again(
+    make_engine: MakeEngine, kind: type[Exception]
+) -> None:
+    """Its first chunks succeed when they are retried, which must not hide that the later one never does."""
+    runner = FakeRunner(max_step_tokens=24, num_blocks=300)
+
+    def is_faulty(row: StepRow) -> bool:
+        return row.prompt_logprobs is not None and row.end > 48
+
+    runner.fault = lambda plan: kind() if any(map(is_faulty, plan.rows)) else None
+    engine = make_engine(runner, max_batch_prefill_tokens=16)
+    other = submit(engine, make_request([200] * 5, 100))
+    answer = await ask(engine, make_request(list(range(60)), 3, prompt_logprobs=0))
+    assert isinstance(answer.error, GenerationFailed)
+    assert (await collect(other)).tokens() == expected_tokens([200] * 5, 100)
+    assert engine.stats.failed_steps < 40
 
 
 async def test_an_end_that_the_model_cannot_sample_is_not_masked(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.engine.helpers import (
     add_request,
+    are_finished,
     ask,
     make_request,
     make_scheduler,
@@ -143,4 +146,39 @@ def test_an_image_is_not_taken_for_encoded_because_one_behind_it_is() -> None:
     run_all(scheduler, runner)
     add_request(scheduler, make_request(30, 1, images=(image(2, 5), image(10, 5, b"b"))), arrival=1)
     run_all(scheduler, runner)
+    assert runner.violations == []
+
+
+async def test_a_failed_step_without_rows_does_not_end_the_engine() -> None:
+    runner = FakeRunner(vision=Bidirectional.NOTHING)
+    faults = [RuntimeError("once")]
+    runner.fault = lambda plan: faults.pop() if faults and not plan.rows else None
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
+    engine.start()
+    answer = await ask(engine, make_request(40, 2, images=(image(0, 8),)))
+    assert not faults, "the test's setup has changed"
+    assert answer.error is None
+    await engine.stop()
+
+
+def test_a_retried_image_is_not_computed_beyond_what_a_step_holds() -> None:
+    """A prompt that starts over takes most of the step; the image is left to a later one, as a whole."""
+    sizes: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_batch_size": 4, "max_step_tokens": 28}
+    vision = Bidirectional.IMAGES
+    scheduler = make_scheduler(**sizes, max_prefill_tokens=24, vision=vision, prefix_cache=False)
+    runner = FakeRunner(**sizes, vision=vision, encode_steps=0)
+    sequences = add_request(scheduler, make_request(27, 2, prompt_logprobs=0))
+    run(scheduler, runner, plan_step(scheduler))
+    sequences += add_request(scheduler, make_request(12, 2, images=(image(0, 9),)), arrival=1)
+    sequences[-1].num_encoded_images = 1
+    sequences += add_request(scheduler, make_request(6, 2), arrival=2)
+    failed = plan_step(scheduler)
+    assert failed.sequences == sequences, "the test's setup has changed"
+    scheduler.rollback(failed)
+    again = scheduler.retry(failed, range(3))
+    assert again is not None
+    assert [(row.start, row.num_tokens) for row in again.plan.rows] == [(0, 27), (0, 1)]
+    run(scheduler, runner, again)
+    run_all(scheduler, runner)
+    assert are_finished(sequences)
     assert runner.violations == []

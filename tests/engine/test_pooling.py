@@ -173,3 +173,15 @@ async def test_where_the_second_text_begins_reaches_the_runner(make_engine: Make
     runner = FakeRunner(takes_whole_prompts=True, num_kept_states=0)
     await _run(make_engine(runner), replace(_pooled(9, MEAN), second_start=4))
     assert [row.second_start for plan in runner.plans for row in plan.rows] == [4]
+
+
+@pytest.mark.parametrize("pooling", [LAST, MEAN])
+async def test_a_prompt_may_fill_the_cache_but_not_exceed_it(
+    make_engine: MakeEngine, pooling: Pooling
+) -> None:
+    """Every token of a prompt is computed, while the last token of an answer is not."""
+    engine = make_engine(FakeRunner(num_blocks=4))
+    with pytest.raises(InvalidRequest, match="tokens of KV cache, which has 64"):
+        await _run(engine, _pooled(65, pooling))
+    [channel] = await _run(engine, _pooled(64, pooling))
+    assert channel.stats.vector is not None

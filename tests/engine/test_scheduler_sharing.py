@@ -33,6 +33,22 @@ def test_a_second_prompt_takes_the_cached_prefix() -> None:
     assert scheduler._stats.prefix_query_tokens == 70 + 51
 
 
+@pytest.mark.parametrize("num_blocks", [0, 1, 63, 64, 65, 128, 150])
+@pytest.mark.parametrize("windows", [(None,), (None, 5)])
+def test_a_long_prefix_is_found_up_to_the_first_block_that_differs(
+    num_blocks: int, windows: tuple[int | None, ...]
+) -> None:
+    """The lookup goes through a prompt 64 blocks at a time."""
+    sizes: dict[str, Any] = {"num_blocks": 1000, "block_size": 4, "windows": windows}
+    scheduler, runner = make_scheduler(**sizes), FakeRunner(**sizes)
+    prompt = [index * 7 % 200 for index in range(600)]
+    add_request(scheduler, make_request(prompt, 1))
+    run_all(scheduler, runner)
+    changed = [*prompt[: num_blocks * 4], 230, *prompt[num_blocks * 4 + 1 :], 231]
+    add_request(scheduler, make_request(changed, 1), arrival=1)
+    assert plan_step(scheduler).plan.rows[0].start == num_blocks * 4
+
+
 def test_prompts_of_one_step_compute_what_they_share_once() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     first, *others = [add_request(scheduler, make_request([*range(64), own]), own)[0] for own in (65, 66, 67)]

@@ -166,3 +166,15 @@ def test_the_extension_checks_what_it_is_given(change: dict[str, object], messag
     )  # fmt: skip
     with pytest.raises((ValueError, IndexError), match=message):
         _C.Adapter(layout, [part])
+
+
+@pytest.mark.parametrize("query_start", [(0, 2, 1000), (0, 2, 2), (0, -1, 3)])
+def test_an_adapter_of_tokens_that_do_not_exist_is_refused(query_start: tuple[int, ...]) -> None:
+    """A program without a cache reads no tokens of sequences except for adapters."""
+    weight = ops.linear_weight(ops.from_floats(torch.randn(64, 96)), EXACT)
+    adapter = AdapterLayout({"w": Target(weight, 0, 64)}, max_rank=8).pack({"w": delta(64, 96, 4)})
+    with pytest.raises(ValueError, match="a row with an adapter must have some of the 3 tokens"):
+        ops.FlatRows(
+            ids=np.zeros(3, int), positions=np.zeros(3, int), slots=np.zeros(3, int), query_start=query_start,
+            context_len=[2, 1], block_table=np.zeros((2, 1), np.int32), adapters=[None, adapter],
+        )  # fmt: skip

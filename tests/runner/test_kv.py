@@ -11,6 +11,7 @@ import torch
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.runner import kv
+from tgi_asgi.runner.programs import make_pool
 from tgi_asgi.settings import Settings
 
 GIB = 1 << 30
@@ -47,6 +48,17 @@ def test_half_of_the_free_memory_is_the_bound() -> None:
 
 def test_the_administrator_decides() -> None:
     assert choose(Settings(max_batch_total_tokens=1234), free_bytes=0).num_blocks == 1234 // 16
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_a_cache_that_the_system_refuses_names_the_option(block_size: int) -> None:
+    """The largest cache whose tokens kernels can number, with heads that no machine has memory for."""
+    config = dataclasses.replace(CONFIG, num_heads=1024, num_kv_heads=1024, head_dim=256)
+    settings = Settings(max_batch_total_tokens=1 << 40, block_size=block_size)
+    size = kv.choose_size(config, settings, torch.float32, 1000, GIB)
+    assert size.num_tokens > 1 << 30
+    with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
+        make_pool(config, size, kv.groups_of(config, size.dtype))
 
 
 def test_float32_arithmetic_has_a_float32_cache() -> None:

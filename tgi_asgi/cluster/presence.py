@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Listener = Callable[[Sequence[str]], None]  # called from any thread
+Listener = Callable[[Sequence[str]], None]  # called from any thread, one call at a time; must not block
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,16 @@ class Presence:
 
     def publish(self, deployment: tuple[str, str], replicas: Sequence[str]) -> None:
         """Record a router's current replicas and notify the listeners."""
-        with self._lock:
+        with self._lock:  # also during the calls, so that no listener ends with an older list
             self._known[deployment] = tuple(replicas)
-            listeners = list(self._listeners.get(deployment, ()))
-        for listener in listeners:
-            listener(replicas)
+            for listener in self._listeners.get(deployment, ()):
+                listener(replicas)
 
     def subscribe(self, deployment: tuple[str, str], listener: Listener) -> None:
         """Call the listener with the known replicas now and on every change."""
         with self._lock:
             self._listeners.setdefault(deployment, []).append(listener)
-            known = self._known.get(deployment, ())
-        listener(known)
+            listener(self._known.get(deployment, ()))
 
 
 shared = Presence()

@@ -9,6 +9,7 @@ from tgi_asgi.engine.stats import EngineStats, Histogram
 
 Snapshot = Mapping[str, Any]
 
+_MAX_ABSENT = 16  # replicas that may come back; what a replica that stays away has counted is kept as a sum
 _GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "states_kept", "max_adapters")
 
 
@@ -22,27 +23,32 @@ def snapshot(stats: EngineStats) -> dict[str, Any]:
 class Totals:
     """Keeps one `EngineStats` with the sum over all replicas.
 
-    Counters never fall: the counts of a replica that is gone are kept.
+    Counters never fall: the counts of a replica that is gone are kept. If it was only unreachable, its next
+    counters replace them.
     """
 
     def __init__(self) -> None:
         self.stats = EngineStats()
-        self._gone: list[Snapshot] = [snapshot(EngineStats())]
+        self._gone: Snapshot = snapshot(EngineStats())  # sum over the replicas that will not come back
+        self._absent: dict[str, Snapshot] = {}  # by replica; longest absent first
         self._now: dict[str, Snapshot] = {}
 
     def update(self, replica: str, counters: Snapshot) -> None:
         """Store a replica's counters; `sum_up` adds them up."""
+        self._absent.pop(replica, None)
         self._now[replica] = counters
 
     def retire(self, replica: str) -> None:
-        """Record that a replica is gone."""
+        """Record that a replica is gone, or cannot be reached."""
         counters = self._now.pop(replica, None)
         if counters is not None:
-            self._gone = [_added([*self._gone, {**counters, **dict.fromkeys(_GAUGES, 0)}])]
+            self._absent[replica] = {**counters, **dict.fromkeys(_GAUGES, 0)}
+        if len(self._absent) > _MAX_ABSENT:
+            self._gone = _added([self._gone, self._absent.pop(next(iter(self._absent)))])
 
     def sum_up(self) -> None:
         """Write the sums to `stats`."""
-        total = _added([*self._gone, *self._now.values()])
+        total = _added([self._gone, *self._absent.values(), *self._now.values()])
         for name, value in total.items():
             setattr(self.stats, name, value)
         adapters = [

@@ -222,39 +222,50 @@ class Engine:
         prompt, max_tokens = request.prompt_ids, request.stop.max_tokens
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise InvalidRequest(f"a prompt is one or more token ids in [0, {self._vocab_size})")
-        end = 0
-        for image in request.images:
-            if image.start < end or image.num_tokens < 1:
-                raise InvalidRequest("the images of a prompt must lie in it in order, each with a token")
-            end = image.start + image.num_tokens
-        if end > len(prompt):
-            raise InvalidRequest(f"an image ends at token {end} of a prompt of {len(prompt)}")
-        at_once = self.scheduler.chunk_boundaries.min_step_tokens(request.images, len(prompt))
-        if at_once and at_once > self._runner.max_step_tokens - self._runner.max_batch_size:
-            raise InvalidRequest(
-                f"the model must compute {at_once} tokens of the prompt at once, but a step has "
-                f"{self._runner.max_step_tokens - self._runner.max_batch_size} (--max-batch-prefill-tokens)",
-                code="context_length_exceeded",
-            )
         if max_tokens < 1 or request.n < 1:
             raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
+        self._check_images(request)
         if request.pooling is not None:
             max_tokens = 0  # nothing is sampled
-        num_tokens = len(prompt) + max_tokens
-        if num_tokens > self._max_total_tokens:
+        if len(prompt) + max_tokens > self._max_total_tokens:
             raise InvalidRequest(
                 f"prompt and max_tokens must not exceed {self._max_total_tokens} tokens together, "
                 f"got {len(prompt)} + {max_tokens}",
                 code="context_length_exceeded",
             )
-        # The last sampled token is never fed back.
+        self._check_cache_fits(request, len(prompt) + max(max_tokens - 1, 0))
+
+    def _check_images(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` if images lie outside the prompt, or one does not fit a step."""
+        num_tokens, end = len(request.prompt_ids), 0
+        for image in request.images:
+            if image.start < end or image.num_tokens < 1:
+                raise InvalidRequest("the images of a prompt must lie in it in order, each with a token")
+            end = image.start + image.num_tokens
+        if end > num_tokens:
+            raise InvalidRequest(f"an image ends at token {end} of a prompt of {num_tokens}")
+        at_once = self.scheduler.chunk_boundaries.min_step_tokens(request.images, num_tokens)
+        step_tokens = self._runner.max_step_tokens - self._runner.max_batch_size
+        if at_once and at_once > step_tokens:
+            raise InvalidRequest(
+                f"the model must compute {at_once} tokens of the prompt at once, but a step has "
+                f"{step_tokens} (--max-batch-prefill-tokens)",
+                code="context_length_exceeded",
+            )
+
+    def _check_cache_fits(self, request: GenerationRequest, num_tokens: int) -> None:
+        """Raise `InvalidRequest` if the whole KV cache does not hold a sequence alone.
+
+        Args:
+            num_tokens: Number of tokens that are computed; the last sampled one is never fed back.
+        """
         needs, num_blocks = self.scheduler.tables.needs, self._runner.num_blocks
-        wants_all = request.prompt_logprobs is not None or (
+        needs_all = request.prompt_logprobs is not None or (
             request.pooling is not None and request.pooling.needs_all
         )
-        needed = needs.total_for(num_tokens - 1)
-        if wants_all:
-            needed = max(needed, needs.total_for(len(prompt), keeps_all=True))
+        needed = needs.total_for(num_tokens)
+        if needs_all:
+            needed = max(needed, needs.total_for(len(request.prompt_ids), keeps_all=True))
         if needed > num_blocks:
             raise InvalidRequest(
                 f"prompt and max_tokens need {needed * needs.block_size} tokens of KV cache, which has "

@@ -20,6 +20,8 @@ from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.runner.groups import BlockNeeds
 
+_BLOCKS_AT_ONCE = 64  # looked up together; at most this many are hashed before they are filled (60 us)
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -61,10 +63,8 @@ def find_hit(
 
     for group in range(num_groups):
         if needs.windows[group] is None:
-            found = blocks[group]
-            while len(found) < end and (block := find(group, len(found))) is not None:
-                found.append(block)
-            end = len(found)
+            blocks[group] = _found_from_start(pool, sequence, group, end)
+            end = len(blocks[group])
     num_found = end = _resumable(needs, find, end)
     state: int | None = None
     while states is not None and end > 0:
@@ -87,6 +87,18 @@ def find_hit(
             if pool.find(key) is None and not pool.miss(key):
                 break
     return Hit(end, blocks, num_found, state)
+
+
+def _found_from_start(pool: BlockPool, sequence: Sequence, group: int, end: int) -> list[int]:
+    """Return the group's blocks that are found from the prompt's start on, up to block `end`."""
+    blocks: list[int] = []
+    while len(blocks) < end:
+        stop = min(len(blocks) + _BLOCKS_AT_ONCE, end)
+        digests = sequence.chain.digests(len(blocks), stop, sequence.token_ids)
+        blocks += pool.find_leading([group_key(digest, group) for digest in digests] if group else digests)
+        if len(blocks) < stop:
+            break
+    return blocks
 
 
 def _key(sequence: Sequence, group: int, index: int) -> bytes:

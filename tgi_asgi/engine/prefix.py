@@ -59,6 +59,12 @@ class HashChain:
             digests.append(blake2b(content, digest_size=_DIGEST_SIZE).digest())
         return digests[index]
 
+    def digests(self, start: int, stop: int, token_ids: Sequence[int]) -> list[bytes]:
+        """Return the digests of full blocks [start, stop) of `token_ids`, as `digest`."""
+        if stop > start:
+            self.digest(stop - 1, token_ids)
+        return self._digests[start:stop]
+
     def _seen(self, start: int) -> bytes:
         """Return the bytes that identify the images with a token in the block that begins at `start`."""
         end = start + self._block_size

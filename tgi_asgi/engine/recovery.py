@@ -19,6 +19,7 @@ from tgi_asgi.runner.plan import DeviceLost
 log = logging.getLogger(__name__)
 
 _PROBE_AFTER = 4  # consecutive failed rows after which the engine itself is suspected
+_MAX_RESTARTS = 16  # of a prompt whose chunks cannot be retried one by one
 
 
 class Host(Protocol):
@@ -71,38 +72,67 @@ class Recovery:
             self._stats.failed_steps += 1
             if isinstance(error, DeviceLost):
                 raise error
+            self._fail_restarted(step, error)
             self._scheduler.rollback(step)
-            max_tokens = None
-            halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
             if isinstance(error, MemoryError):
                 self._budget.shrink(step.num_prefill_tokens)
-            if num_rows == 1:
-                num_tokens = step.plan.rows[0].num_tokens
-                is_minimum = num_tokens <= self._scheduler.block_size or self._scheduler.takes_whole_prompts
-                if not isinstance(error, MemoryError) or is_minimum:
-                    for _, sequence in step.live():
-                        self.num_lost_rows += 1
-                        self._host.fail_request(sequence, "the model failed on this request", error)
-                    await self.probe_engine()
-                    continue
-                max_tokens = max(num_tokens // 2, self._scheduler.block_size)
-                halves = [range(1)]
-            for rows in halves:
-                self._host.take_waiting()
-                again = self._scheduler.retry(step, rows, max_tokens)
-                if again is None:
-                    continue
-                if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
-                    self._scheduler.rollback(again)  # no smaller: its image cannot be cut
-                    for _, sequence in again.live():
-                        self._host.fail_request(sequence, "there is no memory for an image", error)
-                    continue
-                flight = await self._run(again)
-                if flight.error is not None:
-                    pending.append((again, flight.error))
-                    continue
-                await self._host.complete(flight)
-                await self._host.flush()
+            if num_rows != 1:
+                parts, max_tokens = [range(num_rows // 2), range(num_rows // 2, num_rows)], None
+            elif (max_tokens := self._smaller_chunk(step, error)) is not None:
+                parts = [range(1)]
+            else:
+                for _, sequence in step.live():
+                    self._fail_row(sequence, error)
+                await self.probe_engine()
+                continue
+            for rows in parts:
+                again = await self._retry(step, rows, max_tokens, error)
+                if again is not None:
+                    pending.append(again)
+
+    def _smaller_chunk(self, step: Step, error: BaseException) -> int | None:
+        """Return how many tokens to retry a step's only row with; None if fewer would not help."""
+        num_tokens, block_size = step.plan.rows[0].num_tokens, self._scheduler.block_size
+        is_minimum = num_tokens <= block_size or self._scheduler.takes_whole_prompts
+        if not isinstance(error, MemoryError) or is_minimum:
+            return None
+        return max(num_tokens // 2, block_size)
+
+    async def _retry(
+        self, step: Step, rows: range, max_tokens: int | None, error: BaseException
+    ) -> tuple[Step, BaseException] | None:
+        """Run some rows of a failed step again; return the new step and its error if it fails, too."""
+        self._host.take_waiting()
+        again = self._scheduler.retry(step, rows, max_tokens)
+        if again is None:
+            return None
+        if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
+            self._scheduler.rollback(again)  # no smaller: its image cannot be cut
+            for _, sequence in again.live():
+                self._host.fail_request(sequence, "there is no memory for an image", error)
+            return None
+        flight = await self._run(again)
+        if flight.error is not None:
+            return again, flight.error
+        await self._host.complete(flight)
+        await self._host.flush()
+        return None
+
+    def _fail_restarted(self, step: Step, error: BaseException) -> None:
+        """Fail the prompts that would lose all that was computed of them once too often.
+
+        A prompt that `needs_all` runs from its beginning again. Retrying its row therefore does not show
+        whether one of its later chunks is faulty; without a limit, that chunk would fail again and again.
+        """
+        for index, sequence in step.live():
+            if sequence.needs_all and step.plan.rows[index].start > 0:
+                sequence.num_restarts += 1
+                if sequence.num_restarts > _MAX_RESTARTS:
+                    self._fail_row(sequence, error)
+
+    def _fail_row(self, sequence: Sequence, error: BaseException) -> None:
+        self.num_lost_rows += 1
+        self._host.fail_request(sequence, "the model failed on this request", error)
 
     async def probe_engine(self) -> None:
         """Run a probe step once several rows in a row have failed, and give up only if that fails as well.

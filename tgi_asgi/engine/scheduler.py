@@ -438,7 +438,8 @@ class Scheduler:
         """Plan some rows of a step again after `rollback`; return None if none of them is live any more.
 
         With `max_tokens`, each row computes at most that many tokens and later steps compute the rest. The
-        same happens if a prompt that starts over is longer than a step allows.
+        same happens if a prompt that starts over is longer than a step allows. Rows for which such a prompt
+        leaves no room are left to later steps, too.
         """
         step = Step(self._next_step)
         room = self._max_step_tokens
@@ -453,7 +454,7 @@ class Scheduler:
                 end = self._end_of_kind(sequence, end)
                 end = self.chunk_boundaries.end(sequence, sequence.num_computed, end)
                 count = end - sequence.num_computed
-                if count == 0:
+                if not 0 < count <= room:  # more than `room` if an image would be cut
                     continue
                 room -= count
                 self._add_row(step, sequence, count, samples=row.samples and end == whole_end)

@@ -40,6 +40,7 @@ class Sequence:
         `num_pending`: minimum number of tokens that the steps in flight will sample.
         `num_ahead`: how many more tokens the steps in flight may sample and compute.
         `num_encoded_images`: leading images of the prompt that are known to be encoded.
+        `num_restarts`: how often a failed step voided all that was computed of a prompt that `needs_all`.
 
     `tables` has one block list per group of layers, indexed by position. The first `num_freed` entries
     of each list are before the group's window; the sequence no longer owns those blocks. `epoch` changes
@@ -50,9 +51,9 @@ class Sequence:
     __slots__ = (
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
         "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
-        "num_freed", "num_pending", "num_registered", "num_reused", "num_settled", "owner", "pooling",
-        "prompt_len", "request", "slot", "starts_slot", "state", "states", "stop_ids", "tables", "tenant",
-        "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused", "num_settled", "owner",
+        "pooling", "prompt_len", "request", "slot", "starts_slot", "state", "states", "stop_ids", "tables",
+        "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +93,7 @@ class Sequence:
         self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
         self.epoch = 0
         self.slot = 0
+        self.num_restarts = 0
         self.num_cached: int | None = None  # prompt tokens found in the cache, set with the first result
         self._reset()
 

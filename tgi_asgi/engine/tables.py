@@ -96,7 +96,7 @@ class BlockTables:
         num_tokens = len(sequence.token_ids)
         num_blocks = self.blocks_for(num_tokens)
         num_new = self.needs.total_for(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
-        num_revived = sum(pool.is_free(block) for blocks in hit.blocks for block in blocks)
+        num_revived = sum(map(pool.count_free, hit.blocks))
         if pool.num_free - num_new - num_revived < reserve * self.num_groups:
             return False
         for blocks in hit.blocks:

@@ -125,7 +125,7 @@ class KvPool:
 
     A block is contiguous and holds the keys and values of all layers of one group. A step has a block table
     per group, and any block can belong to any group. Within a layer the layout is [keys, values][KV head], in
-    sub-blocks of 16 tokens; see KvLayerView in csrc/cpu/step/step.h.
+    sub-blocks of 16 tokens; see KvLayerView in csrc/cpu/step/kv_layer.h.
 
     Args:
         shapes: The layers' shapes.

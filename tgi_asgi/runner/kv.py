@@ -13,6 +13,7 @@ from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
+_MAX_TOKENS = (1 << 31) - 128  # of one group: kernels number them in 31 bits, less up to two blocks of 64
 _MIN_BYTES = 64  # minimum per token, when a model keeps no keys and values
 _SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
 _CGROUP = Path("/sys/fs/cgroup")
@@ -113,19 +114,28 @@ def choose_size(
             f"there is no memory for a KV cache: a block of {size} tokens needs {all_bytes * size} bytes, "
             f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
         )
-    num_blocks = min(num_blocks, (1 << 31) // size - 1)
-    if settings.max_total_tokens is not None and num_blocks < needs.total_for(max_total_tokens):
-        longest = needs.longest_fitting(num_blocks, max_total_tokens)
-        raise ModelLoadError(
-            f"the KV cache holds {longest} tokens of a sequence, fewer than --max-total-tokens "
-            f"{settings.max_total_tokens}: set that to at most {longest}, or "
-            + (
-                "raise --max-batch-total-tokens"
-                if settings.max_batch_total_tokens is not None
-                else f"free memory: a token needs {all_bytes} bytes, {free_bytes} are free"
-            )
+    num_blocks = min(num_blocks, _MAX_TOKENS // size)
+    chosen = KvSize(num_blocks, size, per_token, kv_dtype, windows)
+    if settings.max_total_tokens is not None:
+        _check_holds(chosen, max_total_tokens, settings, free_bytes)
+    return chosen
+
+
+def _check_holds(size: KvSize, max_total_tokens: int, settings: Settings, free_bytes: int) -> None:
+    """Raise `ModelLoadError` if a sequence as long as the administrator asks for does not fit the cache."""
+    longest = size.longest_fitting(max_total_tokens, settings)
+    if longest >= max_total_tokens:
+        return
+    token_bytes = size.bytes_per_token * len(size.windows)
+    raise ModelLoadError(
+        f"the KV cache holds {longest} tokens of a sequence, fewer than --max-total-tokens "
+        f"{settings.max_total_tokens}: set that to at most {longest}, or "
+        + (
+            "raise --max-batch-total-tokens"
+            if settings.max_batch_total_tokens is not None
+            else f"free memory: a token needs {token_bytes} bytes, {free_bytes} are free"
         )
-    return KvSize(num_blocks, size, per_token, kv_dtype, windows)
+    )
 
 
 def step_tokens(settings: Settings) -> int:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.model import GenericModel
@@ -50,13 +51,23 @@ class Program(Protocol):
 
 
 def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.KvPool | None:
-    """Create the KV block pool; None for a model without a KV cache."""
+    """Create the KV block pool; None for a model without a KV cache.
+
+    Raises:
+        ModelLoadError: if the system does not provide that much address space.
+    """
     if not config.caches:
         return None
-    pool = ops.KvPool(
-        config.caches, groups=groups.of_layers, num_blocks=size.num_blocks, block_size=size.block_size,
-        dtype=size.dtype,
-    )  # fmt: skip
+    try:
+        pool = ops.KvPool(
+            config.caches, groups=groups.of_layers, num_blocks=size.num_blocks, block_size=size.block_size,
+            dtype=size.dtype,
+        )  # fmt: skip
+    except MemoryError:
+        raise ModelLoadError(
+            f"the system refuses {size.num_bytes / (1 << 30):.1f} GiB for a KV cache of {size.num_tokens} "
+            "tokens: set --max-batch-total-tokens to less"
+        ) from None
     pool.supply(SUPPLIED_BYTES)
     return pool
 
