@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -36,3 +38,13 @@ def test_many_blocks_are_decoded_part_by_part() -> None:
     whole = BY_NAME["TQ2_0"].convert(matrix.data.reshape(-1))
     rows = [BY_NAME["TQ2_0"].convert(row) for row in matrix.data]
     assert np.array_equal(whole, np.concatenate(rows))
+
+
+def test_decoding_holds_the_result_once() -> None:
+    matrix = random_matrix("IQ2_XS", 8, 256 * 2048, 0.5, np.random.default_rng(1))
+    tracemalloc.start()
+    whole = BY_NAME["IQ2_XS"].convert(matrix.data.reshape(-1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert whole.nbytes == matrix.values.nbytes == 16 << 20
+    assert peak < 1.9 * whole.nbytes  # with the temporary arrays of a million weights

@@ -75,6 +75,8 @@ def test_the_scale_is_pefts(config: dict[str, Any], scale: float, tmp_path: Path
         ({"r": 0}, "r must be a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number"),
         ({"r": True}, "r must be a positive number"),
+        ({"r": 10**400}, "r must be a positive number"),  # no float holds it
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),
         ({"alpha_pattern": {"(a+)+": 1}}, "pattern that is not read"),
         ({"alpha_pattern": {".*.*.*zz": 1}}, "alpha_pattern: a pattern that is not read: '.*.*.*zz'"),
         ({"alpha_pattern": {"(a|.)" * 9: 1}}, "pattern that is not read"),

@@ -89,6 +89,8 @@ class TestPaths:
             "org/name:a:b",
             "org/name:../x",
             "./dir:Q4_K_M",
+            "~no-such-user/model",
+            pytest.param("a" * 5000, id="a long name"),
         ],
     )
     def test_a_path_that_does_not_exist_is_no_hub_id(

@@ -262,6 +262,9 @@ def test_part_of_a_head_may_turn() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
         ({"num_key_value_heads": 2}, "multiple of num_kv_heads"),
         ({"head_dim": 41}, "head_dim must be even"),
+        ({"head_dim": 0}, "head_dim must be positive, got 0"),
+        ({"head_dim": 10**400}, "`head_dim` is larger than 2\\^53: 1000"),
+        ({"architectures": ["BloomForCausalLM"], "hidden_size": 0}, "head_dim must be positive"),
         (
             {"architectures": ["MistralForCausalLM"], "sliding_window": -5},
             "a window must be positive, got -5",

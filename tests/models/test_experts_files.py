@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,17 @@ from safetensors.torch import load_file, save_file
 from tests.support import family_files, gguf_bytes
 from tests.support.checkpoints import SHAPE, load_model, make_model, save
 from tests.support.families import CASES
+from tests.support.gguf_blocks import random_matrix
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.experts import stack
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.registry import find_by_gguf_name
+from tgi_asgi.ops.sources import decode
+from tgi_asgi.runner.tracked_weights import TrackedWeights
 
 NUM_EXPERTS, SIZE, HEAD_DIM = 4, 32, 16
 HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
@@ -257,3 +269,32 @@ def test_counts_that_contradict_a_gguf_file_are_refused(
 ) -> None:
     with pytest.raises(ModelLoadError, match=message):
         load_model(gguf_file(tmp_path, counts=counts))
+
+
+@pytest.mark.parametrize("format", ["IQ2_XS", "Q8_0"])
+def test_each_expert_of_a_gguf_file_is_read_alone(tmp_path: Path, format: str) -> None:
+    """With all in one tensor, decoding that for each of its experts took hours and gigabytes."""
+    count, rows, columns = 32, 32, 1024
+    matrix = random_matrix(format, count * rows, columns, 0.5, np.random.default_rng(1))
+    stored = gguf_bytes.Tensor(
+        "blk.0.ffn_up_exps.weight", (columns, rows, count), matrix.ggml_type, matrix.data.tobytes()
+    )
+    metadata = {"general.architecture": "qwen3moe"}
+    path = gguf_bytes.write(tmp_path / "model.gguf", gguf_bytes.gguf_bytes(metadata, [stored]))
+    progress: list[int] = []
+    config: Any = SimpleNamespace(head_dim=HEAD_DIM, layers=[None])
+    with GgufFile.open(path) as file:
+        weights = GgufWeights(file, config, find_by_gguf_name("qwen3moe"))
+        tracked = TrackedWeights(weights, lambda stage, done, total: progress.append(done))
+        layer = LayerWeights(config, tracked, 0, ops.Packing(is_exact=True))
+        tracemalloc.start()
+        for index, one in enumerate(stack(layer, "mlp.experts.up_proj.weight", count, rows, columns)):
+            expected = matrix.values[index * rows : (index + 1) * rows]
+            np.testing.assert_allclose(decode(one).numpy(), expected, rtol=1e-6)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert tracked.unread() == []
+    assert index == count - 1
+    assert peak < matrix.values.nbytes / 2
+    if format == "Q8_0":
+        assert progress == [index * matrix.data.nbytes // count for index in range(count)]

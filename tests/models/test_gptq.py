@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tests.support.quantised import awq_tensors, random_codes
+from tests.support.recorded_cases import read_case
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
@@ -35,7 +36,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_that_autogptq_multiplies_by(tmp_path: Path, case: str) -> None:
-    arrays = case_of(ORACLE, case)
+    arrays = read_case(ORACLE, case)
     values = torch.from_numpy(arrays.pop("values"))
     options = {"quant_method": "gptq", "bits": int(case[3]), "group_size": 64}
     source = read(tmp_path, arrays, tuple(values.shape), options).in_order()
@@ -59,7 +60,7 @@ MODEL_CASES = {
 @pytest.mark.parametrize("described", ["checkpoint_format", "format"])
 @pytest.mark.parametrize("case", MODEL_CASES)
 def test_weights_are_those_that_gptqmodel_reads(tmp_path: Path, case: str, described: str) -> None:
-    arrays = case_of(GPTQMODEL, case)
+    arrays = read_case(GPTQMODEL, case)
     values = torch.from_numpy(arrays.pop("values"))
     layout = "gptq_v2" if case.endswith(("v2", "group")) else "gptq"
     options = {
@@ -73,7 +74,7 @@ def test_weights_are_those_that_gptqmodel_reads(tmp_path: Path, case: str, descr
 
 
 def test_layers_may_have_other_widths_than_the_configuration_says(tmp_path: Path) -> None:
-    arrays = case_of(GPTQMODEL, "int3")
+    arrays = read_case(GPTQMODEL, "int3")
     values = torch.from_numpy(arrays.pop("values"))
     options = {"quant_method": "gptq", "bits": 4, "group_size": 128, "meta": {"quantizer": ["gptqmodel"]}}
     source = read(tmp_path, arrays, tuple(values.shape), options)
@@ -81,7 +82,7 @@ def test_layers_may_have_other_widths_than_the_configuration_says(tmp_path: Path
 
 
 def test_a_shorter_last_group_is_read_without_the_groups_of_columns(tmp_path: Path) -> None:
-    arrays = case_of(GPTQMODEL, "int4-last-group")
+    arrays = read_case(GPTQMODEL, "int4-last-group")
     values = torch.from_numpy(arrays.pop("values"))
     del arrays["g_idx"]
     options = {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"}
@@ -93,7 +94,7 @@ def test_a_shorter_last_group_is_read_without_the_groups_of_columns(tmp_path: Pa
     ("packing", "case"), [(":auto_gptq", "int4"), (":gptqmodel", "int4-v2"), ("", "int4-v2")]
 )
 def test_autoround_packs_as_the_tools_that_it_names(tmp_path: Path, packing: str, case: str) -> None:
-    arrays = case_of(GPTQMODEL, case)
+    arrays = read_case(GPTQMODEL, case)
     values = torch.from_numpy(arrays.pop("values"))
     options = {
         "quant_method": "auto-round", "bits": 4, "group_size": 64, "packing_format": f"auto_round{packing}",
@@ -122,12 +123,6 @@ def test_an_awq_matrix_takes_the_bytes_of_its_file_and_half_a_byte_a_group(
     assert np.array_equal(packed.matrix.unpack()[:rows], matrix.weights().numpy())
     # A zero point takes a byte instead of the file's four bits: 67 bytes for 128 columns instead of 66.5.
     assert packed.matrix.nbytes <= sum(array.nbytes for array in arrays.values()) + rows * columns // 256
-
-
-def case_of(file: Path, case: str) -> dict[str, np.ndarray]:
-    """Return the recorded arrays of one case."""
-    with np.load(file) as stored:
-        return {key.partition(".")[2]: stored[key] for key in stored if key.startswith(f"{case}.")}
 
 
 def read(

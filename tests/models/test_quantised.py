@@ -206,6 +206,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128, 48]}, "multiple of 32"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt of quant_algo 'W4A8_AWQ'"),
+        ({"quant_method": "modelopt", "quant_algo": ["NVFP4"]}, r"ModelOpt of quant_algo \"\['NVFP4'\]\""),
         ({"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}, "mxfp6"),
     ],
 )
@@ -214,8 +215,9 @@ def test_what_is_not_supported_is_refused_by_name(options: Any, words: str) -> N
         Quantisation.from_json({"quantization_config": options})
 
 
-def test_blocks_of_compressed_float8_come_from_its_groups() -> None:
-    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+@pytest.mark.parametrize("structure", [[128, 128], "128x128"])  # as text by older versions
+def test_blocks_of_compressed_float8_come_from_its_groups(structure: list[int] | str) -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": structure}
     options = {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -223,6 +225,19 @@ def test_blocks_of_compressed_float8_come_from_its_groups() -> None:
     }
     found = Quantisation.from_json({"quantization_config": options})
     assert found is not None and found.block == (128, 128)
+
+
+def test_blocks_and_groups_of_other_types_are_no_sizes() -> None:
+    def read(weights: dict[str, Any]) -> Quantisation | None:
+        options = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        return Quantisation.from_json({
+            "quantization_config": options | {"config_groups": {"a": {"weights": weights}}}
+        })  # fmt: skip
+
+    with pytest.raises(ModelLoadError, match="`block_structure` must be two positive integers, got 128"):
+        read({"block_structure": "128"})
+    found = read({"group_size": [128]})
+    assert found is not None and found.layout.group is None
 
 
 def test_modelopt_s_float8_is_read_as_any_other(tmp_path: Path) -> None:
@@ -249,5 +264,5 @@ def test_weights_that_cannot_be_quantised_are_said(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{STEM}weight"][3, 5] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelLoadError, match=r"a weight of the model cannot be used: .* NaN"):
+    with pytest.raises(ModelLoadError, match=r"a weight of the model cannot be used: layer 1: .* NaN"):
         load(files, quantise="Q8_0")

@@ -112,8 +112,7 @@ def test_what_is_sound_is_read(recipe: str) -> None:
 def test_a_tensor_of_another_rank_is_refused(recipe: str, size: tuple[int, ...]) -> None:
     for name, tensor in sound_tensors(recipe).items():
         is_fine = (
-            name == "weight_shape"  # nothing reads it
-            or (size == () and name.startswith("weight_scale") and ("fp8" in recipe or recipe == "w8a8"))
+            (size == () and name.startswith("weight_scale") and ("fp8" in recipe or recipe == "w8a8"))
             or (size == () and name == "weight_scale_2")
             or (size == (COLUMNS,) and "g_idx" in name)
         )
@@ -133,7 +132,7 @@ def test_no_tensors_end_in_a_traceback(recipe: str, scale: Scale) -> None:
 
 
 def read(recipe: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
-    """Read the matrix from a checkpoint of its tensors, and pack it."""
+    """Read the matrix from a checkpoint of its tensors, count its memory, and pack it."""
     with tempfile.TemporaryDirectory() as folder:
         save_file(
             {STEM + name: each.contiguous() for name, each in tensors.items()}, f"{folder}/model.safetensors"
@@ -142,6 +141,9 @@ def read(recipe: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) 
             Path(folder), Quantisation.from_json({"quantization_config": OPTIONS[recipe]})
         )
         try:
+            assert all(elements >= 0 for _, elements in weights.stored().values())
+            for name in weights.names():
+                weights.shape(name)
             source = weights.get(f"{STEM}weight", shape)
             assert source.shape == shape
             if len(shape) == 2:

@@ -6,6 +6,7 @@ oracle/record_small_floats.py has recorded tensors and values with the tools the
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from tests.support.checkpoints import make_model, our_logits, save
 from tests.support.quantised import save_quantised
+from tests.support.recorded_cases import read_case
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.formats.small_floats import TableState, decode_table
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops.sources import decode
 
@@ -33,12 +36,7 @@ IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(2)).t
 
 def recorded(case: str) -> tuple[dict[str, Tensor], Tensor]:
     """Return a case's tensors, and its weights."""
-    with np.load(ORACLE) as stored:
-        found = {
-            key.partition(".")[2]: torch.from_numpy(stored[key])
-            for key in stored
-            if key.startswith(f"{case}.")
-        }
+    found = {name: torch.from_numpy(array) for name, array in read_case(ORACLE, case).items()}
     return found, found.pop("values")
 
 
@@ -87,10 +85,48 @@ def test_modelopt_s_nvfp4_is_decoded_as_it_decodes_it(tmp_path: Path, is_exact: 
 def test_damaged_states_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
     tensors, values = recorded("nf4")
     name = "weight.quant_state.bitsandbytes__nf4"
-    for change, words in ((b"{", "no JSON"), (b'{"shape": [0, 4]}', "unknown values"), (b"[]", "no object")):
+    offset = b'{"shape": [32, 192], "blocksize": 64, "nested_offset": %s}'
+    for change, words in (
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "nests too deep"),
+        (b"[]", "expected a JSON object"),
+        (b'{"shape": [0, 4]}', "unknown values"),
+        (offset % b"NaN", "unknown values"),
+        (offset % (b"9" * 400), "unknown values"),
+    ):
         tensors[name] = torch.frombuffer(bytearray(change), dtype=torch.uint8)
         with pytest.raises(ModelLoadError, match=words):
             read(tmp_path, tensors, values.shape, BITSANDBYTES)
+
+
+def test_a_block_larger_than_its_matrix_takes_no_more_memory() -> None:
+    state = TableState((1, 64), block=(1 << 31) - 1)
+    parts = {"quant_map": np.arange(16, dtype=np.float32), "absmax": np.array([2.0], np.float32)}
+    tracemalloc.start()
+    weights = decode_table(np.full(32, 0x12, np.uint8), state, parts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(weights, np.tile(np.array([2, 4], np.float32), (1, 32)))
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("scales", "columns", "words"),
+    [
+        ({"weight_scale": torch.zeros(8, 2).byte()}, 65, "no whole bytes"),
+        ({"weight_scale": torch.zeros(8, 2).byte()}, 66, r"\[8, 32\].*\[8, 33\]"),
+        ({"weight_scale": torch.ones(8, 4), "weight_scale_2": torch.tensor(1.0)}, 65, "no whole bytes"),
+    ],
+)
+def test_four_bit_floats_have_the_columns_of_the_configuration(
+    tmp_path: Path, scales: dict[str, Tensor], columns: int, words: str
+) -> None:
+    tensors = {"weight": torch.zeros(8, 32, dtype=torch.uint8), **scales}
+    save_file({STEM + key: tensor for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": NVFP4}))
+    with pytest.raises(ModelLoadError, match=words):
+        weights.get(f"{STEM}weight", (8, columns))
+    weights.close()
 
 
 @pytest.mark.parametrize(("rows", "columns", "block"), [(50, 100, None), (50, 328, [128, 128]), (8, 8, None)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.reference.compare import assert_same_bits
 from tests.runner.test_program import (
+    ALL,
     CHUNKED,
     CONFIG,
     ODD,
@@ -38,18 +39,18 @@ class MixedWeights(RandomWeights):
         super().__init__(format)
         self._others = others
 
-    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
-        for part, format in self._others.items():
-            if part in name and len(shape) == 2:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = ALL) -> ops.WeightSource:
+        for word, format in self._others.items():
+            if word in name and len(shape) == 2:
                 return random_weight(format, shape[0], shape[1], sum(name.encode()))
-        return super().get(name, shape)
+        return super().get(name, shape, part)
 
 
 class Bfloat16Weights(RandomWeights):
     """The same weights decoded to bfloat16, except the vocabulary."""
 
-    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
-        source = super().get(name, shape)
+    def get(self, name: str, shape: tuple[int, ...], part: slice = ALL) -> ops.WeightSource:
+        source = super().get(name, shape, part)
         if len(shape) == 1 or "embed_tokens" in name or "lm_head" in name:
             return source
         return ops.from_floats(decoded_values(source).bfloat16())

@@ -74,9 +74,7 @@ class IntegerMatrix:
     def _bytes(self) -> Bytes:
         """Return the codes [rows, columns], one byte each."""
         codes = self.codes
-        if self.bits == 8:
-            return codes
-        return np.stack([codes & 15, codes >> 4], axis=2).reshape(self.shape)
+        return codes if self.bits == 8 else unpack_nibbles(codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +226,15 @@ def unpack_words(words: Words, bits: int) -> Bytes:
     if bits == 8:
         return data
     if bits == 4:
-        return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
+        return unpack_nibbles(data)
     count = data.shape[1] * 8 // bits
     stream = np.unpackbits(data, axis=1, bitorder="little")[:, : count * bits]
     return np.packbits(stream.reshape(len(data), count, bits), axis=2, bitorder="little")[..., 0]
+
+
+def unpack_nibbles(data: Bytes) -> Bytes:
+    """Return the two halves of each byte [n, m], the low one first: [n, 2 * m]."""
+    return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
 
 
 def as_rows(values: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:

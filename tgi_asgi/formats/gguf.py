@@ -115,10 +115,11 @@ class GgufFile:
             )
         raise ModelLoadError(f"{self.path}: there is no tensor {name!r}")
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, or a range of them: a flat read-only view, valid while referenced."""
         info = self.tensor(name)
-        return self._part_of[name].file.view(info.offset, info.nbytes)
+        stop = info.nbytes if stop is None else stop
+        return self._part_of[name].file.view(info.offset + start, stop - start)
 
     def close(self) -> None:
         """Release the mappings, as `MappedFile.close`."""

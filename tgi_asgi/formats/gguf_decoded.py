@@ -1,7 +1,7 @@
 """Decode ggml's types that no kernel multiplies into ones that a kernel does, or into floats.
 
     TQ1_0, TQ2_0, Q1_0, Q2_0         Q4_0: the same values
-    IQ1_S, IQ2_XXS, IQ3_XXS, IQ3_S   Q8_0: scales are rounded to float16 (one part in 4,096)
+    IQ1_S, IQ2_XXS, IQ3_XXS, IQ3_S   Q8_0: scales are rounded to float16 (at most one part in 2,048)
     IQ1_M, IQ2_XS, IQ2_S, NVFP4      float32: two scales in 32 columns, which no block of eight bits holds
 
 Used by `models/loading/gguf.py`; knows neither torch nor files. Source: ggml-quants.c.
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.formats.codes import Bytes, Floats
+from tgi_asgi.formats.codes import Bytes, Floats, unpack_nibbles
 from tgi_asgi.formats.gguf_grids import grid
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4
 
 _CHUNK_BLOCKS = 1 << 12  # a million weights: bounds the temporary arrays
+_HELD_BYTES = {"Q4_0": 18, "Q8_0": 34, "F32": 128}  # of 32 columns
 
 Decoded = tuple[Floats, npt.NDArray[np.int8]]  # scales [n, m], codes [n, m, columns of a scale]
 
@@ -42,18 +43,19 @@ class DecodedType:
     def convert(self, data: Bytes) -> Bytes:
         """Return the bytes of the format `held` for whole blocks."""
         blocks = data.reshape(-1, self.block_bytes)
-        parts = [
-            _held(self.decode(np.ascontiguousarray(blocks[at : at + _CHUNK_BLOCKS])), self.held)
-            for at in range(0, len(blocks), _CHUNK_BLOCKS)
-        ]
-        return np.concatenate(parts)
+        out = np.empty((len(blocks), self.block_columns // 32 * _HELD_BYTES[self.held]), np.uint8)
+        for at in range(0, len(blocks), _CHUNK_BLOCKS):
+            chunk = slice(at, at + _CHUNK_BLOCKS)
+            out[chunk] = _held(self.decode(np.ascontiguousarray(blocks[chunk])), self.held)
+        return out.reshape(-1)
 
 
 def _held(decoded: Decoded | Floats, held: str) -> Bytes:
-    """Return decoded blocks as flat bytes of Q4_0, Q8_0 or F32."""
+    """Return decoded blocks as bytes of Q4_0, Q8_0 or F32: [n, bytes of a block]."""
     if not isinstance(decoded, tuple):
-        return np.ascontiguousarray(decoded, np.float32).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(decoded, np.float32).reshape(len(decoded), -1).view(np.uint8)
     scales, codes = decoded
+    num_blocks = len(scales)
     codes = codes.reshape(-1, 32)
     with np.errstate(over="ignore"):
         halves = np.repeat(scales.reshape(-1), codes.shape[0] // scales.size).astype(np.float16)
@@ -64,7 +66,7 @@ def _held(decoded: Decoded | Floats, held: str) -> Bytes:
     else:
         nibbles = (codes + np.int8(8)).view(np.uint8)
         out[:, 2:] = nibbles[:, :16] | nibbles[:, 16:] << np.uint8(4)
-    return out.reshape(-1)
+    return out.reshape(num_blocks, -1)
 
 
 def _weights(scales: Floats, codes: npt.NDArray[np.int8]) -> Floats:
@@ -80,23 +82,23 @@ def _halves(data: Bytes) -> Floats:
     return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
 
 
-def _nibbles(data: Bytes) -> Bytes:
-    """Return the two halves of each byte, the low one first: [n, 2m]."""
-    return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
-
-
 def _signs(bits: Bytes) -> npt.NDArray[np.int8]:
     """Return -1 for each bit that is set, else 1: [n, 8m]."""
     found = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
     return np.int8(1) - np.int8(2) * found.view(np.int8)
 
 
-def _sign_bytes(words: npt.NDArray[np.uint32]) -> Bytes:
-    """Return the four bytes of signs in a word's low 28 bits, seven each: the eighth makes them even."""
-    sevens = (words[..., None] >> np.array([0, 7, 14, 21], np.uint32) & np.uint32(127)).astype(np.uint8)
+def _with_parity(sevens: Bytes) -> Bytes:
+    """Add an eighth bit to seven bits of signs, so that their number is even."""
     ones = np.unpackbits(sevens[..., None], axis=-1).sum(axis=-1, dtype=np.uint8)
-    found: Bytes = (sevens | (ones & np.uint8(1)) << np.uint8(7)).reshape(len(words), -1)
+    found: Bytes = sevens | (ones & np.uint8(1)) << np.uint8(7)
     return found
+
+
+def _sign_bytes(words: npt.NDArray[np.uint32]) -> Bytes:
+    """Return the four bytes of signs that a word has in its low 28 bits, seven each: [n, 4 * words]."""
+    sevens = (words[..., None] >> np.array([0, 7, 14, 21], np.uint32) & np.uint32(127)).astype(np.uint8)
+    return _with_parity(sevens).reshape(len(words), -1)
 
 
 def _ternary(count: int, data: Bytes) -> Bytes:
@@ -139,12 +141,10 @@ def _iq2_xxs(blocks: Bytes) -> Decoded:
 
 def _iq2_xs(blocks: Bytes) -> Floats:
     words = np.ascontiguousarray(blocks[:, 2:66]).view(np.uint16)
-    sevens = (words >> 9).astype(np.uint8)
-    ones = np.unpackbits(sevens[..., None], axis=-1).sum(axis=-1, dtype=np.uint8)
-    signs = _signs(sevens | (ones & np.uint8(1)) << np.uint8(7))
+    signs = _signs(_with_parity((words >> 9).astype(np.uint8)))
     codes = grid("IQ2_XS")[words & 511].reshape(len(blocks), 256) * signs
     return _weights(
-        _halves(blocks[:, :2]) * (0.5 + _nibbles(blocks[:, 66:])).astype(np.float32) * 0.25, codes
+        _halves(blocks[:, :2]) * (0.5 + unpack_nibbles(blocks[:, 66:])).astype(np.float32) * 0.25, codes
     )
 
 
@@ -154,7 +154,7 @@ def _iq2_s(blocks: Bytes) -> Floats:
     indices = blocks[:, 2:34] | high.astype(np.uint16) << 8
     codes = grid("IQ2_S")[indices].reshape(len(blocks), 256) * _signs(blocks[:, 34:66])
     return _weights(
-        _halves(blocks[:, :2]) * (0.5 + _nibbles(blocks[:, 74:])).astype(np.float32) * 0.25, codes
+        _halves(blocks[:, :2]) * (0.5 + unpack_nibbles(blocks[:, 74:])).astype(np.float32) * 0.25, codes
     )
 
 
@@ -168,7 +168,7 @@ def _iq3_s(blocks: Bytes) -> Decoded:
     high = np.unpackbits(np.ascontiguousarray(blocks[:, 66:74]), axis=1, bitorder="little")
     indices = blocks[:, 2:66] | high.astype(np.uint16) << 8
     codes = grid("IQ3_S")[indices].reshape(len(blocks), 256) * _signs(blocks[:, 74:106])
-    return _halves(blocks[:, :2]) * (1 + 2 * _nibbles(blocks[:, 106:])).astype(np.float32), codes
+    return _halves(blocks[:, :2]) * (1 + 2 * unpack_nibbles(blocks[:, 106:])).astype(np.float32), codes
 
 
 def _iq1_s(blocks: Bytes) -> Decoded:
@@ -186,7 +186,7 @@ def _iq1_m(blocks: Bytes) -> Floats:
     parts = (words & 0xF000) >> np.array([12, 8, 4, 0], np.uint16)
     scale = np.bitwise_or.reduce(parts, axis=1).view(np.float16).astype(np.float32)[:, None]
     steps = (words[..., None] >> np.array([0, 3, 6, 9], np.uint16) & 7).reshape(len(blocks), 16)
-    high = _nibbles(blocks[:, 32:48])
+    high = unpack_nibbles(blocks[:, 32:48])
     indices = blocks[:, :32] | (high & 7).astype(np.uint16) << 8
     eighths = grid("IQ1_S")[indices] * np.int8(8) + np.where(high & 8, np.int8(-1), np.int8(1))[..., None]
     return _weights(scale * (2 * steps + 1).astype(np.float32) * np.float32(0.125), eighths)

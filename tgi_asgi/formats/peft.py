@@ -58,8 +58,8 @@ _READ = frozenset({
 # ...), `peft` changes the base when it loads the adapter: `LoraLayer.update_layer`, 0.21. Adapters converted
 # by `path_initial_model_for_weight_conversion` are saved as plain ones, with true.
 _PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
-# Parts of tensor names other than the two matrices, and what they mean.
-_STRANGERS = {
+# Parts of the names of tensors other than the two matrices, with what they belong to.
+_UNSUPPORTED_TENSORS = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding": "embeddings",
     "lora_B.bias": "biases (lora_bias)",
@@ -173,7 +173,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < 1e9:
+    if type(value) not in (int, float) or not 0 < value < 1e9:  # NaN is in no range
         raise ModelLoadError(f"{name} must be a positive number, got {str(value)[:100]!r}")
     return float(value)
 
@@ -211,7 +211,7 @@ def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
     for name, tensor in file.tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
         if not name.endswith((_DOWN, _UP)):
-            what = next((what for part, what in _STRANGERS.items() if part in name), None)
+            what = next((what for part, what in _UNSUPPORTED_TENSORS.items() if part in name), None)
             reason = "is not a LoRA matrix" if what is None else f"belongs to {what}"
             raise ModelLoadError(f"tensor {name!r} {reason}, which is not supported")
         if f"{_PREFIX}{name}" in file.tensors:

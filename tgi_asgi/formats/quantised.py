@@ -7,6 +7,7 @@ nor files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ _COMPRESSED_FORMATS = (
 _MIXED = "mixed-precision"  # of compressed-tensors: each group of layers has one of the formats
 _DENSE = "dense"  # of compressed-tensors: nothing is quantised, except perhaps the cache
 _OFFLINE = ("weight_input", "weight_output")  # where transforms are part of the stored weights
+_BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)  # as older versions of compressed-tensors wrote it
 # ModelOpt's algorithms, with the rows and columns per FP8 scale of those that have blocks.
 _MODELOPT: dict[str, tuple[int, int] | None] = {
     "FP8": None, "FP8_PER_CHANNEL_PER_TOKEN": None, "FP8_PB_WO": (128, 128), "MXFP8": None, "MXFP4": None,
@@ -65,7 +67,7 @@ class Quantisation:
         if method in ("auto-round", "intel/auto-round"):
             return cls._auto_round(options)
         if method in ("fp8", "fbgemm_fp8", "mxfp8"):
-            return cls("fp8", block=_read_block(options.get("weight_block_size")))
+            return cls("fp8", block=_read_block(options.get("weight_block_size"), "weight_block_size"))
         if method == "modelopt":
             return cls("modelopt", block=_modelopt_block(options))
         if method == "quark":
@@ -126,7 +128,7 @@ class Quantisation:
 
     @classmethod
     def _compressed(cls, options: Mapping[str, Any]) -> Quantisation:
-        groups = [group for group in _objects(options.get("config_groups"))]
+        groups = _objects(options.get("config_groups"))
         weights = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
         named = options.get("format")
         formats = {str(named)} if named != _MIXED else {str(group.get("format")) for group in groups}
@@ -145,13 +147,12 @@ class Quantisation:
             f"compressed-tensors with zeros left out ({str(sparse)[:100]}) are not supported: take a "
             "checkpoint that is only quantised",
         )
-        blocks = {_read_block(each.get("block_structure")) for each in weights} - {None}
+        blocks = {_read_block(each.get("block_structure"), "block_structure") for each in weights} - {None}
         check(len(blocks) <= 1, f"compressed-tensors with several block sizes: {blocks}")
-        sizes = {each.get("group_size") for each in weights} - {None, -1}
-        group = sizes.pop() if len(sizes) == 1 else None
+        sizes = {_group_size(each) for each in weights} - {None}
         return cls(
             "compressed-tensors",
-            layout=Layout(group=group if type(group) is int and group > 0 else None),
+            layout=Layout(group=sizes.pop() if len(sizes) == 1 else None),
             block=blocks.pop() if blocks else None,
         )
 
@@ -187,10 +188,10 @@ def _modelopt_block(options: Mapping[str, Any]) -> tuple[int, int] | None:
     algorithm = options.get("quant_algo")
     if algorithm is None and (options.get("kv_cache_quant_algo") or options.get("kv_cache_scheme")):
         return None  # only the cache is quantised
-    found = {algorithm}
+    found = [algorithm]
     if algorithm == "MIXED_PRECISION":
-        found = {layer.get("quant_algo") for layer in _objects(options.get("quantized_layers"))}
-    names = {str(each).upper() for each in found}  # some are in lower case: fp8_pb_wo, mxfp4
+        found = [layer.get("quant_algo") for layer in _objects(options.get("quantized_layers"))]
+    names = {str(each)[:100].upper() for each in found}  # some are in lower case: fp8_pb_wo, mxfp4
     for each in sorted(names):
         check(
             each in _MODELOPT,
@@ -217,16 +218,20 @@ def _check_quark(options: Mapping[str, Any]) -> None:
 
 
 def _group_size(options: Mapping[str, Any]) -> int | None:
+    """Return the columns per group; None if they are one group (-1), or it is not given."""
     size = options.get("group_size")
     return size if type(size) is int and size > 0 else None
 
 
-def _read_block(value: Any) -> tuple[int, int] | None:
+def _read_block(value: Any, key: str) -> tuple[int, int] | None:
+    """Return the rows and columns per FP8 scale that a key gives; None if it is absent."""
     if value is None:
         return None
+    if isinstance(value, str) and (written := _BLOCK.fullmatch(value)):
+        value = [int(size) for size in written.groups()]
     check(
         isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value),
-        f"`weight_block_size` must be two positive integers, got {str(value)[:100]}",
+        f"`{key}` must be two positive integers, got {str(value)[:100]}",
     )
-    check(value[1] % 32 == 0, f"`weight_block_size` must have a multiple of 32 columns, got {value[1]}")
+    check(value[1] % 32 == 0, f"`{key}` must have a multiple of 32 columns, got {value[1]}")
     return value[0], value[1]

@@ -93,10 +93,11 @@ class SafetensorsFile:
         except KeyError:
             raise ModelLoadError(f"{self.path}: there is no tensor {name!r}") from None
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, or a range of them: a flat read-only view, valid while referenced."""
         info = self.tensor(name)
-        return self._file.view(info.offset, info.nbytes)
+        stop = info.nbytes if stop is None else stop
+        return self._file.view(info.offset + start, stop - start)
 
     def close(self) -> None:
         """Release the mapping, as `MappedFile.close`."""
@@ -169,9 +170,9 @@ class Checkpoint:
         """Return a tensor's location; raise `ModelLoadError` if there is none of that name."""
         return self._file(name).tensors[name]
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
-        return self._file(name).raw(name)
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, or some of them, as `SafetensorsFile.raw`."""
+        return self._file(name).raw(name, start, stop)
 
     def close(self) -> None:
         """Release the mappings."""

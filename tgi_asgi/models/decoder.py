@@ -59,11 +59,20 @@ class Decoder:
             self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
         # After the head, which is fully resident while it is packed, although it may be a twentieth of the
         # file.
-        layer_class = self.parallel_class if config.is_parallel else self.layer_class
         self.layers = [
-            layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
-            for index in range(config.num_layers)
+            self._read_layer(weights, index, arithmetic, ropes) for index in range(config.num_layers)
         ]
+
+    def _read_layer(
+        self, weights: Weights, index: int, arithmetic: ops.Arithmetic, ropes: RopeTables
+    ) -> Layer:
+        layer_class = self.parallel_class if self.config.is_parallel else self.layer_class
+        try:
+            return layer_class(
+                self.config, self.weights_class(self.config, weights, index, arithmetic), index, ropes
+            )
+        except ValueError as error:  # packing knows no names
+            raise ValueError(f"layer {index}: {error}") from error
 
     def read_positions(self, weights: Weights) -> Tensor:
         """Return the position embeddings that are added to the tokens': [positions, hidden] float32."""

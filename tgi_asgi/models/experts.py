@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
+from tgi_asgi.models.loading import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,6 @@ class ExpertNames:
     shared_gate: str = "mlp.shared_expert_gate"
 
 
-_READ_AT_ONCE = 16 << 20  # bytes of a tensor; releasing pages takes some milliseconds in a large file
 GGUF_CORRECTION = "mlp.correction.bias"  # canonical-style name for llama.cpp's `exp_probs_b`
 Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, up and down
 ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
@@ -54,7 +54,7 @@ class ExpertsSource(Protocol):
     @property
     def is_gguf(self) -> bool: ...
     def has(self, name: str) -> bool: ...
-    def get(self, name: str, *shape: int) -> ops.WeightSource: ...
+    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource: ...
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight: ...
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]: ...
 
@@ -158,17 +158,10 @@ def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> 
 
 
 def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
-    """Yield the matrices or vectors of a tensor [count, *shape] as views, each to be used at once.
+    """Yield the matrices or vectors of a tensor [count, *shape], each to be used at once.
 
-    The tensor is requested again every few matrices, because the file then releases the pages read before; a
-    layer's experts are large compared with the rest of it in memory.
+    Each is requested on its own: the file releases the pages read before, and of a type that is decoded while
+    it is loaded only one is in memory. A layer's experts are large compared with the rest of it.
     """
-    rows = 1 if len(shape) == 1 else shape[0]
-    num_read = _READ_AT_ONCE
     for index in range(count):
-        if num_read >= _READ_AT_ONCE:
-            whole, num_read = weights.get(name, count, *shape), 0
-            whole = replace(whole, shape=(count * rows, shape[-1]))
-        one = whole.rows(index * rows, (index + 1) * rows)
-        num_read += one.data.nbytes
-        yield replace(one, shape=shape)
+        yield replace(weights.get(name, count, *shape, part=slice(index, index + 1)), shape=shape)

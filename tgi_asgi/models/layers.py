@@ -20,7 +20,7 @@ from tgi_asgi.models import cutting
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
 from tgi_asgi.models.latent import LatentAttention
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading import WHOLE, Weights
 from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.models.rope import RopeTables
 
@@ -61,9 +61,9 @@ class LayerWeights:
         """Whether the weights come from a GGUF file."""
         return self.weights.is_gguf
 
-    def get(self, name: str, *shape: int) -> ops.WeightSource:
-        """Return a tensor of this layer."""
-        return self.weights.get(f"{self.prefix}{name}", shape)
+    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource:
+        """Return a tensor of this layer, or a part of it as described in `Weights.get`."""
+        return self.weights.get(f"{self.prefix}{name}", shape, part)
 
     def has(self, name: str) -> bool:
         """Return whether this layer has the tensor."""

@@ -151,7 +151,7 @@ def _read_list(path: Path) -> list[tuple[str, Path]]:
             (str(entry["type"]).rpartition(".")[2], _inside(path.parent, str(entry["path"])))
             for entry in sorted(entries, key=lambda entry: int(entry["idx"]))
         ]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ModelLoadError(f"{path} is damaged: {error!r}") from None
 
 

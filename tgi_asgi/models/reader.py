@@ -66,6 +66,7 @@ _GGUF_NAMES = {
 # Prefixes of GGUF keys that matter only if the file has such tensors: dense Granite 4 files state sizes of
 # experts and recurrent layers that they do not have.
 _GGUF_PARTS = {"expert_shared_feed_forward_length": "_shexp.", "ssm.": ".ssm_"}
+_MAX_INTEGER = 1 << 53  # beyond any size in a model; floats hold integers up to here exactly
 _REQUIRED = object()
 
 
@@ -164,6 +165,7 @@ class Reader:
         if self.is_gguf and isinstance(value, list) and len(set(value)) == 1:  # one per layer
             value = value[0]
         check(type(value) is int, f"`{self._name(key)}` must be one integer, got {str(value)[:100]}")
+        check(abs(value) <= _MAX_INTEGER, f"`{self._name(key)}` is larger than 2^53: {str(value)[:100]}")
         return int(value)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:

@@ -37,6 +37,7 @@ def read_sizes(
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     check(num_heads > 0, f"num_attention_heads must be positive, got {num_heads}")
     head_dim = reader.integer("head_dim", hidden_size // num_heads)
+    check(head_dim > 0, f"head_dim must be positive, got {head_dim}")  # families compute its root
     if reader.is_gguf:
         value_dim = reader.integer("attention.value_length", head_dim)
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")

@@ -98,7 +98,8 @@ def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, floa
     if rope.scaling is None or not all_dims:
         return rope, scale
     check(all_dims > 0, f"mscale_all_dim must be positive, got {all_dims}")
-    return rope, scale * yarn_magnitude(rope.scaling.factor, all_dims) ** 2
+    magnitude = yarn_magnitude(rope.scaling.factor, all_dims)
+    return rope, scale * magnitude * magnitude  # of large floats, unlike `**`, infinite: refused later
 
 
 def interleaved(latent: LatentSpec, is_interleaved: bool) -> LatentSpec:

@@ -6,7 +6,7 @@ import hashlib
 from typing import cast
 
 from tgi_asgi import ops
-from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.models.loading import WHOLE, NamedWeights, Weights
 from tgi_asgi.types import Progress
 
 _SAMPLE_BYTES = 256  # of each tensor's head and tail, hashed into the fingerprint
@@ -25,10 +25,10 @@ class TrackedWeights:
     def __contains__(self, name: object) -> bool:
         return name in self._weights
 
-    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> ops.WeightSource:
         """Return a tensor, as described in `Weights.get`."""
         self._progress("loading weights", self._done, self.num_bytes)
-        source = self._weights.get(name, shape)
+        source = self._weights.get(name, shape, part)
         self._done = min(self._done + source.data.nbytes, self.num_bytes)  # decoded data may be larger
         self._hash.update(f"{name} {source.format} {source.shape}\n".encode())
         self._hash.update(source.data[:_SAMPLE_BYTES].data)

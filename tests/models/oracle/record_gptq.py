@@ -1,8 +1,8 @@
 """Record matrices packed by AutoGPTQ and the weights that its own module computes, for test_gptq.py.
 
-    pip download --no-deps auto-gptq==0.7.1    # then unpack only auto_gptq/nn_modules/qlinear on PYTHONPATH,
-                                               # with empty __init__.py above it: the rest needs CUDA
-    python tests/models/oracle/record_gptq.py tests/models/oracle/gptq.npz
+    pip download --no-deps auto-gptq==0.7.1    # then unpack only auto_gptq/nn_modules/qlinear here, with
+                                               # empty __init__.py above it: the rest needs CUDA
+    PYTHONPATH=. python tests/models/oracle/record_gptq.py tests/models/oracle/gptq.npz
 
 The module multiplies an identity matrix, in float32 on the CPU. The file records the tensors of a checkpoint
 and the product, which is the weights.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import torch
+
+from tests.support.recorded_cases import save_cases
 
 ROWS, COLUMNS, GROUP = 32, 256, 64
 # Bits, whether zero points are half the range, and whether columns are in act-order.
@@ -51,15 +52,5 @@ def record(bits: int, is_centred: bool, has_order: bool) -> dict[str, torch.Tens
     return tensors | {"scales": module.scales.half(), "values": values.contiguous()}
 
 
-def main() -> None:
-    """Record all cases in one file."""
-    arrays = {
-        f"{name}.{key}": tensor.numpy()
-        for name, options in CASES.items()
-        for key, tensor in record(*options).items()
-    }
-    np.savez_compressed(sys.argv[1], **arrays)  # type: ignore[arg-type]
-
-
 if __name__ == "__main__":
-    main()
+    save_cases(sys.argv[1], {name: record(*options) for name, options in CASES.items()})

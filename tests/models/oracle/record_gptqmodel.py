@@ -1,7 +1,7 @@
 """Record matrices packed by GPTQModel and the weights that it reads back, for test_gptq.py.
 
     pip install gptqmodel==7.7.0
-    python tests/models/oracle/record_gptqmodel.py tests/models/oracle/gptqmodel.npz
+    PYTHONPATH=. python tests/models/oracle/record_gptqmodel.py tests/models/oracle/gptqmodel.npz
 
 The file records the tensors of a checkpoint and the weights of the module that has read them. In the layout
 "gptq" zero points are stored minus one, subtracted from whole words: zero points of 0 borrow.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import torch
+
+from tests.support.recorded_cases import save_cases
 
 ROWS = 32
 # Bits, columns, columns per group, and the layout.
@@ -64,15 +65,5 @@ def record(bits: int, columns: int, group: int, layout: str) -> dict[str, torch.
     return tensors | {"scales": tensors["scales"].half(), "values": values.float().contiguous()}
 
 
-def main() -> None:
-    """Record all cases in one file."""
-    arrays = {
-        f"{name}.{key}": tensor.numpy()
-        for name, options in CASES.items()
-        for key, tensor in record(*options).items()
-    }
-    np.savez_compressed(sys.argv[1], **arrays)  # type: ignore[arg-type]
-
-
 if __name__ == "__main__":
-    main()
+    save_cases(sys.argv[1], {name: record(*options) for name, options in CASES.items()})

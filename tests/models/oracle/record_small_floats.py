@@ -1,7 +1,7 @@
 """Record matrices of four- and eight-bit codes with the weights that their tools read: test_small_floats.py.
 
     pip install bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 torch
-    python tests/models/oracle/record_small_floats.py tests/models/oracle/small-floats.npz
+    PYTHONPATH=. python tests/models/oracle/record_small_floats.py tests/models/oracle/small-floats.npz
 
 The names are those of a checkpoint: `case.tensor`; `case.values` are the weights.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import torch
+
+from tests.support.recorded_cases import save_cases
 
 ROWS, COLUMNS = 32, 192
 
@@ -51,6 +52,13 @@ def modelopt() -> dict[str, torch.Tensor]:
     }
 
 
+def _for_numpy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return FP8 as bytes and other floats as float32, because numpy has neither FP8 nor bfloat16."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def main() -> None:
     """Record all cases in one file."""
     cases = {
@@ -60,19 +68,13 @@ def main() -> None:
         "int8": bytes_of_bitsandbytes(),
         "nvfp4": modelopt(),
     }
-    arrays = {}
-    for name, tensors in cases.items():
-        for key, tensor in tensors.items():
-            is_float8 = tensor.dtype == torch.float8_e4m3fn
-            found = (
-                tensor.view(torch.uint8)
-                if is_float8
-                else tensor.float()
-                if tensor.is_floating_point()
-                else tensor
-            )
-            arrays[f"{name}.{key}"] = found.numpy()
-    np.savez_compressed(sys.argv[1], **arrays)  # type: ignore[arg-type]
+    save_cases(
+        sys.argv[1],
+        {
+            case: {name: _for_numpy(tensor) for name, tensor in tensors.items()}
+            for case, tensors in cases.items()
+        },
+    )
 
 
 if __name__ == "__main__":

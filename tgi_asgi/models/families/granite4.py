@@ -16,6 +16,7 @@ from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Sources
+from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
@@ -84,11 +85,11 @@ class Granite4Weights(GraniteMoeWeights):
         rows = [self.config.intermediate_size] * 2
         return self.cut("shared_mlp.input_linear.weight", rows, self.config.hidden_size)
 
-    def get(self, name: str, *shape: int) -> ops.WeightSource:
+    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource:
         """Return a tensor of this layer by its canonical name."""
         if name == "mlp.down_proj.weight" and not self.has(name):
             name = "shared_mlp.output_linear.weight"
-        return super().get(name, *shape)
+        return super().get(name, *shape, part=part)
 
 
 class Granite4(Decoder):

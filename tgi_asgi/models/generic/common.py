@@ -26,7 +26,7 @@ from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
 from tgi_asgi.models.generic.replace import ACTIVATIONS, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import Filler, owner_of
-from tgi_asgi.models.loading import NamedWeights
+from tgi_asgi.models.loading import WHOLE, NamedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +278,12 @@ class _Canonical:
     def __contains__(self, name: object) -> bool:
         return False  # no tensor is optional here
 
-    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> ops.WeightSource:
         """Return a tensor; see `Weights.get`."""
+        start, stop, _ = part.indices(shape[0])
+        return self._whole(name, shape).rows(start, stop)
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
         source = self._filler.source(self._own_name(name))
         if name.endswith("norm.weight") and self._offset:
             return ops.from_floats(ops.plain_tensor(source).float() + self._offset)

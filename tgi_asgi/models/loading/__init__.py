@@ -14,6 +14,7 @@ from tgi_asgi.ops import WeightSource
 
 # The format of tensors that torch keeps as float32, however they are stored.
 KEPT = "kept"
+WHOLE = slice(None)
 
 
 class Weights(Protocol):
@@ -24,8 +25,12 @@ class Weights(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
 
-    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor of this shape; its bytes are a view of the file if possible.
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
+        """Return a tensor of this shape, or a part of it; its bytes are a view of the file if possible.
+
+        Args:
+            part: Consecutive indices along the first dimension, such as those of some experts. Nothing else
+                is read or decoded.
 
         Raises:
             ModelLoadError: if it is missing, has another shape, or has an unreadable type.

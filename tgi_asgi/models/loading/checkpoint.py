@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.loading.kv_scales import read_kv_scales
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops import WeightSource
@@ -44,15 +45,20 @@ class CheckpointWeights:
             return stored.removeprefix(self._layout.prefix)
         return stored.replace(self._layout.prefix, self._part, 1)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`."""
         stored = self.stored_name(name)
-        if self._layout.is_transposed and len(shape) == 2 and is_of_layer(name):
-            source = _transposed(stored, self._weights.get(stored, shape[::-1]))
-        else:
-            source = self._weights.get(stored, shape)
         order = self._layout.row_order(self._config, name.rpartition(".")[0])
-        return source if order is None else source.in_rows(order)
+        is_transposed = self._layout.is_transposed and len(shape) == 2 and is_of_layer(name)
+        if order is None and not is_transposed:
+            return self._weights.get(stored, shape, part)
+        source = self._weights.get(stored, shape[::-1] if is_transposed else shape)
+        if is_transposed:
+            source = _transposed(stored, source)
+        if order is not None:
+            source = source.in_rows(order)
+        start, stop, _ = part.indices(shape[0])
+        return source.rows(start, stop)
 
     def kv_scales(self) -> list[tuple[float, float]]:
         """Return each layer's scales of keys and of values, as described in `read_kv_scales`."""

@@ -14,7 +14,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.gguf_decoded import BY_NAME
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
-from tgi_asgi.models.loading import check_shape
+from tgi_asgi.models.loading import WHOLE, check_shape
 from tgi_asgi.ops import FORMATS, WeightSource
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -57,7 +57,7 @@ class GgufWeights:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and gguf_name(name, self._names) in self._file.tensors
 
-    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`."""
         stored = gguf_name(name, self._names)
         if stored is None:
@@ -66,7 +66,9 @@ class GgufWeights:
         self._unread.discard(stored)
         if without_ones(info.shape) != without_ones(shape):  # sizes of 1 are left out by the converter
             check_shape(info.name, info.shape, shape)
-        data = self._file.raw(info.name)
+        start, stop, _ = part.indices(shape[0])
+        data = self._file.raw(info.name, *(info.nbytes * at // shape[0] for at in (start, stop)))
+        shape = (stop - start, *shape[1:])
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
         if len(shape) == 3:  # matrices one below another

@@ -1,4 +1,4 @@
-"""Reads the scales of keys and values that a checkpoint was calibrated with, for an FP8 cache.
+"""Read the scales of keys and values that a checkpoint was calibrated with, for an FP8 cache.
 
     model.layers.3.self_attn.k_scale, .v_scale              compressed-tensors, FBGEMM, Quark
     model.layers.3.self_attn.k_proj.k_scale, v_proj.v_scale ModelOpt

@@ -1,4 +1,4 @@
-"""Reads gpt-oss experts as published: a tensor of all experts' nibbles and one of exponents, in blocks of 32.
+"""Read gpt-oss experts as published: a tensor of all experts' nibbles and one of exponents, in blocks of 32.
 
     experts.gate_up_proj_blocks [experts, rows, blocks, 16]    byte i: columns 2i and 2i + 1, the first low
     experts.gate_up_proj_scales [experts, rows, blocks]        2^(exponent - 127)
@@ -56,8 +56,11 @@ def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, 
         if info.dtype != "U8":
             raise ModelLoadError(f"tensor {info.name!r} is of dtype {info.dtype}, not U8")
         check_shape(info.name, info.shape, expected)
-    codes = checkpoint.raw(matrix.blocks).reshape(count, -1, 16)[matrix.number]
-    out = mxfp4_blocks(codes, checkpoint.raw(matrix.scales).reshape(count, -1)[matrix.number])
+    codes, exponents = (
+        checkpoint.raw(info.name, *(info.nbytes // count * at for at in (matrix.number, matrix.number + 1)))
+        for info in (blocks, scales)
+    )
+    out = mxfp4_blocks(codes.reshape(-1, 16), exponents)
     return WeightSource(out.reshape(-1), "MXFP4", (rows, columns))
 
 

@@ -1,4 +1,4 @@
-"""Reads quantised matrices of a checkpoint, each stored as several tensors, as a `WeightSource`.
+"""Read quantised matrices of a checkpoint, each stored as several tensors, as a `WeightSource`.
 
 `stored.py` lists the kinds of tensors.
 """
@@ -29,7 +29,7 @@ from tgi_asgi.ops import WeightSource
 def read_quantised(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantisation: Quantisation
 ) -> WeightSource:
-    """Read a weight [rows, columns] that `find_quantised` found.
+    """Read a weight [rows, columns] for which `is_quantised` is true.
 
     Raises:
         ModelLoadError: if a tensor is missing or its tensors do not fit each other.
@@ -74,7 +74,7 @@ def _read_integers(
 def _read_bytes(
     checkpoint: Checkpoint, name: str, shape: tuple[int, int], quantisation: Quantisation
 ) -> WeightSource:
-    """Read codes of one byte each; bitsandbytes' scales are rounded to float16 (one part in 4,096)."""
+    """Read codes of one byte each; bitsandbytes' scales become float16 (within one part in 2,048)."""
     check_shape(name, checkpoint.tensor(name).shape, shape)
     codes = read_array(checkpoint, name, "I8")
     largest, scale, zeros = f"{name.removesuffix('weight')}SCB", f"{name}_scale", f"{name}_zero_point"
@@ -130,9 +130,13 @@ def _read_nibbles(checkpoint: Checkpoint, name: str, codes: str, shape: tuple[in
     """Read codes of four bits, two to a byte."""
     if state_name(checkpoint, name) is not None:
         return _read_table(checkpoint, name, shape)
+    if shape[1] % 2:
+        raise ModelLoadError(f"a matrix of {shape[1]} columns has no whole bytes of two codes each")
     check_shape(codes, checkpoint.tensor(codes).shape, (shape[0], shape[1] // 2))
     packed, scale = read_array(checkpoint, codes, "U8"), f"{name}_scale"
     if is_mxfp4(checkpoint, name):
+        if shape[1] % 32:
+            raise ModelLoadError(f"MXFP4 has blocks of 32 columns, which do not divide {shape[1]}")
         check_shape(scale, checkpoint.tensor(scale).shape, (shape[0], shape[1] // 32))
         exponents = checkpoint.raw(scale).reshape(shape[0], -1)
         blocks = mxfp4_blocks(packed.reshape(shape[0], -1, 16), exponents)

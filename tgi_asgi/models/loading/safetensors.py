@@ -11,10 +11,10 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
-from tgi_asgi.models.loading import check_shape, matches
+from tgi_asgi.models.loading import WHOLE, check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised
-from tgi_asgi.models.loading.stored import UNUSED, find_quantised, names_of, quantised_shape, stored_format
+from tgi_asgi.models.loading.stored import UNUSED, is_quantised, part_names, quantised_shape, stored_format
 from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.formats import RUNS
@@ -37,23 +37,31 @@ class SafetensorsWeights:
     def __contains__(self, name: object) -> bool:
         return name in self._checkpoint or (isinstance(name, str) and self._expert(name) is not None)
 
+    def _quantisation_of(self, name: str) -> Quantisation | None:
+        """Return how a weight is quantised; None if it is not."""
+        is_one = self._quantisation is not None and is_quantised(self._checkpoint, name)
+        return self._quantisation if is_one else None
+
     def _expert(self, name: str) -> ExpertMatrix | None:
         """Return the location of an expert's matrix, if all experts are in one tensor of blocks."""
         is_packed = self._quantisation is not None and self._quantisation.method == "mxfp4"
         return find_expert(self._checkpoint, name) if is_packed else None
 
-    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`; a quantised matrix in blocks of `ops`."""
-        if self._quantisation is not None and find_quantised(self._checkpoint, name):
-            self._unread -= set(names_of(self._checkpoint, name))
+        count = shape[0] if shape else 1
+        start, stop, _ = part.indices(count)
+        quantisation = self._quantisation_of(name)
+        if quantisation is not None:
+            self._unread -= set(part_names(self._checkpoint, name))
             try:
-                return read_quantised(self._checkpoint, name, shape, self._quantisation)
+                return read_quantised(self._checkpoint, name, shape, quantisation).rows(start, stop)
             except ModelLoadError as error:
                 raise ModelLoadError(f"{self._directory}: {name!r}: {error}") from None
         expert = self._expert(name)
         if expert is not None:
             self._unread -= {expert.blocks, expert.scales}
-            return read_expert(self._checkpoint, expert, shape)
+            return read_expert(self._checkpoint, expert, shape).rows(start, stop)
         if name not in self._checkpoint:
             raise ModelLoadError(f"{self._directory}: there is no tensor {name!r}, which the model needs")
         info = self._checkpoint.tensor(name)
@@ -63,9 +71,9 @@ class SafetensorsWeights:
                 f"tensor {name!r} is of dtype {info.dtype}; supported are {', '.join(_FORMATS)}"
             )
         check_shape(name, info.shape, shape)
-        rows = info.shape[0] if info.shape else 1
-        stored = info.shape if len(info.shape) in (1, 2) else (rows, math.prod(info.shape[1:]))
-        return WeightSource(self._checkpoint.raw(name), info.dtype, stored)
+        rest = shape[1:] if len(shape) in (1, 2) else (math.prod(shape[1:]),)
+        data = self._checkpoint.raw(name, *(info.nbytes * at // max(count, 1) for at in (start, stop)))
+        return WeightSource(data, info.dtype, (stop - start, *rest))
 
     def floats(self, name: str) -> npt.NDArray[np.float32] | None:
         """Return a small float tensor of any shape as float32; None if it does not exist."""
@@ -81,22 +89,21 @@ class SafetensorsWeights:
         whole |= {
             name.removesuffix("_packed") for name in self._checkpoint if name.endswith(".weight_packed")
         }
-        whole |= {name for name in self._checkpoint if find_quantised(self._checkpoint, name)}
-        parts = {part for name in whole for part in names_of(self._checkpoint, name)}
+        whole |= {name for name in self._checkpoint if is_quantised(self._checkpoint, name)}
+        parts = {part for name in whole for part in part_names(self._checkpoint, name)}
         others = [name for name in self._checkpoint if name not in parts and not matches(name, UNUSED)]
         return [*whole, *others]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight after decoding."""
-        if self._quantisation is not None and find_quantised(self._checkpoint, name):
-            return quantised_shape(self._checkpoint, name, self._quantisation)
+        quantisation = self._quantisation_of(name)
+        if quantisation is not None:
+            return quantised_shape(self._checkpoint, name, quantisation)
         return self._checkpoint.tensor(name).shape
 
     def parts(self, name: str) -> list[str]:
         """Return the names of the tensors that make up a weight, as described in `NamedWeights.parts`."""
-        if self._quantisation is not None and find_quantised(self._checkpoint, name):
-            return names_of(self._checkpoint, name)
-        return [name]
+        return [name] if self._quantisation_of(name) is None else part_names(self._checkpoint, name)
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""
@@ -109,8 +116,7 @@ class SafetensorsWeights:
 
     def block_columns(self, name: str) -> int:
         """Return how many columns must stay together; for a quantised matrix the largest run."""
-        is_quantised = self._quantisation is not None and find_quantised(self._checkpoint, name)
-        return max(RUNS) if is_quantised else 1
+        return 1 if self._quantisation_of(name) is None else max(RUNS)
 
     def close(self) -> None:
         """Unmap the files."""

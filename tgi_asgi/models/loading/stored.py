@@ -1,4 +1,4 @@
-"""Recognises quantised matrices of a checkpoint by their tensors, and tells their shapes and formats unread.
+"""Recognise quantised matrices of a checkpoint by their tensors; return shapes and formats from the headers.
 
 qweight            int32   codes, with scales and qzeros (AutoGPTQ, AutoAWQ)
 weight_packed      int32   codes, with weight_scale (compressed-tensors)
@@ -26,16 +26,6 @@ _CODES = (FLOAT8, "I8", "U8")  # dtypes of a `weight` that has scales beside it
 _DECODED = "F8_32"  # the format that counts the memory of weights that are decoded and then rounded
 
 
-def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether this weight is quantised in the checkpoint."""
-    stem = name.removesuffix("weight")
-    if stem == name:
-        return False
-    if name in checkpoint:
-        return checkpoint.tensor(name).dtype in _CODES
-    return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
-
-
 _STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format")
@@ -53,7 +43,17 @@ UNUSED = (
 )  # fmt: skip
 
 
-def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
+def is_quantised(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether this weight is quantised in the checkpoint."""
+    stem = name.removesuffix("weight")
+    if stem == name:
+        return False
+    if name in checkpoint:
+        return checkpoint.tensor(name).dtype in _CODES
+    return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
+
+
+def part_names(checkpoint: Checkpoint, name: str) -> list[str]:
     """Return the names of the tensors that make up a quantised weight."""
     stem = name.removesuffix("weight")
     names = [f"{stem}{part}" for part in _PARTS] + [f"{name}{part}" for part in _WEIGHT_PARTS]
@@ -76,7 +76,7 @@ def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation 
     weight = _weight_of(name)
     if info.dtype == "I32" and weight is not None:
         return _stored_integers(checkpoint, weight, quantisation)
-    if weight is None or not find_quantised(checkpoint, weight):
+    if weight is None or not is_quantised(checkpoint, weight):
         return info.dtype, 0 if info.dtype in (FLOAT8, *POWERS) else elements  # scales are in the blocks
     if info.dtype == "U8":
         return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
@@ -128,7 +128,7 @@ def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisatio
         info = checkpoint.tensor(name if name in checkpoint else packed)
         rows, words = _pair(info.name, info.shape)
         if info.dtype == "I32" and shape in checkpoint:
-            rows, words = _pair(shape, tuple(read_array(checkpoint, shape, "I64", "I32").tolist()))
+            rows, words = _read_shape(checkpoint, shape)
         elif info.dtype == "I32":
             words = words * 32 // quantisation.bits
         return rows, words * 2 if info.dtype == "U8" else words
@@ -145,6 +145,14 @@ def _pair(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2:
         raise ModelLoadError(f"only matrices can be quantised, but {name!r} has the shape {list(shape)}")
     return shape[0], shape[1]
+
+
+def _read_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """Return compressed-tensors' `weight_shape`."""
+    values = read_array(checkpoint, name, "I64", "I32")
+    if values.shape != (2,) or (values <= 0).any() or (values >= 1 << 31).any():
+        raise ModelLoadError(f"{name!r} must be rows and columns, got {str(values.tolist())[:100]}")
+    return int(values[0]), int(values[1])
 
 
 def is_mxfp4(checkpoint: Checkpoint, name: str) -> bool:
