@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import numpy as np
@@ -29,6 +29,7 @@ from tests.support.pooling_models import (
 from tests.support.pooling_models import TEXTS as RECORDED_TEXTS
 from tests.support.pooling_server import PooledServer, pooled_server
 from tests.support.waiting import until
+from tgi_asgi.engine import Engine
 from tgi_asgi.text.tokenizer import Tokenizer
 
 ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers.json"
@@ -217,6 +218,20 @@ async def test_a_client_that_leaves_frees_its_room(embedder: Embedder) -> None:
         request.cancel()
         await until(lambda: not engine.describe()["requests"])
         engine.acquire(8).release()
+
+
+async def test_an_accepted_call_is_finished_while_the_server_drains(embedder: Embedder) -> None:
+    async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
+        call = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 40] * 400))
+        assert server.app.context.served is not None
+        engine = cast(Engine, server.app.context.served.engine)
+        await until(lambda: bool(engine.describe()["requests"]))
+        draining = asyncio.create_task(engine.drain(60))
+        await asyncio.sleep(0)
+        assert (await server.post("/v1/embeddings", input="late")).status_code == 503
+        assert not call.done() and not draining.done()
+        assert len((await call).json()["data"]) == 400
+        await draining
 
 
 async def test_keys_are_asked_for(embedder: Embedder) -> None:

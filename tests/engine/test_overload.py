@@ -131,10 +131,24 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: Mak
     assert engine.state is EngineState.DRAINING
     with pytest.raises(Unavailable):
         engine.acquire(1)
+    assert (await running).finish() is FinishReason.LENGTH
+    await asyncio.sleep(0.02)
+    assert not draining.done(), "a request is still being tokenised"
+    more = engine.acquire(1, extends=early)
+    answers = [collect(engine.submit(make_request(5, max_tokens=3), permit)) for permit in (early, more)]
+    assert [answer.error for answer in await asyncio.gather(*answers)] == [None, None]
+    await draining
+
+
+async def test_a_permit_is_of_no_use_after_the_end_of_draining(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    early = engine.acquire(1)
+    await engine.drain(0.01)
+    with pytest.raises(Unavailable):
+        engine.acquire(1, extends=early)
     with pytest.raises(Unavailable):
         engine.submit(make_request(5), early)
-    await draining
-    assert (await running).finish() is FinishReason.LENGTH
+    assert engine.admission.num_taken == 0
 
 
 async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine: MakeEngine) -> None:

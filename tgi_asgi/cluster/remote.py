@@ -89,9 +89,8 @@ class RemoteEngine:
         self._max_per_replica = settings.max_concurrent_requests
         self._prefix_cache = settings.prefix_cache
         self.block_size = block_size
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
         self._is_draining = False
+        self._has_drained = False  # what is left of the accepted requests is being ended
         self._watch: asyncio.Task[None] | None = None
         self._background_tasks: set[asyncio.Task[None]] = set()
 
@@ -127,11 +126,11 @@ class RemoteEngine:
         self._watch = asyncio.create_task(self._keep_watching(), name="replicas")
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept nothing new and let requests finish; after the timeout, end the rest with an error."""
+        """Accept nothing new and let all who hold a permit finish; after the timeout, end the rest."""
         self._is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
+                await self.admission.is_idle.wait()
         self._end_all()
 
     async def stop(self) -> None:
@@ -144,16 +143,18 @@ class RemoteEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _end_all(self) -> None:
+        self._has_drained = True
         for channel in list(self.channels):
             channel.refuse(IncompleteGeneration("the server is shutting down"))
 
-    def acquire(self, n: int, tenant: str | None = None) -> Permit:
-        """Admit n choices; raises `Overloaded` or `Unavailable`.
+    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> Permit:
+        """Admit n choices, or n more of a call that `extends` admitted; raises `Overloaded` or `Unavailable`.
 
         As in an engine, a key with fewer choices than another displaces that key's newest request without a
         token.
         """
-        if self.state is not EngineState.READY:
+        goes_on = extends is not None and self._is_draining and not self._has_drained
+        if self.state is not EngineState.READY and not goes_on:
             raise Unavailable("No replica can be reached", retry_after_s=2)
         if self.admission.is_full(n):
             waiting = {
@@ -165,17 +166,21 @@ class RemoteEngine:
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RemoteChannel:
-        """Send a request; its permit is released at its end."""
+        """Send a request; its permit is released at its end, or at once if this raises.
+
+        Raises:
+            Unavailable: if the server has drained for as long as it may.
+        """
+        if self._has_drained:
+            permit.release()
+            raise Unavailable("the server is shutting down")
         channel = RemoteChannel(self, request, permit)
         self.channels.append(channel)
-        self._is_idle.clear()
         return channel
 
     def closed(self, channel: RemoteChannel) -> None:
         """Remove a request that has ended."""
         self.channels.remove(channel)
-        if not self.channels:
-            self._is_idle.set()
 
     def abort(self, request_id: str) -> int:
         """End the requests with this id, with an error; return their number."""

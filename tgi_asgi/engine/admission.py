@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ class AdmissionPermit:
         self._admission: Admission | None = admission
         self.n = n
         self.tenant = tenant
+        admission.on_take()
 
     def split(self, n: int) -> AdmissionPermit:
         """Return a permit split off for n of the choices; it is released separately."""
@@ -34,15 +36,23 @@ class AdmissionPermit:
         """Return the permit, after a request that `has_run` or was refused before it ran. Idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._on_release(self, has_run)
+            admission.on_release(self, has_run)
 
 
 class Admission:
-    """A fixed number of permits, with a measure of how fast they are released."""
+    """A fixed number of permits, with a measure of how fast they are released.
+
+    Attributes:
+        num_taken: The number of choices that have a permit.
+        is_idle: Set while nobody holds a permit, not even one without choices.
+    """
 
     def __init__(self, capacity: int, clock: Callable[[], float]) -> None:
         self.capacity = capacity
         self.num_taken = 0
+        self.is_idle = asyncio.Event()
+        self.is_idle.set()
+        self._num_permits = 0
         self._clock = clock
         self._taken_by: Counter[str | None] = Counter()
         self._releases: deque[tuple[float, int]] = deque(maxlen=_MEMORY)
@@ -98,7 +108,16 @@ class Admission:
         seconds = missing * (now - recent[0][0]) / released
         return min(max(math.ceil(seconds), 1), _MAX_RETRY_AFTER_S)
 
-    def _on_release(self, permit: AdmissionPermit, has_run: bool) -> None:
+    def on_take(self) -> None:
+        """Count a new permit; called by permits only."""
+        self._num_permits += 1
+        self.is_idle.clear()
+
+    def on_release(self, permit: AdmissionPermit, has_run: bool) -> None:
+        """Take a permit back; called by permits only."""
+        self._num_permits -= 1
+        if not self._num_permits:
+            self.is_idle.set()
         self.num_taken -= permit.n
         self._taken_by[permit.tenant] -= permit.n
         if not self._taken_by[permit.tenant]:

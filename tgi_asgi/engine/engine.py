@@ -87,6 +87,7 @@ class Engine:
         self._state = EngineState.LOADING
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._has_drained = False  # what is left of the accepted requests is being ended
         self._host: asyncio.AbstractEventLoop | None = None
         self._lost: str | None = None
 
@@ -112,17 +113,20 @@ class Engine:
         self._task.add_done_callback(self._on_end)
         self._host.call_soon(self._on_loss)  # in case `mark_lost` was called before
 
-    def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
+    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> AdmissionPermit:
         """Take a permit for n choices.
 
         If none is free, a tenant that holds fewer choices than another displaces the other's newest request
         that has not begun to run; the displaced request fails with `Overloaded`.
 
+        Args:
+            extends: A permit that the same call still holds: it may go on while the engine drains.
+
         Raises:
             Overloaded: if no permit is free or can be freed.
             Unavailable: if the engine is draining or dead.
         """
-        self._check_state()
+        self._check_state(is_accepted=extends is not None)
         if self.admission.is_full(n):
             waiting = self._loop.waiting_newest_first()
             for permit in self.admission.permits_to_displace(n, tenant, waiting):
@@ -133,12 +137,14 @@ class Engine:
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:
         """Queue a request. Its permit is released when the request ends, or at once if this raises.
 
+        A request whose permit was taken before the engine began to drain is still served.
+
         Raises:
             InvalidRequest: if the request could never run in this KV cache.
-            Unavailable: if the engine is draining or dead.
+            Unavailable: if the engine is dead, or has drained for as long as it may.
         """
         try:
-            self._check_state()
+            self._check_state(is_accepted=True)
             self._check_request(request)
         except TgiError:
             permit.release()
@@ -183,7 +189,7 @@ class Engine:
             self._task.cancel()
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept nothing new and let open requests finish; at the timeout, end the rest.
+        """Accept nothing new and let all who hold a permit finish; at the timeout, end the rest.
 
         The requests left at the timeout get `IncompleteGeneration`.
         """
@@ -191,15 +197,17 @@ class Engine:
             self._state = EngineState.DRAINING
         try:
             async with asyncio.timeout(timeout_s):
+                await self.admission.is_idle.wait()  # also those whose prompts are still being tokenised
                 await self._loop.is_idle.wait()
         except TimeoutError:
             log.warning("%d requests did not finish within %g s", self._loop.num_open, timeout_s)
+            self._has_drained = True
             self._loop.inbox.put_nowait(IncompleteGeneration("the server is shutting down"))
             await self._loop.is_idle.wait()
 
     async def stop(self) -> None:
         """End every request with an error now, wait for the steps in flight, and close the runner."""
-        self._is_stopping = True
+        self._is_stopping = self._has_drained = True
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
         if self._task is not None:
@@ -213,8 +221,9 @@ class Engine:
                 self._runner.close()  # it would otherwise wait for the steps
         self._loop.pipeline.close()
 
-    def _check_state(self) -> None:
-        if self._state is not EngineState.READY:
+    def _check_state(self, *, is_accepted: bool) -> None:
+        goes_on = is_accepted and self._state is EngineState.DRAINING and not self._has_drained
+        if self._state is not EngineState.READY and not goes_on:
             raise Unavailable(f"the engine is {self._state.value}")
 
     def _check_request(self, request: GenerationRequest) -> None:
