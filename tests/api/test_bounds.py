@@ -282,6 +282,14 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(path: st
     assert spy.sizes == [most]
 
 
+@pytest.mark.parametrize(("path", "is_compat"), [("/generate", False), ("/v1/chat/completions", True)])
+async def test_tgi_s_clients_are_told_of_such_a_text_in_tgi_s_words(path: str, is_compat: bool) -> None:
+    app, spy = spied(tgi_compat=is_compat)
+    answer = await post(app, path, TEXTS[path]("a" * (20 * spy.longest_token + 1)))
+    message = "Input validation error: `inputs` must have less than 20 tokens. Given: at least 21"
+    assert answer.json() == {"error": message, "error_type": "validation"}
+
+
 @pytest.mark.parametrize(
     ("path", "more"),
     [

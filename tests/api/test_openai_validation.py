@@ -15,6 +15,7 @@ from tgi_asgi.settings import Settings
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+CONTRADICTORY = {"type": "integer", "minimum": 5, "maximum": 4}
 NOT: dict[str, Any] = {"properties": {"a": {"not": {}}}}
 UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT, "strict": True}}
 
@@ -158,6 +159,8 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": NOT, "strict": True}}},
          "response_format"),
+        ({"response_format": {"type": "json_object", "schema": CONTRADICTORY}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "schema": CONTRADICTORY}}, "response_format"),
         ({"response_format": {"type": "json", "value": "{"}}, "response_format"),
         ({"response_format": {"type": "regex", "value": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),

@@ -144,3 +144,20 @@ def test_a_stop_string_wins_over_the_end_of_a_grammar() -> None:
     output = ChoiceOutput(0, StopConditions(max_tokens=9, stop=("}",)), FakeTokenizer(), frozenset())
     event = output.push(Sampled(ord("}"), is_last=True))
     assert (event.text, event.finish, event.stop) == ("", FinishReason.STOP, "}")
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_special_token_ends_at_its_text_as_a_stop_string_though_it_is_not_shown(include: bool) -> None:
+    events = events_of([*b"a <", BOS_ID, *b"b"], stop=("<bos>",), include_stop=include)
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, "<bos>")
+    assert (len(events), text_of(events)) == (4, "a <")
+    early = events_of([BOS_ID, *b"a"], max_tokens=2, stop=("<bos>",), min_tokens=1, include_stop=include)
+    assert early[-1].finish is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_may_go_on_after_a_special_token_that_is_not_shown(include: bool) -> None:
+    tokens = [*b"a", BOS_ID, *b"us b", BOS_ID, *b"user"]
+    events = events_of(tokens, stop=("<bos>user",), include_stop=include)
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, "<bos>user")
+    assert text_of(events) == ("aus buser" if include else "aus b")

@@ -57,7 +57,17 @@ def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:
 def test_the_administrator_s_limits_bound_a_sequence(files: ModelFiles) -> None:
     info = load_closed(files, settings(max_total_tokens=100, max_input_tokens=60)).info
     assert (info.max_total_tokens, info.max_input_tokens) == (100, 60)
-    assert load_closed(files, settings(max_total_tokens=4096)).info.max_total_tokens == 512
+
+
+def test_limits_beyond_the_model_s_are_cut_and_logged(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        info = load_closed(files, settings(max_total_tokens=4096, max_input_tokens=600)).info
+    assert (info.max_total_tokens, info.max_input_tokens) == (512, 511)
+    total, prompt = (message for message in caplog.messages if "is cut to" in message)
+    assert total.startswith("--max-total-tokens 4096 is cut to the model's context of 512 tokens")
+    assert prompt.startswith("--max-input-tokens 600 is cut to 511")
 
 
 def test_a_small_cache_bounds_a_sequence(files: ModelFiles) -> None:

@@ -48,6 +48,25 @@ def test_equals_the_reference_after_every_push(
     assert released + matcher.flush() == text
 
 
+@given(_STOPS, st.lists(st.tuples(st.text("abc", max_size=4), st.booleans()), max_size=12), st.booleans())
+def test_hidden_text_takes_part_in_matches_and_is_never_released(
+    stops: tuple[str, ...], pushes: list[tuple[str, bool]], include: bool
+) -> None:
+    plain, mixed = StopMatcher(stops, include), StopMatcher(stops, include)
+    released, shown = "", ""
+    is_shown: list[bool] = []  # by character of the text
+    for push, hides in pushes:
+        is_shown += [not hides] * len(push)
+        released += plain.push(push)
+        shown += mixed.hide(push) if hides else mixed.push(push)
+        assert mixed.matched == plain.matched
+        assert shown == "".join(char for char, known in zip(released, is_shown, strict=False) if known)
+        if mixed.matched is not None:
+            break
+    released += plain.flush()
+    assert shown + mixed.flush() == "".join(c for c, known in zip(released, is_shown, strict=False) if known)
+
+
 @given(st.text("ab", min_size=1, max_size=4), st.text("abc", max_size=30), st.data())
 def test_cuts_do_not_change_where_one_stop_string_cuts(stop: str, text: str, data: st.DataObject) -> None:
     at = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))

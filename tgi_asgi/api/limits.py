@@ -115,11 +115,14 @@ def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int
             field=("max_tokens",),
         )
     if num_prompt > info.max_input_tokens:
-        raise InvalidRequest(
-            f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {num_prompt}",
-            field=("prompt",),
-        )
+        raise tgi_too_long(info, str(num_prompt))
     return available if max_tokens is None else min(max_tokens, available)
+
+
+def tgi_too_long(info: ModelInfo, num_tokens: str) -> InvalidRequest:
+    """Return the refusal of a prompt that is too long, in TGI's wording."""
+    message = f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {num_tokens}"
+    return InvalidRequest(message, field=("prompt",))
 
 
 def _too_long(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.api.call import Conversation, Images, Job, Text
-from tgi_asgi.api.limits import check_characters
-from tgi_asgi.errors import InvalidRequest, TemplateError
+from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
+from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out, with_own_tools
@@ -56,10 +56,15 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
     info, keep = served.info, job.keep_tokens
     if keep == -1:  # as many as the context has space for
         keep = max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
-    if isinstance(job.prompt, Text):
-        prompt = _text_prompt(job.prompt, served, keep)
-    else:
-        prompt = chat_prompt(job.prompt, served, settings, keep)
+    try:
+        if isinstance(job.prompt, Text):
+            prompt = _text_prompt(job.prompt, served, keep)
+        else:
+            prompt = chat_prompt(job.prompt, served, settings, keep)
+    except ContextExceeded as error:
+        if job.overflow is Overflow.TGI:
+            raise tgi_too_long(info, f"at least {error.num_tokens}") from None
+        raise
     if keep is not None and len(prompt.ids) > keep:
         prompt = _cut(prompt, len(prompt.ids) - keep, job.prompt)
     if not prompt.ids:

@@ -51,7 +51,8 @@ class ChoiceOutput:
         stop, token_id, matcher = self._stop, sampled.token_id, self._matcher
         self._num_tokens += 1
         is_special = token_id in self._tokenizer.special_ids
-        data = b"" if is_special and stop.skip_special_tokens else self._tokenizer.token_bytes(token_id)
+        is_hidden = is_special and stop.skip_special_tokens
+        data = b"" if is_hidden else self._tokenizer.token_bytes(token_id)
         event = TokenEvent(self._index, token_id, data, "", sampled.logprob, sampled.top, is_special)
         if token_id in self._eos_ids:
             event.finish = FinishReason.EOS
@@ -63,6 +64,9 @@ class ChoiceOutput:
         else:
             event.data = b""
         if event.finish is None:
+            # "<|eot_id|>" as a stop string means the token, which is not in the text.
+            if is_hidden and matcher is not None and self._num_tokens > stop.min_tokens:
+                event.text += matcher.hide(self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
             if matcher is not None and matcher.matched is not None:
                 event.finish = FinishReason.STOP
                 event.stop = matcher.matched

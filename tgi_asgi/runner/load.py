@@ -200,5 +200,9 @@ def _return_freed_memory() -> None:
 
 
 def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:
-    longest = max(max_total_tokens - 1, 1)
-    return min(settings.max_input_tokens or longest, longest)
+    longest, wanted = max(max_total_tokens - 1, 1), settings.max_input_tokens
+    if wanted is None or wanted <= longest:
+        return wanted or longest
+    message = "--max-input-tokens %d is cut to %d: prompt and output have %d tokens together"
+    logger.warning(message, wanted, longest, max_total_tokens)
+    return longest

@@ -168,6 +168,11 @@ def choose_context(config: ServedConfig, max_total_tokens: int | None, free_byte
     start. The model's own claim is therefore cut to what a small share of the free memory holds.
     """
     if max_total_tokens is not None:
+        if max_total_tokens > config.longest_context:
+            logger.warning(
+                "--max-total-tokens %d is cut to the model's context of %d tokens; --rope-scaling extends it",
+                max_total_tokens, config.longest_context,
+            )  # fmt: skip
         return min(config.longest_context, max_total_tokens)
     each = _rope_bytes_per_position(config)
     needed, fitting = config.context_length * each, int(free_bytes * _ROPE_SHARE)

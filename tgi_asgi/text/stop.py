@@ -18,7 +18,7 @@ class StopMatcher:
     `matched` is the stop string found, or None; once it is set, no more text is released.
     """
 
-    __slots__ = ("_by_first", "_first", "_held", "_include", "matched")
+    __slots__ = ("_by_first", "_first", "_held", "_hidden", "_include", "matched")
 
     def __init__(self, stops: tuple[str, ...], include: bool) -> None:
         assert all(stops), "an empty stop string would match everywhere"
@@ -28,6 +28,7 @@ class StopMatcher:
             self._by_first[stop[0]] = (*self._by_first.get(stop[0], ()), stop)
         self._first = frozenset(self._by_first)
         self._held = ""  # the longest suffix of the text so far that is a proper prefix of a stop string
+        self._hidden: list[tuple[int, int]] = []  # ranges of the held text that are not shown, in order
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
@@ -40,16 +41,35 @@ class StopMatcher:
             return ""
         window = held + text
         start = self._scan(window)
-        if self.matched is None:
-            self._held = window[start:]
-            return text if self._include else window[:start]
-        self._held = ""
-        return window[len(held) : start + len(self.matched)] if self._include else window[:start]
+        self._held = window[start:] if self.matched is None else ""
+        if not self._include:
+            return self._shown(window, start) if self._hidden else window[:start]
+        return text if self.matched is None else window[len(held) : start + len(self.matched)]
+
+    def hide(self, text: str) -> str:
+        """Match text that is not shown, such as a special token's; return the text that may now be shown."""
+        if not self._held and self._first.isdisjoint(text):
+            return ""
+        if self._include:
+            self.push(text)
+            return ""
+        self._hidden.append((len(self._held), len(self._held) + len(text)))
+        return self.push(text)
 
     def flush(self) -> str:
         """Return the text held back: the text has ended, so it is not the start of a stop string."""
         held, self._held = self._held, ""
-        return "" if self._include else held
+        return "" if self._include else self._shown(held, len(held))
+
+    def _shown(self, window: str, end: int) -> str:
+        """Return the text before `end` without what is hidden; the rest of the window stays held."""
+        pieces, at = [], 0
+        for start, stop in self._hidden:
+            pieces.append(window[at : min(start, end)])
+            at = stop
+        pieces.append(window[at:end])
+        self._hidden = [(max(start - end, 0), stop - end) for start, stop in self._hidden if stop > end]
+        return "".join(pieces)
 
     def _scan(self, window: str) -> int:
         """Return the start of the earliest match, and set `matched`; else that of the longest head."""

@@ -134,13 +134,14 @@ def _structured(given: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:
-    """Return the format's kind and value, in OpenAI's spelling or TGI's; None for plain text."""
+    """Return the format's kind and value, however it is spelt; None for plain text."""
     kind, value = given.type, given.value
-    if kind == "json_schema":
-        wrapped = value.get("schema") if isinstance(value, dict) else value
-        value = given.json_schema.schema if given.json_schema is not None else wrapped
-        if value is None:
-            refuse_field("response_format.json_schema.schema", "is required with type `json_schema`")
+    if kind == "json_schema" and isinstance(value, dict):
+        value = value.get("schema")
+    if kind == "json_schema" and given.json_schema is not None:
+        value = given.json_schema.schema
+    if value is None and kind != "regex":
+        value = given.schema
     match kind, value:
         case "text", _:
             return None
@@ -150,6 +151,8 @@ def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:
             refuse_field("response_format.value", "must be a string with type `regex`")
         case "json", None:
             refuse_field("response_format.value", "is required with type `json`")
+        case "json_schema", None:
+            refuse_field("response_format.json_schema.schema", "is required with type `json_schema`")
         case "json_object", None:
             return "json_object", True
         case (("json" | "json_object" | "json_schema"), _):

@@ -42,11 +42,12 @@ class JsonSchemaFormat(Struct):
 
 
 class ResponseFormat(Struct):
-    """OpenAI's response_format, or TGI's, which has its content in `value`."""
+    """OpenAI's response_format; TGI's, with its content in `value`; or llama.cpp's, with it in `schema`."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
     value: dict[str, Any] | str | None = None
+    schema: dict[str, Any] | str | None = None
 
 
 class CommonRequest(Struct, kw_only=True):
