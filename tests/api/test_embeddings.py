@@ -353,8 +353,11 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     assert "embedding" in ((await client.show("tiny")).capabilities or ())
 
 
-async def test_a_model_s_own_length_bounds_its_texts(tmp_path: Path) -> None:
-    save_embedder(tmp_path, max_length=20)
+@pytest.mark.parametrize("key", ["max_seq_length", "model_max_length"])  # of sentence-transformers 5, and 6
+async def test_a_model_s_own_length_bounds_its_texts(tmp_path: Path, key: str) -> None:
+    save_embedder(tmp_path, max_length=20 if key == "max_seq_length" else None)
+    if key == "model_max_length":
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 20}))
     async with pooled_server(tmp_path) as server:
         assert (await server.post("/v1/embeddings", input="y" * 19)).status_code == 200
         assert (await server.post("/v1/embeddings", input="y" * 20)).status_code == 400

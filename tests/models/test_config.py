@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -82,6 +83,48 @@ def test_rope_parameters_of_either_generation_of_transformers() -> None:
     new = of_json({**JSON, "rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
     assert rope_of(old).scaling == rope_of(new).scaling == expected
     assert (rope_of(old).theta, rope_of(new).theta) == (100000.0, 500000.0)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e5}),
+        ("llama", {"original_max_position_embeddings": 32}),
+        ("phi3", {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}),
+        ("gpt_oss", {}),
+        ("gpt_oss", {"rope_theta": 7e5}),
+        ("gpt_oss", {"rope_scaling": None, "rope_parameters": None, "rope_theta": 7e5}),
+        ("ministral3", {}),
+        ("ministral3", {"rope_scaling": None, "rope_theta": 7e5}),
+        ("apertus", {}),
+        ("apertus", {"rope_scaling": {}, "rope_theta": 7e5}),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": 5e5, "factor": 2.0}}}),
+        ("olmo3", {"rope_theta": 7e5}),
+    ],
+)
+def test_which_of_several_rope_keys_counts(name: str, given: dict[str, Any]) -> None:
+    """Check a rope_scaling beside other keys, or beside a class's own default, with `transformers`."""
+    config: dict[str, Any] = {key: value for key, value in JSON.items() if key != "rope_theta"}
+    config |= {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    config |= {"num_hidden_layers": 6, "num_key_value_heads": 3, **given}
+    names = {"gpt_oss": "GptOss", "ministral3": "Ministral3", "gemma3_text": "Gemma3", "olmo3": "Olmo3"}
+    config["architectures"] = [f"{names.get(name, name.title())}ForCausalLM"]
+    config |= {"hidden_act": {"apertus": "xielu", "gemma3_text": "gelu_pytorch_tanh"}.get(name, "silu")}
+    ours = next(layer.rope for layer in of_json(config).layers if layer.window is None)
+    made = CONFIG_MAPPING[name](**copy.deepcopy(config))
+    made.standardize_rope_params()  # as a model's rotary embedding does, with all keys set
+    theirs = made.rope_parameters.get("full_attention", made.rope_parameters)
+    assert ours is not None and ours.theta == theirs["rope_theta"]
+    scaling = ours.scaling or RopeScaling("default")
+    assert (scaling.kind, scaling.factor, scaling.original_context) == (
+        theirs["rope_type"],
+        theirs.get("factor", scaling.factor),
+        theirs["original_max_position_embeddings"],
+    )
 
 
 def test_linear_scaling_by_its_old_key() -> None:

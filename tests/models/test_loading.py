@@ -121,6 +121,23 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert own.head is not own.embedding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_stored_head_that_is_not_the_embedding_is_used(
+    tmp_path: Path, dtype: torch.dtype, is_other: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = save(make_model(tie_word_embeddings=True).bfloat16(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+    head[-1, -1] += is_other
+    path.unlink()
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
+    model = load_model(files, max_positions=64)
+    assert model.config.has_tied_embeddings is not is_other
+    assert ("the files hold another head" in caplog.text) is is_other
+
+
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
 def test_weights_say_of_any_string_whether_they_have_it(tmp_path: Path, kind: str, scale: Scale) -> None:
     model = make_model()

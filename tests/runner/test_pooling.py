@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.support.checkpoints import make_model, save_gguf
 from tests.support.pooling_models import (
@@ -123,6 +124,33 @@ def test_a_dense_layer_follows_the_pooling(tmp_path: Path) -> None:
         vector = run(runner, embedding.pooling, 64)
         expected = dense(tmp_path / "2_Dense", pooled(states(model, IDS), "mean_tokens"))
         np.testing.assert_allclose(vector, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_a_dense_layer_may_add_its_input(tmp_path: Path, size: int) -> None:
+    model = save_embedder(tmp_path, "mean_tokens", modules=("Dense",))
+    folder = tmp_path / "2_Dense"
+    torch.manual_seed(4)
+    linear, residual = torch.randn(2, size, 64) / 8
+    own = {} if size == 64 else {"residual.weight": residual}  # equal sizes need no matrix
+    save_file(
+        {"linear.weight": linear, "linear.bias": torch.zeros(size), **own}, folder / "model.safetensors"
+    )
+    edit(folder / "config.json", use_residual=True, out_features=size)
+    with loaded(tmp_path) as (found, runner):
+        assert found.info.embedding is not None
+        vector = run(runner, found.info.embedding.pooling, 64)
+        x = pooled(states(model, IDS), "mean_tokens")
+        expected = dense(folder, x) + (residual @ x if own else x)
+        np.testing.assert_allclose(vector, expected, atol=1e-4)
+
+
+def test_a_dense_layer_of_tokens_is_a_reason(tmp_path: Path) -> None:
+    save_embedder(tmp_path, modules=("Dense",))
+    edit(tmp_path / "2_Dense/config.json", module_input_name="token_embeddings")
+    with loaded(tmp_path) as (found, _):
+        assert found.info.embedding is None
+        assert "other than the sentence's embedding" in found.info.why_no_pooling
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])

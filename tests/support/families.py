@@ -155,6 +155,12 @@ CASES: tuple[FamilyCase, ...] = (
         faults=(_INPUT_NORM,),
         gguf=("f32", "f16"),
     ),
+    _case(  # transformers 5 uses a stored head that is not the embedding, whatever the file says
+        "llama-own-head",
+        json={"tie_word_embeddings": True},
+        faults=(Fault("order-of-head", tensors="lm_head.weight", change="swap halves"),),
+        gguf=(),
+    ),
     _case("llama-stray-window", {"sliding_window": 12}, faults=(_ROPE_BASE,), gguf=()),
     _case(
         "llama-old-config",  # as transformers 4 wrote it
@@ -216,6 +222,14 @@ CASES: tuple[FamilyCase, ...] = (
         faults=(_WIDER,),
         gguf=(),
         dtype="bfloat16",
+    ),
+    _case(  # not the default of the class
+        "ministral3-old-config",
+        {"head_dim": 32, **_rope("yarn", **_GROWING)},
+        faults=(Fault("unscaled", config={"rope_scaling": {"factor": 1.0}}),),
+        gguf=(),
+        json={"rope_scaling": {**_GROWING, "type": "yarn", "factor": 4.0}, "rope_theta": 5000.0},
+        drops=("rope_parameters",),
     ),
     _case(
         "seed_oss",

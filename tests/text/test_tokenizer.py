@@ -263,3 +263,10 @@ def test_a_pair_loses_of_its_second_text_what_tokenizers_cuts(has_types: bool, s
         assert start == (4 if has_types else None)
     assert tokenizer.encode_pair(*texts, keep=None)[0] == whole
     assert tokenizer.encode_pair(*texts, keep=2)[0] == [0, 2, 3, 1, 1]
+
+
+def test_sentence_transformers_may_lower_the_case_of_texts(tokenizer: Tokenizer, model_dir: Path) -> None:
+    for given, text in ((False, "HELLO There"), (True, "hello there")):
+        write(model_dir / "sentence_bert_config.json", {"do_lower_case": given})
+        found = Tokenizer.from_directory(model_dir).encode("HELLO There", add_special_tokens=False)
+        assert found == tokenizer.encode(text, add_special_tokens=False)

@@ -17,6 +17,8 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.latent_spec import LatentSpec
 
 Rows = npt.NDArray[np.int64]
+# Of both inner norms in the code of DeepSeek and of those that followed it, whatever `rms_norm_eps` says.
+_EPS = 1e-6
 
 
 class LatentSource(Protocol):
@@ -27,7 +29,7 @@ class LatentSource(Protocol):
 
     def has(self, name: str) -> bool: ...
     def get(self, name: str, *shape: int) -> ops.WeightSource: ...
-    def norm(self, name: str, *shape: int) -> ops.NormWeight: ...
+    def norm(self, name: str, *shape: int, eps: float | None = None) -> ops.NormWeight: ...
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight: ...
 
 
@@ -49,14 +51,14 @@ class LatentAttention:
         if spec.query_rank is not None:
             name, columns = "self_attn.q_b_proj", spec.query_rank
             inner = weights.linear("self_attn.q_a_proj", columns, hidden, has_bias=spec.has_bias)
-            self._inner = inner, weights.norm("self_attn.q_a_layernorm", columns)
+            self._inner = inner, weights.norm("self_attn.q_a_layernorm", columns, eps=_EPS)
             self.targets["self_attn.q_a_proj"] = ops.Target(inner, 0, columns)
         self._query = _in_rows(weights, name, query_rows, columns, has_bias=False)
         self.targets[name] = ops.Target(self._query, 0, queries, query_rows)
         name, rows = "self_attn.kv_a_proj_with_mqa", _latent_rows(spec)
         self._latent = _in_rows(weights, name, rows, hidden, has_bias=spec.has_bias)
         self.targets[name] = ops.Target(self._latent, 0, len(rows), rows)
-        self._norm = weights.norm("self_attn.kv_a_layernorm", spec.rank)
+        self._norm = weights.norm("self_attn.kv_a_layernorm", spec.rank, eps=_EPS)
         self._to_latent, self._from_latent = _read_ups(weights, spec)
 
     def attend(self, a: ops.Value, cache: ops.Cache, rope: ops.RopeTable | None, scale: float) -> ops.Value:

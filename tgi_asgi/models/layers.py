@@ -27,18 +27,25 @@ from tgi_asgi.models.rope import RopeTables
 Sources = list[ops.WeightSource]
 
 
-def read_norm(config: ModelConfig, weights: Weights, name: str, *shape: int) -> ops.NormWeight:
-    """Read a norm of the configured kind, of this shape or of the residual's width."""
+def read_norm(
+    config: ModelConfig, weights: Weights, name: str, *shape: int, eps: float | None = None
+) -> ops.NormWeight:
+    """Read a norm of the configured kind, of this shape or of the residual's width.
+
+    Args:
+        eps: What is added to the variance, if not the configuration's number.
+    """
     shape = shape or (config.hidden_size,)
+    eps = config.norm_eps if eps is None else eps
     columns = math.prod(shape)
     weight = bias = None
     if config.has_norm_weight:
         weight = ops.vector(weights.get(f"{name}.weight", shape)) + config.norm_offset
     if not config.has_layer_norm:
-        return ops.NormWeight.rms(columns, config.norm_eps, weight=weight)
+        return ops.NormWeight.rms(columns, eps, weight=weight)
     if config.has_norm_bias:
         bias = ops.vector(weights.get(f"{name}.bias", shape))
-    return ops.NormWeight.layer(columns, config.norm_eps, weight=weight, bias=bias)
+    return ops.NormWeight.layer(columns, eps, weight=weight, bias=bias)
 
 
 class LayerWeights:
@@ -69,9 +76,9 @@ class LayerWeights:
         """Return whether this layer has the tensor."""
         return f"{self.prefix}{name}" in self.weights
 
-    def norm(self, name: str, *shape: int) -> ops.NormWeight:
-        """Return a norm of this layer, of the residual's width by default."""
-        return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape)
+    def norm(self, name: str, *shape: int, eps: float | None = None) -> ops.NormWeight:
+        """Return a norm of this layer, of the residual's width and with the usual epsilon by default."""
+        return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape, eps=eps)
 
     def cut(self, name: str, rows: Sequence[int], *columns: int) -> Sources:
         """Return the parts of a tensor (matrix or bias) that is several, one below the other."""

@@ -50,13 +50,15 @@ class Dense:
     weight: Floats  # [out, in]
     bias: Floats | None  # [out]
     activation: str  # one of `ACTIVATIONS`
+    residual: Floats | None = None  # [out, in], of what is added to the output
 
     def apply(self, x: Floats) -> Floats:
         """Return the layer's output for x [in]."""
         out = self.weight @ x
         if self.bias is not None:
             out = out + self.bias
-        return ACTIVATIONS[self.activation](out)
+        out = ACTIVATIONS[self.activation](out)
+        return out if self.residual is None else out + self.residual @ x
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ def read_pooling(directory: Path) -> PoolingFiles:
     found = _read_optional(directory / "sentence_bert_config.json")
     about = _read_optional(directory / "config_sentence_transformers.json")
     longest = found.get("max_seq_length")
+    if longest is None and modules:
+        longest = _read_optional(directory / "tokenizer_config.json").get("model_max_length")
     prompts = about.get("prompts")
     result: dict[str, Any] = {
         "max_tokens": longest if type(longest) is int and longest > 0 else None,
@@ -184,13 +188,26 @@ def _read_dense(path: Path) -> Dense:
         raise _Unsupported(f"the activation {activation[:100]} of {path.name} is not known")
     if not (path / "model.safetensors").is_file():
         raise _Unsupported(f"{path.name} has no model.safetensors (pickled weights are never read)")
+    names = {config.get(f"module_{side}_name") for side in ("input", "output")}
+    if names - {None, "sentence_embedding"}:
+        raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
     file = SafetensorsFile.open(path / "model.safetensors")
     weight = _floats(file, "linear.weight")
     bias = _floats(file, "linear.bias") if "linear.bias" in file.tensors else None
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise ModelLoadError(f"{path}: `linear` must be a matrix, and a bias of its rows")
+    residual = _read_residual(file, weight) if config.get("use_residual") else None
     file.close()
-    return Dense(weight, bias, activation)
+    return Dense(weight, bias, activation, residual)
+
+
+def _read_residual(file: SafetensorsFile, weight: Floats) -> Floats:
+    """Return the matrix of what a layer adds of its input: the file's own, or 1 if the sizes are equal."""
+    rows, columns = weight.shape
+    residual = np.eye(rows, dtype=np.float32) if rows == columns else _floats(file, "residual.weight")
+    if residual.shape != weight.shape:
+        raise ModelLoadError(f"{file.path}: `residual` must be of the shape of `linear`")
+    return residual
 
 
 def _floats(file: SafetensorsFile, name: str) -> Floats:

@@ -180,9 +180,9 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
         base = rope.theta if local_theta == theta else local_theta
         local = RopeSpec(rope.dim, reader.number("rope.freq_base_swa", base))
         return {False: rope, True: local}
-    values = rope_values(reader)
+    values = _rope_object(reader, "rope_parameters")
     nested = {kind: values.pop(kind, None) for kind in _KINDS_OF_LAYERS}
-    base = values.get("rope_theta") or theta
+    base = values.get("rope_theta") or reader.number("rope_theta", theta)
     local_base = reader.number("rope_local_base_freq", base if local_theta == theta else local_theta)
     given = {
         "full_attention": {**values, "rope_theta": base},
@@ -191,21 +191,36 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
     for kind, own in nested.items():
         check(own is None or isinstance(own, dict), f"`rope_parameters` of {kind} must be an object")
         given[kind] |= {name: value for name, value in (own or {}).items() if value is not None}
+    given["full_attention"] |= _rope_object(reader, "rope_scaling")
     return {
         kind == "sliding_attention": make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
     }
 
 
 def rope_values(reader: Reader) -> dict[str, Any]:
-    """Return a config.json's settings of rotary embeddings, by the names of `rope_parameters`."""
-    names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    values: dict[str, Any] = {name: reader.get(name) for name in names}
-    for key in ("rope_scaling", "rope_parameters"):
-        nested = reader.get(key)
-        if nested is not None:
-            check(isinstance(nested, dict), f"`{key}` must be an object, got {str(nested)[:100]}")
-            values |= {name: value for name, value in nested.items() if value is not None}
-    return values
+    """Return a config.json's settings of rotary embeddings, by the names of `rope_parameters`.
+
+    As in transformers 5, a `rope_scaling` replaces `rope_parameters`, and only a key beside them states the
+    base; the original context beside them comes before one within.
+    """
+    values: dict[str, Any] = {name: reader.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    scaling, parameters = (_rope_object(reader, key) for key in ("rope_scaling", "rope_parameters"))
+    values |= scaling or parameters
+    original = reader.get("original_max_position_embeddings")
+    return values if original is None else {**values, "original_max_position_embeddings": original}
+
+
+def default_rope(reader: Reader, values: Mapping[str, Any]) -> None:
+    """Set the `rope_parameters` of a config.json that has none, nor a `rope_scaling`."""
+    if not (reader.is_gguf or reader.get("rope_scaling") or reader.get("rope_parameters")):
+        reader.replace("rope_parameters", values)
+
+
+def _rope_object(reader: Reader, key: str) -> dict[str, Any]:
+    """Return an object's values; empty if there is none."""
+    nested = reader.get(key)
+    check(nested is None or isinstance(nested, dict), f"`{key}` must be an object, got {str(nested)[:100]}")
+    return {name: value for name, value in (nested or {}).items() if value is not None}
 
 
 def make_rope(

@@ -96,12 +96,13 @@ class Tokenizer:
         if eos is None:
             eos = _read_json(directory / "config.json").get("eos_token_id")
         eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
+        lowers = _read_json(directory / "sentence_bert_config.json").get("do_lower_case") is True
         path = directory / "tokenizer.json"
         if path.exists():
-            return cls.from_file(path, config, eos_ids=eos_ids)
+            return cls._configured(_read_backend(path), config, eos_ids, path, lowers=lowers)
         backend, added = older_files.make_backend(directory, config)
         config = {**added, **config}
-        made = cls._configured(backend, config, eos_ids, path)
+        made = cls._configured(backend, config, eos_ids, path, lowers=lowers)
         older_files.check_ids(backend, config.get("added_tokens_decoder") or {})
         return made
 
@@ -115,20 +116,20 @@ class Tokenizer:
         Raises:
             ModelLoadError: if the file is absent or damaged.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except FileNotFoundError:
-            raise ModelLoadError(f"no such file: {path}") from None
-        except OSError as error:
-            raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
-        except Exception as error:  # `tokenizers` raises a bare Exception
-            raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
-        return cls._configured(backend, config, eos_ids, path)
+        return cls._configured(_read_backend(path), config, eos_ids, path)
 
     @classmethod
     def _configured(
-        cls, backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos_ids: Iterable[int], path: Path
+        cls,
+        backend: tokenizers.Tokenizer,
+        config: Mapping[str, Any],
+        eos_ids: Iterable[int],
+        path: Path,
+        *,
+        lowers: bool = False,
     ) -> Tokenizer:
+        if lowers:
+            _lower_texts(backend)
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         try:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
@@ -312,6 +313,27 @@ def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list
         (start - size * bisect_left(at, start), stop - size * bisect_left(at, stop))
         for start, stop in offsets
     ]
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelLoadError(f"no such file: {path}") from None
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # `tokenizers` raises a bare Exception
+        raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _lower_texts(backend: tokenizers.Tokenizer) -> None:
+    """Lower the case of texts before all else, as sentence-transformers does if its files say so."""
+    kinds = tokenizers.normalizers
+    own: Any = backend.normalizer
+    is_several = isinstance(own, kinds.Sequence)
+    parts = list(own) if is_several else [own] if own is not None else []
+    if not any(isinstance(part, kinds.Lowercase) for part in parts):
+        backend.normalizer = kinds.Sequence([kinds.Lowercase(), *parts])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -63,6 +63,22 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
         loader.load(tmp_path / "a")
 
 
+def test_products_of_layers_with_states_are_refused_by_name(tmp_path: Path) -> None:
+    """Check the products that are computed sequence by sequence, which a step calls several times."""
+    base = tmp_path / "base"
+    architectures.make("lfm2", base)
+    model = load_generic(base)
+    assert isinstance(model, GenericModel)
+    targets = targets_of(model)
+    convolution = next(name for name, _ in model.module.named_modules() if name.endswith("conv.in_proj"))
+    assert convolution not in targets
+    assert any(name.endswith("self_attn.q_proj") for name in targets)
+    assert any(name.endswith("feed_forward.w2") for name in targets)
+    loader = AdapterLoader(ops.AdapterLayout(targets, max_rank=8))
+    with pytest.raises(ModelLoadError, match=r"conv\.in_proj.*none that adapters can change"):
+        loader.load(make_adapter(base, tmp_path / "adapter", seed=1, target_modules=["in_proj"]))
+
+
 def test_a_model_that_runs_one_sequence_at_a_time_takes_none(tmp_path: Path) -> None:
     base = tmp_path / "base"
     architectures.make("roformer", base)

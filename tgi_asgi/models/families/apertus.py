@@ -15,7 +15,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading import default_rope, read_biases, read_layers, read_sizes
 from tgi_asgi.models.rope import RopeTables
 
 _BETA = 0.5  # xIELU's factor on x; no file has another
@@ -27,9 +27,8 @@ _ROPE = {
 
 def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
     """Read Apertus's configuration; llama.cpp's files have xIELU's parameters in the metadata."""
-    if reader.get("rope_scaling") is None:
-        reader.defaults(rope_parameters=_ROPE)
-    reader.defaults(rms_norm_eps=1e-5)
+    reader.defaults(rms_norm_eps=1e-5, rope_theta=12e6)
+    default_rope(reader, _ROPE)
     sizes = read_sizes(reader, activation="xielu")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(reader, sizes)

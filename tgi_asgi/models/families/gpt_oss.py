@@ -17,12 +17,12 @@ from tgi_asgi.models.experts import ExpertNames, ExpertProducts, stack
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading import default_rope, num_layers, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
+    "original_max_position_embeddings": 4096,
 }  # fmt: skip
 
 
@@ -30,8 +30,9 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     """Read gpt-oss's configuration; even-numbered layers have the window."""
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
-        rope_parameters=_YARN, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
+        rope_theta=150000.0, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
     )  # fmt: skip
+    default_rope(reader, _YARN)
     sizes = read_sizes(reader)
     reader.ignore("initial_context_length", "experts_per_token", "swiglu_alpha", "swiglu_limit")
     where = [index % 2 == 0 for index in range(num_layers(reader))]

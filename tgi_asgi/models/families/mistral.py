@@ -9,6 +9,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
+    default_rope,
     make_rope,
     num_layers,
     read_layers,
@@ -19,7 +20,7 @@ from tgi_asgi.models.reading import (
     rope_values,
 )
 
-# transformers' defaults for Ministral 3 if the file has no `rope_parameters`.
+# transformers' defaults for Ministral 3 if the file says nothing of its rotary embedding.
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -51,7 +52,8 @@ def read_ministral3(reader: Reader, architecture: str) -> ModelConfig:
     llama.cpp uses the same name for Mistral Small 3.1 and later, whose queries do not grow.
     """
     reader.ignore("attention_bias")
-    reader.defaults(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_parameters=_YARN)
+    reader.defaults(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5)
+    default_rope(reader, _YARN)
     sizes = read_sizes(reader)
     rope, beta = _read_growing_rope(reader, sizes["head_dim"])
     windows = read_window(reader)

@@ -12,7 +12,7 @@ from tgi_asgi.models.reading import read_layers, read_sizes, read_window
 
 def read_phi3(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Phi 3 and 4."""
-    reader.defaults(rms_norm_eps=1e-5)
+    reader.defaults(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
     sizes = read_sizes(reader)
     layers = read_layers(reader, sizes, windows=read_window(reader), has_partial_rotary=True)
     return ModelConfig(architecture=architecture, layers=layers, **sizes)

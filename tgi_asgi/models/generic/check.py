@@ -154,12 +154,14 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
 
 
 def run_step(model: GenericModel, num_tokens: int) -> None:
-    """Compute a step of one sequence of random tokens, with the logits of the first token only."""
-    pool = _pool(model, 1)
+    """Compute a step of two sequences of random tokens, with the logits of the first token only."""
+    pool = _pool(model, 2)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.vision is not None:
         ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
-    model.program([] if pool is None else pool.layers, BLOCK).run(flat_rows([(0, ids, 0)], 1), [0])
+    model.program([] if pool is None else pool.layers, BLOCK).run(
+        flat_rows([(0, ids[:-1], 0), (1, ids[-1:], 0)], 1), [0]
+    )
     if pool is not None:
         pool.close()
 

@@ -60,6 +60,12 @@ class CheckpointWeights:
         start, stop, _ = part.indices(shape[0])
         return source.rows(start, stop)
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the files hold a head, and its values are not the embedding's."""
+        names = [self.stored_name(name) for name in ("lm_head.weight", _EMBEDDING)]
+        return all(name in self._weights for name in names) and not self._weights.are_equal(*names)
+
     def kv_scales(self) -> list[tuple[float, float]]:
         """Return each layer's scales of keys and of values, as described in `read_kv_scales`."""
 

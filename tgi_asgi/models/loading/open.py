@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from tgi_asgi.settings import GivenRope
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
+
+logger = logging.getLogger(__name__)
 
 ServedModel = Model | GenericModel | EncoderModel
 
@@ -109,6 +112,12 @@ class OpenModel:
         is_bare = weights.is_bare or read.architecture.endswith("Model")
         if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
             read = replace(read, has_head=False)
+        if read.generates and read.has_tied_embeddings and weights.has_own_head:
+            logger.warning(
+                "config.json says that the head is the embedding, but the files hold another head; that is "
+                "used, as in transformers 5"
+            )
+            read = replace(read, has_tied_embeddings=False)
         return _Native(family, self._scaled(read))
 
     def _scaled(self, config: ModelConfig) -> ModelConfig:

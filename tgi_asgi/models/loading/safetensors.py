@@ -15,7 +15,7 @@ from tgi_asgi.models.loading import WHOLE, check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised
 from tgi_asgi.models.loading.stored import UNUSED, is_quantised, part_names, quantised_shape, stored_format
-from tgi_asgi.models.loading.tensors import read_floats
+from tgi_asgi.models.loading.tensors import have_equal_values, read_floats
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.formats import RUNS
 
@@ -78,6 +78,10 @@ class SafetensorsWeights:
     def floats(self, name: str) -> npt.NDArray[np.float32] | None:
         """Return a small float tensor of any shape as float32; None if it does not exist."""
         return read_floats(self._checkpoint, name) if name in self._checkpoint else None
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors of floats have the same values; both must exist."""
+        return have_equal_values(self._checkpoint, first, second)
 
     def names(self) -> list[str]:
         """Return the names of all weights; a quantised weight has one name, not those of its parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ FLOAT8, POWERS = "F8_E4M3", ("U8", "F8_E8M0")  # POWERS: of two, of scales
 _NUMPY: dict[str, Any] = {
     "I32": np.int32, "I64": np.int64, "I8": np.int8, "U8": np.uint8, "F32": np.float32, "F16": np.float16,
 }  # fmt: skip
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_PIECE = 1 << 20  # numbers that are compared at a time
 
 
 def read_number(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
@@ -39,9 +42,33 @@ def read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
     """Return a tensor of any float dtype as float32."""
     if checkpoint.tensor(name).dtype == "BF16":
         info = checkpoint.tensor(name)
-        halves = checkpoint.raw(name).view(np.uint16).astype(np.uint32) << 16
-        return halves.view(np.float32).reshape(info.shape)
+        return _widened(checkpoint.raw(name), "BF16").reshape(info.shape)
     return read_array(checkpoint, name, "F32", "F16").astype(np.float32)
+
+
+def have_equal_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Return whether two tensors of floats are equal; they are compared in the files, a piece at a time."""
+    one, two = checkpoint.tensor(first), checkpoint.tensor(second)
+    if one.shape != two.shape or not {one.dtype, two.dtype} <= _FLOAT_BYTES.keys():
+        return False
+    these, those = checkpoint.raw(first), checkpoint.raw(second)
+
+    def piece(raw: npt.NDArray[np.uint8], dtype: str, start: int) -> npt.NDArray[Any]:
+        width = _FLOAT_BYTES[dtype]
+        part = raw[start * width : (start + _PIECE) * width]
+        return part if one.dtype == two.dtype else _widened(part, dtype)
+
+    return all(
+        np.array_equal(piece(these, one.dtype, start), piece(those, two.dtype, start))
+        for start in range(0, math.prod(one.shape), _PIECE)
+    )
+
+
+def _widened(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    values: npt.NDArray[np.float32] = raw.view(_NUMPY[dtype]).astype(np.float32)
+    return values
 
 
 def read_array(checkpoint: Checkpoint, name: str, *dtypes: str) -> npt.NDArray[Any]:
