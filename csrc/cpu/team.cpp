@@ -19,8 +19,9 @@ namespace tgi::cpu {
 
 namespace {
 
-// Counter and generation are on separate cache lines, so that members spin on the one that is not
-// incremented.
+// A central counter (Mellor-Crummey and Scott, Algorithms for Scalable Synchronization on
+// Shared-Memory Multiprocessors, section 3.1) with a generation instead of a reversed sense. The
+// two are on separate cache lines, so that members spin on the one that is not incremented.
 class Barrier {
  public:
   void reset(int num_members) {

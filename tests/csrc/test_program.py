@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,6 +255,18 @@ def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
             )
     with pytest.raises(ValueError, match="`num_heads` must be at most"):
         program.query(pool(), 2**50)
+
+
+def test_long_contexts_take_no_memory_before_threads_share_them() -> None:
+    """At 2^24 tokens, partial results would occupy at least 50 MiB per thread if all were written."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    program = _C.Program(max_tokens=8, max_sequences=1, max_rows=2, max_context=2**24)
+    before = resident_bytes()
+    attend(program, query(program), rows=rows(program))
+    assert resident_bytes() - before < 8 << 20
 
 
 def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> None:

@@ -8,7 +8,8 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -20,8 +21,10 @@ from tests.support.gguf_models import LLAMA, make
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner import shard_program
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
+from tgi_asgi.runner.shards import CpuShardJob
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
@@ -118,6 +121,26 @@ async def test_shards_of_quantised_weights_write_what_one_does(
 ) -> None:
     made = make(case, tmp_path, {"*embed*": "Q8_0", "*lm_head*": "Q8_0", "*": format})
     compare(await scored(made.files, 2), await scored(made.files, 1))
+
+
+def test_a_shard_joins_the_group_while_it_may_use_the_cores_of_all_shards() -> None:
+    """On its own cores alone, a group of as many threads as cores would seem to have too many."""
+
+    class JoinedError(Exception):
+        """Raised where the shard maps the group's memory, with the cores that it may then use."""
+
+    def join(descriptor: int, rank: int) -> None:
+        raise JoinedError(os.sched_getaffinity(0))
+
+    cores = os.sched_getaffinity(0)
+    cut, memory = SimpleNamespace(rank=1, count=2), SimpleNamespace(num_threads=1, open=join)
+    job = SimpleNamespace(settings=Settings(), cut=cut, memory=memory, descriptor=-1)
+    try:
+        with pytest.raises(JoinedError) as joined:
+            shard_program.load(cast(CpuShardJob, job))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert joined.value.args == (cores,)
 
 
 async def test_blocks_are_copied_and_shared_in_all_shards(tiny: ModelFiles) -> None:

@@ -22,12 +22,14 @@ def load(job: CpuShardJob) -> ops.NativeProgram:
         ModelLoadError: if a tensor is missing or does not fit.
     """
     settings, cut, how = job.settings, job.cut, job.settings.speculation
+    # While the process may still use the cores of all shards: the group compares their number with that of
+    # all threads, and yields early if there are fewer.
+    group = job.memory.open(job.descriptor, cut.rank)
+    os.close(job.descriptor)
     num_threads, num_cores = job.memory.num_threads, ops.use_share_of_cores(cut.rank, cut.count)
     ops.configure_threads(
         num_threads, nice=settings.thread_nice, pin=num_threads == num_cores, num_shards=cut.count
     )
-    group = job.memory.open(job.descriptor, cut.rank)
-    os.close(job.descriptor)
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
         model = load_by_team(opened, job.packing, job.longest, opened.weights)

@@ -108,10 +108,11 @@ AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int
                                        int64_t value_dim) {
   const int64_t chunks = (max_context + kChunkTokens - 1) / kChunkTokens;
   const int64_t floats = chunks * tile_rows * (value_dim + 2);
-  data_.resize(static_cast<size_t>(num_members * floats));
+  data_ = allocate(product_of_sizes({num_members, floats, sizeof(float)}));
+  auto* const data = reinterpret_cast<float*>(data_.get());
   for (int member = 0; member < num_members; ++member) {
     arrived_.emplace_back(0);
-    partials_.push_back({data_.data() + member * floats, &arrived_.back()});
+    partials_.push_back({data + member * floats, &arrived_.back()});
   }
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../memory.h"
 #include "../shard_group.h"
 #include "step.h"
 
@@ -88,14 +89,16 @@ class LastRows {
 void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
                     const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split);
 
-// Memory for the partial results of row tiles that several members share: one tile per member.
+// Memory for the partial results of row tiles that several members share: one tile per member, of
+// the longest context. The system commits only what is written; all of it would be 102 to 273 MB
+// with 64 members, contexts of 131,072 tokens and heads of 128.
 class AttentionWorkspace {
  public:
   AttentionWorkspace(int num_members, int64_t max_context, int64_t tile_rows, int64_t value_dim);
   const AttentionPartial* partials() const { return partials_.data(); }
 
  private:
-  std::vector<float> data_;
+  Memory data_;
   std::deque<std::atomic<int32_t>> arrived_;
   std::vector<AttentionPartial> partials_;
 };
