@@ -56,6 +56,8 @@ def test_an_administrator_may_leave_reasoning_in_the_text() -> None:
         ("think", HUNYUAN, "<answer>\nx\n</answer>\n", [Content("x")]),
         ("think", HUNYUAN, "x </answer>", [Content("x </answer>")]),
         ("think", HUNYUAN, "<answer>a </answer> b</answer>", [Content("a </answer> b")]),
+        ("think", HUNYUAN, "<answer>\n  x\n</answer>", [Content("x")]),
+        (None, LINES, "all\n ", []),
         ("think", HUNYUAN, "<ans is no mark", [Content("<ans is no mark")]),
         ("think", HUNYUAN, "<ans", [Content("<ans")]),
         (

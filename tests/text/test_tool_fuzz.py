@@ -99,6 +99,29 @@ def test_what_follows_arguments_is_read_in_time(behind: str) -> None:
     assert time.process_time() - begun_s < 3
 
 
+@pytest.mark.parametrize("behind", [16_000 * "\n", "<parameter=" + 16_000 * "a"], ids=["blanks", "name"])
+def test_what_follows_a_function_s_name_is_read_in_time(behind: str) -> None:
+    """No grammar holds a model that omits the marker before `<function=`."""
+    parser = AnswerParser(None, FORMATS["qwen3_coder"], SPECS)
+    begun_s = time.process_time()
+    for at in range(len(behind)):
+        parser.push(("" if at else "<function=f>") + behind[at])
+    assert time.process_time() - begun_s < 1
+
+
+@pytest.mark.parametrize("kind", ["string", "array"])
+def test_a_long_value_of_a_tool_with_many_arguments_is_read_in_time(kind: str) -> None:
+    """Each token was compared with the ends of all arguments, in everything that the value had so far."""
+    properties = {f"name_{number}": {"type": kind} for number in range(300)}
+    parser = AnswerParser(None, FORMATS["qwen3_coder"], [ToolSpec("f", {"properties": properties})])
+    parser.push("<tool_call>\n<function=f>\n<parameter=name_0>\n[")
+    begun_s = time.process_time()
+    for _ in range(2_000):
+        parser.push('"some text')
+        parser.push(' in a line", ')
+    assert time.process_time() - begun_s < 1
+
+
 def texts_of(value: Any) -> list[str]:
     """Return all texts within a value."""
     if isinstance(value, str):

@@ -88,6 +88,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
     "granite": [
         ('<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]', [F]),
         ('<tool_call>[{"name": "f", "arguments": {"a": 1}}]', [F]),
+        ("<tool_call>{'name': 'f', 'arguments': {'a': b'x'}}", ["<tool_call>{'name': 'f', 'arguments': {'a': b'x'}}"]),
         ('<|tool_call|>{"name": "f", "arguments": {"a": 1}}}}', [F]),
         ('<|tool_call|> [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</tool_call>', [F, G]),
         ("<|tool_call|>[]", ["<|tool_call|>[]"]),
@@ -109,6 +110,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [F]),
         ("I look.\n\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", ["I look.", F]),
         ("<tool_call><function=f><parameter=a>1</parameter></function></tool_call>", [F]),
+        ("<function=f><parameter=a>NaN</parameter><parameter=o>{'a': Infinity}</parameter></function>", [("f", {"a": "NaN", "o": "{'a': Infinity}"})]),
         ("<tool_call>\n<function=f>\n<parameter=s>\nx\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [("f", {"s": "x", "a": 1})]),
         ("<tool_call>\n<function=f>\n<parameter=s>\nx\n</function>\n</tool_call>", [("f", {"s": "x"})]),
         ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</tool_call>", [F]),
@@ -127,6 +129,10 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ("[math.add(), f(s='it\\'s', o={'k': None})]", [("math.add", {}), ("f", {"s": "it's", "o": {"k": None}})]),
         ("[no(a=1)]", ["[no(a=1)]"]),
         ("[1, 2]", ["[1, 2]"]),
+    ],
+    "gemma4": [  # a client may name arguments so that the names contain the format's quotes
+        ('<|tool_call>call:f{<|"|>:1,s:<|"|>:1}<tool_call|>', [("f", {'<|"|>': 1, "s": ":1}"})]),
+        ('<|tool_call>call:f{s:<|"|>x,y<|"|>,a:1}<tool_call|>', [("f", {"s": "x,y", "a": 1})]),
     ],
 }  # fmt: skip
 CASES = [(name, text, wanted) for name, outputs in OUTPUTS.items() for text, wanted in outputs]
@@ -176,16 +182,16 @@ FRAGMENTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_ca
     '{"a": 1}', "{'a': 1}", "}", "]", "[", "f", "(", ")", "a=1", ", ", "\n", " ", "text", '"', "\\", "é"]  # fmt: skip
 
 
-@given(
-    st.sampled_from(sorted(FORMATS)),
-    st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join),
-    st.data(),
-)
-@settings(max_examples=300, deadline=None)
-def test_no_junk_fails_and_no_cut_changes_what_is_read(name: str, text: str, data: st.DataObject) -> None:
-    whole = parse(AnswerParser(None, FORMATS[name], SPECS), text, max(1, len(text)))
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_no_junk_fails_and_no_cut_changes_what_is_read(name: str, data: st.DataObject) -> None:
+    form = FORMATS[name]
+    fragments = st.sampled_from(FRAGMENTS) | st.sampled_from(form.markers or (form.marker, "f"))
+    text = data.draw(st.lists(fragments, max_size=14).map("".join))
+    whole = parse(AnswerParser(None, form, SPECS), text, max(1, len(text)))
     size = data.draw(st.integers(1, max(1, len(text))))
-    assert parse(AnswerParser(None, FORMATS[name], SPECS), text, size) == whole
+    assert parse(AnswerParser(None, form, SPECS), text, size) == whole
     if not any(isinstance(piece, CallStart) for piece in whole):
         assert "".join(piece.text for piece in whole if isinstance(piece, Content)) == text
 

@@ -11,10 +11,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from tgi_asgi.api.answer import AnswerForm
-from tgi_asgi.api.call import Call, Choices, Generation, Images, Job, Prepared, Text
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -47,38 +46,6 @@ def generating(parse: Parse) -> Handler:
         await generate(exchange, parse)
 
     return handle
-
-
-@dataclass(frozen=True, slots=True)
-class WithImages:
-    """Work that continues once a prompt's images have been loaded."""
-
-    images: Images
-    rest: Callable[[], bytes]
-
-
-def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
-    """Return the handler of a route that tokenises without generating; `work` turns a body into the answer.
-
-    `work` runs in a thread, under a permit, because tokenising is subject to admission.
-    """
-
-    async def handle(exchange: Exchange) -> None:
-        body, context = await exchange.read_body(), exchange.context
-        with admitted(exchange, 1):
-            answer = await context.count_threads.run(work, body, exchange)
-            if isinstance(answer, WithImages):
-                check_images([answer.images], context.settings.max_images)
-                await load_images(exchange, context.ready(), answer.images)
-                answer = await context.count_threads.run(answer.rest)
-        await exchange.respond(200, answer)
-
-    return handle
-
-
-def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
-    """Return the result of `count`, at once or after images have been loaded."""
-    return WithImages(images, count) if images is not None and images.sources else count()
 
 
 async def generate(exchange: Exchange, parse: Parse) -> None:

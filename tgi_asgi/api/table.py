@@ -10,7 +10,7 @@ from tgi_asgi.api.admin import adapters, control, status
 from tgi_asgi.api.anthropic import models as anthropic_models
 from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
-from tgi_asgi.api.life import Parse, generating, tokenising
+from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
@@ -26,6 +26,7 @@ from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tei import routes as tei
 from tgi_asgi.api.tei.request import embedding_or
 from tgi_asgi.api.tgi import routes as tgi
+from tgi_asgi.api.tokenising import tokenising
 from tgi_asgi.settings import Settings
 
 

@@ -16,10 +16,11 @@ from tgi_asgi.api.anthropic.request import (
 )
 from tgi_asgi.api.anthropic.tools import read_tools
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import WithImages, after_images, generating, tokenising
+from tgi_asgi.api.life import generating
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.routes import Route
+from tgi_asgi.api.tokenising import WithImages, after_images, tokenising
 
 
 def rows() -> list[Route]:

@@ -16,7 +16,6 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.life import WithImages, after_images
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
@@ -29,6 +28,7 @@ from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import MAX_ECHOED_CHARS, check_ranges, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.sampling import sampling
+from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
 

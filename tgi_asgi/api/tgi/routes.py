@@ -6,10 +6,11 @@ from functools import partial
 
 from tgi_asgi.api.admin import status
 from tgi_asgi.api.errors import OPENAI
-from tgi_asgi.api.life import generating, tokenising
+from tgi_asgi.api.life import generating
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Route
 from tgi_asgi.api.tgi import clouds, request, schema, tokenize
+from tgi_asgi.api.tokenising import tokenising
 
 
 def rows() -> list[Route]:

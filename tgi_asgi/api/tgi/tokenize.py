@@ -10,7 +10,6 @@ import orjson
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import WithImages, after_images
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
@@ -19,6 +18,7 @@ from tgi_asgi.api.prompt import chat_prompt, chat_text, plain_text
 from tgi_asgi.api.tgi.body_kind import set_dialect
 from tgi_asgi.api.tgi.request import read_inputs
 from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatTokenizeResponse, SimpleToken
+from tgi_asgi.api.tokenising import WithImages, after_images
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:

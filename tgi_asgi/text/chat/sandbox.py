@@ -1,8 +1,8 @@
 """The jinja2 sandbox of chat templates: the extensions, filters and globals of transformers, with limits.
 
 Templates come from the model or the administrator. They cannot reach Python, loop forever, or exhaust the
-machine with one expression. How much a template's loops accumulate is not limited; the administrator chose
-the model.
+machine by a number in an expression: a repetition, a power, a range, a width. How much their loops, `join`
+and `replace` make of texts is not limited; the administrator chose the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
@@ -22,6 +23,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tgi_asgi.text.chat.time_limit import TICK, TickingLoops, tick, tick_filter
+from tgi_asgi.text.chat.widths import METHODS, check_format, check_percent, check_width, limited_filters
 
 MAX_CHARS = 1 << 25  # of a repeated text and of the whole output: twice the default payload limit
 MAX_RANGE = 10_000
@@ -29,11 +31,15 @@ _MAX_POWER = 1_000  # of base and exponent
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Transformers' environment, with time checks in loops and calls, and a limit on repetition."""
+    """Transformers' environment, with time checks in loops and calls, and limits on what a number makes."""
 
-    intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # type: ignore[misc]
+    intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**", "%"})  # type: ignore[misc]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%":
+            if isinstance(left, str | bytes):
+                check_percent(left, right)
+            return super().call_binop(context, operator, left, right)
         sizes = [len(value) if isinstance(value, str | list | tuple) else value for value in (left, right)]
         if operator == "**" and any(abs(value) > _MAX_POWER for value in sizes):
             raise SecurityError(f"a chat template's power is of numbers up to {_MAX_POWER}")
@@ -43,7 +49,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as in jinja
         tick()
+        if getattr(__obj, "__name__", None) in METHODS:
+            check_width(*args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            named = args[0].values() if value.__name__ == "format_map" and args else ()
+            check_format(value.__self__, (*args, *kwargs.values(), *named))
+            return wrapped(*args, **kwargs)
+
+        return checked
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree: jinja2.nodes.Template = TickingLoops().visit(super()._parse(source, name, filename))
@@ -94,7 +114,8 @@ def make_environment() -> Sandbox:
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters |= {"tojson": to_json, TICK: tick_filter}
+    environment.filters |= limited_filters(environment.filters)
+    environment.filters |= {"tojson": to_json, "format": _format, TICK: tick_filter}
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -115,9 +136,15 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """Serialise a value as transformers' filter does; jinja's own escapes <>&' and sorts keys."""
+    check_width(indent)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _format(text: str, *args: Any, **kwargs: Any) -> str:
+    check_percent(text, args or tuple(kwargs.values()))
+    return jinja2.filters.do_format(text, *args, **kwargs)
 
 
 def _raise_exception(message: str) -> None:

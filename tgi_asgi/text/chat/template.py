@@ -23,8 +23,8 @@ _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the templat
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
 _RENDER_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError,
-    TypeError, ValueError,
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
+    RecursionError, TypeError, ValueError,
 )  # fmt: skip
 
 

@@ -85,11 +85,11 @@ class AnswerParser:
         if self.is_reasoning and not self._take_reasoning(pieces, is_end):
             return pieces
         while True:
+            if self._starts and not self._unwrap(is_end):
+                return pieces
             if self._is_after_section:
                 self._held = self._held.lstrip("\n ")
                 self._is_after_section = not self._held
-            if self._starts and not self._unwrap(is_end):
-                return pieces
             if not self._take_content(pieces, is_end):
                 return pieces
 
@@ -133,8 +133,8 @@ class AnswerParser:
         self._starts = ()
         if found is not None:
             assert self._wrapper is not None
-            self._held, self._end = head[len(found) :].lstrip("\n"), self._wrapper.end
-            self._is_after_section = not self._held
+            self._held, self._end = head[len(found) :], self._wrapper.end
+            self._is_after_section = True
         return True
 
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:

@@ -148,6 +148,9 @@ def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
 
 
 def num_held(text: str, marker: str) -> int:
-    """Return how many characters at the end of a text may begin a marker."""
-    sizes = range(min(len(marker) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(marker[:size])), 0)
+    """Return how many characters at the end of a text may begin a marker, which is not empty."""
+    first, size = marker[0], len(text)
+    at = text.find(first, max(size - len(marker) + 1, 0))
+    while at >= 0 and not marker.startswith(text[at:]):
+        at = text.find(first, at + 1)
+    return size - at if at >= 0 else 0

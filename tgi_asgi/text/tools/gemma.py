@@ -227,7 +227,7 @@ def _to_json(text: str, quote: str, schemas: Mapping[str, Any]) -> str:
 
 
 class _Reader:
-    """A reader of values whose brackets and quotes are known to match."""
+    """A reader of values whose brackets match; a quote within a name may leave a text without its end."""
 
     def __init__(self, text: str, quote: str) -> None:
         self._text, self._quote, self._at = text, quote, 0
@@ -249,9 +249,10 @@ class _Reader:
         while self._take(" ") or self._take("\n"):
             pass
         if self._take(self._quote):
-            end = self._text.find(self._quote, self._at)
-            text, self._at = self._text[self._at : end], end + len(self._quote)
-            return text
+            begin, end = self._at, self._text.find(self._quote, self._at)
+            end = end if end >= 0 else len(self._text)
+            self._at = end + len(self._quote)
+            return self._text[begin:end]
         if self._take("{"):
             return self.items({})
         if self._take("["):

@@ -40,15 +40,22 @@ class Nesting:
 
 
 def literal_value(text: str) -> Any:
-    """Return the value that a text stands for; None if it is none. Strings may span several lines."""
+    """Return the value that a text stands for; None if JSON has no such value. Strings may span lines."""
     try:
-        return json.loads(text, strict=False)
+        return json.loads(text, strict=False, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         pass
     try:
-        return _evaluate(ast.parse(_on_one_line(text.strip()), mode="eval").body)
+        value = _evaluate(ast.parse(_on_one_line(text.strip()), mode="eval").body)
+        json.dumps(value, allow_nan=False)  # refuses what only Python has: bytes, sets
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse `NaN` and `Infinity`, which Python's decoder accepts and no other."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _on_one_line(text: str) -> str:
@@ -65,13 +72,10 @@ def _on_one_line(text: str) -> str:
 def as_json(text: str) -> str | None:
     """Return JSON unchanged, Python literals as JSON, and None for everything else."""
     try:
-        json.loads(text)
+        json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         value = literal_value(text)
-        try:
-            return None if value is None and text != "None" else json.dumps(value, ensure_ascii=False)
-        except (TypeError, ValueError):  # a set, bytes
-            return None
+        return None if value is None and text != "None" else json.dumps(value, ensure_ascii=False)
     return text
 
 

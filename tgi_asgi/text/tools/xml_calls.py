@@ -14,6 +14,7 @@ from tgi_asgi.text.tools.literals import as_json
 
 _FENCES = ("```xml", "```")
 _MAX_NAME = 128
+_MAX_ARGUMENT_NAME = 1024  # characters; the regex reads the whole name again at each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class XmlTags:
         value = _loose(middle).replace("%t", "(true|false)") + kind
         # A name neither begins nor ends with a blank. Otherwise the regex would try every way to divide a run
         # of blanks, and a run of a few hundred would hang the server.
-        return re.compile(rf"\s*{_loose(before)}\s*([^<>\"\s](?:[^<>\"\n]*[^<>\"\s])?)\s*{value}")
+        name = rf"[^<>\"\s](?:[^<>\"\n]{{0,{_MAX_ARGUMENT_NAME}}}[^<>\"\s])?"
+        return re.compile(rf"\s*{_loose(before)}\s*({name})\s*{value}")
 
     def end(self) -> re.Pattern[str]:
         """Return a pattern for the end of a call: its own tag, or what follows if that is missing."""
@@ -90,6 +92,8 @@ class XmlCallParser:
         self._parameter: str | None = None
         self._kind = ""  # type of the parameter's value, if given: "true" for text
         self._ends: tuple[str, ...] = ()  # possible ends of the parameter's value
+        self._first_of_ends: frozenset[str] = frozenset()  # the characters that they begin with
+        self._num_known = 0  # leading characters of the buffered value in which no end begins
         self._num_parameters = 0
 
     def push(self, text: str) -> list[Piece]:
@@ -121,6 +125,7 @@ class XmlCallParser:
             return False
         if self._function is None:
             return self._begin(pieces)
+        self._buffer = self._buffer.lstrip()  # otherwise a run of blanks is read again at each of them
         found = self._argument.match(self._buffer)
         if found:
             return self._begin_argument(found, pieces)
@@ -165,6 +170,8 @@ class XmlCallParser:
         self._cut(found.end() + (len(quote) if is_quoted else 0))
         self._parameter, self._kind = found[1], found[2]
         self._ends = self._ends_of_value(self._tags.quotes[1] if is_quoted else "")
+        self._first_of_ends = frozenset(end[0] for end in self._ends)
+        self._num_known = 0
         head = f"{', ' if self._num_parameters else '{'}{_dump(found[1])}: "
         self._num_parameters += 1
         pieces.append(CallArguments(head + ('"' if self._is_text() else "")))
@@ -184,13 +191,17 @@ class XmlCallParser:
     def _read_value(self, pieces: list[Piece]) -> bool:
         """Read the available part of a value; return True once it has ended."""
         is_text = self._is_text()
-        found = [(at, end) for end in self._ends if (at := self._buffer.find(end)) >= 0]
+        # A value that is not text stays buffered until it ends, and a tool with many arguments has many ends:
+        # each part of the value is searched once, and only if it contains an end's first character.
+        new = self._buffer[self._num_known :]
+        ends = () if self._first_of_ends.isdisjoint(new) else self._ends
+        found = [(at + self._num_known, end) for end in ends if (at := new.find(end)) >= 0]
         if not found:
-            held = max(num_held(self._buffer, end) for end in self._ends)
-            shown = self._buffer[: len(self._buffer) - held]
-            if is_text and shown:
-                self._cut(len(shown))
-                pieces.append(CallArguments(_dump(shown)[1:-1]))
+            self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
+            if is_text and self._num_known:
+                pieces.append(CallArguments(_dump(self._buffer[: self._num_known])[1:-1]))
+                self._cut(self._num_known)
+                self._num_known = 0
             return False
         at, end = min(found)
         value = self._buffer[:at]

@@ -1,0 +1,46 @@
+"""The lifecycle of a request that only counts or shows tokens: read, take a permit, work in a thread, answer.
+
+route = Route("POST", "/tokenize", tokenising(tokenize), ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tgi_asgi.api.call import Images
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.images import check_images, load_images
+from tgi_asgi.api.life import Handler, admitted
+
+
+@dataclass(frozen=True, slots=True)
+class WithImages:
+    """Work that continues once a prompt's images have been loaded."""
+
+    images: Images
+    rest: Callable[[], bytes]
+
+
+def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
+    """Return the handler of a route that tokenises without generating; `work` turns a body into the answer.
+
+    `work` runs in a thread, under a permit, because tokenising is subject to admission.
+    """
+
+    async def handle(exchange: Exchange) -> None:
+        body, context = await exchange.read_body(), exchange.context
+        with admitted(exchange, 1):
+            answer = await context.count_threads.run(work, body, exchange)
+            if isinstance(answer, WithImages):
+                check_images([answer.images], context.settings.max_images)
+                await load_images(exchange, context.ready(), answer.images)
+                answer = await context.count_threads.run(answer.rest)
+        await exchange.respond(200, answer)
+
+    return handle
+
+
+def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
+    """Return the result of `count`, at once or after images have been loaded."""
+    return WithImages(images, count) if images is not None and images.sources else count()
