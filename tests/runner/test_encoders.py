@@ -256,6 +256,7 @@ def test_states_have_the_width_that_the_api_tells(tmp_path: Path) -> None:
 def test_code_that_attends_by_itself_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
     save_encoder(tmp_path, "T5", "EncoderModel")
     edit(tmp_path / "config.json", max_position_embeddings=None)
+    edit(tmp_path / "tokenizer_config.json", model_max_length=None)
     with loaded(tmp_path) as (found, runner):
         assert found.info.embedding is not None
         assert found.info.embedding.max_tokens == runner.max_context == 8192  # four heads then take 1 GiB
