@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+import weakref
 import zlib
 from io import BytesIO
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tests.support.pictures import data_url, encoded, picture, text_of
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.images.decode import bytes_of_base64, bytes_of_url, open_picture
-from tgi_asgi.images.headers import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS, exif_orientation
+from tgi_asgi.images.headers import MAX_BLOCKS, MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS, exif_orientation
 from tgi_asgi.types import Image
 
 MAX_PIXELS = 10_000
@@ -240,6 +241,49 @@ def test_scans_and_segments_of_a_jpeg_are_bounded() -> None:
     assert f"more than {MAX_SCANS} scans" in refusal(plain[:-2] + scan * MAX_SCANS + b"\xff\xd9")
     many = segment(0xFE, b"") * MAX_SEGMENTS
     assert f"more than {MAX_SEGMENTS} segments" in refusal(plain[:2] + many + plain[2:])
+
+
+def test_what_else_is_in_a_gif_is_not_looked_at() -> None:
+    """Add comments and an application's blocks; only the colour that is transparent matters."""
+    plain = encoded(picture(40, 30, "P"), "GIF", duration=50, transparency=0)
+    at = plain.index(b"!\xf9")
+    extra = b"!\xfe" + (b"\xff" + b"a" * 255) * 9 + b"\0" + b"!\xff\x0bXMP DataXMP\2ab\0"
+    for data in (plain[:at] + extra * 1000 + b"\0" + plain[at:], plain[: at + 8] + extra + plain[at + 8 :]):
+        opened = open_picture(data, MAX_PIXELS, "here")
+        assert not {"comment", "extension"} & set(opened._picture.info)
+        assert opened.decode().pixels.tobytes() == reference(data).tobytes()
+    for extra in (b"!\xfe\0" * (MAX_BLOCKS + 1), b"!\xfe" + b"\1a" * MAX_BLOCKS + b"\0"):
+        assert f"more than {MAX_BLOCKS} blocks" in refusal(plain[:at] + extra + plain[at:])
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "options", "num_bytes"),
+    [
+        ("PNG", "RGBA", {}, 8), ("GIF", "P", {}, 8), ("WEBP", "RGB", {}, 16), ("JPEG", "CMYK", {}, 8),
+        ("JPEG", "RGB", {"progressive": True}, 10), ("JPEG", "CMYK", {"progressive": True}, 12),
+    ],
+)  # fmt: skip
+def test_the_peak_of_decoding_is_known(
+    format: str, mode: str, options: dict[str, Any], num_bytes: int
+) -> None:
+    data = encoded(picture(20, 10, mode), format, **options)
+    assert open_picture(data, MAX_PIXELS, "here").decoding_bytes == 200 * num_bytes
+
+
+def test_a_scan_of_one_component_buffers_coefficients() -> None:
+    data = encoded(picture(20, 10), "JPEG")
+    at = data.index(b"\xff\xda\0\x0c\3")
+    one = data[:at] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + data[at + 14 :]
+    assert open_picture(one, MAX_PIXELS, "here").decoding_bytes == 200 * 10
+
+
+def test_no_third_image_is_held_while_one_is_turned() -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    opened = open_picture(encoded(picture(21, 10, "RGBA"), exif=exif), MAX_PIXELS, "here")
+    source = weakref.ref(opened._picture)
+    assert opened.decode().pixels.size == (10, 21)
+    assert source() is None
 
 
 def test_run_lengths_in_bmp_are_refused() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from typing import Any
 
 import pytest
+import transformers
 from transformers import CONFIG_MAPPING
 
+from tests.support.families import CASES
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.loading.open import read_config, read_gguf
@@ -45,6 +49,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+DYNAMIC = {"rope_type": "dynamic", "alpha": 1000.0}  # Hunyuan's
+ONE_OF_EACH = {case.served_as: case for case in reversed(CASES)}
+ODD: tuple[Any, ...] = (-1, 0, "x", [[1]], {}, 10**400)
 
 
 def of_json(config: dict[str, Any]) -> ModelConfig:
@@ -283,6 +292,25 @@ def test_gguf_biases_and_head_show_by_their_tensors() -> None:
     assert config.has_qkv_bias and not config.has_output_bias and not config.has_tied_embeddings
 
 
+@pytest.mark.parametrize("architecture", ONE_OF_EACH)
+def test_any_value_of_any_key_is_read_or_refused(architecture: str) -> None:
+    """Replace each value, also those in objects, by others of other types and sizes."""
+    case = ONE_OF_EACH[architecture]
+    made = getattr(transformers, case.architecture).config_class(**copy.deepcopy(dict(case.config)))
+    config: dict[str, Any] = {**made.to_dict(), **case.json, "architectures": [architecture]}
+    read_config(config)
+    odd = itertools.cycle(ODD)
+    changes = [{key: next(odd)} for key in [*config, "layer_types", "sliding_window"]]
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changes += [{key: {**value, inner: next(odd)}} for inner in (*value, "alpha", "factor")]
+        if isinstance(value, list):
+            changes += [{key: [each] * len(value)} for each in ODD]
+    for change in changes:
+        with contextlib.suppress(ModelLoadError):
+            read_config({**config, **change})
+
+
 def test_part_of_a_head_may_turn() -> None:
     partly = {**JSON, "architectures": ["GlmForCausalLM"], "head_dim": 64, "partial_rotary_factor": 0.5}
     assert rope_of(of_json(partly)).dim == 32
@@ -348,15 +376,24 @@ def test_part_of_a_head_may_turn() -> None:
         ({"hidden_act": "silu", "activation": "gelu"}, "several activation functions"),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"] * 29},
-            "layer_types must be a list of 30",
+            "layer_types must be 30 of",
         ),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["chunked_attention"] * 30},
-            "of full_attention or sliding_attention",
+            "of full_attention, sliding_attention",
         ),
         ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 0.5}, "this architecture rotates whole heads"),
+        (
+            {"architectures": ["HunYuanDenseV1ForCausalLM"], "rope_scaling": {**DYNAMIC, "rope_theta": "x"}},
+            "`rope_theta` must be a number",
+        ),
+        (
+            {"architectures": ["HunYuanDenseV1ForCausalLM"], "rope_scaling": {**DYNAMIC, "alpha": 1e300}},
+            "alpha must be positive and at most 1e6",
+        ),
+        ({"architectures": ["MiniCPM3ForCausalLM"], "hidden_size": 0}, "hidden_size must be positive"),
         (
             {"architectures": ["GlmForCausalLM"], "partial_rotary_factor": 0.01},
             "the rotary size must be even",

@@ -22,7 +22,9 @@ from urllib.parse import unquote_to_bytes
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.images.headers import (
     BadHeader,
+    PixelParts,
     exif_orientation,
+    gif_parts,
     jpeg_parts,
     png_parts,
     webp_size,
@@ -41,8 +43,9 @@ FORMATS = {  # first bytes of a file; other formats are refused
     "BMP": b"BM",
 }
 PIXEL_BYTES = 4  # of an RGB image in Pillow
-_DECODING_BYTES = {"WEBP": 16}  # per pixel at the peak (measured): two canvases and a copy
+_WEBP_DECODING_BYTES = 16  # per pixel at the peak (measured): two canvases and a copy
 _OTHER_DECODING_BYTES = 8  # the file's mode and RGB, or the image before and after a rotation
+_PARTS = {"PNG": png_parts, "JPEG": jpeg_parts, "GIF": gif_parts}
 _DIGEST_SIZE = 32
 _DIGEST_ROWS = 64
 # Exceptions that Pillow raises for broken bytes.
@@ -71,7 +74,7 @@ class Opened:
         return self._picture.width * self._picture.height * PIXEL_BYTES
 
     def decode(self) -> Image:
-        """Return the pixels; of an animation, those of its first frame.
+        """Return the pixels; of an animation, those of its first frame. Call it once.
 
         Raises:
             InvalidRequest: if the file is broken.
@@ -83,16 +86,16 @@ class Opened:
             2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90,
         }  # fmt: skip
-        picture = self._picture
         try:
-            picture.load()
+            self._picture.load()
+            # Each result replaces its source, which would otherwise be a third image in memory.
+            if self._picture.mode != "RGB":
+                self._picture = self._picture.convert("RGB")
             if self._orientation in turns:
-                picture = picture.transpose(turns[self._orientation])
-            if picture.mode != "RGB":
-                picture = picture.convert("RGB")
+                self._picture = self._picture.transpose(turns[self._orientation])
         except _BROKEN as error:
             raise _refusal(self._param, "it is broken or cut off") from error
-        return Image(picture, _digest_of(picture), self._param)
+        return Image(self._picture, _digest_of(self._picture), self._param)
 
 
 def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
@@ -113,14 +116,10 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
     if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
         raise _refusal(param, "it is none of PNG, JPEG, WebP, GIF and BMP")
     try:
-        orientation = 1
         if kind == "WEBP":
             _check_size(webp_size(data), max_pixels, param)
-        if kind == "JPEG":
-            data, orientation = jpeg_parts(data)
-        if kind == "PNG":
-            data, orientation = png_parts(data)
-        picture = _opened(data, kind)
+        parts = _PARTS[kind](data) if kind in _PARTS else PixelParts(data)
+        picture = _opened(parts.data, kind)
     except BadHeader as error:
         raise _refusal(param, str(error)) from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):  # beyond any `max_pixels`
@@ -128,11 +127,13 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
     except _BROKEN as error:
         raise _refusal(param, "its header is broken") from error
     _check_size(picture.size, max_pixels, param)
-    if kind == "WEBP":
-        orientation = _orientation_of(picture)
     if kind == "BMP" and picture.info.get("compression") in (1, 2):
         raise _refusal(param, "BMP is read without run-length encoding")  # Pillow decodes that in Python
-    per_pixel = _DECODING_BYTES.get(kind, _OTHER_DECODING_BYTES)
+    if kind == "WEBP":
+        orientation, per_pixel = _orientation_of(picture), _WEBP_DECODING_BYTES
+    else:
+        orientation = parts.orientation
+        per_pixel = max(_OTHER_DECODING_BYTES, PIXEL_BYTES + parts.coefficient_bytes)
     return Opened(picture, orientation, param, picture.width * picture.height * per_pixel)
 
 

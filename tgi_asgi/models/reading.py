@@ -131,15 +131,17 @@ def read_layers(
     )
 
 
-def check_layer_types(kinds: object, count: int, known: Sequence[str]) -> list[str]:
+def check_layer_types(
+    kinds: object, count: int, known: Sequence[str] = _KINDS_OF_LAYERS, *, key: str = "layer_types"
+) -> list[str]:
     """Return the layer types that a config.json lists.
 
     Raises:
-        ModelLoadError: if it is not a list with one of `known` per layer.
+        NotInFamily: if it is not a list with one of `known` per layer.
     """
     check_computed(
         isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
-        f"layer_types must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
+        f"{key} must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
     )
     assert isinstance(kinds, list)
     return kinds
@@ -358,7 +360,7 @@ def read_windows(reader: Reader, where: Sequence[bool]) -> list[int | None]:
     window = reader.integer("sliding_window", 0) or None
     types = reader.get("layer_types")
     if types is not None:
-        _check_layer_types(types, len(where))
+        check_layer_types(types, len(where))
     if not reader.flag("use_sliding_window", False):
         return [None] * len(where)
     has_window = where if types is None else [kind == "sliding_attention" for kind in types]
@@ -371,18 +373,10 @@ def read_sliding(reader: Reader, period: int) -> list[bool]:
     types, pattern = reader.get("layer_types"), reader.get("sliding_window_pattern")
     reader.ignore("_sliding_window_pattern")
     if types is not None:
-        _check_layer_types(types, count)
-        return [kind == "sliding_attention" for kind in types]
+        return [kind == "sliding_attention" for kind in check_layer_types(types, count)]
     if isinstance(pattern, (list, tuple)):
         check(len(pattern) == count, f"the pattern of windows must have {count} entries, got {len(pattern)}")
         return [bool(each) for each in pattern]
     period = period if pattern is None else pattern
     check(type(period) is int and period >= 1, f"sliding_window_pattern must be positive, got {period!r}")
     return [(index + 1) % period != 0 for index in range(count)]
-
-
-def _check_layer_types(types: object, count: int) -> None:
-    check(
-        isinstance(types, list) and len(types) == count and set(types) <= set(_KINDS_OF_LAYERS),
-        f"layer_types must be a list of {count} of {' or '.join(_KINDS_OF_LAYERS)}",
-    )

@@ -189,6 +189,23 @@ def test_one_of_several_images_is_seen_otherwise_by_onevision(
     assert prompt.images[0].num_tokens == (17 if num_images > 1 else 72)
 
 
+def test_work_grows_with_the_number_of_images_not_its_square(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = vision.processor_of(folder_of("llava_onevision"))
+    prepare, counts = processor._processor._process_images, []
+
+    def counted(images: list[list[PIL.Image.Image]], **options: Any) -> Any:
+        counts.append(sum(map(len, images)))
+        return prepare(images, **options)
+
+    monkeypatch.setattr(processor._processor, "_process_images", counted)
+    images = [Image(picture(50, 80, seed), bytes([seed]) * 32, "image") for seed in range(5)]
+    found, (pair, _), (alone,) = (processor.process(images[:count]) for count in (5, 2, 1))
+    assert counts == [2] * 7 + [1]
+    assert {each.num_tokens for each in found} == {pair.num_tokens} != {alone.num_tokens}
+
+
 @pytest.mark.parametrize("options", [{"is_exact": False}, {"quantised": "Q8_0", "is_exact": False}])
 def test_packed_towers_are_close(options: dict[str, Any], folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("llava")

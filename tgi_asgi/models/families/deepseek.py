@@ -13,7 +13,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases
+from tgi_asgi.models.reading import check_layer_types, num_layers, read_biases
 from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, read_experts, with_experts
 from tgi_asgi.models.reading_latent import (
     has_supported_sizes,
@@ -75,12 +75,8 @@ def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
     latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
     kinds, where = reader.get("mlp_layer_types"), after_first_dense(reader)
     if kinds is not None:
-        count = num_layers(reader)
-        check(
-            isinstance(kinds, list) and len(kinds) == count and set(kinds) <= {"dense", "sparse"},
-            f"mlp_layer_types must be {count} of dense or sparse, got {str(kinds)[:100]}",
-        )
-        where = [kind == "sparse" for kind in kinds].__getitem__
+        found = check_layer_types(kinds, num_layers(reader), ("dense", "sparse"), key="mlp_layer_types")
+        where = [kind == "sparse" for kind in found].__getitem__
     return _make(reader, architecture, latent, read_corrected(reader), where)
 
 

@@ -41,12 +41,14 @@ def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
     if reader.is_gguf:
         return read_rope(reader, head_dim)
     values = rope_values(reader)
-    alpha = values.pop("alpha", None)
     kind = values.get("rope_type") or values.get("type")
-    if kind == "dynamic" and alpha:
-        check(type(alpha) in (int, float) and alpha > 0, f"alpha must be positive, got {alpha!r}")
-        theta = (values.get("rope_theta") or 10000.0) * alpha ** (head_dim / (head_dim - 2))
-        values = {"rope_theta": theta}
+    if kind == "dynamic" and values.get("alpha"):
+        rope = Reader.of_json(values)
+        alpha = rope.number("alpha")
+        check(0 < alpha <= 1e6, f"alpha must be positive and at most 1e6, got {alpha}")
+        check(head_dim > 2, f"dynamic scaling needs more than 2 rotary dims, got {head_dim}")
+        values = {"rope_theta": rope.number("rope_theta", 10000.0) * alpha ** (head_dim / (head_dim - 2))}
+    values.pop("alpha", None)
     return make_rope(reader, values, head_dim)
 
 

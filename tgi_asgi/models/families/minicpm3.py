@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig, check, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
@@ -34,14 +34,15 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
     latent = read_latent(reader)
     sizes = read_latent_sizes(reader, latent, default_eps=1e-5)
-    depth = math.sqrt(num_layers(reader))
+    depth, width = math.sqrt(num_layers(reader)), sizes["hidden_size"]
+    check(width > 0, f"hidden_size must be positive, got {width}")
     return ModelConfig(
         architecture=architecture,
         layers=latent_layers(reader, latent, *read_latent_rope(reader, latent)),
         has_output_bias=output_bias,
         embedding_factor=reader.number("scale_emb"),
         residual_factor=reader.number("scale_depth", depth) / depth,
-        logits_scale=reader.number("dim_model_base", sizes["hidden_size"]) / sizes["hidden_size"],
+        logits_scale=reader.number("dim_model_base", width) / width,
         **sizes,
     )
 

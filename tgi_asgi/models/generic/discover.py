@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +54,8 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
         ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
-    with probe.installed(), implementation(model, PROBE), torch.no_grad():
-        try:
-            run_on_meta(model)
-        except NotProbed:
-            probe.forget()
-            try:
-                run_on_zeros(model)
-            except NotProbed as error:
-                raise ModelLoadError(
-                    f"{type(model).__name__} does not run without weights: {error}"
-                ) from None
+    with installed(probe):
+        run_probe(model, probe)
     if not probe.layers and not probe.problems and _has_no_interface(model):
         raise ModelLoadError(f"{type(model).__name__} writes its attention inline")
     if probe.problems:
@@ -78,15 +69,68 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
     """Run the module on three tokens without weights, with a cache under this name; return the cache.
 
     Raises:
-            NotProbed: if it does not run without weights.
+        NotProbed: if it does not run without weights.
     """
-    with _Probe(LONGEST).installed(), implementation(model, PROBE), torch.no_grad():
+    with installed(_Probe(LONGEST)), implementation(model, PROBE), torch.no_grad():
         for run in (run_on_meta, run_on_zeros):
             cache = make()
             with contextlib.suppress(NotProbed):
                 run(model, **{name: cache, "use_cache": True})
                 return cache
     raise NotProbed(f"{type(model).__name__} does not run without weights")
+
+
+class Probe(Protocol):
+    """Records what a module asks of attention, in place of computing it."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Record a call; return a tensor with a result's shape."""
+
+    def mask(self, *, q_length: int, kv_length: int, mask_function: Any) -> Tensor:
+        """Return a mask filled with a number that stands for its function."""
+
+    def forget(self) -> None:
+        """Discard all records."""
+
+
+@contextlib.contextmanager
+def installed(probe: Probe) -> Iterator[None]:
+    """Install a probe's attention and mask functions, and skip experts, which need values."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    AttentionInterface.register(PROBE, probe.attend)
+    AttentionMaskInterface.register(PROBE, probe.mask)
+    ALL_EXPERTS_FUNCTIONS.register(PROBE, lambda module, hidden, *args, **kwargs: hidden)
+    packed, chunked = masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay
+    masking: Any = masking_utils
+    masking.find_packed_sequence_indices = lambda position_ids: None  # requires values
+    masking.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices, masking.chunked_overlay = packed, chunked
+
+
+def run_probe(model: Any, probe: Probe) -> None:
+    """Run a module with an installed probe: on the meta device, or on zeros if its code needs values.
+
+    Raises:
+        ModelLoadError: if it does not run without weights.
+    """
+    with implementation(model, PROBE), torch.no_grad():
+        try:
+            run_on_meta(model)
+        except NotProbed:
+            probe.forget()
+            try:
+                run_on_zeros(model)
+            except NotProbed as error:
+                raise ModelLoadError(
+                    f"{type(model).__name__} does not run without weights: {error}"
+                ) from None
 
 
 class NotProbed(Exception):
@@ -97,7 +141,7 @@ def run_on_meta(model: nn.Module, **more: Any) -> None:
     """Call a module on three tokens of the meta device, with `more` arguments.
 
     Raises:
-            NotProbed: if the module raises.
+        NotProbed: if the module raises.
     """
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TOKENS, device="meta")[None]
@@ -186,24 +230,6 @@ class _Probe:
     def forget(self) -> None:
         """Discard all records."""
         self.layers, self.problems, self.has_slopes = [], [], False
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Install the probe's attention and mask functions, and skip experts, which need values."""
-        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        AttentionInterface.register(PROBE, self.attend)
-        AttentionMaskInterface.register(PROBE, self.mask)
-        ALL_EXPERTS_FUNCTIONS.register(PROBE, lambda module, hidden, *args, **kwargs: hidden)
-        packed, chunked = masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay
-        masking: Any = masking_utils
-        masking.find_packed_sequence_indices = lambda position_ids: None  # requires values
-        masking.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
-        try:
-            yield
-        finally:
-            masking.find_packed_sequence_indices, masking.chunked_overlay = packed, chunked
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number of its rule."""

@@ -23,7 +23,7 @@ from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
-from tgi_asgi.models.generic.model import context_length
+from tgi_asgi.models.generic.model import context_length, first_position
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_native, applies_sines, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
@@ -33,7 +33,6 @@ from tgi_asgi.models.loading import NamedWeights, Weights
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # heads that give tokens, which are left out
 _MAX_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
-_POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ class OpenEncoder:
                 f"{self.architecture} attends in another way to short texts, which is not supported"
             )
         rows, columns = base.get_input_embeddings().weight.shape
-        first = _first_position(base)
+        first = first_position(base)
         context = min(context_length(text) - first, MAX_CONTEXT)
         is_classifier = self.architecture.endswith(_CLASSIFIER)
         layers: list[WholeLayer] = []
@@ -236,14 +235,6 @@ def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # vectors do not need it, and many checkpoints lack it
     return model
-
-
-def _first_position(model: nn.Module) -> int:
-    """Return a prompt's first position: RoBERTa and its variants start after the padding id."""
-    for module in model.modules():
-        if any(hasattr(module, name) for name in _POSITIONS):
-            return int(module.padding_idx) + 1  # type: ignore[arg-type]
-    return 0
 
 
 def _parts(module: nn.Module) -> set[str]:

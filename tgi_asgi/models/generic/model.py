@@ -49,6 +49,7 @@ _CONTEXT_NAMES = (
     "max_target_positions",
     "context_length",
 )
+_POSITION_METHODS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,7 @@ class GenericModel:
 def first_position(model: Any) -> int:
     """Return a sequence's first position: RoBERTa and its variants start after the padding id."""
     for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids"):
+        if any(hasattr(module, name) for name in _POSITION_METHODS):
             return int(module.padding_idx) + 1
     return 0
 

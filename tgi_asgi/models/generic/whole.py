@@ -7,8 +7,7 @@ encoders.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +21,14 @@ from tgi_asgi.models.config import CacheShape
 from tgi_asgi.models.generic.attention import by_token, spec_of
 from tgi_asgi.models.generic.discover import (
     IGNORED,
-    NotProbed,
-    implementation,
+    installed,
     require_positions,
-    run_on_meta,
-    run_on_zeros,
+    run_probe,
     scale_of,
 )
 from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.rules import LONGEST
 
-_PROBE = "tgi_whole_probe"
 # The number that encodes the first reach: exact in float32, and no value with which a model's code fills
 # masks.
 _FIRST = 1 << 22
@@ -62,16 +58,9 @@ def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
         ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
+    with installed(probe):
+        run_probe(model, probe)
     name = type(model).__name__
-    with probe.installed(), implementation(model, _PROBE), torch.no_grad():
-        try:
-            run_on_meta(model)
-        except NotProbed:
-            probe.layers, probe.problems = [], []
-            try:
-                run_on_zeros(model)
-            except NotProbed as error:
-                raise ModelLoadError(f"{name} does not run without weights: {error}") from None
     if probe.problems:
         raise ModelLoadError(f"{name}: {probe.problems[0]}")
     if not probe.layers:
@@ -89,22 +78,9 @@ class _Probe:
         self._length = length
         self._reaches: list[Reach | None] = []
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Install the probe's attention and mask functions; experts are skipped."""
-        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        AttentionInterface.register(_PROBE, self.attend)
-        AttentionMaskInterface.register(_PROBE, self.mask)
-        ALL_EXPERTS_FUNCTIONS.register(_PROBE, lambda module, hidden, *args, **kwargs: hidden)
-        masking: Any = masking_utils
-        packed = masking.find_packed_sequence_indices
-        masking.find_packed_sequence_indices = lambda position_ids: None  # requires values
-        try:
-            yield
-        finally:
-            masking.find_packed_sequence_indices = packed
+    def forget(self) -> None:
+        """Discard all records."""
+        self.layers, self.problems, self._reaches = [], [], []
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number of its reach."""
@@ -123,7 +99,6 @@ class _Probe:
         reach: Reach | None = Reach()
         if isinstance(attention_mask, Tensor):
             number = attention_mask.reshape(-1)[0].item() - _FIRST  # infinite for a mask of the model's own
-
             reach = self._reaches[int(number)] if 0 <= number < len(self._reaches) else None
         elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
             reach = Reach(after=0)

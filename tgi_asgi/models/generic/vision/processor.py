@@ -54,8 +54,8 @@ class VisionProcessor:
         Raises:
             InvalidRequest: if the processor rejects an image.
         """
-        num_images = len(images) if self._is_together else 1
-        return [self._process(image, num_images) for image in images]
+        is_one_of_several = self._is_together and len(images) > 1
+        return [self._process(image, is_one_of_several) for image in images]
 
     def whole(self, image: Image, text: str) -> dict[str, Any]:
         """Return the output of the processor's class for a text with an image in place of `{}`.
@@ -65,11 +65,11 @@ class VisionProcessor:
         prompt = text.replace("{}", self.placeholder)
         return dict(self._processor(images=[image.pixels], text=[prompt], return_tensors="pt"))
 
-    def _process(self, image: Image, num_images: int) -> ProcessedImage:
+    def _process(self, image: Image, is_one_of_several: bool) -> ProcessedImage:
         try:
-            # Repeated once per image, so that the processor knows their number and prepares this one
-            # accordingly.
-            given = [image.pixels] * num_images
+            # Two copies tell the processor that there are several images. One per image of the prompt would
+            # make the work and the memory grow with the square of their number.
+            given = [image.pixels] * (2 if is_one_of_several else 1)
             found, texts = self._processor._process_images(
                 [given] if self._is_together else given, **self._options
             )
@@ -82,7 +82,7 @@ class VisionProcessor:
                 f"`{image.param}` is an image that the model does not take: {error}", param=image.param
             ) from error
         inputs = {name: _tensor(found[name]) for name in self._input_names if name in found}
-        if num_images > 1:
+        if is_one_of_several:
             inputs = {name: each[:1] for name, each in inputs.items()}
         text = str(texts[0])
         num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
