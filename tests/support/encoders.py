@@ -106,7 +106,7 @@ def save_word_pieces(directory: Path, *, has_types: bool) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": names if has_types else [names[0], names[2]],
-        "model_max_length": 128,
+        "model_max_length": 130,
         **{f"{name.strip('[]').lower()}_token": name for name in _SPECIAL},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
