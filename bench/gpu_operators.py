@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import gpu_timing
+from bench import gpu_experts, gpu_timing
 from bench.gpu_model import BLOCK, CODES, TOP_P, make_sampler, random_codes
 from bench.gpu_timing import Call, copies_past_l2, in_turn, random
 from tgi_asgi.ops.cuda_attention import GatheredAttention
@@ -56,6 +56,7 @@ def makers() -> Iterator[functools.partial[Measurement]]:
         ends = (query, query + KV_HEADS * HEAD_DIM, query + 2 * KV_HEADS * HEAD_DIM)
         yield functools.partial(_lora, tokens, ends, HIDDEN)
         yield functools.partial(_lora, tokens, (HIDDEN,), INTERMEDIATE)
+    yield from gpu_experts.makers()
 
 
 def _pool(batch: int, context: int) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,98 @@ struct DequantiseParams {
 };
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
+// Routed experts: `route` selects each token's experts, `experts_plan` sorts the (token, expert)
+// pairs by expert, two `experts_product`s compute each pair's gates and ups, then downs, and
+// `experts_sum` adds a token's results. A pair is token * top_k + place, and the row of its
+// results.
+constexpr int64_t kMaxExperts = 1024;  // per layer
+
+enum class RouteKind : int32_t { kSoftmax = 0, kSigmoid = 1, kSparseMixer = 2 };
+
+// See tgi_asgi.ops.RouteSpec.
+struct RouteParams {
+  const float* logits;      // [num_tokens, num_experts]
+  const int64_t* slots;     // [num_tokens] slots of the cache; negative: padding, without experts
+  const float* correction;  // [num_experts], or null
+  int32_t* ids;             // [num_tokens, top_k] ascending; padding: num_experts
+  float* weights;           // [num_tokens, top_k]; padding: 0
+  int64_t num_tokens;
+  int64_t num_experts;  // at most kMaxExperts
+  int64_t top_k;
+  int64_t num_groups;  // divides num_experts
+  int64_t top_groups;
+  int32_t sums_top_two;
+  int32_t is_renormalised;
+  float eps;
+  float scale;
+  float jitter;
+  RouteKind kind;
+};
+cudaError_t route(const RouteParams& p, cudaStream_t stream);
+
+// Sorts pairs by expert, in order of tokens, and cuts each expert's pairs into tiles.
+struct ExpertsPlanParams {
+  const int32_t* ids;  // [num_pairs]; outside of [0, num_experts): in no list
+  int32_t* pairs;      // [num_pairs]
+  int32_t* tiles;      // [1 + experts_max_tiles, 4]: the number of tiles, then for each its expert,
+                       // its first index in `pairs` and its number of pairs; 16-byte aligned
+  int64_t num_pairs;   // below 2^31
+  int64_t num_experts;  // at most kMaxExperts
+  int32_t is_streamed;  // as in the products that use the plan
+};
+cudaError_t experts_plan(const ExpertsPlanParams& p, cudaStream_t stream);
+int64_t experts_max_tiles(int64_t num_pairs, int64_t num_experts, bool is_streamed);
+
+// out = a W^T (+ bias) with each pair's matrix; if gated, f(gate) * up of that. Reads a matrix that
+// has pairs once for each of its tiles.
+struct ExpertsProductParams {
+  QuantMatrix weight;    // of all experts, stacked by rows; `bits` 16: elements of type, no scales
+  const void* a;         // [num_pairs / pairs_per_row, num_columns] of type
+  const float* bias;     // [num_experts, rows], or null
+  const int32_t* pairs;  // of the plan
+  const int32_t* tiles;
+  void* out;  // [num_pairs, rows], or [num_pairs, rows / 2] if gated, of type; rows of pairs in no
+              // list are not written
+  int64_t num_pairs;
+  int64_t num_experts;
+  int64_t pairs_per_row;  // top_k if a has a row per token, 1 if per pair
+  int32_t is_gated;       // an expert's rows are its gate, then its up
+  int32_t is_streamed;    // one order of additions for any number of pairs
+  MlpActivation activation;
+  float limit;  // above 0: gates are clamped from above, ups on both sides, and the result is
+                // gate * sigmoid(slope * gate) * (up + offset)
+  float slope;
+  float offset;
+  Type type;
+};
+cudaError_t experts_product(const ExpertsProductParams& p, cudaStream_t stream);
+
+// x += factor * the sum of a token's rows times their weights, in order.
+struct ExpertsSumParams {
+  const void* rows;      // [num_tokens, top_k, hidden] of type
+  const int32_t* ids;    // [num_tokens, top_k]; outside of [0, num_experts): skipped
+  const float* weights;  // [num_tokens, top_k]
+  float* x;              // [num_tokens, hidden]
+  int64_t num_tokens;
+  int64_t num_experts;
+  int64_t top_k;
+  int64_t hidden;  // multiple of 8
+  float factor;
+  Type type;
+};
+cudaError_t experts_sum(const ExpertsSumParams& p, cudaStream_t stream);
+
+// x += factor * sigmoid(gate) * rows
+struct GatedAddParams {
+  const float* rows;  // [num_tokens, hidden]
+  const float* gate;  // [num_tokens]
+  float* x;           // [num_tokens, hidden]
+  int64_t num_tokens;
+  int64_t hidden;  // multiple of 4
+  float factor;
+};
+cudaError_t gated_add(const GatedAddParams& p, cudaStream_t stream);
+
 // A product's adapters: a pool of slots with one adapter each, and the slot of each token. An
 // adapter has matrices of its own rank: down [pieces * rank, num_columns], then up [rows, rank].
 // Pieces are the matrices stacked in a product, such as q, k and v: three at most.

@@ -2,13 +2,11 @@
 // dequantised weights for products of many rows.
 //
 // A weight is scale * (code - zero) + offset, with one scale (and offset) per group of columns.
-// Codes are integers of 4 or 8 bits or E4M3 floats, are in column order, and are read 16 bytes at a
-// time. A warp computes two rows of the output, whose order of summation depends only on the shape:
-// a token has the same bits in any batch. Rounding does not depend on the compiler either: fused
+// A warp computes two rows of the output, whose order of summation depends only on the shape: a
+// token has the same bits in any batch. Rounding does not depend on the compiler either: fused
 // operations are explicit, because the compiler might fuse others for a different tile of tokens.
-#include "kernels.h"
+#include "codes.cuh"
 #include "reduce.cuh"
-#include "vec.cuh"
 
 namespace tgi::cuda {
 namespace {
@@ -16,50 +14,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kWarpRows = 2;  // of the weight: they share the loads of activations
-
-// Converts an integer below 2^23 to float by making it the mantissa of 2^23. A conversion
-// instruction takes four times as long.
-constexpr uint32_t kMagicBits = 0x4B000000u;
-constexpr float kMagic = 8388608.0f;
-
-template <int Bits>
-struct Integers {
-  static constexpr int kBits = Bits;
-
-  // Unpacks codes 8 i to 8 i + 7 of 16 bytes, minus `shift` (kMagic and the zero point).
-  static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float shift,
-                                                float (&out)[8]) {
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const int bit = (8 * i + k) * Bits;
-      const uint32_t code = words[bit / 32] >> (bit % 32) & ((1u << Bits) - 1);
-      out[k] = __uint_as_float(kMagicBits | code) - shift;
-    }
-  }
-};
-
-struct Floats {
-  static constexpr int kBits = 8;
-
-  static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float, float (&out)[8]) {
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t word = words[2 * i + k / 2] >> (k % 2 * 16);
-      const float2 pair = Pair<fp8>::unpack(uint16_t(word));
-      out[2 * k] = pair.x;
-      out[2 * k + 1] = pair.y;
-    }
-  }
-};
-
-// Columns that a lane processes at a time.
-template <typename Code>
-constexpr int kStep = 128 / Code::kBits;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(fp16 x) { return Pair<fp16>::unpack(x.bits).x; }
 
 template <typename Element, typename Scale, typename Code, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
@@ -173,30 +127,18 @@ __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, 
   }
 }
 
-bool fits(const QuantMatrix& m) {
-  const int64_t step = m.bits == 4 ? 32 : 16;
-  if (m.has_float_codes && (m.bits != 8 || !m.has_wide_scales)) return false;
-  return (m.bits == 4 || m.bits == 8) && m.group > 0 && m.group % step == 0 &&
-         m.num_columns % m.group == 0;
-}
-
 // Calls body with the types of the elements, the scales and the codes.
 template <typename Body>
 cudaError_t for_types(Type type, const QuantMatrix& m, const Body& body) {
-  const auto with_bits = [&](auto element, auto scale) {
-    return m.bits == 4 ? body(element, scale, Integers<4>()) : body(element, scale, Integers<8>());
-  };
-  const auto with_scale = [&](auto element) {
-    if (m.has_float_codes) return body(element, float(), Floats());
-    return m.has_wide_scales ? with_bits(element, float()) : with_bits(element, fp16());
-  };
-  return type == Type::kBfloat16 ? with_scale(bf16()) : with_scale(fp16());
+  return for_codes(m, [&](auto scale, auto code) {
+    return type == Type::kBfloat16 ? body(bf16(), scale, code) : body(fp16(), scale, code);
+  });
 }
 
 }  // namespace
 
 cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
-  if (!fits(p.weight)) return cudaErrorInvalidValue;
+  if (!are_codes_valid(p.weight)) return cudaErrorInvalidValue;
   if (p.num_tokens == 0 || p.weight.num_rows == 0) return cudaSuccess;
   const int64_t row_tiles = ceil_divide<int64_t>(p.weight.num_rows, kWarps * kWarpRows);
   return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {
@@ -213,7 +155,7 @@ cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
 }
 
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream) {
-  if (!fits(p.weight)) return cudaErrorInvalidValue;
+  if (!are_codes_valid(p.weight)) return cudaErrorInvalidValue;
   const int64_t size = p.weight.num_rows * p.weight.num_columns;
   if (size == 0) return cudaSuccess;
   return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {

@@ -11,6 +11,7 @@ from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
     test_embed_and_activate,
+    test_experts,
     test_linear,
     test_lora,
     test_norm,
@@ -39,7 +40,9 @@ def small() -> Iterator[Case]:
             yield "linear", dtype, _of(test_linear.check, tokens, 35, 296, dtype=dtype)
         yield "lora_down", dtype, _of(test_lora.check_down, 37, 264, 3, dtype)
         yield "lora_up", dtype, _of(test_lora.check_up, 37, (48, 64, 80), dtype, is_wide=False)
+        yield from experts(9, 64, 24, dtype)
     yield from products(3, 17, 512)
+    yield from routes(3)
     yield "sample", torch.float32, _of(_sample, 300)
 
 
@@ -58,7 +61,16 @@ def large() -> Iterator[Case]:
         for is_wide in (False, True):
             ends = (4096, 5120, 6144)
             yield "lora_up", dtype, _of(test_lora.check_up, 300, ends, dtype, is_wide=is_wide)
+        for tokens in (1, 64, 600):
+            yield from experts(tokens, 2048, 768, dtype)
     yield from products(8, 1024, 4096)
+    yield from routes(300)
+    for name in test_quant_linear.FORMATS:
+        for tokens in (8, 400):
+            check = _of(
+                test_experts.check_product, name, tokens, 2048, 256, num_experts=16, top_k=4, is_gated=True
+            )
+            yield "experts_product", BF16, check
     yield "sample", torch.float32, _of(_sample, 32000)
 
 
@@ -83,6 +95,24 @@ def products(tokens: int, rows: int, columns: int) -> Iterator[Case]:
     """Yield a product with weights of each format."""
     for name in test_quant_linear.FORMATS:
         yield "quant_linear", BF16, _of(test_quant_linear.check_product, name, tokens, rows, columns)
+
+
+def routes(tokens: int) -> Iterator[Case]:
+    """Yield routes of each kind, and plans of their tokens."""
+    for spec in test_experts.SPECS:
+        yield "route", torch.float32, _of(test_experts.check_route, spec, tokens)
+    yield "gated_add", torch.float32, _of(test_experts.check_gated_add, tokens, 64)
+
+
+def experts(tokens: int, columns: int, inner: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield both products of a layer with experts, and the sum of their results."""
+    for is_gated in (True, False):
+        check = _of(
+            test_experts.check_product, "plain", tokens, columns, inner, num_experts=8, top_k=2, dtype=dtype,
+            is_gated=is_gated, has_bias=True,
+        )  # fmt: skip
+        yield "experts_product", dtype, check
+    yield "experts_sum", dtype, _of(test_experts.check_sum, tokens, 3, columns, dtype)
 
 
 def _of(check: Callable[..., object], *arguments: Any, **options: Any) -> Callable[[Any], None]:

@@ -42,7 +42,7 @@ def register() -> None:
 
 _KEPT: list[Any] = []  # collecting a library would remove its operators
 _KEYS = dict.fromkeys(
-    ("attention_workspace_bytes", "sample_workspace_bytes", "set_dependent_launches"),
+    ("attention_workspace_bytes", "experts_max_tiles", "sample_workspace_bytes", "set_dependent_launches"),
     "CompositeExplicitAutograd",
 )
 
@@ -260,6 +260,66 @@ def _lora_up(
     )  # fmt: skip
 
 
+def _route(
+    device: Device, logits: Tensor, slots: Tensor, correction: Tensor | None, kind: str, num_groups: int,
+    top_groups: int, sums_top_two: bool, is_renormalised: bool, eps: float, scale: float, jitter: float,
+    ids: Tensor, weights: Tensor,
+) -> None:  # fmt: skip
+    device.launch(
+        "route", logits=logits, slots=slots, correction=correction, ids=ids, weights=weights,
+        num_tokens=len(ids), num_experts=logits.shape[1], top_k=ids.shape[1], num_groups=num_groups,
+        top_groups=top_groups, sums_top_two=sums_top_two, is_renormalised=is_renormalised, eps=eps,
+        scale=scale, jitter=jitter, kind=("softmax", "sigmoid", "sparsemixer").index(kind),
+    )  # fmt: skip
+
+
+def _experts_plan(
+    device: Device, ids: Tensor, num_experts: int, is_streamed: bool, pairs: Tensor, tiles: Tensor
+) -> None:
+    assert len(tiles) > device.experts_max_tiles(ids.numel(), num_experts, is_streamed)
+    device.launch(
+        "experts_plan", ids=ids, pairs=pairs, tiles=tiles, num_pairs=ids.numel(), num_experts=num_experts,
+        is_streamed=is_streamed,
+    )  # fmt: skip
+
+
+def _experts_product(
+    device: Device, a: Tensor, weight: Tensor, scales: Tensor | None, offsets: Tensor | None,
+    bias: Tensor | None, bits: int, zero: int, num_experts: int, pairs: Tensor, tiles: Tensor,
+    is_streamed: bool, *gate: Any,
+) -> None:  # fmt: skip
+    *gated, out = gate
+    activation, limit, slope, offset = gated or ("silu", 0.0, 1.0, 0.0)
+    if scales is None:
+        matrix: dict[str, Any] = {
+            "codes": weight, "scales": None, "offsets": None, "num_rows": weight.shape[0],
+            "num_columns": weight.shape[1], "group": 0, "bits": bits, "zero": zero,
+            "has_wide_scales": False, "has_float_codes": False,
+        }  # fmt: skip
+    else:
+        matrix = _matrix(weight, scales, offsets, bits, zero)
+    device.launch(
+        "experts_product", **matrix, a=a, bias=bias, pairs=pairs, tiles=tiles, out=out,
+        num_pairs=pairs.numel(), num_experts=num_experts,
+        pairs_per_row=pairs.shape[1] if a.dim() == 2 else 1, is_gated=bool(gated), is_streamed=is_streamed,
+        activation=ACTIVATIONS.index(activation), limit=limit, slope=slope, offset=offset,
+        type=TYPES[a.dtype],
+    )  # fmt: skip
+
+
+def _experts_sum(
+    device: Device, rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, factor: float, x: Tensor
+) -> None:
+    device.launch(
+        "experts_sum", rows=rows, ids=ids, weights=weights, x=x, num_tokens=len(x), num_experts=num_experts,
+        top_k=ids.shape[1], hidden=x.shape[1], factor=factor, type=TYPES[rows.dtype],
+    )  # fmt: skip
+
+
+def _gated_add(device: Device, rows: Tensor, gate: Tensor, factor: float, x: Tensor) -> None:
+    device.launch("gated_add", rows=rows, gate=gate, x=x, num_tokens=len(x), hidden=x.shape[1], factor=factor)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "embed": _embed,
     "norm": _norm,
@@ -277,6 +337,13 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "dequantise": _dequantise,
     "lora_down": _lora_down,
     "lora_up": _lora_up,
+    "route": _route,
+    "experts_plan": _experts_plan,
+    "experts_gate_up": _experts_product,
+    "experts_down": _experts_product,
+    "experts_sum": _experts_sum,
+    "gated_add": _gated_add,
+    "experts_max_tiles": lambda device, *sizes: device.experts_max_tiles(*sizes),
     "sample": _sample,
     "sample_workspace_bytes": _sample_workspace_bytes,
     "token_logprobs": _token_logprobs,

@@ -47,6 +47,10 @@ class GpuDevice:
         """Return the workspace size for sampling this many rows."""
         return int(_ops.sample_workspace_bytes(num_rows))
 
+    def experts_max_tiles(self, num_pairs: int, num_experts: int, is_streamed: bool) -> int:
+        """Return the maximum number of tiles of a plan of routed experts."""
+        return int(_ops.experts_max_tiles(num_pairs, num_experts, is_streamed))
+
     def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
         """Run an operator twice from the same outputs, and require bit-identical results."""
         before = [output.clone() for output in outputs]
@@ -128,6 +132,32 @@ class GpuDevice:
             p.inner, p.adapters, p.places, p.pool, p.product, p.rank, p.num_columns, p.first_end,
             p.second_end, p.factor, p.out,
         )  # fmt: skip
+
+    def _route(self, p: Any) -> None:
+        _ops.route(
+            p.logits, p.slots, p.correction, ("softmax", "sigmoid", "sparsemixer")[p.kind], p.num_groups,
+            p.top_groups, bool(p.sums_top_two), bool(p.is_renormalised), p.eps, p.scale, p.jitter, p.ids,
+            p.weights,
+        )  # fmt: skip
+
+    def _experts_plan(self, p: Any) -> None:
+        _ops.experts_plan(p.ids, p.num_experts, bool(p.is_streamed), p.pairs, p.tiles)
+
+    def _experts_product(self, p: Any) -> None:
+        given = (
+            p.a, p.codes, p.scales, p.offsets, p.bias, p.bits, p.zero, p.num_experts, p.pairs, p.tiles,
+            bool(p.is_streamed),
+        )  # fmt: skip
+        if p.is_gated:
+            _ops.experts_gate_up(*given, ACTIVATIONS[p.activation], p.limit, p.slope, p.offset, p.out)
+        else:
+            _ops.experts_down(*given, p.out)
+
+    def _experts_sum(self, p: Any) -> None:
+        _ops.experts_sum(p.rows, p.ids, p.weights, p.num_experts, p.factor, p.x)
+
+    def _gated_add(self, p: Any) -> None:
+        _ops.gated_add(p.rows, p.gate, p.factor, p.x)
 
     def _sample(self, p: Any) -> None:
         _ops.sample(

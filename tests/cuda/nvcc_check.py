@@ -55,6 +55,12 @@ _REGISTERS = {
     "dequantise_kernel": 64,
     "lora_down_kernel": 128,
     "lora_up_kernel": 160,
+    "route_kernel": 68,
+    "experts_plan_kernel": 48,
+    "experts_stream_kernel": 128,
+    "experts_tile_kernel": 208,
+    "experts_sum_kernel": 64,
+    "gated_add_kernel": 24,
     "part_stats_kernel": 48,
     "part_scores_kernel": 48,
     "part_list_kernel": 58,
@@ -83,6 +89,12 @@ _LOOPS = {
     "dequantise_kernel": 8,
     "lora_down_kernel": 1000,  # eight columns of a tile of tokens
     "lora_up_kernel": 520,
+    "route_kernel": 3150,
+    "experts_plan_kernel": 940,
+    "experts_stream_kernel": 1030,
+    "experts_tile_kernel": 1130,
+    "experts_sum_kernel": 140,
+    "gated_add_kernel": 8,
     "part_stats_kernel": 220,
     "part_scores_kernel": 450,  # the race
     "part_list_kernel": 130,
@@ -105,6 +117,9 @@ _INSTRUCTIONS = {
     "norm": ("ld.global.v4", "st.global.v4"),
     "activate": ("ld.global.v4", "st.global.v4"),
     "lora": ("ld.global.v4", "griddepcontrol.wait"),
+    "experts_stream": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
+    "experts_tile": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
+    "experts": ("ld.global.v4", "st.global.v4", "griddepcontrol.wait"),
 }
 
 

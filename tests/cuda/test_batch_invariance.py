@@ -22,11 +22,12 @@ SAMPLING = SamplingParams(temperature=0.0, logprobs=5)
 
 
 def make_runner(directory: Path, kind: str) -> CudaRunner:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "experts" else {}
     reference = make_model(
-        hidden_size=128, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
-        num_hidden_layers=2, tie_word_embeddings=True,
+        "Mixtral" if experts else "Llama", hidden_size=128, intermediate_size=128, num_attention_heads=2,
+        num_key_value_heads=1, num_hidden_layers=2, tie_word_embeddings=True, **experts,
     )  # fmt: skip
-    is_plain = kind == "F16"
+    is_plain = kind != "Q4_1"
     files = (
         save(reference, directory, FP16) if is_plain else save_gguf(reference, directory / "tiny.gguf", kind)
     )
@@ -36,7 +37,7 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
     return runner
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F16", "Q4_1", "experts"])
 async def test_logits_have_the_same_bits_alone_among_others_and_in_chunks(tmp_path: Path, kind: str) -> None:
     library.require()
     emulated_ops.register()

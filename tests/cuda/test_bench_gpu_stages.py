@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bench import gpu, gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
+from bench import gpu, gpu_experts, gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
 from bench.gpu_model import StepKind
 from bench.gpu_timing import Timing
 from tests.cuda import cases, emulated_ops
@@ -87,8 +87,7 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
     )
     monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(b.data_ptr()))
     monkeypatch.setattr(gpu_timing, "L2_BYTES", 3 << 20)
-    for name, value in SMALL.items():
-        monkeypatch.setattr(gpu_operators, name, value)
+    make_small(monkeypatch)
     rotated = 0
     for make in gpu_operators.makers():
         _, _, num_bytes, _, calls, peers = make()
@@ -98,7 +97,8 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
                 if name.startswith(("SDPA", "torch.mm")):
                     peer()
             rotated += len(seen) == len(set(seen)) == 3
-        assert len(calls) == gpu_timing.copies_past_l2(num_bytes) or make.func.__name__.startswith("_prefill")
+        is_counted_in_flops = make.func.__name__ in ("_prefill", "_prefill_gathered", "_experts")
+        assert is_counted_in_flops or len(calls) == gpu_timing.copies_past_l2(num_bytes)
     assert rotated == 2 + 2 + 2 + len(gpu_model.CODES), "of two attentions by two ways each, of all products"
 
 
@@ -107,6 +107,13 @@ SMALL: dict[str, Any] = {
     "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "SAMPLES": (2,), "PRODUCTS": (3,),
     "QUANT_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
+SMALL_EXPERTS: dict[str, Any] = {"HIDDEN": 64, "INNER": 64, "EXPERTS": 6, "TOP_K": 2, "TOKENS": (1, 65)}
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, sizes in ((gpu_operators, SMALL), (gpu_experts, SMALL_EXPERTS)):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
 
 
 def test_a_random_checkpoint_is_served_over_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +247,7 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
     emulation: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One operation cannot be measured: it is reported, and the others are measured."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(gpu_operators, name, value)
+    make_small(monkeypatch)
     monkeypatch.setattr(gpu_stages, "measure_ceilings", lambda: {"read": 1e12, "copy": 1e12, "bf16": 1e12})
     monkeypatch.setattr(gpu_stages, "compare", lambda us, peers: {"peers": sorted(peers)})
     monkeypatch.setattr(gpu_operators, "_gate", _broken)
@@ -252,6 +258,7 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
     assert [row["op"] for row in rows] == [
         "attention_decode", *["attention_prefill"] * 2, "norm", "_broken", "rope_kv_write", "sample",
         *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), *["lora"] * 2,
+        *["experts"] * (2 + 2 * len(gpu_experts.CODED)), "route",
     ]  # fmt: skip
     assert rows[4]["why"] == "out of memory"
     measured = [row for row in rows if "why" not in row]

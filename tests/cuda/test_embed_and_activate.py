@@ -109,14 +109,27 @@ FAULTS = [
     ),
     Fault(
         "the error function has the other sign",
-        "activate.cu",
+        "activation.cuh",
         "1.0f + erff(",
         "1.0f - erff(",
         "result",
+        "activate.cu",
     ),
-    Fault("relu is not squared", "activate.cu", "x > 0 ? x * x : 0.0f", "x > 0 ? x : 0.0f", "result"),
     Fault(
-        "xIELU has one number for both sides", "activate.cu", "below * (expm1f", "above * (expm1f", "result"
+        "relu is not squared",
+        "activation.cuh",
+        "x > 0 ? x * x : 0.0f",
+        "x > 0 ? x : 0.0f",
+        "result",
+        "activate.cu",
+    ),
+    Fault(
+        "xIELU has one number for both sides",
+        "activation.cuh",
+        "below * (expm1f",
+        "above * (expm1f",
+        "result",
+        "activate.cu",
     ),
 ]
 

@@ -14,7 +14,10 @@ from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, reference
 from tests.support.family_scores import differences, score
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
 
 # Heads of 64, the smallest that the kernels support.
 _WIDE = {"head_dim": 64}
@@ -39,8 +42,30 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "falcon-rw": {"num_attention_heads": 2, "num_kv_heads": 2},
     "nemotron": {**_FEW, **_WIDE},
     "olmo": _FEW,
+    "mixtral": _FEW,
+    "qwen2_moe": _FEW,
+    "qwen2_moe-dense-layers": _FEW,
+    "qwen3_moe": _WIDE,
+    "olmoe": _FEW,
+    "phimoe": _FEW,
+    "granitemoe": _FEW,
+    "granitemoeshared": _FEW,
+    "glm4_moe-norms": {**_WIDE, "num_key_value_heads": 1},  # routers that choose clearly also in float16
+    "ernie_moe": _FEW,
+    "hunyuan_moe": _WIDE,
+    "dots1": _FEW,
+    "gpt_oss": _WIDE,
 }
-_USUAL = ("gemma2", "mpt", "cohere-head-norms", "hunyuan")
+_USUAL = (
+    "gemma2",
+    "mpt",
+    "cohere-head-norms",
+    "hunyuan",
+    "mixtral",
+    "qwen2_moe",
+    "glm4_moe-norms",
+    "gpt_oss",
+)
 # Of a log-probability, in float16; or half of the error of `transformers` in bfloat16.
 LARGEST, MEAN = 0.05, 0.02
 
@@ -69,3 +94,17 @@ def test_log_probabilities_are_those_of_transformers(name: str, device: Emulated
     assert apart.max() <= max(LARGEST, found.rounding.max() / 2)
     assert apart.mean() <= max(MEAN, found.rounding.mean() / 2)
     assert device.replayed > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [("deepseek_v2", "needs latent attention, which"), ("lfm2_moe", "needs recurrent layers, which")],
+)
+def test_what_the_kernels_do_not_have_is_refused_by_name(
+    name: str, lacking: str, device: EmulatedDevice
+) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    with pytest.raises(
+        ModelLoadError, match=f"{lacking} the GPU kernels do not have yet.*CUDA_VISIBLE_DEVICES="
+    ):
+        load(Settings(thread_nice=0, num_threads=1), checkpoint(case), lambda stage, done, total: None)

@@ -243,7 +243,12 @@ FAULTS = [
         "bounds|blocks|race",
     ),
     Fault(
-        "nibbles are swapped", "quant_linear.cu", "(8 * i + k) * Bits", "(8 * i + (k ^ 1)) * Bits", "result"
+        "nibbles are swapped",
+        "codes.cuh",
+        "(8 * i + k) * Bits",
+        "(8 * i + (k ^ 1)) * Bits",
+        "result",
+        "quant_linear.cu",
     ),
     Fault("the offset is taken off", "quant_linear.cu", ", offset * plain", ", -offset * plain", "result"),
     Fault(
@@ -262,5 +267,7 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
 
 
 def test_floats_of_a_word_in_the_wrong_order_are_caught() -> None:
-    fault = Fault("swapped halves", "quant_linear.cu", "(k % 2 * 16)", "((k + 1) % 2 * 16)", "result")
+    fault = Fault(
+        "swapped halves", "codes.cuh", "(k % 2 * 16)", "((k + 1) % 2 * 16)", "result", "quant_linear.cu"
+    )
     assert_caught(fault, lambda device: check_product(device, "F8_64", 3, 11, 1280))

@@ -26,6 +26,11 @@ _STRUCTS = {
     "dequantise": "DequantiseParams",
     "lora_down": "LoraDownParams",
     "lora_up": "LoraUpParams",
+    "route": "RouteParams",
+    "experts_plan": "ExpertsPlanParams",
+    "experts_product": "ExpertsProductParams",
+    "experts_sum": "ExpertsSumParams",
+    "gated_add": "GatedAddParams",
     "sample": "SampleParams",
     "token_logprobs": "TokenLogprobsParams",
 }
@@ -64,6 +69,7 @@ class Device:
         self.library.emu_allow_host.argtypes = [ctypes.c_bool]
         self.library.emu_attention_workspace_bytes.restype = ctypes.c_int64
         self.library.emu_sample_workspace_bytes.restype = ctypes.c_int64
+        self.library.emu_experts_max_tiles.restype = ctypes.c_int64
         for name, struct in _STRUCTS.items():
             size = getattr(self.library, f"emu_size_{name}")
             size.restype = ctypes.c_size_t
@@ -76,6 +82,11 @@ class Device:
     def sample_workspace_bytes(self, num_rows: int) -> int:
         """Return the workspace size for sampling this many rows."""
         return int(self.library.emu_sample_workspace_bytes(ctypes.c_int64(num_rows)))
+
+    def experts_max_tiles(self, num_pairs: int, num_experts: int, is_streamed: bool) -> int:
+        """Return the maximum number of tiles of a plan of routed experts."""
+        sizes = (ctypes.c_int64(num_pairs), ctypes.c_int64(num_experts), ctypes.c_bool(is_streamed))
+        return int(self.library.emu_experts_max_tiles(*sizes))
 
     def reset(self) -> None:
         """Free all tensors."""

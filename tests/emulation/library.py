@@ -82,6 +82,9 @@ class Variant:
         changed["attention_tile.cuh"] = re.sub(
             r".*case (80|96|128|256):.*", "", changed["attention_tile.cuh"]
         )
+        # One type of elements, too.
+        types = "p.type == Type::kBfloat16 ? with_element(bf16()) : with_element(fp16())"
+        changed["experts.cuh"] = changed["experts.cuh"].replace(types, "with_element(bf16())")
         return changed
 
 

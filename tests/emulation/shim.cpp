@@ -28,6 +28,17 @@ OPERATOR(quant_linear, QuantLinearParams)
 OPERATOR(dequantise, DequantiseParams)
 OPERATOR(lora_down, LoraDownParams)
 OPERATOR(lora_up, LoraUpParams)
+OPERATOR(route, RouteParams)
+OPERATOR(experts_plan, ExpertsPlanParams)
+OPERATOR(experts_product, ExpertsProductParams)
+OPERATOR(experts_sum, ExpertsSumParams)
+OPERATOR(gated_add, GatedAddParams)
+
+extern "C" __attribute__((visibility("default"))) int64_t emu_experts_max_tiles(int64_t num_pairs,
+                                                                                int64_t num_experts,
+                                                                                bool is_streamed) {
+  return tgi::cuda::experts_max_tiles(num_pairs, num_experts, is_streamed);
+}
 OPERATOR(sample, SampleParams)
 
 extern "C" __attribute__((visibility("default"))) int64_t

@@ -15,6 +15,7 @@ _PLAIN: dict[str, type] = {
     "bool": ctypes.c_bool,
     "Type": ctypes.c_int32,
     "MlpActivation": ctypes.c_int32,
+    "RouteKind": ctypes.c_int32,
 }
 _FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?)\s+(\w+);", re.MULTILINE)
 

@@ -33,7 +33,29 @@ LLAMA = FamilyCase("llama", "LlamaForCausalLM", _CONFIG, ())
 QWEN2 = FamilyCase(
     "qwen2", "Qwen2ForCausalLM", _CONFIG, ()
 )  # with q, k and v biases, and without reordered rows
-_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+QWEN3_MOE = FamilyCase(
+    "qwen3moe",
+    "Qwen3MoeForCausalLM",
+    {
+        **_CONFIG, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
+    },
+    (),
+)  # fmt: skip
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
+}
+
+
+_EXPERT_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +73,13 @@ def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeMode
     model = _empty_model(case)
     random = np.random.default_rng(1)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[case.name], case.config["num_hidden_layers"])
-    tensors = []
+    tensors: list[Tensor] = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.dim() == 3:
+                values = _add_experts(tensors, name, formats, parameter, random)
+                parameter.copy_(torch.from_numpy(values))
+                continue
             stored = str(names.get_name(name, (".weight", ".bias")))
             if parameter.dim() == 1:
                 values = _random_vector(name, len(parameter), random)
@@ -69,6 +95,27 @@ def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeMode
     path = write(folder / f"{case.name}.gguf", data)
     files = ModelFiles(case.name, None, "gguf", path)
     return MadeModel(case, files, _reference(model), hashlib.sha256(data).hexdigest()[:16])
+
+
+def _add_experts(
+    tensors: list[Tensor],
+    name: str,
+    formats: Mapping[str, str],
+    parameter: torch.Tensor,
+    random: np.random.Generator,
+) -> npt.NDArray[np.float32]:
+    """Add all experts' gates and ups, or downs, as tensors of their own; return the values [experts, ..]."""
+    count, rows, columns = parameter.shape
+    kinds = ("gate", "up") if "gate_up" in name else ("down",)
+    parts = []
+    for kind in kinds:
+        shape = torch.Size((count * rows // len(kinds), columns))
+        matrix = _random_matrix(name, format_of(formats, name), shape, random)
+        stored = f"blk.{name.split('.')[2]}.ffn_{kind}_exps.weight"
+        dims = (columns, rows // len(kinds), count)
+        tensors.append(Tensor(stored, dims, matrix.ggml_type, matrix.data.tobytes()))
+        parts.append(matrix.values.reshape(count, -1, columns))
+    return np.concatenate(parts, axis=1)
 
 
 def format_of(formats: Mapping[str, str], name: str) -> str:
@@ -119,8 +166,11 @@ def _metadata(case: FamilyCase) -> dict[str, Any]:
     config, prefix = case.config, case.name
     tokens = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th"]
     num_padding = config["vocab_size"] - len(tokens)
+    of_experts = {
+        f"{prefix}.{key}": config[name] for key, name in _EXPERT_KEYS.items() if "num_experts" in config
+    }
     kinds = [3, 3, *itertools.repeat(1, len(tokens) - 2), *itertools.repeat(5, num_padding)]
-    return {
+    return of_experts | {
         "general.architecture": prefix,
         f"{prefix}.vocab_size": config["vocab_size"],
         f"{prefix}.context_length": config["max_position_embeddings"],

@@ -21,12 +21,14 @@ from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
+from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
+from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -82,13 +84,16 @@ class CudaProgram:
         self._logits = torch.empty(0)
         self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))
         self._values = Buffers()
-        self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's tensor, and the device's
+        self._weights = DeviceWeights(dtype, device)
+        self._experts = CudaExperts(
+            self._launches, self._scratch, self._weights, max_tokens, is_streamed=is_batch_invariant
+        )
         self._plans: dict[int, Tensor] = {}  # for decode attention, by window
         liveness = Liveness(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
             self._values.free(liveness.ending_at(index))
-        self._moved.clear()  # releases the host tensors that nothing else references
+        self._weights.clear()
         self._launches.finish()
         self._head.finish()
 
@@ -112,7 +117,7 @@ class CudaProgram:
     # Lowering of each operator.
 
     def _embed(self, call: calls.Embed) -> None:
-        table = self._dense(call.table.made)
+        table = self._weights.dense(call.table.made)
         out = _tokens(self._make(call.out, torch.float32))
         embed = "tgi_cuda::embed" if self._shard is None else self._shard.embed
         self._launches.add(embed, Input.IDS, table, out)
@@ -121,7 +126,7 @@ class CudaProgram:
         if call.positions is not None:
             shape = (self._max_tokens, call.out.columns)
             added = _tokens(self._scratch.buffer("positions", shape, torch.float32))
-            learnt = self._floats(call.positions)
+            learnt = self._weights.floats(call.positions)
             self._launches.add("aten::index_select.out", learnt, 0, Input.POSITIONS, added)
             self._launches.add("aten::add_.Tensor", out, added)
 
@@ -143,7 +148,7 @@ class CudaProgram:
 
     def _norm_of(self, weight: NormWeight) -> tuple[Tensor, Tensor | None, float]:
         """Return a norm's weight and bias on the device, and its eps."""
-        return self._move(weight.weight, torch.float32), self._floats(weight.bias), weight.eps
+        return self._weights.move(weight.weight, torch.float32), self._weights.floats(weight.bias), weight.eps
 
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
@@ -188,12 +193,12 @@ class CudaProgram:
         """Return weights or biases of head norms on the device, in the device's row order."""
         if weight.is_interleaved:
             norm = norm[joined_halves(weight, norm.numel() // weight.head_dim)]
-        return self._move(norm, torch.float32)
+        return self._weights.move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
         """Return cosines and sines on the device; empty tables [1, 0] without rotation."""
         if rope is not None:
-            return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
+            return self._weights.move(rope.cos, torch.float32), self._weights.move(rope.sin, torch.float32)
         none = self._scratch.buffer("no angles", (1, 0), torch.float32)
         return none, none
 
@@ -214,8 +219,8 @@ class CudaProgram:
         seen = spec.window or 0  # the kernels use 0 for no window
         plan = self._plan(block_size, seen)
         kind = (
-            seen, spec.scale, spec.soft_cap or 0.0, self._floats(spec.sinks), self._floats(spec.slopes),
-            layer.key_scale, layer.value_scale,
+            seen, spec.scale, spec.soft_cap or 0.0, self._weights.floats(spec.sinks),
+            self._weights.floats(spec.slopes), layer.key_scale, layer.value_scale,
         )  # fmt: skip
         self._launches.add(
             "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Input.CONTEXT_LEN),
@@ -325,6 +330,22 @@ class CudaProgram:
         out = _tokens(self._make(call.out, self._dtype))
         self._launches.add("tgi_cuda::gate", _tokens(product), call.activation, out)
 
+    def _route(self, call: calls.Route) -> None:
+        spec = call.spec
+        routing = self._values.assign(
+            call.out, "routing", (spec.num_experts, spec.top_k),
+            lambda: Routing.make(self._max_tokens, spec, self._device),
+        )  # fmt: skip
+        self._experts.route(self._in(call.logits), spec, routing)
+
+    def _experts_add(self, call: calls.ExpertsAdd) -> None:
+        routing = self._values.of(call.routing, "routing")
+        self._experts.add(call, self._in(call.a), routing, self._in(call.x))
+
+    def _gated_add(self, call: calls.GatedAdd) -> None:
+        rows, gate, x = (_tokens(self._in(value)) for value in (call.rows, call.gate, call.x))
+        self._launches.add("tgi_cuda::gated_add", rows, gate, call.factor, x)
+
     def _refuse(self, call: calls.Call) -> None:
         raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
 
@@ -381,39 +402,11 @@ class CudaProgram:
         """Return the product with this weight, which is moved to the device."""
         if not isinstance(made, DeviceMatrix):
             raise TypeError("a CUDA step is recorded with a device's weights: make them with a `Repacking`")
-        bias = self._floats(made.bias)
-        if isinstance(made.matrix, CudaQuantMatrix):
-            codes = self._move_codes(made.matrix)
-            return QuantLinear(codes, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
-        matrix = self._move(made.matrix)
+        bias = self._weights.floats(made.bias)
+        matrix = self._weights.matrix(made)
+        if isinstance(matrix, CudaQuantMatrix):
+            return QuantLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
         return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
-
-    def _dense(self, made: DeviceMatrix) -> Tensor:
-        """Return a matrix on the device as plain (decoded) weights, which `embed` gathers from."""
-        if not isinstance(made.matrix, CudaQuantMatrix):
-            return self._move(made.matrix)
-        return self._move_codes(made.matrix).plain(self._dtype)
-
-    def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
-        """Return the matrix on the device; the same matrix is moved only once."""
-        kept = self._moved.setdefault(id(matrix), (matrix, None))
-        if kept[1] is None:
-            self._moved[id(matrix)] = kept = (matrix, matrix.to(self._device))
-        found: CudaQuantMatrix = kept[1]
-        return found
-
-    def _move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the tensor on the device; the same tensor is moved only once."""
-        kept = self._moved.get(id(tensor))
-        if kept is None:
-            moved = tensor.to(self._device, dtype or self._dtype).contiguous()
-            self._moved[id(tensor)] = kept = (tensor, moved)
-        found: Tensor = kept[1]
-        return found
-
-    def _floats(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the tensor on the device in float32, or None."""
-        return None if tensor is None else self._move(tensor, torch.float32)
 
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
         """Assign a value its buffer [max_tokens, columns]."""
@@ -434,8 +427,8 @@ class CudaProgram:
 
 
 _CPU_ONLY = (
-    calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm, calls.ShortConv, calls.SelectiveScan,
-    calls.DeltaRule, calls.LatentQkv, calls.HeadsLinear,
+    calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
+    calls.HeadsLinear,
 )  # fmt: skip
 _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
@@ -449,6 +442,9 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.LinearAdd: CudaProgram._linear_add,
     calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
+    calls.Route: CudaProgram._route,
+    calls.ExpertsAdd: CudaProgram._experts_add,
+    calls.GatedAdd: CudaProgram._gated_add,
     calls.Head: CudaProgram._make_head,
     **dict.fromkeys(_CPU_ONLY, CudaProgram._refuse),
 }

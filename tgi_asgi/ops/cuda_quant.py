@@ -34,6 +34,14 @@ class DeviceMatrix:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceExperts:
+    """The experts of a layer, stacked by rows: `made` of `ExpertsWeight` on CUDA. Biases: [experts, rows]."""
+
+    gate_up: DeviceMatrix  # each expert's gate, then its up
+    down: DeviceMatrix
+
+
+@dataclass(frozen=True, slots=True)
 class Repacking:
     """How a CUDA device computes products, an `Arithmetic`: from the file's own codes if it has them.
 
@@ -67,20 +75,31 @@ class Repacking:
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
     def router(self, source: WeightSource, bias: Tensor | None) -> DeviceMatrix:
-        """Refuse routers, because experts have no CUDA kernels."""
-        raise ValueError("routed experts are computed on CPUs only, not on CUDA")
+        """Make a router's matrix, without codes; see `Arithmetic.router`."""
+        return DeviceMatrix(self._plain([source]), bias)
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> DeviceMatrix:
         """Refuse per-head products, which have no CUDA kernels."""
         raise ValueError("latent attention is computed on CPUs only, not on CUDA")
 
-    def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceMatrix:
-        """Refuse experts, which have no CUDA kernels."""
-        raise ValueError("routed experts are computed on CPUs only, not on CUDA")
+    def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceExperts:
+        """Stack the experts' matrices; see `Arithmetic.experts`.
+
+        Until the caller drops the parts, the layer's experts are on the device twice.
+        """
+        return DeviceExperts(self._join(gate_ups), self._join(downs))
+
+    def _join(self, parts: Sequence[DeviceMatrix]) -> DeviceMatrix:
+        biases = [part.bias for part in parts if part.bias is not None]
+        return DeviceMatrix(
+            joined([part.matrix for part in parts], self.dtype), torch.stack(biases) if biases else None
+        )
 
     def _stack(self, sources: Sequence[WeightSource]) -> Tensor | CudaQuantMatrix:
-        if can_repack(sources):
-            return repack(sources, self.device)
+        return repack(sources, self.device) if can_repack(sources) else self._plain(sources)
+
+    def _plain(self, sources: Sequence[WeightSource]) -> Tensor:
+        """Stack sources by rows, decoded, with their columns in order."""
         sources = [source.in_order() for source in sources]
         rows = [source.shape[0] for source in sources]
         matrix = torch.empty(sum(rows), sources[0].shape[1], dtype=self.dtype, device=self.device)
@@ -121,6 +140,12 @@ class CudaQuantMatrix:
     bits: int  # 4 or 8
     zero: int
     order: Tensor | None = None  # [columns] int64: matrix column of each column of codes
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What matrices must have in common to be rows of one."""
+        layout = (self.codes.dtype, self.scales.dtype, self.offsets is None, self.scales.shape[1])
+        return (*layout, self.shape[1], self.bits, self.zero)
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +194,25 @@ def repack(sources: Sequence[WeightSource], device: torch.device | None = None) 
     if len({source.format for source in sources}) > 1:
         group = min(part.shape[1] // part.scales.shape[1] for part in parts)
         parts = [_widened(part, group) for part in parts]
+    order = None if sources[0].order is None else torch.from_numpy(sources[0].order).to(target)
+    return _cat(parts, order)
+
+
+def joined(matrices: Sequence[Tensor | CudaQuantMatrix], dtype: torch.dtype) -> Tensor | CudaQuantMatrix:
+    """Stack matrices of equal shapes by rows: as codes if all have codes of one kind, else decoded.
+
+    Codes whose columns have an order of their own (GPTQ's act-order) are decoded, too.
+    """
+    coded = [matrix for matrix in matrices if isinstance(matrix, CudaQuantMatrix) and matrix.order is None]
+    if len(coded) < len(matrices) or len({matrix.kind for matrix in coded}) > 1:
+        return torch.cat([
+            matrix.plain(dtype) if isinstance(matrix, CudaQuantMatrix) else matrix for matrix in matrices
+        ])  # fmt: skip
+    return _cat(coded)
+
+
+def _cat(parts: Sequence[CudaQuantMatrix], order: Tensor | None = None) -> CudaQuantMatrix:
+    """Stack matrices of one kind by rows; `order` is that of the result's columns."""
     first = parts[0]
     return CudaQuantMatrix(
         torch.cat([part.codes.view(torch.uint8) for part in parts]).view(first.codes.dtype),
@@ -177,7 +221,7 @@ def repack(sources: Sequence[WeightSource], device: torch.device | None = None) 
         (sum(part.shape[0] for part in parts), first.shape[1]),
         first.bits,
         first.zero,
-        None if sources[0].order is None else torch.from_numpy(sources[0].order).to(target),
+        order,
     )
 
 

@@ -112,10 +112,12 @@ def experts_add(
         clamped: Bounds on gates and ups; requires silu.
 
     Raises:
-        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`.
+        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or not silu although gates are clamped.
     """
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
+    if clamped is not None and activation != "silu":
+        raise ValueError(f"only silu's gates are clamped, not {activation}'s")
     recorder = recorder_of(
         "experts_add", a=(a, Kind.ACTIVATION, weight.columns),
         routing=(routing, Kind.ROUTING, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),

@@ -51,10 +51,12 @@ SUPPORTED_NEEDS = frozenset(
         Need.SOFT_CAP,
         Need.SLOPES,
         Need.SINKS,
+        Need.EXPERTS,
     }
 )  # the special needs that the GPU kernels support
 _MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
+_MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
 _SHARE = 0.92  # the cache's, of memory free after the largest step; graphs and fragmentation use the rest
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -201,12 +203,16 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
             "compute on the CPU, hide the GPU with CUDA_VISIBLE_DEVICES="
         )
     group = config.num_heads // config.num_kv_heads
-    sizes = (config.hidden_size, config.intermediate_size)
+    experts = [layer.experts for layer in config.layers if layer.experts is not None]
+    largest = max((spec.intermediate_size for spec in experts), default=0)
+    of_experts = {spec.intermediate_size for spec in experts} | {spec.shared_size for spec in experts} - {0}
+    sizes = (config.hidden_size, config.intermediate_size, *sorted(of_experts))
     if (
         config.head_dim not in HEAD_DIMS
         or group > _MAX_GROUP
         or any(size % 8 for size in sizes)
         or config.hidden_size > _MAX_HIDDEN
+        or 2 * largest * config.hidden_size >= _MAX_EXPERT_WEIGHTS
     ):
         raise ModelLoadError(
             f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head "

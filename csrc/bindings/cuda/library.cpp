@@ -48,6 +48,27 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "int "
       "columns, int first_end, int second_end, float factor, Tensor(a!) out) -> ()");
   m.def(
+      "route(Tensor logits, Tensor slots, Tensor? correction, str kind, int num_groups, int "
+      "top_groups, bool sums_top_two, bool is_renormalised, float eps, float scale, float jitter, "
+      "Tensor(a!) ids, Tensor(b!) weights) -> ()");
+  m.def(
+      "experts_plan(Tensor ids, int num_experts, bool is_streamed, Tensor(a!) pairs, Tensor(b!) "
+      "tiles) -> ()");
+  m.def(
+      "experts_gate_up(Tensor a, Tensor weight, Tensor? scales, Tensor? offsets, Tensor? bias, int "
+      "bits, int zero, int num_experts, Tensor pairs, Tensor tiles, bool is_streamed, str "
+      "activation, float limit, float slope, float offset, Tensor(a!) out) -> ()");
+  m.def(
+      "experts_down(Tensor a, Tensor weight, Tensor? scales, Tensor? offsets, Tensor? bias, int "
+      "bits, int zero, int num_experts, Tensor pairs, Tensor tiles, bool is_streamed, Tensor(a!) "
+      "out) -> ()");
+  m.def(
+      "experts_sum(Tensor rows, Tensor ids, Tensor weights, int num_experts, float factor, "
+      "Tensor(a!) x) -> ()");
+  m.def("gated_add(Tensor rows, Tensor gate, float factor, Tensor(a!) x) -> ()");
+  m.def("experts_max_tiles(int num_pairs, int num_experts, bool is_streamed) -> int",
+        &tgi::cuda::experts_max_tiles);
+  m.def(
       "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, "
       "Tensor biased_ids, Tensor biased_values, Tensor masked_ids, Tensor? mask, "
       "Tensor? mask_rows, Tensor(c!) scratch, Tensor(d!) workspace, Tensor(e!) token_ids, "

@@ -1,0 +1,58 @@
+"""A recorded model's weights on a CUDA device, each moved there once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
+
+
+class DeviceWeights:
+    """Moves weights to a device; the same object is moved only once, until `clear`.
+
+    Args:
+        dtype: Dtype of matrices without codes.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's object, and the device's
+
+    def clear(self) -> None:
+        """Release the host tensors that nothing else references."""
+        self._moved.clear()
+
+    def move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor on the device, in `dtype` or that of matrices."""
+        kept = self._moved.get(id(tensor))
+        if kept is None:
+            moved = tensor.to(self._device, dtype or self._dtype).contiguous()
+            self._moved[id(tensor)] = kept = (tensor, moved)
+        found: Tensor = kept[1]
+        return found
+
+    def floats(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the tensor on the device in float32, or None."""
+        return None if tensor is None else self.move(tensor, torch.float32)
+
+    def codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
+        """Return the matrix on the device."""
+        kept = self._moved.get(id(matrix))
+        if kept is None:
+            self._moved[id(matrix)] = kept = (matrix, matrix.to(self._device))
+        found: CudaQuantMatrix = kept[1]
+        return found
+
+    def matrix(self, made: DeviceMatrix) -> Tensor | CudaQuantMatrix:
+        """Return a matrix on the device, as codes if it has them."""
+        if isinstance(made.matrix, CudaQuantMatrix):
+            return self.codes(made.matrix)
+        return self.move(made.matrix)
+
+    def dense(self, made: DeviceMatrix) -> Tensor:
+        """Return a matrix on the device as plain (decoded) weights."""
+        matrix = self.matrix(made)
+        return matrix.plain(self._dtype) if isinstance(matrix, CudaQuantMatrix) else matrix
