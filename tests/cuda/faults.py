@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
@@ -33,8 +34,7 @@ def assert_caught(fault: Fault, check: Callable[[Device], None]) -> None:
     """Build the kernels with the fault and require `check`, which passes without it, to fail as expected."""
     library.require()
     variant = library.Variant(fault.file, fault.old, fault.new, fault.kernel or fault.file)
-    device = Device(library.build(variant))
-    with pytest.raises(AssertionError) as caught:
+    with closing(Device(library.build(variant))) as device, pytest.raises(AssertionError) as caught:
         check(device)
     kind = caught.value.kind if isinstance(caught.value, KernelFault) else "result"
     assert kind in fault.kind.split("|"), f"caught as {kind}, not as {fault.kind}: {caught.value}"

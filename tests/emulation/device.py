@@ -92,6 +92,14 @@ class Device:
         """Free all tensors."""
         self.library.emu_reset()
 
+    def close(self) -> None:
+        """Unmap the device's memory: of the tensors, which are gone, and of its threads' stacks.
+
+        A stack and its guard are two mappings; the devices of all planted faults would exceed the kernel's
+        65,530 mappings a process.
+        """
+        self.library.emu_close()
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Allocate a tensor filled with NaN bytes."""
         count = 1

@@ -93,8 +93,7 @@ void fiber_main() {
 
 void prepare_stack(Thread& thread) {
   if (thread.stack_low == 0) {
-    void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = reserve(kStackBytes + kGuardBytes);
     mprotect(memory, kGuardBytes, PROT_NONE);
     thread.stack_low = reinterpret_cast<uintptr_t>(memory) + kGuardBytes;
     thread.stack_high = thread.stack_low + kStackBytes;
@@ -157,6 +156,14 @@ dim3 unflatten(uint64_t i, dim3 size) {
 }
 
 }  // namespace
+
+void release_stacks() {
+  for (Thread& thread : machine.threads) {
+    if (thread.stack_low == 0) continue;
+    munmap(reinterpret_cast<void*>(thread.stack_low - kGuardBytes), kStackBytes + kGuardBytes);
+    thread.stack_low = thread.stack_high = 0;
+  }
+}
 
 uint64_t next_random() {  // splitmix64
   uint64_t x = random_state += 0x9E3779B97F4A7C15u;

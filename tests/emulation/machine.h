@@ -75,6 +75,12 @@ void begin_launch(size_t dynamic_bytes);
 void begin_block();
 void end_thread(int thread);  // drops its pending asynchronous copies
 
+// Maps zeroed memory; ends the process if there is none left.
+void* reserve(size_t bytes);
+
+// Unmaps the threads' stacks; the next launch maps them again.
+void release_stacks();
+
 uint64_t next_random();
 
 }  // namespace emu

@@ -5,6 +5,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
@@ -50,11 +51,6 @@ uintptr_t library_low = ~uintptr_t{0}, library_high = 0;
 std::string reports;
 int num_reports = 0;
 bool allows_host = false;
-
-void* reserve(size_t bytes) {
-  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-              -1, 0);
-}
 
 void find_library() {
   const auto visit = [](dl_phdr_info* info, size_t, void* self) {
@@ -225,6 +221,16 @@ void check_elsewhere(uintptr_t address, bool is_write, const void* site) {
 
 }  // namespace
 
+void* reserve(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    std::perror("the emulated device's memory");
+    std::abort();
+  }
+  return memory;
+}
+
 void report(const char* kind, const void* site, const char* format, ...) {
   if (++num_reports > 8) return;
   char text[400];
@@ -364,6 +370,17 @@ EXPORT void emu_make_constant(void* begin, size_t bytes) {
 EXPORT void emu_allow_host(bool allows) { emu::allows_host = allows; }
 
 // Frees all buffers and discards all reports.
+EXPORT void emu_close() {
+  using namespace emu;
+  release_stacks();
+  if (arena == nullptr) return;
+  munmap(arena, kArenaBytes);
+  munmap(cells, kArenaBytes / 2 * sizeof(Cell));
+  arena = nullptr;
+  cells = nullptr;
+  arena_top = kSharedBytes;
+}
+
 EXPORT void emu_reset() {
   using namespace emu;
   open_arena();
