@@ -21,7 +21,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading.gguf import GgufWeights, gguf_name
-from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.models.loading.recognise import read_gguf
 from tgi_asgi.ops.sources import decode
 from tgi_asgi.text import gguf_vocab
 

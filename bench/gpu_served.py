@@ -17,7 +17,7 @@ import torch
 from bench.gpu_stages import Report
 from bench.loads import WORDS, ClosedLoop, Prompts, Target, run
 from bench.servers import Server
-from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.loading.recognise import read_config
 
 STREAMS, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 64, 192, 100, 64
 SMOLLM2: dict[str, Any] = {

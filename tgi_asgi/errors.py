@@ -202,3 +202,9 @@ class ModelLoadError(TgiError, error_type="model_load", failure="generation"):
 
 class NotInFamily(ModelLoadError):
     """Raised when a native family does not implement what a configuration says; `transformers` may."""
+
+
+def check(holds: bool, message: str) -> None:
+    """Raise `ModelLoadError` unless a condition holds."""
+    if not holds:
+        raise ModelLoadError(message)

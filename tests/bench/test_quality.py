@@ -13,7 +13,7 @@ from bench.quality import Errors
 from bench.teacher import Teacher
 from tests.support.checkpoints import make_model, reference_logits, save_gguf
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.models.loading.recognise import read_gguf
 
 
 def test_exported_weights_are_what_transformers_computes_with(tmp_path: Path) -> None:

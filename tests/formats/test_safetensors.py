@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_json
-from tgi_asgi.formats.safetensors import Checkpoint, SafetensorsFile
+from tgi_asgi.formats.safetensors import SafetensorsFile
+from tgi_asgi.formats.weight_files import Checkpoint
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from tests.support.families import CASES
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
-from tgi_asgi.models.loading.open import read_config, read_gguf
+from tgi_asgi.models.loading.recognise import read_config, read_gguf
 
 JSON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ import pytest
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.loading.recognise import read_config
 
 GPT2: dict[str, Any] = {
     "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.registry import all_families
 
 # Values for classes whose own defaults do not describe a model that can be served.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.models.test_config import GGUF, JSON
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.loading.open import read_config, read_gguf
+from tgi_asgi.models.loading.recognise import read_config, read_gguf
 from tgi_asgi.models.reader import Reader
 
 

@@ -23,7 +23,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.rope import scale_positions as scale_positions_of_transformers
-from tgi_asgi.models.loading.open import OpenModel, read_config
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.rope import inverse_frequencies, scale_positions
 from tgi_asgi.runner.memory import choose_context
 from tgi_asgi.settings import GivenRope

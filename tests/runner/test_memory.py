@@ -18,7 +18,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.loading.open import OpenModel, read_config
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import (

@@ -27,7 +27,7 @@ from tests.support.pooling_models import (
 )
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.models.loading.recognise import read_gguf
 from tgi_asgi.models.pooling import read_gguf_pooling
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow

@@ -10,7 +10,7 @@ from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.errors import ModelLoadError, NotInFamily
-from tgi_asgi.models.loading.open import is_native, read_config
+from tgi_asgi.models.loading.recognise import is_native, read_config
 from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes

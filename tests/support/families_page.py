@@ -19,7 +19,7 @@ from tests.support.family_case import FamilyCase, overlaid
 from tgi_asgi.models import families
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.needs import needs_of
 from tgi_asgi.runner.cuda_load import SUPPORTED_NEEDS
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import check
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
@@ -300,9 +300,3 @@ def check_matrices(**arrays: npt.NDArray[Any]) -> None:
     """Refuse arrays that are not matrices or are empty, because a file's shapes are untrusted."""
     for name, array in arrays.items():
         check(array.ndim == 2 and array.size > 0, f"{name} has the shape {list(array.shape)}, no matrix's")
-
-
-def check(holds: bool, message: str) -> None:
-    """Raise `ModelLoadError` unless a condition holds."""
-    if not holds:
-        raise ModelLoadError(message)

@@ -17,7 +17,7 @@ from tgi_asgi.formats import hub
 from tgi_asgi.formats.gguf_names import choose, models_of
 from tgi_asgi.formats.kinds import servable_config
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.safetensors import INDEX_NAME, choose_files, read_index, weight_names
+from tgi_asgi.formats.weight_files import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
 
 logger = logging.getLogger(__name__)

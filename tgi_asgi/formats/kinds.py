@@ -14,7 +14,7 @@ from typing import Any
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.files import read_json
-from tgi_asgi.formats.safetensors import weight_names
+from tgi_asgi.formats.weight_files import weight_names
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 _USE_ANOTHER = "use the original model, or one in GGUF"

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tgi_asgi.formats.codes import GPTQ_BITS, Layout, check
+from tgi_asgi.errors import check
+from tgi_asgi.formats.codes import GPTQ_BITS, Layout
 
 _COMPRESSED_FORMATS = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.codes import Bytes, Floats, check, unpack_nibbles
+from tgi_asgi.errors import ModelLoadError, check
+from tgi_asgi.formats.codes import Bytes, Floats, unpack_nibbles
 from tgi_asgi.formats.files import parse_json_object
 
 _MAX_OFFSET = 1e30  # of bitsandbytes' nested scales; what is not less is no float32

@@ -16,7 +16,7 @@ from typing import Literal
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import kinds
 from tgi_asgi.formats.gguf_names import models_of
-from tgi_asgi.formats.safetensors import weight_names
+from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
 

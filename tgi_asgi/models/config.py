@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Protocol
 
-from tgi_asgi.errors import ModelLoadError, NotInFamily
+from tgi_asgi.errors import NotInFamily, check
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
@@ -467,12 +467,6 @@ def check_scaling(scaling: RopeScaling) -> None:
             factors is None or all(math.isfinite(f) and f > 0 for f in factors),
             "longrope's factors must be positive",
         )
-
-
-def check(holds: bool, message: str) -> None:
-    """Refuse a model, for this reason, unless the condition holds."""
-    if not holds:
-        raise ModelLoadError(message)
 
 
 def check_computed(holds: bool, message: str) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.safetensors import SafetensorsFile
+from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.types import PoolingKind
 
 Floats = npt.NDArray[np.float32]
@@ -192,8 +193,8 @@ def _read_dense(path: Path) -> Dense:
     if names - {None, "sentence_embedding"}:
         raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
     file = SafetensorsFile.open(path / "model.safetensors")
-    weight = _floats(file, "linear.weight")
-    bias = _floats(file, "linear.bias") if "linear.bias" in file.tensors else None
+    weight = read_floats(file, "linear.weight")
+    bias = read_floats(file, "linear.bias") if "linear.bias" in file.tensors else None
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise ModelLoadError(f"{path}: `linear` must be a matrix, and a bias of its rows")
     residual = _read_residual(file, weight) if config.get("use_residual") else None
@@ -204,22 +205,10 @@ def _read_dense(path: Path) -> Dense:
 def _read_residual(file: SafetensorsFile, weight: Floats) -> Floats:
     """Return the matrix of what a layer adds of its input: the file's own, or 1 if the sizes are equal."""
     rows, columns = weight.shape
-    residual = np.eye(rows, dtype=np.float32) if rows == columns else _floats(file, "residual.weight")
+    residual = np.eye(rows, dtype=np.float32) if rows == columns else read_floats(file, "residual.weight")
     if residual.shape != weight.shape:
         raise ModelLoadError(f"{file.path}: `residual` must be of the shape of `linear`")
     return residual
-
-
-def _floats(file: SafetensorsFile, name: str) -> Floats:
-    info = file.tensor(name)
-    raw = file.raw(name)
-    if info.dtype == "BF16":
-        wide = raw.view("<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(info.shape)
-    kinds = {"F32": "<f4", "F16": "<f2"}
-    if info.dtype not in kinds:
-        raise ModelLoadError(f"{file.path}: tensor {name!r} is of dtype {info.dtype}")
-    return raw.view(kinds[info.dtype]).astype(np.float32).reshape(info.shape)
 
 
 def _score_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tgi_asgi.errors import NotInFamily
-from tgi_asgi.models.config import check
+from tgi_asgi.errors import NotInFamily, check
 
 # Parts of config.json key names that suggest a change to what a model computes.
 _SUSPICIOUS = ("softcap", "scal", "multiplier", "norm", "bias", "rope", "window", "alibi", "act")

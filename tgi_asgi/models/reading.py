@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check, check_computed
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check_computed
 from tgi_asgi.models.reader import Reader, as_float
 
 # Keys that the classes of older architectures do not have; they use other names for the same things.

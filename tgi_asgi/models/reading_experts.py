@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tgi_asgi.models.config import ExpertsSpec, LayerSpec, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ExpertsSpec, LayerSpec
 from tgi_asgi.models.reader import Reader
 
 # Keys that only training uses.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tgi_asgi.models.config import LayerSpec, RopeSpec, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import LayerSpec, RopeSpec
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (

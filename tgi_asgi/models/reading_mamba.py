@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tgi_asgi.models.config import MAX_TAPS, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import MAX_TAPS
 from tgi_asgi.models.reader import Reader, as_float
 from tgi_asgi.models.reading import read_biases
 from tgi_asgi.models.recurrent_specs import MambaSpec

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading import yarn_magnitude
 from tgi_asgi.settings import GivenRope

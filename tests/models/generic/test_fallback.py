@@ -15,7 +15,8 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.loading.open import OpenModel, is_native
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.recognise import is_native
 
 Checkpoint = Callable[[str], Path]
 

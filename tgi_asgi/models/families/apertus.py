@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights

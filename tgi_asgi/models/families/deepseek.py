@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check, check_computed
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tgi_asgi.errors import check
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, RopeSpec, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ModelConfig, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family

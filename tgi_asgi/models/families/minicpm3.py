@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from tgi_asgi.models.config import ModelConfig, check, check_computed
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader

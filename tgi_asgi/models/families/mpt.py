@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tgi_asgi.errors import check
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights

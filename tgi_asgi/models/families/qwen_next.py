@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check, check_computed
+from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader

@@ -18,8 +18,8 @@ from tgi_asgi.formats.codes import (
     unpack_gptq,
 )
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4, decode_table, float8_scales, mxfp4_blocks
+from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import check_shape
 from tgi_asgi.models.loading.stored import TABLES, is_mxfp4, read_state, state_name
 from tgi_asgi.models.loading.tensors import FLOAT8, read_array, read_floats, read_number, read_scales

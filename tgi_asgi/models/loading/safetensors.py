@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import WHOLE, check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised

@@ -17,10 +17,10 @@ import numpy as np
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.codes import width
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.formats.small_floats import TableState
+from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.mxfp4 import stored_expert
-from tgi_asgi.models.loading.tensors import FLOAT8, POWERS, read_array
+from tgi_asgi.models.loading.tensors import E8M0, FLOAT8, read_array
 
 _CODES = (FLOAT8, "I8", "U8")  # dtypes of a `weight` that has scales beside it
 _DECODED = "F8_32"  # the format that counts the memory of weights that are decoded and then rounded
@@ -77,7 +77,7 @@ def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation 
     if info.dtype == "I32" and weight is not None:
         return _stored_integers(checkpoint, weight, quantisation)
     if weight is None or not is_quantised(checkpoint, weight):
-        return info.dtype, 0 if info.dtype in (FLOAT8, *POWERS) else elements  # scales are in the blocks
+        return info.dtype, 0 if info.dtype in (FLOAT8, *E8M0) else elements  # scales are in the blocks
     if info.dtype == "U8":
         return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
     return {FLOAT8: _DECODED, "I8": "Q8_0"}.get(info.dtype, info.dtype), elements
@@ -159,7 +159,7 @@ def is_mxfp4(checkpoint: Checkpoint, name: str) -> bool:
     """Return whether codes of four bits have a power of two per 32 columns."""
     scale = f"{name}_scale"
     codes = name if name in checkpoint else f"{name}_packed"
-    if scale not in checkpoint or checkpoint.tensor(scale).dtype not in POWERS:
+    if scale not in checkpoint or checkpoint.tensor(scale).dtype not in E8M0:
         return False
     packed, scales = checkpoint.tensor(codes).shape, checkpoint.tensor(scale).shape
     return len(packed) == len(scales) == 2 and packed[1] == 16 * scales[1]

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_e8m0
+from tgi_asgi.formats.weight_files import Checkpoint
 
-FLOAT8, POWERS = "F8_E4M3", ("U8", "F8_E8M0")  # POWERS: of two, of scales
+FLOAT8 = "F8_E4M3"
+E8M0 = ("U8", "F8_E8M0")  # the dtypes of scales that are powers of two
 _NUMPY: dict[str, Any] = {
     "I32": np.int32, "I64": np.int64, "I8": np.int8, "U8": np.uint8, "F32": np.float32, "F16": np.float16,
 }  # fmt: skip
@@ -31,14 +33,14 @@ def read_number(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
 def read_scales(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
     """Return scales of FP8 and FP4, which may be small floats themselves, as float32."""
     info = checkpoint.tensor(name)
-    if info.dtype in POWERS:
+    if info.dtype in E8M0:
         return decode_e8m0(checkpoint.raw(name)).reshape(info.shape)
     if info.dtype == FLOAT8:
         return decode_e4m3(checkpoint.raw(name)).reshape(info.shape)
     return read_floats(checkpoint, name)
 
 
-def read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
+def read_floats(checkpoint: Checkpoint | SafetensorsFile, name: str) -> npt.NDArray[np.float32]:
     """Return a tensor of any float dtype as float32."""
     if checkpoint.tensor(name).dtype == "BF16":
         info = checkpoint.tensor(name)
@@ -71,7 +73,7 @@ def _widened(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
     return values
 
 
-def read_array(checkpoint: Checkpoint, name: str, *dtypes: str) -> npt.NDArray[Any]:
+def read_array(checkpoint: Checkpoint | SafetensorsFile, name: str, *dtypes: str) -> npt.NDArray[Any]:
     """Return a tensor in its shape; refuse it if it is of none of these dtypes."""
     info = checkpoint.tensor(name)
     if info.dtype not in dtypes:

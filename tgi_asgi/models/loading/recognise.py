@@ -1,0 +1,97 @@
+"""Finds the family of a `config.json` or of a GGUF file's metadata, and reads its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.errors import check
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.generic.encoder import produces_vectors
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
+
+
+def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that names an architecture; older ones may only have a model type.
+
+    The architecture is the text-generating one that `transformers` maps the type to.
+    """
+    kind = config.get("model_type")
+    if config.get("architectures") or not isinstance(kind, str):
+        return config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    return {**config, "architectures": [found]} if isinstance(found, str) else config
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the first architecture that a config.json names.
+
+    Raises:
+        ModelLoadError: if it names none.
+    """
+    names = config.get("architectures")
+    is_named = isinstance(names, list) and bool(names) and isinstance(names[0], str)
+    check(is_named, "config.json names no architecture")
+    return str(config["architectures"][0])
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Return whether a native family has the architecture of a config.json and computes what it asks for.
+
+    Embedding models with bidirectional attention are left to the code of `transformers`.
+
+    Raises:
+        ModelLoadError: if it names no architecture.
+    """
+    architecture = architecture_of(config)
+    return has_family(architecture, config) and not (_sees_ahead(config) and produces_vectors(architecture))
+
+
+def _sees_ahead(config: Mapping[str, Any]) -> bool:
+    return config.get("is_causal") is False or config.get("use_bidirectional_attention") not in (None, False)
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """Read a `config.json` and find its family.
+
+    Raises:
+        ModelLoadError: if it names no known architecture or asks for something that cannot be computed.
+    """
+    name = architecture_of(config)
+    check(
+        not _sees_ahead(config),
+        "config.json asks for bidirectional attention, which this architecture's native code lacks",
+    )
+    family, found = _read(find_by_architecture(name), Reader.of_json(config))
+    labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
+    return family, replace(found, architecture=name, num_labels=labels)
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """Return the number of a classifier's labels, as transformers determines it."""
+    names = config.get("id2label")
+    count = config.get("num_labels") or (len(names) if isinstance(names, dict) else 2)
+    check(
+        type(count) is int and count > 0, f"`num_labels` must be a positive integer, got {str(count)[:100]}"
+    )
+    return int(count)
+
+
+def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:
+    """Read a GGUF file's metadata and find its family; tensor names show biases and an untied head."""
+    name = metadata.get("general.architecture")
+    check(isinstance(name, str), "the GGUF file names no general.architecture")
+    kind = metadata.get("general.type", "model")
+    check(kind == "model", f"the GGUF file is of the kind {str(kind)[:100]!r}, not a model")
+    return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
+
+
+def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
+    config = family.read_config(reader, family.architecture)
+    reader.finish()
+    return family, config
