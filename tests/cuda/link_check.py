@@ -1,11 +1,9 @@
 """Builds both extensions against torch's CUDA wheel and resolves every symbol (`make cuda-link`; no GPU).
 
 A CUDA torch cannot be imported without NVIDIA's libraries (gigabytes), but its headers and libraries suffice
-to
-compile and link. setup.py therefore runs under the installed torch, with the include and library paths of the
-unpacked wheel. The linker allows undefined symbols in a shared library; this check requires each to be
-defined in
-one of the libraries that the loader would open.
+to compile and link. setup.py therefore runs under the installed torch, with the include and library paths of
+the unpacked wheel. The linker allows undefined symbols in a shared library; this check requires each to be
+defined in one of the libraries that the loader would open.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The check fails on a warning, a spill, a stack frame or more registers than noted below. If nvdisasm is found
 (sass.py), it also fails on a retry loop on shared memory, a call, local memory, or a loop with more
-instructions than
-noted. Results are cached by a hash of their inputs, so only changed files are compiled again.
+instructions than noted. Results are cached by a hash of their inputs, so only changed files are compiled
+again.
 """
 
 from __future__ import annotations

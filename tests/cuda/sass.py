@@ -1,10 +1,8 @@
 """A kernel's machine code: parses nvdisasm's output to find undesired instructions.
 
 nvdisasm comes with the CUDA toolkit, from PyPI (the extra `test`) and with Triton's wheel. A retry loop on
-shared
-memory indicates an addition that shared memory lacks, a call indicates a division or a function in double,
-and loads and
-stores of local memory indicate that the registers did not suffice.
+shared memory indicates an addition that shared memory lacks, a call indicates a division or a function in
+double, and loads and stores of local memory indicate that the registers did not suffice.
 """
 
 from __future__ import annotations
