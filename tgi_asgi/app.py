@@ -132,7 +132,9 @@ class App:
             engine = cast(OwnedEngine, served.engine)
             engine.on_fatal = self._on_engine_death
             engine.start()
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic in a library written in Rust is no `Exception`
             context.failure = error
             if not isinstance(error, TgiError):
                 logger.exception("loading the model failed")

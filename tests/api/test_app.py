@@ -93,6 +93,41 @@ async def test_a_failed_load_is_reported_and_keeps_health_at_503() -> None:
         assert (await send(app, request("POST", CHAT, HI))).status == 503
 
 
+class PanicException(BaseException):
+    """What a library written in Rust raises when it panics."""
+
+
+async def test_a_panic_while_loading_is_a_failed_load() -> None:
+    reasons: asyncio.Queue[BaseException] = asyncio.Queue()
+
+    def load(settings: Settings, progress: Any) -> Served:
+        raise PanicException("no thread pool")
+
+    app = create_app(Settings(), load)
+    app.on_fatal = reasons.put_nowait
+    async with lifespan(app):
+        assert str(await asyncio.wait_for(reasons.get(), 10)) == "no thread pool"
+        health = await send(app, request("GET", "/health"))
+        assert (health.status, health.json()["state"]) == (503, "dead")
+
+
+async def test_a_panic_while_a_prompt_is_tokenised_is_an_error_of_that_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = ScriptedEngine()
+
+    def encode(*args: Any, **kwargs: Any) -> list[int]:
+        raise PanicException("index out of range")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    app = scripted_app(engine)
+    answer = await send(app, request("POST", CHAT, HI))
+    assert (answer.status, answer.json()["error"]["type"]) == (500, "server_error")
+    metrics = (await send(app, request("GET", "/metrics"))).content.decode()
+    assert "tgi_request_success 0" in metrics
+    assert 'tgi_request_failure{err="generation"} 1' in metrics
+
+
 @pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.DEAD])
 async def test_an_engine_that_drains_or_died_answers_503(state: EngineState) -> None:
     engine = ScriptedEngine()

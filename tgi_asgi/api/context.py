@@ -222,12 +222,20 @@ class ThreadPool:
 
 
 def _cleared(work: Callable[[], T]) -> T:
-    """Run some work; if it fails, free its frames' objects in this thread, not in the event loop."""
+    """Run some work; if it fails, free its frames' objects in this thread, not in the event loop.
+
+    Raises:
+        RuntimeError: for a panic in a library written in Rust, such as `tokenizers`: it is no `Exception`,
+            which is what a failed request's handlers catch.
+    """
     try:
         return work()
-    except BaseException as error:
+    except Exception as error:
         traceback.clear_frames(error.__traceback__)
         raise
+    except BaseException as panic:
+        traceback.clear_frames(panic.__traceback__)
+        raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
 
 
 class ByteBudget:
