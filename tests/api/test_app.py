@@ -128,6 +128,15 @@ async def test_a_panic_while_a_prompt_is_tokenised_is_an_error_of_that_request(
     assert 'tgi_request_failure{err="generation"} 1' in metrics
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/health", "/metrics", "/info", "/v1/responses/resp_1", "/nowhere"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_shared_caches_keep_no_answer(method: str, path: str) -> None:
+    answer = await send(scripted_app(ScriptedEngine()), request(method, path))
+    assert answer.headers["cache-control"] == "no-store"
+
+
 @pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.DEAD])
 async def test_an_engine_that_drains_or_died_answers_503(state: EngineState) -> None:
     engine = ScriptedEngine()

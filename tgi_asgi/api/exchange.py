@@ -188,6 +188,10 @@ class Exchange:
         self.status = status
         size = (b"content-length", b"%d" % len(body))
         all_headers = [(b"content-type", content_type), size, *headers, *self.response_headers]
+        # A shared cache may otherwise keep an answer and give it to clients with another key, or with none if
+        # the key is in a header that caches do not know (`x-api-key`).
+        if self.method in ("GET", "HEAD") and all(name != b"cache-control" for name, _ in all_headers):
+            all_headers.append((b"cache-control", b"no-store"))
         await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
         shown = b"" if self.method == "HEAD" or status == 304 else body
         await self.send({"type": "http.response.body", "body": shown, "more_body": False})
