@@ -22,7 +22,7 @@ from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.serve import launcher_compat
 from tgi_asgi.serve.launcher_compat import CompatOption
-from tgi_asgi.serve.process import end_process
+from tgi_asgi.serve.process import end_on_sigterm, end_process, open_standard_streams, say
 from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 
 logger = logging.getLogger(__name__)
@@ -152,9 +152,9 @@ def _run(print_env: bool, **options: Any) -> None:
     for warning in warnings:
         logger.warning(warning)
     if print_env:
-        click.echo(describe_environment(settings))
+        say(describe_environment(settings))
     if settings.model_id is None:
-        click.echo(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
+        say(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
         settings = dataclasses.replace(settings, model_id=DEMO_MODEL)
 
     from tgi_asgi.serve import server  # hypercorn and Starlette, which `--help` does not need
@@ -208,6 +208,8 @@ def make_command() -> click.Command:
 
 def main() -> None:
     """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
+    open_standard_streams()
+    end_on_sigterm()
     arguments = sys.argv[1:]
     try:
         os.environ.update(launcher_compat.environment_changes(os.environ, arguments))

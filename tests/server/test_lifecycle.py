@@ -319,3 +319,12 @@ def _is_healthy(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(url + "/health", timeout=5).status_code == 200
     return False
+
+
+def test_a_server_without_standard_streams_serves_and_ends_well() -> None:
+    shell = ("sh", "-c", 'exec "$0" -m "$@" <&- >&- 2>&-', sys.executable)
+    with ServerProcess(MODULE, "--model-id", "fake", program=shell) as server:
+        server.wait_until_healthy()
+        assert httpx.post(server.url + "/generate", json=SHORT).status_code == 200
+        server.signal()
+        assert server.wait() == 0

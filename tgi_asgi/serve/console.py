@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tgi_asgi.serve.process import say
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import ModelInfo
 
@@ -51,10 +52,9 @@ class Console:
             fields = {"model": info.model_id, "dtype": info.dtype, "kv_tokens": info.kv_tokens, "url": url}
             logger.info("serving", extra=fields)
             return
-        print(describe(info, url, seconds), end="\n\n")
         has_key = bool(self._settings.api_key or self._settings.api_key_file)
-        print("Try it:", example(info, url, has_chat=has_chat, has_key=has_key), sep="\n")
-        sys.stdout.flush()
+        command = example(info, url, has_chat=has_chat, has_key=has_key)
+        say(f"{describe(info, url, seconds)}\n\nTry it:\n{command}")
 
     def _draw(self, stage: str, done: int, total: int | None) -> None:
         if self._bar is None or stage != self._stage:

@@ -1,4 +1,4 @@
-"""Process-level concerns of a server: one engine per parent, the file limit, and how the process ends.
+"""Process-level concerns: one engine per parent, standard streams, the file limit, how the process ends.
 
 Used by `app.py` (under another server) and `server.py` (under the native one); imports nothing else of the
 project but `errors`.
@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sys
 from typing import NoReturn
@@ -47,15 +48,46 @@ def claim_parent() -> None:
     _claim = claim
 
 
+def open_standard_streams() -> None:
+    """Open the null device for each standard stream that was closed when the process started.
+
+    Otherwise `sys.stdout` or `sys.stderr` is None, and a socket or file gets the number of the closed stream.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # always the lowest free number
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = os.fdopen(number, "w" if number else "r", closefd=False)
+            setattr(sys, name, stream)
+
+
+def end_on_sigterm() -> None:
+    """End on SIGTERM from now on, if this process is the init process of its PID namespace.
+
+    The kernel ignores signals to such a process, a container's first, until it has handlers. One that is
+    stopped while it imports libraries or downloads a model would run on until it is killed.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: end_process(None, 128 + number))
+
+
+def say(text: str) -> None:
+    """Print text for people. A full disk or a reader that has gone (`| head`) must not stop the server."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 def end_process(reason: str | None, code: int) -> NoReturn:
     """End the process now, with `reason` as its last line, without waiting for threads.
 
     A loading thread inside a download or an extension cannot be interrupted; a normal exit would wait for it.
     """
     if reason is not None:
-        print(f"tgi-asgi: {reason}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed pipe or a full disk must not change the exit code
+            print(f"tgi-asgi: {reason}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not change the exit code
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
 
