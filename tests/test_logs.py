@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -42,6 +43,26 @@ def test_an_exception_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> No
         logging.getLogger("tgi_asgi").exception("failed")
     (line,) = capsys.readouterr().err.splitlines()
     assert "ValueError: inner" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize("is_json", [True, False])
+def test_a_record_may_say_that_there_is_no_exception(
+    capsys: pytest.CaptureFixture[str], is_json: bool
+) -> None:
+    logs.configure(Settings(json_output=is_json))
+    # As asyncio reports a task that was destroyed while it was pending.
+    logging.getLogger("asyncio").error("Task was destroyed", exc_info=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Task was destroyed" in line
+
+
+def test_json_lines_are_json_in_every_encoding_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    latin_1 = io.TextIOWrapper(written, "latin-1", "backslashreplace", write_through=True)
+    monkeypatch.setattr("sys.stderr", latin_1)
+    logs.configure(Settings(json_output=True))
+    logging.getLogger("tgi_asgi").info("é \U0001f600 \ud800")
+    assert json.loads(written.getvalue())["message"] == "é \U0001f600 \ud800"
 
 
 def test_text_lines_put_fields_behind_the_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ class _TextFormatter(logging.Formatter):
         fields = "".join(f" {name}={quoted(str(value))}" for name, value in _extra(record).items())
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in record.getMessage())
         line = f"{_timestamp(record)} {record.levelname} {message}{fields}"
-        if record.exc_info is None:
+        if not record.exc_info:  # asyncio's records have False
             return line
         return f"{line}\n{textwrap.indent(self.formatException(record.exc_info), '  ')}"
 
@@ -73,6 +73,6 @@ class _JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **_extra(record),
         }
-        if record.exc_info is not None:
+        if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False, default=str)
+        return json.dumps(fields, default=str)  # ASCII, and thus JSON in every encoding of stderr
