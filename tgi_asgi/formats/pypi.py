@@ -158,7 +158,8 @@ def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # pip downloads into the folder for temporary files, which may be small, in memory or read-only.
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(destination.parent)},
         encoding="utf-8",
         errors="replace",
     ) as process:
@@ -197,7 +198,10 @@ def _explain(lines: list[str]) -> str:
     if "No module named pip" in output:
         return f"{sys.executable} has no pip (python -m ensurepip installs it)"
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else (lines or ["pip said nothing"])[-1]
+    if errors and errors[-1] != "Exception:":  # otherwise a traceback follows
+        reason = errors[-1]
+    else:
+        reason = next(filter(None, reversed(lines)), "pip said nothing")
     if any(sign in output for sign in _NETWORK_SIGNS):
         return f"the package index cannot be reached (no network, or pip needs a proxy): {reason}"
     return reason
