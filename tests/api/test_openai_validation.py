@@ -210,6 +210,21 @@ async def test_what_is_harmless_is_accepted() -> None:
     assert (await send(scripted_app(engine), request("POST", CHAT, body))).status == 200
 
 
+async def test_one_constraint_in_several_fields_is_accepted() -> None:
+    # The body of guidance 0.3.1's VLLMModel, with vLLM's old field and its new one.
+    grammar = '%llguidance {}\n\nstart: s\ns[capture]: S\n\nS: "a"\n     | "b"\n\n'
+    both = {
+        "guided_decoding_backend": "guidance",
+        "guided_grammar": grammar,
+        "structured_outputs": {"grammar": grammar},
+    }
+    engine = ScriptedEngine()
+    assert (await send(scripted_app(engine), request("POST", CHAT, {"messages": HI, **both}))).status == 200
+    assert engine.requests[0].grammar is not None
+    other = {**both, "structured_outputs": {"grammar": 'start: "a"'}}
+    assert (await refused(CHAT, {"messages": HI, **other}))["param"] == "guided_grammar"
+
+
 async def test_tools_that_must_not_be_called_are_rendered() -> None:
     engine = ScriptedEngine()
     app = scripted_app(engine, chat_template="{{ tools[0].function.name }}")
