@@ -82,6 +82,7 @@ class WeightFormat:
     repacked_zero: int
     has_half_scales: bool
     is_float8: bool
+    is_float4: bool  # codes are E2M1, scales E8M0
 
 def formats() -> list[WeightFormat]:
     """Return the table of weight formats."""
@@ -91,8 +92,13 @@ def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.N
 
 def repack_rows(
     data: npt.NDArray[np.uint8], format: str, columns: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset."""
+) -> tuple[
+    npt.NDArray[np.uint8], npt.NDArray[np.float32] | npt.NDArray[np.uint8], npt.NDArray[np.float32] | None
+]:
+    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset.
+
+    If codes are E2M1, scales are bytes: 2^(byte - 127).
+    """
 
 class Arena:
     """Memory of packed weights, in packing order."""

@@ -47,18 +47,20 @@ py::tuple repack_rows(const Bytes& data, const std::string& format_name, int64_t
   const int64_t bytes = step::file_row_bytes(format, columns);
   const int64_t code_bytes = columns * info.bits / 8, num_groups = columns / info.group_columns;
   Bytes codes({num_rows, code_bytes});
-  Array<float> scales({num_rows, num_groups}),
-      offsets({info.has_offsets ? num_rows : 0, num_groups});
+  const int64_t scale_bytes = num_groups * (info.is_float4 ? 1 : sizeof(float));
+  const py::object scales = info.is_float4 ? py::object(Bytes({num_rows, num_groups}))
+                                           : py::object(Array<float>({num_rows, num_groups}));
+  Array<float> offsets({info.has_offsets ? num_rows : 0, num_groups});
   const uint8_t* const from = data.data();
   uint8_t* const to_codes = codes.mutable_data();
-  float* const to_scales = scales.mutable_data();
+  auto* const to_scales = static_cast<uint8_t*>(py::array(scales).mutable_data());
   float* const to_offsets = info.has_offsets ? offsets.mutable_data() : nullptr;
   {
     const py::gil_scoped_release release;
     cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         step::repack_row(format, from + row * bytes, columns, to_codes + row * code_bytes,
-                         to_scales + row * num_groups,
+                         to_scales + row * scale_bytes,
                          to_offsets == nullptr ? nullptr : to_offsets + row * num_groups);
       }
     });
@@ -96,7 +98,9 @@ void bind_formats(py::module_& module) {
       .def_property_readonly("has_half_scales",
                              [](const FormatInfo& info) { return info.repacked.has_half_scales; })
       .def_property_readonly("is_float8",
-                             [](const FormatInfo& info) { return info.repacked.is_float8; });
+                             [](const FormatInfo& info) { return info.repacked.is_float8; })
+      .def_property_readonly("is_float4",
+                             [](const FormatInfo& info) { return info.repacked.is_float4; });
   module.def("formats", &formats, "Return the table of weight formats.");
   module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"),
              py::arg("columns"),

@@ -77,6 +77,53 @@ struct Weights {
   }
 };
 
+// E2M1 codes: elements are made of their bits and multiplied by the scale in pairs.
+template <typename Element>
+struct Weights<Element, E2M1, e8m0> {
+  static constexpr int kColumns = kStep<E2M1>;
+  static constexpr int kPieces = kColumns / 8;
+  static constexpr bool kHasGroups = true;
+
+  using Loaded = e8m0;
+  // Their product is the scale. The first changes no bit of a code's value, so that a weight is
+  // rounded once.
+  struct Group {
+    uint32_t first, second;
+  };
+
+  template <typename Integer>
+  static __device__ __forceinline__ Integer bytes_of(Integer elements) {
+    return elements / 2;
+  }
+  static __device__ __forceinline__ Loaded load(const QuantMatrix& m, int place, bool exists) {
+    return exists ? static_cast<const e8m0*>(m.scales)[place] : Loaded{};
+  }
+  static __device__ __forceinline__ Group convert(Loaded scale) {
+    constexpr uint32_t kFactor = E2M1::Layout<Element>::kFactor;
+    if constexpr (E2M1::Layout<Element>::kIsBfloat16) {
+      const float half = to_float(scale);
+      return {kFactor, Pair<Element>::pack(half, half)};
+    } else {
+      // float16 has 2^-24 to 2^15. Of a scale below 1, the first factor is 2^2, and the second is 0
+      // only where all weights round to 0. Scales above 2^16 count as 2^16, with which codes of 1
+      // and more overflow anyway.
+      const uint32_t e = scale.bits;
+      const float second = __uint_as_float((e < 127 ? e + 12 : min(e - 1, 142u)) << 23);
+      return {e < 127 ? 0x44004400u : kFactor, Pair<Element>::pack(second, second)};
+    }
+  }
+  static __device__ __forceinline__ void unpack(const uint4& bytes, int piece, int,
+                                                const Group& group, uint32_t (&out)[4]) {
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t scaled =
+          multiply_pairs<Element>(E2M1::pair<Element>(words[piece], k), group.first);
+      out[k] = multiply_pairs<Element>(scaled, group.second);
+    }
+  }
+};
+
 template <typename Element, typename Scale>
 struct Weights<Element, void, Scale> {
   static constexpr int kColumns = 8;

@@ -157,11 +157,11 @@ struct LinearParams {
 };
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
-// A weight is scale * (code - zero) + offset, or scale * code if the codes are floats (E4M3). Codes
-// are in column order, the first in the low bits.
+// A weight is scale * (code - zero) + offset, or scale * code if the codes are floats: E4M3, or
+// E2M1 with exponents as scales (E8M0). Codes are in column order, the first in the low bits.
 struct QuantMatrix {
   const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
-  const void* scales;   // [num_rows, num_columns / group] float16, or float32
+  const void* scales;   // [num_rows, num_columns / group] float16, float32 or E8M0
   const void* offsets;  // the same, or null: none
   int64_t num_rows;
   int64_t num_columns;
@@ -170,7 +170,7 @@ struct QuantMatrix {
   int32_t bits;   // 4 or 8
   int32_t zero;
   int32_t has_wide_scales;
-  int32_t has_float_codes;  // 8 bits, wide scales, no zero
+  int32_t has_float_codes;  // 8 bits: E4M3, wide scales, no zero; 4 bits: E2M1, no zero, no offsets
 };
 
 struct QuantLinearParams {

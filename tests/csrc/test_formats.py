@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support import eager_ops
+from tests.support.random_weights import E2M1
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.packing import PackedLinear
@@ -191,10 +192,13 @@ def test_repacked_codes_and_scales_mean_the_decoded_row(name: str) -> None:
         values = torch.stack([codes & 15, codes >> 4], dim=-1).reshape(rows, columns).float()
     else:
         values = codes.float()
+    if row.is_float4:
+        values, scales = E2M1[values.int()], torch.exp2(scales.float() - 127)
     weights = scales.repeat_interleave(group, dim=1) * (values - row.repacked_zero)
     if offsets is not None:
         weights += offsets.repeat_interleave(group, dim=1)
     assert torch.equal(weights, decode(data, name, columns))
+    assert row.is_float4 is (name == "MXFP4")
     if row.has_half_scales:
         for plane in (scales, offsets):
             assert plane is None or torch.equal(plane, plane.half().float())

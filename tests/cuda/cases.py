@@ -41,6 +41,10 @@ def small() -> Iterator[Case]:
         yield "lora_down", dtype, _of(test_lora.check_down, 37, 264, 3, dtype)
         yield "lora_up", dtype, _of(test_lora.check_up, 37, (48, 64, 80), dtype, is_wide=False)
         yield from experts(9, 64, 24, dtype)
+        yield "dequantise", dtype, _of(test_quant_linear.check_every_mxfp4, dtype)
+        for is_streamed in (False, True):
+            exact = _of(test_experts.check_every_mxfp4, dtype, is_streamed=is_streamed)
+            yield "experts_product", dtype, exact
     yield from products(3, 17, 512)
     yield from routes(3)
     yield "sample", torch.float32, _of(_sample, 300)

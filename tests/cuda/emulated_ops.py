@@ -205,12 +205,16 @@ def _linear(
     )  # fmt: skip
 
 
-def _matrix(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int) -> dict[str, Any]:
+def matrix_params(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int
+) -> dict[str, Any]:
+    """Return the fields of a `QuantMatrix`."""
     columns = codes.shape[1] * 8 // bits
     return {
         "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
         "num_columns": columns, "group": columns // scales.shape[1], "bits": bits, "zero": zero,
-        "has_wide_scales": scales.dtype is torch.float32, "has_float_codes": codes.dtype is not torch.uint8,
+        "has_wide_scales": scales.dtype is torch.float32,
+        "has_float_codes": codes.dtype is not torch.uint8 or scales.dtype is torch.uint8,
     }  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def _quant_linear(
     bits: int, zero: int, out: Tensor,
 ) -> None:  # fmt: skip
     device.launch(
-        "quant_linear", **_matrix(codes, scales, offsets, bits, zero), a=a, bias=bias, out=out,
+        "quant_linear", **matrix_params(codes, scales, offsets, bits, zero), a=a, bias=bias, out=out,
         num_tokens=a.shape[0], is_wide=out.dtype is torch.float32, type=TYPES[a.dtype],
     )  # fmt: skip
 
@@ -227,7 +231,7 @@ def _quant_linear(
 def _dequantise(
     device: Device, codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int, out: Tensor
 ) -> None:
-    matrix = _matrix(codes, scales, offsets, bits, zero)
+    matrix = matrix_params(codes, scales, offsets, bits, zero)
     device.launch("dequantise", **matrix, out=out, type=TYPES[out.dtype])
 
 
@@ -297,7 +301,7 @@ def _experts_product(
             "has_wide_scales": False, "has_float_codes": False,
         }  # fmt: skip
     else:
-        matrix = _matrix(weight, scales, offsets, bits, zero)
+        matrix = matrix_params(weight, scales, offsets, bits, zero)
     device.launch(
         "experts_product", **matrix, a=a, bias=bias, pairs=pairs, tiles=tiles, out=out,
         num_pairs=pairs.numel(), num_experts=num_experts,

@@ -25,6 +25,7 @@ class Fault:
     new: str
     kind: str
     kernel: str = ""  # the .cu file whose kernels have the fault; empty: `file`
+    element: str = "bf16"  # the type that the kernels of routed experts are compiled for
 
     def __str__(self) -> str:
         return self.what
@@ -33,7 +34,7 @@ class Fault:
 def assert_caught(fault: Fault, check: Callable[[Device], None]) -> None:
     """Build the kernels with the fault and require `check`, which passes without it, to fail as expected."""
     library.require()
-    variant = library.Variant(fault.file, fault.old, fault.new, fault.kernel or fault.file)
+    variant = library.Variant(fault.file, fault.old, fault.new, fault.kernel or fault.file, fault.element)
     with closing(Device(library.build(variant))) as device, pytest.raises(AssertionError) as caught:
         check(device)
     kind = caught.value.kind if isinstance(caught.value, KernelFault) else "result"

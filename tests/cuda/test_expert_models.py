@@ -17,6 +17,7 @@ from tests.cuda.emulated_runner import FP16, PROMPT, assert_matches_reference, m
 from tests.support import gguf_models
 from tests.support.checkpoints import load_model, save
 from tests.support.family_scores import differences, score
+from tests.support.random_weights import E2M1
 from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
 from tgi_asgi.models.decoder import Decoder
@@ -25,8 +26,6 @@ from tgi_asgi.runner import cuda_load
 from tgi_asgi.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
-# Values of MXFP4's codes.
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @pytest.fixture
@@ -40,15 +39,21 @@ def device() -> EmulatedDevice:
     ids=lambda formats: "-".join(formats.values()),
 )
 def test_experts_of_gguf_files_are_multiplied_by_their_codes(
-    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, formats: dict[str, str]
-) -> None:
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, made: list[DeviceExperts],
+    formats: dict[str, str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(cuda_load, "find_device", lambda: device)
     monkeypatch.setattr(gguf_models, "NUM_PROMPT_TOKENS", 45)
-    made = gguf_models.make(gguf_models.QWEN3_MOE, tmp_path, {**formats, "*": "F32"})
-    apart = differences(score(made.case, made.files, made.reference, "float16"), made.reference)
-    assert len(apart) == len(made.reference.all_ids) - 1, "another token was sampled"
+    model = gguf_models.make(gguf_models.QWEN3_MOE, tmp_path, {**formats, "*": "F32"})
+    apart = differences(score(model.case, model.files, model.reference, "float16"), model.reference)
+    assert len(apart) == len(model.reference.all_ids) - 1, "another token was sampled"
     assert apart.max() < 0.05
     assert device.replayed > 0
+    matrices = [part.matrix for layer in made for part in (layer.gate_up, layer.down)]
+    bits = {"Q4_K": 4, "Q6_K": 8, "MXFP4": 4, "Q8_0": 8}
+    assert {matrix.bits for matrix in matrices if isinstance(matrix, CudaQuantMatrix)} == {
+        bits[name] for name in formats.values()
+    }
 
 
 def random_mxfp4(*shape: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -60,7 +65,23 @@ def random_mxfp4(*shape: int) -> tuple[dict[str, Tensor], Tensor]:
     return {"blocks": codes[..., 0::2] | codes[..., 1::2] << 4, "scales": exponents}, values.view(shape)
 
 
-async def test_gpt_oss_keeps_its_experts_in_codes(tmp_path: Path, device: EmulatedDevice) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[DeviceExperts]:
+    """The experts of each layer that is loaded, in order."""
+    found: list[DeviceExperts] = []
+    make = ops.Repacking.experts
+
+    def noted(self: ops.Repacking, *parts: Any) -> DeviceExperts:
+        found.append(make(self, *parts))
+        return found[-1]
+
+    monkeypatch.setattr(ops.Repacking, "experts", noted)
+    return found
+
+
+async def test_gpt_oss_keeps_its_experts_in_four_bits(
+    tmp_path: Path, device: EmulatedDevice, made: list[DeviceExperts]
+) -> None:
     config = transformers.GptOssConfig(
         vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
@@ -85,6 +106,10 @@ async def test_gpt_oss_keeps_its_experts_in_codes(tmp_path: Path, device: Emulat
     )
     model = load_model(files, ops.Repacking(FP16), max_positions=256)
     assert isinstance(model, Decoder)
+    assert len(made) == 2
+    for matrix in (part.matrix for layer in made for part in (layer.gate_up, layer.down)):
+        assert isinstance(matrix, CudaQuantMatrix)
+        assert matrix.nbytes * 8 == matrix.shape[0] * matrix.shape[1] * 4.25
     runner = make_runner(model, device)
     try:
         jobs = [Job(PROMPT * 2, 3, GREEDY), Job(PROMPT[:5], 4)]

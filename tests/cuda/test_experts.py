@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.test_quant_linear import FORMATS, random_source
+from tests.cuda.test_quant_linear import FORMATS, every_mxfp4, random_source, weight_params
 from tests.emulation.device import TYPES, Device
 from tests.reference import experts as reference
 from tests.reference.compare import assert_close, assert_equal
@@ -166,24 +166,18 @@ class Stack:
     def random(
         cls, device: Device, name: str, num_experts: int, rows: int, columns: int, dtype: torch.dtype
     ) -> Stack:
-        shape = {"num_rows": num_experts * rows, "num_columns": columns}
         if name == "plain":
             values = torch.randn(num_experts * rows, columns).to(dtype)
             params: dict[str, Any] = {
                 "codes": device.tensor(values), "scales": None, "offsets": None, "group": 0, "bits": 16,
                 "zero": 0, "has_wide_scales": False, "has_float_codes": False,
+                "num_rows": num_experts * rows, "num_columns": columns,
             }  # fmt: skip
         else:
             source, values = random_source(name, num_experts * rows, columns)
             matrix = repack([source])
-            params = {
-                "codes": device.tensor(matrix.codes), "scales": device.tensor(matrix.scales),
-                "offsets": None if matrix.offsets is None else device.tensor(matrix.offsets),
-                "group": columns // matrix.scales.shape[1], "bits": matrix.bits, "zero": matrix.zero,
-                "has_wide_scales": matrix.scales.dtype is torch.float32,
-                "has_float_codes": matrix.codes.dtype is not torch.uint8,
-            }  # fmt: skip
-        return cls(values.to(dtype).view(num_experts, rows, columns), shape | params)
+            params = weight_params(device, matrix)
+        return cls(values.to(dtype).view(num_experts, rows, columns), params)
 
 
 def expected_product(stack: Stack, a: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
@@ -256,6 +250,26 @@ def test_products_of_each_format_equal_the_reference(device: Device, name: str) 
         device.reset()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_weights_of_mxfp4_are_exact_for_every_exponent(device: Device, dtype: torch.dtype) -> None:
+    for is_streamed in (False, True):
+        check_every_mxfp4(device, dtype, is_streamed=is_streamed)
+
+
+def check_every_mxfp4(device: Device, dtype: torch.dtype, *, is_streamed: bool) -> None:
+    """Multiply matrices of all finite weights by the unit vectors."""
+    rows, columns = 64, 128
+    source, values = every_mxfp4(rows, columns, most=252 if dtype is BF16 else 140)
+    plan = Plan(device, torch.zeros(columns, 1, dtype=torch.int32), 1, is_streamed=is_streamed)
+    a, out = device.tensor(torch.eye(columns, dtype=dtype)), device.empty((columns, 1, rows), dtype)
+    device.run(
+        "experts_product", [out], **weight_params(device, repack([source])), **plan.sizes, a=a, bias=None,
+        pairs=plan.pairs, tiles=plan.tiles, out=out, pairs_per_row=1, is_gated=False, activation=0, limit=0.0,
+        slope=1.0, offset=0.0, type=TYPES[dtype],
+    )  # fmt: skip
+    assert_equal(out[:, 0], values.T.to(dtype))
+
+
 @pytest.mark.parametrize("tokens", [5, 90])
 def test_gates_are_clamped_and_biased(device: Device, tokens: int) -> None:
     clamped = ClampedGate(1.5, 1.702, 1.0)
@@ -280,7 +294,7 @@ def test_random_shapes_equal_the_reference(device: Device) -> None:
         device.reset()
 
 
-@pytest.mark.parametrize("name", ["plain", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["plain", "Q4_1", "Q8_0", "MXFP4"])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_streamed_results_have_the_same_bits_in_any_batch(device: Device, name: str, is_gated: bool) -> None:
     stack = Stack.random(device, name, 4, 48, 1312, BF16)

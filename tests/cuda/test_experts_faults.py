@@ -29,6 +29,15 @@ def check_products(device: Device) -> None:
     )
 
 
+def check_floats(device: Device) -> None:
+    for is_streamed in (True, False):
+        test_experts.check_every_mxfp4(device, torch.bfloat16, is_streamed=is_streamed)
+
+
+def check_float16(device: Device) -> None:
+    test_experts.check_every_mxfp4(device, torch.float16, is_streamed=True)
+
+
 def check_sums(device: Device) -> None:
     test_experts.check_sum(device, 9, 3, 1032, torch.bfloat16)
     test_experts.check_gated_add(device, 3, 516)
@@ -172,6 +181,38 @@ FAULTS = (
                 "rows.second + first + k + 1;",
                 "result|bounds|uninit",
             ),
+        ]
+    ]
+    + [
+        (check_floats, Fault(*fault))
+        for fault in [
+            ("codes change places", "codes.cuh", "0x4400u + ", "0x0044u + ", "result", STREAM),
+            ("signs are lost", "codes.cuh", "(top & 0x80008000u) | ", "", "result", STREAM),
+            ("a scale is denormal", "codes.cuh", "e < 2 ?", "e < 1 ?", "result", STREAM),
+            (
+                "scales past the last are read",
+                "experts.cuh",
+                "return exists ? static_cast<const e8m0*>(m.scales)[place] : Loaded{};",
+                "return static_cast<const e8m0*>(m.scales)[place];",
+                "bounds",
+                STREAM,
+            ),
+            (
+                "weights have no scale",
+                "experts.cuh",
+                "multiply_pairs<Element>(scaled, group.second)",
+                "scaled",
+                "result",
+                TILE,
+            ),
+        ]
+    ]
+    + [
+        (check_float16, Fault(*fault, STREAM, "fp16"))
+        for fault in [
+            ("codes are shifted too little", "codes.cuh", "? 6 : 3", "? 6 : 2", "result"),
+            ("small scales vanish", "experts.cuh", "e < 127 ? e + 12", "e < 90 ? e + 12", "result"),
+            ("zeros become NaN", "experts.cuh", "min(e - 1, 142u)", "e - 1", "result"),
         ]
     ]
     + [

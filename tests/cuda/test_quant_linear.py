@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from tests.cuda import emulated_ops
 from tests.cuda.faults import Fault, assert_caught
 from tests.emulation import library
 from tests.emulation.device import TYPES, Device
-from tests.reference.compare import assert_close
-from tests.support.random_weights import QUANTISED, decoded_values, random_weight
+from tests.reference.compare import assert_close, assert_equal
+from tests.support.random_weights import E2M1, QUANTISED, decoded_values, random_weight
 from tgi_asgi.formats.codes import IntegerMatrix
 from tgi_asgi.ops.cuda_linear import QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import LaunchList, Size
@@ -53,19 +54,24 @@ def random_grouped(name: str, rows: int, columns: int) -> tuple[WeightSource, Te
     return made, (codes - zeros.repeat_interleave(run, 1)) * scales.repeat_interleave(run, 1)
 
 
-def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, object]:
-    return {
-        "codes": device.tensor(matrix.codes),
-        "scales": device.tensor(matrix.scales),
-        "offsets": None if matrix.offsets is None else device.tensor(matrix.offsets),
-        "num_rows": matrix.shape[0],
-        "num_columns": matrix.shape[1],
-        "group": matrix.shape[1] // matrix.scales.shape[1],
-        "bits": matrix.bits,
-        "zero": matrix.zero,
-        "has_wide_scales": matrix.scales.dtype is torch.float32,
-        "has_float_codes": matrix.codes.dtype is not torch.uint8,
-    }
+def every_mxfp4(rows: int, columns: int, most: int) -> tuple[WeightSource, Tensor]:
+    """Return blocks of exponents 0, 1, ... with all codes in them, and the matrix in float64.
+
+    Blocks with exponents above `most` are zero.
+    """
+    shape = (rows, columns // 32)
+    exponents = torch.arange(rows * columns // 32).view(shape) % 256
+    codes = torch.stack([torch.arange(32).roll(shift) % 16 for shift in range(exponents.numel())])
+    codes = codes.view(*shape, 32) * (exponents <= most)[..., None]
+    blocks = torch.cat([exponents[..., None], codes[..., :16] | codes[..., 16:] << 4], -1).to(torch.uint8)
+    values = torch.ldexp(E2M1[codes].double(), exponents[..., None] - 127)
+    return WeightSource(blocks.numpy().reshape(-1), "MXFP4", (rows, columns)), values.view(rows, columns)
+
+
+def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, Any]:
+    codes, scales = device.tensor(matrix.codes), device.tensor(matrix.scales)
+    offsets = None if matrix.offsets is None else device.tensor(matrix.offsets)
+    return emulated_ops.matrix_params(codes, scales, offsets, matrix.bits, matrix.zero)
 
 
 def check_product(
@@ -100,6 +106,35 @@ def test_every_weight_equals_the_reference_exactly(device: Device, name: str) ->
         params = weight_params(device, repack([source]))
         device.run("dequantise", [out], **params, out=out, type=TYPES[dtype])
         assert torch.equal(out, values.to(dtype)), "not the same weights (0 and -0 are)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_exponent_of_mxfp4_is_exact(device: Device, dtype: torch.dtype) -> None:
+    check_every_mxfp4(device, dtype)
+
+
+def check_every_mxfp4(device: Device, dtype: torch.dtype) -> None:
+    source, values = every_mxfp4(16, 512, most=255)
+    out = device.empty((16, 512), dtype)
+    device.run("dequantise", [out], **weight_params(device, repack([source])), out=out, type=TYPES[dtype])
+    assert_equal(out, values.to(dtype))
+
+
+def test_mxfp4_stays_at_four_bits_and_a_byte_per_block() -> None:
+    source, _ = random_source("MXFP4", 24, 512)
+    matrix = repack([source])
+    assert (matrix.bits, matrix.nbytes) == (4, 24 * 512 // 32 * 17)
+    assert matrix.nbytes == source.data.nbytes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"has_wide_scales": True, "bits": 4}, {"bits": 8, "group": 16}, {"offsets": 1}], ids=str
+)
+def test_floats_with_other_scales_or_offsets_are_refused(device: Device, changes: dict[str, Any]) -> None:
+    source, _ = random_source("MXFP4", 2, 64)
+    params = weight_params(device, repack([source])) | changes
+    with pytest.raises(AssertionError, match="refused"):
+        device.launch("dequantise", **params, out=device.empty((2, 64), torch.float16), type=1)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -139,7 +174,9 @@ def test_sources_are_stacked_by_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("Q4_K", "Q6_K"), ("Q5_K", "Q8_0"), ("Q4_0", "Q4_1", "Q5_0"), ("INT4_128", "Q8_0")], ids=str
+    "names",
+    [("Q4_K", "Q6_K"), ("Q5_K", "Q8_0"), ("Q4_0", "Q4_1", "Q5_0"), ("INT4_128", "Q8_0"), ("MXFP4", "Q6_K")],
+    ids=str,
 )
 def test_rows_of_different_formats_become_one_matrix(device: Device, names: tuple[str, ...]) -> None:
     sources, values = zip(*(random_source(name, 3, 512) for name in names), strict=True)
@@ -264,6 +301,19 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1280))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("other bits", "codes.cuh", "0x70007000u", "0x30003000u", "result", "quant_linear.cu"),
+        Fault("denormal scales", "codes.cuh", "e < 2 ?", "e < 1 ?", "result", "quant_linear.cu"),
+        Fault("a half", "codes.cuh", "two.y * 0x1p127f", "two.y * 0x1p126f", "result", "quant_linear.cu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_fault_in_reading_mxfp4_is_caught(fault: Fault) -> None:
+    assert_caught(fault, lambda device: check_every_mxfp4(device, torch.bfloat16))
 
 
 def test_floats_of_a_word_in_the_wrong_order_are_caught() -> None:

@@ -66,12 +66,16 @@ def build(variant: Variant | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A text replacement in `file` of csrc/cuda that applies only to the kernels of `kernel`."""
+    """A text replacement in `file` of csrc/cuda that applies only to the kernels of `kernel`.
+
+    Of those of routed experts, only the ones for `element` are compiled.
+    """
 
     file: str
     old: str
     new: str
     kernel: str
+    element: str = "bf16"
 
     def apply(self, files: Mapping[str, str]) -> dict[str, str]:
         count = files[self.file].count(self.old)
@@ -84,7 +88,7 @@ class Variant:
         )
         # One type of elements, too.
         types = "p.type == Type::kBfloat16 ? with_element(bf16()) : with_element(fp16())"
-        changed["experts.cuh"] = changed["experts.cuh"].replace(types, "with_element(bf16())")
+        changed["experts.cuh"] = changed["experts.cuh"].replace(types, f"with_element({self.element}())")
         return changed
 
 

@@ -27,6 +27,8 @@ _HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
+# Values of MXFP4's codes.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _EXPONENT = "MXFP4"  # its first byte is an E8M0 exponent
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = (*_HALVES, _EXPONENT)

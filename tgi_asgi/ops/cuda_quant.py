@@ -23,6 +23,8 @@ from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 PIECE_BYTES = 8 << 20  # of a matrix, moved to the device at a time
+# Values of E2M1 codes, doubled, so that they are integers, and plus 12, so that none is negative.
+_E2M1 = torch.tensor([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0], dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +133,14 @@ def _write(matrix: Tensor, source: WeightSource) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CudaQuantMatrix:
-    """A matrix with weights scale * (code - zero) + offset, one scale and offset per group of columns."""
+    """A matrix with weights scale * (code - zero) + offset, one scale and offset per group of columns.
 
-    codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn without zero point and offsets
-    scales: Tensor  # [rows, columns / group] float16, or float32 if float16 would round
+    Codes are integers, or floats without zero point and offsets: E4M3 if they are float8_e4m3fn, E2M1 if
+    scales are uint8. Such a scale is 2^(byte - 127), E8M0.
+    """
+
+    codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn
+    scales: Tensor  # [rows, columns / group] float16, or float32 if float16 would round, or uint8
     offsets: Tensor | None  # the same shape and dtype
     shape: tuple[int, int]  # rows, columns
     bits: int  # 4 or 8
@@ -146,6 +152,11 @@ class CudaQuantMatrix:
         """What matrices must have in common to be rows of one."""
         layout = (self.codes.dtype, self.scales.dtype, self.offsets is None, self.scales.shape[1])
         return (*layout, self.shape[1], self.bits, self.zero)
+
+    @property
+    def is_float4(self) -> bool:
+        """Whether codes are E2M1 and scales E8M0."""
+        return self.scales.dtype is torch.uint8
 
     @property
     def nbytes(self) -> int:
@@ -240,7 +251,7 @@ def _repack_one(source: WeightSource) -> CudaQuantMatrix:
     found = _C.repack_rows(source.data.reshape(-1), source.format, source.shape[1])
     codes, scales, offsets = (None if part is None else torch.from_numpy(part) for part in found)
     assert codes is not None and scales is not None
-    dtype = torch.float16 if row.has_half_scales else torch.float32
+    dtype = torch.uint8 if row.is_float4 else torch.float16 if row.has_half_scales else torch.float32
     return CudaQuantMatrix(
         codes.view(torch.float8_e4m3fn) if row.is_float8 else codes,
         scales.to(dtype),
@@ -261,8 +272,15 @@ def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     codes = matrix.codes
     if matrix.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(rows, columns)
-    scales = matrix.scales.float()
-    offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
+    if matrix.is_float4:
+        codes = _E2M1.to(codes.device)[codes.int()]
+        exponents = matrix.scales.int()  # scales of doubled values are 2^(exponent - 128), also if denormal
+        bits = torch.where(exponents < 2, exponents + 1 << 21, exponents - 1 << 23)
+        scales = bits.view(torch.float32)
+        offsets = -12 * scales
+    else:
+        scales = matrix.scales.float()
+        offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
     repeats = columns // scales.shape[1] // group
     scales, offsets = (plane.repeat_interleave(repeats, dim=1) for plane in (scales, offsets))
     return CudaQuantMatrix(codes, scales, offsets, matrix.shape, 8, 0)

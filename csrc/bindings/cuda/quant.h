@@ -12,8 +12,12 @@ inline QuantMatrix make_matrix(const at::Tensor& codes, const at::Tensor& scales
                                int64_t zero) {
   TORCH_CHECK(bits == 4 || bits == 8, "`bits` must be 4 or 8, got ", bits);
   TORCH_CHECK(zero >= 0 && zero < 256, "`zero` must be in [0, 256), got ", zero);
-  TORCH_CHECK(scales.scalar_type() == at::kFloat || scales.scalar_type() == at::kHalf,
-              "`scales` must be float32 or float16, got ", scales.scalar_type());
+  const bool is_exponent = scales.scalar_type() == at::kByte;
+  TORCH_CHECK(
+      is_exponent || scales.scalar_type() == at::kFloat || scales.scalar_type() == at::kHalf,
+      "`scales` must be float32, float16 or uint8 (exponents), got ", scales.scalar_type());
+  TORCH_CHECK(!is_exponent || (bits == 4 && zero == 0 && !offsets),
+              "codes with exponents as scales are E2M1: 4 bits, no zero and no offsets");
   const bool is_float = codes.scalar_type() == at::kFloat8_e4m3fn;
   check_tensor(codes, "codes", is_float ? at::kFloat8_e4m3fn : at::kByte, {-1, -1});
   TORCH_CHECK(!is_float || (bits == 8 && zero == 0 && scales.scalar_type() == at::kFloat),
@@ -34,7 +38,7 @@ inline QuantMatrix make_matrix(const at::Tensor& codes, const at::Tensor& scales
           static_cast<int32_t>(bits),
           static_cast<int32_t>(zero),
           scales.scalar_type() == at::kFloat,
-          is_float};
+          is_float || is_exponent};
 }
 
 }  // namespace tgi::cuda

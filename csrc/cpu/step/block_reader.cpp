@@ -36,14 +36,14 @@ struct Rows {
     }
   }
 
-  static void repack_row(const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
+  static void repack_row(const uint8_t* row, int64_t columns, uint8_t* codes, void* scales,
                          float* offsets) {
     constexpr RepackedInfo kTo = kInfo.repacked;
     constexpr int64_t kGroup = kTo.group_columns;
     RowBlock block;
     for (int64_t b = 0; b < columns / 32; ++b) {
       read(row, b, block);
-      if (Reader::kIsCodebook) {
+      if (Reader::kIsCodebook && !kTo.is_float4) {
         for (int i = 0; i < 32; ++i)
           block.codes[i] = static_cast<uint8_t>(static_cast<int>(Reader::value(block, i)) + 128);
       }
@@ -54,11 +54,15 @@ struct Rows {
           codes[16 * b + i] =
               static_cast<uint8_t>(block.codes[2 * i] | block.codes[2 * i + 1] << 4);
       }
+      if (kTo.is_float4) {  // a block is a group, and its factor the exponent
+        static_cast<uint8_t*>(scales)[b] = block.factors[0];
+        continue;
+      }
       if (32 * b % kGroup != 0) continue;
       const Scales from = Reader::scales(block);
       for (int64_t half = 0; half < (kGroup == 16 ? 2 : 1); ++half) {
         const int64_t group = 32 * b / kGroup + half;
-        scales[group] = from.scale[half];
+        static_cast<float*>(scales)[group] = from.scale[half];
         if (!kTo.has_offsets) continue;
         // Only INT4 has no offset of its own: its zero point comes from the row.
         offsets[group] = Reader::kHasOffset
@@ -73,7 +77,7 @@ struct RowFunctions {
   void (*read)(const uint8_t* row, int64_t b, RowBlock& out);
   void (*decode)(const RowBlock& block, float* out);
   void (*decode_row)(const uint8_t* row, int64_t columns, float* out);
-  void (*repack_row)(const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
+  void (*repack_row)(const uint8_t* row, int64_t columns, uint8_t* codes, void* scales,
                      float* offsets);
 };
 
@@ -123,7 +127,7 @@ void decode_row(Format format, const uint8_t* row, int64_t columns, float* out) 
   functions_of(format).decode_row(row, columns, out);
 }
 
-void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
+void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, void* scales,
                 float* offsets) {
   const KeepDenormals exact;
   functions_of(format).repack_row(row, columns, codes, scales, offsets);

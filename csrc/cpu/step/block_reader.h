@@ -28,9 +28,9 @@ void decode_block(Format format, const RowBlock& block, float* out);
 void decode_row(Format format, const uint8_t* row, int64_t columns, float* out);
 
 // Repacks a row of a quantised format for CUDA, see RepackedInfo: codes [columns * bits / 8],
-// scales and offsets [columns / group_columns]. `offsets` may be null if the format has none.
-// Codebook codes become their values + 128.
-void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
+// scales [columns / group_columns] float, or bytes if they are E8M0, and as many offsets. `offsets`
+// may be null if the format has none. Codebook codes become their values + 128, except E2M1 codes.
+void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, void* scales,
                 float* offsets);
 
 inline uint16_t read16(const uint8_t* p) {

@@ -36,6 +36,7 @@ struct RepackedInfo {
   bool has_offsets;
   bool has_half_scales;  // fp16 can represent the scales and offsets
   bool is_float8;        // codes are E4M3 numbers
+  bool is_float4;        // codes are E2M1 numbers, scales E8M0: a byte each, 2^(byte - 127)
 };
 
 struct FormatInfo {
@@ -52,7 +53,7 @@ struct FormatInfo {
 
 namespace table {
 
-enum RepackedKind { kHalfScales, kFloatScales, kFloat8 };
+enum RepackedKind { kHalfScales, kFloatScales, kFloat8, kFloat4 };
 
 constexpr PanelInfo Panel(int32_t bits = 0, int32_t block_halves = 0, int32_t block_factors = 0,
                           int32_t header_halves = 0, int32_t header_factors = 0,
@@ -64,7 +65,7 @@ constexpr RepackedInfo Repacked() { return {}; }
 
 constexpr RepackedInfo Repacked(int32_t bits, int32_t zero, int64_t group, bool has_offsets,
                                 RepackedKind kind) {
-  return {bits, zero, group, has_offsets, kind == kHalfScales, kind == kFloat8};
+  return {bits, zero, group, has_offsets, kind == kHalfScales, kind == kFloat8, kind == kFloat4};
 }
 
 inline constexpr FormatInfo kInfos[] = {
