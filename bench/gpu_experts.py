@@ -18,7 +18,7 @@ from bench.gpu_timing import Call, copies_past_l2, in_turn, random
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8
-TOKENS, CODED = (1, 8, 64, 512, 4096), ("int4", "q8_0", "fp8")
+TOKENS, CODED = (1, 8, 64, 512, 4096), ("int4", "q8_0", "fp8", "mxfp4")
 _FEW = 64  # tokens up to which reading the weights takes longer than the arithmetic
 _kernels: Any = torch.ops.tgi_cuda
 

@@ -39,7 +39,7 @@ _SAMPLINGS = {"greedy": GREEDY, "top-p": TOP_P}
 # Codes: bits, columns per scale, zero point, whether there are offsets.
 CODES = {
     "int4": (4, 128, 0, True), "q8_0": (8, 32, 128, False), "q6_k": (8, 16, 32, False),
-    "fp8": (8, 128, 0, False),
+    "fp8": (8, 128, 0, False), "mxfp4": (4, 32, 0, False),
 }  # fmt: skip
 
 
@@ -145,6 +145,8 @@ def random_codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
         codes = codes.view(torch.float8_e4m3fn)
     elif name == "q8_0":
         scales = scales.half()
+    elif name == "mxfp4":
+        scales = torch.full(scales.shape, 125, dtype=torch.uint8, device=device) - columns.bit_length() // 2
     return CudaQuantMatrix(codes, scales, offsets, (rows, columns), bits, zero)
 
 
