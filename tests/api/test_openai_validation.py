@@ -170,6 +170,7 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_grammar": "start: absent"}, "guided_grammar"),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_json": {"const": 1}, "structured_outputs": {"json": {"const": True}}}, "guided_json"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"bad_words": ["x"]}, "bad_words"),

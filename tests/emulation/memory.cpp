@@ -369,7 +369,7 @@ EXPORT void emu_make_constant(void* begin, size_t bytes) {
 // on the kernels.
 EXPORT void emu_allow_host(bool allows) { emu::allows_host = allows; }
 
-// Frees all buffers and discards all reports.
+// Unmaps all buffers and stacks; the next use maps them again.
 EXPORT void emu_close() {
   using namespace emu;
   release_stacks();
@@ -381,6 +381,7 @@ EXPORT void emu_close() {
   arena_top = kSharedBytes;
 }
 
+// Frees all buffers and discards all reports.
 EXPORT void emu_reset() {
   using namespace emu;
   open_arena();

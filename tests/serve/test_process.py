@@ -43,6 +43,13 @@ def test_a_disk_that_is_full_stops_nobody(number: int) -> None:
     assert subprocess.run(["sh", "-c", shell, sys.executable, script], check=False).returncode == 3
 
 
+def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
+    script = "from tgi_asgi.serve.process import *; open_standard_streams(); say('modèle')"
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run(command, check=True, env=env, capture_output=True).stdout == b"mod\\xe8le\n"
+
+
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize(("pid", "is_handled"), [(1, True), (2, False)])
 def test_an_init_process_can_be_ended_from_the_start(

@@ -193,13 +193,23 @@ def _read_dense(path: Path) -> Dense:
     if names - {None, "sentence_embedding"}:
         raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
     file = SafetensorsFile.open(path / "model.safetensors")
+    try:
+        weight, bias = _read_linear(file)
+        residual = _read_residual(file, weight) if config.get("use_residual") else None
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{file.path}: {error}") from None
+    finally:
+        file.close()
+    return Dense(weight, bias, activation, residual)
+
+
+def _read_linear(file: SafetensorsFile) -> tuple[Floats, Floats | None]:
+    """Return the matrix of a layer, and its bias if it has one."""
     weight = read_floats(file, "linear.weight")
     bias = read_floats(file, "linear.bias") if "linear.bias" in file.tensors else None
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ModelLoadError(f"{path}: `linear` must be a matrix, and a bias of its rows")
-    residual = _read_residual(file, weight) if config.get("use_residual") else None
-    file.close()
-    return Dense(weight, bias, activation, residual)
+        raise ModelLoadError("`linear` must be a matrix, and a bias of its rows")
+    return weight, bias
 
 
 def _read_residual(file: SafetensorsFile, weight: Floats) -> Floats:
@@ -207,7 +217,7 @@ def _read_residual(file: SafetensorsFile, weight: Floats) -> Floats:
     rows, columns = weight.shape
     residual = np.eye(rows, dtype=np.float32) if rows == columns else read_floats(file, "residual.weight")
     if residual.shape != weight.shape:
-        raise ModelLoadError(f"{file.path}: `residual` must be of the shape of `linear`")
+        raise ModelLoadError("`residual` must be of the shape of `linear`")
     return residual
 
 

@@ -2,7 +2,7 @@
 
 They are made once, at load, from the files' blocks, whose 18 to 210 bytes fit no vector load. Nothing is
 rounded again: every weight equals the result of `sources.decode`, or of `in_order` (act-order without a
-kernel).
+kernel). Only routed experts in float16 treat scales of MXFP4 above 2^16 as 2^16: they overflow anyway.
 """
 
 from __future__ import annotations

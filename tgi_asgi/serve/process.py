@@ -7,6 +7,7 @@ project but `errors`.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import resource
@@ -49,17 +50,17 @@ def claim_parent() -> None:
 
 
 def open_standard_streams() -> None:
-    """Open the null device for each standard stream that was closed when the process started.
+    """Make all standard streams usable: closed ones read and write nothing, and output takes any text.
 
     Otherwise `sys.stdout` or `sys.stderr` is None, and a socket or file gets the number of the closed stream.
     """
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # always the lowest free number
-        os.set_inheritable(opened, True)
-    os.close(opened)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            stream = os.fdopen(number, "w" if number else "r", closefd=False)
-            setattr(sys, name, stream)
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, that of the stream
+            os.set_inheritable(opened, True)
+            setattr(sys, name, os.fdopen(opened, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8; stderr escapes by default
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def end_on_sigterm() -> None:

@@ -117,10 +117,11 @@ def _constraint(request: CommonRequest) -> Constraint | None:
         wanted["response_format"] = checked
     if not wanted:
         return None
-    # guidance's VLLMModel sends one grammar under vLLM's old name and its new one.
+    # guidance's VLLMModel sends one grammar under vLLM's old name and its new one. Schemas are not compared:
+    # for Python, `true` equals 1.
     (param, (kind, value)), *others = wanted.items()
     for other, constraint in others:
-        if constraint != (kind, value):
+        if not isinstance(value, str) or constraint != (kind, value):
             refuse(other, f"`{param}` and `{other}` exclude each other")
     is_strict = form is not None and form.json_schema is not None and form.json_schema.strict is True
     return Constraint.of(param, kind, value, is_strict=is_strict)
