@@ -28,10 +28,12 @@ ALLOWED_IMPORTS = {
     "formats": {"_C"},  # for its table of weight formats
     "settings": set(),
     "speculation": set(),
+    "sampling_defaults": set(),
+    "json_option": set(),
     "errors": set(),
     "types": set(),
 }
-COMMON = {"settings", "speculation", "errors", "types"}
+COMMON = {"settings", "speculation", "sampling_defaults", "json_option", "errors", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.

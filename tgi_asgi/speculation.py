@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import partial
 
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.json_option import bad_option, parse_object
 
 MAX_DRAFTS = 64
-_MAX_SHOWN = 200  # characters of a value shown in an error message
+_bad = partial(bad_option, "speculative_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,39 +33,27 @@ class Speculation:
         Raises:
             InvalidRequest: if it is not such an object, or asks for something unsupported.
         """
-        try:
-            given = json.loads(text)
-        except RecursionError:
-            raise _bad_speculation("be JSON that does not nest deeply", text) from None
-        except ValueError as error:
-            raise _bad_speculation(f"be JSON ({error})", text) from None
-        if not isinstance(given, dict):
-            raise _bad_speculation("be an object", text)
+        given = parse_object("speculative_config", text)
         method = given.pop("method", None) or str(given.get("model", "")).strip("[]")
         if method != "ngram":
-            raise _bad_speculation('have the method "ngram": draft models are not supported', repr(method))
+            raise _bad('have the method "ngram": draft models are not supported', repr(method))
         if given.pop("model", "ngram") not in ("ngram", "[ngram]"):
-            raise _bad_speculation("have no draft model", text)
+            raise _bad("have no draft model", text)
         sizes = {"num_speculative_tokens": "num_tokens"}
         sizes |= {"prompt_lookup_min": "shortest", "prompt_lookup_max": "longest"}
         values: dict[str, int] = {}
         for name, value in given.items():
             if name not in sizes:
-                raise _bad_speculation(f"have {', '.join(sizes)} only", repr(name))
+                raise _bad(f"have {', '.join(sizes)} only", repr(name))
             if type(value) is not int or not 1 <= value <= MAX_DRAFTS:
-                raise _bad_speculation(f"have {name} in 1..{MAX_DRAFTS}", repr(value))
+                raise _bad(f"have {name} in 1..{MAX_DRAFTS}", repr(value))
             values[sizes[name]] = value
         if "num_tokens" not in values:
-            raise _bad_speculation("have num_speculative_tokens", text)
+            raise _bad("have num_speculative_tokens", text)
         if "shortest" not in values:  # if only one is given, it moves the other, as in vLLM
             values["shortest"] = min(cls(1).shortest, values.get("longest", MAX_DRAFTS))
         values.setdefault("longest", max(cls(1).longest, values["shortest"]))
         found = cls(**values)
         if found.shortest > found.longest:
-            raise _bad_speculation("have prompt_lookup_min up to prompt_lookup_max", text)
+            raise _bad("have prompt_lookup_min up to prompt_lookup_max", text)
         return found
-
-
-def _bad_speculation(rule: str, value: str) -> InvalidRequest:
-    shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
-    return InvalidRequest(f"--speculative-config must {rule}, got {shown}", param="speculative_config")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.errors import TgiError
+from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -412,6 +413,8 @@ class ModelInfo:
     max_input_tokens: int
     max_total_tokens: int  # prompt and output
     eos_token_ids: frozenset[int]
+    sampling: SamplingDefaults = NO_DEFAULTS  # for requests to other routes than TGI's own
+    suppressed_ids: tuple[int, ...] = ()  # tokens that no request may sample
     kv_tokens: int = 0  # tokens that the KV cache holds, in sequences of `max_total_tokens`
     kv_bytes: int = 0
     max_batch_size: int = 0  # sequences per step

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tgi_asgi
@@ -18,6 +19,7 @@ from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
@@ -102,10 +104,11 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         if opened.is_generic:
             _announce(model, opened.why_generic)
         tokenizer, chat_template = reading.result()
-        pooling = opened.read_pooling()
+        pooling, generation = opened.read_pooling(), opened.read_generation_config()
     placed = place.place(model, pooling.dense)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
     info = with_pooling(info, opened.config, pooling, place.settings, LoadedText(tokenizer, chat_template))
+    info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
         placed.runner, tokenizer, chat_template, info, image_processor, placed.adapters, place.shards
     )
@@ -115,7 +118,7 @@ def _describe(
     place: Placement, placed: Placed, opened: OpenModel, model: ServedModel, files: ModelFiles,
     weights: TrackedWeights, tokenizer: Tokenizer, num_threads: int,
 ) -> ModelInfo:  # fmt: skip
-    """Return the API's description of the model, without how it embeds and scores."""
+    """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
     max_total_tokens = cache.longest_fitting(place.longest, settings)
@@ -144,6 +147,16 @@ def _describe(
         implementation="transformers" if opened.is_generic else "native",
         is_batch_invariant=place.is_batch_invariant(model),
     )
+
+
+def _with_sampling(info: ModelInfo, generation_config: Mapping[str, Any], settings: Settings) -> ModelInfo:
+    """Add how the model is sampled, and log which values requests get that give none."""
+    chosen = settings.choose_sampling(sampling_defaults(generation_config))
+    if info.generates and (given := chosen.given()):
+        shown = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        logger.info("sampling defaults of this model: %s (TGI's own routes keep TGI's)", shown)
+    suppressed = suppressed_ids(generation_config, info.vocab_size)
+    return replace(info, sampling=chosen, suppressed_ids=suppressed)
 
 
 def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:

@@ -82,10 +82,11 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         message = "`thread` is not supported: this server keeps no conversations"
         refuse("thread", message, "thread_unsupported_request")
     tools = read_tools(request.tools, request.messages)
+    info = context.ready().info
     job = Job(
         prompt=read_conversation(request, tools, context.ready().new_images()),
         sampling=sampling(
-            context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
+            info, info.sampling, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
         max_tokens=request.max_tokens or 1,
         overflow=Overflow.CLIPPED,  # agents request as many tokens as the largest models allow

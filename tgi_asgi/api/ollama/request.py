@@ -26,20 +26,23 @@ from tgi_asgi.api.parse import (
     refuse_field,
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
-from tgi_asgi.api.sampling import factor, sampling
+from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
+from tgi_asgi.sampling_defaults import SamplingDefaults
 
+# As in Ollama, a model that recommends values replaces these.
+OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)
 _UNSUPPORTED = ("suffix", "context")
-_AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
+_AS_GIVEN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
 
 class OllamaOptions(Struct):
-    """Sampling options with Ollama's defaults; load options (`num_ctx`, ...) are the administrator's."""
+    """Sampling options; load options (`num_ctx`, ...) are the administrator's."""
 
-    temperature: Annotated[float, range_of(minimum=0)] | None = 0.8
-    top_k: int | None = 40
-    top_p: Fraction | None = 0.9
+    temperature: Annotated[float, range_of(minimum=0)] | None = None
+    top_k: int | None = None
+    top_p: Fraction | None = None
     min_p: Fraction | None = None
     typical_p: Share | None = None
     repeat_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
@@ -48,11 +51,6 @@ class OllamaOptions(Struct):
     seed: int | None = None  # negative: random
     num_predict: int | None = None  # not positive: until the context is full
     stop: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
-            if getattr(self, name) is None:  # null means the default, too
-                setattr(self, name, default)
 
 
 class OllamaMessage(Struct):
@@ -158,13 +156,14 @@ def _call(
     for name in _UNSUPPORTED:
         if getattr(request, name, None):
             refuse_field(name, "is not supported", "unsupported_parameter")
+    info = exchange.context.ready().info
     given = request.format
     kind = "json" if isinstance(given, dict) else "json_object"
     job = prompt and Job(
         prompt=prompt,
         sampling=sampling(
-            exchange.context.ready().info,
-            temperature=factor(options.temperature),
+            info,
+            OLLAMA_DEFAULTS.replaced_by(info.sampling),
             repetition_penalty=options.repeat_penalty,
             seed=options.seed if (options.seed or 0) >= 0 else None,
             logprobs=num_top if request.logprobs else None,

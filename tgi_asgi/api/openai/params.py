@@ -64,7 +64,7 @@ def job_of(
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
     return {
-        "sampling": sampling(info, logprobs=logprobs, **given),
+        "sampling": sampling(info, info.sampling, logprobs=logprobs, **given),
         "overflow": overflow_of(settings),
         "keep_tokens": request.truncate_prompt_tokens,
         "min_tokens": request.min_tokens or 0,

@@ -30,6 +30,7 @@ from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.errors import NotFound
+from tgi_asgi.sampling_defaults import SamplingDefaults
 from tgi_asgi.settings import MIB
 
 RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
@@ -67,6 +68,7 @@ def _call(
     request: ResponsesRequest, history: Sequence[bytes], found: Mapping[int, bytes], exchange: Exchange
 ) -> Call:
     context = exchange.context
+    info = context.ready().info
     tools = response_input.read_tools(request)
     limits = Limits.of(context.settings)
     included = request.include or ()
@@ -94,7 +96,8 @@ def _call(
             images=images,
         ),
         sampling=sampling(
-            context.ready().info,
+            info,
+            info.sampling,
             logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
             **{name: getattr(request, name) for name in _SAMPLING},
         ),
@@ -117,7 +120,7 @@ def _call(
                 stored = StoredResponse(response["id"], orjson.dumps(response), full_history, made)
                 context.responses.add(stored, exchange.tenant)
 
-        base = _base(request, generation.model)
+        base = _base(request, generation.model, info.sampling)
         return ResponseRenderer(generation, base, tools, tracker, store, seals_thoughts=seals_thoughts)
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
@@ -266,8 +269,9 @@ def _constraint(request: ResponsesRequest) -> Constraint | None:
     return Constraint.of("text.format", "json", given.schema, is_strict=given.strict is True)
 
 
-def _base(request: ResponsesRequest, model: str) -> dict[str, Any]:
+def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> dict[str, Any]:
     """Return the response object as it is before the first token."""
+    defaults = _DEFAULTS | sampling.given()
     text = msgspec.to_builtins(request.text) if request.text is not None else {}
     reasoning = request.reasoning or ReasoningOptions()
     given = {name: getattr(request, name) for name in _DEFAULTS}
@@ -290,5 +294,5 @@ def _base(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "text": {"format": {"type": "text"}, **{key: value for key, value in text.items() if value}},
         "truncation": "disabled",
         "usage": None,
-        **{name: _DEFAULTS[name] if value is None else value for name, value in given.items()},
+        **{name: defaults[name] if value is None else value for name, value in given.items()},
     }

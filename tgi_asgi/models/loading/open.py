@@ -17,6 +17,7 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
+from tgi_asgi.models.generation_config import gguf_generation_config, read_generation_config
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.layers import LayerWeights
@@ -244,6 +245,13 @@ class OpenModel:
             return read_gguf_pooling(self._gguf.metadata)
         assert self._directory is not None
         return read_pooling(self._directory)
+
+    def read_generation_config(self) -> dict[str, Any]:
+        """Return what the files say about sampling, under the names of generation_config.json."""
+        if self._gguf is not None:
+            return gguf_generation_config(self._gguf.metadata)
+        assert self._directory is not None
+        return read_generation_config(self._directory)
 
     def close(self) -> None:
         """Unmap the weights."""

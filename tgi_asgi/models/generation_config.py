@@ -1,0 +1,68 @@
+"""Reads how a model's authors want it sampled, from generation_config.json or a GGUF file's keys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tgi_asgi.formats.files import read_json
+from tgi_asgi.sampling_defaults import SamplingDefaults, broken_rules
+
+logger = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+# llama.cpp's keys, by the names of generation_config.json.
+_GGUF_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+    "suppress_tokens": "tokenizer.ggml.suppress_tokens",
+}
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """Return the contents of generation_config.json; empty if there is none.
+
+    Raises:
+        ModelLoadError: if it is damaged.
+    """
+    path = directory / FILE
+    return read_json(path) if path.exists() else {}
+
+
+def gguf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a GGUF file says, under the names of generation_config.json."""
+    return {name: _plain(metadata[key]) for name, key in _GGUF_KEYS.items() if key in metadata}
+
+
+def _plain(value: Any) -> Any:
+    """Return a GGUF value as JSON would have it."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, float):  # float32 in the file: 0.95, not 0.949999988079071
+        return float(f"{value:.7g}")
+    return value
+
+
+def sampling_defaults(config: Mapping[str, Any]) -> SamplingDefaults:
+    """Return the recommended sampling values; log which values cannot be used.
+
+    `do_sample` is ignored, as by vLLM and SGLang: a request decides whether it samples, by its temperature.
+    """
+    for name, rule in broken_rules(config).items():
+        logger.warning("the model's %s is ignored: it must be %s, but is %.40r", name, rule, config[name])
+    return SamplingDefaults.of(config)
+
+
+def suppressed_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of tokens that must never be sampled, such as Gemma 4's placeholders of images."""
+    given = config.get("suppress_tokens")
+    if not isinstance(given, list):
+        return ()
+    return tuple(sorted({token for token in given if type(token) is int and 0 <= token < vocab_size}))
