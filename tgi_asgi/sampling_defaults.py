@@ -53,8 +53,13 @@ class SamplingDefaults:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SamplingDefaults:
         """Return the fields that `given` has with valid values; everything else in it is ignored."""
-        valid = given.keys() & _RANGES.keys() - broken_rules(given).keys()
-        return cls(**{name: given[name] for name in valid})
+        broken = broken_rules(given)
+        values: dict[str, Any] = {
+            name: value if name == "top_k" else float(value)
+            for name in _RANGES
+            if (value := given.get(name)) is not None and name not in broken
+        }
+        return cls(**values)
 
     def replaced_by(self, other: SamplingDefaults) -> SamplingDefaults:
         """Return these defaults with the values of `other` in their place, where it has any."""

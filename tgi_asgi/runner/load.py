@@ -154,7 +154,7 @@ def _with_sampling(info: ModelInfo, generation_config: Mapping[str, Any], settin
     chosen = settings.choose_sampling(sampling_defaults(generation_config))
     if info.generates and (given := chosen.given()):
         shown = ", ".join(f"{name} {value:g}" for name, value in given.items())
-        logger.info("sampling defaults of this model: %s (TGI's own routes keep TGI's)", shown)
+        logger.info("requests without sampling values get %s (TGI's own routes: TGI's)", shown)
     suppressed = suppressed_ids(generation_config, info.vocab_size)
     return replace(info, sampling=chosen, suppressed_ids=suppressed)
 
