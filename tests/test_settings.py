@@ -25,6 +25,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "prompt_attention": "sdpa",
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 2}',
         "sampling_defaults": "openai", "override_generation_config": '{"top_k": 20}',
+        "default_chat_template_kwargs": '{"enable_thinking": false}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         if spec.name == "ssl_keyfile":
@@ -184,6 +185,19 @@ def test_what_is_no_object_is_refused_in_few_words(config: str) -> None:
 def test_sampling_defaults_that_are_none_are_refused_by_name(config: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=f"--override-generation-config must {re.escape(message)}"):
         Settings(override_generation_config=config)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{", "be JSON"),
+        ("5", "be an object"),
+        ('{"a": 1, "messages": []}', "only have variables of the model's, got 'messages'"),
+    ],
+)
+def test_template_variables_that_are_none_are_refused(value: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"--default-chat-template-kwargs must {message}"):
+        Settings(default_chat_template_kwargs=value)
 
 
 def test_speculation_is_not_given_twice() -> None:

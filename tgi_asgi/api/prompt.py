@@ -170,8 +170,8 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     messages = template.in_parts(messages)
-    # Template variables that come from the client.
-    given = {"tools": chat.tools, **chat.variables}
+    # Template variables that come from the administrator or the client.
+    given = {**settings.template_variables, "tools": chat.tools, **chat.variables}
     guard = served.tokenizer.guard
     is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
     if is_marked:

@@ -20,12 +20,10 @@ from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
+from tgi_asgi.settings import OWN_VARIABLES
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_OWN_VARIABLES = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-)
 _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
@@ -214,7 +212,7 @@ def template_variables(effort: str | None, field: str, given: Mapping[str, Any] 
         InvalidRequest: if `field` is not a valid effort, or a variable is reserved for the server.
     """
     given = given or {}
-    for name in _OWN_VARIABLES.intersection(given):
+    for name in OWN_VARIABLES & given.keys():
         refuse_field(f"chat_template_kwargs.{name}", "is not a client's to set")
     if effort is None:
         return {**given}
