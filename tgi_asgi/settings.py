@@ -194,6 +194,9 @@ class Settings:
         ),
         alias="reasoning_parser",
     )
+    reasoning_budget: int | None = _model(
+        "Maximum tokens of reasoning before its end is forced, for requests that set none.", None, _AMOUNT
+    )
     model_impl: str = _model(
         "Implementation: native is this server's own code, transformers runs any architecture of that "
         "library (CPU only); auto uses native if it has the architecture.",

@@ -77,6 +77,23 @@ class StopConditions:
     skip_special_tokens: bool = True  # special tokens produce no text
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """How many tokens a choice may spend on reasoning before the end of the section is forced.
+
+    Attributes:
+        num_tokens: Maximum over all sections of the choice, >= 0; their marks do not count.
+        start_ids: Tokens that begin a section, at least one.
+        end_ids: Tokens that are forced at its end. The first of them ends it also where the model writes it.
+        is_open: Whether the prompt has begun a section.
+    """
+
+    num_tokens: int
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    is_open: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """A decoded image of a request."""
@@ -242,6 +259,7 @@ class GenerationRequest:
     cache_salt: str | None = None  # mixed into the prefix-cache key
     adapter: Adapter | None = None
     grammar: Grammar | None = None  # grammar that the output must match
+    reasoning_budget: ReasoningBudget | None = None
     prompt_logprobs: int | None = None  # None: none; k: for each prompt token and the k best at its position
     is_prefix_cached: bool = True  # may use cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n seeds that replace `sampling.seed`, or none

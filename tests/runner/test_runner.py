@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
+from tgi_asgi.engine.reasoning import force
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
@@ -132,6 +133,20 @@ async def test_a_new_sequence_sees_nothing_of_the_slot_s_last_one(runner: CpuRun
     again = Job(PROMPT, 6, SEEDED)
     await generate(runner, [again])
     assert again.token_ids == fresh.token_ids
+
+
+@pytest.mark.parametrize("token_id", [0, 7, 159])
+@pytest.mark.parametrize(
+    "given", [{"temperature": 100.0}, {"top_k": 1}, {"repetition_penalty": 1e6, "frequency_penalty": 2.0}]
+)
+async def test_a_forced_token_is_sampled_whatever_the_request_says(
+    runner: CpuRunner, token_id: int, given: dict[str, float]
+) -> None:
+    sampling = SamplingParams(**given, seed=3, logprobs=1, logit_bias=((token_id, -100.0), (9, 100.0)))  # type: ignore[arg-type]
+    forced = Job([*PROMPT, token_id], 3, force(sampling, token_id))
+    await generate(runner, [forced])
+    assert forced.token_ids == [token_id] * 3
+    assert all(sampled.is_finite for sampled in forced.sampled)
 
 
 async def test_masked_ids_wait_for_min_tokens(runner: CpuRunner) -> None:

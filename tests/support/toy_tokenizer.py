@@ -13,10 +13,17 @@ _SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end
 
 
 class ToyTokenizer:
-    """A tokenizer with bytes as ids 0..255, special tokens as 256..259, and further ids from `id_of`."""
+    """A tokenizer with bytes as ids 0..255, special tokens as 256..259, and further ids from `id_of`.
 
-    def __init__(self, *, adds_bos: bool = False, has_vision: bool = False) -> None:
+    Args:
+        marks: Further special tokens.
+    """
+
+    def __init__(
+        self, *, adds_bos: bool = False, has_vision: bool = False, marks: Sequence[str] = ()
+    ) -> None:
         self._special = _SPECIAL | ({IMAGE: "<image>"} if has_vision else {})
+        self._special |= {IMAGE - 1 - at: mark for at, mark in enumerate(marks)}
         self.vocab_size = VOCAB_SIZE
         self.bos_id: int | None = BOS
         self.eos_id: int | None = EOS

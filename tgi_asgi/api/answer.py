@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +36,7 @@ from tgi_asgi.text.tools import (
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper, style_of, wrapper_of
-from tgi_asgi.types import TokenEvent
+from tgi_asgi.types import ReasoningBudget, TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
@@ -125,6 +126,20 @@ class AnswerForm:
             wrapper=wrapper,
             has_channels=self._has_channels,
         )
+
+    def reasoning_budget(self, num_tokens: int) -> ReasoningBudget | None:
+        """Return the bound on the reasoning; None if the model has none, or its end is not a single token."""
+        if self._has_channels:
+            start, end, answer = harmony.REASONING
+            then = answer if self._job.tools is None else ""  # else it may call a tool next
+        elif self._style is not None:
+            start, end, then = self._style.start, self._style.end, ""
+        else:
+            return None
+        encode = partial(self._served.tokenizer.encode, add_special_tokens=False)
+        if len(encode(end)) != 1:
+            return None
+        return ReasoningBudget(num_tokens, (*encode(start),), (*encode(end), *encode(then)), self._is_open)
 
     def _mark(self, marker: str) -> str:
         token_id = self._served.special_ids.get(marker)

@@ -152,6 +152,7 @@ class Job:
         max_tokens: Number that the client asked for; None: `default_max_tokens`, or the rest of the context.
         keep_tokens: Number of tokens to keep at the prompt's end; -1: as many as fit into the context.
         reads_reasoning: Whether a reasoning section is separated from the content.
+        reasoning_budget: Maximum number of tokens of reasoning; -1: any, None: the administrator's.
         adapter: Name of its adapter, if the API has a field for it (`adapter_id`).
     """
 
@@ -174,6 +175,7 @@ class Job:
     tools: ToolChoice | None = None
     reads_reasoning: bool = True
     shows_reasoning: bool = True
+    reasoning_budget: int | None = None
     priority: int = 0
     cache_salt: str | None = None
     prompt_logprobs: int | None = None

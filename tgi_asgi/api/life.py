@@ -165,6 +165,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, job, form) if is_constrained else None
         reading = form.reading()
+        thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
@@ -185,6 +186,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         cache_salt=salt,
         adapter=adapter,
         grammar=grammar,
+        reasoning_budget=None if thinking is None or thinking < 0 else form.reasoning_budget(thinking),
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,
         seeds=job.seeds,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tgi_asgi.engine.prefix import HashChain
+from tgi_asgi.engine.reasoning import ReasoningWatch, force
 from tgi_asgi.engine.states import HeldStates
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
-
-if TYPE_CHECKING:
-    from tgi_asgi.text.constrain.free import Watch
 
 AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 
@@ -52,8 +50,8 @@ class Sequence:
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
         "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
         "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused", "num_settled", "owner",
-        "pooling", "prompt_len", "request", "slot", "starts_slot", "state", "states", "stop_ids", "tables",
-        "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "pooling", "prompt_len", "reasoning", "request", "slot", "starts_slot", "state", "states", "stop_ids",
+        "tables", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +85,8 @@ class Sequence:
         # Free text needs no grammar mask. With `min_tokens` there is no watch, as both use the slot's
         # `masked_ids`.
         self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
+        budget = request.reasoning_budget
+        self.reasoning = None if budget is None else ReasoningWatch(budget)
         self.token_ids = list(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
         self.followers: list[Sequence] = []
@@ -149,19 +149,23 @@ class Sequence:
         """Whether its table holds the prompt, as of a step before the one being planned."""
         return self.state is SequenceState.RUNNING and not self.is_prefilling
 
-    def follow(self, watch: Watch) -> bool:
-        """Feed the newest token to `watch`; return whether the slot must restart with another mask."""
-        if not watch.push(self.token_ids[-1]):
-            return False
-        if watch.is_over:
-            self.watch = None
-        return True
+    def append(self, token_id: int) -> bool:
+        """Append a sampled token; return whether the slot must restart, with another mask or bias."""
+        self.token_ids.append(token_id)
+        restarts = self.reasoning is not None and self.reasoning.push(token_id)
+        if self.watch is not None and self.watch.push(token_id):
+            restarts = True
+            if self.watch.is_over:
+                self.watch = None
+        return restarts
 
     def slot_start(self) -> SlotStart:
         """Return what the runner needs to sample this sequence's next token."""
         sampling, choice = self.request.sampling, self.choice
         if self.request.seeds:
             sampling, choice = dataclasses.replace(sampling, seed=self.request.seeds[choice]), 0
+        if self.reasoning is not None and (forced_id := self.reasoning.forced_id) is not None:
+            sampling = force(sampling, forced_id)
         watch = self.watch
         masked_ids: tuple[int, ...] = watch.part.masked_ids if watch is not None else ()
         if self.min_tokens:

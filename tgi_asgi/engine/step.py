@@ -59,11 +59,10 @@ def apply_result(step: Step, result: StepResult, tables: BlockTables) -> list[tu
 
 def _append(sequence: Sequence, token_id: int) -> bool:
     """Append a sampled token; return whether the slot restarts, which voids the tokens after it."""
-    sequence.token_ids.append(token_id)
-    if sequence.watch is None or not sequence.follow(sequence.watch):
-        return False
-    _restart_slot(sequence)
-    return True
+    restarts = sequence.append(token_id)
+    if restarts:
+        _restart_slot(sequence)
+    return restarts
 
 
 def _apply_drafted(

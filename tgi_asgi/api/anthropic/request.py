@@ -92,6 +92,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         overflow=Overflow.CLIPPED,  # agents request as many tokens as the largest models allow
         stop=stops,
         constraint=_constraint(request),
+        reasoning_budget=_budget(request.thinking),
         tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
     )
     render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0)
@@ -234,6 +235,14 @@ def _thinks(given: dict[str, Any]) -> bool:
         known = ", ".join(_THINKING)
         refuse_field("thinking.type", f"must be one of {known}, got {str(kind)[:40]!r}")
     return bool(kind != "disabled")
+
+
+def _budget(given: dict[str, Any] | None) -> int | None:
+    """Return the maximum number of tokens of thinking, if a request's `thinking` has one."""
+    value = (given or {}).get("budget_tokens")
+    if value is not None and not (type(value) is int and value >= 0):
+        refuse_field("thinking.budget_tokens", f"must be an integer of at least 0, got {str(value)[:40]!r}")
+    return value
 
 
 def _constraint(request: MessagesRequest) -> Constraint | None:

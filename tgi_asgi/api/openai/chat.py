@@ -24,6 +24,7 @@ from tgi_asgi.settings import OWN_VARIABLES
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_BUDGETS = ("thinking_token_budget", "reasoning_budget_tokens", "thinking_budget")
 _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
@@ -69,6 +70,9 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
+        reasoning_budget=next(
+            (value for name in _BUDGETS if (value := getattr(request, name)) is not None), None
+        ),
         **job_of(request, info, settings, logprobs),
     )
 

@@ -14,6 +14,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Share, range_of
 from tgi_asgi.api.tools import CUSTOM_INPUT
 
+# -1: without bound.
+TokenBudget = Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)]
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _LISTS = {"type": "array", "items": _IDS, "minItems": 1}
@@ -206,6 +208,9 @@ class ChatRequest(CommonRequest, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    thinking_token_budget: TokenBudget | None = None
+    reasoning_budget_tokens: TokenBudget | None = None  # llama.cpp's name for it
+    thinking_budget: TokenBudget | None = None  # DashScope's
 
     tools: list[ToolEntry] | None = None
     tool_choice: str | dict[str, Any] | None = None

@@ -20,6 +20,11 @@ MARKERS = (
     "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>",
 )  # fmt: skip
 
+# The marks before and after reasoning, and those of the answer that follows it.
+REASONING = (
+    "<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant<|channel|>final<|message|>",
+)  # fmt: skip
+
 _MESSAGE = "<|message|>"
 _OPENERS = ("<|start|>", "<|channel|>")  # of a header
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", *_OPENERS)
