@@ -18,6 +18,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generation_config import (
+    MAX_SUPPRESSED,
     gguf_generation_config,
     read_generation_config,
     sampling_defaults,
@@ -104,6 +105,11 @@ def test_null_is_no_value(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("given", [None, 5, "5", {}, [True, "5", -1, 160, None, 2.0]])
 def test_ids_that_are_none_are_not_suppressed(given: Any) -> None:
     assert suppressed_ids({"suppress_tokens": given}, 160) == ()
+
+
+def test_too_many_suppressed_tokens_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    assert suppressed_ids({"suppress_tokens": [*range(600)]}, 1000) == tuple(range(MAX_SUPPRESSED))
+    assert "has 600 tokens; only 512 are suppressed" in caplog.text
 
 
 def test_the_loaded_model_says_how_it_is_sampled(files: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:

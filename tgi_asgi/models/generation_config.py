@@ -15,6 +15,7 @@ from tgi_asgi.sampling_defaults import SamplingDefaults, broken_rules
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+MAX_SUPPRESSED = 512  # tokens; each costs time in every step. Models have two or three
 # llama.cpp's keys, by the names of generation_config.json.
 _GGUF_KEYS = {
     "temperature": "general.sampling.temp",
@@ -65,4 +66,7 @@ def suppressed_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...
     given = config.get("suppress_tokens")
     if not isinstance(given, list):
         return ()
-    return tuple(sorted({token for token in given if type(token) is int and 0 <= token < vocab_size}))
+    found = sorted({token for token in given if type(token) is int and 0 <= token < vocab_size})
+    if len(found) > MAX_SUPPRESSED:
+        logger.warning("suppress_tokens has %d tokens; only %d are suppressed", len(found), MAX_SUPPRESSED)
+    return tuple(found[:MAX_SUPPRESSED])
