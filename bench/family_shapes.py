@@ -1,4 +1,4 @@
-"""Make models of about a billion random weights of families other than Llama, for speed measurements.
+"""Make models of one to four billion random weights of families other than Llama, for speed measurements.
 
     python -m bench.family_shapes gemma3 directory
 
@@ -43,6 +43,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "partial_rotary_factor": 0.5,
         "max_position_embeddings": 2048,
+    },
+    # Qwen/Qwen3-4B
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 40960,
     },
 }
 

