@@ -54,7 +54,7 @@ def _check(model: GenericModel) -> None:
         return
     raise ModelLoadError(
         f"{model.config.architecture} fails its self-check against its own code: logits differ by "
-        f"{worst:.2g} of the largest ({where}); 0.002 is allowed"
+        f"{worst:.2g} of the largest ({where}); {LARGEST:g} is allowed"
     )
 
 
@@ -126,7 +126,10 @@ def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
 
 
 def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int, Tensor]]:
-    """Return logits from steps of several sequences: (step name, sequence, first position, logits)."""
+    """Return logits from steps of several sequences: (step name, sequence, first position, logits).
+
+    Clears the model's `is_batch_invariant` if a sequence's bits depend on the others of its step.
+    """
     longest = max(map(len, sequences))
     width = -(-longest // BLOCK)
     pool = _pool(model, 2 * width)

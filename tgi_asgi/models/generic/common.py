@@ -24,7 +24,7 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
-from tgi_asgi.models.generic.replace import ACTIVATIONS, eps_of, norm_offset
+from tgi_asgi.models.generic.probes import ACTIVATIONS, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import Filler, owner_of
 from tgi_asgi.models.loading import WHOLE, NamedWeights
 
@@ -266,7 +266,7 @@ class _Canonical:
     def __init__(
         self, module: Any, weights: NamedWeights, chosen: Sequence[int], offset: float, rows: int
     ) -> None:
-        self._filler = Filler(module, weights, lambda name, value: False)
+        self._filler = Filler(module, weights)
         self._module, self._chosen, self._offset, self._rows = module, chosen, offset, rows
         decoder = module.get_decoder()
         self.prefix = next(path for path, each in module.named_modules() if each is decoder)

@@ -23,8 +23,9 @@ from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
+from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.model import context_length, first_position
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_native, applies_sines, packed_names
+from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
@@ -150,9 +151,7 @@ class OpenEncoder:
 
     def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:
         """Return formats and element counts that the module will hold; see `OpenGeneric.packed_tensors`."""
-        filler = Filler(
-            self._model, cast(NamedWeights, weights), lambda name, value: False, is_unused=self._is_unused
-        )
+        filler = Filler(self._model, cast(NamedWeights, weights), is_unused=self._is_unused)
         return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
@@ -166,14 +165,10 @@ class OpenEncoder:
             ModelLoadError: if a tensor is missing, does not fit or is unknown, or the check fails.
         """
         model = self._model
-        made: list[Replaced] = []
-        filler = Filler(
-            model, cast(NamedWeights, weights), lambda name, value: made[0].place(name, value),
-            is_unused=self._is_unused,
-        )  # fmt: skip
-        made.append(Replaced(model, arithmetic))
-        filler.fill()
-        made[0].finish_norms()
+        filler = Filler(model, cast(NamedWeights, weights), is_unused=self._is_unused)
+        replaced = Replaced(model, arithmetic)
+        filler.fill(replaced.place)
+        replaced.finish_norms()
         fix_rotary_tables(model, max_positions)
         tabulate(model, max_positions)
         attention.register()
@@ -181,7 +176,7 @@ class OpenEncoder:
             config._experts_implementation_internal = attention.NAME
             if not self.config.sequential_reason:
                 config._attn_implementation_internal = attention.NAME
-        loaded = EncoderModel(model, self.config, made[0])
+        loaded = EncoderModel(model, self.config, replaced)
         encoder_check.check(loaded)
         return loaded
 

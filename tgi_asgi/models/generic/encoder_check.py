@@ -42,7 +42,7 @@ def check(model: EncoderModel) -> None:
     else:
         raise ModelLoadError(
             f"{name} fails its self-check against its own code: {what} differ by {worst:.2g} of the "
-            "largest; 0.002 is allowed"
+            f"largest; {_LARGEST:g} is allowed"
         )
 
 

@@ -21,9 +21,10 @@ from tgi_asgi.models.generic.classics import adapt
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
+from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_native, applies_sines, packed_names
+from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
 from tgi_asgi.models.generic.states import state_bytes
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
@@ -174,7 +175,7 @@ class OpenGeneric:
         Raises:
             ModelLoadError: if the module has no place for a tensor.
         """
-        filler = Filler(self._model, cast(NamedWeights, weights), lambda name, value: False)
+        filler = Filler(self._model, cast(NamedWeights, weights))
         return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
@@ -199,11 +200,10 @@ class OpenGeneric:
         common = self._common(max_positions)
         if common is not None and common.is_equal(cast(NamedWeights, weights)):
             return common.load(cast(NamedWeights, weights), arithmetic)
-        made: list[Replaced] = []
-        filler = Filler(model, cast(NamedWeights, weights), lambda name, value: made[0].place(name, value))
-        made.append(Replaced(model, arithmetic))
-        filler.fill()
-        made[0].finish()
+        filler = Filler(model, cast(NamedWeights, weights))
+        replaced = Replaced(model, arithmetic)
+        filler.fill(replaced.place)
+        replaced.finish()
         fix_rotary_tables(model, max_positions)
         tabulate(self._text, max_positions)
         attention.register()
@@ -214,7 +214,7 @@ class OpenGeneric:
         recurrent = None
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
-        loaded = GenericModel(model, self.config, made[0], recurrent, max_positions)
+        loaded = GenericModel(model, self.config, replaced, recurrent, max_positions)
         self_check.check(loaded)
         if self._processor is not None:
             check_images(loaded, self._processor)

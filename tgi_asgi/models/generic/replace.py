@@ -1,7 +1,7 @@
 """Replaces plain modules of a model by native ones: products, the embedding, the head, experts, RMSNorms.
 
-Modules are probed, not guessed. A norm or an embedding is replaced if the native one gives the same on random
-rows, and a product if no other code reads its matrix.
+A norm, an embedding or a gated MLP is replaced if the native one gives the same on random rows (`probes.py`),
+and a product if no other code reads its matrix.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import enum
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
@@ -29,34 +28,22 @@ from tgi_asgi.models.generic.modules import (
     Precision,
     RmsNorm,
 )
-from tgi_asgi.models.generic.rope import RotaryLookup
+from tgi_asgi.models.generic.probes import eps_of, factor_of, gated_activation, is_linear, norm_offset
 from tgi_asgi.models.generic.weights import Placed, owner_of
 
-EXPERTS = "tgi"
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
-_POSITION_DEPENDENT = {
-    "sin",
-    "cos",
-    "tanh",
-}  # torch rounds these differently by an element's position in the tensor
-# Activations that `ops.gate_up` supports, in torch.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 class Replaced:
     """The native modules inserted into a model, and the weights that they still need.
 
+        filler = Filler(model, weights)            # first, as it matches names of the model's own modules
         replaced = Replaced(model, arithmetic)     # without weights
-        Filler(model, weights, replaced.place).fill()
+        filler.fill(replaced.place)
         replaced.finish()                          # with weights
 
     Attributes:
-        head: The module's head, which computes only the requested rows.
+        head: The module's head, which computes only the requested rows; set by `finish`.
         precision: How all of the modules compute.
     """
 
@@ -65,7 +52,7 @@ class Replaced:
         self._model, self._arithmetic = model, arithmetic
         self._waiting: dict[str, dict[str, Any]] = {}  # tensors so far, by path and leaf
         self._modules: dict[str, PackedModule] = {}
-        self._is_transposed: set[str] = set()
+        self._transposed: set[str] = set()
         self._experts: dict[str, ExpertsLoader] = {}
         self._mlps: dict[str, GatedMlp] = {}
         self._vocabulary = _vocabulary_of(model)
@@ -94,7 +81,7 @@ class Replaced:
             case _Part.CONV1D:
                 columns, rows = module.weight.shape
                 made = Linear(rows, columns, has_bias=True, precision=self.precision)
-                self._is_transposed.add(path)
+                self._transposed.add(path)
             case _Part.EMBEDDING:
                 rows, columns = module.weight.shape
                 factor = factor_of(module)
@@ -133,7 +120,7 @@ class Replaced:
         if module is None:
             return False
         source = _source(value)
-        if path in self._is_transposed and leaf == "weight":
+        if path in self._transposed and leaf == "weight":
             source = ops.from_floats(_tensor(source).T.contiguous())
         waiting = self._waiting.setdefault(path, {})
         waiting[leaf] = source
@@ -191,7 +178,7 @@ class _Part(enum.Enum):
 def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part | None:
     if experts.is_experts(module):
         return _Part.EXPERTS
-    if _is_linear(module):
+    if is_linear(module):
         return None if reads_weight(model, path) else _Part.LINEAR
     if _is_conv1d(module):
         return None if reads_weight(model, path) else _Part.CONV1D
@@ -215,64 +202,6 @@ def packed_names(model: Any) -> set[str]:
         if part is not None
         for leaf in leaves.get(part, ("weight",))
     }
-
-
-def gated_activation(module: nn.Module) -> str | None:
-    """Probe whether a module is a gated MLP: return its activation's name, or None if it is not.
-
-    The module runs with three small products instead of its own.
-    """
-    children = dict(module.named_children())
-    if not _MLP <= set(children) <= {*_MLP, "act_fn"}:
-        return None
-    own: list[Any] = [children[name] for name in _MLP]
-    if any(type(child) is not nn.Linear or child.bias is not None for child in own):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    x = torch.randn(1, 5, 16, generator=generator)
-    try:
-        for name, weight in weights.items():
-            small = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            small._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            module._modules[name] = small
-        with torch.no_grad():
-            found = module(x)
-    except Exception:  # the class requires other arguments or sizes
-        return None
-    finally:
-        module._modules.update(children)
-    gate, up = x @ weights["gate_proj"].T, x @ weights["up_proj"].T
-    for name, function in ACTIVATIONS.items():
-        made = (function(gate) * up) @ weights["down_proj"].T
-        if isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, atol=1e-4):
-            return name
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Probe whether a module is an `nn.Linear`, even under another name (Falcon)."""
-    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
-        return type(module) is nn.Linear
-    parameters = module._parameters
-    if not set(parameters) <= {"weight", "bias"} or module._buffers or list(module.children()):
-        return False
-    if len(inspect.signature(module.forward).parameters) != 1:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(2, 16, generator=generator), torch.randn(24, 16, generator=generator)
-    bias = None if module.bias is None else nn.Parameter(torch.randn(24, generator=generator))
-    try:
-        module._parameters = {"weight": nn.Parameter(weight), "bias": bias}
-        with torch.no_grad():
-            found = module(rows)
-    except Exception:  # the class requires other arguments or sizes
-        return False
-    finally:
-        module._parameters = parameters
-    made = nn.functional.linear(rows, weight, bias)
-    return isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, atol=1e-4)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -319,78 +248,3 @@ class _Reads(ast.NodeVisitor):
         if node.attr in ("weight", "bias") and isinstance(inner, ast.Attribute):
             self.names.add(inner.attr)
         self.generic_visit(node)
-
-
-def factor_of(module: nn.Embedding) -> float | None:
-    """Return the factor by which an embedding multiplies its rows; None if it does something else."""
-    weight, padding = module._parameters["weight"], module.padding_idx
-    assert weight is not None
-    small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    try:
-        module.padding_idx = None
-        module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
-        found = module(torch.arange(4)[None])[0]
-    except Exception:  # the class requires other arguments, or is more than a table
-        return None
-    finally:
-        module._parameters["weight"], module.padding_idx = weight, padding
-    if found.shape != small.shape:
-        return None
-    factor = float((found * small).sum() / (small * small).sum())
-    return factor if torch.allclose(found, factor * small, rtol=1e-6, atol=0) else None
-
-
-def all_products_are_native(model: nn.Module) -> bool:
-    """Return whether torch multiplies by none of the model's matrices."""
-    return all(
-        isinstance(module, (PackedModule, nn.Embedding))
-        or not any(value is not None and value.dim() > 1 for value in module._parameters.values())
-        for module in model.modules()
-    )
-
-
-def applies_sines(base: nn.Module) -> bool:
-    """Return whether torch's sine, cosine or hyperbolic tangent is applied to rows of several sequences."""
-    for path, module in base.named_modules():
-        if isinstance(module.__dict__.get("forward"), RotaryLookup):
-            continue
-        used = set(inspect.unwrap(type(module).forward).__code__.co_names)
-        if not path.startswith("pooler") and (
-            used & _POSITION_DEPENDENT or "tanh" in type(module).__name__.lower()
-        ):
-            return True
-    return False
-
-
-def eps_of(module: nn.Module) -> float | None:
-    """Return a norm's epsilon; None if it names none."""
-    found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
-    return found if isinstance(found, float) else None
-
-
-def norm_offset(module: nn.Module) -> float | None:
-    """Probe whether a module is an RMSNorm: return what it adds to its weight, or None if it is not one."""
-    weight, eps = module._parameters.get("weight"), eps_of(module)
-    if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
-        return None
-    if eps is None or any(value is not None for value in module._buffers.values()):
-        return None
-    if len(inspect.signature(module.forward).parameters) != 1:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, weight.numel(), generator=generator)
-    rows[1] *= 1e-3  # small enough for eps to matter
-    scale = torch.rand(weight.shape, generator=generator)
-    try:
-        module._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
-        found = module(rows)
-    except Exception:  # any other class may raise anything
-        return None
-    finally:
-        module._parameters["weight"] = weight
-    normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
-    for offset in (0.0, 1.0):
-        made = normed * (scale + offset)
-        if found.shape == made.shape and torch.allclose(found, made, rtol=1e-5, atol=1e-7):
-            return offset
-    return None

@@ -27,8 +27,8 @@ _UNUSED = re.compile(
     r"|position_ids$|token_type_ids$"
 )
 
-
 Placed = ops.WeightSource | Tensor | Iterator[ops.WeightSource]
+Place = Callable[[str, Placed], bool]  # see `Filler.fill`
 
 
 @dataclass(slots=True)
@@ -60,14 +60,12 @@ class _Target:
 class Filler:
     """Passes each tensor of a checkpoint to the module that needs it.
 
-        Filler(model, weights, packed).fill()
+        Filler(model, weights).fill(place)
 
     It must be created before any module is replaced, because names are matched against the module's current
     ones.
 
     Args:
-        place: Function that accepts tensors of native modules and returns False for others. For a stack of
-            matrices it receives an iterator over them, each as the file has it, which it may leave unused.
         is_unused: Function that returns whether a tensor without a place, given by its name in the file, may
             be ignored.
     """
@@ -76,11 +74,10 @@ class Filler:
         self,
         model: Any,
         weights: NamedWeights,
-        place: Callable[[str, Placed], bool],
         *,
         is_unused: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self._model, self._weights, self._place, self._is_unused = model, weights, place, is_unused
+        self._model, self._weights, self._is_unused = model, weights, is_unused
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._targets = self._plan()
@@ -126,8 +123,13 @@ class Filler:
             "has no place for: the model would compute something else"
         )
 
-    def fill(self) -> None:
+    def fill(self, place: Place) -> None:
         """Load everything.
+
+        Args:
+            place: Function that accepts tensors of native modules and returns False for others. For a stack
+                of matrices it receives an iterator over them, each as the file has it, which it may leave
+                unused.
 
         Raises:
             ModelLoadError: if a tensor is missing, does not fit, or has no place.
@@ -137,16 +139,16 @@ class Filler:
             if target.converter is None:
                 if len(target.sources) > 1:
                     raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
-                self._give(name, self._weights.get(target.sources[0][0], self._shapes[name]))
+                self._give(place, name, self._weights.get(target.sources[0][0], self._shapes[name]))
                 given.add(name)
                 continue
-            if self._fits_stack(name, target) and self._place(name, self._matrices(target)):
+            if self._fits_stack(name, target) and place(name, self._matrices(target)):
                 given.add(name)
                 continue
             for made, tensor in self._convert(name, target).items():
-                self._give(made, tensor)
+                self._give(place, made, tensor)
                 given.add(made)
-        self._tie(given)
+        self._tie(place, given)
         self._check_missing(given)
 
     def names(self) -> list[str]:
@@ -236,8 +238,8 @@ class Filler:
         shape = self._weights.shape(name)
         return ops.plain_tensor(self._weights.get(name, shape).in_order()).reshape(shape)
 
-    def _give(self, name: str, value: ops.WeightSource | Tensor) -> None:
-        if self._place(name, value):
+    def _give(self, place: Place, name: str, value: ops.WeightSource | Tensor) -> None:
+        if place(name, value):
             return
         tensor = value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
         owner, leaf = owner_of(self._model, name)
@@ -248,7 +250,7 @@ class Filler:
         else:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
-    def _tie(self, given: set[str]) -> None:
+    def _tie(self, place: Place, given: set[str]) -> None:
         """Fill tensors that the class ties, and the file lacks, from the tensors that they are tied to."""
         for name, source in self._tied.items():
             if name in given or source not in given:
@@ -261,7 +263,8 @@ class Filler:
             elif not isinstance(owner, PackedModule) and not isinstance(other, PackedModule):
                 owner._parameters[leaf] = getattr(other, other_leaf)
             else:
-                self._give(name, self._weights.get(self._targets[source].sources[0][0], self._shapes[name]))
+                source = self._targets[source].sources[0][0]
+                self._give(place, name, self._weights.get(source, self._shapes[name]))
             given.add(name)
 
     def _check_missing(self, given: set[str]) -> None:
