@@ -19,6 +19,7 @@ from tgi_asgi.runner.cuda_buffers import StepBuffers, result_bytes, view_result
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, SlotStart
+from tgi_asgi.runner.sampling import start_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,7 @@ class CudaSampler:
             raise ValueError(
                 f"at most {self._max_top} top log-probabilities are kept, not {start.sampling.logprobs}"
             )
-        self.state.start(
-            start.slot,
-            start.sampling,
-            choice=start.choice,
-            prompt_ids=start.prompt_ids,
-            output_ids=start.output_ids,
-            min_tokens=start.min_tokens,
-            masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
-        )
+        start_slot(self.state, start)
         if start.grammar is None:
             self._constrained.discard(start.slot)
         else:

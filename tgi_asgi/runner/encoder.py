@@ -65,7 +65,7 @@ class EncoderRunner:
         )
         self._jobs = JobQueue()
         self._thread = threading.Thread(
-            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True
+            target=self._jobs.serve, args=(self.run,), name="tgi-runner", daemon=True
         )
         self._thread.start()
 

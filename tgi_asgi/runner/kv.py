@@ -1,9 +1,8 @@
-"""Sizes the KV cache: enough tokens for all sequences at full length, within the free memory."""
+"""Sizes the KV cache: enough tokens for all sequences at full length, within a share of the free memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,13 +15,6 @@ from tgi_asgi.settings import Settings
 _MAX_TOKENS = (1 << 31) - 128  # of one group: kernels number them in 31 bits, less up to two blocks of 64
 _MIN_BYTES = 64  # minimum per token, when a model keeps no keys and values
 _SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
-# cgroup versions 2 and 1: the hierarchy's name, the limit and usage files, the prefix of the statistics.
-_CONTROLLERS = (
-    ("", ("memory.max", "memory.current", "")),
-    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,59 +147,3 @@ def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) 
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8
-
-
-def free_memory() -> int:
-    """Return the bytes that this process may still use, limited by the machine and its control groups."""
-    free = _meminfo("MemAvailable")
-    for controller, names in _CONTROLLERS:
-        for group in _groups(controller):
-            limit, used = _read_number(group / names[0]), _read_number(group / names[1])
-            if limit is not None and used is not None:
-                free = min(free, max(limit - max(used - _page_cache(group, names[2]), 0), 0))
-    return free
-
-
-def _groups(controller: str) -> list[Path]:
-    """Return the directories of this process's control group and its visible ancestors."""
-    root = _CGROUP / controller
-    for line in _read_text(_MEMBERSHIP).splitlines():
-        _, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if controller in names.split(","):  # version 2 has no name
-            group = root / path.lstrip("/")
-            return [group, *(above for above in group.parents if above.is_relative_to(root))]
-    return [root]
-
-
-def _page_cache(group: Path, prefix: str) -> int:
-    """Return the reclaimable page-cache bytes charged to a group, such as the files of a model just read."""
-    cached = 0
-    for line in _read_text(group / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
-            cached += int(value)
-    return cached
-
-
-def _meminfo(key: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise ModelLoadError(f"/proc/meminfo has no {key}")
-
-
-def _read_number(path: Path) -> int | None:
-    """Read a control group's number; None if there is none ("max", or no such file)."""
-    try:
-        return int(_read_text(path))
-    except ValueError:
-        return None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -26,7 +26,8 @@ from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.cuda_shards import CudaShards
-from tgi_asgi.runner.kv import KvSize, free_memory
+from tgi_asgi.runner.free_memory import free_memory
+from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner

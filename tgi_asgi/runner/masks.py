@@ -101,13 +101,14 @@ class SlotMasks:
 class _Slot:
     """One constrained sequence."""
 
-    __slots__ = ("_early", "_num_early", "matcher")
+    __slots__ = ("_end_bits", "_num_before_end", "matcher")
 
     def __init__(self, start: SlotStart, num_bits: int) -> None:
         assert start.grammar is not None
         self.matcher: Matcher = start.grammar.matcher(start.output_ids)
-        self._num_early = start.min_tokens - len(start.output_ids)  # samples left that must not end the text
-        self._early = _bits(start.masked_ids, num_bits)  # the tokens that would end the text
+        # Samples before the first that may end the text, and the tokens that would end it.
+        self._num_before_end = start.min_tokens - len(start.output_ids)
+        self._end_bits = _bits(start.masked_ids, num_bits)
 
     def fill_along(self, drafts: Sequence[int], masks: Mask) -> int:
         """Write one mask per draft plus one, from row 0 on; return how many drafts the grammar allows.
@@ -137,8 +138,8 @@ class _Slot:
         """Clear bits of tokens that would end the text too early, if `num_ahead` drafts precede them."""
         if self.matcher.error is not None:
             mask[:] = _ALL
-        elif self._num_early > num_ahead:
-            longer = mask & ~self._early
+        elif self._num_before_end > num_ahead:
+            longer = mask & ~self._end_bits
             if longer.any():  # else the text can only end here, despite `min_tokens`
                 mask[:] = longer
 
@@ -146,7 +147,7 @@ class _Slot:
         """Advance the matcher by the sampled token."""
         if sampled.is_finite and not self.matcher.is_ended:
             self.matcher.accept(sampled.token_id)
-            self._num_early -= 1
+            self._num_before_end -= 1
         sampled.is_last = self.matcher.is_ended
         sampled.failure = self.matcher.error
 

@@ -24,7 +24,7 @@ from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
-from tgi_asgi.runner.sampling import StepSamples
+from tgi_asgi.runner.sampling import StepSamples, start_slot
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.speculation import Speculation
 from tgi_asgi.types import PoolingKind
@@ -120,8 +120,9 @@ class CpuRunner:
         if self._drafts is not None:
             self._jobs.steps.set_drafter(self._drafts.native)
         self._thread = threading.Thread(
-            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True
-        )
+            # Looks `run` up for each step: tests replace it.
+            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
+        )  # fmt: skip
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -171,15 +172,7 @@ class CpuRunner:
         if plan.copies and self._copy_blocks is not None:
             self._copy_blocks(plan.copies)
         for start in plan.starts:
-            self._sampling.start(
-                start.slot,
-                start.sampling,
-                choice=start.choice,
-                prompt_ids=start.prompt_ids,
-                output_ids=start.output_ids,
-                min_tokens=start.min_tokens,
-                masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
-            )
+            start_slot(self._sampling, start)
             self._masks.start(start)
             if self._drafts is not None:
                 self._drafts.start(start)

@@ -1,12 +1,33 @@
-"""Converts results of the `sample` operator to the plain values that the engine reads."""
+"""Between a plan's values and the `sample` operator: slots that start, and results for the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tgi_asgi.ops import FlatRows, SampleResult
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.ops import FlatRows, SampleResult, SampleState
+from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from tgi_asgi.ops.cuda_sample_state import CudaSampleState
+
+
+def start_slot(state: SampleState | CudaSampleState, start: SlotStart) -> None:
+    """Reset the sampling state of a slot that starts.
+
+    Raises:
+        ValueError: as `start` of the state's class.
+    """
+    state.start(
+        start.slot,
+        start.sampling,
+        choice=start.choice,
+        prompt_ids=start.prompt_ids,
+        output_ids=start.output_ids,
+        min_tokens=start.min_tokens,
+        masked_ids=start.masked_ids if start.grammar is None else (),  # else the grammar's mask has them
+    )
 
 
 @dataclass(frozen=True, slots=True)
