@@ -72,7 +72,7 @@ def test_calls_are_allowed_and_held_to_where_their_markers_are_tokens(name: str)
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 def test_reasoning_comes_first_where_its_marks_are_tokens(style: ReasoningStyle) -> None:
     form = FORMATS["hermes"]
-    tokenizer = Marked([*style.marks, *form.markers])
+    tokenizer = Marked([*style.all_markers, *form.markers])
     calls = write("hermes", CALLS)
     for must_call in (True, False):
         use = ToolUse(form, SPECS, must_call)

@@ -108,7 +108,7 @@ class AnswerForm:
             return None
         special = self._served.special_ids
         markers = [
-            *(style.marks if style else ()),
+            *(style.all_markers if style else ()),
             *(wrapper.markers if wrapper else ()),
             *(form.markers if form else ()),
         ]

@@ -58,8 +58,8 @@ def answer_grammar(
         free = (_from_token(marked_expression(tools.format.marker, mark, tools.format.markers)),)
     start = ""
     if reasoning is not None:
-        opening = "" if is_reasoning_open else marked_expression(reasoning.start, mark, reasoning.marks)
-        ending = marked_expression(reasoning.end, mark, reasoning.marks)
+        opening = "" if is_reasoning_open else marked_expression(reasoning.start, mark, reasoning.all_markers)
+        ending = marked_expression(reasoning.end, mark, reasoning.all_markers)
         optional = "" if is_reasoning_open else "?"
         rules.append("GAP: /[ \\n]+/")
         if ending.startswith("<["):

@@ -87,14 +87,14 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class TokenMark:
     """A mark as tokens: a single token of its own, or the tokens that can begin or contain its text."""
 
     own_id: int | None
     wakes: frozenset[int]
 
     @classmethod
-    def of(cls, expression: str, texts: Iterable[tuple[int, bytes]]) -> Mark:
+    def of(cls, expression: str, texts: Iterable[tuple[int, bytes]]) -> TokenMark:
         """Read a mark's grammar expression; `texts` are the tokens that are not special."""
         if expression.startswith("<["):
             own_id = int(expression[2 : expression.index("]")])  # text may follow it
@@ -110,7 +110,7 @@ class FreeTexts:
     def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._marks: dict[str, Mark] = {}
+        self._marks: dict[str, TokenMark] = {}
 
     def find(self, source: GrammarSource, matcher: Callable[[Sequence[int]], Matcher]) -> FreeText | None:
         """Return where answers are free; None if nowhere, or if too many tokens would have to be masked.
@@ -142,12 +142,12 @@ class FreeTexts:
             path += own
         return FreeText(parts) if all(len(part.masked_ids) <= MAX_MASKED for part in parts) else None
 
-    def _mark(self, expression: str) -> Mark:
+    def _mark(self, expression: str) -> TokenMark:
         if expression not in self._marks:
-            self._marks[expression] = Mark.of(expression, self._texts())
+            self._marks[expression] = TokenMark.of(expression, self._texts())
         return self._marks[expression]
 
-    def _plain(self, marks: Sequence[Mark]) -> int | None:
+    def _plain(self, marks: Sequence[TokenMark]) -> int | None:
         """Return a token that is plain text and nothing else."""
         for token_id, data in self._texts():
             if data.isalpha() and data.isascii() and not any(token_id in mark.wakes for mark in marks):

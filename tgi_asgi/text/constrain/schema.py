@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.disjoint import are_disjoint
 from tgi_asgi.text.constrain.exact import (
     bound_digits,
     count,
@@ -22,7 +23,6 @@ from tgi_asgi.text.constrain.exact import (
     is_small_multiple,
     nudge_bounds,
 )
-from tgi_asgi.text.constrain.exclusive import are_disjoint
 from tgi_asgi.text.constrain.reason import problem_of, warnings_of
 
 # No leap seconds: whether one is valid depends on the time zone.

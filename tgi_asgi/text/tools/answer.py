@@ -113,7 +113,7 @@ class AnswerParser:
         self._held, self._label = self._held.removeprefix(self._label), ""
         at = self._held.find(self._style.end)
         if at < 0:
-            shown = self._release(0 if is_end else _num_held(self._held, self._style.end))
+            shown = self._release(0 if is_end else _num_held_with_blanks(self._held, self._style.end))
             if shown:
                 pieces.append(Reasoning(shown))
             return False
@@ -159,7 +159,7 @@ class AnswerParser:
             size = at + len(marker) if marker == tools.marker else at
             return self._enter_calls(pieces, tools, self._held[size_before:size], self._held[size:])
         is_cut = is_end and self._must_call  # inside a marker, so not text to show
-        held = max(_num_held(self._held, marker, self._num_known) for marker in markers)
+        held = max(_num_held_with_blanks(self._held, marker, self._num_known) for marker in markers)
         self._emit_text(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
 
@@ -171,9 +171,10 @@ class AnswerParser:
         """
         head = self._held.lstrip()
         is_call: bool | None = False
-        if not self._has_content:
-            is_begun = head.startswith(tools.first)
-            is_call = tools.begins(head, self._names) if is_begun and head else False if head else None
+        if not self._has_content and not head:
+            is_call = None
+        elif not self._has_content and head.startswith(tools.first):
+            is_call = tools.begins(head, self._names)
         if is_call:
             self._has_content = True
             return True, self._enter_calls(pieces, tools, "", self._held)
@@ -224,7 +225,7 @@ class AnswerParser:
         at = text.rfind(self._end)
         if at >= 0 and not text[at + len(self._end) :].strip():
             return len(self._held) - len(text[:at].rstrip())
-        return num_held if is_end else num_held + _num_held(text, self._end)
+        return num_held if is_end else num_held + _num_held_with_blanks(text, self._end)
 
     def _release(self, num_held: int) -> str:
         """Return the held text except for its last `num_held` characters."""
@@ -234,7 +235,7 @@ class AnswerParser:
         return shown
 
 
-def _num_held(text: str, marker: str, num_known: int = 0) -> int:
+def _num_held_with_blanks(text: str, marker: str, num_known: int = 0) -> int:
     """Return how much of the end of `text` to hold: a possible start of the marker, and blanks before it.
 
     No marker starts in the first `num_known` characters.

@@ -20,8 +20,9 @@ _WITHOUT_RULES = frozenset(
 class ToolSpec:
     """A function that may be called.
 
-    `is_strict`: Whether a keyword of its parameters that cannot be enforced refuses the request; otherwise
-    the keyword is ignored.
+    Attributes:
+        is_strict: Whether a keyword of its parameters that cannot be enforced refuses the request; otherwise
+            the keyword is ignored.
     """
 
     name: str

@@ -23,7 +23,8 @@ from tgi_asgi.text.tools.pythonic import argument_rules
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
-_SAID = frozenset({"type", "description", "title", "default", "examples"})  # keywords that add no condition
+# Keywords that restrict no value beyond its type; a schema's others are its conditions.
+_ANNOTATIONS = frozenset({"type", "description", "title", "default", "examples"})
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
 _MAX_DEPTH = 16  # of the enforced part: references may be circular
 _SCALARS = ("integer", "number", "boolean", "null")
@@ -85,12 +86,12 @@ class _Values:
     def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
         """Return the expression of a value; append the rules that it needs to `lines`."""
         described = self._resolved(schema) if isinstance(schema, Mapping) and depth < _MAX_DEPTH else {}
-        said = described.keys() - _SAID
-        if said == {"const"} or said == {"enum"}:
-            values = described["enum"] if "enum" in said else [described["const"]]
+        conditions = described.keys() - _ANNOTATIONS
+        if conditions == {"const"} or conditions == {"enum"}:
+            values = described["enum"] if "enum" in conditions else [described["const"]]
             if isinstance(values, list) and values:
                 return "(" + " | ".join(self._written(value) for value in values) + ")"
-        if said == {"anyOf"} and isinstance(described["anyOf"], list) and described["anyOf"]:
+        if conditions == {"anyOf"} and isinstance(described["anyOf"], list) and described["anyOf"]:
             return "(" + " | ".join(self._value(each, lines, depth + 1) for each in described["anyOf"]) + ")"
         kinds = described.get("type")
         kinds = kinds if isinstance(kinds, list) and kinds else [kinds]
@@ -99,15 +100,15 @@ class _Values:
     def _of_kind(
         self, kind: object, described: Mapping[str, Any], schema: Any, lines: list[str], depth: int
     ) -> str:
-        said = described.keys() - _SAID
+        conditions = described.keys() - _ANNOTATIONS
         if kind in _SCALARS:
             return self._tool.value({**described, "type": kind})
-        if kind == "string" and not said:
+        if kind == "string" and not conditions:
             return "gemma_text"
-        if kind == "array" and said <= {"items"}:
+        if kind == "array" and conditions <= {"items"}:
             item = self._value(described.get("items", {}), lines, depth + 1)
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kind == "object" and "properties" in said and said <= _OF_OBJECTS:
+        if kind == "object" and "properties" in conditions and conditions <= _OF_OBJECTS:
             name = f"{self._rule}_{self._num_objects}"
             lines += self.items(_items(described), depth + 1)
             return f'"{{" {name}_first_0 "}}"'
@@ -119,10 +120,10 @@ class _Values:
         """Report unenforced keywords; an invalid schema is refused, or left free, by its tool."""
         num_ignored = len(self._tool.ignored)
         self._tool.value(schema)
-        is_free = kind in ("string", "array", "object") and not described.keys() - _SAID
+        is_free = kind in ("string", "array", "object") and not described.keys() - _ANNOTATIONS
         if len(self._tool.ignored) == num_ignored and not is_free:
-            said = schema.keys() - _SAID or {"type"}
-            self._tool.leave_out(said - _OF_OBJECTS - {"items"} or said)
+            conditions = schema.keys() - _ANNOTATIONS or {"type"}
+            self._tool.leave_out(conditions - _OF_OBJECTS - {"items"} or conditions)
 
     def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """Resolve a reference to one of the tool's definitions; return {} if there is none."""

@@ -127,9 +127,9 @@ class _PythonicParser:
 
     def finish(self) -> str:
         """Return the text that resembled a call but is none; nothing of a call that has begun."""
-        return (
-            "" if self._name is not None else self._buffer.strip(" ,\n") if self._has_called else self._buffer
-        )
+        if self._name is not None:
+            return ""
+        return self._buffer.strip(" ,\n") if self._has_called else self._buffer
 
     def _give_up(self, text: str) -> None:
         self.rest = (self._buffer.lstrip(" ,\n") if self._has_called else self._buffer) + text

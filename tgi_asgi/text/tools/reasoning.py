@@ -31,7 +31,7 @@ class ReasoningStyle:
     markers: tuple[str, ...] = ()
 
     @property
-    def marks(self) -> tuple[str, ...]:
+    def all_markers(self) -> tuple[str, ...]:
         """All texts of the style for which some tokenizers have a single token."""
         return self.markers or (self.start, self.end)
 

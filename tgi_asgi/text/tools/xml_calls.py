@@ -102,8 +102,9 @@ class XmlCallParser:
         while text and self.rest is None:
             if self._parameter is not None:
                 self._buffer += text
-                text = self._buffer if self._read_value(pieces) else ""
-                self._buffer = self._buffer if not text else ""
+                text = ""
+                if self._read_value(pieces):  # what follows the value is still to be read
+                    text, self._buffer = self._buffer, ""
             else:  # one character at a time, so that the output does not depend on how the text was cut
                 self._buffer += text[0]
                 text = text[1:]
