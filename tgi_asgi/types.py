@@ -261,7 +261,7 @@ class GenerationRequest:
     grammar: Grammar | None = None  # grammar that the output must match
     reasoning_budget: ReasoningBudget | None = None
     prompt_logprobs: int | None = None  # None: none; k: for each prompt token and the k best at its position
-    is_prefix_cached: bool = True  # may use cached blocks (never when prompt_logprobs is set)
+    uses_prefix_cache: bool = True  # may resume from cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n seeds that replace `sampling.seed`, or none
     images: tuple[ImageInput, ...] = ()  # in prompt order, not overlapping
     # If set, the result is a vector in `RequestStats.vector` instead of tokens: n and max_tokens are 1, and
@@ -372,7 +372,8 @@ class Engine(Protocol):
             extends: A permit that the same call still holds: it may go on while the engine drains.
 
         Raises:
-            Overloaded: if there is no capacity; `retry_after_s` is estimated from the drain rate.
+            InvalidRequest: if n exceeds the capacity.
+            Overloaded: if there is no capacity now; `retry_after_s` is estimated from the drain rate.
             Unavailable: if the engine is draining or dead.
         """
 

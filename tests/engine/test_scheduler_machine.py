@@ -160,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sampling=SamplingParams(seed=self.num_arrived),
                 n=n,
                 priority=priority,
-                is_prefix_cached=not is_private,
+                uses_prefix_cache=not is_private,
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
                 adapter=adapter,

@@ -158,7 +158,7 @@ def test_one_token_is_computed_even_if_all_blocks_are_cached() -> None:
     [
         {"cache_salt": "mine"},
         {"adapter": Adapter("lora", "1", "its weights")},
-        {"is_prefix_cached": False},
+        {"uses_prefix_cache": False},
         {"prompt_logprobs": 0},
     ],
 )

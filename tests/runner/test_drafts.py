@@ -132,7 +132,7 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
         n=rng.choice([1, 1, 1, 2, 3]),
         grammar=grammar,
         prompt_logprobs=1 if rng.random() < 0.1 else None,
-        is_prefix_cached=rng.random() < 0.8,
+        uses_prefix_cache=rng.random() < 0.8,
     )  # fmt: skip
 
 

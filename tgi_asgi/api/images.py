@@ -96,7 +96,7 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
     if not remote:
         return files
     slots = asyncio.Semaphore(MAX_FETCHES)
-    budget = _ByteBudget(exchange)
+    budget = _FetchBudget(exchange)
 
     async def fetch(i: int) -> None:
         async with slots:
@@ -122,10 +122,10 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
 
 
 class _TooLong(Exception):
-    pass
+    """Raised when what a prompt fetches exceeds its budget."""
 
 
-class _ByteBudget:
+class _FetchBudget:
     """Counts bytes fetched for a prompt against the body limit and the bytes held by all requests."""
 
     def __init__(self, exchange: Exchange) -> None:

@@ -188,7 +188,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         grammar=grammar,
         reasoning_budget=None if thinking is None or thinking < 0 else form.reasoning_budget(thinking),
         prompt_logprobs=job.prompt_logprobs,
-        is_prefix_cached=job.prompt_logprobs is None,
+        uses_prefix_cache=job.prompt_logprobs is None,
         seeds=job.seeds,
         images=salted_images(prompt.images, salt),
     )
@@ -302,7 +302,7 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
     All at once, because admission may displace other requests, and a call that is refused must not do that.
 
     Raises:
-        Overloaded, Unavailable: if there is no capacity; nothing is held then.
+        InvalidRequest, Overloaded, Unavailable: if there is no capacity; nothing is held then.
     """
     permit = exchange.context.ready().engine.acquire(num_choices, exchange.tenant)
     try:

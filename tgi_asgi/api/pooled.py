@@ -104,7 +104,7 @@ async def _requests(
             priority=priority,
             cache_salt=salt,
             adapter=adapter,
-            is_prefix_cached=not call.pooling.needs_all,
+            uses_prefix_cache=not call.pooling.needs_all,
             pooling=call.pooling,
             second_start=second_start,
         )

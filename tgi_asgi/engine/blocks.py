@@ -54,9 +54,8 @@ class BlockPool:
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict()
-        self._evicted: OrderedDict[bytes, None] = (
-            OrderedDict()
-        )  # newest last; at most one per block of the pool
+        # Digests of evicted contents, newest last; at most one per block of the pool.
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:

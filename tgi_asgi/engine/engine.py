@@ -88,7 +88,7 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._has_drained = False  # what is left of the accepted requests is being ended
-        self._host: asyncio.AbstractEventLoop | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._lost: str | None = None
 
     @property
@@ -108,10 +108,10 @@ class Engine:
         """Start serving."""
         assert self._task is None, "an engine starts once"
         self._state = EngineState.READY
-        self._host = asyncio.get_running_loop()
+        self._event_loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._loop.run(), name="engine")
         self._task.add_done_callback(self._on_end)
-        self._host.call_soon(self._on_loss)  # in case `mark_lost` was called before
+        self._event_loop.call_soon(self._on_loss)  # in case `mark_lost` was called before
 
     def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> AdmissionPermit:
         """Take a permit for n choices.
@@ -123,6 +123,7 @@ class Engine:
             extends: A permit that the same call still holds: it may go on while the engine drains.
 
         Raises:
+            InvalidRequest: if n exceeds the number of permits.
             Overloaded: if no permit is free or can be freed.
             Unavailable: if the engine is draining or dead.
         """
@@ -177,9 +178,9 @@ class Engine:
     def mark_lost(self, reason: str) -> None:
         """Mark the engine dead because a part of its runner is lost; from any thread, at any time."""
         self._lost = reason
-        if self._host is not None:
+        if self._event_loop is not None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._host.call_soon_threadsafe(self._on_loss)
+                self._event_loop.call_soon_threadsafe(self._on_loss)
 
     def _on_loss(self) -> None:
         if self._is_stopping or self._lost is None:

@@ -128,11 +128,12 @@ class ServingLoop:
 
     def _adapter_names(self) -> tuple[list[str], list[str]]:
         """Return the names of the adapters of running requests and of waiting requests."""
-        names: tuple[set[str], set[str]] = (set(), set())
+        running, waiting = set[str](), set[str]()
         for channel in self._open:
             if channel.request.adapter is not None:
-                names[channel.stats.scheduled_s is None].add(channel.request.adapter.name)
-        return sorted(names[0]), sorted(names[1])
+                names = waiting if channel.stats.scheduled_s is None else running
+                names.add(channel.request.adapter.name)
+        return sorted(running), sorted(waiting)
 
     def waiting_newest_first(self) -> dict[Permit, RequestChannel]:
         """Return the requests that have not run, been cancelled or been refused, by their permits."""
@@ -181,6 +182,7 @@ class ServingLoop:
         self.inbox.put_nowait(None)
 
     def take_waiting(self) -> None:
+        """Handle the messages that have arrived meanwhile."""
         while not self.inbox.empty():
             self._take(self.inbox.get_nowait())
 
@@ -231,11 +233,11 @@ class ServingLoop:
         self._update_gauges()
 
     def submit(self, step: Step) -> Flight:
+        """Submit a step, with a limit on its duration, and note when its requests first ran."""
         predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
-        for sequence in step.sequences[step.num_decode_rows :] + [
-            each.sequence for each in step.pending_images
-        ]:
+        encoding = [each.sequence for each in step.pending_images]
+        for sequence in (*step.sequences[step.num_decode_rows :], *encoding):
             stats = sequence.owner.stats
             if stats.scheduled_s is None:
                 stats.scheduled_s = flight.begun_s

@@ -362,9 +362,9 @@ class Scheduler:
         leader.followers = []
 
     def _may_admit(self, step: Step) -> bool:
-        """Return whether enough sequences wait, or wait long enough, for a prompt to slow decoding."""
-        is_soon = self._num_held_back < self._max_waiting_steps
-        if self._num_waiting < self._served_ratio * step.num_decode_rows and self._num_waiting and is_soon:
+        """Return whether new prompts may start: enough of them wait, or they were held back long enough."""
+        are_few = 0 < self._num_waiting < self._served_ratio * step.num_decode_rows
+        if are_few and self._num_held_back < self._max_waiting_steps:
             self._num_held_back += 1
             return False
         self._num_held_back = 0

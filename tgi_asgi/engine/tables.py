@@ -22,7 +22,7 @@ from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.runner.groups import BlockNeeds
 
-_FREED = -1  # entry that never held a block: before the window of the sequence's first token
+_NO_BLOCK = -1  # entry before the window of the first token that the sequence computes
 
 
 class BlockTables:
@@ -104,7 +104,7 @@ class BlockTables:
                 pool.take(block)
         sequence.num_freed = [hit.num_blocks - len(blocks) for blocks in hit.blocks]
         sequence.tables = tuple(
-            [_FREED] * sequence.num_freed[group] + blocks for group, blocks in enumerate(hit.blocks)
+            [_NO_BLOCK] * sequence.num_freed[group] + blocks for group, blocks in enumerate(hit.blocks)
         )
         for group, table in enumerate(sequence.tables):
             if self.needs.windows[group] is None or sequence.needs_all:
@@ -120,7 +120,7 @@ class BlockTables:
         return True
 
     def _may_look_up(self, sequence: Sequence) -> bool:
-        return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.needs_all
+        return self._prefix_cache and sequence.request.uses_prefix_cache and not sequence.needs_all
 
     def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
         """Return how many blocks that others may share are filled by the first `num_tokens` tokens."""
@@ -148,7 +148,7 @@ class BlockTables:
         num_shared, num_partial = divmod(start, self.block_size)
         sequence.num_freed = [self.needs.first_read(group, start) for group in self._groups]
         sequence.tables = tuple(
-            [_FREED] * first + table[first:num_shared]
+            [_NO_BLOCK] * first + table[first:num_shared]
             for first, table in zip(sequence.num_freed, leader.tables, strict=True)
         )
         for first, table in zip(sequence.num_freed, sequence.tables, strict=True):
