@@ -38,14 +38,15 @@ class Access(enum.Enum):
 class Route:
     """One method of one path.
 
-    dialect: API whose error envelope is used; in compatibility mode, OpenAI's routes use TGI's.
-    generates: Whether it generates text, and counts as a request in the metrics.
-    is_quiet: Whether it is a probe or scrape, logged only if it fails.
-    summary: Summary in the OpenAPI document; "" omits the route from it.
-    requests: Types that the body may have. If there are several, its main field selects the type and whether
-        errors have TGI's envelope or OpenAI's.
-    response: Type of a 200 response in JSON or in `media_type`; None: no body.
-    event: Type of the data in a stream's events or lines, if the request can ask for a stream.
+    Attributes:
+        dialect: API whose error envelope is used; in compatibility mode, OpenAI's routes use TGI's.
+        generates: Whether it generates text, and counts as a request in the metrics.
+        is_quiet: Whether it is a probe or scrape, logged only if it fails.
+        summary: Summary in the OpenAPI document; "" omits the route from it.
+        requests: Types that the body may have. If there are several, its main field selects the type and
+            whether errors have TGI's envelope or OpenAI's.
+        response: Type of a 200 response in JSON or in `media_type`; None: no body.
+        event: Type of the data in a stream's events or lines, if the request can ask for a stream.
     """
 
     method: str

@@ -101,9 +101,8 @@ def _server() -> list[Route]:
 def _with_pages(rows: list[Route]) -> list[Route]:
     """Return the routes with the web pages; at the root, browsers get the chat page."""
     pages = Pages()
-    shown = partial(
-        Route, "GET", access=Access.OPEN, is_quiet=True, response=str, media_type="text/html"
-    )  # a browser that opens a page has no key to send
+    # Open, because a browser that opens a page has no key to send.
+    shown = partial(Route, "GET", access=Access.OPEN, is_quiet=True, response=str, media_type="text/html")
     return [
         *(
             replace(row, handle=pages.chat_or(row.handle)) if (row.method, row.path) == ("GET", "/") else row

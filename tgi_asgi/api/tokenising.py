@@ -1,6 +1,8 @@
 """The lifecycle of a request that only counts or shows tokens: read, take a permit, work in a thread, answer.
 
-route = Route("POST", "/tokenize", tokenising(tokenize), ...)
+    route = Route("POST", "/tokenize", tokenising(tokenize), ...)
+
+`tokenize` is a function from a body to the answer's, or to work that remains once images are loaded.
 """
 
 from __future__ import annotations

@@ -42,8 +42,11 @@ _REPLY_S = 0.0005
 class Replica:
     """Serves the requests of ingresses.
 
-    replica = await Replica.start("a", Settings(model_id="model.gguf"))
-    async for reply in replica.generate(request): ...
+        replica = await Replica.start("a", Settings(model_id="model.gguf"))
+        async for reply in replica.generate(request): ...
+
+    Args:
+        name: The id by which ingresses know it.
     """
 
     def __init__(self, name: str, app: App, served: Served) -> None:

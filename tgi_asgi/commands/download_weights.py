@@ -56,8 +56,7 @@ def command(model_id: str, extension: str | None, auto_convert: bool | None, **o
 
 
 def read_settings(model_id: str, options: dict[str, object]) -> Settings:
-    """Return a server's settings for this model; of its variables, read only those that concern sources and
-    logs.
+    """Return a server's settings for this model, reading only the variables about sources and logs.
 
     Raises:
         click.UsageError: if the server would not accept a value.

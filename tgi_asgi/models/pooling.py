@@ -28,11 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "ReLU": lambda x: np.maximum(x, np.float32(0)),
     "Sigmoid": lambda x: np.float32(1) / (np.float32(1) + np.exp(-x)),
 }
-_GGUF_KINDS = {
-    1: PoolingKind.MEAN,
-    2: PoolingKind.CLS,
-    3: PoolingKind.LAST,
-}  # llama.cpp's numbers; 0: none, 4: a rank
+# By llama.cpp's numbers; 0: none, 4: a rank.
+_GGUF_KINDS = {1: PoolingKind.MEAN, 2: PoolingKind.CLS, 3: PoolingKind.LAST}
 # The flags of `1_Pooling/config.json`; from version 5.4 on, `pooling_mode` holds the name.
 _MODES = {
     "cls": ("pooling_mode_cls_token", PoolingKind.CLS),

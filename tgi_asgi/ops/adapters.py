@@ -75,7 +75,7 @@ class AdapterLayout:
         max_rank: Maximum rank of a target's `down`.
 
     Attributes:
-        native: the extension's layout.
+        native: The extension's layout.
     """
 
     def __init__(self, targets: Mapping[str, Target], max_rank: int) -> None:

@@ -26,15 +26,9 @@ from tgi_asgi.ops.values import Kind, Value
 _Made = TypeVar("_Made")
 # Calls that change the residual in place.
 _IN_PLACE = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
-
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
-_CACHE_WRITERS = (
-    calls.Qkv,
-    calls.LatentQkv,
-    calls.ShortConv,
-    calls.SelectiveScan,
-    calls.DeltaRule,
-)  # calls that write what later steps read
+# Calls that write what later steps read.
+_CACHE_WRITERS = (calls.Qkv, calls.LatentQkv, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule)
 
 
 class CpuCalls:

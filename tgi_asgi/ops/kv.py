@@ -136,7 +136,7 @@ class KvPool:
         MemoryError: if the system does not grant the memory.
 
     Attributes:
-        native: the extension's pool.
+        native: The extension's pool.
     """
 
     def __init__(

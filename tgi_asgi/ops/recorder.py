@@ -22,7 +22,7 @@ class Recorder:
         recorder = Recorder()
         x = model.forward(recorder.batch, pool.layers)
         model.logits(x)
-        program = CpuProgram(recorder, pool, ...)
+        program = CpuProgram(recorder, ...)
 
     Attributes:
         calls: The calls, in the order in which a step computes them.

@@ -99,7 +99,7 @@ def check_heads(num_heads: int, **tensors: Tensor) -> None:
 class StatePool:
     """The states of all layers; the system commits the memory as places are first used.
 
-        pool = StatePool([StateShape(2048, 3)] * 10, num_slots=128)
+        pool = StatePool(config.states, num_slots=128)
         y = ops.short_conv(rows, weight, pool.layers[0], is_gated=True)
 
     A sequence is identified by its slot, `row_slots` of a step. A row that begins at position 0 starts from
@@ -119,7 +119,7 @@ class StatePool:
         MemoryError: if the system does not grant the memory.
 
     Attributes:
-        native: the extension's pool.
+        native: The extension's pool.
     """
 
     def __init__(

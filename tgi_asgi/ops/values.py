@@ -29,10 +29,10 @@ class Value:
     """A value of a step being recorded; it holds no data and is not a tensor.
 
     Attributes:
-        columns: columns of each token's row.
-        storage: the value whose memory this one shares: for a residual, the first one, which later ones
+        columns: Columns of each token's row.
+        storage: The value whose memory this one shares: for a residual, the first one, which later ones
             replace.
-        is_replaced: whether this is a residual that was added to; only the result of the addition can be
+        is_replaced: Whether this is a residual that was added to; only the result of the addition can be
             used.
     """
 

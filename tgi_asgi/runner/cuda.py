@@ -71,8 +71,8 @@ class _Staging:
 class CudaRunner:
     """A `Runner` that computes on a CUDA device.
 
-        runner = CudaRunner(model, CudaDevice(), choose, max_batch_size=256, max_step_tokens=8448,
-                            max_context=8192)
+        runner = CudaRunner(model, CudaDevice(), choose, block_size=16, max_batch_size=256,
+                            max_step_tokens=8448, max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
 
     The model's weights are plain tensors. The model is not kept once it is recorded.

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
 HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
+# What models may need beyond a plain decoder, as far as the GPU kernels support it.
 SUPPORTED_NEEDS = frozenset(
     {
         Need.LAYER_NORM,
@@ -53,7 +54,7 @@ SUPPORTED_NEEDS = frozenset(
         Need.SINKS,
         Need.EXPERTS,
     }
-)  # the special needs that the GPU kernels support
+)
 _MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
 _MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits

@@ -112,9 +112,12 @@ def check_cuts(cuts: Sequence[ModelCut]) -> None:
 class CudaShards:
     """The other shards' processes, and the group of all devices.
 
-    shards = CudaShards(files, settings, cuts, type(device), limits, types)   # they begin to load
-    shards.wait_ready()
-    runner = CudaRunner(model, ..., shards=shards)
+        shards = CudaShards(files, settings, cuts, type(device), limits, types)   # they begin to load
+        shards.wait_ready()
+        runner = CudaRunner(model, ..., shards=shards)
+
+    Attributes:
+        processes: The processes of the other shards.
     """
 
     def __init__(

@@ -21,9 +21,12 @@ _ROWS = 256  # hidden states converted to float64 at a time: 8 MiB at a hidden s
 class Accumulator:
     """Pools the hidden states of one prompt incrementally.
 
-    accumulator = Accumulator(PoolingKind.MEAN)
-    accumulator.add(states)              # [n_tokens, hidden], in order
-    vector = accumulator.result()        # [hidden]
+        accumulator = Accumulator(PoolingKind.MEAN)
+        accumulator.add(states)              # [n_tokens, hidden], in order
+        vector = accumulator.result()        # [hidden]
+
+    Attributes:
+        num_tokens: Number of states added.
     """
 
     def __init__(self, kind: PoolingKind) -> None:

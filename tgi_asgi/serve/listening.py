@@ -1,5 +1,4 @@
-"""The listening socket, bound before anything else, and an event loop that accepts a few connections at a
-time.
+"""The listening socket, bound before anything else, and an event loop that accepts a few clients at a time.
 
 Used only by `server.py`. uvloop and asyncio accept all waiting connections in one go: if a thousand clients
 connect at once, every stream stalls for up to 0.1 s. When file descriptors run out, libuv closes connections

@@ -94,10 +94,10 @@ def end_process(reason: str | None, code: int) -> NoReturn:
 
 
 def raise_file_limit() -> None:
-    """Raise the file descriptor limit to what the system grants, at most `MAX_FILES`; each connection uses
-    one.
+    """Raise the file descriptor limit to what the system grants, at most `MAX_FILES`.
 
-    Shells and container runtimes set it to 1,024 by default, for programs that use `select`.
+    Each connection uses one. Shells and container runtimes set it to 1,024 by default, for programs that use
+    `select`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)

@@ -48,7 +48,8 @@ ANTHROPIC = Dialect(
 class MessageRenderer(Renderer):
     """Renders one choice's token events as content blocks and their events.
 
-    hides_tokens: Whether `max_tokens` was 0, so the one sampled token is not shown.
+    Args:
+        hides_tokens: Whether `max_tokens` was 0, so the one sampled token is not shown.
     """
 
     def __init__(self, generation: Generation, *, hides_tokens: bool = False) -> None:

@@ -19,9 +19,10 @@ Fields = dict[str, Any]  # fields of a choice
 class TextChoice:
     """A choice of a text completion.
 
-    tracker: Collects its log-probabilities, if requested.
-    echo: Text to put before its own.
-    stop_word: Finish reason to report after a stop string.
+    Args:
+        tracker: Collects its log-probabilities, if requested.
+        echo: Text to put before its own.
+        stop_word: Finish reason to report after a stop string.
     """
 
     names = ("cmpl", "text_completion", "text_completion")  # prefix of ids, `object` of a body, of a chunk

@@ -1,5 +1,4 @@
-"""Stored answers of `/v1/responses` that later requests may build on: a bounded number, in memory, per API
-key.
+"""The newest answers of `/v1/responses`, by API key, in memory: later requests may build on them.
 
 Everything is stored as JSON: long conversations as objects would use ten times the memory and be slow to
 free.

@@ -81,10 +81,9 @@ def text_of(events: Events) -> str:
 
 
 class NativeRenderer(Renderer):
-    """Renders one request's events as a complete answer or as frames; buffers a stream's text for its last
-    frame.
+    """Renders one request's events as a complete answer or as frames.
 
-    The event of the last token ends the stream: there is no `[DONE]`.
+    A stream ends with the event of its last token, which has the whole text: there is no `[DONE]`.
 
     Args:
         is_list: Whether a complete answer is an array of one object, as on `POST /`.
