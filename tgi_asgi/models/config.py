@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tgi_asgi.errors import NotInFamily, check
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
+
+if TYPE_CHECKING:
+    from tgi_asgi.ops import StateShape
 
 MAX_CONTEXT = 1 << 24
 
@@ -131,17 +134,6 @@ class CacheShape:
     value_dim: int
     window: int | None = None  # positions this far back are never read again; 1 is the token itself
     is_latent: bool = False  # one head, whose values are the first dims of its keys
-
-
-class StateShape(Protocol):
-    """State that a recurrent layer keeps per sequence; `ops.StateShape` defines the terms."""
-
-    @property
-    def num_channels(self) -> int: ...
-    @property
-    def num_taps(self) -> int: ...
-    @property
-    def num_floats(self) -> int: ...
 
 
 class ServedConfig(Protocol):

@@ -18,7 +18,7 @@ from torch import nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, StateShape
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
@@ -68,7 +68,7 @@ class EncoderConfig:
         return 0
 
     @property
-    def states(self) -> tuple[StateShape, ...]:
+    def states(self) -> tuple[ops.StateShape, ...]:
         """Empty: nothing of a prompt is kept."""
         return ()
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, StateShape
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
@@ -76,7 +76,7 @@ class GenericConfig:
         return 2 * 8 * self.num_layers * self.hidden_size if self.sequential_reason else 0
 
     @property
-    def states(self) -> tuple[StateShape, ...]:
+    def states(self) -> tuple[ops.StateShape, ...]:
         """Empty: the program keeps sequence states itself, not in a native `StatePool`."""
         return ()
 
