@@ -13,6 +13,7 @@ import pytest
 from tests.support.asgi import Call, events_of, request, send
 from tests.support.local_cluster import LocalCluster
 from tgi_asgi.cluster.wire import CacheVersion, split_digests
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions, TokenEvent
 
@@ -110,6 +111,20 @@ async def test_adapters_come_and_go_on_all_replicas() -> None:
     assert (replaced.status, kept.status, still.status) == (200, 400, 200)
     assert answer.json()["model"] == "sql"
     assert [each["id"] for each in listed["data"]] == ["toy/model", "sql"]
+
+
+async def test_a_name_that_is_added_twice_at_once_keeps_the_first_adapter() -> None:
+    """As when a client retries a call that is still being served."""
+    async with LocalCluster(2, Settings(model_id="toy/model", enable_lora=True)) as cluster:
+        served = cluster.app.context.served
+        assert served is not None and served.adapters is not None
+        adapters = served.adapters
+        calls = (adapters.add("sql", "/adapters/sql"), adapters.add("sql", "/adapters/other"))
+        first, second = await asyncio.gather(*calls, return_exceptions=True)
+        kept = [replica.adapters.keys() for replica in cluster.engine.table.replicas.values()]
+    assert first is None
+    assert isinstance(second, InvalidRequest)
+    assert kept == [{"sql"}, {"sql"}]
 
 
 @pytest.mark.parametrize("wrong", [ValueError("why"), asyncio.CancelledError()], ids=["error", "cancelled"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from tgi_asgi.cluster.remote import RemoteEngine, ReplicaLost
 from tgi_asgi.errors import InvalidRequest, TgiError, UnknownAdapter
 from tgi_asgi.types import Adapter
+
+_ReplicaCall = Callable[[str], Awaitable[TgiError | None]]  # of one replica, by its id
 
 
 class RemoteLease:
@@ -61,9 +63,11 @@ class RemoteAdapters:
         if name in self:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
         call = self._engine.transport.call
-        found = await self._everywhere(lambda replica: call(replica, "add_adapter", name, location))
-        if error := next(filter(None, found), None):
-            await self._everywhere(lambda replica: call(replica, "remove_adapter", name))
+        errors = await self._everywhere(lambda replica: call(replica, "add_adapter", name, location))
+        if error := next(filter(None, errors.values()), None):
+            # On the others, the adapter of this name may be that of a call at the same time.
+            added = [replica for replica, failure in errors.items() if failure is None]
+            await _ask_each(added, lambda replica: call(replica, "remove_adapter", name))
             raise error
         await self._engine.refresh()
 
@@ -78,9 +82,9 @@ class RemoteAdapters:
             UnknownAdapter: if the name was unloaded meanwhile.
         """
         call = self._engine.transport.call
-        found = await self._everywhere(lambda replica: call(replica, "replace_adapter", name, location))
+        errors = await self._everywhere(lambda replica: call(replica, "replace_adapter", name, location))
         await self._engine.refresh()
-        if error := next(filter(None, found), None):
+        if error := next(filter(None, errors.values()), None):
             raise error
 
     async def remove(self, name: str) -> None:
@@ -94,13 +98,18 @@ class RemoteAdapters:
         await self._everywhere(lambda replica: self._engine.transport.call(replica, "remove_adapter", name))
         await self._engine.refresh()
 
-    async def _everywhere(self, call: Callable[[str], Awaitable[TgiError | None]]) -> list[TgiError | None]:
-        """Call every replica; a lost one yields None."""
+    async def _everywhere(self, call: _ReplicaCall) -> dict[str, TgiError | None]:
+        """Call every replica; return each one's error."""
+        return await _ask_each(self._engine.transport.replicas(), call)
 
-        async def ask(replica: str) -> TgiError | None:
-            try:
-                return await call(replica)
-            except ReplicaLost:
-                return None
 
-        return await asyncio.gather(*map(ask, self._engine.transport.replicas()))
+async def _ask_each(replicas: Sequence[str], call: _ReplicaCall) -> dict[str, TgiError | None]:
+    """Call these replicas at the same time; return each one's error, None if it is lost."""
+
+    async def ask(replica: str) -> TgiError | None:
+        try:
+            return await call(replica)
+        except ReplicaLost:
+            return None
+
+    return dict(zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True))
