@@ -72,8 +72,7 @@ using StackPtr = std::shared_ptr<ExpertStack>;
 
 // The experts of a layer, and how their gate and up outputs are combined.
 struct ExpertMlps {
-  std::vector<StackPtr> gate_up;  // one stack with alternating panels, or separate gate and up
-                                  // stacks
+  std::vector<StackPtr> gate_up;  // one stack with alternating panels, or one each
   StackPtr down;
   MlpActivation activation;
   step::ClampedGate clamped;

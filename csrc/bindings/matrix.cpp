@@ -63,8 +63,8 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   check_shares(shares, num_rows / step::kStripRows);
   const std::vector<const uint8_t*> rows = rows_of(sources, step::file_row_bytes(format, columns));
   std::vector<const uint8_t*> ordered;
-  int64_t num_true = 0, end = 0;  // number of rows that are not padding, and the end of the last of
-                                  // them
+  // The number of rows that are not padding, and the end of the last of them.
+  int64_t num_true = 0, end = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t row = order.at(i);
     check(row >= -1 && row < static_cast<int64_t>(rows.size()), "`order`[", i, "] must be in [-1, ",

@@ -55,9 +55,9 @@ class PagedAttention {
   FlatRows batch_;
   std::vector<int32_t> visible_until_;
   cpu::step::StepHeader header_ = {};
-  int64_t checked_blocks_ = 0, checked_block_size_ = 0;  // of the pool that the batch was checked
-                                                         // against
-  std::vector<Split> splits_;                            // entries of earlier batches are reused
+  // Of the pool that the batch was checked against.
+  int64_t checked_blocks_ = 0, checked_block_size_ = 0;
+  std::vector<Split> splits_;  // entries of earlier batches are reused
   size_t num_splits_ = 0;
   int64_t num_pairs_ = 0;  // upper bound on the query-key pairs
   Workspace queries_;

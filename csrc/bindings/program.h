@@ -28,16 +28,15 @@ struct RowsBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   int64_t num_columns;
-  std::optional<int64_t> turn = std::nullopt;  // if the rows are a shard's partial sum: the sum's
-                                               // turn
+  std::optional<int64_t> turn = std::nullopt;  // the sum's, if the rows are a shard's partial sum
   float* data() const { return reinterpret_cast<float*>(memory.get()); }
 };
 
 // The input of products.
 struct ActivationBuffer {
   cpu::Memory memory;
-  cpu::Memory prompt_memory;  // for prompt tokens, if these are multiplied in another precision;
-                              // else null
+  // For prompt tokens, if these are multiplied in another precision; else null.
+  cpu::Memory prompt_memory;
   int64_t num_rows;
   step::Activation view;
   int64_t tile_tokens;
@@ -68,8 +67,7 @@ struct Product {
   const Matrix& weight;
   ActivationPtr in;
   std::optional<Floats> bias;      // in the order of the packed rows
-  std::optional<int64_t> adapter;  // the product's index in the adapter layout, if adapters may
-                                   // change it
+  std::optional<int64_t> adapter;  // its index in the adapter layout, if adapters may change it
 };
 
 // A norm of rows or heads: RMSNorm, or LayerNorm if there is a bias.

@@ -83,8 +83,7 @@ struct FlatRows {
   int64_t table_width = 0;
   int64_t num_generated = 0;        // this many tokens at the front were sampled
   std::vector<int32_t> row_slots;   // [num_rows]
-  std::vector<int32_t> num_drafts;  // [num_rows] number of drafts, the last tokens of the row; or
-                                    // empty
+  std::vector<int32_t> num_drafts;  // [num_rows] drafts, a row's last tokens; or empty
   std::vector<int32_t> resumes;  // [num_rows] places of kept states, -1: its slot's own; or empty
   std::vector<StateKeep> keeps;  // row by row, in order of position
   std::vector<int32_t> row_of_plan;              // [num_rows] index of the row in the plan

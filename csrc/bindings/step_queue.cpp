@@ -117,9 +117,8 @@ py::list StepQueue::done() {
     py::object outcome;
     try {
       outcome = outcome_of(item);
-    } catch (py::error_already_set& error) {  // such as out of memory: the other results must not
-                                              // be lost
-      outcome = error.value();
+    } catch (py::error_already_set& error) {
+      outcome = error.value();  // such as out of memory: the other results must not be lost
     } catch (const std::exception& error) {
       outcome = py::reinterpret_borrow<py::object>(PyExc_RuntimeError)(error.what());
     }

@@ -48,8 +48,8 @@ class Barrier {
 std::atomic<int> other_spin_us{0};  // see team_spin
 
 class Team;
-thread_local Team* current_team = nullptr;  // the team whose run this thread is inside of; null in
-                                            // run_on_caller
+// The team whose run this thread is inside of; null in run_on_caller.
+thread_local Team* current_team = nullptr;
 
 class Team {
  public:

@@ -20,7 +20,7 @@ struct Decode {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = HeadDim <= 64 ? 3 : 2;  // within 99 KB: sm_86, 89 and 120
   static constexpr int kTile = 16;                       // tokens
-  // of 16 bytes, for keys or for values
+  // A tile's keys or values, in chunks of 16 bytes.
   static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;
   static constexpr int kSharedChunks =
       kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;

@@ -70,8 +70,7 @@ struct ChunkShape {
 };
 
 struct Chunk {
-  const uint8_t* keys[kSubBlocks + kMaxAhead];  // this chunk's sub-blocks, then the first ones
-                                                // read after it
+  const uint8_t* keys[kSubBlocks + kMaxAhead];  // this chunk's sub-blocks, then the next ones read
   const uint8_t* values[kSubBlocks];
   int64_t begin;  // first token
   int64_t num_tokens;

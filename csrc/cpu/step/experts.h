@@ -54,8 +54,7 @@ struct RouteParams {
   int64_t stride;
   RouteKind kind;
   const float* correction;  // [num_experts], added to scores only for the selection, or null
-  int64_t num_groups;       // groups of neighbouring experts, of which only the best `top_groups`
-                            // compete; 1: no groups
+  int64_t num_groups;       // of neighbouring experts; only the best `top_groups` compete
   int64_t top_groups;
   bool sums_top_two;  // a group's score is the sum of its two best experts, else its best expert
   bool is_renormalised;

@@ -44,8 +44,7 @@ struct FormatInfo {
   int32_t ggml_type;      // -1: not a GGUF format
   int64_t block_columns;  // of a block in a file
   int64_t block_bytes;
-  bool is_quantised;  // codes and scales; if the CPU has a kernel, they are multiplied by int8
-                      // activations
+  bool is_quantised;  // codes and scales, which a CPU's kernel multiplies by int8 activations
   bool has_kernel;    // the CPU has a kernel for it
   PanelInfo panel;
   RepackedInfo repacked;

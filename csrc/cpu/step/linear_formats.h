@@ -136,8 +136,8 @@ struct ByteTable {
 constexpr ByteTable table_of(const int8_t (&values)[16], bool is_signed) {
   ByteTable out = {};
   for (int i = 0; i < 16; ++i) {
-    const int with_128 = values[i] < 0 ? values[i] + 128 : values[i] - 128;  // value + 128 as a
-                                                                             // signed byte
+    // value + 128 as a signed byte.
+    const int with_128 = values[i] < 0 ? values[i] + 128 : values[i] - 128;
     out.values[i] = static_cast<int8_t>(is_signed ? values[i] : with_128);
   }
   return out;

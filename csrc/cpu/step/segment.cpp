@@ -98,8 +98,8 @@ void LastRows::prepare_adapters(const StepHeader& step) {
 
 void LastRows::gather(void* buffer, int64_t bytes) const {
   auto* const to = static_cast<uint8_t*>(buffer);
-  for (int64_t i = 0; i < header_.num_tokens; ++i) {  // tokens ascend, so none is overwritten
-                                                      // before it is read
+  // Tokens ascend, so none is overwritten before it is read.
+  for (int64_t i = 0; i < header_.num_tokens; ++i) {
     if (tokens_[i] != i) std::memcpy(to + i * bytes, to + tokens_[i] * bytes, bytes);
   }
 }

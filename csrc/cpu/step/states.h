@@ -99,8 +99,7 @@ struct DeltaRuleParams {
   int64_t head_dim;       // a multiple of 16
   int64_t num_key_heads;  // divides num_heads
   int64_t key_dim;        // up to kMaxKeyDim
-  bool is_tiled;          // head h uses key head h % num_key_heads; else neighbouring heads share
-                          // one
+  bool is_tiled;          // head h uses key head h % num_key_heads; else neighbours share one
   const float* a;         // [num_heads], negative
   const float* dt_bias;   // [num_heads]
   StateView state;        // [num_heads, head_dim / 16, key_dim, 16]

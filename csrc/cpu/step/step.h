@@ -215,8 +215,7 @@ struct LatentQkvParams {
   int64_t absorbed_stride;
   const float* rotary;  // [num_tokens, stride], the second part of each head, to be rotated
   int64_t rotary_stride;
-  const float* latents;  // [num_tokens, stride], a token's first part, to be normalised, then its
-                         // second
+  const float* latents;  // [num_tokens, stride], the first part, to be normalised, and the second
   int64_t latent_stride;
   const float* norm;  // [value_dim]
   float eps;
@@ -257,10 +256,8 @@ struct AttentionPartial {
 // How scores are modified before the softmax, all in units of log2(e).
 struct ScoreParams {
   float cap;            // score = cap * tanh(score / cap), 0: none
-  const float* slopes;  // [num_heads] or null: score += slope * (key position - query position)
-                        // (ALiBi)
-  const float* sinks;   // [num_heads] or null: attention sinks, scores that only enter the sum of
-                        // weights
+  const float* slopes;  // [num_heads] or null (ALiBi): score += slope * (key - query position)
+  const float* sinks;   // [num_heads] or null: scores that only enter the sum of weights
 
   bool changes_scores() const { return cap != 0 || slopes != nullptr; }
 };
@@ -276,8 +273,8 @@ struct AttentionParams {
   Activation out;  // num_columns = num_heads * true_dim, if true_dim is a multiple of 32; else
   float* rows;     // [num_tokens, stride] is written instead of the activation
   int64_t stride;
-  const AttentionPartial*
-      partials;  // one per member: for the tile that this member is the first to work on
+  // One per member: for the tile that this member is the first to work on.
+  const AttentionPartial* partials;
 };
 
 struct LinearAddParams {
@@ -334,9 +331,8 @@ struct ExpertsAddParams {
   ExpertProduct down;
   MlpFunction function;
   ClampedGate clamped;
-  Activation
-      gathered;  // buffers for a pass of this many tiles: rows of `in`, and the input of `down`
-  Activation inner;
+  // Buffers for a pass of `num_tiles` tiles: rows of `in`, and the input of `down`.
+  Activation gathered, inner;
   int64_t num_tiles;
   float* gates;         // with separate gate and up: a member's [tokens][32]
   int64_t gate_floats;  // from one member's gates to the next
