@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from tgi_asgi.api.answer import AnswerForm
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -84,24 +84,40 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         exchange.large_objects += [jobs, renderer]
         for prepared in jobs:
             _submit(exchange, served.engine, prepared.request, permit)
-    characters = sum(job.prompt.num_characters for job in jobs)
-    cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
-    if call.stream:
-        headers = stream_headers(exchange, served.info, characters=characters)
-        stream = EventStream(exchange, call, renderer, headers)
-        shows_prompt = any(job.request.prompt_logprobs is not None for job in jobs)
-        await stream.run(slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
-        return
+    await (_stream if call.stream else _answer_whole)(exchange, call, generation, renderer)
+
+
+async def _stream(exchange: Exchange, call: Call, generation: Generation, renderer: Renderer) -> None:
+    """Send an answer as its tokens come."""
+    characters = _num_characters(generation)
+    headers = stream_headers(exchange, generation.info, characters=characters)
+    stream = EventStream(exchange, call, renderer, headers)
+    shows_prompt = any(job.request.prompt_logprobs is not None for job in generation.jobs)
+    await stream.run(slow_beyond=LARGE_ANSWER // _token_cost(generation), begins_slowly=shows_prompt)
+
+
+async def _answer_whole(exchange: Exchange, call: Call, generation: Generation, renderer: Renderer) -> None:
+    """Send an answer once it is complete."""
     parts = await collect(exchange)
     exchange.large_objects.append(parts)
-    size = sum(len(events) for choices in parts for events in choices) * cost
-    size += sum(len(each.request.prompt_ids) * each.request.n for each in jobs)
+    size = sum(len(events) for choices in parts for events in choices) * _token_cost(generation)
+    size += sum(len(job.request.prompt_ids) * job.request.n for job in generation.jobs)
     exchange.is_large |= size > LARGE_ANSWER
-    answer = await exchange.work(renderer.whole, parts)
+    body = await exchange.work(renderer.whole, parts)
+    characters, num_tokens = _num_characters(generation), generation.num_shown
     headers = sync_headers(
-        exchange, served.info, characters=characters, num_tokens=generation.num_shown, is_sum=call.is_sum
+        exchange, generation.info, characters=characters, num_tokens=num_tokens, is_sum=call.is_sum
     )
-    await exchange.respond(200, answer, headers=headers)
+    await exchange.respond(200, body, headers=headers)
+
+
+def _num_characters(generation: Generation) -> int:
+    return sum(job.prompt.num_characters for job in generation.jobs)
+
+
+def _token_cost(generation: Generation) -> int:
+    """Return what rendering a token costs at most, in the unit of `LARGE_ANSWER`."""
+    return max(2 + (job.request.sampling.logprobs or 0) for job in generation.jobs)
 
 
 def served_name(exchange: Exchange, requested: str | None) -> str:
