@@ -154,17 +154,22 @@ async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: st
 
 @pytest.fixture
 def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make every fourth step with several rows fail; return the list of their numbers of rows.
+    """Make a quarter of the steps with several rows fail; return the list of their numbers of rows.
 
-    A failed step has sampled nothing, but has written keys, values and states.
+    A failed step has sampled nothing, but has written keys, values and states. The distances are random: if
+    every fourth step failed, a scored prompt of four chunks could lose each of its attempts.
     """
     failed: list[int] = []
-    steps = itertools.count()
+    rng = random.Random(1)
+    steps = itertools.count(1)
+    next_failure = 4
     run, run_and_sample = CpuProgram.run, CpuProgram.run_and_sample
 
     def fail(program: CpuProgram, batch: Any, rows: Any) -> None:
+        nonlocal next_failure
         num_rows = len(batch.row_slots)
-        if num_rows > 1 and next(steps) % 4 == 3:
+        if num_rows > 1 and next(steps) == next_failure:
+            next_failure += rng.randint(2, 6)
             failed.append(num_rows)
             run(program, batch, rows)
             raise RuntimeError("planted")

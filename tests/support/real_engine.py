@@ -61,6 +61,6 @@ async def all_at_once(engine: Engine, requests: Sequence[GenerationRequest]) -> 
 
 def client_view(answer: Answer) -> list[tuple[object, ...]]:
     """Return what a client learns from an answer, except timing: tokens, texts and log-probabilities."""
-    assert answer.error is None
+    assert answer.error is None, answer.error
     events = sorted(answer.events, key=lambda event: event.index)
     return [(event.token_id, event.text, event.logprob, str(event.top)) for event in events]
