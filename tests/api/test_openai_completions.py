@@ -230,6 +230,12 @@ async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:
         assert body["usage"]["completion_tokens"] == 0
 
 
+async def test_max_tokens_0_without_echo_has_no_log_probabilities() -> None:
+    body = (await complete(ScriptedEngine(say("c")), prompt="hi", max_tokens=0, logprobs=1)).json()
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    assert body["choices"][0]["logprobs"] == {name: [] for name in names}
+
+
 async def test_the_token_that_max_tokens_0_hides_gives_no_reason_to_stop() -> None:
     for is_stream in (False, True):
         engine = ScriptedEngine(say("c"))

@@ -57,6 +57,10 @@ async def test_tokens_wholly_inside_cut_text_are_dropped_and_a_partly_cut_one_st
     assert [entry["token"] for entry in found] == ["a", "b S", "T", "OP"]
 
 
+async def test_an_answer_without_text_has_no_entries() -> None:
+    assert await entries("STOP", stop="STOP") == []
+
+
 async def test_a_stop_token_has_no_entry() -> None:
     assert [entry["token"] for entry in await entries("a", "b", stop_token_ids=[98])] == ["a"]
 

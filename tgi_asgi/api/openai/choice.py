@@ -59,9 +59,9 @@ class TextChoice:
         """Return the content of all events."""
         return {"text": self.echo + self._text_of(events)}
 
-    def logprobs(self) -> Fields | None:
-        """Return the log-probabilities that may be sent now."""
-        return self.tracker.take() if self.tracker is not None else None
+    def logprobs(self, *, is_whole: bool = False) -> Fields | None:
+        """Return the log-probabilities that may be sent now; of a whole answer, also if it has none."""
+        return self.tracker.take(is_whole=is_whole) if self.tracker is not None else None
 
     def finish_reason(self, event: TokenEvent) -> str:
         """Return OpenAI's finish reason for the choice."""

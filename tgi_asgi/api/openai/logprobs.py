@@ -84,9 +84,9 @@ class ChatLogprobs(_Tracker):
             ]
             self._waiting.append(entry)
 
-    def take(self) -> dict[str, Any] | None:
-        """Return the entries that may be sent now, or None."""
-        if not self._waiting:
+    def take(self, *, is_whole: bool = False) -> dict[str, Any] | None:
+        """Return the entries that may be sent now; None if there are none, unless the answer `is_whole`."""
+        if not (self._waiting or is_whole):
             return None
         waiting, self._waiting = self._waiting, []
         return {"content": waiting, "refusal": None}
@@ -143,11 +143,11 @@ class CompletionLogprobs(_Tracker):
             offsets.append(offset)
         return offsets[::-1]
 
-    def take(self) -> dict[str, Any] | None:
-        """Return the entries that may be sent now, or None."""
-        if not self._waiting:
+    def take(self, *, is_whole: bool = False) -> dict[str, Any] | None:
+        """Return the entries that may be sent now; None if there are none, unless the answer `is_whole`."""
+        if not (self._waiting or is_whole):
             return None
-        names, values, tops, offsets = map(list, zip(*self._waiting, strict=True))
+        names, values, tops, offsets = ([entry[i] for entry in self._waiting] for i in range(4))
         self._waiting = []
         return {
             "tokens": names,

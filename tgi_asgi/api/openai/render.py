@@ -117,7 +117,7 @@ class CompletionRenderer:
             for events in (all_choices[i] for i in likeliest(all_choices, self._n)):
                 index, choice = len(choices), self._choices[len(choices)]
                 fields = choice.whole(self._visible(index, events))
-                fields |= {"logprobs": choice.logprobs(), **self._ending(index, events[-1])}
+                fields |= {"logprobs": choice.logprobs(is_whole=True), **self._ending(index, events[-1])}
                 choices.append({"index": index, **fields, **prompt_ids, **self._token_ids(index)})
         return orjson.dumps({**self._head, "choices": choices, "usage": self._usage(), **on_top})
 
