@@ -353,6 +353,16 @@ async def test_toolsets_without_a_name_are_skipped_as_other_hosted_tools_are() -
     assert [block.type for block in message.content] == ["tool_use"]
 
 
+async def test_a_choice_of_a_hosted_tool_counts_as_absent() -> None:
+    tools: list[Any] = [{"type": "web_search_20250305", "name": "web_search"}, LATER]
+    async with sdk(say(CALL_LATER)) as client:
+        message = await client.messages.create(
+            model="m", messages=HI, tools=tools, tool_choice={"type": "tool", "name": "web_search"},
+            max_tokens=50,
+        )  # fmt: skip
+    assert [block.type for block in message.content] == ["tool_use"]
+
+
 async def test_models_are_listed_in_the_form_of_the_client() -> None:
     async with sdk(say("a")) as client:
         listed = [model async for model in client.models.list()]

@@ -405,3 +405,11 @@ async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choi
         for path, body in bodies.items():
             answer = await client.post(path, json={**body, "tools": hosted, "tool_choice": choice})
             assert answer.status_code == 200, answer.json()
+
+
+async def test_hosted_tools_are_left_out_of_the_allowed_ones() -> None:
+    mcp = {"type": "mcp", "server_label": "x"}
+    for allowed, is_called in (([mcp, TOOLS[0]], True), ([mcp], False)):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": allowed}}
+        body = await chat(say(*CALLS), tools=[*TOOLS, mcp], tool_choice=choice)
+        assert ("tool_calls" in body["choices"][0]["message"]) is is_called

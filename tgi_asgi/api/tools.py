@@ -119,7 +119,7 @@ def choose(
         InvalidRequest: if a named tool does not exist.
     """
     if not tools:
-        if mode in ("required", "named"):
+        if mode in ("required", "named") or names:
             raise InvalidRequest("`{field}` is only allowed with `tools`", field=("tool_choice",))
         return None
     if mode == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
-from tgi_asgi.api.anthropic.tools import CHANGES, ClientTool, read_tools
+from tgi_asgi.api.anthropic.tools import CHANGES, ClientTool, is_hosted, read_tools
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
@@ -93,7 +94,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         stop=stops,
         constraint=_constraint(request),
         reasoning_budget=_budget(request.thinking),
-        tools=_choice(request.tool_choice, tools, num_offered=len(request.tools or ())),
+        tools=_choice(request.tool_choice, tools, request.tools or ()),
     )
     render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0)
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
@@ -216,15 +217,22 @@ def _image(source: Any, path: str, images: Images) -> dict[str, str]:
     return images.add(string_of(source, "data", path), path, is_base64=True)
 
 
-def _choice(given: dict[str, Any] | None, tools: list[Tool], *, num_offered: int) -> ToolChoice | None:
-    """Return the tools that the model may call; None if all offered tools were skipped."""
+def _choice(
+    given: dict[str, Any] | None, tools: list[Tool], offered: Sequence[ClientTool]
+) -> ToolChoice | None:
+    """Return the tools that the model may call; None if all `offered` tools were skipped.
+
+    A choice of a hosted tool counts as absent.
+    """
     given = {"type": "auto"} if given is None else given
     mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
         refuse_field("tool_choice.type", "must be auto, any, tool or none")
     names = [string_of(given, "name", "tool_choice")] if mode == "named" else None
-    if num_offered and not tools:
+    if offered and not tools:
         return None
+    if mode == "named" and any(is_hosted(tool) and tool.name == given["name"] for tool in offered):
+        mode, names = "auto", None
     return choose(tools, mode, names, is_parallel=not given.get("disable_parallel_tool_use"))
 
 

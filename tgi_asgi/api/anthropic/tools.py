@@ -35,15 +35,20 @@ def read_tools(entries: Sequence[ClientTool] | None, turns: Sequence[Turn]) -> l
     """
     tools, skipped = [], []
     for i, tool in enumerate(entries or ()):
-        if tool.type in (None, "custom"):
-            tools.append(_tool(tool, i, f"tools[{i}]"))
+        if is_hosted(tool):
+            skipped.append(str(tool.type))
         else:
-            skipped.append(tool.type)
+            tools.append(_tool(tool, i, f"tools[{i}]"))
     check_tools(tools)
     note_skipped(skipped)
     changed = _changed_tools(tools, turns)
     check_tools(changed)
     return changed
+
+
+def is_hosted(tool: ClientTool) -> bool:
+    """Return whether the model is not shown a tool, because it runs elsewhere."""
+    return tool.type not in (None, "custom")
 
 
 def _tool(tool: ClientTool, index: int, path: str) -> Tool:

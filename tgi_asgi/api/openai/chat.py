@@ -124,7 +124,8 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     if is_compat and not tools:
         return [], None
     is_parallel = request.parallel_tool_calls is not False and not is_compat
-    return tools, read_choice(tools, choice, num_offered=len(request.tools or ()), is_parallel=is_parallel)
+    offered = {entry.type for entry in request.tools or ()}
+    return tools, read_choice(tools, choice, offered=offered, is_parallel=is_parallel)
 
 
 def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tuple[int | None, int | None]:

@@ -84,8 +84,12 @@ def _call(
     messages = response_input.read_items([*earlier, *items], len(earlier), images, tools)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
-    num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
-    choice = read_choice(tools, request.tool_choice, num_offered=num_offered, is_parallel=is_parallel)
+    choice = read_choice(
+        tools,
+        request.tool_choice,
+        offered={tool["type"] for tool in request.tools or ()},
+        is_parallel=request.parallel_tool_calls is not False,
+    )
     effort = request.reasoning.effort if request.reasoning is not None else None
     job = Job(
         prompt=Conversation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tgi_asgi.api.call import ToolChoice
@@ -11,6 +11,7 @@ from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _MODES = ("none", "auto", "required")
+_OWN_KINDS = frozenset({"function", "custom", "namespace"})  # types of tools that the model may be shown
 
 
 def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
@@ -48,24 +49,34 @@ def grammar_of(form: Any) -> str | None:
 
 
 def read_choice(
-    tools: Sequence[Tool], choice: str | dict[str, Any] | None, *, num_offered: int, is_parallel: bool
+    tools: Sequence[Tool],
+    choice: str | dict[str, Any] | None,
+    *,
+    offered: Collection[str],
+    is_parallel: bool,
 ) -> ToolChoice | None:
     """Return what `tool_choice` lets the model call; a choice of a hosted tool counts as absent.
 
     Args:
-        num_offered: Number of tools that the client sent, including hosted ones.
+        offered: Types of the tools that the client sent, including hosted ones.
 
     Raises:
         InvalidRequest: if its form is wrong, or it names an unknown tool.
     """
-    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
-    if num_offered and (not tools or kind not in ("function", "custom", "allowed_tools")):
+    has_hosted = not _OWN_KINDS.issuperset(offered)
+    if offered and (not tools or (has_hosted and _is_hosted(choice))):
         choice = None
-    mode, names = _choice(choice)
+    mode, names = _choice(choice, has_hosted=has_hosted)
     return choose(tools, mode, names, is_parallel=is_parallel)
 
 
-def _choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
+def _is_hosted(choice: object) -> bool:
+    """Return whether a choice, or an entry of `allowed_tools`, names a hosted tool by its type."""
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    return isinstance(kind, str) and kind not in (*_OWN_KINDS, "allowed_tools")
+
+
+def _choice(choice: str | dict[str, Any] | None, *, has_hosted: bool = False) -> tuple[str, list[str] | None]:
     """Return the mode (none, auto, required, named) and the functions that it is limited to, if any."""
     if choice is None:
         return "auto", None
@@ -79,7 +90,12 @@ def _choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]
             rule = "must have `mode` (auto or required) and a list `tools`"
             refuse_field("tool_choice.allowed_tools", rule)
         path = "tool_choice.allowed_tools.tools"
-        return mode, [_named(tool, f"{path}[{index}]") for index, tool in enumerate(tools)]
+        names = [
+            _named(tool, f"{path}[{index}]")
+            for index, tool in enumerate(tools)
+            if not (has_hosted and _is_hosted(tool))
+        ]
+        return (mode, names) if names else ("none", None)
     return "named", [_named(choice, "tool_choice")]
 
 
