@@ -163,7 +163,9 @@ async def test_anthropics_clients_send_their_key_as_x_api_key() -> None:
     assert answer.json()["error"]["type"] == "authentication_error"
 
 
-@pytest.mark.parametrize(("asked", "taken"), [(5, 5), (10, 10), (11, 10), (-11, -10), (-(2**62), -10)])
+@pytest.mark.parametrize(
+    ("asked", "taken"), [(5, 5), (10, 10), (11, 10), (-11, -10), (-(2**62), -10), (10**30, 10)]
+)
 async def test_a_priority_is_cut_to_what_one_may_have(asked: int, taken: int) -> None:
     engine = ScriptedEngine()
     app = scripted_app(engine, Settings())

@@ -64,9 +64,12 @@ async def test_messages_are_templated_first() -> None:
 
 @pytest.mark.parametrize(
     ("body", "is_openai"),
-    [({}, False), ({"inputs": 3}, False), ({"prompt": 3}, True), ({"messages": "x"}, True)],
+    [
+        ({}, False), ({"inputs": 3}, False), ({"inputs": None}, False), ({"prompt": 3}, True),
+        ({"prompt": None}, True), ({"messages": "x"}, True),
+    ],
     ids=str,
-)
+)  # fmt: skip
 async def test_refusals_speak_the_dialect_of_the_key(body: Any, is_openai: bool) -> None:
     response = await post("/tokenize", body)
     assert response.status_code == (400 if is_openai else 422)

@@ -74,7 +74,8 @@ def refuse_field(param: str, rule: str, code: str | None = None) -> NoReturn:
 def check_unset(request: Struct, names: Sequence[str]) -> None:
     """Refuse fields of other servers' APIs that are set to anything."""
     for name in names:
-        if getattr(request, name) not in (None, False, "", []):
+        value = getattr(request, name)
+        if value is not False and value not in (None, "", []):  # 0 equals False, and may mean something
             refuse_field(name, "is not supported by this server", "unsupported_parameter")
 
 

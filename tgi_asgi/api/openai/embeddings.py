@@ -28,7 +28,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Int | None = None
     add_special_tokens: bool | None = None
     normalize: bool | None = None
-    priority: Int | None = None
+    priority: int | None = None
 
 
 _DECODER = msgspec.json.Decoder(EmbeddingRequest)

@@ -132,7 +132,10 @@ def _structured(given: dict[str, Any]) -> tuple[str, Any]:
     if len(kinds) != 1:
         rule = f"must have exactly one of {', '.join(KINDS)}; got {len(kinds)}"
         refuse_field("structured_outputs", rule)
-    return kinds[0], given[kinds[0]]
+    [kind] = kinds
+    if kind == "json_object" and given[kind] is not True:
+        refuse_field("structured_outputs.json_object", "must be true or false")
+    return kind, given[kind]
 
 
 def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:

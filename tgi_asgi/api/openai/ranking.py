@@ -42,7 +42,7 @@ class RerankRequest(Struct, kw_only=True):
     return_documents: bool | None = None  # unless false, the answer contains them
     instruction: str | None = None
     truncate_prompt_tokens: Int | None = None
-    priority: Int | None = None
+    priority: int | None = None
 
 
 class ScoreRequest(Struct, kw_only=True):
@@ -53,7 +53,7 @@ class ScoreRequest(Struct, kw_only=True):
     model: str | None = None
     instruction: str | None = None
     truncate_prompt_tokens: Int | None = None
-    priority: Int | None = None
+    priority: int | None = None
 
 
 _RERANK = msgspec.json.Decoder(RerankRequest)

@@ -81,7 +81,7 @@ class CommonRequest(Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
-    priority: Int | None = None
+    priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None

@@ -11,21 +11,21 @@ from tgi_asgi.errors import InvalidRequest
 
 KINDS = ("inputs", "messages", "prompt")  # main fields: the first one present in a body decides
 
-_ABSENT = msgspec.Raw(b"null")
+_ABSENT = msgspec.Raw(b"")
 _Keys = msgspec.defstruct("_Keys", [(kind, msgspec.Raw, _ABSENT) for kind in KINDS])
 _DECODER = msgspec.json.Decoder(_Keys)
 
 
 def kind_of(body: bytes) -> str:
-    """Return which of `KINDS` a body is; null counts as absent.
+    """Return which of `KINDS` a body is; null counts as absent if there is another.
 
     Raises:
         InvalidRequest: if it is not a JSON object or has none of the keys.
     """
     keys = decode_json(body, _DECODER)
-    for kind in KINDS:
-        if bytes(getattr(keys, kind)) != b"null":
-            return kind
+    given = {kind: value for kind in KINDS if (value := bytes(getattr(keys, kind)))}
+    for kind in [kind for kind, value in given.items() if value != b"null"] or given:
+        return kind  # of a body with nulls only, the kind whose field is refused
     raise InvalidRequest("One of `inputs`, `messages` and `prompt` is required", param="inputs")
 
 
