@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from tgi_asgi.text.constrain.grammar import Grammar
+    from tgi_asgi.text.stop_scope import ReasoningMarks
 
     Vector = npt.NDArray[np.float32]
 
@@ -75,6 +76,7 @@ class StopConditions:
     stop: tuple[str, ...] = ()  # matched on decoded text across tokens; the earliest wins, then the longest
     include_stop: bool = False  # keep the matched stop string in the text, and hold nothing back
     skip_special_tokens: bool = True  # special tokens produce no text
+    reasoning: ReasoningMarks | None = None  # of reasoning, in which stop strings are not matched
 
 
 @dataclass(frozen=True, slots=True)

@@ -407,6 +407,18 @@ async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choi
             assert answer.status_code == 200, answer.json()
 
 
+async def test_stop_strings_are_not_matched_in_reasoning() -> None:
+    script = say("<think>", "a", "\n\n", "b", "</think>", "\n\n", "x", "\n\n", "y")
+    body = {"template": THINKING, "stop": ["\n\n"], "logprobs": True}
+    [choice] = (await chat(script, **body))["choices"]
+    assert (choice["message"]["content"], choice["message"]["reasoning"]) == ("x", "a\n\nb")
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "\n\n")
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["x"]
+    streamed = [choice["delta"] for choice in await deltas(script, **body)]
+    assert "".join(delta.get("content", "") for delta in streamed) == "x"
+    assert "".join(delta.get("reasoning", "") for delta in streamed) == "a\n\nb"
+
+
 async def test_hosted_tools_are_left_out_of_the_allowed_ones() -> None:
     mcp = {"type": "mcp", "server_label": "x"}
     for allowed, is_called in (([mcp, TOOLS[0]], True), ([mcp], False)):

@@ -7,6 +7,7 @@ import pytest
 from tests.support.fake_runner import BOS_ID, EOS_ID, FakeTokenizer
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.text.stop_scope import ReasoningMarks
 from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 
 
@@ -109,6 +110,26 @@ def test_stops_are_not_matched_before_min_tokens_nor_with_text_from_before() -> 
     events = events_of(b"ENDENDEND", min_tokens=5, stop=("END",))
     assert text_of(events) == "ENDEND"
     assert len(events) == 9
+
+
+def test_stops_are_not_matched_in_reasoning() -> None:
+    marks = ReasoningMarks("<think>", "</think>", is_open=False)
+    answer = b"<think>a END b</think>\n\nc\n\nd"
+    events = events_of(answer, stop=("END", "\n\n"), reasoning=marks)
+    assert text_of(events) == "<think>a END b</think>\n\nc"
+    assert events[-1].stop == "\n\n"
+    events = events_of(answer[:5], max_tokens=5, stop=("END", "<thi"), reasoning=marks)  # it never began
+    assert (text_of(events), events[-1].stop) == ("", "<thi")
+    events = events_of(answer, max_tokens=24, min_tokens=24, stop=("a",), reasoning=marks)
+    assert text_of(events) == answer[:24].decode()
+
+
+def test_what_is_held_back_comes_before_the_reasoning_that_follows_it() -> None:
+    marks = ReasoningMarks("", "", is_open=False, has_channels=True)
+    answer = (
+        b"<|channel|>final<|message|>a EN<|end|><|start|>assistant<|channel|>analysis<|message|>END<|end|>"
+    )
+    assert text_of(events_of(answer, len(answer), stop=("END",), reasoning=marks)) == answer.decode()
 
 
 def test_logprobs_pass_through() -> None:

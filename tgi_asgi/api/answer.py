@@ -21,6 +21,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.stop_scope import ReasoningMarks
 from tgi_asgi.text.tools import (
     CallStart,
     Content,
@@ -140,6 +141,13 @@ class AnswerForm:
         if len(encode(end)) != 1:
             return None
         return ReasoningBudget(num_tokens, (*encode(start),), (*encode(end), *encode(then)), self._is_open)
+
+    def marks(self) -> ReasoningMarks | None:
+        """Return how the answer marks reasoning, or None if it has none."""
+        if self._has_channels:
+            return ReasoningMarks("", "", is_open=self._is_open, has_channels=True)
+        style = self._style
+        return None if style is None else ReasoningMarks(style.start, style.end, is_open=self._is_open)
 
     def _mark(self, marker: str) -> str:
         token_id = self._served.special_ids.get(marker)

@@ -180,7 +180,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         form = AnswerForm(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, job, form) if is_constrained else None
-        reading = form.reading()
+        reading, marks = form.reading(), form.marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)
@@ -196,6 +196,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             stop=job.stop,
             include_stop=job.include_stop,
             skip_special_tokens=job.skip_special_tokens and not shows_markers,
+            reasoning=marks,
         ),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),

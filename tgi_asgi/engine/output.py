@@ -33,7 +33,9 @@ class ChoiceOutput:
     then the length. An EOS or stop-id token contributes text only with `include_stop`.
     """
 
-    __slots__ = ("_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_stop", "_tokenizer")
+    __slots__ = (
+        "_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_scope", "_stop", "_tokenizer",
+    )  # fmt: skip
 
     def __init__(
         self, index: int, stop: StopConditions, tokenizer: TokenTable, eos_ids: frozenset[int]
@@ -44,6 +46,7 @@ class ChoiceOutput:
         self._eos_ids = frozenset() if stop.ignore_eos else eos_ids
         self._assembler = Utf8Assembler()
         self._matcher = StopMatcher(stop.stop, stop.include_stop) if stop.stop else None
+        self._scope = stop.reasoning.scope() if stop.stop and stop.reasoning is not None else None
         self._num_tokens = 0
 
     def push(self, sampled: Sampled) -> TokenEvent:
@@ -65,7 +68,8 @@ class ChoiceOutput:
             event.data = b""
         if event.finish is None:
             # "<|eot_id|>" as a stop string means the token, which is not in the text.
-            if is_hidden and matcher is not None and self._num_tokens > stop.min_tokens:
+            is_searched = self._scope is None or self._scope.is_searched
+            if is_hidden and matcher is not None and is_searched and self._num_tokens > stop.min_tokens:
                 event.text += matcher.hide(self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
             if matcher is not None and matcher.matched is not None:
                 event.finish = FinishReason.STOP
@@ -80,9 +84,20 @@ class ChoiceOutput:
 
     def _text(self, data: bytes) -> str:
         text = self._assembler.push(data)
-        if self._matcher is not None and self._num_tokens > self._stop.min_tokens:
-            return self._matcher.push(text)
-        return text
+        return text if self._matcher is None else self._search(self._matcher, text)
+
+    def _search(self, matcher: StopMatcher, text: str, *, is_end: bool = False) -> str:
+        """Search new text for stop strings; return the text that may now be shown."""
+        before = ""
+        if self._scope is not None:
+            before, text = self._scope.push(text)
+            if is_end:
+                text += self._scope.flush()
+            if before:  # content has ended, so what was held back is not the start of a stop string
+                before = matcher.flush() + before
+        if self._num_tokens > self._stop.min_tokens:
+            text = matcher.push(text)
+        return before + text
 
     def _end(self, event: TokenEvent) -> None:
         """Append the text that was held back, unless a stop string cut it off."""
@@ -91,7 +106,7 @@ class ChoiceOutput:
         if matcher is None:
             event.text += tail
         elif matcher.matched is None:
-            event.text += matcher.push(tail)
+            event.text += self._search(matcher, tail, is_end=True)
             if matcher.matched is None:
                 event.text += matcher.flush()
             elif event.finish is FinishReason.LENGTH:

@@ -73,6 +73,11 @@ class HarmonyParser:
         """Whether the text is inside a reasoning message."""
         return self._kind is Reasoning
 
+    @property
+    def is_content(self) -> bool:
+        """Whether the text is inside a message that is neither reasoning nor a call."""
+        return self._kind is Content
+
     def push(self, text: str) -> list[Piece]:
         """Return the pieces in the next part of the text."""
         self._held += text
