@@ -407,6 +407,22 @@ async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choi
             assert answer.status_code == 200, answer.json()
 
 
+@pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]])
+async def test_a_template_without_a_system_role_gets_the_tools_with_the_first_message(content: Any) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    engine = ScriptedEngine(say(*CALLS))
+    body = {"messages": [{"role": "user", "content": content}], "tools": TOOLS}
+    async with client_of(app_of(engine, chat_template=refusing + CHATML)) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+        messages = [{"role": "system", "content": "Be kind."}, *HI]
+        refused = await client.post("/v1/chat/completions", json={**body, "messages": messages})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "No system role")
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    shown = "hi" if content == "hi" else "h\ni"
+    assert "</tools>" in prompt and prompt.endswith(f"\n\n{shown}<|im_end|>\n<|im_start|>assistant\n")
+
+
 async def test_stop_strings_are_not_matched_in_reasoning() -> None:
     script = say("<think>", "a", "\n\n", "b", "</think>", "\n\n", "x", "\n\n", "y")
     body = {"template": THINKING, "stop": ["\n\n"], "logprobs": True}

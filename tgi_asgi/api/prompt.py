@@ -164,7 +164,8 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         messages.append({**message, "role": shown_role, "content": _content(message, separator)})
     messages = template.arranged(messages)
     if not (template.mentions("tools") or template.mentions("tool_calls")):
-        messages = spell_out(messages, chat.tools if chat.offers_tools else None)
+        tools = chat.tools if chat.offers_tools else None
+        messages = spell_out(messages, tools, accepts_system=template.accepts_system)
     messages = shorten_ids(messages, template.source)
     messages = with_own_tools(messages, chat.tools if chat.offers_tools else None, template.source)
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:

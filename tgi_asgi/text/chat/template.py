@@ -59,6 +59,10 @@ class ChatTemplate:
             self._probe, has_developer=self.mentions("developer")
         )
         """Whether system messages may come anywhere; otherwise `render` joins them into one at the front."""
+        self.accepts_system = "PROBE" in self._probe(
+            [{"role": "system", "content": "PROBE"}, {"role": "user", "content": "hi"}]
+        )
+        """Whether a system message is shown, not refused or dropped."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling to another process, which compiles the template again."""

@@ -31,9 +31,16 @@ def _prompt(tools: Sequence[dict[str, Any]]) -> str:
 
 
 def spell_out(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    *,
+    accepts_system: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return messages without tool calls and tool roles, and with the tools in the system message."""
+    """Return messages without tool calls and tool roles, and with the tools in the system message.
+
+    Args:
+        accepts_system: Whether the template shows a system message; if not, the first message has the tools.
+    """
     result: list[dict[str, Any]] = []
     for message in messages:
         if message.get("tool_calls"):
@@ -52,10 +59,15 @@ def spell_out(
         message.pop("is_tool_answer", None)
     if tools:
         prompt = _prompt(tools)
-        if result and result[0]["role"] in ("system", "developer"):
-            result[0] = {**result[0], "content": f"{_text(result[0])}\n\n{prompt}"}
+        first = result[0] if result else {"role": ""}
+        if first["role"] in ("system", "developer"):
+            result[0] = {**first, "content": f"{_text(first)}\n\n{prompt}"}
+        elif accepts_system or first["role"] != "user":
+            result.insert(0, {"role": "system" if accepts_system else "user", "content": prompt})
+        elif isinstance(first["content"], list):
+            result[0] = {**first, "content": [{"type": "text", "text": f"{prompt}\n\n"}, *first["content"]]}
         else:
-            result.insert(0, {"role": "system", "content": prompt})
+            result[0] = {**first, "content": f"{prompt}\n\n{first['content']}"}
     return result
 
 
