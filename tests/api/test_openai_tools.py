@@ -425,7 +425,7 @@ async def test_a_template_without_a_system_role_gets_the_tools_with_the_first_me
 
 async def test_stop_strings_are_not_matched_in_reasoning() -> None:
     script = say("<think>", "a", "\n\n", "b", "</think>", "\n\n", "x", "\n\n", "y")
-    body = {"template": THINKING, "stop": ["\n\n"], "logprobs": True}
+    body: dict[str, Any] = {"template": THINKING, "stop": ["\n\n"], "logprobs": True}
     [choice] = (await chat(script, **body))["choices"]
     assert (choice["message"]["content"], choice["message"]["reasoning"]) == ("x", "a\n\nb")
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "\n\n")
