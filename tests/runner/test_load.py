@@ -75,6 +75,23 @@ def test_a_small_cache_bounds_a_sequence(files: ModelFiles) -> None:
     assert (loaded.info.max_total_tokens, loaded.runner.max_context, loaded.num_blocks) == (128, 128, 8)
 
 
+def test_the_cache_may_be_as_long_as_the_longest_sequence(files: ModelFiles) -> None:
+    """TGI's own condition, of numbers that are no multiples of a block's size."""
+    loaded = load_closed(files, settings(max_batch_total_tokens=100, max_total_tokens=100))
+    assert (loaded.info.max_total_tokens, loaded.num_blocks) == (100, 7)
+
+
+def test_buffers_that_the_system_refuses_are_named_with_their_options(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*shape: object, **form: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(ops, "SampleState", refuse)
+    with pytest.raises(ModelLoadError, match="4 sequences and 4096 prompt tokens: set --max-batch-size or"):
+        load_closed(files, settings())
+
+
 def test_the_fingerprint_names_weights_and_arithmetic(files: ModelFiles, tmp_path: Path) -> None:
     first, again = (load_closed(files, settings()).info.fingerprint for _ in range(2))
     other_dtype = load_closed(files, settings(dtype="float32")).info.fingerprint

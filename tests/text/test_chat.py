@@ -321,6 +321,10 @@ def test_named_templates_of_a_config_and_of_a_gguf_file(tmp_path: Path) -> None:
 
 
 def test_an_override_without_a_template_is_refused(tmp_path: Path) -> None:
+    for text in ("[]", "5", "null", "[" * 100_000):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ModelLoadError, match=r"is not a tokenizer_config\.json"):
+            load_chat_template({}, override=tmp_path / "other.json")
     with pytest.raises(ModelLoadError, match="has no chat_template"):
         load_chat_template({}, override=_write_config(tmp_path / "config.json", None))
     with pytest.raises(ModelLoadError, match="Cannot read"):

@@ -93,6 +93,16 @@ class OnCpu:
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
+        try:
+            return self._place(model, dense)
+        except MemoryError as error:  # the cache's own is reported by `make_pool`
+            rows, tokens = self.settings.max_batch_size, self.settings.max_batch_prefill_tokens
+            raise ModelLoadError(
+                f"the system refuses the memory for steps of {rows} sequences and {tokens} prompt tokens: "
+                "set --max-batch-size or --max-batch-prefill-tokens to less"
+            ) from error
+
+    def _place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         settings, budget = self.settings, self._budget
         adapters = None
         if settings.serves_adapters:

@@ -69,7 +69,7 @@ def choose_size(
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`.
 
-    If the administrator set `max_batch_total_tokens`, the pool holds that many tokens in all layers,
+    If the administrator set `max_batch_total_tokens`, the pool holds at least that many tokens in all layers,
     regardless of what sliding windows free. Otherwise it holds all slots at full length, or as much as
     `share` of the free memory holds.
 
@@ -97,14 +97,15 @@ def choose_size(
     all_bytes = per_token * num_groups
     needs = BlockNeeds(windows, size, step_tokens(settings))
     if settings.max_batch_total_tokens is not None:
-        num_blocks = settings.max_batch_total_tokens // size * num_groups
+        # Rounded up: --max-total-tokens may be the same number.
+        num_blocks = -(-settings.max_batch_total_tokens // size) * num_groups
     else:
         wanted = settings.max_batch_size * needs.total_for(max_total_tokens)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
         raise ModelLoadError(
             f"there is no memory for a KV cache: a block of {size} tokens needs {all_bytes * size} bytes, "
-            f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
+            f"{free_bytes} are free; free memory, or set --max-batch-total-tokens"
         )
     num_blocks = min(num_blocks, _MAX_TOKENS // size)
     chosen = KvSize(num_blocks, size, per_token, kv_dtype, windows)

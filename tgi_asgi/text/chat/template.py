@@ -258,10 +258,12 @@ def _find_sources(
 def _from_config(path: Path) -> dict[str, str]:
     try:
         config = json.loads(_read(path))
+        if not isinstance(config, dict):
+            raise ValueError("a JSON object is expected")
         template = config.get("chat_template")
         if isinstance(template, list):
             return {str(entry["name"]): str(entry["template"]) for entry in template}
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not a tokenizer_config.json: {error}") from error
     return {"default": template} if isinstance(template, str) and template else {}
 
