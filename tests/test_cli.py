@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import logging
 import sys
 
@@ -99,6 +100,16 @@ def test_without_a_model_it_says_that_it_serves_the_demonstration_model(run: _Ru
     assert result.output.count("\n") == 1
     assert DEMO_MODEL in result.output
     assert run.settings == Settings(model_id=DEMO_MODEL)
+
+
+def test_with_json_output_every_line_is_an_object(run: _Run) -> None:
+    run.error = ModelLoadError("no such model")
+    result = run("--json-output")
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert [line["level"] for line in lines] == ["INFO", "ERROR"]
+    assert DEMO_MODEL in lines[0]["message"]
+    assert lines[1]["message"] == "no such model"
+    assert run.ended[0] == (None, 1)
 
 
 def test_help_lists_the_options_by_group() -> None:

@@ -154,7 +154,11 @@ def _run(print_env: bool, **options: Any) -> None:
     if print_env:
         say(describe_environment(settings))
     if settings.model_id is None:
-        say(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
+        note = f"No --model-id given: serving the demonstration model, {DEMO_MODEL}."
+        if settings.json_output:
+            logger.info(note)
+        else:
+            say(note)
         settings = dataclasses.replace(settings, model_id=DEMO_MODEL)
 
     from tgi_asgi.serve import server  # hypercorn and Starlette, which `--help` does not need
@@ -162,7 +166,11 @@ def _run(print_env: bool, **options: Any) -> None:
     try:
         code = server.run(settings)
     except TgiError as error:
-        end_process(error.message, 1)
+        reason: str | None = error.message
+        if settings.json_output:  # each line is an object, the last one too
+            logger.error(reason)
+            reason = None
+        end_process(reason, 1)
     end_process(None, code)
 
 
