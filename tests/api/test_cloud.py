@@ -223,3 +223,9 @@ async def test_a_prompt_that_is_not_taken_gives_up_those_before_it(monkeypatch: 
     assert response.status_code == 503
     assert [channel.is_cancelled for channel in engine.channels] == [True]
     assert engine.num_permits == 128
+
+
+async def test_vertex_has_none_of_tgi_s_headers() -> None:
+    response = await post("/vertex", {"instances": [{"inputs": "one"}]})
+    assert response.status_code == 200
+    assert not [name for name in response.headers if name.startswith("x-") and name != "x-request-id"]

@@ -46,6 +46,7 @@ tgi_request_input_length histogram
 tgi_request_generated_tokens histogram
 tgi_request_max_new_tokens histogram
 tgi_batch_next_size histogram
+tgi_request_skipped_tokens summary
 """
 
 
@@ -70,10 +71,10 @@ def test_tgis_metrics_have_their_names_kinds_and_labels(line: str) -> None:
     for label in labels:
         key, _, values = label.partition("=")
         for value in values.split(","):
-            suffix = "_count" if kind == "histogram" else ""
+            suffix = "_count" if kind in ("histogram", "summary") else ""
             assert f'{name}{suffix}{{{key}="{value}"}}' in found
     if not labels:
-        assert name + ("_count" if kind == "histogram" else "") in found
+        assert name + ("_count" if kind in ("histogram", "summary") else "") in found
 
 
 def test_no_counter_of_tgi_has_a_total_suffix() -> None:
@@ -327,6 +328,7 @@ def test_the_engines_numbers_are_read_as_they_are() -> None:
     stats.failed_steps = 1
     stats.step_s["decode"].observe(0.02)
     stats.inter_token_s.observe(0.02, times=8)
+    stats.skipped_tokens.observe(3, times=2)
     found = samples(Metrics(block_size=16).render(stats).decode())
     assert (found["tgi_queue_size"], found["tgi_requests_waiting"]) == (3, 3)
     assert (found["tgi_batch_current_size"], found["tgi_requests_running"]) == (2, 2)
@@ -341,5 +343,7 @@ def test_the_engines_numbers_are_read_as_they_are() -> None:
     assert found['tgi_batch_inference_failure{method="decode"}'] == 1
     assert found["tgi_inter_token_latency_seconds_count"] == 8
     assert found['tgi_batch_inference_duration_sum{method="decode"}'] == 0.02
+    skipped = {name: value for name, value in found.items() if "skipped_tokens" in name}
+    assert skipped == {"tgi_request_skipped_tokens_sum": 6, "tgi_request_skipped_tokens_count": 2}
     bounds = [name for name in found if name.startswith('tgi_batch_forward_duration_bucket{method="decode"')]
     assert len(bounds) == 36  # the engine uses TGI's bounds too

@@ -349,9 +349,13 @@ async def test_tgi_s_shapes_of_calls() -> None:
     assert all(chunk["delta"]["role"] == "assistant" for chunk in chunks)
     chunks = await deltas(say("No", " tools"), tools=TOOLS, settings=settings)
     assert all(chunk["delta"]["tool_calls"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", ["absent", {"type": "function", "function": {"name": "absent"}}])
+async def test_an_unknown_tool_is_tgi_s_error_under_compat(name: object) -> None:
     app = app_of(ScriptedEngine(), Settings(tgi_compat=True))
     async with client_of(app) as client:
-        body = {"messages": HI, "tools": TOOLS, "tool_choice": "absent"}
+        body = {"messages": HI, "tools": TOOLS, "tool_choice": name}
         answer = await client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 422
     assert answer.json() == {

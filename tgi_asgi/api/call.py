@@ -193,6 +193,7 @@ class Call:
         render: Creates the renderer that turns the answer's tokens into the dialect's bytes.
         stream_type, keep_alive: Media type of a streamed answer, and the bytes that fill a silence.
         is_sum: Whether times and counts cover several prompts; TGI then omits `x-compute-time`.
+        has_headers: Whether a complete answer has TGI's headers (`x-total-time` …).
     """
 
     jobs: Sequence[Job]
@@ -202,6 +203,7 @@ class Call:
     stream_type: bytes = b"text/event-stream; charset=utf-8"
     keep_alive: bytes = b":\n\n"
     is_sum: bool = False
+    has_headers: bool = True
 
     @property
     def num_choices(self) -> int:

@@ -104,6 +104,9 @@ async def _answer_whole(exchange: Exchange, call: Call, generation: Generation, 
     size += sum(len(job.request.prompt_ids) * job.request.n for job in generation.jobs)
     exchange.is_large |= size > LARGE_ANSWER
     body = await exchange.work(renderer.whole, parts)
+    if not call.has_headers:
+        await exchange.respond(200, body)
+        return
     characters, num_tokens = _num_characters(generation), generation.num_shown
     headers = sync_headers(
         exchange, generation.info, characters=characters, num_tokens=num_tokens, is_sum=call.is_sum

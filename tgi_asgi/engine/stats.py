@@ -8,7 +8,6 @@ from collections.abc import Callable
 # Upper bounds of histograms, here and in the metrics; the same as TGI's.
 DURATION_BUCKETS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # seconds: 0.15 ms to 145.6 s
 BATCH_BUCKETS = tuple(float(size) for size in range(1, 1025))
-SKIPPED_BUCKETS = tuple(float(count) for count in range(65))
 
 
 class Histogram:
@@ -77,7 +76,7 @@ class EngineStats:
         self.drafted_rows = 0
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
-        self.skipped_tokens = Histogram(SKIPPED_BUCKETS)
+        self.skipped_tokens = Histogram(())
         self.prefill_size = Histogram(BATCH_BUCKETS)
         self.batch_size = 0
         self.running = 0

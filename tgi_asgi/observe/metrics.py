@@ -106,7 +106,8 @@ class Metrics:
         self.max_new_tokens = add("tgi_request_max_new_tokens", "Requested maximum of new tokens.", totals)
 
     def _add_engine(self, block_size: int) -> None:
-        gauge, counter, histogram = (partial(self._add, kind) for kind in ("gauge", "counter", "histogram"))
+        kinds = ("gauge", "counter", "histogram", "summary")
+        gauge, counter, histogram, summary = (partial(self._add, kind) for kind in kinds)
         gauge("tgi_requests_running", "Running sequences.", lambda s: s.running)
         gauge("tgi_requests_waiting", "Sequences waiting for capacity.", lambda s: s.waiting)
         name, help = "tgi_batch_current_max_tokens", "Token capacity of the KV blocks in use."
@@ -128,7 +129,7 @@ class Metrics:
         name, help = "tgi_accepted_draft_tokens_total", "Accepted draft tokens."
         counter(name, help, lambda s: s.accepted_draft_tokens)
         name, help = "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step, if any."
-        histogram(name, help, lambda s: s.skipped_tokens)
+        summary(name, help, lambda s: s.skipped_tokens)
         histogram("tgi_inter_token_latency_seconds", "Time between tokens.", lambda s: s.inter_token_s)
         histogram("tgi_batch_next_size", "Sequences in a prefill step.", lambda s: s.prefill_size)
 

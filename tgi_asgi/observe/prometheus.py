@@ -44,7 +44,10 @@ class Registry:
         self._shown: dict[str, tuple[_Family, str]] = {}  # with the labels that a name adds to its series
 
     def add(self, kind: str, name: str, help: str, read: Callable[[], Value], **labels: str) -> None:
-        """Add a series whose value is kept elsewhere; replaces a series of the same name and labels."""
+        """Add a series whose value is kept elsewhere; replaces a series of the same name and labels.
+
+        A summary shows only the count and sum of its histogram.
+        """
         family, _ = self._shown.setdefault(name, (_Family(kind, help, {}), ""))
         family.series[_written(labels)] = read
 
@@ -76,22 +79,22 @@ class Registry:
         for name, (family, added) in self._shown.items():
             lines += (f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}")
             for own, read in family.series.items():
-                lines += _samples(name, ",".join(filter(None, (added, own))), read())
+                lines += _samples(family.kind, name, ",".join(filter(None, (added, own))), read())
         lines.append("")
         return "\n".join(lines).encode(errors="replace")
 
 
-def _samples(name: str, labels: str, value: Value) -> Iterator[str]:
+def _samples(kind: str, name: str, labels: str, value: Value) -> Iterator[str]:
     braces = f"{{{labels}}}" if labels else ""
     if not isinstance(value, Histogram):
         yield f"{name}{braces} {_number(value)}"
         return
-    head = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
-    count = 0
-    for bound, count in zip(_bounds(value.bounds), accumulate(value.counts), strict=True):
-        yield f'{head}{bound}"}} {count}'
+    if kind == "histogram":
+        head = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
+        for bound, count in zip(_bounds(value.bounds), accumulate(value.counts), strict=True):
+            yield f'{head}{bound}"}} {count}'
     yield f"{name}_sum{braces} {_number(value.total)}"
-    yield f"{name}_count{braces} {count}"
+    yield f"{name}_count{braces} {sum(value.counts)}"
 
 
 @lru_cache(maxsize=16)  # cached: there are thousands, and rendering blocks the event loop

@@ -117,15 +117,13 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     if any(modality != "text" for modality in request.modalities or ()):
         refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
     check_unset(request, ("audio",))
-    choice = request.tool_choice
-    is_name = isinstance(choice, str) and choice not in ("auto", "none", "required")
-    if is_compat and is_name and tools and all(tool.name != choice for tool in tools):
-        raise ToolError(f"Tool with name {choice} not found", param="tool_choice")
     if is_compat and not tools:
         return [], None
     is_parallel = request.parallel_tool_calls is not False and not is_compat
     offered = {entry.type for entry in request.tools or ()}
-    return tools, read_choice(tools, choice, offered=offered, is_parallel=is_parallel)
+    return tools, read_choice(
+        tools, choice, offered=offered, is_parallel=is_parallel, is_compat=is_compat
+    )
 
 
 def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tuple[int | None, int | None]:

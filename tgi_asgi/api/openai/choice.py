@@ -23,15 +23,22 @@ class TextChoice:
         tracker: Collects its log-probabilities, if requested.
         echo: Text to put before its own.
         stop_word: Finish reason to report after a stop string.
+        unfinished: Finish reason to report until there is one.
     """
 
     names = ("cmpl", "text_completion", "text_completion")  # prefix of ids, `object` of a body, of a chunk
 
     def __init__(
-        self, tracker: LogprobsTracker | None = None, *, echo: str = "", stop_word: str = "stop"
+        self,
+        tracker: LogprobsTracker | None = None,
+        *,
+        echo: str = "",
+        stop_word: str = "stop",
+        unfinished: str | None = None,
     ) -> None:
         self.tracker = tracker
         self.echo = echo
+        self.unfinished = unfinished
         self.is_plain = tracker is None  # a chunk contains only its tokens' text
         self._words = {
             FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: stop_word,

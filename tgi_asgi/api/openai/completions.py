@@ -60,8 +60,9 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
             TextChoice(
                 tracker=None if k is None else CompletionLogprobs(names, k, job.prompt.text or ""),
                 echo=job.prompt.echo,
-                # TGI's word, which only its streams use.
+                # TGI's words, which only its streams use; its client accepts no null.
                 stop_word="stop_sequence" if is_compat and request.stream else "stop",
+                unfinished="" if is_compat else None,
             )
             for job in generation.jobs
             for _ in range(n)

@@ -23,6 +23,7 @@ from tgi_asgi.types import TokenEvent
 
 DONE = b"data: [DONE]\n\n"
 _NOTHING: Mapping[str, Any] = {}
+_PLACE = "\0"
 
 
 class CompletionRenderer:
@@ -71,8 +72,9 @@ class CompletionRenderer:
         )
         self._tail = b'],"usage":null}\n\n' if self._includes_usage or is_compat else b"]}\n\n"
         self._is_plain = choices[0].is_plain and not (self._shows_ids or self._repeats_usage)
-        # Chunks without text, split where the text belongs.
-        parted = [self._chunk(i, choice.text("")).rpartition(b'""') for i, choice in enumerate(choices)]
+        # Chunks of a text that nothing else contains, split where the text belongs.
+        whole = [self._chunk(i, choice.text(_PLACE)) for i, choice in enumerate(choices)]
+        parted = [chunk.rpartition(orjson.dumps(_PLACE)) for chunk in whole]
         self._plain_heads = [head for head, _, _ in parted]
         self._plain_tail = parted[0][2]
 
@@ -178,7 +180,8 @@ class CompletionRenderer:
         is_opening: bool = False,
     ) -> bytes:
         logprobs = None if is_opening else self._choices[index].logprobs()
-        choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": None, **more}
+        unfinished = self._choices[index].unfinished
+        choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": unfinished, **more}
         tail = self._tail
         if self._repeats_usage:
             tail = b'],"usage":%b}\n\n' % orjson.dumps(self._usage())

@@ -9,6 +9,7 @@ from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.openai.schema import ToolEntry
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
+from tgi_asgi.errors import ToolError
 
 _MODES = ("none", "auto", "required")
 _OWN_KINDS = frozenset({"function", "custom", "namespace"})  # types of tools that the model may be shown
@@ -54,19 +55,24 @@ def read_choice(
     *,
     offered: Collection[str],
     is_parallel: bool,
+    is_compat: bool = False,
 ) -> ToolChoice | None:
     """Return what `tool_choice` lets the model call; a choice of a hosted tool counts as absent.
 
     Args:
         offered: Types of the tools that the client sent, including hosted ones.
+        is_compat: Whether an unknown tool is reported as TGI does.
 
     Raises:
         InvalidRequest: if its form is wrong, or it names an unknown tool.
+        ToolError: instead of the latter, if `is_compat`.
     """
     has_hosted = not _OWN_KINDS.issuperset(offered)
     if offered and (not tools or (has_hosted and _is_hosted(choice))):
         choice = None
     mode, names = _choice(choice, has_hosted=has_hosted)
+    if is_compat and mode == "named" and names and all(tool.name != names[0] for tool in tools):
+        raise ToolError(f"Tool with name {names[0]} not found", param="tool_choice")
     return choose(tools, mode, names, is_parallel=is_parallel)
 
 

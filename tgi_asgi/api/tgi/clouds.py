@@ -47,7 +47,7 @@ def parse_vertex(body: bytes, exchange: Exchange) -> Call:
     if num_choices > limit:
         refuse_field("instances", f"ask for {num_choices} choices, but at most {limit} run at a time")
     options = [each for _, each in read]
-    return Call(jobs=[job for job, _ in read], render=partial(_Renderer, options), is_sum=True)
+    return Call(jobs=[job for job, _ in read], render=partial(_Renderer, options), has_headers=False)
 
 
 def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, AnswerOptions | None]:
