@@ -203,7 +203,13 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     files = resolve(settings, progress)
     progress("loading libraries", 0, None)  # torch alone takes a second to import
     from tgi_asgi.engine.engine import Engine
-    from tgi_asgi.runner.load import load
+
+    try:
+        from tgi_asgi.runner.load import load
+    except ImportError as error:  # the extension's, whose text lists the names
+        if "TGI_ISA" not in str(error):
+            raise
+        raise ModelLoadError(str(error)) from None
 
     loaded = load(settings, files, progress)
     _warn_guessed_tool_format(settings, loaded)

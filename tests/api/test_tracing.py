@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Sequence
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app
 from tgi_asgi.app import create_app
 from tgi_asgi.errors import GenerationFailed, ModelLoadError
+from tgi_asgi.observe import tracing
 from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.settings import Settings
 
@@ -73,3 +76,22 @@ def test_without_the_library_the_server_does_not_start(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
     with pytest.raises(ModelLoadError, match=r"tgi-asgi\[otel\]"):
         create_app(Settings(model_id="m", otlp_endpoint="http://localhost:4317"))
+
+
+def test_an_export_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_CLOSE_S", 0.01)
+    given_up, ends = threading.Event(), []
+
+    class Unreachable(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            ends.append(given_up.wait(5))
+            return SpanExportResult.FAILURE
+
+        def shutdown(self) -> None:
+            given_up.set()
+
+    exporter, provider = Unreachable(), TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider.get_tracer("test").start_span("request").end()
+    Tracing(provider, exporter.shutdown).close()
+    assert ends == [True]

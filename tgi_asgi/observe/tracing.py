@@ -7,7 +7,9 @@ validation, queue, prefill, decode.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.errors import ModelLoadError
@@ -18,15 +20,22 @@ from tgi_asgi.settings import Settings
 if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
+_CLOSE_S = 1.0  # the exporter would try an unreachable collector again for ten
+
 
 class Tracing:
-    """Turns a finished request into spans of `provider`, which exports them in its own thread."""
+    """Turns a finished request into spans of `provider`, which exports them in its own thread.
 
-    def __init__(self, provider: Any) -> None:
+    Args:
+        give_up: Ends an export that takes too long when the server closes.
+    """
+
+    def __init__(self, provider: Any, give_up: Callable[[], object] = lambda: None) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
+        self._give_up = give_up
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         self._tracer = provider.get_tracer("tgi_asgi")
@@ -53,11 +62,15 @@ class Tracing:
         is_plain = not settings.otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=is_plain)
         provider.add_span_processor(BatchSpanProcessor(exporter))
-        return cls(provider)
+        return cls(provider, exporter.shutdown)
 
     def close(self) -> None:
-        """Export pending spans, within the exporter's own timeout. Blocks."""
+        """Export pending spans, within `_CLOSE_S`. Blocks."""
+        timer = threading.Timer(_CLOSE_S, self._give_up)
+        timer.daemon = True
+        timer.start()
         self._provider.shutdown()
+        timer.cancel()
 
     def request_ended(self, exchange: Exchange) -> None:
         """Create a request's spans; only POST requests, which may generate, have any."""
