@@ -448,3 +448,15 @@ async def test_special_tokens_in_messages_are_text_unless_the_administrator_lets
     assert [data[t["start"] : t["stop"]].decode() for t in tokens["tokenize_response"]] == [
         t["text"] for t in tokens["tokenize_response"]
     ]
+
+
+async def test_compat_serves_the_requests_that_tgi_served() -> None:
+    """Any role that the template knows, results of tools without an id, and any temperature."""
+    messages = [{"role": "ipython", "content": "1"}, {"role": "tool", "content": "2"}]
+    app = {"chat_template": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"}
+    for settings, status in ((Settings(), 400), (Settings(tgi_compat=True), 200)):
+        assert (await chat(app={**app, "settings": settings}, messages=messages)).status == status
+        assert (await chat(app={"settings": settings}, temperature=2.5)).status == status
+    compat = {**app, "settings": Settings(tgi_compat=True)}
+    assert await prompt_of(messages, app=compat) == "[ipython]1[user]<tool_response>\n2\n</tool_response>"
+    assert (await chat(app=compat, temperature=-0.1)).status == 422

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -92,13 +92,15 @@ Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
 Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
 
 
-def check_ranges(request: Struct, where: str = "") -> None:
+def check_ranges(request: Struct, where: str = "", *, unbounded: Collection[str] = ()) -> None:
     """Refuse a request's first number out of range, and names that are too long to echo.
 
-    `where` is prepended to the field names.
+    `where` is prepended to the field names; fields in `unbounded` have no maximum.
     """
     for name, low, high, is_open in _ranges(type(request)):
         value = getattr(request, name)
+        if name in unbounded:
+            high = float("inf")
         if value is None or (low < value <= high if is_open else low <= value <= high):
             continue
         if low == float("-inf") or high >= 2**63 - 1:

@@ -64,7 +64,7 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
     check_common(request, limits, info, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     return Job(
-        prompt=read_conversation(request, tools, exchange.context.ready().new_images()),
+        prompt=read_conversation(request, tools, exchange.context.ready().new_images(), is_compat=is_compat),
         n=request.n or 1,
         max_tokens=max_tokens,
         tools=choice,
@@ -78,12 +78,17 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
 
 
 def read_conversation(
-    request: ChatRequest, tools: list[Tool] | None = None, images: Images | None = None
+    request: ChatRequest,
+    tools: list[Tool] | None = None,
+    images: Images | None = None,
+    *,
+    is_compat: bool = False,
 ) -> Conversation:
     """Return the conversation of a chat request.
 
     Args:
         images: Collects the images; None if the model does not accept images.
+        is_compat: Whether, as in TGI, roles are up to the template, and results of tools need no id.
 
     Raises:
         InvalidRequest: if a message, a tool or a template option is refused.
@@ -91,7 +96,10 @@ def read_conversation(
     tools = read_tools(request.tools) if tools is None else tools
     if not request.messages:
         refuse_field("messages", "must have at least one message")
-    messages = [_message(message, f"messages[{i}]", images) for i, message in enumerate(request.messages)]
+    messages = [
+        _message(message, f"messages[{i}]", images, is_compat=is_compat)
+        for i, message in enumerate(request.messages)
+    ]
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -122,7 +130,7 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     is_parallel = request.parallel_tool_calls is not False and not is_compat
     offered = {entry.type for entry in request.tools or ()}
     return tools, read_choice(
-        tools, choice, offered=offered, is_parallel=is_parallel, is_compat=is_compat
+        tools, request.tool_choice, offered=offered, is_parallel=is_parallel, is_compat=is_compat
     )
 
 
@@ -142,16 +150,16 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     return max_tokens, top if request.logprobs else None
 
 
-def _message(message: Message, path: str, images: Images | None) -> dict[str, Any]:
+def _message(message: Message, path: str, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
     role, content = message.role, message.content
-    if role not in ROLES:
+    if role not in ROLES and not is_compat:
         refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
     if content is None and role != "assistant":
         refuse_field(f"{path}.content", f"is required with role `{role}`")
     if message.function_call is not None:
         rule = "is not supported; use `tool_calls`"
         refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
-    if role == "tool" and message.tool_call_id is None:
+    if role == "tool" and message.tool_call_id is None and not is_compat:
         refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):

@@ -37,7 +37,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     Raises:
         InvalidRequest: if a field is wrong; `param` names the first one.
     """
-    check_ranges(request)
+    check_ranges(request, unbounded=("temperature",) if is_compat else ())
     if request.n is not None and request.n > limits.best_of:
         refuse_field("n", f"must be at most {limits.best_of}, got {request.n}")
     if request.stream_options is not None and not request.stream and not is_compat:

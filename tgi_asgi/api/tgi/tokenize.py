@@ -8,7 +8,6 @@ import msgspec
 import orjson
 
 from tgi_asgi.api.call import Conversation
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
@@ -43,7 +42,7 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
             adds = request.add_special_tokens is not False
             return listed(served.tokenizer.encode(request.prompt, add_special_tokens=adds))
         case _:
-            chat = _chat(body, served)
+            chat = _chat(body, exchange)
             return after_images(
                 chat.images, lambda: listed(chat_prompt(chat, served, settings, is_bounded=False).ids)
             )
@@ -60,7 +59,7 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
 def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return a chat's templated text and its tokens, without adding special tokens."""
     served = exchange.context.ready()
-    chat = _chat(body, served)
+    chat = _chat(body, exchange)
 
     def encode_answer() -> bytes:
         text = chat_text(chat, served, exchange.context.settings)
@@ -72,8 +71,13 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     return after_images(chat.images, encode_answer)
 
 
-def _chat(body: bytes, served: Served) -> Conversation:
-    return read_conversation(decode_json(body, CHAT_DECODER), images=served.new_images())
+def _chat(body: bytes, exchange: Exchange) -> Conversation:
+    context = exchange.context
+    return read_conversation(
+        decode_json(body, CHAT_DECODER),
+        images=context.ready().new_images(),
+        is_compat=context.settings.tgi_compat,
+    )
 
 
 def _simple_tokens(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
