@@ -55,9 +55,13 @@ class ToyTokenizer:
         ids = self.encode(text, add_special_tokens=add_special_tokens)
         return ids[-keep:] if from_left else ids[:keep]
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+    def encode_pair(
+        self, first: str, second: str, *, keep: int | None = None, from_left: bool = False
+    ) -> tuple[list[int], int | None]:
         ids = self.encode(first, add_special_tokens=True)
-        return [*ids, *self.encode(second, add_special_tokens=False)], None
+        others = self.encode(second, add_special_tokens=False)
+        num_over = 0 if keep is None else min(max(len(ids) + len(others) - keep, 0), len(others))
+        return [*ids, *(others[num_over:] if from_left else others[: len(others) - num_over])], None
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False
