@@ -29,11 +29,12 @@ ALLOWED_IMPORTS = {
     "settings": set(),
     "speculation": set(),
     "sampling_defaults": set(),
+    "setting_kinds": set(),
     "json_option": set(),
     "errors": set(),
     "types": set(),
 }
-COMMON = {"settings", "speculation", "sampling_defaults", "json_option", "errors", "types"}
+COMMON = {"settings", "speculation", "sampling_defaults", "setting_kinds", "json_option", "errors", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.

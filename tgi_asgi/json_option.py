@@ -7,7 +7,7 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 
-_MAX_SHOWN = 200  # characters of a value shown in an error message
+MAX_SHOWN = 200  # characters of a value shown in an error message
 
 
 def parse_object(option: str, text: str) -> dict[str, Any]:
@@ -29,5 +29,5 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
 
 def bad_option(option: str, rule: str, value: str) -> InvalidRequest:
     """Return an error that says what the option must do or be, and the beginning of what was given."""
-    shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
+    shown = value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
     return InvalidRequest(f"--{option.replace('_', '-')} must {rule}, got {shown}", param=option)

