@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.page.files import wants_html
 from tgi_asgi.api.routes import Access
 from tgi_asgi.errors import ModelLoadError, Overloaded, Unauthorized
 from tgi_asgi.settings import Settings
@@ -49,7 +50,7 @@ class ApiKeys:
             assert self._admin is not None, "admin routes exist only with an admin key"
             if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
                 raise Unauthorized("The admin API key is wrong")
-        elif access is Access.KEY and self._names:
+        elif self._names and not _is_open(access, exchange):
             exchange.tenant = self._name_of(_key_of(exchange))
             if route is not None and route.generates:
                 self._count(exchange.tenant)
@@ -127,6 +128,11 @@ def _key_of(exchange: Exchange) -> bytes:
     if given is None:
         raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
     raise Unauthorized("The API key is wrong")
+
+
+def _is_open(access: Access, exchange: Exchange) -> bool:
+    is_browser = wants_html(exchange.header(b"accept"))
+    return access is Access.OPEN or (access is Access.BROWSER and is_browser)
 
 
 def _digest(key: bytes) -> bytes:

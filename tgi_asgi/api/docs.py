@@ -84,7 +84,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
         result["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
-    if row.access is Access.ADMIN or (needs_key and row.access is Access.KEY):
+    if row.access is Access.ADMIN or (needs_key and row.access is not Access.OPEN):
         result["security"] = [{"key": []}]
     return result
 

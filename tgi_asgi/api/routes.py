@@ -30,6 +30,7 @@ class Access(enum.Enum):
     """Who may call a route if there are API keys."""
 
     OPEN = "open"  # anyone: orchestrators and Prometheus send no key
+    BROWSER = "browser"  # browsers, which send no key for a page; others need a key
     KEY = "key"
     ADMIN = "admin"  # always requires the administrator's admin key
 

@@ -101,14 +101,16 @@ def _server() -> list[Route]:
 def _with_pages(rows: list[Route]) -> list[Route]:
     """Return the routes with the web pages; at the root, browsers get the chat page."""
     pages = Pages()
-    # Open, because a browser that opens a page has no key to send.
     shown = partial(Route, "GET", access=Access.OPEN, is_quiet=True, response=str, media_type="text/html")
     return [
         *(
             replace(row, handle=pages.chat_or(row.handle)) if (row.method, row.path) == ("GET", "/") else row
             for row in rows
         ),
-        shown("/docs", pages.docs, "This document as a page, with forms to try requests"),
+        replace(
+            shown("/docs", pages.docs, "This document as a page, with forms to try requests"),
+            access=Access.BROWSER,
+        ),
         shown("/page/{name}", pages.file, "A file of the pages", media_type="text/javascript"),
     ]
 

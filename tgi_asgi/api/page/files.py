@@ -92,6 +92,7 @@ class Pages:
         if exchange.scope.get("raw_path", b"").endswith(b"/"):
             await exchange.respond(308, b"", headers=[(b"location", b"../docs")])
             return
+        exchange.response_headers.append((b"vary", b"accept"))  # `ApiKeys` lets browsers in without a key
         await self._files["docs.html"].answer(exchange)
 
     def chat_or(self, other: Handler) -> Handler:
