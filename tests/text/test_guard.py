@@ -66,6 +66,29 @@ def test_only_the_templates_tokens_act(content: Any) -> None:
     assert text in tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def test_a_role_of_any_text_is_text() -> None:
+    """--tgi-compat leaves roles to the template."""
+    tokenizer = byte_tokenizer(SPECIALS[:4])
+    ids = ids_of(tokenizer, [{"role": f"user{ATTACK}", "content": "hi"}])
+    assert active_specials(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"type": {"description": ATTACK}}, {"role": ATTACK}, {"type": ["a", ATTACK]}]
+)
+def test_arguments_and_schemas_with_keys_of_messages_are_text(given: Any) -> None:
+    guard = PromptGuard(SPECIALS[:4])
+    assert guard.is_needed({"arguments": given})
+    text, marked = guard.marks(str(guard.protect(given)))
+    assert text == marked
+
+
+def test_values_that_templates_compare_stay_as_they_are() -> None:
+    guard = PromptGuard(["<s>", "user>"])
+    message = {"role": "user", "content": [{"type": "image-url"}], "name": "<s>"}
+    assert guard.protect(message) == {**message, "name": guard.protect("<s>")}
+
+
 def test_the_text_around_is_tokenised_as_ever() -> None:
     """Marks change only which tokens are active; spaces are prepended and stripped as without them."""
     tokenizer = byte_tokenizer(SPECIALS[:4], rstrip=True)

@@ -19,7 +19,8 @@ from typing import Any
 
 _SLICE = 1 << 16  # characters per search that holds the GIL
 _PRIVATE = 0x100000  # private-use plane, in which no character will ever be assigned
-_STRUCTURAL = frozenset({"role", "type"})  # templates compare these values, which are validated elsewhere
+_COMPARED = frozenset({"role", "type"})  # keys whose values templates compare, if they are words
+_WORD = re.compile(r"[\w-]*")
 
 
 def _nonce() -> str:
@@ -67,7 +68,7 @@ class PromptGuard:
             return [self.protect(item) for item in value]
         if isinstance(value, dict):
             return {
-                self.protect(key): item if key in _STRUCTURAL else self.protect(item)
+                self.protect(key): item if _is_compared(key, item) else self.protect(item)
                 for key, item in value.items()
             }
         return value
@@ -93,6 +94,14 @@ class PromptGuard:
         return text
 
 
+def _is_compared(key: str, value: Any) -> bool:
+    """Return whether a template may compare a value with its own words; such a value has no special token.
+
+    Schemas and arguments of tools may have any value under these keys; so may a role with `--tgi-compat`.
+    """
+    return key in _COMPARED and isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
 def _strings(value: Any, keys: list[str]) -> Iterator[str]:
     """Yield a value's strings in an order in which a template might join them, and collect its keys."""
     if isinstance(value, str):
@@ -102,6 +111,6 @@ def _strings(value: Any, keys: list[str]) -> Iterator[str]:
             yield from _strings(item, keys)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in _STRUCTURAL:
+            if not _is_compared(key, item):
                 keys.append(key)
                 yield from _strings(item, keys)
