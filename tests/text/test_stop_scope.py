@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +52,15 @@ def test_the_section_is_left_out(marks: ReasoningMarks, answer: str, content: st
     for size in range(1, len(answer) + 1):
         tokens = [answer[at : at + size] for at in range(0, len(answer), size)]
         assert searched(marks, *tokens) == content
+
+
+def test_a_run_of_blanks_is_held_back_in_time() -> None:
+    scope = THINK.scope()
+    begun_s = time.process_time()
+    held = [scope.push(80 * " ") for _ in range(8_000)]
+    assert time.process_time() - begun_s < 0.5
+    assert set(held) == {("", "")}
+    assert scope.push("c") == ("", 640_000 * " " + "c")
 
 
 def test_only_messages_to_the_user_are_searched_in_channels() -> None:

@@ -16,6 +16,7 @@ from tests.text.test_tools import parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
+from tgi_asgi.text.tools.reasoning import STYLES
 
 PROPERTIES: dict[str, Any] = {
     "text": {"type": "string"},
@@ -87,6 +88,17 @@ def test_no_run_of_blanks_holds_the_server_up(name: str) -> None:
     for place in re.finditer(r"\W(?=\w|$)|\w(?=\W)", text):
         parse(AnswerParser(None, FORMATS[name], SPECS), text[: place.end()] + " " * 500 + "#", 16)
     assert time.process_time() - begun_s < 5
+
+
+@pytest.mark.parametrize("before", ["", "<think>", "<think></think>text"])
+def test_a_run_of_blanks_that_is_held_back_is_read_in_time(before: str) -> None:
+    """Markers may follow it: all that was held was read again with each token."""
+    parser = AnswerParser(STYLES[0], FORMATS["hermes"], SPECS)
+    parser.push(before)
+    begun_s = time.process_time()
+    pieces = [piece for _ in range(8_000) for piece in parser.push(80 * " ")] + parser.push("#")
+    assert time.process_time() - begun_s < 0.5
+    assert len(pieces) == 1
 
 
 @pytest.mark.parametrize("behind", ['"' + 60_000 * "x", 20_000 * " "], ids=["text", "blanks"])

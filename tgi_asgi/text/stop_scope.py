@@ -52,7 +52,8 @@ class _Section:
         self._marks = marks
         self._may_open = not marks.is_open
         self._is_inside = marks.is_open
-        self._held = ""  # text that may open the section
+        self._held: list[str] = []  # texts that may open the section
+        self._is_blank = True  # whether they are nothing but blanks
         self._seen = ""  # inside: the end of the text so far, in which the end marker may have begun
         self.is_searched = False
 
@@ -60,11 +61,15 @@ class _Section:
         if self.is_searched:
             return "", text
         if self._may_open:
-            text, self._held = self._held + text, ""
+            self._held.append(text)
+            self._is_blank = self._is_blank and not text.strip()
+            if self._is_blank:  # joining them for each token would take 0.3 ms after 8,000 tokens
+                return "", ""
+            text = self.flush()
             head = text.lstrip()
             if not head.startswith(self._marks.start):
                 self.is_searched = not self._marks.start.startswith(head)
-                self._held = "" if self.is_searched else text
+                self._held = [] if self.is_searched else [text]
                 return "", text if self.is_searched else ""
             self._may_open, self._is_inside = False, True
         size = self._size_inside(text) if self._is_inside else 0
@@ -74,7 +79,7 @@ class _Section:
         return text[:size], text[size:]
 
     def flush(self) -> str:
-        held, self._held = self._held, ""
+        held, self._held = "".join(self._held), []
         return held
 
     def _size_inside(self, text: str) -> int:

@@ -48,6 +48,8 @@ class AnswerParser:
         self._specs = specs
         self._calls: CallParser | None = None
         self._held = ""
+        self._is_blank = False  # whether some text is held, and all of it is blanks
+        self._blanks: list[str] = []  # blanks that follow it
         self._num_known = 0  # leading characters of `_held` in which no marker is searched
         self._opening = ""  # the marker that led to the calls, with the blanks before it
         self._has_called = False  # since that marker
@@ -63,18 +65,30 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces in the next part of the text."""
-        self._held += text
         self._num_read += len(text)
-        return self._read(is_end=False)
+        if self._is_blank and text.isspace():  # held back, too: to read all of it again may take 0.3 ms
+            self._blanks.append(text)
+            return []
+        self._take_blanks()
+        self._held += text
+        pieces = self._read(is_end=False)
+        self._is_blank = self._held.isspace()
+        return pieces
 
     def finish(self) -> list[Piece]:
         """Return the pieces that were held back, at the end of the answer."""
+        self._take_blanks()
         pieces = self._read(is_end=True) if self._calls is None else []
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
             if not self._must_call:
                 self._emit_text(pieces, 0, is_end=True)
         return pieces
+
+    def _take_blanks(self) -> None:
+        if self._blanks:
+            self._held = "".join((self._held, *self._blanks))
+            self._blanks.clear()
 
     def _read(self, *, is_end: bool) -> list[Piece]:
         pieces: list[Piece] = []
