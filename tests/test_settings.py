@@ -78,6 +78,7 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         ({"max_concurrent_requests": 10**30}, "--max-concurrent-requests must be at most 9007199254740991"),
         ({"validation_workers": 0}, "--validation-workers must be at least 1"),
         ({"max_stop_sequences": -1}, "--max-stop-sequences must not be negative"),
+        ({"reasoning_budget": -2}, "--reasoning-budget must be at least -1"),
         ({"block_size": 17}, "--block-size must be 16, 32 or 64"),
         ({"dtype": "int4"}, "--dtype must be one of auto, float32"),
         ({"max_input_tokens": 10, "max_total_tokens": 10}, "--max-input-tokens must be below"),

@@ -44,6 +44,7 @@ ROWS = Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)
 THREADS = Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team in the extension
 STEP_TOKENS = Kind(None, "be in 1..1048576", lambda value: 1 <= value <= 1 << 20)
 AMOUNT = Kind(None, "not be negative", lambda value: value >= 0)
+BUDGET = Kind(None, "be at least -1", lambda value: value >= -1)
 SECONDS, RATIO = AMOUNT._replace(metavar="SECONDS"), AMOUNT._replace(metavar="RATIO")
 DELAY = Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
 TIMEOUT = Kind("SECONDS", "be positive", lambda value: value > 0)

@@ -165,9 +165,9 @@ class Settings:
         alias="reasoning_parser",
     )
     reasoning_budget: int | None = _model(
-        "Maximum tokens of reasoning before its end is forced, for requests that set none.",
+        "Maximum tokens of reasoning before its end is forced, for requests that set none (-1: any).",
         None,
-        kinds.AMOUNT,
+        kinds.BUDGET,
     )
     model_impl: str = _model(
         "Implementation: native is this server's own code, transformers runs any architecture of that "

@@ -71,6 +71,7 @@ async def test_the_administrators_budget_is_the_default(path: str) -> None:
 async def test_minus_one_is_without_bound() -> None:
     given, _ = await budget_of(settings=Settings(reasoning_budget=7), thinking_token_budget=-1)
     assert given is None
+    assert (await budget_of(settings=Settings(reasoning_budget=-1)))[0] is None  # llama.cpp's default
 
 
 @pytest.mark.parametrize(
