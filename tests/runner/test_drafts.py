@@ -30,10 +30,12 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.stop_scope import ReasoningMarks
 from tgi_asgi.types import (
     GenerationRequest,
     LogprobsMode,
     ModelInfo,
+    ReasoningBudget,
     SamplingParams,
     StopConditions,
     TokenEvent,
@@ -118,6 +120,10 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
     grammar = rng.choice(grammars) if rng.random() < 0.3 else None
     if grammar is not None:  # a ban could leave no token
         sampling = dataclasses.replace(sampling, logit_bias=((MARK, 1.0),))
+    budget = None
+    if rng.random() < 0.3:
+        start, end = (tuple(rng.sample(range(2, 97), rng.randrange(1, 4))) for _ in range(2))
+        budget = ReasoningBudget(rng.randrange(0, 12), start, end, is_open=rng.random() < 0.7)
     max_tokens = rng.randrange(1, 60)
     stop = StopConditions(
         max_tokens=max_tokens,
@@ -126,11 +132,13 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
         stop_token_ids=frozenset(rng.sample(range(2, 160), 2)) if rng.random() < 0.1 else frozenset(),
         ignore_eos=rng.random() < 0.3 and grammar is None,
         include_stop=rng.random() < 0.5,
+        reasoning=rng.choice([None, ReasoningMarks("a", "b", is_open=rng.random() < 0.5)]),
     )
     return GenerationRequest(
         f"r{number}", prompt, sampling, stop,
         n=rng.choice([1, 1, 1, 2, 3]),
         grammar=grammar,
+        reasoning_budget=budget,
         prompt_logprobs=1 if rng.random() < 0.1 else None,
         uses_prefix_cache=rng.random() < 0.8,
     )  # fmt: skip
