@@ -25,8 +25,9 @@ def one_of(words: str) -> Kind:
 
 PLAIN = Kind()
 HOST = Kind(None, "not be empty", str.strip)
-FILE, URL = HOST._replace(metavar="PATH"), HOST._replace(metavar="URL")
-# Headers and log lines have it.
+FILE = Kind("PATH", "not be empty", str.strip)
+URL = Kind("URL", "not be empty", str.strip)
+# For values that headers and log lines repeat.
 WORDS = Kind(None, "be printable, and not be empty", lambda value: value.isprintable() and value.strip())
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
 _METHODS = {

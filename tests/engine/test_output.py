@@ -124,6 +124,15 @@ def test_stops_are_not_matched_in_reasoning() -> None:
     assert text_of(events) == answer[:24].decode()
 
 
+def test_a_control_token_that_is_a_stop_string_ends_reasoning() -> None:
+    marks = ReasoningMarks("<think>", "</think>", is_open=True)
+    output = ChoiceOutput(
+        0, StopConditions(9, stop=("<bos>",), reasoning=marks), FakeTokenizer(), frozenset()
+    )
+    events = [output.push(Sampled(token_id)) for token_id in (97, BOS_ID)]
+    assert (text_of(events), events[-1].finish, events[-1].stop) == ("a", FinishReason.STOP, "<bos>")
+
+
 def test_what_is_held_back_comes_before_the_reasoning_that_follows_it() -> None:
     marks = ReasoningMarks("", "", is_open=False, has_channels=True)
     answer = (
