@@ -87,6 +87,8 @@ class ReasoningBudget:
         num_tokens: Maximum over all sections of the choice, >= 0; their marks do not count.
         start_ids: Tokens that begin a section, at least one.
         end_ids: Tokens that are forced at its end. The first of them ends it also where the model writes it.
+        answer_ids: Tokens that are forced after these if the model has begun another section after a forced
+            end: they begin the answer.
         is_open: Whether the prompt has begun a section.
     """
 
@@ -94,6 +96,7 @@ class ReasoningBudget:
     start_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     is_open: bool
+    answer_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,16 +83,16 @@ async def test_without_reasoning_or_a_single_token_at_its_end_there_is_no_bound(
 
 
 @pytest.mark.parametrize("has_tools", [False, True])
-async def test_gpt_oss_goes_on_with_its_answer_if_it_has_no_tools(has_tools: bool) -> None:
+async def test_gpt_oss_goes_on_with_its_answer_or_may_first_call_a_tool(has_tools: bool) -> None:
     marks = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
     tools: Any = {"tools": TOOLS} if has_tools else {}
     given, engine = await budget_of(template=CHANNELS, marks=marks, thinking_token_budget=5, **tools)
     assert given is not None
-    texts = [
-        engine.tokenizer.decode(ids, skip_special_tokens=False) for ids in (given.start_ids, given.end_ids)
-    ]
-    answer = "" if has_tools else "<|start|>assistant<|channel|>final<|message|>"
-    assert texts == ["<|channel|>analysis<|message|>", "<|end|>" + answer]
+    decode = partial(engine.tokenizer.decode, skip_special_tokens=False)
+    answer = "<|start|>assistant<|channel|>final<|message|>"
+    assert decode(given.start_ids) == "<|channel|>analysis<|message|>"
+    assert decode(given.end_ids) == "<|end|>" + ("" if has_tools else answer)
+    assert decode(given.answer_ids) == (answer if has_tools else "")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def expected(prompt: Sequence[int], num_tokens: int, forced: dict[int, int], cho
         (budget(2), [1, END, START, 2, END], [None, None, None, None, END, None]),
         (budget(1, then=[ANSWER]), [1, END, ANSWER, 2], [None, END, ANSWER, None, None]),
         (budget(1, then=[ANSWER]), [END, 1], [None] * 3),  # what follows is the model's own
+        # Who opens another section after a forced end has to answer.
+        (
+            ReasoningBudget(1, (START,), (END,), True, (ANSWER,)),
+            [1, END, START, END, ANSWER, START, END, ANSWER, 2],
+            [None, END, None, END, ANSWER, None, END, ANSWER, None, None],
+        ),
         # A grammar that forbids the end, or the rest of it.
         (budget(1), [1, 2, 3, END, 4], [None, END, END, END, None, None]),
         (budget(1, then=[ANSWER, 9]), [1, END, 3, 4], [None, END, ANSWER, None, None]),

@@ -132,15 +132,17 @@ class AnswerForm:
         """Return the bound on the reasoning; None if the model has none, or its end is not a single token."""
         if self._has_channels:
             start, end, answer = harmony.REASONING
-            then = answer if self._job.tools is None else ""  # else it may call a tool next
         elif self._style is not None:
-            start, end, then = self._style.start, self._style.end, ""
+            start, end, answer = self._style.start, self._style.end, ""
         else:
             return None
         encode = partial(self._served.tokenizer.encode, add_special_tokens=False)
         if len(encode(end)) != 1:
             return None
-        return ReasoningBudget(num_tokens, (*encode(start),), (*encode(end), *encode(then)), self._is_open)
+        end_ids, answer_ids = (*encode(end),), (*encode(answer),)
+        if self._job.tools is None:  # else it may call a tool next
+            end_ids, answer_ids = end_ids + answer_ids, ()
+        return ReasoningBudget(num_tokens, (*encode(start),), end_ids, self._is_open, answer_ids)
 
     def marks(self) -> ReasoningMarks | None:
         """Return how the answer marks reasoning, or None if it has none."""

@@ -67,7 +67,7 @@ class ChoiceOutput:
         else:
             event.data = b""
         if event.finish is None:
-            # "<|eot_id|>" as a stop string means the token, which is not in the text, and ends reasoning, too.
+            # "<|eot_id|>" as a stop string means the token, which is not in the text; it ends reasoning, too.
             if is_hidden and matcher is not None and self._num_tokens > stop.min_tokens:
                 event.text += matcher.hide(self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
             if matcher is not None and matcher.matched is not None:
