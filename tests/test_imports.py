@@ -27,14 +27,10 @@ ALLOWED_IMPORTS = {
     "images": set(),
     "formats": {"_C"},  # for its table of weight formats
     "settings": set(),
-    "speculation": set(),
-    "sampling_defaults": set(),
-    "setting_kinds": set(),
-    "json_option": set(),
     "errors": set(),
     "types": set(),
 }
-COMMON = {"settings", "speculation", "sampling_defaults", "setting_kinds", "json_option", "errors", "types"}
+COMMON = {"settings", "errors", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.

@@ -12,7 +12,7 @@ import pytest
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import GivenRope, Settings
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings.speculation import Speculation
 
 
 def test_every_field_is_read_from_its_upper_snake_variable() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.errors import TgiError
-from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
+from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
-from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
+from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.types import SamplingParams
 
 HI = [{"role": "user", "content": "hi"}]

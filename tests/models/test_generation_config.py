@@ -25,8 +25,8 @@ from tgi_asgi.models.generation_config import (
     suppressed_ids,
 )
 from tgi_asgi.runner.load import LoadedModel, load
-from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.settings import Settings
+from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 
 RECOMMENDED = SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95, min_p=0.05)
 

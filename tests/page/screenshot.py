@@ -18,7 +18,7 @@ from tests.support.server_process import ServerProcess
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-SIZE = {"width": 1080, "height": 640}
+WIDTH, HEIGHT = 1080, 640
 SCALE = 1.5
 NAME = "SmolLM2-135M-Instruct"
 OPTIONS = {"temperature": 0, "max_tokens": 200, "stop": ["\n\nHere's an example"]}
@@ -46,7 +46,10 @@ def _photograph(url: str) -> tuple[bytes, bytes]:
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page(
-            viewport=SIZE, device_scale_factor=SCALE, color_scheme="light", reduced_motion="reduce"
+            viewport={"width": WIDTH, "height": HEIGHT},
+            device_scale_factor=SCALE,
+            color_scheme="light",
+            reduced_motion="reduce",
         )
         page.add_init_script(f"localStorage.setItem('tgi-asgi.options', {json.dumps(json.dumps(OPTIONS))})")
         page.goto(url)

@@ -25,8 +25,9 @@ def export(chat: ChatPage, tmp_path: Path, kind: str) -> str:
 
 
 def choose(chat: ChatPage, text: str) -> None:
-    file = {"name": "it.json", "mimeType": "application/json", "buffer": text.encode()}
-    chat.page.locator("#import-file").set_input_files(file)
+    chat.page.locator("#import-file").set_input_files(
+        {"name": "it.json", "mimeType": "application/json", "buffer": text.encode()}
+    )
 
 
 def test_conversations_outlive_the_page(chat: ChatPage) -> None:

@@ -37,7 +37,7 @@ from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams, StopConditions

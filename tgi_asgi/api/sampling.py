@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tgi_asgi.api.limits import MAX_IDS
 from tgi_asgi.api.parse import refuse
-from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
+from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.types import LogprobsMode, ModelInfo, SamplingParams
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tgi_asgi.formats.files import read_json
-from tgi_asgi.sampling_defaults import SamplingDefaults, broken_rules
+from tgi_asgi.settings.sampling import SamplingDefaults, broken_rules
 
 logger = logging.getLogger(__name__)
 

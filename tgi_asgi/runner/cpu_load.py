@@ -37,7 +37,7 @@ from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.runner.plan import DraftLimits, Sampled, SlotStart, StepPlan
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings.speculation import Speculation
 
 MAX_DRAFTS_PER_STEP = 64  # over all rows: each draft needs a row of logits
 

@@ -26,7 +26,7 @@ from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import StepSamples, start_slot
 from tgi_asgi.runner.shards import Shards
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
 

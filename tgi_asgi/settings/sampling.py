@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tgi_asgi.json_option import bad_option, parse_object
+from tgi_asgi.settings.json_object import bad_option, parse_object
 
 # Each field's smallest and largest value. A top_p of 0 keeps one token; a top_k of 0 or -1 keeps all.
 _RANGES: dict[str, tuple[float, float]] = {

@@ -1,0 +1,12 @@
+"""What the administrator can set: one dataclass, and the parsing of values that have a form of their own."""
+
+from tgi_asgi.settings.settings import (
+    DEMO_MODEL,
+    MIB,
+    OWN_VARIABLES,
+    GivenRope,
+    Settings,
+    flag_of,
+)
+
+__all__ = ["DEMO_MODEL", "MIB", "OWN_VARIABLES", "GivenRope", "Settings", "flag_of"]
