@@ -102,6 +102,15 @@ async def test_model_names_an_adapter_and_is_echoed(path: str, body: dict[str, A
     assert (await post(app, path, {"model": "other", **body})).status_code == 404
 
 
+async def test_ollamas_tag_belongs_to_a_name_that_is_served_with_it() -> None:
+    app = await serving("sql", "odd:latest", settings=Settings(model_id="toy/model", strict_model_names=True))
+    for name in ("sql:latest", "odd:latest", "toy/model:latest"):
+        body = {"model": name, "prompt": "hi", "stream": False}
+        assert (await post(app, "/api/generate", body)).status_code == 200
+        assert (await post(app, "/api/show", {"model": name})).status_code == 200
+    assert asked(app) == ["sql", "odd:latest", None]
+
+
 async def test_an_unknown_model_is_served_by_the_base_and_says_so() -> None:
     app = await serving("sql")
     answer = await post(app, "/v1/completions", {"model": "other", "prompt": "hi"})
@@ -289,6 +298,22 @@ async def test_what_cannot_be_loaded_is_refused_with_the_reason(body: dict[str, 
     assert (answer.status_code, error["param"]) == (400, param)
     assert body["lora_path"] != "/broken" or "has the rank 99" in error["message"]
     assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
+
+
+async def test_null_is_the_default_of_a_replacement() -> None:
+    app = await serving("sql")
+    body = {"lora_name": "x", "lora_path": "/a", "load_inplace": None}
+    assert (await post(app, "/v1/load_lora_adapter", body, ROOT)).status_code == 200
+    again = await post(app, "/v1/load_lora_adapter", body, ROOT)
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+async def test_bodies_must_be_declared_as_json(path: str) -> None:
+    body = {"lora_name": "sql", "lora_path": "/a"}
+    app = await serving("sql")
+    answer = await post(app, path, body, ROOT | {"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (415, "invalid_request_error")
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])

@@ -353,6 +353,24 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     assert "embedding" in ((await client.show("tiny")).capabilities or ())
 
 
+@pytest.mark.parametrize(("path", "field"), [("/api/embed", "input"), ("/api/embeddings", "prompt")])
+async def test_ollamas_tag_is_no_other_model(server: PooledServer, path: str, field: str) -> None:
+    assert server.app.context.served is not None
+    name = server.app.context.served.info.model_id
+    answer = await server.post(path, **{"model": f"{name}:latest", field: "hi"})
+    assert answer.status_code == 200 and "x-tgi-model" not in answer.headers
+
+
+async def test_the_paths_of_a_list_s_texts_have_their_index(server: PooledServer) -> None:
+    long = "y" * 600
+    one = await server.post("/api/embed", input=[long], truncate=False)
+    assert (one.status_code, "`input[0]`" in one.json()["error"]) == (400, True)
+    bodies = {"text_2[0]": {"text_1": "a", "text_2": [long]}, "text_1[0]": {"text_1": [""], "text_2": "a"}}
+    for param, body in bodies.items():
+        answer = await server.post("/score", **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize("key", ["max_seq_length", "model_max_length"])  # of sentence-transformers 5, and 6
 async def test_a_model_s_own_length_bounds_its_texts(tmp_path: Path, key: str) -> None:
     save_embedder(tmp_path, max_length=20 if key == "max_seq_length" else None)

@@ -67,6 +67,12 @@ TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
             f"hi{IMAGE_TOKENS}",
             "messages[0].content[1].source",
         ),
+        (
+            "/v1/messages",
+            claude(TEXT, {"type": "image", "source": {"type": "url", "url": f" DATA{URL[4:]}"}}),
+            f"hi{IMAGE_TOKENS}",
+            "messages[0].content[1].source",
+        ),
         ("/api/chat", llama(text_of()), f"{IMAGE_TOKENS}hi", "messages[0].images[0]"),
         (
             "/api/generate",
@@ -97,6 +103,7 @@ async def test_each_dialect_s_images_stand_where_they_were(
     ("path", "body", "expected"),
     [
         ("/generate", {"inputs": f"a ![]({URL}) b"}, f"a {IMAGE_TOKENS} b"),
+        ("/generate", {"inputs": f"a ![](DATA{URL[4:]}) b"}, f"a {IMAGE_TOKENS} b"),
         ("/", {"inputs": f"![]({URL})", "parameters": {"max_new_tokens": 5}}, IMAGE_TOKENS),
         (
             "/api/generate",
@@ -292,6 +299,11 @@ async def test_images_in_the_results_of_tools_are_a_note() -> None:
     ]  # fmt: skip
     assert (await post("/v1/responses", {"input": items}, engine))[0] == 200
     assert "[image omitted]" in prompt_of(engine) and engine.requests[1].images == ()
+    result = {"role": "tool", "content": "a picture", "tool_name": "f", "images": [text_of(), text_of()]}
+    for app in (vision_app(engine)[0], scripted_app(engine)):
+        assert (await post("/api/chat", {"messages": [result], "stream": False}, app=app))[0] == 200
+        assert "[image omitted]\n[image omitted]\na picture" in prompt_of(engine)
+        assert engine.requests[-1].images == ()
 
 
 # Clients.

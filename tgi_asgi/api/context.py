@@ -67,6 +67,10 @@ class Served:
         """Return a collector for a prompt's images if the model accepts images, else None."""
         return Images() if self.accepts_images else None
 
+    def is_name(self, name: str) -> bool:
+        """Return whether a name is the model's own, or an adapter's."""
+        return name == self.info.model_id or (self.adapters is not None and name in self.adapters)
+
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """The model's special tokens, by text."""

@@ -14,7 +14,7 @@ from tgi_asgi.api.call import Images, ImageSource
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
-from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, open_picture
+from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, is_data_url, open_picture
 from tgi_asgi.types import Image, ImageInput
 
 FETCH_TIMEOUT_S = 10.0  # for all images of a prompt together
@@ -92,7 +92,7 @@ def _open(source: ImageSource, file: bytes | None, max_pixels: int) -> Opened:
 async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[bytes | None]:
     """Return the files of the images that must be fetched."""
     files: list[bytes | None] = [None] * len(sources)
-    remote = [i for i, each in enumerate(sources) if not (each.is_base64 or each.content.startswith("data:"))]
+    remote = [i for i, each in enumerate(sources) if not (each.is_base64 or is_data_url(each.content))]
     if not remote:
         return files
     slots = asyncio.Semaphore(MAX_FETCHES)

@@ -130,11 +130,11 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
         UnknownModel: if names are strict and this one is not served.
     """
     context = exchange.context
-    own = context.ready().info.model_id
+    served = context.ready()
+    own = served.info.model_id
     if requested is None or requested in ("tgi", own):
         return own
-    adapters = context.ready().adapters
-    if adapters is not None and requested in adapters:
+    if served.is_name(requested):
         return requested
     if context.settings.strict_model_names:
         raise UnknownModel(requested)

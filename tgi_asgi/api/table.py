@@ -117,7 +117,8 @@ def _with_pages(rows: list[Route]) -> list[Route]:
 
 def _admin() -> list[Route]:
     row = partial(Route, "POST", tag="Admin", access=Access.ADMIN)
-    text = partial(row, dialect=OPENAI, response=str, media_type="text/plain")
+    dialect = replace(OPENAI, is_json_only=True)
+    text = partial(row, dialect=dialect, response=str, media_type="text/plain")
     return [
         row("/abort_request", control.abort_request, "End a request", requests=(control.AbortRequest,)),
         row("/reset_prefix_cache", control.reset_prefix_cache, "Drop all cached prompts"),

@@ -137,14 +137,19 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
     return Opened(picture, orientation, param, picture.width * picture.height * per_pixel)
 
 
+def is_data_url(url: str) -> bool:
+    """Return whether a URL has the scheme `data:`, in any case and after any blanks."""
+    return url[:16].lstrip()[:5].lower() == "data:"
+
+
 def bytes_of_url(url: str, param: str) -> bytes:
     """Return the bytes in a `data:` URL.
 
     Raises:
         InvalidRequest: if its media type is not an image's, or it is not in base64.
     """
-    head, comma, text = url[len("data:") :].partition(",")
-    media_type, *parameters = head.split(";")
+    head, comma, text = url.partition(",")
+    media_type, *parameters = head.partition(":")[2].split(";")
     if not comma or not parameters or parameters[-1].strip().lower() != "base64":
         raise _refusal(param, "a `data:` URL must be in base64: data:image/png;base64,...")
     if not media_type.strip().lower().startswith("image/"):

@@ -19,7 +19,7 @@ class LoadAdapter(Struct):
 
     lora_name: str
     lora_path: str  # a directory on the server, or a Hub id
-    load_inplace: bool = False  # replace an adapter of this name, if there is one
+    load_inplace: bool | None = None  # replace an adapter of this name, if there is one
 
 
 class UnloadAdapter(Struct):

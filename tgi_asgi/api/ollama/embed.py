@@ -9,6 +9,7 @@ import orjson
 from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.ollama.request import model_of
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
 from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
@@ -48,7 +49,8 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         check_num_inputs(len(texts), "input", exchange.context.settings)
     else:
         texts = []
-    inputs = [Input(text, f"input[{at}]" if len(texts) > 1 else "input") for at, text in enumerate(texts)]
+    is_list = not isinstance(request.input, str)
+    inputs = [Input(text, f"input[{at}]" if is_list else "input") for at, text in enumerate(texts)]
     for given in inputs:
         if not given.content:
             refuse_field(given.where, "must not be empty")
@@ -69,7 +71,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         inputs=inputs,
         how=embedding,
         answer=answer,
-        model=request.model,
+        model=model_of(request.model, exchange),
         truncation=None if request.truncate is False else Truncation(),
         num_numbers=embedding.dimensions,
     )
@@ -86,4 +88,5 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
         return b'{"embedding":%b}' % (as_json(vectors[0]) if vectors else b"[]")
 
     inputs = [Input(request.prompt, "prompt")] if request.prompt else []
-    return PoolCall(inputs=inputs, how=embedding, answer=answer, model=request.model, truncation=Truncation())
+    model = model_of(request.model, exchange)
+    return PoolCall(inputs=inputs, how=embedding, answer=answer, model=model, truncation=Truncation())

@@ -98,6 +98,13 @@ _CHAT = msgspec.json.Decoder(OllamaChat)
 _GENERATE = msgspec.json.Decoder(OllamaGenerate)
 
 
+def model_of(given: str | None, exchange: Exchange) -> str | None:
+    """Return the name of the model or adapter; `name:latest` is `name`, unless it is served by that name."""
+    if given is None or exchange.context.ready().is_name(given):
+        return given
+    return given.removesuffix(":latest")
+
+
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
     """Parse a chat."""
     request = decode_json(body, _CHAT)
@@ -179,7 +186,7 @@ def _call(
     return Call(
         jobs=[job] if job else [],
         render=partial(LineRenderer, exchange, is_chat=is_chat, shows_logprobs=bool(request.logprobs)),
-        model=request.model and request.model.removesuffix(":latest"),
+        model=model_of(request.model, exchange),
         stream=request.stream is not False,
         stream_type=NDJSON,
         keep_alive=b"",  # none, because clients parse each line as JSON
@@ -206,13 +213,8 @@ def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[st
     ids: dict[str | None, str] = {}  # by function name
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(given):
-        where = f"messages[{i}].images"
-        if message.images and images is not None and message.role != "user":
-            refuse_field(where, f"is not supported: {ONLY_USERS}", "unsupported_parameter")
-        parts: list[Any] = [*_images(message.images, where, images)]
-        if parts and message.content:
-            parts.append(message.content)
-        result: dict[str, Any] = {"role": message.role, "content": parts or message.content or ""}
+        content = _content(message, f"messages[{i}].images", images)
+        result: dict[str, Any] = {"role": message.role, "content": content}
         if message.thinking:
             result["reasoning_content"] = message.thinking
         for call in message.tool_calls or ():
@@ -225,3 +227,15 @@ def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[st
             result["tool_call_id"] = message.tool_call_id or ids.get(name, name)
         messages.append(result)
     return messages
+
+
+def _content(message: OllamaMessage, path: str, images: Images | None) -> Any:
+    """Return a message's content in template form: a text, or a list if there are images."""
+    text = message.content or ""
+    if message.role == "tool":  # agents send on what their tools return
+        omitted = ["[image omitted]" for _ in message.images or ()]
+        return "\n".join([*omitted, text] if text else omitted)
+    if message.images and images is not None and message.role != "user":
+        refuse_field(path, f"is not supported: {ONLY_USERS}", "unsupported_parameter")
+    parts: list[Any] = [*_images(message.images, path, images)]
+    return [*parts, text] if parts and text else parts or text

@@ -16,7 +16,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import generating, served_name
 from tgi_asgi.api.ollama.embed import OllamaEmbed, OllamaEmbeddings, parse_embed, parse_embeddings
 from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
-from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
+from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, model_of, parse_chat, parse_generate
 from tgi_asgi.api.parse import check_ranges, refuse_field
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Route
@@ -94,7 +94,7 @@ async def show(exchange: Exchange) -> None:
     check_ranges(request)
     if not request.model:
         refuse_field("model", "is required")
-    served_name(exchange, request.model.removesuffix(":latest"))  # as for a chat
+    served_name(exchange, model_of(request.model, exchange))  # as for a chat
     info, template = served.info, served.chat_template
     architecture = info.architecture
     described = {

@@ -67,7 +67,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     check_num_inputs(len(request.documents), "documents", exchange.context.settings)
     documents = [each if isinstance(each, str) else each.text for each in request.documents]
     query = request.query if isinstance(request.query, str) else request.query.text
-    scored = Scored(exchange.context.ready().info, [query], documents, ("query", "documents"))
+    scored = Scored(exchange.context.ready().info, query, documents, ("query", "documents"))
 
     def answer(pooled: Pooled) -> bytes:
         scores = scored.scores(pooled)
@@ -100,7 +100,7 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
     if len(first) not in (1, len(second)):
         refuse("text_1", f"`text_1` must be one text, or as many as `text_2`: {len(first)}, {len(second)}")
     names = ("text_1", "text_2")
-    scored = Scored(exchange.context.ready().info, first, second, names)
+    scored = Scored(exchange.context.ready().info, request.text_1, request.text_2, names)
 
     def answer(pooled: Pooled) -> bytes:
         scores = scored.scores(pooled)
@@ -135,15 +135,16 @@ class Scored:
     """Pairs of texts, scored by the model itself or else by the cosine of their embeddings.
 
     Args:
-        first: One text, or as many as `second` has.
+        first: A text, a list of one, or as many as `second` has.
         names: The API's field names for both.
     """
 
     def __init__(
-        self, info: ModelInfo, first: Sequence[str], second: Sequence[str], names: tuple[str, str]
+        self, info: ModelInfo, first: str | list[str], second: str | list[str], names: tuple[str, str]
     ) -> None:
         self.how = scoring_of(info)
-        self._first, self._second, self._names = first, second, names
+        self._first, self._second, self._names = _texts(first), _texts(second), names
+        self._are_lists = isinstance(first, list), isinstance(second, list)
 
     def inputs(self, instruction: str | None = None) -> list[Input]:
         """Return the inputs: pairs, or for embeddings the first texts followed by the second ones."""
@@ -176,9 +177,7 @@ class Scored:
         return logits if is_raw else [probability(logit) for logit in logits]
 
     def _where(self, side: int, at: int) -> str:
-        texts = (self._first, self._second)[side]
-        is_list = len(texts) > 1 or self._names[side] in ("documents", "texts")
-        return f"{self._names[side]}[{at}]" if is_list else self._names[side]
+        return f"{self._names[side]}[{at}]" if self._are_lists[side] else self._names[side]
 
 
 def _texts(given: str | list[str]) -> list[str]:

@@ -99,7 +99,7 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     request = decode_json(body, _RERANK)
     texts = request.texts
     check_num_inputs(len(texts), "texts", exchange.context.settings)
-    scored = Scored(exchange.context.ready().info, [request.query], texts, ("query", "texts"))
+    scored = Scored(exchange.context.ready().info, request.query, texts, ("query", "texts"))
 
     def answer(pooled: Pooled) -> bytes:
         scores = scored.scores(pooled, is_raw=request.raw_scores is True)

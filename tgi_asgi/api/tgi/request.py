@@ -28,6 +28,7 @@ from tgi_asgi.api.tgi.schema import (
     Grammar,
 )
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.images.decode import is_data_url
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
@@ -74,7 +75,7 @@ def read_inputs(inputs: str, context: ServerContext) -> Text:
     pieces, end = [], 0
     for found in _MARKDOWN.finditer(inputs):
         url = found[1]
-        if url.startswith("data:") or context.fetcher.allows_host_of(url):
+        if is_data_url(url) or context.fetcher.allows_host_of(url):
             images.add(url, "inputs")
             pieces += [inputs[end : found.start()], processor.placeholder]
             end = found.end()
