@@ -117,6 +117,7 @@ class ProcessedImage:
     num_tokens: int  # how many of these tokens `text` has, at least one
     payload: Any  # opaque except to the runner
     num_bytes: int = 0  # size of the payload; counted until the request ends
+    needs_gap: bool = False  # whether another token must stand between its tokens and the next image's
 
 
 class ImageProcessor(Protocol):

@@ -29,7 +29,7 @@ def locate_images(
     """Return the positions of a prompt's images in its tokens; each image comes with its digest.
 
     Raises:
-        InvalidRequest: if a client wrote tokens that stand for images.
+        InvalidRequest: if a client wrote tokens that stand for images, or no token where the model needs one.
     """
     kinds = {image.token_id for _, image in images}
     places = [at for at, token_id in enumerate(ids) if token_id in kinds]
@@ -38,6 +38,9 @@ def locate_images(
         raise _mismatch(len(places), num_wanted)
     found, begin = [], 0
     for digest, image in images:
+        if image.needs_gap and begin and places[begin] == places[begin - 1] + 1:
+            message = "`{field}` must have text between two images: the model tells them apart by it"
+            raise InvalidRequest(message, field=("prompt",))
         first, begin = places[begin], begin + image.num_tokens
         found.append(ImageInput(digest, first, places[begin - 1] - first + 1, image.payload))
     return tuple(found)

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import PIL.Image
@@ -302,6 +303,19 @@ async def test_a_client_gets_what_transformers_would_answer(
         found = await asyncio.gather(*(ask(parts) for parts in turns), ask(turns[0], n=2))
     assert [each.choices[0].message.content for each in found] == [*wanted, wanted[0]]
     assert found[-1].choices[1].message.content == wanted[0]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+async def test_images_side_by_side_are_refused_where_the_model_would_take_them_for_one(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    image = f"![]({url_of(picture(50, 30))})"
+    async with served(folder_of(name)) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
+        parameters = {"max_new_tokens": 1}
+        apart = await http.post("/generate", json={"inputs": f"{image} {image}", "parameters": parameters})
+        beside = await http.post("/generate", json={"inputs": f"{image}{image}", "parameters": parameters})
+    assert (apart.status_code, beside.status_code) == (200, 422 if name == "qwen2_vl" else 200)
+    assert name != "qwen2_vl" or "`inputs` must have text between two images" in beside.json()["error"]
 
 
 @pytest.mark.parametrize("has_cache", [True, False])

@@ -162,7 +162,9 @@ class OpenGeneric:
             return None
         config = self._model.config.to_dict()
         names = input_names(self._model)
-        self._processor = load_processor(directory, config, self._vision.image_token_id, names)
+        self._processor = load_processor(
+            directory, config, self._vision.image_token_id, names, needs_gap=self._vision.has_axes
+        )
         if self._processor is not None:
             check_processor(self._processor, self.config.architecture)
         return self._processor

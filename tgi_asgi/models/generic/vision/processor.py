@@ -35,10 +35,14 @@ class VisionProcessor:
         processor: Processor of `transformers`.
         token_id: Id of the placeholder tokens that an image's rows replace.
         input_names: Names of the inputs that the model's tower accepts.
+        needs_gap: Whether the model would take two images without a token between them for one.
     """
 
-    def __init__(self, processor: Any, token_id: int, input_names: frozenset[str]) -> None:
+    def __init__(
+        self, processor: Any, token_id: int, input_names: frozenset[str], *, needs_gap: bool = False
+    ) -> None:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
+        self._needs_gap = needs_gap
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options = _image_options(processor)
         self._is_together = any(kind.__name__ in _TOGETHER for kind in type(processor).__mro__)
@@ -86,11 +90,18 @@ class VisionProcessor:
             inputs = {name: each[:1] for name, each in inputs.items()}
         text = str(texts[0])
         num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
-        return ProcessedImage(text, self._token_id, text.count(self._token), inputs, num_bytes)
+        return ProcessedImage(
+            text, self._token_id, text.count(self._token), inputs, num_bytes, self._needs_gap
+        )
 
 
 def load_processor(
-    directory: Path, config: Mapping[str, Any], token_id: int, input_names: frozenset[str]
+    directory: Path,
+    config: Mapping[str, Any],
+    token_id: int,
+    input_names: frozenset[str],
+    *,
+    needs_gap: bool = False,
 ) -> VisionProcessor | None:
     """Return the processor of a checkpoint's files; None, with a warning in the log, if they have none.
 
@@ -102,7 +113,7 @@ def load_processor(
         logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
-        return VisionProcessor(_build(directory, config, names), token_id, input_names)
+        return VisionProcessor(_build(directory, config, names), token_id, input_names, needs_gap=needs_gap)
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error
