@@ -183,32 +183,32 @@ def test_what_is_no_object_is_refused_in_few_words(config: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "value", "message"),
     [
-        ("{", "be JSON"),
-        ("[]", "be an object"),
-        ('{"temprature": 1}', "have temperature, top_k, top_p, min_p, typical_p, repetition_penalty only"),
-        ('{"temperature": -1}', "have temperature in 0..100, got -1"),
-        ('{"top_k": 0.5}', "have top_k as an integer in -1..2147483647, got 0.5"),
-        ('{"top_p": "0.9"}', "have top_p in 0..1, got '0.9'"),
+        ("override_generation_config", "{", "be JSON"),
+        ("override_generation_config", "[]", "be an object"),
+        (
+            "override_generation_config", '{"temprature": 1}',
+            "have temperature, top_k, top_p, min_p, typical_p, repetition_penalty only",
+        ),
+        ("override_generation_config", '{"temperature": -1}', "have temperature in 0..100, got -1"),
+        (
+            "override_generation_config", '{"top_k": 0.5}',
+            "have top_k as an integer in -1..2147483647, got 0.5",
+        ),
+        ("override_generation_config", '{"top_p": "0.9"}', "have top_p in 0..1, got '0.9'"),
+        ("default_chat_template_kwargs", "{", "be JSON"),
+        ("default_chat_template_kwargs", "5", "be an object"),
+        (
+            "default_chat_template_kwargs", '{"a": 1, "messages": []}',
+            "only have variables of the model's, got 'messages'",
+        ),
     ],
-)
-def test_sampling_defaults_that_are_none_are_refused_by_name(config: str, message: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"--override-generation-config must {re.escape(message)}"):
-        Settings(override_generation_config=config)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("{", "be JSON"),
-        ("5", "be an object"),
-        ('{"a": 1, "messages": []}', "only have variables of the model's, got 'messages'"),
-    ],
-)
-def test_template_variables_that_are_none_are_refused(value: str, message: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"--default-chat-template-kwargs must {message}"):
-        Settings(default_chat_template_kwargs=value)
+)  # fmt: skip
+def test_an_object_with_wrong_fields_is_refused_by_name(name: str, value: str, message: str) -> None:
+    flag = name.replace("_", "-")
+    with pytest.raises(InvalidRequest, match=f"^--{flag} must {re.escape(message)}"):
+        Settings(**{name: value})  # type: ignore[arg-type]
 
 
 def test_speculation_is_not_given_twice() -> None:

@@ -80,37 +80,26 @@ async def test_the_port_answers_while_the_model_loads() -> None:
     assert engine.state is EngineState.DEAD
 
 
-async def test_a_failed_load_is_reported_and_keeps_health_at_503() -> None:
-    reasons: asyncio.Queue[BaseException] = asyncio.Queue()
-
-    def load(settings: Settings, progress: Any) -> Served:
-        raise ModelLoadError("model.gguf does not exist")
-
-    app = create_app(Settings(), load)
-    app.on_fatal = reasons.put_nowait
-    async with lifespan(app):
-        assert str(await asyncio.wait_for(reasons.get(), 10)) == "model.gguf does not exist"
-        health = await send(app, request("GET", "/health"))
-        assert (health.status, health.json()["state"]) == (503, "dead")
-        assert (await send(app, request("POST", CHAT, HI))).status == 503
-
-
 class PanicException(BaseException):
     """What a library written in Rust raises when it panics."""
 
 
-async def test_a_panic_while_loading_is_a_failed_load() -> None:
+@pytest.mark.parametrize(
+    "failure", [ModelLoadError("model.gguf does not exist"), PanicException("no thread pool")]
+)
+async def test_a_failed_load_is_reported_and_keeps_health_at_503(failure: BaseException) -> None:
     reasons: asyncio.Queue[BaseException] = asyncio.Queue()
 
     def load(settings: Settings, progress: Any) -> Served:
-        raise PanicException("no thread pool")
+        raise failure
 
     app = create_app(Settings(), load)
     app.on_fatal = reasons.put_nowait
     async with lifespan(app):
-        assert str(await asyncio.wait_for(reasons.get(), 10)) == "no thread pool"
+        assert str(await asyncio.wait_for(reasons.get(), 10)) == str(failure)
         health = await send(app, request("GET", "/health"))
         assert (health.status, health.json()["state"]) == (503, "dead")
+        assert (await send(app, request("POST", CHAT, HI))).status == 503
 
 
 async def test_a_panic_while_a_prompt_is_tokenised_is_an_error_of_that_request(

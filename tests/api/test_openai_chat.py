@@ -224,7 +224,7 @@ async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> 
 
 
 async def test_images_in_the_results_of_tools_are_left_out() -> None:
-    """Agents send on what their tools return; a refusal would end the session."""
+    """Agents send on what their tools return; a refusal would end their work."""
     call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     result = {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "Seen:"}, image]}

@@ -144,7 +144,7 @@ class AnswerForm:
             end_ids, answer_ids = end_ids + answer_ids, ()
         return ReasoningBudget(num_tokens, (*encode(start),), end_ids, self._is_open, answer_ids)
 
-    def marks(self) -> ReasoningMarks | None:
+    def reasoning_marks(self) -> ReasoningMarks | None:
         """Return how the answer marks reasoning, or None if it has none."""
         if self._has_channels:
             return ReasoningMarks("", "", is_open=self._is_open, has_channels=True)

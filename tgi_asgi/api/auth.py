@@ -131,8 +131,9 @@ def _key_of(exchange: Exchange) -> bytes:
 
 
 def _is_open(access: Access, exchange: Exchange) -> bool:
-    is_browser = wants_html(exchange.header(b"accept"))
-    return access is Access.OPEN or (access is Access.BROWSER and is_browser)
+    if access is Access.BROWSER:
+        return wants_html(exchange.header(b"accept"))
+    return access is Access.OPEN
 
 
 def _digest(key: bytes) -> bytes:

@@ -67,8 +67,8 @@ class Served:
         """Return a collector for a prompt's images if the model accepts images, else None."""
         return Images() if self.accepts_images else None
 
-    def is_name(self, name: str) -> bool:
-        """Return whether a name is the model's own, or an adapter's."""
+    def serves(self, name: str) -> bool:
+        """Return whether this is the model's name or an adapter's."""
         return name == self.info.model_id or (self.adapters is not None and name in self.adapters)
 
     @cached_property

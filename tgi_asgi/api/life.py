@@ -134,7 +134,7 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     own = served.info.model_id
     if requested is None or requested in ("tgi", own):
         return own
-    if served.is_name(requested):
+    if served.serves(requested):
         return requested
     if context.settings.strict_model_names:
         raise UnknownModel(requested)
@@ -183,7 +183,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         form = AnswerForm(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, job, form) if is_constrained else None
-        reading, marks = form.reading(), form.marks()
+        reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 NO_IMAGES = "the model reads nothing but text"  # why an image is refused
 ONLY_USERS = "only the user's messages may have images"
+OMITTED_IMAGE = "[image omitted]"  # stands for an image in the result of a tool
 MAX_ECHOED_CHARS = 256  # of a client's name that is sent back, in every chunk of a stream
 
 _AT = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*?)(?:\[\.{3}\])?`$", re.DOTALL)

@@ -16,6 +16,7 @@ from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
 from tgi_asgi.api.openai.tools import read_tools
 from tgi_asgi.api.parse import (
     NO_IMAGES,
+    OMITTED_IMAGE,
     ONLY_USERS,
     Fraction,
     Penalty,
@@ -100,7 +101,7 @@ _GENERATE = msgspec.json.Decoder(OllamaGenerate)
 
 def model_of(given: str | None, exchange: Exchange) -> str | None:
     """Return the name of the model or adapter; `name:latest` is `name`, unless it is served by that name."""
-    if given is None or exchange.context.ready().is_name(given):
+    if given is None or exchange.context.ready().serves(given):
         return given
     return given.removesuffix(":latest")
 
@@ -233,7 +234,7 @@ def _content(message: OllamaMessage, path: str, images: Images | None) -> Any:
     """Return a message's content in template form: a text, or a list if there are images."""
     text = message.content or ""
     if message.role == "tool":  # agents send on what their tools return
-        omitted = ["[image omitted]" for _ in message.images or ()]
+        omitted = [OMITTED_IMAGE for _ in message.images or ()]
         return "\n".join([*omitted, text] if text else omitted)
     if message.images and images is not None and message.role != "user":
         refuse_field(path, f"is not supported: {ONLY_USERS}", "unsupported_parameter")

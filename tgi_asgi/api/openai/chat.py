@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
-from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import OMITTED_IMAGE, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
@@ -181,7 +181,7 @@ def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str
             refuse_field(f"{path}.image_url", "is required")
         return images.add(given.url if isinstance(given, ImageUrl) else given, f"{path}.image_url")
     if part.type == "image_url" and role in ("tool", "function"):  # agents send on what their tools return
-        return "[image omitted]"
+        return OMITTED_IMAGE
     if part.type == "text" and part.text is not None:
         return part.text
     if part.type == "refusal" and role == "assistant" and part.refusal is not None:

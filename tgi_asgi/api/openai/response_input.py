@@ -17,6 +17,7 @@ from tgi_asgi.api.openai.thoughts import unsealed
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
+    OMITTED_IMAGE,
     ONLY_USERS,
     Fraction,
     Int,
@@ -287,5 +288,5 @@ def _text(part: Any, path: str, kinds: Sequence[str]) -> str:
     """Return a part's text."""
     kind = kind_of(part, path, kinds)
     if kind in _OMITTED:
-        return "[image omitted]"
+        return OMITTED_IMAGE
     return string_of(part, "refusal" if kind == "refusal" else "text", path)
