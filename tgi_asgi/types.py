@@ -425,6 +425,28 @@ class Scoring:
     template: str | None = None
 
 
+class Activation(enum.Enum):
+    """How a classifier's logits become scores."""
+
+    SOFTMAX = "softmax"  # probabilities of labels of which a text has exactly one
+    SIGMOID = "sigmoid"  # a probability for each label by itself
+    IDENTITY = "identity"  # a regression's numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """How a model classifies texts: by a logit for each label.
+
+    Attributes:
+        labels: Their names, in the order of the logits.
+    """
+
+    pooling: Pooling
+    max_tokens: int
+    labels: tuple[str, ...]
+    activation: Activation
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Description of the served model for the API."""
@@ -456,4 +478,5 @@ class ModelInfo:
     generates: bool = True  # whether it generates text; embedding and scoring models do not
     embedding: Embedding | None = None  # None: does not embed
     scoring: Scoring | None = None  # None: scores by its embeddings, if it has any
-    why_no_pooling: str = ""  # if both are None: what the administrator can do about it
+    classification: Classification | None = None  # None: not a classifier
+    why_no_pooling: str = ""  # if it neither embeds nor scores: what the administrator can do about it

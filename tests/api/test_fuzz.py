@@ -13,12 +13,14 @@ from tests.support.asgi import events_of
 from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, give_vector, say, scripted_app, toy_info
 from tgi_asgi.api.ollama.embed import OllamaEmbed
+from tgi_asgi.api.openai.classify import ClassifyRequest
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest
 from tgi_asgi.api.openai.ranking import RerankRequest, ScoreRequest
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
+from tgi_asgi.api.tei.predict import PredictRequest
 from tgi_asgi.api.tei.request import EmbedRequest, TeiRerankRequest
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Embedding, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Activation, Classification, Embedding, Pooling, PoolingKind, Scoring
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 30), st.floats(allow_nan=False),
@@ -90,12 +92,16 @@ VECTORS = {
     "/api/embed": bodies(OllamaEmbed, {"input": TEXTS}),
     "/rerank": bodies(RerankRequest, {"query": st.text(max_size=5) | ANYTHING, "documents": TEXTS}),
     "/v2/rerank": bodies(TeiRerankRequest, {"query": st.text(max_size=5), "texts": TEXTS}),
+    "/predict": bodies(PredictRequest, {"inputs": TEXTS | st.lists(TEXTS, max_size=3)}),
+    "/classify": bodies(ClassifyRequest, {"input": TEXTS}),
     "/score": bodies(ScoreRequest, {"text_1": TEXTS, "text_2": TEXTS}),
 }
+CLASSES = Classification(Pooling(PoolingKind.LOGITS, (0, 1)), 30, ("a", "b"), Activation.SOFTMAX)
 MODELS = st.sampled_from(
     [
         {"embedding": Embedding(Pooling(PoolingKind.MEAN), 2, 30, prompts={"a": "b"})},
         {"scoring": Scoring(Pooling(PoolingKind.LOGITS, (0, 1)), 30), "generates": False},
+        {"classification": CLASSES, "generates": False},
         {},
     ]
 )

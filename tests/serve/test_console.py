@@ -10,7 +10,7 @@ import pytest
 
 from tgi_asgi.serve.console import Console, describe, example
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.types import ModelInfo, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Activation, Classification, ModelInfo, Pooling, PoolingKind, Scoring
 
 INFO = ModelInfo(
     model_id="org/name",
@@ -56,6 +56,13 @@ def test_the_example_fits_the_model_and_the_keys() -> None:
     embeds = replace(INFO, generates=False)
     assert "/v1/embeddings" in example(embeds, "http://h:1", has_chat=True, has_key=False)
     scores = replace(embeds, scoring=Scoring(Pooling(PoolingKind.LOGITS, (0,)), 512))
+    classes = replace(
+        embeds,
+        classification=Classification(
+            Pooling(PoolingKind.LOGITS, (0, 1)), 512, ("a", "b"), Activation.SOFTMAX
+        ),
+    )
+    assert "/predict" in example(classes, "http://h:1", has_chat=False, has_key=False)
     assert "/rerank" in example(scores, "http://h:1", has_chat=False, has_key=False)
 
 

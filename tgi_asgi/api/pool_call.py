@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import ModelNotSupported, TooManyPrompts
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Embedding, ModelInfo, Pooling, Scoring
+from tgi_asgi.types import Classification, Embedding, ModelInfo, Pooling, Scoring
 
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector
@@ -73,7 +73,7 @@ class PoolCall:
     """
 
     inputs: Sequence[Input]
-    how: Embedding | Scoring
+    how: Embedding | Scoring | Classification
     answer: Callable[[Pooled], bytes]
     model: str | None = None
     truncation: Truncation | None = None
@@ -93,7 +93,11 @@ def embedding_of(info: ModelInfo) -> Embedding:
         ModelNotSupported: if it does not.
     """
     if info.embedding is None:
-        why = info.why_no_pooling if info.scoring is None else "it scores pairs of texts"
+        why = info.why_no_pooling
+        if info.classification is not None:
+            why = "it classifies texts"
+        elif info.scoring is not None:
+            why = "it scores pairs of texts"
         raise ModelNotSupported(f"The model does not embed: {why}", param="model")
     return info.embedding
 
@@ -107,6 +111,18 @@ def scoring_of(info: ModelInfo) -> Scoring | Embedding:
     if info.scoring is None and info.embedding is None:
         raise ModelNotSupported(f"The model does not score: {info.why_no_pooling}", param="model")
     return info.scoring or embedding_of(info)
+
+
+def classification_of(info: ModelInfo) -> Classification:
+    """Return how the served model classifies.
+
+    Raises:
+        ModelNotSupported: if it does not.
+    """
+    if info.classification is None:
+        why = f"{info.architecture} has no labels" if info.device == "cpu" else info.why_no_pooling
+        raise ModelNotSupported(f"The model does not classify: {why}", param="model")
+    return info.classification
 
 
 def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:

@@ -14,6 +14,7 @@ from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
+from tgi_asgi.api.openai.classify import ClassifyRequest, parse_classify
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest, parse_embeddings
 from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
@@ -24,7 +25,6 @@ from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tei import routes as tei
-from tgi_asgi.api.tei.request import embedding_or
 from tgi_asgi.api.tgi import routes as tgi
 from tgi_asgi.api.tokenising import tokenising
 from tgi_asgi.settings import Settings
@@ -48,9 +48,10 @@ def routes(settings: Settings) -> list[Route]:
 
 
 def _tgi() -> list[Route]:
-    """Return TGI's routes; TEI also uses the root, where a model that only embeds returns embeddings."""
+    """Return TGI's routes; models that do not generate have TEI's at the root and for SageMaker."""
+    shared = ("/", "/invocations")
     return [
-        replace(row, handle=embedding_or(row.handle)) if (row.method, row.path) == ("POST", "/") else row
+        replace(row, handle=tei.tei_or(row.handle)) if row.path in shared and row.method == "POST" else row
         for row in tgi.rows()
     ]
 
@@ -71,6 +72,8 @@ def _openai() -> list[Route]:
         pooled("/v1/embeddings", pooling(parse_embeddings), "Embeddings", requests=(EmbeddingRequest,)),
         pooled("/v1/score", pooling(parse_score), "Score pairs of texts: vLLM", requests=(ScoreRequest,)),
         pooled("/score", pooling(parse_score), "The same, without /v1", requests=(ScoreRequest,)),
+        pooled("/v1/classify", pooling(parse_classify), "Classify texts: vLLM", requests=(ClassifyRequest,)),
+        pooled("/classify", pooling(parse_classify), "The same, without /v1", requests=(ClassifyRequest,)),
         row(
             "POST", "/v1/responses/input_tokens", tokenising(responses.count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),

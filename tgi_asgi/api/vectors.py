@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from tgi_asgi.api.parse import refuse_field
-from tgi_asgi.types import Embedding
+from tgi_asgi.types import Activation, Embedding
 
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector
@@ -61,6 +61,18 @@ def probability(logit: float) -> float:
         return 1 / (1 + math.exp(-logit))
     odds = math.exp(logit)  # of a negative number, so it cannot overflow
     return odds / (1 + odds)
+
+
+def activate(logits: Vector, activation: Activation) -> list[float]:
+    """Return the scores of a classifier's labels."""
+    match activation:
+        case Activation.IDENTITY:
+            return [float(logit) for logit in logits]
+        case Activation.SIGMOID:
+            return [probability(float(logit)) for logit in logits]
+        case Activation.SOFTMAX:
+            odds = np.exp(logits.astype(np.float64) - float(logits.max()))
+            return [float(each) for each in odds / odds.sum()]
 
 
 def best_first(scores: Sequence[float], top_n: int | None = None) -> list[int]:

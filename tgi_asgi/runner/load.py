@@ -108,7 +108,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         pooling, generation = opened.read_pooling(), opened.read_generation_config()
     placed = place.place(model, pooling.dense)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
-    info = with_pooling(info, opened.config, pooling, place.settings, LoadedText(tokenizer, chat_template))
+    info = with_pooling(info, opened, pooling, place.settings, LoadedText(tokenizer, chat_template))
     info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
         placed.runner, tokenizer, chat_template, info, image_processor, placed.adapters, place.shards

@@ -1,4 +1,4 @@
-"""Determines how a model embeds and scores, from its files and the settings."""
+"""Determines how a model embeds, scores and classifies, from its files and the settings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.labels import LabelFiles
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Classification, Embedding, ModelInfo, Pooling, PoolingKind, Scoring
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,15 @@ class LoadedText:
 
 
 def with_pooling(
-    info: ModelInfo, config: ServedConfig, files: PoolingFiles, settings: Settings, text: LoadedText
+    info: ModelInfo, opened: OpenModel, files: PoolingFiles, settings: Settings, text: LoadedText
 ) -> ModelInfo:
-    """Return the API's description of a model with how it embeds and scores added.
+    """Return the API's description of a model with how it embeds, scores and classifies added.
 
     Raises:
         ModelLoadError: if `--score-tokens` or the files name tokens that the model lacks, or a `Dense` layer
             does not fit.
     """
+    config = opened.config
     if info.device != "cpu":
         reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
         return replace(info, generates=config.generates, why_no_pooling=reason)
@@ -75,6 +78,8 @@ def with_pooling(
             Pooling(PoolingKind.LOGITS, tokens), longest, _score_template(config, text.chat_template)
         )
     reason = files.reason or "its files do not say how; start the server with --pooling last, mean or cls"
+    if config.num_labels:
+        given["classification"] = _classification(config.num_labels, opened.read_labels(), longest)
     if config.num_labels > 2:
         reason = f"it has {config.num_labels} labels, and a score is of one or two"
     return replace(
@@ -110,6 +115,15 @@ def _score_tokens(
             f"--score-tokens {settings.score_tokens}: expects one or two words, each a token of the model"
         )
     return tuple(token for [token] in found)
+
+
+def _classification(num_labels: int, files: LabelFiles, max_tokens: int) -> Classification:
+    return Classification(
+        Pooling(PoolingKind.LOGITS, tuple(range(num_labels))),
+        max_tokens,
+        files.names(num_labels),
+        files.activation_of(num_labels),
+    )
 
 
 def _score_template(config: ServedConfig, template: ChatTemplate | None) -> str | None:

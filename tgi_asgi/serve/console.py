@@ -109,7 +109,9 @@ def _size(num_bytes: int) -> str:
 def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:
     """Return a curl command that works as is."""
     path, body = "/generate", '{"inputs": "The sky is", "parameters": {"max_new_tokens": 20}}'
-    if not info.generates and info.scoring is not None:
+    if info.classification is not None and len(info.classification.labels) > 1:
+        path, body = "/predict", '{"inputs": "What a great film"}'
+    elif not info.generates and info.scoring is not None:
         path, body = "/rerank", '{"query": "deep learning", "documents": ["cooking", "neural networks"]}'
     elif not info.generates:
         path, body = "/v1/embeddings", '{"input": "What is deep learning?"}'

@@ -85,6 +85,8 @@ def _task(served: Served) -> str:
     """Return the model's task, as the Hub names it."""
     if served.info.generates:
         return "image-text-to-text" if served.accepts_images else "text-generation"
+    if served.info.classification is not None and len(served.info.classification.labels) > 1:
+        return "text-classification"
     return "text-ranking" if served.info.scoring is not None else "feature-extraction"
 
 

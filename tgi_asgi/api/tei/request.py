@@ -1,4 +1,4 @@
-"""TEI's requests and answers, and the handlers of the paths that it shares with other APIs."""
+"""TEI's requests to embed and to rank texts, and their answers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from msgspec import Struct
 
 from tgi_asgi.api.errors import NATIVE, Dialect
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler
 from tgi_asgi.api.openai.embeddings import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
-from tgi_asgi.api.pooled import answer
 from tgi_asgi.api.vectors import as_json, best_first, check_dimensions, shape_vector
 from tgi_asgi.errors import ContextExceeded, TooManyPrompts
 
@@ -89,7 +87,7 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         inputs=inputs,
         how=embedding,
         answer=answer,
-        truncation=_truncation(request.truncate, request.truncation_direction),
+        truncation=truncation_of(request.truncate, request.truncation_direction),
         num_numbers=embedding.dimensions,
     )
 
@@ -113,7 +111,7 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
         ]
         return orjson.dumps(shown)
 
-    truncation = _truncation(request.truncate, request.truncation_direction)
+    truncation = truncation_of(request.truncate, request.truncation_direction)
     return PoolCall(
         inputs=scored.inputs(),
         how=scored.how,
@@ -132,19 +130,6 @@ def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     return parse_tei_rerank(body, exchange)
 
 
-def embedding_or(handle: Handler) -> Handler:
-    """Return the handler of a path at which models that only embed do so; `handle` serves other models."""
-
-    async def either(exchange: Exchange) -> None:
-        info = exchange.context.ready().info
-        if info.generates or info.embedding is None:
-            await handle(exchange)
-            return
-        exchange.dialect = TEI
-        await answer(exchange, parse_embed)
-
-    return either
-
-
-def _truncation(truncate: bool | None, side: Side | None) -> Truncation | None:
+def truncation_of(truncate: bool | None, side: Side | None) -> Truncation | None:
+    """Return how TEI's fields cut inputs that are too long; None: not at all."""
     return Truncation(from_left=side in ("left", "Left")) if truncate else None

@@ -20,6 +20,7 @@ from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.generation_config import gguf_generation_config, read_generation_config
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.labels import LabelFiles, read_labels
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
@@ -245,6 +246,10 @@ class OpenModel:
             return read_gguf_pooling(self._gguf.metadata)
         assert self._directory is not None
         return read_pooling(self._directory)
+
+    def read_labels(self) -> LabelFiles:
+        """Return what the files say about a classifier's labels."""
+        return LabelFiles() if self._directory is None else read_labels(self._directory)
 
     def read_generation_config(self) -> dict[str, Any]:
         """Return what the files say about sampling, under the names of generation_config.json."""
