@@ -6,11 +6,13 @@ import inspect
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from tgi_asgi import errors
 from tgi_asgi.api.anthropic.render import ANTHROPIC
 from tgi_asgi.api.errors import NATIVE, OPENAI, RULES, error_event, headers_of
+from tgi_asgi.api.parse import decode_json
 
 
 def every_class() -> list[type[errors.TgiError]]:
@@ -103,3 +105,20 @@ def test_an_error_event_is_one_whole_event() -> None:
     assert event.startswith(b'data: {"error":{')
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "is_half"),
+    [
+        (rb'{"a": "\ud83d"}', True),
+        (rb'{"a": "\ud83d\n"}', True),
+        (rb'{"a": "\uDE00x"}', True),
+        (rb'{"a": "\ud83d\ud83d\ude00"}', True),
+        (rb'{"a": "\ud83d\ude00', False),
+        (rb'{"a": "\\ud83d"', False),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named(body: bytes, is_half: bool) -> None:
+    with pytest.raises(errors.InvalidRequest) as found:
+        decode_json(body, msgspec.json.Decoder())
+    assert ("surrogate" in found.value.message) == is_half

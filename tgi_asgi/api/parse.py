@@ -24,6 +24,8 @@ ONLY_USERS = "only the user's messages may have images"
 OMITTED_IMAGE = "[image omitted]"  # stands for an image in the result of a tool
 MAX_ECHOED_CHARS = 256  # of a client's name that is sent back, in every chunk of a stream
 
+# An escaped backslash or a whole pair, which are skipped; or else a half of a surrogate pair.
+_SURROGATE = re.compile(rb"\\\\|\\ud[89ab]..\\ud[c-f]|(?P<half>\\ud[89a-f])", re.IGNORECASE)
 _AT = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*?)(?:\[\.{3}\])?`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(.*)`$")
 
@@ -45,7 +47,11 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         raise invalid_field(str(error)) from None
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}", is_syntax=True) from None
+        why = str(error)
+        if any(found["half"] for found in _SURROGATE.finditer(body)):
+            # Clients cut texts between the two halves of an emoji; msgspec calls some such bodies truncated.
+            why = "a string has half of a surrogate pair (\\ud800 to \\udfff)"
+        raise InvalidRequest(f"The request body is not valid JSON: {why}", is_syntax=True) from None
 
 
 def invalid_field(message: str) -> InvalidRequest:
