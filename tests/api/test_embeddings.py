@@ -209,6 +209,38 @@ async def test_a_full_server_says_so_at_once(embedder: Embedder) -> None:
         assert (await server.post("/v1/embeddings", input="a")).status_code == 200
 
 
+async def test_many_calls_with_many_inputs_share_the_room(embedder: Embedder) -> None:
+    async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
+        context = server.app.context
+        assert context.served is not None
+        engine = context.served.engine
+        calls = [asyncio.create_task(server.post("/embed", inputs=["y" * 40] * 64)) for _ in range(7)]
+        await until(lambda: context.num_pool_calls == 7)
+        begun = engine.describe()["counters"]["steps"]
+        # What calls had running before the others came ends in these steps; from then on, each has one.
+        await until(lambda: engine.describe()["counters"]["steps"] > begun + 30)
+        assert (await server.post("/embed", inputs="a short one")).status_code == 200
+        assert not any(call.done() for call in calls)
+        answers = [await call for call in calls]
+        assert [(answer.status_code, len(answer.json())) for answer in answers] == [(200, 64)] * 7
+        assert context.num_pool_calls == 0
+        alone = asyncio.create_task(server.post("/embed", inputs=["y" * 40] * 64))
+        await until(lambda: len(engine.describe()["requests"]) == 2)
+        assert (await alone).status_code == 200
+
+
+async def test_a_call_with_much_text_needs_more_room(embedder: Embedder) -> None:
+    async with pooled_server(embedder.directory, max_concurrent_requests=16) as server:
+        assert server.app.context.served is not None
+        permit = server.app.context.served.engine.acquire(14)
+        few, ids, many = ["y" * 40] * 64, [[1] * 400] * 400, ["y" * 400] * 400
+        assert (await server.post("/embed", inputs=few)).status_code == 200
+        for inputs in (ids, many):
+            assert (await server.post("/embed", inputs=inputs)).status_code == 429
+        permit.release()
+        assert (await server.post("/embed", inputs=many)).status_code == 200
+
+
 async def test_a_client_that_leaves_frees_its_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
         request = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 400] * 400))

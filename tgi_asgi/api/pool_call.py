@@ -44,6 +44,11 @@ class Input:
             return len(content.query) + len(content.document)
         return len(content) if isinstance(content, str) else 0
 
+    @property
+    def size(self) -> int:
+        """The number of its characters or token ids."""
+        return len(self.content) if isinstance(self.content, list) else self.num_characters
+
 
 @dataclass(frozen=True, slots=True)
 class Truncation:

@@ -3,7 +3,9 @@
     route = Route("POST", "/v1/embeddings", pooling(parse_embeddings), ...)
 
 Each dialect provides `parse`, a function from a body to a `PoolCall`. Each input becomes a request of the
-engine. The inputs of a call run a few at a time, so that a thousand of them leave capacity for others.
+engine. The inputs of a call run a few at a time, so that a thousand of them leave capacity for others. A call
+is admitted with few permits and takes more while it runs, so that many calls with many inputs share the
+capacity instead of being refused.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from tgi_asgi.types import Vector
 
 MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a query counts for each document
-_SHARE = 4  # a call runs at most this fraction of `--max-concurrent-requests` at a time
+# What a call has for each permit that it needs to be admitted, because what waits takes memory.
+_INPUTS_PER_PERMIT, _CHARACTERS_PER_PERMIT = 64, 64 * 1024
 _RETRY_S = 0.1
 _LARGE = 16 * 1024  # numbers in an answer; writing one takes about 50 ns
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
@@ -66,8 +69,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     if not call.inputs:
         await exchange.respond(200, call.answer(Pooled(model, [], 0)))
         return
-    num_together = min(len(call.inputs), max(context.settings.max_concurrent_requests // _SHARE, 1))
-    with admitted(exchange, num_together) as permit:
+    with admitted(exchange, _num_needed(call, context.settings.max_concurrent_requests)) as permit:
         [adapter] = await lease_adapters(exchange, served, [model])  # must be the first await
         requests = await _requests(exchange, served, call, adapter)
         vectors = await _compute(exchange, served.engine, requests, permit)
@@ -77,6 +79,22 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     characters = sum(each.num_characters for each in call.inputs)
     headers = sync_headers(exchange, served.info, characters=characters, is_sum=len(vectors) > 1)
     await exchange.respond(200, body, headers=headers)
+
+
+def _num_needed(call: PoolCall, limit: int) -> int:
+    """Return how many of all permits, whose number is the limit, a call needs to be admitted."""
+    size = sum(each.size for each in call.inputs)
+    num_needed = max(-(-len(call.inputs) // _INPUTS_PER_PERMIT), -(-size // _CHARACTERS_PER_PERMIT))
+    return min(num_needed, max(limit // 4, 1))
+
+
+def _max_running(num_calls: int, limit: int) -> int:
+    """Return how many inputs of each call may run if there are so many calls.
+
+    One call uses at most a quarter of the permits, and all together use three quarters, so that further
+    requests find one.
+    """
+    return max(min(limit, limit * 3 // num_calls) // 4, 1)
 
 
 async def _requests(
@@ -118,12 +136,14 @@ async def _compute(
     """Run all requests, as many at a time as the permits allow; cancel all if one fails."""
     watch = asyncio.ensure_future(exchange.wait_for_disconnect())
     work = asyncio.ensure_future(_Window(exchange, engine, permit).run(requests))
+    exchange.context.num_pool_calls += 1
     try:
         await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise exchange.note_disconnect()
         return work.result()
     finally:
+        exchange.context.num_pool_calls -= 1
         watch.cancel()
         work.cancel()
         exchange.cancel_channels()
@@ -136,7 +156,6 @@ class _Window:
         self._exchange = exchange
         self._engine = engine
         self._permit = permit
-        self._max_running = permit.n
         self._num_running = 0
         self._error: TgiError | None = None
         self._changed = asyncio.Event()
@@ -175,7 +194,9 @@ class _Window:
         """Return a permit for one more request: part of the initial one, then new ones as requests end."""
         if self._permit.n:
             return self._permit.split(1)
-        while self._num_running >= self._max_running:
+        context = self._exchange.context
+        limit = context.settings.max_concurrent_requests
+        while self._num_running >= _max_running(context.num_pool_calls, limit):
             await self._next_end()
         while True:
             try:
