@@ -47,6 +47,10 @@ def _cross_encoder(folder: Path) -> None:
     encoders.save_encoder(folder, "XLMRoberta", "ForSequenceClassification", mode=None, num_labels=1)
 
 
+def _classifier(folder: Path) -> None:
+    encoders.save_encoder(folder, "Roberta", "ForSequenceClassification", mode=None, num_labels=3)
+
+
 def _vision(folder: Path) -> None:
     vision_models.make("smolvlm", folder)
 
@@ -56,6 +60,7 @@ _MODELS: dict[str, Callable[[Path], None]] = {
     "Qwen/Qwen3-Embedding-0.6B": _embedder,
     "Qwen/Qwen3-Reranker-0.6B": _reranker,
     "BAAI/bge-reranker-v2-m3": _cross_encoder,
+    "cardiffnlp/twitter-roberta-base-sentiment-latest": _classifier,
     "HuggingFaceTB/SmolVLM-256M-Instruct": _vision,
 }
 _ADAPTERS = ("Qwen/Qwen3-0.6B", ("org/support", "org/sql"))  # the base, and its adapters
