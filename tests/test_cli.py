@@ -118,9 +118,16 @@ def test_help_lists_the_options_by_group() -> None:
     assert headings == [
         "Model:", "Server:", "Limits:", "Engine:", "TGI launcher:", "Other:", "Commands:"
     ]  # fmt: skip
-    assert "--no-prefix-cache" in text
     assert "--no-json-output" not in text
     assert "default: 3000" in text
+
+
+def test_help_describes_the_form_that_it_shows() -> None:
+    """A switch that is on has both forms and its default: its text is not that of its `--no-` form."""
+    text = " ".join(CliRunner().invoke(make_command(), ["--help"]).output.split())
+    assert "--prefix-cache / --no-prefix-cache Reuse the KV blocks of earlier prompts. [default: on]" in text
+    assert "[auto|int8|fp8_e4m3fn|fp8_e5m2]" in text, "choices as variables and the documents spell them"
+    assert "429 (0: any). [default: 0]" in text
 
 
 @pytest.mark.parametrize("name", cli_module.COMMANDS)

@@ -103,18 +103,18 @@ class _Option(click.Option):
         self._is_on = is_on
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Show only the form of a switch that changes its default."""
+        """Show a switch that is off without its `--no-` form."""
         record = super().get_help_record(ctx)
-        if record is None or not self.secondary_opts:
+        if record is None or not self.secondary_opts or self._is_on:
             return record
-        on, off = record[0].split(" / ")
-        return (off if self._is_on else on, record[1])
+        return record[0].split(" / ")[0], record[1]
 
 
 def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
     flag, given = flag_of(spec.name), spec.metadata
     names = (*given["flags"], spec.name)
-    notes = [] if spec.default in (None, (), False, True) else [f"default: {spec.default}"]
+    default = {"None": "", "()": "", "False": "", "True": "on"}.get(str(spec.default), str(spec.default))
+    notes = [f"default: {default}"] if default else []
     notes += [f"env also: {variable}" for variable in given["env"]]
     help = f"{given['help']}  [{'; '.join(notes)}]" if notes else given["help"]
     if spec.type == "bool":
@@ -124,7 +124,8 @@ def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
     base, metavar = _TYPES[kind.removeprefix("tuple[").split(",")[0].split(" ")[0]]
     form: dict[str, Any] = {"type": base, "metavar": given["kind"].metavar or metavar}
     if given["choices"]:
-        form = {"type": click.Choice(given["choices"])}
+        # click would show dashes for underscores, which variables do not accept.
+        form = {"type": click.Choice(given["choices"]), "metavar": f"[{'|'.join(given['choices'])}]"}
     return _Option(given["group"], flag, *names, help=help, multiple=kind.startswith("tuple"), **form)
 
 

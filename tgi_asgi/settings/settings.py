@@ -212,7 +212,7 @@ class Settings:
         kinds.MODULES,
     )
     max_loras: int = _model("Maximum number of different adapters in one step.", 8, kinds.COUNT)
-    max_lora_rank: int = _model("Maximum rank of an adapter.", 64, kinds.RANK)
+    max_lora_rank: int = _model("Maximum rank of an adapter, at most 512.", 64, kinds.RANK)
     max_cpu_loras: int | None = _model(
         "Adapters held in memory; the least recently used one is evicted, and read again on its next use "
         "(default: --max-loras, or as many as are named).",
@@ -360,7 +360,7 @@ class Settings:
         60.0,
         kinds.TIMEOUT,
     )
-    block_size: int = _engine("Tokens per block of the KV cache.", 16, kinds.BLOCK)
+    block_size: int = _engine("Tokens per block of the KV cache: 16, 32 or 64.", 16, kinds.BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of earlier prompts.", True)
     max_kept_states: int | None = _engine(
         "Recurrent states kept so that later prompts can resume from them, 0: none (default: as many as fit "
