@@ -116,6 +116,7 @@ class Guide:
 
     def _call(self, block: Block) -> None:
         port = (self._server or self._demo()).port
+        self._stand_ins.make_for(block.text)  # an adapter that a request loads
         text = _ADDRESS.sub(rf"\1:{port}", block.text).replace(".venv/bin/", f"{_BIN}/")
         done = subprocess.run(
             self._command(block.language, text),
