@@ -2,7 +2,7 @@
 # An image that starts like TGI's: docker run -p 8080:80 -v $PWD/data:/data IMAGE --model-id ORG/MODEL
 #   docker build -t tgi-asgi .                                  # for CPUs
 #   docker build -t tgi-asgi:cuda --build-arg DEVICE=cuda .     # for NVIDIA GPUs
-#   … --build-arg BASE=registry.example/debian:12               # another Debian or Ubuntu with Python 3.11 to 3.13
+#   … --build-arg BASE=registry.example/debian:12               # another Debian or Ubuntu with Python 3.11 to 3.14
 # … --build-arg WHEELS=wheels                                 # a folder here with wheels, such as torch for CPUs
 # The steps are scripts, so that a test can run them without a container engine; `make test-image` builds the whole image
 # with buildah.

@@ -1,4 +1,4 @@
-# All development tasks. Needs a C++ compiler, make, and Python 3.11 to 3.13 with its headers and venv module.
+# All development tasks. Needs a C++ compiler, make, and Python 3.11 to 3.14 with its headers and venv module.
 #   make serve ARGS="--model-id org/name --port 8080"      make test PYTEST_ARGS="-k stop"
 PYTHON ?= python3
 VENV ?= .venv

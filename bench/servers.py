@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,10 @@ class Server:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except OSError:  # not there yet, or 503
+        except urllib.error.HTTPError as error:  # 503
+            error.close()
+            return False
+        except OSError:  # not there yet
             return False
 
 

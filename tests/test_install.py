@@ -136,7 +136,7 @@ def _metadata(wheel: Path) -> Message:
 
 
 @pytest.mark.install
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_every_python_has_a_wheel_that_needs_no_torch(source: Path, tmp_path: Path, python: str) -> None:
     program = f"python{python}"
     if subprocess.run(["bash", "-c", f"{program} --version"], capture_output=True).returncode:

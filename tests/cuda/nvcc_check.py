@@ -200,6 +200,12 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
+def accepts_compiler(nvcc: str) -> bool:
+    """Return whether nvcc supports the host's compiler; its headers refuse newer ones than they know."""
+    run = subprocess.run([nvcc, "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    return "unsupported GNU version" not in run.stderr
+
+
 def compile_all(nvcc: str) -> tuple[list[Kernel], list[str]]:
     """Compile every source, a few at a time; return the kernels and the complaints."""
     sources = sorted(_SOURCES.glob("*.cu"))

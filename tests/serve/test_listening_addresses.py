@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.serve.conftest import ListeningAddress
+from tests.server.conftest import require_program
 from tests.support.server_process import ROOT, ServerProcess
 
 CHAT = {"model": "tgi", "messages": [{"role": "user", "content": "go"}], "stream": True}
@@ -53,6 +54,7 @@ def _metric(client: httpx.Client, server: ServerProcess, name: str) -> float:
 
 
 def test_the_line_that_it_prints_works(server: ServerProcess, address: ListeningAddress) -> None:
+    require_program("curl")
     (line,) = (line for line in server.output().splitlines() if line.startswith("curl "))
     environ = {**os.environ, "CURL_CA_BUNDLE": address.authority}
     run = subprocess.run(line, shell=True, env=environ, capture_output=True, text=True, timeout=60)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import require_node
+from tests.server.conftest import require_node, require_program
 from tests.support.documents import COMMANDS, Block, blocks_of, pages
 from tests.support.guide import Guide
 from tests.support.hub_stand_ins import StandIns
@@ -61,4 +61,6 @@ def test_a_command_of_the_documents_runs(block: Block, guides: Guides, demo_gguf
     """The demonstration model must exist already: the servers fetch nothing."""
     if block.language == "js":
         require_node()
+    if "curl" in block.text:
+        require_program("curl")
     guides.of(block.page).run(block)

@@ -83,11 +83,11 @@ class Guide:
 
     def close(self) -> None:
         """Stop the server that the document started last."""
-        if self._server is not None:
-            with self._server as server:
+        stopped, self._server = self._server, None
+        if stopped is not None:
+            with stopped as server:
                 server.signal()
                 assert server.wait() == 0, server.output()
-            self._server = None
 
     def _serve(self, block: Block) -> None:
         for command in re.sub(r"\\\n\s*", "", block.text).splitlines():

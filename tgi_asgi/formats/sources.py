@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,14 +104,28 @@ def _directory_of(location: str) -> Path | None:
     """
     try:
         path = Path(location).expanduser()
-        if path.is_dir():
-            return path
-        exists = path.exists()
+        mode = _mode_of(path)
     except (OSError, RuntimeError) as error:  # name too long, no permission; no such user
         raise _no_such("no such directory", location, error) from None
-    if exists:
+    if mode is None:
+        return None
+    if not stat.S_ISDIR(mode):
         raise ModelLoadError(f"no such directory: {_shown(location)} is a file")
-    return None
+    return path
+
+
+def _mode_of(path: Path) -> int | None:
+    """Return a file's mode, or None if there is no such file.
+
+    Unlike `Path.exists`, this does not hide from Python 3.14 on why a path cannot be read.
+
+    Raises:
+        OSError: if that is not known.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a null character
+        return None
 
 
 def _no_such(what: str, location: str, error: OSError | RuntimeError) -> ModelLoadError:
@@ -180,12 +195,12 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         return ModelFiles(model_id, digest, "gguf", path)
     try:
         path = Path(model_id).expanduser()
-        is_directory, exists = path.is_dir(), path.exists()
+        mode = _mode_of(path)
     except (OSError, RuntimeError) as error:  # name too long, no permission; no such user
         raise _no_such("no such file or directory", model_id, error) from None
-    if is_directory:
+    if mode is not None and stat.S_ISDIR(mode):
         return replace(_in_directory(model_id, path), model_id=path.resolve().name)
-    if exists:
+    if mode is not None:
         return replace(_in_file(model_id, path), model_id=path.stem)
     repository, colon, quant = model_id.partition(":")
     if _looks_like_path(repository) or (colon and not _QUANT.fullmatch(quant)):

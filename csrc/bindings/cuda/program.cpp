@@ -281,7 +281,7 @@ namespace {
 
 std::vector<Tensor> unpack(const py::sequence& tensors) {
   std::vector<Tensor> found;
-  for (const py::handle tensor : tensors) {
+  for (const py::handle& tensor : tensors) {
     if (!THPVariable_Check(tensor.ptr())) throw py::type_error("a step's tensors are torch's");
     found.push_back(THPVariable_Unpack(tensor.ptr()));
   }
