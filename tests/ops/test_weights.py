@@ -50,6 +50,25 @@ def test_every_value_of_sixteen_bits_is_decoded(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_floats_are_rounded_on_request_but_not_a_router(dtype: torch.dtype) -> None:
+    weights = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    source, packing = ops.from_floats(weights), ops.Packing(is_exact=False, rounds_floats=True)
+    made: Any = ops.linear_weight(source, packing).made
+    assert (made.matrix.format, made.precision) == ("BF16", "bfloat16")
+    assert np.array_equal(made.matrix.unpack()[:5, :40], weights.bfloat16().float().numpy())
+    for unrounded in (
+        ops.linear_weight(source, FAST),
+        ops.linear_weight(source, EXACT),
+        ops.router_weight(source, packing),
+    ):
+        kept: Any = unrounded.made
+        assert kept.precision == "float32"
+        assert np.array_equal(kept.matrix.unpack()[:5, :40], weights.float().numpy())
+    quantised = ops.Packing(is_exact=False, quantise="Q8_0", rounds_floats=True)
+    assert ops.linear_weight(source, quantised).made.matrix.format == "Q8_0"
+
+
 def test_a_read_only_view_is_decoded_and_packed_where_it_lies() -> None:
     data = np.arange(8, dtype=np.float32).view(np.uint8)
     data.flags.writeable = False

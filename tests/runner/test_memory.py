@@ -32,6 +32,7 @@ from tgi_asgi.runner.memory import (
 
 GIB, MIB = 1 << 30, 1 << 20
 FAST = ops.Packing(is_exact=False)
+ROUNDED = ops.Packing(is_exact=False, rounds_floats=True)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,11 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: s
         ("BF16", FAST, 2048),
         ("BF16", ops.Packing(is_exact=True), 2048),
         ("BF16", ops.Packing(is_exact=False, quantise="Q8_0"), 1088),
+        ("F32", FAST, 4096),
+        ("F32", ROUNDED, 2048),
+        ("F16", ROUNDED, 2048),
+        ("F32", ops.Packing(is_exact=False, quantise="Q8_0", rounds_floats=True), 1088),
+        ("Q4_0", ROUNDED, 576),
         ("Q4_0", ops.Packing(is_exact=False, quantise="Q8_0"), 576),
         ("Q4_K", FAST, 576),
         ("F8_32", FAST, 2048),
@@ -78,7 +84,8 @@ def test_predicted_weight_bytes_are_those_packed(tmp_path: Path, kind: str, quan
     files = save_gguf(
         make_model(vocab_size=32, num_attention_heads=2, num_key_value_heads=2), tmp_path / "model.gguf", kind
     )
-    assert_size_is_predicted(files, ops.Packing(is_exact=False, quantise=quantise))
+    for rounds in (False, True):
+        assert_size_is_predicted(files, ops.Packing(is_exact=False, quantise=quantise, rounds_floats=rounds))
 
 
 def assert_size_is_predicted(files: ModelFiles, packing: ops.Packing) -> None:

@@ -32,7 +32,7 @@ from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add, norm_residual
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
-from tgi_asgi.ops.packing import Packing
+from tgi_asgi.ops.packing import ROUNDED, Packing
 from tgi_asgi.ops.paged import PagedAttention
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
@@ -84,6 +84,7 @@ __all__ = [
     "ACTIVATIONS",
     "FORMATS",
     "GATED_ACTIVATIONS",
+    "ROUNDED",
     "AdaptableWeight",
     "AdapterLayout",
     "Arithmetic",

@@ -66,6 +66,7 @@ class _Shares:
 
 
 _ALONE = _Shares()
+ROUNDED = ("F32", "F16")  # the formats that `Packing.rounds_floats` is about
 
 
 def _qkv_shares(shape: QkvWeight) -> _Shares:
@@ -88,15 +89,18 @@ def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
     return _C.Norm(weight=weight, bias=bias, width=head_dim, eps=norm.eps)
 
 
+ROUNDED = ("F32", "F16")  # the formats that `Packing.rounds_floats` concerns
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """How a CPU computes a model's products: an `Arithmetic`.
 
     `is_exact` keeps activations in float32. Otherwise quantised weights are multiplied by 8-bit activations
     in blocks of 32, and bfloat16 weights by bfloat16 activations. float16 and float32 weights are multiplied
-    by float32 activations in both modes. With `has_float_prompts`, quantised weights are decoded to bfloat16
-    and multiplied in bfloat16 for prompt tokens. This excludes the vocabulary's weights, whose products have
-    few tokens.
+    by float32 activations in both modes; with `rounds_floats`, they become bfloat16 instead. With
+    `has_float_prompts`, quantised weights are decoded to bfloat16 and multiplied in bfloat16 for prompt
+    tokens. This excludes the vocabulary's weights, whose products have few tokens.
 
     Attributes:
         by_kind: Bytes, by format, of the weights that prompt tokens multiply in another precision than
@@ -105,6 +109,7 @@ class Packing:
 
     is_exact: bool
     quantise: str | None = None  # Q8_0 or Q4_0: format for float weights; a vocabulary stays at eight bits
+    rounds_floats: bool = False
     has_float_prompts: bool = field(default=False, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
@@ -145,8 +150,8 @@ class Packing:
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
 
     def router(self, source: WeightSource, bias: Tensor | None) -> PackedLinear:
-        """Pack a matrix without quantising it; see `Arithmetic.router`."""
-        return replace(self, quantise=None).linear(source, bias, is_vocabulary=False)
+        """Pack a matrix without quantising or rounding it; see `Arithmetic.router`."""
+        return replace(self, quantise=None, rounds_floats=False).linear(source, bias, is_vocabulary=False)
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> PackedLinear:
         """Pack the heads' matrices, stacked by rows; see `Arithmetic.heads`."""
@@ -245,7 +250,8 @@ class Packing:
         source = source.in_order()
         info = FORMATS[source.format]
         if info.has_kernel and not source.is_decoded and (info.is_quantised or self.quantise is None):
-            return source
+            rounds = self.rounds_floats and source.format in ROUNDED
+            return from_floats(decode(source).bfloat16()) if rounds else source
         if self.quantise is None:
             weights = decode(source)  # FP8, NVFP4: rounded to bfloat16, which has more bits
             return from_floats(weights if self.is_exact else weights.bfloat16())

@@ -66,6 +66,7 @@ class OnCpu:
         self.arithmetic = ops.Packing(
             self.dtype is torch.float32,
             _quantised(settings.quantize),
+            rounds_floats=settings.dtype == "bfloat16",
             has_float_prompts=settings.prompt_precision == "bfloat16",
         )
         budget = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)

@@ -40,6 +40,8 @@ def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
     if info is None:  # `KEPT`, or part of a quantised matrix: words of codes, zero points
         return 4.0
+    if packing.quantise is None and packing.rounds_floats and name in ops.ROUNDED:
+        return 2.0
     if info.has_kernel and (info.is_quantised or packing.quantise is None):
         return info.block_bytes / info.block_columns
     if packing.quantise is None:  # FP8

@@ -36,8 +36,9 @@ class CpuShardJob:
     files: ModelFiles
     settings: Settings
     cut: ModelCut
-    is_exact: bool  # this and the next two: as in `ops.Packing`
+    is_exact: bool  # this and the next three: as in `ops.Packing`
     quantise: str | None
+    rounds_floats: bool
     has_float_prompts: bool
     kv_size: KvSize
     longest: int  # tokens in a sequence
@@ -63,7 +64,9 @@ class CpuShardJob:
     @property
     def packing(self) -> ops.Packing:
         """The arithmetic of its products."""
-        return ops.Packing(self.is_exact, self.quantise, has_float_prompts=self.has_float_prompts)
+        return ops.Packing(
+            self.is_exact, self.quantise, self.rounds_floats, has_float_prompts=self.has_float_prompts
+        )
 
 
 def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list[ModelCut]:
@@ -116,8 +119,8 @@ def jobs_of(
         raise _no_memory(error) from error
     return [
         CpuShardJob(
-            files, settings, cut, packing.is_exact, packing.quantise, packing.has_float_prompts, kv_size,
-            longest, memory, descriptor,
+            files, settings, cut, packing.is_exact, packing.quantise, packing.rounds_floats,
+            packing.has_float_prompts, kv_size, longest, memory, descriptor,
         )
         for cut in cuts
     ]  # fmt: skip

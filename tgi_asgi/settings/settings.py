@@ -95,7 +95,8 @@ class Settings:
         alias="chat_template_kwargs",
     )
     dtype: str = _model(
-        "Arithmetic: auto selects the fastest for the model and machine; float32 is exact.",
+        "Arithmetic: auto is bfloat16, but keeps weights in float32 or float16 as they are; bfloat16 rounds "
+        "them, too, which is faster; float32 is exact.",
         "auto",
         kinds.one_of("auto float32 bfloat16 float16"),
     )
