@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.runner.test_load import settings
 from tests.support.adapters import write_adapter
@@ -239,3 +240,23 @@ def test_the_cache_leaves_room_for_adapters(tmp_path: Path, monkeypatch: pytest.
         sizes[enable_lora] = loaded.info.kv_tokens
         loaded.runner.close()
     assert sizes[True] <= 0.6 * sizes[False]
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "is_told"),
+    [
+        (torch.float32, "auto", True),
+        (torch.float16, "auto", True),
+        (torch.bfloat16, "auto", False),
+        (torch.float32, "bfloat16", False),
+        (torch.float32, "float32", False),
+    ],
+)
+def test_what_rounding_would_gain_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: torch.dtype, dtype: str, is_told: bool
+) -> None:
+    files = save(make_model(), tmp_path, stored)
+    save_tokenizer(tmp_path)
+    with caplog.at_level("INFO"):
+        load(files, dtype=dtype).runner.close()
+    assert any("--dtype bfloat16" in record.getMessage() for record in caplog.records) == is_told

@@ -233,7 +233,10 @@ def _divide(
     config = opened.config
     free = max(free - opened.table_bytes(longest), 0)
     vocabulary = config.vocab_size * config.hidden_size
-    free -= check_weights_fit(opened.packed_tensors(), packing, vocabulary, free)
+    tensors = opened.packed_tensors()
+    free -= check_weights_fit(tensors, packing, vocabulary, free)
+    if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
+        logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")
     adapter_bytes = 0
     if settings.serves_adapters:
         adapter_bytes = reserved_adapter_bytes(
@@ -255,6 +258,12 @@ def _divide(
     if isinstance(config, EncoderConfig):
         cache = replace(cache, bytes_per_token=0)
     return _MemoryBudget(cache, batch, num_kept, adapter_bytes)
+
+
+def _are_rounded(tensors: list[tuple[str, int]]) -> bool:
+    """Return whether `ops.Packing.rounds_floats` would round most weights."""
+    num_rounded = sum(elements for name, elements in tensors if name in ops.ROUNDED)
+    return 2 * num_rounded > sum(elements for _, elements in tensors)
 
 
 def _choose_dtype(name: str) -> torch.dtype:
