@@ -206,6 +206,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         drops=("rope_parameters",),
         dtype="bfloat16",
     ),
+    _case("gpt_neox-own-names", "GPTNeoXForCausalLM", _NEOX, {}, faults=(), gguf=(), is_fused=True),
     _case(
         "gpt_neox-without-biases",
         "GPTNeoXForCausalLM",

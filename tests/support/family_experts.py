@@ -218,6 +218,13 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
         gguf=("f32", "bf16"),
     ),
     _case(
+        "ernie_moe-fused",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64},
+        faults=(),
+        gguf=(),
+        is_fused=True,
+    ),
+    _case(
         "ernie_moe-layers",
         {
             "moe_num_experts": 8,

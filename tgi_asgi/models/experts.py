@@ -16,7 +16,8 @@ class ExpertNames:
     """Tensor names of a layer's experts, relative to `model.layers.N.`.
 
     Attributes:
-        correction: A vector, or with `is_correction_row` a matrix of one row.
+        corrections: Candidate names; the first that exists is used. A vector, or with `is_correction_row` a
+            matrix of one row.
         experts, gate, up, down: A single expert's tensor is `experts.5.gate_proj.weight`; llama.cpp stores
             all of a kind in one tensor, `experts.gate_proj.weight` [experts, rows, columns]. None: always
             joined.
@@ -26,7 +27,7 @@ class ExpertNames:
     """
 
     router: str = "mlp.gate"
-    correction: str = "mlp.gate.e_score_correction_bias"
+    corrections: tuple[str, ...] = ("mlp.gate.e_score_correction_bias",)
     is_correction_row: bool = False
     experts: str | None = "mlp.experts"
     gate: str = "gate_proj"
@@ -94,7 +95,8 @@ class Experts:
 def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> ops.RouteSpec:
     correction = None
     if spec.has_correction:
-        name = GGUF_CORRECTION if weights.has(GGUF_CORRECTION) else names.correction
+        found = (name for name in (GGUF_CORRECTION, *names.corrections) if weights.has(name))
+        name = next(found, names.corrections[0])
         shape = (1, spec.num_experts) if names.is_correction_row else (spec.num_experts,)
         correction = ops.vector(weights.get(name, *shape))
     return ops.RouteSpec(

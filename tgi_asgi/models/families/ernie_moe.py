@@ -50,11 +50,16 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
 
 
 class ErnieWeights(LayerWeights):
-    """A layer whose correction has another name and is a row; older files store it next to the router."""
+    """A layer whose correction is a row, with Baidu's name or that of `transformers` 5."""
 
     expert_names = (
-        ExpertNames(correction="mlp.moe_statics.e_score_correction_bias", is_correction_row=True),
-    )
+        ExpertNames(
+            corrections=(
+                "mlp.moe_statics.e_score_correction_bias", "mlp.gate.moe_statics.e_score_correction_bias"
+            ),
+            is_correction_row=True,
+        ),
+    )  # fmt: skip
 
 
 class Ernie(Decoder):

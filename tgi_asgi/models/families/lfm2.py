@@ -116,7 +116,7 @@ class Lfm2Weights(LayerWeights):
     expert_names = (
         ExpertNames(
             router="feed_forward.gate",
-            correction="feed_forward.expert_bias",
+            corrections=("feed_forward.expert_bias",),
             experts="feed_forward.experts",
             gate="w1",
             up="w3",

@@ -39,8 +39,10 @@ class CheckpointWeights:
         return isinstance(name, str) and self.stored_name(name) in self._weights
 
     def stored_name(self, name: str) -> str:
-        """Return the files' name of a tensor."""
+        """Return the files' name of a tensor: the layout's, or as `transformers` 5 names GPT-NeoX's head."""
         stored = self._layout.tensor(name)
+        if stored not in self._weights and name in self._weights:
+            return name
         if self.is_bare:
             return stored.removeprefix(self._layout.prefix)
         return stored.replace(self._layout.prefix, self._part, 1)
