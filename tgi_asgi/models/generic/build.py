@@ -58,7 +58,7 @@ def build(
     except ModelLoadError:
         raise
     except Exception as error:  # a configuration can make a `transformers` class raise anything
-        raise ModelLoadError(f"transformers cannot build {architecture}: {_first_line(error)}") from error
+        raise ModelLoadError(f"transformers cannot build {architecture}: {_one_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -96,5 +96,6 @@ def _without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
+def _one_line(error: Exception) -> str:
+    """Return an error's type and message, which may go on in further lines: a validation's reason does."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
