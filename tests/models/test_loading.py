@@ -20,6 +20,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import GGUF_NAMES
 from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.recognise import architecture_of, with_architecture
 
 Q_NAME = "model.layers.1.self_attn.q_proj.weight"
 
@@ -165,3 +166,20 @@ def test_an_architecture_that_is_not_named_is_that_of_the_model_s_type(
     path.write_text(json.dumps({"model_type": "no such"}))
     with pytest.raises(ModelLoadError, match="names no architecture"):
         OpenModel(files)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "served_as"),
+    [
+        ("iquestcoder", "IQuestCoderForCausalLM", "LlamaForCausalLM"),  # with code of its own on the Hub
+        ("llama", "LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("jetmoe", "JetMoEForCausalLM", "JetMoeForCausalLM"),
+        ("llama", "Eagle3LlamaForCausalLM", "Eagle3LlamaForCausalLM"),
+        ("no such", "NoSuchForCausalLM", "NoSuchForCausalLM"),
+    ],
+)
+def test_an_architecture_named_after_its_model_type_is_that_of_transformers(
+    model_type: str, name: str, served_as: str
+) -> None:
+    config = {"model_type": model_type, "architectures": [name], "auto_map": {"AutoConfig": "own.Own"}}
+    assert architecture_of(with_architecture(config)) == served_as

@@ -17,15 +17,25 @@ from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, ha
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json that names an architecture; older ones may only have a model type.
 
-    The architecture is the text-generating one that `transformers` maps the type to.
+    The architecture is the text-generating one that `transformers` maps the type to. So it is if the file has
+    another name that is just the type's: K-EXAONE's ExaoneMoEForCausalLM is `transformers`' ExaoneMoe, and
+    IQuest's own class is Llama there. Other names stay: they may be of models that compute something else.
     """
-    kind = config.get("model_type")
-    if config.get("architectures") or not isinstance(kind, str):
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or (names and not _is_named_after(names, kind)):
+        return config
+    if names and has_family(names[0], config):
         return config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     return {**config, "architectures": [found]} if isinstance(found, str) else config
+
+
+def _is_named_after(names: Any, kind: str) -> bool:
+    name = names[0] if isinstance(names, list) else None
+    plain = kind.replace("_", "").casefold()
+    return isinstance(name, str) and name.replace("_", "").casefold() == f"{plain}forcausallm"
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
