@@ -191,10 +191,10 @@ def cuda_extension() -> Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures_here() or DEFAULT_ARCHITECTURES)
-    # torch 2.13's headers use one C++20 feature, which GCC accepts in C++17 with a warning. GCC 12 also
-    # mistakes their reference counts for buffers.
-    quiet = ["-Wno-c++20-extensions", "-Wno-stringop-overflow"]
-    flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA", *quiet], "nvcc": NVCC_FLAGS}
+    # torch 2.15's headers need C++20 (the last standard given counts). GCC 12 mistakes their reference counts
+    # for buffers.
+    with_torch = ["-std=c++20", "-DTGI_CUDA", "-Wno-stringop-overflow"]
+    flags = {"cxx": [*CXX_FLAGS, *with_torch], "nvcc": NVCC_FLAGS}
     made: Any = CUDAExtension(
         "tgi_asgi._cuda",
         sorted(glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")),

@@ -360,12 +360,11 @@ def check_bindings(nvcc: str) -> list[str]:
 def _parse_adapter(source: Path, includes: list[str]) -> str:
     import torch
 
-    texts = [torch.__version__, *(path.read_text() for path in _closure(source))]
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTGI_CUDA", "-Wall", "-Werror"]
+    texts = [torch.__version__, *flags, *(path.read_text() for path in _closure(source))]
     kept = _CACHE / f"{source.stem}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}.parsed"
     if kept.exists():
         return ""
-    flags = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-DTGI_CUDA", "-Wall", "-Werror"]
-    flags += ["-Wno-c++20-extensions"]
     done = subprocess.run(["g++", *flags, *includes, str(source)], capture_output=True, text=True)
     if done.returncode != 0:
         return f"{source.name} does not compile:\n{done.stderr[:4000]}"

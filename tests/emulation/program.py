@@ -19,11 +19,9 @@ MODULE = """#include "bindings/cuda/program.h"
 
 PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
 """
-# torch 2.13's headers use a C++20 feature, which GCC accepts in C++17 with a warning, and GCC 12 mistakes
-# their reference counts for buffers.
+# torch 2.15's headers need C++20, and GCC 12 mistakes their reference counts for buffers.
 _FLAGS = [
-    "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-c++20-extensions",
-    "-Wno-stringop-overflow",
+    "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-stringop-overflow",
 ]  # fmt: skip
 
 
