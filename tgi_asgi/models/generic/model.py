@@ -139,7 +139,7 @@ class OpenGeneric:
             reason = str(error)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
-            vocab_size=int(text.vocab_size),
+            vocab_size=_num_logits(text),
             hidden_size=int(self._model.get_input_embeddings().weight.shape[1]),
             context_length=context,
             layers=tuple(layers),
@@ -289,3 +289,9 @@ def context_length(config: Any) -> int:
     named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
     return min(found, MAX_CONTEXT)
+
+
+def _num_logits(text: Any) -> int:
+    """Return the size of the vocabulary; Inkling pads its matrices, but not its logits, beyond it."""
+    rows = int(text.vocab_size)
+    return min(rows, getattr(text, "unpadded_vocab_size", None) or rows)
