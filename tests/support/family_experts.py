@@ -290,7 +290,13 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
     ),
     _case(  # as OpenAI published it, with other numbers than the class's defaults
         "gpt_oss-old-config",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 12},
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 12,
+            "hidden_act": "gelu",  # not read by the class
+        },
         faults=(Fault("unscaled", config={"rope_scaling": {"factor": 1.0}}),),
         gguf=(),
         json={"rope_scaling": {**_YARN["rope_parameters"], "factor": 4.0}, "rope_theta": 5000.0},

@@ -27,7 +27,8 @@ _YARN = {
 
 
 def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
-    """Read gpt-oss's configuration; even-numbered layers have the window."""
+    """Read gpt-oss's configuration; even-numbered layers have the window. Its gates are silu's, always."""
+    reader.drop("hidden_act")
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
         rope_theta=150000.0, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
