@@ -214,7 +214,8 @@ async def test_many_calls_with_many_inputs_share_the_room(embedder: Embedder) ->
         context = server.app.context
         assert context.served is not None
         engine = context.served.engine
-        calls = [asyncio.create_task(server.post("/embed", inputs=["y" * 40] * 64)) for _ in range(7)]
+        texts = [[f"{call}-{index}" + "y" * 100 for index in range(64)] for call in range(7)]
+        calls = [asyncio.create_task(server.post("/embed", inputs=each)) for each in texts]
         await until(lambda: context.num_pool_calls == 7)
         begun = engine.describe()["counters"]["steps"]
         # What calls had running before the others came ends in these steps; from then on, each has one.
@@ -224,7 +225,7 @@ async def test_many_calls_with_many_inputs_share_the_room(embedder: Embedder) ->
         answers = [await call for call in calls]
         assert [(answer.status_code, len(answer.json())) for answer in answers] == [(200, 64)] * 7
         assert context.num_pool_calls == 0
-        alone = asyncio.create_task(server.post("/embed", inputs=["y" * 40] * 64))
+        alone = asyncio.create_task(server.post("/embed", inputs=texts[0]))
         await until(lambda: len(engine.describe()["requests"]) == 2)
         assert (await alone).status_code == 200
 
