@@ -105,6 +105,10 @@ async def test_fewer_dimensions_have_length_one_again(embedder: Embedder, server
         )
         wanted = pooled(states(embedder.model, embedder.ids("cut")), embedder.mode)[:10]
         np.testing.assert_allclose(raw.data[0].embedding, wanted, atol=1e-4 * float(wanted.abs().max()))
+        newer = await client.embeddings.create(  # vLLM's newer name for `normalize`
+            model="tiny", input="cut", dimensions=10, extra_body={"use_activation": False}
+        )
+        assert newer.data[0].embedding == raw.data[0].embedding
         with pytest.raises(openai.BadRequestError) as caught:
             await client.embeddings.create(model="tiny", input="cut", dimensions=65)
     assert caught.value.param == "dimensions"
@@ -114,6 +118,24 @@ async def test_base64_is_little_endian_float32(embedder: Embedder, server: Poole
     answer = await server.post("/v1/embeddings", input="text", encoding_format="base64")
     found = np.frombuffer(base64.b64decode(answer.json()["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(found, embedder.expected("text"), atol=1e-4)
+
+
+@pytest.mark.parametrize("field", [{"embed_dtype": "float16"}, {"endianness": "big"}])
+async def test_numbers_of_another_form_are_refused(server: PooledServer, field: dict[str, str]) -> None:
+    answer = await server.post("/v1/embeddings", input="text", encoding_format="base64", **field)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(field)))
+    same = {"embed_dtype": "float32", "endianness": "little"}
+    assert (await server.post("/v1/embeddings", input="text", **same)).status_code == 200
+
+
+async def test_vllms_side_says_which_end_of_an_input_is_cut(embedder: Embedder, server: PooledServer) -> None:
+    ids = embedder.tokenizer.encode("abcdefgh", add_special_tokens=False)
+    for side, kept in (("right", ids[:4]), ("left", ids[-4:])):
+        answer = await server.post(
+            "/v1/embeddings", input="abcdefgh", truncate_prompt_tokens=5, truncation_side=side
+        )
+        found = answer.json()["data"][0]["embedding"]
+        np.testing.assert_allclose(found, embedder.expected([*kept, EOS]), atol=1e-4)
 
 
 async def test_cut_inputs_keep_what_the_tokenizer_adds(embedder: Embedder, server: PooledServer) -> None:

@@ -293,6 +293,18 @@ async def test_template_variables() -> None:
     assert text == "True"
 
 
+@pytest.mark.parametrize("effort", ["minimal", "low", "medium", "high", "xhigh", "max"])
+async def test_an_effort_lets_models_think_that_do_not_by_default(effort: str) -> None:
+    app = {"chat_template": "{{ reasoning_effort }} {{ enable_thinking }} {{ thinking }}"}
+    assert await prompt_of(HI, app=app, reasoning_effort=effort) == f"{effort} True True"
+    own = {"enable_thinking": False, "thinking": False}
+    assert (
+        await prompt_of(HI, app=app, reasoning_effort=effort, chat_template_kwargs=own)
+        == f"{effort} False False"
+    )
+    assert await prompt_of(HI, app={"chat_template": "{{ enable_thinking is defined }}"}) == "False"
+
+
 async def test_the_administrators_template_variables_hold_where_a_request_has_none() -> None:
     settings = Settings(default_chat_template_kwargs='{"enable_thinking": false, "x": 5}')
     app = {"chat_template": "{{ enable_thinking }} {{ x }}", "settings": settings}

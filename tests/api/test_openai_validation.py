@@ -181,6 +181,18 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"bad_words": ["x"]}, "bad_words"),
         ({"use_beam_search": True}, "use_beam_search"),
+        ({"truncation_side": "right", "truncate_prompt_tokens": 4}, "truncation_side"),
+        ({"grammar": "root ::= absent"}, "grammar"),
+        ({"json_schema": "{"}, "json_schema"),
+        ({"json_schema": {"const": 1}, "regex": "1"}, "json_schema"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
+        ({"logits_processors": ["x"]}, "logits_processors"),
+        ({"stop_regex": "a+"}, "stop_regex"),
+        ({"lora_path": "adapter"}, "lora_path"),
+        ({"custom_logit_processor": "x"}, "custom_logit_processor"),
+        ({"lora": [{"id": 0, "scale": 1.0}]}, "lora"),
+        ({"prompt_token_ids": [1]}, "prompt_token_ids"),
+        ({"input_ids": [1]}, "input_ids"),
     ],
 )  # fmt: skip
 async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -> None:
@@ -195,6 +207,12 @@ async def test_a_missing_field_is_named() -> None:
         "code": None,
     }  # fmt: skip
     assert (await refused("/v1/completions", {}))["param"] == "prompt"
+
+
+@pytest.mark.parametrize("fields", [{"thinking_token_budget": 5}, {"prompt_embeds": "AAAA"}])
+async def test_what_completions_cannot_do_is_refused(fields: dict[str, Any]) -> None:
+    error = await refused("/v1/completions", {"prompt": "hi", **fields})
+    assert (error["param"], error["code"]) == (next(iter(fields)), "unsupported_parameter")
 
 
 async def test_messages_say_what_was_given_and_what_is_allowed() -> None:
@@ -212,7 +230,7 @@ async def test_what_is_harmless_is_accepted() -> None:
         "messages": HI, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
         "top_logprobs": 0, "functions": [], "modalities": ["text"], "stop": [], "use_beam_search": False,
         "spaces_between_special_tokens": True, "include_reasoning": False, "stop_token_ids": [],
-        "bad_words": [],
+        "bad_words": [], "truncation_side": "left", "lora": [], "stop_regex": [],
     }  # fmt: skip
     assert (await send(scripted_app(engine), request("POST", CHAT, body))).status == 200
 
@@ -230,6 +248,34 @@ async def test_one_constraint_in_several_fields_is_accepted() -> None:
     assert engine.requests[0].grammar is not None
     other = {**both, "structured_outputs": {"grammar": 'start: "a"'}}
     assert (await refused(CHAT, {"messages": HI, **other}))["param"] == "guided_grammar"
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"grammar": 'root ::= "a"{5,5}'}, {"grammar": 'root ::= "a"{5,5}'}),
+        ({"json_schema": {"const": "42"}}, {"json": {"const": "42"}}),
+        ({"json_schema": '{"const": "42"}'}, {"json": {"const": "42"}}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_llama_cpps_and_sglangs_constraints_hold(
+    path: str, fields: dict[str, Any], same: dict[str, Any]
+) -> None:
+    engine = ScriptedEngine()
+    app = scripted_app(engine)
+    prompt = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+    for constraint in (fields, {"structured_outputs": same}):
+        assert (await send(app, request("POST", path, {**prompt, **constraint}))).status == 200
+    first, second = (each.grammar for each in engine.requests)
+    assert first is not None and first is second  # the compiler keeps the grammars used last
+
+
+async def test_an_empty_grammar_of_llama_cpp_is_none() -> None:
+    engine = ScriptedEngine()
+    body = {"messages": HI, "grammar": ""}
+    assert (await send(scripted_app(engine), request("POST", CHAT, body))).status == 200
+    assert engine.requests[0].grammar is None
 
 
 async def test_tools_that_must_not_be_called_are_rendered() -> None:

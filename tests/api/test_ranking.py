@@ -91,6 +91,17 @@ async def test_tei_s_ranking_is_told_by_its_texts(
         assert one["score"] == pytest.approx(sigmoid(logits[one["index"]]), abs=1e-4)
 
 
+async def test_scores_without_activation_are_logits(
+    classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer
+) -> None:
+    expected = [classifier[1](QUERY, document) for document in DOCUMENTS]
+    scores = await server.post("/score", text_1=QUERY, text_2=DOCUMENTS, use_activation=False)
+    assert [entry["score"] for entry in scores.json()["data"]] == pytest.approx(expected, abs=1e-3)
+    ranking = await server.post("/rerank", query=QUERY, documents=DOCUMENTS, use_activation=False)
+    for result in ranking.json()["results"]:
+        assert result["relevance_score"] == pytest.approx(expected[result["index"]], abs=1e-3)
+
+
 @pytest.mark.parametrize("path", ["/score", "/v1/score"])
 async def test_pairs_are_scored_one_by_one_or_one_against_all(
     classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer, path: str

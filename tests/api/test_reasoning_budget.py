@@ -37,7 +37,10 @@ async def budget_of(
     return engine.requests[0].reasoning_budget, engine
 
 
-@pytest.mark.parametrize("name", ["thinking_token_budget", "reasoning_budget_tokens", "thinking_budget"])
+@pytest.mark.parametrize(
+    "name",
+    ["thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget"],
+)
 async def test_a_chat_bounds_its_reasoning(name: str) -> None:
     given, engine = await budget_of(CHAT, **{name: 5})  # type: ignore[arg-type]
     start, end = engine.tokenizer.id_of(b"<think>"), engine.tokenizer.id_of(b"</think>")

@@ -140,6 +140,36 @@ async def test_sampling_and_stop_strings_are_those_of_chats() -> None:
     assert response.sampling == chat.sampling and response.stop == chat.stop
 
 
+async def test_vllms_additions_are_those_of_chats() -> None:
+    engine = ScriptedEngine(say("a"))
+    fields: dict[str, Any] = {
+        "structured_outputs": {"regex": "a+"}, "ignore_eos": True, "logit_bias": {"5": -100}, "seed": 1,
+    }  # fmt: skip
+    async with client_of(app_of(engine)) as client:
+        assert (await client.post("/v1/responses", json={"input": "hi", **fields})).status_code == 200
+        await client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], **fields}
+        )
+    response, chat = engine.requests
+    assert response.sampling == chat.sampling and response.grammar is chat.grammar is not None
+    assert response.stop == chat.stop and response.stop.ignore_eos
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response": {"id": "resp_1"}}, "previous_response"),
+        ({"previous_input_messages": [{}]}, "previous_input_messages"),
+        ({"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}},
+         "structured_outputs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ],
+)  # fmt: skip
+async def test_vllms_additions_are_never_ignored(fields: dict[str, Any], param: str) -> None:
+    status, body = await post(say("a"), **fields)
+    assert (status, body["error"]["param"]) == (400, param)
+
+
 async def test_a_response_that_the_length_cuts_is_incomplete() -> None:
     _, body = await post(say("a", "b", "c"), max_output_tokens=2)
     assert body["status"] == "incomplete"

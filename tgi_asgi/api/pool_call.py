@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import ModelNotSupported, TooManyPrompts
@@ -140,8 +140,15 @@ def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
         raise TooManyPrompts(message, param=name)
 
 
-def read_truncation(tokens: int | None, *, name: str = "truncate_prompt_tokens") -> Truncation | None:
-    """Return the truncation that vLLM's field asks for; -1 keeps as much as fits."""
+def read_truncation(tokens: int | None, side: Literal["left", "right"] | None) -> Truncation | None:
+    """Return the truncation that vLLM's fields ask for.
+
+    Args:
+        tokens: Number of tokens to keep; -1: as many as fit.
+        side: The side that is cut off; the right one if None.
+    """
     if tokens is not None and tokens < 1 and tokens != -1:
-        refuse_field(name, f"must be -1 or at least 1, got {tokens}")
-    return None if tokens is None else Truncation(None if tokens == -1 else tokens)
+        refuse_field("truncate_prompt_tokens", f"must be -1 or at least 1, got {tokens}")
+    if tokens is None:
+        return None
+    return Truncation(None if tokens == -1 else tokens, from_left=side == "left")

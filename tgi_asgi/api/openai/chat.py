@@ -24,7 +24,9 @@ from tgi_asgi.settings import OWN_VARIABLES
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_BUDGETS = ("thinking_token_budget", "reasoning_budget_tokens", "thinking_budget")
+_BUDGETS = (
+    "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",
+)  # fmt: skip
 _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
@@ -124,7 +126,7 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
             refuse_field(name, rule, "unsupported_parameter")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
-    check_unset(request, ("audio",))
+    check_unset(request, ("audio", "prompt_token_ids", "input_ids"))
     if is_compat and not tools:
         return [], None
     is_parallel = request.parallel_tool_calls is not False and not is_compat
@@ -229,5 +231,4 @@ def template_variables(effort: str | None, field: str, given: Mapping[str, Any] 
         return {**given}
     if effort not in _EFFORTS:
         refuse_field(field, f"must be one of {', '.join(_EFFORTS)}")
-    off = thinking_variables(False) if effort == "none" else {}
-    return {"reasoning_effort": effort, **off, **given}
+    return {**thinking_variables(effort != "none", effort), **given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from secrets import token_hex
+from typing import Literal
 
 import msgspec
 import orjson
@@ -24,6 +25,7 @@ class ClassifyRequest(Struct, kw_only=True):
     model: str | None = None
     use_activation: bool | None = None  # false: `probs` are the logits
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     add_special_tokens: bool | None = None
     priority: int | None = None
     user: str | None = None
@@ -65,7 +67,7 @@ def parse_classify(body: bytes, exchange: Exchange) -> PoolCall:
         how=how,
         answer=answer,
         model=request.model,
-        truncation=read_truncation(request.truncate_prompt_tokens),
+        truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         adds_special_tokens=request.add_special_tokens is not False,
         priority=request.priority or 0,
         num_numbers=len(how.labels),

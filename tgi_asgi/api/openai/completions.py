@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, check_ids, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
-from tgi_asgi.api.parse import decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import random_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
@@ -76,6 +76,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
+    check_unset(request, ("thinking_token_budget", "prompt_embeds"))
     if request.suffix:
         raise UnsupportedSuffix(
             "Suffix is not supported and can be achieved by preprocessing the prompt.",

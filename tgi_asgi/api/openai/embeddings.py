@@ -26,8 +26,13 @@ class EmbeddingRequest(Struct, kw_only=True):
     dimensions: Positive | None = None
     user: str | None = None
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     add_special_tokens: bool | None = None
     normalize: bool | None = None
+    use_activation: bool | None = None  # vLLM's newer name for normalize
+    # Formats of numbers in base64; vLLM has others.
+    embed_dtype: Literal["float32"] | None = None
+    endianness: Literal["native", "little"] | None = None
     priority: int | None = None
 
 
@@ -43,7 +48,7 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
     check_dimensions(request.dimensions, embedding)
     inputs = inputs_of(request.input, "input", info, settings)
     is_cut = request.dimensions is not None and request.dimensions < embedding.dimensions
-    is_normalized = request.normalize
+    is_normalized = request.use_activation if request.normalize is None else request.normalize
     if is_normalized is None:
         is_normalized = embedding.is_normalized or is_cut
     is_base64 = request.encoding_format == "base64"
@@ -62,7 +67,7 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
         how=embedding,
         answer=answer,
         model=request.model,
-        truncation=read_truncation(request.truncate_prompt_tokens),
+        truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         adds_special_tokens=request.add_special_tokens is not False,
         priority=request.priority or 0,
         num_numbers=embedding.dimensions,

@@ -19,15 +19,16 @@ from tgi_asgi.types import ModelInfo
 
 _UNSUPPORTED = (
     "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
+    "repetition_detection", "logits_processors", "stop_regex", "lora_path", "custom_logit_processor", "lora",
 )  # fmt: skip
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "logit_bias", "seed",
 )  # fmt: skip
 _FORMATS = ("text", "json_object", "json_schema", "json", "regex")
-_GUIDED = {  # vLLM's old names, and SGLang's
+_GUIDED = {  # vLLM's old names, SGLang's, and llama.cpp's
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
-    "regex": "regex", "ebnf": "grammar",
+    "regex": "regex", "ebnf": "grammar", "grammar": "grammar", "json_schema": "json",
 }  # fmt: skip
 
 
@@ -108,9 +109,10 @@ def _constraint(request: CommonRequest) -> Constraint | None:
     """Return the constraint on the answer, if any; several fields can specify it."""
     wanted: dict[str, tuple[str, Any]] = {}
     if request.structured_outputs is not None:
-        wanted["structured_outputs"] = _structured(request.structured_outputs)
+        wanted["structured_outputs"] = structured_of(request.structured_outputs)
     for name, kind in _GUIDED.items():
-        if (value := getattr(request, name)) is not None:
+        value = getattr(request, name)
+        if value is not None and (name, value) != ("grammar", ""):  # llama.cpp's default
             wanted[name] = kind, value
     form = request.response_format
     if form is not None and (checked := _response_format(form)) is not None:
@@ -127,7 +129,12 @@ def _constraint(request: CommonRequest) -> Constraint | None:
     return Constraint.of(param, kind, value, is_strict=is_strict)
 
 
-def _structured(given: dict[str, Any]) -> tuple[str, Any]:
+def structured_of(given: dict[str, Any]) -> tuple[str, Any]:
+    """Return the kind and the value of the constraint in vLLM's `structured_outputs`.
+
+    Raises:
+        InvalidRequest: if there is not exactly one.
+    """
     kinds = [kind for kind in KINDS if given.get(kind) not in (None, False)]
     if len(kinds) != 1:
         rule = f"must have exactly one of {', '.join(KINDS)}; got {len(kinds)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from secrets import token_hex
+from typing import Literal
 
 import msgspec
 import orjson
@@ -41,7 +42,9 @@ class RerankRequest(Struct, kw_only=True):
     top_n: Natural | None = None  # 0: all
     return_documents: bool | None = None  # unless false, the answer contains them
     instruction: str | None = None
+    use_activation: bool | None = None  # false: scores are logits
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     priority: int | None = None
 
 
@@ -52,7 +55,9 @@ class ScoreRequest(Struct, kw_only=True):
     text_2: str | list[str]
     model: str | None = None
     instruction: str | None = None
+    use_activation: bool | None = None  # false: scores are logits
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     priority: int | None = None
 
 
@@ -70,7 +75,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     scored = Scored(exchange.context.ready().info, query, documents, ("query", "documents"))
 
     def answer(pooled: Pooled) -> bytes:
-        scores = scored.scores(pooled)
+        scores = scored.scores(pooled, is_raw=request.use_activation is False)
         results = []
         for index in best_first(scores, request.top_n or None):
             entry: dict[str, object] = {"index": index, "relevance_score": scores[index]}
@@ -103,7 +108,7 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
     scored = Scored(exchange.context.ready().info, request.text_1, request.text_2, names)
 
     def answer(pooled: Pooled) -> bytes:
-        scores = scored.scores(pooled)
+        scores = scored.scores(pooled, is_raw=request.use_activation is False)
         shown = {
             "id": f"score-{token_hex(16)}",
             "object": "list",
@@ -125,7 +130,7 @@ def _call(
         how=scored.how,
         answer=answer,
         model=request.model,
-        truncation=read_truncation(request.truncate_prompt_tokens),
+        truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         priority=request.priority or 0,
         num_numbers=scored.num_numbers,
     )

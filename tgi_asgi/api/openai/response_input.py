@@ -101,11 +101,16 @@ class ResponsesRequest(Struct, kw_only=True):
     stop: str | list[str] | None = None
     top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
-    # Known but not supported, and therefore refused: ignoring them would mislead.
+    # Known but not supported, and therefore refused: ignoring them would mislead. The last two are vLLM's.
     conversation: Any = None
     prompt: Any = None
     background: bool | None = None
+    previous_response: Any = None
+    previous_input_messages: Any = None
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)

@@ -20,7 +20,7 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_stop, overflow_of, stop_strings
+from tgi_asgi.api.openai.params import check_stop, overflow_of, stop_strings, structured_of
 from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
@@ -39,6 +39,10 @@ _MAX_PAGE = 100  # items per page, OpenAI's limit
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
 _SAMPLING = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "repetition_penalty",
+    "logit_bias",
+)  # fmt: skip
+_UNSUPPORTED = (
+    "conversation", "prompt", "background", "previous_response", "previous_input_messages",
 )  # fmt: skip
 _NAMES = ("prompt_cache_key", "safety_identifier", "user")  # echoed, but not used
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
@@ -108,6 +112,7 @@ def _call(
         stop=stop_strings(request.stop),
         max_tokens=request.max_output_tokens,
         overflow=overflow_of(context.settings),
+        ignore_eos=bool(request.ignore_eos),
         constraint=_constraint(request),
         tools=choice,
     )
@@ -232,7 +237,7 @@ def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any
 
 def _check(request: ResponsesRequest) -> None:
     check_ranges(request)
-    check_unset(request, ("conversation", "prompt", "background"))
+    check_unset(request, _UNSUPPORTED)
     for name in _NAMES:
         if len(getattr(request, name) or "") > MAX_ECHOED_CHARS:
             refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters")
@@ -262,6 +267,10 @@ def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
 
 def _constraint(request: ResponsesRequest) -> Constraint | None:
     given = request.text.format if request.text is not None else None
+    if request.structured_outputs is not None:
+        if given is not None and given.type != "text":
+            refuse("structured_outputs", "`text.format` and `structured_outputs` exclude each other")
+        return Constraint.of("structured_outputs", *structured_of(request.structured_outputs))
     if given is None or given.type == "text":
         return None
     if given.type == "json_object":

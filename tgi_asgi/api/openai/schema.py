@@ -6,7 +6,7 @@ are listed.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -81,6 +81,7 @@ class CommonRequest(Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
+    truncation_side: Literal["left"] | None = None  # the end of a prompt is what an answer follows
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
@@ -94,13 +95,22 @@ class CommonRequest(Struct, kw_only=True):
     guided_grammar: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None
 
-    # Known but not supported, and therefore refused: ignoring them would mislead.
+    # Known but not supported, and therefore refused: ignoring them would mislead. The first ones are vLLM's,
+    # then SGLang's, then llama.cpp's.
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logprob_token_ids: list[int] | None = None
     use_beam_search: bool | None = None
+    repetition_detection: Any = None
+    logits_processors: Any = None
+    stop_regex: Any = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
+    lora: Any = None
 
 
 class ImageUrl(Struct):
@@ -210,6 +220,7 @@ class ChatRequest(CommonRequest, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     thinking_token_budget: TokenBudget | None = None
     reasoning_budget_tokens: TokenBudget | None = None  # llama.cpp's name for it
+    thinking_budget_tokens: TokenBudget | None = None  # its other one
     thinking_budget: TokenBudget | None = None  # DashScope's
 
     tools: list[ToolEntry] | None = None
@@ -221,7 +232,11 @@ class ChatRequest(CommonRequest, kw_only=True):
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
+
+    # Refused, as above: outputs other than text, and prompts that replace the messages (vLLM's, SGLang's).
     audio: Any = None
+    prompt_token_ids: Any = None
+    input_ids: Any = None
 
 
 class CompletionRequest(CommonRequest, kw_only=True):
@@ -232,6 +247,10 @@ class CompletionRequest(CommonRequest, kw_only=True):
     echo: bool | None = None
     best_of: Positive | None = None
     suffix: str | None = None
+
+    # Refused, as above: completions have no reasoning of their own, and prompts are texts or ids.
+    thinking_token_budget: Any = None
+    prompt_embeds: Any = None
 
 
 CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
