@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from tests.support.families import CASES
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, NotInFamily
 from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.loading.recognise import read_config, read_gguf
 
@@ -309,6 +309,29 @@ def test_any_value_of_any_key_is_read_or_refused(architecture: str) -> None:
     for change in changes:
         with contextlib.suppress(ModelLoadError):
             read_config({**config, **change})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given"),
+    [
+        ("Gemma2ForCausalLM", {"sliding_window": 4096, "sliding_window_size": 4096}),  # 9B and 27B
+        ("ApertusForCausalLM", {"hidden_act": "xielu", "qk_norm": True, "post_norm": False}),
+        *(
+            (name, {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2})
+            for name in ("HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM")
+        ),
+        ("HunYuanMoEV1ForCausalLM", {"norm_topk_prob": True}),
+    ],
+)
+def test_keys_of_published_files_that_transformers_does_not_read_leave_the_family_in_charge(
+    architecture: str, given: dict[str, Any]
+) -> None:
+    plain = {**JSON, "architectures": [architecture]}
+    assert of_json({**plain, **given}) == of_json({**plain, "hidden_act": given.get("hidden_act")})
+    for key, value in given.items():
+        if type(value) is bool:
+            with pytest.raises(NotInFamily, match=f"only `{key}` {value} is supported"):
+                of_json({**plain, **given, key: not value})
 
 
 def test_part_of_a_head_may_turn() -> None:

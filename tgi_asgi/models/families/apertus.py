@@ -11,7 +11,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights
@@ -30,6 +30,8 @@ def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
     """Read Apertus's configuration; llama.cpp's files have xIELU's parameters in the metadata."""
     reader.defaults(rms_norm_eps=1e-5, rope_theta=12e6)
     default_rope(reader, _ROPE)
+    for key, value in {"qk_norm": True, "post_norm": False}.items():  # published; transformers reads neither
+        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
     sizes = read_sizes(reader, activation="xielu")
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(reader, sizes)

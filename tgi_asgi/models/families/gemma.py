@@ -36,6 +36,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's configuration: every other layer has a window, scores and logits are capped."""
     reader.drop("hidden_act")
+    reader.ignore("sliding_window_size")  # an earlier name, which 9B's and 27B's files still have
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
     )  # fmt: skip

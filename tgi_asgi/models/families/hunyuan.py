@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig, RopeSpec, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
@@ -21,8 +21,12 @@ from tgi_asgi.models.reading import (
 
 
 def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Hunyuan's configuration."""
+    """Read Hunyuan's configuration; files have some keys that only Tencent's own code reads."""
     reader.defaults(rms_norm_eps=1e-5)
+    for key, value in {"use_qk_norm": True, "use_cla": False}.items():
+        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
+    check_computed(reader.get("norm_type") in (None, "rms", "hf_rms"), "only RMSNorm is supported")
+    reader.ignore("cla_share_factor")
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     ropes = [_read_rope(reader, sizes["head_dim"])] * num_layers(reader)

@@ -29,6 +29,7 @@ def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     shared = reader.integer("num_shared_expert", 1)
     check_computed(shared == 1, f"num_shared_expert must be 1, got {shared}")
     reader.ignore("shared_expert_intermediate_size")
+    check_computed(reader.flag("norm_topk_prob", True), "only `norm_topk_prob` True is supported")
     experts = read_experts(
         reader, count="num_experts", top_k="moe_topk", size="intermediate_size", is_renormalised=True,
         shared_size=size,
