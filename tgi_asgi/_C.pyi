@@ -670,6 +670,9 @@ class PagedAttention:
         spec: AttentionSpec,
     ) -> None: ...
 
+def new_rows(num_rows: int, columns: int) -> FloatArray:
+    """Return an array [num_rows, columns] whose values are arbitrary."""
+
 def linear_rows(
     weight: Matrix,
     bias: _Floats | None,
@@ -710,8 +713,11 @@ def rows_by_expert(stack: ExpertStack, sizes: _Ints, x: FloatArray, out: FloatAr
 def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> None:
     """Write factor * table[ids] to out [n, stored columns]."""
 
-def norm_rows(x: FloatArray, weight: _Floats, eps: float, out: FloatArray) -> None:
-    """Write x / rms(x) * weight to out [n, columns]."""
+def norm_rows(x: FloatArray, weight: _Floats, bias: _Floats | None, eps: float, out: FloatArray) -> None:
+    """Write the RMSNorm of x to out [n, columns], or with a bias its LayerNorm."""
+
+def activate_rows(x: FloatArray, activation: str, out: FloatArray) -> None:
+    """Write f(x) to out [n, columns]."""
 
 class Drafter:
     """Proposes draft tokens for slots, see csrc/cpu/drafter.h. For use by one thread.

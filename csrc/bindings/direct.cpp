@@ -2,9 +2,13 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings/activation.h"
 #include "bindings/float_tensors.h"
@@ -26,6 +30,40 @@ struct DirectMemory {
 DirectMemory& direct_memory() {
   static DirectMemory memory;
   return memory;
+}
+
+// Memory of tensors that each step makes and drops. It is used again, as the system clears the
+// pages of new memory, which takes a tenth of an encoder's step and more. Guarded by the GIL.
+struct Block {
+  cpu::Memory memory;
+  size_t size_log2;
+};
+
+std::vector<std::unique_ptr<Block>>& free_blocks(size_t size_log2) {
+  static auto& blocks =
+      *new std::array<std::vector<std::unique_ptr<Block>>, 63>;  // outlives tensors
+  return blocks[size_log2];
+}
+
+FloatArray new_rows(int64_t num_rows, int64_t columns) {
+  check(num_rows > 0 && columns > 0, "rows must have a size, got ", num_rows, " x ", columns);
+  const int64_t bytes = cpu::product_of_sizes({num_rows, columns, kFloatBytes});
+  size_t size_log2 = 0;
+  while (int64_t{1} << size_log2 < bytes) ++size_log2;
+  std::vector<std::unique_ptr<Block>>& free = free_blocks(size_log2);
+  if (free.empty()) {
+    // Only the pages that rows touch are committed.
+    free.push_back(
+        std::make_unique<Block>(Block{cpu::allocate(int64_t{1} << size_log2), size_log2}));
+  }
+  auto* const data = reinterpret_cast<float*>(free.back()->memory.get());
+  const py::capsule owner(free.back().get(), [](void* block) {
+    std::unique_ptr<Block> back(static_cast<Block*>(block));
+    free_blocks(back->size_log2).push_back(std::move(back));
+  });
+  free.back().release();
+  free.pop_back();
+  return FloatArray({num_rows, columns}, data, owner);
 }
 
 // Returns the row stride of a tensor [rows, columns].
@@ -142,20 +180,26 @@ void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, 
            });
 }
 
+// Returns the activation of this name; throws if it has parameters, or there is none.
+MlpActivation gated_activation(const std::string& name) {
+  const std::optional<MlpActivation> found = find_activation(name);
+  check(found.has_value() && *found != MlpActivation::kXielu, "`activation` must be ", kGatedNames,
+        ", got ", name);
+  return *found;
+}
+
 void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
                   const FloatArray& x, FloatArray& out, const std::string& precision,
                   const std::string& activation_name, const FlatRows* adapters, int64_t product) {
   check_rows_of(x, 2, "x");
   const int64_t columns = weight.packed.num_rows / 2;
   check_out(out, x.shape(0), columns);
-  const std::optional<MlpActivation> activation = find_activation(activation_name);
-  check(activation.has_value() && *activation != MlpActivation::kXielu, "`activation` must be ",
-        kGatedNames, ", got ", activation_name);
+  const MlpActivation activation = gated_activation(activation_name);
   float* const to = out.mutable_data();
   multiply(weight, bias, x, precision, 2, Adapted::of(adapters, product),
            [&](const step::Kernels& kernels, const step::LinearParams& linear,
                const step::StepHeader& header, int member, int num_members) {
-             kernels.gate_up({linear, {*activation}, {}, to, columns}, header, member, num_members);
+             kernels.gate_up({linear, {activation}, {}, to, columns}, header, member, num_members);
            });
 }
 
@@ -184,31 +228,49 @@ void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, F
   }
 }
 
-void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, FloatArray& out) {
-  const int64_t stride = row_stride(x, "x"), width = x.shape(1);
-  check(width > 0, "`x` must have columns");
-  check_shape(weight, "weight", {width});
-  check_out(out, x.shape(0), width);
+// Runs a kernel that reads rows x and writes rows `out` of the same width.
+template <class Params>
+void run_rows(step::StepFunction<Params> kernel, const Params& params, const FloatArray& x) {
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
-  const step::NormRowsParams params = {
-      x.data(),           stride, weight.data(), nullptr, width, static_cast<float>(eps),
-      out.mutable_data(), width};
+  const int64_t num_floats = x.shape(0) * x.shape(1);
   const py::gil_scoped_release release;
-  const step::Kernels& kernels = step::kernels();
   const auto run = [&](int member, int num_members) {
-    kernels.norm_rows(params, header, member, num_members);
+    kernel(params, header, member, num_members);
   };
-  if (header.num_tokens * width <= kAloneFloats) {
+  if (num_floats <= kAloneFloats) {
     cpu::run_on_caller(run);
   } else {
     cpu::run_on_team(run);
   }
 }
 
+void norm_rows(const FloatArray& x, const Array<float>& weight,
+               const std::optional<Array<float>>& bias, double eps, FloatArray& out) {
+  const int64_t stride = row_stride(x, "x"), width = x.shape(1);
+  check(width > 0, "`x` must have columns");
+  check_shape(weight, "weight", {width});
+  if (bias) check_shape(*bias, "bias", {width});
+  check_out(out, x.shape(0), width);
+  run_rows(step::kernels().norm_rows,
+           step::NormRowsParams{x.data(), stride, weight.data(), bias ? bias->data() : nullptr,
+                                width, static_cast<float>(eps), out.mutable_data(), width},
+           x);
+}
+
+void activate_rows(const FloatArray& x, const std::string& activation_name, FloatArray& out) {
+  const int64_t stride = row_stride(x, "x"), width = x.shape(1);
+  check_out(out, x.shape(0), width);
+  const MlpActivation activation = gated_activation(activation_name);
+  run_rows(step::kernels().activate,
+           step::ActivateParams{x.data(), stride, width, {activation}, out.mutable_data()}, x);
+}
+
 }  // namespace
 
 void bind_direct(py::module_& module) {
+  module.def("new_rows", &new_rows, py::arg("num_rows"), py::arg("columns"),
+             "Return an array [num_rows, columns] whose values are arbitrary.");
   module.def("linear_rows", &linear_rows, py::arg("weight"), py::arg("bias").noconvert(),
              py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
              py::arg("adapters") = py::none(), py::arg("product") = 0,
@@ -221,7 +283,10 @@ void bind_direct(py::module_& module) {
              py::arg("factor"), py::arg("out").noconvert(),
              "Write factor * table[ids] to out [n, stored columns].");
   module.def("norm_rows", &norm_rows, py::arg("x").noconvert(), py::arg("weight").noconvert(),
-             py::arg("eps"), py::arg("out").noconvert(), "Write x / rms(x) * weight to out.");
+             py::arg("bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
+             "Write the RMSNorm of x to out, or with a bias its LayerNorm.");
+  module.def("activate_rows", &activate_rows, py::arg("x").noconvert(), py::arg("activation"),
+             py::arg("out").noconvert(), "Write f(x) to out.");
 }
 
 }  // namespace tgi

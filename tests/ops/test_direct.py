@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.reference.layers import activate
+from tests.reference.layers import activate, norm
 from tests.support import eager_ops
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Packing, direct
@@ -91,11 +91,42 @@ def test_embed_takes_rows_of_the_table(kernel_set: str, columns: int) -> None:
             direct.embed(weight, torch.tensor([3, bad]))
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 33, 64, 100, 4096])
-def test_rms_norm_equals_the_reference(kernel_set: str, columns: int) -> None:
+WIDTHS = [1, 15, 16, 33, 64, 100, 4096]
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_norms_equal_the_reference(kernel_set: str, columns: int, has_bias: bool) -> None:
     x, weight = torch.randn(9, columns + 3)[:, 3:], torch.rand(columns) + 0.5
-    expected = torch.nn.functional.rms_norm(x.double(), (columns,), weight.double(), 1e-5)
-    assert_close(direct.rms_norm(x, weight, 1e-5), expected, length=columns, dtype=torch.float32)
+    made = ops.NormWeight(weight, 1e-5, torch.randn(columns) if has_bias else None)
+    assert_close(direct.norm(x, made), norm(x, made), length=columns, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
+def test_activations_equal_the_reference(kernel_set: str, activation: str, columns: int) -> None:
+    x = 5 * torch.randn(9, columns + 3)[:, 3:]
+    found = direct.activate(x, activation)
+    assert_close(found, activate(x, activation), length=16, dtype=torch.float32)
+
+
+def test_memory_is_used_again_but_never_by_two() -> None:
+    """Tensors of the same size get the memory of dropped ones; a view keeps that of its tensor."""
+    x = torch.randn(200, 100)
+    first, second = direct.activate(x, "relu"), direct.activate(x, "silu")
+    view, kept = second[3:5], activate(x, "silu").float()
+    place, other = first.data_ptr(), second.data_ptr()
+    assert place != other
+    del first, second
+    third, fourth = direct.activate(x, "gelu"), direct.activate(x, "gelu")
+    assert third.data_ptr() == place and fourth.data_ptr() not in (place, other)
+    torch.testing.assert_close(view, kept[3:5])
+
+
+@pytest.mark.parametrize(("num_rows", "columns"), [(0, 5), (5, 0), (-1, 5), (1 << 40, 1 << 40)])
+def test_rows_without_a_possible_size_are_refused(num_rows: int, columns: int) -> None:
+    with pytest.raises((ValueError, MemoryError)):
+        _C.new_rows(num_rows, columns)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -104,11 +135,13 @@ def test_a_row_has_the_same_bits_in_any_tensor_and_team(
     kernel_set: str, packing: Packing, threads: int
 ) -> None:
     _, _, weight = _weight(packing, 70, 100, is_bfloat16=packing is FAST)
-    x, norm = torch.randn(700, 100), torch.rand(100)
+    x, factors = torch.randn(700, 100), torch.rand(100)
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda part: direct.linear(weight, part),
         lambda part: direct.linear(weight, part, is_exact=True),
-        lambda part: direct.rms_norm(part, norm, 1e-6),
+        lambda part: direct.norm(part, ops.NormWeight(factors, 1e-6)),
+        lambda part: direct.norm(part, ops.NormWeight(factors, 1e-6, factors)),
+        lambda part: direct.activate(part, "gelu"),
     ]
     for compute in calls:
         alone = torch.cat([compute(x[i : i + 1]) for i in range(20)])
@@ -128,7 +161,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`x` must be \[n, 96\], got \(2, 95\)"):
         direct.linear(weight, torch.randn(2, 95))
     with pytest.raises(ValueError, match="`weight` must have shape"):
-        direct.rms_norm(torch.randn(2, 8), torch.ones(9), 1e-5)
+        direct.norm(torch.randn(2, 8), ops.NormWeight(torch.ones(9), 1e-5))
+    with pytest.raises(ValueError, match=r"`activation` must be silu, .* got xielu"):
+        direct.activate(torch.randn(2, 8), "xielu")
     with pytest.raises(TypeError):
         direct.linear(weight, torch.randn(2, 96).double())
     assert direct.linear(weight, torch.randn(0, 96)).shape == (0, 64)

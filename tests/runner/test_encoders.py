@@ -25,12 +25,6 @@ from tgi_asgi.runner.plan import StepPlan, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind
 
-# Kinds with bitwise equal results. Other models call torch's sine and tanh, which depend on a number's place
-# in its tensor.
-SAME_BITS = {
-    "Bert", "Roberta", "XLMRoberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "T5",
-    "NomicBert", "EuroBert", "Gemma3Text", "Gte",
-}  # fmt: skip
 LENGTHS = (5, 1, 100, 33, 128)
 PAIRS = (Pooling(PoolingKind.LOGITS, (0,)), Pooling(PoolingKind.LOGITS, (0, 1)))
 
@@ -98,11 +92,8 @@ def test_vectors_of_one_step_are_those_of_transformers(
         for ids, vector in zip(prompts, together, strict=True):
             agree(vector, pooled(states_of(model, ids), mode))
             [alone] = vectors(runner, found.info.embedding.pooling, [ids])
-            assert found.info.is_batch_invariant == (kind in SAME_BITS)
-            if found.info.is_batch_invariant:
-                np.testing.assert_array_equal(alone, vector)
-            else:
-                np.testing.assert_allclose(alone, vector, rtol=0, atol=2e-6 * np.abs(vector).max())
+            np.testing.assert_array_equal(alone, vector)
+        assert found.info.is_batch_invariant
 
 
 @pytest.mark.parametrize(

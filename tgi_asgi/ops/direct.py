@@ -1,4 +1,4 @@
-"""Products, norms and embeddings of torch tensors, one call each, for models that compute in torch.
+"""Products, norms, activations and embeddings of torch tensors, for models that compute in torch.
 
 A row has the same bits whatever else is in the tensor. The memory of activations is reused by all calls.
 """
@@ -15,9 +15,11 @@ from tgi_asgi import _C
 from tgi_asgi.ops.activations import GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.experts import ClampedGate
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
+_RECYCLED_FLOATS = 1 << 14  # from this size on, malloc may return memory to the system in each step
 _MAX_ID = torch.iinfo(torch.int32).max
 
 
@@ -59,7 +61,7 @@ def gate_up(
         )
         return GATED_ACTIVATIONS[activation](gate) * up
     (part,) = made.parts
-    out = torch.empty(x.shape[0], part.matrix.num_stored_rows // 2, dtype=torch.float32)
+    out = _new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
     precision = "float32" if is_exact else part.precision
     changed = _changed(part, step, adapters)
     _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
@@ -86,7 +88,7 @@ def experts(
     """
     made: PackedExperts = weight.made
     _check_columns(x, weight.columns)
-    out = torch.empty(x.shape[0], -(-weight.columns // 32) * 32, dtype=torch.float32)
+    out = _new_rows(x.shape[0], -(-weight.columns // 32) * 32)
     native = _C.ExpertMlps(
         gate_up=made.gate_up, down=made.down, activation=activation,
         **({} if clamped is None else asdict(clamped)),
@@ -118,7 +120,7 @@ class LinearStack:
             ValueError: if x has another number of columns, or the sizes do not add up.
         """
         _check_columns(x, self.columns)
-        out = torch.empty(x.shape[0], -(-self.rows // 32) * 32, dtype=torch.float32)
+        out = _new_rows(x.shape[0], -(-self.rows // 32) * 32)
         precision = "float32" if is_exact else self._precision
         _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), _array(x), out.numpy(), precision)
         return out if out.shape[1] == self.rows else out[:, : self.rows]
@@ -132,7 +134,7 @@ def _product(
     step: _C.FlatRows | None,
     adapters: AdapterLayout | None,
 ) -> Tensor:
-    out = torch.empty(x.shape[0], made.matrix.num_stored_rows, dtype=torch.float32)
+    out = _new_rows(x.shape[0], made.matrix.num_stored_rows)
     precision = "float32" if is_exact else made.precision
     changed = _changed(made, step, adapters)
     _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
@@ -155,22 +157,42 @@ def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
     """
     made: PackedLinear = weight.made
     columns = -(-weight.columns // 32) * 32
-    out = torch.empty(ids.shape[0], columns, dtype=torch.float32)
+    out = _new_rows(ids.shape[0], columns)
     narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # clamped, as int32 would wrap 2^32 + 1 around to 1
     _C.embed_rows(made.matrix, narrow.contiguous().numpy(), factor, out.numpy())
     return out if columns == weight.columns else out[:, : weight.columns]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight, [n, columns] float32.
+def norm(x: Tensor, weight: NormWeight) -> Tensor:
+    """Return the norm of each row of x, [n, columns] float32.
 
     Raises:
         ValueError: if the weight does not have one element per column of x.
         TypeError: if one of them is not float32.
     """
-    out = torch.empty(x.shape, dtype=torch.float32)
-    _C.norm_rows(_array(x), weight.numpy(), eps, out.numpy())
+    out = _new_rows(*x.shape)
+    bias = None if weight.bias is None else weight.bias.numpy()
+    _C.norm_rows(_array(x), weight.weight.numpy(), bias, weight.eps, out.numpy())
     return out
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Return f(x), [n, columns] float32, for an activation of `GATED_ACTIVATIONS`.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if x is not float32.
+    """
+    out = _new_rows(*x.shape)
+    _C.activate_rows(_array(x), activation, out.numpy())
+    return out
+
+
+def _new_rows(num_rows: int, columns: int) -> Tensor:
+    """Return rows whose values are arbitrary."""
+    if num_rows * columns < _RECYCLED_FLOATS:
+        return torch.empty(num_rows, columns, dtype=torch.float32)
+    return torch.from_numpy(_C.new_rows(num_rows, columns))
 
 
 def _check_columns(x: Tensor, columns: int) -> None:

@@ -154,5 +154,23 @@ void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_
   }
 }
 
+// Rows may have any width.
+template <class S>
+void activate_rows(const ActivateParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t whole = p.width / 16 * 16;
+  const auto left = static_cast<int>(p.width - whole);
+  const Range rows = split(step.num_tokens, member, num_members);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* const x = p.x + row * p.stride;
+    float* const out = p.out + row * p.width;
+    for (int64_t k = 0; k < whole; k += 16) {
+      S::store(out + k, activate<S>(p.function, S::load(x + k)));
+    }
+    if (left == 0) continue;
+    const auto last = S::load_head(x + whole, left, S::zero());
+    S::store_head(out + whole, left, activate<S>(p.function, last));
+  }
+}
+
 }  // namespace
 }  // namespace tgi::cpu::step

@@ -314,6 +314,15 @@ struct ActMulParams {
   Activation out;
 };
 
+// The function of existing rows, written as rows.
+struct ActivateParams {
+  const float* x;  // [num_tokens, stride]
+  int64_t stride;
+  int64_t width;
+  MlpFunction function;
+  float* out;  // [num_tokens, width]
+};
+
 // One product for all experts: weight, bias and input are filled in for each expert in turn.
 struct ExpertProduct {
   LinearParams linear;
@@ -393,6 +402,7 @@ struct Kernels {
   StepFunction<UpParams> up;
   StepFunction<GateUpParams> gate_up;
   StepFunction<ActMulParams> act_mul;
+  StepFunction<ActivateParams> activate;
   StepFunction<LogitsParams> logits;
   StepFunction<ShrinkParams> shrink;
   StepFunction<RouteParams> route;

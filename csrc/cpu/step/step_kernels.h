@@ -123,6 +123,7 @@ constexpr Kernels make_kernels(const char* name) {
           up<S>,
           gate_up<S>,
           act_mul<S>,
+          activate_rows<S>,
           logits<S>,
           shrink<S>,
           route<S>,

@@ -25,7 +25,6 @@ from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericConfig
-from tgi_asgi.models.generic.modules import PackedModule
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
@@ -163,29 +162,6 @@ def test_checkpoints_of_compressed_tensors_are_read(form: str, tmp_path: Path) -
     save_compressed(model, tmp_path, form, **weights)
     expected = [reference_logits(model, ids).numpy() for ids in IDS]
     assert run_steps(load_generic(tmp_path), IDS, expected, STEPS) < EQUAL
-
-
-@pytest.mark.parametrize(
-    ("model_type", "kept"),
-    [
-        ("falcon", set()),  # its matrices have their own class
-        ("gpt2", {"wpe"}),  # weight initialisation names two matrices
-        ("roberta", {"position_embeddings", "token_type_embeddings"}),  # its head is named in a string
-        ("mamba", {"conv1d", "dt_proj", "mixer", "out_proj", "x_proj"}),  # its own code multiplies by them
-    ],
-)
-def test_every_matrix_that_no_other_code_reads_is_packed(
-    model_type: str, kept: set[str], checkpoint: Checkpoint
-) -> None:
-    loaded: Any = load_generic(checkpoint(model_type))
-    found = {
-        path.rpartition(".")[2]
-        for path, module in loaded.module.named_modules()
-        if not isinstance(module, PackedModule)
-        for value in module._parameters.values()
-        if value is not None and value.dim() > 1
-    }
-    assert found == kept
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ class OpenEncoder:
         filler = Filler(model, cast(NamedWeights, weights), is_unused=self._is_unused)
         replaced = Replaced(model, arithmetic)
         filler.fill(replaced.place)
-        replaced.finish_norms()
+        replaced.finish_rows()
         fix_rotary_tables(model, max_positions)
         tabulate(model, max_positions)
         attention.register()

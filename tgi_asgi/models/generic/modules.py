@@ -1,4 +1,4 @@
-"""Native modules that replace a model's own: products, embeddings and norms on packed weights.
+"""Native modules that replace a model's own: products and embeddings on packed weights, norms, activations.
 
 Each accepts float32 tensors with any leading dimensions, and computes a row's bits independently of the other
 rows.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.ops import AdapterLayout, FlatRows, GateUpWeight, LinearWeight, direct
+from tgi_asgi.ops import AdapterLayout, FlatRows, GateUpWeight, LinearWeight, NormWeight, direct
 
 
 @dataclass(slots=True)
@@ -99,17 +99,31 @@ class Embedding(PackedModule):
         return rows.reshape(*ids.shape, self.embedding_dim)
 
 
-class RmsNorm(nn.Module):
-    """RMSNorm over the last dimension."""
+class Norm(nn.Module):
+    """An RMSNorm or a LayerNorm over the last dimension."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, made: NormWeight) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(weight, requires_grad=False), eps
+        self.made = made
+        self.weight = nn.Parameter(made.weight, requires_grad=False)  # other code may ask for its dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x / rms(x) * weight`."""
-        rows = direct.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.variance_epsilon)
-        return rows.view(x.shape)
+        """Return the norm of each row."""
+        return direct.norm(x.reshape(-1, x.shape[-1]), self.made).view(x.shape)
+
+
+class Activation(nn.Module):
+    """A function of each number, one of `ops.GATED_ACTIVATIONS`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return f(x)."""
+        if x.dim() > 1 and x.stride(-2) == 1 < x.stride(-1):  # a transposed tensor stays one, as in torch
+            return self.forward(x.transpose(-2, -1)).transpose(-2, -1)
+        return direct.activate(x.reshape(-1, x.shape[-1]), self.name).view(x.shape)
 
 
 class Head(nn.Module):

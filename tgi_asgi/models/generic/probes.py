@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi import ops
+
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 # Activations that `ops.gate_up` supports, in torch.
@@ -28,9 +30,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear):
         return False
-    if not set(module._parameters) <= {"weight", "bias"} or module._buffers or list(module.children()):
-        return False
-    if _num_inputs(module) != 1:
+    if _has_more_than(module, {"weight", "bias"}):
         return False
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(2, 16, generator=generator), torch.randn(24, 16, generator=generator)
@@ -87,11 +87,7 @@ def factor_of(module: nn.Embedding) -> float | None:
 def norm_offset(module: nn.Module) -> float | None:
     """Return what an RMSNorm adds to its weight, 0 or 1; None if the module is not an RMSNorm."""
     weight, eps = module._parameters.get("weight"), eps_of(module)
-    if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
-        return None
-    if eps is None or any(value is not None for value in module._buffers.values()):
-        return None
-    if _num_inputs(module) != 1:
+    if weight is None or weight.dim() != 1 or eps is None or _has_more_than(module, {"weight"}):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, weight.numel(), generator=generator)
@@ -105,10 +101,47 @@ def norm_offset(module: nn.Module) -> float | None:
     return None
 
 
+def is_layer_norm(module: nn.Module) -> bool:
+    """Return whether a module is a LayerNorm over the last dimension, with a weight and maybe a bias."""
+    weight, bias, eps = module._parameters.get("weight"), module._parameters.get("bias"), eps_of(module)
+    if weight is None or weight.dim() != 1 or eps is None or _has_more_than(module, {"weight", "bias"}):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, weight.numel(), generator=generator) + 1
+    rows[1] *= 1e-3  # small enough for eps to matter
+    scale = torch.rand(weight.shape, generator=generator)
+    offset = None if bias is None else torch.rand(weight.shape, generator=generator)
+    found = _run_with(module, rows, weight=scale, **({} if bias is None else {"bias": offset}))
+    expected = nn.functional.layer_norm(rows, weight.shape, scale, offset, eps)
+    return _is_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Return the name of the activation function that a module is; None if it is none of `ops`'."""
+    if _has_more_than(module, set()):
+        return None
+    x = torch.linspace(-30, 30, 4096).reshape(2, 2048)  # beyond the limits of clipped ones
+    found = _run_with(module, x)
+    for name, function in ops.GATED_ACTIVATIONS.items():
+        if _is_close(found, function(x), rtol=1e-5, atol=1e-6):
+            return name
+    return None
+
+
 def eps_of(module: nn.Module) -> float | None:
     """Return a norm's epsilon; None if it names none."""
     found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     return found if isinstance(found, float) else None
+
+
+def _has_more_than(module: nn.Module, parameters: set[str]) -> bool:
+    """Return whether a module has other parameters, buffers or modules, or not exactly one input."""
+    return (
+        not set(module._parameters) <= parameters
+        or any(value is not None for value in module._buffers.values())
+        or bool(list(module.children()))
+        or _num_inputs(module) != 1
+    )
 
 
 def _num_inputs(module: nn.Module) -> int:

@@ -1,7 +1,7 @@
-"""Replaces plain modules of a model by native ones: products, the embedding, the head, experts, RMSNorms.
+"""Replaces plain modules of a model by native ones: products, embeddings, heads, experts, norms, activations.
 
-A norm, an embedding or a gated MLP is replaced if the native one gives the same on random rows (`probes.py`),
-and a product if no other code reads its matrix.
+A norm, an activation, an embedding or a gated MLP is replaced if the native one gives the same on random rows
+(`probes.py`), and a product if no other code reads its matrix.
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic import experts
 from tgi_asgi.models.generic.experts import ExpertsLoader
 from tgi_asgi.models.generic.modules import (
+    Activation,
     Embedding,
     GatedMlp,
     Head,
     Linear,
+    Norm,
     PackedModule,
     Precision,
-    RmsNorm,
 )
-from tgi_asgi.models.generic.probes import eps_of, factor_of, gated_activation, is_linear, norm_offset
+from tgi_asgi.models.generic.probes import (
+    activation_of,
+    eps_of,
+    factor_of,
+    gated_activation,
+    is_layer_norm,
+    is_linear,
+    norm_offset,
+)
 from tgi_asgi.models.generic.weights import Placed, owner_of
 
 _ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
@@ -143,19 +152,35 @@ class Replaced:
             del self._waiting[path]
 
     def finish(self) -> None:
-        """Replace norms and wrap the head."""
-        self.finish_norms()
+        """Replace norms and activations, and wrap the head."""
+        self.finish_rows()
         self.head = self._wrap_head()
 
-    def finish_norms(self) -> None:
-        """Replace the norms that compute the same as the native one; requires weights."""
+    def finish_rows(self) -> None:
+        """Replace the norms and activations that compute the same as native ones; requires weights."""
         for path, module in list(self._model.named_modules()):
-            offset = norm_offset(module) if "norm" in type(module).__name__.lower() else None
-            if offset is not None:
-                weight, eps = module.get_parameter("weight").float() + offset, eps_of(module)
-                assert eps is not None
-                owner, leaf = owner_of(self._model, path)
-                setattr(owner, leaf, RmsNorm(weight, eps))
+            norm = _norm_of(module) if "norm" in type(module).__name__.lower() else None
+            activation = activation_of(module) if norm is None else None
+            owner, leaf = owner_of(self._model, path)
+            if norm is not None:
+                setattr(owner, leaf, Norm(norm))
+            elif activation is not None:
+                setattr(owner, leaf, Activation(activation))
+
+
+def _norm_of(module: nn.Module) -> ops.NormWeight | None:
+    """Return a norm that computes the same as this module, if there is one."""
+    offset, eps = norm_offset(module), eps_of(module)
+    if eps is None:
+        return None
+    if offset is not None:
+        return ops.NormWeight(module.get_parameter("weight").float() + offset, eps)
+    if not is_layer_norm(module):
+        return None
+    weight, bias = module.get_parameter("weight").float(), module._parameters.get("bias")
+    return ops.NormWeight.layer(
+        weight.numel(), eps, weight=weight, bias=None if bias is None else bias.float()
+    )
 
 
 def _tensor(value: ops.WeightSource | Tensor) -> Tensor:
