@@ -223,6 +223,27 @@ async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> 
     assert await prompt_of(messages, app={"chat_template": template}) == "1 c1 tool"
 
 
+async def test_results_of_tools_without_ids_get_those_of_the_calls_before_them() -> None:
+    """As Qwen-Agent sends them; vLLM, SGLang and llama.cpp accept that."""
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": call_id, "type": "function", "function": function} for call_id in ("c1", "c2", "c3")]
+    messages: list[dict[str, Any]] = [
+        {"role": "tool", "content": "of no call"},
+        {"role": "assistant", "content": None, "tool_calls": calls[:2]},
+        {"role": "tool", "content": "first"},
+        {"role": "tool", "content": "second"},
+        {"role": "tool", "content": "of no call"},
+        {"role": "assistant", "content": None, "tool_calls": [calls[2], calls[0]]},
+        {"role": "tool", "content": "third", "tool_call_id": "c3"},
+        {"role": "tool", "content": "first again"},
+    ]
+    template = (
+        "{% for m in messages %}{{ m.tool_calls | length if m.tool_calls }}"
+        "{% if m.role == 'tool' %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}"
+    )
+    assert await prompt_of(messages, app={"chat_template": template}) == "[]2[c1][c2][]2[c3][c1]"
+
+
 async def test_images_in_the_results_of_tools_are_left_out() -> None:
     """Agents send on what their tools return; a refusal would end their work."""
     call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}

@@ -81,7 +81,6 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ),
         ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
          "messages[0].content[0].refusal"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"temperature": "0.5"}, "temperature"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -90,7 +90,7 @@ def read_conversation(
 
     Args:
         images: Collects the images; None if the model does not accept images.
-        is_compat: Whether, as in TGI, roles are up to the template, and results of tools need no id.
+        is_compat: Whether, as in TGI, roles are up to the template.
 
     Raises:
         InvalidRequest: if a message, a tool or a template option is refused.
@@ -102,6 +102,7 @@ def read_conversation(
         _message(message, f"messages[{i}]", images, is_compat=is_compat)
         for i, message in enumerate(request.messages)
     ]
+    _add_call_ids(messages)
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -161,8 +162,6 @@ def _message(message: Message, path: str, images: Images | None, *, is_compat: b
     if message.function_call is not None:
         rule = "is not supported; use `tool_calls`"
         refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
-    if role == "tool" and message.tool_call_id is None and not is_compat:
-        refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
         result["content"] = [
@@ -174,6 +173,21 @@ def _message(message: Message, path: str, images: Images | None, *, is_compat: b
     if message.tool_calls:
         result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
     return result
+
+
+def _add_call_ids(messages: list[dict[str, Any]]) -> None:
+    """Give results of tools without an id those of the calls before them, in their order.
+
+    Some clients send none (Qwen-Agent), and some templates show ids.
+    """
+    ids: Iterator[str | None] = iter(())
+    for message in messages:
+        if message["role"] == "tool":
+            call_id = next(ids, None)
+            if call_id is not None:
+                message.setdefault("tool_call_id", call_id)
+        elif "tool_calls" in message:
+            ids = (call["id"] for call in message["tool_calls"])
 
 
 def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str | dict[str, str]:
