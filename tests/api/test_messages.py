@@ -104,6 +104,8 @@ async def test_the_sdk_s_stream_adds_up_to_the_whole_message() -> None:
         assert (weather.name, weather.input) == ("weather", {"city": "Paris"})
         assert (now.name, now.input) == ("now", {})
         assert message.usage.output_tokens == len(ALL) + 1
+        details = message.usage.output_tokens_details
+        assert details is not None and details.thinking_tokens == ALL.index("\n")
 
 
 async def test_events_come_in_order() -> None:

@@ -169,6 +169,7 @@ class MessageRenderer(Renderer):
         return {
             "input_tokens": self._generation.num_prompt_tokens - cached,
             "output_tokens": self._num_generated,
+            "output_tokens_details": {"thinking_tokens": self._reader.num_reasoning_tokens},
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
         }
