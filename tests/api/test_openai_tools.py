@@ -351,6 +351,19 @@ async def test_tgi_s_shapes_of_calls() -> None:
     assert all(chunk["delta"]["tool_calls"] is None for chunk in chunks)
 
 
+@pytest.mark.parametrize("name", ["any", "f"])
+async def test_any_means_required_unless_a_tool_has_that_name(name: str) -> None:
+    """As Mistral's SDK and LangChain's ChatHuggingFace send it."""
+    tools = [{"type": "function", "function": {"name": each}} for each in (name, "other")]
+    engine = ScriptedEngine()
+    async with client_of(app_of(engine)) as client:
+        for choice in ("any", "required", {"type": "function", "function": {"name": name}}):
+            body = {"messages": HI, "tools": tools, "tool_choice": choice}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    of_any, of_required, of_name = (request.grammar for request in engine.requests)
+    assert of_any is (of_name if name == "any" else of_required) and of_required is not of_name
+
+
 @pytest.mark.parametrize("name", ["absent", {"type": "function", "function": {"name": "absent"}}])
 async def test_an_unknown_tool_is_tgi_s_error_under_compat(name: object) -> None:
     app = app_of(ScriptedEngine(), Settings(tgi_compat=True))

@@ -70,6 +70,8 @@ def read_choice(
     has_hosted = not _OWN_KINDS.issuperset(offered)
     if offered and (not tools or (has_hosted and _is_hosted(choice))):
         choice = None
+    if choice == "any" and all(tool.name != "any" for tool in tools):  # Mistral's word, and LangChain's
+        choice = "required"
     mode, names = _choice(choice, has_hosted=has_hosted)
     if is_compat and mode == "named" and names and all(tool.name != names[0] for tool in tools):
         raise ToolError(f"Tool with name {names[0]} not found", param="tool_choice")
