@@ -105,7 +105,8 @@ class Norm(nn.Module):
     def __init__(self, made: NormWeight) -> None:
         super().__init__()
         self.made = made
-        self.weight = nn.Parameter(made.weight, requires_grad=False)  # other code may ask for its dtype
+        self.weight = nn.Parameter(made.weight, requires_grad=False)  # other code may read both
+        self.bias = None if made.bias is None else nn.Parameter(made.bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of each row."""
