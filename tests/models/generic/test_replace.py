@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from tests.support.generic import load_generic
 from tgi_asgi import ops
 from tgi_asgi.models.generic.modules import Activation, Norm, PackedModule
-from tgi_asgi.models.generic.probes import activation_of
+from tgi_asgi.models.generic.probes import activation_of, is_layer_norm
 
 Checkpoint = Callable[[str], Path]
 
@@ -78,6 +78,17 @@ def test_activations_are_known_by_what_they_compute(activation: str) -> None:
 )
 def test_other_functions_stay_torch_s(module: nn.Module) -> None:
     assert activation_of(module.eval()) is None
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)])
+def test_functions_that_write_to_their_input_are_known(module: nn.Module) -> None:
+    assert activation_of(module) in ("relu", "silu")
+
+
+def test_a_norm_of_groups_is_no_norm_of_rows() -> None:
+    """It gives the same on rows without another dimension between them, if it has a single group."""
+    assert is_layer_norm(nn.LayerNorm(64)) and is_layer_norm(nn.LayerNorm(64, bias=False))
+    assert not is_layer_norm(nn.GroupNorm(1, 64)) and not is_layer_norm(nn.GroupNorm(1, 3))
 
 
 def test_transposed_rows_stay_transposed() -> None:

@@ -24,7 +24,7 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
-from tgi_asgi.models.generic.probes import ACTIVATIONS, eps_of, norm_offset
+from tgi_asgi.models.generic.probes import activation_of, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import Filler, owner_of
 from tgi_asgi.models.loading import WHOLE, NamedWeights
 
@@ -346,12 +346,10 @@ def _expect(holds: object, reason: str) -> None:
 
 def _activation(mlp: Any) -> str:
     """Return the name of an MLP's activation, identified by its outputs."""
-    x = torch.linspace(-6, 6, 97)
-    found = mlp.act_fn(x)
-    for name, function in ACTIVATIONS.items():
-        if torch.allclose(found, function(x), atol=1e-6):
-            return name
-    raise _NotCommon("another activation")
+    name = activation_of(mlp.act_fn) if isinstance(mlp.act_fn, nn.Module) else None
+    if name is None:
+        raise _NotCommon("another activation")
+    return name
 
 
 def _run(model: Model, ids: Any) -> Tensor:

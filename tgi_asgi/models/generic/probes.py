@@ -7,7 +7,6 @@ back, which may be on the meta device. `replace.py` replaces modules accordingly
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,6 @@ from tgi_asgi import ops
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
-# Activations that `ops.gate_up` supports, in torch.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -63,7 +57,7 @@ def gated_activation(module: nn.Module) -> str | None:
     finally:
         module._modules.update(children)
     gate, up = x @ weights["gate_proj"].T, x @ weights["up_proj"].T
-    for name, function in ACTIVATIONS.items():
+    for name, function in ops.GATED_ACTIVATIONS.items():
         if _is_close(found, (function(gate) * up) @ weights["down_proj"].T, atol=1e-4):
             return name
     return None
@@ -90,8 +84,7 @@ def norm_offset(module: nn.Module) -> float | None:
     if weight is None or weight.dim() != 1 or eps is None or _has_more_than(module, {"weight"}):
         return None
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, weight.numel(), generator=generator)
-    rows[1] *= 1e-3  # small enough for eps to matter
+    rows = _rows_to_norm(weight.numel(), generator)
     scale = torch.rand(weight.shape, generator=generator)
     found = _run_with(module, rows, weight=scale)
     normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
@@ -107,8 +100,7 @@ def is_layer_norm(module: nn.Module) -> bool:
     if weight is None or weight.dim() != 1 or eps is None or _has_more_than(module, {"weight", "bias"}):
         return False
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, weight.numel(), generator=generator) + 1
-    rows[1] *= 1e-3  # small enough for eps to matter
+    rows = _rows_to_norm(weight.numel(), generator) + 1e-3
     scale = torch.rand(weight.shape, generator=generator)
     offset = None if bias is None else torch.rand(weight.shape, generator=generator)
     found = _run_with(module, rows, weight=scale, **({} if bias is None else {"bias": offset}))
@@ -121,7 +113,7 @@ def activation_of(module: nn.Module) -> str | None:
     if _has_more_than(module, set()):
         return None
     x = torch.linspace(-30, 30, 4096).reshape(2, 2048)  # beyond the limits of clipped ones
-    found = _run_with(module, x)
+    found = _run_with(module, x.clone())  # some write to their input
     for name, function in ops.GATED_ACTIVATIONS.items():
         if _is_close(found, function(x), rtol=1e-5, atol=1e-6):
             return name
@@ -132,6 +124,13 @@ def eps_of(module: nn.Module) -> float | None:
     """Return a norm's epsilon; None if it names none."""
     found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     return found if isinstance(found, float) else None
+
+
+def _rows_to_norm(columns: int, generator: torch.Generator) -> Tensor:
+    """Return rows in three dimensions, in which other norms (GroupNorm) do not look like norms of rows."""
+    rows = torch.randn(2, 3, columns, generator=generator)
+    rows[1] *= 1e-3  # small enough for eps to matter
+    return rows
 
 
 def _has_more_than(module: nn.Module, parameters: set[str]) -> bool:
