@@ -15,6 +15,7 @@ from tests.support.tool_writers import Call, write
 from tests.text.test_tools import parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.gemma_format import GemmaFormat
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import STYLES
 
@@ -78,6 +79,45 @@ def test_random_calls_come_back_equal(name: str, calls: list[Call], size: int, b
     assert found == calls
     shown = "".join(piece.text for piece in pieces if isinstance(piece, Content))
     assert shown == (before.strip() if text.startswith(before) and before else "")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_is_passed_on_while_it_is_written(name: str) -> None:
+    """A file that an agent writes takes minutes; a client that sees nothing of it gives up."""
+    text = write(name, [("f", {"text": "line " * 200, "number": 1})])
+    half = text[: text.index("line") + 500]
+    pieces = parse(AnswerParser(None, FORMATS[name], SPECS), half, 7)
+    assert isinstance(pieces[-1], CallArguments)
+    assert json.loads(pieces[-1].text + '"}')["text"].count("line") > 95
+
+
+# Formats whose arguments are not written as JSON, and what junk for them is made of.
+OWN_FORMS = ("gemma4", "functiongemma", "pythonic", "olmo3", "lfm2")
+PARTS = [*"{}[](),:=\"'\\é \n", "<|", "text", "1.5", "true", "\\x4", "41", "\\ud83d"]
+
+
+@pytest.mark.parametrize("written", ['{text:1,o:{k:[1,{k:<|"|>line li', '{o:[<|"|>line li'])
+def test_gemma_s_texts_within_others_are_passed_on_while_they_are_written(written: str) -> None:
+    pieces = parse(AnswerParser(None, FORMATS["gemma4"], SPECS), f"<|tool_call>call:f{written}", 3)
+    assert isinstance(pieces[-1], CallArguments)
+    assert pieces[-1].text.endswith('"line li')
+
+
+@pytest.mark.parametrize("name", OWN_FORMS)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_arguments_that_end_are_json_whatever_a_model_wrote(name: str, data: st.DataObject) -> None:
+    form = FORMATS[name]
+    head, quote = ("call:f{text:", form.markers[2]) if isinstance(form, GemmaFormat) else ("[f(text=", '"')
+    parts = st.sampled_from([*PARTS, quote, head, *form.markers])
+    text = form.marker + head + "".join(data.draw(st.lists(parts, max_size=16)))
+    whole = parse(AnswerParser(None, form, SPECS), text, len(text))
+    for size in range(1, 8):
+        assert parse(AnswerParser(None, form, SPECS), text, size) == whole
+    for piece in whole[:-1]:  # the answer may have been cut in the last
+        if isinstance(piece, CallArguments):
+            assert isinstance(json.loads(piece.text), dict)
+            piece.text.encode()
 
 
 @pytest.mark.parametrize("name", FORMATS)

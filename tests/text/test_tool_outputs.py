@@ -127,12 +127,26 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ("[f(a=1)]\nDone.", [F, "Done."]),
         ("[f(a=1), g(", [F, ("g", None)]),
         ("[math.add(), f(s='it\\'s', o={'k': None})]", [("math.add", {}), ("f", {"s": "it's", "o": {"k": None}})]),
+        ('[f("x, y", a=1, **{"b": 2})]', [F]),
+        ("""[f(a=' ' "b" , s='')]""", [("f", {"a": " b", "s": ""})]),
+        (r'''[f(a="""x "y" z""", s=r'\d')]''', [("f", {"a": 'x "y" z', "s": r"\d"})]),
+        ('[f(a="the "best" one", s="5" tall")]', [("f", {"a": 'the "best" one', "s": '5" tall'})]),
+        (r"[f(s='\x41\033[0m\N{DIGIT ONE}\d\/\xg\U00110000')]", [("f", {"s": "A\033[0m1" r"\d\/\xg\U00110000"})]),
+        ("[f(s='a\\\nb\n', a=\"\\/\\'\\t\")]", [("f", {"s": "ab\n", "a": "/'\t"})]),
+        (r"[f(s='\ud83d\ude42', a=['\ud83d'])]", [("f", {"s": "🙂", "a": ["\ud83d"]})]),
         ("[no(a=1)]", ["[no(a=1)]"]),
         ("[1, 2]", ["[1, 2]"]),
     ],
-    "gemma4": [  # a client may name arguments so that the names contain the format's quotes
-        ('<|tool_call>call:f{<|"|>:1,s:<|"|>:1}<tool_call|>', [("f", {'<|"|>': 1, "s": ":1}"})]),
+    "gemma4": [
+        # A client may name arguments so that the names contain the format's quotes.
+        ('<|tool_call>call:f{<|"|>:1,s:<|"|>:1}<|"|>}<tool_call|>', [("f", {'<|"|>': 1, "s": ":1}"})]),
         ('<|tool_call>call:f{s:<|"|>x,y<|"|>,a:1}<tool_call|>', [("f", {"s": "x,y", "a": 1})]),
+        ('<|tool_call>call:f{x{1}:1,"a" : 1 , o:{}, l:[ ]}<tool_call|>', [("f", {"x{1}": 1, "a": 1, "o": {}, "l": []})]),
+        ('<|tool_call>call:f{l:[1,[2,{a:<|"|>]}<|"|>}}<tool_call|>', [("f", {"l": [1, [2, {"a": "]}"}]]})]),
+        ("<|tool_call>call:f{a:1],b:{},c}<tool_call|>", [("f", {"a": 1, "b": {}})]),
+        (r'<|tool_call>call:f{s:"a\"},:é",b:[None, 1.50]}<tool_call|>', [("f", {"s": 'a"},:é', "b": [None, 1.5]})]),
+        (r'<|tool_call>call:f{s:"a\d",b:5",c:"6}<tool_call|>x', [("f", {"s": r"a\d", "b": '5"', "c": '"6'}), "x"]),
+        ("<|tool_call>call:f{<tool_call|>}<tool_call|>Done.", [("f", {}), "Done."]),
     ],
 }  # fmt: skip
 CASES = [(name, text, wanted) for name, outputs in OUTPUTS.items() for text, wanted in outputs]

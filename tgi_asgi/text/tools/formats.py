@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 
 from tgi_asgi.text.tools.base import ToolFormat
-from tgi_asgi.text.tools.gemma import GemmaFormat
+from tgi_asgi.text.tools.gemma_format import GemmaFormat
 from tgi_asgi.text.tools.json_calls import KEYED
 from tgi_asgi.text.tools.json_format import PARAMETERS, BareJsonFormat, BareNameFormat, JsonFormat
-from tgi_asgi.text.tools.pythonic import PythonicFormat
+from tgi_asgi.text.tools.pythonic_format import PythonicFormat
 from tgi_asgi.text.tools.xml_format import XmlFormat
 
 GENERIC = JsonFormat(

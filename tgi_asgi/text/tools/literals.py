@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -75,8 +77,14 @@ def as_json(text: str) -> str | None:
         json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         value = literal_value(text)
-        return None if value is None and text != "None" else json.dumps(value, ensure_ascii=False)
+        return None if value is None and text != "None" else dumped(value)
     return text
+
+
+def dumped(value: Any) -> str:
+    """Return JSON with all characters as they are, except for halves of surrogate pairs: UTF-8 has none."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if _SURROGATE.search(text) else text
 
 
 def _evaluate(node: ast.expr) -> Any:

@@ -1,4 +1,4 @@
-"""Gemma's calls: `call:f{key:value,...}`, with a special token as the quotes of strings."""
+"""Grammar of Gemma's calls: `call:f{key:value,...}`, with a special token as the quotes of strings."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import (
-    CallArguments,
-    CallParser,
-    CallStart,
-    Mark,
-    Piece,
-    ToolFormat,
-    alternatives,
-)
-from tgi_asgi.text.tools.literals import as_json
-from tgi_asgi.text.tools.pythonic import argument_rules
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives
+from tgi_asgi.text.tools.gemma_calls import GemmaCallParser
+from tgi_asgi.text.tools.pythonic_format import argument_rules
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
@@ -63,7 +55,7 @@ class GemmaFormat(ToolFormat):
         return "\n".join(lines)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return _GemmaParser(tools, self)
+        return GemmaCallParser(tools, marker=self.marker, end=self.end, quote=self.quote)
 
 
 class _Values:
@@ -149,146 +141,3 @@ def _items(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
     required = schema.get("required", ())
     for key, value in schema["properties"].items():
         yield key, value, key in required
-
-
-class _GemmaParser:
-    """A parser that emits a call's arguments once the call is complete."""
-
-    def __init__(self, tools: Sequence[ToolSpec], form: GemmaFormat) -> None:
-        self.rest: str | None = None
-        self._schemas = {tool.name: tool.properties for tool in tools}
-        self._form = form
-        self._buffer = ""
-        self._opening = ""  # skipped text, which counts as text if no call follows
-        self._name: str | None = None  # of the call whose arguments are being read
-        self._has_called = False
-        self._depth = 0
-        self._is_in_string = False
-
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces in the next part of the text."""
-        pieces: list[Piece] = []
-        for at, character in enumerate(text):
-            self._buffer += character
-            if self._name is not None:
-                self._read_arguments(character, pieces)
-            else:
-                self._skip(pieces)
-            if self.rest is not None:
-                self.rest += text[at + 1 :]
-                break
-        return pieces
-
-    def finish(self) -> str:
-        """Return the text that resembled a call but is none; nothing of a call that has begun."""
-        if self._name is not None:
-            return ""
-        return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
-
-    def _skip(self, pieces: list[Piece]) -> None:
-        """Look for the next call, after marks and blanks."""
-        text = self._buffer.lstrip()
-        name, brace, _ = text.removeprefix(_CALL).partition("{")
-        if text.startswith(_CALL) and brace and name in self._schemas:
-            pieces.append(CallStart(name))
-            self._name, self._depth, self._has_called = name, 0, True
-            self._buffer = self._opening = ""
-        elif text in (self._form.marker, self._form.end):
-            if text == self._form.marker or not self._has_called:
-                self._opening += self._buffer
-            self._buffer = ""
-        elif not (
-            any(mark.startswith(text) for mark in (self._form.marker, self._form.end, _CALL))
-            or (text.startswith(_CALL) and any(each.startswith(name) for each in self._schemas) and not brace)
-        ):
-            whole = self._opening + self._buffer
-            self.rest = whole.lstrip() if self._has_called else whole
-
-    def _read_arguments(self, character: str, pieces: list[Piece]) -> None:
-        if self._buffer.endswith(self._form.quote):
-            self._is_in_string = not self._is_in_string
-        elif not self._is_in_string and character in "{[":
-            self._depth += 1
-        elif not self._is_in_string and character in "}]":
-            self._depth -= 1
-            if self._depth < 0:
-                assert self._name is not None
-                pieces.append(
-                    CallArguments(_to_json(self._buffer, self._form.quote, self._schemas[self._name]))
-                )
-                self._buffer, self._name = "", None
-
-
-def _to_json(text: str, quote: str, schemas: Mapping[str, Any]) -> str:
-    """Turn `a:1,b:[...]}` into a JSON object; an empty one if it is nested too deeply."""
-    try:
-        return json.dumps(_Reader(text, quote).items(schemas), ensure_ascii=False)
-    except RecursionError:
-        return "{}"
-
-
-class _Reader:
-    """A reader of values whose brackets match; a quote within a name may leave a text without its end."""
-
-    def __init__(self, text: str, quote: str) -> None:
-        self._text, self._quote, self._at = text, quote, 0
-
-    def items(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
-        """Read items up to their closing bracket; `schemas` give the types of strings."""
-        result: dict[str, Any] = {}
-        while self._at < len(self._text) and not self._take("}"):
-            if self._take(","):
-                continue
-            key = self._until(":").strip().strip('"')
-            self._take(":")
-            schema = schemas.get(key)
-            value = self._value()
-            result[key] = _typed(value, schema) if isinstance(value, str) else value
-        return result
-
-    def _value(self) -> Any:
-        while self._take(" ") or self._take("\n"):
-            pass
-        if self._take(self._quote):
-            begin, end = self._at, self._text.find(self._quote, self._at)
-            end = end if end >= 0 else len(self._text)
-            self._at = end + len(self._quote)
-            return self._text[begin:end]
-        if self._take("{"):
-            return self.items({})
-        if self._take("["):
-            items = []
-            while self._at < len(self._text) and not self._take("]"):
-                if not self._take(",") and not self._take("}"):
-                    items.append(self._value())
-            return items
-        if self._text.startswith('"', self._at):  # as in JSON
-            try:
-                value, self._at = json.JSONDecoder(strict=False).raw_decode(self._text, self._at)
-            except ValueError:
-                pass
-            else:
-                return value
-        text = self._until(",}]").strip()
-        written = as_json(text)
-        return text if written is None else json.loads(written)
-
-    def _take(self, text: str) -> bool:
-        is_next = self._text.startswith(text, self._at)
-        self._at += len(text) if is_next else 0
-        return is_next
-
-    def _until(self, ends: str) -> str:
-        begin = self._at
-        while self._at < len(self._text) and self._text[self._at] not in ends:
-            self._at += 1
-        return self._text[begin : self._at]
-
-
-def _typed(text: str, schema: Any) -> Any:
-    """Convert a string if its schema requires another type: FunctionGemma quotes numbers, too."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind in (None, "string") or (isinstance(kind, list) and "string" in kind):
-        return text
-    written = as_json(text)
-    return text if written is None else json.loads(written)

@@ -1,0 +1,76 @@
+"""Grammar of calls written as Python: Llama 3.2 and 4, OLMo 3, LFM2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
+from tgi_asgi.text.tools.pythonic_calls import PythonicCallParser
+
+_HEAD = re.compile(r"\[\s*[\w.-]*")
+_CALL = re.compile(r"\[\s*[\w.-]+\(")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonicFormat(ToolFormat):
+    """`[f(a=1, b="x"), g()]`: values are JSON or Python literals.
+
+    Attributes:
+        head, between, tail: Texts before, between and after calls, starting after the marker.
+        closers: Texts that models write after the calls.
+    """
+
+    head: str = "["
+    between: str = ", "
+    tail: str = "]"
+    closers: tuple[str, ...] = ("]",)
+
+    def begins(self, text: str, names: Collection[str]) -> bool | None:
+        if self.marker:
+            return False
+        if _CALL.match(text):
+            return True
+        return None if _HEAD.fullmatch(text) else False
+
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
+        head, between, tail = (
+            marked_expression(each, mark, self.markers) for each in (self.head, self.between, self.tail)
+        )
+        more = f" ({between} call)*" if is_parallel else ""
+        rules = [f"calls: {head} call{more} {tail}"]
+        names = [f"call_{index}" for index in range(len(tools))]
+        rules.append(alternatives("call", names))
+        for name, tool in zip(names, tools, strict=True):
+            rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
+            keys = ((literal(f"{key}="), tool.value(value), needed) for key, value, needed in tool.each())
+            rules.extend(argument_rules(name, keys, ", "))
+        return "\n".join(rules)
+
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
+        return PythonicCallParser(tools, self.closers)
+
+
+def argument_rules(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
+    """Return rules for arguments in order, some of which are optional.
+
+    `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came
+    before, `<rule>_more_i` if one did.
+
+    Args:
+        keys: For each argument, the expressions of its beginning and of its value, and whether it is
+            required.
+        comma: Separator between arguments.
+    """
+    rules = []
+    end = 0
+    for index, (head, value, is_required) in enumerate(keys):
+        end = index + 1
+        keyword = f"{head} {value} {rule}_more_{end}"
+        for place, before in (("first", ""), ("more", f"{literal(comma)} ")):
+            skipped = "" if is_required else f" | {rule}_{place}_{end}"
+            rules.append(f"{rule}_{place}_{index}: {before}{keyword}{skipped}")
+    return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
