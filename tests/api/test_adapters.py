@@ -16,7 +16,7 @@ import pytest
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.serving import serving as serving_at
-from tests.support.waiting import until
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.app import App, make_adapters
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
@@ -206,7 +206,7 @@ async def test_prompts_of_a_request_have_the_adapter_that_it_named_though_it_is_
         answer = await client.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["model"]) == (200, "sql")
     assert asked(app) == ["sql"] * 3
-    await asyncio.wait_for(removals[0], 5)
+    await asyncio.wait_for(removals[0], LONGEST_S)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
     removal = asyncio.create_task(adapters.remove("sql"))
     await asyncio.sleep(0.01)
     adapters.go_on.set()
-    answer = await asyncio.wait_for(request, 5)
+    answer = await asyncio.wait_for(request, LONGEST_S)
     assert answer.status_code == 404, answer.text
     if path != "/generate":
         error = answer.json()["error"]
@@ -237,7 +237,7 @@ async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
     assert asked(app) == [], "the base model must not answer instead"
     served: Any = app.context.served
     assert served.engine.num_permits == 128, "the permit must be returned"
-    await asyncio.wait_for(removal, 5)
+    await asyncio.wait_for(removal, LONGEST_S)
     adapters.close()
 
 
@@ -356,7 +356,9 @@ async def test_a_client_that_goes_away_lets_go_of_its_adapter() -> None:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             async for _ in answer.aiter_lines():
                 break
-    removal = await asyncio.wait_for(post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT), 5)
+    removal = await asyncio.wait_for(
+        post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT), LONGEST_S
+    )
     assert removal.status_code == 200
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
@@ -74,7 +75,7 @@ async def test_the_port_answers_while_the_model_loads() -> None:
         native = await send(app, request("POST", "/generate", {"inputs": "hi"}))
         assert (native.status, native.json()["error_type"]) == (503, "unavailable")
         may_finish.set()
-        await asyncio.wait_for(is_ready.wait(), 10)
+        await asyncio.wait_for(is_ready.wait(), LONGEST_S)
         health = await send(app, request("GET", "/health"))
         assert (health.status, health.content) == (200, b"")
     assert engine.state is EngineState.DEAD
@@ -96,7 +97,7 @@ async def test_a_failed_load_is_reported_and_keeps_health_at_503(failure: BaseEx
     app = create_app(Settings(), load)
     app.on_fatal = reasons.put_nowait
     async with lifespan(app):
-        assert str(await asyncio.wait_for(reasons.get(), 10)) == str(failure)
+        assert str(await asyncio.wait_for(reasons.get(), LONGEST_S)) == str(failure)
         health = await send(app, request("GET", "/health"))
         assert (health.status, health.json()["state"]) == (503, "dead")
         assert (await send(app, request("POST", CHAT, HI))).status == 503

@@ -25,6 +25,7 @@ from tests.support.scripted_engine import (
     toy_info,
 )
 from tests.support.toy_tokenizer import ToyTokenizer
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
@@ -121,7 +122,7 @@ class HalfSent:
         self.task = asyncio.create_task(app(self.call.scope, self.rest.get, self.call.send))
 
     async def is_held(self, app: App) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             while not app.context.body_budget.held:
                 await asyncio.sleep(0)
 
@@ -228,7 +229,7 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     body = orjson.dumps({"messages": HI, "stream": stream})
     call = request("POST", "/v1/chat/completions", body)
     task = asyncio.create_task(send(app, call))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         while not engine.channels:
             await asyncio.sleep(0.001)
     assert app.context.body_budget.held == len(body)  # the answer still needs the body's contents
@@ -328,7 +329,7 @@ async def test_a_slow_grammar_does_not_keep_other_prompts_waiting(monkeypatch: p
     app = scripted_app(ScriptedEngine(say('"a"')))
     constrained = {"messages": HI, "response_format": {"type": "regex", "value": '"a"'}}
     try:
-        async with client_of(app) as client, asyncio.timeout(20):
+        async with client_of(app) as client, asyncio.timeout(LONGEST_S):
             path = "/v1/chat/completions"
             slow_ones = [asyncio.create_task(client.post(path, json=constrained)) for _ in range(8)]
             await asyncio.to_thread(num_waiting.acquire)
@@ -378,7 +379,7 @@ async def test_counting_a_long_text_keeps_nobody_from_a_prompt() -> None:
     engine.tokenizer = Slow()
     app = scripted_app(engine)
     try:
-        async with client_of(app) as client, asyncio.timeout(20):
+        async with client_of(app) as client, asyncio.timeout(LONGEST_S):
             slow_ones = [
                 asyncio.create_task(client.post("/tokenize", json={"inputs": "slow"})) for _ in range(8)
             ]

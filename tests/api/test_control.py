@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import Settings
@@ -82,7 +83,7 @@ async def test_a_request_is_ended_by_its_id(name: str) -> None:
     engine = ScriptedEngine(script)
     app = scripted_app(engine, SETTINGS)
     async with running(app, "victim") as victim, running(app, "bystander") as bystander:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             while len(engine.channels) < 2:
                 await asyncio.sleep(0)
         answer = await post(app, "/abort_request", {name: "victim"})

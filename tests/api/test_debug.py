@@ -8,6 +8,7 @@ from tests.support.client import client_of
 from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import create_app
 from tgi_asgi.engine.engine import Engine
@@ -38,7 +39,7 @@ async def test_requests_and_their_blocks_are_shown_but_nothing_of_what_they_say(
     async with client_of(app) as client:
         body = {"inputs": "a secret of forty characters, or nearly.", "parameters": {"max_new_tokens": 9}}
         asking = asyncio.create_task(client.post("/generate", json=body, headers={"x-request-id": "the-id"}))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             while not runner.num_in_flight:
                 await asyncio.sleep(0)
         answer = await client.get("/debug/engine")
@@ -62,7 +63,7 @@ async def test_the_loops_lag_is_measured_until_it_is_stopped() -> None:
     histogram = Histogram((0.01, 100.0))
     lag = LoopLag(histogram)
     lag.start()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         while not sum(histogram.counts):
             await asyncio.sleep(LAG_INTERVAL_S / 10)
     lag.stop()

@@ -17,6 +17,7 @@ from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.serving import serving
 from tests.support.toy_tokenizer import ToyTokenizer
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api import sse
 from tgi_asgi.api.context import Served
 from tgi_asgi.engine import Engine
@@ -46,7 +47,7 @@ async def waiting(
     engine = ScriptedEngine(steps.script)
     call = request("POST", path, STREAMS.get(path, {}) | fields)
     task = asyncio.create_task(send(scripted_app(engine, settings), call))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         while not engine.channels and not task.done():
             await asyncio.sleep(0.001)
     yield call, engine
@@ -57,7 +58,7 @@ async def waiting(
 
 async def bodies(call: Call, num: int) -> list[bytes]:
     """Wait for `num` parts of a response's body."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         while len(call.sent) <= num:
             call.got_frame.clear()
             await call.got_frame.wait()

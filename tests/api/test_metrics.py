@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
+from tests.support.waiting import LONGEST_S
 from tgi_asgi import errors
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.tgi.render import NativeRenderer
@@ -161,7 +162,7 @@ async def test_waiting_counts_for_those_who_give_up_as_well() -> None:
     app = scripted_app(ScriptedEngine(say("a", finish=None)))
     call = request("POST", "/generate_stream", {"inputs": "hi", "parameters": {"max_new_tokens": 500}})
     answering = asyncio.create_task(send(app, call))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         await call.got_frame.wait()
         call.gone.set()
         await answering

@@ -20,6 +20,7 @@ from tests.support.client import client_of
 from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import CHATML, Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, OllamaOptions
 from tgi_asgi.errors import GenerationFailed, Overloaded
 from tgi_asgi.settings import Settings
@@ -451,7 +452,7 @@ async def test_leaving_a_stream_frees_the_request() -> None:
         stream = await client.chat("m", HI, stream=True)
         await anext(stream)
         await cast(AsyncGenerator[object, None], stream).aclose()
-        await asyncio.wait_for(engine.channels[0].ended.wait(), 5)
+        await asyncio.wait_for(engine.channels[0].ended.wait(), LONGEST_S)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.scripted_engine import Script, ScriptedEngine, fail_with, say, scripted_app
 from tests.support.serving import serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import GenerationFailed, Overloaded, TgiError, Unavailable
 from tgi_asgi.settings import Settings
 
@@ -210,7 +211,7 @@ async def test_closing_a_stream_early_cancels_the_request() -> None:
         stream = await client.chat.completions.create(model="m", messages=SYSTEM_AND_USER, stream=True)
         await anext(stream)
         await stream.close()
-        await asyncio.wait_for(engine.channels[0].ended.wait(), 5)
+        await asyncio.wait_for(engine.channels[0].ended.wait(), LONGEST_S)
     assert engine.channels[0].is_cancelled
 
 

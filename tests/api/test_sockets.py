@@ -16,6 +16,7 @@ import pytest
 from tests.support.asgi import events_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api import sse
 from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import Settings
@@ -51,14 +52,14 @@ class Connection:
         await self.writer.drain()
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split()[1]), {name.lower(): value for name, value in headers.items()}
 
     async def chunk(self) -> bytes:
         """Return one chunk of a chunked body, or b"" at its end."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             size = int(await self.reader.readline(), 16)
             data = await self.reader.readexactly(size)
             await self.reader.readexactly(2)
@@ -84,7 +85,7 @@ async def silent(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent]
 
 async def cancelled(engine: ScriptedEngine) -> None:
     """Wait until the first request is cancelled."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         while not engine.channels or not engine.channels[0].is_cancelled:
             await asyncio.sleep(0.002)
     assert engine.num_permits == 128
@@ -128,7 +129,7 @@ async def test_a_client_that_leaves_before_the_first_token_is_noticed(server: st
     async with serving(scripted_app(engine), server) as url:
         connection = await Connection.to(url)
         await connection.post(CHAT, {"messages": HI, "stream": is_stream})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             while not engine.channels:
                 await asyncio.sleep(0.002)
         await connection.close()
@@ -144,7 +145,7 @@ async def test_a_reader_that_never_reads_is_cut_off_and_disturbs_nobody(
         stalled = await Connection.to(url, receive_buffer=4096)
         with caplog.at_level(logging.WARNING):
             await stalled.post(CHAT, {"messages": HI, "stream": True})
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LONGEST_S):
                 while not engine.channels:
                     await asyncio.sleep(0.002)
             engine.script = say("a", "b")
@@ -172,7 +173,7 @@ async def test_a_reader_that_pauses_loses_nothing(server: str) -> None:
     async with serving(scripted_app(engine), server, send_buffer=8192) as url:
         connection = await Connection.to(url, receive_buffer=4096)
         await connection.post(CHAT, {"messages": HI, "stream": True})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             while not engine.channels or not engine.channels[0].ended.is_set():
                 await asyncio.sleep(0.002)
         await connection.head()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.asgi import Call, events_of, request, send
 from tests.support.local_cluster import LocalCluster
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.cluster.wire import CacheVersion, split_digests
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
@@ -146,7 +147,7 @@ async def test_a_sink_that_raises_ends_its_own_request_alone(wrong: BaseExceptio
 
 
 async def wait_for(holds: Callable[[], bool], cluster: LocalCluster) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         while not holds():
             await cluster.engine.refresh()
             await asyncio.sleep(0.001)
@@ -197,7 +198,7 @@ async def test_a_lost_replica_fails_only_its_own_streams() -> None:
             for i in range(8)
         ]
         tasks = [asyncio.create_task(send(cluster.app, call, 30)) for call in calls]
-        await asyncio.gather(*(asyncio.wait_for(call.got_frame.wait(), 10) for call in calls))
+        await asyncio.gather(*(asyncio.wait_for(call.got_frame.wait(), LONGEST_S) for call in calls))
         doomed = {wired.request.request_id for name, wired in cluster.transport.sent if name == "r0"}
         assert 0 < len(doomed) < 8
         cluster.kill("r0")
@@ -238,11 +239,11 @@ async def test_a_client_that_leaves_frees_the_replica() -> None:
     async with LocalCluster(1, step_s=0.002) as cluster:
         call = request("POST", CHAT, chat("a" * 50, max_tokens=2000, ignore_eos=True, stream=True))
         task = asyncio.create_task(send(cluster.app, call))
-        await asyncio.wait_for(call.got_frame.wait(), 10)
+        await asyncio.wait_for(call.got_frame.wait(), LONGEST_S)
         call.gone.set()
         await task
         engine = cluster.engine_of("r0")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             while engine.stats.blocks_used or engine.stats.cancelled != 1:
                 await asyncio.sleep(0.005)
         assert cluster.engine.channels == []
@@ -257,7 +258,7 @@ async def test_a_full_cluster_says_so() -> None:
             for _ in range(2)
         ]
         tasks = [asyncio.create_task(send(cluster.app, call, 30)) for call in calls]
-        await asyncio.gather(*(asyncio.wait_for(call.got_frame.wait(), 10) for call in calls))
+        await asyncio.gather(*(asyncio.wait_for(call.got_frame.wait(), LONGEST_S) for call in calls))
         refused = await ask(cluster, "one more")
         for call in calls:
             call.gone.set()

@@ -21,7 +21,7 @@ from tests.support.fake_runner import (
     fake_logprob,
     script,
 )
-from tests.support.waiting import until
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.engine import Engine, Histogram
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.sequence import AGING_S
@@ -421,7 +421,7 @@ async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngi
     for index, sink in enumerate(sinks):
         submit(engine, make_request([index] * 5, max_tokens=1)).attach(sink)
     seen: list[int] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         while not all(sink.calls for sink in sinks):
             await asyncio.sleep(0)
             seen.append(sum(len(sink.calls) for sink in sinks))
@@ -442,7 +442,7 @@ async def test_what_finished_in_the_step_after_which_the_engine_gives_up_is_deli
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
     engine.start()
     requests = [make_request([1], 1), *(make_request([index], 5) for index in range(2, 8))]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         good, *bad = await asyncio.gather(*(ask(engine, request) for request in requests))
     await until(lambda: engine.state is EngineState.DEAD)
     assert good.finish() is FinishReason.LENGTH

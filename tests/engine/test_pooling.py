@@ -12,6 +12,7 @@ import pytest
 from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import make_request
 from tests.support.fake_runner import FakeRunner, fake_vector
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError
 from tgi_asgi.types import Channel, GenerationRequest, Pooling, PoolingKind, TokenEvent
@@ -43,7 +44,7 @@ async def _run(engine: Engine, *requests: GenerationRequest) -> list[Channel]:
     ends = [_End() for _ in channels]
     for channel, end in zip(channels, ends, strict=True):
         channel.attach(end)
-    await asyncio.wait_for(asyncio.gather(*(end.future for end in ends)), 10)
+    await asyncio.wait_for(asyncio.gather(*(end.future for end in ends)), LONGEST_S)
     return channels
 
 

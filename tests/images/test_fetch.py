@@ -11,6 +11,7 @@ import pytest
 import trustme
 
 from tests.support.pictures import Answer, answer, web
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import ImageTooLarge, InvalidRequest
 from tgi_asgi.images.addresses import is_public
 from tgi_asgi.images.fetch import MAX_REDIRECTS, Fetcher
@@ -68,7 +69,7 @@ class Internet:
 
     async def fetch(self, url: str, *allowed: str) -> bytes:
         fetcher = Fetcher(frozenset(allowed), self.lookup, self.tls)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             return await fetcher.fetch(url, "here", self.budget)
 
     async def refusal(self, url: str, *allowed: str) -> str:
@@ -291,5 +292,5 @@ async def test_a_slow_server_is_left_when_the_time_is_over(internet: Internet) -
         fetch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetch
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LONGEST_S):
             await left.wait()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import GREEDY, Job, generate
+from tests.support.waiting import LONGEST_S
 from tgi_asgi import _C, ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
@@ -143,7 +144,7 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
     async def sample() -> StepResult:
         future = queue.submit(StepPlan(9, []))
         assert finished.acquire(timeout=10)  # so that new and old results arrive together
-        return await asyncio.wait_for(future, 10)
+        return await asyncio.wait_for(future, LONGEST_S)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, App, connect, serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.sse import DIRECT_WRITE
 from tgi_asgi.serve import body_chunks
 from tgi_asgi.serve.body_chunks import Stream
@@ -64,7 +65,7 @@ async def exchanged(app: App, server: str, address: ListeningAddress, *requests:
         reader, writer = await connect(url, address.tls)
         for request in requests:
             writer.write(request)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             answer = await reader.read(-1)
         writer.close()
     return re.sub(rb"date: [^\r]*\r\n", b"", answer)
@@ -175,7 +176,7 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
     async with serving(app, "native", address.settings) as url:
         reader, writer = await connect(url, address.tls)
         writer.write(REQUEST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
             connection = writer.get_extra_info("socket")  # to send a reset rather than an end of stream
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -191,7 +192,7 @@ async def test_a_client_that_sends_no_more_has_left(address: ListeningAddress) -
     async with serving(endless(ended, [], lambda: asyncio.sleep(0.001)), "native", address.settings) as url:
         reader, writer = await connect(url, address.tls)
         writer.write(REQUEST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
             with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as half:
                 half.shutdown(socket.SHUT_WR)
@@ -211,7 +212,7 @@ async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
     async with serving(app, "native", address.settings, send_buffer=8192) as url:
         reader, writer = await connect(url, address.tls, is_slow=True)
         writer.write(REQUEST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             seen = -1
             while seen != len(sent) or not sent:  # until nothing more is sent for a tenth of a second
                 seen = len(sent)
@@ -219,11 +220,11 @@ async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
         assert len(sent) < 1500
         await reader.readuntil(b"\r\n\r\n")
         for i in range(3 * len(sent)):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(LONGEST_S):
                 assert await reader.readexactly(1007) == b"3e8\r\n%1000d\r\n" % i
         assert num_written() > 0
         writer.transport.abort()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             await ended.wait()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.support.serving import connect, serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.serve import connections
 from tgi_asgi.serve.connections import Connection, ConnectionLimit, TurnLimiter
 
@@ -25,7 +26,7 @@ async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -
     tasks = [asyncio.create_task(begin(number)) for number in range(30)]
     tasks[7].cancel()
     counts = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONGEST_S):
         while len(passed) < 29:
             before = len(passed)
             await asyncio.sleep(0)
@@ -78,7 +79,7 @@ async def test_a_connection_whose_reader_stalls_does_not_wait_for_ever_to_be_clo
         await give_up.wait()
         sending.cancel()
 
-    async with serving(app, "native", address.settings, send_buffer=8192) as url, asyncio.timeout(10):
+    async with serving(app, "native", address.settings, send_buffer=8192) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url, address.tls, is_slow=True)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")

@@ -15,6 +15,7 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, REPLACED, connect, restored_hypercorn, serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve import hypercorn as module
 from tgi_asgi.serve.body_chunks import Stream
@@ -91,7 +92,7 @@ async def version_of(scope: Any, receive: Any, send: Any) -> None:
     "preface", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/2.0\r\nhost: x\r\n\r\n"]
 )
 async def test_http_2_by_prior_knowledge_is_refused(preface: bytes) -> None:
-    async with serving(version_of) as url, asyncio.timeout(10):
+    async with serving(version_of) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
         writer.write(preface + b"\0\0\0\4\0\0\0\0\0")  # followed by the first frame
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -103,7 +104,7 @@ async def test_http_2_by_prior_knowledge_is_refused(preface: bytes) -> None:
 
 
 async def test_a_body_with_two_lengths_is_refused() -> None:
-    async with serving(version_of) as url, asyncio.timeout(10):
+    async with serving(version_of) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
         head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
         writer.write(head + b"0\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -113,7 +114,7 @@ async def test_a_body_with_two_lengths_is_refused() -> None:
 
 
 async def test_a_wish_to_upgrade_to_http_2_is_ignored() -> None:
-    async with serving(version_of) as url, asyncio.timeout(10):
+    async with serving(version_of) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
         request = (
             b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"

@@ -16,6 +16,7 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, connect, serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve.listening import STALLED_READER_MS, Acceptor, listen, new_event_loop
 from tgi_asgi.settings import Settings
@@ -45,7 +46,7 @@ def test_connections_that_come_at_once_are_accepted_a_few_a_turn(listener: socke
         clients = clients_of(listener, NUM_CLIENTS)
         server = await asyncio.start_server(greet, sock=listener)
         assert isinstance(server, Acceptor)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LONGEST_S):
             while len(writers) < NUM_CLIENTS:
                 before = len(writers)
                 await asyncio.sleep(0)
@@ -180,7 +181,7 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 async def test_what_speaks_no_tls_is_cut_off_and_the_next_one_is_served(
     tls: ListeningAddress, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving(hello, "native", tls.settings) as url, asyncio.timeout(10):
+    async with serving(hello, "native", tls.settings) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         assert not (await reader.read()).startswith(b"HTTP")  # at most a TLS alert

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.serve import server as module
 from tgi_asgi.serve.server import Server
 from tgi_asgi.settings import Settings
@@ -45,7 +46,7 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[_App]:
 async def _signal(app: _App, number: signal.Signals) -> None:
     """Send a signal; return once the event loop has handled it."""
     os.kill(os.getpid(), number)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         while app.calls.empty() and not app.context.is_terminating:
             await asyncio.sleep(0)
 
@@ -68,7 +69,7 @@ async def test_without_a_delay_the_drain_begins_at_once(app: _App) -> None:
     _serve(graceful_termination_timeout=7)
     await _signal(app, signal.SIGTERM)
     assert app.context.is_terminating
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         assert await app.calls.get() == "drain within 7 s"
 
 
@@ -78,7 +79,7 @@ async def test_with_a_delay_the_app_leaves_first_and_drains_later(app: _App) -> 
     began_s = loop.time()
     await _signal(app, signal.SIGTERM)
     assert app.context.is_terminating
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         assert await app.calls.get() == "drain within 90 s"
     assert loop.time() - began_s >= 0.1
 
@@ -86,7 +87,7 @@ async def test_with_a_delay_the_app_leaves_first_and_drains_later(app: _App) -> 
 async def test_a_person_at_the_terminal_does_not_wait_for_balancers(app: _App) -> None:
     _serve(drain_delay_s=3600)
     await _signal(app, signal.SIGINT)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         assert await app.calls.get() == "drain within 90 s"
 
 
@@ -94,5 +95,5 @@ async def test_a_second_signal_ends_the_delay_and_the_process(app: _App) -> None
     _serve(drain_delay_s=3600)
     await _signal(app, signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST_S):
         assert await app.calls.get() == "end ('stopped by a second signal', 143)"

@@ -16,6 +16,7 @@ import pytest
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tests.support.server_process import ServerProcess
 from tests.support.serving import connect, serving
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.serve.process import MAX_FILES
 
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -72,7 +73,7 @@ def test_one_address_has_as_many_connections_as_it_may() -> None:
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
 def test_a_head_that_is_too_large_is_refused(method: bytes, end: bytes) -> None:
     async def ask(head: bytes) -> tuple[bytes, bytes]:
-        async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(20):
+        async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(LONGEST_S):
             reader, writer = await connect(url)
             writer.write(head)
             answer = await reader.read()

@@ -18,6 +18,7 @@ from typing import Any, Self
 from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import CHATML, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, Loader
 from tgi_asgi.cluster.ingress import ingress_app
@@ -176,7 +177,7 @@ class LocalCluster:
         for number in range(self._num_replicas):
             await self.start_replica(f"r{number}")
         self.app.start()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONGEST_S):
             while self.app.context.served is None:
                 await asyncio.sleep(0.001)
             await self.engine.refresh()

@@ -18,6 +18,7 @@ import hypercorn.protocol.h11
 import pytest
 from hypercorn.config import Config
 
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.asgi import Receive, Scope, Send
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.hypercorn import install, make_config
@@ -72,7 +73,7 @@ async def serving(
             yield url
         finally:
             stop.set()
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, LONGEST_S)
             listener.close()
 
 
