@@ -27,7 +27,7 @@ from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.runner.groups import BlockNeeds
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Bidirectional, ImageInput, SamplingParams
 
 BLOCK = 16
 
@@ -207,6 +207,21 @@ def test_prompts_that_share_blocks_behind_their_windows_all_end_in_a_tight_pool(
     assert are_finished(sequences)
     assert runner.violations == []
     assert scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("vision", Bidirectional)
+def test_a_prompt_that_may_not_be_cut_takes_the_last_blocks(vision: Bidirectional) -> None:
+    """It left one to each sequence, also for itself: no step was planned, and the engine slept for ever."""
+    scheduler, runner = make((64, 32), num_blocks=16, max_step_tokens=512, vision=vision, prefix_cache=False)
+    runner.vision = vision
+    image = ImageInput(bytes(32), 0, 120, payload=None)
+    sequences = [
+        add_request(scheduler, make_request(range(96), 20))[0],
+        add_request(scheduler, make_request(range(120), 1, images=(image,)), arrival=1)[0],
+    ]
+    run_all(scheduler, runner)
+    assert are_finished(sequences)
+    assert runner.violations == []
 
 
 def test_a_prompt_whose_scores_may_begin_again_keeps_its_blocks_until_then() -> None:

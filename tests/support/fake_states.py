@@ -39,9 +39,10 @@ class FakeStates:
         self._require(are_there, "no such place")
 
     def move(self, plan: StepPlan, *, is_tainted: bool) -> None:
-        """Update the states of all rows, or return before any change if a tainted row lacks its state.
+        """Update the states of all rows, or return before any change if a tainted step cannot run at all.
 
-        A tainted step has failed or was queued after a failed one; its rows end without states.
+        A tainted step has failed or was queued after a failed one; its rows end without states. It cannot
+        run if a row lacks its state, or begins after the tokens that its slot has without the failed step.
         """
         moves: list[tuple[StepRow, list[_State], list[_State]]] = []
         for row in plan.rows:
@@ -50,7 +51,7 @@ class FakeStates:
                 continue  # its sequence already has all its tokens
             before, source = self._source(row, begin)
             is_there = begin == 0 or source == (tokens[:begin], row.adapter)
-            if is_tainted and not is_there:
+            if is_tainted and not (is_there and row.start <= begin):
                 return
             self._require(is_there, f"slot {row.slot} lacks its state at {begin}")
             ends = [end] if row.token_ids is not None else range(begin + 1, end + 1)

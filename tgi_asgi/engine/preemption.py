@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 
+from tgi_asgi.engine.image_encoding import ChunkBoundaries
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.tables import BlockTables
 
 
-def num_missing_blocks(sequence: Sequence, tables: BlockTables) -> int:
-    """Return how many blocks a running sequence needs for its next token."""
+def num_missing_blocks(sequence: Sequence, tables: BlockTables, chunk_boundaries: ChunkBoundaries) -> int:
+    """Return how many blocks a running sequence needs for its next token and what no cut parts from it."""
     if sequence.is_prefilling:
-        return tables.num_missing(sequence)
+        start = sequence.num_computed
+        return tables.num_missing(sequence, chunk_boundaries.end(sequence, start, start + 1))
     end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
     is_growing = (
         end > len(sequence.tables[0]) * tables.block_size

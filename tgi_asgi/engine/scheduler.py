@@ -256,7 +256,10 @@ class Scheduler:
 
     def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
-        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in self._running}
+        missing = {
+            sequence: num_missing_blocks(sequence, self.tables, self.chunk_boundaries)
+            for sequence in self._running
+        }
         while sum(missing.values()) > self.pool.num_free:
             victim = choose_victim(self._running, self.tables)
             self._suspend(victim)
@@ -299,7 +302,8 @@ class Scheduler:
             room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
             count, pending = self.chunk_boundaries.before_images(sequence, count, room)
             step.pending_images += pending
-            if count == 0 or self._cover(sequence, start + count) < start + count:
+            # What may not be cut takes the last blocks, too: it cannot begin with fewer.
+            if count == 0 or self.tables.cover(sequence, start + count) < start + count:
                 return 0
         self._add_row(step, sequence, count, samples=count == remaining)
         return count
@@ -384,9 +388,7 @@ class Scheduler:
                 continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
-            # Each running sequence needs its next block soon; without a reserve one of them would be
-            # preempted.
-            if sequence is None or not self.tables.start(sequence, reserve=len(self._running)):
+            if sequence is None or not self.tables.start(sequence, self._running):
                 return
             self._waiting.pop(sequence)
             sequence.state = SequenceState.RUNNING

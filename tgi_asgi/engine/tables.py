@@ -13,7 +13,7 @@ scheduler, which decides who gets blocks; knows neither torch nor asyncio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.hits import Hit, find_hit, group_key
@@ -29,8 +29,7 @@ class BlockTables:
     """The block tables of sequences, filled from one pool.
 
     When a sequence starts, its tables without a window cover all tokens of its prompt, and those with a
-    window cover the planned tokens. While it decodes, all tables grow block by block. `reserve` is the number
-    of sequences already running, each of which needs its next block soon.
+    window cover the planned tokens. While it decodes, all tables grow block by block.
 
     Args:
         needs: Block needs of each group, in the order of a sequence's tables.
@@ -75,8 +74,12 @@ class BlockTables:
         """Return how many blocks a sequence holds."""
         return sum(map(len, sequence.tables)) - sum(sequence.num_freed)
 
-    def start(self, sequence: Sequence, reserve: int) -> bool:
-        """Give a sequence its first blocks, shared with the cache or its leader as far as possible."""
+    def start(self, sequence: Sequence, running: Collection[Sequence]) -> bool:
+        """Give a sequence its first blocks, shared with the cache or its leader as far as possible.
+
+        Returns False if the running sequences would not have enough blocks left.
+        """
+        reserve = self._num_reserved(running)
         leader = sequence.leader
         is_new = sequence.num_output == 0
         if leader is not None and is_new and self._prefix_cache:
@@ -85,6 +88,26 @@ class BlockTables:
         if leader is not None and is_new and self._may_fork(sequence, leader):
             return self._fork(sequence, leader, reserve)
         return self._take(sequence, reserve)
+
+    def _num_reserved(self, running: Collection[Sequence]) -> int:
+        """Return how many blocks the running sequences need soon: the next one in each group.
+
+        Prompts need all that they still lack. Otherwise several could each hold a part of what one needs,
+        and if none can be cut there, as within an image, wait for each other forever.
+        """
+        num_next = len(running) * self.num_groups
+        return num_next + sum(self._num_lacking(each) for each in running if each.is_prefilling)
+
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """Return how many blocks a running sequence lacks for its known tokens."""
+        num_tokens = len(sequence.token_ids)
+        num_lacking = 0
+        for group in self._windowed:
+            num_entries = len(sequence.tables[group])
+            num_left = self.blocks_for(num_tokens) - num_entries
+            num_held = num_entries - sequence.num_freed[group]
+            num_lacking += max(min(num_left, self.needs.max_held(group, num_tokens) - num_held), 0)
+        return num_lacking
 
     def _take(self, sequence: Sequence, reserve: int) -> bool:
         """Take the longest cached prefix, and new blocks for the tokens after it."""
@@ -97,7 +120,7 @@ class BlockTables:
         num_blocks = self.blocks_for(num_tokens)
         num_new = self.needs.total_for(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
         num_revived = sum(map(pool.count_free, hit.blocks))
-        if pool.num_free - num_new - num_revived < reserve * self.num_groups:
+        if pool.num_free - num_new - num_revived < reserve:
             return False
         for blocks in hit.blocks:
             for block in blocks:
@@ -142,7 +165,7 @@ class BlockTables:
 
         That token is computed again, so that each choice samples its own first token.
         """
-        if self.pool.num_free - self.num_groups < reserve * self.num_groups:
+        if self.pool.num_free - self.num_groups < reserve:
             return False
         start = sequence.prompt_len - 1
         num_shared, num_partial = divmod(start, self.block_size)
@@ -192,12 +215,12 @@ class BlockTables:
                 num_entries += count
         return num_entries * self.block_size
 
-    def num_missing(self, sequence: Sequence) -> int:
-        """Return how many blocks a prompt lacks for its next token, if no step in flight will free any."""
+    def num_missing(self, sequence: Sequence, end: int) -> int:
+        """Return how many blocks a prompt lacks up to position `end`, if no step in flight will free any."""
         if not self._windowed or sequence.num_settled < sequence.num_computed:
             return 0
-        is_covered = sequence.num_computed < len(sequence.tables[self._windowed[0]]) * self.block_size
-        return 0 if is_covered else len(self._windowed)
+        num_lacking = self.blocks_for(end) - len(sequence.tables[self._windowed[0]])
+        return max(num_lacking, 0) * len(self._windowed)
 
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Make the blocks that `num_tokens` tokens fill findable; the steps planned so far write them."""
