@@ -195,6 +195,7 @@ async def test_vectors_do_not_depend_on_what_runs_beside_them(embedder: Embedder
         ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a", "dimensions": 1 << 40}, "dimensions"),
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "cache_salt": ""}, "cache_salt"),
         ({"input": ["a"] * 2049}, "input"),
         ({"input": "y" * 512}, "input"),
         ({"input": ["a", "y" * 600]}, "input[1]"),
@@ -208,6 +209,27 @@ async def test_what_is_wrong_is_named(server: PooledServer, body: dict[str, Any]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert server.app.context.served is not None
     assert server.app.context.served.engine.describe()["requests"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "y" * 100}),
+        ("/score", {"text_1": "y" * 100, "text_2": "a"}),
+        ("/rerank", {"query": "y" * 100, "documents": ["a"]}),
+    ],
+)
+async def test_prompts_with_other_salts_share_no_cached_prefix(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    Embedder(tmp_path, "lasttoken")
+    async with pooled_server(tmp_path) as server:
+        hits = []
+        for salt in ("mine", "yours", "mine"):
+            assert (await server.post(path, **body, cache_salt=salt)).status_code == 200
+            lines = (await server.http.get("/metrics")).text.splitlines()
+            hits += [line for line in lines if line.startswith("tgi_prefix_cache_hit_tokens_total ")]
+    assert hits[0] == hits[1] != hits[2]
 
 
 async def test_a_thousand_inputs_run_a_few_at_a_time(embedder: Embedder) -> None:

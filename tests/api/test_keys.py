@@ -191,6 +191,25 @@ async def salts(settings: Settings, *calls: tuple[str, str | None]) -> list[str 
     return [request.cache_salt for request in engine.requests]
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 9}),
+    ],
+)
+async def test_every_api_keeps_prompts_with_a_salt_apart(path: str, prompt: dict[str, Any]) -> None:
+    engine = ScriptedEngine()
+    app = scripted_app(engine)
+    assert (await call(app, "-", path, **prompt, cache_salt="mine")).status_code == 200
+    assert engine.requests[0].cache_salt == "mine"
+    refused = await call(app, "-", path, **prompt, cache_salt="")
+    assert refused.status_code == 400
+    assert "cache_salt" in refused.json()["error"]["message"]
+
+
 async def test_keys_do_not_share_cached_prefixes() -> None:
     first, again, second, salted, other = await salts(
         Settings(api_key=TWO),

@@ -97,6 +97,7 @@ Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
 Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
 Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
 Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
+Salt = Annotated[str, Meta(min_length=1)]  # vLLM's: only requests with the same salt share cached prefixes
 
 
 def check_ranges(request: Struct, where: str = "", *, unbounded: Collection[str] = ()) -> None:

@@ -84,6 +84,7 @@ class PoolCall:
     truncation: Truncation | None = None
     adds_special_tokens: bool = True
     priority: int = 0
+    cache_salt: str | None = None
     num_numbers: int = 1
 
     @property

@@ -112,7 +112,7 @@ async def _requests(
             raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
         prompts += found
     priority = bounded_priority(call.priority, context.settings)
-    salt = cache_salt_of(exchange, None)
+    salt = cache_salt_of(exchange, call.cache_salt)
     return [
         GenerationRequest(
             request_id=exchange.request_id,

@@ -21,6 +21,7 @@ from tgi_asgi.api.parse import (
     ONLY_USERS,
     Fraction,
     Natural,
+    Salt,
     check_ranges,
     decode_json,
     refuse,
@@ -66,6 +67,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     thread: dict[str, Any] | None = None  # a conversation to be stored by the server
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None  # older name of `output_config.format`
+    cache_salt: Salt | None = None
 
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
@@ -95,6 +97,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         constraint=_constraint(request),
         reasoning_budget=_budget(request.thinking),
         tools=_choice(request.tool_choice, tools, request.tools or ()),
+        cache_salt=request.cache_salt,
     )
     render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0)
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))

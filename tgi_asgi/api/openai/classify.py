@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import inputs_of, usage
-from tgi_asgi.api.parse import Int, check_ranges, decode_json
+from tgi_asgi.api.parse import Int, Salt, check_ranges, decode_json
 from tgi_asgi.api.pool_call import PoolCall, Pooled, classification_of, read_truncation
 from tgi_asgi.api.vectors import activate
 from tgi_asgi.types import Activation
@@ -28,6 +28,7 @@ class ClassifyRequest(Struct, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     add_special_tokens: bool | None = None
     priority: int | None = None
+    cache_salt: Salt | None = None
     user: str | None = None
 
 
@@ -70,5 +71,6 @@ def parse_classify(body: bytes, exchange: Exchange) -> PoolCall:
         truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         adds_special_tokens=request.add_special_tokens is not False,
         priority=request.priority or 0,
+        cache_salt=request.cache_salt,
         num_numbers=len(how.labels),
     )

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.params import check_ids
-from tgi_asgi.api.parse import Int, Positive, check_ranges, decode_json, refuse_field
+from tgi_asgi.api.parse import Int, Positive, Salt, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_truncation
 from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
 from tgi_asgi.settings import Settings
@@ -34,6 +34,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     embed_dtype: Literal["float32"] | None = None
     endianness: Literal["native", "little"] | None = None
     priority: int | None = None
+    cache_salt: Salt | None = None
 
 
 _DECODER = msgspec.json.Decoder(EmbeddingRequest)
@@ -70,6 +71,7 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
         truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         adds_special_tokens=request.add_special_tokens is not False,
         priority=request.priority or 0,
+        cache_salt=request.cache_salt,
         num_numbers=embedding.dimensions,
     )
 

@@ -50,8 +50,6 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     check_ids(stop_ids, "stop_token_ids", info.vocab_size)
     if request.truncate_prompt_tokens == 0:
         refuse_field("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
-    if request.cache_salt == "":
-        refuse_field("cache_salt", "must not be empty")
     check_unset(request, _UNSUPPORTED)
 
 

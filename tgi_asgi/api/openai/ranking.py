@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import usage
-from tgi_asgi.api.parse import Int, Natural, check_ranges, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import Int, Natural, Salt, check_ranges, decode_json, refuse, refuse_field
 from tgi_asgi.api.pool_call import (
     Input,
     Pair,
@@ -46,6 +46,7 @@ class RerankRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     priority: int | None = None
+    cache_salt: Salt | None = None
 
 
 class ScoreRequest(Struct, kw_only=True):
@@ -59,6 +60,7 @@ class ScoreRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     priority: int | None = None
+    cache_salt: Salt | None = None
 
 
 _RERANK = msgspec.json.Decoder(RerankRequest)
@@ -132,6 +134,7 @@ def _call(
         model=request.model,
         truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
         priority=request.priority or 0,
+        cache_salt=request.cache_salt,
         num_numbers=scored.num_numbers,
     )
 

@@ -24,6 +24,7 @@ from tgi_asgi.api.parse import (
     Natural,
     Penalty,
     Positive,
+    Salt,
     kind_of,
     range_of,
     refuse,
@@ -103,6 +104,7 @@ class ResponsesRequest(Struct, kw_only=True):
     repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    cache_salt: Salt | None = None
     structured_outputs: dict[str, Any] | None = None
 
     # Known but not supported, and therefore refused: ignoring them would mislead. The last two are vLLM's.

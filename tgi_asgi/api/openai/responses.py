@@ -115,6 +115,7 @@ def _call(
         ignore_eos=bool(request.ignore_eos),
         constraint=_constraint(request),
         tools=choice,
+        cache_salt=request.cache_salt,
     )
 
     own = None if request.store is False else msgspec.json.encode(items)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Share, range_of
+from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Salt, Share, range_of
 from tgi_asgi.api.tools import CUSTOM_INPUT
 
 # -1: without bound.
@@ -83,7 +83,7 @@ class CommonRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     truncation_side: Literal["left"] | None = None  # the end of a prompt is what an answer follows
     priority: int | None = None
-    cache_salt: str | None = None
+    cache_salt: Salt | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
