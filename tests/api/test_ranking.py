@@ -117,6 +117,14 @@ async def test_pairs_are_scored_one_by_one_or_one_against_all(
         ]
 
 
+@pytest.mark.parametrize("names", [("queries", "documents"), ("queries", "items"), ("data_1", "data_2")])
+async def test_vllms_newer_names_for_both_texts(server: PooledServer, names: tuple[str, str]) -> None:
+    expected = (await server.post("/score", text_1=QUERY, text_2=DOCUMENTS)).json()["data"]
+    answer = await server.post("/score", **dict(zip(names, (QUERY, DOCUMENTS), strict=True)))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == expected
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -132,6 +140,10 @@ async def test_pairs_are_scored_one_by_one_or_one_against_all(
         ("/score", {"text_1": ["a", "b"], "text_2": ["c"]}, 400, "text_1"),
         ("/score", {"text_1": "a", "text_2": []}, 400, "text_2"),
         ("/score", {"text_1": "a"}, 400, "text_2"),
+        ("/score", {}, 400, "text_1"),
+        ("/score", {"items": ["a"]}, 400, "queries"),
+        ("/score", {"queries": "a", "documents": ["b", ""]}, 400, "documents[1]"),
+        ("/score", {"queries": ["a", "b"], "items": ["c"]}, 400, "queries"),
         ("/v1/embeddings", {"input": "a"}, 400, "model"),
         ("/rerank", {"query": "a", "texts": []}, 422, None),
         ("/rerank", {"query": "a", "texts": ["b" * 600]}, 413, None),

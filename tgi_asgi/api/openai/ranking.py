@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import usage
-from tgi_asgi.api.parse import Int, Natural, Salt, check_ranges, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import Int, Natural, Salt, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import (
     Input,
     Pair,
@@ -25,6 +25,10 @@ from tgi_asgi.api.pool_call import (
 )
 from tgi_asgi.api.vectors import best_first, cosine, logit_of, probability
 from tgi_asgi.types import Embedding, ModelInfo
+
+_Texts = str | list[str]
+# vLLM's names for the two sides of a score; the first are its oldest.
+_SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
 
 class Document(Struct):
@@ -50,10 +54,15 @@ class RerankRequest(Struct, kw_only=True):
 
 
 class ScoreRequest(Struct, kw_only=True):
-    """Body of `POST /score` and `/v1/score`."""
+    """Body of `POST /score` and `/v1/score`: `text_1` and `text_2`, or another pair of `_SIDES`."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: _Texts | None = None
+    text_2: _Texts | None = None
+    queries: _Texts | None = None
+    documents: _Texts | None = None
+    items: _Texts | None = None
+    data_1: _Texts | None = None
+    data_2: _Texts | None = None
     model: str | None = None
     instruction: str | None = None
     use_activation: bool | None = None  # false: scores are logits
@@ -101,13 +110,14 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
     """Parse a request to score pairs of texts."""
     request = decode_json(body, _SCORE)
     check_ranges(request)
-    first, second = _texts(request.text_1), _texts(request.text_2)
-    for name, texts in (("text_1", first), ("text_2", second)):
-        check_num_inputs(len(texts), name, exchange.context.settings)
-    if len(first) not in (1, len(second)):
-        refuse("text_1", f"`text_1` must be one text, or as many as `text_2`: {len(first)}, {len(second)}")
-    names = ("text_1", "text_2")
-    scored = Scored(exchange.context.ready().info, request.text_1, request.text_2, names)
+    names = _sides(request)
+    first, second = (getattr(request, name) for name in names)
+    num_first, num_second = len(_texts(first)), len(_texts(second))
+    for name, count in zip(names, (num_first, num_second), strict=True):
+        check_num_inputs(count, name, exchange.context.settings)
+    if num_first not in (1, num_second):
+        refuse_field(names[0], f"must be one text, or as many as `{names[1]}`: {num_first}, {num_second}")
+    scored = Scored(exchange.context.ready().info, first, second, names)
 
     def answer(pooled: Pooled) -> bytes:
         scores = scored.scores(pooled, is_raw=request.use_activation is False)
@@ -122,6 +132,15 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
         return orjson.dumps(shown)
 
     return _call(scored, request, answer)
+
+
+def _sides(request: ScoreRequest) -> tuple[str, str]:
+    """Return the names that a request has for the two sides; refuse it if one is missing."""
+    names = max(_SIDES, key=lambda names: sum(getattr(request, name) is not None for name in names))
+    for name in names:
+        if getattr(request, name) is None:
+            refuse_field(name, "is required")
+    return names
 
 
 def _call(
@@ -147,9 +166,7 @@ class Scored:
         names: The API's field names for both.
     """
 
-    def __init__(
-        self, info: ModelInfo, first: str | list[str], second: str | list[str], names: tuple[str, str]
-    ) -> None:
+    def __init__(self, info: ModelInfo, first: _Texts, second: _Texts, names: tuple[str, str]) -> None:
         self.how = scoring_of(info)
         self._first, self._second, self._names = _texts(first), _texts(second), names
         self._are_lists = isinstance(first, list), isinstance(second, list)
@@ -188,5 +205,5 @@ class Scored:
         return f"{self._names[side]}[{at}]" if self._are_lists[side] else self._names[side]
 
 
-def _texts(given: str | list[str]) -> list[str]:
+def _texts(given: _Texts) -> list[str]:
     return [given] if isinstance(given, str) else given
