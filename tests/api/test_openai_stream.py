@@ -173,6 +173,8 @@ async def test_token_ids_travel_at_the_choice_and_prompt_ids_once() -> None:
     assert all(set(delta) <= {"role", "content"} for delta in deltas(events))
     events = await stream(say("a"), "/v1/completions", return_token_ids=True)
     assert events[0]["choices"][0]["prompt_token_ids"] == [104, 105]
+    # Clients of vLLM, whose chunks all have tokens, read the list of every chunk.
+    assert [c["token_ids"] for e in events for c in e["choices"]] == [[], [97], [EOS]]
 
 
 async def test_echo_of_a_continued_message_comes_after_the_role() -> None:

@@ -137,7 +137,7 @@ class CompletionRenderer:
                 if choice.echo:
                     yield self._chunk(index, choice.text(choice.echo))
             elif choice.echo or prompt_ids:
-                yield self._chunk(index, choice.text(choice.echo), prompt_ids)
+                yield self._chunk(index, choice.text(choice.echo), {**prompt_ids, **self._token_ids(index)})
 
     def _begin_part(self, part: int) -> Fields:
         """Pass the prompt's log-probabilities to its choices; return the prompt's token ids, if requested."""
