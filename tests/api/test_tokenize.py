@@ -47,7 +47,8 @@ async def test_empty_inputs_are_no_error() -> None:
 
 async def test_prompt_gives_ids_and_their_count() -> None:
     response = await post("/tokenize", {"prompt": "ab"}, adds_bos=True)
-    assert response.json() == {"tokens": [BOS, 97, 98], "count": 3, "max_model_len": 512}
+    expected = {"tokens": [BOS, 97, 98], "count": 3, "max_model_len": 512, "token_strs": None}
+    assert response.json() == expected
     response = await post("/tokenize", {"prompt": "ab", "add_special_tokens": False}, adds_bos=True)
     assert response.json()["tokens"] == [97, 98]
 
@@ -60,6 +61,14 @@ async def test_messages_are_templated_first() -> None:
     assert response.json()["count"] == len(tokens)
     without = await post("/tokenize", {"messages": MESSAGES, "add_generation_prompt": False})
     assert without.json()["count"] < len(tokens)
+
+
+@pytest.mark.parametrize("body", [{"prompt": "ab"}, {"messages": MESSAGES}], ids=str)
+async def test_tokens_come_as_the_vocabulary_writes_them_on_request(body: dict[str, Any]) -> None:
+    answer = (await post("/tokenize", {**body, "return_token_strs": True})).json()
+    tokenizer = ToyTokenizer()
+    assert answer["token_strs"] == [tokenizer.piece(token_id) for token_id in answer["tokens"]]
+    assert (await post("/tokenize", body)).json()["token_strs"] is None
 
 
 @pytest.mark.parametrize(

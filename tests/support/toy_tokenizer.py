@@ -92,6 +92,9 @@ class ToyTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str | None:
+        return f"<{token_id}>"
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         kept = (i for i in ids if not (skip_special_tokens and i in self._special))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")

@@ -121,6 +121,12 @@ def test_an_id_without_a_token_has_no_bytes(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49152
     assert tokenizer.token_bytes(49152) == b""
     assert tokenizer.decode([49152], skip_special_tokens=False) == ""
+    assert tokenizer.piece(49152) is None
+
+
+def test_pieces_are_written_as_in_the_vocabulary(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello world<|im_end|>", add_special_tokens=False)
+    assert [tokenizer.piece(token_id) for token_id in ids] == ["Hello", "Ġworld", "<|im_end|>"]
 
 
 def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:

@@ -246,6 +246,10 @@ class Tokenizer:
         """Return a token's text for display: a special token's name, U+FFFD for incomplete characters."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary writes it (`Ġworld`); None for an id without a token."""
+        return self._backend.id_to_token(token_id)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Turn ids into text; unknown ids yield none. For whole texts; streams use `token_bytes`."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -239,6 +239,12 @@ class ChatRequest(CommonRequest, kw_only=True):
     input_ids: Any = None
 
 
+class ChatTokenizeRequest(ChatRequest, kw_only=True):
+    """Body of `POST /tokenize` in vLLM's form, with messages."""
+
+    return_token_strs: bool | None = None
+
+
 class CompletionRequest(CommonRequest, kw_only=True):
     """Body of `POST /v1/completions`."""
 
@@ -254,4 +260,5 @@ class CompletionRequest(CommonRequest, kw_only=True):
 
 
 CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
+CHAT_TOKENIZE_DECODER = msgspec.json.Decoder(ChatTokenizeRequest)
 COMPLETION_DECODER = msgspec.json.Decoder(CompletionRequest)

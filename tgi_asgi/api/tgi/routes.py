@@ -7,7 +7,7 @@ from functools import partial
 from tgi_asgi.api.admin import status
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.life import generating
-from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
+from tgi_asgi.api.openai.schema import ChatRequest, ChatTokenizeRequest, CompletionRequest
 from tgi_asgi.api.routes import Route
 from tgi_asgi.api.tgi import clouds, request, schema, tokenize
 from tgi_asgi.api.tokenising import tokenising
@@ -42,7 +42,7 @@ def rows() -> list[Route]:
         ),
         tokens(
             "/tokenize", tokenising(tokenize.tokenize), "Tokenise a text or chat",
-            requests=(schema.TokenizeRequest, schema.PromptTokenizeRequest, ChatRequest),
+            requests=(schema.TokenizeRequest, schema.PromptTokenizeRequest, ChatTokenizeRequest),
         ),
         tokens(
             "/detokenize", tokenising(tokenize.detokenize), "Convert tokens to text", dialect=OPENAI,

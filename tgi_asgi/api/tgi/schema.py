@@ -174,6 +174,7 @@ class PromptTokenizeRequest(Struct, frozen=True):
 
     prompt: Annotated[str, _field("Text to tokenise.")]
     add_special_tokens: Annotated[_Flag, _field("Whether to add BOS etc. (default true).")] = None
+    return_token_strs: Annotated[_Flag, _field("Whether to return the tokens' strings.")] = None
 
 
 class DetokenizeRequest(Struct, frozen=True):

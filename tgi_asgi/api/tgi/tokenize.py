@@ -11,7 +11,7 @@ from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
-from tgi_asgi.api.openai.schema import CHAT_DECODER
+from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text, plain_text
 from tgi_asgi.api.tgi.body_kind import set_dialect
@@ -21,11 +21,17 @@ from tgi_asgi.api.tokenising import WithImages, after_images
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return TGI's array for `inputs`; for `prompt` or `messages`, the ids and their count."""
+    """Return TGI's array for `inputs`; for `prompt` or `messages`, vLLM's object with the ids."""
     served, settings = exchange.context.ready(), exchange.context.settings
 
-    def listed(ids: list[int]) -> bytes:
-        return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
+    def listed(ids: list[int], shows_pieces: bool | None) -> bytes:
+        answer = {
+            "tokens": ids,
+            "count": len(ids),
+            "max_model_len": served.info.max_total_tokens,
+            "token_strs": [served.tokenizer.piece(i) for i in ids] if shows_pieces else None,
+        }
+        return orjson.dumps(answer)
 
     match set_dialect(body, exchange):
         case "inputs":
@@ -40,12 +46,17 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
             adds = request.add_special_tokens is not False
-            return listed(served.tokenizer.encode(request.prompt, add_special_tokens=adds))
+            ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
+            return listed(ids, request.return_token_strs)
         case _:
-            chat = _chat(body, exchange)
-            return after_images(
-                chat.images, lambda: listed(chat_prompt(chat, served, settings, is_bounded=False).ids)
-            )
+            given = decode_json(body, CHAT_TOKENIZE_DECODER)
+            chat = _chat(given, exchange)
+
+            def list_chat() -> bytes:
+                ids = chat_prompt(chat, served, settings, is_bounded=False).ids
+                return listed(ids, given.return_token_strs)
+
+            return after_images(chat.images, list_chat)
 
 
 def detokenize(body: bytes, exchange: Exchange) -> bytes:
@@ -59,7 +70,7 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
 def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return a chat's templated text and its tokens, without adding special tokens."""
     served = exchange.context.ready()
-    chat = _chat(body, exchange)
+    chat = _chat(decode_json(body, CHAT_DECODER), exchange)
 
     def encode_answer() -> bytes:
         text = chat_text(chat, served, exchange.context.settings)
@@ -71,12 +82,10 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     return after_images(chat.images, encode_answer)
 
 
-def _chat(body: bytes, exchange: Exchange) -> Conversation:
+def _chat(request: ChatRequest, exchange: Exchange) -> Conversation:
     context = exchange.context
     return read_conversation(
-        decode_json(body, CHAT_DECODER),
-        images=context.ready().new_images(),
-        is_compat=context.settings.tgi_compat,
+        request, images=context.ready().new_images(), is_compat=context.settings.tgi_compat
     )
 
 
