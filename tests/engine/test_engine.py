@@ -132,6 +132,8 @@ async def test_a_stop_string_ends_and_its_speculative_token_is_not_counted(make_
     assert (answer.finish(), answer.events[-1].stop) == (FinishReason.STOP, "END")
     assert answer.stats.generated_tokens == 7
     assert engine.stats.sampled_tokens == 7
+    await until(lambda: engine.stats.steps == len(runner.plans))
+    assert engine.stats.inter_token_s.count == 6
 
 
 async def test_eos_on_the_last_token_wins_over_the_length(make_engine: MakeEngine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,11 @@ from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tests.support.waiting import until
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.admission import Admission
-from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import (
     IncompleteGeneration,
     Overloaded,
     Unavailable,
 )
-from tgi_asgi.runner.plan import StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason
 
@@ -96,8 +95,8 @@ async def test_what_is_refused_between_two_steps_does_not_run(
     waiting = submit(engine, make_request(6, max_tokens=3))
     deliver = engine._loop._deliver
 
-    async def deliver_and_refuse(step: Step, result: StepResult) -> None:
-        await deliver(step, result)
+    async def deliver_and_refuse(*args: Any) -> None:
+        await deliver(*args)
         if running.is_ended:
             waiting.refuse(Overloaded("too late"))
 

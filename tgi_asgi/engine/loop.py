@@ -258,8 +258,10 @@ class ServingLoop:
                 step.num_decode_rows, step.num_prefill_tokens, duration_s, num_drafts=result.num_drafts
             )
             self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
-        # A decode row got its last token from the step before.
-        self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
+        live = self.scheduler.apply(step, result)
+        # A live decode row got its last token from the step before.
+        num_continued = sum(row < step.num_decode_rows for row, _ in live)
+        self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, num_continued)
         if result.num_drafts:
             self._count_drafts(result)
         self._last_done_s = flight.done_s
@@ -268,7 +270,7 @@ class ServingLoop:
         self._stats.steps += 1
         self._stats.batch_size = len(step.sequences)
         self._stats.prefill_tokens += step.num_prefill_tokens
-        await self._deliver(step, result)
+        await self._deliver(step, result, live)
 
     def _count_drafts(self, result: StepResult) -> None:
         stats = self._stats
@@ -278,10 +280,10 @@ class ServingLoop:
         stats.accepted_draft_tokens += num_accepted
         stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
 
-    async def _deliver(self, step: Step, result: StepResult) -> None:
-        """Turn a result into events and end finished requests; `flush` passes the events on."""
+    async def _deliver(self, step: Step, result: StepResult, live: list[tuple[int, Sequence]]) -> None:
+        """Turn live rows' results into events and end finished requests; `flush` passes the events on."""
         now = self._clock()
-        for row, sequence in self.scheduler.apply(step, result):
+        for row, sequence in live:
             if sequence.state is SequenceState.FINISHED:
                 continue  # another choice of the request failed in this step
             channel: RequestChannel = sequence.owner
