@@ -475,7 +475,7 @@ async def test_a_reset_cache_is_cold_and_those_that_use_it_do_not_notice(make_en
     await ask(engine, make_request(40, 2))
     running = submit(engine, make_request(40, 60, sampling=SEEDED))
     await until(lambda: running.stats.generated_tokens > 5)
-    assert engine.reset_prefix_cache() == 2
+    assert engine.reset_prefix_cache() >= 2  # the answer may have filled a third block by now
     assert engine.reset_prefix_cache() == 0
     again = await ask(engine, make_request(40, 2))
     assert running.stats.cached_tokens == 32 and again.stats.cached_tokens == 0
