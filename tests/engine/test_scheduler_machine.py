@@ -321,8 +321,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if len(self.flights) < 2:
                 self.plan(runs_early=False)
             assert self.flights, f"nothing to compute, and the engine would sleep: {self.open}"
-            if self.flights:
-                self.complete()
+            self.complete()
             self.blocks_are_accounted_for()
         assert not self.open, f"stuck: {self.open}"
         assert self.scheduler.pool.num_used == 0
