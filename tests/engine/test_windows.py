@@ -224,6 +224,22 @@ def test_a_prompt_that_may_not_be_cut_takes_the_last_blocks(vision: Bidirectiona
     assert runner.violations == []
 
 
+def test_prompts_that_may_not_be_cut_do_not_wait_for_each_other() -> None:
+    """Admitted before either had its blocks, each took a part of what the other needed: nothing could run."""
+    scheduler, runner = make(
+        (None, 32), num_blocks=25, max_step_tokens=512, vision=Bidirectional.PROMPT, prefix_cache=False
+    )
+    runner.vision = Bidirectional.PROMPT
+    images = [ImageInput(bytes(32), 12, 110, payload=None), ImageInput(bytes(31) + b"1", 13, 23, payload=None)]
+    sequences = [
+        add_request(scheduler, make_request(range(168), 16, images=(images[0],)))[0],
+        add_request(scheduler, make_request(range(39), 10, images=(images[1],)), arrival=1)[0],
+    ]
+    run_all(scheduler, runner)
+    assert are_finished(sequences)
+    assert runner.violations == []
+
+
 def test_a_prompt_whose_scores_may_begin_again_keeps_its_blocks_until_then() -> None:
     scheduler, runner = make((None, 40))
     [sequence] = add_request(scheduler, make_request(range(200), 60, prompt_logprobs=1))

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 
-from tgi_asgi.engine.image_encoding import ChunkBoundaries
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.tables import BlockTables
 
 
-def num_missing_blocks(sequence: Sequence, tables: BlockTables, chunk_boundaries: ChunkBoundaries) -> int:
-    """Return how many blocks a running sequence needs for its next token and what no cut parts from it."""
+def num_missing_blocks(sequence: Sequence, tables: BlockTables) -> int:
+    """Return how many blocks a running sequence needs for its next token."""
     if sequence.is_prefilling:
-        start = sequence.num_computed
-        return tables.num_missing(sequence, chunk_boundaries.end(sequence, start, start + 1))
+        return tables.num_missing(sequence)
     end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
     is_growing = (
         end > len(sequence.tables[0]) * tables.block_size

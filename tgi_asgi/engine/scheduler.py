@@ -256,10 +256,7 @@ class Scheduler:
 
     def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
-        missing = {
-            sequence: num_missing_blocks(sequence, self.tables, self.chunk_boundaries)
-            for sequence in self._running
-        }
+        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in self._running}
         while sum(missing.values()) > self.pool.num_free:
             victim = choose_victim(self._running, self.tables)
             self._suspend(victim)

@@ -215,12 +215,12 @@ class BlockTables:
                 num_entries += count
         return num_entries * self.block_size
 
-    def num_missing(self, sequence: Sequence, end: int) -> int:
-        """Return how many blocks a prompt lacks up to position `end`, if no step in flight will free any."""
+    def num_missing(self, sequence: Sequence) -> int:
+        """Return how many blocks a prompt lacks for its next token, if no step in flight will free any."""
         if not self._windowed or sequence.num_settled < sequence.num_computed:
             return 0
-        num_lacking = self.blocks_for(end) - len(sequence.tables[self._windowed[0]])
-        return max(num_lacking, 0) * len(self._windowed)
+        is_covered = sequence.num_computed < len(sequence.tables[self._windowed[0]]) * self.block_size
+        return 0 if is_covered else len(self._windowed)
 
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Make the blocks that `num_tokens` tokens fill findable; the steps planned so far write them."""
