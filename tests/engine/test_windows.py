@@ -230,7 +230,10 @@ def test_prompts_that_may_not_be_cut_do_not_wait_for_each_other() -> None:
         (None, 32), num_blocks=25, max_step_tokens=512, vision=Bidirectional.PROMPT, prefix_cache=False
     )
     runner.vision = Bidirectional.PROMPT
-    images = [ImageInput(bytes(32), 12, 110, payload=None), ImageInput(bytes(31) + b"1", 13, 23, payload=None)]
+    images = [
+        ImageInput(bytes(32), 12, 110, payload=None),
+        ImageInput(bytes(31) + b"1", 13, 23, payload=None),
+    ]
     sequences = [
         add_request(scheduler, make_request(range(168), 16, images=(images[0],)))[0],
         add_request(scheduler, make_request(range(39), 10, images=(images[1],)), arrival=1)[0],

@@ -36,6 +36,7 @@ NARROWED = {
     "const": "numbers are written as in the schema: 1, not 1.0",
     "enum": "numbers are written as in the schema",
     "type": "an integer has no fraction",
+    "bignum": "an integer has at most 19 digits",
     "format": "formats are enforced, not annotations",
     "email": "no quoted local parts and no IPv6 addresses",
     "ipv6": "no embedded IPv4 addresses",

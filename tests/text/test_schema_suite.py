@@ -97,6 +97,30 @@ def test_a_number_of_a_range_has_an_end(
     check_numbers(compiler, bounds, inside, outside)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (
+            {"type": "integer"},
+            ("0", "-9000000000000000000", "1234567890123456789"),
+            ("1" * 20, "-" + "9" * 19),
+        ),
+        ({"type": ["integer", "null"]}, ("null", "-5", "8" * 19), ("1" * 20,)),
+        ({"type": "integer", "exclusiveMinimum": 5}, ("6", "8" * 19), ("5", "1" * 20)),
+        (
+            {"type": "integer", "maximum": -5, "multipleOf": 10},
+            ("-10", "-" + "8" * 17 + "0"),
+            ("0", "-" + "10" * 10),
+        ),
+        ({"type": "integer", "enum": [3, 4]}, ("3",), ("5",)),
+    ],
+)
+def test_an_integer_has_an_end(
+    compiler: GrammarCompiler, bounds: dict[str, Any], inside: tuple[str, ...], outside: tuple[str, ...]
+) -> None:
+    check_numbers(compiler, bounds, inside, outside)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_refused_where_it_is_strict_is_ignored_and_named_where_it_is_not(
     compiler: GrammarCompiler, family: str

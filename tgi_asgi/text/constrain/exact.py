@@ -12,8 +12,11 @@ _MAX_MULTIPLE = 10_000
 _MAX_DIGITS = 15  # of a fraction; the compiler rounds further digits
 _FINEST = 1e-10  # the compiler accepts no finer step
 _MAX_OF_RANGE = 1e12
+_MAX_INTEGER = 9 * 10**18  # the compiler counts in 64 bits
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_ELSEWHERE = frozenset({"const", "enum", "$ref", "anyOf", "oneOf", "allOf"})  # they limit a number, too
 # Keywords that the compiler combines with a range; it then claims that a single value holds no multiple.
-_COMBINED = frozenset({"multipleOf", "const", "enum", "$ref", "anyOf", "oneOf", "allOf"})
+_COMBINED = _ELSEWHERE | {"multipleOf"}
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only writable as \u0000, which `inline_json` forbids
 
 
@@ -57,19 +60,27 @@ def nudge_bounds(schema: dict[str, Any]) -> None:
 
 
 def bound_digits(schema: dict[str, Any]) -> None:
-    """Limit the numbers of a range to ten digits after the decimal point.
+    """Limit integers to 19 digits, and the numbers of a range to ten digits after the decimal point.
 
-    A small model that has begun a fraction may not find its end. Numbers without a range stay unrestricted,
-    because some of them have an exponent, which the compiler does not allow together with `multipleOf`.
+    A small model that has begun a number may not find its end. Fractions without a range stay unrestricted,
+    because some of them have an exponent, which the compiler does not allow together with a range.
     """
-    limits = [
-        next((value for name in names if is_number(value := schema.get(name))), None)
-        for names in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
-    ]
-    least, most = limits
     kinds = schema.get("type")
-    is_any = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
-    if not is_any or least is None or most is None or _COMBINED & schema.keys():
+    types = kinds if isinstance(kinds, list) else [kinds]
+    if "number" in types:
+        _bound_fraction(schema)
+    elif "integer" in types and not _ELSEWHERE & schema.keys():
+        for names, limit in ((_LOWER, -_MAX_INTEGER), (_UPPER, _MAX_INTEGER)):
+            if not schema.keys() & names:
+                schema[names[0]] = limit
+
+
+def _bound_fraction(schema: dict[str, Any]) -> None:
+    least, most = (
+        next((value for name in names if is_number(value := schema.get(name))), None)
+        for names in (_LOWER, _UPPER)
+    )
+    if least is None or most is None or _COMBINED & schema.keys():
         return
     if most - least >= 1 and max(abs(least), abs(most)) <= _MAX_OF_RANGE:
         schema["multipleOf"] = _FINEST
