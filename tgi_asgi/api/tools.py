@@ -15,7 +15,7 @@ import orjson
 from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.tools import ToolSpec
+from tgi_asgi.text.tools import ToolSpec, with_json_types
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,15 @@ def choose(
         if name not in known:
             message = f"`{{field}}` names {name[:80]!r}, which is not among `tools`"
             raise InvalidRequest(message, field=("tool_choice",))
-    specs = [
-        ToolSpec(tool.name, tool.parameters, is_strict=bool(tool.is_strict))
-        for tool in tools
-        if names is None or tool.name in names
-    ]
+    specs = [_spec(tool) for tool in tools if names is None or tool.name in names]
     is_named = mode == "named"
     return ToolChoice(specs, is_named or mode == "required", is_named, is_parallel and not is_named)
+
+
+def _spec(tool: Tool) -> ToolSpec:
+    if tool.is_strict:
+        return ToolSpec(tool.name, tool.parameters)
+    return ToolSpec(tool.name, with_json_types(tool.parameters), is_strict=False)
 
 
 def whole_arguments(text: str) -> Any:

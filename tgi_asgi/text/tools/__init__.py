@@ -18,11 +18,12 @@ from tgi_asgi.text.tools.base import (
 )
 from tgi_asgi.text.tools.formats import FORMATS, GENERIC
 from tgi_asgi.text.tools.generic import add_tool_prompt, shorten_ids, spell_out, with_own_tools
+from tgi_asgi.text.tools.type_names import with_json_types
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
     "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "channels_of", "choose_format", "harmony",
-    "recognised_format", "shorten_ids", "spell_out", "with_own_tools",
+    "recognised_format", "shorten_ids", "spell_out", "with_json_types", "with_own_tools",
 ]  # fmt: skip
 
 
