@@ -144,6 +144,7 @@ async def test_vllms_additions_are_those_of_chats() -> None:
     engine = ScriptedEngine(say("a"))
     fields: dict[str, Any] = {
         "structured_outputs": {"regex": "a+"}, "ignore_eos": True, "logit_bias": {"5": -100}, "seed": 1,
+        "priority": 3, "skip_special_tokens": False, "stop": "b", "include_stop_str_in_output": True,
     }  # fmt: skip
     async with client_of(app_of(engine)) as client:
         assert (await client.post("/v1/responses", json={"input": "hi", **fields})).status_code == 200
@@ -152,7 +153,8 @@ async def test_vllms_additions_are_those_of_chats() -> None:
         )
     response, chat = engine.requests
     assert response.sampling == chat.sampling and response.grammar is chat.grammar is not None
-    assert response.stop == chat.stop and response.stop.ignore_eos
+    assert response.stop == chat.stop and response.stop.ignore_eos and response.stop.include_stop
+    assert response.priority == chat.priority == 3 and not response.stop.skip_special_tokens
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ class ResponsesRequest(Struct, kw_only=True):
     repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
     cache_salt: Salt | None = None
     structured_outputs: dict[str, Any] | None = None
 

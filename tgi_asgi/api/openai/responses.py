@@ -110,11 +110,14 @@ def _call(
             **{name: getattr(request, name) for name in _SAMPLING},
         ),
         stop=stop_strings(request.stop),
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special_tokens=request.skip_special_tokens is not False,
         max_tokens=request.max_output_tokens,
         overflow=overflow_of(context.settings),
         ignore_eos=bool(request.ignore_eos),
         constraint=_constraint(request),
         tools=choice,
+        priority=request.priority or 0,
         cache_salt=request.cache_salt,
     )
 
