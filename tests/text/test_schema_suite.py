@@ -113,6 +113,9 @@ def test_a_number_of_a_range_has_an_end(
             ("0", "-" + "10" * 10),
         ),
         ({"type": "integer", "enum": [3, 4]}, ("3",), ("5",)),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, ("3", "8" * 19), ("2", "1" * 20)),
+        ({"allOf": [{"type": "integer"}, {"const": 5}]}, ("5",), ("6",)),
+        ({"allOf": [{"type": "integer"}, {"multipleOf": 7}]}, ("14", "-7"), ("15", "7" * 20)),
     ],
 )
 def test_an_integer_has_an_end(

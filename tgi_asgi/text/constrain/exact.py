@@ -14,9 +14,10 @@ _FINEST = 1e-10  # the compiler accepts no finer step
 _MAX_OF_RANGE = 1e12
 _MAX_INTEGER = 9 * 10**18  # the compiler counts in 64 bits
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
-_ELSEWHERE = frozenset({"const", "enum", "$ref", "anyOf", "oneOf", "allOf"})  # they limit a number, too
+# Keywords that list or describe the values themselves.
+_OF_VALUES = frozenset({"const", "enum", "$ref", "anyOf", "oneOf", "allOf"})
 # Keywords that the compiler combines with a range; it then claims that a single value holds no multiple.
-_COMBINED = _ELSEWHERE | {"multipleOf"}
+_COMBINED = _OF_VALUES | {"multipleOf"}
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only writable as \u0000, which `inline_json` forbids
 
 
@@ -59,31 +60,35 @@ def nudge_bounds(schema: dict[str, Any]) -> None:
     _nudge(schema, "Maximum", -1)
 
 
-def bound_digits(schema: dict[str, Any]) -> None:
-    """Limit integers to 19 digits, and the numbers of a range to ten digits after the decimal point.
+def bound_integer(schema: dict[str, Any]) -> None:
+    """Limit an integer to 19 digits: a small model that has begun one may not find its end."""
+    types = _types(schema)
+    if "integer" not in types or "number" in types or _OF_VALUES & schema.keys():
+        return
+    for names, limit in ((_LOWER, -_MAX_INTEGER), (_UPPER, _MAX_INTEGER)):
+        if not schema.keys() & names:
+            schema[names[0]] = limit
 
-    A small model that has begun a number may not find its end. Fractions without a range stay unrestricted,
-    because some of them have an exponent, which the compiler does not allow together with a range.
+
+def bound_fraction(schema: dict[str, Any]) -> None:
+    """Limit the numbers of a range to ten digits after the decimal point, for the same reason.
+
+    Numbers without a range stay unrestricted, because some of them have an exponent, which the compiler does
+    not allow together with a range.
     """
-    kinds = schema.get("type")
-    types = kinds if isinstance(kinds, list) else [kinds]
-    if "number" in types:
-        _bound_fraction(schema)
-    elif "integer" in types and not _ELSEWHERE & schema.keys():
-        for names, limit in ((_LOWER, -_MAX_INTEGER), (_UPPER, _MAX_INTEGER)):
-            if not schema.keys() & names:
-                schema[names[0]] = limit
-
-
-def _bound_fraction(schema: dict[str, Any]) -> None:
     least, most = (
         next((value for name in names if is_number(value := schema.get(name))), None)
         for names in (_LOWER, _UPPER)
     )
-    if least is None or most is None or _COMBINED & schema.keys():
+    if "number" not in _types(schema) or least is None or most is None or _COMBINED & schema.keys():
         return
     if most - least >= 1 and max(abs(least), abs(most)) <= _MAX_OF_RANGE:
         schema["multipleOf"] = _FINEST
+
+
+def _types(schema: Mapping[str, Any]) -> list[Any]:
+    kinds = schema.get("type")
+    return kinds if isinstance(kinds, list) else [kinds]
 
 
 def _nudge(schema: dict[str, Any], bound: str, direction: int) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.disjoint import are_disjoint
 from tgi_asgi.text.constrain.exact import (
-    bound_digits,
+    bound_fraction,
+    bound_integer,
     count,
     is_exact,
     is_number,
@@ -108,10 +109,11 @@ class _Adapter:
                 result[key] = value if key in _DATA else self.adapt(value)
         self._leave_out(result)
         _put_right(result)
+        bound_integer(result)
         if self._closes:
-            bound_digits(result)
-        if self._closes and _is_listed(result):
-            result["additionalProperties"] = False
+            bound_fraction(result)
+            if _is_listed(result):
+                result["additionalProperties"] = False
         self._bound_below(result)
         return result
 
