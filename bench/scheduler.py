@@ -62,6 +62,7 @@ class InstantRunner:
         self.drafts: DraftLimits | None = None
         self.windows: tuple[int | None, ...] = (None,)
         self.vision: Bidirectional | None = None
+        self.num_threads = 0
         self.num_decode_steps = 0
         self.begun_s = 0.0
 

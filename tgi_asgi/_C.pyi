@@ -37,8 +37,17 @@ def default_num_threads() -> int:
 def usable_cores() -> list[int]:
     """Return the indices of the cores that the process may use, by affinity (SMT siblings not counted)."""
 
-def configure_team(num_threads: int = 0, nice: int = 0, pin: bool = False, spin_us: int = 75) -> None:
-    """Restart the thread team with these options."""
+def configure_team(
+    num_threads: int = 0, nice: int = 0, pin: bool = False, spin_us: int = 75, yields_cores: bool = False
+) -> None:
+    """Restart the thread team with these options.
+
+    Args:
+        yields_cores: Leave threads out of runs while other programs use the cores.
+    """
+
+def num_running_threads() -> int:
+    """Return how many threads the last run had."""
 
 def join_team() -> None:
     """Give the calling thread the team's nice value and member 0's core permanently."""

@@ -68,11 +68,11 @@ void check_spin(int spin_us) {
   check(spin_us >= 0 && spin_us <= 1000000, "`spin_us` must be in [0, 1000000], got ", spin_us);
 }
 
-void configure_team(int num_threads, int nice, bool pin, int spin_us) {
+void configure_team(int num_threads, int nice, bool pin, int spin_us, bool yields_cores) {
   check_threads(num_threads);
   check(nice >= -20 && nice <= 19, "`nice` must be in [-20, 19], got ", nice);
   check_spin(spin_us);
-  cpu::configure_team({num_threads, nice, pin, spin_us});
+  cpu::configure_team({num_threads, nice, pin, spin_us, yields_cores});
 }
 
 // Measures the whole team's operations per second with the instruction that products of this
@@ -117,8 +117,12 @@ void bind_team(py::module_& module) {
       "usable_cores", [] { return cpu::usable_cores(); },
       "Return the ids of the cores that the process may use by affinity, not counting SMT.");
   module.def("configure_team", &configure_team, py::arg("num_threads") = 0, py::arg("nice") = 0,
-             py::arg("pin") = false, py::arg("spin_us") = 75, release(),
-             "Restart the team with these options.");
+             py::arg("pin") = false, py::arg("spin_us") = 75, py::arg("yields_cores") = false,
+             release(),
+             "Restart the team with these options; `yields_cores`: while other programs use the "
+             "cores, runs leave threads out.");
+  module.def("num_running_threads", &cpu::num_running_threads,
+             "Return how many threads the last run had.");
   module.def("join_team", &cpu::join_team, release(),
              "Give the calling thread the team's nice value and member 0's core permanently.");
   module.def(

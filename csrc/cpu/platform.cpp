@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -135,10 +136,10 @@ void wake_all(std::atomic<uint32_t>* word) {
           nullptr, 0);
 }
 
-bool pin_thread(int core) {
+bool pin_thread(const std::vector<int>& cores) {
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(core, &set);
+  for (const int core : cores) CPU_SET(core, &set);
   return sched_setaffinity(0, sizeof(set), &set) == 0;
 }
 
@@ -179,12 +180,18 @@ void wait_on(std::atomic<uint32_t>* word, uint32_t expected) {
 }
 
 void wake_all(std::atomic<uint32_t>*) {}
-bool pin_thread(int) { return false; }
+bool pin_thread(const std::vector<int>&) { return false; }
 bool nice_thread(int) { return false; }
 void name_thread(const char*) {}
 void advise_huge_pages(void*, int64_t) {}
 
 #endif
+
+double thread_cpu_s() {
+  timespec time = {};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
 
 Signal::Signal() {
 #if defined(__linux__)

@@ -25,8 +25,11 @@ void wait_on(std::atomic<uint32_t>* word, uint32_t expected);
 // Wakes every thread that sleeps in wait_on(word).
 void wake_all(std::atomic<uint32_t>* word);
 
-// Binds the calling thread to one core. Returns false if the system refused.
-bool pin_thread(int core);
+// Binds the calling thread to these cores. Returns false if the system refused.
+bool pin_thread(const std::vector<int>& cores);
+
+// Returns for how many seconds the calling thread has had a core since it began.
+double thread_cpu_s();
 
 // Sets the calling thread's nice value. Returns false if the system refused.
 bool nice_thread(int nice);

@@ -14,6 +14,7 @@
 
 #include "platform.h"
 #include "spin.h"
+#include "team_size.h"
 
 namespace tgi::cpu {
 
@@ -24,14 +25,10 @@ namespace {
 // two are on separate cache lines, so that members spin on the one that is not incremented.
 class Barrier {
  public:
-  void reset(int num_members) {
-    num_members_ = num_members;
-    arrived_.store(0, std::memory_order_relaxed);
-  }
-
-  void wait() {
+  // All callers of one round pass the same number.
+  void wait(int num_members) {
     const uint32_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_members_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_members) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
@@ -42,20 +39,34 @@ class Barrier {
  private:
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
-  int num_members_ = 1;
 };
 
 std::atomic<int> other_spin_us{0};  // see team_spin
+std::atomic<int> running_members{0};
 
 class Team;
-// The team whose run this thread is inside of; null in run_on_caller.
+// The team whose run this thread is inside of, null in run_on_caller, and that run's members.
 thread_local Team* current_team = nullptr;
+thread_local int current_members = 1;
+thread_local bool has_joined = false;  // see join_team
+
+// A parked member starts at most this late for lack of a wake-up, not of a core.
+constexpr double kWakeUpS = 50e-6;
+
+double seconds(Clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
 
 class Team {
  public:
   explicit Team(const TeamOptions& options)
-      : options_(options), cores_(usable_cores()), num_members_(options.num_threads) {
-    barrier_.reset(num_members_);
+      : options_(options),
+        cores_(usable_cores()),
+        num_members_(options.num_threads),
+        size_(num_members_),
+        last_members_(num_members_),
+        current_run_{first_run(num_members_)},
+        lost_s_(static_cast<size_t>(num_members_)) {
     try {
       for (int member = 1; member < num_members_; ++member) {
         threads_.emplace_back([this, member] { serve(member); });
@@ -72,18 +83,39 @@ class Team {
 
   ~Team() { end(); }
 
-  int num_members() const { return num_members_; }
+  // Of the next run.
+  int num_members(Members members) const {
+    return members == Members::kAll ? num_members_ : size_.value();
+  }
 
-  int core_of(int member) const { return cores_[member % cores_.size()]; }
+  // All members take part again, because a thread that loads weights joins before the one that runs
+  // steps does, and members that waited for a disk seemed to have no core.
+  void join() {
+    size_ = TeamSize(num_members_);
+    last_members_ = num_members_;
+    has_joined = true;
+    if (options_.pin) place(0, num_members_);
+    if (options_.nice != 0) nice_thread(options_.nice);
+  }
 
-  void run(TeamFunction fn, void* context) {
+  void run(TeamFunction fn, void* context, Members members) {
+    const int num_members = this->num_members(members);
+    running_members.store(num_members, std::memory_order_relaxed);
     fn_ = fn;
     context_ = context;
-    publish();
-    current_team = this;
-    fn(context, 0, num_members_);
+    published_at_ = Clock::now();
+    publish(num_members);
+    if (has_joined && num_members != last_members_) {
+      if (options_.pin) place(0, num_members);
+      last_members_ = num_members;
+    }
+    take_part(0, num_members);
     current_team = nullptr;
-    barrier_.wait();
+    barrier_.wait(num_members);
+    if (!options_.yields_cores || members == Members::kAll) return;
+    const Clock::time_point now = Clock::now();
+    size_.observe(seconds(now), std::chrono::duration<double>(now - published_at_).count(),
+                  lost_s_.data());
   }
 
   void wake() {
@@ -91,7 +123,7 @@ class Team {
     if (num_parked_.load(std::memory_order_seq_cst) > 0) wake_all(&signal_);
   }
 
-  void barrier() { barrier_.wait(); }
+  void barrier(int num_members) { barrier_.wait(num_members); }
 
   // The threads do not exist in a forked child: forgets them without joining.
   void abandon() {
@@ -100,49 +132,96 @@ class Team {
   }
 
  private:
+  // A run's number and its members in one word: a member that reads it late, after further runs,
+  // must not take part in a run that does not count on it.
+  static constexpr int kMemberBits = 11;
+  static uint64_t first_run(int num_members) { return static_cast<uint64_t>(num_members); }
+  static int members_of(uint64_t run) { return static_cast<int>(run & ((1 << kMemberBits) - 1)); }
+
   // Makes the running threads return from serve() and waits for them.
   void end() {
     fn_ = nullptr;
-    publish();
+    publish(num_members_);
     for (std::thread& thread : threads_) thread.join();
   }
 
-  void publish() {
-    run_number_.fetch_add(1, std::memory_order_release);
+  void publish(int num_members) {
+    const uint64_t last = current_run_.load(std::memory_order_relaxed);
+    const uint64_t number = (last >> kMemberBits) + 1;
+    current_run_.store(number << kMemberBits | static_cast<uint64_t>(num_members),
+                       std::memory_order_seq_cst);
     wake();
+    if (num_members > members_of(last)) {
+      growth_.fetch_add(1, std::memory_order_seq_cst);
+      wake_all(&growth_);
+    }
+  }
+
+  // Binds the calling thread to a member's core. If members are left out, the system chooses the
+  // cores, because it knows where other programs run.
+  void place(int member, int num_members) const {
+    if (num_members == num_members_) {
+      pin_thread({cores_[static_cast<size_t>(member) % cores_.size()]});
+    } else {
+      pin_thread(cores_);
+    }
+  }
+
+  void take_part(int member, int num_members) {
+    current_team = this;
+    current_members = num_members;
+    if (!options_.yields_cores) return fn_(context_, member, num_members);
+    const Clock::time_point began = Clock::now();
+    const double had_core_s = thread_cpu_s();
+    fn_(context_, member, num_members);
+    const double run_s = std::chrono::duration<double>(Clock::now() - began).count();
+    const double late_s = std::chrono::duration<double>(began - published_at_).count();
+    lost_s_[static_cast<size_t>(member)] =
+        run_s - (thread_cpu_s() - had_core_s) + (late_s > kWakeUpS ? late_s : 0);
   }
 
   void serve(int member) {
     name_thread("tgi-team");
-    if (options_.pin) pin_thread(core_of(member));
+    int last_members = num_members_;
+    if (options_.pin) place(member, last_members);
     if (options_.nice != 0) nice_thread(options_.nice);
     FlushDenormals flush;
-    current_team = this;
-    for (uint32_t seen = 0;;) {
-      seen = next_run(seen);
+    for (uint64_t seen = first_run(num_members_);;) {
+      seen = next_run(seen, member);
       if (fn_ == nullptr) return;
-      fn_(context_, member, num_members_);
-      barrier_.wait();
+      const int num_members = members_of(seen);
+      if (options_.pin && num_members != last_members) place(member, num_members);
+      last_members = num_members;
+      take_part(member, num_members);
+      barrier_.wait(num_members);
     }
   }
 
-  // Waits for the run after number `seen`: spins for spin_us, then parks until signalled, and
-  // repeats.
-  uint32_t next_run(uint32_t seen) {
+  // Waits for the next run after `seen` that this member takes part in: spins for spin_us, then
+  // parks until signalled, and repeats. A member that is left out sleeps until the team grows.
+  uint64_t next_run(uint64_t seen, int member) {
     for (;;) {
+      const uint32_t growth = growth_.load(std::memory_order_seq_cst);
       const uint32_t signal = signal_.load(std::memory_order_seq_cst);
       const int other = other_spin_us.load(std::memory_order_relaxed);
       const auto deadline =
           Clock::now() + std::chrono::microseconds(other > 0 ? other : options_.spin_us);
+      uint64_t run = seen;
       do {
         for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {
-          const uint32_t number = run_number_.load(std::memory_order_acquire);
-          if (number != seen) return number;
+          run = current_run_.load(std::memory_order_acquire);
+          if (run != seen) break;
           spin_pause();
         }
-      } while (Clock::now() < deadline);
+      } while (run == seen && Clock::now() < deadline);
+      if (member >= members_of(run)) {
+        seen = run;
+        wait_on(&growth_, growth);
+        continue;
+      }
+      if (run != seen) return run;
       num_parked_.fetch_add(1, std::memory_order_seq_cst);
-      if (run_number_.load(std::memory_order_seq_cst) == seen) wait_on(&signal_, signal);
+      if (current_run_.load(std::memory_order_seq_cst) == seen) wait_on(&signal_, signal);
       num_parked_.fetch_sub(1, std::memory_order_seq_cst);
     }
   }
@@ -150,12 +229,17 @@ class Team {
   const TeamOptions options_;
   const std::vector<int> cores_;
   const int num_members_;
+  TeamSize size_;
+  int last_members_;  // of the last run of the thread that joined
   TeamFunction fn_ = nullptr;
   void* context_ = nullptr;
+  Clock::time_point published_at_;
   Barrier barrier_;
-  alignas(64) std::atomic<uint32_t> run_number_{0};
+  alignas(64) std::atomic<uint64_t> current_run_;
   alignas(64) std::atomic<uint32_t> signal_{0};
+  std::atomic<uint32_t> growth_{0};
   std::atomic<int> num_parked_{0};
+  std::vector<double> lost_s_;  // by member, of the last run: the time without a core
   std::vector<std::thread> threads_;
 };
 
@@ -223,24 +307,25 @@ int num_threads() {
   return resolved(state.options.num_threads);
 }
 
+int num_running_threads() { return running_members.load(std::memory_order_relaxed); }
+
 void join_team() {
   Shared& state = shared();
   std::lock_guard<std::mutex> guard(state.lock);
-  if (state.options.pin) pin_thread(started(state).core_of(0));
-  if (state.options.nice != 0) nice_thread(state.options.nice);
+  started(state).join();
 }
 
-void team_run(TeamFunction fn, void* context, PrepareFunction prepare) {
+void team_run(TeamFunction fn, void* context, PrepareFunction prepare, Members members) {
   Shared& state = shared();
   std::lock_guard<std::mutex> guard(state.lock);
   Team& team = started(state);
-  if (prepare != nullptr) prepare(context, team.num_members());
+  if (prepare != nullptr) prepare(context, team.num_members(members));
   FlushDenormals flush;
-  team.run(fn, context);
+  team.run(fn, context, members);
 }
 
 void team_barrier() {
-  if (current_team != nullptr) current_team->barrier();
+  if (current_team != nullptr) current_team->barrier(current_members);
 }
 
 void run_on_caller(TeamFunction fn, void* context) {

@@ -1,7 +1,7 @@
 // The persistent team of compute threads. Every kernel call and every recorded step runs on it;
 // nothing here uses OpenMP. The caller is member 0, so a team of n has n - 1 threads of its own.
 // Members spin briefly between runs, then park; inside a run they meet at a spin barrier and never
-// park.
+// park. While other programs use its cores, a team can leave members out (team_size.h).
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@ struct TeamOptions {
   int nice = 0;  // of the team's own threads; raised when cores are few, so that HTTP goes first
   bool pin = false;  // bind member i to the i-th core that the process may use
   int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
+  bool yields_cores = false;  // leave members out of runs while they have no cores
 };
 
 // The cores by affinity or by cgroup quota, whichever is fewer: threads that spin under a quota are
@@ -27,26 +28,35 @@ void configure_team(const TeamOptions& options);
 // Does the same as configure_team(), changing only the number of threads.
 void set_num_threads(int num_threads);
 
-// Returns the number of members that the next run will have, at least 1.
+// Returns the number of members, at least 1.
 int num_threads();
 
-// Applies the team's nice value and member 0's core to the calling thread permanently. For the
-// thread that launches all steps; other callers only borrow the team.
+// Returns the number of members that the last run had, at most num_threads(); 0 before the first.
+int num_running_threads();
+
+// Gives the calling thread the team's nice value and member 0's core for good, and lets all members
+// take part again. For the thread that launches all steps; other callers only borrow the team.
 void join_team();
 
-// Runs fn(context, member, num_members) once on every member and returns when all have returned.
-// The first run starts the team; it throws std::runtime_error if the system refuses a thread, as do
-// join_team() and team_wake(). Runs of several callers are serialised. fn must not throw and must
-// not call team_run. Memory written before the call is visible to all members; their writes are
-// visible after it. Denormals are flushed inside the run. `prepare`, if given, is called first, on
-// the caller only, with the number of members, which cannot change before the run ends: it
-// allocates work memory. It may throw, in which case nothing runs.
+enum class Members {
+  kWithCores,  // leaves members out as TeamOptions::yields_cores says
+  kAll,        // for work that decides which member's core memory is close to
+};
+
+// Runs fn(context, member, num_members) once on every member that takes part and returns when all
+// have returned. The first run starts the team; it throws std::runtime_error if the system refuses
+// a thread, as do join_team() and team_wake(). Runs of several callers are serialised. fn must not
+// throw and must not call team_run. Memory written before the call is visible to all members; their
+// writes are visible after it. Denormals are flushed inside the run. `prepare`, if given, is called
+// first, on the caller only, with the number of members, which cannot change before the run ends:
+// it allocates work memory. It may throw, in which case nothing runs.
 using TeamFunction = void (*)(void* context, int member, int num_members);
 using PrepareFunction = void (*)(void* context, int num_members);
-void team_run(TeamFunction fn, void* context, PrepareFunction prepare = nullptr);
+void team_run(TeamFunction fn, void* context, PrepareFunction prepare = nullptr,
+              Members members = Members::kWithCores);
 
-// Inside a run: waits until every member has arrived. All members must call it equally often. It
-// takes about 0.06 us on two cores. After about 1 ms of spinning it yields, because a peer was
+// Inside a run: waits until all its members have arrived. All members must call it equally often.
+// It takes about 0.06 us on two cores. After about 1 ms of spinning it yields, because a peer was
 // descheduled.
 void team_barrier();
 
@@ -60,11 +70,11 @@ void team_spin(int spin_us);
 
 // team_run for a callable: run_on_team([&](int member, int num_members) { ... }).
 template <typename Callable>
-void run_on_team(Callable&& callable) {
+void run_on_team(Callable&& callable, Members members = Members::kWithCores) {
   using Plain = std::remove_reference_t<Callable>;
   team_run([](void* context, int member,
               int num_members) { (*static_cast<Plain*>(context))(member, num_members); },
-           const_cast<void*>(static_cast<const void*>(&callable)));
+           const_cast<void*>(static_cast<const void*>(&callable)), nullptr, members);
 }
 
 // The same with prepare(num_members).

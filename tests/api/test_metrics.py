@@ -325,6 +325,7 @@ def test_the_engines_numbers_are_read_as_they_are() -> None:
     stats = EngineStats()
     stats.waiting, stats.running, stats.preemptions = 3, 2, 1
     stats.blocks_used, stats.blocks_total = 5, 20
+    stats.compute_threads = 3
     stats.sampled_tokens, stats.prefill_tokens, stats.prefix_hit_tokens = 70, 30, 12
     stats.failed_steps = 1
     stats.step_s["decode"].observe(0.02)
@@ -335,6 +336,7 @@ def test_the_engines_numbers_are_read_as_they_are() -> None:
     assert (found["tgi_batch_current_size"], found["tgi_requests_running"]) == (2, 2)
     assert found["tgi_batch_current_max_tokens"] == 80
     assert found["tgi_kv_cache_usage_ratio"] == 0.25
+    assert found["tgi_compute_threads"] == 3
     assert found["tgi_preemptions_total"] == 1
     assert found["tgi_generation_tokens_total"] == 70
     assert found["tgi_prompt_tokens_total"] == 42

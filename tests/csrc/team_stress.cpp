@@ -1,6 +1,6 @@
 // Stresses the thread team for the thread sanitizer: alternating callers, barriers, parking,
-// wake-ups, replaced teams. Exits with 0 if every run saw the writes of its caller and of the other
-// members.
+// wake-ups, replaced teams, teams that leave members out. Exits with 0 if every run saw the writes
+// of its caller and of the other members.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -36,6 +36,26 @@ void run_once(int salt) {
   }
 }
 
+// Runs a team with more members than cores until it has shrunk and grown. Stops after a minute.
+void change_size() {
+  constexpr int kMembers = 16;
+  tgi::cpu::configure_team({kMembers, 0, false, 50, true});
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  int last = kMembers;
+  bool has_shrunk = false, has_grown = false;
+  for (int salt = 0; !(has_shrunk && has_grown); ++salt) {
+    if (std::chrono::steady_clock::now() > deadline) {
+      num_errors.fetch_add(1);
+      return;
+    }
+    run_once(salt);
+    const int now = tgi::cpu::num_running_threads();
+    has_shrunk = has_shrunk || now < last;
+    has_grown = has_grown || now > last;
+    last = now;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -57,6 +77,7 @@ int main() {
       for (std::thread& caller : callers) caller.join();
     }
   }
+  change_size();
   std::printf("%d errors\n", num_errors.load());
   return num_errors.load() == 0 ? 0 : 1;
 }

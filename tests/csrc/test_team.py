@@ -109,6 +109,33 @@ print(quantised() == quantised())
     assert works == "True"
 
 
+def test_members_without_a_core_are_left_out_and_no_bit_changes(team: None) -> None:
+    expected = norm()
+    cores = os.sched_getaffinity(0)
+    members = len(cores) + 14
+    _C.configure_team(members, pin=True, yields_cores=True)
+    sizes: set[int] = set()
+
+    def has_changed() -> bool:
+        assert torch.equal(norm(), expected)
+        sizes.add(_C.num_running_threads())
+        return len(sizes) > 2
+
+    assert until(has_changed, 60)
+    assert max(sizes) == members
+    # The others may run on any core.
+    assert len(cores) == 1 or any(len(os.sched_getaffinity(thread)) > 1 for thread in team_threads())
+
+
+def test_other_teams_keep_all_members(team: None) -> None:
+    members = len(os.sched_getaffinity(0)) + 14
+    _C.configure_team(members)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        norm()
+        assert _C.num_running_threads() == members
+
+
 def test_callers_on_many_threads_take_turns(team: None) -> None:
     _C.set_num_threads(2)
     expected = norm()

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_team_has_no_data_race(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path / "team_stress"
-    sources = ["tests/csrc/team_stress.cpp", "csrc/cpu/team.cpp", "csrc/cpu/platform.cpp"]
+    names = ["tests/csrc/team_stress", "csrc/cpu/team", "csrc/cpu/team_size", "csrc/cpu/platform"]
+    sources = [f"{name}.cpp" for name in names]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", str(program)]
     built = subprocess.run(
         [compiler, *sources, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

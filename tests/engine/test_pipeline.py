@@ -18,6 +18,7 @@ class HeldRunner:
     min_chunk = 16
     takes_whole_prompts = has_prompt_arithmetic = False
     num_kept_states: int | None = None
+    num_threads = 0
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)
     vision: Bidirectional | None = None

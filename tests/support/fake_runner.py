@@ -160,6 +160,7 @@ class FakeRunner:
     min_chunk: int = 0
     has_prompt_arithmetic: bool = False
     drafts: DraftLimits | None = None
+    num_threads: int = 0
     windows: tuple[int | None, ...] = (None,)
     next_token: NextToken = letters
     step_s: float = 0.0

@@ -10,7 +10,10 @@ from tgi_asgi.engine.stats import EngineStats, Histogram
 Snapshot = Mapping[str, Any]
 
 _MAX_ABSENT = 16  # replicas that may come back; what a replica that stays away has counted is kept as a sum
-_GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "states_kept", "max_adapters")
+_GAUGES = (
+    "batch_size", "blocks_total", "blocks_used", "compute_threads", "max_adapters", "running", "states_kept",
+    "waiting",
+)  # fmt: skip
 
 
 def snapshot(stats: EngineStats) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class ServingLoop:
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
         self.is_idle = asyncio.Event()  # set while no request is open
         self.is_idle.set()
+        self._runner = runner
         self._block_size = runner.block_size
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
@@ -437,6 +438,7 @@ class ServingLoop:
         stats.running = scheduler.num_running
         stats.waiting = scheduler.num_waiting
         stats.blocks_used = scheduler.pool.num_used
+        stats.compute_threads = self._runner.num_threads
         states = scheduler.tables.states
         if states is not None:
             stats.states_kept = states.num_known

@@ -44,6 +44,7 @@ class EngineStats:
         batch_size: Rows of the newest step.
         drafted_rows, draft_tokens, accepted_draft_tokens: Rows with drafts, drafts, and accepted drafts.
         skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled any.
+        compute_threads: CPU threads of the newest step.
         running, waiting: Sequences with a slot, and without.
         blocks_used, blocks_total: Blocks of the KV cache.
         states_kept: Kept states that prompts can resume from, for models with recurrent layers.
@@ -53,10 +54,10 @@ class EngineStats:
 
     __slots__ = (
         "accepted", "accepted_draft_tokens", "adapters", "batch_size", "blocks_total", "blocks_used",
-        "cancelled", "draft_tokens", "drafted_rows", "failed", "failed_steps", "finished", "inter_token_s",
-        "max_adapters", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
-        "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens", "states_kept", "step_s",
-        "steps", "waiting",
+        "cancelled", "compute_threads", "draft_tokens", "drafted_rows", "failed", "failed_steps", "finished",
+        "inter_token_s", "max_adapters", "preemptions", "prefill_size", "prefill_tokens",
+        "prefix_hit_tokens", "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens",
+        "states_kept", "step_s", "steps", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -79,6 +80,7 @@ class EngineStats:
         self.skipped_tokens = Histogram(())
         self.prefill_size = Histogram(BATCH_BUCKETS)
         self.batch_size = 0
+        self.compute_threads = 0
         self.running = 0
         self.waiting = 0
         self.blocks_used = 0

@@ -23,6 +23,11 @@ def num_threads() -> int:
     return _C.num_threads()
 
 
+def num_running_threads() -> int:
+    """Return how many threads the last run had: fewer than `num_threads()` while cores are busy."""
+    return _C.num_running_threads()
+
+
 def configure_threads(
     num_threads: int | None = None,
     *,
@@ -36,7 +41,8 @@ def configure_threads(
     SMT siblings. On four cores or fewer the threads run at nice 5, so that the event loop does not have to
     wait for them (at equal priority, 4-11 ms). Threads are pinned if they are as many as the cores; a smaller
     team would take cores that another process's team uses. torch's own threads would compete with the team,
-    so they are switched off for the process.
+    so they are switched off for the process. While other programs use the cores, runs leave threads out,
+    which changes no result.
 
     Args:
         num_shards: Number of shards that share the cores, each with as many threads. This one has the
@@ -48,7 +54,8 @@ def configure_threads(
     if pin is None:
         pin = hasattr(os, "sched_getaffinity") and count * num_shards == _C.num_cores()
     torch.set_num_threads(1)
-    _C.configure_team(count, nice, pin)
+    # All threads of all shards meet at one barrier, so none of them can be left out.
+    _C.configure_team(count, nice, pin, yields_cores=num_shards == 1)
     return count
 
 

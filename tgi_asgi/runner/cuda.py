@@ -122,6 +122,7 @@ class CudaRunner:
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         self.min_chunk = MIN_CHUNK
+        self.num_threads = 0
         self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.num_kept_states: int | None = None
         self.vision: Bidirectional | None = None

@@ -69,6 +69,11 @@ class EncoderRunner:
         )
         self._thread.start()
 
+    @property
+    def num_threads(self) -> int:
+        """The number of threads that the newest step had."""
+        return ops.num_running_threads()
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, as `CpuRunner.submit` does."""
         return self._jobs.submit(plan)

@@ -173,6 +173,10 @@ class Runner(Protocol):
     # None: all. A block can serve any group.
     windows: tuple[int | None, ...]
 
+    @property
+    def num_threads(self) -> int:
+        """The number of CPU threads that the newest step had; 0 on a GPU."""
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""
 

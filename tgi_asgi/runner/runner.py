@@ -125,6 +125,11 @@ class CpuRunner:
         )  # fmt: skip
         self._thread.start()
 
+    @property
+    def num_threads(self) -> int:
+        """The number of threads that the newest step had."""
+        return ops.num_running_threads()
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, from the event loop; the future fails if this step raises.
 

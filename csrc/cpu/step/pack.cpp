@@ -173,10 +173,11 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
 
 void pack_matrix(Format format, int64_t columns, const uint8_t* const* rows, int64_t num_rows,
                  const Shares& shares, uint8_t* out) {
-  run_on_team([&](int member, int num_members) {
+  const auto pack = [&](int member, int num_members) {
     const Range strips = shares.of(num_rows / kStripRows, member, num_members);
     pack_panels(format, columns, rows, 2 * strips.begin, 2 * strips.end, out);
-  });
+  };
+  run_on_team(pack, Members::kAll);
 }
 
 void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* out) {
