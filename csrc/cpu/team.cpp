@@ -53,9 +53,7 @@ thread_local bool has_joined = false;  // see join_team
 // A parked member starts at most this late for lack of a wake-up, not of a core.
 constexpr double kWakeUpS = 50e-6;
 
-double seconds(Clock::time_point time) {
-  return std::chrono::duration<double>(time.time_since_epoch()).count();
-}
+double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
 
 class Team {
  public:
@@ -114,8 +112,7 @@ class Team {
     barrier_.wait(num_members);
     if (!options_.yields_cores || members == Members::kAll) return;
     const Clock::time_point now = Clock::now();
-    size_.observe(seconds(now), std::chrono::duration<double>(now - published_at_).count(),
-                  lost_s_.data());
+    size_.observe(seconds(now.time_since_epoch()), seconds(now - published_at_), lost_s_.data());
   }
 
   void wake() {
@@ -174,10 +171,10 @@ class Team {
     const Clock::time_point began = Clock::now();
     const double had_core_s = thread_cpu_s();
     fn_(context_, member, num_members);
-    const double run_s = std::chrono::duration<double>(Clock::now() - began).count();
-    const double late_s = std::chrono::duration<double>(began - published_at_).count();
-    lost_s_[static_cast<size_t>(member)] =
-        run_s - (thread_cpu_s() - had_core_s) + (late_s > kWakeUpS ? late_s : 0);
+    const double late_s = seconds(began - published_at_);
+    lost_s_[static_cast<size_t>(member)] = seconds(Clock::now() - began) -
+                                           (thread_cpu_s() - had_core_s) +
+                                           (late_s > kWakeUpS ? late_s : 0);
   }
 
   void serve(int member) {
