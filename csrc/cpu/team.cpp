@@ -50,9 +50,6 @@ thread_local Team* current_team = nullptr;
 thread_local int current_members = 1;
 thread_local bool has_joined = false;  // see join_team
 
-// A parked member starts at most this late for lack of a wake-up, not of a core.
-constexpr double kWakeUpS = 50e-6;
-
 double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
 
 class Team {
@@ -168,13 +165,12 @@ class Team {
     current_team = this;
     current_members = num_members;
     if (!options_.yields_cores) return fn_(context_, member, num_members);
-    const Clock::time_point began = Clock::now();
     const double had_core_s = thread_cpu_s();
     fn_(context_, member, num_members);
-    const double late_s = seconds(began - published_at_);
-    lost_s_[static_cast<size_t>(member)] = seconds(Clock::now() - began) -
-                                           (thread_cpu_s() - had_core_s) +
-                                           (late_s > kWakeUpS ? late_s : 0);
+    const Clock::time_point ended = Clock::now();
+    // From the publication on: a member that has no core begins late.
+    lost_s_[static_cast<size_t>(member)] =
+        seconds(ended - published_at_) - (thread_cpu_s() - had_core_s);
   }
 
   void serve(int member) {

@@ -11,6 +11,9 @@ namespace {
 constexpr double kWindowS = 0.1;
 // A trial costs a window at the slower size: at most a thirtieth of the time.
 constexpr double kFirstTrialS = 0.1, kLongestTrialS = 3.2;
+// Pauses below either are not another program's turn: waking up, interrupts, the system's own
+// threads. In a large team they would add up.
+constexpr double kShortPauseS = 0.001, kShortPauseShare = 0.02;
 // A member is left out only if that promises a gain of a tenth.
 constexpr double kGain = 1.1;
 
@@ -23,7 +26,8 @@ void TeamSize::observe(double ended_at, double run_s, const double* lost_s) {
   if (most_ == 1) return;
   window_s_ += run_s;
   for (int member = 0; member < value_; ++member) {
-    lost_s_[static_cast<size_t>(member)] += lost_s[member];
+    const bool is_short = lost_s[member] < std::max(kShortPauseS, kShortPauseShare * run_s);
+    if (!is_short) lost_s_[static_cast<size_t>(member)] += lost_s[member];
   }
   if (window_s_ < kWindowS) return;
   const bool has_failed = value_ * efficiency() * kGain < value_ - 1;

@@ -1,7 +1,7 @@
 // How many members of a team take part in its runs while other programs use its cores.
 //
-// Members meet at a barrier after each operator, so one without a core holds up all others: beside
-// two busy programs on two cores, two members are slower than one. The system does not tell how
+// Members meet at a barrier after each operator, so one without a core holds up all others: on two
+// cores beside one busy program, two members are slower than one. The system does not tell how
 // many cores are free; the team finds out from the time in which its members had none.
 #pragma once
 

@@ -38,10 +38,10 @@ void run_once(int salt) {
 
 // Runs a team with more members than cores until it has shrunk and grown. Stops after a minute.
 void change_size() {
-  constexpr int kMembers = 16;
-  tgi::cpu::configure_team({kMembers, 0, false, 50, true});
+  const int members = static_cast<int>(std::thread::hardware_concurrency()) + 14;
+  tgi::cpu::configure_team({members, 0, false, 50, true});
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-  int last = kMembers;
+  int last = members;
   bool has_shrunk = false, has_grown = false;
   for (int salt = 0; !(has_shrunk && has_grown); ++salt) {
     if (std::chrono::steady_clock::now() > deadline) {
