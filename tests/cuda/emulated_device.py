@@ -78,6 +78,9 @@ class EmulatedDevice:
 class Graph(TorchDispatchMode):
     """Records the operators called, with the exact tensors and numbers that they were called with.
 
+    As in a CUDA capture, our kernels do not run meanwhile. torch's operators do, because their outputs are
+    needed.
+
         with Graph() as graph:
             call()
         graph.replay()  # does not run the Python of `call` again: its decisions and reads stay as they were
@@ -92,7 +95,8 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in _FORBIDDEN, f"{func} cannot be captured"
-        out = func(*args, **(kwargs or {}))
+        is_only_launched = func.namespace == "tgi_cuda" and not func._schema.returns
+        out = None if is_only_launched else func(*args, **(kwargs or {}))
         self._calls.append((func, args, kwargs or {}, out))
         return out
 
