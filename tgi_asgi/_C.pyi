@@ -50,7 +50,7 @@ def num_running_threads() -> int:
     """Return how many threads the last run had."""
 
 def join_team() -> None:
-    """Give the calling thread the team's nice value and member 0's core permanently."""
+    """Make the calling thread member 0, with the team's nice value and that member's core."""
 
 def team_spin(spin_us: int) -> None:
     """Set how long idle members spin from now on; 0 restores the configured value."""

@@ -6,8 +6,12 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+
+#include "bindings/activation.h"
 
 namespace tgi {
 
@@ -62,6 +66,14 @@ inline void check_positive(int64_t value, const char* name) {
 inline void check_size(int64_t value, const char* name) {
   check_positive(value, name);
   check(value <= INT32_MAX, "`", name, "` must be at most ", INT32_MAX, ", got ", value);
+}
+
+// Returns the activation of this name; a gate's has no parameters.
+inline MlpActivation check_activation(const std::string& name, bool is_gate) {
+  const std::optional<MlpActivation> found = find_activation(name);
+  check(found.has_value() && !(is_gate && *found == MlpActivation::kXielu), "`activation` must be ",
+        is_gate ? kGatedNames : kActivationNames, ", got ", name);
+  return *found;
 }
 
 }  // namespace tgi

@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/activation.h"
 #include "bindings/float_tensors.h"
 #include "bindings/matrix.h"
 #include "bindings/rows.h"
@@ -70,12 +69,6 @@ FloatArray new_rows(int64_t num_rows, int64_t columns) {
 int64_t row_stride(const FloatArray& rows, const char* name) {
   check_rows_of(rows, 2, name);
   return float_stride(rows, 0, name);
-}
-
-void check_out(const FloatArray& out, int64_t num_rows, int64_t columns) {
-  check(out.ndim() == 2 && out.shape(0) == num_rows && out.shape(1) == columns &&
-            (out.flags() & py::array::c_style) != 0,
-        "`out` must be contiguous [", num_rows, ", ", columns, "]");
 }
 
 // The adapters that change a product; the rows of x are the tokens of a step.
@@ -180,21 +173,13 @@ void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, 
            });
 }
 
-// Returns the activation of this name; throws if it has parameters, or there is none.
-MlpActivation gated_activation(const std::string& name) {
-  const std::optional<MlpActivation> found = find_activation(name);
-  check(found.has_value() && *found != MlpActivation::kXielu, "`activation` must be ", kGatedNames,
-        ", got ", name);
-  return *found;
-}
-
 void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
                   const FloatArray& x, FloatArray& out, const std::string& precision,
                   const std::string& activation_name, const FlatRows* adapters, int64_t product) {
   check_rows_of(x, 2, "x");
   const int64_t columns = weight.packed.num_rows / 2;
   check_out(out, x.shape(0), columns);
-  const MlpActivation activation = gated_activation(activation_name);
+  const MlpActivation activation = check_activation(activation_name, true);
   float* const to = out.mutable_data();
   multiply(weight, bias, x, precision, 2, Adapted::of(adapters, product),
            [&](const step::Kernels& kernels, const step::LinearParams& linear,
@@ -261,7 +246,7 @@ void norm_rows(const FloatArray& x, const Array<float>& weight,
 void activate_rows(const FloatArray& x, const std::string& activation_name, FloatArray& out) {
   const int64_t stride = row_stride(x, "x"), width = x.shape(1);
   check_out(out, x.shape(0), width);
-  const MlpActivation activation = gated_activation(activation_name);
+  const MlpActivation activation = check_activation(activation_name, true);
   run_rows(step::kernels().activate,
            step::ActivateParams{x.data(), stride, width, {activation}, out.mutable_data()}, x);
 }

@@ -8,7 +8,6 @@
 #include <numeric>
 #include <utility>
 
-#include "bindings/activation.h"
 #include "bindings/float_tensors.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
@@ -155,14 +154,12 @@ ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
     check(part->num_rows() == rows, "gate and up must have ", rows, " rows, got ",
           part->num_rows());
   }
-  const std::optional<MlpActivation> found = find_activation(activation);
-  check(found.has_value() && *found != MlpActivation::kXielu, "`activation` must be ", kGatedNames,
-        ", got ", activation);
-  check(limit == 0 || *found == MlpActivation::kSilu, "only silu's gates are clamped");
+  const MlpActivation function = check_activation(activation, true);
+  check(limit == 0 || function == MlpActivation::kSilu, "only silu's gates are clamped");
   check(limit >= 0, "`limit` must not be negative, got ", limit);
   return {std::move(gate_up),
           std::move(down),
-          *found,
+          function,
           {finite(limit, "limit"), finite(slope, "slope"), finite(offset, "offset")}};
 }
 
@@ -225,12 +222,6 @@ RoutingBuffer routing_of(const Array<int32_t>& ids, const Array<float>& weights,
   return made;
 }
 
-void check_contiguous(const FloatArray& out, int64_t num_rows, int64_t columns) {
-  check(out.ndim() == 2 && out.shape(0) == num_rows && out.shape(1) == columns &&
-            (out.flags() & py::array::c_style) != 0,
-        "`out` must be contiguous [", num_rows, ", ", columns, "]");
-}
-
 // Writes each token's experts, weighted and summed, to out: gate, up and down applied to x.
 void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array<float>& weights,
                   const FloatArray& x, FloatArray& out, const std::string& precision,
@@ -241,7 +232,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
         "`x` must have the experts' columns, ", columns, " with padding, got ", x.shape(1));
   check(ids.ndim() == 2 && ids.shape(0) == num_tokens, "`ids` must be of the rows of `x`");
   const int64_t width = mlps.down->num_rows();
-  check_contiguous(out, num_tokens, width);
+  check_out(out, num_tokens, width);
   if (num_tokens == 0) return;
   const RoutingBuffer routing = routing_of(ids, weights, mlps.down->num_experts());
   step::StepHeader header = {};
@@ -308,7 +299,7 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
   check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == stack.num_columns(),
         "`x` must have the experts' columns, ", stack.num_columns(), " with padding, got ",
         x.shape(1));
-  check_contiguous(out, num_rows, stack.num_rows());
+  check_out(out, num_rows, stack.num_rows());
   const Precision precision = precision_of(precision_name);
   stack.check_precision(precision, 1);
   const step::Kernels& kernels = step::kernels();

@@ -29,6 +29,12 @@ inline void check_rows_of(const FloatArray& array, int64_t num_axes, const char*
         "`", name, "` must have the elements of its last axis side by side");
 }
 
+inline void check_out(const FloatArray& out, int64_t num_rows, int64_t columns) {
+  check(out.ndim() == 2 && out.shape(0) == num_rows && out.shape(1) == columns &&
+            (out.flags() & py::array::c_style) != 0,
+        "`out` must be contiguous [", num_rows, ", ", columns, "]");
+}
+
 // Memory for one call at a time: it grows and is reused by the next call.
 class Workspace {
  public:

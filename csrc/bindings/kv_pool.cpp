@@ -145,7 +145,7 @@ void bind_kv_pool(py::module_& module) {
       .def_property_readonly("block_bytes", &KvPool::block_bytes)
       .def_property_readonly("precision",
                              [](const KvPool& pool) { return precision_name(pool.precision()); })
-      .def("copy", &KvPool::copy, py::arg("pairs"))
+      .def("copy", &KvPool::copy, py::arg("pairs"), release())
       .def("supply", &KvPool::supply, py::arg("num_bytes"))
       .def("wait_for_supply", &KvPool::wait_for_supply, release())
       .def("close_supply", &KvPool::close_supply, release())

@@ -123,8 +123,9 @@ void bind_team(py::module_& module) {
              "cores, runs leave threads out.");
   module.def("num_running_threads", &cpu::num_running_threads,
              "Return how many threads the last run had.");
-  module.def("join_team", &cpu::join_team, release(),
-             "Give the calling thread the team's nice value and member 0's core permanently.");
+  module.def(
+      "join_team", &cpu::join_team, release(),
+      "Make the calling thread member 0, with the team's nice value and that member's core.");
   module.def(
       "team_spin",
       [](int spin_us) {

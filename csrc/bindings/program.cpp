@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "bindings/activation.h"
 #include "bindings/float_tensors.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/step/shards.h"
@@ -15,18 +14,6 @@ using step::Precision;
 using step::Sync;
 
 namespace {
-
-MlpActivation activation_of(const std::string& name) {
-  const std::optional<MlpActivation> found = find_activation(name);
-  check(found.has_value(), "`activation` must be ", kActivationNames, ", got ", name);
-  return *found;
-}
-
-MlpActivation gated_of(const std::string& name) {
-  const MlpActivation found = activation_of(name);
-  check(found != MlpActivation::kXielu, "`activation` must be ", kGatedNames, ", got ", name);
-  return found;
-}
 
 // After writing a partial sum all shards meet at a barrier.
 Sync sync_after(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
@@ -253,7 +240,8 @@ void Program::up(const Product& product, const std::string& activation,
   check_num_rows(*out, "out");
   keep(*out);
   const step::LinearParams linear = linear_params(product, 1);
-  const step::MlpFunction function = {activation_of(activation), static_cast<float>(alphas.first),
+  const step::MlpFunction function = {check_activation(activation, false),
+                                      static_cast<float>(alphas.first),
                                       static_cast<float>(alphas.second)};
   forward_.add(step::kernels().up, step::UpParams{linear, function, shared(out)});
 }
@@ -266,8 +254,9 @@ void Program::gate_up(const Product& product, const std::string& activation,
   check_num_rows(*out, "out");
   keep(*out);
   const step::LinearParams linear = linear_params(product, 2);
-  forward_.add(step::kernels().gate_up,
-               step::GateUpParams{linear, {gated_of(activation)}, shared(out), nullptr, 0});
+  forward_.add(
+      step::kernels().gate_up,
+      step::GateUpParams{linear, {check_activation(activation, true)}, shared(out), nullptr, 0});
 }
 
 void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
@@ -279,7 +268,8 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
   keep(up->memory);
   keep(*out);
   forward_.add(step::kernels().act_mul,
-               step::ActMulParams{gate->data(), up->data(), {gated_of(activation)}, shared(out)});
+               step::ActMulParams{
+                   gate->data(), up->data(), {check_activation(activation, true)}, shared(out)});
 }
 
 void Program::logits(const Product& product, int64_t vocab_size, double scale, double cap) {

@@ -69,11 +69,12 @@ void Program::check_shards() const {
 
 void Program::copy_blocks(const BlockPairs& pairs) {
   check(pool_ != nullptr, "the program has no keys and values");
+  // The prompt's last block for each of 100 choices: up to 200 MB.
+  const py::gil_scoped_release release;
   pool_->copy(pairs);
   if (shards_ == nullptr) return;
   ShardMail mail = {ShardMail::Kind::kCopy};
   mail.copies = pairs;
-  const py::gil_scoped_release release;
   cpu::run_on_team(
       [&](int num_members) {
         check_members(num_members);

@@ -71,6 +71,10 @@ void StepQueue::end(Item item) {
 
 void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) { sampling_ = std::move(state); }
 
+void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
+  drafter_ = std::move(drafter);
+}
+
 void StepQueue::compute(Step& step) {
   const int64_t num_steps = program_->num_steps();
   try {
@@ -85,10 +89,6 @@ void StepQueue::compute(Step& step) {
   }
   program_->roll_back_to(num_steps);
   step.has_failed = true;
-}
-
-void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
-  drafter_ = std::move(drafter);
 }
 
 void StepQueue::run_and_sample(Step& step) {

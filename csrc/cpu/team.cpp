@@ -78,8 +78,7 @@ class Team {
 
   ~Team() { end(); }
 
-  // Of the next run.
-  int num_members(Members members) const {
+  int next_size(Members members) const {
     return members == Members::kAll ? num_members_ : size_.value();
   }
 
@@ -94,7 +93,7 @@ class Team {
   }
 
   void run(TeamFunction fn, void* context, Members members) {
-    const int num_members = this->num_members(members);
+    const int num_members = next_size(members);
     running_members.store(num_members, std::memory_order_relaxed);
     fn_ = fn;
     context_ = context;
@@ -312,7 +311,7 @@ void team_run(TeamFunction fn, void* context, PrepareFunction prepare, Members m
   Shared& state = shared();
   std::lock_guard<std::mutex> guard(state.lock);
   Team& team = started(state);
-  if (prepare != nullptr) prepare(context, team.num_members(members));
+  if (prepare != nullptr) prepare(context, team.next_size(members));
   FlushDenormals flush;
   team.run(fn, context, members);
 }

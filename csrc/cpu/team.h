@@ -11,8 +11,8 @@ namespace tgi::cpu {
 
 struct TeamOptions {
   int num_threads = 0;  // 0: default_num_threads()
-  int nice = 0;  // of the team's own threads; raised when cores are few, so that HTTP goes first
-  bool pin = false;  // bind member i to the i-th core that the process may use
+  int nice = 0;         // of the team's own threads
+  bool pin = false;  // bind member i to the i-th core that the process may use, while all take part
   int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
   bool yields_cores = false;  // leave members out of runs while they have no cores
 };
@@ -34,8 +34,9 @@ int num_threads();
 // Returns the number of members that the last run had, at most num_threads(); 0 before the first.
 int num_running_threads();
 
-// Gives the calling thread the team's nice value and member 0's core for good, and lets all members
-// take part again. For the thread that launches all steps; other callers only borrow the team.
+// Gives the calling thread the team's nice value and, while all members take part, member 0's core;
+// lets all take part again. For the thread that launches all steps; other callers only borrow the
+// team.
 void join_team();
 
 enum class Members {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.asgi import request, send
-from tests.support.scripted_engine import ScriptedEngine, scripted_app
+from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tgi_asgi.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -362,3 +362,17 @@ async def test_lists_of_tokens_have_a_greatest_length(field: str, most: object, 
             body = {"messages": [{"role": "user", "content": "hi"}], field: value}
             call = await send(scripted_app(ScriptedEngine()), request("POST", "/v1/chat/completions", body))
             assert call.status == status
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/generate"])
+async def test_tokens_that_only_the_tokenizer_knows_are_refused(path: str) -> None:
+    """Checkpoints exist whose tokenizer was extended, but not their embedding."""
+    engine = ScriptedEngine()
+    [unknown] = engine.tokenizer.encode("b", add_special_tokens=False)
+    app = scripted_app(engine, info=toy_info(vocab_size=unknown))
+    bodies = {CHAT: {"messages": HI}, "/v1/completions": {"prompt": "abc"}, "/generate": {"inputs": "abc"}}
+    call = await send(app, request("POST", path, bodies[path]))
+    assert call.status == (422 if path == "/generate" else 400)
+    assert "but the model has only" in call.content.decode()
+    assert engine.channels == []
+    assert engine.num_permits == 128

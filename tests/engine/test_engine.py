@@ -230,9 +230,7 @@ async def test_a_request_that_could_never_run_is_refused_and_its_permit_comes_ba
     assert (await ask(engine, make_request(60, max_tokens=5))).finish() is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize(
-    ("prompt", "max_tokens", "n"), [([], 5, 1), ([1, -1], 5, 1), ([258], 5, 1), ([1], 0, 1), ([1], 5, 0)]
-)
+@pytest.mark.parametrize(("prompt", "max_tokens", "n"), [([], 5, 1), ([1], 0, 1), ([1], 5, 0)])
 async def test_what_would_hurt_others_is_refused(
     make_engine: MakeEngine, prompt: list[int], max_tokens: int, n: int
 ) -> None:

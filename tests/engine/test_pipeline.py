@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 from tests.support.waiting import until
 from tgi_asgi.engine.pipeline import Pipeline
@@ -43,13 +44,11 @@ class HeldRunner:
 class Watched:
     """A pipeline and the events that it has reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.runner = HeldRunner()
         self.num_done = 0
         self.hangs: list[float] = []
-        self.pipeline = Pipeline(
-            self.runner, on_done=self._done, on_hang=self.hangs.append, clock=time.monotonic
-        )
+        self.pipeline = Pipeline(self.runner, on_done=self._done, on_hang=self.hangs.append, clock=clock)
 
     def _done(self) -> None:
         self.num_done += 1
@@ -108,6 +107,27 @@ async def test_a_short_limit_is_watched_behind_a_long_one() -> None:
     watched.pipeline.submit(Step(1), 0.01)
     await until(lambda: bool(watched.hangs))
     assert watched.hangs[0] >= 0.02  # the limit, and the same again as grace
+    watched.pipeline.close()
+
+
+async def test_a_suspicion_ends_with_its_step() -> None:
+    """The process was paused twice, each time in a step and for longer than the limit: neither hung."""
+    now = 0.0
+    watched = Watched(clock=lambda: now)
+    for number in range(2):
+        watched.pipeline.submit(Step(number), 10)
+        now += 60
+        watched.pipeline._watch()
+        assert watched.hangs == []
+        watched.runner.let_go()
+        await asyncio.sleep(0)
+        watched.pipeline.pop_done()
+        watched.pipeline._watch()
+    watched.pipeline.submit(Step(2), 10)
+    now += 60
+    watched.pipeline._watch()
+    watched.pipeline._watch()
+    assert watched.hangs == [60]
     watched.pipeline.close()
 
 

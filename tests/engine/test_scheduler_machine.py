@@ -254,7 +254,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.num_output == sequence.max_tokens:
                 self.scheduler.remove(sequence)
                 self.open.remove(sequence)
-                self.answers.append(sequence.token_ids)
+                self.answers.append(list(sequence.token_ids))
             tokens = sequence.token_ids[sequence.prompt_len :]
             assert tokens == expected_tokens(
                 sequence.request.prompt_ids,

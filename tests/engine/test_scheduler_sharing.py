@@ -211,6 +211,7 @@ def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: 
         assert (row.start, row.num_tokens, row.samples) == (prompt_len - 1, 1, True)
         assert sequence.tables[0][:num_shared] == leader.tables[0][:num_shared]
         assert sequence.tables[0][num_shared] not in leader.tables[0]
+        assert sequence.token_ids.prompt is leader.request.prompt_ids
     assert len(forks.plan.copies) == (2 if (prompt_len - 1) % 16 else 0)
     run(scheduler, runner, forks)
     run_all(scheduler, runner)

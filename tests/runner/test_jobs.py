@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import GREEDY, Job, generate
-from tests.support.waiting import LONGEST_S
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi import _C, ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
@@ -224,6 +225,47 @@ async def test_a_queue_without_a_program_gives_all_to_its_taker() -> None:
     queue.end()
     queue.end()
     assert taken == [0, 5]
+
+
+async def test_what_is_no_exception_fails_its_step_alone() -> None:
+    """Libraries written in Rust panic with exceptions that are not `Exception`s."""
+
+    class PanicException(BaseException): ...
+
+    def compute(plan: StepPlan) -> StepResult:
+        if plan.step_id == 0:
+            raise PanicException("called `Option::unwrap()` on a `None` value")
+        return StepResult(plan.step_id, [])
+
+    queue = JobQueue()
+    thread = threading.Thread(target=queue.serve, args=(compute,))
+    thread.start()
+    try:
+        failing, good = queue.submit(StepPlan(0, [])), queue.submit(StepPlan(1, []))
+        with pytest.raises(RuntimeError, match="unwrap"):
+            await asyncio.wait_for(failing, LONGEST_S)
+        assert await good == StepResult(1, [])
+    finally:
+        queue.close()
+        thread.join(LONGEST_S)
+        queue.end()
+
+
+async def test_an_idle_thread_holds_no_plan() -> None:
+    """A plan has images and adapters, which must leave the memory when they are dropped elsewhere."""
+    queue = JobQueue()
+    thread = threading.Thread(target=queue.serve, args=(lambda plan: StepResult(plan.step_id, []),))
+    thread.start()
+    try:
+        plan = StepPlan(0, [StepRow(0, [1], 0, [[1]], samples=True, adapter=threading.Event())])
+        adapter = weakref.ref(plan.rows[0].adapter)
+        await queue.submit(plan)
+        del plan
+        await until(lambda: adapter() is None)
+    finally:
+        queue.close()
+        thread.join(LONGEST_S)
+        queue.end()
 
 
 async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:

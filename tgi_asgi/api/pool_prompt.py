@@ -8,7 +8,7 @@ from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.parse import refuse
 from tgi_asgi.api.pool_call import Input, Pair, PoolCall, Truncation
-from tgi_asgi.api.prompt import SLACK_TOKENS, chat_prompt
+from tgi_asgi.api.prompt import SLACK_TOKENS, chat_prompt, check_vocabulary
 from tgi_asgi.errors import ContextExceeded
 from tgi_asgi.settings import Settings
 
@@ -68,6 +68,7 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
         raise _too_long(given, truncation, len(ids), keep)
     if not ids:
         refuse(given.where, f"`{given.where}` must not be empty")
+    check_vocabulary(ids, served)
     return ids, second_start
 
 

@@ -70,7 +70,22 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
     if not prompt.ids:
         field = job.prompt.field if isinstance(job.prompt, Text) else ("prompt",)
         raise InvalidRequest("`{field}` must not be empty", field=field)
+    check_vocabulary(prompt.ids, served)
     return prompt
+
+
+def check_vocabulary(ids: Sequence[int], served: Served) -> None:
+    """Raise `InvalidRequest` if a text has tokens that the model lacks: a tokenizer may have more.
+
+    Ids sent by clients were checked when their requests were read.
+    """
+    vocab_size = served.info.vocab_size
+    if served.tokenizer.vocab_size <= vocab_size:
+        return
+    if (unknown := next((token_id for token_id in ids if token_id >= vocab_size), None)) is not None:
+        text = served.tokenizer.decode([unknown], skip_special_tokens=False)
+        where = f"the prompt has token {unknown} ({text!r})"
+        raise InvalidRequest(f"{where}, but the model has only {vocab_size}")
 
 
 def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:

@@ -91,6 +91,8 @@ class ServingLoop:
         )
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
+        # A channel: a new request, or one that was cancelled or refused (its flags say which; it may come
+        # twice, and ends once). An error: all requests end with it. None: a step is done.
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
         self.is_idle = asyncio.Event()  # set while no request is open
         self.is_idle.set()
@@ -188,7 +190,7 @@ class ServingLoop:
             self._take(self.inbox.get_nowait())
 
     def _take(self, message: RequestChannel | TgiError | None) -> None:
-        """Handle a message: a new, cancelled or refused channel, an error for all, None for a done step."""
+        """Handle a message of `inbox`."""
         if isinstance(message, RequestChannel):
             if message.is_cancelled:
                 self._end(message, IncompleteGeneration("the request was cancelled"))

@@ -91,7 +91,7 @@ class Pipeline:
         self._flights.append(flight)
         future.add_done_callback(partial(self._finish, flight))
         if self._timer is None or self._timer.when() > loop.time() + limit_s:
-            self.close()
+            self._unwatch()
             self._timer = loop.call_later(limit_s, self._watch)
         return flight
 
@@ -112,6 +112,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop watching for hung steps."""
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -130,6 +133,7 @@ class Pipeline:
         """Check whether the oldest step hangs; the timer restarts only while there is a step."""
         self._timer = None
         if not self._flights:
+            self._is_suspect = False
             return
         oldest = self._flights[0]
         taken_s = self._clock() - oldest.begun_s

@@ -16,7 +16,7 @@ def num_missing_blocks(sequence: Sequence, tables: BlockTables) -> int:
     end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
     is_growing = (
         end > len(sequence.tables[0]) * tables.block_size
-        and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
+        and sequence.num_output + sequence.num_pending < sequence.max_tokens
     )
     return tables.num_groups if is_growing else 0
 

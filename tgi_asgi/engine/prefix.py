@@ -44,20 +44,27 @@ class HashChain:
 
     def digest(self, index: int, token_ids: Sequence[int]) -> bytes:
         """Return the digest of full block `index` of `token_ids`, which may only have grown between calls."""
-        digests = self._digests
-        size = self._block_size
-        while len(digests) <= index:
-            parent = digests[-1] if digests else self._root
-            start = len(digests) * size
-            tokens = array("I", token_ids[start : start + size])
-            assert len(tokens) == size, "the block is not full"
-            if sys.byteorder == "big":
-                tokens.byteswap()
-            content = parent + tokens.tobytes()
+        if index >= len(self._digests):
+            self._extend(index, token_ids)
+        return self._digests[index]
+
+    def _extend(self, index: int, token_ids: Sequence[int]) -> None:
+        """Compute the digests up to block `index`."""
+        digests, size = self._digests, self._block_size
+        first = len(digests)
+        tokens = array("I", token_ids[first * size : (index + 1) * size])
+        assert len(tokens) == (index + 1 - first) * size, "the block is not full"
+        if sys.byteorder == "big":
+            tokens.byteswap()
+        data, block_bytes = tokens.tobytes(), size * tokens.itemsize
+        parent = digests[-1] if digests else self._root
+        for block in range(first, index + 1):
+            at = (block - first) * block_bytes
+            content = parent + data[at : at + block_bytes]
             if self._images:
-                content += self._seen(start)
-            digests.append(blake2b(content, digest_size=_DIGEST_SIZE).digest())
-        return digests[index]
+                content += self._seen(block * size)
+            parent = blake2b(content, digest_size=_DIGEST_SIZE).digest()
+            digests.append(parent)
 
     def digests(self, start: int, stop: int, token_ids: Sequence[int]) -> list[bytes]:
         """Return the digests of full blocks [start, stop) of `token_ids`, as `digest`."""

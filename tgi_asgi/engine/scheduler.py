@@ -187,7 +187,7 @@ class Scheduler:
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
         for sequence in prefilling:
-            if sequence.state is SequenceState.RUNNING and budget > 0:
+            if budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)
         if self._may_admit(step):
             self._admit(step, budget)
@@ -228,7 +228,7 @@ class Scheduler:
                 prefilling.append(sequence)
                 continue
             token_ids, pending = sequence.token_ids, sequence.num_pending
-            if len(token_ids) + pending >= sequence.prompt_len + sequence.max_tokens:
+            if len(token_ids.output) + pending >= sequence.max_tokens:
                 continue
             start, ahead = sequence.num_computed, sequence.num_ahead
             stop = min(start + ahead + 1, sequence.last_end)

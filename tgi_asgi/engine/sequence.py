@@ -9,6 +9,7 @@ from typing import Any
 from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.engine.reasoning import ReasoningWatch, force
 from tgi_asgi.engine.states import HeldStates
+from tgi_asgi.engine.token_ids import TokenIds
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
 
@@ -87,7 +88,7 @@ class Sequence:
         self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
         budget = request.reasoning_budget
         self.reasoning = None if budget is None else ReasoningWatch(budget)
-        self.token_ids = list(request.prompt_ids)
+        self.token_ids = TokenIds(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
         self.followers: list[Sequence] = []
         self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
@@ -132,7 +133,7 @@ class Sequence:
     @property
     def num_output(self) -> int:
         """Number of sampled tokens known so far."""
-        return len(self.token_ids) - self.prompt_len
+        return len(self.token_ids.output)
 
     @property
     def last_end(self) -> int:
@@ -151,7 +152,7 @@ class Sequence:
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; return whether the slot must restart, with another mask or bias."""
-        self.token_ids.append(token_id)
+        self.token_ids.output.append(token_id)
         restarts = self.reasoning is not None and self.reasoning.push(token_id)
         if self.watch is not None and self.watch.push(token_id):
             restarts = True
@@ -175,7 +176,7 @@ class Sequence:
             sampling=sampling,
             choice=choice,
             prompt_ids=self.request.prompt_ids,
-            output_ids=self.token_ids[self.prompt_len :],
+            output_ids=list(self.token_ids.output),
             min_tokens=self.min_tokens if watch is None else self.max_tokens,
             masked_ids=masked_ids,
             grammar=self.request.grammar if watch is None else None,

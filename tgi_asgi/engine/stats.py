@@ -44,7 +44,7 @@ class EngineStats:
         batch_size: Rows of the newest step.
         drafted_rows, draft_tokens, accepted_draft_tokens: Rows with drafts, drafts, and accepted drafts.
         skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled any.
-        compute_threads: CPU threads of the newest step.
+        compute_threads: CPU threads that computed last.
         running, waiting: Sequences with a slot, and without.
         blocks_used, blocks_total: Blocks of the KV cache.
         states_kept: Kept states that prompts can resume from, for models with recurrent layers.

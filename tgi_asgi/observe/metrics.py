@@ -114,7 +114,7 @@ class Metrics:
         gauge(name, help, lambda s: s.blocks_used * block_size)
         name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
-        name, help = "tgi_compute_threads", "CPU threads of the newest step; fewer while cores are busy."
+        name, help = "tgi_compute_threads", "CPU threads that computed last; fewer while cores are busy."
         gauge(name, help, lambda s: s.compute_threads)
         name, help = "tgi_kept_states", "Recurrent states that prompts can resume from."
         gauge(name, help, lambda s: s.states_kept)

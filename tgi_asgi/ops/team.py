@@ -91,5 +91,5 @@ def keep_threads_awake() -> Iterator[None]:
 
 
 def join_threads() -> None:
-    """Make the runner's thread, which calls this, member 0 for good, with its core and nice value."""
+    """Make the runner's thread, which calls this, member 0, with its nice value and core (`pin`)."""
     _C.join_team()

@@ -225,12 +225,13 @@ class CudaRunner:
         while (job := self._jobs.take()) is not None:
             try:
                 outcome: _Launched | Exception = self._launch(job.plan)
-            except Exception as error:
+            except BaseException as error:  # as in JobQueue.serve
                 logger.exception("step %s failed", job.plan.step_id)
-                outcome = self._describe(error)
+                outcome = self._classify(error)
             with self._delivered:
                 self._num_undelivered += 1
             self._launched.put((job, outcome))
+            del job, outcome
         self._launched.put(None)
 
     def _launch(self, plan: StepPlan) -> _Launched:
@@ -368,6 +369,7 @@ class CudaRunner:
                 self._num_undelivered -= 1
                 self._delivered.notify_all()
             self._jobs.finish(job, outcome)
+            del item, job, launched, outcome
 
     def _finish(self, job: Job, launched: _Launched) -> StepResult | Exception:
         try:
@@ -380,13 +382,15 @@ class CudaRunner:
                 self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     launched.result.sampled[index] = each
-        except Exception as error:
+        except BaseException as error:
             logger.exception("step %s failed", job.plan.step_id)
-            return self._describe(error)
+            return self._classify(error)
         return launched.result
 
-    def _describe(self, error: Exception) -> Exception:
-        """Translate an error to the engine's exceptions."""
+    def _classify(self, error: BaseException) -> Exception:
+        """Translate an error to the engine's exceptions; remember whether the device is lost."""
+        if not isinstance(error, Exception):
+            return RuntimeError(repr(error))
         if isinstance(error, torch.OutOfMemoryError):
             return MemoryError(str(error))
         if isinstance(error, DeviceLost) or self._device.is_lost(error):

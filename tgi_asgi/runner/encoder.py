@@ -71,7 +71,7 @@ class EncoderRunner:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads that the newest step had."""
+        """The number of threads that computed last."""
         return ops.num_running_threads()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:

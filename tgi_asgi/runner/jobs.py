@@ -93,12 +93,8 @@ class JobQueue:
         """Compute jobs one after the other until the queue is closed. The body of a runner's thread."""
         ops.join_threads()
         while (job := self.take()) is not None:
-            try:
-                outcome: StepResult | Exception = compute(job.plan)
-            except Exception as error:
-                logger.exception("step %s failed", job.plan.step_id)
-                outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
-            self.finish(job, outcome)
+            self.finish(job, _outcome(compute, job.plan))
+            del job  # or its plan's images and adapters would stay in memory until the next step
 
     def finish(self, job: Job, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""
@@ -148,6 +144,16 @@ class JobQueue:
             _end(job, outcome)
 
 
+def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepResult | Exception:
+    try:
+        return compute(plan)
+    except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+        logger.exception("step %s failed", plan.step_id)
+        if _is_out_of_memory(error):
+            return MemoryError(str(error))
+        return error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
 def _end(job: Job, outcome: StepResult | Exception) -> None:
     future = job.future
     if future.get_loop().is_closed():
@@ -160,6 +166,6 @@ def _end(job: Job, outcome: StepResult | Exception) -> None:
         future.set_result(outcome)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is one of torch's out-of-memory errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

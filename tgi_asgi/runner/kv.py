@@ -56,6 +56,12 @@ def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
     return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
 
+def _gpu_groups(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
+    """Return a GPU's groups: plain values, all layers in one."""
+    sizes = [(each.head_dim + each.value_dim) * each.num_kv_heads for each in config.caches]
+    return CacheGroups.of([None] * len(sizes), [size * kv_dtype.itemsize for size in sizes])
+
+
 def choose_size(
     config: ServedConfig,
     settings: Settings,
@@ -82,16 +88,12 @@ def choose_size(
         ModelLoadError: if not even one block fits, the administrator's limits contradict each other, or the
             cache cannot have the type given by --kv-cache-dtype.
     """
-    windows: tuple[int | None, ...] = (None,)
     if kv_dtype is None:
         kv_dtype = _choose_dtype(config, settings, dtype)
         groups = groups_of(config, kv_dtype)
-        windows, per_token = groups.windows, groups.bytes_per_token
-    else:  # a GPU's: plain values, one group
-        per_token = sum(
-            cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
-            for cache in config.caches
-        )
+    else:
+        groups = _gpu_groups(config, kv_dtype)
+    windows, per_token = groups.windows, groups.bytes_per_token
     per_token = max(int(per_token * repeats) + config.other_bytes_per_token, _MIN_BYTES)
     size, num_groups = settings.block_size, len(windows)
     all_bytes = per_token * num_groups

@@ -175,7 +175,7 @@ class Runner(Protocol):
 
     @property
     def num_threads(self) -> int:
-        """The number of CPU threads that the newest step had; 0 on a GPU."""
+        """The number of CPU threads that computed last; 0 on a GPU."""
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

@@ -127,7 +127,7 @@ class CpuRunner:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads that the newest step had."""
+        """The number of threads that computed last."""
         return ops.num_running_threads()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -240,9 +240,9 @@ class CpuRunner:
             )
         else:
             logits = self._program.run(batch, samples.tokens)
-            has_pooled = self._pool_rows(plan, firsts, result)
-            if self._score(plan, firsts, result) or has_pooled:
-                logits = self._program.run_head(samples.tokens)  # the scorer overwrote these logits
+            has_overwritten = self._pool_rows(plan, firsts, result)
+            if self._score(plan, firsts, result) or has_overwritten:
+                logits = self._program.run_head(samples.tokens)  # both write where the step's logits were
             if not self._generates:  # only the engine's probe requests a token
                 for row in samples.rows:
                     result.sampled[row] = Sampled(0)

@@ -99,24 +99,13 @@ class Tokenizer:
         lowers = _read_json(directory / "sentence_bert_config.json").get("do_lower_case") is True
         path = directory / "tokenizer.json"
         if path.exists():
+            # It decides what surrounds a text: transformers ignores `add_bos_token` and `add_eos_token` here.
             return cls._configured(_read_backend(path), config, eos_ids, path, lowers=lowers)
         backend, added = older_files.make_backend(directory, config)
         config = {**added, **config}
         made = cls._configured(backend, config, eos_ids, path, lowers=lowers)
         older_files.check_ids(backend, config.get("added_tokens_decoder") or {})
         return made
-
-    @classmethod
-    def from_file(cls, path: Path, config: Mapping[str, Any], *, eos_ids: Iterable[int] = ()) -> Tokenizer:
-        """Read a tokenizer.json; `config` is the content of the tokenizer_config.json that belongs to it.
-
-        tokenizer.json decides what surrounds a text (BOS, EOS). `add_bos_token` and `add_eos_token` of the
-        configuration are for vocabularies without a tokenizer.json; transformers ignores them here, too.
-
-        Raises:
-            ModelLoadError: if the file is absent or damaged.
-        """
-        return cls._configured(_read_backend(path), config, eos_ids, path)
 
     @classmethod
     def _configured(
