@@ -47,7 +47,7 @@ class Letters:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([32 + (token_id - 2) % 95]) if token_id >= 2 else b"<special>"
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_inside(self, text: str) -> list[int]:
         return [2 + ord(character) - 32 for character in text]
 
 

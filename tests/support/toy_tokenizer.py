@@ -49,6 +49,9 @@ class ToyTokenizer:
         tokens = self.encode_with_offsets(text, add_special_tokens=add_special_tokens, is_marked=is_marked)
         return [start[0] for start in tokens]
 
+    def encode_inside(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
     def encode_cut(
         self, text: str, keep: int, *, add_special_tokens: bool, from_left: bool = False
     ) -> list[int]:

@@ -320,6 +320,16 @@ def test_named_templates_of_a_config_and_of_a_gguf_file(tmp_path: Path) -> None:
         assert (template.render([USER]), template.render([USER], tools=[TOOL])) == ("plain", "with tools")
 
 
+@pytest.mark.parametrize("has_object", [True, False])
+def test_a_template_for_tools_beside_the_config_s(tmp_path: Path, has_object: bool) -> None:
+    _write_config(tmp_path / "tokenizer_config.json", {"default": "plain"} if has_object else "plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    template = load_chat_template({}, directory=tmp_path)
+    assert template is not None
+    assert (template.render([USER]), template.render([USER], tools=[TOOL])) == ("plain", "with tools")
+
+
 def test_an_override_without_a_template_is_refused(tmp_path: Path) -> None:
     for text in ("[]", "5", "null", "[" * 100_000):
         (tmp_path / "other.json").write_text(text)

@@ -45,7 +45,7 @@ class Pieces:
         index = token_id - FIRST_BYTE
         return bytes([index]) if index < 256 else PIECES[index - 256]
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_inside(self, text: str) -> list[int]:
         return [FIRST_BYTE + byte for byte in text.encode()]
 
 
@@ -54,7 +54,7 @@ def piece(data: bytes) -> int:
 
 
 def tokens(text: str) -> list[int]:
-    return Pieces().encode(text, add_special_tokens=False)
+    return Pieces().encode_inside(text)
 
 
 def token_mark(text: str) -> str:

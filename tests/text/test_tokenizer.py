@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 
 RECORDED = Path(__file__).parent / "data" / "smollm2_tokens.json"
@@ -208,6 +210,32 @@ class TestConfiguration:
         assert tokenizer.special_ids >= {49152, 49154} and 49153 not in tokenizer.special_ids
         assert tokenizer.eos_id == 49154
         assert tokenizer.token_bytes(49153) == b"<tool>"
+
+    def test_tokens_of_an_older_list_are_added_as_transformers_does(self, model_dir: Path) -> None:
+        """Of fine-tunes that kept the base model's tokenizer.json; a token that it has keeps its flags."""
+        write(model_dir / "added_tokens.json", {"<tool>": 49152, "<|im_end|>": 2})
+        tokenizer = Tokenizer.from_directory(model_dir)
+        reference = transformers.AutoTokenizer.from_pretrained(model_dir)
+        for text in ("a<tool>b", "a<|im_end|>"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert ids == reference.encode(text, add_special_tokens=False)
+        assert tokenizer.encode("<tool>", add_special_tokens=False) == [49152]
+        assert 2 in tokenizer.special_ids and 49152 not in tokenizer.special_ids
+        write(model_dir / "added_tokens.json", {"<tool>": 50000})
+        with pytest.raises(ModelLoadError, match="should have the id 50000, and has 49152"):
+            Tokenizer.from_directory(model_dir)
+
+    def test_named_tokens_of_a_model_are_special_and_the_template_s(self, model_dir: Path) -> None:
+        config = {
+            "image_token": "<|im_end|>", "audio_token": "<not there>", "add_bos_token": False,
+            "extra_special_tokens": {"boi_token": "<repo_name>"},
+        }  # fmt: skip
+        write(model_dir / "tokenizer_config.json", config)
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert tokenizer.special_tokens == {"image_token": "<|im_end|>", "boi_token": "<repo_name>"}
+        assert tokenizer.vocab_size == 49152
+        template = ChatTemplate("{{ image_token }}{{ boi_token }}{{ audio_token }}", tokenizer.special_tokens)
+        assert template.render([], add_generation_prompt=False) == "<|im_end|><repo_name>"
 
     def test_truncation_and_padding_of_the_file_are_ignored(self, model_dir: Path) -> None:
         backend = Backend.from_file(str(model_dir / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints without tokenizer.json: those from before 2023, Mistral's and InternLM's.
+"""Tokenizers of checkpoints without tokenizer.json, or with an older one: those from before 2023 and others.
 
 sentencepiece's tokenizer.model is read here if the checkpoint's tokenizer class does nothing else to a text.
 The other kinds (vocab.json with merges.txt, vocab.txt, tekken.json ...) are left to `transformers`, which
@@ -62,6 +62,17 @@ def make_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers
     if "added_tokens_decoder" not in config:
         added["added_tokens_decoder"] = _added_tokens(directory)
     return backend, added
+
+
+def missing_tokens(backend: tokenizers.Tokenizer, directory: Path) -> dict[str, Any]:
+    """Return the tokens of added_tokens.json that the tokenizer.json lacks, as `added_tokens_decoder`.
+
+    Older fine-tunes added tokens to a slow tokenizer and kept the tokenizer.json of the base model.
+    """
+    listed = _added_tokens(directory)
+    return {
+        token_id: token for token_id, token in listed.items() if backend.token_to_id(token["content"]) is None
+    }
 
 
 def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:

@@ -28,12 +28,13 @@ def byte_alphabet() -> dict[str, int]:
     }
 
 
-def token_byte_table(backend: tokenizers.Tokenizer, added: Mapping[int, str]) -> list[bytes]:
-    """Build the table, by id; `added` are the tokens whose text stands for itself.
+def token_byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
+    """Build the table, by id. An added token's text stands for itself, except for sentencepiece's spaces.
 
     Raises:
         ModelLoadError: if the vocabulary is of another family.
     """
+    added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
     vocab = backend.get_vocab(with_added_tokens=True)
     size = max(vocab.values(), default=-1) + 1
     if size > 2 * len(vocab) + 1024:  # a hostile file may give a token a huge id
@@ -47,6 +48,8 @@ def token_byte_table(backend: tokenizers.Tokenizer, added: Mapping[int, str]) ->
         _fill_byte_level(table, pieces)
     elif steps & {"ByteFallback", "Metaspace"}:
         _fill_sentencepiece(table, pieces)
+        for token_id, text in added.items():  # Gemma's runs of spaces are added tokens
+            table[token_id] = text.replace(_SPACE, " ").encode("utf-8", "replace")
     elif "WordPiece" in steps:
         for token_id, text in pieces.items():
             table[token_id] = (text[2:] if text.startswith("##") else f" {text}").encode("utf-8", "replace")

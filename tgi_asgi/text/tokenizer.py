@@ -21,6 +21,7 @@ from tokenizers import AddedToken, processors
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.text import gguf_vocab, older_files
 from tgi_asgi.text.chat.guard import PromptGuard
+from tgi_asgi.text.inner_text import InnerText
 from tgi_asgi.text.token_bytes import token_byte_table
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,7 +39,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: Ids are in [0, vocab_size); the model's own vocabulary may be padded beyond it.
-        special_tokens: "bos_token", "eos_token", ... -> text, those that exist; for the chat template.
+        special_tokens: "bos_token", "eos_token", "image_token" ... -> text, those that exist; for the chat
+            template.
         special_ids: Control tokens, which yield no text unless a request wants them.
         bos_id, eos_id: Ids of these two tokens, or None.
         eos_ids: Every token that ends an answer.
@@ -61,10 +63,11 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._bytes = token_byte_table(backend, self._added)
+        self._bytes = token_byte_table(backend)
         self.guard = PromptGuard(self._added[token_id] for token_id in self.special_ids)
         self._marked_backend: tokenizers.Tokenizer | None = None
         self._acting: dict[int, int] = {}  # marked backend's id of a special token -> the token's own id
+        self._inner_text: InnerText | None = None
         self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
         self.longest_token = max(map(len, self._bytes), default=1)  # in bytes, so no fewer than characters
@@ -100,11 +103,15 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if path.exists():
             # It decides what surrounds a text: transformers ignores `add_bos_token` and `add_eos_token` here.
-            return cls._configured(_read_backend(path), config, eos_ids, path, lowers=lowers)
-        backend, added = older_files.make_backend(directory, config)
-        config = {**added, **config}
+            backend, listed = _read_backend(path), {}
+            if "added_tokens_decoder" not in config:
+                listed = config["added_tokens_decoder"] = older_files.missing_tokens(backend, directory)
+        else:
+            backend, added = older_files.make_backend(directory, config)
+            config = {**added, **config}
+            listed = config.get("added_tokens_decoder") or {}
         made = cls._configured(backend, config, eos_ids, path, lowers=lowers)
-        older_files.check_ids(backend, config.get("added_tokens_decoder") or {})
+        older_files.check_ids(backend, listed)
         return made
 
     @classmethod
@@ -120,6 +127,7 @@ class Tokenizer:
         if lowers:
             _lower_texts(backend)
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
+        named.update(_model_specific(backend, config))
         try:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -160,6 +168,13 @@ class Tokenizer:
             ids = self._encode(self._marked().encode_batch_fast, text, add_special_tokens).ids
             return [self._acting.get(token_id, token_id) for token_id in ids]
         return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Turn text inside an answer into ids that have exactly its bytes (`inner_text.py`)."""
+        with self._lock:
+            if self._inner_text is None:
+                self._inner_text = InnerText(self._backend, self._bytes, self.special_ids)
+        return self._inner_text.encode(text)
 
     def encode_cut(
         self, text: str, keep: int, *, add_special_tokens: bool, from_left: bool = False
@@ -346,6 +361,18 @@ def _text_of(token: Any) -> str | None:
     """Return the text of a token as configurations write it: a string or an object with `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
+
+
+def _model_specific(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the further named tokens that the vocabulary has, such as `image_token`.
+
+    They are special, and variables of the chat template, as in transformers.
+    """
+    extra = config.get("extra_special_tokens")
+    given = {name: value for name, value in config.items() if name.endswith("_token") and name not in _NAMED}
+    given.update(extra if isinstance(extra, dict) else {})
+    texts = {name: text for name, value in given.items() if (text := _text_of(value))}
+    return {name: text for name, text in texts.items() if backend.token_to_id(text) is not None}
 
 
 def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named: Mapping[str, str]) -> None:

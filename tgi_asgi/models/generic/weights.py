@@ -24,7 +24,7 @@ from tgi_asgi.models.loading import KEPT, NamedWeights
 # Tensors in older checkpoints that nothing reads: computed values and masks.
 _UNUSED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
-    r"|position_ids$|token_type_ids$"
+    r"|\.attn\.causal_mask$|position_ids$|token_type_ids$"
 )
 
 Placed = ops.WeightSource | Tensor | Iterator[ops.WeightSource]

@@ -243,8 +243,8 @@ def _find_sources(
         if (single := directory / "chat_template.jinja").is_file():
             named["default"] = _read(single)
         for name in ("chat_template.json", "tokenizer_config.json"):
-            if not named and (config := directory / name).is_file():
-                named = _from_config(config)
+            if "default" not in named and (config := directory / name).is_file():
+                named = {**_from_config(config), **named}
         if named:
             return named
     prefix = "tokenizer.chat_template"
@@ -263,6 +263,8 @@ def _from_config(path: Path) -> dict[str, str]:
         template = config.get("chat_template")
         if isinstance(template, list):
             return {str(entry["name"]): str(entry["template"]) for entry in template}
+        if isinstance(template, dict):
+            return {str(name): str(text) for name, text in template.items()}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not a tokenizer_config.json: {error}") from error
     return {"default": template} if isinstance(template, str) and template else {}

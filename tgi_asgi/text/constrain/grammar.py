@@ -54,8 +54,8 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int, /) -> bytes:
         """Return the token's own bytes within running text."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn text into ids."""
+    def encode_inside(self, text: str) -> list[int]:
+        """Turn text inside an answer into ids that have exactly its bytes."""
 
 
 class GrammarCompiler:
@@ -84,7 +84,7 @@ class GrammarCompiler:
             InvalidRequest: if it is not valid, too complex, or contains something that cannot be enforced;
                 the message says what.
         """
-        if not self._tokenizer.eos_ids:
+        if min(self._tokenizer.eos_ids, default=self._vocab_size) >= self._vocab_size:
             raise InvalidRequest("grammar is not supported: the model has no token that ends a text")
         text = source.text
         with self._lock:
@@ -299,8 +299,9 @@ def _make_matcher(backend: Any, text: str) -> Any:
 def _make_backend(tokenizer: Vocabulary, vocab_size: int) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
-    return LLTokenizer(vocabulary, eos_token=sorted(tokenizer.eos_ids))
+    eos_ids = sorted(token_id for token_id in tokenizer.eos_ids if token_id < vocab_size)
+    vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids[0]))
+    return LLTokenizer(vocabulary, eos_token=eos_ids)
 
 
 def _make_executor() -> Any:
@@ -316,14 +317,14 @@ def _make_executor() -> Any:
 class _Vocabulary:
     """A tokenizer in the shape that llguidance reads."""
 
-    def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_id: int) -> None:
         size = min(tokenizer.vocab_size, vocab_size)
         tokens = [tokenizer.token_bytes(token_id) for token_id in range(size)]
         self.tokens = tokens + [b""] * (vocab_size - size)
-        self.special_token_ids = sorted(tokenizer.special_ids)
-        self.eos_token_id = min(tokenizer.eos_ids)
+        self.special_token_ids = sorted(each for each in tokenizer.special_ids if each < vocab_size)
+        self.eos_token_id = eos_id
         self.bos_token_id = None
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode_inside(text)
