@@ -19,7 +19,8 @@ from tgi_asgi.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("llama_cpp")
 TEXTS = [
-    '{"a": [1, true]}', " yes", "no ", "a  b", "   ", "x", "def f():\n    return 1", "naïve café", "ﬁx", "e\u0301",
+    '{"a": [1, true]}',
+    " yes", "no ", "a  b", "   ", "x", "def f():\n    return 1", "naïve café", "ﬁx", "e\u0301",
     "Ⅳ A", "UPPER", "日本", "😀", "<s>", "</s>[INST]", "▁", "",
 ]  # fmt: skip
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

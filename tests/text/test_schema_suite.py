@@ -89,6 +89,25 @@ def test_open_bounds_of_numbers_stay_outside(
         ),
         ({"type": "number", "minimum": 0, "maximum": 2, "enum": [0.5, 1]}, ("0.5", "1"), ("1.5",)),
         ({"type": "number", "minimum": 0, "maximum": 1e-12}, ("0.0000000000003",), ("1",)),
+        (
+            {"type": "number", "minimum": 0, "maximum": 0.5},
+            ("0", "0.1234567891"),
+            ("0.50000001", "0.12345678912"),
+        ),
+        ({"type": "number", "minimum": 0.001, "maximum": 0.01}, ("0.0099999999",), ("0.0100000001",)),
+        # More digits would be read as the bound.
+        (
+            {"type": "number", "exclusiveMinimum": -100, "exclusiveMaximum": -99.5},
+            ("-99.9999999999",),
+            ("-100", "-99.5", "-99.999999999999999"),
+        ),
+        (
+            {"type": "number", "minimum": 0},
+            ("0.5", "25000000000000.5"),
+            ("1" * 17, "0." + "3" * 11, "-1", "1e3"),
+        ),
+        ({"type": "number", "exclusiveMaximum": 2}, ("1.9", "-5"), ("2", "-" + "1" * 17)),
+        ({"type": "number"}, ("6.02e23", "-0.5"), ()),
     ],
 )
 def test_a_number_of_a_range_has_an_end(
@@ -346,6 +365,127 @@ def test_properties_listed_in_several_places_can_meet(
     assert accepts(compiler, sources.json_schema({"type": "object", **schema}), '{"a":1,"b":2}')
 
 
+CUSTOMER = {"type": "object", "properties": {"name": {"type": "null"}}, "required": ["name"]}
+DEFINITIONS = {"$defs": {"Customer": CUSTOMER, "Status": {"enum": ["new", "paid"]}, "Self": {"$ref": "#"}}}
+
+
+@pytest.mark.parametrize(
+    ("property_schema", "inside", "outside"),
+    [
+        # As pydantic 1 and FastAPI write a reference with a description.
+        ({"allOf": [{"$ref": "#/$defs/Status"}], "default": "new", "title": "S"}, ('"new"',), ('"other"',)),
+        (
+            {"allOf": [{"$ref": "#/$defs/Customer"}], "description": "who"},
+            ('{"name":null}',),
+            ('{"name":null,"a":1}',),
+        ),
+        # As OpenAPI's generators write a subclass.
+        (
+            {"allOf": [{"$ref": "#/$defs/Customer"}, {"properties": {"age": {"const": 1}}}]},
+            ('{"name":null,"age":1}', '{"name":null}'),
+            ('{"name":null,"age":1,"age":1}', '{"age":1}', '{"name":null,"age":1,"b":1}'),
+        ),
+        (
+            {
+                "properties": {"age": {"const": 1}}, "required": ["age"],
+                "allOf": [{"$ref": "#/$defs/Customer"}, {"description": "only a note"}],
+            },
+            ('{"age":1,"name":null}',),
+            ('{"age":1}', '{"age":1,"name":null,"b":1}'),
+        ),
+        (
+            {
+                "allOf": [
+                    {"$ref": "#/$defs/Customer"},
+                    {"properties": {"name": {"const": None}, "b": {"const": 1}}},
+                ]
+            },
+            ('{"name":null,"b":1}',),
+            ('{"name":1,"b":1}', '{"name":null,"c":1}'),
+        ),
+        # What is not merged stays as it is: both parts hold.
+        ({"allOf": [{"type": "string", "minLength": 1}, {"maxLength": 2}]}, ('"a"',), ('""', '"abc"')),
+        ({"allOf": [{"$ref": "#/$defs/Customer"}, {"minProperties": 1}]}, ('{"name":null}',), ("{}",)),
+        ({"allOf": [{"$ref": "#/$defs/Status"}, {"const": "paid"}]}, ('"paid"',), ('"new"',)),
+    ],
+)  # fmt: skip
+def test_all_of_opens_no_object(
+    compiler: GrammarCompiler,
+    property_schema: dict[str, Any],
+    inside: tuple[str, ...],
+    outside: tuple[str, ...],
+) -> None:
+    """Neither those that it combines, if they can be merged, nor others of the document."""
+    schema = {
+        "type": "object", "properties": {"a": {"$ref": "#/$defs/Customer"}, "b": property_schema},
+        "required": ["a", "b"], **DEFINITIONS,
+    }  # fmt: skip
+    source = sources.json_schema(schema)
+    for text in inside:
+        assert accepts(compiler, source, f'{{"a":{{"name":null}},"b":{text}}}'), text
+    for text in outside:
+        assert not accepts(compiler, source, f'{{"a":{{"name":null}},"b":{text}}}'), text
+    assert not accepts(compiler, source, f'{{"a":{{"name":null}},"b":{inside[0]},"c":1}}')
+    if "minProperties" not in str(property_schema):  # its part of `allOf` may be anywhere
+        assert not accepts(compiler, source, f'{{"a":{{"name":null,"x":1}},"b":{inside[0]}}}')
+
+
+def test_all_of_that_leads_back_to_itself_is_judged(compiler: GrammarCompiler) -> None:
+    for target in ("#/$defs/a", "#/$defs/b", "#", "#/nowhere", "#anchor"):
+        schema = {
+            "allOf": [{"$ref": target}, {"properties": {"x": {"const": 1}}}],
+            "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}, "b": {"allOf": [{"$ref": "#/$defs/a"}, {}]}},
+        }
+        with contextlib.suppress(InvalidRequest):
+            compiler.compile(sources.json_schema({"type": "object", **schema}))
+
+
+def test_a_reference_into_all_of_finds_its_target(compiler: GrammarCompiler) -> None:
+    schema = {
+        "type": "object", "required": ["a", "b"],
+        "properties": {"a": {"allOf": [{"const": 1}]}, "b": {"$ref": "#/properties/a/allOf/0"}},
+    }  # fmt: skip
+    source = sources.json_schema(schema)
+    assert accepts(compiler, source, '{"a":1,"b":1}')
+    assert not accepts(compiler, source, '{"a":1,"b":2}')
+
+
+@pytest.mark.parametrize(
+    ("form", "inside", "outside"),
+    [
+        (
+            "duration",
+            ("P3DT12H30M5S", "PT5M", "P1W", "P1Y2M3D"),
+            ("P", "PT", "P1Y2D", "PT1H5S", "P" + "1" * 7 + "D"),
+        ),
+        ("time", ("10:00:00.123456Z",), ("10:00:00." + "1" * 10 + "Z",)),
+        (
+            "email",
+            ("john.q@mail.example.com", "o'brien@x.org"),
+            ("a..b@x.com", "@x.com", "x@" + "a" * 64 + ".com"),
+        ),
+        (
+            "hostname",
+            ("localhost", "svc.ns.svc.cluster.local", "a" * 63 + ".com"),
+            ("-a.com", "a" * 64, "a.b" * 90),
+        ),
+        (
+            "uri",
+            ("https://x.com/a%20b?x=1#y", "http://127.0.0.1:8000/", "mailto:a@b.c", "urn:isbn:0451450523"),
+            ("//x.com", "https://x.com/ a", "https://x.com/%2", "https://x.com/" + "a" * 500),
+        ),
+    ],
+)
+def test_a_format_has_an_end(
+    compiler: GrammarCompiler, form: str, inside: tuple[str, ...], outside: tuple[str, ...]
+) -> None:
+    source = sources.json_schema({"type": "string", "format": form})
+    for text in inside:
+        assert accepts(compiler, source, json.dumps(text)), text
+    for text in outside:
+        assert not accepts(compiler, source, json.dumps(text)), text
+
+
 def _kind(value: Any, **more: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"kind": {"const": value}}, "required": ["kind"], **more}
 
@@ -361,12 +501,20 @@ def _kind(value: Any, **more: Any) -> dict[str, Any]:
             ],
             ('{"a":1}', '{"b":2}'),
         ),
+        ([{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/two"}], ('{"kind":1}', '{"kind":2}')),
+        ([{"$ref": "#/$defs/one"}, {"type": "null"}], ('{"kind":1}', "null")),
+        (
+            [{"$ref": "#/$defs/one"}, {"type": "array", "items": {"$ref": "#/$defs/one"}}],
+            ('{"kind":1}', '[{"kind":1}]'),
+        ),
+        ([{"$ref": "#/$defs/one"}, {"type": ["integer", "string"]}], ('{"kind":1}', "5", '"x"')),
     ],
 )
 def test_one_of_schemas_that_exclude_each_other_is_any_of_them(
     compiler: GrammarCompiler, branches: list[Any], texts: tuple[str, ...]
 ) -> None:
-    source = sources.json_schema({"oneOf": branches})
+    definitions = {"one": _kind(1), "two": _kind(2)}
+    source = sources.json_schema({"oneOf": branches, "$defs": definitions})
     assert all(accepts(compiler, source, text) for text in texts)
     assert not accepts(compiler, source, "{}")
 
@@ -377,13 +525,16 @@ def test_one_of_schemas_that_exclude_each_other_is_any_of_them(
         [_kind(1), _kind(1.0)],
         [_kind(1), _kind(2, required=[])],
         [_kind(1), {"properties": {"kind": {"const": 2}}}],
+        [{"$ref": "#/$defs/one"}, _kind(1)],
+        [{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/one"}],
+        [{"type": "integer"}, {"type": "number"}],
     ],
 )
 def test_one_of_schemas_that_may_match_together_is_refused(
     compiler: GrammarCompiler, branches: list[Any]
 ) -> None:
     with pytest.raises(InvalidRequest, match="`oneOf`"):
-        compiler.compile(sources.json_schema({"oneOf": branches}))
+        compiler.compile(sources.json_schema({"oneOf": branches, "$defs": {"one": _kind(1)}}))
 
 
 @pytest.mark.parametrize("is_strict", [False, True])

@@ -55,7 +55,7 @@ class InnerText:
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
-        """Token bytes -> id; of several the last, which in sentencepiece's order is not the one for a byte."""
+        """Token bytes -> id; of several ids the last, because sentencepiece's tokens of a byte come first."""
         found = {data: token_id for token_id, data in enumerate(self._token_bytes) if data}
         for token_id in self._special_ids:
             if found.get(self._token_bytes[token_id]) == token_id:

@@ -11,7 +11,8 @@ _NUDGE = Decimal("0.000001")
 _MAX_MULTIPLE = 10_000
 _MAX_DIGITS = 15  # of a fraction; the compiler rounds further digits
 _FINEST = 1e-10  # the compiler accepts no finer step
-_MAX_OF_RANGE = 1e12
+_MAX_NUMBER = 9e15  # beyond it, doubles do not hold every integer
+_MIN_WIDTH = 1e-8  # of a range; in a narrower one, the finest steps are too few
 _MAX_INTEGER = 9 * 10**18  # the compiler counts in 64 bits
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 # Keywords that list or describe the values themselves.
@@ -71,19 +72,25 @@ def bound_integer(schema: dict[str, Any]) -> None:
 
 
 def bound_fraction(schema: dict[str, Any]) -> None:
-    """Limit the numbers of a range to ten digits after the decimal point, for the same reason.
+    """Limit a number with a bound to ten digits after the decimal point, and 16 before, for the same reason.
 
-    Numbers without a range stay unrestricted, because some of them have an exponent, which the compiler does
-    not allow together with a range.
+    More digits could also round to a bound that the schema excludes. Numbers without any bound stay
+    unrestricted, because some of them have an exponent, which the compiler does not allow beside a bound.
     """
     least, most = (
         next((value for name in names if is_number(value := schema.get(name))), None)
         for names in (_LOWER, _UPPER)
     )
-    if "number" not in _types(schema) or least is None or most is None or _COMBINED & schema.keys():
+    if "number" not in _types(schema) or (least is None and most is None) or _COMBINED & schema.keys():
         return
-    if most - least >= 1 and max(abs(least), abs(most)) <= _MAX_OF_RANGE:
-        schema["multipleOf"] = _FINEST
+    lower, upper = (-_MAX_NUMBER if least is None else least), (_MAX_NUMBER if most is None else most)
+    if upper - lower < _MIN_WIDTH or max(abs(lower), abs(upper)) > _MAX_NUMBER:
+        return
+    schema["multipleOf"] = _FINEST
+    if least is None:
+        schema["minimum"] = lower
+    if most is None:
+        schema["maximum"] = upper
 
 
 def _types(schema: Mapping[str, Any]) -> list[Any]:

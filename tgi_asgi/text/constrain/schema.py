@@ -14,6 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.combined import (
+    BY_NAME,
+    DATA,
+    Resolve,
+    incomplete_objects,
+    merge_all_of,
+    resolver,
+)
 from tgi_asgi.text.constrain.disjoint import are_disjoint
 from tgi_asgi.text.constrain.exact import (
     bound_fraction,
@@ -24,18 +32,11 @@ from tgi_asgi.text.constrain.exact import (
     is_small_multiple,
     nudge_bounds,
 )
+from tgi_asgi.text.constrain.formats import PATTERNS
 from tgi_asgi.text.constrain.reason import problem_of, warnings_of
 
-# No leap seconds: whether one is valid depends on the time zone.
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-_DATE = (
-    r"(?:\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
-    r"|02-(?:0[1-9]|1\d|2[0-8]))"
-    r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
-)
-_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}"}  # llguidance's lack leap years
 _CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # the compiler drops a control-character literal
-_FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+_FORMATS = frozenset({"ipv4", "ipv6", "uuid"})  # besides PATTERNS
 _UNENFORCEABLE = frozenset(
     {
         "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "dependencies",
@@ -46,12 +47,9 @@ _UNENFORCEABLE = frozenset(
 _MAX_PATTERNS = 16  # per object; the compiler compares all pairs, hundreds take minutes
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _VALUES = ("const", "enum", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_DATA = ("const", "enum", "default", "examples")  # values that only look like schemas
 _OF_OTHERS = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"}
 )
-_BRANCHES = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "dependentSchemas"})
 _IN_WARNINGS = {"oneOf": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties")}
 
 
@@ -68,8 +66,9 @@ def enforceable(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[dict[str
     Raises:
         InvalidRequest: if it is strict and not all of it can be enforced, or if no answer can match it.
     """
-    adapter = _Adapter(schema, is_strict=is_strict)
-    result: dict[str, Any] = adapter.adapt(schema)
+    document = merge_all_of(schema)
+    adapter = _Adapter(document, is_strict=is_strict)
+    result: dict[str, Any] = adapter.adapt(document)
     if is_strict:
         if adapter.left_out:
             raise InvalidRequest(f"cannot be enforced: {', '.join(adapter.left_out.values())[:300]}")
@@ -92,7 +91,8 @@ class _Adapter:
     def __init__(self, document: Mapping[str, Any], *, is_strict: bool) -> None:
         self.left_out: dict[str, str] = {}
         self.keywords: set[str] = set()
-        self._closes = not _combines(document)
+        self._incomplete = incomplete_objects(document)
+        self._resolve = resolver(document)
         self._is_strict = is_strict
 
     def adapt(self, schema: Any) -> Any:
@@ -103,14 +103,14 @@ class _Adapter:
         self.keywords |= schema.keys()
         result: dict[str, Any] = {}
         for key, value in schema.items():
-            if key in _BY_NAME and isinstance(value, Mapping):
+            if key in BY_NAME and isinstance(value, Mapping):
                 result[key] = {name: self.adapt(item) for name, item in value.items()}
             else:
-                result[key] = value if key in _DATA else self.adapt(value)
+                result[key] = value if key in DATA else self.adapt(value)
         self._leave_out(result)
-        _put_right(result)
+        _put_right(result, self._resolve)
         bound_integer(result)
-        if self._closes:
+        if self._incomplete is not None and id(schema) not in self._incomplete:
             bound_fraction(result)
             if _is_listed(result):
                 result["additionalProperties"] = False
@@ -129,7 +129,7 @@ class _Adapter:
         if is_number(step := schema.get("multipleOf")) and not is_small_multiple(step):
             self._drop(schema, "multipleOf", f"{step}: at most 4 significant digits are")
         form = schema.get("format")
-        if isinstance(form, str) and form not in _FORMATS and form not in _PATTERNS:
+        if isinstance(form, str) and form not in _FORMATS and form not in PATTERNS:
             self._drop(schema, "format", form)
         reference = schema.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:
@@ -179,7 +179,7 @@ class _Adapter:
         self.left_out.setdefault(name, f"`{name}` {why}".rstrip()[:200])
 
 
-def _put_right(schema: dict[str, Any]) -> None:
+def _put_right(schema: dict[str, Any], resolve: Resolve) -> None:
     """Rewrite the keywords of one schema into the forms that the compiler understands."""
     schema.pop("$schema", None)  # keywords newer than the draft apply, too
     schema.pop("$recursiveAnchor", None)
@@ -190,14 +190,14 @@ def _put_right(schema: dict[str, Any]) -> None:
     for name in _COUNTS:
         if name in schema:
             schema[name] = count(schema[name])
-    pattern = _PATTERNS.get(form) if isinstance(form := schema.get("format"), str) else None
+    pattern = PATTERNS.get(form) if isinstance(form := schema.get("format"), str) else None
     if pattern is not None:
         del schema["format"]
         own, others = {"pattern": f"^(?:{pattern})$"}, schema.get("allOf", [])
         schema |= {"allOf": [*others, own]} if "pattern" in schema else own
     nudge_bounds(schema)
     branches = schema.get("oneOf")
-    if "anyOf" not in schema and isinstance(branches, list) and are_disjoint(branches):
+    if "anyOf" not in schema and isinstance(branches, list) and are_disjoint(branches, resolve):
         schema["anyOf"] = schema.pop("oneOf")
 
 
@@ -213,17 +213,4 @@ def _is_listed(schema: Mapping[str, Any]) -> bool:
         and isinstance(least, int)
         and least <= len(properties)
         and not _OF_OTHERS & schema.keys()
-    )
-
-
-def _combines(schema: Any) -> bool:
-    """Return whether an object's properties may be listed in several places that are each incomplete."""
-    if isinstance(schema, list):
-        return any(map(_combines, schema))
-    if not isinstance(schema, Mapping):
-        return False
-    return bool(
-        "allOf" in schema
-        or ("properties" in schema and _BRANCHES & schema.keys())
-        or any(_combines(value) for key, value in schema.items() if key not in _DATA)
     )

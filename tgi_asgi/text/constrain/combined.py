@@ -1,0 +1,179 @@
+"""Objects of a JSON schema whose properties are listed in several places.
+
+Generators wrap a reference that has a description in an `allOf` of one element (pydantic 1, FastAPI), and
+write inheritance as an `allOf` of a reference and the subclass's own properties (OpenAPI). Both are merged
+here, so that all properties of such an object are known in one place. What cannot be merged is only marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+DATA = ("const", "enum", "default", "examples")  # values that only look like schemas
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_NOTES = frozenset(
+    {
+        "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly",
+        "$comment",
+    }
+)  # fmt: skip
+_BESIDE = frozenset({"$defs", "definitions", "$schema"})  # part of no object
+_OF_OBJECT = frozenset({"type", "properties", "required"})
+_BRANCHES = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "dependentSchemas"})
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "not")
+_MAX_CHAIN = 32  # references that are followed one after the other
+_MAX_PROPERTIES = 2_000  # of all merged objects together
+
+Schema = Mapping[str, Any]
+Resolve = Callable[[str], Schema | None]
+
+
+def resolver(document: Schema) -> Resolve:
+    """Return a function that finds the schema of a reference like `#/$defs/name`, or None."""
+
+    def resolve(reference: str) -> Schema | None:
+        if reference != "#" and not reference.startswith("#/"):
+            return None
+        found: Any = document
+        for part in unquote(reference).split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, Mapping) and name in found:
+                found = found[name]
+            else:
+                return None
+        return found if isinstance(found, Mapping) else None
+
+    return resolve
+
+
+def merge_all_of(document: Schema) -> Schema:
+    """Return a document in which `allOf` is merged into its schema wherever the meaning stays the same."""
+    if any("/allOf/" in reference for reference in _references(document)):
+        return document
+    merged: Schema = _Merger(document).everywhere(document)
+    return merged
+
+
+class _Merger:
+    def __init__(self, document: Schema) -> None:
+        self._resolve = resolver(document)
+        self._num_properties = 0
+
+    def everywhere(self, value: Any, key: str = "") -> Any:
+        if isinstance(value, list):
+            return [self.everywhere(item) for item in value]
+        if not isinstance(value, Mapping) or key in DATA:
+            return value
+        if key in BY_NAME:
+            return {name: self.everywhere(item) for name, item in value.items()}
+        return {name: self.everywhere(item, name) for name, item in self._merged(value, 0).items()}
+
+    def _merged(self, schema: Schema, depth: int) -> Schema:
+        """Return a schema without its `allOf`, or as it is."""
+        parts = schema.get("allOf")
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+            return schema
+        own = {name: value for name, value in schema.items() if name != "allOf"}
+        parts = [part for part in parts if part.keys() - _NOTES]
+        if not parts:
+            return own
+        if len(parts) == 1 and own.keys() <= _NOTES:
+            return self._merged({**parts[0], **own}, depth + 1) if depth < _MAX_CHAIN else schema
+        kept = {name: value for name, value in own.items() if name in _NOTES | _BESIDE}
+        own = {name: value for name, value in own.items() if name not in kept}
+        objects = [self._plain(part, depth + 1) for part in ([own] if own else []) + parts]
+        plain = [each for each in objects if each is not None]
+        size = sum(len(each.get("properties", ())) for each in plain)
+        if len(plain) < len(objects) or self._num_properties + size > _MAX_PROPERTIES:
+            return schema
+        self._num_properties += size
+        return {**_joined(plain), **kept}
+
+    def _plain(self, schema: Schema, depth: int) -> Schema | None:
+        """Return what a schema says of its object, if it says nothing but which properties there are."""
+        if depth > _MAX_CHAIN:
+            return None
+        schema = self._merged(schema, depth)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and schema.keys() - _NOTES == {"$ref"}:
+            target = self._resolve(reference)
+            return None if target is None else self._plain(target, depth + 1)
+        said = {name: value for name, value in schema.items() if name not in _NOTES}
+        is_plain = (
+            said.keys() <= _OF_OBJECT
+            and said.get("type", "object") == "object"
+            and isinstance(said.get("properties", {}), Mapping)
+            and isinstance(required := said.get("required", []), list)
+            and all(isinstance(name, str) for name in required)
+        )
+        return said if is_plain else None
+
+
+def _joined(objects: list[Schema]) -> dict[str, Any]:
+    """Return the object that all of these describe together."""
+    found: dict[str, Any] = {"type": "object"} if any("type" in each for each in objects) else {}
+    properties: dict[str, list[Any]] = {}
+    for each in objects:
+        for name, schema in each.get("properties", {}).items():
+            known = properties.setdefault(name, [])
+            known += [] if schema in known else [schema]
+    if properties:
+        found["properties"] = {
+            name: schemas[0] if len(schemas) == 1 else {"allOf": schemas}
+            for name, schemas in properties.items()
+        }
+    required = dict.fromkeys(name for each in objects for name in each.get("required", ()))
+    if required:
+        found["required"] = list(required)
+    return found
+
+
+def incomplete_objects(document: Schema) -> frozenset[int] | None:
+    """Return the `id` of each schema that may list only some of its object's properties; None: any may."""
+    resolve = resolver(document)
+    found: set[int] = set()
+
+    def add(schema: Any) -> bool:
+        """Add what applies to the same value as this schema; return whether all of that is known."""
+        if not isinstance(schema, Mapping) or id(schema) in found:
+            return True
+        found.add(id(schema))
+        if "$dynamicRef" in schema:
+            return False
+        inner = [schema[name] for name in _IN_PLACE if name in schema]
+        inner = [item for each in inner for item in (each if isinstance(each, list) else [each])]
+        if isinstance(dependent := schema.get("dependentSchemas"), Mapping):
+            inner += dependent.values()
+        if isinstance(reference := schema.get("$ref"), str):
+            target = resolve(reference)
+            if target is None:
+                return False
+            inner.append(target)
+        return all(map(add, inner))
+
+    is_known = all(add(schema) for schema in _schemas(document) if _combines(schema))
+    return frozenset(found) if is_known else None
+
+
+def _combines(schema: Schema) -> bool:
+    return "allOf" in schema or ("properties" in schema and bool(_BRANCHES & schema.keys()))
+
+
+def _schemas(value: Any, key: str = "") -> Iterator[Schema]:
+    """Yield a schema and all schemas in it."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _schemas(item)
+    elif isinstance(value, Mapping) and key not in DATA:
+        if key not in BY_NAME:
+            yield value
+        for name, item in value.items():
+            yield from _schemas(item, "" if key in BY_NAME else name)
+
+
+def _references(document: Schema) -> Iterator[str]:
+    return (each for schema in _schemas(document) if isinstance(each := schema.get("$ref"), str))
