@@ -40,7 +40,7 @@ NARROWED = {
     "format": "formats are enforced, not annotations",
     "email": "no quoted local parts and no IP addresses",
     "hostname": "the last label begins with a letter",
-    "uri": "no user names and no IPv6 addresses",
+    "uri": "no user names, IPv6 addresses, or unknown schemes without //",
     "ipv6": "no embedded IPv4 addresses",
     "date-time": "no leap seconds",
     "time": "no leap seconds",

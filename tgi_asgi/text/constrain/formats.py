@@ -24,14 +24,15 @@ _LONG_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = rf"(?:{_LONG_LABEL}\.)?(?:{_LABEL}\.){{0,5}}[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?"
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]{1,20}"
 _EMAIL = rf"{_ATOM}(?:\.{_ATOM}){{0,2}}@(?:{_LONG_LABEL}\.)?(?:{_LABEL}\.){{1,4}}[A-Za-z]{{2,24}}"
-# RFC 3986, without user names and IPv6 addresses.
+# RFC 3986, without user names and IPv6 addresses, and without `//` only for schemes that are in use.
 _IPV4 = r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _CHARACTER = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"
 _CHARACTERS = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})"
 _REST = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})"
+_OPAQUE = "about|arn|bitcoin|blob|cid|data|did|doi|geo|magnet|mailto|news|pkg|sms|spotify|tag|tel|urn"
 _URI = (
-    rf"[A-Za-z][A-Za-z0-9+.-]{{0,15}}:"
-    rf"(?://(?:{_HOST}|{_IPV4})(?::\d{{1,5}})?(?:/{_CHARACTERS}{{0,400}})?|{_CHARACTER}{_CHARACTERS}{{0,400}})"
+    rf"(?:[A-Za-z][A-Za-z0-9+.-]{{0,15}}://(?:{_HOST}|{_IPV4})(?::\d{{1,5}})?(?:/{_CHARACTERS}{{0,400}})?"
+    rf"|file:///{_CHARACTERS}{{0,400}}|(?:{_OPAQUE}):{_CHARACTER}{_CHARACTERS}{{0,400}})"
     rf"(?:\?{_REST}{{0,400}})?(?:#{_REST}{{0,100}})?"
 )
 
