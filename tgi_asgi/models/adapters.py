@@ -29,6 +29,14 @@ _REASONS = {
     "lm_head": "the head is not changed by adapters",
     "kv_b_proj": "the product that expands latents to keys and values is not changed by adapters",
 }
+# Of vision models before transformers 4.52: Gemma 3 and LLaVA, and Qwen 2-VL and 2.5-VL.
+_FORMER_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("model.", "model.language_model."),
+    ("visual.", "model.visual."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
 
 
 class AdapterLayout(Protocol):
@@ -86,21 +94,32 @@ class AdapterLoader(Generic[_Layout]):
         why = f": adapters of this model need no more with --max-lora-rank {self.layout.max_rank}"
         adapter = PeftAdapter(directory, self._max_file_bytes, why)
         try:
-            for target in adapter.targets:
+            targets = [self._renamed(target) for target in adapter.targets]
+            for target in targets:
                 self._check(target)
             deltas = {
                 target.module: ops.Delta(
                     _tensor(adapter, target.down), _tensor(adapter, target.up), target.scale
                 )
-                for target in adapter.targets
+                for target in targets
             }
             weights = self.layout.pack(deltas)
         except (ModelLoadError, ValueError) as error:
             raise ModelLoadError(f"{directory}: {error}") from None
         finally:
             adapter.close()
-        rank = max(target.rank for target in adapter.targets)
+        rank = max(target.rank for target in targets)
         return LoadedAdapter(weights, adapter.digest, rank, weights.num_bytes, adapter.base)
+
+    def _renamed(self, target: PeftTarget) -> PeftTarget:
+        """Return a target with today's name of its module, if the model only knows that one."""
+        if target.module in self.layout.targets:
+            return target
+        for old, new in _FORMER_PREFIXES:
+            name = new + target.module.removeprefix(old)
+            if target.module.startswith(old) and name in self.layout.targets:
+                return replace(target, module=name)
+        return target
 
     def _check(self, target: PeftTarget) -> None:
         """Refuse a tensor that does not fit, before reading it."""

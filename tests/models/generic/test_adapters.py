@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support import architectures
 from tests.support.adapters import make_adapter, peft_logits, write_adapter
 from tests.support.generic import LENGTHS, load_generic, run_steps
+from tests.support.vision_models import make
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
@@ -51,6 +54,29 @@ def test_a_model_gives_what_peft_gives(
     without = peft_logits(base, None, ids[0])
     assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
     assert run_steps(model, ids, expected, layout=loader.layout, adapters=adapters) <= EXACT
+
+
+@pytest.mark.parametrize(("family", "old"), [("gemma3", "language_model.model."), ("qwen2_5_vl", "model.")])
+def test_adapters_with_the_former_names_of_vision_models_load(
+    family: str, old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers 4.52, the text model's modules had other names."""
+    packed: list[Mapping[str, ops.Delta]] = []
+    make(family, tmp_path / "base")
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(tmp_path / "base")), max_rank=8))
+    new, pack = "model.language_model.", loader.layout.pack
+    modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
+    monkeypatch.setattr(loader.layout, "pack", lambda deltas: (packed.append(deltas), pack(deltas))[1])
+    for folder, prefix in (("new", new), ("old", old)):
+        shapes = {
+            f"base_model.model.{prefix}{name.removeprefix(new)}": loader.layout.targets[name].shape
+            for name in modules
+        }
+        loader.load(write_adapter(tmp_path / folder, shapes))
+    today, former = packed
+    assert list(today) == list(former) == modules != []
+    for name in modules:
+        assert torch.equal(today[name].down, former[name].down)
 
 
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
