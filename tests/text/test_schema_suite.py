@@ -289,6 +289,13 @@ def test_what_cannot_be_enforced_is_left_out_and_named(
         {"properties": {f"p{i}": {"pattern": f"(.*a.{{{i}00}})"} for i in range(100)}},
         {"oneOf": [{"properties": {f"p{i}": {"const": i}}, "required": [f"p{i}"]} for i in range(900)]},
         {"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12},
+        {
+            "$ref": "#/$defs/0",
+            "$defs": {
+                f"{i}": {"allOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} if i < 30 else {"properties": {"a": {}}}
+                for i in range(31)
+            },
+        },
     ],
 )
 def test_a_hostile_schema_is_judged_within_a_second(schema: dict[str, Any], is_strict: bool) -> None:
@@ -375,7 +382,7 @@ DEFINITIONS = {"$defs": {"Customer": CUSTOMER, "Status": {"enum": ["new", "paid"
         # As pydantic 1 and FastAPI write a reference with a description.
         ({"allOf": [{"$ref": "#/$defs/Status"}], "default": "new", "title": "S"}, ('"new"',), ('"other"',)),
         (
-            {"allOf": [{"$ref": "#/$defs/Customer"}], "description": "who"},
+            {"allOf": [{"$ref": "#/$defs/Customer"}], "description": "who", "nullable": False},
             ('{"name":null}',),
             ('{"name":null,"a":1}',),
         ),
@@ -438,6 +445,13 @@ def test_all_of_that_leads_back_to_itself_is_judged(compiler: GrammarCompiler) -
         }
         with contextlib.suppress(InvalidRequest):
             compiler.compile(sources.json_schema({"type": "object", **schema}))
+
+
+def test_a_document_that_is_one_of_its_definitions_is_closed(compiler: GrammarCompiler) -> None:
+    definition = {**CUSTOMER, "minProperties": 1}  # cannot be merged with anything
+    source = sources.json_schema({"allOf": [{"$ref": "#/definitions/C"}], "definitions": {"C": definition}})
+    assert accepts(compiler, source, '{"name":null}')
+    assert not accepts(compiler, source, '{"name":null,"a":1}')
 
 
 def test_a_reference_into_all_of_finds_its_target(compiler: GrammarCompiler) -> None:

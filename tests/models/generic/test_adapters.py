@@ -66,7 +66,12 @@ def test_adapters_with_the_former_names_of_vision_models_load(
     loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(tmp_path / "base")), max_rank=8))
     new, pack = "model.language_model.", loader.layout.pack
     modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
-    monkeypatch.setattr(loader.layout, "pack", lambda deltas: (packed.append(deltas), pack(deltas))[1])
+
+    def keep(deltas: Mapping[str, ops.Delta]) -> ops.NativeAdapter:
+        packed.append(deltas)
+        return pack(deltas)
+
+    monkeypatch.setattr(loader.layout, "pack", keep)
     for folder, prefix in (("new", new), ("old", old)):
         shapes = {
             f"base_model.model.{prefix}{name.removeprefix(new)}": loader.layout.targets[name].shape

@@ -13,10 +13,17 @@ from urllib.parse import unquote
 
 DATA = ("const", "enum", "default", "examples")  # values that only look like schemas
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_NOTES = frozenset(
+# Everything else is a note: descriptions, defaults, OpenAPI's `nullable` and `discriminator` ...
+_KEYWORDS = frozenset(
     {
-        "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly",
-        "$comment",
+        "$anchor", "$defs", "$dynamicAnchor", "$dynamicRef", "$id", "$recursiveAnchor", "$recursiveRef", "$ref",
+        "$schema", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "contains",
+        "definitions", "dependencies", "dependentRequired", "dependentSchemas", "else", "enum",
+        "exclusiveMaximum", "exclusiveMinimum", "format", "id", "if", "items", "maxContains", "maxItems",
+        "maxLength", "maxProperties", "maximum", "minContains", "minItems", "minLength", "minProperties",
+        "minimum", "multipleOf", "not", "oneOf", "pattern", "patternProperties", "prefixItems", "properties",
+        "propertyNames", "required", "then", "type", "unevaluatedItems", "unevaluatedProperties",
+        "uniqueItems", "x-guidance",
     }
 )  # fmt: skip
 _BESIDE = frozenset({"$defs", "definitions", "$schema"})  # part of no object
@@ -25,6 +32,7 @@ _BRANCHES = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "de
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "not")
 _MAX_CHAIN = 32  # references that are followed one after the other
 _MAX_PROPERTIES = 2_000  # of all merged objects together
+_MAX_PARTS = 2_000  # that are looked at; definitions that name the next one twice have 2^n
 
 Schema = Mapping[str, Any]
 Resolve = Callable[[str], Schema | None]
@@ -37,8 +45,8 @@ def resolver(document: Schema) -> Resolve:
         if reference != "#" and not reference.startswith("#/"):
             return None
         found: Any = document
-        for part in unquote(reference).split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
+        for part in reference.split("/")[1:]:
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
                 found = found[int(name)]
             elif isinstance(found, Mapping) and name in found:
@@ -61,7 +69,7 @@ def merge_all_of(document: Schema) -> Schema:
 class _Merger:
     def __init__(self, document: Schema) -> None:
         self._resolve = resolver(document)
-        self._num_properties = 0
+        self._num_properties = self._num_parts = 0
 
     def everywhere(self, value: Any, key: str = "") -> Any:
         if isinstance(value, list):
@@ -78,12 +86,12 @@ class _Merger:
         if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
             return schema
         own = {name: value for name, value in schema.items() if name != "allOf"}
-        parts = [part for part in parts if part.keys() - _NOTES]
+        parts = [part for part in parts if part.keys() & _KEYWORDS]
         if not parts:
             return own
-        if len(parts) == 1 and own.keys() <= _NOTES:
+        kept = {name: value for name, value in own.items() if name in _BESIDE or name not in _KEYWORDS}
+        if len(parts) == 1 and kept == own and not _BESIDE & parts[0].keys() & own.keys():
             return self._merged({**parts[0], **own}, depth + 1) if depth < _MAX_CHAIN else schema
-        kept = {name: value for name, value in own.items() if name in _NOTES | _BESIDE}
         own = {name: value for name, value in own.items() if name not in kept}
         objects = [self._plain(part, depth + 1) for part in ([own] if own else []) + parts]
         plain = [each for each in objects if each is not None]
@@ -95,14 +103,15 @@ class _Merger:
 
     def _plain(self, schema: Schema, depth: int) -> Schema | None:
         """Return what a schema says of its object, if it says nothing but which properties there are."""
-        if depth > _MAX_CHAIN:
+        self._num_parts += 1
+        if depth > _MAX_CHAIN or self._num_parts > _MAX_PARTS:
             return None
         schema = self._merged(schema, depth)
         reference = schema.get("$ref")
-        if isinstance(reference, str) and schema.keys() - _NOTES == {"$ref"}:
+        if isinstance(reference, str) and schema.keys() & _KEYWORDS == {"$ref"}:
             target = self._resolve(reference)
             return None if target is None else self._plain(target, depth + 1)
-        said = {name: value for name, value in schema.items() if name not in _NOTES}
+        said = {name: value for name, value in schema.items() if name in _KEYWORDS}
         is_plain = (
             said.keys() <= _OF_OBJECT
             and said.get("type", "object") == "object"
