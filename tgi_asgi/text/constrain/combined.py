@@ -16,8 +16,8 @@ BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependent
 # Everything else is a note: descriptions, defaults, OpenAPI's `nullable` and `discriminator` ...
 _KEYWORDS = frozenset(
     {
-        "$anchor", "$defs", "$dynamicAnchor", "$dynamicRef", "$id", "$recursiveAnchor", "$recursiveRef", "$ref",
-        "$schema", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "contains",
+        "$anchor", "$defs", "$dynamicAnchor", "$dynamicRef", "$id", "$recursiveAnchor", "$recursiveRef",
+        "$ref", "$schema", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "contains",
         "definitions", "dependencies", "dependentRequired", "dependentSchemas", "else", "enum",
         "exclusiveMaximum", "exclusiveMinimum", "format", "id", "if", "items", "maxContains", "maxItems",
         "maxLength", "maxProperties", "maximum", "minContains", "minItems", "minLength", "minProperties",
