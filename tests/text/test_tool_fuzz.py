@@ -158,7 +158,7 @@ def test_what_follows_a_function_s_name_is_read_in_time(behind: str) -> None:
     begun_s = time.process_time()
     for at in range(len(behind)):
         parser.push(("" if at else "<function=f>") + behind[at])
-    assert time.process_time() - begun_s < 1
+    assert time.process_time() - begun_s < 5
 
 
 @pytest.mark.parametrize("kind", ["string", "array"])
