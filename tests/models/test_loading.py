@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -176,6 +177,15 @@ def test_an_architecture_that_is_not_named_is_that_of_the_model_s_type(
         ("jetmoe", "JetMoEForCausalLM", "JetMoeForCausalLM"),
         ("llama", "Eagle3LlamaForCausalLM", "Eagle3LlamaForCausalLM"),
         ("no such", "NoSuchForCausalLM", "NoSuchForCausalLM"),
+        # Another type's class: transformers goes by the type.
+        ("mistral", "LlamaForCausalLM", "MistralForCausalLM"),
+        ("llama", "GraniteForCausalLM", "LlamaForCausalLM"),
+        # Not so if the type's class is no text model, or the file's own is none of transformers'.
+        ("gemma3", "Gemma3ForCausalLM", "Gemma3ForCausalLM"),
+        ("gemma3_text", "Gemma3ForCausalLM", "Gemma3ForCausalLM"),
+        ("RefinedWebModel", "RWForCausalLM", "RWForCausalLM"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForSequenceClassification"),
+        ("gpt2", "GPT2LMHeadModel", "GPT2LMHeadModel"),
     ],
 )
 def test_an_architecture_named_after_its_model_type_is_that_of_transformers(
@@ -183,3 +193,16 @@ def test_an_architecture_named_after_its_model_type_is_that_of_transformers(
 ) -> None:
     config = {"model_type": model_type, "architectures": [name], "auto_map": {"AutoConfig": "own.Own"}}
     assert architecture_of(with_architecture(config)) == served_as
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Mistral", "LlamaForCausalLM"), ("Llama", "GraniteForCausalLM")])
+def test_a_model_whose_architecture_is_another_type_s_is_that_of_its_type(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    changes = {"sliding_window": 8} if kind == "Mistral" else {}
+    files = save(make_model(kind, **changes), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with OpenModel(files) as opened:
+        assert opened.config.architecture == type(reference).__name__ == f"{kind}ForCausalLM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,29 +14,42 @@ from tgi_asgi.models.generic.encoder import produces_vectors
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 
+log = logging.getLogger(__name__)
+
+_CAUSAL = "ForCausalLM"
+
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json that names an architecture; older ones may only have a model type.
 
     The architecture is the text-generating one that `transformers` maps the type to. So it is if the file has
     another name that is just the type's: K-EXAONE's ExaoneMoEForCausalLM is `transformers`' ExaoneMoe, and
-    IQuest's own class is Llama there. Other names stay: they may be of models that compute something else.
+    IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
+    after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
+    models that compute something else.
     """
     kind, names = config.get("model_type"), config.get("architectures")
-    if not isinstance(kind, str) or (names and not _is_named_after(names, kind)):
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(kind, str) or (names and not (isinstance(name, str) and name.endswith(_CAUSAL))):
         return config
-    if names and has_family(names[0], config):
+    is_named_after = name is not None and _is_named_after(name, kind)
+    if name is not None and is_named_after and has_family(name, config):
         return config
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    return {**config, "architectures": [found]} if isinstance(found, str) else config
+    found = BY_TYPE.get(kind)
+    if not isinstance(found, str) or found == name:
+        return config
+    if name is not None and not is_named_after:
+        if not (found.endswith(_CAUSAL) and name in BY_TYPE.values()):
+            return config
+        log.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
+    return {**config, "architectures": [found]}
 
 
-def _is_named_after(names: Any, kind: str) -> bool:
-    name = names[0] if isinstance(names, list) else None
-    plain = kind.replace("_", "").casefold()
-    return isinstance(name, str) and name.replace("_", "").casefold() == f"{plain}forcausallm"
+def _is_named_after(name: str, kind: str) -> bool:
+    plain = kind.removesuffix("_text").replace("_", "").casefold()
+    return name.replace("_", "").casefold() == f"{plain}{_CAUSAL.casefold()}"
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
