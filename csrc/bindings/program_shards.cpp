@@ -69,7 +69,7 @@ void Program::check_shards() const {
 
 void Program::copy_blocks(const BlockPairs& pairs) {
   check(pool_ != nullptr, "the program has no keys and values");
-  // The prompt's last block for each of 100 choices: up to 200 MB.
+  // A prompt's last block is copied for each of its choices: 2 MiB each for 8 B weights in bf16.
   const py::gil_scoped_release release;
   pool_->copy(pairs);
   if (shards_ == nullptr) return;

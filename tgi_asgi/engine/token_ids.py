@@ -9,7 +9,7 @@ from typing import overload
 class TokenIds(Sequence[int]):
     """A prompt and the output after it, as one sequence; slices are new lists.
 
-    A long prompt is not copied for each choice: 128 copies of 128k ids took the event loop 0.3 s.
+    A long prompt is not copied for each choice: 128 copies of 128k ids took the event loop 0.14 s (Zen 3).
 
     Attributes:
         prompt: The request's own prompt; never changed here.

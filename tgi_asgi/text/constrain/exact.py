@@ -87,10 +87,9 @@ def bound_fraction(schema: dict[str, Any]) -> None:
     if upper - lower < _MIN_WIDTH or max(abs(lower), abs(upper)) > _MAX_NUMBER:
         return
     schema["multipleOf"] = _FINEST
-    if least is None:
-        schema["minimum"] = lower
-    if most is None:
-        schema["maximum"] = upper
+    for names, limit in ((_LOWER, lower), (_UPPER, upper)):
+        if not schema.keys() & names:  # what is no number there is the compiler's to refuse
+            schema[names[0]] = limit
 
 
 def _types(schema: Mapping[str, Any]) -> list[Any]:

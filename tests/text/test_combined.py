@@ -1,0 +1,181 @@
+"""Objects and values that a schema describes in several places: `allOf`, references, and `oneOf`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
+from tests.text.test_grammar import accepts
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]},
+        {"properties": {"a": {"const": 1}}, "anyOf": [{"properties": {"b": {"const": 2}}}]},
+        {
+            "properties": {"a": {"const": 1}},
+            "$ref": "#/$defs/b",
+            "$defs": {"b": {"properties": {"b": {"const": 2}}}},
+        },
+        {"properties": {"a": {"const": 1}}, "required": ["a", "b"]},
+    ],
+)
+def test_properties_listed_in_several_places_can_meet(
+    compiler: GrammarCompiler, schema: dict[str, Any]
+) -> None:
+    assert accepts(compiler, sources.json_schema({"type": "object", **schema}), '{"a":1,"b":2}')
+
+
+CUSTOMER = {"type": "object", "properties": {"name": {"type": "null"}}, "required": ["name"]}
+DEFINITIONS = {"$defs": {"Customer": CUSTOMER, "Status": {"enum": ["new", "paid"]}}}
+
+
+@pytest.mark.parametrize(
+    ("property_schema", "inside", "outside"),
+    [
+        # As pydantic 1 and FastAPI write a reference with a description.
+        ({"allOf": [{"$ref": "#/$defs/Status"}], "default": "new", "title": "S"}, ('"new"',), ('"other"',)),
+        (
+            {"allOf": [{"$ref": "#/$defs/Customer"}], "description": "who", "nullable": False},
+            ('{"name":null}',),
+            ('{"name":null,"a":1}',),
+        ),
+        # As OpenAPI's generators write a subclass.
+        (
+            {"allOf": [{"$ref": "#/$defs/Customer"}, {"properties": {"age": {"const": 1}}}]},
+            ('{"name":null,"age":1}', '{"name":null}'),
+            ('{"name":null,"age":1,"age":1}', '{"age":1}', '{"name":null,"age":1,"b":1}'),
+        ),
+        (
+            {
+                "properties": {"age": {"const": 1}}, "required": ["age"],
+                "allOf": [{"$ref": "#/$defs/Customer"}, {"description": "only a note"}],
+            },
+            ('{"age":1,"name":null}',),
+            ('{"age":1}', '{"age":1,"name":null,"b":1}'),
+        ),
+        (
+            {
+                "allOf": [
+                    {"$ref": "#/$defs/Customer"},
+                    {"properties": {"name": {"const": None}, "b": {"const": 1}}},
+                ]
+            },
+            ('{"name":null,"b":1}',),
+            ('{"name":1,"b":1}', '{"name":null,"c":1}'),
+        ),
+        # What is not merged stays as it is: both parts hold.
+        ({"allOf": [{"type": "string", "minLength": 1}, {"maxLength": 2}]}, ('"a"',), ('""', '"abc"')),
+        ({"allOf": [{"$ref": "#/$defs/Customer"}, {"minProperties": 1}]}, ('{"name":null}',), ("{}",)),
+        ({"allOf": [{"$ref": "#/$defs/Status"}, {"const": "paid"}]}, ('"paid"',), ('"new"',)),
+    ],
+)  # fmt: skip
+def test_all_of_opens_no_object(
+    compiler: GrammarCompiler,
+    property_schema: dict[str, Any],
+    inside: tuple[str, ...],
+    outside: tuple[str, ...],
+) -> None:
+    """Neither those that it combines, if they can be merged, nor others of the document."""
+    schema = {
+        "type": "object", "properties": {"a": {"$ref": "#/$defs/Customer"}, "b": property_schema},
+        "required": ["a", "b"], **DEFINITIONS,
+    }  # fmt: skip
+    source = sources.json_schema(schema)
+    for text in inside:
+        assert accepts(compiler, source, f'{{"a":{{"name":null}},"b":{text}}}'), text
+    for text in outside:
+        assert not accepts(compiler, source, f'{{"a":{{"name":null}},"b":{text}}}'), text
+    assert not accepts(compiler, source, f'{{"a":{{"name":null}},"b":{inside[0]},"c":1}}')
+    if "minProperties" not in str(property_schema):  # its part of `allOf` may be anywhere
+        assert not accepts(compiler, source, f'{{"a":{{"name":null,"x":1}},"b":{inside[0]}}}')
+
+
+def test_all_of_that_leads_back_to_itself_is_judged(compiler: GrammarCompiler) -> None:
+    for target in ("#/$defs/a", "#/$defs/b", "#", "#/nowhere", "#anchor"):
+        schema = {
+            "allOf": [{"$ref": target}, {"properties": {"x": {"const": 1}}}],
+            "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}, "b": {"allOf": [{"$ref": "#/$defs/a"}, {}]}},
+        }
+        with contextlib.suppress(InvalidRequest):
+            compiler.compile(sources.json_schema({"type": "object", **schema}))
+
+
+def test_a_document_that_is_one_of_its_definitions_is_closed(compiler: GrammarCompiler) -> None:
+    definition = {**CUSTOMER, "minProperties": 1}  # cannot be merged with anything
+    source = sources.json_schema({"allOf": [{"$ref": "#/definitions/C"}], "definitions": {"C": definition}})
+    assert accepts(compiler, source, '{"name":null}')
+    assert not accepts(compiler, source, '{"name":null,"a":1}')
+
+
+def test_a_reference_into_all_of_finds_its_target(compiler: GrammarCompiler) -> None:
+    schema = {
+        "type": "object", "required": ["a", "b"],
+        "properties": {"a": {"allOf": [{"const": 1}]}, "b": {"$ref": "#/properties/a/allOf/0"}},
+    }  # fmt: skip
+    source = sources.json_schema(schema)
+    assert accepts(compiler, source, '{"a":1,"b":1}')
+    assert not accepts(compiler, source, '{"a":1,"b":2}')
+
+
+def _kind(value: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": value}}, "required": ["kind"], **more}
+
+
+@pytest.mark.parametrize(
+    ("branches", "texts"),
+    [
+        ([_kind(1), _kind(2)], ('{"kind":1}', '{"kind":2}')),
+        (
+            [
+                {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+                {"type": "object", "properties": {"b": {"const": 2}}, "required": ["b"]},
+            ],
+            ('{"a":1}', '{"b":2}'),
+        ),
+        ([{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/two"}], ('{"kind":1}', '{"kind":2}')),
+        ([{"$ref": "#/$defs/one"}, {"type": "null"}], ('{"kind":1}', "null")),
+        (
+            [{"$ref": "#/$defs/one"}, {"type": "array", "items": {"$ref": "#/$defs/one"}}],
+            ('{"kind":1}', '[{"kind":1}]'),
+        ),
+        ([{"$ref": "#/$defs/one"}, {"type": ["integer", "string"]}], ('{"kind":1}', "5", '"x"')),
+    ],
+)
+def test_one_of_schemas_that_exclude_each_other_is_any_of_them(
+    compiler: GrammarCompiler, branches: list[Any], texts: tuple[str, ...]
+) -> None:
+    definitions = {"one": _kind(1), "two": _kind(2)}
+    source = sources.json_schema({"oneOf": branches, "$defs": definitions})
+    assert all(accepts(compiler, source, text) for text in texts)
+    assert not accepts(compiler, source, "{}")
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [_kind(1), _kind(1.0)],
+        [_kind(1), _kind(2, required=[])],
+        [_kind(1), {"properties": {"kind": {"const": 2}}}],
+        [{"$ref": "#/$defs/one"}, _kind(1)],
+        [{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/one"}],
+        [{"type": "integer"}, {"type": "number"}],
+    ],
+)
+def test_one_of_schemas_that_may_match_together_is_refused(
+    compiler: GrammarCompiler, branches: list[Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match="`oneOf`"):
+        compiler.compile(sources.json_schema({"oneOf": branches, "$defs": {"one": _kind(1)}}))
