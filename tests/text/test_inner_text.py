@@ -84,6 +84,11 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return Tokenizer(backend, {"eos_token": end})
 
 
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_have_exactly_the_text_s_bytes(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_inside(text)
@@ -101,10 +106,12 @@ def test_ids_are_those_of_the_text_within_a_longer_one() -> None:
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-def test_grammars_compile_and_lead_to_their_texts(tokenizer: Tokenizer, name: str) -> None:
+def test_grammars_compile_and_lead_to_their_texts(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, name: str
+) -> None:
     """Each token is among those that the mask allows, which are few where the grammar leaves no choice."""
     source, text = GRAMMARS[name]
-    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(source).matcher()
+    matcher = compiler.compile(source).matcher()
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     data = text.encode()
     while data:
