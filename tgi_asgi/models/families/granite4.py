@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tgi_asgi import ops
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Sources
-from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
@@ -76,26 +75,26 @@ def _read_kinds(reader: Reader) -> list[bool]:
 
 
 class Granite4Weights(GraniteMoeWeights):
-    """A layer whose MLP has the names of the experts' shared MLP, with gate and up as one tensor."""
+    """A layer with gate and up as one tensor; llama.cpp stores them separately."""
 
     def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows; llama.cpp stores them separately."""
-        if not self.has("shared_mlp.input_linear.weight"):
+        """Cut the tensor of gate and up by rows."""
+        if not self.has("mlp.gate_up_proj.weight"):
             return super().gate_up_sources()
         rows = [self.config.intermediate_size] * 2
-        return self.cut("shared_mlp.input_linear.weight", rows, self.config.hidden_size)
-
-    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource:
-        """Return a tensor of this layer by its canonical name."""
-        if name == "mlp.down_proj.weight" and not self.has(name):
-            name = "shared_mlp.output_linear.weight"
-        return super().get(name, *shape, part=part)
+        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
 
 class Granite4(Decoder):
-    """The decoder with Granite 4's weights."""
+    """The decoder with Granite 4's weights; the MLP of dense models has the names of the shared one."""
 
     weights_class = Granite4Weights
+    checkpoint = CheckpointLayout(
+        names={
+            "mlp.gate_up_proj": "shared_mlp.input_linear",
+            "mlp.down_proj": "shared_mlp.output_linear",
+        }
+    )
 
 
 FAMILIES = (
