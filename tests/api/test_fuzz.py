@@ -19,6 +19,7 @@ from tgi_asgi.api.openai.ranking import RerankRequest, ScoreRequest
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.tei.predict import PredictRequest
 from tgi_asgi.api.tei.request import EmbedRequest, TeiRerankRequest
+from tgi_asgi.api.tei.similarity import SimilarityRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Activation, Classification, Embedding, Pooling, PoolingKind, Scoring
 
@@ -92,6 +93,9 @@ VECTORS = {
     "/api/embed": bodies(OllamaEmbed, {"input": TEXTS}),
     "/rerank": bodies(RerankRequest, {"query": st.text(max_size=5) | ANYTHING, "documents": TEXTS}),
     "/v2/rerank": bodies(TeiRerankRequest, {"query": st.text(max_size=5), "texts": TEXTS}),
+    "/similarity": bodies(
+        SimilarityRequest, {"inputs": st.fixed_dictionaries({"source_sentence": TEXTS, "sentences": TEXTS})}
+    ),
     "/predict": bodies(PredictRequest, {"inputs": TEXTS | st.lists(TEXTS, max_size=3)}),
     "/classify": bodies(ClassifyRequest, {"input": TEXTS}),
     "/score": bodies(ScoreRequest, {"text_1": TEXTS, "text_2": TEXTS}),

@@ -281,7 +281,7 @@ async def test_log_probabilities_of_a_long_response(stream: bool) -> None:
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 async def test_no_token_costs_a_copy_of_the_answer_so_far(path: str) -> None:
-    """Three times the tokens take three times the time; if each copied the answer so far, six times or more."""
+    """Three times the tokens take three times the time; if each copied the answer so far, six or more."""
     fields = {"input": "hi"} if path == RESPONSES else {"messages": [{"role": "user", "content": "hi"}]}
     body = orjson.dumps({**fields, "max_tokens": 9, "stream": True})
     spent_s = {num_steps: math.inf for num_steps in (1000, 3000)}

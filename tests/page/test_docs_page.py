@@ -89,7 +89,7 @@ def test_every_example_is_taken_by_its_route(chat: ChatPage) -> None:
 
 VECTORS = {
     "/v1/embeddings", "/v1/score", "/score", "/embed", "/rerank", "/v1/rerank", "/v2/rerank", "/api/embed",
-    "/api/embeddings", "/predict", "/classify", "/v1/classify",
+    "/api/embeddings", "/similarity", "/predict", "/classify", "/v1/classify",
 }  # fmt: skip
 
 

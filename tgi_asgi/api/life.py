@@ -33,6 +33,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
 _MAX_HEADER_CHARS = 1000
+_NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
 
 
 def generating(parse: Parse) -> Handler:
@@ -129,18 +130,25 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     Raises:
         UnknownModel: if names are strict and this one is not served.
     """
-    context = exchange.context
-    served = context.ready()
-    own = served.info.model_id
-    if requested is None or requested in ("tgi", own):
-        return own
-    if served.serves(requested):
+    check_name(exchange, requested)
+    context, served = exchange.context, exchange.context.ready()
+    if requested is not None and served.serves(requested):
         return requested
-    if context.settings.strict_model_names:
-        raise UnknownModel(requested)
+    own = served.info.model_id
+    if requested is None or requested in _NO_NAMES:
+        return own
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
     return requested
+
+
+def check_name(exchange: Exchange, requested: str | None) -> None:
+    """Refuse the name of a model that is not served, if names are strict; may run in any thread."""
+    context = exchange.context
+    if not context.settings.strict_model_names or requested is None or requested in _NO_NAMES:
+        return
+    if not context.ready().serves(requested):
+        raise UnknownModel(requested)
 
 
 async def lease_adapters(

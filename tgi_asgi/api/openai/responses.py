@@ -16,6 +16,7 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
+from tgi_asgi.api.life import check_name
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
@@ -196,7 +197,9 @@ def _query(query_string: bytes) -> dict[str, str]:
 
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return the number of tokens of a response's prompt; the route is `tokenising(count_input)`."""
-    [job] = parse_response(body, exchange)().jobs
+    call = parse_response(body, exchange)()
+    check_name(exchange, call.model)
+    [job] = call.jobs
     context, chat = exchange.context, job.prompt
     assert isinstance(chat, Conversation), "a response's prompt is a conversation"
     served = context.ready()

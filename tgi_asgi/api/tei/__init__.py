@@ -1,1 +1,1 @@
-"""API of Text Embeddings Inference (TEI): `/embed`, and `/rerank` with `texts`."""
+"""API of Text Embeddings Inference (TEI): `/embed`, `/similarity`, `/predict`, `/rerank` with `texts`."""

@@ -16,6 +16,7 @@ from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
 from tgi_asgi.api.vectors import as_json, best_first, check_dimensions, shape_vector
 from tgi_asgi.errors import ContextExceeded, TooManyPrompts
+from tgi_asgi.types import Embedding
 
 
 def _status(error: BaseException) -> int:
@@ -65,14 +66,9 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
     info = exchange.context.ready().info
     embedding = embedding_of(info)
     check_dimensions(request.dimensions, embedding)
-    prefix = ""
-    if request.prompt_name is not None:
-        if request.prompt_name not in embedding.prompts:
-            known = ", ".join(sorted(embedding.prompts)) or "none"
-            refuse_field("prompt_name", f"must be one of the model's prompts ({known})")
-        prefix = embedding.prompts[request.prompt_name]
+    prompt = prompt_of(request.prompt_name, "prompt_name", embedding)
     inputs = [
-        Input(prefix + each.content, each.where) if isinstance(each.content, str) else each
+        Input(prompt + each.content, each.where) if isinstance(each.content, str) else each
         for each in inputs_of(request.inputs, "inputs", info, exchange.context.settings)
     ]
     is_normalized = request.normalize is not False
@@ -128,6 +124,16 @@ def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
     exchange.dialect = TEI
     exchange.require_json()
     return parse_tei_rerank(body, exchange)
+
+
+def prompt_of(name: str | None, where: str, embedding: Embedding) -> str:
+    """Return what the model's files put before a text under this name; no name: nothing."""
+    if name is None:
+        return ""
+    if name not in embedding.prompts:
+        known = ", ".join(sorted(embedding.prompts)) or "none"
+        refuse_field(where, f"must be one of the model's prompts ({known})")
+    return embedding.prompts[name]
 
 
 def truncation_of(truncate: bool | None, side: Side | None) -> Truncation | None:

@@ -19,6 +19,7 @@ from tgi_asgi.api.tei.request import (
     parse_embed,
     parse_tei_rerank,
 )
+from tgi_asgi.api.tei.similarity import SimilarityRequest, parse_similarity
 from tgi_asgi.types import ModelInfo
 
 
@@ -31,6 +32,10 @@ def rows() -> list[Route]:
         row(
             "/embed", pooling(parse_embed), "Embed texts: TEI", dialect=TEI, requests=(EmbedRequest,),
             response=list[list[float]],
+        ),
+        row(
+            "/similarity", pooling(parse_similarity), "Compare a text with others: TEI", dialect=TEI,
+            requests=(SimilarityRequest,), response=list[float],
         ),
         row(
             "/predict", pooling(parse_predict), "Classify texts: TEI", dialect=TEI,

@@ -173,6 +173,7 @@ class PromptTokenizeRequest(Struct, frozen=True):
     """Body of `/tokenize` in vLLM's form; with `messages` it is a chat request instead."""
 
     prompt: Annotated[str, _field("Text to tokenise.")]
+    model: Annotated[str | None, _field("Name of the model; checked with `--strict-model-names`.")] = None
     add_special_tokens: Annotated[_Flag, _field("Whether to add BOS etc. (default true).")] = None
     return_token_strs: Annotated[_Flag, _field("Whether to return the tokens' strings.")] = None
 
@@ -181,6 +182,7 @@ class DetokenizeRequest(Struct, frozen=True):
     """Body of `/detokenize`."""
 
     tokens: Annotated[list[int], _field("Token ids, each below the vocabulary's size.")]
+    model: Annotated[str | None, _field("Name of the model; checked with `--strict-model-names`.")] = None
 
 
 GENERATE = msgspec.json.Decoder(GenerateRequest)

@@ -9,6 +9,7 @@ import orjson
 
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import check_name
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest
@@ -45,6 +46,7 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
             return after_images(prompt.images, encode_answer)
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
+            check_name(exchange, request.model)
             adds = request.add_special_tokens is not False
             ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
             return listed(ids, request.return_token_strs)
@@ -62,7 +64,9 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 def detokenize(body: bytes, exchange: Exchange) -> bytes:
     """Return the text of token ids, including special tokens."""
     served = exchange.context.ready()
-    ids = decode_json(body, DETOKENIZE).tokens
+    request = decode_json(body, DETOKENIZE)
+    check_name(exchange, request.model)
+    ids = request.tokens
     check_ids(ids, "tokens", served.info.vocab_size)
     return orjson.dumps({"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)})
 
@@ -84,6 +88,7 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
 def _chat(request: ChatRequest, exchange: Exchange) -> Conversation:
     context = exchange.context
+    check_name(exchange, request.model)
     return read_conversation(
         request, images=context.ready().new_images(), is_compat=context.settings.tgi_compat
     )
