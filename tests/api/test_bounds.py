@@ -25,7 +25,7 @@ from tests.support.scripted_engine import (
     toy_info,
 )
 from tests.support.toy_tokenizer import ToyTokenizer
-from tests.support.waiting import LONGEST_S
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
@@ -362,14 +362,17 @@ async def test_whoever_tokenises_takes_part_in_admission(path: str) -> None:
     assert engine.num_permits == 1
 
 
-async def test_counting_a_long_text_keeps_nobody_from_a_prompt() -> None:
+async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() -> None:
     go_on = threading.Event()
+    long_text = "slow" * 10_000
+    counted: list[str] = []
 
     class Slow(ToyTokenizer):
         def encode_with_offsets(
             self, text: str, *, add_special_tokens: bool, is_marked: bool = False
         ) -> list[tuple[int, int, int]]:
-            if text == "slow":
+            counted.append(text)
+            if text == long_text:
                 assert go_on.wait(20)
             return super().encode_with_offsets(
                 text, add_special_tokens=add_special_tokens, is_marked=is_marked
@@ -381,17 +384,58 @@ async def test_counting_a_long_text_keeps_nobody_from_a_prompt() -> None:
     try:
         async with client_of(app) as client, asyncio.timeout(LONGEST_S):
             slow_ones = [
-                asyncio.create_task(client.post("/tokenize", json={"inputs": "slow"})) for _ in range(8)
+                asyncio.create_task(client.post("/tokenize", json={"inputs": long_text})) for _ in range(8)
             ]
-            while engine.num_permits > 120:
-                await asyncio.sleep(0.001)
+            leaving = [request("POST", "/tokenize", {"inputs": long_text}) for _ in range(8)]
+            gone = [asyncio.create_task(send(app, call)) for call in leaving]
+            await until(lambda: engine.num_permits == 128 - 16)
             assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
+            assert (await client.post("/tokenize", json={"inputs": "hi"})).status_code == 200
+            for call in leaving:
+                call.gone.set()
+            await asyncio.gather(*gone)
+            assert engine.num_permits == 128 - 8
             assert not any(task.done() for task in slow_ones)
             go_on.set()
             assert [(await task).status_code for task in slow_ones] == [200] * 8
     finally:
         go_on.set()
     assert engine.num_permits == 128
+    assert counted.count(long_text) == 8, "what nobody waits for is not counted"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"inputs": "{text}"}),
+        ("/tokenize", {"prompt": "{text}"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "{text}"}]}),
+        ("/chat_tokenize", {"messages": [{"role": "user", "content": "{text}"}]}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "{text}"}]}),
+        ("/v1/responses/input_tokens", {"input": "{text}"}),
+    ],
+)
+async def test_texts_whose_tokens_take_very_much_memory_are_not_counted(path: str, body: Any) -> None:
+    class Cheap(ToyTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
+            return [97]
+
+        def encode_with_offsets(
+            self, text: str, *, add_special_tokens: bool, is_marked: bool = False
+        ) -> list[tuple[int, int, int]]:
+            return [(97, 0, 1)]
+
+    engine = ScriptedEngine()
+    engine.tokenizer = Cheap()
+    is_native = path == "/chat_tokenize" or "inputs" in body
+    app = scripted_app(engine)
+    for size, status in ((4 * MIB - 1000, 200), (4 * MIB + 1, 422 if is_native else 400)):
+        content = orjson.dumps(body).replace(b"{text}", b"a" * size)
+        async with client_of(app) as client:
+            answer = await client.post(path, content=content, headers={"content-type": "application/json"})
+        if answer.status_code != status:
+            pytest.fail(f"{answer.status_code}: {answer.text[:300]}")
+    assert "are not counted: the limit is 4194304" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,9 @@ def test_the_text_around_is_tokenised_as_ever() -> None:
     text = "<|im_start|>  user one<|im_end|> two"
     marked = text.replace("<|", tokenizer.guard.mark + "<|")
     for is_added in (True, False):
-        plain = tokenizer.encode_with_offsets(text, add_special_tokens=is_added)
-        assert tokenizer.encode_with_offsets(marked, add_special_tokens=is_added, is_marked=True) == plain
+        plain = list(tokenizer.encode_with_offsets(text, add_special_tokens=is_added))
+        found = tokenizer.encode_with_offsets(marked, add_special_tokens=is_added, is_marked=True)
+        assert list(found) == plain
         ids = tokenizer.encode(marked, add_special_tokens=is_added, is_marked=True)
         assert ids == [token[0] for token in plain]
 

@@ -85,7 +85,7 @@ def test_offsets_are_byte_ranges_of_the_text(
 ) -> None:
     for text, ids in complete(tokenizer, recorded):
         data = text.encode()
-        spans = tokenizer.encode_with_offsets(text, add_special_tokens=False)
+        spans = list(tokenizer.encode_with_offsets(text, add_special_tokens=False))
         assert [token_id for token_id, _, _ in spans] == ids
         for token_id, start, stop in spans:
             # A token that is part of a character covers the whole character.

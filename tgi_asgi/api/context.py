@@ -103,7 +103,7 @@ class ServerContext:
         metrics: Metrics for `/metrics`.
         responses: Stored answers of `/v1/responses`.
         text_threads, grammar_threads: Threads for prompts and for grammars.
-        count_threads: Threads for requests that only count tokens.
+        count_threads: Threads for large requests that only count tokens.
         image_threads, dns_threads: Threads for images, and for looking up their hosts.
         body_budget: Budget for bytes of unanswered request bodies and of what they fetched.
         image_budget: Budget for bytes of such requests' images, decoded or processed.
@@ -217,10 +217,14 @@ class ThreadPool:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
 
+    def start(self, function: Callable[[], None]) -> None:
+        """Call a function in one of the threads; nobody waits for it."""
+        with suppress(RuntimeError):  # the threads have ended already, and the process will
+            self._executor.submit(function)
+
     def free(self, objects: list[object]) -> None:
         """Free objects in a thread; half a million small ones take 40 ms."""
-        with suppress(RuntimeError):  # the threads have ended already, and the process will
-            self._executor.submit(objects.clear)
+        self.start(objects.clear)
 
     def close(self) -> None:
         """Shut down the threads; drop queued work."""

@@ -6,8 +6,9 @@ has to wrap `send`: a wrapper would cost time for every streamed token.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
@@ -211,6 +212,25 @@ class Exchange:
         dialect = self.dialect
         dialect.translate(error)
         await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))
+
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """Return what some work returns; it is cancelled if the client leaves first.
+
+        Raises:
+            ClientDisconnected: if the client left; the request's channels are cancelled, too.
+        """
+        task = asyncio.ensure_future(work)
+        watch = asyncio.ensure_future(self.wait_for_disconnect())
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self.note_disconnect()
+            return task.result()
+        finally:
+            watch.cancel()
+            # When cancelled, it may end with an error that asyncio would log unless it is retrieved.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.cancel()
 
     async def wait_for_disconnect(self) -> None:
         """Return once the client has disconnected; the body must have been read."""

@@ -283,20 +283,12 @@ async def collect(exchange: Exchange) -> list[Choices]:
     """
     channels = exchange.channels
     sinks = [_Choices(channel.request.n) for channel in channels]
-    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
     ended = asyncio.gather(*(sink.ended for sink in sinks))
     try:
         for channel, sink in zip(channels, sinks, strict=True):
             channel.attach(sink)
-        await asyncio.wait((ended, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            raise exchange.note_disconnect()
-        ended.result()
+        await exchange.unless_gone(ended)
     finally:
-        watch.cancel()
-        # When cancelled, it ends with an error that asyncio would log unless it is retrieved.
-        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
-        ended.cancel()
         exchange.cancel_channels()
     return [sink.events for sink in sinks]
 

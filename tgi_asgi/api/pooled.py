@@ -134,18 +134,11 @@ async def _compute(
     exchange: Exchange, engine: Engine, requests: Sequence[GenerationRequest], permit: Permit
 ) -> list[Vector]:
     """Run all requests, as many at a time as the permits allow; cancel all if one fails."""
-    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
-    work = asyncio.ensure_future(_Window(exchange, engine, permit).run(requests))
     exchange.context.num_pool_calls += 1
     try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise exchange.note_disconnect()
-        return work.result()
+        return await exchange.unless_gone(_Window(exchange, engine, permit).run(requests))
     finally:
         exchange.context.num_pool_calls -= 1
-        watch.cancel()
-        work.cancel()
         exchange.cancel_channels()
 
 

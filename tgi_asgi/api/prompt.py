@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out, with_own_tools
 from tgi_asgi.types import ImageInput
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate
 
 _TAIL_CHARS = 64
+MAX_COUNTED_CHARS = 4 * MIB  # of a text whose tokens are counted, if no longer prompt fits
 SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
 _NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --tokenizer-config-path "
@@ -113,11 +114,14 @@ def chat_prompt(
 
     Args:
         keep: Number of tokens of the end that matter; a longer text is cut before tokenising.
-        is_bounded: Whether it must fit into the context.
+        is_bounded: Whether it must fit into the context; otherwise, whether it can be counted is checked.
     """
     text = chat_text(chat, served, settings)
-    keep = None if _has(chat.images) else keep
-    source = _bounded(text.source, len(text.shown), served, keep) if is_bounded else text.source
+    keep, source = None if _has(chat.images) else keep, text.source
+    if is_bounded:
+        source = _bounded(source, len(text.shown), served, keep)
+    else:
+        check_countable(text.shown, served)
     ids = served.tokenizer.encode(
         source, add_special_tokens=chat.adds_special_tokens, is_marked=text.is_marked
     )
@@ -273,6 +277,20 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
             text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
     shown = text if prompt.needs_text else None
     return Prompt(ids, text if prompt.echoes else "", shown, len(text), images=_located(ids, prompt.images))
+
+
+def check_countable(text: str, served: Served) -> None:
+    """Refuse a text that would take too much memory if it were tokenised: about 200 bytes a character.
+
+    Raises:
+        InvalidRequest: if it is longer than `MAX_COUNTED_CHARS` and than any prompt that fits.
+    """
+    limit = max(MAX_COUNTED_CHARS, served.info.max_input_tokens * served.tokenizer.longest_token)
+    if len(text) > limit:
+        raise InvalidRequest(
+            f"The tokens of a text with {len(text)} characters are not counted: the limit is {limit}",
+            field=("prompt",),
+        )
 
 
 def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -> str:

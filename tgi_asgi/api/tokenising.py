@@ -14,6 +14,9 @@ from tgi_asgi.api.call import Images
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import Handler, admitted
+from tgi_asgi.memory import return_freed_memory
+
+_HUGE = 1 << 20  # bytes of a body whose tokens take so much memory that the system gets it back
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +34,31 @@ def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler
     """
 
     async def handle(exchange: Exchange) -> None:
-        body, context = await exchange.read_body(), exchange.context
-        with admitted(exchange, 1):
-            answer = await context.count_threads.run(work, body, exchange)
-            if isinstance(answer, WithImages):
-                check_images([answer.images], context.settings.max_images)
-                await load_images(exchange, context.ready(), answer.images)
-                answer = await context.count_threads.run(answer.rest)
+        body = await exchange.read_body()
+        try:
+            with admitted(exchange, 1):
+                answer = await exchange.unless_gone(_answer(exchange, work, body))
+        finally:
+            if len(body) > _HUGE:
+                exchange.context.count_threads.start(return_freed_memory)
         await exchange.respond(200, answer)
 
     return handle
+
+
+async def _answer(
+    exchange: Exchange, work: Callable[[bytes, Exchange], bytes | WithImages], body: bytes
+) -> bytes:
+    """Return the answer; what waits for a thread does not begin if this is cancelled."""
+    context = exchange.context
+    # A large body may take ten seconds: such requests wait for each other, not others for them.
+    threads = context.count_threads if exchange.is_large else context.text_threads
+    answer = await threads.run(work, body, exchange)
+    if isinstance(answer, WithImages):
+        check_images([answer.images], context.settings.max_images)
+        await load_images(exchange, context.ready(), answer.images)
+        answer = await threads.run(answer.rest)
+    return answer
 
 
 def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:

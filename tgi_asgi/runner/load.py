@@ -5,7 +5,6 @@ Prints nothing: `progress` receives the current activity and its bytes done.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.memory import return_freed_memory
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
@@ -69,7 +69,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     with ExitStack() as failing:  # callbacks that undo a failed load
         loaded = _load(settings, files, progress, failing)
         failing.pop_all()
-    _return_freed_memory()
+    return_freed_memory()
     return loaded
 
 
@@ -204,13 +204,6 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
             "%s runs by the code of transformers %s, on native kernels%s",
             architecture, version, "" if model.is_batch_invariant else "; batch_invariant: false",
         )  # fmt: skip
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system; glibc would keep it for allocations that never come."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries lack it
-        trim(0)
 
 
 def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:

@@ -219,7 +219,7 @@ class Tokenizer:
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False
-    ) -> list[tuple[int, int, int]]:
+    ) -> Iterable[tuple[int, int, int]]:
         """Turn text into (id, start, stop), where the token covers bytes [start, stop) of the text's UTF-8.
 
         Tokens that share a character all cover the whole of it; added special tokens cover nothing. Marks are
@@ -236,11 +236,11 @@ class Tokenizer:
             offsets = _without_marks(offsets, text, self.guard.mark)
             text = text.replace(self.guard.mark, "")
         if text.isascii():
-            return [(token_id, *span) for token_id, span in zip(ids, offsets, strict=True)]
+            return ((token_id, *span) for token_id, span in zip(ids, offsets, strict=True))
         points = np.frombuffer(text.encode("utf-32-le"), "<u4")
         widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         at = [0, *np.cumsum(widths).tolist()]
-        return [(token_id, at[start], at[stop]) for token_id, (start, stop) in zip(ids, offsets, strict=True)]
+        return ((token_id, at[start], at[stop]) for token_id, (start, stop) in zip(ids, offsets, strict=True))
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for within running text (b"" for an id without a token)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import msgspec
 import orjson
@@ -14,11 +15,13 @@ from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.api.prompt import chat_prompt, chat_text, plain_text
+from tgi_asgi.api.prompt import chat_prompt, chat_text, check_countable, plain_text
 from tgi_asgi.api.tgi.body_kind import set_dialect
 from tgi_asgi.api.tgi.request import read_inputs
-from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatTokenizeResponse, SimpleToken
+from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, SimpleToken
 from tgi_asgi.api.tokenising import WithImages, after_images
+
+_PART = 4096  # tokens
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
@@ -40,13 +43,15 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
             def encode_answer() -> bytes:
                 text = plain_text(prompt, served)
+                check_countable(text, served)
                 tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
-                return msgspec.json.encode(_simple_tokens(text, tokens))
+                return _array(text, tokens)
 
             return after_images(prompt.images, encode_answer)
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
             check_name(exchange, request.model)
+            check_countable(request.prompt, served)
             adds = request.add_special_tokens is not False
             ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
             return listed(ids, request.return_token_strs)
@@ -78,10 +83,12 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
     def encode_answer() -> bytes:
         text = chat_text(chat, served, exchange.context.settings)
+        check_countable(text.shown, served)
         tokens = served.tokenizer.encode_with_offsets(
             text.source, add_special_tokens=False, is_marked=text.is_marked
         )
-        return msgspec.json.encode(ChatTokenizeResponse(_simple_tokens(text.shown, tokens), text.shown))
+        array = msgspec.Raw(_array(text.shown, tokens))
+        return msgspec.json.encode({"tokenize_response": array, "templated_text": text.shown})
 
     return after_images(chat.images, encode_answer)
 
@@ -94,10 +101,18 @@ def _chat(request: ChatRequest, exchange: Exchange) -> Conversation:
     )
 
 
-def _simple_tokens(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
-    """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text."""
+def _array(text: str, tokens: Iterable[tuple[int, int, int]]) -> bytes:
+    """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text.
+
+    Written in parts, because objects take several times the memory of their JSON, and the largest body has 4
+    million tokens.
+    """
     data = text.encode()
-    return [
+    shown = (
         SimpleToken(id=token_id, text=data[start:stop].decode("utf-8", "replace"), start=start, stop=stop)
         for token_id, start, stop in tokens
-    ]
+    )
+    parts = []
+    while part := list(islice(shown, _PART)):
+        parts.append(msgspec.json.encode(part)[1:-1])
+    return b"[" + b",".join(parts) + b"]"
