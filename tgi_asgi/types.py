@@ -241,6 +241,7 @@ class Pooling:
 
     kind: PoolingKind
     token_ids: tuple[int, ...] = ()  # with LOGITS: the tokens whose logits are returned
+    pad_id: int | None = None  # tokens of this id at the end of a prompt do not count
 
     @property
     def needs_all(self) -> bool:

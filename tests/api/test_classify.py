@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests.support.encoders import logits_of, save_encoder
-from tests.support.pooling_models import edit, save_classifier, save_embedder
+from tests.support.pooling_models import EOS, edit, save_classifier, save_embedder
 from tests.support.pooling_server import PooledServer, pooled_server
 from tgi_asgi.text.tokenizer import Tokenizer
 
@@ -117,16 +117,24 @@ async def test_the_kind_of_problem_decides_how_logits_become_scores(
         assert entry["probs"] == pytest.approx(expected, abs=1e-4)
 
 
-async def test_a_decoder_classifies_by_its_last_token(tmp_path: Path) -> None:
-    model = save_classifier(tmp_path, 5)
+@pytest.mark.parametrize("pad", [None, 0, EOS])
+async def test_a_decoder_classifies_by_the_last_token_that_is_no_padding(
+    pad: int | None, tmp_path: Path
+) -> None:
+    """The tokenizer ends each text with `EOS`, which many checkpoints also name as the padding."""
+    model = save_classifier(tmp_path, 5, pad_token_id=pad)
     edit(tmp_path / "config.json", id2label={"0": "a", "2": 3, "x": "y"})
     edit(tmp_path / "config.json", num_labels=5)
     ids = Tokenizer.from_directory(tmp_path).encode(TEXTS[0], add_special_tokens=True)
+    given = [ids, [*ids, EOS], [EOS, EOS]]
     with torch.inference_mode():
-        expected = model(torch.tensor([ids])).logits[0].softmax(0).tolist()
+        expected = [model(torch.tensor([each])).logits[0].softmax(0).tolist() for each in given]
     async with pooled_server(tmp_path) as server:
         found = (await server.post("/predict", inputs=TEXTS[0])).json()
-        check(found, expected, ["a", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"])
+        check(found, expected[0], ["a", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"])
+        entries = (await server.post("/classify", input=given)).json()["data"]
+        for entry, probs in zip(entries, expected, strict=True):
+            assert entry["probs"] == pytest.approx(probs, abs=1e-4)
         assert (await server.http.get("/info")).json()["model_pipeline_tag"] == "text-classification"
 
 

@@ -158,6 +158,14 @@ def test_each_token_comes_before_the_next_is_made(url: str, gate: Gate, path: st
     assert not [line for line in rest if '"error"' in line]
 
 
+def test_a_body_beyond_the_limit_gets_the_server_s_error(url: str) -> None:
+    """Of 17 MB, between the server's limit and the proxy's, and of 20 MB, beyond both."""
+    for size in (17_000_000, 20_000_000):
+        answer = httpx.post(url + "/v1/completions", content=b"x" * size, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (413, "request_too_large")
+
+
 @pytest.mark.parametrize("path", STREAMS)
 def test_a_client_that_goes_away_is_noticed_behind_the_proxy(url: str, gate: Gate, path: str) -> None:
     gate.num_wanted = 1

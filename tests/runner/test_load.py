@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def test_what_was_loaded_is_told(files: ModelFiles) -> None:
     assert info.kv_tokens == 4 * 512
     assert info.kv_bytes == info.kv_tokens * 2 * 3 * 2 * 16 * 4
     assert info.num_threads == 1
+
+
+def test_there_are_no_more_threads_than_processors(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_usable = len(os.sched_getaffinity(0))
+    with caplog.at_level("WARNING"):
+        assert load_closed(files, settings(num_threads=1000)).info.num_threads == num_usable
+    assert f"--num-threads 1000 is cut to {num_usable}" in caplog.text
 
 
 def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:

@@ -69,7 +69,15 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
     if not ids:
         refuse(given.where, f"`{given.where}` must not be empty")
     check_vocabulary(ids, served)
-    return ids, second_start
+    return _without_padding(ids, call.pooling.pad_id), second_start
+
+
+def _without_padding(ids: list[int], pad_id: int | None) -> list[int]:
+    """Return a prompt without the padding at its end; if there is nothing else, with one token of it."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad_id:
+        end -= 1
+    return ids[:end]
 
 
 def _truncated(content: _Content, keep: int, truncation: Truncation) -> _Content:

@@ -24,10 +24,12 @@ class LabelFiles:
     Attributes:
         named: The names of some labels, by their numbers as text.
         activation: None: the number of labels determines it.
+        pad_id: Decoders of transformers score the last token that is not this one.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
     activation: Activation | None = None
+    pad_id: int | None = None
 
     def names(self, num_labels: int) -> tuple[str, ...]:
         """Return the names of all labels; those without one get the name that transformers gives them."""
@@ -42,6 +44,7 @@ def read_labels(directory: Path) -> LabelFiles:
     """Read the names and the kind of the labels from a checkpoint's configuration."""
     config: Mapping[str, Any] = read_json(directory / "config.json")
     names, problem = config.get("id2label"), config.get("problem_type")
+    pad_id = config.get("pad_token_id")
     return LabelFiles(
         {
             str(index): name
@@ -49,4 +52,5 @@ def read_labels(directory: Path) -> LabelFiles:
             if isinstance(name, str)
         },
         _ACTIVATIONS.get(problem) if isinstance(problem, str) else None,
+        pad_id if type(pad_id) is int else None,
     )

@@ -6,6 +6,7 @@ Prints nothing: `progress` receives the current activity and its bytes done.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
 def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: ExitStack) -> LoadedModel:
     device = cuda_load.find_device()
     num_threads = ops.configure_threads(
-        settings.num_threads, nice=settings.thread_nice, num_shards=settings.num_shard
+        _usable_threads(settings.num_threads), nice=settings.thread_nice, num_shards=settings.num_shard
     )
     with (
         OpenModel(
@@ -204,6 +205,18 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
             "%s runs by the code of transformers %s, on native kernels%s",
             architecture, version, "" if model.is_batch_invariant else "; batch_invariant: false",
         )  # fmt: skip
+
+
+def _usable_threads(wanted: int | None) -> int | None:
+    """Return `--num-threads`, cut to the processors: members that share one hold up the team."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # another system, or a sandbox that forbids it
+        usable = os.cpu_count() or 1
+    if wanted is None or wanted <= usable:
+        return wanted
+    logger.warning("--num-threads %d is cut to %d: this process may use no more processors", wanted, usable)
+    return usable
 
 
 def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:

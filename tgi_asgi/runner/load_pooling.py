@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.labels import LabelFiles
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.pooling import PoolingFiles
@@ -72,14 +72,22 @@ def with_pooling(
     if kind is not None:
         dimensions = _dimensions(config, files)
         given["embedding"] = Embedding(Pooling(kind), dimensions, longest, files.is_normalized, files.prompts)
+    labels = opened.read_labels() if config.num_labels else LabelFiles()
+    # Encoders are run by transformers' own code, which decides for itself.
+    pad_id = labels.pad_id if isinstance(config, ModelConfig) else None
     tokens = _score_tokens(config, files, settings, text.tokenizer)
     if tokens:
         given["scoring"] = Scoring(
-            Pooling(PoolingKind.LOGITS, tokens), longest, _score_template(config, text.chat_template)
+            Pooling(PoolingKind.LOGITS, tokens, pad_id), longest, _score_template(config, text.chat_template)
         )
     reason = files.reason or "its files do not say how; start the server with --pooling last, mean or cls"
     if config.num_labels:
-        given["classification"] = _classification(config.num_labels, opened.read_labels(), longest)
+        given["classification"] = Classification(
+            Pooling(PoolingKind.LOGITS, tuple(range(config.num_labels)), pad_id),
+            longest,
+            labels.names(config.num_labels),
+            labels.activation_of(config.num_labels),
+        )
     if config.num_labels > 2:
         reason = f"it has {config.num_labels} labels, and a score is of one or two"
     return replace(
@@ -115,15 +123,6 @@ def _score_tokens(
             f"--score-tokens {settings.score_tokens}: expects one or two words, each a token of the model"
         )
     return tuple(token for [token] in found)
-
-
-def _classification(num_labels: int, files: LabelFiles, max_tokens: int) -> Classification:
-    return Classification(
-        Pooling(PoolingKind.LOGITS, tuple(range(num_labels))),
-        max_tokens,
-        files.names(num_labels),
-        files.activation_of(num_labels),
-    )
 
 
 def _score_template(config: ServedConfig, template: ChatTemplate | None) -> str | None:

@@ -39,6 +39,7 @@ KEY = Kind("KEY")  # one or several; never shown
 PORT = Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
 ROUTE = Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
 COUNT = Kind(None, "be at least 1", lambda value: value >= 1)
+TOTAL = Kind(None, "be at least 2", lambda value: value >= 2)  # tokens: one of a prompt, one of an answer
 BYTES = COUNT._replace(metavar="BYTES")
 # A step has buffers of these sizes; beyond them, indices and allocations would fail one by one.
 ROWS = Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)

@@ -314,7 +314,7 @@ class Settings:
         alias="max_input_length",
     )
     max_total_tokens: int | None = _limit(
-        "Tokens of prompt and output (default: the context).", None, kinds.COUNT
+        "Tokens of prompt and output (default: the context).", None, kinds.TOTAL
     )
     max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, kinds.COUNT)
     max_stop_sequences: int | None = _limit("Maximum number of stop strings (native: 4).", None, kinds.AMOUNT)
@@ -371,7 +371,7 @@ class Settings:
     )
     share_prefix_cache: bool = _engine("Share blocks across API keys: timing reveals others' prompts.", False)
     num_threads: int | None = _engine(
-        "Compute threads per shard (default: one per usable core, over all shards).", None, kinds.THREADS
+        "Compute threads per shard, at most its processors (default: one per core).", None, kinds.THREADS
     )
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, in favour of HTTP; else 0).",
@@ -392,6 +392,8 @@ class Settings:
                 for key in (value,) if isinstance(value, str) else value:  # a message must not show them
                     _check(key, spec.name, "not be empty", "an empty one")
                     _check(key.split() == [key], spec.name, "not contain whitespace", "one that does")
+                    # A variable's bytes that are not UTF-8 are lone surrogates in Python.
+                    _check(key.isprintable(), spec.name, "be printable UTF-8", "one that is not")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
         if self.speculative_config is not None:
