@@ -28,10 +28,10 @@ ALLOWED_IMPORTS = {
     "formats": {"_C"},  # for its table of weight formats
     "settings": set(),
     "errors": set(),
-    "memory": set(),
+    "system": set(),
     "types": set(),
 }
-COMMON = {"settings", "errors", "memory", "types"}
+COMMON = {"settings", "errors", "system", "types"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.

@@ -129,6 +129,7 @@ class App:
             if served.adapters is not None:  # adapters named at start-up must answer from the start
                 context.report("reading adapters", 0, None)
                 await cast(OwnedAdapters, served.adapters).start()
+            context.begin_threads(served)
             engine = cast(OwnedEngine, served.engine)
             engine.on_fatal = self._on_engine_death
             engine.start()

@@ -24,6 +24,7 @@ from tgi_asgi.serve import launcher_compat
 from tgi_asgi.serve.launcher_compat import CompatOption
 from tgi_asgi.serve.process import end_on_sigterm, end_process, open_standard_streams, say
 from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
+from tgi_asgi.system import num_processors
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def describe_environment(settings: Settings) -> str:
             lines.append(f"  {package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"  {package} is not installed")
-    lines += [f"  {len(os.sched_getaffinity(0))} cores", f"  {settings!r}"]
+    lines += [f"  {num_processors()} cores", f"  {settings!r}"]
     return "\n".join(lines)
 
 

@@ -103,6 +103,26 @@ async def test_a_failed_load_is_reported_and_keeps_health_at_503(failure: BaseEx
         assert (await send(app, request("POST", CHAT, HI))).status == 503
 
 
+async def test_a_server_whose_threads_cannot_start_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = scripted_app(ScriptedEngine()).context.served
+    assert served is not None
+    reasons: asyncio.Queue[BaseException] = asyncio.Queue()
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("tgi-count"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    app = create_app(Settings(), lambda settings, progress: served)
+    app.on_fatal = reasons.put_nowait
+    async with lifespan(app):
+        reason = str(await asyncio.wait_for(reasons.get(), LONGEST_S))
+        assert reason.startswith("can't start new thread: too few threads are allowed here")
+        assert (await send(app, request("GET", "/health"))).status == 503
+
+
 async def test_a_panic_while_a_prompt_is_tokenised_is_an_error_of_that_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

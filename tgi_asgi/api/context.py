@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tgi_asgi.api.call import Images
-from tgi_asgi.errors import Overloaded, Unavailable
+from tgi_asgi.errors import ModelLoadError, Overloaded, Unavailable
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
@@ -135,6 +136,8 @@ class ServerContext:
         self.count_threads = ThreadPool(1, "count")
         self.image_threads = ThreadPool(2, "image")
         self.dns_threads = ThreadPool(8, "dns")  # a lookup may occupy one for half a minute
+        self._text_pools = (self.text_threads, self.grammar_threads, self.count_threads)
+        self._image_pools = (self.image_threads, self.dns_threads)
         hosts = ",".join(settings.allowed_media_domains).lower().split(",")
         self.fetcher = Fetcher(frozenset(filter(None, hosts)), self._lookup, self._tls)
 
@@ -194,15 +197,22 @@ class ServerContext:
     async def _tls(self) -> ssl.SSLContext:
         return await self.dns_threads.run(ssl.create_default_context)
 
+    def begin_threads(self, served: Served) -> None:
+        """Start the threads that a model's requests need, so that the server is not ready without them.
+
+        Raises:
+            ModelLoadError: if the system does not allow so many.
+        """
+        try:
+            for pool in self._text_pools + (self._image_pools if served.accepts_images else ()):
+                pool.begin()
+        except RuntimeError as error:
+            limits = "`ulimit -u`, or the container's limit of processes"
+            raise ModelLoadError(f"{error}: too few threads are allowed here ({limits})") from None
+
     def close(self) -> None:
         """Shut down the threads."""
-        for pool in (
-            self.text_threads,
-            self.grammar_threads,
-            self.count_threads,
-            self.image_threads,
-            self.dns_threads,
-        ):
+        for pool in self._text_pools + self._image_pools:
             pool.close()
 
 
@@ -210,7 +220,21 @@ class ThreadPool:
     """Threads for one purpose, to which the event loop delegates slow work."""
 
     def __init__(self, size: int, name: str) -> None:
+        self._size = size
         self._executor = ThreadPoolExecutor(size, thread_name_prefix=f"tgi-{name}")
+
+    def begin(self) -> None:
+        """Start all threads; otherwise each starts when it is first needed.
+
+        Raises:
+            RuntimeError: if the system does not allow so many.
+        """
+        gate = threading.Event()
+        try:
+            for _ in range(self._size):
+                self._executor.submit(gate.wait)
+        finally:
+            gate.set()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in one of the threads."""

@@ -14,7 +14,7 @@ from tgi_asgi.api.call import Images
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import Handler, admitted
-from tgi_asgi.memory import return_freed_memory
+from tgi_asgi.system import return_freed_memory
 
 _HUGE = 1 << 20  # bytes of a body whose tokens take so much memory that the system gets it back
 

@@ -6,7 +6,6 @@ Prints nothing: `progress` receives the current activity and its bytes done.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from typing import Any
 import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.memory import return_freed_memory
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
@@ -35,6 +33,7 @@ from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.runner.tracked_weights import TrackedWeights
 from tgi_asgi.settings import Settings
+from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor, ModelInfo, Progress
@@ -209,10 +208,7 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
 
 def _usable_threads(wanted: int | None) -> int | None:
     """Return `--num-threads`, cut to the processors: members that share one hold up the team."""
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # another system, or a sandbox that forbids it
-        usable = os.cpu_count() or 1
+    usable = num_processors()
     if wanted is None or wanted <= usable:
         return wanted
     logger.warning("--num-threads %d is cut to %d: this process may use no more processors", wanted, usable)

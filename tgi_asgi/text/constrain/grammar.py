@@ -12,7 +12,6 @@ only what they need.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.system import num_processors
 from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.reason import reason_of, refuse_panics
 from tgi_asgi.text.constrain.source import GrammarSource
@@ -308,10 +308,7 @@ def _make_executor() -> Any:
     """Start the threads that share the masks of a step."""
     from llguidance import LLExecutor
 
-    cores = (
-        len(os.sched_getaffinity(os.getpid())) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return LLExecutor(num_threads=min(cores, _MAX_MASK_THREADS))
+    return LLExecutor(num_threads=min(num_processors(), _MAX_MASK_THREADS))
 
 
 class _Vocabulary:
