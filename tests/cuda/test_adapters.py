@@ -149,7 +149,7 @@ async def test_bases_of_codes_take_adapters(
     assert isinstance(model, Decoder)
     assert isinstance(model.layers[0].qkv.made.matrix, CudaQuantMatrix)
     # At one position with AWQ transformers in float16 is off by up to 0.3, at the others by 0.03.
-    await assert_served(model, tmp_path / "base", folders[:2], device, tolerance=0.1)
+    await assert_served(model, tmp_path / "base", folders[:1], device, tolerance=0.1)
 
 
 @pytest.mark.parametrize("kind", ["Cohere", "Nemotron", "Granite", "Olmo2", "Phi3"])

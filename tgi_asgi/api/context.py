@@ -207,13 +207,14 @@ class ServerContext:
             for pool in self._text_pools + (self._image_pools if served.accepts_images else ()):
                 pool.begin()
         except RuntimeError as error:
+            self.close(waits=True)  # asyncio needs a thread to end
             limits = "`ulimit -u`, or the container's limit of processes"
             raise ModelLoadError(f"{error}: too few threads are allowed here ({limits})") from None
 
-    def close(self) -> None:
-        """Shut down the threads."""
+    def close(self, *, waits: bool = False) -> None:
+        """Shut down the threads; they may work on for a moment, unless this waits for them."""
         for pool in self._text_pools + self._image_pools:
-            pool.close()
+            pool.close(waits=waits)
 
 
 class ThreadPool:
@@ -250,9 +251,9 @@ class ThreadPool:
         """Free objects in a thread; half a million small ones take 40 ms."""
         self.start(objects.clear)
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = False) -> None:
         """Shut down the threads; drop queued work."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=waits, cancel_futures=True)
 
 
 def _cleared(work: Callable[[], T]) -> T:
