@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
+from tests.support.memory import resident_bytes
 from tgi_asgi.system import num_processors, return_freed_memory
 
 
@@ -27,11 +27,7 @@ def test_freed_memory_is_returned_although_some_above_it_is_in_use() -> None:
     pieces = [bytearray(2000) for _ in range(50_000)]
     last = pieces[-1]
     del pieces
-    before = _resident_bytes()
+    before = resident_bytes()
     return_freed_memory()
-    assert before - _resident_bytes() > 50_000_000
+    assert before - resident_bytes() > 50_000_000
     assert len(last) == 2000
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -408,38 +408,6 @@ async def test_huggingface_hub_extracts_features(embedder: Embedder, server: Poo
         np.testing.assert_allclose(found[0], embedder.expected("one"), atol=1e-4)
 
 
-async def test_huggingface_hub_compares_sentences(embedder: Embedder, server: PooledServer) -> None:
-    client = huggingface_hub.InferenceClient(model=server.url + "/similarity")
-    found = await asyncio.to_thread(client.sentence_similarity, TEXTS[0], other_sentences=TEXTS[1:])
-    first, *others = map(embedder.expected, TEXTS)
-    np.testing.assert_allclose(found, [first @ other for other in others], atol=1e-4)
-    inputs = {"source_sentence": "one", "sentences": ["two"]}
-    [asked] = (await server.post("/similarity", inputs=inputs, parameters={"prompt_name": "query"})).json()
-    expected = embedder.expected("find-one") @ embedder.expected("find-two")
-    assert asked == pytest.approx(float(expected), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "parameters", "status", "where"),
-    [
-        ({"source_sentence": "a", "sentences": []}, None, 422, "inputs.sentences"),
-        ({"source_sentence": "", "sentences": ["a"]}, None, 422, "inputs.source_sentence"),
-        ({"source_sentence": "a", "sentences": ["a", ""]}, None, 422, "inputs.sentences[1]"),
-        ({"sentences": ["a"]}, None, 422, "inputs.source_sentence"),
-        ({"source_sentence": "a", "sentences": ["b", "y" * 600]}, None, 413, "inputs.sentences[1]"),
-        ({"source_sentence": "a", "sentences": ["b", "y" * 600]}, {"truncate": True}, 200, ""),
-        ({"source_sentence": "a", "sentences": ["b"] * 2049}, None, 413, "inputs.sentences"),
-        ({"source_sentence": "a", "sentences": ["b"]}, {"prompt_name": "c"}, 422, "parameters.prompt_name"),
-    ],
-)
-async def test_what_cannot_be_compared_is_named(
-    server: PooledServer, inputs: Any, parameters: Any, status: int, where: str
-) -> None:
-    answer = await server.post("/similarity", inputs=inputs, parameters=parameters)
-    assert answer.status_code == status, answer.text
-    assert status == 200 or f"`{where}`" in answer.json()["error"], answer.text
-
-
 async def test_ollamas_client_embeds(embedder: Embedder, server: PooledServer) -> None:
     client = ollama.AsyncClient(host=server.url)
     await _embed_with(client, embedder)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import resource
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 
 from tests.ops.helpers import EXACT, random_source
 from tests.support.batches import flat_rows
+from tests.support.memory import resident_bytes
 from tgi_asgi import _C, ops
 
 INT32_MAX = 2**31 - 1
@@ -259,10 +258,6 @@ def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
 
 def test_long_contexts_take_no_memory_before_threads_share_them() -> None:
     """At 2^24 tokens, partial results would occupy at least 50 MiB per thread if all were written."""
-
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     program = _C.Program(max_tokens=8, max_sequences=1, max_rows=2, max_context=2**24)
     before = resident_bytes()
     attend(program, query(program), rows=rows(program))

@@ -12,8 +12,8 @@ import pytest
 
 from tests.soak.client import Streaming, ask, until_idle
 from tests.soak.conftest import Serve
-from tests.soak.test_mixed import resident_bytes
 from tests.support.adapters import write_adapter
+from tests.support.memory import resident_bytes
 from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
@@ -77,7 +77,7 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
                 assert answer.texts[0] == alone["ab"[turn % 3], turn % 3]
             gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": name}, headers=_ROOT)
             assert gone.status_code == 200, gone.text
-            memory.append(resident_bytes(server))
+            memory.append(resident_bytes(server.process.pid))
         is_over.set()
         num_compared = sum(await asyncio.gather(*streams))
     counters = (await until_idle(server))["counters"]

@@ -5,23 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.soak.client import Streaming, ask, inside, metric, until_idle
 from tests.soak.conftest import Serve
+from tests.support.memory import resident_bytes
 from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 NUM_WORKERS = 12
-
-
-def resident_bytes(server: ServerProcess) -> int:
-    """Return a server's resident memory in bytes."""
-    text = Path(f"/proc/{server.process.pid}/status").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 def _prompts(rng: random.Random, count: int) -> list[tuple[str, int]]:
@@ -89,7 +82,7 @@ async def test_everything_at_once_gives_what_each_request_gives_alone(
     memory: list[int] = []
     while not workers.done():
         await asyncio.wait([workers], timeout=max(seconds / 60, 1))
-        memory.append(resident_bytes(server))
+        memory.append(resident_bytes(server.process.pid))
     await workers
     counters = (await until_idle(server))["counters"]
     assert mixed.num_compared > 0

@@ -41,10 +41,12 @@ async def pooled_server(directory: Path, **settings: Any) -> AsyncIterator[Poole
         "max_batch_prefill_tokens": 64,
     }
     app = create_app(Settings(**{**values, **settings}))
-    is_ready = asyncio.Event()
-    app.on_ready = lambda served: is_ready.set()
+    loading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    app.on_ready = lambda served: loading.set_result(None)
+    app.on_fatal = loading.set_exception
     app.start()
-    await asyncio.wait_for(is_ready.wait(), 60)
+    await asyncio.wait_for(loading, 60)
+    app.on_fatal = None
     try:
         async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:
             yield PooledServer(url, app, http)

@@ -24,7 +24,8 @@ _HEADER_BYTES = 2048  # per module, for the header entries of its two matrices a
 # Why no adapter can change a module, by a part of its path.
 _REASONS = {
     "experts": "experts of a mixture are not changed by adapters",
-    "shared_": "the MLP beside a mixture's experts is not changed by adapters",
+    "shared_expert": "the MLP beside a mixture's experts is not changed by adapters",
+    "shared_mlp": "the MLP beside a mixture's experts is not changed by adapters",
     "vision_": "the encoder of images is not changed by adapters",
     "visual": "the encoder of images is not changed by adapters",
     "projector": "what turns images into embeddings is not changed by adapters",

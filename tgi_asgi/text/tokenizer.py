@@ -223,7 +223,8 @@ class Tokenizer:
         """Turn text into (id, start, stop), where the token covers bytes [start, stop) of the text's UTF-8.
 
         Tokens that share a character all cover the whole of it; added special tokens cover nothing. Marks are
-        removed first: offsets refer to the text without them.
+        removed first: offsets refer to the text without them. The tuples are made one at a time, because all
+        those of a long text take several times its memory.
 
         Raises:
             InvalidRequest: as `encode`.
