@@ -193,6 +193,20 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
         load_model(files, max_positions=16)
 
 
+def test_zero_points_that_the_configuration_promises_are_required(tmp_path: Path) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, "compressed")
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}
+    config["quantization_config"]["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load(files)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[STEM + "weight_zero_point"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"no tensor '.*weight_zero_point', but `symmetric` is false"):
+        load(files)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -63,6 +63,18 @@ def test_weights_are_those_that_bitsandbytes_reads(tmp_path: Path, case: str) ->
     torch.testing.assert_close(decode(source), values, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_of_bitsandbytes_may_be_stored_as_floats(tmp_path: Path, dtype: torch.dtype) -> None:
+    """`bnb_4bit_quant_storage`, which FSDP needs: the same bytes under another name."""
+    tensors, values = recorded("nf4")
+    tensors["weight"] = tensors["weight"].reshape(-1).view(dtype).reshape(-1, 1)
+    source = read(tmp_path, tensors, values.shape, BITSANDBYTES)
+    torch.testing.assert_close(decode(source), values, rtol=1e-6, atol=1e-7)
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": BITSANDBYTES}))
+    assert weights.stored()[f"{STEM}weight"] == ("F8_32", values.numel())
+    weights.close()
+
+
 def test_bytes_of_bitsandbytes_stay_bytes(tmp_path: Path) -> None:
     tensors, values = recorded("int8")
     source = read(

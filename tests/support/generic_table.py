@@ -75,7 +75,7 @@ USUAL: tuple[str, ...] = tuple(
     """
     llama qwen2 gemma2 gemma3n_text gemma4_text gpt_oss llama4_text deepseek_v3 granitemoe_swa ernie4_5_moe
     longcat_flash dbrx bloom falcon mpt gpt_neo gptj gpt2 gpt_bigcode opt roberta lfm2 jamba mamba mamba2
-    falcon_h1 zamba2 qwen3_next minimax hrm_text phi3 cohere2 nemotron mimo_v2_flash modernbert-decoder
+    falcon_h1 zamba zamba2 qwen3_next minimax hrm_text phi3 cohere2 nemotron mimo_v2_flash modernbert-decoder
     bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )

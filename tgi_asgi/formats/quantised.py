@@ -51,6 +51,7 @@ class Quantisation:
     bits: int = 4  # GPTQ: of codes whose columns are unknown
     layout: Layout = field(default_factory=Layout)  # of integers
     block: tuple[int, int] | None = None  # FP8: rows and columns per scale; None: a whole row, or all
+    has_zeros: bool = False  # compressed-tensors: whether all integers have zero points
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Quantisation | None:
@@ -155,6 +156,7 @@ class Quantisation:
             "compressed-tensors",
             layout=Layout(group=sizes.pop() if len(sizes) == 1 else None),
             block=blocks.pop() if blocks else None,
+            has_zeros=bool(weights) and all(each.get("symmetric") is False for each in weights),
         )
 
 

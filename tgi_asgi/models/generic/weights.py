@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.modules import PackedModule
+from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
 from tgi_asgi.models.loading import KEPT, NamedWeights
 
 # Tensors in older checkpoints that nothing reads: computed values and masks.
@@ -26,6 +26,8 @@ _UNUSED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
     r"|\.attn\.causal_mask$|position_ids$|token_type_ids$"
 )
+
+_NATIVE = (PackedModule, GatedMlp)  # they hold packed weights, not tensors
 
 Placed = ops.WeightSource | Tensor | Iterator[ops.WeightSource]
 Place = Callable[[str, Placed], bool]  # see `Filler.fill`
@@ -255,12 +257,14 @@ class Filler:
         for name, source in self._tied.items():
             if name in given or source not in given:
                 continue
-            owner, leaf = owner_of(self._model, name)
-            other, other_leaf = owner_of(self._model, source)
+            owner, leaf = _holder(self._model, name)
+            other, other_leaf = _holder(self._model, source)
             both = isinstance(owner, PackedModule) and isinstance(other, PackedModule)
             if both and leaf == "weight" and owner.bias is None and other.bias is None:
                 owner.made = other.made
-            elif not isinstance(owner, PackedModule) and not isinstance(other, PackedModule):
+            elif isinstance(owner, GatedMlp) and isinstance(other, GatedMlp):
+                setattr(owner, leaf, getattr(other, other_leaf))
+            elif not isinstance(owner, _NATIVE) and not isinstance(other, _NATIVE):
                 owner._parameters[leaf] = getattr(other, other_leaf)
             else:
                 source = self._targets[source].sources[0][0]
@@ -278,6 +282,15 @@ class Filler:
 
 def _missing(name: str) -> str:
     return f"there is no tensor {name!r} in the model's files, which the model needs"
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a tensor, and its attribute: a gated MLP has no modules of its own."""
+    parent, _, product = name.rpartition(".")[0].rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(module, GatedMlp):
+        return module, "down" if product == "down_proj" else "gate_up"
+    return owner_of(model, name)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

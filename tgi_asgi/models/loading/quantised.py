@@ -36,6 +36,8 @@ def read_quantised(
     """
     if len(shape) != 2:
         raise ModelLoadError(f"only matrices can be quantised, not one of shape {list(shape)}")
+    if state_name(checkpoint, name) is not None:
+        return _read_table(checkpoint, name, (shape[0], shape[1]))
     codes = name if name in checkpoint else f"{name}_packed"
     dtype = checkpoint.tensor(codes).dtype if codes in checkpoint else ""
     if dtype == "U8":
@@ -65,6 +67,7 @@ def _read_integers(
         )  # fmt: skip
     if quantisation.method == "awq":
         return unpack_awq(words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"))
+    _check_zeros(checkpoint, f"{stem}weight_zero_point", quantisation)
     return unpack_compressed(
         words("weight_packed"), read_floats(checkpoint, f"{stem}weight_scale"),
         words_or_none("weight_zero_point"), words_or_none("weight_g_idx"), columns, quantisation.layout,
@@ -83,8 +86,15 @@ def _read_bytes(
         return _as_source(unpack_bytes(codes, halves.astype(np.float32), None, quantisation.layout))
     if scale not in checkpoint:
         raise ModelLoadError("it has neither a weight_scale nor bitsandbytes' SCB")
+    _check_zeros(checkpoint, zeros, quantisation)
     points = read_array(checkpoint, zeros, "I8") if zeros in checkpoint else None
     return _as_source(unpack_bytes(codes, read_floats(checkpoint, scale), points, quantisation.layout))
+
+
+def _check_zeros(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> None:
+    """Refuse a matrix without its zero points, which half the range would replace."""
+    if quantisation.has_zeros and name not in checkpoint:
+        raise ModelLoadError(f"there is no tensor {name!r}, but `symmetric` is false")
 
 
 def _as_source(matrix: IntegerMatrix) -> WeightSource:
@@ -128,8 +138,6 @@ def _read_float8(
 
 def _read_nibbles(checkpoint: Checkpoint, name: str, codes: str, shape: tuple[int, int]) -> WeightSource:
     """Read codes of four bits, two to a byte."""
-    if state_name(checkpoint, name) is not None:
-        return _read_table(checkpoint, name, shape)
     if shape[1] % 2:
         raise ModelLoadError(f"a matrix of {shape[1]} columns has no whole bytes of two codes each")
     check_shape(codes, checkpoint.tensor(codes).shape, (shape[0], shape[1] // 2))

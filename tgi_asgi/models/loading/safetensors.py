@@ -35,7 +35,11 @@ class SafetensorsWeights:
         self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._checkpoint or (isinstance(name, str) and self._expert(name) is not None)
+        if not isinstance(name, str):
+            return False
+        # The file may hold no tensor of that name, but its parts: `qweight`, `weight_packed`.
+        is_one = name in self._checkpoint or self._quantisation_of(name) is not None
+        return is_one or self._expert(name) is not None
 
     def _quantisation_of(self, name: str) -> Quantisation | None:
         """Return how a weight is quantised; None if it is not."""
@@ -80,8 +84,9 @@ class SafetensorsWeights:
         return read_floats(self._checkpoint, name) if name in self._checkpoint else None
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Return whether two tensors of floats have the same values; both must exist."""
-        return have_equal_values(self._checkpoint, first, second)
+        """Return whether two weights have the same values, both as floats; quantised ones count as others."""
+        are_stored = first in self._checkpoint and second in self._checkpoint
+        return are_stored and have_equal_values(self._checkpoint, first, second)
 
     def names(self) -> list[str]:
         """Return the names of all weights; a quantised weight has one name, not those of its parts."""

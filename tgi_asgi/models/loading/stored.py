@@ -5,7 +5,8 @@ weight_packed      int32   codes, with weight_scale (compressed-tensors)
 weight_packed      uint8   NVFP4 with weight_global_scale, MXFP4 without
 weight             E4M3    with weight_scale or weight_scale_inv
 weight             int8    codes, with weight_scale (compressed-tensors) or SCB (bitsandbytes)
-weight             uint8   NVFP4 with weight_scale_2 (ModelOpt), MXFP4 (Quark), or bitsandbytes' tables
+weight             uint8   NVFP4 with weight_scale_2 (ModelOpt), MXFP4 (Quark)
+weight             any     bitsandbytes' codes of four bits in its `bnb_4bit_quant_storage`, with tables
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def is_quantised(checkpoint: Checkpoint, name: str) -> bool:
     if stem == name:
         return False
     if name in checkpoint:
-        return checkpoint.tensor(name).dtype in _CODES
+        return checkpoint.tensor(name).dtype in _CODES or state_name(checkpoint, name) is not None
     return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
 
 
@@ -78,6 +79,8 @@ def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation 
         return _stored_integers(checkpoint, weight, quantisation)
     if weight is None or not is_quantised(checkpoint, weight):
         return info.dtype, 0 if info.dtype in (FLOAT8, *E8M0) else elements  # scales are in the blocks
+    if state_name(checkpoint, weight) is not None:
+        return _DECODED, 2 * info.nbytes
     if info.dtype == "U8":
         return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
     return {FLOAT8: _DECODED, "I8": "Q8_0"}.get(info.dtype, info.dtype), elements

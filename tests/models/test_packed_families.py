@@ -1,0 +1,72 @@
+"""Families that look for matrices by name, in files that hold only the names of their packed parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.family_case import FamilyCase
+from tests.support.family_experts import EXPERT_CASES
+from tests.support.family_files import checkpoint, reference
+from tests.support.family_scores import score
+from tests.support.family_states import STATE_CASES
+from tests.support.quantised import compressed_tensors, gptq_tensors, random_codes
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner.plan import PromptLogprobs
+
+CASES = {case.name: case for case in (*STATE_CASES, *EXPERT_CASES)}
+CONFIGS = {
+    "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True},
+}
+# What the tools leave as it is.
+KEPT = ("conv1d.weight", "mlp.gate.weight", "shared_expert_gate.weight", "router.layer.weight")
+
+
+def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles, ModelFiles]:
+    """Write the case's checkpoint with layer matrices of four bits, and with what they decode to."""
+    torch.manual_seed(4)
+    packed, decoded = {}, {}
+    for name, tensor in load_file(checkpoint(case).path / "model.safetensors").items():
+        packed[name] = decoded[name] = tensor
+        if tensor.dim() == 2 and ".layers." in name and not name.endswith(KEPT):
+            matrix = random_codes(tensor.shape[0], tensor.shape[1], 32, is_centred=True)
+            parts = gptq_tensors(matrix) if recipe == "gptq" else compressed_tensors(matrix, is_centred=True)
+            del packed[name]
+            packed |= {name.removesuffix("weight") + part: values for part, values in parts.items()}
+            decoded[name] = matrix.weights()
+    found = []
+    for kind, tensors, changes in (
+        ("packed", packed, {"quantization_config": CONFIGS[recipe]}),
+        ("decoded", decoded, {}),
+    ):
+        shutil.copytree(checkpoint(case).path, folder / kind)
+        save_file(tensors, folder / kind / "model.safetensors")
+        config = folder / kind / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        found.append(ModelFiles(kind, None, "directory", folder / kind))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize("name", ["granite_hybrid-dense", "granite_hybrid", "granitemoeshared", "qwen3_next"])
+def test_packed_matrices_are_found(name: str, recipe: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    packed, decoded = (
+        score(case, files, reference(case), "float32") for files in write_both(case, recipe, tmp_path)
+    )
+    assert [each.token_id for each in packed.sampled] == [each.token_id for each in decoded.sampled]
+
+    def values(prompt: PromptLogprobs) -> list[float]:
+        return [logprob for logprob, _ in prompt if logprob is not None]
+
+    found, expected = values(packed.prompt_logprobs), values(decoded.prompt_logprobs)
+    assert len(found) > 10
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-3)
