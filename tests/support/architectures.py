@@ -182,8 +182,11 @@ def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], fl
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """Return a prompt and its greedy continuation, with clear gaps and without special tokens."""
     model = open_reference(folder)
+    last = (
+        getattr(model.config, "unpadded_vocab_size", VOCAB_SIZE) - 1
+    )  # Inkling's rows behind it are no words
     for seed in range(100):
-        ids = random_ids(length, seed)
+        ids = [min(each, last) for each in random_ids(length, seed)]
         found, gap = _greedy(model, ids, num_tokens)
         if gap > _MIN_GAP and min(found) >= len(_SPECIAL_TOKENS):
             return ids, found

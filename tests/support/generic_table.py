@@ -58,7 +58,7 @@ REFUSED: Mapping[str, str] = {
     "deepseek_v4": "holds tables of integers, and keeps compressed keys",
     "prophetnet": "predicts several tokens at once, by a table of positions",
     "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
-    "xlstm": "has a cache of a special kind",
+    "xlstm": "has a cache of its own kind",
     **dict.fromkeys(
         ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), _MORE
     ),

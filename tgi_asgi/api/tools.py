@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections import Counter
@@ -141,9 +142,16 @@ def _spec(tool: Tool) -> ToolSpec:
 
 
 def whole_arguments(text: str) -> Any:
-    """Return a call's parsed arguments, or None if `max_tokens` cut them off."""
+    """Return a call's parsed arguments, or None if `max_tokens` cut them off.
+
+    A model may escape half of a surrogate pair, which no answer can hold; U+FFFD replaces it.
+    """
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(text)
+    with contextlib.suppress(ValueError, RecursionError):
+        lenient = json.dumps(json.loads(text), ensure_ascii=False)
+        return orjson.loads(lenient.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return None
 
 
 def note_skipped(kinds: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from tgi_asgi.api.anthropic.typed_tools import definition_of
 from tgi_asgi.api.parse import refuse, refuse_field, string_of
 from tgi_asgi.api.tools import Tool, check_tools, note_skipped
 
@@ -18,7 +19,7 @@ CHANGES = ("tool_addition", "tool_removal")  # blocks of system turns
 
 
 class ClientTool(Struct):
-    """A function that the model may call; tools of other types are hosted elsewhere and skipped."""
+    """A function that the model may call, or one of Anthropic's types; those hosted elsewhere are skipped."""
 
     name: str | None = None  # toolsets, which are hosted, have none
     input_schema: dict[str, Any] | None = None
@@ -48,12 +49,15 @@ def read_tools(entries: Sequence[ClientTool] | None, turns: Sequence[Turn]) -> l
 
 def is_hosted(tool: ClientTool) -> bool:
     """Return whether the model is not shown a tool, because it runs elsewhere."""
-    return tool.type not in (None, "custom")
+    return tool.type not in (None, "custom") and definition_of(str(tool.type)) is None
 
 
 def _tool(tool: ClientTool, index: int, path: str) -> Tool:
     if tool.name is None:
         refuse_field(f"{path}.name", "is required")
+    published = None if tool.type is None else definition_of(tool.type)
+    if published is not None:
+        return Tool(index, tool.name, *published, tool.strict)
     return Tool(index, tool.name, tool.description, tool.input_schema, tool.strict)
 
 
