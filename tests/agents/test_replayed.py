@@ -44,7 +44,7 @@ def codex_reads(events: list[dict[str, Any]]) -> list[Item]:
     assert events[-1]["response"]["output"] == items and events[-1]["response"]["usage"]["total_tokens"] > 0
     read: list[Item] = []
     for item in items:
-        own = [event for event in events if event.get("item_id") == item["id"]]
+        own = [e for e in events if e.get("item_id") == item["id"] and "summary_index" not in e]
         grown = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
         match item["type"]:
             case "message":

@@ -12,7 +12,14 @@ import transformers
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.checkpoints import (
+    load_model,
+    make_model,
+    our_logits,
+    reference_logits,
+    save,
+    save_gguf,
+)
 from tests.support.hypothesis_examples import for_all
 from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
@@ -193,6 +200,21 @@ def test_an_architecture_named_after_its_model_type_is_that_of_transformers(
 ) -> None:
     config = {"model_type": model_type, "architectures": [name], "auto_map": {"AutoConfig": "own.Own"}}
     assert architecture_of(with_architecture(config)) == served_as
+
+
+@pytest.mark.parametrize("names", [["MistralForCausalLM"], None])
+def test_mistral_with_kinds_of_layers_is_ministral(tmp_path: Path, names: list[str] | None) -> None:
+    """As `AutoConfig` has it: Ministral 8B was first published so."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    files = save(make_model("Ministral", head_dim=16, sliding_window=12, layer_types=kinds), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "mistral", "architectures": names}
+    path.write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = list(range(3, 60))
+    assert float((our_logits(files, ids) - reference_logits(model, ids)).abs().max()) < 1e-4
+    path.write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 3}))
+    assert float((our_logits(files, ids) - reference_logits(model, ids)).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize(("kind", "name"), [("Mistral", "LlamaForCausalLM"), ("Llama", "GraniteForCausalLM")])

@@ -54,7 +54,7 @@ def read_corrected(reader: Reader) -> ExpertsSpec:
     return read_experts(
         reader, count="n_routed_experts", top_k="num_experts_per_tok", kind="sigmoid",
         has_correction=has_correction, num_groups=num_groups,
-        top_groups=reader.integer("topk_group", num_groups), sums_top_two=True,
+        top_groups=reader.integer("topk_group", 1), sums_top_two=True,
         is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-20,
         scale=reader.number("routed_scaling_factor", 1.0),
         shared_size=size * reader.integer("n_shared_experts", 0),

@@ -46,7 +46,7 @@ class ReasoningOptions(Struct):
     """How much the model should think."""
 
     effort: str | None = None
-    summary: str | None = None  # accepted; the reasoning itself is shown
+    summary: str | None = None  # any kind: the reasoning itself
 
 
 class TextFormat(Struct):
@@ -168,8 +168,10 @@ def read_items(
         match kind := item.get("type") or "message":
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
-                text = texts if isinstance(texts, str) else "\n".join(texts)
-                thoughts.append(text or unsealed(item.get("encrypted_content")))
+                text = _joined(texts) or unsealed(item.get("encrypted_content"))
+                if not text:
+                    text = _joined(_texts(item.get("summary") or [], f"{path}.summary", ("summary_text",)))
+                thoughts.append(text)
             case "function_call" | "custom_tool_call":
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None})
@@ -195,6 +197,10 @@ def read_items(
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
     note_skipped(skipped)
     return messages
+
+
+def _joined(texts: str | list[str]) -> str:
+    return texts if isinstance(texts, str) else "\n".join(texts)
 
 
 def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:

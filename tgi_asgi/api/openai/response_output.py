@@ -39,6 +39,7 @@ class ResponseRenderer:
         tracker: Collects the log-probabilities, if requested.
         store: Called with the finished response.
         seals_thoughts: Whether reasoning items have `encrypted_content`.
+        has_summary: Whether reasoning items have their text as `summary`, too: many clients show only that.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class ResponseRenderer:
         store: Callable[[dict[str, Any]], None],
         *,
         seals_thoughts: bool = False,
+        has_summary: bool = False,
     ) -> None:
         self._generation = generation
-        self._seals_thoughts = seals_thoughts
+        self._seals_thoughts, self._has_summary = seals_thoughts, has_summary
         self._response = base
         self._tools = {tool.name: tool for tool in tools}
         self._tracker = tracker
@@ -137,6 +139,8 @@ class ResponseRenderer:
         if more:
             self._growing()["logprobs"] += logprobs
         self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
+        if item.get("summary"):
+            self._emit("reasoning_summary_text.delta", **self._summary_place(), delta=piece.text)
 
     def _open(self, piece: Piece) -> None:
         """Open an item for a piece."""
@@ -166,6 +170,9 @@ class ResponseRenderer:
         if part is not None:
             item["content"].append(part)
             self._emit("content_part.added", **self._place(), part=part)
+        if item["type"] == "reasoning" and self._has_summary:
+            item["summary"].append({"type": "summary_text", "text": ""})
+            self._emit("reasoning_summary_part.added", **self._summary_place(), part=item["summary"][0])
 
     def _close(self, status: str) -> None:
         """Close the open item, if there is one."""
@@ -183,6 +190,10 @@ class ResponseRenderer:
         self._emit(f"{name}.done", **place, **{field: growing[field] for field in fields})
         if growing is not item:
             self._emit("content_part.done", **place, part=growing)
+        if item.get("summary"):
+            [part], place_of_summary = item["summary"], self._summary_place()
+            self._emit("reasoning_summary_text.done", **place_of_summary, text=part["text"])
+            self._emit("reasoning_summary_part.done", **place_of_summary, part=part)
         self._emit("output_item.done", output_index=place["output_index"], item=item)
 
     def _fill(self) -> None:
@@ -196,7 +207,8 @@ class ResponseRenderer:
             case "function_call":
                 item["arguments"] = text
             case _:
-                item["content"][0]["text"] = text
+                for part in (*item["content"], *item.get("summary", ())):
+                    part["text"] = text
 
     def _growing(self) -> dict[str, Any]:
         """Return the growing object: the only part of an item with parts, otherwise the item."""
@@ -208,6 +220,9 @@ class ResponseRenderer:
         item = self._output[-1]
         place = {"item_id": item["id"], "output_index": len(self._output) - 1}
         return {**place, "content_index": 0} if "content" in item else place
+
+    def _summary_place(self) -> dict[str, Any]:
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, "summary_index": 0}
 
     def _emit(self, kind: str, **fields: Any) -> None:
         """Add an event if streaming; encoded at once, because its objects change later."""

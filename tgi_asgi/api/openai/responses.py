@@ -95,13 +95,13 @@ def _call(
         offered={tool["type"] for tool in request.tools or ()},
         is_parallel=request.parallel_tool_calls is not False,
     )
-    effort = request.reasoning.effort if request.reasoning is not None else None
+    reasoning = request.reasoning or ReasoningOptions()
     job = Job(
         prompt=Conversation(
             messages,
             tools=[tool.for_template() for tool in tools] or None,
             offers_tools=request.tool_choice != "none",
-            variables=template_variables(effort, "reasoning.effort", request.chat_template_kwargs),
+            variables=template_variables(reasoning.effort, "reasoning.effort", request.chat_template_kwargs),
             images=images,
         ),
         sampling=sampling(
@@ -135,7 +135,10 @@ def _call(
                 context.responses.add(stored, exchange.tenant)
 
         base = _base(request, generation.model, info.sampling)
-        return ResponseRenderer(generation, base, tools, tracker, store, seals_thoughts=seals_thoughts)
+        return ResponseRenderer(
+            generation, base, tools, tracker, store, seals_thoughts=seals_thoughts,
+            has_summary=reasoning.summary not in (None, "none"),
+        )  # fmt: skip
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 

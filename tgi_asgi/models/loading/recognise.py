@@ -26,9 +26,12 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     another name that is just the type's: K-EXAONE's ExaoneMoEForCausalLM is `transformers`' ExaoneMoe, and
     IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
     after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
-    models that compute something else.
+    models that compute something else. Mistral with windows in some layers only is Ministral, which was first
+    published so.
     """
     kind, names = config.get("model_type"), config.get("architectures")
+    if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):
+        return {**config, "model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(kind, str) or (names and not (isinstance(name, str) and name.endswith(_CAUSAL))):
         return config
