@@ -204,7 +204,7 @@ def test_an_architecture_named_after_its_model_type_is_that_of_transformers(
 
 @pytest.mark.parametrize("names", [["MistralForCausalLM"], None])
 def test_mistral_with_kinds_of_layers_is_ministral(tmp_path: Path, names: list[str] | None) -> None:
-    """As `AutoConfig` has it: Ministral 8B was first published so."""
+    """The reference is loaded by `AutoConfig`, which decides the same."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     files = save(make_model("Ministral", head_dim=16, sliding_window=12, layer_types=kinds), tmp_path)
     path = tmp_path / "config.json"

@@ -182,9 +182,7 @@ def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], fl
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """Return a prompt and its greedy continuation, with clear gaps and without special tokens."""
     model = open_reference(folder)
-    last = (
-        getattr(model.config, "unpadded_vocab_size", VOCAB_SIZE) - 1
-    )  # Inkling's rows behind it are no words
+    last = getattr(model.config, "unpadded_vocab_size", VOCAB_SIZE) - 1  # Inkling pads its vocabulary
     for seed in range(100):
         ids = [min(each, last) for each in random_ids(length, seed)]
         found, gap = _greedy(model, ids, num_tokens)

@@ -22,7 +22,7 @@ _LINE = {
     "description": "For `insert`: the line after which the text goes; 0 is the start.",
 }
 _INSERTED = {**_TEXT, "description": "For `insert`: the text to be inserted."}
-_UNDO_UNTIL = "20250429"  # editors before this date can undo, and insert `new_str`
+_NEWER_EDITOR = "20250429"  # editors of earlier dates can undo, and `insert` has `new_str`
 
 Definition = tuple[str, dict[str, Any]]  # description, schema of the arguments
 
@@ -31,7 +31,7 @@ def definition_of(kind: str) -> Definition | None:
     """Return a type's description and arguments; None if another server runs it, or it is unknown."""
     name, _, date = kind.rpartition("_")
     if name == "text_editor":
-        return _editor(can_undo=date < _UNDO_UNTIL)
+        return _editor(can_undo=date < _NEWER_EDITOR)
     return {"bash": _BASH, "memory": _MEMORY}.get(name)
 
 

@@ -46,7 +46,7 @@ class ReasoningOptions(Struct):
     """How much the model should think."""
 
     effort: str | None = None
-    summary: str | None = None  # any kind: the reasoning itself
+    summary: str | None = None  # whatever it asks for, the summary is the whole reasoning
 
 
 class TextFormat(Struct):

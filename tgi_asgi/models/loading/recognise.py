@@ -26,8 +26,8 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     another name that is just the type's: K-EXAONE's ExaoneMoEForCausalLM is `transformers`' ExaoneMoe, and
     IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
     after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
-    models that compute something else. Mistral with windows in some layers only is Ministral, which was first
-    published so.
+    models that compute something else. A Mistral that lists the kinds of its layers is Ministral, as for
+    `AutoConfig`.
     """
     kind, names = config.get("model_type"), config.get("architectures")
     if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):

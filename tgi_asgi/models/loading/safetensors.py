@@ -84,7 +84,7 @@ class SafetensorsWeights:
         return read_floats(self._checkpoint, name) if name in self._checkpoint else None
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Return whether two weights have the same values, both as floats; quantised ones count as others."""
+        """Return whether two weights have the same values; False if one is quantised."""
         are_stored = first in self._checkpoint and second in self._checkpoint
         return are_stored and have_equal_values(self._checkpoint, first, second)
 
