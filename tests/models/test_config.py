@@ -218,8 +218,9 @@ def test_what_a_family_s_configuration_class_defaults_to() -> None:
 
 @pytest.mark.parametrize("model_type", ["glm4_moe", "dots1", "deepseek_v3"])
 def test_groups_of_experts_that_are_not_given_are_those_of_transformers(model_type: str) -> None:
-    sizes = {"n_routed_experts": 32, "num_experts_per_tok": 8, "n_shared_experts": 1, "head_dim": 64}
-    given = CONFIG_MAPPING[model_type](n_group=4, **sizes).to_dict()
+    sizes: dict[str, Any] = {"n_routed_experts": 32, "num_experts_per_tok": 8, "n_shared_experts": 1}
+    sizes |= {"n_group": 4, "head_dim": 64}
+    given = CONFIG_MAPPING[model_type](**sizes).to_dict()
     expected = given.pop("topk_group")
     name = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     last = of_json({**given, "architectures": [name]}).layers[-1]
