@@ -235,6 +235,16 @@ async def test_without_replicas_requests_are_told_to_come_back() -> None:
     assert answer.json()["error"]["type"] == "server_error"
 
 
+async def test_what_has_no_token_at_the_end_may_be_sent_to_another_server() -> None:
+    async with LocalCluster(1, Settings(model_id="toy/model", max_batch_size=1), step_s=0.002) as cluster:
+        asked = [asyncio.create_task(ask(cluster, "hello", max_tokens=900)) for _ in range(2)]
+        await wait_for(
+            lambda: [channel.has_begun for channel in cluster.engine.channels] == [True, False], cluster
+        )
+        await cluster.engine.drain(0.01)
+        assert [answer.status for answer in await asyncio.gather(*asked)] == [500, 503]
+
+
 async def test_a_client_that_leaves_frees_the_replica() -> None:
     async with LocalCluster(1, step_s=0.002) as cluster:
         call = request("POST", CHAT, chat("a" * 50, max_tokens=2000, ignore_eos=True, stream=True))

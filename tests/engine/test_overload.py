@@ -158,6 +158,19 @@ async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine:
         assert isinstance((await collect(channel)).error, IncompleteGeneration)
 
 
+@pytest.mark.parametrize("is_sudden", [False, True])
+async def test_what_has_not_begun_by_the_end_may_be_sent_to_another_server(
+    make_engine: MakeEngine, *, is_sudden: bool
+) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.002))
+    running, waiting = (submit(engine, make_request(5, max_tokens=900)) for _ in range(2))
+    await until(lambda: engine.stats.sampled_tokens > 3)
+    await (engine.stop() if is_sudden else engine.drain(0.01))
+    assert isinstance((await collect(running)).error, IncompleteGeneration)
+    assert isinstance((await collect(waiting)).error, Unavailable)
+    assert engine.admission.num_taken == 0
+
+
 async def test_those_that_have_finished_are_told_so_though_the_engine_stops_at_once() -> None:
     """Delivering a large step yields to the event loop, where a task may be waiting for its end."""
     clock = count(step=0.01)  # each reading advances by more than a slice of delivery

@@ -144,8 +144,9 @@ class RemoteEngine:
 
     def _end_all(self) -> None:
         self._has_drained = True
+        message = "the server is shutting down"
         for channel in list(self.channels):
-            channel.refuse(IncompleteGeneration("the server is shutting down"))
+            channel.refuse(IncompleteGeneration(message) if channel.has_begun else Unavailable(message))
 
     def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> Permit:
         """Admit n choices, or n more of a call that `extends` admitted; raises `Overloaded` or `Unavailable`.

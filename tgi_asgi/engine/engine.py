@@ -191,7 +191,8 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Accept nothing new and let all who hold a permit finish; at the timeout, end the rest.
 
-        The requests left at the timeout get `IncompleteGeneration`.
+        Of the requests left at the timeout, those that have begun get `IncompleteGeneration`, and those that
+        have not get `Unavailable`, which load balancers send to another server.
         """
         if self._state is EngineState.READY:
             self._state = EngineState.DRAINING
@@ -202,17 +203,19 @@ class Engine:
         except TimeoutError:
             log.warning("%d requests did not finish within %g s", self._loop.num_open, timeout_s)
             self._has_drained = True
+            self._refuse_waiting()
             self._loop.inbox.put_nowait(IncompleteGeneration("the server is shutting down"))
             await self._loop.is_idle.wait()
 
     async def stop(self) -> None:
-        """End every request with an error now, wait for the steps in flight, and close the runner."""
+        """End every request now as `drain` does, wait for the steps in flight, and close the runner."""
         self._is_stopping = self._has_drained = True
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        self._refuse_waiting()
         self._loop.end_all(IncompleteGeneration("the server is shutting down"))
         if self._state is not EngineState.DEAD:
             with contextlib.suppress(TimeoutError):
@@ -220,6 +223,10 @@ class Engine:
                     await self._loop.pipeline.drain()
                 self._runner.close()  # it would otherwise wait for the steps
         self._loop.pipeline.close()
+
+    def _refuse_waiting(self) -> None:
+        for channel in self._loop.waiting_newest_first().values():
+            channel.refuse(Unavailable("the server is shutting down"))
 
     def _check_state(self, *, is_accepted: bool) -> None:
         goes_on = is_accepted and self._state is EngineState.DRAINING and not self._has_drained

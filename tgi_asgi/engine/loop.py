@@ -165,12 +165,12 @@ class ServingLoop:
             self._fill()
 
     def end_all(self, error: TgiError) -> None:
-        """End every open request with an error; pending events of all requests are delivered first."""
+        """End every open request with an error, its refusal's if it has one; pending events go first."""
         for channel in self._touched:
             channel.flush()
         self._touched.clear()
         for channel in list(self._open):
-            self._end(channel, error)
+            self._end(channel, channel.refusal or error)
         self._update_gauges()
 
     async def _next_message(self) -> RequestChannel | TgiError | None:
