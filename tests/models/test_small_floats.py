@@ -142,14 +142,17 @@ def test_four_bit_floats_have_the_columns_of_the_configuration(
 
 
 @pytest.mark.parametrize(("rows", "columns", "block"), [(50, 100, None), (50, 328, [128, 128]), (8, 8, None)])
+@pytest.mark.parametrize(
+    "method", [{"quant_method": "fp8"}, {"quant_method": "auto-round", "packing_format": "auto_round:fp8"}]
+)
 def test_float8_may_have_any_number_of_columns(
-    tmp_path: Path, rows: int, columns: int, block: list[int] | None
+    tmp_path: Path, rows: int, columns: int, block: list[int] | None, method: dict[str, str]
 ) -> None:
     codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     shape = (rows, 1) if block is None else (-(-rows // block[0]), -(-columns // block[1]))
     scales = torch.rand(shape) + 0.5
     spread = scales if block is None else scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
-    options = {"quant_method": "fp8", "weight_block_size": block}
+    options = {**method, "weight_block_size": block}
     source = read(tmp_path, {"weight": codes, "weight_scale_inv": scales}, (rows, columns), options)
     assert torch.equal(decode(source), codes.float() * spread[:, : max(columns, 1)])
 

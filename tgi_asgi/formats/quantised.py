@@ -31,7 +31,7 @@ _MODELOPT: dict[str, tuple[int, int] | None] = {
 # Layouts of integers of AutoRound's packing formats; None: small floats, as compressed-tensors has them.
 _AUTO_ROUND: dict[str, str | None] = {
     "": "gptq_v2", "gptqmodel": "gptq_v2", "auto_gptq": "gptq", "auto_awq": "awq", "llm_compressor": None,
-    "fp8_static": None,
+    "fp8_static": None, "fp8": None,
 }  # fmt: skip
 _METHODS = (
     "awq, gptq, auto-round, fp8, fbgemm_fp8, mxfp8, modelopt, quark, mxfp4, bitsandbytes and "
@@ -126,7 +126,7 @@ class Quantisation:
             return cls._awq({**options, "version": "gemm"})
         if layout is not None:
             return cls._gptq({**options, "checkpoint_format": layout})
-        return cls("auto-round")
+        return cls("auto-round", block=_read_block(options.get("weight_block_size"), "weight_block_size"))
 
     @classmethod
     def _compressed(cls, options: Mapping[str, Any]) -> Quantisation:

@@ -19,9 +19,10 @@ class ExpertNames:
         corrections: Candidate names; the first that exists is used. A vector, or with `is_correction_row` a
             matrix of one row.
         experts, gate, up, down: A single expert's tensor is `experts.5.gate_proj.weight`; llama.cpp stores
-            all of a kind in one tensor, `experts.gate_proj.weight` [experts, rows, columns]. None: always
-            joined.
+            all of a kind in one tensor, `experts.gate_proj.weight` [experts, rows, columns]. Tools that
+            quantise write the default names of gate, up and down, whatever the family's are.
         joined, joined_down: Joined tensors of `transformers` 5: all experts' gates and ups, and their downs.
+        is_joined: Whether the publisher's files have these; only tools write each expert's tensors then.
         shared: The MLP that all tokens use; its products are named as in any MLP.
         shared_joined: Its gate and up in one tensor; None: never joined.
     """
@@ -29,12 +30,13 @@ class ExpertNames:
     router: str = "mlp.gate"
     corrections: tuple[str, ...] = ("mlp.gate.e_score_correction_bias",)
     is_correction_row: bool = False
-    experts: str | None = "mlp.experts"
+    experts: str = "mlp.experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     joined: str = "mlp.experts.gate_up_proj"
     joined_down: str = "mlp.experts.down_proj"
+    is_joined: bool = False
     shared: str = "mlp.shared_experts"
     shared_joined: str | None = None
     shared_down: str = "down_proj"
@@ -140,23 +142,28 @@ def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec)
 
 def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
-    prefix = names.experts
-    if prefix is None or weights.has(names.joined) or weights.has(names.joined_down):
+    kinds, usual = (names.gate, names.up, names.down), ("gate_proj", "up_proj", "down_proj")
+    if weights.has(f"{names.experts}.0.{usual[0]}.weight"):
+        kinds = usual
+    elif names.is_joined or weights.has(names.joined) or weights.has(names.joined_down):
         gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
         downs = stack(weights, names.joined_down, count, hidden, inner)
         for gate_up, down in zip(gate_ups, downs, strict=True):
             yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
         return
-    shapes = {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
-    if weights.is_gguf or any(weights.has(f"{prefix}.{name}.weight") for name in shapes):
-        each = [stack(weights, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
-        yield from zip(*each, strict=True)
-        return
-    for index in range(count):
-        gate, up, down = (
-            weights.get(f"{prefix}.{index}.{name}.weight", *shape) for name, shape in shapes.items()
-        )
-        yield gate, up, down
+    shapes = zip(kinds, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True)
+    each = [each_expert(weights, names.experts, f"{kind}.weight", count, *shape) for kind, shape in shapes]
+    yield from zip(*each, strict=True)
+
+
+def each_expert(
+    weights: ExpertsSource, prefix: str, name: str, count: int, *shape: int
+) -> Iterator[ops.WeightSource]:
+    """Return each expert's matrix or vector, each to be used at once, from one tensor or one per expert."""
+    joined = f"{prefix}.{name}"
+    if weights.is_gguf or weights.has(joined):
+        return stack(weights, joined, count, *shape)
+    return (weights.get(f"{prefix}.{index}.{name}", *shape) for index in range(count))
 
 
 def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:

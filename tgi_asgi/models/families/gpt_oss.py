@@ -13,7 +13,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames, ExpertProducts, stack
+from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
@@ -71,7 +71,10 @@ def _untruncated(layer: LayerSpec) -> LayerSpec:
 
 
 class GptOssWeights(LayerWeights):
-    """A layer whose experts are MXFP4, or floats with columns outermost; gate and up rows alternate."""
+    """A layer whose experts are MXFP4, or floats with columns outermost; gate and up rows alternate.
+
+    In files of llama.cpp and of tools that quantise, gate, up and down are apart.
+    """
 
     expert_names = (ExpertNames(router="mlp.router"),)
 
@@ -82,8 +85,8 @@ class GptOssWeights(LayerWeights):
 
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Yield gate and up, and down, of each expert in turn."""
-        is_of_llama_cpp = any(self.has(f"mlp.experts.{name}_proj.weight") for name in ("gate", "up", "down"))
-        read = self._of_llama_cpp if is_of_llama_cpp else self._of_openai
+        is_apart = self.is_gguf or self.has("mlp.experts.0.gate_proj.weight")
+        read = self._apart if is_apart else self._of_openai
         for matrices, biases in read(spec):
             gate, up, down = matrices
             yield (
@@ -91,14 +94,18 @@ class GptOssWeights(LayerWeights):
                 ops.linear_weight(down, self.arithmetic, bias=biases[2]),
             )
 
-    def _of_llama_cpp(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+    def _apart(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+        """Yield each expert's matrices and biases as llama.cpp and tools that quantise write them."""
         hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
-        prefix = "mlp.experts"
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        matrices = [stack(self, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
-        biases = [stack(self, f"{prefix}.{name}.bias", count, rows) for name, (rows, _) in shapes.items()]
-        for each, of_each in zip(zip(*matrices, strict=True), zip(*biases, strict=True), strict=True):
-            yield list(each), list(of_each)
+
+        def read(name: str, *shape: int) -> Iterator[ops.WeightSource]:
+            return each_expert(self, "mlp.experts", name, count, *shape)
+
+        matrices = [read(f"{name}.weight", *shape) for name, shape in shapes.items()]
+        biases = [read(f"{name}.bias", rows) for name, (rows, _) in shapes.items()]
+        for of_one, of_it in zip(zip(*matrices, strict=True), zip(*biases, strict=True), strict=True):
+            yield list(of_one), list(of_it)
 
     def _of_openai(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
         hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts

@@ -26,12 +26,16 @@ def read_granite_moe(reader: Reader, architecture: str) -> ModelConfig:
 
 
 _SHARED = ExpertNames(
-    experts=None, shared="shared_mlp", shared_joined="input_linear", shared_down="output_linear"
+    experts="block_sparse_moe.experts",
+    is_joined=True,
+    shared="shared_mlp",
+    shared_joined="input_linear",
+    shared_down="output_linear",
 )
 
 
 class GraniteMoeWeights(LayerWeights):
-    """A layer whose experts are in two tensors, with IBM's names or those of `transformers` 5."""
+    """A layer whose experts are in two tensors, with IBM's names or those of `transformers` 5, or apart."""
 
     expert_names = (
         replace(
