@@ -1,8 +1,12 @@
-"""Families that look for matrices by name, in files that hold only the names of their packed parts."""
+"""Families that look for matrices by name, in files that hold only the names of their packed parts.
+
+Of GPT-2, whose files have matrices transposed, the packed ones are as a `Linear` has them.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,16 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
-from tests.support.family_experts import EXPERT_CASES
 from tests.support.family_files import checkpoint, reference
 from tests.support.family_scores import score
-from tests.support.family_states import STATE_CASES
 from tests.support.quantised import compressed_tensors, gptq_tensors, random_codes
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.plan import PromptLogprobs
 
-CASES = {case.name: case for case in (*STATE_CASES, *EXPERT_CASES)}
 CONFIGS = {
     "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True},
@@ -35,12 +37,15 @@ def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles,
     packed, decoded = {}, {}
     for name, tensor in load_file(checkpoint(case).path / "model.safetensors").items():
         packed[name] = decoded[name] = tensor
-        if tensor.dim() == 2 and ".layers." in name and not name.endswith(KEPT):
-            matrix = random_codes(tensor.shape[0], tensor.shape[1], 32, is_centred=True)
+        if tensor.dim() == 2 and re.search(r"\.(layers|h)\.", name) and not name.endswith(KEPT):
+            is_turned = case.name == "gpt2"
+            rows, columns = tensor.shape[::-1] if is_turned else tensor.shape
+            matrix = random_codes(rows, columns, 32, is_centred=True)
             parts = gptq_tensors(matrix) if recipe == "gptq" else compressed_tensors(matrix, is_centred=True)
             del packed[name]
             packed |= {name.removesuffix("weight") + part: values for part, values in parts.items()}
-            decoded[name] = matrix.weights()
+            weights = matrix.weights()
+            decoded[name] = weights.T.contiguous() if is_turned else weights
     found = []
     for kind, tensors, changes in (
         ("packed", packed, {"quantization_config": CONFIGS[recipe]}),
@@ -55,9 +60,11 @@ def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles,
 
 
 @pytest.mark.parametrize("recipe", CONFIGS)
-@pytest.mark.parametrize("name", ["granite_hybrid-dense", "granite_hybrid", "granitemoeshared", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["granite_hybrid-dense", "granite_hybrid", "granitemoeshared", "qwen3_next", "gpt2"]
+)
 def test_packed_matrices_are_found(name: str, recipe: str, tmp_path: Path) -> None:
-    case = CASES[name]
+    (case,) = (case for case in CASES if case.name == name)
     packed, decoded = (
         score(case, files, reference(case), "float32") for files in write_both(case, recipe, tmp_path)
     )

@@ -11,7 +11,18 @@ from tgi_asgi.models.layers import LayerWeights, Sources
 _QKV = "self_attn.qkv_proj"
 
 
-class FusedWeights(LayerWeights):
+class FusedGateUpWeights(LayerWeights):
+    """A layer whose gate and up are one tensor, unless a tool has taken them apart, as GPTQModel does."""
+
+    def gate_up_sources(self) -> Sources:
+        """Cut the tensor of gate and up by rows; in GGUF files it has the name of up."""
+        if self.has("mlp.gate_proj.weight"):
+            return super().gate_up_sources()
+        rows = [self.config.intermediate_size] * 2
+        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
+
+
+class FusedWeights(FusedGateUpWeights):
     """A layer in which all products of one input are one tensor."""
 
     def qkv_sources(self) -> Sources:
@@ -21,11 +32,6 @@ class FusedWeights(LayerWeights):
     def qkv_biases(self) -> Sources | None:
         """Cut the bias of q, k and v by rows."""
         return self.cut(f"{_QKV}.bias", self._qkv_rows()) if self.config.has_qkv_bias else None
-
-    def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows; in GGUF files it has the name of up."""
-        rows = [self.config.intermediate_size] * 2
-        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
     def _qkv_rows(self) -> list[int]:
         config = self.config

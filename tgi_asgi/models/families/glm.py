@@ -8,7 +8,8 @@ from __future__ import annotations
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights, SandwichLayer, Sources
+from tgi_asgi.models.fused import FusedGateUpWeights
+from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
@@ -30,19 +31,10 @@ def read_glm(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-class GlmWeights(LayerWeights):
-    """A layer whose gate and up are one tensor."""
-
-    def gate_up_sources(self) -> Sources:
-        """Cut the tensor by rows; in GGUF files it has the name of up."""
-        rows = [self.config.intermediate_size] * 2
-        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
-
-
 class Glm(Decoder):
     """The decoder with fused gate and up."""
 
-    weights_class = GlmWeights
+    weights_class = FusedGateUpWeights
 
 
 class Glm4Layer(SandwichLayer):

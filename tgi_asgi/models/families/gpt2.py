@@ -27,7 +27,8 @@ def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
         layer_norm_eps=("layer_norm_epsilon",),
     )
     reader.defaults(intermediate_size=4 * reader.integer("hidden_size"), tie_word_embeddings=True)
-    reader.ignore("reorder_and_upcast_attn", "summary_activation")
+    # GPTQModel writes `rope_parameters` to every configuration.
+    reader.ignore("reorder_and_upcast_attn", "summary_activation", "rope_parameters")
     check_computed(not reader.flag("add_cross_attention", False), "cross attention is not supported")
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
     scale = sizes["head_dim"] ** -0.5 if reader.flag("scale_attn_weights", True) else 1.0

@@ -15,7 +15,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import Sources
+from tgi_asgi.models.fused import FusedGateUpWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
@@ -74,15 +74,8 @@ def _read_kinds(reader: Reader) -> list[bool]:
     return [kind in _RECURRENT for kind in found]
 
 
-class Granite4Weights(GraniteMoeWeights):
+class Granite4Weights(FusedGateUpWeights, GraniteMoeWeights):
     """A layer with gate and up as one tensor; llama.cpp stores them separately."""
-
-    def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows."""
-        if not self.has("mlp.gate_up_proj.weight"):
-            return super().gate_up_sources()
-        rows = [self.config.intermediate_size] * 2
-        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
 
 class Granite4(Decoder):

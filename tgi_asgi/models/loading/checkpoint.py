@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import WHOLE
@@ -51,12 +50,14 @@ class CheckpointWeights:
         """Return a tensor, as described in `Weights.get`."""
         stored = self.stored_name(name)
         order = self._layout.row_order(self._config, name.rpartition(".")[0])
-        is_transposed = self._layout.is_transposed and len(shape) == 2 and is_of_layer(name)
+        # Tools that quantise turn the matrices of a `Conv1D` first, so that they are as in a `Linear`.
+        is_plain = not self._weights.is_quantised(stored)
+        is_transposed = self._layout.is_transposed and len(shape) == 2 and is_of_layer(name) and is_plain
         if order is None and not is_transposed:
             return self._weights.get(stored, shape, part)
         source = self._weights.get(stored, shape[::-1] if is_transposed else shape)
         if is_transposed:
-            source = _transposed(stored, source)
+            source = _transposed(source)
         if order is not None:
             source = source.in_rows(order)
         start, stop, _ = part.indices(shape[0])
@@ -95,12 +96,7 @@ class CheckpointWeights:
         self._weights.close()
 
 
-def _transposed(name: str, source: WeightSource) -> WeightSource:
+def _transposed(source: WeightSource) -> WeightSource:
     """Return a copy of a float matrix with rows and columns exchanged."""
-    word = _WORDS.get(source.format)
-    if word is None:
-        raise ModelLoadError(
-            f"tensor {name!r} is quantised, which is not supported for this architecture's matrices"
-        )
-    matrix = np.ascontiguousarray(source.data.view(word).reshape(source.shape).T)
+    matrix = np.ascontiguousarray(source.data.view(_WORDS[source.format]).reshape(source.shape).T)
     return replace(source, data=matrix.reshape(-1).view(np.uint8), shape=matrix.shape)

@@ -46,6 +46,10 @@ class SafetensorsWeights:
         is_one = self._quantisation is not None and is_quantised(self._checkpoint, name)
         return self._quantisation if is_one else None
 
+    def is_quantised(self, name: str) -> bool:
+        """Return whether a weight is stored quantised."""
+        return self._quantisation_of(name) is not None
+
     def _expert(self, name: str) -> ExpertMatrix | None:
         """Return the location of an expert's matrix, if all experts are in one tensor of blocks."""
         is_packed = self._quantisation is not None and self._quantisation.method == "mxfp4"

@@ -1,4 +1,4 @@
-"""Experts as tools that quantise write them: a tensor for each, with the same names in every family.
+"""Products that tools took apart before they quantised them: experts, under the same names, and gate and up.
 
 The names are those of files that llm-compressor 0.14, AutoRound 0.16 and GPTQModel 7 write of these families.
 """
@@ -25,6 +25,7 @@ from tgi_asgi.formats.sources import ModelFiles
 Tensors = dict[str, torch.Tensor]
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 _RENAMED = re.compile(r"(.*\.block_sparse_moe\.experts\.\d+)\.(w[123])\.weight")
+_APART = re.compile(r"\.(experts\.\d+|mlp)\.(gate|up|down)_proj\.weight")
 _KINDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -46,6 +47,9 @@ def apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
         for start, kind in enumerate(["gate_proj", "up_proj"] if both else ["down_proj"]):
             for index, values in enumerate(tensor[..., start :: 2 if both else 1]):
                 yield f"{layer}.mlp.experts.{index}.{kind}.{part}", values.T if values.dim() == 2 else values
+    elif name.endswith(".gate_up_proj.weight"):
+        for kind, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+            yield name.replace("gate_up_proj", kind), half
     else:
         yield name, tensor
 
@@ -55,11 +59,11 @@ def taken_apart(tensors: Tensors) -> Tensors:
 
 
 def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Return the tensors with random experts of four bits, and with what these decode to."""
+    """Return the tensors with random matrices of four bits in what was taken apart, and as they decode."""
     torch.manual_seed(4)
     packed, decoded = dict(tensors), dict(tensors)
     for name, tensor in tensors.items():
-        if ".experts." in name and name.endswith(".weight"):
+        if _APART.search(name):
             rows, columns = tensor.shape
             matrix = random_codes(rows, columns, 32, is_centred=True)
             del packed[name]
@@ -69,8 +73,8 @@ def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return packed, decoded
 
 
-@pytest.mark.parametrize("name", ["mixtral", "phimoe", "granitemoe", "granitemoeshared", "gpt_oss"])
-def test_experts_apart_are_those_of_the_publisher_s_file(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "phimoe", "granitemoe", "granitemoeshared", "gpt_oss", "phi3"])
+def test_what_was_taken_apart_is_what_is_in_the_publisher_s_file(name: str, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == name)
     source, expected = checkpoint(case).path, reference(case)
 
@@ -84,7 +88,7 @@ def test_experts_apart_are_those_of_the_publisher_s_file(name: str, tmp_path: Pa
 
     published = load_file(source / "model.safetensors")
     tensors = taken_apart(published)
-    assert not set(published) & {key for key in tensors if ".experts." in key}
+    assert not set(published) & {key for key in tensors if _APART.search(key) and "mlp.down" not in key}
     assert score_of("apart", tensors) == score_of("published", published)
     packed, decoded = quantised(tensors)
     assert len(packed) > len(decoded)
