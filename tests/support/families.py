@@ -290,8 +290,14 @@ CASES: tuple[FamilyCase, ...] = (
     ),
     _case(  # llama.cpp only supports every fourth layer
         "smollm3-other-layers",
-        {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 0, 1]},
-        faults=(Fault("rope-in-other-layers", config={"no_rope_layers": [1, 0, 1, 0]}),),
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [0, 1, 0, 1],
+            "use_sliding_window": False,  # without effect beside `layer_types`
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        },
+        faults=(_WIDER, Fault("rope-in-other-layers", config={"no_rope_layers": [1, 0, 1, 0]})),
         gguf=(),
     ),
     _case(

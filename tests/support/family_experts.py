@@ -234,8 +234,10 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
             "moe_layer_interval": 2,
             "tie_word_embeddings": True,
         },
-        faults=(_CORRECTION,),
+        faults=(_CORRECTION, _ONE_EXPERT),
         gguf=(),
+        json={"num_experts": 8, "num_experts_per_tok": 3},
+        drops=("moe_num_experts", "moe_k"),
     ),
     _case(
         "hunyuan_moe",
@@ -257,8 +259,10 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
             "head_dim": 32,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 20.0},
         },
-        faults=(Fault("other-alpha", config={"rope_parameters": {"alpha": 100.0}}),),
+        faults=(Fault("other-alpha", config={"rope_parameters": {"alpha": 100.0}}), _ONE_EXPERT),
         gguf=(),
+        json={"num_local_experts": 8, "num_experts_per_tok": 2},
+        drops=("num_experts", "moe_topk"),
     ),
     _case(
         "dots1",
@@ -299,7 +303,11 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
         },
         faults=(Fault("unscaled", config={"rope_scaling": {"factor": 1.0}}),),
         gguf=(),
-        json={"rope_scaling": {**_YARN["rope_parameters"], "factor": 4.0}, "rope_theta": 5000.0},
+        json={
+            "rope_scaling": {**_YARN["rope_parameters"], "factor": 4.0},
+            "rope_theta": 5000.0,
+            "use_sliding_window": False,  # nor this
+        },
         drops=("rope_parameters",),
     ),
 )

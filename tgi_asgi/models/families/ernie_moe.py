@@ -15,6 +15,7 @@ from tgi_asgi.models.reading_experts import read_experts, with_experts
 
 def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
     """Read ERNIE's configuration; an MLP bias would also apply to dense layers and shared experts."""
+    reader.rename(moe_k=("num_experts_per_tok",), moe_num_experts=("num_experts",))
     reader.defaults(
         rms_norm_eps=1e-5, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
         moe_num_shared_experts=2, rope_theta=500000.0, tie_word_embeddings=True,

@@ -31,9 +31,11 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     reader.drop("hidden_act")
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
-        rope_theta=150000.0, use_sliding_window=True, num_local_experts=128, num_experts_per_tok=4,
+        rope_theta=150000.0, num_local_experts=128, num_experts_per_tok=4,
     )  # fmt: skip
     default_rope(reader, _YARN)
+    if not reader.is_gguf:
+        reader.replace("use_sliding_window", True)  # regardless of the file: `layer_types` decides
     sizes = read_sizes(reader)
     reader.ignore("initial_context_length", "experts_per_token", "swiglu_alpha", "swiglu_limit")
     where = [index % 2 == 0 for index in range(num_layers(reader))]

@@ -19,6 +19,7 @@ _LISTED = ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_exper
 
 def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Hunyuan's configuration; experts and the shared expert have `intermediate_size`."""
+    reader.rename(moe_topk=("num_experts_per_tok",), num_experts=("num_local_experts",))
     reader.defaults(num_experts=1, moe_topk=1)
     for key in () if reader.is_gguf else _LISTED:
         reader.replace(key, _only(key, reader.get(key)))

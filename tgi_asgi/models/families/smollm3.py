@@ -16,6 +16,8 @@ def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
     """Read SmolLM 3's configuration; GGUF files do not record which layers have no rotary embedding."""
     reader.defaults(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
     reader.ignore("max_window_layers")
+    if not reader.is_gguf and reader.get("layer_types") is not None:
+        reader.replace("use_sliding_window", True)  # which only decides where `layer_types` is absent
     sizes = read_sizes(reader)
     has_rope = _has_rope(reader, num_layers(reader))
     windows = read_windows(reader, [not has for has in has_rope])
