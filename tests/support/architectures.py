@@ -62,7 +62,8 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("mamba_n_groups", "first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
     **dict.fromkeys(("index_n_heads",), 16),
 }
-_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # by any model's name
+# By any model's name; since transformers 5.24 an output has its cache under the old name, too.
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _LAST_NORM = re.compile(
     r"^(?!.*(per_layer|\.(layers?|h|blocks)\.\d)).*(norm|ln|ln_f|norm_f)\.weight$", re.IGNORECASE
 )
@@ -201,6 +202,8 @@ def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarra
         for length in lengths:
             found = model(torch.tensor([ids[at : at + length]]), use_cache=True, **past)
             past = {name: found[name] for name in _CACHES if found.get(name) is not None}
+            if "cache" in past:
+                past = {"cache": past["cache"]}
             assert past, "no cache comes back"
             rows.append(found.logits[0].float().numpy())
             at += length

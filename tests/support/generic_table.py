@@ -26,8 +26,8 @@ NATIVE: tuple[str, ...] = (
 
 # Of the common shape: computed by a native decoder; `transformers`' code is only a check.
 COMMON: tuple[str, ...] = (
-    "cwm", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "qwen2",
-    "qwen3", "seed_oss", "smollm3",
+    "cwm", "exaone", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral",
+    "qwen2", "qwen3", "seed_oss", "smollm3",
 )  # fmt: skip
 
 # One sequence at a time, on the cache of the model's own code.
@@ -41,7 +41,7 @@ SEQUENTIAL: Mapping[str, str] = {
         _POSITIONS,
     ),
     "inkling_text": "attention takes position_bias",
-    "inkling2_text": "attention takes position_bias, sinks",
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), "attention takes position_bias, sinks"),
     "minimax_m3_vl_text": "attention takes block_indices",
     "doge": "a mask that its own code makes",
     "git": "does not run without weights",

@@ -301,10 +301,11 @@ def test_an_encoder_is_no_decoder_unless_its_configuration_says_so(
         open_generic(with_config(checkpoint("roberta"), tmp_path, is_decoder=False))
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_that_is_asked_for_more_is_refused_by_name(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = "def forward(self, past_key_values): past_key_values.update_indexer()"
+    source = f"def forward(self, {name}): self.cache.move_to_end(); {name}.update_indexer()"
     monkeypatch.setattr(
         guards, "forward_source", lambda kind: source if kind.__name__ == "LlamaAttention" else ""
     )

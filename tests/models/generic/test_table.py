@@ -20,7 +20,7 @@ from tests.support.generic_page import page
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
-from tgi_asgi.models.registry import has_family
+from tgi_asgi.models.loading.recognise import is_native
 
 # The modules of GPT-BigCode before 5.22.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -60,7 +60,11 @@ def test_the_table_knows_which_have_a_family() -> None:
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     # The kernels support the heads of published models, but not those of the class's own defaults.
     sizes = {"falcon_h1": {"mamba_d_ssm": 1536, "mamba_n_heads": 24}}
-    native = {name for name in BUILDABLE if has_family(names[name], sizes.get(name, {}))}
+    native = {
+        name
+        for name in BUILDABLE
+        if is_native({"architectures": [names[name]], "model_type": name, **sizes.get(name, {})})
+    }
     assert native == set(table.NATIVE) & set(BUILDABLE)
 
 

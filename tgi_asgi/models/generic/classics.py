@@ -53,7 +53,9 @@ def _with_scores(scale: Callable[[Any], float], window: Callable[[Any, Any], int
     """Make the replacement for `_attn(query, key, value, mask)`, which returns [1, heads, tokens, dims]."""
 
     def install(module: Any, config: Any) -> None:
-        own = module._attn
+        own = getattr(module, "_attn", None)
+        if own is None:  # since transformers 5.24, two of the three use the interface themselves
+            return
 
         def attn(query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
             if not _is_native(config):

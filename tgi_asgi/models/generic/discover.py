@@ -30,7 +30,7 @@ IGNORED = frozenset({
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids", "seq_idx",
     "num_logits_to_keep", "labels", "inputs_embeds", "token_type_ids", "encoder_hidden_states",
     "encoder_attention_mask", "position_embeddings", "target_dtype", "implementation", "cache_params",
-    "slopes",
+    "slopes", "cache",
 })  # fmt: skip
 
 

@@ -44,7 +44,7 @@ _KNOWN: Mapping[str, str] = {
 }
 # Uses whose result depends on how a prompt is split, even in the model's own cache.
 _REFUSED = frozenset({"update_indexer"})
-_USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
+_USE = re.compile(r"(?<![.\w])(?:cache|past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
 
 
 def check_servable(model: Any) -> None:

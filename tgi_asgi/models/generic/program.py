@@ -24,7 +24,7 @@ from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
 
-CACHE_NAMES = ("past_key_values", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 
 
 class Caller:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tgi_asgi.models.generic.states import SequenceState
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(")
-_CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value")
+_CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,8 @@ from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, ha
 log = logging.getLogger(__name__)
 
 _CAUSAL = "ForCausalLM"
+# Types for which transformers uses a family's class, but with other defaults, and names in published files.
+_BORROWING = frozenset({"exaone", "sarvam_mla", "sarvam_moe"})
 
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def is_native(config: Mapping[str, Any]) -> bool:
         ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
+    if config.get("model_type") in _BORROWING:
+        return False
     return has_family(architecture, config) and not (_sees_ahead(config) and produces_vectors(architecture))
 
 
