@@ -16,6 +16,9 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.modules import Activation, Norm, PackedModule
 from tgi_asgi.models.generic.probes import activation_of, is_layer_norm
 
+# The modules of GPT-BigCode before 5.22.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 Checkpoint = Callable[[str], Path]
 
 
