@@ -20,6 +20,7 @@ from tgi_asgi.api.context import Served, ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import NO_NAMES
 from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
@@ -247,7 +248,7 @@ def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
     if loader is None:
         return None
     sources = adapter_sources(settings)
-    taken = ("tgi", loaded.info.model_id)
+    taken = (*NO_NAMES, loaded.info.model_id)
     for source in sources:
         if source.name in taken:
             raise ModelLoadError(

@@ -255,7 +255,7 @@ async def test_a_replacement_that_cannot_be_read_leaves_the_one_that_works() -> 
     assert [each.adapter.key for each in served.engine.requests] == [b"/sql".hex(), b"/better".hex()]
 
 
-@pytest.mark.parametrize("name", ["tgi", "toy/model"])
+@pytest.mark.parametrize("name", ["tgi", "dummy", "toy/model"])
 def test_an_adapter_at_the_start_cannot_have_a_name_of_the_model(name: str) -> None:
     loaded: Any = types.SimpleNamespace(adapters=object(), info=toy_info())
     settings = Settings(model_id="toy/model", lora_modules=(f"{name}=/x",))

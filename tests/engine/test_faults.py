@@ -411,6 +411,7 @@ async def test_stopping_is_no_death(make_engine: MakeEngine) -> None:
     engine, fatal_errors = make_engine(), FatalErrors()
     engine.on_fatal = fatal_errors
     channel = submit(engine, make_request(9, 50))
+    await until(lambda: channel.stats.scheduled_s is not None)
     await engine.stop()
     assert isinstance((await collect(channel)).error, IncompleteGeneration)
     assert fatal_errors.errors == [] and engine.state is EngineState.DRAINING
@@ -426,7 +427,8 @@ async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_e
         answer = await ask(engine, banned)
         assert isinstance(answer.error, InvalidRequest) and "logit_bias" in str(answer.error)
     assert isinstance((await ask(engine, make_request([POISON], 5, grammar=grammar))).error, GenerationFailed)
-    assert engine.state is EngineState.READY and engine.stats.blocks_used == 0
+    assert engine.state is EngineState.READY
+    await until(lambda: engine.stats.blocks_used == 0)
 
 
 async def test_a_grammar_that_cannot_go_on_fails_its_request_alone(

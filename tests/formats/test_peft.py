@@ -173,6 +173,10 @@ def test_names_without_the_prefix_are_read_as_transformers_saves_them(tmp_path: 
     [
         ({f"{NAME}.lora_magnitude_vector.weight": np.ones(4, np.float32)}, "DoRA"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9), np.float32)}, "embeddings"),
+        (
+            {"base_model.model.lm_head.base_layer.weight": np.ones((4, 4), np.float32)},
+            "an embedding or the head",
+        ),
         ({f"{NAME}.lora_B.bias": np.ones(4, np.float32)}, "lora_bias"),
         ({"base_model.model.lm_head.modules_to_save.weight": np.ones((4, 4), np.float32)}, "modules_to_save"),
         ({"other.weight": np.ones((4, 4), np.float32)}, "'other.weight' is not a LoRA matrix"),

@@ -71,6 +71,21 @@ NEOX = of("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 more_families = functools.partial(pytest.param, marks=pytest.mark.models)
 
 
+@pytest.mark.parametrize(("name", "changes"), [("llama", {"r": 16}), ("phi3", of(*FUSED)), ("granite", {})])
+def test_adapters_in_float32_keep_its_precision(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    files, found = checkpoint(case), reference(case)
+    adapter = make_adapter(files.path, tmp_path, seed=1, is_rounded=False, **changes)
+    loaded = load_case(files, max_lora_rank=16)
+    try:
+        assert loaded.adapters is not None
+        job = job_of(found, loaded.adapters.load(adapter).weights)
+        run(loaded, [job])
+    finally:
+        loaded.runner.close()
+    assert_matches_peft(job, files.path, adapter)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

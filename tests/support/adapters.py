@@ -1,7 +1,7 @@
 """LoRA adapters made with `peft` over small checkpoints, and their float32 reference outputs.
 
-Their values are exact in bfloat16, so loading rounds nothing. They are large enough that a missing or wrong
-adapter changes the results visibly.
+Their values are exact in bfloat16 unless asked otherwise, so loading rounds nothing. They are large enough
+that a missing or wrong adapter changes the results visibly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 _SIZE = 0.08  # standard deviation of the values of both matrices
 
 
-def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
+def make_adapter(base: Path, folder: Path, *, seed: int, is_rounded: bool = True, **config: Any) -> Path:
     """Write an adapter of random values for a checkpoint; `config` goes to `LoraConfig`."""
     torch.manual_seed(seed)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS, **config}
@@ -29,7 +29,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
         model = peft.get_peft_model(_open(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_((torch.randn(parameter.shape) * _SIZE).bfloat16().float())
+                values = torch.randn(parameter.shape) * _SIZE
+                parameter.copy_(values.bfloat16().float() if is_rounded else values)
         model.save_pretrained(folder)
     return folder
 

@@ -33,7 +33,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
 _MAX_HEADER_CHARS = 1000
-_NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
+NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
 
 
 def generating(parse: Parse) -> Handler:
@@ -135,7 +135,7 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     if requested is not None and served.serves(requested):
         return requested
     own = served.info.model_id
-    if requested is None or requested in _NO_NAMES:
+    if requested is None or requested in NO_NAMES:
         return own
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
@@ -145,7 +145,7 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
 def check_name(exchange: Exchange, requested: str | None) -> None:
     """Refuse the name of a model that is not served, if names are strict; may run in any thread."""
     context = exchange.context
-    if not context.settings.strict_model_names or requested is None or requested in _NO_NAMES:
+    if not context.settings.strict_model_names or requested is None or requested in NO_NAMES:
         return
     if not context.ready().serves(requested):
         raise UnknownModel(requested)

@@ -299,8 +299,7 @@ class ServingLoop:
             if sampled is None:
                 continue
             self._deliver_token(sequence, sampled, now)
-            if row in result.draft_samples:
-                self._deliver_draft_samples(sequence, result.draft_samples[row], now)
+            self._deliver_draft_samples(sequence, result.draft_samples.get(row, []), now)
             if self._clock() > self._yield_at:
                 await self._yield_to_loop()
 

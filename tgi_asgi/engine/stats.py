@@ -43,7 +43,7 @@ class EngineStats:
         prefill_size: Number of sequences in prefill, per step that has any.
         batch_size: Rows of the newest step.
         drafted_rows, draft_tokens, accepted_draft_tokens: Rows with drafts, drafts, and accepted drafts.
-        skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled any.
+        skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled one; mostly 0.
         compute_threads: CPU threads that computed last.
         running, waiting: Sequences with a slot, and without.
         blocks_used, blocks_total: Blocks of the KV cache.

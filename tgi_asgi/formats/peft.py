@@ -62,6 +62,7 @@ _PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 _UNSUPPORTED_TENSORS = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding": "embeddings",
+    "base_layer": "an embedding or the head",  # which peft saves beside what changes it
     "lora_B.bias": "biases (lora_bias)",
     "modules_to_save": "whole modules (modules_to_save)",
 }

@@ -49,6 +49,7 @@ class AdapterLayout(Protocol):
 
     targets: dict[str, ops.Target]
     max_rank: int
+    rank_factor: int
 
     def pack(self, deltas: Mapping[str, ops.Delta]) -> Any: ...
 
@@ -86,7 +87,7 @@ class AdapterLoader(Generic[_Layout]):
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
         elements = layout.max_rank * _elements_of_rank_one(layout.targets.values())
-        self.max_bytes = 2 * elements
+        self.max_bytes = 2 * elements * layout.rank_factor
         self._max_file_bytes = 4 * elements + _HEADER_BYTES * len(self.layout.targets)
 
     def load(self, directory: Path) -> LoadedAdapter:

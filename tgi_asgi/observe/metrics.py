@@ -130,7 +130,7 @@ class Metrics:
         counter("tgi_draft_tokens_total", "Draft tokens.", lambda s: s.draft_tokens)
         name, help = "tgi_accepted_draft_tokens_total", "Accepted draft tokens."
         counter(name, help, lambda s: s.accepted_draft_tokens)
-        name, help = "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step, if any."
+        name, help = "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step."
         summary(name, help, lambda s: s.skipped_tokens)
         histogram("tgi_inter_token_latency_seconds", "Time between tokens.", lambda s: s.inter_token_s)
         histogram("tgi_batch_next_size", "Sequences in a prefill step.", lambda s: s.prefill_size)

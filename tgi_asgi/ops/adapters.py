@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The change to a target's matrix: scale * up @ down. The matrices are rounded to bfloat16."""
+    """The change to a target's matrix: scale * up @ down."""
 
     down: Tensor  # [rank, columns]
     up: Tensor  # [rows, rank]
@@ -73,13 +73,16 @@ class AdapterLayout:
     Args:
         targets: The targets that adapters may name.
         max_rank: Maximum rank of a target's `down`.
+        is_exact: Whether adapters keep float32's precision, or are rounded to bfloat16.
 
     Attributes:
         native: The extension's layout.
+        rank_factor: How many times its rank an adapter may take once it is packed.
     """
 
-    def __init__(self, targets: Mapping[str, Target], max_rank: int) -> None:
+    def __init__(self, targets: Mapping[str, Target], max_rank: int, *, is_exact: bool = False) -> None:
         self.targets, self.max_rank = dict(targets), max_rank
+        self.rank_factor = 3 if is_exact else 1  # see `_in_parts`
         self._products: list[_Product] = []
         self._of_weight: dict[int, range] = {}  # products of each weight, by the weight's id
         sizes: list[tuple[int, int, int]] = []
@@ -91,8 +94,9 @@ class AdapterLayout:
             self._of_weight[id(target.weight)] = range(first, first + len(products))
             self._products += products
             for each in products:
-                # A product has up to three targets (q, k and v), each with up to `max_rank` inner values.
-                sizes.append((each.columns, each.part.matrix.num_stored_rows, 3 * max_rank))
+                # A product has up to three targets (q, k and v), each with as many inner values as its rank.
+                num_inner = 3 * max_rank * self.rank_factor
+                sizes.append((each.columns, each.part.matrix.num_stored_rows, num_inner))
         self._of_part = {id(each.part): index for index, each in enumerate(self._products)}
         self.native = _C.AdapterLayout(sizes)
 
@@ -109,6 +113,8 @@ class AdapterLayout:
         """
         parts: list[Any] = []
         for changes in changes_by_weight(self.targets, deltas, self.max_rank):
+            if self.rank_factor > 1:
+                changes = [(name, target, _in_parts(delta)) for name, target, delta in changes]
             for index in self._of_weight[id(changes[0][1].weight)]:
                 packed = _pack(self._products[index], changes)
                 if packed is not None:
@@ -215,6 +221,25 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
     in_order = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(num_up)
     up = np.concatenate(ups)[in_order]  # panel by panel, as the product reads it
     return np.concatenate(downs), np.array(scales, np.float32), inner, up
+
+
+def _in_parts(delta: Delta) -> Delta:
+    """Return a delta in bfloat16 of up to three times the rank, with nearly float32's precision.
+
+        up @ down = u @ d + u @ d' + u' @ d + u' @ d'
+
+    u and d are rounded to bfloat16, and u' and d' are what that takes away. The last term, at most 2^-18 of
+    the product, is left out, as are terms of zeros: a delta in bfloat16 keeps its rank.
+    """
+    up, down = (matrix.to(torch.bfloat16).float() for matrix in (delta.up, delta.down))
+    up_rest, down_rest = delta.up.float() - up, delta.down.float() - down
+    pairs = [(up, down)]
+    if down_rest.any():
+        pairs.append((up, down_rest))
+    if up_rest.any():
+        pairs.append((up_rest, down))
+    ups, downs = zip(*pairs, strict=True)
+    return replace(delta, up=torch.cat(ups, 1), down=torch.cat(downs, 0))
 
 
 def _bits(matrix: Tensor) -> _Bits:

@@ -80,6 +80,8 @@ class CudaAdapterLayout:
         places: [num_slots, num_products, 2] int32, those of each slot's adapter.
     """
 
+    rank_factor = 1  # as in `AdapterLayout`
+
     def __init__(
         self, targets: Mapping[str, Target], max_rank: int, *, num_slots: int, dtype: torch.dtype,
         device: torch.device,

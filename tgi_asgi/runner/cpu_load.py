@@ -107,7 +107,9 @@ class OnCpu:
         settings, budget = self.settings, self._budget
         adapters = None
         if settings.serves_adapters:
-            adapters = AdapterLoader(ops.AdapterLayout(targets_of(model), settings.max_lora_rank))
+            is_exact = self.arithmetic.is_exact
+            layout = ops.AdapterLayout(targets_of(model), settings.max_lora_rank, is_exact=is_exact)
+            adapters = AdapterLoader(layout)
             log_adapter_memory(max_loaded_adapters(settings), adapters.max_bytes, budget.adapter_bytes)
         if isinstance(model, EncoderModel):
             encoder = EncoderRunner(
@@ -240,7 +242,7 @@ def _divide(
     adapter_bytes = 0
     if settings.serves_adapters:
         adapter_bytes = reserved_adapter_bytes(
-            config, max_loaded_adapters(settings), settings.max_lora_rank, free
+            config, max_loaded_adapters(settings), settings.max_lora_rank, free, is_exact=packing.is_exact
         )
         free -= adapter_bytes
     num_drafts = max_drafts_per_row(settings.speculation)

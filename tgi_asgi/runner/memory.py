@@ -18,6 +18,7 @@ _ROPE_SHARE = 1 / 32
 _MAX_ROPE_SHARE = 1 / 2
 _MAX_ADAPTER_SHARE = 1 / 2  # of the memory free after the weights
 _ADAPTER_BYTES = 2  # bfloat16
+_EXACT_ADAPTER_BYTES = 3 * _ADAPTER_BYTES  # with `--dtype float32`: three products in bfloat16
 _MAX_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
 _KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
 _MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # kept states, unless the administrator sets their number
@@ -77,7 +78,9 @@ def check_weights_fit(
     )
 
 
-def reserved_adapter_bytes(config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int) -> int:
+def reserved_adapter_bytes(
+    config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int, *, is_exact: bool = False
+) -> int:
     """Return the bytes to keep free for adapters: `num_adapters` at the largest rank.
 
     At most half of the free memory: few adapters have that rank on all products, and the cache needs memory
@@ -88,7 +91,8 @@ def reserved_adapter_bytes(config: ServedConfig, num_adapters: int, max_rank: in
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 2 * (hidden + heads) + 2 * (hidden + keys)
-    each = _ADAPTER_BYTES * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
+    element_bytes = _EXACT_ADAPTER_BYTES if is_exact else _ADAPTER_BYTES
+    each = element_bytes * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
     return min(num_adapters * each, int(free_bytes * _MAX_ADAPTER_SHARE))
 
 
