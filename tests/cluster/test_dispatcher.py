@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support.asgi import Call, request, send
 from tests.support.local_cluster import LocalCluster
+from tests.support.waiting import LONGEST_S
 from tgi_asgi.app import OwnedEngine
 from tgi_asgi.cluster.dispatcher import ModelDispatcher, merged_metrics
 from tgi_asgi.settings import Settings
@@ -118,6 +120,25 @@ async def test_a_body_in_pieces_that_grows_too_long_is_refused(dispatcher: Model
     call = request("POST", "/v1/chat/completions", headers=KEY, chunks=[b" " * 2000] * 4)
     assert (await send(dispatcher, call)).status == 413
     assert dispatcher._apps[0].context.body_budget.held == 0
+
+
+async def test_a_body_that_does_not_come_is_given_up(
+    dispatcher: ModelDispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.cluster.dispatcher.BODY_TIMEOUT_S", 0.05)
+    call = request("POST", "/v1/chat/completions", headers=KEY, chunks=[b" " * 2000])
+    begin, messages = call.receive, list[Any]()
+
+    async def stall() -> Any:
+        if messages:
+            await asyncio.Event().wait()
+        messages.append({**await begin(), "more_body": True})
+        return messages[0]
+
+    monkeypatch.setattr(call, "receive", stall)
+    answer = await asyncio.wait_for(send(dispatcher, call), LONGEST_S)
+    assert answer.json()["error"]["code"] == "request_timeout"
+    assert [app.context.body_budget.held for app in dispatcher._apps] == [0, 0]
 
 
 async def test_nothing_of_a_body_stays_counted(dispatcher: ModelDispatcher) -> None:

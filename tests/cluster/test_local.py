@@ -14,7 +14,7 @@ from tests.support.asgi import Call, events_of, request, send
 from tests.support.local_cluster import LocalCluster
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.cluster.wire import CacheVersion, split_digests
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.errors import IncompleteGeneration, InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions, TokenEvent
 
@@ -129,13 +129,15 @@ async def test_a_name_that_is_added_twice_at_once_keeps_the_first_adapter() -> N
 
 
 @pytest.mark.parametrize("wrong", [ValueError("why"), asyncio.CancelledError()], ids=["error", "cancelled"])
-async def test_a_sink_that_raises_ends_its_own_request_alone(wrong: BaseException) -> None:
+async def test_a_sink_that_raises_ends_its_own_request_alone_and_is_told(wrong: BaseException) -> None:
+    told: list[Exception] = []
+
     class Sink:
         def on_events(self, events: Sequence[TokenEvent]) -> None:
             raise wrong
 
         def on_error(self, error: Exception) -> None:
-            raise AssertionError
+            told.append(error)
 
     async with LocalCluster(1) as cluster:
         wanted = GenerationRequest("r", [1, 2], SamplingParams(), StopConditions(max_tokens=50))
@@ -144,6 +146,22 @@ async def test_a_sink_that_raises_ends_its_own_request_alone(wrong: BaseExceptio
         await wait_for(lambda: not engine.channels, cluster)
         assert engine.admission.num_taken == 0
         assert (await ask(cluster, "hello", max_tokens=3)).status == 200
+    assert [type(error) for error in told] == [IncompleteGeneration]
+
+
+async def test_a_replica_whose_report_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with LocalCluster(2) as cluster:
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("no report")
+
+        await ask(cluster, "hello", max_tokens=7)
+        [(used, _)] = cluster.transport.sent
+        (unused,) = {"r0", "r1"} - {used}
+        monkeypatch.setattr(cluster.transport.found[unused], "report", fail)
+        await cluster.engine.refresh()
+        assert cluster.engine.stats.sampled_tokens == cluster.engine_of(used).stats.sampled_tokens > 0
+        assert cluster.engine.table.replicas[unused].num_missed == 1
 
 
 async def wait_for(holds: Callable[[], bool], cluster: LocalCluster) -> None:

@@ -61,12 +61,16 @@ async def test_steps_with_prompts_or_many_rows_have_no_drafts(make_engine: MakeE
     runner = FakeRunner(drafts=DraftLimits(8, 4), num_blocks=200)
     engine = make_engine(runner)
     await asyncio.gather(
-        *(ask(engine, make_request(range(at, at + 9), max_tokens=12)) for at in range(0, 100, 10))
+        *(
+            ask(engine, make_request(range(at, at + 9), max_tokens=12 if at else 60))
+            for at in range(0, 100, 10)
+        )
     )
 
     def has_drafts(plan: StepPlan) -> bool:
         return any(row.num_drafts for row in plan.rows)
 
+    assert any(map(has_drafts, runner.plans)), "those that are left when others have ended"
     for plan in runner.plans:
         num_given = sum(row.token_ids is not None and row.num_tokens > 1 for row in plan.rows)
         assert not (has_drafts(plan) and (num_given or len(plan.rows) > 4))

@@ -23,7 +23,6 @@ def digests(
 
 
 def test_a_digest_has_128_bits_and_is_the_same_every_time() -> None:
-    assert digests(TOKENS) == digests(TOKENS)
     assert all(len(digest) == 16 for digest in digests(TOKENS))
     # Replicas compare digests, so they must not depend on the process or the machine.
     assert digests(TOKENS)[0].hex() == "7e5f7012f8730d3960e2d29633711529"

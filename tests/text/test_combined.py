@@ -179,3 +179,11 @@ def test_one_of_schemas_that_may_match_together_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match="`oneOf`"):
         compiler.compile(sources.json_schema({"oneOf": branches, "$defs": {"one": _kind(1)}}))
+
+
+def test_true_is_not_one_in_parts_that_are_joined(compiler: GrammarCompiler) -> None:
+    parts = [{"properties": {"a": {"const": value}}, "required": ["a"]} for value in (1, True)]
+    source = sources.json_schema({"type": "object", "allOf": parts})
+    with contextlib.suppress(InvalidRequest):
+        assert not accepts(compiler, source, '{"a":1}')
+        assert not accepts(compiler, source, '{"a":true}')

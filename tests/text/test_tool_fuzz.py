@@ -199,3 +199,24 @@ def test_a_random_call_in_a_channel_comes_back_equal(
     assert kinds == ["Reasoning", "CallStart", "CallArguments"]
     last = pieces[-1]
     assert isinstance(last, CallArguments) and json.loads(last.text) == given
+
+
+@pytest.mark.parametrize(("name", "head"), [("olmo3", "<function_calls>"), ("lfm2", "<|tool_call_start|>")])
+@pytest.mark.parametrize("loop", ["ab", "[", ","])
+def test_a_head_that_has_no_end_is_text(name: str, head: str, loop: str) -> None:
+    """All of a head is matched again after each character: without a bound, an answer would take minutes."""
+    parser = AnswerParser(None, FORMATS[name], SPECS)
+    shown = "".join(
+        piece.text
+        for text in (head, *[loop] * 1000)
+        for piece in parser.push(text)
+        if isinstance(piece, Content)
+    )
+    assert shown.count(loop) > 500, "before the answer's end"
+
+
+@pytest.mark.parametrize("loop", ["_", " "])
+def test_the_beginning_of_a_call_without_a_marker_has_an_end(loop: str) -> None:
+    form = FORMATS["pythonic"]
+    assert form.begins("[" + loop * 20, ["f"]) is None
+    assert form.begins("[" + loop * 500, ["f"]) is False

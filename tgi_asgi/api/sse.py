@@ -247,9 +247,9 @@ class EventStream:
         self._is_over = True
         self._end = reason
         self._exchange.cancel_channels()
-        if self._deadline is not None:
-            self._deadline.reschedule(self._loop.time())
         self._wake()
+        if self._deadline is not None and not self._deadline.expired():
+            self._deadline.reschedule(self._loop.time())
 
     def _wake(self) -> None:
         if not self._woken.done():

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import msgspec
 import orjson
 
-from tgi_asgi.api.asgi import Header, Message, Receive, Scope, Send, header
+from tgi_asgi.api.asgi import BODY_TIMEOUT_S, Header, Message, Receive, Scope, Send, header
 from tgi_asgi.api.errors import NATIVE
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.routes import path_of
@@ -112,24 +112,29 @@ class ModelDispatcher:
             await first(scope, receive, send)  # responds with the error without reading it
             return
         messages: list[Message] = []
-        size = 0
+        size, is_late = 0, False
         try:
             first.keys.check(Exchange(first.context, scope, receive, send, NATIVE))
-            while size <= settings.payload_limit:
-                message = await receive()
-                messages.append(message)
-                num_bytes = len(message.get("body", b""))
-                budget.acquire(num_bytes, size)
-                size += num_bytes
-                if not message.get("more_body", False):
-                    break
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while size <= settings.payload_limit:
+                    message = await receive()
+                    messages.append(message)
+                    num_bytes = len(message.get("body", b""))
+                    budget.acquire(num_bytes, size)
+                    size += num_bytes
+                    if not message.get("more_body", False):
+                        break
             name = _name_in(messages) if size < _LARGE else await asyncio.to_thread(_name_in, messages)
         except TgiError:
             name = None  # the application raises and reports the same error
+        except TimeoutError:
+            name, is_late = None, True
         finally:
             budget.release(size)
 
         async def replay() -> Message:
+            if is_late and not messages:
+                raise TimeoutError  # which the application reports as its own
             return messages.pop(0) if messages else await receive()
 
         await self._serving(name)(scope, replay, send)

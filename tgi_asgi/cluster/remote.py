@@ -223,11 +223,13 @@ class RemoteEngine:
         while True:
             try:
                 await self.refresh()
-            except Exception:
-                logger.exception("reading the replicas' reports failed")
-            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):
                     await self.transport.wait_for_change()
+            except TimeoutError:
+                pass
+            except Exception:
+                logger.exception("watching the replicas failed")
+                await asyncio.sleep(REPORT_S)
 
     async def refresh(self) -> None:
         """Request a report from every replica."""
@@ -246,7 +248,9 @@ class RemoteEngine:
                 report: Report = await self.transport.call(name, "report", version)
         except ReplicaLost:
             self.drop(name)
-        except TimeoutError:
+        except Exception as error:  # of one replica; the others' reports count
+            if not isinstance(error, TimeoutError):
+                logger.warning("replica %s does not report", name, exc_info=error)
             if known is not None:
                 known.num_missed += 1
         else:
@@ -271,10 +275,8 @@ class RemoteChannel(Outbox):
         self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
 
     def cancel(self) -> None:
-        """Cancel the request."""
-        if not self._is_ended:
-            self._close()
-            self._task.cancel()
+        """Cancel the request; it ends with `IncompleteGeneration` unless it has ended already."""
+        self.refuse(IncompleteGeneration("the request was cancelled"))
 
     def refuse(self, error: TgiError) -> bool:
         """End the request with an error; return whether it was still running."""

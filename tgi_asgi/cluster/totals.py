@@ -11,7 +11,7 @@ Snapshot = Mapping[str, Any]
 
 _MAX_ABSENT = 16  # replicas that may come back; what a replica that stays away has counted is kept as a sum
 _GAUGES = (
-    "batch_size", "blocks_total", "blocks_used", "compute_threads", "max_adapters", "running", "states_kept",
+    "blocks_total", "blocks_used", "compute_threads", "max_adapters", "running", "states_kept",
     "waiting",
 )  # fmt: skip
 

@@ -271,7 +271,6 @@ class ServingLoop:
         if step.num_prefill_tokens:
             self._stats.prefill_size.observe(len(step.sequences) - step.num_decode_rows)
         self._stats.steps += 1
-        self._stats.batch_size = len(step.sequences)
         self._stats.prefill_tokens += step.num_prefill_tokens
         await self._deliver(step, result, live)
 

@@ -41,7 +41,6 @@ class EngineStats:
         step_s: Durations of steps, by "prefill" (some prompt tokens) and "decode" (none).
         inter_token_s: Time between two tokens of a sequence, one value per token.
         prefill_size: Number of sequences in prefill, per step that has any.
-        batch_size: Rows of the newest step.
         drafted_rows, draft_tokens, accepted_draft_tokens: Rows with drafts, drafts, and accepted drafts.
         skipped_tokens: Tokens that a row sampled beyond its first, per row that sampled one; mostly 0.
         compute_threads: CPU threads that computed last.
@@ -53,7 +52,7 @@ class EngineStats:
     """
 
     __slots__ = (
-        "accepted", "accepted_draft_tokens", "adapters", "batch_size", "blocks_total", "blocks_used",
+        "accepted", "accepted_draft_tokens", "adapters", "blocks_total", "blocks_used",
         "cancelled", "compute_threads", "draft_tokens", "drafted_rows", "failed", "failed_steps", "finished",
         "inter_token_s", "max_adapters", "preemptions", "prefill_size", "prefill_tokens",
         "prefix_hit_tokens", "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens",
@@ -79,7 +78,6 @@ class EngineStats:
         self.accepted_draft_tokens = 0
         self.skipped_tokens = Histogram(())
         self.prefill_size = Histogram(BATCH_BUCKETS)
-        self.batch_size = 0
         self.compute_threads = 0
         self.running = 0
         self.waiting = 0

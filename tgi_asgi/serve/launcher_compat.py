@@ -54,7 +54,7 @@ def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
 
 
 _UNCOUNTED = "GPUs are not counted for it: use --num-shard N, at least 2"
-_INTERNAL = "shards communicate through shared memory, without sockets or addresses"
+_INTERNAL = "shards are processes of one machine, and need no addresses"
 
 OPTIONS: tuple[CompatOption, ...] = (
     _refused(_SHARDED, _UNCOUNTED, "false"),

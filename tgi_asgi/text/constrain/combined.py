@@ -7,6 +7,7 @@ here, so that all properties of such an object are known in one place. What cann
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -125,15 +126,15 @@ class _Merger:
 def _joined(objects: list[Schema]) -> dict[str, Any]:
     """Return the object that all of these describe together."""
     found: dict[str, Any] = {"type": "object"} if any("type" in each for each in objects) else {}
-    properties: dict[str, list[Any]] = {}
+    properties: dict[str, dict[str, Any]] = {}
     for each in objects:
         for name, schema in each.get("properties", {}).items():
-            known = properties.setdefault(name, [])
-            known += [] if schema in known else [schema]
+            # By their text: in Python, a schema of 1 equals one of true.
+            properties.setdefault(name, {}).setdefault(json.dumps(schema, sort_keys=True), schema)
     if properties:
         found["properties"] = {
             name: schemas[0] if len(schemas) == 1 else {"allOf": schemas}
-            for name, schemas in properties.items()
+            for name, schemas in ((name, list(known.values())) for name, known in properties.items())
         }
     required = dict.fromkeys(name for each in objects for name in each.get("required", ()))
     if required:

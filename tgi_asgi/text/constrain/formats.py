@@ -44,4 +44,5 @@ PATTERNS = {
     "email": _EMAIL,
     "hostname": _HOST,
     "uri": _URI,
+    "byte": r"(?:[A-Za-z0-9+/]{4}){0,400}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",  # OpenAPI: base64
 }

@@ -128,8 +128,11 @@ class _Adapter:
                 self._drop(schema, name, "of what cannot be written exactly")
         if is_number(step := schema.get("multipleOf")) and not is_small_multiple(step):
             self._drop(schema, "multipleOf", f"{step}: at most 4 significant digits are")
-        form = schema.get("format")
-        if isinstance(form, str) and form not in _FORMATS and form not in PATTERNS:
+        form, kinds = schema.get("format"), schema.get("type")
+        is_string = kinds == "string" or not isinstance(kinds, str | list) or "string" in kinds
+        if not is_string or form == "password":
+            schema.pop("format", None)  # says nothing of the value: OpenAPI's int32, or how to show it
+        elif isinstance(form, str) and form not in _FORMATS and form not in PATTERNS:
             self._drop(schema, "format", form)
         reference = schema.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:

@@ -13,6 +13,7 @@ from tgi_asgi.text.tools.literals import Nesting, as_json, dumped
 
 _BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
 _IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")
+_MAX_HEAD = 256  # characters before a call's arguments; after each, all of them are matched again
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = re.compile(
     rf"\\(?:[0-7]{{1,3}}|x{_HEX}{{2}}|u{_HEX}{{4}}|U{_HEX}{{8}}|N\{{[\w -]+\}}|[^0-7xuUN])", re.DOTALL
@@ -57,7 +58,9 @@ class PythonicCallParser:
 
     def _read_head(self, text: str, at: int, pieces: list[Piece]) -> None:
         """Look for the next call; `text[at:]` is what comes after the buffer."""
-        if found := _BEFORE.fullmatch(self._buffer):
+        if len(self._buffer) > _MAX_HEAD:
+            self._give_up(text[at:])
+        elif found := _BEFORE.fullmatch(self._buffer):
             if found[1] in self._names:
                 pieces.append(CallStart(found[1]))
                 self._buffer, self._arguments = "", _Arguments()

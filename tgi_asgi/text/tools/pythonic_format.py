@@ -11,8 +11,9 @@ from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
 from tgi_asgi.text.tools.pythonic_calls import PythonicCallParser
 
-_HEAD = re.compile(r"\[\s*[\w.-]*")
-_CALL = re.compile(r"\[\s*[\w.-]+\(")
+# Bounded, because all of an answer's beginning is matched again after each token.
+_HEAD = re.compile(r"\[\s{0,64}[\w.-]{0,128}")
+_CALL = re.compile(r"\[\s{0,64}[\w.-]{1,128}\(")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
