@@ -6,6 +6,7 @@ Weights are random, in Llama-3-8B's shape.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import statistics
 import time
@@ -270,11 +271,13 @@ def _static_step(config: Any, model: Any, batch: int, is_compiled: bool) -> Call
     import transformers
 
     cache = transformers.StaticCache(config=config, max_cache_len=CONTEXT + 64)
+    is_renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
+    kept = {"cache" if is_renamed else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     prompt = torch.randint(config.vocab_size, (batch, CONTEXT), device=gpu_timing.DEVICE)
-    model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=prompt, **kept)
     forward = torch.compile(model, mode="reduce-overhead") if is_compiled else model
     ids = prompt[:, :1].contiguous()
-    return lambda: forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return lambda: forward(input_ids=ids, **kept)
 
 
 STAGES = (step, engine, peers, profiler)

@@ -67,7 +67,7 @@ _WHERE_READ = {
     "HF_HUB_OFFLINE": "read by the Hub's library",
     "HF_HUB_ENABLE_HF_TRANSFER": "read by the Hub's library, of which newer versions need no `hf_transfer`",
     "HF_HUB_USER_AGENT_ORIGIN": "read by the Hub's library",
-    "CUDA_VISIBLE_DEVICES": "read by CUDA; one process serves on the first device",
+    "CUDA_VISIBLE_DEVICES": "read by CUDA; a process serves on the first device, N with `--num-shard N`",
     "LOG_COLORIZE": "logs have no colours",
     "AIP_HTTP_PORT": "the port to listen on",
 }

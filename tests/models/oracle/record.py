@@ -114,8 +114,8 @@ def continue_greedily(model: torch.nn.Module, prompt: list[int]) -> dict[str, ob
     tokens: list[int] = []
     cache, step = None, torch.tensor([prompt])
     while len(tokens) < NUM_TOKENS:
-        out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(step, cache=cache, use_cache=True, logits_to_keep=1)
+        cache = out.cache
         tokens.append(int(out.logits[0, -1].argmax()))
         step = torch.tensor([[tokens[-1]]])
     logits = model(torch.tensor([prompt + tokens[:-1]]), logits_to_keep=NUM_TOKENS).logits[0]
