@@ -158,6 +158,13 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -
         PeftAdapter(tmp_path, 100, ": so it is")
 
 
+def test_a_file_that_is_too_large_for_what_else_it_holds_is_refused_by_that_name(tmp_path: Path) -> None:
+    head = "base_model.model.lm_head.base_layer.weight"
+    write(tmp_path, matrices() | {head: np.ones((64, 32), np.float32)})
+    with pytest.raises(ModelLoadError, match=r"lm_head\.base_layer.*belongs to an embedding or the head"):
+        PeftAdapter(tmp_path, 100, ": so it is")
+
+
 def test_names_without_the_prefix_are_read_as_transformers_saves_them(tmp_path: Path) -> None:
     bare = NAME.removeprefix("base_model.model.")
     adapter = PeftAdapter(write(tmp_path, matrices(bare), alpha_pattern={"q_proj": 4}))

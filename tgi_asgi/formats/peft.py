@@ -120,13 +120,9 @@ class PeftAdapter:
         base = config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) else None
         path = directory / WEIGHTS_NAME
-        data = _read_weights(path, max_bytes, why)
+        data = _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
-        try:
-            self.targets = _targets(self._file, numbers)
-        except ModelLoadError as error:
-            self._file.close()
-            raise ModelLoadError(f"{path}: {error}") from None
+        self.targets = _targets(self._file, numbers)
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
         hasher = hashlib.blake2b(text.data, digest_size=16)
         hasher.update(data.data)
@@ -141,7 +137,7 @@ class PeftAdapter:
         self._file.close()
 
 
-def _read_weights(path: Path, max_bytes: int, why: str) -> npt.NDArray[np.uint8]:
+def _read_weights(path: Path, max_bytes: int, why: str, numbers: _Numbers) -> npt.NDArray[np.uint8]:
     try:
         return read_file(path, max_bytes, why)
     except ModelLoadError:
@@ -149,7 +145,19 @@ def _read_weights(path: Path, max_bytes: int, why: str) -> npt.NDArray[np.uint8]
             raise ModelLoadError(
                 f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}"
             ) from None
+        if path.is_file() and path.stat().st_size > max_bytes:
+            _check_names(path, numbers)
         raise
+
+
+def _check_names(path: Path, numbers: _Numbers) -> None:
+    """Refuse what makes a file too large, such as a whole head: its name says more than the number of bytes."""
+    try:
+        file = SafetensorsFile.open(path)
+    except ModelLoadError:
+        return  # then its size is the first thing to mend
+    _targets(file, numbers)
+    file.close()
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -208,18 +216,27 @@ def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
 
 
 def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
+    """Return a file's modules; close it if it holds anything else."""
+    try:
+        return _read_targets(file.tensors, numbers)
+    except ModelLoadError as error:
+        file.close()
+        raise ModelLoadError(f"{file.path}: {error}") from None
+
+
+def _read_targets(tensors: Mapping[str, SafeTensor], numbers: _Numbers) -> list[PeftTarget]:
     found: list[PeftTarget] = []
-    for name, tensor in file.tensors.items():
+    for name, tensor in tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
         if not name.endswith((_DOWN, _UP)):
             what = next((what for part, what in _UNSUPPORTED_TENSORS.items() if part in name), None)
             reason = "is not a LoRA matrix" if what is None else f"belongs to {what}"
             raise ModelLoadError(f"tensor {name!r} {reason}, which is not supported")
-        if f"{_PREFIX}{name}" in file.tensors:
+        if f"{_PREFIX}{name}" in tensors:
             raise ModelLoadError(f"tensor {name!r} is also present with the prefix {_PREFIX!r}")
         prefix = name.removesuffix(_DOWN).removesuffix(_UP).removesuffix(module)
         other = f"{prefix}{module}{_UP if name.endswith(_DOWN) else _DOWN}"
-        if other not in file.tensors:
+        if other not in tensors:
             raise ModelLoadError(f"tensor {name!r} has no matching {other!r}")
         if tensor.dtype not in _DTYPES:
             raise ModelLoadError(f"tensor {name!r} is of dtype {tensor.dtype}: {', '.join(_DTYPES)} are read")
@@ -234,7 +251,7 @@ def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
             raise ModelLoadError(
                 f"tensor {name!r} has the rank {tensor.shape[0]}, the configuration says {rank:g}"
             )
-        found.append(PeftTarget(module, tensor, file.tensors[other], numbers.scale(module)))
+        found.append(PeftTarget(module, tensor, tensors[other], numbers.scale(module)))
     if not found:
         raise ModelLoadError("it contains no matrices, so it changes nothing")
     return found

@@ -33,6 +33,7 @@ _REASONS = {
     "wte": "an embedding is not changed by adapters",
     "lm_head": "the head is not changed by adapters",
     "kv_b_proj": "the product that expands latents to keys and values is not changed by adapters",
+    ".in_proj_": "this product of recurrent layers is kept in another form and not changed by adapters",
 }
 # Of vision models before transformers 4.52: Gemma 3 and LLaVA, and Qwen 2-VL and 2.5-VL.
 _FORMER_PREFIXES = (
@@ -175,16 +176,21 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
     Raises:
         ModelLoadError: if there are none; the message says why.
     """
+    found: Mapping[str, ops.Target] = {}
+    reason = "it has no product that they can change"
     if isinstance(model, Decoder):
-        return _decoder_targets(model)
-    if isinstance(model, GenericModel):
-        if model.config.sequential_reason:
-            raise ModelLoadError(
-                f"{model.config.architecture} takes no adapters: it runs by transformers' own code, "
-                f"one sequence at a time ({model.config.sequential_reason})"
-            )
-        return model.adapter_targets()
-    raise ModelLoadError(f"{model.config.architecture} takes no adapters: it generates no text")
+        found = _decoder_targets(model)
+    elif not isinstance(model, GenericModel):
+        reason = "it generates no text"
+    elif model.config.sequential_reason:
+        reason = (
+            f"it runs by transformers' own code, one sequence at a time ({model.config.sequential_reason})"
+        )
+    else:
+        found = model.adapter_targets()
+    if not found:
+        raise ModelLoadError(f"{model.config.architecture} takes no adapters: {reason}")
+    return found
 
 
 def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:

@@ -110,8 +110,12 @@ def test_products_of_layers_with_states_are_refused_by_name(tmp_path: Path) -> N
         loader.load(make_adapter(base, tmp_path / "adapter", seed=1, target_modules=["in_proj"]))
 
 
-def test_a_model_that_runs_one_sequence_at_a_time_takes_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("roformer", "one sequence at a time"), ("mamba", "it has no product that they can change")],
+)
+def test_a_model_without_products_for_them_takes_no_adapters(family: str, reason: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    architectures.make("roformer", base)
-    with pytest.raises(ModelLoadError, match="takes no adapters"):
+    architectures.make(family, base)
+    with pytest.raises(ModelLoadError, match=f"takes no adapters.*{reason}"):
         AdapterLoader(ops.AdapterLayout(targets_of(load_generic(base)), max_rank=8))
