@@ -8,6 +8,8 @@ from typing import Any
 # Path of a field in a request, in names that all APIs share: ("tools", 2, "name").
 Field = tuple[str | int, ...]
 
+_MAX_SHOWN = 200  # characters of a client's text in a message
+
 
 class TgiError(Exception):
     """Base of every error that the project raises on purpose; `str(error)` is the message for people.
@@ -136,7 +138,8 @@ class UnknownModel(NotFound):
     """Raised when a requested model is not served; `name` is the requested name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+        message = f"The model '{name[:_MAX_SHOWN]}' does not exist."
+        super().__init__(message, param="model", code="model_not_found")
         self.name = name
 
 
@@ -144,7 +147,8 @@ class UnknownAdapter(NotFound):
     """Raised when a requested adapter is not served; `name` is the requested name, from the field `param`."""
 
     def __init__(self, name: str, *, param: str) -> None:
-        super().__init__(f"The adapter '{name}' does not exist.", param=param, code="adapter_not_found")
+        message = f"The adapter '{name[:_MAX_SHOWN]}' does not exist."
+        super().__init__(message, param=param, code="adapter_not_found")
         self.name = name
 
 

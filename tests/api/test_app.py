@@ -185,6 +185,16 @@ async def test_other_unknown_paths_get_the_flat_envelope(path: str) -> None:
     assert call.json()["error_type"] == "not_found"
 
 
+@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/models/x", "/models"])
+async def test_long_paths_are_not_sent_back_whole(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tgi_asgi")
+    call = await send(scripted_app(ScriptedEngine()), request("GET", path + "x" * 5000))
+    assert call.status == 404
+    assert 150 < len(call.content) < 600
+    assert caplog.messages
+    assert max(map(len, caplog.messages)) < 600
+
+
 async def test_wrong_methods_name_the_right_ones() -> None:
     app = scripted_app(ScriptedEngine())
     call = await send(app, request("GET", CHAT))

@@ -30,6 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LARGE_BODY = 32 * 1024  # reading more than this, if in a thousand short messages, takes milliseconds
+_MAX_SHOWN = 200  # characters of a path
 
 
 class Exchange:
@@ -87,7 +88,8 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        return str(self.scope["path"])
+        """The start of the path, for messages and logs; routes are found by the scope's own."""
+        return str(self.scope["path"])[:_MAX_SHOWN]
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name."""

@@ -151,7 +151,7 @@ def _read_weights(path: Path, max_bytes: int, why: str, numbers: _Numbers) -> np
 
 
 def _check_names(path: Path, numbers: _Numbers) -> None:
-    """Refuse what makes a file too large, such as a whole head: its name says more than the number of bytes."""
+    """Refuse what makes a file too large, such as a whole head: its name says more than a number of bytes."""
     try:
         file = SafetensorsFile.open(path)
     except ModelLoadError:

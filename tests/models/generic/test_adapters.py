@@ -114,7 +114,9 @@ def test_products_of_layers_with_states_are_refused_by_name(tmp_path: Path) -> N
     ("family", "reason"),
     [("roformer", "one sequence at a time"), ("mamba", "it has no product that they can change")],
 )
-def test_a_model_without_products_for_them_takes_no_adapters(family: str, reason: str, tmp_path: Path) -> None:
+def test_a_model_without_products_for_them_takes_no_adapters(
+    family: str, reason: str, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     architectures.make(family, base)
     with pytest.raises(ModelLoadError, match=f"takes no adapters.*{reason}"):
