@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.families.olmo2 import Olmo2Weights
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
@@ -34,21 +33,10 @@ def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-class OlmoeWeights(LayerWeights):
-    """A layer whose query and key norms span all heads."""
-
-    def norms(self) -> ops.HeadNorms:
-        """Return the two norms, each of a product's full width."""
-        config = self.config
-        query = self.norm("self_attn.q_norm", config.num_heads * config.head_dim)
-        key = self.norm("self_attn.k_norm", config.num_kv_heads * config.head_dim)
-        return ops.HeadNorms(query, key, is_whole=True)
-
-
 class Olmoe(Decoder):
     """The decoder with OLMoE's norms."""
 
-    weights_class = OlmoeWeights
+    weights_class = Olmo2Weights
 
 
 FAMILIES = (Family("OlmoeForCausalLM", "olmoe", read_olmoe, Olmoe),)
