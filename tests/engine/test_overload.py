@@ -93,14 +93,14 @@ async def test_what_is_refused_between_two_steps_does_not_run(
     engine = make_engine(runner, max_concurrent_requests=4)
     running = submit(engine, make_request(5, max_tokens=3))
     waiting = submit(engine, make_request(6, max_tokens=3))
-    deliver = engine._loop._deliver
+    deliver = engine._loop._delivery.deliver
 
     async def deliver_and_refuse(*args: Any) -> None:
         await deliver(*args)
         if running.is_ended:
             waiting.refuse(Overloaded("too late"))
 
-    monkeypatch.setattr(engine._loop, "_deliver", deliver_and_refuse)
+    monkeypatch.setattr(engine._loop._delivery, "deliver", deliver_and_refuse)
     assert (await collect(running)).error is None
     assert isinstance((await collect(waiting)).error, Overloaded)
     assert waiting.stats.scheduled_s is None

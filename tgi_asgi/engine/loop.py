@@ -1,8 +1,9 @@
-"""The coroutine that serves: takes requests from a queue, plans steps, runs them, delivers their tokens.
+"""The coroutine that serves: takes requests from a queue, plans steps, runs them, and delivers their tokens.
 
 Owned by `Engine`, the interface to HTTP; knows the runner's protocol, the tokenizer's byte table and the
-scheduler. Everything here runs on one event loop. While this coroutine runs, nothing else changes the
-scheduler, except that `Engine.reset_prefix_cache` makes blocks unfindable between two of its turns.
+scheduler. `delivery.py` and `recovery.py` hold two of its tasks. Everything here runs on one event loop.
+While this coroutine runs, nothing else changes the scheduler, except that `Engine.reset_prefix_cache` makes
+blocks unfindable between two of its turns.
 """
 
 from __future__ import annotations
@@ -10,33 +11,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.delivery import Delivery
 from tgi_asgi.engine.output import ChoiceOutput, TokenTable
 from tgi_asgi.engine.pipeline import Flight, Pipeline
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.recovery import Recovery
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
-from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
-from tgi_asgi.runner.plan import Runner, Sampled, StepResult
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
+from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Bidirectional, FinishReason, Permit, TokenEvent
-
-if TYPE_CHECKING:
-    from tgi_asgi.types import Vector
+from tgi_asgi.types import Bidirectional, Permit
 
 log = logging.getLogger(__name__)
 
 _LIMIT_FACTOR = 10  # a step hangs after this many times its expected time, or `step_timeout_s` if longer
-_SLICE_S = 0.001  # longest that delivery may hold the event loop
-_MAX_DELAY_S = 0.05  # longest a token may wait when the event loop is slower than the steps
 
 
 class ServingLoop:
@@ -91,6 +85,7 @@ class ServingLoop:
         )
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
+        self._delivery = Delivery(self, self.scheduler, self.pipeline, self._recovery, stats, clock)
         # A channel: a new request, or one that was cancelled or refused (its flags say which; it may come
         # twice, and ends once). An error: all requests end with it. None: a step is done.
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
@@ -106,10 +101,7 @@ class ServingLoop:
             stats.adapters, stats.max_adapters = self._adapter_names, settings.max_loras
         self._clock = clock
         self._open: set[RequestChannel] = set()
-        self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
         self._num_arrived = 0
-        self._yield_at = 0.0  # when delivery must next let the event loop run
-        self._flush_by: float | None = None  # when the tokens waiting in `_touched` must leave
         self._last_done_s = 0.0
 
     @property
@@ -166,11 +158,9 @@ class ServingLoop:
 
     def end_all(self, error: TgiError) -> None:
         """End every open request with an error, its refusal's if it has one; pending events go first."""
-        for channel in self._touched:
-            channel.flush()
-        self._touched.clear()
+        self._delivery.flush_at_once()
         for channel in list(self._open):
-            self._end(channel, channel.refusal or error)
+            self.end(channel, channel.refusal or error)
         self._update_gauges()
 
     async def _next_message(self) -> RequestChannel | TgiError | None:
@@ -178,7 +168,7 @@ class ServingLoop:
         if not self.inbox.empty():
             return self.inbox.get_nowait()
         message = await self.inbox.get()
-        self._yield_at = self._clock() + _SLICE_S
+        self._delivery.begin_slice()
         return message
 
     def _wake(self) -> None:
@@ -193,9 +183,9 @@ class ServingLoop:
         """Handle a message of `inbox`."""
         if isinstance(message, RequestChannel):
             if message.is_cancelled:
-                self._end(message, IncompleteGeneration("the request was cancelled"))
+                self.end(message, IncompleteGeneration("the request was cancelled"))
             elif message.refusal is not None:
-                self._end(message, message.refusal)
+                self.end(message, message.refusal)
             elif not message.is_ended:
                 self._add(message)
         elif message is not None:
@@ -272,7 +262,11 @@ class ServingLoop:
             self._stats.prefill_size.observe(len(step.sequences) - step.num_decode_rows)
         self._stats.steps += 1
         self._stats.prefill_tokens += step.num_prefill_tokens
-        await self._deliver(step, result, live)
+        await self._delivery.deliver(step, result, live)
+
+    async def flush(self) -> None:
+        """Pass the events of completed steps on, as `Delivery.flush`."""
+        await self._delivery.flush()
 
     def _count_drafts(self, result: StepResult) -> None:
         stats = self._stats
@@ -281,124 +275,6 @@ class ServingLoop:
         num_accepted = sum(map(len, result.draft_samples.values()))
         stats.accepted_draft_tokens += num_accepted
         stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
-
-    async def _deliver(self, step: Step, result: StepResult, live: list[tuple[int, Sequence]]) -> None:
-        """Turn live rows' results into events and end finished requests; `flush` passes the events on."""
-        now = self._clock()
-        for row, sequence in live:
-            if sequence.state is SequenceState.FINISHED:
-                continue  # another choice of the request failed in this step
-            channel: RequestChannel = sequence.owner
-            if row in result.prompt_logprobs:
-                self._keep_prompt_logprobs(channel, step, row, result)
-            if row in result.pooled:
-                self._end_pooled(sequence, result.pooled[row], now)
-                continue
-            sampled = result.sampled[row]
-            if sampled is None:
-                continue
-            self._deliver_token(sequence, sampled, now)
-            self._deliver_draft_samples(sequence, result.draft_samples.get(row, []), now)
-            if self._clock() > self._yield_at:
-                await self._yield_to_loop()
-
-    def _deliver_draft_samples(self, sequence: Sequence, draft_samples: list[Sampled], now: float) -> None:
-        """Turn the tokens from drafts into events, up to the one that ends the sequence."""
-        for count, sampled in enumerate(draft_samples):
-            if sequence.state is SequenceState.FINISHED:
-                draft_samples = draft_samples[:count]
-                break
-            self._deliver_token(sequence, sampled, now)
-        self._stats.skipped_tokens.observe(len(draft_samples))
-
-    def _deliver_token(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        """Turn a token into an event, and end the sequence or request that it ends."""
-        channel: RequestChannel = sequence.owner
-        if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
-            self.scheduler.remove(sequence)
-            self._end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
-            return
-        if not sampled.is_finite:
-            self._recovery.num_lost_rows += 1
-            self.fail_request(sequence, "the model's logits were not finite")
-            return
-        if sampled.failure is not None:
-            # The request exceeded a limit; clients would resend the request after a 500.
-            log.warning(
-                "request %s, choice %d: grammar: %s",
-                sequence.request.request_id, sequence.choice, sampled.failure,
-            )  # fmt: skip
-            self.scheduler.remove(sequence, forget=True)
-            self._end(channel, InvalidRequest(f"the grammar cannot go on: {sampled.failure}"))
-            return
-        stats = channel.stats
-        stats.generated_tokens += 1
-        if stats.first_token_s is None:
-            stats.first_token_s = now
-            stats.cached_tokens = sequence.num_cached or 0
-        try:
-            event = channel.outputs[sequence.choice].push(sampled)
-        except Exception as error:
-            log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-            self.fail_request(sequence, f"token {sampled.token_id} has no text", error)
-            return
-        channel.push(event)
-        self._touched[channel] = None
-        self._stats.sampled_tokens += 1
-        self._recovery.num_lost_rows = 0
-        if event.finish is not None:
-            self.scheduler.remove(sequence)
-            if channel.is_ended:
-                self._end(channel, None)
-
-    def _end_pooled(self, sequence: Sequence, vector: Vector, now: float) -> None:
-        """End a request for a vector; its only event carries nothing but the finish reason."""
-        channel: RequestChannel = sequence.owner
-        if not bool(np.isfinite(vector).all()):
-            self._recovery.num_lost_rows += 1
-            self.fail_request(sequence, "the model's hidden states were not finite")
-            return
-        stats = channel.stats
-        stats.vector, stats.first_token_s = vector, now
-        stats.cached_tokens = sequence.num_cached or 0
-        self._recovery.num_lost_rows = 0
-        channel.push(TokenEvent(0, 0, finish=FinishReason.STOP))
-        self._touched[channel] = None
-        self.scheduler.remove(sequence)
-        self._end(channel, None)
-
-    def _keep_prompt_logprobs(
-        self, channel: RequestChannel, step: Step, row: int, result: StepResult
-    ) -> None:
-        known = channel.stats.prompt_logprobs or []
-        del known[step.plan.rows[row].start :]  # computed twice after a preemption
-        known.extend(result.prompt_logprobs[row])
-        channel.stats.prompt_logprobs = known
-
-    async def flush(self) -> None:
-        """Pass new events on, one call per request, and yield to the event loop in between.
-
-        First tokens and ends go first. If the next step is already done, the event loop is the bottleneck:
-        the other events then wait up to `_MAX_DELAY_S` and leave with later tokens in larger frames.
-        """
-        urgent = [channel for channel in self._touched if channel.is_urgent]
-        others = [channel for channel in self._touched if not channel.is_urgent]
-        now = self._clock()
-        if self.pipeline.has_done and now < (self._flush_by or now + _MAX_DELAY_S):
-            self._flush_by = self._flush_by or now + _MAX_DELAY_S
-            others = []
-        else:
-            self._flush_by = None
-        for channel in urgent + others:
-            # Removed one by one: if the engine ends while this yields, `end_all` finds the rest.
-            self._touched.pop(channel, None)
-            channel.flush()
-            if self._clock() > self._yield_at:
-                await self._yield_to_loop()
-
-    async def _yield_to_loop(self) -> None:
-        await asyncio.sleep(0)
-        self._yield_at = self._clock() + _SLICE_S
 
     def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row and keep what it wrote out of the cache.
@@ -409,9 +285,9 @@ class ServingLoop:
         detail = "" if cause is None else f": {cause!r}"
         log.error("request %s, choice %d: %s%s", request_id, sequence.choice, reason, detail)
         self.scheduler.remove(sequence, forget=True)
-        self._end(sequence.owner, GenerationFailed(f"{reason} (request {request_id})"))
+        self.end(sequence.owner, GenerationFailed(f"{reason} (request {request_id})"))
 
-    def _end(self, channel: RequestChannel, error: TgiError | None) -> None:
+    def end(self, channel: RequestChannel, error: TgiError | None) -> None:
         """End a request once: release everything that it holds, and report `error` to its consumer if set."""
         if channel not in self._open:
             return

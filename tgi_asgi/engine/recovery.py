@@ -43,7 +43,7 @@ class Recovery:
     """The search for the rows that make a step fail, if it is the rows' fault at all.
 
     Attributes:
-        num_lost_rows: Number of rows that failed since the last good one; the host also updates it.
+        num_lost_rows: Number of rows that failed since the last good one.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Recovery:
                 parts = [range(1)]
             else:
                 for _, sequence in step.live():
-                    self._fail_row(sequence, error)
+                    self.fail_row(sequence, "the model failed on this request", error)
                 await self.probe_engine()
                 continue
             for rows in parts:
@@ -128,11 +128,16 @@ class Recovery:
             if sequence.needs_all and step.plan.rows[index].start > 0:
                 sequence.num_restarts += 1
                 if sequence.num_restarts > _MAX_RESTARTS:
-                    self._fail_row(sequence, error)
+                    self.fail_row(sequence, "the model failed on this request", error)
 
-    def _fail_row(self, sequence: Sequence, error: BaseException) -> None:
+    def fail_row(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+        """Fail the request of a row that the model could not compute."""
         self.num_lost_rows += 1
-        self._host.fail_request(sequence, "the model failed on this request", error)
+        self._host.fail_request(sequence, reason, cause)
+
+    def note_good_row(self) -> None:
+        """Note that a row has been computed: the engine works."""
+        self.num_lost_rows = 0
 
     async def probe_engine(self) -> None:
         """Run a probe step once several rows in a row have failed, and give up only if that fails as well.
