@@ -238,8 +238,8 @@ class Scheduler:
                 self._start_slot(step.plan, sequence)
             known = None if pending else token_ids[start:]
             row = StepRow(
-                sequence.slot, known, start, sequence.tables, True,
-                is_generated=True, adapter=sequence.adapter,
+                sequence.slot, known, start, sequence.tables,
+                samples=True, is_generated=True, adapter=sequence.adapter,
             )  # fmt: skip
             if ahead:
                 row.stop = stop
@@ -330,8 +330,9 @@ class Scheduler:
         at = step.num_generated_rows if is_generated else len(plan.rows)
         step.num_generated_rows += is_generated
         row = StepRow(
-            sequence.slot, tokens, start, sequence.tables, samples, wanted, sequence.pooling, second_start,
-            is_generated, adapter=sequence.adapter,
+            sequence.slot, tokens, start, sequence.tables,
+            samples=samples, prompt_logprobs=wanted, pooling=sequence.pooling, second_start=second_start,
+            is_generated=is_generated, adapter=sequence.adapter,
         )  # fmt: skip
         if self.tables.states is not None:
             self.tables.states.plan_row(step.keeps, row, sequence)
@@ -474,7 +475,7 @@ class Scheduler:
         self._next_step += 1
         slot, blocks = self._slots.pop(), [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
         step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))
-        step.plan.rows.append(StepRow(slot, (0,), 0, blocks, True))
+        step.plan.rows.append(StepRow(slot, (0,), 0, blocks, samples=True))
         step.num_prefill_tokens = 1
         return step
 

@@ -5,11 +5,22 @@ Created by `api` for each choice that may have more than content; knows no wire 
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, num_held
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
+
+
+class _Part(enum.Enum):
+    """What an answer's next character belongs to; the parts come in this order, the last two in turns."""
+
+    START = enum.auto()  # a reasoning section may begin here
+    REASONING = enum.auto()
+    WRAPPER = enum.auto()  # the markers around the text may begin here
+    TEXT = enum.auto()
+    CALLS = enum.auto()
 
 
 class AnswerParser:
@@ -26,9 +37,6 @@ class AnswerParser:
         is_reasoning_open: Whether the prompt has opened the reasoning section.
         must_call: Whether the grammar allows only calls after the reasoning.
         wrapper: Markers that the model may write around the text of its answer.
-
-    Attributes:
-        is_reasoning: Whether the text is inside the reasoning section.
     """
 
     def __init__(
@@ -55,13 +63,24 @@ class AnswerParser:
         self._has_called = False  # since that marker
         self._num_read = 0  # characters so far
         self._has_content = False
-        self._may_reason = style is not None and not is_reasoning_open
         self._label = style.label if style is not None else ""  # while it may follow
-        self._starts = wrapper.start if wrapper is not None else ()  # of the wrapper, while one may follow
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
-        self.is_reasoning = is_reasoning_open
-        self._is_after_section = False
+        self._skips_blanks = False  # after the end of another part
+        self._part = _Part.START
+        if is_reasoning_open:
+            self._part = _Part.REASONING
+        elif style is None:
+            self._begin_text()
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text is inside the reasoning section."""
+        return self._part is _Part.REASONING
+
+    def _begin_text(self) -> None:
+        may_be_wrapped = self._wrapper is not None and self._wrapper.start
+        self._part = _Part.WRAPPER if may_be_wrapped else _Part.TEXT
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces in the next part of the text."""
@@ -91,21 +110,22 @@ class AnswerParser:
             self._blanks.clear()
 
     def _read(self, *, is_end: bool) -> list[Piece]:
+        """Read part after part, until one needs more text."""
         pieces: list[Piece] = []
-        if self._calls is not None and not self._read_calls(pieces):
-            return pieces
-        if self._may_reason and not self._begin_reasoning(is_end):
-            return pieces
-        if self.is_reasoning and not self._take_reasoning(pieces, is_end):
-            return pieces
-        while True:
-            if self._starts and not self._unwrap(is_end):
-                return pieces
-            if self._is_after_section:
-                self._held = self._held.lstrip("\n ")
-                self._is_after_section = not self._held
-            if not self._take_content(pieces, is_end):
-                return pieces
+        is_ended = True
+        while is_ended:
+            match self._part:
+                case _Part.START:
+                    is_ended = self._begin_reasoning(is_end)
+                case _Part.REASONING:
+                    is_ended = self._take_reasoning(pieces, is_end)
+                case _Part.WRAPPER:
+                    is_ended = self._unwrap(is_end)
+                case _Part.TEXT:
+                    is_ended = self._take_content(pieces, is_end)
+                case _Part.CALLS:
+                    is_ended = self._read_calls(pieces)
+        return pieces
 
     def _begin_reasoning(self, is_end: bool) -> bool:
         """Look for the section's start; return False while that is undecided."""
@@ -113,10 +133,11 @@ class AnswerParser:
         start, head = self._style.start, self._held.lstrip()
         if head.startswith(start):
             self._held = head[len(start) :]
-            self.is_reasoning = True
+            self._part = _Part.REASONING
         elif start.startswith(head) and not is_end:
             return False
-        self._may_reason = False
+        else:
+            self._begin_text()
         return True
 
     def _take_reasoning(self, pieces: list[Piece], is_end: bool) -> bool:
@@ -134,33 +155,36 @@ class AnswerParser:
         if at:
             pieces.append(Reasoning(self._held[:at]))
         self._held = self._held[at + len(self._style.end) :]
-        self.is_reasoning = False
-        self._is_after_section = True
+        self._skips_blanks = True
+        self._begin_text()
         return True
 
     def _unwrap(self, is_end: bool) -> bool:
         """Look for the marker before the answer's text; return False while that is undecided."""
-        head = self._held.lstrip()
-        found = next((start for start in self._starts if head.startswith(start)), None)
-        if found is None and not is_end and any(start.startswith(head) for start in self._starts):
+        assert self._wrapper is not None
+        head, starts = self._held.lstrip(), self._wrapper.start
+        found = next((start for start in starts if head.startswith(start)), None)
+        if found is None and not is_end and any(start.startswith(head) for start in starts):
             return False
-        self._starts = ()
+        self._part = _Part.TEXT
         if found is not None:
-            assert self._wrapper is not None
             self._held, self._end = head[len(found) :], self._wrapper.end
-            self._is_after_section = True
+            self._skips_blanks = True
         return True
 
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Emit text; return True if calls were read and text follows them."""
+        """Emit text; return True if calls follow."""
+        if self._skips_blanks:
+            self._held = self._held.lstrip("\n ")
+            self._skips_blanks = not self._held
         tools = self._tools
         if tools is None:
             self._emit_text(pieces, 0, is_end=is_end)
             return False
         if not tools.marker or (tools.may_begin and not self._has_content):
-            is_known, has_rest = self._take_anchored(pieces, tools, is_end)
-            if not tools.marker or not is_known or has_rest:
-                return has_rest
+            is_known = self._take_anchored(pieces, tools, is_end)
+            if not tools.marker or not is_known or self._part is _Part.CALLS:
+                return self._part is _Part.CALLS
         markers = (tools.marker, *tools.openers)
         found = [(at, marker) for marker in markers if (at := self._held.find(marker, self._num_known)) >= 0]
         if found:
@@ -171,18 +195,15 @@ class AnswerParser:
             if before:
                 pieces.append(Content(before, self._num_read - len(self._held)))
             size = at + len(marker) if marker == tools.marker else at
-            return self._enter_calls(pieces, tools, self._held[size_before:size], self._held[size:])
+            self._enter_calls(tools, self._held[size_before:size], self._held[size:])
+            return True
         is_cut = is_end and self._must_call  # inside a marker, so not text to show
         held = max(_num_held_with_blanks(self._held, marker, self._num_known) for marker in markers)
         self._emit_text(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
 
-    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> tuple[bool, bool]:
-        """Read an answer whose beginning decides whether it is text (possibly JSON) or calls.
-
-        Returns:
-            Whether the decision has been made, and whether calls were read and text follows them.
-        """
+    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
+        """Read an answer whose beginning decides if it is text (possibly JSON) or calls; return if it has."""
         head = self._held.lstrip()
         is_call: bool | None = False
         if not self._has_content and not head:
@@ -191,19 +212,20 @@ class AnswerParser:
             is_call = tools.begins(head, self._names)
         if is_call:
             self._has_content = True
-            return True, self._enter_calls(pieces, tools, "", self._held)
+            self._enter_calls(tools, "", self._held)
+            return True
         is_known = is_call is not None or is_end
         if (is_call is not None or (is_end and not self._must_call)) and not tools.marker:
             self._emit_text(pieces, 0, is_end=is_end)
-        return is_known, False
+        return is_known
 
-    def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, opening: str, rest: str) -> bool:
-        """Read calls; return True if they have ended and text follows."""
+    def _enter_calls(self, tools: ToolFormat, opening: str, rest: str) -> None:
         self._calls, self._opening, self._held = tools.parser(self._specs), opening, rest
         self._has_called = False
-        return self._read_calls(pieces)
+        self._part = _Part.CALLS
 
     def _read_calls(self, pieces: list[Piece]) -> bool:
+        """Read calls; return True if they have ended and text follows."""
         assert self._calls is not None
         text, self._held = self._held, ""
         new = self._calls.push(text)
@@ -216,9 +238,10 @@ class AnswerParser:
     def _leave_calls(self, rest: str) -> None:
         """Continue with text; if no call came, the supposed marker is part of the text."""
         self._calls = None
+        self._part = _Part.TEXT
         self._held = rest if self._has_called else self._opening + rest
         self._num_known = 0 if self._has_called else len(self._opening) + 1
-        self._is_after_section = self._has_called
+        self._skips_blanks = self._has_called
 
     def _emit_text(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
         if self._end:
