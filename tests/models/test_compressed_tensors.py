@@ -25,6 +25,7 @@ ROUNDED = 2e-2  # where the server rounds weights to float16
 COARSE = 0.15  # where the package rounds them to bfloat16
 LIMITS = {"nvfp4-pack-quantized": COARSE}
 ORDERED = Path(__file__).with_name("oracle") / "compressed-order.npz"  # made by record_compressed_order.py
+GAPS = ORDERED.with_name("compressed-widths.npz")  # made by record_compressed_widths.py
 FILE = "model.safetensors"
 IDS = torch.randint(0, 160, (48,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -102,6 +103,28 @@ def test_columns_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> Non
     ours = decode(weights.get(name, tuple(values.shape)).in_order())
     weights.close()
     torch.testing.assert_close(ours, values, rtol=2**-11, atol=0)  # no block holds its groups: float16
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_codes_with_gaps_between_them_mean_what_the_package_reads(
+    bits: int, is_centred: bool, tmp_path: Path
+) -> None:
+    with np.load(GAPS) as stored:
+        arrays = {key.removeprefix(f"{bits}."): stored[key] for key in stored if key.startswith(f"{bits}.")}
+    centred, shifted = (torch.from_numpy(arrays.pop(name)) for name in ("centred", "shifted"))
+    if is_centred:
+        del arrays["weight_zero_point"]
+    stem = "model.layers.0.mlp.down_proj."
+    save_file({stem + key: array for key, array in arrays.items()}, tmp_path / FILE)
+    group = {"weights": {"num_bits": bits, "type": "int", "symmetric": is_centred, "group_size": 64}}
+    options = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}
+    }  # fmt: skip
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": options}))
+    ours = decode(weights.get(f"{stem}weight", tuple(centred.shape)).in_order())
+    weights.close()
+    torch.testing.assert_close(ours, centred if is_centred else shifted, rtol=2**-11, atol=0)
 
 
 def test_groups_of_layers_may_have_different_formats(tmp_path: Path) -> None:

@@ -86,11 +86,13 @@ class Layout:
         has_borrow: GPTQ: whether it was subtracted from whole words, as by GPTQModel, so that a zero point of
             0 borrows from the next one.
         group: Columns per group; the last group may have fewer. None: groups of equal size.
+        bits: compressed-tensors: width of all codes; None: each matrix shows its own.
     """
 
     shift: int = 0
     has_borrow: bool = False
     group: int | None = None
+    bits: int | None = None
 
     def groups(self, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
         """Return the group of each column; None if all groups have the same size."""
@@ -163,16 +165,16 @@ def unpack_compressed(
     """Undo compressed-tensors' packing; codes are stored offset by half their range.
 
     Args:
-        packed: [rows, columns * bits / 32].
+        packed: [rows, columns * bits / 32], or as `compressed_packing` says.
         scales: [rows, num_groups].
-        zeros: [rows * bits / 32, num_groups]; None: half the range.
+        zeros: [rows * bits / 32, num_groups], packed alike; None: half the range.
         g_idx: [columns], the group of each column, or None; all -1 if there is no reordering.
     """
     check_matrices(weight_packed=packed)
     scales = as_rows(scales, packed.shape[0])
     check_matrices(weight_scale=scales)
     rows, num_groups = packed.shape[0], scales.shape[1]
-    bits = width(packed.shape[1], columns)
+    bits, is_dense = compressed_packing(packed.shape[1], columns, layout)
     check(
         2 <= bits <= 8 and scales.shape[0] == rows,
         f"weight_packed and weight_scale do not fit {columns} columns: {packed.shape} and {scales.shape}",
@@ -181,13 +183,13 @@ def unpack_compressed(
         points = np.full(scales.shape, 1 << bits - 1, np.uint8)
     else:
         check_matrices(weight_zero_point=zeros)
-        points = np.ascontiguousarray(unpack_words(np.ascontiguousarray(zeros.T), bits)[:, :rows].T)
+        points = _unpack(np.ascontiguousarray(zeros.T), bits, is_dense)[:, :rows].T.copy()
         check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
     if g_idx is not None and g_idx.shape == (columns,) and (g_idx == -1).all():
         g_idx = None
     return _matrix(
         np.ascontiguousarray(packed), scales, points, bits, columns,
-        _read_groups(g_idx, columns, num_groups, layout),
+        _read_groups(g_idx, columns, num_groups, layout), is_dense,
     )  # fmt: skip
 
 
@@ -218,6 +220,27 @@ def width(num_words: int, columns: int) -> int:
     """Return the bits of each of `columns` codes that fill this many words; 0 if there is no such width."""
     bits = num_words * 32 // max(columns, 1)
     return bits if -(-columns * bits // 32) == num_words else 0
+
+
+def compressed_packing(num_words: int, columns: int, layout: Layout) -> tuple[int, bool]:
+    """Return the bits of each of a row's codes, 0 if none fit, and whether the codes are packed without gaps.
+
+    Until its version 0.17, compressed-tensors put 32 // bits codes into each word. Of 3, 5, 6 and 7 bits,
+    that leaves some at the top unused.
+    """
+    widths = range(2, 9) if layout.bits is None else (layout.bits,)
+    dense = next((bits for bits in widths if -(-columns * bits // 32) == num_words), None)
+    if dense is not None:
+        return dense, True
+    return next((bits for bits in widths if -(-columns // (32 // bits)) == num_words), 0), False
+
+
+def _unpack(words: Words, bits: int, is_dense: bool) -> Bytes:
+    if is_dense:
+        return unpack_words(words, bits)
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    codes = words.view(np.uint32)[..., None] >> shifts & np.uint32((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(len(words), -1)
 
 
 def unpack_words(words: Words, bits: int) -> Bytes:
@@ -251,12 +274,13 @@ def _matrix(
     bits: int,
     columns: int,
     groups: npt.NDArray[np.int64] | None,
+    is_dense: bool = True,
 ) -> IntegerMatrix:
     """Make a matrix of rows of words; codes of other widths get the next wider one, 4 or 8 bits."""
     scales = np.ascontiguousarray(scales)
     if bits in (4, 8) and columns * bits % 32 == 0:
         return IntegerMatrix(words.view(np.uint8), scales, zeros, bits, groups)  # columns ascend
-    codes = unpack_words(words, bits)[:, :columns]
+    codes = _unpack(words, bits, is_dense)[:, :columns]
     if bits > 4 or columns % 2:
         offset = np.uint8(128 - (1 << bits - 1))  # a zero point in the middle stays there
         return IntegerMatrix(codes + offset, scales, zeros + offset, 8, groups)

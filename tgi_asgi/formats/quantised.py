@@ -152,9 +152,13 @@ class Quantisation:
         blocks = {_read_block(each.get("block_structure"), "block_structure") for each in weights} - {None}
         check(len(blocks) <= 1, f"compressed-tensors with several block sizes: {blocks}")
         sizes = {_group_size(each) for each in weights} - {None}
+        widths = {_width(each) for each in weights if each.get("type") != "float"}
         return cls(
             "compressed-tensors",
-            layout=Layout(group=sizes.pop() if len(sizes) == 1 else None),
+            layout=Layout(
+                group=sizes.pop() if len(sizes) == 1 else None,
+                bits=widths.pop() if len(widths) == 1 else None,
+            ),
             block=blocks.pop() if blocks else None,
             has_zeros=bool(weights) and all(each.get("symmetric") is False for each in weights),
         )
@@ -224,6 +228,12 @@ def _group_size(options: Mapping[str, Any]) -> int | None:
     """Return the columns per group; None if they are one group (-1), or it is not given."""
     size = options.get("group_size")
     return size if type(size) is int and size > 0 else None
+
+
+def _width(options: Mapping[str, Any]) -> int | None:
+    """Return the bits of each code; None if they are not given."""
+    bits = options.get("num_bits")
+    return bits if type(bits) is int and 2 <= bits <= 8 else None
 
 
 def _read_block(value: Any, key: str) -> tuple[int, int] | None:

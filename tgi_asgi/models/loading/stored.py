@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.codes import width
+from tgi_asgi.formats.codes import compressed_packing, width
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.small_floats import TableState
 from tgi_asgi.formats.weight_files import Checkpoint
@@ -105,7 +105,7 @@ def _bits(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quant
         return 4
     packed, stem = f"{weight}_packed", weight.removesuffix("weight")
     if packed in checkpoint:
-        return width(checkpoint.tensor(packed).shape[-1], columns)
+        return compressed_packing(checkpoint.tensor(packed).shape[-1], columns, quantisation.layout)[0]
     return width(checkpoint.tensor(f"{stem}qweight").shape[0], columns)
 
 
