@@ -25,6 +25,7 @@ from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
+_CONVERTER = Path(__file__).with_name("convert_gguf.py")
 _MIN_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
 
@@ -60,11 +61,10 @@ def reference(case: FamilyCase) -> Reference:
 
 def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
     """Return the case's checkpoint as llama.cpp's converter writes it, in a type that the case lists."""
-    script = Path(__file__).with_name("convert_gguf.py")
-    folder = _home(case) / f"gguf-{_key(RELEASE, script.read_text('utf-8'))}"
+    folder = _home(case) / f"gguf-{_key(RELEASE, _CONVERTER.read_text('utf-8'))}"
     if not folder.exists():
         with _made_at(folder) as partial:
-            _convert(script, checkpoint(case).path, (*case.gguf, *case.rounded), partial)
+            convert(checkpoint(case).path, (*case.gguf, *case.rounded), partial)
     return ModelFiles(case.name, None, "gguf", folder / f"{kind}.gguf")
 
 
@@ -118,12 +118,12 @@ def _made_at(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
 
 
-def _convert(script: Path, model: Path, kinds: tuple[str, ...], folder: Path) -> None:
+def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
     """Write `folder`/<kind>.gguf for each kind, in a process that imports llama.cpp's own gguf."""
     source = llama_cpp_source()
     outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
     done = subprocess.run(
-        [sys.executable, str(script), str(model), *outputs],
+        [sys.executable, str(_CONVERTER), str(model), *outputs],
         env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'gguf-py'}"},
         capture_output=True,
         text=True,

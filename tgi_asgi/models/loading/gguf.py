@@ -76,7 +76,33 @@ class GgufWeights:
         decoded = BY_NAME.get(info.type)
         if decoded is None:
             return WeightSource(data, info.type, shape)
-        return WeightSource(decoded.convert(data), decoded.held, shape, is_decoded=decoded.held == "F32")
+        values = decoded.convert(data)
+        if decoded.held == "F32":
+            values = self._scaled(values, stored.removesuffix(".weight"), start, stop)
+        return WeightSource(values, decoded.held, shape, is_decoded=decoded.held == "F32")
+
+    def _scaled(
+        self, values: npt.NDArray[np.uint8], stem: str, start: int, stop: int
+    ) -> npt.NDArray[np.uint8]:
+        """Apply NVFP4's second scale, if there is one: of a matrix, or of each expert from start to stop.
+
+        The scales of activations beside it, `input_scale`, are not used: activations are not quantised.
+        """
+        self._unread.discard(f"{stem}.input_scale")
+        info = self._file.tensors.get(f"{stem}.scale")
+        if info is None:
+            return values
+        self._unread.discard(info.name)
+        if info.type != "F32" or len(info.shape) != 1:
+            raise ModelLoadError(f"tensor {info.name!r} must hold floats, one or one for each expert")
+        scales = self._file.raw(info.name).view(np.float32)
+        if scales.size > 1:
+            scales = scales[start:stop]
+        if scales.size not in (1, stop - start):
+            raise ModelLoadError(f"tensor {info.name!r} must have one scale for each expert")
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
+            scaled = values.view(np.float32).reshape(scales.size, -1) * scales[:, None]
+        return scaled.reshape(-1).view(np.uint8)
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""
