@@ -15,7 +15,6 @@ from torch import Tensor
 from tests.support.checkpoints import our_logits
 from tests.support.families import CASES
 from tests.support.family_files import checkpoint, convert
-from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 
 BY_NAME = {case.name: case for case in CASES}
