@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.combined import merge_all_of
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
 
@@ -111,6 +113,32 @@ def test_all_of_that_leads_back_to_itself_is_judged(compiler: GrammarCompiler) -
         }
         with contextlib.suppress(InvalidRequest):
             compiler.compile(sources.json_schema({"type": "object", **schema}))
+
+
+_CHILD = {"allOf": [{"$ref": "#/$defs/Node"}, {"properties": {"extra": {"const": 1}}}]}
+_TREE = {
+    "$ref": "#/$defs/Node",
+    "$defs": {"Node": {"type": "object", "properties": {"child": _CHILD}}, "merged-0": {"const": 3}},
+}
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_class_that_contains_a_subclass_of_itself_is_merged(
+    compiler: GrammarCompiler, is_strict: bool
+) -> None:
+    source = sources.json_schema(_TREE, is_strict=is_strict)
+    for text in ("{}", '{"child":{"child":{"child":{"extra":1},"extra":1}}}'):
+        assert accepts(compiler, source, text), text
+    for text in ('{"extra":1}', '{"child":{"other":1}}', '{"child":{"child":{"extra":2}}}'):
+        assert not accepts(compiler, source, text), text
+
+
+def test_merging_does_not_multiply_large_definitions() -> None:
+    large = {"type": "object", "properties": {"x": {"enum": [f"value {n}" for n in range(8_000)]}}}
+    part = {"allOf": [{"$ref": "#/$defs/A"}, {"properties": {"y": {"type": "string"}}}]}
+    schema = {"properties": {f"p{n}": part for n in range(150)}, "$defs": {"A": large}}
+    size = len(json.dumps(schema))
+    assert size < len(json.dumps(merge_all_of(schema))) < size + 256 * 1024
 
 
 def test_a_document_that_is_one_of_its_definitions_is_closed(compiler: GrammarCompiler) -> None:

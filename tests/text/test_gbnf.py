@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.gbnf import gbnf_to_lark
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
 
@@ -54,3 +57,13 @@ def test_a_grammar_means_what_it_says(
 def test_a_mistake_is_refused_with_its_place(compiler: GrammarCompiler, grammar: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         compiler.compile(sources.ebnf(grammar))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '["' * 50_000, "[" * 100_000 + "\\", "a" + "\n " * 50_000 + "b"]
+)
+def test_what_has_no_end_is_read_once(text: str) -> None:
+    begin = time.thread_time()
+    with pytest.raises(ValueError, match=r"Unexpected end of input|Expected ::="):
+        gbnf_to_lark(f"root ::= {text}")
+    assert time.thread_time() - begin < 5  # each of these took minutes when it was searched again and again

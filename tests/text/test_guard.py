@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from tgi_asgi.text.chat import guard as guard_module
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -136,3 +138,18 @@ def test_nothing_that_is_protected_acts_however_it_is_put_together(
     assert text == separator.join(contents)
     own = separator.count("<s>") * (len(contents) - 1)
     assert marked.count(guard.mark) == own
+
+
+@given(st.sets(st.text("ab<|", min_size=1, max_size=5), max_size=8), st.text("ab<|", max_size=60))
+def test_slices_of_a_text_give_what_the_whole_gives(specials: set[str], text: str) -> None:
+    guard = PromptGuard(specials)
+    longest_first = sorted(specials, key=len, reverse=True)
+    plain = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    expected = plain.sub(lambda match: guard.mark + match[0], text)
+    protected = guard.protect(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard_module, "_SLICE", 3)
+        assert guard.is_needed(text) == (plain.search(text) is not None)
+        assert guard.marks(text)[1] == expected
+        assert guard.protect(text) == protected
+    assert guard.marks(protected) == (text, text)

@@ -43,7 +43,7 @@ def main() -> None:
             "centred": centred, "shifted": shifted,
         }  # fmt: skip
         arrays |= {f"{bits}.{name}": tensor.contiguous().numpy() for name, tensor in made.items()}
-    np.savez_compressed(sys.argv[1], **arrays)
+    np.savez_compressed(sys.argv[1], **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

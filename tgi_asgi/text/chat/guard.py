@@ -12,9 +12,10 @@ marked. Knows no tokenizer and no HTTP.
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _SLICE = 1 << 16  # characters per search that holds the GIL
@@ -39,12 +40,12 @@ class PromptGuard:
     """
 
     def __init__(self, special_texts: Iterable[str]) -> None:
-        texts = sorted({text for text in special_texts if text}, key=len, reverse=True)
+        texts = sorted({text for text in special_texts if text})
         self.mark = _nonce()
         self._inert = _nonce()  # before a special token that is plain text
         self._break = _nonce()  # inside such a token, and where joining texts might form one
         self._firsts = {text[0] for text in texts}
-        self._whole = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        self._whole = re.compile(_any_of(texts))
         self._open = re.compile(f"(?<!{self._inert})(?:{self._whole.pattern})")
         self._heads = {text[:size] for text in texts for size in range(1, len(text))}
         self._tails = {text[size:] for text in texts for size in range(1, len(text))}
@@ -79,19 +80,52 @@ class PromptGuard:
 
     def marks(self, rendered: str) -> tuple[str, str]:
         """Return a rendered prompt as plain text, and with the mark before each token that acts as such."""
-        marked = self._open.sub(lambda match: self.mark + match[0], rendered)
+        marked = self._replaced(lambda found: self.mark + found, rendered)
         marked = marked.replace(self._inert, "").replace(self._break, "")
         return marked.replace(self.mark, ""), marked
 
+    def _replaced(self, replace: Callable[[str], str], text: str) -> str:
+        """Return a text with its unbroken special tokens replaced, found in searches of one slice each."""
+        parts: list[str] = []
+        end = 0
+        for start in range(0, len(text), _SLICE):
+            stop = start + _SLICE
+            for match in self._open.finditer(text, max(start, end), stop + self._longest):
+                if match.start() >= stop:
+                    break
+                parts += text[end : match.start()], replace(match[0])
+                end = match.end()
+        return "".join((*parts, text[end:]))
+
     def _protect_text(self, text: str) -> str:
-        while self._open.search(text):  # breaking one may expose another that overlaps it
-            text = self._open.sub(lambda m: f"{self._inert}{m[0][0]}{self._break}{m[0][1:]}", text)
+        before = ""
+        while text != before:  # breaking one may expose another that overlaps it
+            before = text
+            text = self._replaced(lambda found: f"{self._inert}{found[0]}{self._break}{found[1:]}", text)
         sizes = range(1, min(self._longest, len(text) + 1))
         if any(text[-size:] in self._heads for size in sizes):
             text += self._break
         if any(text[:size] in self._tails for size in sizes):
             text = self._break + text
         return text
+
+
+def _any_of(texts: list[str], at: int = 0) -> str:
+    """Return a pattern of the longest of these texts, sorted and equal before `at`.
+
+    What they begin with alike is searched for once: a model may have hundreds of reserved tokens, and a plain
+    alternative of them takes a microsecond at each `<|` of a text.
+    """
+    has_end = bool(texts) and len(texts[0]) == at
+    branches: list[str] = []
+    for _, group in itertools.groupby(texts[has_end:], key=lambda text: text[at]):
+        alike = list(group)
+        pairs = enumerate(zip(alike[0], alike[-1], strict=False))  # as they are sorted, these differ first
+        stop = next((place for place, (one, other) in pairs if one != other), len(alike[0]))
+        branches.append(re.escape(alike[0][at:stop]) + (_any_of(alike, stop) if len(alike) > 1 else ""))
+    if not branches:
+        return "" if has_end else r"(?!)"
+    return f"(?:{'|'.join(branches)})" + ("?" if has_end else "")
 
 
 def _is_compared(key: str, value: Any) -> bool:

@@ -7,6 +7,7 @@ here, so that all properties of such an object are known in one place. What cann
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ _IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "not")
 _MAX_CHAIN = 32  # references that are followed one after the other
 _MAX_PROPERTIES = 2_000  # of all merged objects together
 _MAX_PARTS = 2_000  # that are looked at; definitions that name the next one twice have 2^n
+_MAX_CHARS = 256 * 1024  # of the definitions that are copied, each time that one is
 
 Schema = Mapping[str, Any]
 Resolve = Callable[[str], Schema | None]
@@ -63,14 +65,31 @@ def merge_all_of(document: Schema) -> Schema:
     """Return a document in which `allOf` is merged into its schema wherever the meaning stays the same."""
     if any("/allOf/" in reference for reference in _references(document)):
         return document
-    merged: Schema = _Merger(document).everywhere(document)
+    merger = _Merger(document)
+    merged: dict[str, Any] = merger.everywhere(document)
+    if merger.definitions:
+        merged["$defs"] = {**merged.get("$defs", {}), **merger.definitions}
     return merged
 
 
 class _Merger:
+    """The merging of one document.
+
+    A class that contains itself, as in a tree, would be merged into itself without end. Where that begins, it
+    becomes a definition that refers to itself.
+
+    Attributes:
+        definitions: Those definitions, by their names in `$defs`.
+    """
+
     def __init__(self, document: Schema) -> None:
         self._resolve = resolver(document)
-        self._num_properties = self._num_parts = 0
+        self._num_properties = self._num_parts = self._num_chars = 0
+        self._sizes: dict[str, int] = {}  # of definitions, by their references
+        self._names: dict[str, str] = {}  # of the schemas around the one at hand, by their texts
+        taken = document.get("$defs", {})
+        self._new_names = (name for n in itertools.count() if (name := f"merged-{n}") not in taken)
+        self.definitions: dict[str, Schema] = {}
 
     def everywhere(self, value: Any, key: str = "") -> Any:
         if isinstance(value, list):
@@ -79,7 +98,21 @@ class _Merger:
             return value
         if key in BY_NAME:
             return {name: self.everywhere(item) for name, item in value.items()}
-        return {name: self.everywhere(item, name) for name, item in self._merged(value, 0).items()}
+        if "allOf" not in value:
+            return {name: self.everywhere(item, name) for name, item in value.items()}
+        text = json.dumps(value, sort_keys=True)
+        if text in self._names:
+            self.definitions.setdefault(self._names[text], {})
+            return {"$ref": f"#/$defs/{self._names[text]}"}
+        if len(self._names) == _MAX_CHAIN:
+            return value
+        name = self._names[text] = next(self._new_names)
+        merged = {key: self.everywhere(item, key) for key, item in self._merged(value, 0).items()}
+        del self._names[text]
+        if name not in self.definitions:
+            return merged
+        self.definitions[name] = merged
+        return {"$ref": f"#/$defs/{name}"}
 
     def _merged(self, schema: Schema, depth: int) -> Schema:
         """Return a schema without its `allOf`, or as it is."""
@@ -111,7 +144,9 @@ class _Merger:
         reference = schema.get("$ref")
         if isinstance(reference, str) and schema.keys() & _KEYWORDS == {"$ref"}:
             target = self._resolve(reference)
-            return None if target is None else self._plain(target, depth + 1)
+            if target is None or not self._may_copy(reference, target):
+                return None
+            return self._plain(target, depth + 1)
         said = {name: value for name, value in schema.items() if name in _KEYWORDS}
         is_plain = (
             said.keys() <= _OF_OBJECT
@@ -121,6 +156,12 @@ class _Merger:
             and all(isinstance(name, str) for name in required)
         )
         return said if is_plain else None
+
+    def _may_copy(self, reference: str, target: Schema) -> bool:
+        if reference not in self._sizes:
+            self._sizes[reference] = len(json.dumps(target))
+        self._num_chars += self._sizes[reference]
+        return self._num_chars <= _MAX_CHARS
 
 
 def _joined(objects: list[Schema]) -> dict[str, Any]:

@@ -12,10 +12,15 @@ from __future__ import annotations
 import re
 
 _RULE = re.compile(r"^[ \t]*[\w-]+\s*::=", re.MULTILINE)
+# Both patterns match wherever they begin, so that no text is searched again from each of its characters: a
+# literal without an end goes on to the end of the grammar, and lines match without `|`, too.
 _PIECE = re.compile(
-    r'(?P<comment>#[^\n]*)|"(?P<text>(?:\\.|[^"\\])*)"|\[(?P<chars>(?:\\.|[^\]\\])*)\]', re.DOTALL
+    r"(?P<comment>#[^\n]*)"
+    r'|"(?P<text>(?:\\(?:.|\Z)|[^"\\])*)(?:"|(?P<open_text>\Z))'
+    r"|\[(?P<chars>(?:\\(?:.|\Z)|[^\]\\])*)(?:\]|(?P<open_chars>\Z))",
+    re.DOTALL,
 )
-_NEXT_LINE = re.compile(r"((?:\r?\n[ \t]*)+)\|")
+_NEXT_LINES = re.compile(r"((?:\r?\n[ \t]*)+)(\|?)")
 _START = re.compile(r"(?<![\w-])start(?![\w-])")  # the converter renames `root` to this
 _CHAR = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|(.)", re.DOTALL)
 _CONTROL = re.compile(r"([\x00-\x08\x0b\x0c\x0e-\x1f])")  # those without a single-letter escape
@@ -37,17 +42,21 @@ def gbnf_to_lark(text: str) -> str:
     """
     from llguidance.gbnf_to_lark import gbnf_to_lark as converted
 
-    plain, end = "", 0
+    parts, end = list[str](), 0
     for piece in _PIECE.finditer(text):
-        plain += _START.sub("start_", text[end : piece.start()])
+        parts.append(_START.sub("start_", text[end : piece.start()]))
+        if piece["open_text"] is not None or piece["open_chars"] is not None:
+            line = text.count("\n", 0, piece.start()) + 1
+            raise ValueError(f"Unexpected end of input at line {line}, in {piece[0][:20]!r}")
         if piece["text"] is not None:
-            plain += _literal(piece["text"])
+            parts.append(_literal(piece["text"]))
         elif piece["chars"] is not None:
-            plain += _class(piece["chars"])
+            parts.append(_class(piece["chars"]))
         end = piece.end()
-    plain += _START.sub("start_", text[end:])
+    parts.append(_START.sub("start_", text[end:]))
+    plain = _NEXT_LINES.sub(r"\2\1", "".join(parts))  # moves `|` to the end of the previous line
     try:
-        return converted(_NEXT_LINE.sub(r"|\1", plain))  # moves `|` to the end of the previous line
+        return converted(plain)
     except Exception as error:  # the converter raises a bare Exception
         raise ValueError(str(error)) from None
 

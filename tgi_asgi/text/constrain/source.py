@@ -160,7 +160,7 @@ def ebnf(text: str) -> GrammarSource:
     try:
         lark = gbnf_to_lark(text) if is_gbnf(text) else text
     except ValueError as error:
-        raise InvalidRequest(f"grammar is not valid: {error}") from None
+        raise InvalidRequest(f"grammar is not valid: {str(error)[:300]}") from None
     num_rules = sum(":" in line for line in lark.splitlines())
     if lark.count("&") > MAX_CONJUNCTS:
         raise InvalidRequest(f"a grammar has at most {MAX_CONJUNCTS} `&`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,9 @@ _OF_EACH = frozenset(
 )  # fmt: skip
 
 
+_MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
+
+
 class ToolArguments:
     """One tool's arguments as grammar expressions, with JSON spaced as models have learned to write it.
 
@@ -78,6 +82,7 @@ class ToolArguments:
         self.name = spec.name
         self.ignored: set[str] = set()
         self._spec = spec
+        self._num_repeated = 0
 
     def whole(self) -> str:
         """Return all arguments as one JSON object."""
@@ -117,10 +122,33 @@ class ToolArguments:
         """Return one argument's value: JSON, with booleans also as Python writes them."""
         if isinstance(schema, Mapping) and schema.get("type") == "boolean" and not CONDITIONS & schema.keys():
             return '("true" | "false" | "True" | "False")'
+        described = schema if isinstance(schema, Mapping) else {}
+        try:
+            described = {**described, **self._shared_by(described)}
+        except InvalidRequest:
+            if self._spec.is_strict:
+                raise
+            self.ignored.add(self._free)
+            described = {}
+        return self._expression(described, otherwise={})
+
+    def _shared_by(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the definitions of the tool that a part of its schema may refer to.
+
+        Each argument has a grammar of its own, which repeats them.
+
+        Raises:
+            InvalidRequest: if they have been repeated too often.
+        """
+        text = json.dumps(schema)
+        if "$ref" not in text and "$dynamicRef" not in text:
+            return {}
         whole = self._spec.schema
         shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
-        described = schema if isinstance(schema, Mapping) else {}
-        return self._expression({**described, **shared}, otherwise={})
+        self._num_repeated += len(json.dumps(shared))
+        if self._num_repeated > _MAX_REPEATED:
+            raise InvalidRequest(f"the definitions of `{self.name}` are too large to be used so often")
+        return shared
 
     def definition(self, reference: str) -> Any:
         """Return the part of the tool's schema that `#/...` refers to, or None."""

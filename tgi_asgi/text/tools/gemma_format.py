@@ -104,11 +104,11 @@ class _Values:
             name = f"{self._rule}_{self._num_objects}"
             lines += self.items(_items(described), depth + 1)
             return f'"{{" {name}_first_0 "}}"'
-        if described or schema:
+        if isinstance(schema, Mapping) and schema:
             self._leave_out(kind, described, schema)
         return "gemma_value"
 
-    def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Any) -> None:
+    def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
         """Report unenforced keywords; an invalid schema is refused, or left free, by its tool."""
         num_ignored = len(self._tool.ignored)
         self._tool.value(schema)
