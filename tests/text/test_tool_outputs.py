@@ -36,6 +36,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ('<tool_call>\n{"name": "g", "arguments": ""}\n</tool_call>', [G]),
         ('<tool_call>\n{"name": "g", "arguments": null}\n</tool_call>', [G]),
         ('<tool_call>\n{"name": "g"}\n</tool_call>', [G]),
+        ('<tool_call>\n{"arguments": {"s": "\\ud83d"}, "name": "f"}\n</tool_call>', [("f", {"s": "\ud83d"})]),
         ('<tool_call>\n{"arguments": {"a": 1}, "name": "f"}\n</tool_call>', [F]),
         ('<tool_call>\n{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}\n</tool_call>', [F]),
         ("<tool_call>\n{'name': 'f', 'arguments': {'a': 1, 's': None}}\n</tool_call>", [("f", {"a": 1, "s": None})]),
@@ -113,6 +114,10 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ("<function=f><parameter=a>NaN</parameter><parameter=o>{'a': Infinity}</parameter></function>", [("f", {"a": "NaN", "o": "{'a': Infinity}"})]),
         ("<tool_call>\n<function=f>\n<parameter=s>\nx\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [("f", {"s": "x", "a": 1})]),
         ("<tool_call>\n<function=f>\n<parameter=s>\nx\n</function>\n</tool_call>", [("f", {"s": "x"})]),
+        ("Write <function=f> before the parameters. That is all.", ["Write <function=f> before the parameters. That is all."]),
+        ('<function=f>{"a": 1}</function>', ['<function=f>{"a": 1}</function>']),
+        ("a <function=f>", ["a <function=f>"]),
+        ("<tool_call>\n<function=g>\n</tool_call>", [G]),
         ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</tool_call>", [F]),
         ("<tool_call>\n<function=f>\n<parameter=s>\n<parameter=x>\n</fun\n</parameter>\n</function>\n</tool_call>", [("f", {"s": "<parameter=x>\n</fun"})]),
         ("<tool_call>\n<function=f>\n<parameter=o>\n{'k': [True]}\n</parameter>\n</function>\n</tool_call>", [("f", {"o": {"k": [True]}})]),
@@ -159,7 +164,7 @@ def texts_and_calls(pieces: list[Piece]) -> list[Any]:
         if isinstance(piece, CallStart):
             result.append((piece.name, None))
         elif isinstance(piece, CallArguments):
-            result[-1] = (result[-1][0], json.loads(piece.text))
+            result[-1] = (result[-1][0], json.loads(piece.text.encode()))
         else:
             result.append(piece.text)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -96,6 +97,17 @@ def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarComp
         grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
         assert grammar is not None
         assert not accepts(compiler, grammar, TWO_CALLS[name])
+
+
+@names
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_property_s_schema_may_be_anything(compiler: GrammarCompiler, name: str, is_strict: bool) -> None:
+    odd = {"a": True, "b": "string", "c": ["integer"], "d": 3, "e": {}}
+    tool = ToolSpec("f", {"type": "object", "properties": odd}, is_strict)
+    with contextlib.suppress(InvalidRequest):  # such a strict tool may be refused
+        grammar = answer_grammar(None, ToolUse(FORMATS[name], [tool], must_call=True))
+        assert grammar is not None
+        assert accepts(compiler, grammar, write(name, [("f", {"a": 1})]))
 
 
 @names

@@ -16,6 +16,7 @@ import orjson
 from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.surrogates import parsed
 from tgi_asgi.text.tools import ToolSpec, with_json_types
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,7 @@ def whole_arguments(text: str) -> Any:
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(text)
     with contextlib.suppress(ValueError, RecursionError):
-        lenient = json.dumps(json.loads(text), ensure_ascii=False)
-        return orjson.loads(lenient.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return orjson.loads(json.dumps(parsed(text)))
     return None
 
 

@@ -195,6 +195,9 @@ def read_items(
                 skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
+    for message in messages:
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "\n".join(message["reasoning_content"])
     note_skipped(skipped)
     return messages
 
@@ -204,10 +207,10 @@ def _joined(texts: str | list[str]) -> str:
 
 
 def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:
-    """Move reasoning to the message that followed it, which may have earlier reasoning."""
-    texts = [text for text in (message.get("reasoning_content"), *thoughts) if text]
+    """Move reasoning to the texts of the message that followed it, which may have earlier reasoning."""
+    texts = [text for text in thoughts if text]
     if texts:
-        message["reasoning_content"] = "\n".join(texts)
+        message.setdefault("reasoning_content", []).extend(texts)
     thoughts.clear()
 
 

@@ -18,6 +18,7 @@ from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
 from tgi_asgi.text.chat.time_limit import limited_time
+from tgi_asgi.text.surrogates import parsed
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -297,8 +298,8 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
+        arguments = parsed(function["arguments"])
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece, num_held
-from tgi_asgi.text.tools.literals import as_json, dumped, literal_value
+from tgi_asgi.text.tools.literals import as_json, literal_value
 
 _CALL = "call:"
 _END_OF_SCALAR = re.compile(r"[,}\]]")

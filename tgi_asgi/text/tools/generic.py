@@ -6,10 +6,12 @@ The prompt is the one that Hermes models were trained on, with their format; see
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from tgi_asgi.text.surrogates import dumped
 
 # Where a template looks for tools: in a message, or in the variable `tools`.
 _IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
@@ -19,7 +21,7 @@ _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 
 def _prompt(tools: Sequence[dict[str, Any]]) -> str:
     """Return the system message's text about the tools."""
-    lines = "\n".join(_dump(tool) for tool in tools)
+    lines = "\n".join(dumped(tool) for tool in tools)
     return (
         "You may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n"
@@ -42,21 +44,12 @@ def spell_out(
         accepts_system: Whether the template shows a system message; if not, the first message has the tools.
     """
     result: list[dict[str, Any]] = []
-    for message in messages:
-        if message.get("tool_calls"):
-            calls = "\n".join(map(_call, message["tool_calls"]))
-            text = _text(message)
-            result.append({"role": "assistant", "content": f"{text}\n{calls}" if text else calls})
-        elif message["role"] == "tool":
-            answer = f"<tool_response>\n{_text(message)}\n</tool_response>"
-            if result and result[-1].get("is_tool_answer"):
-                result[-1]["content"] += f"\n{answer}"
-            else:
-                result.append({"role": "user", "content": answer, "is_tool_answer": True})
+    for is_answer, together in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        if is_answer:
+            answers = (f"<tool_response>\n{_text(message)}\n</tool_response>" for message in together)
+            result.append({"role": "user", "content": "\n".join(answers)})
         else:
-            result.append(message)
-    for message in result:
-        message.pop("is_tool_answer", None)
+            result += map(_with_calls_in_text, together)
     if tools:
         prompt = _prompt(tools)
         first = result[0] if result else {"role": ""}
@@ -71,13 +64,20 @@ def spell_out(
     return result
 
 
+def _with_calls_in_text(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls, text = "\n".join(map(_call, message["tool_calls"])), _text(message)
+    return {"role": "assistant", "content": f"{text}\n{calls}" if text else calls}
+
+
 def with_own_tools(
     messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str
 ) -> list[dict[str, Any]]:
     """Return messages with the tools in the system message, if the template reads them there (Phi-4-mini)."""
     if not tools or not _IN_MESSAGE.search(template) or _AS_VARIABLE.search(template):
         return list(messages)
-    functions = _dump([tool.get("function", tool) for tool in tools])
+    functions = dumped([tool.get("function", tool) for tool in tools])
     system = (
         messages[0] if messages and messages[0]["role"] == "system" else {"role": "system", "content": ""}
     )
@@ -120,16 +120,12 @@ def _short(call_id: str) -> str:
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # orjson refuses large integers
-
-
 def _call(call: dict[str, Any]) -> str:
     function = call["function"]
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
-        arguments = _dump(arguments)
-    name = _dump(function["name"])
+        arguments = dumped(arguments)
+    name = dumped(function["name"])
     return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
 from tgi_asgi.text.tools.literals import Nesting, literal_value
@@ -178,7 +178,7 @@ def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
     if not isinstance(call, dict):
         return None
     if len(call) == 1 and (key := next(iter(call))) in names:
-        return (key, _dump(call[key])) if isinstance(call[key], dict) else None
+        return (key, dumped(call[key])) if isinstance(call[key], dict) else None
     name = call.get("name", call.get("tool_name"))
     if not isinstance(name, str) or name not in names:
         return None
@@ -187,11 +187,7 @@ def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
         arguments = literal_value(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
-    return (name, _dump(arguments)) if isinstance(arguments, dict) else None
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return (name, dumped(arguments)) if isinstance(arguments, dict) else None
 
 
 class _ObjectScanner:

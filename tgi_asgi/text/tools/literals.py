@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from typing import Any
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from tgi_asgi.text.surrogates import dumped
+
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -79,12 +79,6 @@ def as_json(text: str) -> str | None:
         value = literal_value(text)
         return None if value is None and text != "None" else dumped(value)
     return text
-
-
-def dumped(value: Any) -> str:
-    """Return JSON with all characters as they are, except for halves of surrogate pairs: UTF-8 has none."""
-    text = json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if _SURROGATE.search(text) else text
 
 
 def _evaluate(node: ast.expr) -> Any:

@@ -7,9 +7,10 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
-from tgi_asgi.text.tools.literals import Nesting, as_json, dumped
+from tgi_asgi.text.tools.literals import Nesting, as_json
 
 _BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
 _IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")

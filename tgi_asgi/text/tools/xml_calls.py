@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import CONDITIONS, ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece, num_held
 from tgi_asgi.text.tools.literals import as_json
 
 _FENCES = ("```xml", "```")
 _MAX_NAME = 128
+_MAX_HEAD = 1024  # characters of a call's head, which is read again at each of them
 _MAX_ARGUMENT_NAME = 1024  # characters; the regex reads the whole name again at each of them
 
 
@@ -35,12 +36,21 @@ class XmlTags:
     quotes: tuple[str, str] = ("", "")
 
     def head(self) -> re.Pattern[str]:
-        """Return a pattern for the start of a call; group 2, a tag that confirms it, is read again."""
-        before, middle, behind = self.call
+        """Return a pattern for the start of a call; group 2, a tag that confirms it, is read again.
+
+        Without that, a function's tag in prose would pass for a call, and what follows for its arguments.
+        """
+        before, middle, _ = self.call
+        follows = "|".join(map(_loose, self._follows()))
         if middle.strip():
-            return re.compile(rf"{re.escape(before)}([^<>\"\n]{{1,128}}?){_loose(middle)}()")
-        follows = f"{_loose(self.argument[0])}|{_loose(behind)}"
+            return re.compile(rf"{re.escape(before)}([^<>\"\n]{{1,128}}?){_loose(middle)}\s*({follows})")
         return re.compile(rf"{re.escape(before)}([\w.-]{{1,128}})\s*({follows})")
+
+    def _follows(self) -> list[str]:
+        """Return the tags of which one must follow a call's head, without the blanks around them."""
+        _, middle, behind = self.call
+        ends = [wrap for wrap in self.wraps if middle.strip()]  # instead of its own end
+        return [tag for each in (self.argument[0], behind, *ends) if (tag := each.strip())]
 
     def head_argument(self) -> re.Pattern[str]:
         """Return a pattern for the start of an argument: its name, and its type if there is one."""
@@ -61,14 +71,18 @@ class XmlTags:
 
     def may_begin(self, text: str) -> bool:
         """Return whether a text may be the beginning of a call's head."""
-        before, middle, behind = self.call
+        before, middle, _ = self.call
         if not text.startswith(before):
             return before.startswith(text)
         found = re.match(r"[\w.-]*" if not middle.strip() else r"[^<>\"\n]*", text[len(before) :])
         assert found is not None, "the pattern matches no characters, too"
-        rest = text[len(before) + found.end() :].lstrip()
-        nexts = (middle,) if middle.strip() else (self.argument[0].strip(), behind.strip())
-        return len(found[0]) <= _MAX_NAME and any(each.startswith(rest) for each in nexts)
+        if len(found[0]) > _MAX_NAME or len(text) > _MAX_HEAD:
+            return False
+        rest, middle = text[len(before) + found.end() :].lstrip(), middle.strip()
+        if not rest.startswith(middle):
+            return middle.startswith(rest)
+        rest = rest[len(middle) :].lstrip()
+        return any(each.startswith(rest) for each in self._follows())
 
 
 def _loose(text: str) -> str:
@@ -173,7 +187,7 @@ class XmlCallParser:
         self._ends = self._ends_of_value(self._tags.quotes[1] if is_quoted else "")
         self._first_of_ends = frozenset(end[0] for end in self._ends)
         self._num_known = 0
-        head = f"{', ' if self._num_parameters else '{'}{_dump(found[1])}: "
+        head = f"{', ' if self._num_parameters else '{'}{dumped(found[1])}: "
         self._num_parameters += 1
         pieces.append(CallArguments(head + ('"' if self._is_text() else "")))
         return True
@@ -200,14 +214,14 @@ class XmlCallParser:
         if not found:
             self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
             if is_text and self._num_known:
-                pieces.append(CallArguments(_dump(self._buffer[: self._num_known])[1:-1]))
+                pieces.append(CallArguments(dumped(self._buffer[: self._num_known])[1:-1]))
                 self._cut(self._num_known)
                 self._num_known = 0
             return False
         at, end = min(found)
         value = self._buffer[:at]
         self._cut(at + (len(end) if end == self._ends[0] else 0))
-        pieces.append(CallArguments(_dump(value)[1:] if is_text else self._json(value)))
+        pieces.append(CallArguments(dumped(value)[1:] if is_text else self._json(value)))
         self._parameter = None
         return True
 
@@ -215,10 +229,10 @@ class XmlCallParser:
         """Return a value that is JSON by its schema; one that is not JSON becomes a string."""
         schema = self._schema()
         if choices(schema) is not None:
-            return _dump(value)
+            return dumped(value)
         written = as_json(value.strip())
         is_string = isinstance(schema, Mapping) and schema.get("type") == "string"
-        return _dump(value) if written is None or (is_string and written[0] != '"') else written
+        return dumped(value) if written is None or (is_string and written[0] != '"') else written
 
     def _is_text(self) -> bool:
         return self._kind == "true" or (not self._kind and is_text(self._schema()))
@@ -243,7 +257,3 @@ def choices(schema: Any) -> list[str] | None:
         if len(texts) == len(values):
             return texts
     return None
-
-
-def _dump(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
