@@ -225,7 +225,7 @@ class Exchange:
         watch = asyncio.ensure_future(self.wait_for_disconnect())
         try:
             await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
+            if watch.done():  # its message comes once: nobody else would learn of it
                 raise self.note_disconnect()
             return task.result()
         finally:

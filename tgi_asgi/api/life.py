@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from tgi_asgi.api.answer import AnswerForm
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer, Text
+from tgi_asgi.api.call import Call, Choices, Constraint, Generation, Job, Prepared, Renderer, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -23,7 +23,7 @@ from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
 from tgi_asgi.observe.summary import stream_headers, sync_headers
-from tgi_asgi.text.constrain.grammar import Grammar
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         # Nothing is awaited between these checks, the resolution of `model`, and this line.
         names = [model if job.adapter is None else job.adapter for job in call.jobs]
         adapters = await lease_adapters(exchange, served, names)
-        jobs = [
-            await prepare(exchange, served, job, adapter)
-            for job, adapter in zip(call.jobs, adapters, strict=True)
-        ]
+        jobs = await _prepare_all(exchange, served, call.jobs, adapters)
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.large_objects += [jobs, renderer]
@@ -172,6 +169,20 @@ async def lease_adapters(
     return [found.get(name) for name in names]
 
 
+async def _prepare_all(
+    exchange: Exchange, served: Served, jobs: Sequence[Job], adapters: Sequence[Adapter | None]
+) -> list[Prepared]:
+    """Prepare the jobs one after another; what may take long ends when the client leaves."""
+
+    async def prepared() -> list[Prepared]:
+        pairs = zip(jobs, adapters, strict=True)
+        return [await prepare(exchange, served, job, adapter) for job, adapter in pairs]
+
+    parts = [(job.prompt.images, job.tools, job.constraint) for job in jobs]
+    may_take_long = exchange.is_large or any(part is not None for each in parts for part in each)
+    return await (exchange.unless_gone(prepared()) if may_take_long else prepared())
+
+
 async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter | None) -> Prepared:
     """Make a job's prompt and grammar in threads, and build the engine's request.
 
@@ -190,7 +201,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             raise InvalidRequest(message, field=("min_tokens",))
         form = AnswerForm(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None
-        grammar = await _grammar(exchange, job, form) if is_constrained else None
+        grammar = await _grammar(exchange, served.grammars, job, form) if is_constrained else None
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     shows_markers = reading is not None and bool(reading.marker_ids)
@@ -223,10 +234,9 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
     return Prepared(job, prompt, request, reading)
 
 
-async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
+async def _grammar(exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm) -> Grammar:
     """Compile an answer's constraint; report schema keywords that are not enforced to the client."""
-    context, constraint = exchange.context, job.constraint
-    compiler = context.ready().grammars
+    threads, constraint = exchange.context.grammar_threads, job.constraint
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
 
@@ -235,11 +245,13 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
         return compiler.compile(source), source.ignored
 
     try:
-        grammar, ignored = await context.grammar_threads.run(compiled)
+        grammar, ignored = await threads.run(compiled)
     except InvalidRequest as error:
         if error.param is not None or error.field is not None:
             raise
-        if constraint is None or job.tools is not None:
+        if constraint is None or (
+            job.tools is not None and await threads.run(_compiles, constraint, compiler)
+        ):
             raise InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",)) from None
         raise InvalidRequest(constraint.prefix + error.message, param=constraint.param) from None
     if constraint is not None:
@@ -251,6 +263,15 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
         if header not in exchange.response_headers:  # another part of the call may have added it
             exchange.response_headers.append(header)
     return grammar
+
+
+def _compiles(constraint: Constraint, compiler: GrammarCompiler) -> bool:
+    """Return whether a constraint is right by itself, and an error therefore the tools'."""
+    try:
+        compiler.compile(constraint.make())
+    except InvalidRequest:
+        return False
+    return True
 
 
 def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tgi_asgi.api.call import Images
+from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import Handler, admitted
@@ -35,9 +36,10 @@ def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler
 
     async def handle(exchange: Exchange) -> None:
         body = await exchange.read_body()
+        served = exchange.context.ready()
         try:
             with admitted(exchange, 1):
-                answer = await exchange.unless_gone(_answer(exchange, work, body))
+                answer = await exchange.unless_gone(_answer(exchange, served, work, body))
         finally:
             if len(body) > _HUGE:
                 exchange.context.count_threads.start(return_freed_memory)
@@ -47,7 +49,7 @@ def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler
 
 
 async def _answer(
-    exchange: Exchange, work: Callable[[bytes, Exchange], bytes | WithImages], body: bytes
+    exchange: Exchange, served: Served, work: Callable[[bytes, Exchange], bytes | WithImages], body: bytes
 ) -> bytes:
     """Return the answer; what waits for a thread does not begin if this is cancelled."""
     context = exchange.context
@@ -56,7 +58,7 @@ async def _answer(
     answer = await threads.run(work, body, exchange)
     if isinstance(answer, WithImages):
         check_images([answer.images], context.settings.max_images)
-        await load_images(exchange, context.ready(), answer.images)
+        await load_images(exchange, served, answer.images)
         answer = await threads.run(answer.rest)
     return answer
 
