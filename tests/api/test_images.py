@@ -294,11 +294,15 @@ async def test_images_in_the_results_of_tools_are_a_note() -> None:
         {"type": "function_call", "call_id": "t", "name": "f", "arguments": "{}"},
         {
             "type": "function_call_output", "call_id": "t",
-            "output": [{"type": "input_image", "image_url": URL}],
+            "output": [
+                {"type": "input_image", "image_url": URL},
+                {"type": "input_file", "filename": "a.pdf", "file_data": "QQ=="},
+            ],
         },
+        {"type": "program", "id": "p", "call_id": "c", "code": "1", "fingerprint": "f"},
     ]  # fmt: skip
     assert (await post("/v1/responses", {"input": items}, engine))[0] == 200
-    assert "[image omitted]" in prompt_of(engine) and engine.requests[1].images == ()
+    assert "[image omitted]\n[file omitted]" in prompt_of(engine) and engine.requests[1].images == ()
     result = {"role": "tool", "content": "a picture", "tool_name": "f", "images": [text_of(), text_of()]}
     for app in (vision_app(engine)[0], scripted_app(engine)):
         assert (await post("/api/chat", {"messages": [result], "stream": False}, app=app))[0] == 200

@@ -130,6 +130,11 @@ async def test_the_reason_to_stop(fields: dict[str, Any], stop: tuple[str, str |
     assert (message["stop_reason"], message["stop_sequence"]) == stop
 
 
+async def test_an_answer_that_fills_the_context_says_so() -> None:
+    _, message = await post({"max_tokens": 9_000}, say(*"ab" * 2_100, finish=None))
+    assert message["stop_reason"] == "model_context_window_exceeded"
+
+
 async def test_max_tokens_0_only_reads_the_prompt() -> None:
     _, message = await post({"max_tokens": 0})
     assert (message["content"], message["stop_reason"]) == ([], "max_tokens")

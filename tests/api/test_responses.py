@@ -17,7 +17,7 @@ from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
 from tests.support.serving import serving
 from tgi_asgi.api.openai.response_input import read_items
-from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.errors import GenerationFailed, InvalidRequest, Overloaded, TgiError
 from tgi_asgi.settings import MIB
 
 TOOLS: list[Any] = [
@@ -184,6 +184,18 @@ async def test_a_response_that_the_length_cuts_is_incomplete() -> None:
 async def test_an_answer_without_text_has_an_empty_message() -> None:
     _, body = await post(say())
     assert body["output"][0]["content"][0]["text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Overloaded("displaced", retry_after_s=1), "rate_limit_exceeded"),
+        (InvalidRequest("the grammar cannot go on"), "invalid_prompt"),
+    ],
+)
+async def test_a_failure_after_the_start_has_a_code_of_the_sdk(error: TgiError, code: str) -> None:
+    _, events = await post(fail_with(error, say("a", "b")), stream=True)
+    assert events[-1]["response"]["error"]["code"] == code
 
 
 async def test_a_failure_after_the_start_is_an_event() -> None:

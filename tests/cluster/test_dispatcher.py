@@ -51,6 +51,13 @@ async def test_a_request_goes_to_the_model_that_it_names(
     assert answer.json()["model"] == answers
 
 
+async def test_ollamas_clients_may_name_a_tag(dispatcher: ModelDispatcher) -> None:
+    answer = await post(
+        dispatcher, "/api/chat", {**chat("org/b:latest"), "options": {"num_predict": 3}, "stream": False}
+    )
+    assert (answer.status, answer.json()["model"]) == (200, "org/b")
+
+
 async def test_a_name_that_is_not_served_is_refused(dispatcher: ModelDispatcher) -> None:
     answer = await post(dispatcher, "/v1/chat/completions", chat("org/c"))
     assert answer.status == 404

@@ -54,6 +54,9 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise InvalidRequest(f"The request body is not valid JSON: {why}", is_syntax=True) from None
 
 
+_MAX_SAID = 300  # characters of msgspec's message, which repeats a wrong name whole
+
+
 def invalid_field(message: str) -> InvalidRequest:
     """Translate msgspec's message (`Expected ... - at `$.a[0].b``), with the field's path in `param`."""
     path = ""
@@ -62,7 +65,7 @@ def invalid_field(message: str) -> InvalidRequest:
     if match := _MISSING.match(message):
         path = f"{path}.{match[1]}" if path else match[1]
         return InvalidRequest(f"`{path}` is required", param=path)
-    message = message[:1].lower() + message[1:]
+    message = message[:1].lower() + message[1:_MAX_SAID]
     if path:
         return InvalidRequest(f"`{path}`: {message}", param=path)
     return InvalidRequest(f"The request body: {message}")

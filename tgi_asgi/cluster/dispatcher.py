@@ -87,12 +87,13 @@ class ModelDispatcher:
     def _serving(self, name: object) -> App:
         """Return the application that serves a model or adapter of this name, otherwise the first."""
         if isinstance(name, str):
+            names = {name, name.removesuffix(":latest")}  # as Ollama's clients write it
             for app in self._apps:
                 served = app.context.served
                 settings = app.context.settings
                 own = settings.served_model_name or settings.model_id
                 adapters = served.adapters if served is not None else None
-                if name == own or (adapters is not None and name in adapters):
+                if own in names or (adapters is not None and any(each in adapters for each in names)):
                     return app
         return self._apps[0]
 

@@ -65,9 +65,6 @@ class Pipeline:
         self._is_suspect = False
         self._has_failed = False
 
-    def __len__(self) -> int:
-        return len(self._flights)
-
     @property
     def has_room(self) -> bool:
         """Whether another step may be submitted; false until a failed step has been handled."""

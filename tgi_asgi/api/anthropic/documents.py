@@ -7,7 +7,7 @@ from typing import Any
 
 from tgi_asgi.api.parse import kind_of, refuse_field, string_of
 
-_RESULT = ("text", "image", "tool_reference", "document", "search_result")
+_RESULT = ("text", "image", "tool_reference", "document", "search_result", "browser_state")
 
 
 def document_text(block: dict[str, Any], path: str) -> str:

@@ -159,7 +159,10 @@ class MessageRenderer(Renderer):
     def _stop_of(self, event: TokenEvent) -> dict[str, str | None]:
         reason = "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
         if event.finish is FinishReason.LENGTH:
-            reason = "max_tokens"
+            [prepared] = self._generation.jobs
+            wanted = prepared.job.max_tokens
+            is_clipped = wanted is not None and prepared.request.stop.max_tokens < wanted
+            reason = "model_context_window_exceeded" if is_clipped else "max_tokens"
         elif isinstance(event.stop, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": event.stop}
         return {"stop_reason": reason, "stop_sequence": None}

@@ -17,7 +17,6 @@ from tgi_asgi.api.openai.thoughts import unsealed
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
-    OMITTED_IMAGE,
     ONLY_USERS,
     Fraction,
     Int,
@@ -39,7 +38,7 @@ _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
 # Suffixes of hosted tools' item types.
 _HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response", "compaction")
-_OMITTED = ("input_image", "input_file")  # kinds omitted from tool outputs
+_OMITTED = ("input_image", "input_file")  # named in tool outputs, but not shown
 
 
 class ReasoningOptions(Struct):
@@ -191,7 +190,7 @@ def read_items(
                     _add_thoughts(messages[-1], thoughts)
                 else:
                     thoughts.clear()  # of an answer that ended in its reasoning
-            case str() if kind == "additional_tools" or kind.endswith(_HOSTED):
+            case str() if kind in ("additional_tools", "program") or kind.endswith(_HOSTED):
                 skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
@@ -307,5 +306,5 @@ def _text(part: Any, path: str, kinds: Sequence[str]) -> str:
     """Return a part's text."""
     kind = kind_of(part, path, kinds)
     if kind in _OMITTED:
-        return OMITTED_IMAGE
+        return f"[{kind.removeprefix('input_')} omitted]"
     return string_of(part, "refusal" if kind == "refusal" else "text", path)

@@ -17,7 +17,7 @@ from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.openai.logprobs import ChatLogprobs
 from tgi_asgi.api.openai.thoughts import sealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool
-from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
@@ -86,7 +86,11 @@ class ResponseRenderer:
     def fail(self, error: TgiError) -> bytes:
         """Return the event of a failed response."""
         self._begin()
-        code = error.code if isinstance(error, InvalidRequest) and error.code else "server_error"
+        code = "server_error"
+        if isinstance(error, InvalidRequest):
+            code = error.code or "invalid_prompt"
+        elif isinstance(error, Overloaded):
+            code = "rate_limit_exceeded"
         self._end("failed", error={"code": code, "message": error.message})
         return self._new_frames()
 
