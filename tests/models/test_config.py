@@ -53,7 +53,7 @@ LLAMA3 = {
 
 DYNAMIC = {"rope_type": "dynamic", "alpha": 1000.0}  # Hunyuan's
 ONE_OF_EACH = {case.served_as: case for case in reversed(CASES)}
-ODD: tuple[Any, ...] = (-1, 0, "x", [[1]], {}, 10**400)
+ODD: tuple[Any, ...] = (-1, 0, "", "x", [[1]], {}, 10**400)
 
 
 def of_json(config: dict[str, Any]) -> ModelConfig:
@@ -365,7 +365,15 @@ def test_part_of_a_head_may_turn() -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"hidden_size": "576"}, "hidden_size"),
         ({"hidden_size": None}, "lacks `hidden_size`"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be in 1\.\.1024"),
+        (
+            {"num_attention_heads": 1 << 40, "hidden_size": 1 << 41},
+            r"num_attention_heads must be in 1\.\.1024",
+        ),
+        (
+            {"max_position_embeddings": 0, "rope_scaling": {"rope_type": "yarn"}},
+            "max_position_embeddings must",
+        ),
         ({"num_key_value_heads": 2}, "multiple of num_kv_heads"),
         ({"head_dim": 41}, "head_dim must be even"),
         ({"head_dim": 0}, "head_dim must be positive, got 0"),
@@ -452,6 +460,8 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
         ({"llama.rope.scaling.type": "yarn"}, "lacks `rope.scaling.factor`"),
         ({"llama.rope.scaling.type": "linear"}, "lacks `rope.scaling.factor`"),
         ({"llama.context_length": 1 << 50}, "context_length"),
+        ({"llama.block_count": [[1], [1]]}, "must be one integer"),
+        ({"tokenizer.ggml.tokens": 5, "llama.vocab_size": None}, "vocab_size"),
         (
             {
                 "llama.rope.scaling.type": "yarn",

@@ -53,6 +53,16 @@ def read_file(path: Path, max_bytes: int, why: str = "") -> npt.NDArray[np.uint8
     return np.frombuffer(data, np.uint8)
 
 
+def read_beginning(path: Path, num_bytes: int) -> bytes:
+    """Read the first bytes of a regular file, or all if it has fewer.
+
+    Raises:
+        ModelLoadError: as `map_file`.
+    """
+    with _opened(path) as (file, _):
+        return file.read(num_bytes)
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file that is not empty; yield it and its size in bytes."""

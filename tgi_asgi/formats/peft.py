@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import parse_json_object, read_file
 from tgi_asgi.formats.patterns import Patterns
-from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile
+from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile, read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -122,7 +122,11 @@ class PeftAdapter:
         path = directory / WEIGHTS_NAME
         data = _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
-        self.targets = _targets(self._file, numbers)
+        try:
+            self.targets = _targets(self._file.tensors, numbers)
+        except ModelLoadError as error:
+            self._file.close()
+            raise ModelLoadError(f"{path}: {error}") from None
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
         hasher = hashlib.blake2b(text.data, digest_size=16)
         hasher.update(data.data)
@@ -153,11 +157,13 @@ def _read_weights(path: Path, max_bytes: int, why: str, numbers: _Numbers) -> np
 def _check_names(path: Path, numbers: _Numbers) -> None:
     """Refuse what makes a file too large, such as a whole head: its name says more than a number of bytes."""
     try:
-        file = SafetensorsFile.open(path)
+        tensors = read_header(path, _MAX_CONFIG_BYTES)
     except ModelLoadError:
         return  # then its size is the first thing to mend
-    _targets(file, numbers)
-    file.close()
+    try:
+        _targets(tensors, numbers)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -215,16 +221,7 @@ def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
         raise ModelLoadError(f"{key}: {error}") from None
 
 
-def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
-    """Return a file's modules; close it if it holds anything else."""
-    try:
-        return _read_targets(file.tensors, numbers)
-    except ModelLoadError as error:
-        file.close()
-        raise ModelLoadError(f"{file.path}: {error}") from None
-
-
-def _read_targets(tensors: Mapping[str, SafeTensor], numbers: _Numbers) -> list[PeftTarget]:
+def _targets(tensors: Mapping[str, SafeTensor], numbers: _Numbers) -> list[PeftTarget]:
     found: list[PeftTarget] = []
     for name, tensor in tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)

@@ -90,7 +90,7 @@ class Quantisation:
         layout = options.get("checkpoint_format") or options.get("format") or "gptq"
         check(
             type(bits) is int and bits in GPTQ_BITS,
-            f"GPTQ of {bits} bits is not supported, only of {', '.join(map(str, GPTQ_BITS))}",
+            f"GPTQ of {bits!r} bits is not supported, only of {', '.join(map(str, GPTQ_BITS))}",
         )
         check(
             layout in ("gptq", "gptq_v2"), f"GPTQ of checkpoint_format {layout!r} is not supported, only gptq"
@@ -104,7 +104,7 @@ class Quantisation:
     def _awq(cls, options: Mapping[str, Any]) -> Quantisation:
         bits = options.get("bits", options.get("w_bit", 4))
         version = str(options.get("version") or options.get("format") or "gemm").lower()
-        check(bits == 4, f"AWQ of {bits} bits is not supported, only of 4")
+        check(bits == 4, f"AWQ of {bits!r} bits is not supported, only of 4")
         check(
             version == "gemm" and str(options.get("backend", "")) != "llm-awq",
             f"AWQ of version {version!r} is not supported, only gemm",

@@ -23,6 +23,7 @@ from tgi_asgi.formats.files import (
     MappedFile,
     map_file,
     parse_json_object,
+    read_beginning,
     refuse_overlaps,
 )
 
@@ -95,6 +96,18 @@ class SafetensorsFile:
     def close(self) -> None:
         """Release the mapping, as `MappedFile.close`."""
         self._file.close()
+
+
+def read_header(path: Path, max_bytes: int) -> dict[str, SafeTensor]:
+    """Read the tensors that a file's header lists, without the tensors themselves.
+
+    Raises:
+        ModelLoadError: if it has no such header of at most `max_bytes` bytes.
+    """
+    data = np.frombuffer(read_beginning(path, 8 + max_bytes), np.uint8)
+    header, start = _read_header(data)
+    header.pop("__metadata__", None)
+    return {name: _read_info(name, entry, start) for name, entry in header.items()}
 
 
 def _parse_strictly(data: bytes) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tgi_asgi.ops import StateShape
 
 MAX_CONTEXT = 1 << 24
+MAX_HEADS = 1 << 10
 
 # Inclusive bounds of every integer: wide enough for any known model, narrow enough that their products fit 64
 # bits.
@@ -26,8 +27,8 @@ _BOUNDS = {
     "vocab_size": (2, 1 << 21),
     "hidden_size": (1, 1 << 16),
     "intermediate_size": (1, 1 << 20),
-    "num_heads": (1, 1 << 10),
-    "num_kv_heads": (1, 1 << 10),
+    "num_heads": (1, MAX_HEADS),
+    "num_kv_heads": (1, MAX_HEADS),
     "head_dim": (2, 256),  # limit of the attention kernels
     "context_length": (1, MAX_CONTEXT),
 }

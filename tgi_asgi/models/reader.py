@@ -110,7 +110,7 @@ class Reader:
         # The only group of keys without the architecture's name as prefix.
         values |= {key: value for key, value in metadata.items() if key.startswith("xielu.")}
         tokens = metadata.get("tokenizer.ggml.tokens")
-        if "vocab_size" not in values and tokens is not None:
+        if "vocab_size" not in values and isinstance(tokens, list | np.ndarray):
             values["vocab_size"] = len(tokens)
         values = {
             key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()
@@ -145,7 +145,7 @@ class Reader:
         names = {self._name(key) for key in keys}
         values = {key: value for key, value in self._values.items() if key not in names}
         view = Reader(values, is_gguf=self.is_gguf, tensors=self.tensors)
-        view._read = self._read
+        view._read, view._own = self._read, self._own
         return view
 
     def replace(self, key: str, value: Any) -> None:
@@ -161,11 +161,18 @@ class Reader:
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """Return an integer; None counts as absent."""
         value = self._given(key, default)
-        if self.is_gguf and isinstance(value, list) and len(set(value)) == 1:  # one per layer
+        is_per_layer = self.is_gguf and isinstance(value, list) and value != []
+        if is_per_layer and value.count(value[0]) == len(value):
             value = value[0]
         check(type(value) is int, f"`{self._name(key)}` must be one integer, got {str(value)[:100]}")
         check(abs(value) <= _MAX_INTEGER, f"`{self._name(key)}` is larger than 2^53: {str(value)[:100]}")
         return int(value)
+
+    def positive(self, key: str, largest: int) -> int:
+        """Return an integer in 1..`largest`."""
+        value = self.integer(key)
+        check(0 < value <= largest, f"{self._name(key)} must be in 1..{largest}, got {value}")
+        return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """Return a number; None counts as absent."""

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check_computed
+from tgi_asgi.models.config import (
+    MAX_CONTEXT,
+    MAX_HEADS,
+    MAX_LAYERS,
+    LayerSpec,
+    RopeScaling,
+    RopeSpec,
+    check_computed,
+)
 from tgi_asgi.models.reader import Reader, as_float
 
 # Keys that the classes of older architectures do not have; they use other names for the same things.
@@ -35,8 +43,8 @@ def read_sizes(
         eps: Key of the norms' epsilon.
         activation: The MLP's function if the file does not state it; GGUF files never do.
     """
-    hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    check(num_heads > 0, f"num_attention_heads must be positive, got {num_heads}")
+    hidden_size = reader.integer("hidden_size")
+    num_heads = reader.positive("num_attention_heads", MAX_HEADS)
     head_dim = reader.integer("head_dim", hidden_size // num_heads)
     check(head_dim > 0, f"head_dim must be positive, got {head_dim}")  # families compute its root
     if reader.is_gguf:
@@ -51,7 +59,7 @@ def read_sizes(
         "num_heads": num_heads,
         "num_kv_heads": reader.integer("num_key_value_heads", num_heads),
         "head_dim": head_dim,
-        "context_length": reader.integer("max_position_embeddings"),
+        "context_length": reader.positive("max_position_embeddings", MAX_CONTEXT),
         "norm_eps": reader.number(eps, default_eps),
         "activation": _read_activation(reader, activation),
         "has_tied_embeddings": _has_tied_embeddings(reader),
@@ -238,7 +246,7 @@ def make_rope(
         f"partial_rotary_factor is {factor}, but this architecture rotates whole heads",
     )
     theta = rope.number("rope_theta", 10000.0)
-    context = reader.integer("max_position_embeddings")
+    context = reader.positive("max_position_embeddings", MAX_CONTEXT)
     scaling = _scaling_of_json(rope, context)
     rope.finish()
     return RopeSpec(int(head_dim * factor), theta, scaling)
@@ -321,7 +329,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     attention = reader.number(f"{prefix}attn_factor", 1.0)
     is_long = "rope_factors_long.weight" in reader.tensors
     if is_long:  # llama.cpp decides by the tensors; the type may be missing
-        context = reader.integer("max_position_embeddings")
+        context = reader.positive("max_position_embeddings", MAX_CONTEXT)
         return RopeScaling(
             "longrope", max(context / (original or context), 1.0), original or context,
             attention_factor=attention,
@@ -343,7 +351,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     undone = reader.number(f"{prefix}yarn_log_multiplier", 0.0)
     check(undone >= 0, f"{prefix}yarn_log_multiplier must not be negative, got {undone}")
     return RopeScaling(
-        "yarn", factor, original or reader.integer("max_position_embeddings"),
+        "yarn", factor, original or reader.positive("max_position_embeddings", MAX_CONTEXT),
         beta_fast=reader.number(f"{prefix}yarn_beta_fast", 32.0),
         beta_slow=reader.number(f"{prefix}yarn_beta_slow", 1.0),
         attention_factor=attention * yarn_magnitude(factor) / yarn_magnitude(factor, undone),

@@ -253,7 +253,8 @@ def _divide(
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
-        logger.warning("--max-kept-states is ignored: the states of %s cannot be kept", config.architecture)
+        why = "the states of %s cannot be kept" if config.has_states else "%s has no states"
+        logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
         cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))

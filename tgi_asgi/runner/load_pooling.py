@@ -113,16 +113,20 @@ def _score_tokens(
     if config.num_labels:
         return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
     if settings.score_tokens is None:
-        if any(token >= config.vocab_size for token in files.score_tokens):
-            raise ModelLoadError(f"LogitScore names tokens that the model lacks: {files.score_tokens}")
-        return files.score_tokens
+        return _existing(config, "LogitScore", files.score_tokens)
     words = settings.score_tokens.split(",")
     found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     if len(found) > 2 or any(len(ids) != 1 for ids in found):
         raise ModelLoadError(
             f"--score-tokens {settings.score_tokens}: expects one or two words, each a token of the model"
         )
-    return tuple(token for [token] in found)
+    return _existing(config, f"--score-tokens {settings.score_tokens}", tuple(token for [token] in found))
+
+
+def _existing(config: ServedConfig, name: str, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    if any(token >= config.vocab_size for token in tokens):
+        raise ModelLoadError(f"{name} names tokens that the model lacks: {tokens}")
+    return tokens
 
 
 def _score_template(config: ServedConfig, template: ChatTemplate | None) -> str | None:

@@ -112,6 +112,8 @@ class ShardProcesses:
 
     def kill(self) -> None:
         """Kill the shards at once; this process will not serve."""
+        with self._lock:  # `_watch` starts none from now on
+            self._is_closing = True
         for process in self.processes:
             process.kill()
         self.end()
@@ -121,7 +123,10 @@ class ShardProcesses:
         ranks: dict[Connection, int] = {}
         for job in self._jobs:
             try:
-                ranks[self._start(job)] = job.rank
+                with self._lock:
+                    if self._is_closing:
+                        break
+                    ranks[self._start(job)] = job.rank
             except OSError as error:
                 self._reasons.put(f"shard {job.rank} cannot be started: {error}")
         for descriptor in {each for job in self._jobs for each in job.descriptors}:

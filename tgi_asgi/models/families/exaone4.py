@@ -32,7 +32,8 @@ def read_exaone4(reader: Reader, architecture: str) -> ModelConfig:
 
 def _read_sliding(reader: Reader) -> list[bool]:
     pattern = reader.get("sliding_window_pattern")
-    if isinstance(pattern, str) and set(pattern) <= set(_PATTERN) and reader.get("layer_types") is None:
+    is_written = isinstance(pattern, str) and pattern != "" and set(pattern) <= set(_PATTERN)
+    if is_written and reader.get("layer_types") is None:
         return [pattern[index % len(pattern)] == "L" for index in range(num_layers(reader))]
     return read_sliding(reader, 4)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.generic.rules import window_rule
 
 # Prefix of this package's attention implementations: the probe's, and that of steps.
@@ -88,7 +89,7 @@ def _install_forward(forward: Callable[..., Any], module: Any, config: Any) -> N
 
 def _bloom(module: Any, config: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> Any:
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    slopes = alibi_slopes(module.num_heads)
+    slopes = torch.tensor(alibi_slopes(module.num_heads))
     rows = _attend(module, config, query, key, value, scale=module.inv_norm_factor, slopes=slopes)
     return module.dense(rows.flatten(2)) + residual, None
 
@@ -106,7 +107,7 @@ def _falcon(
     if alibi is None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     else:  # Falcon also scales the biases
-        slopes = alibi_slopes(module.num_heads) * module.inv_norm_factor
+        slopes = torch.tensor(alibi_slopes(module.num_heads)) * module.inv_norm_factor
     scale = 1 / math.sqrt(module.head_dim)
     rows = _attend(module, config, query, key, value, scale=scale, slopes=slopes)
     return module.dense(rows.flatten(2)), None
@@ -118,7 +119,7 @@ def _mpt(module: Any, config: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
         mixed = mixed.clamp(-module.clip_qkv, module.clip_qkv)
     heads = (1, mixed.shape[1], module.n_heads, module.head_dim)
     query, key, value = (each.reshape(heads).transpose(1, 2) for each in mixed.chunk(3, dim=2))
-    slopes = mpt_slopes(module.n_heads, 8)
+    slopes = torch.tensor(alibi_slopes(module.n_heads))
     rows = _attend(module, config, query, key, value, scale=module.softmax_scale, slopes=slopes)
     return module.out_proj(rows.flatten(2)), None
 
@@ -133,23 +134,6 @@ def _let_mpt_do_without_mask() -> None:
 
     module: Any = modeling_mpt
     module.create_causal_mask = create
-
-
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Return the slopes [num_heads] of Press et al.: a geometric series, extended past a power of two."""
-    power = 1 << int(math.log2(num_heads))
-    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
-    between = [2 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]
-    return torch.tensor([*slopes, *between])
-
-
-def mpt_slopes(num_heads: int, largest: float) -> Tensor:
-    """Return the slopes of MPT: those of the next power of two, every second one first."""
-    power = 1 << math.ceil(math.log2(num_heads))
-    slopes = [2 ** (-largest * (head + 1) / power) for head in range(power)]
-    if power != num_heads:
-        slopes = (slopes[1::2] + slopes[::2])[:num_heads]
-    return torch.tensor(slopes)
 
 
 _KINDS: dict[str, Callable[[Any, Any], None]] = {
