@@ -8,7 +8,7 @@ the worst outcome. Without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class Reader:
         # The only group of keys without the architecture's name as prefix.
         values |= {key: value for key, value in metadata.items() if key.startswith("xielu.")}
         tokens = metadata.get("tokenizer.ggml.tokens")
-        if "vocab_size" not in values and isinstance(tokens, list | np.ndarray):
+        if "vocab_size" not in values and isinstance(tokens, Sized):
             values["vocab_size"] = len(tokens)
         values = {
             key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()

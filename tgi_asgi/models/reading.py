@@ -106,7 +106,11 @@ def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) 
     """
     if not reader.is_gguf:
         return [reader.flag(key, default)] * len(tensors)
-    return [f"blk.0.{name}.bias" in reader.tensors for name in tensors]
+    joined = {"attn_q": "attn_qkv"}  # queries, keys and values in one
+    return [
+        f"blk.0.{name}.bias" in reader.tensors or f"blk.0.{joined.get(name)}.bias" in reader.tensors
+        for name in tensors
+    ]
 
 
 def read_layers(

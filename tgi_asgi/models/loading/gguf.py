@@ -17,6 +17,8 @@ from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import WHOLE, check_shape
 from tgi_asgi.ops import FORMATS, WeightSource
 
+# Parts of the tensor `attn_qkv`, which a file may have instead: rows of queries, of keys, then of values.
+_PARTS = re.compile(r"(blk\.\d+\.)attn_([qkv])(\.weight|\.bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -49,25 +51,40 @@ class GgufWeights:
     def __init__(self, file: GgufFile, config: ModelConfig, family: Family) -> None:
         self._file = file
         self._head_dim = config.head_dim
+        num_queries = config.num_heads * (2 if config.has_output_gate else 1)
+        self._qkv_rows = (num_queries + 2 * config.num_kv_heads) * config.head_dim
         self._names = {**GGUF_NAMES, **family.gguf_names}
         self._is_rotary_permuted = family.is_rotary_permuted
         self._unread = set(file.names)
         self.num_bytes = sum(info.nbytes for info in file.tensors.values())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and gguf_name(name, self._names) in self._file.tensors
+        return isinstance(name, str) and self._find(name)[0] in self._file.tensors
+
+    def _find(self, name: str) -> tuple[str | None, str]:
+        """Return the tensor that holds a canonical one, and as which part: q, k or v, or "" if as its own."""
+        stored = gguf_name(name, self._names)
+        part = None if stored is None or stored in self._file.tensors else _PARTS.fullmatch(stored)
+        if part is not None and (whole := f"{part[1]}attn_qkv{part[3]}") in self._file.tensors:
+            return whole, part[2]
+        return stored, ""
 
     def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`."""
-        stored = gguf_name(name, self._names)
+        stored, of_whole = self._find(name)
         if stored is None:
             raise ModelLoadError(f"GGUF files have no name for the tensor {name!r}, which the model needs")
         info = self._file.tensor(stored)
         self._unread.discard(stored)
-        if without_ones(info.shape) != without_ones(shape):  # sizes of 1 are left out by the converter
-            check_shape(info.name, info.shape, shape)
+        whole_shape, first = shape, 0
+        if of_whole:
+            whole_shape = (self._qkv_rows, *shape[1:])
+            first = {"q": 0, "k": self._qkv_rows - 2 * shape[0], "v": self._qkv_rows - shape[0]}[of_whole]
+        if without_ones(info.shape) != without_ones(whole_shape):  # sizes of 1 are left out by the converter
+            check_shape(info.name, info.shape, whole_shape)
         start, stop, _ = part.indices(shape[0])
-        data = self._file.raw(info.name, *(info.nbytes * at // shape[0] for at in (start, stop)))
+        ends = (info.nbytes * (first + at) // whole_shape[0] for at in (start, stop))
+        data = self._file.raw(info.name, *ends)
         shape = (stop - start, *shape[1:])
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
@@ -117,9 +134,9 @@ class GgufWeights:
 
     def block_columns(self, name: str) -> int:
         """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""
-        if name not in self:
+        stored, _ = self._find(name)
+        if stored not in self._file.tensors:
             return 1
-        stored = gguf_name(name, self._names)
         assert stored is not None
         return FORMATS[held_format(self._file.tensor(stored).type)].block_columns
 
