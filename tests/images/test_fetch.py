@@ -255,6 +255,19 @@ async def endless_head(head: bytes, writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
+async def crumbs(head: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(20):
+        writer.write(b"1\r\nX\r\n" * 1000)
+        await writer.drain()
+    writer.write(b"0\r\n\r\n")
+
+
+async def test_an_answer_in_very_small_parts_is_refused(internet: Internet) -> None:
+    async with web({"/": crumbs}) as (port, _):
+        assert "too many parts" in await internet.refusal(f"http://a.example:{port}/")
+
+
 @pytest.mark.parametrize(
     "sent",
     [
