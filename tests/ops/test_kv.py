@@ -161,8 +161,8 @@ def test_contents_stay_and_a_small_pool_is_supplied_whole() -> None:
 def test_a_supply_that_is_closed_ends_soon() -> None:
     pool = make_pool(4096 * MIB)
     pool.supply(4096 * MIB)
-    pool.close()
-    pool.close()
+    pool.stop_supply()
+    pool.stop_supply()
     assert resident_bytes(pool) < 1024 * MIB
     pool.supply(4096 * MIB)  # without close(): destroying the pool ends the supply
 

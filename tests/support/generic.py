@@ -120,22 +120,18 @@ def program_of(
         else None
     )
     caches = [] if pool is None else pool.layers
-    try:
-        if isinstance(model, GenericModel):
-            yield cast(Program, model.program(caches, max_context, adapters=layout))
-            return
-        num_tokens = num_sequences * max_context
-        yield ops.CpuProgram(
-            record(model, caches),
-            max_tokens=num_tokens,
-            max_sequences=num_sequences,
-            max_rows=num_tokens,
-            max_context=max_context,
-            adapters=layout,
-        )
-    finally:
-        if pool is not None:
-            pool.close()
+    if isinstance(model, GenericModel):
+        yield cast(Program, model.program(caches, max_context, adapters=layout))
+        return
+    num_tokens = num_sequences * max_context
+    yield ops.CpuProgram(
+        record(model, caches),
+        max_tokens=num_tokens,
+        max_sequences=num_sequences,
+        max_rows=num_tokens,
+        max_context=max_context,
+        adapters=layout,
+    )
 
 
 def batch_of(

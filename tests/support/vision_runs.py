@@ -74,7 +74,6 @@ def run(
         logits = program.run(batch, range(len(batch.ids)))
         for (slot, _, _), part in zip(rows, logits.split([len(ids) for _, ids, _ in rows]), strict=True):
             found[slot].append(part.clone())
-    pool.close()
     return [torch.cat(parts).numpy() for parts in found], program
 
 

@@ -113,6 +113,12 @@ def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) 
     ]
 
 
+def leave_out_drafting(reader: Reader) -> None:
+    """Reduce a GGUF file's number of layers by those at the end that draft (multi-token prediction)."""
+    drafting = reader.integer("num_nextn_predict_layers", 0)
+    reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+
+
 def read_layers(
     reader: Reader,
     sizes: Mapping[str, Any],

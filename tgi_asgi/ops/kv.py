@@ -176,8 +176,8 @@ class KvPool:
         """Start a thread that has the system supply the pool's first bytes before they are written."""
         self.native.supply(num_bytes)
 
-    def close(self) -> None:
-        """Stop the `supply` thread. Idempotent."""
+    def stop_supply(self) -> None:
+        """End the thread of `supply`, if it still runs. Idempotent."""
         self.native.close_supply()
 
 

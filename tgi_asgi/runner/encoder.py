@@ -83,7 +83,6 @@ class EncoderRunner:
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
-        self._program.close()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread; no other thread may call this.

@@ -147,7 +147,7 @@ class CpuRunner:
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
         if self._pool is not None:
-            self._pool.close()
+            self._pool.stop_supply()
         self._jobs.close()
         self._thread.join()
         if self._shards is not None:

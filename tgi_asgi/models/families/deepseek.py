@@ -14,7 +14,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import check_layer_types, num_layers, read_biases
+from tgi_asgi.models.reading import check_layer_types, leave_out_drafting, num_layers, read_biases
 from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, read_experts, with_experts
 from tgi_asgi.models.reading_latent import (
     has_supported_sizes,
@@ -87,8 +87,7 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
     Its layer count includes the layer that drafts. Files written before llama.cpp recorded the scoring
     function are V2's.
     """
-    drafting = reader.integer("num_nextn_predict_layers", 0)
-    reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+    leave_out_drafting(reader)
     latent = interleaved(read_latent(reader), True)
     has_correction = any("exp_probs_b" in name for name in reader.tensors)
     kind = reader.integer("expert_gating_func", _SIGMOID if has_correction else _SOFTMAX)

@@ -6,7 +6,14 @@ from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading import (
+    leave_out_drafting,
+    num_layers,
+    read_biases,
+    read_layers,
+    read_sizes,
+    read_windows,
+)
 from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, with_experts
 
 
@@ -17,9 +24,8 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
         n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
         first_k_dense_replace=1,
     )  # fmt: skip
-    if reader.is_gguf:  # the count includes the layer that drafts
-        drafting = reader.integer("num_nextn_predict_layers", 0)
-        reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+    if reader.is_gguf:
+        leave_out_drafting(reader)
     sizes = read_sizes(reader)
     qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)

@@ -14,12 +14,12 @@ from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.families.qwen_moe import Qwen2MoeWeights
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     check_layer_types,
+    leave_out_drafting,
     make_rope,
     num_layers,
     read_layers,
@@ -111,9 +111,8 @@ def _with_experts(
 
 def _read(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(head_dim=256, partial_rotary_factor=0.25)
-    if reader.is_gguf:  # the count includes the layers that draft
-        drafting = reader.integer("num_nextn_predict_layers", 0)
-        reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+    if reader.is_gguf:
+        leave_out_drafting(reader)
         reader.ignore("rope.dimension_sections")
     check_computed(not reader.flag("attention_bias", False), "attention_bias is not supported here")
     check_computed(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
@@ -179,16 +178,10 @@ def _with_tiles(layer: LayerSpec) -> LayerSpec:
     return replace(layer, recurrent=replace(delta, is_tiled=True))
 
 
-class QwenNextWeights(LayerWeights):
-    """A layer whose shared expert has a name in the singular."""
-
-    expert_names = (ExpertNames(shared="mlp.shared_expert"),)
-
-
 class QwenNext(Decoder):
     """The decoder with Qwen3-Next's expert names; vision models nest its weights one name deeper."""
 
-    weights_class = QwenNextWeights
+    weights_class = Qwen2MoeWeights
     checkpoint = CheckpointLayout(part="language_model")
 
 

@@ -151,8 +151,6 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
         for index, ids, start in rows:
             found.append((name, index, start, logits[at : at + len(ids)].clone()))
             at += len(ids)
-    if pool is not None:
-        pool.close()
     return found
 
 
@@ -165,8 +163,6 @@ def run_step(model: GenericModel, num_tokens: int) -> None:
     model.program([] if pool is None else pool.layers, BLOCK).run(
         flat_rows([(0, ids[:-1], 0), (1, ids[-1:], 0)], 1), [0]
     )
-    if pool is not None:
-        pool.close()
 
 
 def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:

@@ -83,7 +83,7 @@ class CommonDecoder:
                 "heads that do not match the products",
             )
             _expect(found.is_plain and found.rule.chunk is None, "another attention")
-        rope = self._rope(shape["head_dim"])
+        rope = self._rope()
         specs = tuple(LayerSpec(rope, found.rule.window, found.scale) for found in layers)
         rows, hidden = decoder.embed_tokens.weight.shape
         return ModelConfig(
@@ -128,7 +128,7 @@ class CommonDecoder:
         }
         return tuple(shape.items())
 
-    def _rope(self, head_dim: int) -> RopeSpec:
+    def _rope(self) -> RopeSpec:
         rotary = self._decoder.rotary_emb
         frequencies = tuple(rotary.inv_freq.float().tolist())
         factor = float(rotary.attention_scaling)
@@ -366,6 +366,4 @@ def _run(model: Model, ids: Any) -> Tensor:
         ids=ids, positions=positions, slots=positions, query_start=[0, len(ids)], context_len=[len(ids)],
         block_table=np.arange(num_blocks, dtype=np.int32)[None],
     )  # fmt: skip
-    logits = program.run(batch, range(len(ids))).clone()
-    pool.close()
-    return logits
+    return program.run(batch, range(len(ids))).clone()

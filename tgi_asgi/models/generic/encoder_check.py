@@ -69,7 +69,6 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
                 pairs.append(("logits", logits, wanted_logits))
     finally:
         model.replaced.precision.is_exact = False
-        program.close()
     differences = [(_relative(one, other), what) for what, one, other in pairs]
     return max(differences)
 
@@ -81,7 +80,6 @@ def _has_same_bits(model: EncoderModel) -> bool:
     program = model.program(max_tokens=1024, max_rows=5, max_context=512)
     together = [states.copy() for states, _ in program.run(prompts)]
     alone = [states.copy() for prompt in prompts for states, _ in program.run([prompt])]
-    program.close()
     return all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))
 
 

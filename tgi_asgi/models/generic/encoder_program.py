@@ -71,11 +71,6 @@ class EncoderProgram:
                     )
                     start = stop
 
-    def close(self) -> None:
-        """Release memory. Idempotent."""
-        if self._layers is not None:
-            self._layers.close()
-
     def _compute(self, prompts: Sequence[Prompt]) -> Any:
         """Return the output of the model without its head for prompts laid out in one row."""
         inputs = {"input_ids": _row([each.ids for each in prompts])}

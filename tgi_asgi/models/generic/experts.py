@@ -137,7 +137,7 @@ class ExpertsLoader:
         shape = getattr(module, leaf).shape
         waiting = self._waiting.setdefault(name, {})
         waiting["bias" if leaf.endswith("_bias") else "weight"] = (
-            value if isinstance(value, Iterator) else _tensor(value).reshape(shape)
+            value if isinstance(value, Iterator) else tensor_of(value).reshape(shape)
         )
         if module.has_bias and len(waiting) < 2:
             return True
@@ -226,5 +226,6 @@ def is_experts(module: Any) -> bool:
     )
 
 
-def _tensor(value: ops.WeightSource | Tensor) -> Tensor:
+def tensor_of(value: ops.WeightSource | Tensor) -> Tensor:
+    """Return a weight as floats, in its own order of columns."""
     return value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())

@@ -130,7 +130,7 @@ class Replaced:
             return False
         source = _source(value)
         if path in self._transposed and leaf == "weight":
-            source = ops.from_floats(_tensor(source).T.contiguous())
+            source = ops.from_floats(experts.tensor_of(source).T.contiguous())
         waiting = self._waiting.setdefault(path, {})
         waiting[leaf] = source
         if module.bias is None or len(waiting) == 2:
@@ -181,10 +181,6 @@ def _norm_of(module: nn.Module) -> ops.NormWeight | None:
     return ops.NormWeight.layer(
         weight.numel(), eps, weight=weight, bias=None if bias is None else bias.float()
     )
-
-
-def _tensor(value: ops.WeightSource | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
 
 
 def _source(value: ops.WeightSource | Tensor) -> ops.WeightSource:

@@ -174,11 +174,6 @@ class WholeLayers:
         rows = paged.run(scratch, by_token(query), by_token(key), by_token(value), spec)
         return rows[None], None
 
-    def close(self) -> None:
-        """Release the scratch pools. Idempotent."""
-        for pool in self._pools.values():
-            pool.close()
-
 
 def _batch(lengths: Sequence[int]) -> ops.FlatRows:
     """Lay out prompts one after the other, each starting at a new block."""

@@ -113,5 +113,4 @@ def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
     for first, stop in ((0, len(ids) - 1), (len(ids) - 1, len(ids))):
         batch = flat_rows([(0, np.array(ids[first:stop]), first)], width)
         parts.append(program.run(batch, range(stop - first)).clone())
-    pool.close()
     return torch.cat(parts)
