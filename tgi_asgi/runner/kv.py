@@ -12,7 +12,7 @@ from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
-_MAX_TOKENS = (1 << 31) - 128  # of one group: kernels number them in 31 bits, less up to two blocks of 64
+_MAX_TOKENS = (1 << 31) - 128  # of all groups: kernels number them in 31 bits, less up to two blocks of 64
 _MIN_BYTES = 64  # minimum per token, when a model keeps no keys and values
 _SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
 
