@@ -22,6 +22,7 @@ T = TypeVar("T")
 NO_IMAGES = "the model reads nothing but text"  # why an image is refused
 ONLY_USERS = "only the user's messages may have images"
 OMITTED_IMAGE = "[image omitted]"  # stands for an image in the result of a tool
+_MAX_SAID = 300  # characters of msgspec's message, which repeats a wrong name whole
 MAX_ECHOED_CHARS = 256  # of a client's name that is sent back, in every chunk of a stream
 
 # An escaped backslash or a whole pair, which are skipped; or else a half of a surrogate pair.
@@ -52,9 +53,6 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
             # Clients cut texts between the two halves of an emoji; msgspec calls some such bodies truncated.
             why = "a string has half of a surrogate pair (\\ud800 to \\udfff)"
         raise InvalidRequest(f"The request body is not valid JSON: {why}", is_syntax=True) from None
-
-
-_MAX_SAID = 300  # characters of msgspec's message, which repeats a wrong name whole
 
 
 def invalid_field(message: str) -> InvalidRequest:

@@ -71,7 +71,8 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         return
     with admitted(exchange, _num_needed(call, context.settings.max_concurrent_requests)) as permit:
         [adapter] = await lease_adapters(exchange, served, [model])  # must be the first await
-        requests = await exchange.unless_gone(_requests(exchange, served, call, adapter))
+        work = _requests(exchange, served, call, adapter)
+        requests = await (exchange.unless_gone(work) if exchange.is_large else work)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
     exchange.is_large |= call.num_numbers * len(vectors) > _LARGE

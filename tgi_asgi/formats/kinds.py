@@ -1,6 +1,7 @@
 """Recognise folders and repositories that are not models that can be served, and say what to do instead.
 
-`sources.py` and `hub_models.py` call this before weights are fetched or read. It checks the files' names, then config.json.
+`sources.py` and `hub_models.py` call this before weights are fetched or read. It checks the files' names,
+then config.json.
 """
 
 from __future__ import annotations
