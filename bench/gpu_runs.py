@@ -24,6 +24,7 @@ from bench.gpu_timing import time_calls
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import LoadedModel
 from tgi_asgi.runner.plan import SlotStart, StepRow
@@ -120,9 +121,9 @@ def make_runner(
     size = KvSize(-(-tokens // gpu_model.BLOCK), gpu_model.BLOCK, 1, torch.bfloat16)
     model = gpu_model.RandomLlama(config, longest, weights)
     return CudaRunner(
-        model, device, lambda free_bytes: size, block_size=gpu_model.BLOCK, max_batch_size=max_batch,
-        max_step_tokens=max(PROMPTS) + max_batch, max_context=longest,
-        kv_dtype=torch.float8_e4m3fn if kv == "fp8" else None,
+        model, device, lambda free_bytes: size,
+        StepLimits(gpu_model.BLOCK, max_batch, max(PROMPTS) + max_batch, longest),
+        CudaTypes(kv=torch.float8_e4m3fn if kv == "fp8" else None),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize
 
 FP16 = torch.float16
@@ -46,12 +47,8 @@ def make_runner(
         model,
         device,
         choose,
-        block_size=16,
-        max_batch_size=2,
-        max_step_tokens=64,
-        max_context=max_context,
-        dtype=FP16,
-        kv_dtype=kv_dtype,
+        StepLimits(block_size=16, max_batch_size=2, max_step_tokens=64, max_context=max_context),
+        CudaTypes(FP16, kv_dtype),
         adapters=adapters,
     )
 

@@ -20,7 +20,7 @@ from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_buffers import StepBuffers
-from tgi_asgi.runner.cuda_steps import CudaSteps
+from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
@@ -64,8 +64,8 @@ def make_runner(
     def make(device: EmulatedDevice) -> CudaRunner:
         size = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
         runner = CudaRunner(
-            model, device, lambda free_bytes: size, block_size=16, max_batch_size=8, max_step_tokens=64,
-            max_context=256, dtype=FP16,
+            model, device, lambda free_bytes: size,
+            StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256), CudaTypes(FP16),
         )  # fmt: skip
         runners.append(runner)
         return runner

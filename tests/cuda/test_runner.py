@@ -31,6 +31,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.ops import cuda_sample_state
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import load
@@ -65,11 +66,8 @@ def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
         model,
         device,
         choose,
-        block_size=16,
-        max_batch_size=5,
-        max_step_tokens=64,
-        max_context=256,
-        dtype=FP16,
+        StepLimits(block_size=16, max_batch_size=5, max_step_tokens=64, max_context=256),
+        CudaTypes(FP16),
     )
     yield runner
     runner.close()
@@ -241,11 +239,8 @@ def test_what_preparing_raises_is_raised_to_who_makes_the_runner(
             model,
             device,
             choose,
-            block_size=16,
-            max_batch_size=2,
-            max_step_tokens=8,
-            max_context=64,
-            dtype=FP16,
+            StepLimits(block_size=16, max_batch_size=2, max_step_tokens=8, max_context=64),
+            CudaTypes(FP16),
         )
 
 

@@ -282,7 +282,9 @@ def test_each_expert_of_a_gguf_file_is_read_alone(tmp_path: Path, format: str) -
     metadata = {"general.architecture": "qwen3moe"}
     path = gguf_bytes.write(tmp_path / "model.gguf", gguf_bytes.gguf_bytes(metadata, [stored]))
     progress: list[int] = []
-    config: Any = SimpleNamespace(head_dim=HEAD_DIM, layers=[None])
+    config: Any = SimpleNamespace(
+        head_dim=HEAD_DIM, num_heads=1, num_kv_heads=1, has_output_gate=False, layers=[None]
+    )
     with GgufFile.open(path) as file:
         weights = GgufWeights(file, config, find_by_gguf_name("qwen3moe"))
         tracked = TrackedWeights(weights, lambda stage, done, total: progress.append(done))

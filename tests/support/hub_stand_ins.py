@@ -33,8 +33,8 @@ def _reranker(folder: Path) -> None:
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
-    for word, replaced in (("no", "þ"), ("yes", "ÿ")):
-        vocabulary[word] = vocabulary.pop(replaced, len(vocabulary))
+    for word, replaced in zip(("no", "yes"), list(vocabulary)[-2:], strict=True):
+        vocabulary[word] = vocabulary.pop(replaced)
     tokenizer["added_tokens"] = [
         {"id": vocabulary[word], "content": word, "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": False, "special": False}

@@ -24,7 +24,6 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
-from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -71,8 +70,7 @@ class _Staging:
 class CudaRunner:
     """A `Runner` that computes on a CUDA device.
 
-        runner = CudaRunner(model, CudaDevice(), choose, block_size=16, max_batch_size=256,
-                            max_step_tokens=8448, max_context=8192)
+        runner = CudaRunner(model, CudaDevice(), choose, StepLimits(16, 256, 8448, 8192))
         result = await runner.submit(StepPlan(0, rows))
 
     The model's weights are plain tensors. The model is not kept once it is recorded.
@@ -80,14 +78,6 @@ class CudaRunner:
     Args:
         choose: Returns the cache size for the bytes that are free after everything else is allocated and a
             step of the largest size has run.
-        dtype: Type of weights and activations.
-        kv_dtype: Type of the cache: `dtype` (None), or float8_e4m3fn, which stores keys and values divided by
-            `kv_scales`.
-        kv_scales: Scales of keys and of values per layer; None: 1.
-        is_batch_invariant: Whether a token's logits have the same bits whatever else is in the step and
-            however a prompt is chunked.
-        prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
-        has_dependent_launches: Whether a kernel may begin before the previous one has ended.
         max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
@@ -101,26 +91,18 @@ class CudaRunner:
         model: Model,
         device: Device,
         choose: Callable[[int], KvSize],
+        limits: StepLimits,
+        types: CudaTypes | None = None,
         *,
-        block_size: int,
-        max_batch_size: int,
-        max_step_tokens: int,
-        max_context: int,
-        dtype: torch.dtype = torch.bfloat16,
-        kv_dtype: torch.dtype | None = None,
-        kv_scales: Sequence[tuple[float, float]] | None = None,
-        is_batch_invariant: bool = False,
-        prompt_attention: PromptAttention = PromptAttention.PAGED,
-        has_dependent_launches: bool = False,
         max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
-        config = model.config
-        self.block_size = block_size
-        self.max_batch_size = max_batch_size
-        self.max_step_tokens = max_step_tokens
-        self.max_context = max_context
+        types = CudaTypes() if types is None else types
+        self.block_size = limits.block_size
+        self.max_batch_size = limits.max_batch_size
+        self.max_step_tokens = limits.max_step_tokens
+        self.max_context = limits.max_context
         self.min_chunk = MIN_CHUNK
         self.num_threads = 0
         self.takes_whole_prompts = self.has_prompt_arithmetic = False
@@ -130,20 +112,16 @@ class CudaRunner:
         # One block table serves all layers, so blocks outside sliding windows are not freed.
         self.windows: tuple[int | None, ...] = (None,)
         self._device, self._shards, self._adapters = device, shards, adapters
-        self._is_batch_invariant = is_batch_invariant
-        self._prompt_lens = [0] * max_batch_size  # by slot
-        self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
-        limits = StepLimits(block_size, max_batch_size, max_step_tokens, max_context)
+        self._is_batch_invariant = types.is_batch_invariant
+        self._choose = choose
+        self._prompt_lens = [0] * limits.max_batch_size  # by slot
+        self._sampler = CudaSampler(limits.max_batch_size, model.config.vocab_size, max_top, device)
         self._steps = CudaSteps(
-            model, device, limits,
-            CudaTypes(
-                dtype, kv_dtype, kv_scales, is_batch_invariant, prompt_attention, has_dependent_launches
-            ),
-            last_ids=self._sampler.state.last_ids, sample=self._sample,
+            model, device, limits, types, last_ids=self._sampler.state.last_ids, sample=self._sample,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
         )  # fmt: skip
-        self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
-        self._no_ids = np.zeros(max_batch_size, np.int32)
+        self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=limits.max_batch_size)
+        self._no_ids = np.zeros(limits.max_batch_size, np.int32)
         self._staging = [
             _Staging(device.pinned(limits.largest.num_bytes), self._sampler.staging())
             for _ in range(MAX_IN_FLIGHT)
@@ -154,34 +132,33 @@ class CudaRunner:
         self._num_undelivered = 0
         self._delivered = threading.Condition()
         self._lost: DeviceLost | None = None
-
-        def prepare() -> KvSize:
-            device.enter_thread()
-            self._steps.profile()
-            free = device.free_bytes()
-            size = choose(free if shards is None else shards.minimum(free))
-            with self._together(Cache(size.num_blocks)):
-                self._steps.make_cache(size.num_blocks)
-                self._steps.capture()
-            return size
-
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
-        self._prepare = prepare
         if shards is not None:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
         self.num_blocks = self._prepared.result().num_blocks
         self._inputs = StepInputs(
-            vocab_size=config.vocab_size,
+            vocab_size=model.config.vocab_size,
             num_blocks=self.num_blocks,
-            block_size=block_size,
-            max_context=max_context,
-            max_rows=max_batch_size,
-            max_tokens=max_step_tokens,
+            block_size=limits.block_size,
+            max_context=limits.max_context,
+            max_rows=limits.max_batch_size,
+            max_tokens=limits.max_step_tokens,
         )
         self._waiter.start()
+
+    def _prepare(self) -> KvSize:
+        """Choose the cache's size, make it, and capture the graphs; the launcher's first task."""
+        self._device.enter_thread()
+        self._steps.profile()
+        free = self._device.free_bytes()
+        size = self._choose(free if self._shards is None else self._shards.minimum(free))
+        with self._together(Cache(size.num_blocks)):
+            self._steps.make_cache(size.num_blocks)
+            self._steps.capture()
+        return size
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, from the event loop; the future fails if this step raises.

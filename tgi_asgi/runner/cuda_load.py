@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -293,7 +294,7 @@ def make_runner(
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
             message says what to change.
     """
-    types = types_of(settings, dtype)
+    types = replace(types_of(settings, dtype), kv_scales=kv_scales)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
     sizes: list[KvSize] = []
@@ -310,16 +311,8 @@ def make_runner(
             model,
             device,
             choose,
-            block_size=settings.block_size,
-            max_batch_size=settings.max_batch_size,
-            max_step_tokens=step_tokens(settings),
-            max_context=max_total_tokens,
-            dtype=dtype,
-            kv_dtype=types.kv,
-            kv_scales=kv_scales,
-            is_batch_invariant=settings.batch_invariant,
-            prompt_attention=types.prompt_attention,
-            has_dependent_launches=types.has_dependent_launches,
+            StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens),
+            types,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
             shards=shards,
             adapters=adapters,

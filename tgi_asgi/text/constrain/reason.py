@@ -29,7 +29,6 @@ _WORDS = (
         re.compile(r"^the regex .* maximum number of nested parentheses.*"),
         "a `pattern` with too many nested parentheses, or a bound of a number with too many digits",
     ),
-    (re.compile(r"^Failed to generate regex for (float|integer) range: "), "bounds of a number: "),
     (re.compile(r"^min/maxProperties"), "`minProperties` and `maxProperties` are"),
     (re.compile(r"^Unknown format: (.*)"), r"`format` \1 cannot be enforced"),
     (re.compile(r"^Resource '(.*)' is not present.*"), r"`$ref` \1 is not part of the schema"),
