@@ -75,7 +75,8 @@ class StopConditions:
     stop_token_ids: frozenset[int] = frozenset()  # in addition to the model's EOS ids
     stop: tuple[str, ...] = ()  # matched on decoded text across tokens; the earliest wins, then the longest
     include_stop: bool = False  # keep the matched stop string in the text, and hold nothing back
-    skip_special_tokens: bool = True  # special tokens produce no text
+    skip_special_tokens: bool = True  # special tokens produce no text ...
+    shown_special_ids: frozenset[int] = frozenset()  # ... except these, by which answers are parsed
     reasoning: ReasoningMarks | None = None  # of reasoning, in which stop strings are not matched
 
 

@@ -62,6 +62,11 @@ def test_special_tokens_in_the_middle_give_text_only_on_request() -> None:
     tokens = [*b"a", BOS_ID, *b"b"]
     assert text_of(events_of(tokens, max_tokens=3)) == "ab"
     assert text_of(events_of(tokens, max_tokens=3, skip_special_tokens=False)) == "a<bos>b"
+    assert text_of(events_of(tokens, max_tokens=3, shown_special_ids=frozenset({BOS_ID}))) == "a<bos>b"
+    # Also while text before them is held back, which may be the start of a stop string.
+    assert (
+        text_of(events_of(tokens, max_tokens=3, shown_special_ids=frozenset({EOS_ID}), stop=("ac",))) == "ab"
+    )
 
 
 def test_eos_is_a_token_like_others_if_it_is_ignored() -> None:

@@ -121,7 +121,6 @@ class AnswerForm:
             is_reasoning_open=self._is_open,
             shows_reasoning=self._job.shows_reasoning,
             specs=tools.specs if tools is not None else (),
-            special_ids=self._served.tokenizer.special_ids if self._job.skip_special_tokens else frozenset(),
             marker_ids=frozenset(special[text] for text in markers if text in special),
             must_call=tools is not None and tools.must_call,
             wrapper=wrapper,
@@ -165,8 +164,7 @@ class Reading:
     is_reasoning_open: bool = False
     shows_reasoning: bool = True
     specs: Sequence[ToolSpec] = ()  # tools that may be called
-    special_ids: frozenset[int] = frozenset()  # the engine shows their text; it is dropped unless a marker
-    marker_ids: frozenset[int] = frozenset()  # the format's markers among them
+    marker_ids: frozenset[int] = frozenset()  # the format's markers that are special tokens
     must_call: bool = False
     wrapper: Wrapper | None = None
     has_channels: bool = False  # the whole answer is in harmony's format
@@ -247,10 +245,7 @@ class ChoiceReader:
                         tracker.push(event)
 
     def _push(self, event: TokenEvent) -> list[Piece]:
-        text = event.text
-        reading = self._reading
-        if event.token_id in reading.special_ids and event.token_id not in reading.marker_ids:
-            text = text.removesuffix(event.data.decode("utf-8", "replace"))
+        text, reading = event.text, self._reading
         was_reasoning = self._parser.is_reasoning
         self._num_read += len(text)
         pieces = self._parser.push(text) if text else []

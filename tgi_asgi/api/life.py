@@ -204,7 +204,6 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         grammar = await _grammar(exchange, served.grammars, job, form) if is_constrained else None
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
-    shows_markers = reading is not None and bool(reading.marker_ids)
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
         request_id=exchange.request_id,
@@ -217,7 +216,8 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             stop_token_ids=job.stop_token_ids,
             stop=job.stop,
             include_stop=job.include_stop,
-            skip_special_tokens=job.skip_special_tokens and not shows_markers,
+            skip_special_tokens=job.skip_special_tokens,
+            shown_special_ids=frozenset() if reading is None else reading.marker_ids,
             reasoning=marks,
         ),
         n=job.n,

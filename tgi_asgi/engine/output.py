@@ -54,7 +54,7 @@ class ChoiceOutput:
         stop, token_id, matcher = self._stop, sampled.token_id, self._matcher
         self._num_tokens += 1
         is_special = token_id in self._tokenizer.special_ids
-        is_hidden = is_special and stop.skip_special_tokens
+        is_hidden = is_special and stop.skip_special_tokens and token_id not in stop.shown_special_ids
         data = b"" if is_hidden else self._tokenizer.token_bytes(token_id)
         event = TokenEvent(self._index, token_id, data, "", sampled.logprob, sampled.top, is_special)
         if token_id in self._eos_ids:
