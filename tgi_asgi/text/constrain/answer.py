@@ -53,14 +53,10 @@ def answer_grammar(
     arguments = [ToolArguments(spec) for spec in tools.specs] if tools is not None else []
     begin, end = _wrapped(wrapper, mark)
     body, rules = _body(content, tools, arguments, mark, begin, end)
-    free: tuple[str, ...] = ()
-    if tools is not None and content is None and not tools.must_call and tools.format.marker:
-        free = (_from_token(marked_expression(tools.format.marker, mark, tools.format.markers)),)
-    start = ""
+    opening = ending = ""
     if reasoning is not None:
         opening = "" if is_reasoning_open else marked_expression(reasoning.start, mark, reasoning.all_markers)
         ending = marked_expression(reasoning.end, mark, reasoning.all_markers)
-        optional = "" if is_reasoning_open else "?"
         rules.append("GAP: /[ \\n]+/")
         if ending.startswith("<["):
             rules.append(f"reasoning: {opening} {_ANY} {ending} GAP?")
@@ -70,13 +66,9 @@ def answer_grammar(
                 f"reasoning_text[lazy]: {_ANY} {literal(reasoning.end)}",
             ]
         rules.append(f"body: {body}")
-        body = f"reasoning{optional} body"
-        start = opening
-        free = (ending, *free) if free or not start else ()
-        if " <[" in ending:  # free text must end at a single token
-            start, free = "", ()
-    if "<[" in begin + end:  # markers as tokens are no text, and no single token separates them from it
-        start, free = "", ()
+        body = f"reasoning{'' if is_reasoning_open else '?'} body"
+    calls = tools if content is None else None
+    free, start = _free_text(calls, mark, opening, ending, has_marked_wrapper="<[" in begin + end)
     named = (("answer", content.lark), *content.parts) if content is not None else ()
     ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
     lark = "\n".join([f"start: {body}", *rules])
@@ -95,6 +87,26 @@ def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:
 def _from_token(expression: str) -> str:
     """Return a marker from its first special token on; anything before that counts as text."""
     return expression[expression.index("<[") :] if "<[" in expression else expression
+
+
+def _free_text(
+    tools: ToolUse | None, mark: Mark, opening: str, ending: str, *, has_marked_wrapper: bool
+) -> tuple[tuple[str, ...], str]:
+    """Return `GrammarSource.free` and `opening` of an answer, whose text is free if it may have tools' calls.
+
+    Args:
+        opening, ending: Marks of the reasoning; empty if there is none, or if it is already open.
+        has_marked_wrapper: Whether tokens wrap the answer's text: they are no text, and no single token
+            separates them from it.
+    """
+    if has_marked_wrapper or " <[" in ending:  # free text must end at a single token
+        return (), ""
+    free: tuple[str, ...] = ()
+    if tools is not None and not tools.must_call and tools.format.marker:
+        free = (_from_token(marked_expression(tools.format.marker, mark, tools.format.markers)),)
+    if ending and (free or not opening):
+        free = (ending, *free)
+    return free, opening
 
 
 def _body(
