@@ -62,11 +62,13 @@ class AnswerParser:
         self._opening = ""  # the marker that led to the calls, with the blanks before it
         self._has_called = False  # since that marker
         self._num_read = 0  # characters so far
-        self._has_content = False
+        self._has_content = False  # or a call that may only begin an answer
+        self._has_text = False
         self._label = style.label if style is not None else ""  # while it may follow
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
         self._skips_blanks = False  # after the end of another part
+        self._gap = ""  # the last blank there
         self._part = _Part.START
         if is_reasoning_open:
             self._part = _Part.REASONING
@@ -175,8 +177,7 @@ class AnswerParser:
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
         """Emit text; return True if calls follow."""
         if self._skips_blanks:
-            self._held = self._held.lstrip("\n ")
-            self._skips_blanks = not self._held
+            self._skip_blanks()
         tools = self._tools
         if tools is None:
             self._emit_text(pieces, 0, is_end=is_end)
@@ -194,6 +195,7 @@ class AnswerParser:
             before = before.removesuffix(self._end).rstrip() if self._end else before
             if before:
                 pieces.append(Content(before, self._num_read - len(self._held)))
+                self._has_text = True
             size = at + len(marker) if marker == tools.marker else at
             self._enter_calls(tools, self._held[size_before:size], self._held[size:])
             return True
@@ -201,6 +203,13 @@ class AnswerParser:
         held = max(_num_held_with_blanks(self._held, marker, self._num_known) for marker in markers)
         self._emit_text(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
+
+    def _skip_blanks(self) -> None:
+        """Drop the blanks after another part, but the last if it separates two texts."""
+        text = self._held.lstrip("\n\r ")
+        self._gap = self._held[: len(self._held) - len(text)][-1:] or self._gap
+        self._skips_blanks = not text
+        self._held = self._gap + text if text and self._has_text else text
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
         """Read an answer whose beginning decides if it is text (possibly JSON) or calls; return if it has."""
@@ -241,7 +250,7 @@ class AnswerParser:
         self._part = _Part.TEXT
         self._held = rest if self._has_called else self._opening + rest
         self._num_known = 0 if self._has_called else len(self._opening) + 1
-        self._skips_blanks = self._has_called
+        self._skips_blanks, self._gap = self._has_called, ""
 
     def _emit_text(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
         if self._end:
@@ -250,7 +259,7 @@ class AnswerParser:
         shown = self._release(num_held)
         if shown:
             pieces.append(Content(shown, start))
-            self._has_content = True
+            self._has_content = self._has_text = True
 
     def _num_closing(self, num_held: int, is_end: bool) -> int:
         """Return how many characters to hold back, so that a closing wrapper is held back as well.

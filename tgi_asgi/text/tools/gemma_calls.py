@@ -70,7 +70,7 @@ class GemmaCallParser:
             or (text.startswith(_CALL) and any(each.startswith(name) for each in self._schemas) and not brace)
         ):
             whole = self._opening + self._buffer
-            self.rest = whole.lstrip() if self._has_called else whole
+            self.rest = whole
 
 
 class _Arguments:

@@ -166,7 +166,7 @@ class JsonCallParser:
 
     def _give_up(self) -> None:
         text = self._opening + self._buffer
-        self.rest = text.lstrip() if self._has_called else text
+        self.rest = text
         self._buffer = self._opening = ""
 
 

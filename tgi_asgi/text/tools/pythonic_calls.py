@@ -75,7 +75,7 @@ class PythonicCallParser:
             self._give_up(text[at:])
 
     def _give_up(self, text: str) -> None:
-        self.rest = (self._buffer.lstrip(" ,\n") if self._has_called else self._buffer) + text
+        self.rest = (self._buffer.lstrip(",") if self._has_called else self._buffer) + text
         self._buffer = ""
 
 

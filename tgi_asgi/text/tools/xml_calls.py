@@ -172,7 +172,7 @@ class XmlCallParser:
         may_begin = is_open and self._tags.may_begin(text)
         if found or not (may_begin or any(mark.startswith(text) for mark in self._marks)):
             whole = self._opening + self._buffer
-            self.rest = whole.lstrip() if self._has_called else whole
+            self.rest = whole
         return False
 
     def _begin_argument(self, found: re.Match[str], pieces: list[Piece]) -> bool:
