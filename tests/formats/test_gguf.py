@@ -184,6 +184,17 @@ def test_a_header_that_lies_is_refused_with_the_reason(tmp_path: Path, data: byt
     assert reason in refusal(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    "value", [struct.pack("<IQ", 8, 1 << 30), struct.pack("<IIQ", 9, 4, 1 << 28)], ids=["string", "array"]
+)
+def test_a_value_that_would_fill_the_memory_is_refused(tmp_path: Path, value: bytes) -> None:
+    path = write(tmp_path / "large.gguf", gguf_bytes({"large": value}))
+    with path.open("r+b") as file:
+        file.truncate(4 << 30)  # a hole
+    with pytest.raises(ModelLoadError, match=r"metadata `large` has 1073741824 bytes; at most 268435456"):
+        GgufFile.open(path)
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     data = gguf_bytes({"a": 1, "b": 2}).replace(string("b"), string("a"))
     assert "`a` is given twice" in refusal(tmp_path, data)

@@ -63,6 +63,14 @@ def test_weights_are_those_that_bitsandbytes_reads(tmp_path: Path, case: str) ->
     torch.testing.assert_close(decode(source), values, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("case", "dtype"), [("nf4", torch.uint8), ("nf4-nested", torch.float32)])
+def test_scales_are_bytes_only_where_they_are_nested(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    tensors, values = recorded(case)
+    tensors["weight.absmax"] = torch.ones_like(tensors["weight.absmax"], dtype=dtype)
+    with pytest.raises(ModelLoadError, match=r"absmax' is of dtype .*, not"):
+        read(tmp_path, tensors, values.shape, BITSANDBYTES)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_codes_of_bitsandbytes_may_be_stored_as_floats(tmp_path: Path, dtype: torch.dtype) -> None:
     """`bnb_4bit_quant_storage`, which FSDP needs: the same bytes under another name."""

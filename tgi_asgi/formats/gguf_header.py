@@ -18,6 +18,7 @@ from tgi_asgi.errors import ModelLoadError
 # Limits on what a hostile header can allocate; real files have about 50 keys and 2,000 tensors.
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = (1 << 16) - 1  # the specification's own limit
+_MAX_VALUE_BYTES = 1 << 28  # of one string or array of numbers, which are copied; real ones have a few MiB
 _MAX_TENSORS = 1 << 17
 _MAX_NAME_CHARS = 1024  # ggml itself allows 63
 _MAX_DIMS = 4
@@ -130,6 +131,13 @@ class _Reader:
         self.at += num_bytes
         return self.buffer[start : self.at]
 
+    def value(self, num_bytes: int, what: str) -> memoryview:
+        """Take what is going to be copied."""
+        data = self.take(num_bytes, what)
+        if num_bytes > _MAX_VALUE_BYTES:
+            raise ModelLoadError(f"{what} has {num_bytes} bytes; at most {_MAX_VALUE_BYTES} are read")
+        return data
+
     def u32(self, what: str) -> int:
         return int(_U32.unpack(self.take(4, what))[0])
 
@@ -137,7 +145,7 @@ class _Reader:
         return int(_U64.unpack(self.take(8, what))[0])
 
     def string(self, what: str) -> str:
-        data = self.take(self.u64(f"the length of {what}"), what)
+        data = self.value(self.u64(f"the length of {what}"), what)
         try:
             return str(data, "utf-8")
         except UnicodeDecodeError as error:
@@ -230,7 +238,7 @@ def _read_array(reader: _Reader, key: str, nesting: int) -> Any:
     dtype = _SCALARS.get(kind)
     if dtype is None:
         raise ModelLoadError(f"{what} is an array of the unknown type {kind}")
-    data = reader.take(count * dtype.itemsize, what)
+    data = reader.value(count * dtype.itemsize, what)
     if kind == _BOOL and count and int(np.frombuffer(data, np.uint8).max()) > 1:
         raise ModelLoadError(f"{what} holds a boolean that is neither 0 nor 1")
     values = np.frombuffer(data, dtype).copy()  # aligned, and independent of the mapping

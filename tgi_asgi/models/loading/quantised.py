@@ -164,8 +164,10 @@ def _read_table(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> We
     """Read bitsandbytes' NF4 or FP4."""
     state = read_state(checkpoint, name)
     check_shape(name, state.shape, shape)
+    # Scales are floats, or with a nested block codes of floats.
+    scales = "U8" if state.nested_block else "F32"
     parts = {
-        table: read_array(checkpoint, f"{name}.{table}", "F32", "U8" if table == "absmax" else "F32")
+        table: read_array(checkpoint, f"{name}.{table}", scales if table == "absmax" else "F32")
         for table in (TABLES if state.nested_block else TABLES[:2])
     }
     return ops.decoded_source(decode_table(checkpoint.raw(name), state, parts))

@@ -77,6 +77,6 @@ def read_array(checkpoint: Checkpoint | SafetensorsFile, name: str, *dtypes: str
     """Return a tensor in its shape; refuse it if it is of none of these dtypes."""
     info = checkpoint.tensor(name)
     if info.dtype not in dtypes:
-        raise ModelLoadError(f"{name!r} is of dtype {info.dtype}, not {' or '.join(dict.fromkeys(dtypes))}")
+        raise ModelLoadError(f"{name!r} is of dtype {info.dtype}, not {' or '.join(dtypes)}")
     values: npt.NDArray[Any] = checkpoint.raw(name).view(_NUMPY[info.dtype]).reshape(info.shape)
     return values
