@@ -14,6 +14,7 @@ from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
 from tgi_asgi.text.constrain import source
+from tgi_asgi.text.tools import arguments
 
 TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
 OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (False, True))
@@ -52,6 +53,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("fields that `/v1/responses` echoes", [responses.MAX_ECHOED_BYTES // MIB]),
         ("a grammar as text", [source.MAX_CHARS]),
         ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),
+        ("a tool's definitions", [arguments.MAX_REPEATED]),
         ("images of a request", [Settings().max_images]),
         ("pixels of an image", [Settings().max_image_pixels]),
         ("decoded, those of one request", [Settings().max_image_memory // MIB]),
@@ -60,6 +62,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("time for all that a prompt has fetched", [images.FETCH_TIMEOUT_S]),
         ("fetched at a time", [images.MAX_FETCHES]),
         ("redirects of a URL", [fetch.MAX_REDIRECTS]),
+        ("parts of an answer", [fetch.MAX_SMALL_PARTS]),
         ("characters of a URL", [fetch.MAX_URL_CHARS]),
         ("scans of a JPEG", [headers.MAX_SCANS, headers.MAX_SEGMENTS]),
         ("stored answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),

@@ -36,8 +36,8 @@ def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler
 
     async def handle(exchange: Exchange) -> None:
         body = await exchange.read_body()
-        served = exchange.context.ready()
         try:
+            served = exchange.context.ready()
             with admitted(exchange, 1):
                 answer = await exchange.unless_gone(_answer(exchange, served, work, body))
         finally:

@@ -30,7 +30,7 @@ _CONNECT_TIMEOUT_S = 3.0  # per address
 _MAX_HEADER_BYTES = 64 << 10
 _READ_BYTES = 64 << 10
 _TURN = 64  # parts of an answer, of 10 µs each, after which other tasks get their turn
-_MAX_SMALL_PARTS = 2048  # parts beyond one for each 64 bytes; no server sends an image in such
+MAX_SMALL_PARTS = 2048  # parts beyond one for each 64 bytes; no server sends an image in such
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PORTS = {"http": 80, "https": 443}
 _PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"  # characters allowed unquoted in a path or a query
@@ -198,7 +198,7 @@ async def _read(
         num_events += 1
         if num_events % _TURN == 0:
             await asyncio.sleep(0)
-        if num_events - num_bytes // 64 > _MAX_SMALL_PARTS:
+        if num_events - num_bytes // 64 > MAX_SMALL_PARTS:
             _refuse(param, "its URL was answered in too many parts")
         event = http.next_event()
         if event is h11.NEED_DATA:

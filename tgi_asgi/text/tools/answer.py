@@ -62,8 +62,8 @@ class AnswerParser:
         self._opening = ""  # the marker that led to the calls, with the blanks before it
         self._has_called = False  # since that marker
         self._num_read = 0  # characters so far
-        self._has_content = False  # or a call that may only begin an answer
-        self._has_text = False
+        self._has_begun = False  # with text, or with a call that only an answer's beginning may be
+        self._has_text = False  # whether some has been emitted
         self._label = style.label if style is not None else ""  # while it may follow
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
@@ -182,7 +182,7 @@ class AnswerParser:
         if tools is None:
             self._emit_text(pieces, 0, is_end=is_end)
             return False
-        if not tools.marker or (tools.may_begin and not self._has_content):
+        if not tools.marker or (tools.may_begin and not self._has_begun):
             is_known = self._take_anchored(pieces, tools, is_end)
             if not tools.marker or not is_known or self._part is _Part.CALLS:
                 return self._part is _Part.CALLS
@@ -195,7 +195,7 @@ class AnswerParser:
             before = before.removesuffix(self._end).rstrip() if self._end else before
             if before:
                 pieces.append(Content(before, self._num_read - len(self._held)))
-                self._has_text = True
+                self._has_begun = self._has_text = True
             size = at + len(marker) if marker == tools.marker else at
             self._enter_calls(tools, self._held[size_before:size], self._held[size:])
             return True
@@ -215,12 +215,12 @@ class AnswerParser:
         """Read an answer whose beginning decides if it is text (possibly JSON) or calls; return if it has."""
         head = self._held.lstrip()
         is_call: bool | None = False
-        if not self._has_content and not head:
+        if not self._has_begun and not head:
             is_call = None
-        elif not self._has_content and head.startswith(tools.first):
+        elif not self._has_begun and head.startswith(tools.first):
             is_call = tools.begins(head, self._names)
         if is_call:
-            self._has_content = True
+            self._has_begun = True
             self._enter_calls(tools, "", self._held)
             return True
         is_known = is_call is not None or is_end
@@ -259,7 +259,7 @@ class AnswerParser:
         shown = self._release(num_held)
         if shown:
             pieces.append(Content(shown, start))
-            self._has_content = self._has_text = True
+            self._has_begun = self._has_text = True
 
     def _num_closing(self, num_held: int, is_end: bool) -> int:
         """Return how many characters to hold back, so that a closing wrapper is held back as well.

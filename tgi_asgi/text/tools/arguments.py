@@ -64,7 +64,7 @@ _OF_EACH = frozenset(
 )  # fmt: skip
 
 
-_MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
+MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
 
 
 class ToolArguments:
@@ -146,7 +146,7 @@ class ToolArguments:
         whole = self._spec.schema
         shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
         self._num_repeated += len(json.dumps(shared))
-        if self._num_repeated > _MAX_REPEATED:
+        if self._num_repeated > MAX_REPEATED:
             raise InvalidRequest(f"the definitions of `{self.name}` are too large to be used so often")
         return shared
 
