@@ -202,7 +202,7 @@ def make_command() -> click.Command:
         subcommand_metavar="[MODEL | COMMAND ...]",
         params=options,
         callback=_run,
-        help="Serve a language model over HTTP: TGI's API and OpenAI's.",
+        help="Serve a language model over HTTP, by the APIs of OpenAI, Anthropic, Ollama and TGI.",
         epilog=(
             "MODEL is a value for --model-id that contains a slash. Every option is also read from the "
             "environment, in upper snake case (--max-batch-size: MAX_BATCH_SIZE); the flag wins."

@@ -27,7 +27,7 @@ class Need(enum.StrEnum):
     SOFT_CAP = "soft caps of scores"
     SLOPES = "ALiBi"
     SINKS = "attention sinks"
-    OUTPUT_GATES = "gates of what heads make"
+    OUTPUT_GATES = "gated attention outputs"
     EXPERTS = "routed experts"
     STATES = "recurrent layers"
     LATENTS = "latent attention"
