@@ -763,7 +763,9 @@ class StepQueue:
     `set_sampling`; any thread may call `finish`.
     """
 
-    def __init__(self, program: Program | None = None, limits: RowLimits | None = None) -> None: ...
+    def __init__(
+        self, program: Program | None = None, limits: RowLimits | None = None, idle_s: float = 10.0
+    ) -> None: ...
     def fileno(self) -> int:
         """Return a file descriptor that is readable while finished steps wait to be returned by `done`."""
 

@@ -42,6 +42,14 @@ class Adapter {
     Array<uint16_t> up;     // [any, 16], bf16
   };
 
+  // A copy of bytes that is still to be made.
+  struct Copy {
+    uint8_t* to;
+    const void* from;
+    size_t bytes;
+  };
+
+  // Needs the GIL, and releases it while it copies.
   Adapter(LayoutPtr layout, const std::vector<Part>& parts);
 
   const LayoutPtr& layout() const { return layout_; }
@@ -49,7 +57,8 @@ class Adapter {
   int64_t num_bytes() const { return num_bytes_; }
 
  private:
-  void add(const Part& part, uint8_t* memory);
+  // Checks a part and gives it the next place in `memory`.
+  void add(const Part& part, uint8_t*& memory, std::vector<Copy>& copies);
 
   const LayoutPtr layout_;
   cpu::Memory memory_;

@@ -2,8 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -27,42 +25,8 @@ struct DirectMemory {
 };
 
 DirectMemory& direct_memory() {
-  static DirectMemory memory;
+  static auto& memory = *new DirectMemory;  // never destroyed: at exit, a thread may still compute
   return memory;
-}
-
-// Memory of tensors that each step makes and drops. It is used again, as the system would clear
-// the pages of new memory: 1.2 to 1.5 GB for 48 texts. Guarded by the GIL.
-struct Block {
-  cpu::Memory memory;
-  size_t size_log2;
-};
-
-std::vector<std::unique_ptr<Block>>& free_blocks(size_t size_log2) {
-  static auto& blocks =
-      *new std::array<std::vector<std::unique_ptr<Block>>, 63>;  // outlives tensors
-  return blocks[size_log2];
-}
-
-FloatArray new_rows(int64_t num_rows, int64_t columns) {
-  check(num_rows > 0 && columns > 0, "rows must have a size, got ", num_rows, " x ", columns);
-  const int64_t bytes = cpu::product_of_sizes({num_rows, columns, kFloatBytes});
-  size_t size_log2 = 0;
-  while (int64_t{1} << size_log2 < bytes) ++size_log2;
-  std::vector<std::unique_ptr<Block>>& free = free_blocks(size_log2);
-  if (free.empty()) {
-    // Only the pages that rows touch are committed.
-    free.push_back(
-        std::make_unique<Block>(Block{cpu::allocate(int64_t{1} << size_log2), size_log2}));
-  }
-  auto* const data = reinterpret_cast<float*>(free.back()->memory.get());
-  const py::capsule owner(free.back().get(), [](void* block) {
-    std::unique_ptr<Block> back(static_cast<Block*>(block));
-    free_blocks(back->size_log2).push_back(std::move(back));
-  });
-  free.back().release();
-  free.pop_back();
-  return FloatArray({num_rows, columns}, data, owner);
 }
 
 // Returns the row stride of a tensor [rows, columns].
@@ -254,8 +218,6 @@ void activate_rows(const FloatArray& x, const std::string& activation_name, Floa
 }  // namespace
 
 void bind_direct(py::module_& module) {
-  module.def("new_rows", &new_rows, py::arg("num_rows"), py::arg("columns"),
-             "Return an array [num_rows, columns] whose values are arbitrary.");
   module.def("linear_rows", &linear_rows, py::arg("weight"), py::arg("bias").noconvert(),
              py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
              py::arg("adapters") = py::none(), py::arg("product") = 0,

@@ -206,7 +206,7 @@ struct ExpertsMemory {
 };
 
 ExpertsMemory& experts_memory() {
-  static ExpertsMemory memory;
+  static auto& memory = *new ExpertsMemory;  // never destroyed: at exit, a thread may still compute
   return memory;
 }
 

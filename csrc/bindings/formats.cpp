@@ -15,6 +15,7 @@ using Bytes = Array<uint8_t>;
 // Checks that `data` is flat and consists of whole rows; returns their number.
 int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
   const int64_t unit = step::format_info(format).block_columns;
+  check_size(columns, "columns");
   check(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit, ", got ",
         columns);
   check_shape(data, "data", {-1});

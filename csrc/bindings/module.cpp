@@ -24,6 +24,7 @@
 #include "bindings/shards.h"
 #include "bindings/state_pool.h"
 #include "bindings/step_queue.h"
+#include "bindings/tensor_memory.h"
 #include "cpu/platform.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_program(module);
   tgi::bind_paged_attention(module);
   tgi::bind_direct(module);
+  tgi::bind_tensor_memory(module);
   tgi::bind_drafting(module);
   tgi::bind_step_queue(module);
 }

@@ -175,9 +175,8 @@ void Program::linear(const Product& product, const RowsPtr& out, int64_t first_c
   const int64_t rows = product.weight.packed.num_rows;
   check_rows_buffer(out, out->num_columns, "out");
   check(first_column >= 0 && first_column % step::kStripRows == 0 &&
-            first_column + rows <= out->num_columns,
-        "columns [", first_column, ", ", first_column + rows, ") must be in `out`, which has ",
-        out->num_columns);
+            rows <= out->num_columns - first_column,
+        rows, " columns from ", first_column, " on must be in `out`, which has ", out->num_columns);
   keep(out->memory);
   forward_.add(step::kernels().linear_rows,
                step::LinearRowsParams{linear_params(product, 1), out->data() + first_column,

@@ -4,16 +4,19 @@
 
 #include <cmath>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
+#include "bindings/tensor_memory.h"
 #include "cpu/team.h"
 
 namespace tgi {
 
 namespace py = pybind11;
 
-StepQueue::StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits)
-    : program_(std::move(program)), limits_(limits) {
+StepQueue::StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits,
+                     double idle_s)
+    : program_(std::move(program)), limits_(limits), idle_(idle_s) {
   check((program_ != nullptr) == limits_.has_value(),
         "a queue that computes needs a program and limits");
 }
@@ -32,6 +35,7 @@ void StepQueue::push_rows(int64_t number, py::handle rows, double cost_base, dou
 void StepQueue::enqueue(Item item) {
   {
     const std::lock_guard<std::mutex> guard(lock_);
+    if (is_closed_) throw std::runtime_error("the queue of steps is closed");
     queued_.push_back(std::move(item));
   }
   has_more_.notify_one();
@@ -48,7 +52,13 @@ void StepQueue::close() {
 std::optional<int64_t> StepQueue::compute_rows() {
   for (;;) {
     std::unique_lock<std::mutex> guard(lock_);
-    has_more_.wait(guard, [&] { return is_closed_ || !queued_.empty(); });
+    const auto has_more = [&] { return is_closed_ || !queued_.empty(); };
+    if (!has_more_.wait_for(guard, idle_, has_more)) {
+      guard.unlock();
+      return_free_rows();
+      guard.lock();
+      has_more_.wait(guard, has_more);
+    }
     if (queued_.empty()) return std::nullopt;
     Item item = std::move(queued_.front());
     queued_.pop_front();
@@ -180,8 +190,8 @@ py::object StepQueue::outcome_of(const Item& item) {
 void bind_step_queue(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<StepQueue>(module, "StepQueue", "See csrc/bindings/step_queue.h.")
-      .def(py::init<std::shared_ptr<Program>, std::optional<RowLimits>>(),
-           py::arg("program") = nullptr, py::arg("limits") = std::nullopt)
+      .def(py::init<std::shared_ptr<Program>, std::optional<RowLimits>, double>(),
+           py::arg("program") = nullptr, py::arg("limits") = std::nullopt, py::arg("idle_s") = 10.0)
       .def("fileno", &StepQueue::fileno)
       .def("push", &StepQueue::push)
       .def("push_rows", &StepQueue::push_rows, py::arg("number"), py::arg("rows"),

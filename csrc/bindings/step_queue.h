@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -27,9 +28,10 @@ namespace tgi {
 // returns them in the order of completion.
 class StepQueue {
  public:
-  // Without a program, steps cannot be pushed as rows. Throws std::runtime_error if there is no
-  // file descriptor left.
-  StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits);
+  // Without a program, steps cannot be pushed as rows. After `idle_s` without a step, the compute
+  // thread returns the memory of dropped tensors. Throws std::runtime_error if there is no file
+  // descriptor left.
+  StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits, double idle_s);
 
   // Readable while there are finished steps that `done` has not returned.
   int fileno() const { return signal_.fd(); }
@@ -38,7 +40,7 @@ class StepQueue {
   // Queues a step that `compute_rows` computes: none of its slots starts, and no row has a grammar.
   // The token cost decides how many drafts pay off. Throws PlanError.
   void push_rows(int64_t number, pybind11::handle rows, double cost_base, double cost_token);
-  // Accepts no further steps; `compute_rows` returns none once the queue is empty.
+  // Makes further pushes throw std::runtime_error; `compute_rows` returns none once the queue is empty.
   void close();
   // Returns the steps finished since the last call as (number, outcome). The outcome is None for a
   // step that `compute_rows` returned, an exception, or (rows, further, drafted): for each row None
@@ -81,6 +83,7 @@ class StepQueue {
 
   const std::shared_ptr<Program> program_;
   const std::optional<RowLimits> limits_;
+  const std::chrono::duration<double> idle_;
   std::shared_ptr<SampleArrays> sampling_;
   std::shared_ptr<cpu::Drafter> drafter_;  // or null
   cpu::Signal signal_;

@@ -27,6 +27,10 @@ void TokenHistory::start(std::vector<int32_t> ids, const MatchLimits& limits) {
   ids_ = std::move(ids);
   size_t heads = kFirstHeads;
   while (heads < 2 * ids_.size()) heads *= 2;
+  if (heads_.size() > heads) {  // or the slot would keep the memory of its longest sequence for ever
+    heads_.clear(), heads_.shrink_to_fit();
+    before_.clear(), before_.shrink_to_fit();
+  }
   heads_.assign(heads, -1);
   before_.assign(ids_.size(), -1);
   for (size_t end = 0; end < ids_.size(); ++end) index(end, limits);

@@ -124,6 +124,15 @@ def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "message"), [(0, "positive"), (1 << 62, "at most"), (3, "whole rows of 12")]
+)
+def test_rows_without_a_possible_size_are_not_decoded(columns: int, message: str) -> None:
+    """2^62 columns have 2^64 bytes, which an integer of 64 bits holds as 0."""
+    with pytest.raises(ValueError, match=message):
+        _C.decode_rows(np.zeros(16, np.uint8), "F32", columns)
+
+
+@pytest.mark.parametrize(
     ("columns", "order", "size", "message"),
     [
         (48, np.arange(32), 32 * 34, "48"),

@@ -102,9 +102,9 @@ def test_states_are_kept_in_the_middle_of_chunks_and_found_with_the_result() -> 
     assert [kept_at(step.plan.rows[0]) for step in steps] == [[], [], [96]]
     digest = sequence.chain.digest(5, sequence.token_ids)
     for step in steps:
-        assert states_of(scheduler).find(digest) is None
+        assert states_of(scheduler).pool.find(digest) is None
         run(scheduler, runner, step)
-    assert states_of(scheduler).find(digest) is not None
+    assert states_of(scheduler).pool.find(digest) is not None
 
 
 def test_a_prompt_goes_on_from_its_own_state_behind_its_first_chunk() -> None:

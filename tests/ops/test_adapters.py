@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -178,3 +181,36 @@ def test_an_adapter_of_tokens_that_do_not_exist_is_refused(query_start: tuple[in
             ids=np.zeros(3, int), positions=np.zeros(3, int), slots=np.zeros(3, int), query_start=query_start,
             context_len=[2, 1], block_table=np.zeros((2, 1), np.int32), adapters=[None, adapter],
         )  # fmt: skip
+
+
+def test_other_threads_run_while_an_adapter_is_copied() -> None:
+    """Loading an adapter must not delay the streams of a server: this one has 64 MB."""
+    columns, num_inner = 16384, 2048
+    layout = _C.AdapterLayout([(columns, 64, num_inner)])
+    part = (
+        0, np.zeros((num_inner, columns), np.uint16), np.ones(num_inner, np.float32),
+        np.array([[0, num_inner]] + [[0, 0]] * 3), np.zeros((num_inner, 16), np.uint16),
+    )  # fmt: skip
+    ticks, stop = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)  # only a call that releases the GIL lets the other thread run
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for _ in range(20):  # if both cores are busy, the other thread may miss its turn
+            before = ticks
+            _C.Adapter(layout, [part])
+            if ticks > before:
+                return
+        pytest.fail("no other thread ran")
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()

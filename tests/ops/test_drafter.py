@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.memory import resident_bytes
 from tgi_asgi import ops
 
 FREE: dict[str, Any] = {"base": 1.0, "token": 0.0, "num_tokens": 1}
@@ -100,3 +101,15 @@ def test_slots_out_of_range_are_refused() -> None:
         drafter.choose([(-1, 1, ())], **FREE)
     with pytest.raises(ValueError, match="longest"):
         ops.Drafter(num_slots=2, shortest=9, longest=8)
+
+
+def test_a_short_sequence_does_not_keep_the_memory_of_a_long_one() -> None:
+    drafter = ops.Drafter(num_slots=16, shortest=2, longest=32)
+    before = resident_bytes()
+    for slot in range(16):
+        drafter.start(slot, np.arange(130_000, dtype=np.int32))
+    held = resident_bytes() - before
+    for slot in range(16):
+        drafter.start(slot, np.arange(10, dtype=np.int32))
+    assert held > 20 << 20
+    assert resident_bytes() - before < held / 4

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.checkpoints import load_model, make_model, save
+from tests.support.memory import resident_bytes
 from tests.support.runner_driver import GREEDY, Job, generate
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi import _C, ops
@@ -304,3 +305,27 @@ def test_rows_are_refused_without_a_program() -> None:
         ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [[1]], samples=True)])
     with pytest.raises(ValueError, match="program and limits"):
         ops.StepQueue(_C.Program(max_tokens=1, max_sequences=1, max_rows=1, max_context=16))
+
+
+def test_a_closed_queue_takes_no_steps() -> None:
+    steps = ops.StepQueue()
+    steps.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        steps.push(0)
+    assert steps.compute_rows() is None
+
+
+async def test_an_idle_thread_returns_the_memory_of_dropped_tensors() -> None:
+    size = 64 << 20
+    rows = _C.new_rows(size // 4096, 1024)
+    rows[:] = 1.0
+    del rows
+    held = resident_bytes()
+    steps = ops.StepQueue(idle_s=0.05)
+    thread = threading.Thread(target=steps.compute_rows)
+    thread.start()
+    try:
+        await until(lambda: resident_bytes() < held - 0.9 * size)
+    finally:
+        steps.close()
+        thread.join(LONGEST_S)

@@ -112,13 +112,14 @@ class BlockPool:
         """Return the block that holds these contents, used or free."""
         return self._by_digest.get(digest)
 
-    def find_leading(self, digests: Sequence[bytes]) -> list[int]:
-        """Return the blocks that hold these contents, up to the first contents that are not found.
-
-        At 8,000 blocks, `find` for each would take most of a step's planning.
-        """
+    def find_each(self, digests: Sequence[bytes]) -> list[int | None]:
+        """Return what `find` does for each of these; 8,000 calls would take most of a step's planning."""
         find = self._by_digest.get
-        found = [find(digest) for digest in digests]
+        return [find(digest) for digest in digests]
+
+    def find_leading(self, digests: Sequence[bytes]) -> list[int]:
+        """Return the blocks that hold these contents, up to the first contents that are not found."""
+        found = self.find_each(digests)
         if None in found:
             del found[found.index(None) :]
         return found  # type: ignore[return-value]  # None has just been removed

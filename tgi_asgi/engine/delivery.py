@@ -97,7 +97,8 @@ class Delivery:
         channel: RequestChannel = sequence.owner
         if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
             self._scheduler.remove(sequence)
-            self._host.end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
+            why = "`logit_bias` and the model's `suppress_tokens` leave no token that the grammar allows"
+            self._host.end(channel, InvalidRequest(why))
             return
         if not sampled.is_finite:
             self._recovery.fail_row(sequence, "the model's logits were not finite")

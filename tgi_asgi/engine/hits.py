@@ -67,11 +67,10 @@ def find_hit(
             end = len(blocks[group])
     num_found = end = _resumable(needs, find, end)
     state: int | None = None
-    while states is not None and end > 0:
-        state = states.find(sequence.chain.digest(end - 1, sequence.token_ids))
-        if state is not None:
-            break
-        end = _resumable(needs, find, end - 1)
+    while states is not None and state is None and end > 0:
+        last, place = states.find_last(sequence.chain.digests(0, end, sequence.token_ids))
+        end = _resumable(needs, find, last)
+        state = place if end == last else None
     for group in range(num_groups):
         if needs.windows[group] is None:
             del blocks[group][end:]
