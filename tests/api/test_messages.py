@@ -384,3 +384,50 @@ async def test_models_are_listed_in_the_form_of_the_client() -> None:
         assert answer.headers["request-id"] == answer.headers["x-request-id"]
         answer = await plain.get("/v1/models")
     assert answer.json()["object"] == "list" and "anthropic-version" in answer.headers["vary"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/models", 401), ("GET", "/v1/models/toy/model", 401), ("POST", "/v1/models", 405)],
+)
+async def test_what_never_lists_models_has_the_client_s_envelope(method: str, path: str, status: int) -> None:
+    headers = {"anthropic-version": "2023-06-01"} | ({"x-api-key": "right"} if status == 405 else {})
+    async with client_of(app_of(ScriptedEngine(), Settings(api_key=("right",)))) as client:
+        answer = await client.request(method, path, headers=headers)
+        other = await client.request(method, path, headers={"authorization": "Bearer wrong"})
+    assert (answer.status_code, answer.json()["type"]) == (status, "error")
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert "code" in other.json()["error"] and "request-id" not in other.headers
+
+
+async def test_thinking_may_be_omitted_from_the_answer() -> None:
+    async with sdk(say(*ALL), template=THINKING) as client:
+        arguments: Any = dict(model="m", max_tokens=50, messages=HI, tools=TOOLS)
+        arguments["thinking"] = {"type": "adaptive", "display": "omitted"}
+        whole = await client.messages.create(**arguments)
+        async with client.messages.stream(**arguments) as stream:
+            streamed = await stream.get_final_message()
+    message: Any
+    for message in (whole, streamed):
+        thinking, text, *_ = message.content
+        assert isinstance(thinking, ThinkingBlock) and thinking.thinking == "" and thinking.signature
+        assert text.type == "text" and text.text == "Let me see."
+        details = message.usage.output_tokens_details
+        assert details is not None and details.thinking_tokens > 0
+
+
+async def test_thinking_between_tools_is_thinking() -> None:
+    assert (await post({"thinking": {"type": "between_tools"}}))[0] == 200
+
+
+@pytest.mark.parametrize(("is_error", "content"), [(True, None), (True, ""), (True, "no"), (False, "")])
+async def test_the_model_learns_that_a_tool_failed(is_error: bool, content: str | None) -> None:
+    engine = ScriptedEngine(say("a"))
+    result = {"type": "tool_result", "tool_use_id": "t", "is_error": is_error, "content": content}
+    use = {"type": "tool_use", "id": "t", "name": "now", "input": {}}
+    messages = [*HI, {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    async with client_of(app_of(engine)) as client:
+        body = {"messages": messages, "max_tokens": 5}
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert ("[the tool failed]" in prompt) == (is_error and not content)

@@ -15,7 +15,7 @@ from tgi_asgi.types import ReasoningBudget
 
 THINKING = CHATML + "{# <think> </think> #}"
 CHANNELS = CHATML + "{# <|channel|>analysis<|message|> #}"
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 HI = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
 
@@ -32,17 +32,19 @@ async def budget_of(
     engine.tokenizer = ToyTokenizer(marks=marks)
     app = scripted_app(engine, settings, chat_template=template)
     async with client_of(app) as client:
-        answer = await client.post(path, json={"messages": HI, "max_tokens": 9, **body})
+        main = {"input": HI} if path == RESPONSES else {"messages": HI, "max_tokens": 9}
+        answer = await client.post(path, json={**main, **body})
     assert answer.status_code == 200, answer.text
     return engine.requests[0].reasoning_budget, engine
 
 
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
 @pytest.mark.parametrize(
     "name",
     ["thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget"],
 )
-async def test_a_chat_bounds_its_reasoning(name: str) -> None:
-    given, engine = await budget_of(CHAT, **{name: 5})  # type: ignore[arg-type]
+async def test_a_chat_or_response_bounds_its_reasoning(name: str, path: str) -> None:
+    given, engine = await budget_of(path, **{name: 5})  # type: ignore[arg-type]
     start, end = engine.tokenizer.id_of(b"<think>"), engine.tokenizer.id_of(b"</think>")
     assert given == ReasoningBudget(5, (start,), (end,), is_open=False)
 

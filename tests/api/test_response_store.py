@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseItem
+from pydantic import TypeAdapter
 
 from tests.api.test_openai_tools import CALLS, CITY, app_of
 from tests.support.client import client_of
@@ -385,3 +388,41 @@ async def test_the_tokens_of_an_input_are_those_that_its_answer_counts() -> None
         "object": "response.input_tokens", "input_tokens": whole["usage"]["input_tokens"],
     }  # fmt: skip
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "input"
+
+
+async def test_a_response_may_go_on_without_new_input() -> None:
+    engine = ScriptedEngine(say("yes"))
+    app = app_of(engine)
+    made = await respond(app, "hi")
+    answer = await post(app, {"previous_response_id": made["id"]})
+    assert answer.status_code == 200
+    assert prompts(engine)[1].startswith(prompts(engine)[0] + "yes")
+
+
+async def test_an_answer_says_whether_it_is_stored() -> None:
+    app = app_of(ScriptedEngine(say("yes")), Settings(response_store=0))
+    assert (await respond(app, "hi"))["store"] is False
+    app = app_of(ScriptedEngine(say("yes")))
+    assert (await respond(app, "hi"))["store"] is True
+    assert (await respond(app, "hi", store=False))["store"] is False
+
+
+async def test_listed_items_of_all_kinds_are_those_of_the_sdk() -> None:
+    """OpenAI's lists have fields that a client may leave out of its input."""
+    items: list[Any] = [
+        {"role": "user", "content": "a"},
+        {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "x", "output": "y"},
+        {"type": "custom_tool_call", "call_id": "z", "name": "c", "input": "q"},
+        {"type": "custom_tool_call_output", "call_id": "z", "output": "w"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "yo"}]},
+        {"role": "user", "content": "b"},
+    ]
+    app = app_of(ScriptedEngine(say("yes")))
+    made = await respond(app, items)
+    async with client_of(app) as client:
+        listed = (await client.get(f"/v1/responses/{made['id']}/input_items?order=asc")).json()
+    assert len(listed["data"]) == len(items)
+    for item in listed["data"]:
+        TypeAdapter(ResponseItem).validate_json(json.dumps(item), strict=True)

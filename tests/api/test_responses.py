@@ -163,7 +163,7 @@ async def test_vllms_additions_are_those_of_chats() -> None:
         ({"previous_response": {"id": "resp_1"}}, "previous_response"),
         ({"previous_input_messages": [{}]}, "previous_input_messages"),
         ({"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}},
-         "structured_outputs"),
+         "text.format"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
     ],
 )  # fmt: skip
@@ -423,3 +423,61 @@ async def test_a_refusal_is_the_sdk_s_exception() -> None:
     async with sdk(say("a")) as client:
         with pytest.raises(openai.BadRequestError):
             await client.responses.create(model="m", input="hi", previous_response_id="resp_1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 3}, "max_tokens"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens"),
+        ({"max_new_tokens": 3}, "max_new_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"n": 2}, "n"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"guided_regex": "a", "regex": "b"}, "regex"),
+        ({"guided_regex": "a", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"min_p": 2}, "min_p"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"input": None}, "input"),
+        ({"input": None, "messages": []}, "input"),
+    ],
+)
+async def test_what_would_change_the_answer_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    status, body = await post(say("a"), **fields)
+    assert (status, body["error"]["param"]) == (400, param)
+
+
+async def test_other_servers_fields_are_those_of_chats() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    fields: dict[str, Any] = {
+        "guided_regex": "a+", "min_tokens": 2, "min_p": 0.5, "typical_p": 0.5, "stop_token_ids": [7],
+        "truncate_prompt_tokens": 3, "no_stop_trim": True, "seed": 1, "n": 1,
+    }  # fmt: skip
+    async with client_of(app_of(engine, chat_template=THINKING)) as client:
+        for path, main in (
+            ("/v1/responses", {"input": "hi"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ):
+            answer = await client.post(path, json={**main, **fields})
+            assert answer.status_code == 200, answer.text
+    response, chat = engine.requests
+    assert response.sampling == chat.sampling and response.stop == chat.stop
+    assert response.grammar is chat.grammar is not None and len(response.prompt_ids) == 3
+
+
+@pytest.mark.parametrize("field", ["max_new_tokens", "max_output_tokens"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_the_other_apis_do_not_ignore_a_limit_either(path: str, field: str) -> None:
+    main = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    async with client_of(app_of(ScriptedEngine(say("a")))) as client:
+        answer = await client.post(path, json={**main, field: 3})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert "use `max_tokens`" in answer.json()["error"]["message"]
+
+
+async def test_an_answer_repeats_how_its_text_and_reasoning_were_asked_for() -> None:
+    _, body = await post(say("a"), text={"verbosity": "low"}, reasoning={"generate_summary": "auto"})
+    assert body["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+    assert body["reasoning"] == {"effort": None, "summary": "auto"}

@@ -41,6 +41,7 @@ class Route:
 
     Attributes:
         dialect: API whose error envelope is used; in compatibility mode, OpenAI's routes use TGI's.
+        other_dialect: API of those clients that send its `client_header`, if two APIs have the route.
         generates: Whether it generates text, and counts as a request in the metrics.
         is_quiet: Whether it is a probe or scrape, logged only if it fails.
         summary: Summary in the OpenAPI document; "" omits the route from it.
@@ -56,6 +57,7 @@ class Route:
     summary: str = ""
     tag: str = "Server"
     dialect: Dialect = NATIVE
+    other_dialect: Dialect | None = None
     access: Access = Access.KEY
     generates: bool = False
     is_quiet: bool = False
@@ -64,6 +66,13 @@ class Route:
     media_type: str = "application/json"
     event: type | None = None
     stream_type: str = "text/event-stream"
+
+    def dialect_for(self, exchange: Exchange) -> Dialect:
+        """Return the API whose client sent the request."""
+        other = self.other_dialect
+        if other is None or other.client_header is None or exchange.header(other.client_header) is None:
+            return self.dialect
+        return other
 
 
 class RouteTable:
@@ -134,7 +143,7 @@ class _Endpoint:
         exchange: Exchange = scope.pop(_EXCHANGE)  # the exchange refers to the scope, so this avoids a cycle
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
-        exchange.use(_effective_dialect(any_row.dialect, exchange))
+        exchange.use(_effective_dialect(any_row.dialect_for(exchange), exchange))
         exchange.route = row
         self._check(exchange)
         if row is None:

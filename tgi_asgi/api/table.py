@@ -9,6 +9,7 @@ from tgi_asgi.api import docs
 from tgi_asgi.api.admin import adapters, control, status
 from tgi_asgi.api.anthropic import models as anthropic_models
 from tgi_asgi.api.anthropic import routes as anthropic
+from tgi_asgi.api.anthropic.render import ANTHROPIC
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
@@ -25,7 +26,9 @@ from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tei import routes as tei
+from tgi_asgi.api.tei.tokenize import TeiTokenizeRequest, tei_tokenize_or
 from tgi_asgi.api.tgi import routes as tgi
+from tgi_asgi.api.tgi.tokenize import tokenize
 from tgi_asgi.api.tokenising import tokenising
 from tgi_asgi.settings import Settings
 
@@ -50,14 +53,20 @@ def routes(settings: Settings) -> list[Route]:
 def _tgi() -> list[Route]:
     """Return TGI's routes; models that do not generate have TEI's at the root and for SageMaker."""
     shared = ("/", "/invocations")
-    return [
-        replace(row, handle=tei.tei_or(row.handle)) if row.path in shared and row.method == "POST" else row
-        for row in tgi.rows()
-    ]
+    rows = []
+    for row in tgi.rows():
+        if row.path in shared and row.method == "POST":
+            row = replace(row, handle=tei.tei_or(row.handle))
+        elif row.path == "/tokenize":
+            kinds = (*row.requests, TeiTokenizeRequest)
+            row = replace(row, handle=tokenising(tei_tokenize_or(tokenize)), requests=kinds)
+        rows.append(row)
+    return rows
 
 
 def _openai() -> list[Route]:
     row = partial(Route, tag="OpenAI", dialect=OPENAI)
+    shared = partial(row, other_dialect=ANTHROPIC)
     listed = partial(anthropic_models.in_own_form, list_models=status.models_of)
 
     def made(path: str, parse: Parse, summary: str, kind: type, dialect: Dialect = OPENAI) -> Route:
@@ -83,8 +92,8 @@ def _openai() -> list[Route]:
         row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A stored response"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Delete a response"),
-        row("GET", "/v1/models", listed(status.list_models), "List the served model"),
-        row("GET", "/v1/models/{model:path}", listed(status.retrieve_model), "Describe a served model"),
+        shared("GET", "/v1/models", listed(status.list_models), "List the served model"),
+        shared("GET", "/v1/models/{model:path}", listed(status.retrieve_model), "Describe a served model"),
     ]  # fmt: skip
 
 

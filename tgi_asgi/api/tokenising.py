@@ -7,8 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
+
+import msgspec
+from msgspec import Struct
 
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.context import Served
@@ -17,6 +21,7 @@ from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import Handler, admitted
 from tgi_asgi.system import return_freed_memory
 
+_PART = 4096  # tokens
 _HUGE = 1 << 20  # bytes of a body whose tokens take so much memory that the system gets it back
 
 
@@ -28,8 +33,11 @@ class WithImages:
     rest: Callable[[], bytes]
 
 
-def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
-    """Return the handler of a route that tokenises without generating; `work` turns a body into the answer.
+Tokenise = Callable[[bytes, Exchange], bytes | WithImages]  # turns a body into the answer
+
+
+def tokenising(work: Tokenise) -> Handler:
+    """Return the handler of a route that tokenises without generating.
 
     `work` runs in a thread, under a permit, because tokenising is subject to admission.
     """
@@ -48,9 +56,7 @@ def tokenising(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler
     return handle
 
 
-async def _answer(
-    exchange: Exchange, served: Served, work: Callable[[bytes, Exchange], bytes | WithImages], body: bytes
-) -> bytes:
+async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: bytes) -> bytes:
     """Return the answer; what waits for a thread does not begin if this is cancelled."""
     context = exchange.context
     # A large body may take ten seconds: such requests wait for each other, not others for them.
@@ -66,3 +72,15 @@ async def _answer(
 def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
     """Return the result of `count`, at once or after images have been loaded."""
     return WithImages(images, count) if images is not None and images.sources else count()
+
+
+def array_of(tokens: Iterable[Struct]) -> bytes:
+    """Return tokens as a JSON array.
+
+    Written in parts, because objects take several times the memory of their JSON, and the largest body has 4
+    million tokens.
+    """
+    rest, parts = iter(tokens), []
+    while part := list(islice(rest, _PART)):
+        parts.append(msgspec.json.encode(part)[1:-1])
+    return b"[" + b",".join(parts) + b"]"

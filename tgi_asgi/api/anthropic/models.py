@@ -14,7 +14,7 @@ Models = list[dict[str, Any]]  # each as `GET /v1/models` describes it
 
 
 def in_own_form(other: Handler, list_models: Callable[[Exchange], Models]) -> Handler:
-    """Return a handler of `GET /v1/models` and `GET /v1/models/{model}`.
+    """Return a handler of `GET /v1/models` and `GET /v1/models/{model}`, which both APIs have.
 
     Args:
         other: Handler for other clients.
@@ -23,10 +23,9 @@ def in_own_form(other: Handler, list_models: Callable[[Exchange], Models]) -> Ha
 
     async def handle(exchange: Exchange) -> None:
         exchange.response_headers.append((b"vary", b"anthropic-version"))
-        if exchange.header(b"anthropic-version") is None:
+        if exchange.dialect is not ANTHROPIC:
             await other(exchange)
             return
-        exchange.use(ANTHROPIC)
         models = [_model(model) for model in list_models(exchange)]
         if "model" in exchange.scope["path_params"]:
             await exchange.respond_json(models[0])

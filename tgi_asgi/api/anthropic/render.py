@@ -50,11 +50,15 @@ class MessageRenderer(Renderer):
 
     Args:
         hides_tokens: Whether `max_tokens` was 0, so the one sampled token is not shown.
+        hides_thoughts: Whether blocks of thinking have no text.
     """
 
-    def __init__(self, generation: Generation, *, hides_tokens: bool = False) -> None:
+    def __init__(
+        self, generation: Generation, *, hides_tokens: bool = False, hides_thoughts: bool = False
+    ) -> None:
         self._generation = generation
         self._hides_tokens = hides_tokens
+        self._hides_thoughts = hides_thoughts
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._id = f"msg_{secrets.token_hex(12)}"
         self._has_begun = False
@@ -120,7 +124,7 @@ class MessageRenderer(Renderer):
 
     def _add(self, piece: Piece) -> list[Event]:
         made = self._open(piece) if isinstance(piece, CallStart) or _KINDS[type(piece)] != self._kind else []
-        if isinstance(piece, CallStart):
+        if isinstance(piece, CallStart) or (self._hides_thoughts and isinstance(piece, Reasoning)):
             return made
         self._texts.append(piece.text)
         kind = _KINDS[type(piece)]

@@ -33,8 +33,9 @@ from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import Tool, choose
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-_THINKING = ("adaptive", "disabled", "enabled")
+_THINKING = ("adaptive", "between_tools", "disabled", "enabled")
 _BILLING = "x-anthropic-billing-header:"
+FAILED = "[the tool failed]"  # stands for the result of a failed call without a text
 
 
 class Turn(Struct):
@@ -99,7 +100,8 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         tools=_choice(request.tool_choice, tools, request.tools or ()),
         cache_salt=request.cache_salt,
     )
-    render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0)
+    hides_thoughts = (request.thinking or {}).get("display") == "omitted"
+    render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0, hides_thoughts=hides_thoughts)
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 
 
@@ -167,6 +169,8 @@ class _Blocks:
                 self.parts.append(_image(block.get("source"), f"{where}.source", self.images))
             case "user", "tool_result":
                 text = result_text(block.get("content") or "", f"{where}.content")
+                if block.get("is_error") and not text:
+                    text = FAILED
                 call_id = string_of(block, "tool_use_id", where)
                 self.results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":

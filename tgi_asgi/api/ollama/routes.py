@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-import tgi_asgi
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import generating, served_name
@@ -35,6 +34,7 @@ class OllamaShow(Struct):
 
 _NEVER = "2318-01-01T00:00:00Z"  # about what Ollama reports for a model that stays loaded
 _SHOW = msgspec.json.Decoder(OllamaShow)
+_OLLAMA_VERSION = "0.14.2"  # the first with /v1/messages for agents; VS Code asks for 0.6.4
 
 
 def rows() -> list[Route]:
@@ -55,7 +55,7 @@ def rows() -> list[Route]:
         row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
         row("GET", "/api/tags", list_models, "List the served model"),
         row("GET", "/api/ps", list_loaded, "List the loaded model, which is the served one"),
-        row("GET", "/api/version", version, "The server's version"),
+        row("GET", "/api/version", version, "The version of Ollama whose API this is"),
     ]  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def _listed(served: Served) -> dict[str, Any]:
 
 
 async def version(exchange: Exchange) -> None:
-    """Answer with this server's version."""
-    await exchange.respond_json({"version": tgi_asgi.__version__})
+    """Answer with the version of Ollama whose API this is: clients refuse to work with an older one."""
+    await exchange.respond_json({"version": _OLLAMA_VERSION})
 
 
 async def show(exchange: Exchange) -> None:

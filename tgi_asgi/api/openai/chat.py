@@ -12,7 +12,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
@@ -24,9 +24,6 @@ from tgi_asgi.settings import OWN_VARIABLES
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_BUDGETS = (
-    "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",
-)  # fmt: skip
 _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
@@ -35,6 +32,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
+    custom = {entry.custom.name for entry in request.tools or () if entry.type == "custom" and entry.custom}
 
     def render(generation: Generation) -> Renderer:
         [prepared] = generation.jobs
@@ -49,6 +47,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
                 must_call=job.tools is not None and job.tools.must_call,
                 is_alone=job.n == 1,
                 is_compat=is_compat,
+                custom=custom,
             )
             for _ in range(job.n)
         ]
@@ -72,10 +71,8 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
-        reasoning_budget=next(
-            (value for name in _BUDGETS if (value := getattr(request, name)) is not None), None
-        ),
-        **job_of(request, info, settings, logprobs),
+        reasoning_budget=thinking_budget(request),
+        **job_of(request, info, settings, logprobs, constraint_of(request)),
     )
 
 

@@ -6,10 +6,11 @@ This is the only difference between chats and text completions; `render.py` adds
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
+from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
@@ -90,6 +91,7 @@ class ChatChoice(TextChoice):
         may_call: Whether the answer may have tool calls.
         is_alone: Whether the answer has no other choice.
         must_call: Whether the answer must be a tool call, without text.
+        custom: Names of the tools whose calls have one string as input.
     """
 
     names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -105,8 +107,11 @@ class ChatChoice(TextChoice):
         must_call: bool = False,
         is_alone: bool = True,
         is_compat: bool = False,
+        custom: Collection[str] = (),
     ) -> None:
         super().__init__(tracker, echo=echo)
+        self._custom = custom
+        self._input = CustomInput()  # of the last call, if it is of a custom tool
         self.is_plain = reading is None and tracker is None
         self._is_text = reading is None
         self._reader = ChoiceReader(reading)
@@ -145,7 +150,9 @@ class ChatChoice(TextChoice):
         """Return the content of new events, each item for a separate chunk."""
         if self._is_text:
             return super().deltas(events)
-        return [self._delta(piece) for piece in self._reader.push(events, self.tracker)]
+        pieces = self._reader.push(events, self.tracker)
+        made = [fields for piece in pieces for fields in self._deltas(piece)]
+        return made if events[-1].finish is None else [*made, *self._more_of_call(self._rest_of_call())]
 
     def whole(self, events: Sequence[TokenEvent]) -> Fields:
         """Return the content of all events."""
@@ -161,9 +168,11 @@ class ChatChoice(TextChoice):
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         for piece in pieces:
             if isinstance(piece, CallStart):
+                self._add(self._rest_of_call())
                 self._start(piece)
             elif isinstance(piece, CallArguments):
-                self._calls[-1]["function"]["arguments"] += piece.text
+                self._add(self._given(piece.text))
+        self._add(self._rest_of_call())
         if self._is_compat and self._calls:
             for call in self._calls:
                 call["function"] = {"description": None, **call["function"]}
@@ -183,22 +192,55 @@ class ChatChoice(TextChoice):
         is_reported = is_call and not (self._is_named or self._is_compat)
         return "tool_calls" if is_reported else super().finish_reason(event)
 
-    def _delta(self, piece: Piece) -> Fields:
+    def _deltas(self, piece: Piece) -> Iterator[Fields]:
         if isinstance(piece, Content):
-            return self.text(piece.text)
-        if isinstance(piece, Reasoning):
-            return {"delta": {**self._role, "reasoning_content": piece.text, "reasoning": piece.text}}
-        if isinstance(piece, CallStart):
-            call = {"index": len(self._calls), **self._start(piece)}
+            yield self.text(piece.text)
+        elif isinstance(piece, Reasoning):
+            yield {"delta": {**self._role, "reasoning_content": piece.text, "reasoning": piece.text}}
+        elif isinstance(piece, CallStart):
+            yield from self._more_of_call(self._rest_of_call())
+            yield self._call_delta(self._start(piece))
         else:
-            call = {"index": len(self._calls) - 1, "function": {"arguments": piece.text}}
-            if self._is_compat:  # TGI repeats everything except the name
-                call |= {"id": self._calls[-1]["id"], "type": "function"}
-                call["function"] = {"name": None, "arguments": piece.text}
-        return {"delta": {**self._role, "tool_calls": [call]}}
+            yield from self._more_of_call(self._given(piece.text))
+
+    def _more_of_call(self, text: str) -> Iterator[Fields]:
+        """Yield the delta of a text that the last call is given, if it is given any."""
+        if not text:
+            return
+        kind, field = self._call_form()
+        call: dict[str, Any] = {kind: {field: text}}
+        if self._is_compat:  # TGI repeats everything except the name
+            call = {"id": self._calls[-1]["id"], "type": kind, kind: {"name": None, field: text}}
+        yield self._call_delta(call)
+
+    def _call_delta(self, call: dict[str, Any]) -> Fields:
+        return {"delta": {**self._role, "tool_calls": [{"index": len(self._calls) - 1, **call}]}}
 
     def _start(self, piece: CallStart) -> dict[str, Any]:
         call_id = "0" if self._is_compat else f"call_{secrets.token_hex(12)}"
-        call = {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
-        self._calls.append(call)
-        return call
+        kind = "custom" if piece.name in self._custom else "function"
+        self._calls.append({"id": call_id, "type": kind})
+        self._input = CustomInput()
+        kind, field = self._call_form()
+        self._calls[-1][kind] = {"name": piece.name, field: ""}
+        return self._calls[-1]
+
+    def _call_form(self) -> tuple[str, str]:
+        """Return the type of the last call, and the name of what its function or tool is given."""
+        kind = self._calls[-1]["type"]
+        return kind, "input" if kind == "custom" else "arguments"
+
+    def _given(self, arguments: str) -> str:
+        """Return what new arguments add to the last call: themselves, or the input that they stand for."""
+        return self._input.push(arguments) if self._calls[-1]["type"] == "custom" else arguments
+
+    def _rest_of_call(self) -> str:
+        """Return what the last call, which ends, is given besides."""
+        text = self._input.finish()  # nothing, unless it is of a custom tool
+        self._input = CustomInput()
+        return text
+
+    def _add(self, text: str) -> None:
+        if text:
+            kind, field = self._call_form()
+            self._calls[-1][kind][field] += text

@@ -12,7 +12,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_common, check_ids, job_of
+from tgi_asgi.api.openai.params import THINKING_BUDGETS, check_common, check_ids, constraint_of, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
@@ -34,7 +34,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     best_of = _check_own(request, limits, num_prompts, n)
     # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
-    shared = job_of(request, info, settings, logprobs)
+    shared = job_of(request, info, settings, logprobs, constraint_of(request))
     sampling = shared.pop("sampling")
     hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden
     jobs = []
@@ -76,7 +76,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
-    check_unset(request, ("thinking_token_budget", "prompt_embeds"))
+    check_unset(request, (*THINKING_BUDGETS, "prompt_embeds"))  # completions have no reasoning of their own
     if request.suffix:
         raise UnsupportedSuffix(
             "Suffix is not supported and can be achieved by preprocessing the prompt.",

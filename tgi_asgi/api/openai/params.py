@@ -1,16 +1,16 @@
-"""Checks of the fields that chats and completions share, and their conversion to a `Job`'s parameters.
+"""Checks of the fields that requests for text share, and their conversion to a `Job`'s parameters.
 
 Pure functions over decoded requests; every refusal names the field and the allowed values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.api.call import Constraint
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
-from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat
+from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
 from tgi_asgi.api.parse import check_ranges, check_unset, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.settings import Settings
@@ -20,6 +20,11 @@ from tgi_asgi.types import ModelInfo
 _UNSUPPORTED = (
     "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
     "repetition_detection", "logits_processors", "stop_regex", "lora_path", "custom_logit_processor", "lora",
+)  # fmt: skip
+# Names of other fields that request what these do, with the right ones.
+_RENAMED = {"max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens"}
+THINKING_BUDGETS = (
+    "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",
 )  # fmt: skip
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
@@ -33,7 +38,7 @@ _GUIDED = {  # vLLM's old names, SGLang's, and llama.cpp's
 
 
 def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_compat: bool) -> None:
-    """Check ranges, combinations and features of the shared fields.
+    """Check ranges, combinations and features of the fields that chats and completions share.
 
     Raises:
         InvalidRequest: if a field is wrong; `param` names the first one.
@@ -43,6 +48,12 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
         refuse_field("n", f"must be at most {limits.best_of}, got {request.n}")
     if request.stream_options is not None and not request.stream and not is_compat:
         refuse_field("stream_options", "is only allowed with `stream: true`")
+    check_renamed(request, _RENAMED)
+    check_shared(request, limits, info)
+
+
+def check_shared(request: TextRequest, limits: Limits, info: ModelInfo) -> None:
+    """Check the fields that all requests for text share, except for their ranges."""
     check_stop(request.stop, limits)
     stop_ids = request.stop_token_ids or ()
     if len(stop_ids) > MAX_IDS:
@@ -53,13 +64,24 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     check_unset(request, _UNSUPPORTED)
 
 
+def check_renamed(request: TextRequest, renamed: Mapping[str, str]) -> None:
+    """Refuse the names that other APIs have for a field; `renamed` has this API's."""
+    for name, own in renamed.items():
+        if getattr(request, name) is not None:
+            refuse_field(name, f"is not a field of this API; use `{own}`", "unsupported_parameter")
+
+
 def job_of(
-    request: CommonRequest, info: ModelInfo, settings: Settings, logprobs: int | None
+    request: TextRequest,
+    info: ModelInfo,
+    settings: Settings,
+    logprobs: int | None,
+    constraint: Constraint | None,
 ) -> dict[str, Any]:
     """Return the parameters that all jobs of a checked request share, by their names in `Job`.
 
     Raises:
-        InvalidRequest: if `logit_bias` contains an invalid token id, or a constraint has the wrong form.
+        InvalidRequest: if `logit_bias` contains an invalid token id.
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
     return {
@@ -72,7 +94,7 @@ def job_of(
         "stop": stop_strings(request.stop),
         "include_stop": bool(request.include_stop_str_in_output or request.no_stop_trim),
         "skip_special_tokens": request.skip_special_tokens is not False,
-        "constraint": _constraint(request),
+        "constraint": constraint,
         "priority": request.priority or 0,
         "cache_salt": request.cache_salt,
     }
@@ -103,8 +125,28 @@ def overflow_of(settings: Settings) -> Overflow:
     return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
 
 
-def _constraint(request: CommonRequest) -> Constraint | None:
-    """Return the constraint on the answer, if any; several fields can specify it."""
+def thinking_budget(request: TextRequest) -> int | None:
+    """Return the largest number of reasoning tokens, if the request has one."""
+    given = (getattr(request, name) for name in THINKING_BUDGETS)
+    return next((value for value in given if value is not None), None)
+
+
+def constraint_of(request: CommonRequest) -> Constraint | None:
+    """Return the constraint on the answer of a chat or completion, if any; several fields can specify it."""
+    form = request.response_format
+    checked = None if form is None else _response_format(form)
+    is_strict = form is not None and form.json_schema is not None and form.json_schema.strict is True
+    return one_constraint(request, "response_format", checked, is_strict=is_strict)
+
+
+def one_constraint(
+    request: TextRequest, field: str, form: tuple[str, Any] | None, *, is_strict: bool
+) -> Constraint | None:
+    """Return the constraint of the shared fields, or the kind and value that `field` has, if any.
+
+    Raises:
+        InvalidRequest: if there are several, or one has the wrong form.
+    """
     wanted: dict[str, tuple[str, Any]] = {}
     if request.structured_outputs is not None:
         wanted["structured_outputs"] = structured_of(request.structured_outputs)
@@ -112,9 +154,8 @@ def _constraint(request: CommonRequest) -> Constraint | None:
         value = getattr(request, name)
         if value is not None and (name, value) != ("grammar", ""):  # llama.cpp's default
             wanted[name] = kind, value
-    form = request.response_format
-    if form is not None and (checked := _response_format(form)) is not None:
-        wanted["response_format"] = checked
+    if form is not None:
+        wanted[field] = form
     if not wanted:
         return None
     # guidance's VLLMModel sends one grammar under vLLM's old name and its new one. Schemas are not compared:
@@ -123,7 +164,6 @@ def _constraint(request: CommonRequest) -> Constraint | None:
     for other, constraint in others:
         if not isinstance(value, str) or constraint != (kind, value):
             refuse(other, f"`{param}` and `{other}` exclude each other")
-    is_strict = form is not None and form.json_schema is not None and form.json_schema.strict is True
     return Constraint.of(param, kind, value, is_strict=is_strict)
 
 

@@ -13,17 +13,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
+from tgi_asgi.api.openai.schema import TextRequest
 from tgi_asgi.api.openai.thoughts import unsealed
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     ONLY_USERS,
-    Fraction,
-    Int,
     Natural,
-    Penalty,
     Positive,
-    Salt,
     kind_of,
     range_of,
     refuse,
@@ -46,6 +43,10 @@ class ReasoningOptions(Struct):
 
     effort: str | None = None
     summary: str | None = None  # whatever it asks for, the summary is the whole reasoning
+    generate_summary: str | None = None  # the first name of `summary`
+
+    def __post_init__(self) -> None:
+        self.summary = self.summary or self.generate_summary
 
 
 class TextFormat(Struct):
@@ -61,26 +62,21 @@ class TextOptions(Struct):
     """Options of the answer's text."""
 
     format: TextFormat | None = None
+    verbosity: str | None = None  # echoed, but not used
 
 
 _Key = Annotated[str, Meta(max_length=64)]
 _Value = Annotated[str, Meta(max_length=512)]
 
 
-class ResponsesRequest(Struct, kw_only=True):
+class ResponsesRequest(TextRequest, kw_only=True):
     """Body of `POST /v1/responses`."""
 
-    input: str | list[dict[str, Any]]
-    model: str | None = None
+    input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     max_output_tokens: Positive | None = None
-    temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
-    top_p: Fraction | None = None
     top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
     include: list[str] | None = None
-    stream: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -96,34 +92,33 @@ class ResponsesRequest(Struct, kw_only=True):
     safety_identifier: str | None = None
     user: str | None = None
 
-    # vLLM's additions.
-    seed: Int | None = None
-    stop: str | list[str] | None = None
-    top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
-    repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    priority: int | None = None
-    cache_salt: Salt | None = None
-    structured_outputs: dict[str, Any] | None = None
-
-    # Known but not supported, and therefore refused: ignoring them would mislead. The last two are vLLM's.
+    # Known but not supported, and therefore refused: ignoring them would mislead. Those without a comment are
+    # OpenAI's.
     conversation: Any = None
     prompt: Any = None
     background: bool | None = None
-    previous_response: Any = None
-    previous_input_messages: Any = None
+    previous_response: Any = None  # vLLM's
+    previous_input_messages: Any = None  # vLLM's
+
+    # The same, of chats and completions.
+    messages: Any = None  # refused only without `input`
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    response_format: Any = None
+    reasoning_effort: Any = None
+    n: Any = None
+    chat_template: Any = None
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)
 ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
-def items_of(given: str | list[Item]) -> list[Item]:
+def items_of(given: str | list[Item] | None) -> list[Item]:
     """Return an input as a list of items."""
-    return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": given}]
+    return given or []
 
 
 def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:

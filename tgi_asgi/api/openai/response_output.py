@@ -14,9 +14,10 @@ import orjson
 
 from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.api.openai.logprobs import ChatLogprobs
 from tgi_asgi.api.openai.thoughts import sealed
-from tgi_asgi.api.tools import CUSTOM_INPUT, Tool
+from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -64,6 +65,7 @@ class ResponseRenderer:
         self._output: list[dict[str, Any]] = base["output"]
         self._kind: type[Piece] | None = None  # of the open item
         self._texts: list[str] = []  # of the open item; a string would be copied for each token
+        self._custom = CustomInput()  # of the open item, if it calls a custom tool
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -136,15 +138,22 @@ class ResponseRenderer:
         if isinstance(piece, CallStart):
             return
         item = self._output[-1]
-        self._texts.append(piece.text)
-        if item["type"] == "custom_tool_call":  # its string is known only at the end
+        if item["type"] == "custom_tool_call":
+            self._add_input(self._custom.push(piece.text))
             return
+        self._texts.append(piece.text)
         more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
         if more:
             self._growing()["logprobs"] += logprobs
         self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
         if item.get("summary"):
             self._emit("reasoning_summary_text.delta", **self._summary_place(), delta=piece.text)
+
+    def _add_input(self, text: str) -> None:
+        """Add to the input of a custom tool's call."""
+        if text:
+            self._texts.append(text)
+            self._emit("custom_tool_call_input.delta", **self._place(), delta=text)
 
     def _open(self, piece: Piece) -> None:
         """Open an item for a piece."""
@@ -155,6 +164,7 @@ class ResponseRenderer:
             kind, prefix, field = "function_call", "fc", "arguments"
             if tool is not None and tool.is_custom:
                 kind, prefix, field = "custom_tool_call", "ctc", "input"
+                self._custom = CustomInput()
             call_id = "call_" + secrets.token_hex(12)
             name = piece.name if tool is None else tool.own_name or tool.name
             item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": name, field: ""}
@@ -182,13 +192,13 @@ class ResponseRenderer:
         """Close the open item, if there is one."""
         if self._kind is None:
             return
+        if self._output[-1]["type"] == "custom_tool_call":
+            self._add_input(self._custom.finish())
         self._fill()
         self._kind = None
         item, growing, place = self._output[-1], self._growing(), self._place()
         item["status"] = status
         name, fields = _GROWING[item["type"]]
-        if item["type"] == "custom_tool_call":
-            self._emit(f"{name}.delta", **place, delta=item["input"])
         if item["type"] == "reasoning" and self._seals_thoughts:
             item["encrypted_content"] = sealed(growing["text"])
         self._emit(f"{name}.done", **place, **{field: growing[field] for field in fields})
@@ -207,7 +217,7 @@ class ResponseRenderer:
         item, text = self._output[-1], "".join(self._texts)
         match item["type"]:
             case "custom_tool_call":
-                item["input"] = _custom_input(text)
+                item["input"] = text
             case "function_call":
                 item["arguments"] = text
             case _:
@@ -257,13 +267,3 @@ def _kind_of(piece: Piece) -> type[Piece]:
 
 def _id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(16)}"
-
-
-def _custom_input(arguments: str) -> str:
-    """Return the input string of a custom tool call; empty if the call was cut off."""
-    try:
-        value = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return ""
-    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else value
-    return text if isinstance(text, str) else arguments

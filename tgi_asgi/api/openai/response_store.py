@@ -46,13 +46,18 @@ class ResponseStore:
         self._stores: dict[str | None, _TenantStore] = {}  # by tenant
 
     @property
+    def is_on(self) -> bool:
+        """Whether answers are stored at all."""
+        return self._max_responses > 0
+
+    @property
     def size(self) -> int:
         """Bytes of everything stored."""
         return sum(store.size for store in [*self._stores.values()])
 
     def add(self, stored: StoredResponse, tenant: str | None) -> None:
         """Store a tenant's answer; at the limit, drop the oldest of the tenant that holds most."""
-        if not self._max_responses or sum(map(len, stored.parts)) > self._max_bytes:
+        if not self.is_on or sum(map(len, stored.parts)) > self._max_bytes:
             return
         with self._lock:
             self._stores.setdefault(tenant, _TenantStore()).add(stored)

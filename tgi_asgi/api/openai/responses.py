@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 import msgspec
 import orjson
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
+from tgi_asgi.api.call import Call, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.life import check_name
@@ -21,14 +21,19 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_stop, overflow_of, stop_strings, structured_of
+from tgi_asgi.api.openai.params import (
+    check_renamed,
+    check_shared,
+    job_of,
+    one_constraint,
+    thinking_budget,
+)
 from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import MAX_ECHOED_CHARS, check_ranges, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
-from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
@@ -38,13 +43,14 @@ RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
 _MAX_PAGE = 100  # items per page, OpenAI's limit
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
-_SAMPLING = (
-    "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "repetition_penalty",
-    "logit_bias",
-)  # fmt: skip
 _UNSUPPORTED = (
-    "conversation", "prompt", "background", "previous_response", "previous_input_messages",
+    "conversation", "prompt", "background", "previous_response", "previous_input_messages", "chat_template",
 )  # fmt: skip
+_RENAMED = {  # names of chats for what this API names otherwise
+    "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens",
+    "max_new_tokens": "max_output_tokens", "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}  # fmt: skip
 _NAMES = ("prompt_cache_key", "safety_identifier", "user")  # echoed, but not used
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
@@ -81,7 +87,7 @@ def _call(
     seals_thoughts = "reasoning.encrypted_content" in included
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
-    check_stop(request.stop, limits)
+    check_shared(request, limits, info)
     earlier = _items(history)
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
@@ -96,33 +102,30 @@ def _call(
         is_parallel=request.parallel_tool_calls is not False,
     )
     reasoning = request.reasoning or ReasoningOptions()
+    form, is_strict = _format(request)
     job = Job(
         prompt=Conversation(
             messages,
             tools=[tool.for_template() for tool in tools] or None,
             offers_tools=request.tool_choice != "none",
             variables=template_variables(reasoning.effort, "reasoning.effort", request.chat_template_kwargs),
+            adds_special_tokens=bool(request.add_special_tokens),
             images=images,
         ),
-        sampling=sampling(
-            info,
-            info.sampling,
-            logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
-            **{name: getattr(request, name) for name in _SAMPLING},
-        ),
-        stop=stop_strings(request.stop),
-        include_stop=bool(request.include_stop_str_in_output),
-        skip_special_tokens=request.skip_special_tokens is not False,
         max_tokens=request.max_output_tokens,
-        overflow=overflow_of(context.settings),
-        ignore_eos=bool(request.ignore_eos),
-        constraint=_constraint(request),
         tools=choice,
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt,
+        reasoning_budget=thinking_budget(request),
+        **job_of(
+            request,
+            info,
+            context.settings,
+            (request.top_logprobs or 0) if wants_logprobs else None,
+            one_constraint(request, "text.format", form, is_strict=is_strict),
+        ),
     )
 
-    own = None if request.store is False else msgspec.json.encode(items)
+    is_stored = request.store is not False and context.responses.is_on
+    own = msgspec.json.encode(items) if is_stored else None
 
     def render(generation: Generation) -> Renderer:
         tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None
@@ -134,7 +137,7 @@ def _call(
                 stored = StoredResponse(response["id"], orjson.dumps(response), full_history, made)
                 context.responses.add(stored, exchange.tenant)
 
-        base = _base(request, generation.model, info.sampling)
+        base = _base(request, generation.model, info.sampling) | {"store": is_stored}
         return ResponseRenderer(
             generation, base, tools, tracker, store, seals_thoughts=seals_thoughts,
             has_summary=reasoning.summary not in (None, "none"),
@@ -235,19 +238,33 @@ def _items(parts: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def _listed(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any]:
-    """Return an input item in the form used by lists: with an id, a type, and content in parts."""
+    """Return an input item in the form of lists: with an id, a type, a status, and content in parts."""
     kind, content = item.get("type") or "message", item.get("content")
+    is_own = item.get("role") == "assistant"
     if isinstance(content, str):
-        part = "output_text" if item.get("role") == "assistant" else "input_text"
-        item = {**item, "content": [{"type": part, "text": content}]}
+        content = [{"type": "output_text" if is_own else "input_text", "text": content}]
+    if is_own and isinstance(content, list):
+        content = [{"annotations": [], **part} if _is_output(part) else part for part in content]
+    if content is not None:
+        item = {**item, "content": content}
     own_id = item.get("id") if isinstance(item.get("id"), str) else None
     prefix = "msg" if kind == "message" else "item"
-    return {**item, "type": kind, "id": own_id or f"{prefix}_{response_id.removeprefix('resp_')}_{index}"}
+    own_id = own_id or f"{prefix}_{response_id.removeprefix('resp_')}_{index}"
+    return {"status": "completed", **item, "type": kind, "id": own_id}
+
+
+def _is_output(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "output_text"
 
 
 def _check(request: ResponsesRequest) -> None:
+    if request.input is None and request.previous_response_id is None:
+        refuse_field("input", "is required" if request.messages is None else "is required, not `messages`")
     check_ranges(request)
     check_unset(request, _UNSUPPORTED)
+    check_renamed(request, _RENAMED)
+    if request.n not in (None, 1):
+        refuse_field("n", "may only be 1: a response is one answer", "unsupported_parameter")
     for name in _NAMES:
         if len(getattr(request, name) or "") > MAX_ECHOED_CHARS:
             refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters")
@@ -275,28 +292,26 @@ def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
     return stored.history
 
 
-def _constraint(request: ResponsesRequest) -> Constraint | None:
+def _format(request: ResponsesRequest) -> tuple[tuple[str, Any] | None, bool]:
+    """Return the kind and value of the text's format, None for plain text; and whether it is strict."""
     given = request.text.format if request.text is not None else None
-    if request.structured_outputs is not None:
-        if given is not None and given.type != "text":
-            refuse("structured_outputs", "`text.format` and `structured_outputs` exclude each other")
-        return Constraint.of("structured_outputs", *structured_of(request.structured_outputs))
     if given is None or given.type == "text":
-        return None
+        return None, False
     if given.type == "json_object":
-        return Constraint.of("text.format", "json_object", True)
+        return ("json_object", True), False
     if given.type != "json_schema":
         refuse_field("text.format.type", "must be text, json_object or json_schema")
     if given.schema is None:
         refuse_field("text.format.schema", "is required with type `json_schema`")
-    return Constraint.of("text.format", "json", given.schema, is_strict=given.strict is True)
+    return ("json", given.schema), given.strict is True
 
 
 def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> dict[str, Any]:
     """Return the response object as it is before the first token."""
     defaults = _DEFAULTS | sampling.given()
     text = msgspec.to_builtins(request.text) if request.text is not None else {}
-    reasoning = request.reasoning or ReasoningOptions()
+    reasoning = msgspec.to_builtins(request.reasoning or ReasoningOptions())
+    del reasoning["generate_summary"]
     given = {name: getattr(request, name) for name in _DEFAULTS}
     given["tools"] = [  # clients' types require all of a function's fields
         {**_FUNCTION, **tool} if tool.get("type") == "function" else tool for tool in request.tools or ()
@@ -313,7 +328,7 @@ def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> 
         "model": model,
         "output": [],
         "service_tier": "default",
-        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
+        "reasoning": reasoning,
         "text": {"format": {"type": "text"}, **{key: value for key, value in text.items() if value}},
         "truncation": "disabled",
         "usage": None,

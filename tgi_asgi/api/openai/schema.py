@@ -52,22 +52,18 @@ class ResponseFormat(Struct):
     schema: dict[str, Any] | str | None = None
 
 
-class CommonRequest(Struct, kw_only=True):
-    """The fields that chat and text completions share."""
+class TextRequest(Struct, kw_only=True):
+    """The fields of all requests that generate text: OpenAI's first, then other servers'."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Natural | None = None
     temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
     top_p: Fraction | None = None
-    n: Positive | None = None
     seed: Int | None = None
     stop: str | list[str] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
-    response_format: ResponseFormat | None = None
 
     top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     min_p: Fraction | None = None
@@ -84,9 +80,6 @@ class CommonRequest(Struct, kw_only=True):
     truncation_side: Literal["left"] | None = None  # the end of a prompt is what an answer follows
     priority: int | None = None
     cache_salt: Salt | None = None
-    request_id: str | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
 
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -98,8 +91,13 @@ class CommonRequest(Struct, kw_only=True):
     grammar: str | None = None
     json_schema: dict[str, Any] | str | None = None
 
+    thinking_token_budget: TokenBudget | None = None
+    reasoning_budget_tokens: TokenBudget | None = None  # llama.cpp's name for it
+    thinking_budget_tokens: TokenBudget | None = None  # its other one
+    thinking_budget: TokenBudget | None = None  # DashScope's
+
     # Known but not supported, and therefore refused: ignoring them would mislead. The first ones are vLLM's,
-    # then SGLang's, then llama.cpp's.
+    # then SGLang's, then llama.cpp's, then transformers'.
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -111,6 +109,22 @@ class CommonRequest(Struct, kw_only=True):
     lora_path: Any = None
     custom_logit_processor: Any = None
     lora: Any = None
+    max_new_tokens: Any = None
+
+
+class CommonRequest(TextRequest, kw_only=True):
+    """The fields that chat and text completions share."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Natural | None = None
+    n: Positive | None = None
+    response_format: ResponseFormat | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    # Refused, as above: OpenAI's newer API calls max_tokens so.
+    max_output_tokens: Any = None
 
 
 class ImageUrl(Struct):
@@ -218,11 +232,6 @@ class ChatRequest(CommonRequest, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
-    thinking_token_budget: TokenBudget | None = None
-    reasoning_budget_tokens: TokenBudget | None = None  # llama.cpp's name for it
-    thinking_budget_tokens: TokenBudget | None = None  # its other one
-    thinking_budget: TokenBudget | None = None  # DashScope's
-
     tools: list[ToolEntry] | None = None
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None  # TGI's text to add after the last message if there are tools
@@ -254,8 +263,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
     best_of: Positive | None = None
     suffix: str | None = None
 
-    # Refused, as above: completions have no reasoning of their own, and prompts are texts or ids.
-    thinking_token_budget: Any = None
+    # Refused, as above: prompts are texts or ids.
     prompt_embeds: Any = None
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import orjson
 from msgspec import Struct
 
-from tgi_asgi.api.errors import NATIVE, Dialect
+from tgi_asgi.api.errors import NATIVE, Dialect, rule_of
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.embeddings import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
 from tgi_asgi.api.vectors import as_json, best_first, check_dimensions, shape_vector
-from tgi_asgi.errors import ContextExceeded, TooManyPrompts
+from tgi_asgi.errors import (
+    ContextExceeded,
+    ModelLoadError,
+    ModelNotSupported,
+    Overloaded,
+    TooManyPrompts,
+    Unavailable,
+)
 from tgi_asgi.types import Embedding
 
 
@@ -24,7 +31,19 @@ def _status(error: BaseException) -> int:
     return 413 if isinstance(error, ContextExceeded | TooManyPrompts) else NATIVE.status(error)
 
 
-TEI = Dialect("tei", NATIVE.envelope, _status, NATIVE.names, is_json_only=True)
+def _envelope(error: BaseException) -> dict[str, Any]:
+    """Return TEI's error, whose types have other names than TGI's."""
+    kind = "Backend"
+    if isinstance(error, Overloaded):
+        kind = "Overloaded"
+    elif isinstance(error, Unavailable | ModelLoadError):
+        kind = "Unhealthy"
+    elif rule_of(error).type == "invalid_request_error" and not isinstance(error, ModelNotSupported):
+        kind = "Validation"
+    return {**NATIVE.envelope(error), "error_type": kind}
+
+
+TEI = Dialect("tei", _envelope, _status, NATIVE.names, is_json_only=True)
 Side = Literal["left", "right", "Left", "Right"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 
 import msgspec
 import orjson
@@ -19,9 +18,7 @@ from tgi_asgi.api.prompt import chat_prompt, chat_text, check_countable, plain_t
 from tgi_asgi.api.tgi.body_kind import set_dialect
 from tgi_asgi.api.tgi.request import read_inputs
 from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, SimpleToken
-from tgi_asgi.api.tokenising import WithImages, after_images
-
-_PART = 4096  # tokens
+from tgi_asgi.api.tokenising import WithImages, after_images, array_of
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
@@ -102,17 +99,9 @@ def _chat(request: ChatRequest, exchange: Exchange) -> Conversation:
 
 
 def _array(text: str, tokens: Iterable[tuple[int, int, int]]) -> bytes:
-    """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text.
-
-    Written in parts, because objects take several times the memory of their JSON, and the largest body has 4
-    million tokens.
-    """
+    """Return tokens (id, byte offsets) of a text in TGI's form; an added special token has no text."""
     data = text.encode()
-    shown = (
+    return array_of(
         SimpleToken(id=token_id, text=data[start:stop].decode("utf-8", "replace"), start=start, stop=stop)
         for token_id, start, stop in tokens
     )
-    parts = []
-    while part := list(islice(shown, _PART)):
-        parts.append(msgspec.json.encode(part)[1:-1])
-    return b"[" + b",".join(parts) + b"]"
