@@ -1,4 +1,4 @@
-"""Opens a model's files: configuration, weights, tokenizer and chat template, from either format."""
+"""Opens a model's files, of either format: configuration and weights, and what is beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.generation_config import gguf_generation_config, read_generation_config
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
-from tgi_asgi.models.labels import LabelFiles, read_labels
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
+from tgi_asgi.models.loading.beside import BesideCheckpoint, BesideGguf
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.recognise import (
@@ -33,11 +32,10 @@ from tgi_asgi.models.loading.recognise import (
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
-from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.rope import scale_positions
 from tgi_asgi.models.shard import ModelCut, cut_model
 from tgi_asgi.settings import GivenRope
-from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
@@ -59,7 +57,9 @@ class OpenModel:
 
     config: ServedConfig
     weights: Weights
+    beside: BesideCheckpoint | BesideGguf
     why_generic: str = ""  # why the architecture's native family does not compute the model
+    _model: _Native | OpenGeneric | OpenEncoder
 
     def __init__(
         self,
@@ -72,38 +72,44 @@ class OpenModel:
     ) -> None:
         self._rope = rope
         self._override = Path(chat_template_path) if chat_template_path else None
-        self._directory = files.path if files.kind == "directory" else None
-        self._gguf: GgufFile | None = None
         if files.kind == "gguf":
-            self._gguf = GgufFile.open(files.path)
-            if model_impl == "transformers":
-                raise ModelLoadError(
-                    "--model-impl transformers needs a checkpoint directory, not a GGUF file"
-                )
-            self._model: _Native | OpenGeneric | OpenEncoder
-            family, read = read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
-            self._model = native = _Native(family, self._scaled(read))
-            self.weights = GgufWeights(self._gguf, native.config, native.family)
+            self._open_gguf(files.path, model_impl)
         else:
-            config = with_architecture(read_config_file(files.path))
-            architecture = architecture_of(config)
-            self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
-            found: tuple[Family, ModelConfig] | None = None
-            if model_impl == "native":
-                found = read_config(config)
-            elif model_impl == "auto" and is_native(config):
-                try:
-                    found = read_config(config)
-                except NotInFamily as error:
-                    self.why_generic = str(error)
-            if found is not None:
-                self._model = self._open_native(*found)
-            elif produces_vectors(architecture):
-                check(rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
-                self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
-            else:
-                self._model = self._open_generic(files.path, config, trusts_code)
+            self._open_checkpoint(files.path, model_impl, trusts_code=trusts_code)
         self.config = self._model.config
+
+    def _open_gguf(self, path: Path, model_impl: str) -> None:
+        file = GgufFile.open(path)
+        if model_impl == "transformers":
+            raise ModelLoadError("--model-impl transformers needs a checkpoint directory, not a GGUF file")
+        self.beside = BesideGguf(file.metadata)
+        family, read = read_gguf(file.metadata, frozenset(file.tensors))
+        self._model = native = _Native(family, self._scaled(read))
+        self.weights = GgufWeights(file, native.config, native.family)
+
+    def _open_checkpoint(self, directory: Path, model_impl: str, *, trusts_code: bool) -> None:
+        self.beside = BesideCheckpoint(directory)
+        config = with_architecture(read_config_file(directory))
+        architecture = architecture_of(config)
+        self.weights = SafetensorsWeights(directory, Quantisation.from_json(config))
+        if (found := self._read_native(config, model_impl)) is not None:
+            self._model = self._open_native(*found)
+        elif produces_vectors(architecture):
+            check(self._rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
+            self._model = OpenEncoder(directory, config, trusts_code=trusts_code)
+        else:
+            self._model = self._open_generic(directory, config, trusts_code)
+
+    def _read_native(self, config: Mapping[str, Any], model_impl: str) -> tuple[Family, ModelConfig] | None:
+        """Return the native family that computes the model, and its configuration; None if none does."""
+        if model_impl == "native":
+            return read_config(config)
+        if model_impl == "auto" and is_native(config):
+            try:
+                return read_config(config)
+            except NotInFamily as error:
+                self.why_generic = str(error)
+        return None
 
     def _open_generic(self, directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenGeneric:
         try:
@@ -223,40 +229,13 @@ class OpenModel:
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run while weights are loaded."""
-        metadata = None if self._gguf is None else self._gguf.metadata
-        if metadata is not None:
-            tokenizer = Tokenizer.from_gguf(metadata)
-        else:
-            assert self._directory is not None
-            tokenizer = Tokenizer.from_directory(self._directory)
-        template = load_chat_template(
-            tokenizer.special_tokens, override=self._override, directory=self._directory, metadata=metadata
-        )
-        return tokenizer, template
+        return self.beside.text(self._override)
 
     def read_image_processor(self) -> ImageProcessor | None:
         """Build the image processor of a model that accepts images; may precede loading its weights."""
-        if isinstance(self._model, OpenGeneric) and self._directory is not None:
-            return self._model.image_processor(self._directory)
+        if isinstance(self._model, OpenGeneric) and isinstance(self.beside, BesideCheckpoint):
+            return self._model.image_processor(self.beside.directory)
         return None
-
-    def read_pooling(self) -> PoolingFiles:
-        """Return the pooling settings from the files."""
-        if self._gguf is not None:
-            return read_gguf_pooling(self._gguf.metadata)
-        assert self._directory is not None
-        return read_pooling(self._directory)
-
-    def read_labels(self) -> LabelFiles:
-        """Return what the files say about a classifier's labels."""
-        return LabelFiles() if self._directory is None else read_labels(self._directory)
-
-    def read_generation_config(self) -> dict[str, Any]:
-        """Return what the files say about sampling, under the names of generation_config.json."""
-        if self._gguf is not None:
-            return gguf_generation_config(self._gguf.metadata)
-        assert self._directory is not None
-        return read_generation_config(self._directory)
 
     def close(self) -> None:
         """Unmap the weights."""
