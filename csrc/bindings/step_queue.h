@@ -40,7 +40,8 @@ class StepQueue {
   // Queues a step that `compute_rows` computes: none of its slots starts, and no row has a grammar.
   // The token cost decides how many drafts pay off. Throws PlanError.
   void push_rows(int64_t number, pybind11::handle rows, double cost_base, double cost_token);
-  // Makes further pushes throw std::runtime_error; `compute_rows` returns none once the queue is empty.
+  // Makes further pushes throw std::runtime_error; `compute_rows` returns none once the queue is
+  // empty.
   void close();
   // Returns the steps finished since the last call as (number, outcome). The outcome is None for a
   // step that `compute_rows` returned, an exception, or (rows, further, drafted): for each row None

@@ -27,7 +27,7 @@ void TokenHistory::start(std::vector<int32_t> ids, const MatchLimits& limits) {
   ids_ = std::move(ids);
   size_t heads = kFirstHeads;
   while (heads < 2 * ids_.size()) heads *= 2;
-  if (heads_.size() > heads) {  // or the slot would keep the memory of its longest sequence for ever
+  if (heads_.size() > heads) {  // or the slot would always hold as much as its longest sequence
     heads_.clear(), heads_.shrink_to_fit();
     before_.clear(), before_.shrink_to_fit();
   }

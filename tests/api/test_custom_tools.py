@@ -13,6 +13,7 @@ from tests.api.test_openai_tools import HI, app_of, sdk
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
 from tgi_asgi.api.custom_input import CustomInput
+from tgi_asgi.settings import Settings
 
 PATCH = '*** Begin\n"quoted" \\ é 😀\n*** End'
 RESPONSES_TOOL: Any = {"type": "custom", "name": "patch"}
@@ -62,6 +63,10 @@ def test_the_input_does_not_depend_on_how_the_arguments_are_cut(is_ascii: bool, 
         ('{"input": "\\\\ud83d"}', "\\ud83d"),  # a backslash
         ('{"input": "a\nb"}', "a\nb"),  # a line feed that JSON does not allow
         ('{"input": "a\\xb"}', "a\\xb"),  # no escape of JSON's
+        ('{"input": "a\\nb\\xc\\td\\"e"}', 'a\nb\\xc\td"e'),
+        ('{"input": "C:\\users\\n and \\u12"}', "C:\\users\n and \\u12"),
+        ('{"input": "\\ud83d\\users"}', "\ufffd\\users"),
+        (" " * 300 + '{"input": "late"}', "late"),
         ('{"other": 5}', '{"other": 5}'),
         ('"bare"', "bare"),
         ('{"input": 5}', '{"input": 5}'),
@@ -95,6 +100,15 @@ async def test_a_chat_returns_the_call_of_a_custom_tool_as_its_clients_expect() 
     assert len(more) > 5 and "".join(part["custom"]["input"] for part in more) == PATCH
     assert named == {"index": 1, "type": "function", "function": {"name": "now", "arguments": ""}}
     assert arguments == {"index": 1, "function": {"arguments": "{}"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tgi_s_chats_call_functions_only(stream: bool) -> None:
+    app = app_of(ScriptedEngine(say(*calling(json.dumps({"input": PATCH})))), Settings(tgi_compat=True))
+    async with client_of(app) as client:
+        body = {"messages": HI, "tools": CHAT_TOOLS, "stream": stream}
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200 and '"function"' in answer.text and '"custom"' not in answer.text
 
 
 async def test_a_chat_s_custom_call_of_another_form_is_complete_at_its_end() -> None:

@@ -421,7 +421,7 @@ async def test_thinking_between_tools_is_thinking() -> None:
 
 
 @pytest.mark.parametrize(("is_error", "content"), [(True, None), (True, ""), (True, "no"), (False, "")])
-async def test_the_model_learns_that_a_tool_failed(is_error: bool, content: str | None) -> None:
+async def test_a_failed_tool_s_empty_result_says_so_to_the_model(is_error: bool, content: str | None) -> None:
     engine = ScriptedEngine(say("a"))
     result = {"type": "tool_result", "tool_use_id": "t", "is_error": is_error, "content": content}
     use = {"type": "tool_use", "id": "t", "name": "now", "input": {}}

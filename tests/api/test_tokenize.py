@@ -128,19 +128,3 @@ async def test_a_tool_without_a_function_is_the_clients_error() -> None:
             response = await client.post(path, json=body)
             assert response.status_code in (400, 422)
             assert "tools[0].function" in response.text
-
-
-async def test_several_inputs_give_teis_arrays() -> None:
-    answer = await post("/tokenize", {"inputs": ["a é", "b"]}, adds_bos=True)
-    first, second = answer.json()
-    added = {"id": BOS, "text": ToyTokenizer().piece(BOS), "special": True, "start": None, "stop": None}
-    assert second == [added, {"id": 98, "text": "b", "special": False, "start": 0, "stop": 1}]
-    assert first[0] == added and [token["id"] for token in first[1:]] == list("a é".encode())
-    bare = await post("/tokenize", {"inputs": ["b"], "add_special_tokens": False}, adds_bos=True)
-    assert bare.json() == [second[1:]]
-
-
-@pytest.mark.parametrize("inputs", [[], [5], ["a"] * 2049])
-async def test_several_inputs_are_checked(inputs: list[Any]) -> None:
-    answer = await post("/tokenize", {"inputs": inputs})
-    assert answer.status_code in (413, 422) and list(answer.json()) == ["error", "error_type"]

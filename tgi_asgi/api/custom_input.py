@@ -8,25 +8,36 @@ import re
 from tgi_asgi.api.tools import CUSTOM_INPUT, whole_arguments
 
 _START = re.compile(rf'\s*\{{\s*"{CUSTOM_INPUT}"\s*:\s*"')
-# Characters and complete escapes; the first half of a surrogate pair is complete with what follows it.
+_MAX_START = 256  # characters, of which most would be blanks
+_HEX = "[0-9a-fA-F]"
+_HIGH, _LOW = rf"\\u[dD][89abAB]{_HEX}{{2}}", rf"\\u[dD][c-fC-F]{_HEX}{{2}}"
+# Characters and complete escapes. The first half of a surrogate pair is complete with what follows it, and
+# `\u` with something else than digits after it is no escape.
 _COMPLETE = re.compile(
-    r'(?:[^"\\]|\\(?:[^u]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-    r"|u[dD][89abAB][0-9a-fA-F]{2}(?=[^\\]|\\[^u]|\\u[0-9a-fA-F]{4})))*"
+    rf'(?:[^"\\]++|\\[^u]|{_HIGH}(?=[^\\]|\\[^u]|\\u{_HEX}{{4}}|\\u{_HEX}{{0,3}}[^0-9a-fA-F])'
+    rf"|(?!{_HIGH})\\u{_HEX}{{4}}|\\u(?={_HEX}{{0,3}}[^0-9a-fA-F]))*+"
 )
+_ESCAPE = re.compile(rf"{_HIGH}{_LOW}|\\u{_HEX}{{4}}|\\.", re.DOTALL)
+_SIMPLE = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", **{each: each for each in '"\\/'}}
 
 
 class CustomInput:
     """Reads the input from a call's arguments as they arrive.
 
-    source = CustomInput()
-    source.push('{"inp')        # ''
-    source.push('ut": "a\\\\n')   # 'a' and a line feed
-    source.push('b"}')          # 'b'
-    source.finish()             # ''
+        source = CustomInput()
+        source.push('{"inp')  # ''
+        source.push('ut": "a')  # 'a'
+        source.push('b"}')  # 'b'
+        source.finish()  # ''
+
+    What comes out does not depend on how the arguments are cut. An escape that JSON does not have (a path of
+    Windows) stays as it is written.
     """
 
     def __init__(self) -> None:
-        self._buffer = ""
+        self._arguments: list[str] = []  # until the input begins
+        self._num_characters = 0  # in them
+        self._buffer = ""  # of the input, not returned yet
         self._has_begun = False
         self._has_ended = False
 
@@ -34,33 +45,36 @@ class CustomInput:
         """Return the next part of the input."""
         if self._has_ended:
             return ""
-        self._buffer += arguments
         if not self._has_begun:
-            found = _START.match(self._buffer)
+            self._arguments.append(arguments)
+            if self._num_characters > _MAX_START:
+                return ""
+            self._num_characters += len(arguments)
+            text = "".join(self._arguments)
+            found = _START.match(text)
             if found is None:
                 return ""
-            self._has_begun, self._buffer = True, self._buffer[found.end() :]
+            self._has_begun, arguments = True, text[found.end() :]
+        self._buffer += arguments
         complete = _COMPLETE.match(self._buffer)
         assert complete is not None, "it matches the empty text"
         end = complete.end()
         self._has_ended = self._buffer[end : end + 1] == '"'
         text, self._buffer = self._buffer[:end], self._buffer[end:]
-        return _unescaped(text)
+        return _ESCAPE.sub(_character, text)
 
     def finish(self) -> str:
-        """Return the rest of the input at the end of the call: all of it if the arguments look different."""
-        return "" if self._has_begun else _input_of(self._buffer)
+        """Return all of the input at the end of the call, if the arguments do not look as they should."""
+        return "" if self._has_begun else _input_of("".join(self._arguments))
 
 
-def _unescaped(text: str) -> str:
-    """Return the characters that a part of a JSON string stands for; U+FFFD for half a surrogate pair."""
-    if "\\" not in text:
-        return text
-    try:
-        value: str = json.loads(f'"{text}"', strict=False)
-    except ValueError:  # an escape that JSON does not have
-        return text
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _character(found: re.Match[str]) -> str:
+    """Return what an escape stands for; U+FFFD for half a surrogate pair."""
+    escape = found[0]
+    if len(escape) == 2:
+        return _SIMPLE.get(escape[1], escape)
+    character: str = json.loads(f'"{escape}"')
+    return "\ufffd" if "\ud800" <= character <= "\udfff" else character
 
 
 def _input_of(arguments: str) -> str:

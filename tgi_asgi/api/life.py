@@ -197,7 +197,8 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         prompt = await context.text_threads.run(make_prompt, job, served, context.settings)
         budget = job.overflow.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
         if job.min_tokens > budget:
-            message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
+            limit = exchange.dialect.field_name(("max_tokens",))
+            message = f"`{{field}}` must be at most `{limit}` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
         form = AnswerForm(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None

@@ -67,10 +67,13 @@ def find_hit(
             end = len(blocks[group])
     num_found = end = _resumable(needs, find, end)
     state: int | None = None
-    while states is not None and state is None and end > 0:
-        last, place = states.find_last(sequence.chain.digests(0, end, sequence.token_ids))
-        end = _resumable(needs, find, last)
-        state = place if end == last else None
+    if states is not None:
+        places = states.find_each(sequence.chain.digests(0, end, sequence.token_ids))
+        while end and state is None:
+            while end and places[end - 1] is None:
+                end -= 1
+            last, end = end, _resumable(needs, find, end)
+            state = places[end - 1] if 0 < end == last else None
     for group in range(num_groups):
         if needs.windows[group] is None:
             del blocks[group][end:]

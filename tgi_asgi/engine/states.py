@@ -74,15 +74,9 @@ class KeptStates:
         """Number of states that can be found."""
         return self.pool.num_known
 
-    def find_last(self, digests: list[bytes]) -> tuple[int, int | None]:
-        """Return how many blocks precede the last state that is kept after one of these, and its place.
-
-        Zero and None if there is none. At 8,000 blocks, `find` for each would take longer than many a step.
-        """
-        places = self.pool.find_each(digests)
-        while places and places[-1] is None:
-            places.pop()
-        return len(places), places[-1] if places else None
+    def find_each(self, digests: list[bytes]) -> list[int | None]:
+        """Return the places that hold the states after these blocks; None where none is kept."""
+        return self.pool.find_each(digests)
 
     def lost(self, digest: bytes) -> None:
         """Forget the state after a block that can no longer be found."""
@@ -91,7 +85,7 @@ class KeptStates:
             self.pool.forget([place])
 
     def resume(self, sequence: Sequence, place: int) -> None:
-        """Let a sequence start from a state that `find_last` returned, or that its leader holds."""
+        """Let a sequence start from a state that `find_each` returned, or that its leader holds."""
         self.pool.take(place)
         sequence.states.resumes = place
 

@@ -32,7 +32,9 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
-    custom = {entry.custom.name for entry in request.tools or () if entry.type == "custom" and entry.custom}
+    # In TGI's chats, all calls are of functions.
+    own = () if is_compat else request.tools or ()
+    custom = {entry.custom.name for entry in own if entry.type == "custom" and entry.custom is not None}
 
     def render(generation: Generation) -> Renderer:
         [prepared] = generation.jobs

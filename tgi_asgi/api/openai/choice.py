@@ -111,7 +111,7 @@ class ChatChoice(TextChoice):
     ) -> None:
         super().__init__(tracker, echo=echo)
         self._custom = custom
-        self._input = CustomInput()  # of the last call, if it is of a custom tool
+        self._input: CustomInput | None = None  # of the last call, if it is of a custom tool
         self.is_plain = reading is None and tracker is None
         self._is_text = reading is None
         self._reader = ChoiceReader(reading)
@@ -220,7 +220,7 @@ class ChatChoice(TextChoice):
         call_id = "0" if self._is_compat else f"call_{secrets.token_hex(12)}"
         kind = "custom" if piece.name in self._custom else "function"
         self._calls.append({"id": call_id, "type": kind})
-        self._input = CustomInput()
+        self._input = CustomInput() if kind == "custom" else None
         kind, field = self._call_form()
         self._calls[-1][kind] = {"name": piece.name, field: ""}
         return self._calls[-1]
@@ -232,12 +232,12 @@ class ChatChoice(TextChoice):
 
     def _given(self, arguments: str) -> str:
         """Return what new arguments add to the last call: themselves, or the input that they stand for."""
-        return self._input.push(arguments) if self._calls[-1]["type"] == "custom" else arguments
+        return arguments if self._input is None else self._input.push(arguments)
 
     def _rest_of_call(self) -> str:
         """Return what the last call, which ends, is given besides."""
-        text = self._input.finish()  # nothing, unless it is of a custom tool
-        self._input = CustomInput()
+        text = "" if self._input is None else self._input.finish()
+        self._input = None
         return text
 
     def _add(self, text: str) -> None:

@@ -12,7 +12,14 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
-from tgi_asgi.api.openai.params import THINKING_BUDGETS, check_common, check_ids, constraint_of, job_of
+from tgi_asgi.api.openai.params import (
+    THINKING_BUDGETS,
+    check_common,
+    check_ids,
+    constraint_of,
+    job_of,
+    thinking_budget,
+)
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
@@ -76,7 +83,13 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
-    check_unset(request, (*THINKING_BUDGETS, "prompt_embeds"))  # completions have no reasoning of their own
+    check_unset(request, ("prompt_embeds",))
+    if thinking_budget(request) not in (None, -1):
+        refuse_field(
+            next(name for name in THINKING_BUDGETS if getattr(request, name) is not None),
+            "is not supported: completions have no reasoning of their own",
+            "unsupported_parameter",
+        )
     if request.suffix:
         raise UnsupportedSuffix(
             "Suffix is not supported and can be achieved by preprocessing the prompt.",

@@ -21,8 +21,6 @@ _UNSUPPORTED = (
     "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
     "repetition_detection", "logits_processors", "stop_regex", "lora_path", "custom_logit_processor", "lora",
 )  # fmt: skip
-# Names of other fields that request what these do, with the right ones.
-_RENAMED = {"max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens"}
 THINKING_BUDGETS = (
     "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",
 )  # fmt: skip
@@ -48,7 +46,10 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
         refuse_field("n", f"must be at most {limits.best_of}, got {request.n}")
     if request.stream_options is not None and not request.stream and not is_compat:
         refuse_field("stream_options", "is only allowed with `stream: true`")
-    check_renamed(request, _RENAMED)
+    limit = request.max_tokens
+    if limit is None:
+        limit = getattr(request, "max_completion_tokens", None)
+    check_renamed(request, dict.fromkeys(("max_new_tokens", "max_output_tokens"), ("max_tokens", limit)))
     check_shared(request, limits, info)
 
 
@@ -64,10 +65,16 @@ def check_shared(request: TextRequest, limits: Limits, info: ModelInfo) -> None:
     check_unset(request, _UNSUPPORTED)
 
 
-def check_renamed(request: TextRequest, renamed: Mapping[str, str]) -> None:
-    """Refuse the names that other APIs have for a field; `renamed` has this API's."""
-    for name, own in renamed.items():
-        if getattr(request, name) is not None:
+def check_renamed(request: TextRequest, renamed: Mapping[str, tuple[str, Any]]) -> None:
+    """Refuse the names that other APIs have for a field, unless the field is given, too.
+
+    Some clients send the names of several APIs at once (SillyTavern's backends of its own kind).
+
+    Args:
+        renamed: By the other name, this API's name for the field, and its value in the request.
+    """
+    for name, (own, value) in renamed.items():
+        if value is None and getattr(request, name) not in (None, "", {"type": "text"}):
             refuse_field(name, f"is not a field of this API; use `{own}`", "unsupported_parameter")
 
 

@@ -84,6 +84,8 @@ class ResponsesRequest(TextRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
     truncation: Literal["auto", "disabled"] | None = None  # always disabled: what is too long is refused
     store: bool | None = None
     previous_response_id: str | None = None
@@ -108,6 +110,17 @@ class ResponsesRequest(TextRequest, kw_only=True):
     reasoning_effort: Any = None
     n: Any = None
     chat_template: Any = None
+    logprobs: Any = None
+    echo: Any = None
+    best_of: Any = None
+    suffix: Any = None
+    continue_final_message: Any = None
+    documents: Any = None
+    functions: Any = None
+    tool_prompt: Any = None
+    audio: Any = None
+    prompt_token_ids: Any = None
+    input_ids: Any = None
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)

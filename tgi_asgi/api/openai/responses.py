@@ -28,7 +28,7 @@ from tgi_asgi.api.openai.params import (
     one_constraint,
     thinking_budget,
 )
-from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
+from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest, TextOptions
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
@@ -45,12 +45,10 @@ _MAX_PAGE = 100  # items per page, OpenAI's limit
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
 _UNSUPPORTED = (
     "conversation", "prompt", "background", "previous_response", "previous_input_messages", "chat_template",
+    "logprobs", "echo", "best_of", "suffix", "continue_final_message", "documents", "functions",
+    "tool_prompt", "audio", "prompt_token_ids", "input_ids",
 )  # fmt: skip
-_RENAMED = {  # names of chats for what this API names otherwise
-    "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens",
-    "max_new_tokens": "max_output_tokens", "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}  # fmt: skip
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens")  # other APIs' names for max_output_tokens
 _NAMES = ("prompt_cache_key", "safety_identifier", "user")  # echoed, but not used
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
@@ -114,6 +112,8 @@ def _call(
         ),
         max_tokens=request.max_output_tokens,
         tools=choice,
+        reads_reasoning=request.separate_reasoning is not False,
+        shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
         **job_of(
             request,
@@ -262,7 +262,14 @@ def _check(request: ResponsesRequest) -> None:
         refuse_field("input", "is required" if request.messages is None else "is required, not `messages`")
     check_ranges(request)
     check_unset(request, _UNSUPPORTED)
-    check_renamed(request, _RENAMED)
+    text, reasoning = request.text or TextOptions(), request.reasoning or ReasoningOptions()
+    limit = ("max_output_tokens", request.max_output_tokens)
+    renamed: dict[str, tuple[str, Any]] = {
+        **dict.fromkeys(_LIMITS, limit),
+        "response_format": ("text.format", text.format),
+        "reasoning_effort": ("reasoning.effort", reasoning.effort),
+    }
+    check_renamed(request, renamed)
     if request.n not in (None, 1):
         refuse_field("n", "may only be 1: a response is one answer", "unsupported_parameter")
     for name in _NAMES:

@@ -12,7 +12,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.pool_call import check_num_inputs
 from tgi_asgi.api.prompt import check_countable
-from tgi_asgi.api.tei.request import TEI
+from tgi_asgi.api.tei.request import TEI, prompt_of
 from tgi_asgi.api.tokenising import Tokenise, WithImages, array_of
 
 
@@ -21,6 +21,7 @@ class TeiTokenizeRequest(Struct, frozen=True):
 
     inputs: str | list[str]
     add_special_tokens: bool | None = None
+    prompt_name: str | None = None
 
 
 class TeiToken(Struct, frozen=True, gc=False):
@@ -48,8 +49,10 @@ def tei_tokenize_or(tokenise: Tokenise) -> Tokenise:
     """
 
     def either(body: bytes, exchange: Exchange) -> bytes | WithImages:
-        inputs = bytes(decode_json(body, _KEYS).inputs)
         generates = exchange.context.ready().info.generates
+        if not generates:
+            exchange.dialect = TEI
+        inputs = bytes(decode_json(body, _KEYS).inputs)
         if inputs == b"null" or (generates and not inputs.startswith(b"[")):
             return tokenise(body, exchange)
         exchange.dialect = TEI
@@ -64,6 +67,10 @@ def _tokenize(body: bytes, exchange: Exchange) -> bytes:
     request = decode_json(body, _REQUEST)
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     check_num_inputs(len(texts), "inputs", exchange.context.settings)
+    embedding = served.info.embedding
+    if request.prompt_name is not None and embedding is not None:
+        prompt = prompt_of(request.prompt_name, "prompt_name", embedding)
+        texts = [prompt + text for text in texts]
     check_countable("".join(texts), served)
     adds = request.add_special_tokens is not False
     return b"[" + b",".join(array_of(_tokens(text, served, adds)) for text in texts) + b"]"
