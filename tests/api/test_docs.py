@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.support.client import client_of
@@ -97,3 +98,15 @@ async def test_the_documentation_is_there_while_the_model_loads(path: str) -> No
     app.context.served = None
     async with client_of(app) as client:
         assert (await client.get(path)).status_code == 200
+
+
+async def test_fields_that_are_refused_are_not_offered() -> None:
+    schemas = (await document())["components"]["schemas"]
+    for name, refused in (
+        ("ChatRequest", {"bad_words", "input_ids", "max_output_tokens"}),
+        ("CompletionRequest", {"bad_words", "prompt_embeds", "max_new_tokens"}),
+        ("ResponsesRequest", {"bad_words", "conversation", "max_tokens", "n", "documents"}),
+    ):
+        offered = schemas[name]["properties"].keys()
+        assert "temperature" in offered and not refused & offered
+        assert refused <= {field.name for field in msgspec.structs.fields(getattr(table, name))}

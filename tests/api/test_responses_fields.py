@@ -32,7 +32,7 @@ from tests.support.scripted_engine import ScriptedEngine, say
         ({"min_p": 2}, "min_p"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"input": None}, "input"),
-        ({"input": None, "messages": []}, "input"),
+        ({"input": None, "messages": [{}]}, "messages"),
     ],
 )
 async def test_what_would_change_the_answer_is_refused_by_name(fields: dict[str, Any], param: str) -> None:

@@ -17,9 +17,12 @@ from tests.engine.helpers import (
     run_all,
 )
 from tests.support.fake_runner import FakeRunner
+from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.hits import find_hit
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import KeptStates
+from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.plan import StepRow
 from tgi_asgi.types import Adapter
 
@@ -310,3 +313,23 @@ def test_a_preempted_sequence_goes_on_from_its_newest_state() -> None:
     scheduler._suspend(sequence)
     (row,) = plan_step(scheduler).plan.rows
     assert (row.start, row.num_tokens) == (48, len(sequence.token_ids) - 48)
+
+
+def test_blocks_without_a_state_are_not_looked_up_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt whose blocks are all cached, but after none of which a state is kept."""
+    [sequence] = add_request(make_scheduler(block_size=4), make_request(range(400)))
+    pool = BlockPool(200)
+    for digest in sequence.chain.digests(0, 100, sequence.token_ids):
+        pool.register(pool.allocate(), digest)
+    lookups: list[bytes] = []
+    find = BlockPool.find
+
+    def count(pool: BlockPool, digest: bytes) -> int | None:
+        lookups.append(digest)
+        return find(pool, digest)
+
+    monkeypatch.setattr(BlockPool, "find", count)
+    states = KeptStates(MANY_STATES, pool, 4, keeps_answers=True)
+    hit = find_hit(pool, BlockNeeds((None,), 4, 16), sequence, 100, states)
+    assert (hit.num_blocks, hit.num_found, hit.state) == (0, 100, None)
+    assert len(lookups) < 10

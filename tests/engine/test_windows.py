@@ -24,6 +24,7 @@ from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.hits import find_hit, group_key
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.runner.groups import BlockNeeds
@@ -139,12 +140,16 @@ def test_a_prompt_is_resumed_where_all_groups_can(group: int, lost: Iterable[int
 @given(
     windows=st.sampled_from([(None, 5), (5,), (9, 1), (None, None, 6), (17, 8, 8)]),
     known=st.lists(st.integers(0, 7), min_size=12, max_size=12),
+    kept=st.none() | st.lists(st.booleans(), min_size=12, max_size=12),
     num_blocks=st.integers(0, 12),
 )
 def test_a_hit_is_the_longest_that_all_groups_serve(
-    windows: tuple[int | None, ...], known: list[int], num_blocks: int
+    windows: tuple[int | None, ...], known: list[int], kept: list[bool] | None, num_blocks: int
 ) -> None:
-    """`known` holds a bit mask for each block of tokens: the groups that have it."""
+    """`known` holds a bit mask for each block of tokens: the groups that have it.
+
+    `kept` says after which blocks a state is kept, of a model that has states.
+    """
     scheduler = make_scheduler(block_size=4)
     [sequence] = add_request(scheduler, make_request(range(50)))
     pool, needs = BlockPool(200), BlockNeeds(windows, 4, 16)
@@ -159,9 +164,17 @@ def test_a_hit_is_the_longest_that_all_groups_serve(
         first = 0 if window is None else max(4 * end - window + 1, 0) // 4
         return all(known[index] >> group & 1 for index in range(first, end))
 
+    states = None if kept is None else KeptStates(20, pool, 4, keeps_answers=True)
+    places: dict[int, int] = {}  # of states, by the number of blocks before
+    for index, is_kept in enumerate(kept or ()):
+        if states is not None and is_kept:
+            places[index + 1] = states.pool.allocate()
+            states.pool.register(places[index + 1], sequence.chain.digest(index, sequence.token_ids))
     ends = [end for end in range(num_blocks + 1) if all(serves(end, group) for group in range(len(windows)))]
-    hit = find_hit(pool, needs, sequence, num_blocks)
-    assert hit.num_blocks == max(ends)
+    hit = find_hit(pool, needs, sequence, num_blocks, states)
+    assert hit.num_found == max(ends)
+    assert hit.num_blocks == max(end for end in ends if kept is None or end == 0 or end in places)
+    assert hit.state == places.get(hit.num_blocks)
     for group, blocks in enumerate(hit.blocks):
         first = needs.first_read(group, 4 * hit.num_blocks)
         keys = [

@@ -17,6 +17,7 @@ from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.parse import without_refused
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.types import ModelInfo
@@ -37,6 +38,7 @@ def _document(context: ServerContext) -> Schema:
     documented = [row for row in context.routes if row.summary]
     kinds = [kind for row in documented for kind in (*row.requests, row.response, row.event)]
     found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    components = {name: without_refused(schema) for name, schema in components.items()}
     schemas = dict(zip(kinds, found, strict=True))
     if context.info is not None:
         _put_limits(components, Limits.of(settings, is_tgi=True), context.info)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -79,12 +79,33 @@ def refuse_field(param: str, rule: str, code: str | None = None) -> NoReturn:
     refuse(param, f"`{param}` {rule}", code)
 
 
-def check_unset(request: Struct, names: Sequence[str]) -> None:
-    """Refuse fields of other servers' APIs that are set to anything."""
-    for name in names:
+_REFUSED = "x-refused"  # keyword of fields that the OpenAPI document leaves out; its value is why
+# Fields that are refused if they are set to anything, because ignoring them would mislead.
+Refused = Annotated[Any, Meta(extra_json_schema={_REFUSED: "is not supported by this server"})]
+Foreign = Annotated[Any, Meta(extra_json_schema={_REFUSED: "is not a field of this API"})]
+# A field of other APIs that is refused unless it asks for nothing else; its own API's code decides.
+Undocumented = Annotated[Any, Meta(extra_json_schema={_REFUSED: None})]
+
+
+def check_refused(request: Struct) -> None:
+    """Refuse fields of the types `Refused` and `Foreign` that are set to anything."""
+    for name, rule in _refused(type(request)):
         value = getattr(request, name)
         if value is not False and value not in (None, "", []):  # 0 equals False, and may mean something
-            refuse_field(name, "is not supported by this server", "unsupported_parameter")
+            refuse_field(name, rule, "unsupported_parameter")
+
+
+@cache
+def _refused(kind: type[Struct]) -> list[tuple[str, str]]:
+    found = [(name, keywords.get(_REFUSED)) for name, keywords in _keywords(kind)]
+    return [(name, rule) for name, rule in found if rule is not None]
+
+
+def without_refused(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return an object's JSON schema without the properties that are refused."""
+    properties: dict[str, Any] = schema.get("properties", {})
+    kept = {name: each for name, each in properties.items() if _REFUSED not in each}
+    return {**schema, "properties": kept} if properties else schema
 
 
 def range_of(**keywords: float) -> Meta:
@@ -128,16 +149,21 @@ def check_ranges(request: Struct, where: str = "", *, unbounded: Collection[str]
 def _ranges(kind: type[Struct]) -> list[tuple[str, float, float, bool]]:
     """Return (field, minimum, maximum, whether the minimum is excluded) from the struct's annotations."""
     found = []
+    for name, keywords in _keywords(kind):
+        is_open = "exclusiveMinimum" in keywords
+        low = keywords.get("exclusiveMinimum" if is_open else "minimum")
+        if low is not None:
+            found.append((name, low, keywords.get("maximum", float("inf")), is_open))
+    return found
+
+
+def _keywords(kind: type[Struct]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the keywords that the annotations of a struct's fields add to its JSON schema."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         for part in (hint, *typing.get_args(hint)):
             for meta in getattr(part, "__metadata__", ()):
-                keywords = meta.extra_json_schema if isinstance(meta, Meta) else None
-                if not keywords or "anyOf" in keywords:
-                    continue
-                is_open = "exclusiveMinimum" in keywords
-                low = keywords["exclusiveMinimum" if is_open else "minimum"]
-                found.append((name, low, keywords.get("maximum", float("inf")), is_open))
-    return found
+                if isinstance(meta, Meta) and meta.extra_json_schema:
+                    yield name, meta.extra_json_schema
 
 
 def string_of(item: Mapping[str, Any], name: str, path: str) -> str:

@@ -72,8 +72,10 @@ def find_hit(
         while end and state is None:
             while end and places[end - 1] is None:
                 end -= 1
-            last, end = end, _resumable(needs, find, end)
-            state = places[end - 1] if 0 < end == last else None
+            found = _resumable(needs, find, end)
+            if found == end:
+                state = places[end - 1] if end else None
+            end = found
     for group in range(num_groups):
         if needs.windows[group] is None:
             del blocks[group][end:]
@@ -83,7 +85,8 @@ def find_hit(
                 block for index in range(first, end) if (block := find(group, index)) is not None
             ]
     for group in range(num_groups):  # tell the pool which evicted contents were wanted
-        first = max(needs.first_read(group, num_blocks * size), end)
+        start = num_found if needs.windows[group] is None else end  # what is before it was found
+        first = max(needs.first_read(group, num_blocks * size), start)
         for index in range(first, num_blocks):
             key = _key(sequence, group, index)
             if pool.find(key) is None and not pool.miss(key):

@@ -34,7 +34,7 @@ class OllamaShow(Struct):
 
 _NEVER = "2318-01-01T00:00:00Z"  # about what Ollama reports for a model that stays loaded
 _SHOW = msgspec.json.Decoder(OllamaShow)
-_OLLAMA_VERSION = "0.14.2"  # the first with /v1/messages for agents; VS Code asks for 0.6.4
+_OLLAMA_VERSION = "0.14.2"  # the highest that a client for agents was seen to ask for; VS Code asks for 0.6.4
 
 
 def rows() -> list[Route]:

@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thin
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
-from tgi_asgi.api.parse import OMITTED_IMAGE, check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
@@ -126,7 +126,6 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
             refuse_field(name, rule, "unsupported_parameter")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
-    check_unset(request, ("audio", "prompt_token_ids", "input_ids"))
     if is_compat and not tools:
         return [], None
     is_parallel = request.parallel_tool_calls is not False and not is_compat

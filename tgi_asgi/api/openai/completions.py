@@ -22,7 +22,7 @@ from tgi_asgi.api.openai.params import (
 )
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
-from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import random_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
@@ -83,7 +83,6 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
-    check_unset(request, ("prompt_embeds",))
     if thinking_budget(request) not in (None, -1):
         refuse_field(
             next(name for name in THINKING_BUDGETS if getattr(request, name) is not None),

@@ -11,16 +11,12 @@ from typing import Any
 from tgi_asgi.api.call import Constraint
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
-from tgi_asgi.api.parse import check_ranges, check_unset, refuse, refuse_field
+from tgi_asgi.api.parse import check_ranges, check_refused, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.source import KINDS
 from tgi_asgi.types import ModelInfo
 
-_UNSUPPORTED = (
-    "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
-    "repetition_detection", "logits_processors", "stop_regex", "lora_path", "custom_logit_processor", "lora",
-)  # fmt: skip
 THINKING_BUDGETS = (
     "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",
 )  # fmt: skip
@@ -51,10 +47,11 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
         limit = getattr(request, "max_completion_tokens", None)
     check_renamed(request, dict.fromkeys(("max_new_tokens", "max_output_tokens"), ("max_tokens", limit)))
     check_shared(request, limits, info)
+    check_refused(request)
 
 
 def check_shared(request: TextRequest, limits: Limits, info: ModelInfo) -> None:
-    """Check the fields that all requests for text share, except for their ranges."""
+    """Check what ranges do not say about the fields that all requests for text share."""
     check_stop(request.stop, limits)
     stop_ids = request.stop_token_ids or ()
     if len(stop_ids) > MAX_IDS:
@@ -62,13 +59,12 @@ def check_shared(request: TextRequest, limits: Limits, info: ModelInfo) -> None:
     check_ids(stop_ids, "stop_token_ids", info.vocab_size)
     if request.truncate_prompt_tokens == 0:
         refuse_field("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
-    check_unset(request, _UNSUPPORTED)
 
 
 def check_renamed(request: TextRequest, renamed: Mapping[str, tuple[str, Any]]) -> None:
     """Refuse the names that other APIs have for a field, unless the field is given, too.
 
-    Some clients send the names of several APIs at once (SillyTavern's backends of its own kind).
+    Some clients send the names of several APIs at once (SillyTavern).
 
     Args:
         renamed: By the other name, this API's name for the field, and its value in the request.

@@ -19,8 +19,11 @@ from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     ONLY_USERS,
+    Foreign,
     Natural,
     Positive,
+    Refused,
+    Undocumented,
     kind_of,
     range_of,
     refuse,
@@ -94,33 +97,31 @@ class ResponsesRequest(TextRequest, kw_only=True):
     safety_identifier: str | None = None
     user: str | None = None
 
-    # Known but not supported, and therefore refused: ignoring them would mislead. Those without a comment are
-    # OpenAI's.
-    conversation: Any = None
-    prompt: Any = None
-    background: bool | None = None
-    previous_response: Any = None  # vLLM's
-    previous_input_messages: Any = None  # vLLM's
+    conversation: Refused = None
+    prompt: Refused = None
+    background: Refused = None
+    previous_response: Refused = None  # vLLM's, like the next
+    previous_input_messages: Refused = None
 
-    # The same, of chats and completions.
-    messages: Any = None  # refused only without `input`
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    response_format: Any = None
-    reasoning_effort: Any = None
-    n: Any = None
-    chat_template: Any = None
-    logprobs: Any = None
-    echo: Any = None
-    best_of: Any = None
-    suffix: Any = None
-    continue_final_message: Any = None
-    documents: Any = None
-    functions: Any = None
-    tool_prompt: Any = None
-    audio: Any = None
-    prompt_token_ids: Any = None
-    input_ids: Any = None
+    # Of chats and completions.
+    messages: Undocumented = None
+    max_tokens: Undocumented = None
+    max_completion_tokens: Undocumented = None
+    response_format: Undocumented = None
+    reasoning_effort: Undocumented = None
+    n: Undocumented = None
+    best_of: Undocumented = None
+    chat_template: Foreign = None
+    logprobs: Foreign = None
+    echo: Foreign = None
+    suffix: Foreign = None
+    continue_final_message: Foreign = None
+    documents: Foreign = None
+    functions: Foreign = None
+    tool_prompt: Foreign = None
+    audio: Foreign = None
+    prompt_token_ids: Foreign = None
+    input_ids: Foreign = None
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)

@@ -32,7 +32,14 @@ from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesReques
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
-from tgi_asgi.api.parse import MAX_ECHOED_CHARS, check_ranges, check_unset, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import (
+    MAX_ECHOED_CHARS,
+    check_ranges,
+    check_refused,
+    decode_json,
+    refuse,
+    refuse_field,
+)
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.errors import NotFound
@@ -43,11 +50,6 @@ RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
 _MAX_PAGE = 100  # items per page, OpenAI's limit
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
-_UNSUPPORTED = (
-    "conversation", "prompt", "background", "previous_response", "previous_input_messages", "chat_template",
-    "logprobs", "echo", "best_of", "suffix", "continue_final_message", "documents", "functions",
-    "tool_prompt", "audio", "prompt_token_ids", "input_ids",
-)  # fmt: skip
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens")  # other APIs' names for max_output_tokens
 _NAMES = ("prompt_cache_key", "safety_identifier", "user")  # echoed, but not used
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
@@ -258,20 +260,22 @@ def _is_output(part: Any) -> bool:
 
 
 def _check(request: ResponsesRequest) -> None:
-    if request.input is None and request.previous_response_id is None:
-        refuse_field("input", "is required" if request.messages is None else "is required, not `messages`")
     check_ranges(request)
-    check_unset(request, _UNSUPPORTED)
+    check_refused(request)
     text, reasoning = request.text or TextOptions(), request.reasoning or ReasoningOptions()
     limit = ("max_output_tokens", request.max_output_tokens)
     renamed: dict[str, tuple[str, Any]] = {
         **dict.fromkeys(_LIMITS, limit),
         "response_format": ("text.format", text.format),
         "reasoning_effort": ("reasoning.effort", reasoning.effort),
+        "messages": ("input", request.input),
     }
     check_renamed(request, renamed)
-    if request.n not in (None, 1):
-        refuse_field("n", "may only be 1: a response is one answer", "unsupported_parameter")
+    if request.input is None and request.previous_response_id is None:
+        refuse_field("input", "is required")
+    for name in ("n", "best_of"):
+        if getattr(request, name) not in (None, 1):
+            refuse_field(name, "may only be 1: a response is one answer", "unsupported_parameter")
     for name in _NAMES:
         if len(getattr(request, name) or "") > MAX_ECHOED_CHARS:
             refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters")

@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Salt, Share, range_of
+from tgi_asgi.api.parse import (
+    Fraction,
+    Int,
+    Natural,
+    Penalty,
+    Positive,
+    Refused,
+    Salt,
+    Share,
+    Undocumented,
+    range_of,
+)
 from tgi_asgi.api.tools import CUSTOM_INPUT
 
 # -1: without bound.
@@ -96,20 +107,19 @@ class TextRequest(Struct, kw_only=True):
     thinking_budget_tokens: TokenBudget | None = None  # its other one
     thinking_budget: TokenBudget | None = None  # DashScope's
 
-    # Known but not supported, and therefore refused: ignoring them would mislead. The first ones are vLLM's,
-    # then SGLang's, then llama.cpp's, then transformers'.
-    prompt_logprobs: int | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    logprob_token_ids: list[int] | None = None
-    use_beam_search: bool | None = None
-    repetition_detection: Any = None
-    logits_processors: Any = None
-    stop_regex: Any = None
-    lora_path: Any = None
-    custom_logit_processor: Any = None
-    lora: Any = None
-    max_new_tokens: Any = None
+    # vLLM's, then SGLang's, then llama.cpp's, then transformers'.
+    prompt_logprobs: Refused = None
+    allowed_token_ids: Refused = None
+    bad_words: Refused = None
+    logprob_token_ids: Refused = None
+    use_beam_search: Refused = None
+    repetition_detection: Refused = None
+    logits_processors: Refused = None
+    stop_regex: Refused = None
+    lora_path: Refused = None
+    custom_logit_processor: Refused = None
+    lora: Refused = None
+    max_new_tokens: Undocumented = None
 
 
 class CommonRequest(TextRequest, kw_only=True):
@@ -123,8 +133,7 @@ class CommonRequest(TextRequest, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    # Refused, as above: OpenAI's newer API calls max_tokens so.
-    max_output_tokens: Any = None
+    max_output_tokens: Undocumented = None  # the name in /v1/responses
 
 
 class ImageUrl(Struct):
@@ -242,10 +251,9 @@ class ChatRequest(CommonRequest, kw_only=True):
     function_call: Any = None
     modalities: list[str] | None = None
 
-    # Refused, as above: outputs other than text, and prompts that replace the messages (vLLM's, SGLang's).
-    audio: Any = None
-    prompt_token_ids: Any = None
-    input_ids: Any = None
+    audio: Refused = None
+    prompt_token_ids: Refused = None  # instead of the messages: vLLM's
+    input_ids: Refused = None  # the same: SGLang's
 
 
 class ChatTokenizeRequest(ChatRequest, kw_only=True):
@@ -263,8 +271,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
     best_of: Positive | None = None
     suffix: str | None = None
 
-    # Refused, as above: prompts are texts or ids.
-    prompt_embeds: Any = None
+    prompt_embeds: Refused = None
 
 
 CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
