@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 # fma only where the code writes it: rows must have the same bits in every tile shape.
 CXX_FLAGS = [
-    "-O3", "-std=c++17", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
+    "-O3", "-std=c++20", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
 ]  # fmt: skip
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]

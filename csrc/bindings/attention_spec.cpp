@@ -56,8 +56,11 @@ AttentionSpec::AttentionSpec(double scale, std::optional<int64_t> window,
 }
 
 cpu::step::ScoreParams AttentionSpec::scores(int64_t num_heads) const {
-  return {cap_, data_or_null(slopes_, num_heads, "slopes"),
-          data_or_null(sinks_, num_heads, "sinks")};
+  return {
+      .cap = cap_,
+      .slopes = data_or_null(slopes_, num_heads, "slopes"),
+      .sinks = data_or_null(sinks_, num_heads, "sinks"),
+  };
 }
 
 void bind_attention_spec(py::module_& module) {

@@ -83,7 +83,11 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
     check_shape(*bias, "bias", {packed.num_rows});
     linear.bias = bias->data();
   }
-  pack.out = {nullptr, precision, packed.num_columns, nullptr};
+  pack.out = {
+      .data = nullptr,
+      .precision = precision,
+      .num_columns = packed.num_columns,
+  };
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
   if (header.num_tokens == 0) return;
@@ -164,7 +168,11 @@ void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, F
   step::StepHeader header = {};
   header.num_tokens = ids.size();
   header.ids = ids.data();
-  const step::EmbedParams params = {table.packed, static_cast<float>(factor), out.mutable_data()};
+  const step::EmbedParams params = {
+      .table = table.packed,
+      .factor = static_cast<float>(factor),
+      .x = out.mutable_data(),
+  };
   const py::gil_scoped_release release;
   const step::Kernels& kernels = step::kernels();
   const auto run = [&](int member, int num_members) {
@@ -202,8 +210,16 @@ void norm_rows(const FloatArray& x, const Array<float>& weight,
   if (bias) check_shape(*bias, "bias", {width});
   check_out(out, x.shape(0), width);
   run_rows(step::kernels().norm_rows,
-           step::NormRowsParams{x.data(), stride, weight.data(), bias ? bias->data() : nullptr,
-                                width, static_cast<float>(eps), out.mutable_data(), width},
+           step::NormRowsParams{
+               .x = x.data(),
+               .stride = stride,
+               .weight = weight.data(),
+               .bias = bias ? bias->data() : nullptr,
+               .width = width,
+               .eps = static_cast<float>(eps),
+               .out = out.mutable_data(),
+               .out_stride = width,
+           },
            x);
 }
 
@@ -212,7 +228,14 @@ void activate_rows(const FloatArray& x, const std::string& activation_name, Floa
   check_out(out, x.shape(0), width);
   const MlpActivation activation = check_activation(activation_name, true);
   run_rows(step::kernels().activate,
-           step::ActivateParams{x.data(), stride, width, {activation}, out.mutable_data()}, x);
+           step::ActivateParams{
+               .x = x.data(),
+               .stride = stride,
+               .width = width,
+               .function = {.kind = activation},
+               .out = out.mutable_data(),
+           },
+           x);
 }
 
 }  // namespace

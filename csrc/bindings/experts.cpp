@@ -78,7 +78,10 @@ RoutingBuffer RoutingBuffer::make(int64_t num_tokens, int64_t num_experts, int64
   check(size <= INT32_MAX, "a routing has at most ", INT32_MAX, " entries, got ", size);
   const int64_t list_bytes = (size * 4 + 63) / 64 * 64;
   const int64_t experts_bytes = num_experts * static_cast<int64_t>(sizeof(step::ExpertTokens));
-  RoutingBuffer made = {cpu::allocate(64 + 4 * list_bytes + experts_bytes), num_tokens, {}};
+  RoutingBuffer made = {
+      .memory = cpu::allocate(64 + 4 * list_bytes + experts_bytes),
+      .num_rows = num_tokens,
+  };
   uint8_t* at = made.memory.get();
   const auto take = [&](int64_t bytes) {
     uint8_t* const taken = at;
@@ -157,10 +160,14 @@ ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
   const MlpActivation function = check_activation(activation, true);
   check(limit == 0 || function == MlpActivation::kSilu, "only silu's gates are clamped");
   check(limit >= 0, "`limit` must not be negative, got ", limit);
-  return {std::move(gate_up),
-          std::move(down),
-          function,
-          {finite(limit, "limit"), finite(slope, "slope"), finite(offset, "offset")}};
+  return {
+      .gate_up = std::move(gate_up),
+      .down = std::move(down),
+      .activation = function,
+      .clamped = {.limit = finite(limit, "limit"),
+                  .slope = finite(slope, "slope"),
+                  .offset = finite(offset, "offset")},
+  };
 }
 
 int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
@@ -244,8 +251,16 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   pack.width = x.shape(1);
   step::ExpertsAddParams params = {};
   params.routing = routing.view;
-  params.in = params.gathered = {nullptr, precision_of(precision), columns, nullptr};
-  params.inner = {nullptr, precision_of(inner_precision), mlps.num_columns(), nullptr};
+  params.in = params.gathered = {
+      .data = nullptr,
+      .precision = precision_of(precision),
+      .num_columns = columns,
+  };
+  params.inner = {
+      .data = nullptr,
+      .precision = precision_of(inner_precision),
+      .num_columns = mlps.num_columns(),
+  };
   params.factor = 1;
   params.x = out.mutable_data();
   const int64_t floats = set_experts(mlps, params);
@@ -303,7 +318,11 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
   const Precision precision = precision_of(precision_name);
   stack.check_precision(precision, 1);
   const step::Kernels& kernels = step::kernels();
-  const step::Activation in = {nullptr, precision, stack.num_columns(), nullptr};
+  const step::Activation in = {
+      .data = nullptr,
+      .precision = precision,
+      .num_columns = stack.num_columns(),
+  };
   const int64_t tile_bytes = in.tile_bytes(kernels.tile_tokens), stride = float_stride(x, 0, "x");
   struct Part {
     step::StepHeader header;
@@ -317,7 +336,12 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
     if (size == 0) continue;
     Part part = {};
     part.header.num_tokens = size;
-    part.pack = {x.data() + first * stride, stride, x.shape(1), in};
+    part.pack = {
+        .rows = x.data() + first * stride,
+        .stride = stride,
+        .width = x.shape(1),
+        .out = in,
+    };
     const step::ExpertMatrices view = stack.view();
     part.product.linear.weight = view.weights[e];
     part.product.linear.bias = view.biases == nullptr ? nullptr : view.biases[e];

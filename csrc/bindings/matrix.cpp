@@ -74,7 +74,12 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
     if (row >= 0) end = i + 1;
   }
   Matrix matrix = {
-      nullptr, {nullptr, format, num_rows, padded}, num_true, columns, num_true == end};
+      .memory = nullptr,
+      .packed = {.data = nullptr, .format = format, .num_rows = num_rows, .num_columns = padded},
+      .num_rows = num_true,
+      .num_columns = columns,
+      .has_padding_last = num_true == end,
+  };
   matrix.memory = arena.take(
       cpu::product_of_sizes({num_rows / step::kPanelRows, step::panel_bytes(format, padded)}));
   uint8_t* const out = matrix.memory.get();

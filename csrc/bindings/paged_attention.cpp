@@ -172,7 +172,11 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
 
 const step::AttentionPoint* PagedAttention::split(const step::AttentionParams& params,
                                                   int64_t tile_rows, int num_members) {
-  const step::HeadSplit heads = {params.num_heads, params.kv.num_heads, tile_rows};
+  const step::HeadSplit heads = {
+      .num_heads = params.num_heads,
+      .num_kv_heads = params.kv.num_heads,
+      .tile_rows = tile_rows,
+  };
   for (size_t i = 0; i < num_splits_; ++i) {
     const Split& each = splits_[i];
     if (each.rule == params.rule && each.heads == heads && each.num_members == num_members) {

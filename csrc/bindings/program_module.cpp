@@ -14,7 +14,7 @@ using MaybeFloats = std::optional<Floats>;
 
 Product product_of(const Matrix& weight, const ActivationPtr& in, const MaybeFloats& bias,
                    std::optional<int64_t> adapter) {
-  return {weight, in, bias, adapter};
+  return {.weight = weight, .in = in, .bias = bias, .adapter = adapter};
 }
 
 Floats rows_of_tiles(const ActivationBuffer& a) {
@@ -58,13 +58,23 @@ void bind_buffers(py::module_& module) {
            py::keep_alive<1, 2>());
   py::class_<Norm>(module, "Norm", "A norm of rows or heads; a bias makes it a LayerNorm.")
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t width, double eps) {
-             return Norm{std::move(weight), std::move(bias), width, eps};
+             return Norm{
+                 .weight = std::move(weight),
+                 .bias = std::move(bias),
+                 .width = width,
+                 .eps = eps,
+             };
            }),
            py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
            py::arg("width"), py::arg("eps"));
   py::class_<HeadNorms>(module, "HeadNorms", "The norms of queries and keys.")
       .def(py::init([](const Norm& query, const Norm& key, bool is_whole, bool is_last) {
-             return HeadNorms{query, key, is_whole, is_last};
+             return HeadNorms{
+                 .query = query,
+                 .key = key,
+                 .is_whole = is_whole,
+                 .is_last = is_last,
+             };
            }),
            py::kw_only(), py::arg("query"), py::arg("key"), py::arg("is_whole"),
            py::arg("is_last"));
@@ -72,16 +82,18 @@ void bind_buffers(py::module_& module) {
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
                        std::optional<double> scale, MaybeFloats cosines, MaybeFloats sines,
                        std::optional<HeadNorms> norms, double clip, MaybeFloats query_scales) {
-             return Heads{std::move(pool),
-                          layer,
-                          num_heads,
-                          true_dim,
-                          scale,
-                          std::move(cosines),
-                          std::move(sines),
-                          std::move(norms),
-                          clip,
-                          std::move(query_scales)};
+             return Heads{
+                 .pool = std::move(pool),
+                 .layer = layer,
+                 .num_heads = num_heads,
+                 .true_dim = true_dim,
+                 .scale = scale,
+                 .cosines = std::move(cosines),
+                 .sines = std::move(sines),
+                 .norms = std::move(norms),
+                 .clip = clip,
+                 .query_scales = std::move(query_scales),
+             };
            }),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
@@ -90,9 +102,17 @@ void bind_buffers(py::module_& module) {
   py::class_<LatentHeads>(module, "LatentHeads", "The parameters of latent attention.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, double scale, Floats norm,
                        double eps, Floats cosines, Floats sines, int64_t rotary_column) {
-             return LatentHeads{std::move(pool), layer, num_heads,          scale,
-                                std::move(norm), eps,   std::move(cosines), std::move(sines),
-                                rotary_column};
+             return LatentHeads{
+                 .pool = std::move(pool),
+                 .layer = layer,
+                 .num_heads = num_heads,
+                 .scale = scale,
+                 .norm = std::move(norm),
+                 .eps = eps,
+                 .cosines = std::move(cosines),
+                 .sines = std::move(sines),
+                 .rotary_column = rotary_column,
+             };
            }),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
@@ -101,8 +121,14 @@ void bind_buffers(py::module_& module) {
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
                        std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
                        bool has_silu) {
-             return ShortConv{std::move(weight), std::move(bias), first_column,
-                              in_gate,           out_gate,        has_silu};
+             return ShortConv{
+                 .weight = std::move(weight),
+                 .bias = std::move(bias),
+                 .first_column = first_column,
+                 .in_gate = in_gate,
+                 .out_gate = out_gate,
+                 .has_silu = has_silu,
+             };
            }),
            py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
            py::arg("first_column"), py::arg("in_gate"), py::arg("out_gate"), py::arg("has_silu"));
@@ -111,8 +137,18 @@ void bind_buffers(py::module_& module) {
                        Floats a, Floats d, Floats dt_bias, int64_t dt_column, double dt_scale,
                        double dt_low, double dt_high) {
              return SelectiveScan{
-                 num_heads,          head_dim,  num_groups, state_size, std::move(a), std::move(d),
-                 std::move(dt_bias), dt_column, dt_scale,   dt_low,     dt_high};
+                 .num_heads = num_heads,
+                 .head_dim = head_dim,
+                 .num_groups = num_groups,
+                 .state_size = state_size,
+                 .a = std::move(a),
+                 .d = std::move(d),
+                 .dt_bias = std::move(dt_bias),
+                 .dt_column = dt_column,
+                 .dt_scale = dt_scale,
+                 .dt_low = dt_low,
+                 .dt_high = dt_high,
+             };
            }),
            py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_groups"),
            py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
@@ -121,8 +157,15 @@ void bind_buffers(py::module_& module) {
   py::class_<DeltaRule>(module, "DeltaRule", "Heads of the gated delta rule.")
       .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_key_heads, int64_t key_dim,
                        bool is_tiled, Floats a, Floats dt_bias) {
-             return DeltaRule{num_heads, head_dim,     num_key_heads,     key_dim,
-                              is_tiled,  std::move(a), std::move(dt_bias)};
+             return DeltaRule{
+                 .num_heads = num_heads,
+                 .head_dim = head_dim,
+                 .num_key_heads = num_key_heads,
+                 .key_dim = key_dim,
+                 .is_tiled = is_tiled,
+                 .a = std::move(a),
+                 .dt_bias = std::move(dt_bias),
+             };
            }),
            py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"),
            py::arg("key_dim"), py::arg("is_tiled"), py::arg("a").noconvert(),
@@ -131,8 +174,16 @@ void bind_buffers(py::module_& module) {
       .def(
           py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
                       bool is_gate_first, bool is_sigmoid, double gate_scale, int64_t gate_column) {
-            return GatedNorm{width,         group_width, std::move(weight), eps,
-                             is_gate_first, is_sigmoid,  gate_scale,        gate_column};
+            return GatedNorm{
+                .width = width,
+                .group_width = group_width,
+                .weight = std::move(weight),
+                .eps = eps,
+                .is_gate_first = is_gate_first,
+                .is_sigmoid = is_sigmoid,
+                .gate_scale = gate_scale,
+                .gate_column = gate_column,
+            };
           }),
           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"),
@@ -144,7 +195,8 @@ void bind_buffers(py::module_& module) {
 // Required operands are bound with none(false), because None would become a null pointer.
 void bind_program(py::module_& module) {
   bind_buffers(module);
-  py::class_<Program, std::shared_ptr<Program>>(module, "Program", "See csrc/bindings/program.h.")
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program",
+                                                "See csrc/bindings/recording.h and program.h.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),
            py::arg("max_sequences"), py::arg("max_rows"), py::arg("max_context"))
       .def(

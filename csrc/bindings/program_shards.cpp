@@ -1,59 +1,10 @@
-// A program that is one of several shards: its partial sums, and the work that shard 0
-// sends to the others.
+// A program that is one of several shards: the work that shard 0 sends to the others.
 #include <stdexcept>
-#include <utility>
 
 #include "bindings/program.h"
-#include "cpu/step/shards.h"
 #include "cpu/team.h"
 
 namespace tgi {
-
-void Program::set_shards(ShardsPtr shards, int64_t first_vocab_id) {
-  const cpu::ShardShape& shape = shards->shape();
-  check(num_operators() == 0 && shards_ == nullptr, "shards come before all operators");
-  check(shape.max_tokens == max_tokens_ && shape.max_rows == max_rows_,
-        "the shards' memory is of another program");
-  check(shape.num_members == num_members_, "the shards have ", shape.num_members,
-        " threads each, not ", num_members_);
-  check(first_vocab_id >= 0 && first_vocab_id < shape.vocab_size,
-        "`first_vocab_id` must be in [0, ", shape.vocab_size, "), got ", first_vocab_id);
-  shards_ = std::move(shards);
-  first_vocab_id_ = first_vocab_id;
-  forward_.set_shards(shards_);
-}
-
-RowsPtr Program::partial_sum() {
-  check(shards_ != nullptr, "there are no shards");
-  const int64_t turn = num_partial_sums_++ % 2;
-  return std::make_shared<RowsBuffer>(
-      RowsBuffer{shards_->partial_sum(turn), max_tokens_, shards_->shape().num_columns, turn});
-}
-
-void Program::sum_shards(const RowsPtr& partial_sum, double factor, bool adds, const RowsPtr& x) {
-  check(shards_ != nullptr && partial_sum->turn, "`partial_sum` must be a shard's partial sum");
-  check_rows_buffer(x, partial_sum->num_columns, "x");
-  keep(x->memory);
-  const cpu::ShardGroup& group = *shards_;
-  forward_.add(
-      &step::sum_shards,
-      step::SumShardsParams{group.partial_sums(*partial_sum->turn), group.partial_sum_floats(),
-                            group.shape().count, partial_sum->num_columns, adds,
-                            static_cast<float>(factor), x->data()});
-}
-
-void Program::share_logits() {
-  const RowsPtr own = std::move(logits_);
-  const int64_t num_vocab_ids = own->num_columns, vocab = shards_->shape().vocab_size;
-  check(first_vocab_id_ + num_vocab_ids <= vocab, "the head's vocabulary ids must be in [0, ",
-        vocab, "), got [", first_vocab_id_, ", ", first_vocab_id_ + num_vocab_ids, ")");
-  keep(own->memory);
-  vocab_ = vocab;
-  logits_ = std::make_shared<RowsBuffer>(RowsBuffer{shards_->logits(), max_rows_, vocab});
-  head_.add(&step::scatter_logits,
-            step::ScatterLogitsParams{own->data(), num_vocab_ids, logits_->data() + first_vocab_id_,
-                                      vocab});
-}
 
 void Program::send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows) {
   if (shards_ == nullptr) return;

@@ -408,8 +408,16 @@ RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size
        {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
     check(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX, "], got ", limit);
   }
-  RowLimits limits = {vocab_size, num_blocks, block_size, max_context,
-                      max_rows,   max_tokens, {},         num_kept_states};
+  RowLimits limits = {
+      .vocab_size = vocab_size,
+      .num_blocks = num_blocks,
+      .block_size = block_size,
+      .max_context = max_context,
+      .max_rows = max_rows,
+      .max_tokens = max_tokens,
+      .windows = {},
+      .num_kept_states = num_kept_states,
+  };
   check(num_kept_states >= 0 && num_kept_states <= INT32_MAX, "`num_kept_states` must be in [0, ",
         INT32_MAX, "], got ", num_kept_states);
   check(!windows.empty(), "there must be at least one group");

@@ -173,13 +173,15 @@ py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token
   check(num_top >= 0 && num_top <= vocab, "`num_top` must be in [0, ", vocab, "], got ", num_top);
   Array<float> logprobs(rows), top_logprobs({rows, num_top});
   Array<int32_t> top_ids({rows, num_top});
-  const TokenLogprobsParams params = {logits.data(),
-                                      token_ids.data(),
-                                      logprobs.mutable_data(),
-                                      top_ids.mutable_data(),
-                                      top_logprobs.mutable_data(),
-                                      vocab,
-                                      num_top};
+  const TokenLogprobsParams params = {
+      .logits = logits.data(),
+      .token_ids = token_ids.data(),
+      .logprobs = logprobs.mutable_data(),
+      .top_ids = top_ids.mutable_data(),
+      .top_logprobs = top_logprobs.mutable_data(),
+      .vocab = vocab,
+      .num_top = num_top,
+  };
   const py::gil_scoped_release release;
   cpu::parallel_range(rows, 1,
                       [&](int64_t begin, int64_t end) { cpu::token_logprobs(params, begin, end); });

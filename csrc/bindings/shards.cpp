@@ -79,13 +79,15 @@ cpu::ShardShape make_shape(int64_t count, int64_t num_members, int64_t num_colum
   const int64_t words =
       kNumbers + max_tokens * (1 + num_groups) + max_sequences + max_rows + 2 * kMaxCopies;
   const int64_t tables = cpu::product_of_sizes({num_groups, max_sequences, table_width, 4});
-  return {count,
-          num_members,
-          max_tokens,
-          num_columns,
-          max_rows,
-          vocab_size,
-          whole_words(tables) + words * kWord};
+  return {
+      .count = count,
+      .num_members = num_members,
+      .max_tokens = max_tokens,
+      .num_columns = num_columns,
+      .max_rows = max_rows,
+      .vocab_size = vocab_size,
+      .mail_bytes = whole_words(tables) + words * kWord,
+  };
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("amx") / "amx_grant"
     sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets")]
-    command = [compiler, "-std=c++17", "-Icsrc", "tests/csrc/amx_grant.cpp", *sources, "-o", str(program)]
+    command = [compiler, "-std=c++20", "-Icsrc", "tests/csrc/amx_grant.cpp", *sources, "-o", str(program)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     return program
 

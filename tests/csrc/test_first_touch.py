@@ -27,7 +27,7 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     library = tmp_path_factory.mktemp("watch") / "page_watch.so"
     source = ROOT / "tests" / "csrc" / "page_watch.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
     return library
 

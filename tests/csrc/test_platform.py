@@ -22,7 +22,7 @@ def quota_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("quota") / "quota"
     sources = ["tests/csrc/quota.cpp", "csrc/cpu/platform.cpp"]
     subprocess.run(
-        [compiler, "-std=c++17", "-Icsrc", *sources, "-o", program], cwd=ROOT, check=True, timeout=120
+        [compiler, "-std=c++20", "-Icsrc", *sources, "-o", program], cwd=ROOT, check=True, timeout=120
     )
     return program
 

@@ -16,7 +16,7 @@ def test_sampling_and_logprobs_allocate_nothing_whatever_is_asked_of_them(tmp_pa
     program = tmp_path / "sample_allocations"
     sampler = sorted(map(str, (ROOT / "csrc" / "cpu").glob("sample*.cpp")))
     sources = ["tests/csrc/sample_allocations.cpp", *sampler]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-Icsrc", "-o", str(program)]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-Icsrc", "-o", str(program)]
     subprocess.run([compiler, *sources, *flags], cwd=ROOT, check=True, timeout=120)
     ran = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stdout

@@ -23,7 +23,7 @@ SOURCES = (
     *sorted(STEP.glob("*.cpp")),
     *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("team", "platform", "memory", "shard_group")),
 )
-FLAGS = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror", "-pthread"]
+FLAGS = ["-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror", "-pthread"]
 
 
 @pytest.mark.parametrize(

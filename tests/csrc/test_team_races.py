@@ -16,7 +16,7 @@ def test_the_team_has_no_data_race(tmp_path: Path) -> None:
     program = tmp_path / "team_stress"
     names = ["tests/csrc/team_stress", "csrc/cpu/team", "csrc/cpu/team_size", "csrc/cpu/platform"]
     sources = [f"{name}.cpp" for name in names]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", str(program)]
+    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", str(program)]
     built = subprocess.run(
         [compiler, *sources, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )

@@ -16,7 +16,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("team_size") / "team_size"
     sources = ["tests/csrc/team_size.cpp", "csrc/cpu/team_size.cpp"]
-    command: list[str | Path] = [compiler, "-std=c++17", "-O1", "-Icsrc", *sources, "-o", program]
+    command: list[str | Path] = [compiler, "-std=c++20", "-O1", "-Icsrc", *sources, "-o", program]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     return program
 

@@ -56,22 +56,24 @@ void route(const Tensor& logits, const Tensor& slots, const std::optional<Tensor
   const int64_t most = num_experts / num_groups * top_groups;
   TORCH_CHECK(ids.size(1) >= 1 && ids.size(1) <= most, "`ids` must have 1 to ", most,
               " columns, got ", ids.size(1));
-  const RouteParams params = {logits.const_data_ptr<float>(),
-                              slots.const_data_ptr<int64_t>(),
-                              data_or_null<float>(correction),
-                              ids.mutable_data_ptr<int32_t>(),
-                              weights.mutable_data_ptr<float>(),
-                              num_tokens,
-                              num_experts,
-                              ids.size(1),
-                              num_groups,
-                              top_groups,
-                              sums_top_two,
-                              is_renormalised,
-                              static_cast<float>(eps),
-                              static_cast<float>(scale),
-                              static_cast<float>(jitter),
-                              kind_of(kind)};
+  const RouteParams params = {
+      .logits = logits.const_data_ptr<float>(),
+      .slots = slots.const_data_ptr<int64_t>(),
+      .correction = data_or_null<float>(correction),
+      .ids = ids.mutable_data_ptr<int32_t>(),
+      .weights = weights.mutable_data_ptr<float>(),
+      .num_tokens = num_tokens,
+      .num_experts = num_experts,
+      .top_k = ids.size(1),
+      .num_groups = num_groups,
+      .top_groups = top_groups,
+      .sums_top_two = sums_top_two,
+      .is_renormalised = is_renormalised,
+      .eps = static_cast<float>(eps),
+      .scale = static_cast<float>(scale),
+      .jitter = static_cast<float>(jitter),
+      .kind = kind_of(kind),
+  };
   run(tgi::cuda::route, params, ids);
 }
 
@@ -90,12 +92,14 @@ void experts_plan(const Tensor& ids, int64_t num_experts, bool is_streamed, cons
                   const Tensor& tiles) {
   check_plan(pairs, tiles, num_experts, is_streamed);
   check_tensor(ids, "ids", kInt, {pairs.size(0), pairs.size(1)});
-  const ExpertsPlanParams params = {ids.const_data_ptr<int32_t>(),
-                                    pairs.mutable_data_ptr<int32_t>(),
-                                    tiles.mutable_data_ptr<int32_t>(),
-                                    pairs.numel(),
-                                    num_experts,
-                                    is_streamed};
+  const ExpertsPlanParams params = {
+      .ids = ids.const_data_ptr<int32_t>(),
+      .pairs = pairs.mutable_data_ptr<int32_t>(),
+      .tiles = tiles.mutable_data_ptr<int32_t>(),
+      .num_pairs = pairs.numel(),
+      .num_experts = num_experts,
+      .is_streamed = is_streamed,
+  };
   run(tgi::cuda::experts_plan, params, pairs);
 }
 
@@ -186,16 +190,18 @@ void experts_sum(const Tensor& rows, const Tensor& ids, const Tensor& weights, i
   check_tensor(weights, "weights", kFloat, {x.size(0), ids.size(1)});
   check_tensor(rows, "rows", rows.scalar_type(), {x.size(0), ids.size(1), x.size(1)});
   TORCH_CHECK(x.size(1) % 8 == 0, "`x` must have a multiple of 8 columns, got ", x.size(1));
-  const ExpertsSumParams params = {rows.const_data_ptr(),
-                                   ids.const_data_ptr<int32_t>(),
-                                   weights.const_data_ptr<float>(),
-                                   x.mutable_data_ptr<float>(),
-                                   x.size(0),
-                                   num_experts,
-                                   ids.size(1),
-                                   x.size(1),
-                                   static_cast<float>(factor),
-                                   type};
+  const ExpertsSumParams params = {
+      .rows = rows.const_data_ptr(),
+      .ids = ids.const_data_ptr<int32_t>(),
+      .weights = weights.const_data_ptr<float>(),
+      .x = x.mutable_data_ptr<float>(),
+      .num_tokens = x.size(0),
+      .num_experts = num_experts,
+      .top_k = ids.size(1),
+      .hidden = x.size(1),
+      .factor = static_cast<float>(factor),
+      .type = type,
+  };
   run(tgi::cuda::experts_sum, params, x);
 }
 
@@ -204,12 +210,14 @@ void gated_add(const Tensor& rows, const Tensor& gate, double factor, const Tens
   check_tensor(rows, "rows", kFloat, {x.size(0), x.size(1)});
   check_tensor(gate, "gate", kFloat, {x.size(0), 1});
   TORCH_CHECK(x.size(1) % 4 == 0, "`x` must have a multiple of 4 columns, got ", x.size(1));
-  const GatedAddParams params = {rows.const_data_ptr<float>(),
-                                 gate.const_data_ptr<float>(),
-                                 x.mutable_data_ptr<float>(),
-                                 x.size(0),
-                                 x.size(1),
-                                 static_cast<float>(factor)};
+  const GatedAddParams params = {
+      .rows = rows.const_data_ptr<float>(),
+      .gate = gate.const_data_ptr<float>(),
+      .x = x.mutable_data_ptr<float>(),
+      .num_tokens = x.size(0),
+      .hidden = x.size(1),
+      .factor = static_cast<float>(factor),
+  };
   run(tgi::cuda::gated_add, params, x);
 }
 

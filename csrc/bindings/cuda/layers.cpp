@@ -28,13 +28,15 @@ void embed(const Tensor& ids, const Tensor& table, const Tensor& out) {
   check_tensor(table, "table", table.scalar_type(), {-1, -1});
   check_tensor(ids, "ids", kInt, {-1});
   check_tensor(out, "out", kFloat, {ids.size(0), table.size(1)});
-  const EmbedParams params = {ids.const_data_ptr<int32_t>(),
-                              table.const_data_ptr(),
-                              out.mutable_data_ptr<float>(),
-                              ids.size(0),
-                              table.size(0),
-                              table.size(1),
-                              type};
+  const EmbedParams params = {
+      .ids = ids.const_data_ptr<int32_t>(),
+      .table = table.const_data_ptr(),
+      .out = out.mutable_data_ptr<float>(),
+      .num_tokens = ids.size(0),
+      .num_rows = table.size(0),
+      .hidden = table.size(1),
+      .type = type,
+  };
   run(tgi::cuda::embed, params, out);
 }
 
@@ -139,32 +141,34 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
   check_norm(k_norm, "k_norm", kv.size(2), head_dim, is_normed, is_each);
   check_norm(q_bias, "q_bias", num_heads, head_dim, has_bias, is_each);
   check_norm(k_bias, "k_bias", kv.size(2), head_dim, has_bias, is_each);
-  const RopeParams params = {qkv.const_data_ptr(),
-                             positions.const_data_ptr<int32_t>(),
-                             slots.const_data_ptr<int64_t>(),
-                             cos.const_data_ptr<float>(),
-                             sin.const_data_ptr<float>(),
-                             data_or_null<float>(q_norm),
-                             data_or_null<float>(k_norm),
-                             data_or_null<float>(q_bias),
-                             data_or_null<float>(k_bias),
-                             q.mutable_data_ptr(),
-                             kv.mutable_data_ptr(),
-                             num_tokens,
-                             cos.size(0),
-                             num_heads,
-                             kv.size(2),
-                             head_dim,
-                             2 * cos.size(1),
-                             kv.size(0),
-                             kv.size(3),
-                             is_each ? head_dim : 0,
-                             is_norm_last,
-                             static_cast<float>(eps),
-                             static_cast<float>(key_scale),
-                             static_cast<float>(value_scale),
-                             type,
-                             kv_type};
+  const RopeParams params = {
+      .qkv = qkv.const_data_ptr(),
+      .positions = positions.const_data_ptr<int32_t>(),
+      .slots = slots.const_data_ptr<int64_t>(),
+      .cos = cos.const_data_ptr<float>(),
+      .sin = sin.const_data_ptr<float>(),
+      .q_norm = data_or_null<float>(q_norm),
+      .k_norm = data_or_null<float>(k_norm),
+      .q_bias = data_or_null<float>(q_bias),
+      .k_bias = data_or_null<float>(k_bias),
+      .q = q.mutable_data_ptr(),
+      .kv = kv.mutable_data_ptr(),
+      .num_tokens = num_tokens,
+      .num_positions = cos.size(0),
+      .num_heads = num_heads,
+      .num_kv_heads = kv.size(2),
+      .head_dim = head_dim,
+      .rotary_dim = 2 * cos.size(1),
+      .num_blocks = kv.size(0),
+      .block_size = kv.size(3),
+      .norm_stride = is_each ? head_dim : 0,
+      .is_norm_last = is_norm_last,
+      .eps = static_cast<float>(eps),
+      .key_scale = static_cast<float>(key_scale),
+      .value_scale = static_cast<float>(value_scale),
+      .type = type,
+      .kv_type = kv_type,
+  };
   run(tgi::cuda::rope_kv_write, params, q);
 }
 

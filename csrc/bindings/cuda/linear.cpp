@@ -24,16 +24,18 @@ void linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& 
               out.scalar_type());
   check_tensor(out, "out", is_wide ? kFloat : a.scalar_type(), {a.size(0), weight.size(0)});
   if (bias) check_tensor(*bias, "bias", kFloat, {weight.size(0)});
-  const LinearParams params = {a.const_data_ptr(),
-                               weight.const_data_ptr(),
-                               data_or_null<float>(bias),
-                               out.mutable_data_ptr(),
-                               a.size(0),
-                               weight.size(0),
-                               a.size(1),
-                               is_wide,
-                               is_added,
-                               type};
+  const LinearParams params = {
+      .a = a.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .bias = data_or_null<float>(bias),
+      .out = out.mutable_data_ptr(),
+      .num_tokens = a.size(0),
+      .num_rows = weight.size(0),
+      .num_columns = a.size(1),
+      .is_wide = is_wide,
+      .is_added = is_added,
+      .type = type,
+  };
   run(tgi::cuda::linear, params, out);
 }
 

@@ -32,25 +32,30 @@ LoraProduct make_product(const Tensor& adapters, const Tensor& places, const Ten
               inner.size(1));
   TORCH_CHECK(pool.size(1) % 8 == 0, "`pool` must have a multiple of 8 columns, got ",
               pool.size(1));
-  return {adapters.const_data_ptr<int32_t>(),
-          places.const_data_ptr<int32_t>(),
-          pool.const_data_ptr(),
-          adapters.size(0),
-          pool.size(0),
-          places.size(1),
-          product,
-          pool.size(1),
-          columns,
-          rank,
-          type};
+  return {
+      .adapters = adapters.const_data_ptr<int32_t>(),
+      .places = places.const_data_ptr<int32_t>(),
+      .pool = pool.const_data_ptr(),
+      .num_tokens = adapters.size(0),
+      .num_slots = pool.size(0),
+      .num_products = places.size(1),
+      .product = product,
+      .slot_stride = pool.size(1),
+      .num_columns = columns,
+      .rank = rank,
+      .type = type,
+  };
 }
 
 void lora_down(const Tensor& x, const Tensor& adapters, const Tensor& places, const Tensor& pool,
                int64_t product, int64_t rank, const Tensor& inner) {
   check_tensor(x, "x", pool.scalar_type(), {adapters.size(0), -1});
   const LoraDownParams params = {
-      make_product(adapters, places, pool, product, rank, x.size(1), inner), x.const_data_ptr(),
-      inner.mutable_data_ptr<float>(), inner.size(1)};
+      .product = make_product(adapters, places, pool, product, rank, x.size(1), inner),
+      .x = x.const_data_ptr(),
+      .inner = inner.mutable_data_ptr<float>(),
+      .num_inner = inner.size(1),
+  };
   run(tgi::cuda::lora_down, params, inner);
 }
 
@@ -69,15 +74,17 @@ void lora_up(const Tensor& inner, const Tensor& adapters, const Tensor& places, 
       make_product(adapters, places, pool, product, rank, columns, inner);
   TORCH_CHECK(inner.size(1) == num_pieces * rank, "`inner` must have ", num_pieces * rank,
               " columns, got ", inner.size(1));
-  const LoraUpParams params = {of_product,
-                               inner.const_data_ptr<float>(),
-                               out.mutable_data_ptr(),
-                               num_rows,
-                               inner.size(1),
-                               first_end,
-                               second_end,
-                               static_cast<float>(factor),
-                               is_wide};
+  const LoraUpParams params = {
+      .product = of_product,
+      .inner = inner.const_data_ptr<float>(),
+      .out = out.mutable_data_ptr(),
+      .num_rows = num_rows,
+      .num_inner = inner.size(1),
+      .first_end = first_end,
+      .second_end = second_end,
+      .factor = static_cast<float>(factor),
+      .is_wide = is_wide,
+  };
   run(tgi::cuda::lora_up, params, out);
 }
 

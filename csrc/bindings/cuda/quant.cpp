@@ -25,13 +25,15 @@ void quant_linear(const Tensor& a, const Tensor& codes, const Tensor& scales,
   check_tensor(a, "a", a.scalar_type(), {-1, weight.num_columns});
   check_tensor(out, "out", is_wide ? kFloat : a.scalar_type(), {a.size(0), weight.num_rows});
   if (bias) check_tensor(*bias, "bias", kFloat, {weight.num_rows});
-  const QuantLinearParams params = {weight,
-                                    a.const_data_ptr(),
-                                    data_or_null<float>(bias),
-                                    out.mutable_data_ptr(),
-                                    a.size(0),
-                                    is_wide,
-                                    type};
+  const QuantLinearParams params = {
+      .weight = weight,
+      .a = a.const_data_ptr(),
+      .bias = data_or_null<float>(bias),
+      .out = out.mutable_data_ptr(),
+      .num_tokens = a.size(0),
+      .is_wide = is_wide,
+      .type = type,
+  };
   run(tgi::cuda::quant_linear, params, out);
 }
 
@@ -40,7 +42,13 @@ void dequantise(const Tensor& codes, const Tensor& scales, const std::optional<T
   const QuantMatrix weight = make_matrix(codes, scales, offsets, bits, zero);
   const auto type = check_type(out, "out");
   check_tensor(out, "out", out.scalar_type(), {weight.num_rows, weight.num_columns});
-  run(tgi::cuda::dequantise, DequantiseParams{weight, out.mutable_data_ptr(), type}, out);
+  run(tgi::cuda::dequantise,
+      DequantiseParams{
+          .weight = weight,
+          .out = out.mutable_data_ptr(),
+          .type = type,
+      },
+      out);
 }
 
 }  // namespace

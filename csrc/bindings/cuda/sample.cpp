@@ -79,13 +79,15 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   const int64_t needed = tgi::cuda::sample_workspace_bytes(num_rows);
   TORCH_CHECK(workspace.size(0) >= needed, "`workspace` must have ", needed, " bytes, got ",
               workspace.size(0));
-  const tgi::cuda::SampleParams params = {base,
-                                          tgi::cuda::data_or_null<int32_t>(mask_rows),
-                                          scratch.mutable_data_ptr<float>(),
-                                          workspace.mutable_data_ptr(),
-                                          mask ? mask->size(0) : 0,
-                                          num_rows,
-                                          records.size(0)};
+  const tgi::cuda::SampleParams params = {
+      .base = base,
+      .mask_rows = tgi::cuda::data_or_null<int32_t>(mask_rows),
+      .scratch = scratch.mutable_data_ptr<float>(),
+      .workspace = workspace.mutable_data_ptr(),
+      .num_masks = mask ? mask->size(0) : 0,
+      .num_rows = num_rows,
+      .num_slots = records.size(0),
+  };
   run(tgi::cuda::sample, params, logits);
 }
 
@@ -99,14 +101,17 @@ void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor&
   check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
   TORCH_CHECK(top_ids.size(1) <= vocab, "`top_ids` must have at most ", vocab, " columns, got ",
               top_ids.size(1));
-  const tgi::TokenLogprobsParams base = {logits.const_data_ptr<float>(),
-                                         token_ids.const_data_ptr<int32_t>(),
-                                         logprobs.mutable_data_ptr<float>(),
-                                         top_ids.mutable_data_ptr<int32_t>(),
-                                         top_logprobs.mutable_data_ptr<float>(),
-                                         vocab,
-                                         top_ids.size(1)};
-  run(tgi::cuda::token_logprobs, tgi::cuda::TokenLogprobsParams{base, logits.size(0)}, logits);
+  const tgi::TokenLogprobsParams base = {
+      .logits = logits.const_data_ptr<float>(),
+      .token_ids = token_ids.const_data_ptr<int32_t>(),
+      .logprobs = logprobs.mutable_data_ptr<float>(),
+      .top_ids = top_ids.mutable_data_ptr<int32_t>(),
+      .top_logprobs = top_logprobs.mutable_data_ptr<float>(),
+      .vocab = vocab,
+      .num_top = top_ids.size(1),
+  };
+  run(tgi::cuda::token_logprobs, tgi::cuda::TokenLogprobsParams{.base = base, .num_rows = num_rows},
+      logits);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "bindings/program.h"
+#include "bindings/recording.h"
 #include "cpu/step/kernel_sets.h"
 
 namespace tgi {
@@ -28,14 +28,14 @@ void check_sizes(std::initializer_list<std::pair<int64_t, const char*>> sizes) {
 
 }  // namespace
 
-void Program::use_states(const StatesPtr& states) {
+void Recording::use_states(const StatesPtr& states) {
   check_before_end("a recurrent layer");
   if (states_ == nullptr) states_ = states;
   check(states == states_, "all layers of a program must have one pool of states");
 }
 
-void Program::short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,
-                         int64_t layer, const RowsPtr& out) {
+void Recording::short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,
+                           int64_t layer, const RowsPtr& out) {
   const StateShape& shape = states->shape(layer);
   use_states(states);
   step::ShortConvParams params = {};
@@ -64,8 +64,8 @@ void Program::short_conv(const RowsPtr& rows, const ShortConv& conv, const State
   forward_.add(step::kernels().short_conv, params);
 }
 
-void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
-                             const StatesPtr& states, int64_t layer, const RowsPtr& out) {
+void Recording::selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
+                               const StatesPtr& states, int64_t layer, const RowsPtr& out) {
   use_states(states);
   check_sizes({{scan.num_heads, "num_heads"},
                {scan.head_dim, "head_dim"},
@@ -106,8 +106,8 @@ void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const Sele
   forward_.add(step::kernels().selective_scan, params);
 }
 
-void Program::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
-                         const StatesPtr& states, int64_t layer, const RowsPtr& out) {
+void Recording::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
+                           const StatesPtr& states, int64_t layer, const RowsPtr& out) {
   use_states(states);
   check_sizes({{rule.num_heads, "num_heads"},
                {rule.head_dim, "head_dim"},
@@ -145,8 +145,8 @@ void Program::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRul
   forward_.add(step::kernels().delta_rule, params);
 }
 
-void Program::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
-                         const RowsPtr& out) {
+void Recording::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
+                           const RowsPtr& out) {
   check_size(norm.width, "width");
   check(norm.group_width > 0 && norm.width % norm.group_width == 0,
         "`group_width` must divide the ", norm.width, " columns, got ", norm.group_width);

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <tuple>
 
-#include "bindings/program.h"
+#include "bindings/recording.h"
 #include "cpu/step/kernel_sets.h"
 
 namespace tgi {
 
-void Program::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
+void Recording::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
   check_before_end("qkv");
   check(products.size() == 1 || products.size() == 3, "`products` must be one or three");
   step::QkvParams params = {};
@@ -29,8 +29,8 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
   forward_.add(step::kernels().qkv, params);
 }
 
-void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
-                        const QueryPtr& out) {
+void Recording::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
+                          const QueryPtr& out) {
   if (has_keys || heads.cosines || heads.query_scales) {
     check_before_end("written heads, or what depends on positions");
   }
@@ -47,7 +47,7 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
   forward_.add(step::kernels().head_rows, params);
 }
 
-step::HeadParams Program::head_params(const Heads& heads, bool has_values, const QueryPtr& out) {
+step::HeadParams Recording::head_params(const Heads& heads, bool has_values, const QueryPtr& out) {
   step::HeadParams params = {};
   params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
   check(!params.kv.is_latent, "latents are written by `latent_qkv`");
@@ -83,7 +83,7 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
   return params;
 }
 
-void Program::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params) {
+void Recording::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params) {
   const int64_t width = params.kv.num_strips() * step::kStripRows, kv_heads = params.kv.num_heads;
   const bool is_each = norms.is_whole || norms.query.weight.size() != width;
   check(norms.query.bias.has_value() == norms.key.bias.has_value() &&
@@ -101,7 +101,7 @@ void Program::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadPar
   params.eps = static_cast<float>(norms.query.eps);
 }
 
-void Program::share_scratch(step::QkvParams& params) {
+void Recording::share_scratch(step::QkvParams& params) {
   // Members may be in different parts at the same time, so every part uses the same scratch stride
   // per member.
   int64_t floats = 0;

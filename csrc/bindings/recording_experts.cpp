@@ -1,7 +1,7 @@
 // Recording of routed experts: checks their operands once.
 #include <algorithm>
 
-#include "bindings/program.h"
+#include "bindings/recording.h"
 #include "cpu/step/kernel_sets.h"
 
 namespace tgi {
@@ -15,11 +15,11 @@ int64_t tiles_of(int64_t rows) {
 
 }  // namespace
 
-RoutingPtr Program::routing(int64_t num_experts, int64_t top_k) const {
+RoutingPtr Recording::routing(int64_t num_experts, int64_t top_k) const {
   return std::make_shared<RoutingBuffer>(RoutingBuffer::make(max_tokens_, num_experts, top_k));
 }
 
-void Program::route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPtr& out) {
+void Recording::route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPtr& out) {
   check_rows_buffer(logits, step::padded_columns(spec->num_experts()), "logits");
   check_num_rows(*out, "out");
   check(out->view.num_experts == spec->num_experts() && out->view.top_k == spec->top_k(),
@@ -35,9 +35,9 @@ void Program::route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPt
   forward_.add(step::kernels().route, params);
 }
 
-void Program::experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
-                          const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
-                          const RowsPtr& x) {
+void Recording::experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
+                            const ActivationPtr& gathered, const ActivationPtr& inner,
+                            double factor, const RowsPtr& x) {
   check_num_rows(*in, "source");
   check_num_rows(*routing, "routing");
   check_num_rows(*gathered, "gathered");
@@ -78,15 +78,22 @@ void Program::experts_add(const ActivationPtr& in, const RoutingPtr& routing, co
   forward_.add(step::kernels().experts_add, params);
 }
 
-void Program::gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor, const RowsPtr& x) {
+void Recording::gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor,
+                          const RowsPtr& x) {
   const int64_t columns = x->num_columns;
   check_rows_buffer(x, columns, "x");
   check_rows_buffer(rows, columns, "rows");
   check_rows_buffer(gate, gate->num_columns, "gate");
   for (const RowsPtr& each : {rows, gate, x}) keep(each->memory);
-  forward_.add(step::kernels().gated_add,
-               step::GatedAddParams{rows->data(), gate->data(), gate->num_columns, columns,
-                                    static_cast<float>(factor), x->data()});
+  const step::GatedAddParams params = {
+      .rows = rows->data(),
+      .gate = gate->data(),
+      .gate_stride = gate->num_columns,
+      .num_columns = columns,
+      .factor = static_cast<float>(factor),
+      .x = x->data(),
+  };
+  forward_.add(step::kernels().gated_add, params);
 }
 
 }  // namespace tgi

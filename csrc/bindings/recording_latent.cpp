@@ -1,12 +1,12 @@
 // Recording of latent attention (MLA): checks its operands once.
 #include <algorithm>
 
-#include "bindings/program.h"
+#include "bindings/recording.h"
 #include "cpu/step/kernel_sets.h"
 
 namespace tgi {
 
-void Program::heads_linear(const Product& product, int64_t num_heads, const RowsPtr& out) {
+void Recording::heads_linear(const Product& product, int64_t num_heads, const RowsPtr& out) {
   check_size(num_heads, "num_heads");
   check(!product.bias && !product.adapter, "products of heads have neither biases nor adapters");
   step::HeadsLinearParams params = {};
@@ -23,8 +23,8 @@ void Program::heads_linear(const Product& product, int64_t num_heads, const Rows
   forward_.add(step::kernels().heads_linear, params);
 }
 
-void Program::latent_qkv(const RowsPtr& absorbed, const RowsPtr& rotary, const RowsPtr& latents,
-                         const LatentHeads& heads, const QueryPtr& out) {
+void Recording::latent_qkv(const RowsPtr& absorbed, const RowsPtr& rotary, const RowsPtr& latents,
+                           const LatentHeads& heads, const QueryPtr& out) {
   check_before_end("latent_qkv");
   check_size(heads.num_heads, "num_heads");
   step::LatentQkvParams params = {};
