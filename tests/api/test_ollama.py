@@ -246,8 +246,15 @@ async def test_options_reach_the_engine() -> None:
     assert (stop.max_tokens, stop.stop) == (9, ("x",))
 
 
-@pytest.mark.parametrize("num_predict", [None, -1, -2, 0, 10**30])
-async def test_defaults_are_ollamas_and_the_context_bounds_the_answer(num_predict: int | None) -> None:
+async def test_integers_may_have_a_point_and_are_cut() -> None:
+    options = {"top_k": 3.0, "seed": 7.9, "num_predict": 9e0}
+    _, _, request = await post("/api/chat", {"messages": HI, "options": options})
+    assert request is not None
+    assert (request.sampling.top_k, request.sampling.seed, request.stop.max_tokens) == (3, 7, 9)
+
+
+@pytest.mark.parametrize("num_predict", [None, -1, -2, 0, 10**30, 1e300])
+async def test_defaults_are_ollamas_and_the_context_bounds_the_answer(num_predict: float | None) -> None:
     options = {"num_predict": num_predict, "seed": -1, "top_k": None}
     _, _, request = await post("/api/generate", {"prompt": "hi", "raw": True, "options": options})
     assert request is not None

@@ -35,22 +35,25 @@ from tgi_asgi.settings.sampling import SamplingDefaults
 # As in Ollama, a model that recommends values replaces these.
 OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)
 _UNSUPPORTED = ("suffix", "context")
-_AS_GIVEN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
+_AS_GIVEN = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
+
+
+Whole = int | float  # Ollama cuts off what is behind the point
 
 
 class OllamaOptions(Struct):
     """Sampling options; load options (`num_ctx`, ...) are the administrator's."""
 
     temperature: Annotated[float, range_of(minimum=0)] | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     top_p: Fraction | None = None
     min_p: Fraction | None = None
     typical_p: Share | None = None
     repeat_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: int | None = None  # negative: random
-    num_predict: int | None = None  # not positive: until the context is full
+    seed: Whole | None = None  # negative: random
+    num_predict: Whole | None = None  # not positive: until the context is full
     stop: list[str] | None = None
 
 
@@ -165,6 +168,7 @@ def _call(
         if getattr(request, name, None):
             refuse_field(name, "is not supported", "unsupported_parameter")
     info = exchange.context.ready().info
+    seed, num_predict = int(options.seed or 0), int(options.num_predict or 0)
     given = request.format
     kind = "json" if isinstance(given, dict) else "json_object"
     job = prompt and Job(
@@ -173,11 +177,12 @@ def _call(
             info,
             OLLAMA_DEFAULTS.replaced_by(info.sampling),
             repetition_penalty=options.repeat_penalty,
-            seed=options.seed if (options.seed or 0) >= 0 else None,
+            seed=seed if options.seed is not None and seed >= 0 else None,
+            top_k=None if options.top_k is None else int(options.top_k),
             logprobs=num_top if request.logprobs else None,
             **{name: getattr(options, name) for name in _AS_GIVEN},
         ),
-        max_tokens=options.num_predict if (options.num_predict or 0) > 0 else None,
+        max_tokens=num_predict if num_predict > 0 else None,
         overflow=Overflow.CLIPPED,
         stop=stops,
         constraint=None if given in (None, "") else Constraint.of("format", kind, given),
