@@ -22,9 +22,10 @@ SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard cs
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
 
-# One process per core, at most four, each running whole files. For a single process: PYTEST_ARGS="-n 0".
+# One process per core, at most four, each running whole files. For a single process: PYTEST_ARGS="-n 0". The tests and
+# the hundreds of programs that they start are compiled once, even where the environment keeps Python from writing that.
 test: $(VENV)/.test-tools
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # Installation without make, in clean environments: from the sources, git, a source distribution, a wheel; with uv; and
 # the container's steps. build/install.json records how long each took.
