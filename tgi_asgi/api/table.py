@@ -13,14 +13,14 @@ from tgi_asgi.api.anthropic.render import ANTHROPIC
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
-from tgi_asgi.api.openai import responses
+from tgi_asgi.api.openai import stored_responses as stored
 from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.openai.classify import ClassifyRequest, parse_classify
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest, parse_embeddings
 from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
 from tgi_asgi.api.openai.response_input import ResponsesRequest
-from tgi_asgi.api.openai.responses import RESPONSES, parse_response
+from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
@@ -84,14 +84,14 @@ def _openai() -> list[Route]:
         pooled("/v1/classify", pooling(parse_classify), "Classify texts: vLLM", requests=(ClassifyRequest,)),
         pooled("/classify", pooling(parse_classify), "The same, without /v1", requests=(ClassifyRequest,)),
         row(
-            "POST", "/v1/responses/input_tokens", tokenising(responses.count_input), "Length of a prompt",
+            "POST", "/v1/responses/input_tokens", tokenising(count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),
         ),
-        row("POST", "/v1/responses/compact", responses.compact, ""),  # refused with the reason
-        row("POST", "/v1/responses/{response}/cancel", responses.cancel, ""),  # the same
-        row("GET", "/v1/responses/{response}/input_items", responses.list_input, "The input of a response"),
-        row("GET", "/v1/responses/{response}", responses.retrieve, "A stored response"),
-        row("DELETE", "/v1/responses/{response}", responses.delete, "Delete a response"),
+        row("POST", "/v1/responses/compact", stored.compact, ""),  # refused with the reason
+        row("POST", "/v1/responses/{response}/cancel", stored.cancel, ""),  # the same
+        row("GET", "/v1/responses/{response}/input_items", stored.list_input, "The input of a response"),
+        row("GET", "/v1/responses/{response}", stored.retrieve, "A stored response"),
+        row("DELETE", "/v1/responses/{response}", stored.delete, "Delete a response"),
         shared("GET", "/v1/models", listed(status.list_models), "List the served model"),
         shared("GET", "/v1/models/{model:path}", listed(status.retrieve_model), "Describe a served model"),
     ]  # fmt: skip

@@ -66,7 +66,6 @@ class _Shares:
 
 
 _ALONE = _Shares()
-ROUNDED = ("F32", "F16")  # the formats that `Packing.rounds_floats` is about
 
 
 def _qkv_shares(shape: QkvWeight) -> _Shares:

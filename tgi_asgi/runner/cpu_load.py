@@ -89,7 +89,9 @@ class OnCpu:
         if self.shards is not None:
             self.shards.wait_ready()
         packing = self.arithmetic
-        self.has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
+        if packing.has_float_prompts:
+            prompt_precision.log_effect(packing)
+        self.has_float_prompts = packing.has_float_prompts and bool(packing.by_kind)
         return model
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:

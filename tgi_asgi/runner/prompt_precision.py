@@ -24,11 +24,10 @@ def check_served(opened: OpenModel) -> None:
         )
 
 
-def announce(packing: ops.Packing) -> bool:
-    """Log the effect of bfloat16 prompts for the packed weights; return whether they change anything."""
+def log_effect(packing: ops.Packing) -> None:
+    """Log whether bfloat16 prompts change anything for the packed weights, and what they cost here."""
     if not packing.by_kind:
-        logger.info("--prompt-precision bfloat16 changes nothing: no weight is multiplied as codes")
-        return False
+        return logger.info("--prompt-precision bfloat16 changes nothing: no weight is multiplied as codes")
     [(name, _)] = packing.by_kind.most_common(1)
     ratio = ops.bfloat16_time_ratio(name)
     if ratio < 1.0:
@@ -38,4 +37,3 @@ def announce(packing: ops.Packing) -> bool:
             "--prompt-precision bfloat16 slows prompts down on this machine: with %s kernels a product of %s "
             "takes %.1f times as long as in int8", ops.kernel_set().name, name, ratio,
         )  # fmt: skip
-    return True

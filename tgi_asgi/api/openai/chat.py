@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,15 +67,18 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
     tools, choice = _tools(request, is_compat=is_compat)  # before response_format, as TGI's errors come first
     check_common(request, limits, info, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
-    return Job(
-        prompt=read_conversation(request, tools, exchange.context.ready().new_images(), is_compat=is_compat),
+    images = exchange.context.ready().new_images()
+    prompt = read_conversation(request, tools, images, is_compat=is_compat)
+    constraint = constraint_of(request)
+    job = job_of(request, prompt, info, settings, logprobs=logprobs, constraint=constraint)
+    return dataclasses.replace(
+        job,
         n=request.n or 1,
         max_tokens=max_tokens,
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
-        **job_of(request, info, settings, logprobs, constraint_of(request)),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.api.call import Constraint
+from tgi_asgi.api.call import Constraint, Conversation, Job, Text
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
 from tgi_asgi.api.parse import check_ranges, check_refused, refuse, refuse_field
@@ -76,31 +76,34 @@ def check_renamed(request: TextRequest, renamed: Mapping[str, tuple[str, Any]]) 
 
 def job_of(
     request: TextRequest,
+    prompt: Conversation | Text,
     info: ModelInfo,
     settings: Settings,
+    *,
     logprobs: int | None,
     constraint: Constraint | None,
-) -> dict[str, Any]:
-    """Return the parameters that all jobs of a checked request share, by their names in `Job`.
+) -> Job:
+    """Return the job of one prompt of a checked request, as far as the fields that all requests share say.
 
     Raises:
         InvalidRequest: if `logit_bias` contains an invalid token id.
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
-    return {
-        "sampling": sampling(info, info.sampling, logprobs=logprobs, **given),
-        "overflow": overflow_of(settings),
-        "keep_tokens": request.truncate_prompt_tokens,
-        "min_tokens": request.min_tokens or 0,
-        "ignore_eos": bool(request.ignore_eos),
-        "stop_token_ids": frozenset(request.stop_token_ids or ()),
-        "stop": stop_strings(request.stop),
-        "include_stop": bool(request.include_stop_str_in_output or request.no_stop_trim),
-        "skip_special_tokens": request.skip_special_tokens is not False,
-        "constraint": constraint,
-        "priority": request.priority or 0,
-        "cache_salt": request.cache_salt,
-    }
+    return Job(
+        prompt=prompt,
+        sampling=sampling(info, info.sampling, logprobs=logprobs, **given),
+        overflow=overflow_of(settings),
+        keep_tokens=request.truncate_prompt_tokens,
+        min_tokens=request.min_tokens or 0,
+        ignore_eos=bool(request.ignore_eos),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
+        stop=stop_strings(request.stop),
+        include_stop=bool(request.include_stop_str_in_output or request.no_stop_trim),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        constraint=constraint,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt,
+    )
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tgi_asgi.api.parse import (
     Positive,
     Refused,
     Undocumented,
+    decode_json,
     kind_of,
     range_of,
     refuse,
@@ -125,7 +126,7 @@ class ResponsesRequest(TextRequest, kw_only=True):
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)
-ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
+_ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def items_of(given: str | list[Item] | None) -> list[Item]:
@@ -133,6 +134,11 @@ def items_of(given: str | list[Item] | None) -> list[Item]:
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     return given or []
+
+
+def decode_items(stored: Sequence[bytes]) -> list[Item]:
+    """Return the items of stored lists, one after another."""
+    return [item for part in stored for item in decode_json(part, _ITEMS)]
 
 
 def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:

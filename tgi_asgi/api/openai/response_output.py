@@ -38,7 +38,7 @@ class ResponseRenderer:
         base: Constant fields of the response object.
         tools: Tools that may be called.
         tracker: Collects the log-probabilities, if requested.
-        store: Called with the finished response.
+        store: Called with the finished response, if it is stored.
         seals_thoughts: Whether reasoning items have `encrypted_content`.
         has_summary: Whether reasoning items have their text as `summary`, too: many clients show only that.
     """
@@ -49,7 +49,7 @@ class ResponseRenderer:
         base: dict[str, Any],
         tools: Sequence[Tool],
         tracker: ChatLogprobs | None,
-        store: Callable[[dict[str, Any]], None],
+        store: Callable[[dict[str, Any]], None] | None,
         *,
         seals_thoughts: bool = False,
         has_summary: bool = False,
@@ -123,7 +123,8 @@ class ResponseRenderer:
         details = {"reason": "max_output_tokens"} if is_cut else None
         ended = None if is_cut else int(time.time())
         self._end(status, completed_at=ended, incomplete_details=details, usage=self._usage())
-        self._store(self._response)
+        if self._store is not None:
+            self._store(self._response)
 
     def _end(self, status: str, **fields: Any) -> None:
         self._fill()

@@ -44,8 +44,8 @@ class CommonDecoder:
     """A module that appears to be a decoder of the common shape.
 
         common = CommonDecoder.find(module, layers, max_positions)
-        if common is not None and common.is_equal(weights):
-            model = common.load(weights, arithmetic)
+        if common is not None and (config := common.verified(weights)) is not None:
+            model = common.load(config, weights, arithmetic)
 
     Attributes:
         config: Configuration read from the module's sizes and buffers.
@@ -146,9 +146,13 @@ class CommonDecoder:
         tied: dict[str, str] = getattr(self._module, "all_tied_weights_keys", None) or {}
         return any(name.startswith("lm_head.") for name in tied)
 
-    def is_equal(self, weights: NamedWeights) -> bool:
-        """Run a layer of each kind through both versions on random tokens; return whether they agree."""
+    def verified(self, weights: NamedWeights) -> ModelConfig | None:
+        """Run a layer of each kind through both versions on random tokens.
 
+        Returns:
+            The configuration with the factor of the embeddings, which is measured here; None if the versions
+            disagree.
+        """
         chosen = self._kinds()
         rows = min(_SOME_ROWS, self.config.vocab_size)
         source = _Canonical(self._module, weights, chosen, self._offset, rows)
@@ -160,21 +164,20 @@ class CommonDecoder:
             first, expected = self._own(source, chosen, ids)
             table = ops.plain_tensor(source.get("model.embed_tokens.weight", (rows, config.hidden_size)))
             factor = _ratio(first, table[torch.from_numpy(ids)].float())
-            self.config = replace(self.config, embedding_factor=factor)
             config = replace(config, embedding_factor=factor)
             found = _run(Decoder(config, source, ops.Packing(is_exact=True), self._max_positions), ids)
         except (ModelLoadError, LookupError, RuntimeError, TypeError, ValueError) as reason:
             logger.debug("%s is not of the common shape: %s", config.architecture, reason)
-            return False
+            return None
         difference = float((found - expected).abs().max() / expected.abs().max())
         logger.debug("%s differs from the common shape by %.2g", config.architecture, difference)
-        return difference <= _LARGEST
+        return replace(self.config, embedding_factor=factor) if difference <= _LARGEST else None
 
-    def load(self, weights: NamedWeights, arithmetic: ops.Arithmetic) -> Model:
-        """Build the model from native operators, with all layers."""
-        everything = list(range(self.config.num_layers))
-        source = _Canonical(self._module, weights, everything, self._offset, self.config.vocab_size)
-        model = Decoder(self.config, source, arithmetic, self._max_positions)
+    def load(self, config: ModelConfig, weights: NamedWeights, arithmetic: ops.Arithmetic) -> Model:
+        """Build the model of a verified configuration from native operators, with all layers."""
+        everything = list(range(config.num_layers))
+        source = _Canonical(self._module, weights, everything, self._offset, config.vocab_size)
+        model = Decoder(config, source, arithmetic, self._max_positions)
         model.path = source.prefix
         return model
 

@@ -200,8 +200,8 @@ class OpenGeneric:
         """
         model = self._model
         common = self._common(max_positions)
-        if common is not None and common.is_equal(cast(NamedWeights, weights)):
-            return common.load(cast(NamedWeights, weights), arithmetic)
+        if common is not None and (config := common.verified(cast(NamedWeights, weights))) is not None:
+            return common.load(config, cast(NamedWeights, weights), arithmetic)
         filler = Filler(model, cast(NamedWeights, weights))
         replaced = Replaced(model, arithmetic)
         filler.fill(replaced.place)
