@@ -1,5 +1,6 @@
 #!/bin/bash
-# Create the image's Python environment: torch as pinned in the Makefile, and requirements.txt as pinned in constraints.txt.
+# Create the image's Python environment: torch as pinned in the Makefile, requirements.txt as pinned in constraints.txt, and
+# the `otel` extra, because TGI's image has tracing and a deployment may set OTLP_ENDPOINT.
 #   docker/environment.sh cpu|cuda PREFIX [WHEELS]   (run in the sources' root; TORCH_INDEX has PyTorch's CPU builds)
 set -euo pipefail
 device=$1 prefix=$2 wheels=${3:-docker/wheels}
@@ -14,4 +15,5 @@ if [[ $device == cpu ]]; then
 else
     install "$torch"
 fi
-install -c constraints.txt 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13' -r requirements.txt
+install -c constraints.txt 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13' -r requirements.txt \
+    'opentelemetry-sdk>=1.30' 'opentelemetry-exporter-otlp-proto-grpc>=1.30'

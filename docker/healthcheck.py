@@ -27,19 +27,23 @@ def health_url(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
         port = "8080"
     port = _last(r"(?:--port[=\0]|-p\0?)(\d+)", line) or port
     host = environ.get("HOSTNAME", "")
-    if host == socket.gethostname():  # set by Docker: the server listens on all addresses
-        host = ""
-    host = _last(r"--host(?:name)?[=\0]([^\0]+)", line) or host or "0.0.0.0"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    else:
+    if host != "localhost" and _address(host) is None:  # set by Docker: the server listens on all addresses
+        host = "0.0.0.0"
+    host = _last(r"--host(?:name)?[=\0]([^\0]+)", line) or host
+    address = _address(host)
+    if address is not None:
         if address.is_unspecified:
             host = "::1" if address.version == 6 else "127.0.0.1"
         host = f"[{host}]" if address.version == 6 else host
     is_tls = _last(r"--ssl-certfile[=\0]([^\0]+)", line) or environ.get("SSL_CERTFILE")
     return f"{'https' if is_tls else 'http'}://{host}:{port}/health"
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def _last(pattern: str, line: str) -> str | None:

@@ -19,7 +19,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     examples = {"int": "3", "float": "2.5", "bool": "true", "str": "text", "tuple": "one"}
     special = {
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
-        "aip_predict_route": "/predict", "aip_health_route": "/healthy",
+        "hostname": "10.0.0.3", "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "reasoning_format": "think", "kv_cache_dtype": "int8", "pooling": "mean",
         "quantize": "q8_0", "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "prompt_attention": "sdpa",
@@ -107,9 +107,11 @@ def test_values_out_of_range_name_the_flag(values: dict[str, object], message: s
 
 
 def test_a_variable_that_only_names_the_machine_does_not_say_where_to_listen() -> None:
-    """Docker and shells set HOSTNAME for every process."""
-    assert Settings.from_environ({"HOSTNAME": socket.gethostname()}) == Settings()
-    assert Settings.from_environ({"HOSTNAME": "other"}).hostname == "other"
+    """Docker and shells set HOSTNAME for every process; as in TGI, only an address says where to listen."""
+    for name in (socket.gethostname(), "tgi-service", "10.0.0"):
+        assert Settings.from_environ({"HOSTNAME": name}) == Settings()
+    for address in ("10.0.0.3", "::", "localhost"):
+        assert Settings.from_environ({"HOSTNAME": address}).hostname == address
     assert Settings.from_environ({}, hostname=socket.gethostname()).hostname == socket.gethostname()
 
 

@@ -46,8 +46,18 @@ async def test_a_refusal_is_logged_with_its_reason(caplog: pytest.LogCaptureFixt
     async with client_of(scripted_app(ScriptedEngine())) as client:
         await client.post("/generate", json={"inputs": ""})
     [record] = caplog.records
-    assert record.getMessage() == "POST /generate 422"
+    assert (record.levelname, record.getMessage()) == ("INFO", "POST /generate 422")
     assert "cannot be empty" in record.__dict__["error"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+async def test_a_failure_of_the_server_is_an_error(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a stream that has begun with a 200, too."""
+    caplog.set_level(logging.INFO, LOGGER)
+    async with client_of(scripted_app(ScriptedEngine(fail_with(GenerationFailed("why"))))) as client:
+        await client.post(path, json={"inputs": "hi", "prompt": "hi"})
+    [record] = caplog.records
+    assert (record.levelname, record.__dict__["error"]) == ("ERROR", "why")
 
 
 async def test_probes_are_logged_only_when_they_fail(caplog: pytest.LogCaptureFixture) -> None:

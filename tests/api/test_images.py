@@ -127,6 +127,16 @@ async def test_in_the_text_of_a_chat_markdown_is_text() -> None:
     assert f"![]({URL})" in prompt_of(engine) and engine.requests[0].images == ()
 
 
+@pytest.mark.parametrize(("wanted", "begins"), [(None, False), (True, True), (False, False)])
+async def test_answers_of_root_repeat_images_only_if_asked(wanted: bool | None, begins: bool) -> None:
+    """Other models' answers there begin with the prompt, as TGI's do."""
+    inputs = f"![]({URL})what?"
+    body = {"inputs": inputs, "parameters": {"return_full_text": wanted}}
+    status, answers = await post("/", body, ScriptedEngine(say("a"), has_vision=True))
+    assert status == 200
+    assert answers[0]["generated_text"].startswith(inputs) is begins
+
+
 async def test_several_images_keep_their_order_and_places() -> None:
     engine = ScriptedEngine(has_vision=True)
     messages = [

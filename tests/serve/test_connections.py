@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.serve.conftest import ListeningAddress
-from tests.support.serving import connect, serving
+from tests.support.serving import LOCAL, connect, serving
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.serve import connections
 from tgi_asgi.serve.connections import Connection, ConnectionLimit, TurnLimiter
@@ -94,3 +95,36 @@ async def test_clients_of_a_unix_socket_have_no_address_and_so_no_limit() -> Non
     assert not limit.enter("10.0.0.1")
     assert limit.enter(None)
     assert limit.enter(None)
+
+
+async def _answer(scope: Any, receive: Any, send: Any) -> None:
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.mark.parametrize(
+    ("head_s", "keep_alive_s", "has_begun"), [(LONGEST_S, 0.05, False), (0.05, LONGEST_S, True)]
+)
+async def test_a_connection_without_a_request_is_kept_for_one_time_and_half_a_request_for_another(
+    head_s: float, keep_alive_s: float, has_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Load balancers keep connections for minutes; a client that never ends its headers has less time."""
+    settings = dataclasses.replace(LOCAL, keep_alive_timeout_s=keep_alive_s)
+    async with serving(_answer, settings=settings) as url, asyncio.timeout(LONGEST_S / 2):
+        reader, writer = await connect(url)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"ok")
+        monkeypatch.setattr(connections, "HEAD_S", head_s)
+        if has_begun:
+            writer.write(b"GET / HTTP/1.1\r\n")
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.05)
+    async with serving(_answer) as url, asyncio.timeout(LONGEST_S):
+        reader, writer = await connect(url)
+        assert await reader.read() == b""
+        writer.close()

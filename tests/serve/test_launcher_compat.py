@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 
 import pytest
 
@@ -155,3 +156,15 @@ def test_one_limit_under_two_names_is_refused() -> None:
 )  # fmt: skip
 def test_levels_of_rust_filters_are_understood(text: str, level: str) -> None:
     assert simple_level(text) == level
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "is_said"),
+    [("tgi-service", {}, True), ("tgi-service", {"hostname": "::"}, False), ("10.0.0.3", {}, False),
+     ("localhost", {}, False), (socket.gethostname(), {}, False), ("", {}, False)],
+)  # fmt: skip
+def test_a_hostname_variable_that_is_no_address_is_ignored_with_a_line(
+    host: str, options: dict[str, str | None], is_said: bool
+) -> None:
+    warnings = check_options(options, {"HOSTNAME": host})
+    assert any(warning.startswith("HOSTNAME is ignored") for warning in warnings) is is_said

@@ -83,6 +83,15 @@ _COMPARED = {  # defaults that differ because they mean something else
     "api_key": "",
 }
 
+_NOTES = {  # what the help does not say to somebody who has used TGI
+    "waiting_served_ratio": " TGI 3 ignores it, as it computes prompts in chunks: leave it out.",
+    "max_waiting_tokens": " TGI 3 ignores it, too.",
+    "cors_allow_origin": " Without it none may; TGI's default is `*`.",
+    "max_client_batch_size": " Native: 4; `/v1`: 128, with `--tgi-compat` 4.",
+    "json_output": " [The fields](#logs) have other names.",
+    "otlp_endpoint": " Spans and their attributes have other names.",
+}
+
 
 def flags() -> list[str]:
     """Return the table of the launcher's flags."""
@@ -103,9 +112,8 @@ def _verdict(name: str, default: str) -> tuple[str, str]:
     for spec in dataclasses.fields(Settings):
         if spec.name == name or name.upper() in spec.metadata["env"]:
             ours = _COMPARED.get(name, "" if str(spec.default) in _NO_DEFAULT else f"`{spec.default}`")
-            if ours in ("", f"`{default}`"):
-                return "same", spec.metadata["help"]
-            return f"same; default {ours}", spec.metadata["help"]
+            text = spec.metadata["help"] + _NOTES.get(name, "")
+            return "same" if ours in ("", f"`{default}`") else f"same; default {ours}", text
     if name in PATHS:
         return "same", PATHS[name]
     option = next((each for each in OPTIONS if each.name == name), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from tgi_asgi.errors import TemplateError
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TemplateError
 from tgi_asgi.observe.logs import quoted
 from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.types import EngineState
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FAILURES = (GenerationFailed, IncompleteGeneration)  # of a stream, too, which began with a 200
 CLIENT_CLOSED = 499  # nginx's status for a client that disconnected before an answer
 
 
@@ -25,7 +26,9 @@ def log_access(exchange: Exchange) -> None:
     # still loading its model has not failed.
     is_well = status < 400 or exchange.context.state is EngineState.LOADING
     is_quiet = is_well and exchange.method != "POST" and route is not None and route.is_quiet
-    level = logging.DEBUG if is_quiet else logging.INFO
+    # 503 only says that the server is about to serve, or to end.
+    has_failed = isinstance(exchange.error, _FAILURES) or (status >= 500 and status != 503)
+    level = logging.DEBUG if is_quiet else logging.ERROR if has_failed else logging.INFO
     if logger.isEnabledFor(level):
         left = " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else ""
         message = f"{exchange.method} {quoted(exchange.path)} {status}{left}"

@@ -32,6 +32,8 @@ _REFUSALS = {
 # Time a connection's last bytes may wait for a stalled reader; over TCP the kernel then gives up the
 # connection.
 CLOSE_S = 120.0
+# Time for a connection's first request, and for the rest of any request's head.
+HEAD_S = 75.0
 
 
 class TurnLimiter:
@@ -94,7 +96,8 @@ class Connection(TCPServer):
     """One connection.
 
     hypercorn keeps the socket and three tasks of a connection that the client has closed until its keep-alive
-    time is over. That is 75 s, in which one health check a second accumulates 75 of them.
+    time is over, and grants that time to half a request, too. The time has to be long, because load balancers
+    keep connections for minutes (Google's for ten) and would send a request on one that is just being closed.
     """
 
     def __init__(self, limit: ConnectionLimit, turn_limiter: TurnLimiter, *args: Any) -> None:
@@ -102,6 +105,8 @@ class Connection(TCPServer):
         self._limit = limit
         self._turn_limiter = turn_limiter
         self._has_gone = False
+        self._is_idle = True  # waits for a request, or for the rest of its head
+        self._idle_s = HEAD_S
 
     async def run(self) -> None:
         peer = self.writer.get_extra_info("peername")
@@ -119,8 +124,11 @@ class Connection(TCPServer):
             self._limit.leave(address)
 
     async def protocol_send(self, event: Event) -> None:
-        if not (self._has_gone and isinstance(event, Updated)):  # `Updated` would restart the keep-alive time
-            await super().protocol_send(event)
+        if isinstance(event, Updated):
+            self._is_idle, self._idle_s = event.idle, self.config.keep_alive_timeout
+            if self._has_gone:
+                return  # it would restart the keep-alive time
+        await super().protocol_send(event)
 
     async def _read_data(self) -> None:
         """Read as hypercorn does, but parse in turn and close at once when the client has closed."""
@@ -128,9 +136,18 @@ class Connection(TCPServer):
             while data := await self.reader.read(MAX_RECV):
                 await self._turn_limiter.enter()
                 await self.protocol.handle(RawData(data))
+                if self._is_idle and self._idle_s != HEAD_S:  # a request has begun
+                    self._idle_s = HEAD_S
+                    await self.idle_task.restart(self._task_group, self._idle_timeout)
         await self.protocol.handle(Closed())
         self._has_gone = True
         await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        """Close the connection if nothing happens in time, or the server ends."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.context.terminated.wait(), self._idle_s)
+        await asyncio.shield(self._initiate_server_close())
 
     async def _close(self) -> None:
         abort = self.loop.call_later(CLOSE_S, self.writer.transport.abort)

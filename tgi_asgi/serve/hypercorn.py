@@ -23,7 +23,6 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
-KEEP_ALIVE_S = 75  # above the 60 s of common load balancers, which could otherwise reuse a closing connection
 FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 
@@ -39,7 +38,7 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.backlog = BACKLOG
-    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.keep_alive_timeout = settings.keep_alive_timeout_s
     config.keep_alive_max_requests = 1 << 31
     config.max_app_queue_size = 100
     config.graceful_timeout = FLUSH_S  # the server's own drain ends before hypercorn starts to close

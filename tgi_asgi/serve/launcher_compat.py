@@ -7,12 +7,14 @@ here.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import flag_of
+from tgi_asgi.settings.kinds import is_address
 
 _SHARDED = "sharded"  # says only that there are shards; the setting `num_shard` has their number
 _ON = frozenset({"1", "true", "yes", "on"})
@@ -101,6 +103,9 @@ def check_options(
             raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)
         # A value may be a secret (ngrok's token), so only the name is logged.
         warnings.append(f"{source} is ignored: {option.reason}")
+    host = environ.get("HOSTNAME", "")
+    if host not in ("", socket.gethostname()) and not is_address(host) and options.get("hostname") is None:
+        warnings.append("HOSTNAME is ignored: it is not an address; --hostname takes names, too")
     return warnings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,18 @@ class Kind(NamedTuple):
 def one_of(words: str) -> Kind:
     choices = tuple(words.split())
     return Kind(None, f"be one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def is_address(text: str) -> bool:
+    """Return whether a HOSTNAME variable means to say where to listen: Docker and shells set it, too.
+
+    As in TGI, only an address does, and `localhost`.
+    """
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return text == "localhost"
+    return True
 
 
 PLAIN = Kind()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -228,7 +227,7 @@ class Settings:
     served_model_name: str | None = _model("Name to report instead of the model id.", None, kinds.WORDS)
 
     hostname: str = _server(
-        "IP address or name to listen on (a HOSTNAME variable that only has the machine's name is ignored).",
+        "IP address or name to listen on (HOSTNAME, set by Docker and shells, is read if it is an address).",
         "0.0.0.0",
         kinds.HOST,
         flag="--host",
@@ -258,6 +257,13 @@ class Settings:
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, kinds.BYTES)
     graceful_termination_timeout: int = _server(
         "Seconds that running requests have to finish after SIGTERM.", 90, kinds.SECONDS, flag="-g"
+    )
+    keep_alive_timeout_s: float = _server(
+        "Seconds after which a connection without a request is closed. A proxy that reuses connections must "
+        "give them up earlier.",
+        620.0,
+        kinds.TIMEOUT,
+        alias="keep_alive_timeout",
     )
     drain_delay_s: float = _server(
         "Seconds after SIGTERM to keep accepting requests, with /readyz at 503.",
@@ -459,8 +465,7 @@ class Settings:
                 continue
             for variable in (spec.name.upper(), *spec.metadata["env"]):
                 text = environ.get(variable, "")
-                # Docker and shells set HOSTNAME for every process.
-                if text and (variable != "HOSTNAME" or text != socket.gethostname()):
+                if text and (variable != "HOSTNAME" or kinds.is_address(text)):
                     values[spec.name] = _parse(spec, variable, text)
                     break
         if "api_key" in values:

@@ -55,10 +55,15 @@ def parse_generate(body: bytes, exchange: Exchange, *, is_stream: bool = False) 
 
 
 def parse_root(body: bytes, exchange: Exchange) -> Call:
-    """Parse the body of `POST /`, which may ask for streaming; answers begin with the prompt."""
+    """Parse the body of `POST /`, which may ask for streaming.
+
+    Answers begin with the prompt, as in TGI, but not with images in it: `return_full_text` is true by default
+    for models that its `pipeline_tag` calls text-generation.
+    """
     request = decode_json(body, COMPAT_GENERATE)
     is_stream = bool(request.stream)
-    job, options = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
+    full_text = not exchange.context.ready().accepts_images
+    job, options = read_request(request, exchange.context, is_stream=is_stream, full_text=full_text)
     return Call(jobs=[job], render=partial(NativeRenderer, options=options, is_list=True), stream=is_stream)
 
 
