@@ -59,7 +59,7 @@ def step(report: Report) -> None:
         except Exception as error:
             failed += 1
             report("step", _of(kind) | {"why": str(error)[:300]})
-        torch.cuda.empty_cache()
+        gpu_timing.free_memory()
     assert not failed, f"{failed} could not be measured"
 
 
@@ -109,7 +109,7 @@ def engine(report: Report) -> None:
         finally:
             runner.close()
         del runner
-        torch.cuda.empty_cache()
+        gpu_timing.free_memory()
 
 
 def make_runner(
@@ -221,7 +221,7 @@ def profiler(report: Report) -> None:
         for name, count, us in kernels[:15]:
             report("profile", _of(kind) | {"kernel": name[:120], "count": count, "us": round(us, 1)})
         del made
-        torch.cuda.empty_cache()
+        gpu_timing.free_memory()
 
 
 def peers(report: Report) -> None:

@@ -86,7 +86,7 @@ def checks(report: Report) -> None:
 
     torch.manual_seed(0)
     device, failed = GpuDevice(gpu_timing.DEVICE), 0
-    everything = sorted((*cases.small(), *cases.large()), key=_kind)
+    everything = sorted((*cases.small(), *cases.large()), key=_turn)
     for (operator, dtype), members in itertools.groupby(everything, key=_kind):
         whys, calls = [], [check for _, _, check in members]
         with measured() as distances:
@@ -109,6 +109,11 @@ def _nearest(distances: Sequence[Any]) -> dict[str, float | None]:
     nearest = max(distances, key=lambda distance: (distance.share, distance.limit))
     error = float(f"{nearest.error:.3g}")
     return {"worst_rel": error if math.isfinite(error) else None, "tol": float(f"{nearest.limit:.3g}")}
+
+
+def _turn(case: Any) -> tuple[bool, str, str]:
+    """Return a key that sorts cases by kind; last is the one whose reference takes the processor minutes."""
+    return (case[0] == "attention_prefill", *_kind(case))
 
 
 def _kind(case: Any) -> tuple[str, str]:

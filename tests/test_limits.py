@@ -10,7 +10,7 @@ from tgi_asgi.api import asgi, images, limits, parse, pool_call, pooled, sse
 from tgi_asgi.api.openai import response_store, responses
 from tgi_asgi.engine import delivery, engine, sequence
 from tgi_asgi.images import fetch, headers
-from tgi_asgi.serve import hypercorn, process
+from tgi_asgi.serve import connections, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
 from tgi_asgi.text.constrain import source
@@ -25,7 +25,8 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
     [
         ("request line and headers", [64 << 10]),
         ("open connections", [process.MAX_FILES]),
-        ("silence on a connection", [hypercorn.KEEP_ALIVE_S]),
+        ("silence on a connection", [Settings().keep_alive_timeout_s]),
+        ("time for a connection's first request", [connections.HEAD_S]),
         ("time for a request's body", [asgi.BODY_TIMEOUT_S]),
         ("a reader that lags", [sse.MAX_WAITING_EVENTS, sse.STALL_LIMIT_S]),
         ("size", [Settings().payload_limit // MIB]),

@@ -71,7 +71,7 @@ class GpuDevice:
             if not isinstance(value, Tensor):
                 return value
             if value.data_ptr() not in moved or value.numel() == 0:
-                moved[value.data_ptr()] = (value, value.contiguous().to(self.device))
+                moved[value.data_ptr()] = (value, value.contiguous().to(self.device, copy=True))
             return moved[value.data_ptr()][1]
 
         getattr(self, f"_{name}")(_Params({key: move(value) for key, value in params.items()}))

@@ -261,7 +261,7 @@ def check_every_mxfp4(device: Device, dtype: torch.dtype, *, is_streamed: bool) 
     rows, columns = 64, 128
     source, values = every_mxfp4(rows, columns, most=252 if dtype is BF16 else 140)
     plan = Plan(device, torch.zeros(columns, 1, dtype=torch.int32), 1, is_streamed=is_streamed)
-    a, out = device.tensor(torch.eye(columns, dtype=dtype)), device.empty((columns, 1, rows), dtype)
+    a, out = device.tensor(torch.eye(columns, dtype=dtype)[:, None]), device.empty((columns, 1, rows), dtype)
     device.run(
         "experts_product", [out], **weight_params(device, repack([source])), **plan.sizes, a=a, bias=None,
         pairs=plan.pairs, tiles=plan.tiles, out=out, pairs_per_row=1, is_gated=False, activation=0, limit=0.0,
