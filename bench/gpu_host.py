@@ -19,7 +19,6 @@ import torch
 
 from bench import gpu_model, gpu_timing
 from bench.gpu_model import SHAPE, StepKind
-from tests.cuda import emulated_ops
 from tests.emulation import program
 
 # An operator returns the tensor that it has written, if any.
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     definitions = torch.library.Library("tgi_cuda", "DEF")
-    schemas = emulated_ops.schemas()
+    schemas = program.schemas()
     for schema in schemas:
         definitions.define(schema)
     sized = "attention_workspace_bytes"

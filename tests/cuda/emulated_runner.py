@@ -8,9 +8,8 @@ import pytest
 import torch
 import transformers
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tests.support.checkpoints import save, save_tokenizer
 from tests.support.runner_driver import Job
 from tgi_asgi.formats.sources import ModelFiles
@@ -28,7 +27,7 @@ PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]
 def make_device() -> EmulatedDevice:
     """Return a device with its operators registered; skip the test if they cannot be built."""
     library.require()
-    emulated_ops.register()
+    bindings.install()
     return EmulatedDevice()
 
 

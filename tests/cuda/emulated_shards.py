@@ -7,8 +7,8 @@ import os
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
+from tests.emulation import bindings
 from tgi_asgi.ops.cuda_shards import DeviceGroup
 
 
@@ -17,7 +17,7 @@ class ShardDevice(EmulatedDevice):
 
     def __init__(self, index: int = 0) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        emulated_ops.register()
+        bindings.install()
         super().__init__(index)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, PROMPT
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
@@ -40,7 +39,7 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
 @pytest.mark.parametrize("kind", ["F16", "Q4_1", "experts"])
 async def test_logits_have_the_same_bits_alone_among_others_and_in_chunks(tmp_path: Path, kind: str) -> None:
     library.require()
-    emulated_ops.register()
+    bindings.install()
     runner = make_runner(tmp_path, kind)
     try:
         alone, cut, among = (Job(PROMPT, 5, SAMPLING) for _ in range(3))

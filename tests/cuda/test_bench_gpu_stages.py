@@ -17,10 +17,10 @@ from torch import Tensor
 from bench import gpu, gpu_experts, gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
 from bench.gpu_model import StepKind
 from bench.gpu_timing import Timing
-from tests.cuda import cases, emulated_ops
+from tests.cuda import cases
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.scripted_gpu import Clock
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tests.reference.compare import assert_close
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 
@@ -142,7 +142,7 @@ TINY = ModelConfig(
 def emulation(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated kernels, with few repetitions."""
     library.require()
-    emulated_ops.register()
+    bindings.install()
     monkeypatch.setattr(gpu_timing, "_RUNS", 3)
     monkeypatch.setattr(gpu_timing, "CALLS_A_GRAPH", 2)
 

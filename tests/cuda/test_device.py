@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cuda import emulated_ops
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda_device import CudaDevice
 
@@ -63,7 +62,7 @@ def test_too_little_memory_is_no_loss(device: CudaDevice, monkeypatch: pytest.Mo
 @pytest.fixture
 def kernels() -> None:
     library.require()
-    emulated_ops.register()
+    bindings.install()
 
 
 def test_a_gpu_before_ampere_is_told_of_in_a_sentence_and_left_alone(

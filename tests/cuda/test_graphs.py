@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice, Graph
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import GREEDY, Job, generate
@@ -57,7 +56,7 @@ def make_runner(
 ) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
     """Make runners whose graphs hold up to four decodes and four prompts of 16 tokens in total."""
     library.require()
-    emulated_ops.register()
+    bindings.install()
     monkeypatch.setattr(cuda_steps, "MIXED_TOKENS", (16,))
     runners: list[CudaRunner] = []
 

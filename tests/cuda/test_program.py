@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gpu_model, gpu_timing
 from bench.gpu_model import StepKind
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import Graph
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 
@@ -24,7 +23,7 @@ from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 @pytest.fixture(scope="module", autouse=True)
 def emulation() -> None:
     library.require()
-    emulated_ops.register()
+    bindings.install()
 
 
 def finished(*launches: tuple[Any, ...], when: Condition | None = None) -> LaunchList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )
 from tests.cuda.paged_cache import PagedCase, Shape, assert_attended
+from tests.emulation import bindings
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
@@ -39,22 +41,21 @@ WANTED = SamplingParams(temperature=0.0, logprobs=0)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def calls(gpu: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Count launches of native kernels by name, and sequences whose attention torch computes as "sdpa"."""
     counts: Counter[str] = Counter()
-    launch, attend = Device.launch, GatheredAttention.attend
+    attend = GatheredAttention.attend
 
-    def count_launch(self: Device, name: str, **given: Any) -> None:
+    def count(name: str) -> None:
         counts[name] += 1
-        launch(self, name, **given)
 
     def count_attend(self: GatheredAttention, q: Any, table: Any, first: int, lengths: Any, out: Any) -> None:
         counts["sdpa"] += len(lengths)
         attend(self, q, table, first, lengths, out)
 
-    monkeypatch.setattr(Device, "launch", count_launch)
     monkeypatch.setattr(GatheredAttention, "attend", count_attend)
-    return counts
+    with bindings.observed(count):
+        yield counts
 
 
 @pytest.fixture

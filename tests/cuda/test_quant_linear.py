@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulated_ops
 from tests.cuda.faults import Fault, assert_caught
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close, assert_equal
 from tests.support.random_weights import E2M1, QUANTISED, decoded_values, random_weight
@@ -71,7 +70,13 @@ def every_mxfp4(rows: int, columns: int, most: int) -> tuple[WeightSource, Tenso
 def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, Any]:
     codes, scales = device.tensor(matrix.codes), device.tensor(matrix.scales)
     offsets = None if matrix.offsets is None else device.tensor(matrix.offsets)
-    return emulated_ops.matrix_params(codes, scales, offsets, matrix.bits, matrix.zero)
+    bits, num_columns = matrix.bits, codes.shape[1] * 8 // matrix.bits
+    return {
+        "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
+        "num_columns": num_columns, "group": num_columns // scales.shape[1], "bits": bits,
+        "zero": matrix.zero, "has_wide_scales": scales.dtype is torch.float32,
+        "has_float_codes": codes.dtype is not torch.uint8 or scales.dtype is torch.uint8,
+    }  # fmt: skip
 
 
 def check_product(
@@ -216,7 +221,7 @@ def test_columns_of_one_matrix_must_lie_in_one_order() -> None:
 def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: int) -> None:
     """GPTQ's act-order: few tokens use the codes, many use the decoded matrix."""
     library.require()
-    emulated_ops.register()
+    bindings.install()
     rows, columns, num_groups = 24, 256, 4
     groups = (torch.arange(columns) * num_groups // columns)[torch.randperm(columns)]
     codes = torch.randint(1 << bits, (rows, columns), dtype=torch.uint8)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cuda import emulated_ops
-from tests.emulation import library
+from tests.emulation import bindings, library
 from tgi_asgi import ops
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState, token_logprobs
 from tgi_asgi.types import SamplingParams
@@ -35,7 +34,7 @@ class Largest(TorchDispatchMode):
 
 def test_counts_go_up_of_the_tokens_that_occur_and_are_zeroed_where_they_lie() -> None:
     library.require()
-    emulated_ops.register()
+    bindings.install()
     state = CudaSampleState(3, VOCAB, torch.device("cpu"))
     histories: list[dict[str, Any]] = [
         {"prompt_ids": [1, 2, 2, 4999], "output_ids": [7, 7, 2]},
@@ -56,7 +55,7 @@ def test_counts_go_up_of_the_tokens_that_occur_and_are_zeroed_where_they_lie() -
 
 def test_tokens_are_scored_where_their_logits_are() -> None:
     library.require()
-    emulated_ops.register()
+    bindings.install()
     logits, ids = torch.randn(5, 300) * 4, torch.randint(300, (5,), dtype=torch.int32)
     found, expected = token_logprobs(logits, ids, 4), ops.token_logprobs(logits, ids, 4)
     assert torch.equal(found.top_ids, expected.top_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +119,21 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
     target, folder = CACHE / f"{key}.o", CACHE / f"{key}.src"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # only one of several processes compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not target.exists():
             for part, text in closure.items():
                 (folder / part).write_text(text)
             run(["g++", *flags, f"-I{folder}", "-c", str(folder / name)], target)
     return target
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let only one of several processes compile in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str], target: Path) -> None:

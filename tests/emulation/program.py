@@ -1,10 +1,10 @@
-"""The module tgi_asgi._cuda without CUDA: only the program, built against the CPU build of torch."""
+"""The module tgi_asgi._cuda without CUDA and operators: only the program, for operators of other kinds."""
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -23,6 +23,12 @@ PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
 _FLAGS = [
     "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-stringop-overflow",
 ]  # fmt: skip
+
+
+def schemas() -> list[str]:
+    """Return the schemas of all operators, from the extension's own source."""
+    text = re.sub(r'"\s*\n\s*"', "", (_CSRC / "bindings" / "cuda" / "library.cpp").read_text())
+    return re.findall(r'm\.def\(\s*"([^"]+)"', text)
 
 
 @functools.cache
@@ -45,10 +51,8 @@ def build(text: str) -> Path:
 
     sources = {path: path.read_text() for path in sorted((_CSRC / "bindings" / "cuda").glob("program.*"))}
     key = library.digest(list(sources.values()), text, _FLAGS, torch.__version__, sys.version)
-    target = library.CACHE / f"program-{key}.so"
-    library.CACHE.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:  # only one of several processes compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    target = library.CACHE / f"program-{key}" / "module.so"
+    with library.locked(target.parent):
         if not target.exists():
             module = target.with_suffix(".cpp")
             module.write_text(text)
