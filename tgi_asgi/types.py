@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from tgi_asgi.text.constrain.grammar import Grammar
-    from tgi_asgi.text.stop_scope import ReasoningMarks
+    from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
 
     Vector = npt.NDArray[np.float32]
 
@@ -77,7 +77,7 @@ class StopConditions:
     include_stop: bool = False  # keep the matched stop string in the text, and hold nothing back
     skip_special_tokens: bool = True  # special tokens produce no text ...
     shown_special_ids: frozenset[int] = frozenset()  # ... except these, by which answers are parsed
-    reasoning: ReasoningMarks | None = None  # of reasoning, in which stop strings are not matched
+    reasoning: ReasoningMarks | HarmonyMarks | None = None  # of text in which stop strings are not matched
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.tools import Reasoning
+from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import style_of
 from tgi_asgi.types import FinishReason, GenerationRequest, TokenEvent
 
@@ -305,7 +306,7 @@ async def test_no_token_costs_a_copy_of_the_answer_so_far(path: str) -> None:
 
 def test_the_pieces_of_a_whole_answer_are_joined_once() -> None:
     """These take 0.2 s; to add each to the text before it takes several seconds."""
-    reader = ChoiceReader(Reading(style_of("</think>"), is_reasoning_open=True))
+    reader = ChoiceReader(Reading(lambda: AnswerParser(style_of("</think>"), None, is_reasoning_open=True)))
     event = TokenEvent(0, 97, b"a", "a" * 128)
     began_s = time.thread_time()
     assert reader.push([event] * 20_000) == [Reasoning("a" * 128 * 20_000)]

@@ -7,7 +7,7 @@ import pytest
 from tests.support.fake_runner import BOS_ID, EOS_ID, FakeTokenizer
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.runner.plan import Sampled
-from tgi_asgi.text.stop_scope import ReasoningMarks
+from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
 from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 
 
@@ -139,7 +139,7 @@ def test_a_control_token_that_is_a_stop_string_ends_reasoning() -> None:
 
 
 def test_what_is_held_back_comes_before_the_reasoning_that_follows_it() -> None:
-    marks = ReasoningMarks("", "", is_open=False, has_channels=True)
+    marks = HarmonyMarks(is_open=False)
     answer = (
         b"<|channel|>final<|message|>a EN<|end|><|start|>assistant<|channel|>analysis<|message|>END<|end|>"
     )

@@ -8,10 +8,9 @@ from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts
 from tests.text.test_tools import parse
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.answer import ToolUse
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar
-from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
+from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
 from tgi_asgi.text.tools.harmony import HarmonyParser, is_open
 
 SPECS = [ToolSpec("f", {"properties": {"a": {"type": "integer"}}, "required": ["a"]}), ToolSpec("g", None)]
@@ -80,13 +79,9 @@ def compiler() -> GrammarCompiler:
     return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
-def use(**options: bool) -> ToolUse:
-    return ToolUse(FORMATS["hermes"], SPECS, **options)
-
-
 @pytest.mark.parametrize("thought", ["", THOUGHT, THOUGHT + THOUGHT])
 def test_a_grammar_lets_thoughts_come_first(compiler: GrammarCompiler, thought: str) -> None:
-    auto, forced = harmony_grammar(None, use()), harmony_grammar(None, use(must_call=True))
+    auto, forced = harmony_grammar(None, SPECS), harmony_grammar(None, SPECS, must_call=True)
     chosen = harmony_grammar(sources.choice(["yes"]), None)
     assert auto is not None and forced is not None and chosen is not None
     for header in (EARLY, LATE, LATE.replace(" <|constrain|>json", "")):

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tgi_asgi.text.stop_scope import ReasoningMarks
+from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.base import Content
 from tgi_asgi.text.tools.reasoning import STYLES
 
 THINK = ReasoningMarks("<think>", "</think>", is_open=False)
 OPEN = ReasoningMarks("<think>", "</think>", is_open=True)
-CHANNELS = ReasoningMarks("", "", is_open=False, has_channels=True)
+HARMONY = HarmonyMarks(is_open=False)
 
 
-def searched(marks: ReasoningMarks, *tokens: str) -> str:
+def searched(marks: ReasoningMarks | HarmonyMarks, *tokens: str) -> str:
     """Return the part of an answer that is searched; check that nothing is lost or reordered."""
     scope, parts = marks.scope(), []
     shown = ""
@@ -48,7 +48,7 @@ def searched(marks: ReasoningMarks, *tokens: str) -> str:
         (OPEN, "<think>a</think>c", "c"),
     ],
 )
-def test_the_section_is_left_out(marks: ReasoningMarks, answer: str, content: str) -> None:
+def test_the_section_is_left_out(marks: ReasoningMarks | HarmonyMarks, answer: str, content: str) -> None:
     for size in range(1, len(answer) + 1):
         tokens = [answer[at : at + size] for at in range(0, len(answer), size)]
         assert searched(marks, *tokens) == content
@@ -66,10 +66,9 @@ def test_a_run_of_blanks_is_held_back_in_time() -> None:
 def test_only_messages_to_the_user_are_searched_in_channels() -> None:
     analysis = ["<|channel|>", "analysis", "<|message|>", "a", "b", "<|end|>"]
     header = ["<|start|>", "assistant", "<|channel|>", "final", "<|message|>"]
-    assert searched(CHANNELS, *analysis, *header, "c", "d", "<|end|>", *header, "e") == "cde"
-    assert searched(CHANNELS, *analysis[1:2], "c") == "analysisc"  # no channel: all is text
-    marks = ReasoningMarks("", "", is_open=True, has_channels=True)
-    assert searched(marks, *analysis[3:], *header, "c") == "c"
+    assert searched(HARMONY, *analysis, *header, "c", "d", "<|end|>", *header, "e") == "cde"
+    assert searched(HARMONY, *analysis[1:2], "c") == "analysisc"  # no channel: all is text
+    assert searched(HarmonyMarks(is_open=True), *analysis[3:], *header, "c") == "c"
 
 
 @given(

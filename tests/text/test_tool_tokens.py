@@ -95,7 +95,7 @@ def test_text_may_stand_between_its_wrapper_where_that_is_tokens(wrapper: Wrappe
 
 def test_channels_are_held_to_where_their_marks_are_tokens() -> None:
     tokenizer = Marked([*harmony.MARKERS])
-    grammar = harmony_grammar(None, ToolUse(FORMATS["hermes"], SPECS, must_call=True), tokenizer.mark)
+    grammar = harmony_grammar(None, SPECS, tokenizer.mark, must_call=True)
     thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     for header in (
         " to=functions.f<|channel|>commentary json<|message|>",

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from tgi_asgi.api.answer import AnswerForm
+from tgi_asgi.api.answer_form import AnswerForm, answer_form
 from tgi_asgi.api.call import Call, Choices, Constraint, Generation, Job, Prepared, Renderer, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
@@ -200,7 +200,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             limit = exchange.dialect.field_name(("max_tokens",))
             message = f"`{{field}}` must be at most `{limit}` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
-        form = AnswerForm(job, served, context.settings, prompt.tail)
+        form = answer_form(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None
         grammar = await _grammar(exchange, served.grammars, job, form) if is_constrained else None
         reading, marks = form.reading(), form.reasoning_marks()

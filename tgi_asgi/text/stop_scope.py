@@ -15,22 +15,35 @@ from tgi_asgi.text.tools.harmony import HarmonyParser
 
 @dataclass(frozen=True, slots=True)
 class ReasoningMarks:
-    """How reasoning is marked in an answer.
+    """How reasoning is marked in an answer that may begin with a section of it.
 
     Attributes:
-        start, end: Markers of the only section, with which the answer may begin.
+        start, end: Markers of the section.
         is_open: Whether the prompt has opened the section.
-        has_channels: Whether the answer is in harmony's format instead.
     """
 
     start: str
     end: str
     is_open: bool
-    has_channels: bool = False
 
     def scope(self) -> StopScope:
         """Return what splits one choice's text."""
-        return _Channels(self) if self.has_channels else _Section(self)
+        return _Section(self)
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonyMarks:
+    """The same for an answer in harmony's format, whose marks are always the same.
+
+    Attributes:
+        is_open: Whether the prompt has opened a message of reasoning.
+    """
+
+    is_open: bool
+
+    def scope(self) -> StopScope:
+        """Return what splits one choice's text."""
+        return _Messages(self)
 
 
 class StopScope(Protocol):
@@ -93,10 +106,10 @@ class _Section:
         return at + len(end) - len(self._seen)
 
 
-class _Channels:
+class _Messages:
     """An answer in harmony's format, in which each marker is a token."""
 
-    def __init__(self, marks: ReasoningMarks) -> None:
+    def __init__(self, marks: HarmonyMarks) -> None:
         self._parser = HarmonyParser(is_reasoning_open=marks.is_open)
         self._num_read = 0
         self.is_searched = False

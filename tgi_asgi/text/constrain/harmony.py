@@ -1,12 +1,11 @@
-"""The grammar of an answer in harmony's channels: reasoning, then text or a call."""
+"""The grammar of an answer in harmony's format: reasoning, then text or a call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.constrain.answer import ToolUse
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools.arguments import ToolArguments
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import Mark, alternatives
 
 _ANY = r"/(.|\n)*/"
@@ -14,19 +13,22 @@ _ANY = r"/(.|\n)*/"
 
 def harmony_grammar(
     content: GrammarSource | None,
-    tools: ToolUse | None,
+    specs: Sequence[ToolSpec] | None,
     mark: Mark = literal,
     *,
+    must_call: bool = False,
     is_reasoning_open: bool = False,
 ) -> GrammarSource | None:
     """Return the grammar of an answer, as `answer_grammar` does; in this format a call ends the answer.
 
+    `specs` are the tools that may be called, and None if the request has none.
+
     Raises:
         InvalidRequest: if a strict schema is too large, or cannot be enforced.
     """
-    if content is None and tools is None:
+    if content is None and specs is None:
         return None
-    arguments = [ToolArguments(spec) for spec in tools.specs] if tools is not None else []
+    arguments = [ToolArguments(spec) for spec in specs or ()]
     channel, message, end = mark("<|channel|>"), mark("<|message|>"), mark("<|end|>")
     begins = f'{mark("<|start|>")} "assistant"'
     rules = [f'said: {channel} ("analysis" | "commentary") {message} said_text']
@@ -35,7 +37,7 @@ def harmony_grammar(
     else:
         rules += [f"said_text: said_more {begins}", f"said_more[lazy]: {_ANY} {end}"]
     lasts = []
-    if tools is None or not tools.must_call:
+    if not must_call:
         lasts.append("final")
         rules.append(f'final: {channel} "final" {message} {"@answer" if content is not None else "FINAL"}')
         rules += [] if content is not None else [f"FINAL: {_ANY}"]

@@ -22,7 +22,7 @@ from tgi_asgi.text.tools.type_names import with_json_types
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
-    "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "channels_of", "choose_format", "harmony",
+    "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "choose_format", "harmony",
     "recognised_format", "shorten_ids", "spell_out", "with_json_types", "with_own_tools",
 ]  # fmt: skip
 
@@ -49,8 +49,3 @@ def assumption(template: str, *, has_tools: bool) -> str | None:
         "the chat template's format of tool calls is not known: calls are read as JSON in <tool_call> tags, "
         "Hermes's format (--tool-format names another)"
     )
-
-
-def channels_of(template: str) -> str | None:
-    """Return harmony's name if a chat template's source shows its channels, otherwise None."""
-    return harmony.NAME if harmony.recognises(template) else None

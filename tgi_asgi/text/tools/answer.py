@@ -9,7 +9,8 @@ import enum
 from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, num_held
+from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat
+from tgi_asgi.text.tools.held_text import HeldText, num_held_with_blanks
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
@@ -55,20 +56,14 @@ class AnswerParser:
         self._tools = tools
         self._specs = specs
         self._calls: CallParser | None = None
-        self._held = ""
-        self._is_blank = False  # whether some text is held, and all of it is blanks
-        self._blanks: list[str] = []  # blanks that follow it
-        self._num_known = 0  # leading characters of `_held` in which no marker is searched
+        self._held = HeldText()
         self._opening = ""  # the marker that led to the calls, with the blanks before it
         self._has_called = False  # since that marker
-        self._num_read = 0  # characters so far
         self._has_begun = False  # with text, or with a call that only an answer's beginning may be
         self._has_text = False  # whether some has been emitted
         self._label = style.label if style is not None else ""  # while it may follow
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
-        self._skips_blanks = False  # after the end of another part
-        self._gap = ""  # the last blank there
         self._part = _Part.START
         if is_reasoning_open:
             self._part = _Part.REASONING
@@ -86,30 +81,17 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces in the next part of the text."""
-        self._num_read += len(text)
-        if self._is_blank and text.isspace():  # held back, too: to read all of it again may take 0.3 ms
-            self._blanks.append(text)
-            return []
-        self._take_blanks()
-        self._held += text
-        pieces = self._read(is_end=False)
-        self._is_blank = self._held.isspace()
-        return pieces
+        return self._read(is_end=False) if self._held.push(text) else []
 
     def finish(self) -> list[Piece]:
         """Return the pieces that were held back, at the end of the answer."""
-        self._take_blanks()
+        self._held.add_blanks()
         pieces = self._read(is_end=True) if self._calls is None else []
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
             if not self._must_call:
                 self._emit_text(pieces, 0, is_end=True)
         return pieces
-
-    def _take_blanks(self) -> None:
-        if self._blanks:
-            self._held = "".join((self._held, *self._blanks))
-            self._blanks.clear()
 
     def _read(self, *, is_end: bool) -> list[Piece]:
         """Read part after part, until one needs more text."""
@@ -132,9 +114,9 @@ class AnswerParser:
     def _begin_reasoning(self, is_end: bool) -> bool:
         """Look for the section's start; return False while that is undecided."""
         assert self._style is not None
-        start, head = self._style.start, self._held.lstrip()
+        start, head = self._style.start, self._held.text.lstrip()
         if head.startswith(start):
-            self._held = head[len(start) :]
+            self._held.drop_marker(start)
             self._part = _Part.REASONING
         elif start.startswith(head) and not is_end:
             return False
@@ -145,39 +127,39 @@ class AnswerParser:
     def _take_reasoning(self, pieces: list[Piece], is_end: bool) -> bool:
         """Emit reasoning; return True once the section has ended."""
         assert self._style is not None
-        if self._label and self._label.startswith(self._held) and self._held != self._label and not is_end:
+        held, end = self._held, self._style.end
+        if self._label and self._label.startswith(held.text) and held.text != self._label and not is_end:
             return False
-        self._held, self._label = self._held.removeprefix(self._label), ""
-        at = self._held.find(self._style.end)
-        if at < 0:
-            shown = self._release(0 if is_end else _num_held_with_blanks(self._held, self._style.end))
-            if shown:
-                pieces.append(Reasoning(shown))
-            return False
-        if at:
-            pieces.append(Reasoning(self._held[:at]))
-        self._held = self._held[at + len(self._style.end) :]
-        self._skips_blanks = True
-        self._begin_text()
-        return True
+        if held.text.startswith(self._label):
+            held.take(len(self._label))
+        self._label = ""
+        found = held.find([end])
+        shown = held.take(found[0]) if found else held.release(0 if is_end else held.num_undecided(end))
+        if shown:
+            pieces.append(Reasoning(shown))
+        if found:
+            held.take(len(end))
+            held.skip_blanks()
+            self._begin_text()
+        return found is not None
 
     def _unwrap(self, is_end: bool) -> bool:
         """Look for the marker before the answer's text; return False while that is undecided."""
         assert self._wrapper is not None
-        head, starts = self._held.lstrip(), self._wrapper.start
+        head, starts = self._held.text.lstrip(), self._wrapper.start
         found = next((start for start in starts if head.startswith(start)), None)
         if found is None and not is_end and any(start.startswith(head) for start in starts):
             return False
         self._part = _Part.TEXT
         if found is not None:
-            self._held, self._end = head[len(found) :], self._wrapper.end
-            self._skips_blanks = True
+            self._held.drop_marker(found)
+            self._held.skip_blanks()
+            self._end = self._wrapper.end
         return True
 
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
         """Emit text; return True if calls follow."""
-        if self._skips_blanks:
-            self._skip_blanks()
+        self._held.drop_skipped(keeps_last=self._has_text)
         tools = self._tools
         if tools is None:
             self._emit_text(pieces, 0, is_end=is_end)
@@ -187,33 +169,29 @@ class AnswerParser:
             if not tools.marker or not is_known or self._part is _Part.CALLS:
                 return self._part is _Part.CALLS
         markers = (tools.marker, *tools.openers)
-        found = [(at, marker) for marker in markers if (at := self._held.find(marker, self._num_known)) >= 0]
-        if found:
-            at, marker = min(found)
-            before = self._held[:at].rstrip()
-            size_before = len(before)
-            before = before.removesuffix(self._end).rstrip() if self._end else before
-            if before:
-                pieces.append(Content(before, self._num_read - len(self._held)))
-                self._has_begun = self._has_text = True
+        found = self._held.find(markers)
+        if found is not None:
+            at, marker = found
             size = at + len(marker) if marker == tools.marker else at
-            self._enter_calls(tools, self._held[size_before:size], self._held[size:])
+            size_before = self._emit_before(pieces, at)
+            self._enter_calls(tools, opening=self._held.take(size - size_before))
             return True
         is_cut = is_end and self._must_call  # inside a marker, so not text to show
-        held = max(_num_held_with_blanks(self._held, marker, self._num_known) for marker in markers)
-        self._emit_text(pieces, held if is_cut or not is_end else 0, is_end=is_end)
+        num_held = max(map(self._held.num_undecided, markers)) if is_cut or not is_end else 0
+        self._emit_text(pieces, num_held, is_end=is_end)
         return False
 
-    def _skip_blanks(self) -> None:
-        """Drop the blanks after another part, but the last if it separates two texts."""
-        text = self._held.lstrip("\n\r ")
-        self._gap = self._held[: len(self._held) - len(text)][-1:] or self._gap
-        self._skips_blanks = not text
-        self._held = self._gap + text if text and self._has_text else text
+    def _emit_before(self, pieces: list[Piece], at: int) -> int:
+        """Emit the text before a marker of calls, without blanks at its end; return its size."""
+        start = self._held.start
+        before = self._held.take(len(self._held.text[:at].rstrip()))
+        shown = before.removesuffix(self._end).rstrip() if self._end else before
+        self._show(pieces, shown, start)
+        return len(before)
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
         """Read an answer whose beginning decides if it is text (possibly JSON) or calls; return if it has."""
-        head = self._held.lstrip()
+        head = self._held.text.lstrip()
         is_call: bool | None = False
         if not self._has_begun and not head:
             is_call = None
@@ -221,23 +199,23 @@ class AnswerParser:
             is_call = tools.begins(head, self._names)
         if is_call:
             self._has_begun = True
-            self._enter_calls(tools, "", self._held)
+            self._enter_calls(tools, opening="")
             return True
         is_known = is_call is not None or is_end
         if (is_call is not None or (is_end and not self._must_call)) and not tools.marker:
             self._emit_text(pieces, 0, is_end=is_end)
         return is_known
 
-    def _enter_calls(self, tools: ToolFormat, opening: str, rest: str) -> None:
-        self._calls, self._opening, self._held = tools.parser(self._specs), opening, rest
+    def _enter_calls(self, tools: ToolFormat, *, opening: str) -> None:
+        """Let the format's parser read what is held now, and what follows."""
+        self._calls, self._opening = tools.parser(self._specs), opening
         self._has_called = False
         self._part = _Part.CALLS
 
     def _read_calls(self, pieces: list[Piece]) -> bool:
         """Read calls; return True if they have ended and text follows."""
         assert self._calls is not None
-        text, self._held = self._held, ""
-        new = self._calls.push(text)
+        new = self._calls.push(self._held.release(0))
         self._has_called |= bool(new)
         pieces += new
         if self._calls.rest is not None:
@@ -245,20 +223,34 @@ class AnswerParser:
         return self._calls is None
 
     def _leave_calls(self, rest: str) -> None:
-        """Continue with text; if no call came, the supposed marker is part of the text."""
+        """Continue with text; if no call came, the supposed marker is part of the text.
+
+        read                     Let me see: <tool_call>{"a": 1} is JSON.
+        shown                    Let me see:
+        opening                             <tool_call>
+        rest                                           {"a": 1} is JSON.
+        held before
+        held after                          <tool_call>{"a": 1} is JSON.
+        searched for markers                            "a": 1} is JSON.
+        """
         self._calls = None
         self._part = _Part.TEXT
-        self._held = rest if self._has_called else self._opening + rest
-        self._num_known = 0 if self._has_called else len(self._opening) + 1
-        self._skips_blanks, self._gap = self._has_called, ""
+        if self._has_called:
+            self._held.put_back(rest)
+            self._held.skip_blanks()
+        else:
+            # An alternative opener is not in `opening` but begins the rest. It must not be found again.
+            self._held.put_back(self._opening + rest, num_known=len(self._opening) + 1)
 
     def _emit_text(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
         if self._end:
             num_held = self._num_closing(num_held, is_end)
-        start = self._num_read - len(self._held)
-        shown = self._release(num_held)
-        if shown:
-            pieces.append(Content(shown, start))
+        start = self._held.start
+        self._show(pieces, self._held.release(num_held), start)
+
+    def _show(self, pieces: list[Piece], text: str, start: int) -> None:
+        if text:
+            pieces.append(Content(text, start))
             self._has_begun = self._has_text = True
 
     def _num_closing(self, num_held: int, is_end: bool) -> int:
@@ -267,25 +259,9 @@ class AnswerParser:
         `num_held` is how many are already held back. The end of the wrapper is not text if only calls follow
         it.
         """
-        text = self._held[: len(self._held) - num_held]
+        held = self._held.text
+        text = held[: len(held) - num_held]
         at = text.rfind(self._end)
         if at >= 0 and not text[at + len(self._end) :].strip():
-            return len(self._held) - len(text[:at].rstrip())
-        return num_held if is_end else num_held + _num_held_with_blanks(text, self._end)
-
-    def _release(self, num_held: int) -> str:
-        """Return the held text except for its last `num_held` characters."""
-        size = len(self._held) - num_held
-        shown, self._held = self._held[:size], self._held[size:]
-        self._num_known = max(0, self._num_known - size)
-        return shown
-
-
-def _num_held_with_blanks(text: str, marker: str, num_known: int = 0) -> int:
-    """Return how much of the end of `text` to hold: a possible start of the marker, and blanks before it.
-
-    No marker starts in the first `num_known` characters.
-    """
-    size = num_held(text[num_known:], marker)
-    shown = text[: len(text) - size]
-    return size + len(shown) - len(shown.rstrip())
+            return len(held) - len(text[:at].rstrip())
+        return num_held if is_end else num_held + num_held_with_blanks(text, self._end)

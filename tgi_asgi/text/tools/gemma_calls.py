@@ -8,7 +8,8 @@ from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
-from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece, num_held
+from tgi_asgi.text.tools.base import Piece, num_held
+from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import as_json, literal_value
 
 _CALL = "call:"
@@ -16,64 +17,30 @@ _END_OF_SCALAR = re.compile(r"[,}\]]")
 _BETWEEN = " \t\r\n,]"  # characters to skip before a key; a stray bracket is one of them
 
 
-class GemmaCallParser:
+class GemmaCallParser(CallReader):
     """A parser that emits arguments while they are written."""
 
     def __init__(self, tools: Sequence[ToolSpec], *, marker: str, end: str, quote: str) -> None:
-        self.rest: str | None = None
+        super().__init__()
         self._schemas = {tool.name: tool.properties for tool in tools}
         self._marker, self._end, self._quote = marker, end, quote
-        self._buffer = ""
-        self._opening = ""  # skipped text, which counts as text if no call follows
-        self._arguments: _Arguments | None = None  # of the call that is being read
-        self._has_called = False
 
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces in the next part of the text."""
-        pieces: list[Piece] = []
-        while text and self.rest is None:
-            if self._arguments is not None:
-                written, text = self._arguments.push(text)
-                if written:
-                    pieces.append(CallArguments(written))
-                if self._arguments.has_ended:
-                    self._arguments = None
-            else:
-                self._buffer += text[0]
-                text = text[1:]
-                self._skip(pieces)
-        if self.rest is not None:
-            self.rest += text
-        return pieces
-
-    def finish(self) -> str:
-        """Return the text that resembled a call but is none; nothing of a call that has begun."""
-        if self._arguments is not None:
-            return ""
-        return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
-
-    def _skip(self, pieces: list[Piece]) -> None:
-        """Look for the next call, after marks and blanks."""
-        text = self._buffer.lstrip()
+    def _read_head(self, pieces: list[Piece]) -> str:
+        text = self._held.lstrip()
         name, brace, _ = text.removeprefix(_CALL).partition("{")
         if text.startswith(_CALL) and brace and name in self._schemas:
-            pieces.append(CallStart(name))
-            self._arguments = _Arguments(self._quote, self._end, self._schemas[name])
-            self._has_called = True
-            self._buffer = self._opening = ""
+            self._begin_call(name, GemmaArguments(self._quote, self._end, self._schemas[name]), pieces)
         elif text in (self._marker, self._end):
-            if text == self._marker or not self._has_called:
-                self._opening += self._buffer
-            self._buffer = ""
+            return self._skip(len(self._held), may_be_text=text == self._marker or not self._has_called)
         elif not (
             any(mark.startswith(text) for mark in (self._marker, self._end, _CALL))
             or (text.startswith(_CALL) and any(each.startswith(name) for each in self._schemas) and not brace)
         ):
-            whole = self._opening + self._buffer
-            self.rest = whole
+            self._give_up()
+        return ""
 
 
-class _Arguments:
+class GemmaArguments:
     """The arguments of one call, `a:1,b:[...]}`, turned into a JSON object while they are written.
 
     Text in quotes is passed on as it comes, everything else once it is complete. Brackets that do not match
@@ -84,11 +51,11 @@ class _Arguments:
         schemas: Of the arguments by name; they decide whether a text stands for a number.
 
     Attributes:
-        has_ended: Whether the closing bracket has been read.
+        have_ended: Whether the closing bracket has been read.
     """
 
     def __init__(self, quote: str, end: str, schemas: Mapping[str, Any]) -> None:
-        self.has_ended = False
+        self.have_ended = False
         self._quote, self._end, self._schemas = quote, end, schemas
         self._buffer = ""
         self._num_known = 0  # leading characters of the buffer that have been searched
@@ -103,10 +70,10 @@ class _Arguments:
     def push(self, text: str) -> tuple[str, str]:
         """Return the JSON that is certain now, and what follows the arguments."""
         self._buffer += text
-        while self._buffer and not self.has_ended and self._read():
+        while self._buffer and not self.have_ended and self._read():
             pass
         written, self._out = "".join(self._out), []
-        return written, self._buffer if self.has_ended else ""
+        return written, self._buffer if self.have_ended else ""
 
     # Each of these reads one element of the buffer; it returns False if it needs more text.
 
@@ -233,8 +200,8 @@ class _Arguments:
         """End the innermost container."""
         self._write(self._closers.pop())
         self._are_empty.pop()
-        self.has_ended = not self._closers
-        if not self.has_ended:
+        self.have_ended = not self._closers
+        if not self.have_ended:
             self._end_value()
 
     def _is_text(self) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Content, Piece, Reasoning, num_held
 
-NAME = "openai"  # vLLM's name
+NAME = "openai"  # for administrators; vLLM's name
 FAMILIES = "gpt-oss"
 MARKERS = (
     "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>",
@@ -36,7 +36,7 @@ _MAX_HEADER = 512  # characters; a longer header without a message is text
 
 
 def recognises(template: str) -> bool:
-    """Return whether a chat template's source shows that its model writes channels."""
+    """Return whether a chat template's source shows that its model writes this format."""
     return "<|channel|>analysis<|message|>" in template
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
-from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
+from tgi_asgi.text.tools.base import CallArguments, Piece
+from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import Nesting, literal_value
 
 # Beginnings of calls that are objects: a name, possibly after an id, or the name as the key.
@@ -25,13 +26,12 @@ _CLOSERS = ("```", "}", "]", ",", ";")
 _OPENERS = ("```json", "```", "[")
 
 
-class JsonCallParser:
+class JsonCallParser(CallReader):
     """A parser of `{"name": "f", "arguments": {...}}`, or of what `head` matches before an object.
 
     Arguments are emitted as they are written if the call has the form that the model was trained on.
     Otherwise (keys in another order, arguments as a string, Python's quotes) they are emitted once the call
-    is complete. Everything except the arguments is read one character at a time, so that the output does not
-    depend on how the text was cut.
+    is complete.
 
     Args:
         openers: Texts that may precede a call, besides fences and brackets.
@@ -51,123 +51,70 @@ class JsonCallParser:
         object_head: re.Pattern[str] = NAMED,
         is_bare: bool = False,
     ) -> None:
-        self.rest: str | None = None
+        super().__init__()
         self._names = {tool.name for tool in tools}
         self._openers, self._closers = {*_OPENERS, *openers}, {*_CLOSERS, *closers}
         self._head, self._object_head, self._is_bare = head, object_head, is_bare
-        self._buffer = ""
-        self._opening = ""  # skipped text, which counts as text if no call follows
-        self._has_called = False
         self._nesting: Nesting | None = None  # of a call whose head is being read
-        self._arguments: _ObjectScanner | None = None
-        self._is_in_tail = False
-
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces in the next part of the text."""
-        pieces: list[Piece] = []
-        self._feed(text, pieces)
-        return pieces
 
     def finish(self) -> str:
-        """Return the text that looked like the start of a call but is none, at the end of the answer."""
-        is_begun = self._nesting is not None or self._opening.strip() or not self._has_called
-        return self._opening + self._buffer if is_begun and not self._is_in_tail else ""
+        """Return the text that resembled a call but is none; nothing of a call whose arguments have begun."""
+        return self._skipped + self._held if self._nesting is not None else super().finish()
 
-    def _feed(self, text: str, pieces: list[Piece]) -> None:
-        at = 0
-        while at < len(text) and self.rest is None:
-            if self._arguments is not None:
-                at += self._read_arguments(text[at:], pieces)
-                continue
-            self._buffer += text[at]
-            at += 1
-            if self._is_in_tail:
-                self._read_tail(pieces)
-            elif self._nesting is not None:
-                self._read_head(text[at - 1], pieces)
-            else:
-                self._skip(pieces)
-        if self.rest is not None:
-            self.rest += text[at:]
+    def _read_head(self, pieces: list[Piece]) -> str:
+        return self._read_before() if self._nesting is None else self._read_beginning(pieces)
 
-    def _skip(self, pieces: list[Piece]) -> None:
-        """Look for the next call, after blanks, markers, fences and brackets."""
-        text = self._buffer.lstrip()
+    def _read_before(self) -> str:
+        """Skip blanks, markers, fences and brackets, up to the first character of a call."""
+        text = self._held.lstrip()
+        num_blanks = len(self._held) - len(text)
         marks = self._openers | self._closers
         if not text or any(mark.startswith(text) and mark != text for mark in marks):
-            return
+            return ""
         mark = max((mark for mark in marks if text.startswith(mark)), key=len, default=None)
         if mark is not None:
-            if not self._has_called or self._opening or mark not in self._closers:
-                self._opening += self._buffer[: self._buffer.index(mark) + len(mark)]
-            self._reparse(text[len(mark) :], pieces)
-        elif text[0] == "{" or self._may_be_name(text[0]):
-            self._opening += self._buffer[: -len(text)]
+            may_be_text = not self._has_called or bool(self._skipped) or mark not in self._closers
+            return self._skip(num_blanks + len(mark), may_be_text=may_be_text)
+        if text[0] == "{" or self._may_be_name(text[0]):
             self._nesting = Nesting()
-            self._reparse(text, pieces)
-        else:
-            self._give_up()
+            return self._skip(num_blanks)
+        self._give_up()
+        return ""
 
     def _may_be_name(self, first: str) -> bool:
         is_bare = self._is_bare and any(name.startswith(first) for name in self._names)
-        is_opened = bool(self._opening) or not self._has_called or is_bare
+        is_opened = bool(self._skipped) or not self._has_called or is_bare
         return self._head is not None and is_opened and (first.isalnum() or first == "_")
 
-    def _read_head(self, character: str, pieces: list[Piece]) -> None:
+    def _read_beginning(self, pieces: list[Piece]) -> str:
+        """Read a call up to its arguments, or all of it if it does not begin as `head` says."""
         assert self._nesting is not None
-        is_object = self._buffer[0] == "{"
+        is_object = self._held[0] == "{"
         head = self._object_head if is_object or self._head is None else self._head
-        found = head.fullmatch(self._buffer) if len(self._buffer) <= _MAX_HEAD else None
-        is_complete = self._nesting.push(character) == 0
+        found = head.fullmatch(self._held) if len(self._held) <= _MAX_HEAD else None
+        is_complete = self._nesting.push(self._held[-1]) == 0
         if found and found[1] in self._names:
-            self._begin(found[1], pieces)
-            self._arguments, self._is_in_tail = _ObjectScanner(), is_object
-            self._feed(found[2], pieces)
-        elif is_object and is_complete:
-            call = _call_of(self._buffer, self._names)
+            self._nesting = None
+            self._begin_call(found[1], JsonArguments(has_tail=is_object), pieces)
+            return found[2]
+        if is_object and is_complete:
+            call = _call_of(self._held, self._names)
             if call is None:
                 self._give_up()
-                return
-            self._begin(call[0], pieces)
+                return ""
+            self._nesting = None
+            self._begin_call(call[0], None, pieces)
             pieces.append(CallArguments(call[1]))
-        elif not is_object and (len(self._buffer) > _MAX_HEAD or self._is_no_name()):
+        elif not is_object and (len(self._held) > _MAX_HEAD or self._is_no_name()):
             self._give_up()
+        return ""
 
     def _is_no_name(self) -> bool:
-        """Return whether the buffer should begin with a bare name but does not."""
-        name, *rest = self._buffer.split(None, 1) or [""]
+        """Return whether the held text should begin with a bare name but does not."""
+        name, *rest = self._held.split(None, 1) or [""]
         if not self._is_bare or rest:
             return self._is_bare and rest != [] and name not in self._names
         return not any(each.startswith(name) for each in self._names)
-
-    def _begin(self, name: str, pieces: list[Piece]) -> None:
-        pieces.append(CallStart(name))
-        self._buffer = self._opening = ""
-        self._nesting, self._has_called = None, True
-
-    def _read_arguments(self, text: str, pieces: list[Piece]) -> int:
-        assert self._arguments is not None
-        size = self._arguments.scan(text)
-        pieces.append(CallArguments(text[:size]))
-        if self._arguments.is_done:
-            self._arguments = None
-        return size
-
-    def _read_tail(self, pieces: list[Piece]) -> None:
-        if _TAIL.fullmatch(self._buffer):
-            self._buffer, self._is_in_tail = "", False
-        elif len(self._buffer) > _MAX_TAIL or not _IN_TAIL.fullmatch(self._buffer):
-            self._is_in_tail = False
-            self._reparse(self._buffer, pieces)
-
-    def _reparse(self, text: str, pieces: list[Piece]) -> None:
-        self._buffer = ""
-        self._feed(text, pieces)
-
-    def _give_up(self) -> None:
-        text = self._opening + self._buffer
-        self.rest = text
-        self._buffer = self._opening = ""
 
 
 def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
@@ -188,6 +135,40 @@ def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
     if arguments is None:
         arguments = {}
     return (name, dumped(arguments)) if isinstance(arguments, dict) else None
+
+
+class JsonArguments:
+    """The arguments of one call, a JSON object, passed on as they are written.
+
+    Args:
+        has_tail: Whether the call is an object itself, so that its closing brace follows.
+
+    Attributes:
+        have_ended: Whether the call's last character has been read.
+    """
+
+    def __init__(self, *, has_tail: bool) -> None:
+        self.have_ended = False
+        self._object = _ObjectScanner()
+        self._has_tail = has_tail
+        self._tail = ""  # what has been read of it
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Return the JSON that is certain now, and what follows the call."""
+        size = 0
+        if not self._object.is_done:
+            size = self._object.scan(text)
+            self.have_ended = self._object.is_done and not self._has_tail
+        written, at = text[:size], size
+        while at < len(text) and not self.have_ended:
+            self._tail += text[at]
+            at += 1
+            if _TAIL.fullmatch(self._tail):
+                self.have_ended = True
+            elif len(self._tail) > _MAX_TAIL or not _IN_TAIL.fullmatch(self._tail):
+                self.have_ended = True
+                return written, self._tail + text[at:]  # the call's end is missing
+        return written, text[at:]
 
 
 class _ObjectScanner:

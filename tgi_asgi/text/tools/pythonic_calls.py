@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
-from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
+from tgi_asgi.text.tools.base import Piece
+from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import Nesting, as_json
 
 _BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
@@ -23,63 +24,42 @@ _IN_ESCAPE = re.compile(rf"\\(?:[0-7]{{0,3}}|x{_HEX}?|u{_HEX}{{0,3}}|U{_HEX}{{0,
 _ONLY_PYTHON_S = "'\n01234567xUNav"  # what may follow the backslash
 
 
-class PythonicCallParser:
+class PythonicCallParser(CallReader):
     """A parser that emits strings while they are written, other arguments once they are complete."""
 
     def __init__(self, tools: Sequence[ToolSpec], closers: Sequence[str]) -> None:
-        self.rest: str | None = None
+        super().__init__()
         self._closers = closers
         self._names = {tool.name for tool in tools}
-        self._buffer = ""
-        self._arguments: _Arguments | None = None  # of the call that is being read
-        self._has_called = False
-
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces in the next part of the text."""
-        pieces: list[Piece] = []
-        at = 0
-        while at < len(text) and self.rest is None:
-            if self._arguments is None:
-                self._buffer += text[at]
-                at += 1
-                self._read_head(text, at, pieces)
-                continue
-            written, at = self._arguments.push(text, at)
-            if written:
-                pieces.append(CallArguments(written))
-            if self._arguments.have_ended:
-                self._arguments = None
-        return pieces
 
     def finish(self) -> str:
         """Return the text that resembled a call but is none; nothing of a call that has begun."""
         if self._arguments is not None:
             return ""
-        return self._buffer.strip(" ,\n") if self._has_called else self._buffer
+        return self._held.strip(" ,\n") if self._has_called else self._held
 
-    def _read_head(self, text: str, at: int, pieces: list[Piece]) -> None:
-        """Look for the next call; `text[at:]` is what comes after the buffer."""
-        if len(self._buffer) > _MAX_HEAD:
-            self._give_up(text[at:])
-        elif found := _BEFORE.fullmatch(self._buffer):
+    def _read_head(self, pieces: list[Piece]) -> str:
+        if len(self._held) > _MAX_HEAD:
+            self._give_up()
+        elif found := _BEFORE.fullmatch(self._held):
             if found[1] in self._names:
-                pieces.append(CallStart(found[1]))
-                self._buffer, self._arguments = "", _Arguments()
-                self._has_called = True
-            elif found[1] is not None:
-                self._give_up(text[at:])
-        elif self._has_called and any(each.startswith(self._buffer.strip()) for each in self._closers):
-            if self._buffer.strip() in self._closers:
-                self._buffer = ""
-        elif not _IN_BEFORE.fullmatch(self._buffer):
-            self._give_up(text[at:])
+                self._begin_call(found[1], PythonicArguments(), pieces)
+            else:
+                self._give_up()
+        elif self._has_called and any(each.startswith(self._held.strip()) for each in self._closers):
+            if self._held.strip() in self._closers:
+                return self._skip(len(self._held), may_be_text=False)
+        elif not _IN_BEFORE.fullmatch(self._held):
+            self._give_up()
+        return ""
 
-    def _give_up(self, text: str) -> None:
-        self.rest = (self._buffer.lstrip(",") if self._has_called else self._buffer) + text
-        self._buffer = ""
+    def _give_up(self) -> None:
+        if self._has_called:
+            self._held = self._held.lstrip(",")
+        super()._give_up()
 
 
-class _Arguments:
+class PythonicArguments:
     """The arguments of one call, `a=1, b="x")`, turned into a JSON object while they are written.
 
     Attributes:
@@ -97,12 +77,13 @@ class _Arguments:
         self._out: list[str] = []
         self._read: Callable[[str, int], int] = self._read_key
 
-    def push(self, text: str, at: int) -> tuple[str, int]:
-        """Return the JSON that is certain after `text[at:]`, and where in the text the arguments end."""
+    def push(self, text: str) -> tuple[str, str]:
+        """Return the JSON that is certain now, and what follows the call."""
+        at = 0
         while at < len(text) and not self.have_ended:
             at = self._read(text, at)
         written, self._out = "".join(self._out), []
-        return written, at
+        return written, text[at:]
 
     # Each of these reads one element and returns where the text goes on.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import CONDITIONS, ToolSpec
-from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece, num_held
+from tgi_asgi.text.tools.base import Piece, num_held
+from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import as_json
 
 _FENCES = ("```xml", "```")
@@ -90,120 +91,111 @@ def _loose(text: str) -> str:
     return r"\s*".join(map(re.escape, re.split(r"\s*\n\s*|(?<=>)(?=<)", text.strip())))
 
 
-class XmlCallParser:
+class XmlCallParser(CallReader):
     """A parser that emits text values as they are written, others once they are complete."""
 
     def __init__(self, tools: Sequence[ToolSpec], tags: XmlTags) -> None:
-        self.rest: str | None = None
+        super().__init__()
         self._schemas = {tool.name: tool.properties for tool in tools}
         self._tags = tags
         self._marks = (*tags.wraps, *_FENCES)
-        self._head, self._argument, self._end = tags.head(), tags.head_argument(), tags.end()
+        self._head = tags.head()
+
+    def _read_head(self, pieces: list[Piece]) -> str:
+        text = self._held.lstrip()
+        # If only the marker precedes a name, any word in the text after a call might pass for one.
+        is_open = bool(self._tags.call[0] or self._skipped) or not self._has_called
+        found = self._head.fullmatch(text) if is_open else None
+        if found and found[1] in self._schemas:
+            self._begin_call(found[1], XmlArguments(self._tags, self._schemas[found[1]]), pieces)
+            return found[2]
+        mark = next((mark for mark in self._marks if text.startswith(mark)), None)
+        if mark is not None and not found:
+            may_be_text = mark == self._marks[0] or not self._has_called or bool(self._skipped)
+            return self._skip(len(self._held) - len(text) + len(mark), may_be_text=may_be_text)
+        may_begin = is_open and self._tags.may_begin(text)
+        if found or not (may_begin or any(mark.startswith(text) for mark in self._marks)):
+            self._give_up()
+        return ""
+
+
+class XmlArguments:
+    """The arguments of one call, `<a>1</a><b>...</b></call>`, turned into a JSON object.
+
+    Args:
+        schemas: Of the arguments by name; they decide whether a value is text or JSON.
+
+    Attributes:
+        have_ended: Whether the call's last character has been read.
+    """
+
+    def __init__(self, tags: XmlTags, schemas: Mapping[str, Any]) -> None:
+        self.have_ended = False
+        self._tags, self._schemas = tags, schemas
+        self._argument, self._end = tags.head_argument(), tags.end()
         self._buffer = ""
-        self._opening = ""  # skipped text, which counts as text if no call follows
-        self._has_called = False
-        self._function: str | None = None
-        self._parameter: str | None = None
-        self._kind = ""  # type of the parameter's value, if given: "true" for text
-        self._ends: tuple[str, ...] = ()  # possible ends of the parameter's value
+        self._num_arguments = 0
+        self._out: list[str] = []
+        self._name: str | None = None  # of the argument whose value is being read
+        self._kind = ""  # type of its value, if given: "true" for text
+        self._ends: tuple[str, ...] = ()  # possible ends of its value
         self._first_of_ends: frozenset[str] = frozenset()  # the characters that they begin with
         self._num_known = 0  # leading characters of the buffered value in which no end begins
-        self._num_parameters = 0
 
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces in the next part of the text."""
-        pieces: list[Piece] = []
-        while text and self.rest is None:
-            if self._parameter is not None:
+    def push(self, text: str) -> tuple[str, str]:
+        """Return the JSON that is certain now, and what follows the call."""
+        while text and not self.have_ended:
+            if self._name is not None:
                 self._buffer += text
                 text = ""
-                if self._read_value(pieces):  # what follows the value is still to be read
+                if self._read_value():  # what follows the value is still to be read
                     text, self._buffer = self._buffer, ""
             else:  # one character at a time, so that the output does not depend on how the text was cut
                 self._buffer += text[0]
                 text = text[1:]
-                while self._parameter is None and self._step(pieces):
-                    pass
-        if self.rest is not None:
-            self.rest += text
-        return pieces
+                self._read_tag()
+        written, self._out = "".join(self._out), []
+        return written, self._buffer + text if self.have_ended else ""
 
-    def finish(self) -> str:
-        """Return the text that looked like the start of a call but is none, at the end of the answer."""
-        if self._function is not None:
-            return ""
-        return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
-
-    def _step(self, pieces: list[Piece]) -> bool:
-        """Read one element; return False if more text is needed, or if reading has ended."""
-        if self.rest is not None:
-            return False
-        if self._function is None:
-            return self._begin(pieces)
+    def _read_tag(self) -> None:
+        """Look for the next argument's start, or the call's end."""
         self._buffer = self._buffer.lstrip()  # otherwise a run of blanks is read again at each of them
         found = self._argument.match(self._buffer)
+        end = self._end.match(self._buffer) if not found else None
         if found:
-            return self._begin_argument(found, pieces)
-        end = self._end.match(self._buffer)
-        if end:
+            self._begin_argument(found)
+        elif end:
             self._cut(end.end())
-            pieces.append(CallArguments("}" if self._num_parameters else "{}"))
-            self._function = None
-        return end is not None
+            self._out.append("}" if self._num_arguments else "{}")
+            self.have_ended = True
 
-    def _begin(self, pieces: list[Piece]) -> bool:
-        """Look for the next call after blanks and markers; return True if more can be read now."""
-        text = self._buffer.lstrip()
-        # If only the marker precedes a name, any word in the text after a call might pass for one.
-        is_open = bool(self._tags.call[0] or self._opening) or not self._has_called
-        found = self._head.fullmatch(text) if is_open else None
-        if found and found[1] in self._schemas:
-            self._function, self._num_parameters = found[1], 0
-            self._buffer, self._opening = found[2], ""
-            self._has_called = True
-            pieces.append(CallStart(found[1]))
-            return bool(found[2])
-        mark = next((mark for mark in self._marks if text.startswith(mark)), None)
-        if mark is not None and not found:
-            if mark == self._marks[0] or not self._has_called or self._opening:
-                self._opening += self._buffer[: -len(text)] + mark
-            self._buffer = text[len(mark) :]
-            return True
-        may_begin = is_open and self._tags.may_begin(text)
-        if found or not (may_begin or any(mark.startswith(text) for mark in self._marks)):
-            whole = self._opening + self._buffer
-            self.rest = whole
-        return False
-
-    def _begin_argument(self, found: re.Match[str], pieces: list[Piece]) -> bool:
-        """Process an argument's start; return False while it is unknown whether its value is quoted."""
+    def _begin_argument(self, found: re.Match[str]) -> None:
+        """Process an argument's start, unless it is not yet known whether its value is quoted."""
         quote = self._tags.quotes[0]
         rest = self._buffer[found.end() :]
         is_quoted = quote != "" and rest.startswith(quote)
         if quote and not is_quoted and quote.startswith(rest):
-            return False
+            return
         self._cut(found.end() + (len(quote) if is_quoted else 0))
-        self._parameter, self._kind = found[1], found[2]
+        self._name, self._kind = found[1], found[2]
         self._ends = self._ends_of_value(self._tags.quotes[1] if is_quoted else "")
         self._first_of_ends = frozenset(end[0] for end in self._ends)
         self._num_known = 0
-        head = f"{', ' if self._num_parameters else '{'}{dumped(found[1])}: "
-        self._num_parameters += 1
-        pieces.append(CallArguments(head + ('"' if self._is_text() else "")))
-        return True
+        head = f"{', ' if self._num_arguments else '{'}{dumped(found[1])}: "
+        self._num_arguments += 1
+        self._out.append(head + ('"' if self._is_text() else ""))
 
     def _ends_of_value(self, quote: str) -> tuple[str, ...]:
         """Return the texts that end a value: its own end, or the following tags if that is missing."""
         behind, (before, middle, own) = self._tags.call[2], self._tags.argument
-        names = self._schemas.get(self._function or "", ())
         tag = middle.partition("%t")[0]
         line = "\n" if quote != "]]>" else ""
-        follows = [f"{line}{before}{name}{tag}" for name in names]
+        follows = [f"{line}{before}{name}{tag}" for name in self._schemas]
         follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         return (quote + own, *follows)
 
-    def _read_value(self, pieces: list[Piece]) -> bool:
+    def _read_value(self) -> bool:
         """Read the available part of a value; return True once it has ended."""
         is_text = self._is_text()
         # A value that is not text stays buffered until it ends, and a tool with many arguments has many ends:
@@ -214,15 +206,15 @@ class XmlCallParser:
         if not found:
             self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
             if is_text and self._num_known:
-                pieces.append(CallArguments(dumped(self._buffer[: self._num_known])[1:-1]))
+                self._out.append(dumped(self._buffer[: self._num_known])[1:-1])
                 self._cut(self._num_known)
                 self._num_known = 0
             return False
         at, end = min(found)
         value = self._buffer[:at]
         self._cut(at + (len(end) if end == self._ends[0] else 0))
-        pieces.append(CallArguments(dumped(value)[1:] if is_text else self._json(value)))
-        self._parameter = None
+        self._out.append(dumped(value)[1:] if is_text else self._json(value))
+        self._name = None
         return True
 
     def _json(self, value: str) -> str:
@@ -238,7 +230,7 @@ class XmlCallParser:
         return self._kind == "true" or (not self._kind and is_text(self._schema()))
 
     def _schema(self) -> Any:
-        return self._schemas.get(self._function or "", {}).get(self._parameter or "", {})
+        return self._schemas.get(self._name or "", {})
 
     def _cut(self, size: int) -> None:
         self._buffer = self._buffer[size:]

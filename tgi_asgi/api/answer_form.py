@@ -1,0 +1,195 @@
+"""What constrains the answer to a job, for one model, and how the answer is parsed.
+
+`life.py` makes one form for each job, once the prompt is known. Most models mark reasoning and calls in the
+text of their answer (`MarkedForm`); gpt-oss writes messages in harmony's format (`HarmonyForm`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tgi_asgi.api.answer import Reading
+from tgi_asgi.api.call import Conversation, Job
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.harmony import harmony_grammar
+from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
+from tgi_asgi.text.tools import choose_format, harmony, recognised_format
+from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.harmony import HarmonyParser
+from tgi_asgi.text.tools.reasoning import style_of, wrapper_of
+from tgi_asgi.types import ReasoningBudget
+
+if TYPE_CHECKING:
+    from tgi_asgi.api.context import Served
+
+
+def answer_form(job: Job, served: Served, settings: Settings, prompt_tail: str) -> AnswerForm:
+    """Return the form of a job's answer; `prompt_tail` is the end of the prompt."""
+    template = served.chat_template.source if served.chat_template is not None else ""
+    wanted = _chosen(settings.tool_format)
+    is_harmony = harmony.recognises(template) if wanted is None else wanted == harmony.NAME
+    if is_harmony and isinstance(job.prompt, Conversation):
+        return HarmonyForm(job, served, settings, prompt_tail)
+    return MarkedForm(job, served, settings, prompt_tail)
+
+
+class AnswerForm(ABC):
+    """A job's tools and constraint, combined with the model's format and the end of the prompt."""
+
+    def __init__(self, job: Job, served: Served, settings: Settings) -> None:
+        self._job = job
+        self._served = served
+        self._is_allowed = not settings.disable_grammar_support
+
+    def grammar_source(self) -> GrammarSource:
+        """Return the grammar of a constrained answer; takes milliseconds for large schemas.
+
+        Raises:
+            InvalidRequest: if grammars are disabled, or a schema is refused.
+        """
+        if not self._is_allowed:
+            raise InvalidRequest("grammar is not supported")
+        source = self._grammar(self._job.constraint.make() if self._job.constraint is not None else None)
+        assert source is not None, "an answer without tools and constraint has no grammar"
+        return source
+
+    @abstractmethod
+    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
+        """Return the answer's grammar; `content` is that of its text."""
+
+    @abstractmethod
+    def reading(self) -> Reading | None:
+        """Return how to parse the answer, or None if it is plain text."""
+
+    @abstractmethod
+    def reasoning_budget(self, num_tokens: int) -> ReasoningBudget | None:
+        """Return the bound on the reasoning; None if the model has none, or its end is not a single token."""
+
+    @abstractmethod
+    def reasoning_marks(self) -> ReasoningMarks | HarmonyMarks | None:
+        """Return how the answer marks reasoning, or None if it has none."""
+
+    def _budget(
+        self, num_tokens: int, start: str, end: str, answer: str, *, is_open: bool
+    ) -> ReasoningBudget | None:
+        """Return the bound on reasoning between two marks; `answer` is what then begins the answer."""
+        encode = partial(self._served.tokenizer.encode, add_special_tokens=False)
+        if len(encode(end)) != 1:
+            return None
+        end_ids, answer_ids = (*encode(end),), (*encode(answer),)
+        if self._job.tools is None:  # else it may call a tool next
+            end_ids, answer_ids = end_ids + answer_ids, ()
+        return ReasoningBudget(num_tokens, (*encode(start),), end_ids, is_open, answer_ids)
+
+    def _special_ids(self, markers: Iterable[str]) -> frozenset[int]:
+        special = self._served.special_ids
+        return frozenset(special[text] for text in markers if text in special)
+
+    def _mark(self, marker: str) -> str:
+        token_id = self._served.special_ids.get(marker)
+        return literal(marker) if token_id is None else f"<[{token_id}]>"
+
+
+class MarkedForm(AnswerForm):
+    """An answer of text, in which markers may enclose reasoning, calls and the text itself."""
+
+    def __init__(self, job: Job, served: Served, settings: Settings, prompt_tail: str) -> None:
+        super().__init__(job, served, settings)
+        template = served.chat_template
+        is_read = job.reads_reasoning and isinstance(job.prompt, Conversation)
+        source = template.source if template is not None else ""
+        style = style_of(source, _chosen(settings.reasoning_format)) if is_read else None
+        self._wrapper = wrapper_of(source) if is_read else None
+        self._style = None if style is None or style.is_closed(prompt_tail) else style
+        self._is_open = self._style is not None and self._style.is_open(prompt_tail)
+        self._use: ToolUse | None = None
+        if job.tools is not None:
+            known = template.tool_source if template is not None else ""
+            wanted = _chosen(settings.tool_format)
+            wanted = None if wanted == harmony.NAME else wanted
+            # A model without a known tool format does not know when to stop calling either: forced to call
+            # tools, it repeats calls until `max_tokens`.
+            is_known = wanted is not None or recognised_format(known) is not None
+            is_parallel = job.tools.is_parallel and (is_known or not job.tools.must_call)
+            form = choose_format(known, wanted)
+            self._use = ToolUse(form, job.tools.specs, job.tools.must_call, is_parallel)
+
+    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
+        if self._use is None and self._style is None and self._wrapper is None:
+            return content
+        return answer_grammar(
+            content,
+            self._use,
+            self._style,
+            is_reasoning_open=self._is_open,
+            mark=self._mark,
+            wrapper=self._wrapper,
+        )
+
+    def reading(self) -> Reading | None:
+        style, use, wrapper = self._style, self._use, self._wrapper
+        if style is None and use is None and wrapper is None:
+            return None
+        markers = [
+            *(style.all_markers if style else ()),
+            *(wrapper.markers if wrapper else ()),
+            *(use.format.markers if use else ()),
+        ]
+        parser = partial(
+            AnswerParser,
+            style,
+            use.format if use else None,
+            use.specs if use else (),
+            is_reasoning_open=self._is_open,
+            must_call=use is not None and use.must_call,
+            wrapper=wrapper,
+        )
+        return Reading(parser, self._special_ids(markers), self._job.shows_reasoning)
+
+    def reasoning_budget(self, num_tokens: int) -> ReasoningBudget | None:
+        style = self._style
+        if style is None:
+            return None
+        return self._budget(num_tokens, style.start, style.end, "", is_open=self._is_open)
+
+    def reasoning_marks(self) -> ReasoningMarks | None:
+        style = self._style
+        return None if style is None else ReasoningMarks(style.start, style.end, is_open=self._is_open)
+
+
+class HarmonyForm(AnswerForm):
+    """An answer in harmony's format, in which reasoning, calls and text are messages."""
+
+    def __init__(self, job: Job, served: Served, settings: Settings, prompt_tail: str) -> None:
+        super().__init__(job, served, settings)
+        self._is_open = harmony.is_open(prompt_tail)
+        self._specs = job.tools.specs if job.tools is not None else None
+        self._must_call = job.tools is not None and job.tools.must_call
+
+    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
+        return harmony_grammar(
+            content, self._specs, self._mark, must_call=self._must_call, is_reasoning_open=self._is_open
+        )
+
+    def reading(self) -> Reading:
+        parser = partial(
+            HarmonyParser, self._specs or (), is_reasoning_open=self._is_open, must_call=self._must_call
+        )
+        return Reading(parser, self._special_ids(harmony.MARKERS), self._job.shows_reasoning)
+
+    def reasoning_budget(self, num_tokens: int) -> ReasoningBudget | None:
+        return self._budget(num_tokens, *harmony.REASONING, is_open=self._is_open)
+
+    def reasoning_marks(self) -> HarmonyMarks:
+        return HarmonyMarks(self._is_open)
+
+
+def _chosen(name: str) -> str | None:
+    """Return the format that the administrator chose, or None if the template decides."""
+    return None if name == "auto" else name
