@@ -109,7 +109,9 @@ class XmlCallParser(CallReader):
         if found and found[1] in self._schemas:
             self._begin_call(found[1], XmlArguments(self._tags, self._schemas[found[1]]), pieces)
             return found[2]
-        mark = next((mark for mark in self._marks if text.startswith(mark)), None)
+        if any(mark.startswith(text) and mark != text for mark in self._marks):
+            return ""  # the longer of two marks may follow
+        mark = max((mark for mark in self._marks if text.startswith(mark)), key=len, default=None)
         if mark is not None and not found:
             may_be_text = mark == self._marks[0] or not self._has_called or bool(self._skipped)
             return self._skip(len(self._held) - len(text) + len(mark), may_be_text=may_be_text)
