@@ -117,7 +117,7 @@ async def test_prompt_log_probabilities_follow_the_reference(
 
 
 async def test_chunks_of_a_prompt_are_as_long_as_a_gpu_takes_for_a_token(runner: CudaRunner) -> None:
-    assert runner.min_chunk == 512
+    assert runner.traits.min_chunk == 512
 
 
 async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(

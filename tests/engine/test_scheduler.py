@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tests.engine.helpers import (
     add_request,
     are_finished,
@@ -71,7 +73,7 @@ def test_a_step_that_is_full_of_decode_rows_leaves_prompts_for_later() -> None:
     plan_step(scheduler)
     add_request(scheduler, make_request(range(100, 200)), arrival=1)
     plan_step(scheduler)
-    scheduler._max_step_tokens = 1
+    scheduler.traits = dataclasses.replace(scheduler.traits, max_step_tokens=1)
     assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1]
 
 

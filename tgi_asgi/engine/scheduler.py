@@ -34,6 +34,7 @@ from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
 from tgi_asgi.engine.running_adapters import RunningAdapters
 from tgi_asgi.engine.sequence import Sequence, SequenceState
@@ -42,8 +43,8 @@ from tgi_asgi.engine.step import Step, apply_result
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.groups import BlockNeeds
-from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import Bidirectional, SamplingParams
+from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import SamplingParams
 
 _urgency = attrgetter("urgency")
 
@@ -57,67 +58,35 @@ class Scheduler:
     all is never preempted, and every request fits into the pool on its own (the engine checks), so there is
     always progress.
 
-    Args:
-        num_eager_blocks: Number of blocks to fill before cached ones are evicted (default: all).
-        vision: Which parts of a prompt a step must compute whole, for a model that accepts images.
-        num_kept_states: As `Runner.num_kept_states`.
-        takes_whole_prompts: Whether no prompt may be cut; one that exceeds the budget gets its own step.
-        has_prompt_arithmetic: Whether prompt tokens yield other bits than the same tokens sampled. A row then
-            holds either prompt tokens or sampled tokens, and blocks with sampled tokens are never shared. A
-            sequence's bits then depend only on which of its tokens are prompt, not on other requests or on
-            preemption.
-        drafts: How many drafts the runner accepts.
-        windows: Window of each group of layers, as `Runner.windows`.
-        waiting_served_ratio: Minimum ratio of waiting to decoding sequences at which new prompts start; below
-            it they wait for up to `max_waiting_steps` steps, because steps without prompts are shorter. 0:
-            they start at once.
-        max_adapters: Maximum number of different adapters in a step.
+    If the runner takes whole prompts only, one that exceeds the budget gets its own step. If prompts have an
+    arithmetic of their own, a row holds either prompt tokens or sampled tokens, and blocks with sampled
+    tokens are never shared. A sequence's bits then depend only on which of its tokens are prompt, not on
+    other requests or on preemption.
     """
 
     def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_batch_size: int,
-        max_step_tokens: int,
-        budget: TokenBudget,
-        stats: EngineStats,
-        num_eager_blocks: int | None = None,
-        prefix_cache: bool = True,
-        num_kept_states: int | None = None,
-        vision: Bidirectional | None = None,
-        takes_whole_prompts: bool = False,
-        has_prompt_arithmetic: bool = False,
-        drafts: DraftLimits | None = None,
-        windows: tuple[int | None, ...] = (None,),
-        waiting_served_ratio: float = 0.0,
-        max_waiting_steps: int = 20,
-        max_adapters: int = 8,
+        self, traits: RunnerTraits, policy: SchedulingPolicy, budget: TokenBudget, stats: EngineStats
     ) -> None:
-        self.pool = BlockPool(num_blocks, num_eager_blocks)
-        self.chunk_boundaries = ChunkBoundaries(vision)
+        self.traits = traits
+        self.block_size = traits.block_size
+        self.pool = BlockPool(traits.num_blocks, policy.num_eager_blocks)
+        self.chunk_boundaries = ChunkBoundaries(traits.vision)
         self.tables = BlockTables(
-            self.pool, BlockNeeds(windows, block_size, max_step_tokens), prefix_cache=prefix_cache,
-            num_kept_states=num_kept_states, shares_only_prompts=has_prompt_arithmetic, stats=stats,
+            self.pool, BlockNeeds(traits.windows, traits.block_size, traits.max_step_tokens),
+            prefix_cache=policy.prefix_cache, num_kept_states=traits.num_kept_states,
+            shares_only_prompts=traits.has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
-        self._has_prompt_arithmetic = has_prompt_arithmetic
-        self._has_vision = vision is not None
-        self.block_size = block_size
-        self.takes_whole_prompts = takes_whole_prompts
-        self._max_step_tokens = max_step_tokens
-        self._drafts = drafts
+        self._policy = policy
+        self._has_vision = traits.vision is not None
         self._budget = budget
         self._stats = stats
         self._running: list[Sequence] = []  # most urgent first
         self._num_running_of: Counter[str | None] = Counter()  # by tenant
         self._waiting = WaitingQueue()
-        self._adapters = RunningAdapters(max_adapters)
+        self._adapters = RunningAdapters(policy.max_adapters)
         self._num_waiting = 0
-        self._served_ratio = waiting_served_ratio
-        self._max_waiting_steps = max_waiting_steps
         self._num_held_back = 0  # steps for which prompts that could have started were held back
-        self._slots = list(reversed(range(max_batch_size)))  # free ones, lowest last
+        self._slots = list(reversed(range(traits.max_batch_size)))  # free ones, lowest last
         self._next_step = 0
 
     @property
@@ -183,7 +152,7 @@ class Scheduler:
         if following is not None:
             waited_s = now - following.arrival_s
             budget = self._budget.tokens(step.num_decode_rows, waited_s)
-            budget = min(budget, self._max_step_tokens - step.num_decode_rows)
+            budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
         for sequence in prefilling:
@@ -200,9 +169,10 @@ class Scheduler:
             )
         if not step.sequences and not step.pending_images:
             return None
-        if self._drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
-            room = self._max_step_tokens - step.num_decode_rows
-            plan_drafts(step.plan.rows, step.sequences, self.tables, self._drafts, room)
+        drafts = self.traits.drafts
+        if drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
+            room = self.traits.max_step_tokens - step.num_decode_rows
+            plan_drafts(step.plan.rows, step.sequences, self.tables, drafts, room)
             step.plan.cost = self._budget.cost_s
         self._end_prefills(step)
         self._next_step += 1
@@ -286,7 +256,7 @@ class Scheduler:
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
         limit = min(budget, self._cover(sequence, start + min(budget, count)) - start)
-        if count > budget and self.takes_whole_prompts:
+        if count > budget and self.traits.takes_whole_prompts:
             if step.num_prefill_tokens:
                 return 0
         elif count > limit:
@@ -296,7 +266,7 @@ class Scheduler:
             count = aligned if aligned > 0 else limit
         count = self._end_of_kind(sequence, start + count) - start
         if self._has_vision:
-            room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
+            room = self.traits.max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
             count, pending = self.chunk_boundaries.before_images(sequence, count, room)
             step.pending_images += pending
             # What may not be cut takes the last blocks, too: it cannot begin with fewer.
@@ -311,7 +281,7 @@ class Scheduler:
 
     def _end_of_kind(self, sequence: Sequence, end: int) -> int:
         """Return `end`, or an earlier end so that a row of prompt tokens stops before the sampled ones."""
-        if not self._has_prompt_arithmetic or sequence.is_past_prompt:
+        if not self.traits.has_prompt_arithmetic or sequence.is_past_prompt:
             return end
         return min(end, sequence.prompt_len)
 
@@ -326,7 +296,7 @@ class Scheduler:
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         second_start = sequence.request.second_start
-        is_generated = self._has_prompt_arithmetic and sequence.is_past_prompt
+        is_generated = self.traits.has_prompt_arithmetic and sequence.is_past_prompt
         at = step.num_generated_rows if is_generated else len(plan.rows)
         step.num_generated_rows += is_generated
         row = StepRow(
@@ -365,8 +335,9 @@ class Scheduler:
 
     def _may_admit(self, step: Step) -> bool:
         """Return whether new prompts may start: enough of them wait, or they were held back long enough."""
-        are_few = 0 < self._num_waiting < self._served_ratio * step.num_decode_rows
-        if are_few and self._num_held_back < self._max_waiting_steps:
+        policy = self._policy
+        are_few = 0 < self._num_waiting < policy.waiting_served_ratio * step.num_decode_rows
+        if are_few and self._num_held_back < policy.max_waiting_steps:
             self._num_held_back += 1
             return False
         self._num_held_back = 0
@@ -400,7 +371,7 @@ class Scheduler:
     def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
         """Return whether part of a sequence can be computed, or all of it if prompts may not be cut."""
         is_small = sequence.prompt_len <= budget or not step.num_prefill_tokens
-        return is_small or not self.takes_whole_prompts
+        return is_small or not self.traits.takes_whole_prompts
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Apply a step's result; return (row, sequence) of the live rows.
@@ -442,7 +413,7 @@ class Scheduler:
         leaves no room are left to later steps, too.
         """
         step = Step(self._next_step)
-        room = self._max_step_tokens
+        room = self.traits.max_step_tokens
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]

@@ -35,7 +35,7 @@ class BlockTables:
         needs: Block needs of each group, in the order of a sequence's tables.
         shares_only_prompts: Whether blocks with sampled tokens are neither looked up nor registered, because
             the same tokens as part of a prompt would fill them with other bits.
-        num_kept_states: As `Runner.num_kept_states`.
+        num_kept_states: As in `RunnerTraits`.
 
     Attributes:
         states: The kept states; None if the model has none or none are kept.

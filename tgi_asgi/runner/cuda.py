@@ -34,10 +34,9 @@ from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, DraftLimits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
-from tgi_asgi.types import Bidirectional
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +82,7 @@ class CudaRunner:
         adapters: The adapters that rows may have, with their slots on the device.
 
     Attributes:
+        traits: As in `Runner.traits`.
         max_context: Maximum number of tokens in a sequence.
     """
 
@@ -99,18 +99,8 @@ class CudaRunner:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         types = CudaTypes() if types is None else types
-        self.block_size = limits.block_size
-        self.max_batch_size = limits.max_batch_size
-        self.max_step_tokens = limits.max_step_tokens
         self.max_context = limits.max_context
-        self.min_chunk = MIN_CHUNK
         self.num_threads = 0
-        self.takes_whole_prompts = self.has_prompt_arithmetic = False
-        self.num_kept_states: int | None = None
-        self.vision: Bidirectional | None = None
-        self.drafts: DraftLimits | None = None
-        # One block table serves all layers, so blocks outside sliding windows are not freed.
-        self.windows: tuple[int | None, ...] = (None,)
         self._device, self._shards, self._adapters = device, shards, adapters
         self._is_batch_invariant = types.is_batch_invariant
         self._choose = choose
@@ -138,10 +128,18 @@ class CudaRunner:
         if shards is not None:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
-        self.num_blocks = self._prepared.result().num_blocks
+        num_blocks = self._prepared.result().num_blocks
+        self.traits = RunnerTraits(
+            num_blocks=num_blocks,
+            block_size=limits.block_size,
+            max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
+            min_chunk=MIN_CHUNK,
+            windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
+        )
         self._inputs = StepInputs(
             vocab_size=model.config.vocab_size,
-            num_blocks=self.num_blocks,
+            num_blocks=num_blocks,
             block_size=limits.block_size,
             max_context=limits.max_context,
             max_rows=limits.max_batch_size,

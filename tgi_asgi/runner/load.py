@@ -55,7 +55,7 @@ class LoadedModel:
 
     @property
     def num_blocks(self) -> int:
-        return self.runner.num_blocks
+        return self.runner.traits.num_blocks
 
 
 def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
@@ -123,7 +123,7 @@ def _describe(
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
     max_total_tokens = cache.longest_fitting(place.longest, settings)
-    num_kept = runner.num_kept_states or 0
+    num_kept = runner.traits.num_kept_states or 0
     return ModelInfo(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
@@ -136,7 +136,7 @@ def _describe(
         eos_token_ids=tokenizer.eos_ids,
         kv_tokens=cache.held_tokens(max_total_tokens, settings),
         kv_bytes=cache.num_bytes,
-        max_batch_size=runner.max_batch_size,
+        max_batch_size=runner.traits.max_batch_size,
         num_kept_states=num_kept,
         kept_state_bytes=num_kept * kept_state_bytes(config),
         num_threads=num_threads,

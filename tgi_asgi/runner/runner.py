@@ -20,7 +20,7 @@ from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
@@ -45,11 +45,8 @@ class CpuRunner:
         shards: The other shards, if the model is split.
 
     Attributes:
+        traits: As in `Runner.traits`.
         max_context: Maximum number of tokens in a sequence.
-        num_kept_states: As in `Runner.num_kept_states`.
-        vision: As in `Runner.vision`.
-        drafts: As in `Runner.drafts`.
-        windows: As in `Runner.windows`.
     """
 
     def __init__(
@@ -69,17 +66,9 @@ class CpuRunner:
         shards: Shards | None = None,
     ) -> None:
         config = model.config
-        self.num_blocks = kv_size.num_blocks
-        self.block_size = self.min_chunk = kv_size.block_size
-        self.max_batch_size = max_batch_size
-        self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         groups = groups_of(config, kv_size.dtype)
-        self.windows = groups.windows
         self._pool = make_pool(config, kv_size, groups)
-        self.num_kept_states = num_kept_states if config.has_states else None
-        self.takes_whole_prompts = False
-        self.has_prompt_arithmetic = has_prompt_arithmetic
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -91,7 +80,7 @@ class CpuRunner:
             num_kept_states=num_kept_states,
         )
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
-        self.drafts = None if self._drafts is None else self._drafts.limits
+        draft_limits = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
             [] if self._pool is None else self._pool.layers,
@@ -99,7 +88,7 @@ class CpuRunner:
             max_step_tokens=max_step_tokens,
             max_context=max_context,
             image_cache=image_cache,
-            drafts=self.drafts,
+            drafts=draft_limits,
             num_kept_states=num_kept_states,
             adapters=adapters,
             shard=None if shards is None else shards.shard,
@@ -109,7 +98,18 @@ class CpuRunner:
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
         self._vision_program = self._program if isinstance(self._program, VisionProgram) else None
-        self.vision = None if self._vision_program is None else self._vision_program.bidirectional
+        self.traits = RunnerTraits(
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max_step_tokens,
+            min_chunk=kv_size.block_size,
+            num_kept_states=num_kept_states if config.has_states else None,
+            vision=None if self._vision_program is None else self._vision_program.bidirectional,
+            has_prompt_arithmetic=has_prompt_arithmetic,
+            drafts=draft_limits,
+            windows=groups.windows,
+        )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
