@@ -15,7 +15,7 @@ from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import TgiError
@@ -171,4 +171,4 @@ def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
 
 def are_finished(sequences: list[Sequence]) -> bool:
     """Return whether all of the sequences have finished."""
-    return all(sequence.state is SequenceState.FINISHED for sequence in sequences)
+    return all(sequence.stage is Stage.FINISHED for sequence in sequences)

@@ -23,7 +23,7 @@ from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.hits import find_hit, group_key
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import InvalidRequest
@@ -60,7 +60,7 @@ def max_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> li
     while True:
         while len(flights) < 2 and (step := scheduler.plan()) is not None:
             flights.append(step)
-        if sequence.state is SequenceState.RUNNING:
+        if sequence.stage is Stage.RUNNING:
             most = [max(pair) for pair in zip(most, held(sequence), strict=True)]
         if not flights:
             return most

@@ -37,7 +37,7 @@ from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_i
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
 from tgi_asgi.engine.running_adapters import RunningAdapters
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step, apply_result
 from tgi_asgi.engine.tables import BlockTables
@@ -85,7 +85,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._adapters = RunningAdapters(policy.max_adapters)
         self._num_waiting = 0
-        self._num_held_back = 0  # steps for which prompts that could have started were held back
+        self._num_postponed = 0  # steps in a row in which prompts that could have started did not
         self._slots = list(reversed(range(traits.max_batch_size)))  # free ones, lowest last
         self._next_step = 0
 
@@ -116,15 +116,15 @@ class Scheduler:
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Release all that a sequence holds, for good; with `forget`, none of it stays cached."""
-        if sequence.state is SequenceState.FINISHED:
+        if sequence.stage is Stage.FINISHED:
             return
-        if sequence.state is SequenceState.RUNNING:
+        if sequence.stage is Stage.RUNNING:
             self._running.remove(sequence)
             self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
             self._requeue(self._adapters.remove(sequence))
-        sequence.leave(SequenceState.FINISHED)
+        sequence.reset_to(Stage.FINISHED)
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 
@@ -234,16 +234,16 @@ class Scheduler:
             del missing[victim]
 
     def _suspend(self, sequence: Sequence) -> None:
-        """Preempt a running sequence; hold a further choice if its leader still computes the prompt."""
+        """Preempt a running sequence; a further choice awaits a leader that still computes the prompt."""
         self._running.remove(sequence)
         self._stop_running(sequence)
         self._num_waiting += 1
         leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING and leader.is_prefilling:
-            sequence.leave(SequenceState.HELD)
+        if leader is not None and leader.stage is Stage.RUNNING and leader.is_prefilling:
+            sequence.reset_to(Stage.AWAITS_LEADER)
             leader.followers.append(sequence)
         else:
-            sequence.leave(SequenceState.WAITING)
+            sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
@@ -328,19 +328,19 @@ class Scheduler:
 
     def _release_followers(self, leader: Sequence) -> None:
         for follower in leader.followers:
-            if follower.state is SequenceState.HELD:
-                follower.state = SequenceState.WAITING
+            if follower.stage is Stage.AWAITS_LEADER:
+                follower.stage = Stage.WAITING
                 self._waiting.push(follower)
         leader.followers = []
 
     def _may_admit(self, step: Step) -> bool:
-        """Return whether new prompts may start: enough of them wait, or they were held back long enough."""
+        """Return whether new prompts may start: enough of them wait, or they were postponed long enough."""
         policy = self._policy
         are_few = 0 < self._num_waiting < policy.waiting_served_ratio * step.num_decode_rows
-        if are_few and self._num_held_back < policy.max_waiting_steps:
-            self._num_held_back += 1
+        if are_few and self._num_postponed < policy.max_waiting_steps:
+            self._num_postponed += 1
             return False
-        self._num_held_back = 0
+        self._num_postponed = 0
         return True
 
     def _admit(self, step: Step, budget: int) -> None:
@@ -353,14 +353,14 @@ class Scheduler:
             sequence = self._waiting.first(self._num_running_of)
             if sequence is not None and not self._adapters.may_run(sequence):
                 self._waiting.pop(sequence)
-                self._adapters.hold(sequence)
+                self._adapters.park(sequence)
                 continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
             if sequence is None or not self.tables.start(sequence, self._running):
                 return
             self._waiting.pop(sequence)
-            sequence.state = SequenceState.RUNNING
+            sequence.stage = Stage.RUNNING
             sequence.slot = self._slots.pop()
             insort(self._running, sequence, key=_urgency)
             self._adapters.enter(sequence)
@@ -402,7 +402,7 @@ class Scheduler:
         self.pool.forget(lost)
         void = set() if self.tables.states is None else self.tables.states.undo(step.keeps)
         for sequence in self.running:
-            if self.tables.reads(sequence, lost) or sequence.states.resumes in void:
+            if self.tables.reads(sequence, lost) or sequence.recurrent.resumes in void:
                 self._suspend(sequence)
 
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
