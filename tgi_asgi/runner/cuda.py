@@ -31,8 +31,8 @@ from tgi_asgi.runner.cuda_device import Device, Event
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShards, Logits, Message
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
-from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
@@ -117,8 +117,10 @@ class CudaRunner:
             for _ in range(MAX_IN_FLIGHT)
         ]
         self._num_launched = 0
-        self._jobs = JobQueue()
-        self._launched: queue.SimpleQueue[tuple[Job, _Launched | Exception] | None] = queue.SimpleQueue()
+        self._handoff = StepHandoff()
+        self._launched: queue.SimpleQueue[tuple[PendingStep, _Launched | Exception] | None] = (
+            queue.SimpleQueue()
+        )
         self._num_undelivered = 0
         self._delivered = threading.Condition()
         self._lost: DeviceLost | None = None
@@ -164,14 +166,14 @@ class CudaRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        return self._jobs.submit(plan)
+        return self._handoff.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the threads. Idempotent."""
-        self._jobs.close()
+        self._handoff.close()
         self._launcher.join()
         self._waiter.join()
-        self._jobs.end()
+        self._handoff.end()
         self._steps.release()
         if self._shards is not None:
             self._shards.close()
@@ -188,7 +190,7 @@ class CudaRunner:
     # The launcher's thread.
 
     def _launch_all(self) -> None:
-        """Prepare the device, then launch jobs until the queue is closed."""
+        """Prepare the device, then launch steps until the handoff is closed."""
         try:
             with suppress(InvalidStateError):
                 self._prepared.set_result(self._prepare())
@@ -197,16 +199,16 @@ class CudaRunner:
             with suppress(InvalidStateError):
                 self._prepared.set_exception(error)
             return
-        while (job := self._jobs.take()) is not None:
+        while (step := self._handoff.take()) is not None:
             try:
-                outcome: _Launched | Exception = self._launch(job.plan)
-            except BaseException as error:  # as in JobQueue.serve
-                logger.exception("step %s failed", job.plan.step_id)
+                outcome: _Launched | Exception = self._launch(step.plan)
+            except BaseException as error:  # as in StepHandoff.serve
+                logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._classify(error)
             with self._delivered:
                 self._num_undelivered += 1
-            self._launched.put((job, outcome))
-            del job, outcome
+            self._launched.put((step, outcome))
+            del step, outcome
         self._launched.put(None)
 
     def _launch(self, plan: StepPlan) -> _Launched:
@@ -338,15 +340,15 @@ class CudaRunner:
     def _wait_for_all(self) -> None:
         """Wait for launched steps in order, and deliver their results."""
         while (item := self._launched.get()) is not None:
-            job, launched = item
-            outcome = launched if isinstance(launched, Exception) else self._finish(job, launched)
+            step, launched = item
+            outcome = launched if isinstance(launched, Exception) else self._finish(step, launched)
             with self._delivered:
                 self._num_undelivered -= 1
                 self._delivered.notify_all()
-            self._jobs.finish(job, outcome)
-            del item, job, launched, outcome
+            self._handoff.finish(step, outcome)
+            del item, step, launched, outcome
 
-    def _finish(self, job: Job, launched: _Launched) -> StepResult | Exception:
+    def _finish(self, step: PendingStep, launched: _Launched) -> StepResult | Exception:
         try:
             launched.event.synchronize()
             if self._shards is not None:
@@ -358,7 +360,7 @@ class CudaRunner:
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     launched.result.sampled[index] = each
         except BaseException as error:
-            logger.exception("step %s failed", job.plan.step_id)
+            logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)
         return launched.result
 

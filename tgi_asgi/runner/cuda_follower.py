@@ -13,7 +13,7 @@ from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Event
 from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShardJob, Logits
 from tgi_asgi.runner.cuda_steps import CudaSteps
-from tgi_asgi.runner.jobs import MAX_IN_FLIGHT
+from tgi_asgi.runner.handoff import MAX_IN_FLIGHT
 
 
 class Follower:

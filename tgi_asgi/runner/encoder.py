@@ -14,7 +14,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Floats, Prompt
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.jobs import JobQueue
+from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import PoolingKind
@@ -63,9 +63,9 @@ class EncoderRunner:
         self._program = model.program(
             max_tokens=self.traits.max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
-        self._jobs = JobQueue()
+        self._handoff = StepHandoff()
         self._thread = threading.Thread(
-            target=self._jobs.serve, args=(self.run,), name="tgi-runner", daemon=True
+            target=self._handoff.serve, args=(self.run,), name="tgi-runner", daemon=True
         )
         self._thread.start()
 
@@ -76,13 +76,13 @@ class EncoderRunner:
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, as `CpuRunner.submit` does."""
-        return self._jobs.submit(plan)
+        return self._handoff.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
-        self._jobs.close()
+        self._handoff.close()
         self._thread.join()
-        self._jobs.end()
+        self._handoff.end()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread; no other thread may call this.

@@ -16,8 +16,8 @@ from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts
+from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import StepInputs
-from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
@@ -116,12 +116,12 @@ class CpuRunner:
         self._generates = config.generates
         self._pooler = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
-        self._jobs = JobQueue(self._program.native, self._inputs.limits)
+        self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
-            self._jobs.steps.set_drafter(self._drafts.native)
+            self._handoff.steps.set_drafter(self._drafts.native)
         self._thread = threading.Thread(
             # Looks `run` up for each step: tests replace it.
-            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
+            target=self._handoff.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
         )  # fmt: skip
         self._thread.start()
 
@@ -136,7 +136,7 @@ class CpuRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        future = self._jobs.submit(plan, has_only_rows=self._has_only_rows(plan))
+        future = self._handoff.submit(plan, has_only_rows=self._has_only_rows(plan))
         for start in plan.starts:
             if start.grammar is None:
                 self._constrained.discard(start.slot)
@@ -148,11 +148,11 @@ class CpuRunner:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
         if self._pool is not None:
             self._pool.stop_supply()
-        self._jobs.close()
+        self._handoff.close()
         self._thread.join()
         if self._shards is not None:
             self._shards.close()
-        self._jobs.end()
+        self._handoff.end()
 
     def _has_only_rows(self, plan: StepPlan) -> bool:
         """Return whether a step needs no Python; true for most steps of decoding streams."""
@@ -186,7 +186,7 @@ class CpuRunner:
             self._scorer.forget(start.slot)
             self._pooler.forget(start.slot)
         if plan.starts:
-            self._jobs.steps.set_sampling(self._sampling.arrays)
+            self._handoff.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
         if self._vision_program is not None:
             result.is_encoded, result.image_s = self._vision_program.advance(plan.images, plan.image_budget_s)
