@@ -103,7 +103,8 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     model = Decoder(config, RandomWeights("q8_0"), ops.Packing(False), longest)
     groups = groups_of(config, torch.bfloat16)
     num_blocks = len(contexts) * len(groups.windows) * -(-longest // BLOCK)
-    size = KvSize(num_blocks, BLOCK, groups.bytes_per_token, torch.bfloat16, groups.windows)
+    needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
+    size = KvSize(num_blocks, needs, groups.bytes_per_token, torch.bfloat16)
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
     assert runner._pool is not None
     runner._pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower

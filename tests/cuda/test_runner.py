@@ -22,6 +22,7 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.kv import plain_size
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
@@ -60,7 +61,7 @@ def device() -> EmulatedDevice:
 def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
     def choose(free_bytes: int) -> KvSize:
         assert free_bytes == 1 << 30
-        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+        return plain_size(40, FP16)
 
     runner = CudaRunner(
         model,

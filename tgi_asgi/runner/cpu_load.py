@@ -23,7 +23,7 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import KvSize, choose_size
+from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of
 from tgi_asgi.runner.memory import (
     check_weights_fit,
     choose_kept_states,
@@ -72,7 +72,7 @@ class OnCpu:
         budget = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
         self._budget, self._opened = budget, opened
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
-        self.longest = budget.cache.longest_fitting(longest, self.settings)
+        self.longest = budget.cache.longest_fitting(longest)
         self.kernels = ops.kernel_set()
         self.has_float_prompts = False  # known once the weights are packed
         self.shards: Shards | None = None
@@ -249,7 +249,9 @@ def _divide(
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
-    cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+    kv_dtype = choose_cpu_dtype(config, settings, dtype)
+    groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
+    cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
@@ -257,7 +259,7 @@ def _divide(
         logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
-        cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+        cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     if isinstance(config, EncoderConfig):
         cache = replace(cache, bytes_per_token=0)
     return _MemoryBudget(cache, batch, num_kept, adapter_bytes)

@@ -28,7 +28,7 @@ from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
-from tgi_asgi.runner.kv import KvSize, choose_size, step_tokens
+from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, step_tokens
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.runner.shards import cuts_of
@@ -295,13 +295,15 @@ def make_runner(
             message says what to change.
     """
     types = replace(types_of(settings, dtype), kv_scales=kv_scales)
+    kv_dtype = dtype if types.kv is None else types.kv
+    groups = gpu_groups_of(model.config, kv_dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
         size = choose_size(
-            model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE, kv_dtype=types.kv
+            model.config, settings, groups, kv_dtype, max_total_tokens, free_bytes, share=_SHARE
         )
         sizes.append(size)
         return size

@@ -122,7 +122,7 @@ def _describe(
     """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
-    max_total_tokens = cache.longest_fitting(place.longest, settings)
+    max_total_tokens = cache.longest_fitting(place.longest)
     num_kept = runner.traits.num_kept_states or 0
     return ModelInfo(
         model_id=settings.served_model_name or files.model_id,
@@ -134,7 +134,7 @@ def _describe(
         max_input_tokens=_max_input_tokens(settings, max_total_tokens),
         max_total_tokens=max_total_tokens,
         eos_token_ids=tokenizer.eos_ids,
-        kv_tokens=cache.held_tokens(max_total_tokens, settings),
+        kv_tokens=cache.held_tokens(max_total_tokens),
         kv_bytes=cache.num_bytes,
         max_batch_size=runner.traits.max_batch_size,
         num_kept_states=num_kept,
