@@ -192,7 +192,7 @@ def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: i
     first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
     for _ in range(3 + num_steps):
         run(scheduler, runner, plan_step(scheduler))
-    scheduler._slots.append(1)
+    scheduler._running.free_slots.append(1)
     step = plan_step(scheduler)
     assert step.sequences == [first, second]
     assert step.plan.rows[1].start == (100 if num_steps < 60 else 96)

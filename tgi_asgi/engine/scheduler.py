@@ -26,8 +26,6 @@ applied. A prompt that starts over rewrites all of its blocks, so they count as 
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter
 from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
@@ -36,7 +34,7 @@ from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
-from tgi_asgi.engine.running_adapters import RunningAdapters
+from tgi_asgi.engine.running_set import RunningSet
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step, apply_result
@@ -80,13 +78,10 @@ class Scheduler:
         self._has_vision = traits.vision is not None
         self._budget = budget
         self._stats = stats
-        self._running: list[Sequence] = []  # most urgent first
-        self._num_running_of: Counter[str | None] = Counter()  # by tenant
+        self._running = RunningSet(traits.max_batch_size, policy.max_adapters)
         self._waiting = WaitingQueue()
-        self._adapters = RunningAdapters(policy.max_adapters)
         self._num_waiting = 0
         self._num_postponed = 0  # steps in a row in which prompts that could have started did not
-        self._slots = list(reversed(range(traits.max_batch_size)))  # free ones, lowest last
         self._next_step = 0
 
     @property
@@ -100,7 +95,7 @@ class Scheduler:
     @property
     def running(self) -> tuple[Sequence, ...]:
         """The sequences that hold a slot, most urgent first."""
-        return tuple(self._running)
+        return tuple(self._running.sequences)
 
     @property
     def resumable(self) -> BlockPool:
@@ -119,20 +114,17 @@ class Scheduler:
         if sequence.stage is Stage.FINISHED:
             return
         if sequence.stage is Stage.RUNNING:
-            self._running.remove(sequence)
             self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
-            self._requeue(self._adapters.remove(sequence))
+            self._requeue(self._running.adapters.remove(sequence))
         sequence.reset_to(Stage.FINISHED)
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
         self.tables.release(sequence, forget=forget)
-        self._slots.append(sequence.slot)
-        self._num_running_of[sequence.tenant] -= 1
-        self._requeue(self._adapters.leave(sequence))
+        self._requeue(self._running.leave(sequence))
 
     def _requeue(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -147,7 +139,7 @@ class Scheduler:
         step = Step(self._next_step)
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
-        following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
+        following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
         budget, waited_s = 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
@@ -186,14 +178,12 @@ class Scheduler:
         if self.pool.num_free < len(self._running) * self.tables.num_groups:
             self._preempt_for_blocks()
         prefilling: list[Sequence] = []
-        running, size = self._running, self.block_size
-        rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
+        size = self.block_size
+        rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs  # as `Step.insert`
         states = self.tables.states
         if states is not None and not states.keeps_answers:
             states = None
-        if self._adapters.num_running:  # rows of one adapter next to each other, rows without one first
-            running = self._adapters.grouped(running)
-        for sequence in running:
+        for sequence in self._running.in_row_order():
             if sequence.is_prefilling:
                 prefilling.append(sequence)
                 continue
@@ -220,22 +210,22 @@ class Scheduler:
             epochs.append(sequence.epoch)
             sequence.num_computed = start + 1
             sequence.num_pending = pending + 1
-        if self._adapters.num_running:
+        if self._running.adapters.num_running:
             prefilling.sort(key=_urgency)
         return prefilling
 
     def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
-        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in self._running}
+        running = self._running.sequences
+        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in running}
         while sum(missing.values()) > self.pool.num_free:
-            victim = choose_victim(self._running, self.tables)
+            victim = choose_victim(running, self.tables)
             self._suspend(victim)
             self._stats.preemptions += 1
             del missing[victim]
 
     def _suspend(self, sequence: Sequence) -> None:
         """Preempt a running sequence; a further choice awaits a leader that still computes the prompt."""
-        self._running.remove(sequence)
         self._stop_running(sequence)
         self._num_waiting += 1
         leader = sequence.leader
@@ -306,9 +296,7 @@ class Scheduler:
         )  # fmt: skip
         if self.tables.states is not None:
             self.tables.states.plan_row(step.keeps, row, sequence)
-        plan.rows.insert(at, row)
-        step.sequences.insert(at, sequence)
-        step.epochs.insert(at, sequence.epoch)
+        step.insert(at, row, sequence)
         step.num_prefill_tokens += count
         sequence.num_computed = start + count
         sequence.num_pending += samples
@@ -349,22 +337,19 @@ class Scheduler:
         If fewer tokens than a block remain, no sequence starts: one that started without computing anything
         would have looked into the cache too early.
         """
-        while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
-            sequence = self._waiting.first(self._num_running_of)
-            if sequence is not None and not self._adapters.may_run(sequence):
+        running, size = self._running, self.block_size
+        while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
+            sequence = self._waiting.first(running.num_of_tenant)
+            if sequence is not None and not running.adapters.may_run(sequence):
                 self._waiting.pop(sequence)
-                self._adapters.park(sequence)
+                running.adapters.park(sequence)
                 continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
-            if sequence is None or not self.tables.start(sequence, self._running):
+            if sequence is None or not self.tables.start(sequence, running.sequences):
                 return
             self._waiting.pop(sequence)
-            sequence.stage = Stage.RUNNING
-            sequence.slot = self._slots.pop()
-            insort(self._running, sequence, key=_urgency)
-            self._adapters.enter(sequence)
-            self._num_running_of[sequence.tenant] += 1
+            running.enter(sequence)
             self._num_waiting -= 1
             budget -= self._plan_chunk(step, sequence, budget)
 
@@ -440,11 +425,12 @@ class Scheduler:
 
         Returns None if no slot or block is free. `end_probe` releases its slot and blocks.
         """
-        if not self._slots or self.pool.num_free < self.tables.num_groups:
+        if not self._running.free_slots or self.pool.num_free < self.tables.num_groups:
             return None
         step = Step(self._next_step)
         self._next_step += 1
-        slot, blocks = self._slots.pop(), [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
+        slot = self._running.free_slots.pop()
+        blocks = [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
         step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))
         step.plan.rows.append(StepRow(slot, (0,), 0, blocks, samples=True))
         step.num_prefill_tokens = 1
@@ -453,6 +439,6 @@ class Scheduler:
     def end_probe(self, step: Step) -> None:
         """Release the slot and blocks of a probe."""
         [row] = step.plan.rows
-        self._slots.append(row.slot)
+        self._running.free_slots.append(row.slot)
         for table in row.block_tables:
             self.pool.release(list(table))
