@@ -106,8 +106,8 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
     size = KvSize(num_blocks, needs, groups.bytes_per_token, torch.bfloat16)
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
-    assert runner._pool is not None
-    runner._pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
+    assert runner._kv_pool is not None
+    runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
     streams: list[Stream] = []
     for slot, context in enumerate(contexts):
         streams.append(Stream(runner, slot, context, streams[-1].end_block if streams else 0))

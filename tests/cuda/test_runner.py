@@ -130,9 +130,9 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     fill = runner._fill
 
     def note(*given: Any) -> Any:
-        shape, places = fill(*given)
+        shape, sample_rows = fill(*given)
         sizes.append((shape.num_columns, shape.num_bytes))
-        return shape, places
+        return shape, sample_rows
 
     monkeypatch.setattr(runner, "_fill", note)
     try:

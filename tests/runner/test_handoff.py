@@ -179,8 +179,8 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(start_plan(1))
-    assert runner._pool is not None
-    runner._pool.native.memory()[:2] = 0xFF  # NaN
+    assert runner._kv_pool is not None
+    runner._kv_pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled
     assert ill is not None and healthy is not None

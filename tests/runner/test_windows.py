@@ -111,7 +111,7 @@ async def serving(
     info = ModelInfo("tiny", None, "any", "float32", "cpu", vocab_size, LONGEST - 1, LONGEST, frozenset())
     settings = Settings(max_batch_prefill_tokens=48, max_batch_size=8)
     engine = Engine(runner, Letters(vocab_size), settings, info)
-    pool, memory = engine.scheduler.pool, runner._pool
+    pool, memory = engine.scheduler.pool, runner._kv_pool
     assert memory is not None
     _MEMORY[pool] = memory.native.memory()
     engine.start()

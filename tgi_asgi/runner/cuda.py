@@ -28,6 +28,7 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShards, Logits, Message
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
@@ -54,7 +55,7 @@ class _Launched:
     event: Event
     samples: SampleResult | None  # the host's copy, valid once `event` has passed
     sampling: list[int]  # plan rows that sample
-    places: list[int]  # for each of these, its row in `samples`
+    sample_rows: list[int]  # for each of these, its row in `samples`
     slots: list[int]  # their slots
 
 
@@ -231,7 +232,7 @@ class CudaRunner:
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         slots = [plan.rows[index].slot for index in sampling]
-        shape, places = self._fill(plan.rows, sampling, staging)
+        shape, sample_rows = self._fill(plan.rows, sampling, staging)
         with self._together(shape, staging.inputs[: shape.num_bytes]):
             graphs = self._steps.graphs_of(self._steps.upload(shape, staging.inputs))
             self._num_launched += 1  # the device reads this staging even if the step fails below
@@ -243,7 +244,7 @@ class CudaRunner:
             self._sampler.upload_masks(slots, staging.sampling)
             graphs.sample()
             samples = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
-        return _Launched(result, self._device.record(), samples, sampling, places, slots)
+        return _Launched(result, self._device.record(), samples, sampling, sample_rows, slots)
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
@@ -256,12 +257,7 @@ class CudaRunner:
     def _fill(
         self, rows: list[StepRow], sampling: list[int], staging: _Staging
     ) -> tuple[StepShape, list[int]]:
-        """Write a step's inputs; also return the logits row of each plan row that samples.
-
-        A step that a graph computes has the graph's shape and one logits row per sequence. In other steps
-        only rows that sample have logits. A step whose prompts are scored uses no graph, because it needs
-        further logits.
-        """
+        """Write a step's inputs; return their shape, and the row of logits of each plan row that samples."""
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
@@ -269,30 +265,29 @@ class CudaRunner:
         # The extension takes a CPU's adapters only; these rows are just for the other inputs.
         plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
         batch = self._inputs.fill(plain, self._no_ids)
-        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
-        stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
-        lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
-        is_scored = any(row.prompt_logprobs is not None for row in rows)
-        padded = None if is_scored else self._steps.padded(num_decodes, [length for length, _ in lens])
-        if padded is not None:
-            shape = replace(padded, num_columns=columns)
-            gap = shape.num_decodes - num_decodes  # padding after the last decoding sequence
-            slots = [row.slot if row.samples else -1 for row in rows]
-            row_slots = [*slots[:num_decodes], *[-1] * gap, *slots[num_decodes:]]
-            last = [stop - 1 for stop in stops[1:]]
-            logits_rows = [*range(shape.num_decodes), *(token + gap for token in last[num_decodes:])]
-            places = [index if index < num_decodes else index + gap for index in sampling]
-        else:
-            longest = max((length for length, _ in lens), default=0)
-            shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns, lens)
-            row_slots = [rows[index].slot for index in sampling]
-            logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
-        mask_rows = self._sampler.mask_rows(row_slots)
-        shape = replace(shape, has_adapters=bool((adapters >= 0).any()))
-        StepBuffers.view(staging.inputs, shape).fill(
-            batch, from_slot, logits_rows, row_slots, mask_rows, adapters
+        layout = self._layout(rows, sampling, num_decodes, batch.query_start[1:].tolist())
+        shape = replace(
+            layout.shape,
+            num_columns=batch.block_tables[0].shape[1],
+            has_adapters=bool((adapters >= 0).any()),
         )
-        return shape, places
+        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
+        mask_rows = self._sampler.mask_rows(layout.logits_slots)
+        StepBuffers.view(staging.inputs, shape).fill(
+            batch, from_slot, layout.logits_tokens, layout.logits_slots, mask_rows, adapters
+        )
+        return shape, layout.sample_rows
+
+    def _layout(
+        self, rows: list[StepRow], sampling: list[int], num_decodes: int, ends: list[int]
+    ) -> StepLayout:
+        """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits."""
+        is_scored = any(row.prompt_logprobs is not None for row in rows)
+        prompts = [row.num_tokens for row in rows[num_decodes:]]
+        shape = None if is_scored else self._steps.padded(num_decodes, prompts)
+        if shape is None:
+            return plain_layout(rows, sampling, num_decodes, ends)
+        return graph_layout(shape, rows, sampling, num_decodes, ends)
 
     def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
         """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
@@ -355,7 +350,7 @@ class CudaRunner:
                 self._shards.check()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples)
-                sampled = [rows[place] for place in launched.places]
+                sampled = [rows[index] for index in launched.sample_rows]
                 self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     launched.result.sampled[index] = each

@@ -10,6 +10,9 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
@@ -68,7 +71,7 @@ class CpuRunner:
         config = model.config
         self.max_context = max_context
         groups = groups_of(config, kv_size.dtype)
-        self._pool = make_pool(config, kv_size, groups)
+        self._kv_pool = make_pool(config, kv_size, groups)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -83,7 +86,7 @@ class CpuRunner:
         draft_limits = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
-            [] if self._pool is None else self._pool.layers,
+            [] if self._kv_pool is None else self._kv_pool.layers,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
             max_context=max_context,
@@ -94,7 +97,7 @@ class CpuRunner:
             shard=None if shards is None else shards.shard,
         )
         self._shards = shards
-        self._copy_blocks = None if self._pool is None else self._pool.copy
+        self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
         self._vision_program = self._program if isinstance(self._program, VisionProgram) else None
@@ -114,7 +117,7 @@ class CpuRunner:
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
         self._generates = config.generates
-        self._pooler = Pooler(self._program.hidden, dense)
+        self._vectors = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
         self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
@@ -146,8 +149,8 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
-        if self._pool is not None:
-            self._pool.stop_supply()
+        if self._kv_pool is not None:
+            self._kv_pool.stop_supply()
         self._handoff.close()
         self._thread.join()
         if self._shards is not None:
@@ -184,7 +187,7 @@ class CpuRunner:
             if self._vision_program is not None:
                 self._vision_program.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
-            self._pooler.forget(start.slot)
+            self._vectors.forget(start.slot)
         if plan.starts:
             self._handoff.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
@@ -206,6 +209,25 @@ class CpuRunner:
             raise
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:
+        drafts, mask = self._choose_drafts(plan)
+        ops.wake_threads()
+        batch = self._inputs.fill(
+            plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
+        )
+        result = StepResult(plan.step_id, [None] * len(plan.rows))
+        samples = StepSamples.of(plan, batch)
+        if not len(batch.row_slots):
+            return result
+        sampled = self._run_batch(plan, batch, samples, mask, result)
+        if sampled is not None:
+            slots, kept = samples.collect(sampled, result)
+            self._masks.accept(slots, kept)
+            if self._drafts is not None:
+                self._drafts.append(slots, kept)
+        return result
+
+    def _choose_drafts(self, plan: StepPlan) -> tuple[list[list[int]], npt.NDArray[np.int32] | None]:
+        """Choose each row's drafts, if any, and compute the mask of the tokens that may be sampled."""
         starts = self._starts(plan)
         sampling = [
             index
@@ -221,40 +243,37 @@ class CpuRunner:
             [plan.rows[index].slot for index in sampling],
             [drafts[index] for index in sampling] if drafts else (),
         )
-        ops.wake_threads()
-        batch = self._inputs.fill(
-            plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
-        )
-        result = StepResult(plan.step_id, [None] * len(plan.rows))
-        samples = StepSamples.of(plan, batch)
-        if not len(batch.row_slots):
-            return result
-        firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
+        return drafts, mask
+
+    def _run_batch(
+        self,
+        plan: StepPlan,
+        batch: ops.FlatRows,
+        samples: StepSamples,
+        mask: npt.NDArray[np.int32] | None,
+        result: StepResult,
+    ) -> ops.SampleResult | None:
+        """Run the model on a batch; add vectors and prompts' scores to `result`, and return the samples."""
         if (
             samples.rows
             and self._generates
             and all(row.prompt_logprobs is None and row.pooling is None for row in plan.rows)
         ):
-            sampled = self._program.run_and_sample(
+            return self._program.run_and_sample(
                 batch, samples.tokens, samples.slots, self._sampling, mask, samples.drafts
             )
-        else:
-            logits = self._program.run(batch, samples.tokens)
-            has_overwritten = self._pool_rows(plan, firsts, result)
-            if self._score(plan, firsts, result) or has_overwritten:
-                logits = self._program.run_head(samples.tokens)  # both write where the step's logits were
-            if not self._generates:  # only the engine's probe requests a token
-                for row in samples.rows:
-                    result.sampled[row] = Sampled(0)
-                return result
-            if not samples.rows:
-                return result
-            sampled = ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
-        slots, kept = samples.collect(sampled, result)
-        self._masks.accept(slots, kept)
-        if self._drafts is not None:
-            self._drafts.append(slots, kept)
-        return result
+        logits = self._program.run(batch, samples.tokens)
+        firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
+        has_overwritten = self._take_vectors(plan, firsts, result)
+        if self._score(plan, firsts, result) or has_overwritten:
+            logits = self._program.run_head(samples.tokens)  # both write where the step's logits were
+        if not self._generates:  # only the engine's probe requests a token
+            for row in samples.rows:
+                result.sampled[row] = Sampled(0)
+            return None
+        if not samples.rows:
+            return None
+        return ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
 
     def _starts(self, plan: StepPlan) -> list[int]:
         """Return where each row begins; rows with a `stop` begin where their slots are."""
@@ -268,15 +287,15 @@ class CpuRunner:
                 result.prompt_logprobs[index] = self._scorer.score(firsts[index], row)
         return bool(result.prompt_logprobs)
 
-    def _pool_rows(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
-        """Pool the rows that request it; return whether logits were computed for one."""
+    def _take_vectors(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
+        """Take the vectors of the rows that request pooling; return whether logits were computed for one."""
         has_logits = False
         for index, row in enumerate(plan.rows):
             if row.pooling is None:
                 continue
             vector = None
             if row.pooling.kind is not PoolingKind.LOGITS:
-                vector = self._pooler.take(firsts[index], row)
+                vector = self._vectors.take(firsts[index], row)
             elif row.samples:
                 logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0].numpy()
                 vector, has_logits = logits[list(row.pooling.token_ids)], True  # a copy
