@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +23,7 @@ from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of
+from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
     choose_kept_states,
@@ -154,39 +154,28 @@ class OnCpu:
             self.shards.abandon()
 
 
-def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights: Weights) -> ServedModel:
-    """Load a model in a thread on member 0's core, so that its weights are allocated in that core's memory.
-
-    The thread is a separate one because it keeps the core and nice value permanently; the caller's belongs to
-    its executor.
-    """
-
-    def as_member() -> ServedModel:
-        ops.join_threads()
-        return opened.load(packing, longest, weights)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="tgi-pack") as executor:
-        return executor.submit(as_member).result()
-
-
 def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
     """Return how to draft tokens; None, with a warning, if drafts could change the text or not be undone."""
     speculation = settings.speculation
     if speculation is None or not model.config.generates:
         return None
-    generic = model if isinstance(model, GenericModel) else None
-    reason = (
-        "its state of a sequence cannot be undone token by token"
-        if generic is not None and generic.config.has_states
-        else "its logits depend on what else is computed"
-        if generic is not None and not generic.is_batch_invariant
-        else "it accepts images"
-        if generic is not None and generic.config.vision is not None
-        else None
-    )
+    reason = _why_no_drafts(model)
     if reason is None:
         return speculation
     logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
+    return None
+
+
+def _why_no_drafts(model: Model | GenericModel) -> str | None:
+    """Return why drafts could change a model's text or not be undone; None if they are safe."""
+    if not isinstance(model, GenericModel):
+        return None
+    if model.config.has_states:
+        return "its state of a sequence cannot be undone token by token"
+    if not model.is_batch_invariant:
+        return "its logits depend on what else is computed"
+    if model.config.vision is not None:
+        return "it accepts images"
     return None
 
 

@@ -28,9 +28,10 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
-from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShards, Logits, Message
+from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs

@@ -9,6 +9,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
@@ -157,3 +158,8 @@ def choose_cpu_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtyp
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8
+
+
+def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
+    """Return each layer's scales of keys and of values from the files, for an FP8 cache; else None."""
+    return opened.kv_scales() if settings.kv_cache_dtype == "fp8_e4m3fn" else None
