@@ -81,7 +81,7 @@ sanitize: $(VENV)/.test-tools
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
-	  tests/runner/test_inputs.py tests/runner/test_jobs.py \
+	  tests/runner/test_inputs.py tests/runner/test_handoff.py \
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
 # Without a network and without cached downloads: the tests that `-m "not demo"` selects, in a copy of the tree and in a

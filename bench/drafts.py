@@ -173,7 +173,7 @@ def decode(
     runner: CpuRunner, prompt: list[int], count: int, num_drafts: int
 ) -> tuple[list[int], list[float]]:
     """Generate tokens in the calling thread; return prompt and output, and the time of each step."""
-    table = list(range(-(-(len(prompt) + count + 1) // runner.block_size)))
+    table = list(range(-(-(len(prompt) + count + 1) // runner.traits.block_size)))
     plan = StepPlan(0, [StepRow(0, prompt, 0, [table], True)], [SlotStart(0, GREEDY, 0, prompt)])
     first = runner.run(plan).sampled[0]
     assert first is not None

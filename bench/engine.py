@@ -57,9 +57,10 @@ class Engine:
 
     def sequences(self, count: int, prompt_tokens: int, output_tokens: int) -> list[Sequence]:
         """Make sequences of random tokens, each in its own blocks."""
-        size = -(-(prompt_tokens + output_tokens) // self._runner.block_size)
-        num_groups = len(self._runner.windows)
-        if count * size * num_groups > self._runner.num_blocks or count > self._runner.max_batch_size:
+        traits = self._runner.traits
+        size = -(-(prompt_tokens + output_tokens) // traits.block_size)
+        num_groups = len(traits.windows)
+        if count * size * num_groups > traits.num_blocks or count > traits.max_batch_size:
             raise SystemExit(f"{count} sequences of {prompt_tokens + output_tokens} tokens do not fit")
         return [
             Sequence(
@@ -126,7 +127,7 @@ class Bench:
         self._engine = Engine(model)
         self._weight_bytes = weight_bytes
         self._kv_bytes = model.info.kv_bytes / model.info.kv_tokens
-        self._max_chunk = model.runner.max_step_tokens
+        self._max_chunk = model.runner.traits.max_step_tokens
         self._repeats = repeats
 
     async def prefill(self, tokens: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.runner.groups import CacheGroups
+from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.programs import Program, make_pool, make_program
 
@@ -59,7 +59,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
         model = opened.load(ops.Packing(False, quantise), _CONTEXT)
         config = opened.config
     assert not isinstance(model, EncoderModel)
-    size = KvSize(16 * _CONTEXT // _BLOCK, _BLOCK, 0, torch.bfloat16)
+    size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 0, torch.bfloat16)
     pool = make_pool(config, size, CacheGroups((None,), (0,) * len(config.caches), 0))
     caches = [] if pool is None else pool.layers
     return make_program(model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT)

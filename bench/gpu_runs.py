@@ -25,6 +25,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import LoadedModel
 from tgi_asgi.runner.plan import SlotStart, StepRow
@@ -118,7 +119,8 @@ def make_runner(
     """Make a runner of a random model, with enough cache for all its sequences."""
     longest = max(CONTEXT + 8 * STEPS, max(PROMPTS) + gpu_model.BLOCK)
     tokens = (max_batch + 1) * (CONTEXT + 8 * STEPS) + longest
-    size = KvSize(-(-tokens // gpu_model.BLOCK), gpu_model.BLOCK, 1, torch.bfloat16)
+    needs = BlockNeeds((None,), gpu_model.BLOCK, max(PROMPTS) + max_batch)
+    size = KvSize(-(-tokens // gpu_model.BLOCK), needs, 1, torch.bfloat16)
     model = gpu_model.RandomLlama(config, longest, weights)
     return CudaRunner(
         model, device, lambda free_bytes: size,

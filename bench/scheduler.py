@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 
 from tgi_asgi.engine import Engine, EngineStats
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence as EngineSequence
 from tgi_asgi.errors import TgiError
-from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import (
-    Bidirectional,
     GenerationRequest,
     ModelInfo,
     SamplingParams,
@@ -49,25 +49,28 @@ class Words:
         return self._bytes[token_id]
 
 
+def make_traits(num_blocks: int, max_batch_size: int) -> RunnerTraits:
+    """Return the traits of a runner of long steps."""
+    return RunnerTraits(
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_batch_size=max_batch_size,
+        max_step_tokens=1 << 20,
+        min_chunk=BLOCK_SIZE,
+    )
+
+
 class InstantRunner:
     """Samples token 1 everywhere, instantly."""
 
     def __init__(self, num_blocks: int, max_batch_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = self.min_chunk = BLOCK_SIZE
-        self.max_batch_size = max_batch_size
-        self.max_step_tokens = 1 << 20
-        self.takes_whole_prompts = self.has_prompt_arithmetic = False
-        self.num_kept_states: int | None = None
-        self.drafts: DraftLimits | None = None
-        self.windows: tuple[int | None, ...] = (None,)
-        self.vision: Bidirectional | None = None
+        self.traits = make_traits(num_blocks, max_batch_size)
         self.num_threads = 0
         self.num_decode_steps = 0
         self.begun_s = 0.0
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        if len(plan.rows) == self.max_batch_size:
+        if len(plan.rows) == self.traits.max_batch_size:
             self.num_decode_steps += 1
             if self.num_decode_steps == 1:
                 self.begun_s = time.process_time()
@@ -102,14 +105,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
     """Return the time of `plan` and `apply` for a decode step, one step ahead as the engine runs."""
     budget = TokenBudget(max_tokens=1 << 20, block_size=BLOCK_SIZE, target_s=1e9)
     blocks = num_sequences * -(-(prompt_len + num_steps + 4) // BLOCK_SIZE) + num_sequences
-    scheduler = Scheduler(
-        num_blocks=blocks,
-        block_size=BLOCK_SIZE,
-        max_batch_size=num_sequences,
-        max_step_tokens=1 << 20,
-        budget=budget,
-        stats=EngineStats(),
-    )
+    scheduler = Scheduler(make_traits(blocks, num_sequences), SchedulingPolicy(), budget, EngineStats())
     for index in range(num_sequences):
         request = make_request(index, prompt_len, num_steps + 3)
         chain = HashChain(root_digest(None, None), BLOCK_SIZE)
@@ -149,10 +145,7 @@ def blocked_us(prompt_len: int = 128_000, num_steps: int = 50) -> float:
     """Return the time of planning a step in which a cached prompt waits for blocks; it is looked up again."""
     num_blocks = prompt_len // BLOCK_SIZE + 100
     budget = TokenBudget(max_tokens=1 << 20, block_size=BLOCK_SIZE, target_s=1e9)
-    scheduler = Scheduler(
-        num_blocks=num_blocks, block_size=BLOCK_SIZE, max_batch_size=2, max_step_tokens=1 << 20,
-        budget=budget, stats=EngineStats(),
-    )  # fmt: skip
+    scheduler = Scheduler(make_traits(num_blocks, 2), SchedulingPolicy(), budget, EngineStats())
     budget.observe(0, 1, 1e-6)
     for number in range(2):  # the second prompt begins like the first and is 200 blocks longer
         request = make_request(0, prompt_len + number * 200 * BLOCK_SIZE, num_steps + 2)

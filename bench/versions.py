@@ -49,7 +49,7 @@ def work(arguments: list[str]) -> None:
     async def turn(name: str, prepared: dict[str, Any]) -> float:
         count, context, steps = ROWS[name]
         if not steps:
-            chunk = min(context, model.runner.max_step_tokens)
+            chunk = min(context, settings.max_batch_prefill_tokens)
             return await engine.prefill(engine.sequences(1, context, 0), chunk)
         if name not in prepared:
             prepared.clear()  # slots and blocks belong to one row at a time

@@ -28,6 +28,7 @@ from bench.shapes import RandomWeights
 from tgi_asgi import ops
 from tgi_asgi.engine import EngineStats
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
@@ -36,7 +37,7 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize, groups_of
-from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
+from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepRow
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.types import SamplingParams
 
@@ -71,10 +72,10 @@ class Stream:
     def __init__(self, runner: CpuRunner, slot: int, context: int, first_block: int) -> None:
         self._runner, self._slot, self._context = runner, slot, context
         num_steps = 64 * STEPS
-        needs = BlockNeeds(runner.windows, BLOCK, num_steps)
+        needs = BlockNeeds(runner.traits.windows, BLOCK, num_steps)
         self._tables = []
         self.end_block = first_block
-        for group in range(len(runner.windows)):
+        for group in range(len(runner.traits.windows)):
             first, end = needs.first_read(group, context), -(-(context + num_steps) // BLOCK)
             self._tables.append([-1] * first + list(range(self.end_block, self.end_block + end - first)))
             self.end_block += end - first
@@ -102,10 +103,11 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     model = Decoder(config, RandomWeights("q8_0"), ops.Packing(False), longest)
     groups = groups_of(config, torch.bfloat16)
     num_blocks = len(contexts) * len(groups.windows) * -(-longest // BLOCK)
-    size = KvSize(num_blocks, BLOCK, groups.bytes_per_token, torch.bfloat16, groups.windows)
+    needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
+    size = KvSize(num_blocks, needs, groups.bytes_per_token, torch.bfloat16)
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
-    assert runner._pool is not None
-    runner._pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
+    assert runner._kv_pool is not None
+    runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
     streams: list[Stream] = []
     for slot, context in enumerate(contexts):
         streams.append(Stream(runner, slot, context, streams[-1].end_block if streams else 0))
@@ -123,11 +125,15 @@ def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, 
     num_groups, chunk = len(groups.windows), options.chunk
     stats = EngineStats()
     num_blocks = options.streams * options.memory_tokens // BLOCK * num_groups
-    scheduler = Scheduler(
-        num_blocks=num_blocks, block_size=BLOCK, max_batch_size=options.streams,
-        max_step_tokens=chunk + options.streams, windows=groups.windows, stats=stats,
-        budget=TokenBudget(max_tokens=chunk, block_size=BLOCK, target_s=1e9),
-    )  # fmt: skip
+    traits = RunnerTraits(
+        num_blocks=num_blocks,
+        block_size=BLOCK,
+        max_batch_size=options.streams,
+        max_step_tokens=chunk + options.streams,
+        windows=groups.windows,
+    )
+    budget = TokenBudget(max_tokens=chunk, block_size=BLOCK, target_s=1e9)
+    scheduler = Scheduler(traits, SchedulingPolicy(), budget, stats)
     sequences = []
     for index in range(options.streams):
         request = make_request(index, options.tokens - options.answer, options.answer)

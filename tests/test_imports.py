@@ -45,6 +45,7 @@ RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
 TORCH_PACKAGES = {"runner", "models", "ops"}
 PURE = (
     "engine/scheduler.py",
+    "engine/running_set.py",
     "engine/preemption.py",
     "engine/blocks.py",
     "engine/prefix.py",

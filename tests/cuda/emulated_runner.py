@@ -11,6 +11,7 @@ import transformers
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import bindings, library
 from tests.support.checkpoints import save, save_tokenizer
+from tests.support.kv import plain_size
 from tests.support.runner_driver import Job
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
@@ -40,7 +41,7 @@ def make_runner(
     adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:
     def choose(free_bytes: int) -> KvSize:
-        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+        return plain_size(40, FP16)
 
     return CudaRunner(
         model,

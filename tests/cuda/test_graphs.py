@@ -12,6 +12,7 @@ from tests.cuda.emulated_device import EmulatedDevice, Graph
 from tests.emulation import bindings, library
 from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
+from tests.support.kv import plain_size
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
@@ -20,7 +21,6 @@ from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_buffers import StepBuffers
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
@@ -61,7 +61,7 @@ def make_runner(
     runners: list[CudaRunner] = []
 
     def make(device: EmulatedDevice) -> CudaRunner:
-        size = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+        size = plain_size(40, FP16)
         runner = CudaRunner(
             model, device, lambda free_bytes: size,
             StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256), CudaTypes(FP16),

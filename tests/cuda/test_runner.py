@@ -22,6 +22,7 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.kv import plain_size
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi import ops
@@ -60,7 +61,7 @@ def device() -> EmulatedDevice:
 def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
     def choose(free_bytes: int) -> KvSize:
         assert free_bytes == 1 << 30
-        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+        return plain_size(40, FP16)
 
     runner = CudaRunner(
         model,
@@ -117,7 +118,7 @@ async def test_prompt_log_probabilities_follow_the_reference(
 
 
 async def test_chunks_of_a_prompt_are_as_long_as_a_gpu_takes_for_a_token(runner: CudaRunner) -> None:
-    assert runner.min_chunk == 512
+    assert runner.traits.min_chunk == 512
 
 
 async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
@@ -129,9 +130,9 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     fill = runner._fill
 
     def note(*given: Any) -> Any:
-        shape, places = fill(*given)
+        shape, sample_rows = fill(*given)
         sizes.append((shape.num_columns, shape.num_bytes))
-        return shape, places
+        return shape, sample_rows
 
     monkeypatch.setattr(runner, "_fill", note)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence as Tokens
 from itertools import count
 from typing import Any
@@ -11,12 +12,14 @@ from tests.support.fake_runner import EOS_ID, FakeRunner
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import TgiError
+from tgi_asgi.runner.plan import RunnerTraits
 from tgi_asgi.text.constrain.free import Part, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
@@ -39,20 +42,18 @@ def make_request(
 
 
 def make_scheduler(**changes: Any) -> Scheduler:
-    """Return a scheduler with 32 blocks of 16 tokens, 8 slots and a budget that never shrinks."""
-    values: dict[str, Any] = {
-        "num_blocks": 32,
-        "block_size": 16,
-        "max_batch_size": 8,
-        "max_step_tokens": 1 << 20,
-        "max_prefill_tokens": 512,
-        **changes,
-    }
-    budget = TokenBudget(
-        max_tokens=values.pop("max_prefill_tokens"), block_size=values["block_size"], target_s=1e9
-    )
-    values.setdefault("stats", EngineStats())
-    return Scheduler(budget=budget, **values)
+    """Return a scheduler with 32 blocks of 16 tokens, 8 slots and a budget that never shrinks.
+
+    Args:
+        changes: Fields of `RunnerTraits` and `SchedulingPolicy`, `max_prefill_tokens` and `stats`.
+    """
+    max_prefill_tokens, stats = changes.pop("max_prefill_tokens", 512), changes.pop("stats", None)
+    of_policy = {field.name for field in dataclasses.fields(SchedulingPolicy)} & changes.keys()
+    policy = SchedulingPolicy(**{name: changes.pop(name) for name in of_policy})
+    sizes = {"num_blocks": 32, "block_size": 16, "max_batch_size": 8, "max_step_tokens": 1 << 20}
+    traits = RunnerTraits(**{**sizes, **changes})
+    budget = TokenBudget(max_tokens=max_prefill_tokens, block_size=traits.block_size, target_s=1e9)
+    return Scheduler(traits, policy, budget, stats or EngineStats())
 
 
 def add_request(
@@ -170,4 +171,4 @@ def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
 
 def are_finished(sequences: list[Sequence]) -> bool:
     """Return whether all of the sequences have finished."""
-    return all(sequence.state is SequenceState.FINISHED for sequence in sequences)
+    return all(sequence.stage is Stage.FINISHED for sequence in sequences)

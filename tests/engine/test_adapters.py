@@ -13,7 +13,7 @@ from tests.engine.helpers import add_request, make_request, make_scheduler, plan
 from tests.support.fake_runner import FakeRunner
 from tests.support.waiting import until
 from tgi_asgi.engine.adapters import Adapters
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
 from tgi_asgi.formats.sources import AdapterSource
 from tgi_asgi.types import Adapter
@@ -52,37 +52,37 @@ def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
     assert scheduler.num_waiting == 2
     run(scheduler, runner, step)
     for _ in range(6):
-        if first[2].state is SequenceState.RUNNING:
+        if first[2].stage is Stage.RUNNING:
             break
         run(scheduler, runner, plan_step(scheduler))
-    assert first[2].state is SequenceState.RUNNING
+    assert first[2].stage is Stage.RUNNING
     run_all(scheduler, runner)
     assert runner.violations == []
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
 
 
-def test_one_that_is_held_can_be_given_up() -> None:
+def test_one_that_is_parked_can_be_given_up() -> None:
     scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
-    one, held = queue(scheduler, "ab")
+    one, parked = queue(scheduler, "ab")
     run(scheduler, runner, plan_step(scheduler))
-    scheduler.remove(held)
+    scheduler.remove(parked)
     assert scheduler.num_waiting == 0
     run_all(scheduler, runner)
-    assert (one.num_output, held.num_output) == (4, 0)
+    assert (one.num_output, parked.num_output) == (4, 0)
     [later] = queue(scheduler, "b")
     run_all(scheduler, runner)
     assert later.num_output == 4
 
 
 def test_one_that_is_given_up_holds_nobody() -> None:
-    """While it is held, requests of a running adapter wait for it; its removal must release them."""
+    """While it is parked, requests of a running adapter wait for it; its removal must release them."""
     scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
-    one, held, other = queue(scheduler, "aba", max_tokens=20)
+    one, parked, other = queue(scheduler, "aba", max_tokens=20)
     run(scheduler, runner, plan_step(scheduler))
-    assert (one.state, other.state) == (SequenceState.RUNNING, SequenceState.WAITING)
-    scheduler.remove(held)
+    assert (one.stage, other.stage) == (Stage.RUNNING, Stage.WAITING)
+    scheduler.remove(parked)
     run(scheduler, runner, plan_step(scheduler))
-    assert other.state is SequenceState.RUNNING
+    assert other.stage is Stage.RUNNING
     run_all(scheduler, runner)
     assert runner.violations == []
 

@@ -142,14 +142,14 @@ def test_a_state_in_use_is_not_written_to() -> None:
     [first] = add_request(scheduler, make_request(range(31), 40))
     for _ in range(4):
         run(scheduler, runner, plan_step(scheduler))
-    place = first.states.answer
+    place = first.recurrent.answer
     assert place is not None and first.num_computed == 34
     for _ in range(13):
         run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request([*first.token_ids[:33], 7]), 1)
     flying, following = plan_step(scheduler), plan_step(scheduler)
     assert flying.plan.rows[1].states is not None and flying.plan.rows[1].states.resumes == place
-    assert kept_at(following.plan.rows[0]) == [48] and first.states.answer != place
+    assert kept_at(following.plan.rows[0]) == [48] and first.recurrent.answer != place
     for step in (flying, following):
         run(scheduler, runner, step)
     run_all(scheduler, runner)
@@ -162,7 +162,7 @@ def test_answers_hold_half_of_the_places_at_most() -> None:
         add_request(scheduler, make_request([own] * 20, 20), own)
     for _ in range(16):
         run(scheduler, runner, plan_step(scheduler))
-    held = [sequence.states.answer for sequence in scheduler.running]
+    held = [sequence.recurrent.answer for sequence in scheduler.running]
     assert sum(place is not None for place in held) == 2
     run_all(scheduler, runner)
     assert runner.violations == []

@@ -8,21 +8,14 @@ from collections.abc import Callable
 from tests.support.waiting import until
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.step import Step
-from tgi_asgi.runner.plan import DraftLimits, StepPlan, StepResult
-from tgi_asgi.types import Bidirectional
+from tgi_asgi.runner.plan import RunnerTraits, StepPlan, StepResult
 
 
 class HeldRunner:
     """Holds every step until the test releases it."""
 
-    num_blocks = block_size = max_batch_size = max_step_tokens = 1
-    min_chunk = 16
-    takes_whole_prompts = has_prompt_arithmetic = False
-    num_kept_states: int | None = None
+    traits = RunnerTraits(num_blocks=1, block_size=1, max_batch_size=1, max_step_tokens=1)
     num_threads = 0
-    drafts: DraftLimits | None = None
-    windows: tuple[int | None, ...] = (None,)
-    vision: Bidirectional | None = None
 
     def __init__(self) -> None:
         self.held: deque[asyncio.Future[StepResult]] = deque()

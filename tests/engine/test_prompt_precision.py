@@ -31,7 +31,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CpuRunner]:
         prompt_precision="bfloat16", quantize="q8_0", num_threads=2, thread_nice=0, max_batch_size=16
     )
     found = load(settings, files, lambda stage, done, total: None).runner
-    assert isinstance(found, CpuRunner) and found.has_prompt_arithmetic
+    assert isinstance(found, CpuRunner) and found.traits.has_prompt_arithmetic
     yield found
     found.close()
 
@@ -50,7 +50,8 @@ class Served:
 
     def __init__(self, runner: CpuRunner, **changes: Any) -> None:
         self.runner, self.stats = runner, EngineStats()
-        values = {"num_blocks": runner.num_blocks, "max_batch_size": 16, "max_step_tokens": 1000, **changes}
+        sizes = {"num_blocks": runner.traits.num_blocks, "max_batch_size": 16, "max_step_tokens": 1000}
+        values = {**sizes, **changes}
         self.scheduler = make_scheduler(has_prompt_arithmetic=True, stats=self.stats, **values)
         self.samples: dict[Sequence_, Samples] = defaultdict(list)
         self._num_arrived = 0

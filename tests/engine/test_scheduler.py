@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tests.engine.helpers import (
     add_request,
     are_finished,
@@ -12,7 +14,7 @@ from tests.engine.helpers import (
     run_all,
 )
 from tests.support.fake_runner import EOS_ID, FakeRunner
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 
 
 def test_nothing_to_do_is_no_step() -> None:
@@ -71,7 +73,7 @@ def test_a_step_that_is_full_of_decode_rows_leaves_prompts_for_later() -> None:
     plan_step(scheduler)
     add_request(scheduler, make_request(range(100, 200)), arrival=1)
     plan_step(scheduler)
-    scheduler._max_step_tokens = 1
+    scheduler.traits = dataclasses.replace(scheduler.traits, max_step_tokens=1)
     assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1]
 
 
@@ -81,7 +83,7 @@ def test_a_new_prompt_leaves_a_block_to_each_that_runs() -> None:
     plan_step(scheduler)
     waiting = add_request(scheduler, make_request(range(100, 120)), arrival=1)[0]
     plan_step(scheduler)
-    assert waiting.state is SequenceState.WAITING
+    assert waiting.stage is Stage.WAITING
     scheduler.remove(scheduler.running[0])
     plan_step(scheduler)
     assert waiting in scheduler.running
@@ -129,11 +131,11 @@ def test_a_preempted_sequence_comes_back_before_new_ones_of_other_tenants() -> N
     scheduler, runner = make_scheduler(num_blocks=6, max_batch_size=4), FakeRunner()
     old = add_request(scheduler, make_request(range(30), max_tokens=40), 0, "a")[0]
     new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), 1, "a")[0]
-    while new.state is not SequenceState.WAITING or not new.was_preempted:
+    while new.stage is not Stage.WAITING or not new.was_preempted:
         run(scheduler, runner, plan_step(scheduler))
     other = add_request(scheduler, make_request(range(60, 80)), 2, "b")[0]
-    while new.state is SequenceState.WAITING:
-        assert other.state is SequenceState.WAITING
+    while new.stage is Stage.WAITING:
+        assert other.stage is Stage.WAITING
         run(scheduler, runner, plan_step(scheduler))
     run_all(scheduler, runner)
     assert are_finished([old, new, other])
@@ -145,13 +147,13 @@ def test_prompts_wait_for_company_while_others_decode_but_not_for_ever() -> None
     run(scheduler, runner, plan_step(scheduler))
     lonely = add_request(scheduler, make_request(5, max_tokens=100), arrival=2)[0]
     num_steps = 0
-    while lonely.state is SequenceState.WAITING:
+    while lonely.stage is Stage.WAITING:
         run(scheduler, runner, plan_step(scheduler))
         num_steps += 1
     assert num_steps == 6
     company = [add_request(scheduler, make_request(5), arrival)[0] for arrival in (3, 4, 5)]
     run(scheduler, runner, plan_step(scheduler))
-    assert all(sequence.state is SequenceState.RUNNING for sequence in (*running, *company))
+    assert all(sequence.stage is Stage.RUNNING for sequence in (*running, *company))
 
 
 def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> None:
@@ -180,7 +182,7 @@ def test_a_priority_decides_who_is_preempted() -> None:
     high = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
     while scheduler._stats.preemptions == 0:
         run(scheduler, runner, plan_step(scheduler))
-    assert (low.state, high.state) == (SequenceState.WAITING, SequenceState.RUNNING)
+    assert (low.stage, high.stage) == (Stage.WAITING, Stage.RUNNING)
 
 
 def test_who_holds_most_blocks_is_preempted_whatever_others_wait_for() -> None:
@@ -194,8 +196,8 @@ def test_who_holds_most_blocks_is_preempted_whatever_others_wait_for() -> None:
     modest = add_request(scheduler, late, 150, "modest")[0]
     while scheduler._stats.preemptions == 0:
         run(scheduler, runner, plan_step(scheduler))
-    assert modest.state is SequenceState.RUNNING, "it has the lowest priority, but holds the fewest blocks"
-    assert [sequence.state for sequence in greedy] == [SequenceState.RUNNING] * 2 + [SequenceState.WAITING]
+    assert modest.stage is Stage.RUNNING, "it has the lowest priority, but holds the fewest blocks"
+    assert [sequence.stage for sequence in greedy] == [Stage.RUNNING] * 2 + [Stage.WAITING]
     run_all(scheduler, runner)
     assert are_finished([*greedy, modest])
     assert runner.violations == []
@@ -207,7 +209,7 @@ def test_the_most_urgent_is_never_preempted_whatever_it_holds() -> None:
     small = add_request(scheduler, make_request(range(100, 110), max_tokens=40), 1, "small")[0]
     while scheduler._stats.preemptions == 0:
         run(scheduler, runner, plan_step(scheduler))
-    assert (large.state, small.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    assert (large.stage, small.stage) == (Stage.RUNNING, Stage.WAITING)
     run_all(scheduler, runner)
     assert are_finished([large, small])
 
@@ -236,7 +238,7 @@ def test_a_preempted_sequence_forgets_what_a_step_in_flight_samples_for_it() -> 
     second = plan_step(scheduler)  # the prompts' blocks are full, so the older sequence takes the last one
     run(scheduler, runner, first)
     third = plan_step(scheduler)
-    assert new.state is SequenceState.WAITING
+    assert new.stage is Stage.WAITING
     known = list(new.token_ids)
     run(scheduler, runner, second)
     assert list(new.token_ids) == known

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.engine.helpers import WatchedGrammar, add_request, make_request, make_scheduler
 from tests.support.fake_runner import FakeRunner, expected_tokens
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepResult
 from tgi_asgi.types import Adapter, Bidirectional, ImageInput, SamplingParams
@@ -292,21 +292,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         states.pool.check()
         holders = Counter(keep.place for step, _ in self.flights for keep in step.keeps)
         for sequence in self.scheduler.running:
-            held = sequence.states
-            places = (held.resumes, held.for_choices, held.answer)
+            use = sequence.recurrent
+            places = (use.resumes, use.for_choices, use.answer)
             holders.update(place for place in places if place is not None)
         assert states.pool._references == [holders[place] for place in range(states.pool.num_blocks)]
         assert set(states.pool.known) <= set(self.scheduler.pool.known)
         pending = {keep.digest for step, _ in self.flights for keep in step.keeps} - {None}
         assert states._pending == pending
-        num_answers = sum(sequence.states.answer is not None for sequence in self.scheduler.running)
+        num_answers = sum(sequence.recurrent.answer is not None for sequence in self.scheduler.running)
         assert states._num_answers == num_answers <= states.pool.num_blocks // 2
 
     @invariant()
     def sequences_are_accounted_for(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        running = [sequence for sequence in self.open if sequence.state is SequenceState.RUNNING]
+        running = [sequence for sequence in self.open if sequence.stage is Stage.RUNNING]
         assert sorted(running, key=lambda sequence: sequence.urgency) == list(self.scheduler.running)
         assert self.scheduler.num_waiting == len(self.open) - len(running)
         assert len({sequence.slot for sequence in running}) == len(running)

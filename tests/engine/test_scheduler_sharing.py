@@ -16,7 +16,7 @@ from tests.engine.helpers import (
     run_all,
 )
 from tests.support.fake_runner import FakeRunner
-from tgi_asgi.engine.sequence import SequenceState
+from tgi_asgi.engine.sequence import Stage
 from tgi_asgi.types import Adapter, ImageInput
 
 
@@ -100,7 +100,7 @@ def test_hits_on_what_a_failed_step_was_to_compute_are_dropped() -> None:
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)
     scheduler.rollback(failed)
-    assert (first.state, second.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    assert (first.stage, second.stage) == (Stage.RUNNING, Stage.WAITING)
     assert scheduler.retry(failed, range(1), max_tokens=16) is not None
     again = plan_step(scheduler)  # planned after the retry of a quarter, which no sequence waited for
     assert [(row.start, row.num_tokens) for row in again.plan.rows] == [(16, 49), (64, 1)]
@@ -119,11 +119,11 @@ def test_a_choice_waits_for_a_prompt_that_is_tried_again_in_parts(wants_prompt_l
         runner.execute(step.plan, is_tainted=True)
     scheduler.rollback(following)
     scheduler.rollback(failed)
-    assert follower.state is SequenceState.HELD
+    assert follower.stage is Stage.AWAITS_LEADER
     part = scheduler.retry(failed, range(1), max_tokens=16)
     assert part is not None
     run(scheduler, runner, part)
-    while follower.state is SequenceState.HELD:
+    while follower.stage is Stage.AWAITS_LEADER:
         step = plan_step(scheduler)
         assert step.sequences == [leader]
         run(scheduler, runner, step)

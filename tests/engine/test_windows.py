@@ -23,7 +23,7 @@ from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.hits import find_hit, group_key
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import InvalidRequest
@@ -60,7 +60,7 @@ def max_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> li
     while True:
         while len(flights) < 2 and (step := scheduler.plan()) is not None:
             flights.append(step)
-        if sequence.state is SequenceState.RUNNING:
+        if sequence.stage is Stage.RUNNING:
             most = [max(pair) for pair in zip(most, held(sequence), strict=True)]
         if not flights:
             return most
@@ -192,7 +192,7 @@ def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: i
     first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
     for _ in range(3 + num_steps):
         run(scheduler, runner, plan_step(scheduler))
-    scheduler._slots.append(1)
+    scheduler._running.free_slots.append(1)
     step = plan_step(scheduler)
     assert step.sequences == [first, second]
     assert step.plan.rows[1].start == (100 if num_steps < 60 else 96)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from tests.ops.conftest import kernel_set
+from tests.support.kv import plain_size
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 
 __all__ = ["kernel_set", "make_runner", "runner"]
@@ -21,7 +20,7 @@ def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
     runners: list[CpuRunner] = []
 
     def make(model: Model = model) -> CpuRunner:
-        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
+        size = plain_size(64)
         runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
         return runners[-1]
 

@@ -10,17 +10,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.runner.test_grammar import EOS, PATTERN, Letters
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import load_model, make_model, save
+from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
@@ -68,7 +67,7 @@ def grammar(model: Model) -> Grammar:
 
 @pytest.fixture
 async def engine(model: Model, loader: AdapterLoader[ops.AdapterLayout]) -> AsyncIterator[Engine]:
-    size = KvSize(num_blocks=9, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    size = plain_size(9)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=192, adapters=loader.layout
     )

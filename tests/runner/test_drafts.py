@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.runner.test_grammar import AUTO, EOS, MARK, Letters
 from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.generic import load_generic
+from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.cpu_load import speculation_of
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -69,7 +68,7 @@ def grammars(model: Model) -> list[Grammar]:
 async def serving(
     model: Model | GenericModel, speculation: Speculation | None, num_blocks: int
 ) -> AsyncIterator[Engine]:
-    size = KvSize(num_blocks=num_blocks, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    size = plain_size(num_blocks)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=LONGEST, speculation=speculation
     )

@@ -271,7 +271,7 @@ def test_a_prompt_in_pieces_is_no_plan(tmp_path: Path) -> None:
     save_encoder(tmp_path, "Bert")
     mean = Pooling(PoolingKind.MEAN)
     with loaded(tmp_path) as (found, runner):
-        assert (runner.max_context, runner.max_step_tokens, found.info.kv_bytes) == (130, 512, 0)
+        assert (runner.max_context, runner.traits.max_step_tokens, found.info.kv_bytes) == (130, 512, 0)
         probe = runner.run(StepPlan(0, [StepRow(0, (0,), 0, [[0]], True)]))
         assert probe.sampled[0] is not None
         for row in (
@@ -293,7 +293,7 @@ def test_a_step_holds_the_longest_prompt(tmp_path: Path) -> None:
     model = save_encoder(tmp_path, "Bert")
     ids = random_ids(130)
     with loaded(tmp_path, max_batch_prefill_tokens=16) as (_, runner):
-        assert runner.max_step_tokens == 130
+        assert runner.traits.max_step_tokens == 130
         [vector] = vectors(runner, Pooling(PoolingKind.CLS), [ids])
         agree(vector, states_of(model, ids)[0])
 

@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.checkpoints import load_model, make_model, save
+from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
@@ -60,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 async def engine(model: Model) -> AsyncIterator[Engine]:
-    size = KvSize(num_blocks=12, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    size = plain_size(12)
     runner = CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
     vocab_size = model.config.vocab_size
     info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
@@ -161,7 +160,7 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
     recorded = load_model(files, max_positions=256)
     size = recorded.config.vocab_size
     grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
-    kv = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    kv = plain_size(40)
     runner = CpuRunner(recorded, kv, max_batch_size=8, max_step_tokens=128, max_context=192)
     plans: list[StepPlan] = []
     run = runner.run

@@ -29,8 +29,15 @@ CONFIG = ModelConfig(
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head size, bfloat16
 
 
-def choose(settings: Settings, free_bytes: int = GIB, dtype: torch.dtype = torch.bfloat16) -> kv.KvSize:
-    return kv.choose_size(CONFIG, settings, dtype, settings.max_total_tokens or 1000, free_bytes)
+def choose(
+    settings: Settings,
+    free_bytes: int = GIB,
+    dtype: torch.dtype = torch.bfloat16,
+    config: ModelConfig = CONFIG,
+) -> kv.KvSize:
+    kv_dtype = kv.choose_cpu_dtype(config, settings, dtype)
+    groups = kv.groups_of(config, kv_dtype)
+    return kv.choose_size(config, settings, groups, kv_dtype, settings.max_total_tokens or 1000, free_bytes)
 
 
 def test_all_slots_fit_where_memory_allows() -> None:
@@ -53,7 +60,7 @@ def test_a_cache_that_the_system_refuses_names_the_option(block_size: int) -> No
     """The largest cache whose tokens kernels can number, with heads that no machine has memory for."""
     config = dataclasses.replace(CONFIG, num_heads=1024, num_kv_heads=1024, head_dim=256)
     settings = Settings(max_batch_total_tokens=1 << 40, block_size=block_size)
-    size = kv.choose_size(config, settings, torch.float32, 1000, GIB)
+    size = choose(settings, dtype=torch.float32, config=config)
     assert size.num_tokens > 1 << 30
     with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
         make_pool(config, size, kv.groups_of(config, size.dtype))
@@ -67,7 +74,7 @@ def test_float32_arithmetic_has_a_float32_cache() -> None:
 
 def test_an_int8_cache_takes_half_the_memory_and_its_scales() -> None:
     fits = dataclasses.replace(CONFIG, head_dim=32)
-    size = kv.choose_size(fits, Settings(kv_cache_dtype="int8"), torch.bfloat16, 1000, GIB)
+    size = choose(Settings(kv_cache_dtype="int8"), config=fits)
     assert size.dtype is torch.int8
     assert size.bytes_per_token == 2 * 2 * 2 * (32 + 2)
 

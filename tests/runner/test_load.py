@@ -140,10 +140,10 @@ def test_prompts_in_bfloat16_are_told_and_have_a_fingerprint(
     files: ModelFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = load_closed(files, settings(quantize="q8_0"))
-    assert plain.info.prompt_precision is None and not plain.runner.has_prompt_arithmetic
+    assert plain.info.prompt_precision is None and not plain.runner.traits.has_prompt_arithmetic
     caplog.set_level(logging.INFO)
     found = load_closed(files, settings(quantize="q8_0", prompt_precision="bfloat16"))
-    assert found.info.prompt_precision == "bfloat16" and found.runner.has_prompt_arithmetic
+    assert found.info.prompt_precision == "bfloat16" and found.runner.traits.has_prompt_arithmetic
     assert found.info.fingerprint != plain.info.fingerprint
     assert "a product of Q8_0 takes" in caplog.text
 
@@ -156,7 +156,7 @@ def test_prompts_in_bfloat16_change_nothing_of_floats(
     caplog.set_level(logging.INFO)
     found = load_closed(files, settings(**changes, prompt_precision="bfloat16"))
     assert "--prompt-precision bfloat16 changes nothing" in caplog.text
-    assert found.info.prompt_precision is None and not found.runner.has_prompt_arithmetic
+    assert found.info.prompt_precision is None and not found.runner.traits.has_prompt_arithmetic
     assert found.info.fingerprint == plain.info.fingerprint
 
 

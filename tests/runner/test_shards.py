@@ -21,10 +21,9 @@ from tests.support.gguf_models import LLAMA, make
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.runner import shard_program
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
-from tgi_asgi.runner.shards import CpuShardJob
+from tgi_asgi.runner.shard_program import CpuShardJob, load_program
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
@@ -137,7 +136,7 @@ def test_a_shard_joins_the_group_while_it_may_use_the_cores_of_all_shards() -> N
     job = SimpleNamespace(settings=Settings(), cut=cut, memory=memory, descriptor=-1)
     try:
         with pytest.raises(JoinedError) as joined:
-            shard_program.load(cast(CpuShardJob, job))
+            load_program(cast(CpuShardJob, job))
     finally:
         os.sched_setaffinity(0, cores)
     assert joined.value.args == (cores,)

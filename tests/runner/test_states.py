@@ -61,7 +61,7 @@ def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.Monkey
     )
     loaded = loading.load(settings(max_batch_size=128), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()
-    assert loaded.runner.max_batch_size == loaded.info.max_batch_size == 30_000 // 4096
+    assert loaded.runner.traits.max_batch_size == loaded.info.max_batch_size == 30_000 // 4096
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_kept_states_take_from_the_room_for_the_cache(monkeypatch: pytest.Monkey
     for number in (0, 1000):
         loaded = loading.load(settings(max_kept_states=number), checkpoint(LFM2), lambda *_: None)
         loaded.runner.close()
-        assert loaded.runner.num_kept_states == loaded.info.num_kept_states == number
+        assert loaded.runner.traits.num_kept_states == loaded.info.num_kept_states == number
         assert loaded.info.kept_state_bytes == number * 2048
         sizes[number] = loaded.info.kv_bytes
     assert 0 <= sizes[0] - sizes[1000] <= 1000 * 2048
@@ -109,7 +109,7 @@ def test_drafts_take_room_for_their_states(caplog: pytest.LogCaptureFixture) -> 
     loaded = loading.load(settings(speculate=8), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()
     assert isinstance(loaded.runner, CpuRunner)
-    assert loaded.runner.drafts is not None and not caplog.records
+    assert loaded.runner.traits.drafts is not None and not caplog.records
     _, config = read_config(config_of(LFM2))
     each = state_bytes(config, 8)
     assert each == 9 * state_bytes(config)

@@ -25,6 +25,7 @@ from tests.runner.test_grammar import Letters
 from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.generic import load_generic
+from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
@@ -34,7 +35,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner import runner as runners
 from tgi_asgi.runner.groups import CacheGroups
-from tgi_asgi.runner.kv import KvSize, groups_of
+from tgi_asgi.runner.kv import groups_of
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -102,7 +103,7 @@ async def serving(
     dtype: torch.dtype = torch.float32,
 ) -> AsyncIterator[Engine]:  # fmt: skip
     """Serve a model."""
-    size = KvSize(num_blocks=num_blocks, block_size=16, bytes_per_token=1, dtype=dtype)
+    size = plain_size(num_blocks, dtype)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=64, max_context=LONGEST, speculation=speculation
     )
@@ -110,7 +111,7 @@ async def serving(
     info = ModelInfo("tiny", None, "any", "float32", "cpu", vocab_size, LONGEST - 1, LONGEST, frozenset())
     settings = Settings(max_batch_prefill_tokens=48, max_batch_size=8)
     engine = Engine(runner, Letters(vocab_size), settings, info)
-    pool, memory = engine.scheduler.pool, runner._pool
+    pool, memory = engine.scheduler.pool, runner._kv_pool
     assert memory is not None
     _MEMORY[pool] = memory.native.memory()
     engine.start()

@@ -21,7 +21,7 @@ import itertools
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from zlib import crc32
 
@@ -32,6 +32,7 @@ from tests.support.fake_states import FakeStates
 from tgi_asgi.runner.plan import (
     DraftLimits,
     PromptLogprobs,
+    RunnerTraits,
     Sampled,
     SlotStart,
     StepPlan,
@@ -183,6 +184,11 @@ class FakeRunner:
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
         self._has_failed = False
+
+    @property
+    def traits(self) -> RunnerTraits:
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(RunnerTraits)}
+        return RunnerTraits(**values)
 
     @property
     def num_in_flight(self) -> int:

@@ -14,10 +14,18 @@ from torch import Tensor
 
 from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import KvLayer, KvPool, cached_head_dim, layout
+from tgi_asgi.runner.groups import BlockNeeds
+from tgi_asgi.runner.kv import KvSize
 
 _Bytes = npt.NDArray[np.uint8]
 _SUB_BLOCK = 16  # tokens
 _STRIP = 32
+
+
+def plain_size(num_blocks: int, dtype: torch.dtype = torch.float32) -> KvSize:
+    """Return the size of a pool of blocks of 16 tokens whose tables serve all layers."""
+    needs = BlockNeeds((None,), block_size=16, max_step_tokens=4096)
+    return KvSize(num_blocks, needs, bytes_per_token=1, dtype=dtype)
 
 
 def poison(pool: KvPool) -> None:

@@ -67,12 +67,12 @@ class _Running:
 
 async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> None:
     """Run all jobs to completion in one continuous batch: decode rows first, prompts in chunks."""
-    blocks = iter(range(runner.num_blocks - 1, -1, -1))  # descending, so that no table is in order
+    blocks = iter(range(runner.traits.num_blocks - 1, -1, -1))  # descending, so that no table is in order
     running = []
     starts = []
     for slot, job in enumerate(jobs):
-        count = -(-(len(job.prompt_ids) + job.num_tokens) // runner.block_size)
-        tables = [[next(blocks) for _ in range(count)] for _ in runner.windows]
+        count = -(-(len(job.prompt_ids) + job.num_tokens) // runner.traits.block_size)
+        tables = [[next(blocks) for _ in range(count)] for _ in runner.traits.windows]
         running.append(_Running(job, slot, tables))
         starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids, **job.start))
     waiting: list[tuple[asyncio.Future[StepResult], list[_Running]]] = []

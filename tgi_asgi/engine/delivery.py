@@ -16,7 +16,7 @@ from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.recovery import Recovery
 from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import InvalidRequest, TgiError
@@ -67,7 +67,7 @@ class Delivery:
         """Turn live rows' results into events and end finished requests; `flush` passes the events on."""
         now = self._clock()
         for row, sequence in live:
-            if sequence.state is SequenceState.FINISHED:
+            if sequence.stage is Stage.FINISHED:
                 continue  # another choice of the request failed in this step
             channel: RequestChannel = sequence.owner
             if row in result.prompt_logprobs:
@@ -86,7 +86,7 @@ class Delivery:
     def _deliver_draft_samples(self, sequence: Sequence, draft_samples: list[Sampled], now: float) -> None:
         """Turn the tokens from drafts into events, up to the one that ends the sequence."""
         for count, sampled in enumerate(draft_samples):
-            if sequence.state is SequenceState.FINISHED:
+            if sequence.stage is Stage.FINISHED:
                 draft_samples = draft_samples[:count]
                 break
             self._deliver_token(sequence, sampled, now)

@@ -61,7 +61,7 @@ def _request(channel: RequestChannel, now_s: float) -> dict[str, Any]:
 def _sequence(sequence: Sequence) -> dict[str, Any]:
     return {
         "choice": sequence.choice,
-        "state": sequence.state.value,
+        "state": sequence.stage.value,
         "slot": sequence.slot,
         "computed_tokens": sequence.num_computed,
         "output_tokens": sequence.num_output,

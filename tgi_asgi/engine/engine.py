@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         self.on_fatal = on_fatal
         self.stats = EngineStats()
-        self.stats.blocks_total = runner.num_blocks
+        self.stats.blocks_total = runner.traits.num_blocks
         self.admission = Admission(settings.max_concurrent_requests, clock)
         # A tokenizer may have more ids than the model has logits; an EOS id beyond them must not be masked.
         eos_ids = frozenset(i for i in tokenizer.eos_ids | info.eos_token_ids if i < info.vocab_size)
@@ -73,7 +73,7 @@ class Engine:
             tokenizer,
             settings,
             eos_ids=eos_ids,
-            num_eager_blocks=_num_eager_blocks(runner.num_blocks, info),
+            num_eager_blocks=_num_eager_blocks(runner.traits.num_blocks, info),
             stats=self.stats,
             on_hang=self._on_hang,
             clock=clock,
@@ -261,7 +261,8 @@ class Engine:
         if end > num_tokens:
             raise InvalidRequest(f"an image ends at token {end} of a prompt of {num_tokens}")
         at_once = self.scheduler.chunk_boundaries.min_step_tokens(request.images, num_tokens)
-        step_tokens = self._runner.max_step_tokens - self._runner.max_batch_size
+        traits = self._runner.traits
+        step_tokens = traits.max_step_tokens - traits.max_batch_size
         if at_once and at_once > step_tokens:
             raise InvalidRequest(
                 f"the model must compute {at_once} tokens of the prompt at once, but a step has "
@@ -275,7 +276,7 @@ class Engine:
         Args:
             num_tokens: Number of tokens that are computed; the last sampled one is never fed back.
         """
-        needs, num_blocks = self.scheduler.tables.needs, self._runner.num_blocks
+        needs, num_blocks = self.scheduler.tables.needs, self._runner.traits.num_blocks
         needs_all = request.prompt_logprobs is not None or (
             request.pooling is not None and request.pooling.needs_all
         )

@@ -17,6 +17,7 @@ from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.delivery import Delivery
 from tgi_asgi.engine.output import ChoiceOutput, TokenTable
 from tgi_asgi.engine.pipeline import Flight, Pipeline
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.recovery import Recovery
 from tgi_asgi.engine.scheduler import Scheduler
@@ -26,7 +27,7 @@ from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
 from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Bidirectional, Permit
+from tgi_asgi.types import Permit
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class ServingLoop:
 
     Args:
         eos_ids: End-of-sequence ids of the model.
-        num_eager_blocks: As in `Scheduler`.
+        num_eager_blocks: As in `SchedulingPolicy`.
         on_hang: Called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
@@ -54,35 +55,15 @@ class ServingLoop:
         on_hang: Callable[[float], None],
         clock: Callable[[], float],
     ) -> None:
+        traits = runner.traits
         self._budget = TokenBudget(
             max_tokens=settings.max_batch_prefill_tokens,
-            block_size=runner.block_size,
+            block_size=traits.block_size,
             target_s=settings.target_inter_token_ms / 1000,
-            min_tokens=runner.min_chunk,
+            min_tokens=traits.min_chunk,
         )
-        self.scheduler = Scheduler(
-            num_blocks=runner.num_blocks,
-            block_size=runner.block_size,
-            max_batch_size=runner.max_batch_size,
-            max_step_tokens=runner.max_step_tokens,
-            budget=self._budget,
-            stats=stats,
-            num_eager_blocks=num_eager_blocks,
-            vision=runner.vision,
-            prefix_cache=(
-                settings.prefix_cache
-                and runner.num_kept_states != 0
-                and runner.vision is not Bidirectional.PROMPT
-            ),
-            num_kept_states=runner.num_kept_states,
-            takes_whole_prompts=runner.takes_whole_prompts,
-            has_prompt_arithmetic=runner.has_prompt_arithmetic,
-            drafts=runner.drafts,
-            windows=runner.windows,
-            waiting_served_ratio=settings.waiting_served_ratio,
-            max_waiting_steps=settings.max_waiting_tokens,
-            max_adapters=settings.max_loras,
-        )
+        policy = SchedulingPolicy.of(settings, traits, num_eager_blocks=num_eager_blocks)
+        self.scheduler = Scheduler(traits, policy, self._budget, stats)
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
         self._delivery = Delivery(self, self.scheduler, self.pipeline, self._recovery, stats, clock)
@@ -92,7 +73,7 @@ class ServingLoop:
         self.is_idle = asyncio.Event()  # set while no request is open
         self.is_idle.set()
         self._runner = runner
-        self._block_size = runner.block_size
+        self._block_size = traits.block_size
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._step_timeout_s = settings.step_timeout_s

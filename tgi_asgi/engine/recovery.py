@@ -92,11 +92,11 @@ class Recovery:
 
     def _smaller_chunk(self, step: Step, error: BaseException) -> int | None:
         """Return how many tokens to retry a step's only row with; None if fewer would not help."""
-        num_tokens, block_size = step.plan.rows[0].num_tokens, self._scheduler.block_size
-        is_minimum = num_tokens <= block_size or self._scheduler.takes_whole_prompts
+        num_tokens, traits = step.plan.rows[0].num_tokens, self._scheduler.traits
+        is_minimum = num_tokens <= traits.block_size or traits.takes_whole_prompts
         if not isinstance(error, MemoryError) or is_minimum:
             return None
-        return max(num_tokens // 2, block_size)
+        return max(num_tokens // 2, traits.block_size)
 
     async def _retry(
         self, step: Step, rows: range, max_tokens: int | None, error: BaseException

@@ -13,18 +13,18 @@ from tgi_asgi.engine.sequence import Sequence
 class RunningAdapters:
     """The adapters of the running sequences: at most a fixed number of different ones at a time.
 
-    A sequence whose adapter would exceed the limit is held until one of the running adapters has no sequence
-    left. Until then, all further sequences with an adapter are held as well, even if their adapter is
-    running: adapters in constant use would otherwise keep it waiting forever. Sequences without an adapter
-    are never held.
+    A sequence whose adapter would exceed the limit is parked until one of the running adapters has no
+    sequence left. Until then, all further sequences with an adapter are parked as well, even if their adapter
+    is running: adapters in constant use would otherwise keep it waiting forever. Sequences without an adapter
+    are never parked.
     """
 
-    __slots__ = ("_counts", "_held", "_max_adapters")
+    __slots__ = ("_counts", "_max_adapters", "_parked")
 
     def __init__(self, max_adapters: int) -> None:
         self._max_adapters = max_adapters
         self._counts: dict[str, int] = {}  # by adapter key: number of running sequences; in order of entry
-        self._held: list[Sequence] = []
+        self._parked: list[Sequence] = []
 
     @property
     def num_running(self) -> int:
@@ -36,11 +36,11 @@ class RunningAdapters:
         key = _key(sequence)
         if key is None:
             return True
-        return not self._held and (key in self._counts or len(self._counts) < self._max_adapters)
+        return not self._parked and (key in self._counts or len(self._counts) < self._max_adapters)
 
-    def hold(self, sequence: Sequence) -> None:
-        """Hold a sequence that may not run yet; `leave` or `remove` returns it."""
-        self._held.append(sequence)
+    def park(self, sequence: Sequence) -> None:
+        """Set a sequence aside that may not run yet; `leave` or `remove` returns it."""
+        self._parked.append(sequence)
 
     def enter(self, sequence: Sequence) -> None:
         """Count a sequence that starts."""
@@ -49,7 +49,7 @@ class RunningAdapters:
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def leave(self, sequence: Sequence) -> list[Sequence]:
-        """Stop counting a running sequence; return the held sequences that go back to the waiting queue."""
+        """Stop counting a running sequence; return the parked sequences that go back to the waiting queue."""
         key = _key(sequence)
         if key is None:
             return []
@@ -60,15 +60,15 @@ class RunningAdapters:
         return self._release()
 
     def remove(self, sequence: Sequence) -> list[Sequence]:
-        """Drop a sequence that no longer waits; if it was held, return the others that were held with it."""
-        if sequence not in self._held:
+        """Drop a sequence that no longer waits; if it was parked, return the other parked ones."""
+        if sequence not in self._parked:
             return []
-        self._held.remove(sequence)
+        self._parked.remove(sequence)
         return self._release()
 
     def _release(self) -> list[Sequence]:
-        held, self._held = self._held, []
-        return held
+        parked, self._parked = self._parked, []
+        return parked
 
     def grouped(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Return sequences in the order of a step: those without an adapter, then adapter by adapter."""

@@ -26,24 +26,23 @@ applied. A prompt that starts over rewrites all of its blocks, so they count as 
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter
 from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
+from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
-from tgi_asgi.engine.running_adapters import RunningAdapters
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.running_set import RunningSet
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step, apply_result
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.groups import BlockNeeds
-from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import Bidirectional, SamplingParams
+from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import SamplingParams
 
 _urgency = attrgetter("urgency")
 
@@ -57,67 +56,32 @@ class Scheduler:
     all is never preempted, and every request fits into the pool on its own (the engine checks), so there is
     always progress.
 
-    Args:
-        num_eager_blocks: Number of blocks to fill before cached ones are evicted (default: all).
-        vision: Which parts of a prompt a step must compute whole, for a model that accepts images.
-        num_kept_states: As `Runner.num_kept_states`.
-        takes_whole_prompts: Whether no prompt may be cut; one that exceeds the budget gets its own step.
-        has_prompt_arithmetic: Whether prompt tokens yield other bits than the same tokens sampled. A row then
-            holds either prompt tokens or sampled tokens, and blocks with sampled tokens are never shared. A
-            sequence's bits then depend only on which of its tokens are prompt, not on other requests or on
-            preemption.
-        drafts: How many drafts the runner accepts.
-        windows: Window of each group of layers, as `Runner.windows`.
-        waiting_served_ratio: Minimum ratio of waiting to decoding sequences at which new prompts start; below
-            it they wait for up to `max_waiting_steps` steps, because steps without prompts are shorter. 0:
-            they start at once.
-        max_adapters: Maximum number of different adapters in a step.
+    If the runner takes whole prompts only, one that exceeds the budget gets its own step. If prompts have an
+    arithmetic of their own, a row holds either prompt tokens or sampled tokens, and blocks with sampled
+    tokens are never shared. A sequence's bits then depend only on which of its tokens are prompt, not on
+    other requests or on preemption.
     """
 
     def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_batch_size: int,
-        max_step_tokens: int,
-        budget: TokenBudget,
-        stats: EngineStats,
-        num_eager_blocks: int | None = None,
-        prefix_cache: bool = True,
-        num_kept_states: int | None = None,
-        vision: Bidirectional | None = None,
-        takes_whole_prompts: bool = False,
-        has_prompt_arithmetic: bool = False,
-        drafts: DraftLimits | None = None,
-        windows: tuple[int | None, ...] = (None,),
-        waiting_served_ratio: float = 0.0,
-        max_waiting_steps: int = 20,
-        max_adapters: int = 8,
+        self, traits: RunnerTraits, policy: SchedulingPolicy, budget: TokenBudget, stats: EngineStats
     ) -> None:
-        self.pool = BlockPool(num_blocks, num_eager_blocks)
-        self.chunk_boundaries = ChunkBoundaries(vision)
+        self.traits = traits
+        self.block_size = traits.block_size
+        self.pool = BlockPool(traits.num_blocks, policy.num_eager_blocks)
+        self.chunk_boundaries = ChunkBoundaries(traits.vision)
         self.tables = BlockTables(
-            self.pool, BlockNeeds(windows, block_size, max_step_tokens), prefix_cache=prefix_cache,
-            num_kept_states=num_kept_states, shares_only_prompts=has_prompt_arithmetic, stats=stats,
+            self.pool, BlockNeeds(traits.windows, traits.block_size, traits.max_step_tokens),
+            prefix_cache=policy.prefix_cache, num_kept_states=traits.num_kept_states,
+            shares_only_prompts=traits.has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
-        self._has_prompt_arithmetic = has_prompt_arithmetic
-        self._has_vision = vision is not None
-        self.block_size = block_size
-        self.takes_whole_prompts = takes_whole_prompts
-        self._max_step_tokens = max_step_tokens
-        self._drafts = drafts
+        self._policy = policy
+        self._has_vision = traits.vision is not None
         self._budget = budget
         self._stats = stats
-        self._running: list[Sequence] = []  # most urgent first
-        self._num_running_of: Counter[str | None] = Counter()  # by tenant
+        self._running = RunningSet(traits.max_batch_size, policy.max_adapters)
         self._waiting = WaitingQueue()
-        self._adapters = RunningAdapters(max_adapters)
         self._num_waiting = 0
-        self._served_ratio = waiting_served_ratio
-        self._max_waiting_steps = max_waiting_steps
-        self._num_held_back = 0  # steps for which prompts that could have started were held back
-        self._slots = list(reversed(range(max_batch_size)))  # free ones, lowest last
+        self._num_postponed = 0  # steps in a row in which prompts that could have started did not
         self._next_step = 0
 
     @property
@@ -131,7 +95,7 @@ class Scheduler:
     @property
     def running(self) -> tuple[Sequence, ...]:
         """The sequences that hold a slot, most urgent first."""
-        return tuple(self._running)
+        return tuple(self._running.sequences)
 
     @property
     def resumable(self) -> BlockPool:
@@ -147,23 +111,20 @@ class Scheduler:
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Release all that a sequence holds, for good; with `forget`, none of it stays cached."""
-        if sequence.state is SequenceState.FINISHED:
+        if sequence.stage is Stage.FINISHED:
             return
-        if sequence.state is SequenceState.RUNNING:
-            self._running.remove(sequence)
+        if sequence.stage is Stage.RUNNING:
             self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
-            self._requeue(self._adapters.remove(sequence))
-        sequence.leave(SequenceState.FINISHED)
+            self._requeue(self._running.adapters.remove(sequence))
+        sequence.reset_to(Stage.FINISHED)
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
         self.tables.release(sequence, forget=forget)
-        self._slots.append(sequence.slot)
-        self._num_running_of[sequence.tenant] -= 1
-        self._requeue(self._adapters.leave(sequence))
+        self._requeue(self._running.leave(sequence))
 
     def _requeue(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -178,12 +139,12 @@ class Scheduler:
         step = Step(self._next_step)
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
-        following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
+        following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
         budget, waited_s = 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
             budget = self._budget.tokens(step.num_decode_rows, waited_s)
-            budget = min(budget, self._max_step_tokens - step.num_decode_rows)
+            budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
         for sequence in prefilling:
@@ -200,9 +161,10 @@ class Scheduler:
             )
         if not step.sequences and not step.pending_images:
             return None
-        if self._drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
-            room = self._max_step_tokens - step.num_decode_rows
-            plan_drafts(step.plan.rows, step.sequences, self.tables, self._drafts, room)
+        drafts = self.traits.drafts
+        if drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
+            room = self.traits.max_step_tokens - step.num_decode_rows
+            plan_drafts(step.plan.rows, step.sequences, self.tables, drafts, room)
             step.plan.cost = self._budget.cost_s
         self._end_prefills(step)
         self._next_step += 1
@@ -216,14 +178,12 @@ class Scheduler:
         if self.pool.num_free < len(self._running) * self.tables.num_groups:
             self._preempt_for_blocks()
         prefilling: list[Sequence] = []
-        running, size = self._running, self.block_size
-        rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
+        size = self.block_size
+        rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs  # as `Step.insert`
         states = self.tables.states
         if states is not None and not states.keeps_answers:
             states = None
-        if self._adapters.num_running:  # rows of one adapter next to each other, rows without one first
-            running = self._adapters.grouped(running)
-        for sequence in running:
+        for sequence in self._running.in_row_order():
             if sequence.is_prefilling:
                 prefilling.append(sequence)
                 continue
@@ -250,30 +210,30 @@ class Scheduler:
             epochs.append(sequence.epoch)
             sequence.num_computed = start + 1
             sequence.num_pending = pending + 1
-        if self._adapters.num_running:
+        if self._running.adapters.num_running:
             prefilling.sort(key=_urgency)
         return prefilling
 
     def _preempt_for_blocks(self) -> None:
         """Preempt sequences until every remaining one can get the blocks that it needs next."""
-        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in self._running}
+        running = self._running.sequences
+        missing = {sequence: num_missing_blocks(sequence, self.tables) for sequence in running}
         while sum(missing.values()) > self.pool.num_free:
-            victim = choose_victim(self._running, self.tables)
+            victim = choose_victim(running, self.tables)
             self._suspend(victim)
             self._stats.preemptions += 1
             del missing[victim]
 
     def _suspend(self, sequence: Sequence) -> None:
-        """Preempt a running sequence; hold a further choice if its leader still computes the prompt."""
-        self._running.remove(sequence)
+        """Preempt a running sequence; a further choice awaits a leader that still computes the prompt."""
         self._stop_running(sequence)
         self._num_waiting += 1
         leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING and leader.is_prefilling:
-            sequence.leave(SequenceState.HELD)
+        if leader is not None and leader.stage is Stage.RUNNING and leader.is_prefilling:
+            sequence.reset_to(Stage.AWAITS_LEADER)
             leader.followers.append(sequence)
         else:
-            sequence.leave(SequenceState.WAITING)
+            sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
@@ -286,7 +246,7 @@ class Scheduler:
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
         limit = min(budget, self._cover(sequence, start + min(budget, count)) - start)
-        if count > budget and self.takes_whole_prompts:
+        if count > budget and self.traits.takes_whole_prompts:
             if step.num_prefill_tokens:
                 return 0
         elif count > limit:
@@ -296,7 +256,7 @@ class Scheduler:
             count = aligned if aligned > 0 else limit
         count = self._end_of_kind(sequence, start + count) - start
         if self._has_vision:
-            room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
+            room = self.traits.max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
             count, pending = self.chunk_boundaries.before_images(sequence, count, room)
             step.pending_images += pending
             # What may not be cut takes the last blocks, too: it cannot begin with fewer.
@@ -311,7 +271,7 @@ class Scheduler:
 
     def _end_of_kind(self, sequence: Sequence, end: int) -> int:
         """Return `end`, or an earlier end so that a row of prompt tokens stops before the sampled ones."""
-        if not self._has_prompt_arithmetic or sequence.is_past_prompt:
+        if not self.traits.has_prompt_arithmetic or sequence.is_past_prompt:
             return end
         return min(end, sequence.prompt_len)
 
@@ -326,7 +286,7 @@ class Scheduler:
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         second_start = sequence.request.second_start
-        is_generated = self._has_prompt_arithmetic and sequence.is_past_prompt
+        is_generated = self.traits.has_prompt_arithmetic and sequence.is_past_prompt
         at = step.num_generated_rows if is_generated else len(plan.rows)
         step.num_generated_rows += is_generated
         row = StepRow(
@@ -336,9 +296,7 @@ class Scheduler:
         )  # fmt: skip
         if self.tables.states is not None:
             self.tables.states.plan_row(step.keeps, row, sequence)
-        plan.rows.insert(at, row)
-        step.sequences.insert(at, sequence)
-        step.epochs.insert(at, sequence.epoch)
+        step.insert(at, row, sequence)
         step.num_prefill_tokens += count
         sequence.num_computed = start + count
         sequence.num_pending += samples
@@ -358,18 +316,19 @@ class Scheduler:
 
     def _release_followers(self, leader: Sequence) -> None:
         for follower in leader.followers:
-            if follower.state is SequenceState.HELD:
-                follower.state = SequenceState.WAITING
+            if follower.stage is Stage.AWAITS_LEADER:
+                follower.stage = Stage.WAITING
                 self._waiting.push(follower)
         leader.followers = []
 
     def _may_admit(self, step: Step) -> bool:
-        """Return whether new prompts may start: enough of them wait, or they were held back long enough."""
-        are_few = 0 < self._num_waiting < self._served_ratio * step.num_decode_rows
-        if are_few and self._num_held_back < self._max_waiting_steps:
-            self._num_held_back += 1
+        """Return whether new prompts may start: enough of them wait, or they were postponed long enough."""
+        policy = self._policy
+        are_few = 0 < self._num_waiting < policy.waiting_served_ratio * step.num_decode_rows
+        if are_few and self._num_postponed < policy.max_waiting_steps:
+            self._num_postponed += 1
             return False
-        self._num_held_back = 0
+        self._num_postponed = 0
         return True
 
     def _admit(self, step: Step, budget: int) -> None:
@@ -378,29 +337,26 @@ class Scheduler:
         If fewer tokens than a block remain, no sequence starts: one that started without computing anything
         would have looked into the cache too early.
         """
-        while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
-            sequence = self._waiting.first(self._num_running_of)
-            if sequence is not None and not self._adapters.may_run(sequence):
+        running, size = self._running, self.block_size
+        while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
+            sequence = self._waiting.first(running.num_of_tenant)
+            if sequence is not None and not running.adapters.may_run(sequence):
                 self._waiting.pop(sequence)
-                self._adapters.hold(sequence)
+                running.adapters.park(sequence)
                 continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
-            if sequence is None or not self.tables.start(sequence, self._running):
+            if sequence is None or not self.tables.start(sequence, running.sequences):
                 return
             self._waiting.pop(sequence)
-            sequence.state = SequenceState.RUNNING
-            sequence.slot = self._slots.pop()
-            insort(self._running, sequence, key=_urgency)
-            self._adapters.enter(sequence)
-            self._num_running_of[sequence.tenant] += 1
+            running.enter(sequence)
             self._num_waiting -= 1
             budget -= self._plan_chunk(step, sequence, budget)
 
     def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
         """Return whether part of a sequence can be computed, or all of it if prompts may not be cut."""
         is_small = sequence.prompt_len <= budget or not step.num_prefill_tokens
-        return is_small or not self.takes_whole_prompts
+        return is_small or not self.traits.takes_whole_prompts
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Apply a step's result; return (row, sequence) of the live rows.
@@ -431,7 +387,7 @@ class Scheduler:
         self.pool.forget(lost)
         void = set() if self.tables.states is None else self.tables.states.undo(step.keeps)
         for sequence in self.running:
-            if self.tables.reads(sequence, lost) or sequence.states.resumes in void:
+            if self.tables.reads(sequence, lost) or sequence.recurrent.resumes in void:
                 self._suspend(sequence)
 
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
@@ -442,7 +398,7 @@ class Scheduler:
         leaves no room are left to later steps, too.
         """
         step = Step(self._next_step)
-        room = self._max_step_tokens
+        room = self.traits.max_step_tokens
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
@@ -469,11 +425,12 @@ class Scheduler:
 
         Returns None if no slot or block is free. `end_probe` releases its slot and blocks.
         """
-        if not self._slots or self.pool.num_free < self.tables.num_groups:
+        if not self._running.free_slots or self.pool.num_free < self.tables.num_groups:
             return None
         step = Step(self._next_step)
         self._next_step += 1
-        slot, blocks = self._slots.pop(), [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
+        slot = self._running.free_slots.pop()
+        blocks = [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
         step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))
         step.plan.rows.append(StepRow(slot, (0,), 0, blocks, samples=True))
         step.num_prefill_tokens = 1
@@ -482,6 +439,6 @@ class Scheduler:
     def end_probe(self, step: Step) -> None:
         """Release the slot and blocks of a probe."""
         [row] = step.plan.rows
-        self._slots.append(row.slot)
+        self._running.free_slots.append(row.slot)
         for table in row.block_tables:
             self.pool.release(list(table))

@@ -8,7 +8,7 @@ from typing import Any
 
 from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.engine.reasoning import ReasoningWatch, force
-from tgi_asgi.engine.states import HeldStates
+from tgi_asgi.engine.states import RecurrentUse
 from tgi_asgi.engine.token_ids import TokenIds
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
@@ -16,10 +16,10 @@ from tgi_asgi.types import GenerationRequest
 AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 
 
-class SequenceState(enum.Enum):
-    """A sequence's stage; only a RUNNING sequence holds a slot and blocks."""
+class Stage(enum.Enum):
+    """How far a sequence is; only a RUNNING one has a slot and blocks. `Engine.describe` shows the values."""
 
-    HELD = "held"  # a further choice, until the first choice has computed the prompt
+    AWAITS_LEADER = "held"  # a further choice, until the first choice has computed the prompt
     WAITING = "waiting"  # in the queue, new or preempted
     RUNNING = "running"
     FINISHED = "finished"
@@ -51,8 +51,8 @@ class Sequence:
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
         "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
         "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused", "num_settled", "owner",
-        "pooling", "prompt_len", "reasoning", "request", "slot", "starts_slot", "state", "states", "stop_ids",
-        "tables", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "pooling", "prompt_len", "reasoning", "recurrent", "request", "slot", "stage", "starts_slot",
+        "stop_ids", "tables", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -91,7 +91,7 @@ class Sequence:
         self.token_ids = TokenIds(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
         self.followers: list[Sequence] = []
-        self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
+        self.stage = Stage.WAITING if leader is None else Stage.AWAITS_LEADER
         self.epoch = 0
         self.slot = 0
         self.num_restarts = 0
@@ -112,11 +112,11 @@ class Sequence:
         self.is_prefilling = True
         self.starts_slot = True
         self.copy_sources: list[int] = []
-        self.states = HeldStates()
+        self.recurrent = RecurrentUse()
 
-    def leave(self, state: SequenceState) -> None:
+    def reset_to(self, stage: Stage) -> None:
         """Leave the running set or the queue; the caller has already released blocks and slot."""
-        self.state = state
+        self.stage = stage
         self.epoch += 1
         self._reset()
 
@@ -148,7 +148,7 @@ class Sequence:
     @property
     def has_computed_prompt(self) -> bool:
         """Whether its table holds the prompt, as of a step before the one being planned."""
-        return self.state is SequenceState.RUNNING and not self.is_prefilling
+        return self.stage is Stage.RUNNING and not self.is_prefilling
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; return whether the slot must restart, with another mask or bias."""
@@ -185,6 +185,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.request.request_id}/{self.choice}, {self.state.value}, "
+            f"Sequence({self.request.request_id}/{self.choice}, {self.stage.value}, "
             f"{self.num_computed}/{len(self.token_ids)}+{self.num_pending})"
         )

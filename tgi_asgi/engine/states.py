@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class HeldStates:
+class RecurrentUse:
     """A running sequence's use of kept states; the places that it holds are not reused."""
 
     resumes: int | None = None  # the place that its first row resumes from, until that row is computed
@@ -67,7 +67,7 @@ class KeptStates:
         self._blocks = blocks
         self._block_size = block_size
         self._pending: set[bytes] = set()  # digests of the states that steps in flight keep
-        self._num_answers = 0  # places held by sequences that decode
+        self._num_answers = 0  # places that decoding sequences hold
 
     @property
     def num_known(self) -> int:
@@ -87,37 +87,37 @@ class KeptStates:
     def resume(self, sequence: Sequence, place: int) -> None:
         """Let a sequence start from a state that `find_each` returned, or that its leader holds."""
         self.pool.take(place)
-        sequence.states.resumes = place
+        sequence.recurrent.resumes = place
 
     def fork(self, sequence: Sequence, leader: Sequence) -> None:
         """Start a further choice before the prompt's last token; the last choice releases the state there."""
-        held = leader.states
-        assert held.for_choices is not None
-        self.resume(sequence, held.for_choices)
-        held.num_forks += 1
-        if held.num_forks >= leader.request.n - 1:
-            self.pool.release([held.for_choices])
-            held.for_choices = None
+        use = leader.recurrent
+        assert use.for_choices is not None
+        self.resume(sequence, use.for_choices)
+        use.num_forks += 1
+        if use.num_forks >= leader.request.n - 1:
+            self.pool.release([use.for_choices])
+            use.for_choices = None
 
     def plan_row(self, keeps: list[Keep], row: StepRow, sequence: Sequence) -> None:
         """Plan the states that a row of known tokens resumes from and keeps.
 
         The latter are added to `keeps`, the list of the row's step.
         """
-        held, end = sequence.states, row.start + row.num_tokens
+        use, end = sequence.recurrent, row.start + row.num_tokens
         planned: list[tuple[int, int]] = []
-        for position in held.keep_at:
+        for position in use.keep_at:
             if row.start <= position < end and self._wants(digest := self._digest(sequence, position)):
                 place = self.pool.allocate()
                 planned.append((position, place))
                 self._note(keeps, place, digest)
         last = sequence.prompt_len - 1
         if self._is_for_choices(sequence) and row.start <= last < end and self.pool.num_free:
-            held.for_choices = place = self.pool.allocate()
+            use.for_choices = place = self.pool.allocate()
             self.pool.share(place)
             planned.append((last, place))
             keeps.append(Keep(place, None, sequence))
-        resumes = held.resumes if row.start == sequence.num_reused else None
+        resumes = use.resumes if row.start == sequence.num_reused else None
         if planned or resumes is not None:
             row.states = StateMoves(resumes, planned)
 
@@ -126,20 +126,20 @@ class KeptStates:
 
         Running sequences hold at most half of all places, so that other prompts can be found, too.
         """
-        held, digest = sequence.states, self._digest(sequence, row.start)
-        if held.answer is not None and self.pool.num_holders(held.answer) > 1:  # a sequence resumes here
-            self._leave_answer(held)
-        if not self._wants(digest, has_place=held.answer is not None):
+        use, digest = sequence.recurrent, self._digest(sequence, row.start)
+        if use.answer is not None and self.pool.num_holders(use.answer) > 1:  # a sequence resumes here
+            self._release_answer(use)
+        if not self._wants(digest, has_place=use.answer is not None):
             return
-        if held.answer is None:
+        if use.answer is None:
             if self._num_answers >= self.pool.num_blocks // 2:
                 return
-            held.answer = self.pool.allocate()
+            use.answer = self.pool.allocate()
             self._num_answers += 1
-        self.pool.forget([held.answer])
-        self.pool.share(held.answer)
-        row.states = StateMoves(None, ((row.start, held.answer),))
-        self._note(keeps, held.answer, digest)
+        self.pool.forget([use.answer])
+        self.pool.share(use.answer)
+        row.states = StateMoves(None, ((row.start, use.answer),))
+        self._note(keeps, use.answer, digest)
 
     def settle(self, keeps: Iterable[Keep]) -> None:
         """Make the states that a step kept findable; a digest that is already known keeps its place."""
@@ -156,8 +156,8 @@ class KeptStates:
         for place, digest, leader in keeps:
             if digest is not None:
                 self._pending.discard(digest)
-            elif leader is not None and leader.states.for_choices == place:
-                leader.states.for_choices = None
+            elif leader is not None and leader.recurrent.for_choices == place:
+                leader.recurrent.for_choices = None
                 self.pool.release([place])
             self.pool.release([place])
             void.add(place)
@@ -165,30 +165,30 @@ class KeptStates:
 
     def begin(self, sequence: Sequence) -> None:
         """Release the state that a sequence resumed from, as its first row has been computed."""
-        if sequence.states.resumes is not None:
-            self.pool.release([sequence.states.resumes])
-            sequence.states.resumes = None
+        if sequence.recurrent.resumes is not None:
+            self.pool.release([sequence.recurrent.resumes])
+            sequence.recurrent.resumes = None
 
-    def leave(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Release all places that a sequence holds."""
-        held = sequence.states
+        use = sequence.recurrent
         self.begin(sequence)
-        if held.for_choices is not None:
-            self.pool.release([held.for_choices])
-            held.for_choices = None
-        if held.answer is not None:
-            self._leave_answer(held)
+        if use.for_choices is not None:
+            self.pool.release([use.for_choices])
+            use.for_choices = None
+        if use.answer is not None:
+            self._release_answer(use)
 
-    def _leave_answer(self, held: HeldStates) -> None:
-        assert held.answer is not None
-        self.pool.release([held.answer])
-        held.answer = None
+    def _release_answer(self, use: RecurrentUse) -> None:
+        assert use.answer is not None
+        self.pool.release([use.answer])
+        use.answer = None
         self._num_answers -= 1
 
     def _is_for_choices(self, sequence: Sequence) -> bool:
         """Return whether other choices wait to resume from a prompt of two or more tokens."""
         is_leader = sequence.request.n > 1 and sequence.leader is None
-        has_none = sequence.states.for_choices is None and sequence.num_output == 0
+        has_none = sequence.recurrent.for_choices is None and sequence.num_output == 0
         return is_leader and has_none and sequence.prompt_len > 1
 
     def _digest(self, sequence: Sequence, position: int) -> bytes:

@@ -22,11 +22,17 @@ class Step:
         self.plan = StepPlan(step_id, [])
         self.pending_images: list[PendingImage] = []  # images that the step encodes
         self.keeps: list[Keep] = []  # states that the step keeps
-        self.sequences: list[Sequence] = []
-        self.epochs: list[int] = []
+        self.sequences: list[Sequence] = []  # by row
+        self.epochs: list[int] = []  # by row: its sequence's when the step was planned
         self.num_decode_rows = 0
         self.num_generated_rows = 0  # decode rows, and rows that recompute sampled tokens
         self.num_prefill_tokens = 0
+
+    def insert(self, at: int, row: StepRow, sequence: Sequence) -> None:
+        """Add a sequence's row at index `at`; it is live for as long as the sequence keeps its epoch."""
+        self.plan.rows.insert(at, row)
+        self.sequences.insert(at, sequence)
+        self.epochs.insert(at, sequence.epoch)
 
     def live(self) -> list[tuple[int, Sequence]]:
         """Return (row, sequence) of the live rows: not finished, cancelled or preempted since."""

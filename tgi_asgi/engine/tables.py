@@ -35,7 +35,7 @@ class BlockTables:
         needs: Block needs of each group, in the order of a sequence's tables.
         shares_only_prompts: Whether blocks with sampled tokens are neither looked up nor registered, because
             the same tokens as part of a prompt would fill them with other bits.
-        num_kept_states: As `Runner.num_kept_states`.
+        num_kept_states: As in `RunnerTraits`.
 
     Attributes:
         states: The kept states; None if the model has none or none are kept.
@@ -137,7 +137,7 @@ class BlockTables:
         sequence.num_settled = sequence.num_computed
         if self.states is not None and self._prefix_cache:
             ends = sorted({hit.num_found, num_shared} - {0})
-            sequence.states.keep_at = tuple(end * self.block_size for end in ends if end > hit.num_blocks)
+            sequence.recurrent.keep_at = tuple(end * self.block_size for end in ends if end > hit.num_blocks)
             if hit.state is not None:
                 self.states.resume(sequence, hit.state)
         return True
@@ -155,7 +155,7 @@ class BlockTables:
         """Return whether the leader holds everything that the prompt's last token reads."""
         if not self._can_fork or not leader.has_computed_prompt:
             return False
-        if self.states is not None and leader.states.for_choices is None:
+        if self.states is not None and leader.recurrent.for_choices is None:
             return False
         last = sequence.prompt_len - 1
         return all(leader.num_freed[group] <= self.needs.first_read(group, last) for group in self._groups)
@@ -277,7 +277,7 @@ class BlockTables:
         held = [table[first:] for table, first in zip(sequence.tables, sequence.num_freed, strict=True)]
         self._release_copies(sequence)
         if self.states is not None:
-            self.states.leave(sequence)
+            self.states.release(sequence)
         for blocks in held:
             if forget:
                 self.pool.forget(blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from heapq import heapify, heappop, heappush
 
-from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.sequence import Sequence, Stage
 
 _Heap = list[tuple[tuple[float, int, int], Sequence]]
 _MAX_STALE = 64  # number of stale entries to tolerate
@@ -43,7 +43,7 @@ class WaitingQueue:
         best: Sequence | None = None
         best_key: tuple[int, tuple[float, int, int]] | None = None
         for tenant, heap in list(self._heaps.items()):
-            while heap and heap[0][1].state is not SequenceState.WAITING:
+            while heap and heap[0][1].stage is not Stage.WAITING:
                 self._drop_head(heap)
             if not heap:
                 del self._heaps[tenant]
@@ -63,7 +63,7 @@ class WaitingQueue:
         if self._num_entries <= 2 * num_waiting + _MAX_STALE:
             return
         for tenant, heap in list(self._heaps.items()):
-            live = [entry for entry in heap if entry[1].state is SequenceState.WAITING]
+            live = [entry for entry in heap if entry[1].stage is Stage.WAITING]
             heapify(live)
             self._heaps[tenant] = live
         self._num_entries = sum(map(len, self._heaps.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +22,8 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import KvSize, choose_size
+from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of
+from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
     choose_kept_states,
@@ -72,7 +72,7 @@ class OnCpu:
         budget = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
         self._budget, self._opened = budget, opened
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
-        self.longest = budget.cache.longest_fitting(longest, self.settings)
+        self.longest = budget.cache.longest_fitting(longest)
         self.kernels = ops.kernel_set()
         self.has_float_prompts = False  # known once the weights are packed
         self.shards: Shards | None = None
@@ -156,39 +156,28 @@ class OnCpu:
             self.shards.abandon()
 
 
-def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights: Weights) -> ServedModel:
-    """Load a model in a thread on member 0's core, so that its weights are allocated in that core's memory.
-
-    The thread is a separate one because it keeps the core and nice value permanently; the caller's belongs to
-    its executor.
-    """
-
-    def as_member() -> ServedModel:
-        ops.join_threads()
-        return opened.load(packing, longest, weights)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="tgi-pack") as executor:
-        return executor.submit(as_member).result()
-
-
 def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
     """Return how to draft tokens; None, with a warning, if drafts could change the text or not be undone."""
     speculation = settings.speculation
     if speculation is None or not model.config.generates:
         return None
-    generic = model if isinstance(model, GenericModel) else None
-    reason = (
-        "its state of a sequence cannot be undone token by token"
-        if generic is not None and generic.config.has_states
-        else "its logits depend on what else is computed"
-        if generic is not None and not generic.is_batch_invariant
-        else "it accepts images"
-        if generic is not None and generic.config.vision is not None
-        else None
-    )
+    reason = _why_no_drafts(model)
     if reason is None:
         return speculation
     logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
+    return None
+
+
+def _why_no_drafts(model: Model | GenericModel) -> str | None:
+    """Return why drafts could change a model's text or not be undone; None if they are safe."""
+    if not isinstance(model, GenericModel):
+        return None
+    if model.config.has_states:
+        return "its state of a sequence cannot be undone token by token"
+    if not model.is_batch_invariant:
+        return "its logits depend on what else is computed"
+    if model.config.vision is not None:
+        return "it accepts images"
     return None
 
 
@@ -251,7 +240,9 @@ def _divide(
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
-    cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+    kv_dtype = choose_cpu_dtype(config, settings, dtype)
+    groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
+    cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
@@ -259,7 +250,7 @@ def _divide(
         logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
-        cache = choose_size(config, settings, dtype, longest, free, repeats=repeats_of(cuts))
+        cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     if isinstance(config, EncoderConfig):
         cache = replace(cache, bytes_per_token=0)
     return _MemoryBudget(cache, batch, num_kept, adapter_bytes)

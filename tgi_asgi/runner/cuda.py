@@ -28,16 +28,17 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
+from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
-from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShards, Logits, Message
+from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
-from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, DraftLimits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
-from tgi_asgi.types import Bidirectional
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class _Launched:
     event: Event
     samples: SampleResult | None  # the host's copy, valid once `event` has passed
     sampling: list[int]  # plan rows that sample
-    places: list[int]  # for each of these, its row in `samples`
+    sample_rows: list[int]  # for each of these, its row in `samples`
     slots: list[int]  # their slots
 
 
@@ -83,6 +84,7 @@ class CudaRunner:
         adapters: The adapters that rows may have, with their slots on the device.
 
     Attributes:
+        traits: As in `Runner.traits`.
         max_context: Maximum number of tokens in a sequence.
     """
 
@@ -99,18 +101,8 @@ class CudaRunner:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         types = CudaTypes() if types is None else types
-        self.block_size = limits.block_size
-        self.max_batch_size = limits.max_batch_size
-        self.max_step_tokens = limits.max_step_tokens
         self.max_context = limits.max_context
-        self.min_chunk = MIN_CHUNK
         self.num_threads = 0
-        self.takes_whole_prompts = self.has_prompt_arithmetic = False
-        self.num_kept_states: int | None = None
-        self.vision: Bidirectional | None = None
-        self.drafts: DraftLimits | None = None
-        # One block table serves all layers, so blocks outside sliding windows are not freed.
-        self.windows: tuple[int | None, ...] = (None,)
         self._device, self._shards, self._adapters = device, shards, adapters
         self._is_batch_invariant = types.is_batch_invariant
         self._choose = choose
@@ -127,8 +119,10 @@ class CudaRunner:
             for _ in range(MAX_IN_FLIGHT)
         ]
         self._num_launched = 0
-        self._jobs = JobQueue()
-        self._launched: queue.SimpleQueue[tuple[Job, _Launched | Exception] | None] = queue.SimpleQueue()
+        self._handoff = StepHandoff()
+        self._launched: queue.SimpleQueue[tuple[PendingStep, _Launched | Exception] | None] = (
+            queue.SimpleQueue()
+        )
         self._num_undelivered = 0
         self._delivered = threading.Condition()
         self._lost: DeviceLost | None = None
@@ -138,10 +132,18 @@ class CudaRunner:
         if shards is not None:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
-        self.num_blocks = self._prepared.result().num_blocks
+        num_blocks = self._prepared.result().num_blocks
+        self.traits = RunnerTraits(
+            num_blocks=num_blocks,
+            block_size=limits.block_size,
+            max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
+            min_chunk=MIN_CHUNK,
+            windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
+        )
         self._inputs = StepInputs(
             vocab_size=model.config.vocab_size,
-            num_blocks=self.num_blocks,
+            num_blocks=num_blocks,
             block_size=limits.block_size,
             max_context=limits.max_context,
             max_rows=limits.max_batch_size,
@@ -166,14 +168,14 @@ class CudaRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        return self._jobs.submit(plan)
+        return self._handoff.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the threads. Idempotent."""
-        self._jobs.close()
+        self._handoff.close()
         self._launcher.join()
         self._waiter.join()
-        self._jobs.end()
+        self._handoff.end()
         self._steps.release()
         if self._shards is not None:
             self._shards.close()
@@ -190,7 +192,7 @@ class CudaRunner:
     # The launcher's thread.
 
     def _launch_all(self) -> None:
-        """Prepare the device, then launch jobs until the queue is closed."""
+        """Prepare the device, then launch steps until the handoff is closed."""
         try:
             with suppress(InvalidStateError):
                 self._prepared.set_result(self._prepare())
@@ -199,16 +201,16 @@ class CudaRunner:
             with suppress(InvalidStateError):
                 self._prepared.set_exception(error)
             return
-        while (job := self._jobs.take()) is not None:
+        while (step := self._handoff.take()) is not None:
             try:
-                outcome: _Launched | Exception = self._launch(job.plan)
-            except BaseException as error:  # as in JobQueue.serve
-                logger.exception("step %s failed", job.plan.step_id)
+                outcome: _Launched | Exception = self._launch(step.plan)
+            except BaseException as error:  # as in StepHandoff.serve
+                logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._classify(error)
             with self._delivered:
                 self._num_undelivered += 1
-            self._launched.put((job, outcome))
-            del job, outcome
+            self._launched.put((step, outcome))
+            del step, outcome
         self._launched.put(None)
 
     def _launch(self, plan: StepPlan) -> _Launched:
@@ -231,7 +233,7 @@ class CudaRunner:
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         slots = [plan.rows[index].slot for index in sampling]
-        shape, places = self._fill(plan.rows, sampling, staging)
+        shape, sample_rows = self._fill(plan.rows, sampling, staging)
         with self._together(shape, staging.inputs[: shape.num_bytes]):
             graphs = self._steps.graphs_of(self._steps.upload(shape, staging.inputs))
             self._num_launched += 1  # the device reads this staging even if the step fails below
@@ -243,7 +245,7 @@ class CudaRunner:
             self._sampler.upload_masks(slots, staging.sampling)
             graphs.sample()
             samples = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
-        return _Launched(result, self._device.record(), samples, sampling, places, slots)
+        return _Launched(result, self._device.record(), samples, sampling, sample_rows, slots)
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
@@ -256,12 +258,7 @@ class CudaRunner:
     def _fill(
         self, rows: list[StepRow], sampling: list[int], staging: _Staging
     ) -> tuple[StepShape, list[int]]:
-        """Write a step's inputs; also return the logits row of each plan row that samples.
-
-        A step that a graph computes has the graph's shape and one logits row per sequence. In other steps
-        only rows that sample have logits. A step whose prompts are scored uses no graph, because it needs
-        further logits.
-        """
+        """Write a step's inputs; return their shape, and the row of logits of each plan row that samples."""
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
@@ -269,30 +266,29 @@ class CudaRunner:
         # The extension takes a CPU's adapters only; these rows are just for the other inputs.
         plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
         batch = self._inputs.fill(plain, self._no_ids)
-        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
-        stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
-        lens = tuple((row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:])
-        is_scored = any(row.prompt_logprobs is not None for row in rows)
-        padded = None if is_scored else self._steps.padded(num_decodes, [length for length, _ in lens])
-        if padded is not None:
-            shape = replace(padded, num_columns=columns)
-            gap = shape.num_decodes - num_decodes  # padding after the last decoding sequence
-            slots = [row.slot if row.samples else -1 for row in rows]
-            row_slots = [*slots[:num_decodes], *[-1] * gap, *slots[num_decodes:]]
-            last = [stop - 1 for stop in stops[1:]]
-            logits_rows = [*range(shape.num_decodes), *(token + gap for token in last[num_decodes:])]
-            places = [index if index < num_decodes else index + gap for index in sampling]
-        else:
-            longest = max((length for length, _ in lens), default=0)
-            shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns, lens)
-            row_slots = [rows[index].slot for index in sampling]
-            logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
-        mask_rows = self._sampler.mask_rows(row_slots)
-        shape = replace(shape, has_adapters=bool((adapters >= 0).any()))
-        StepBuffers.view(staging.inputs, shape).fill(
-            batch, from_slot, logits_rows, row_slots, mask_rows, adapters
+        layout = self._layout(rows, sampling, num_decodes, batch.query_start[1:].tolist())
+        shape = replace(
+            layout.shape,
+            num_columns=batch.block_tables[0].shape[1],
+            has_adapters=bool((adapters >= 0).any()),
         )
-        return shape, places
+        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
+        mask_rows = self._sampler.mask_rows(layout.logits_slots)
+        StepBuffers.view(staging.inputs, shape).fill(
+            batch, from_slot, layout.logits_tokens, layout.logits_slots, mask_rows, adapters
+        )
+        return shape, layout.sample_rows
+
+    def _layout(
+        self, rows: list[StepRow], sampling: list[int], num_decodes: int, ends: list[int]
+    ) -> StepLayout:
+        """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits."""
+        is_scored = any(row.prompt_logprobs is not None for row in rows)
+        prompts = [row.num_tokens for row in rows[num_decodes:]]
+        shape = None if is_scored else self._steps.padded(num_decodes, prompts)
+        if shape is None:
+            return plain_layout(rows, sampling, num_decodes, ends)
+        return graph_layout(shape, rows, sampling, num_decodes, ends)
 
     def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
         """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
@@ -340,27 +336,27 @@ class CudaRunner:
     def _wait_for_all(self) -> None:
         """Wait for launched steps in order, and deliver their results."""
         while (item := self._launched.get()) is not None:
-            job, launched = item
-            outcome = launched if isinstance(launched, Exception) else self._finish(job, launched)
+            step, launched = item
+            outcome = launched if isinstance(launched, Exception) else self._finish(step, launched)
             with self._delivered:
                 self._num_undelivered -= 1
                 self._delivered.notify_all()
-            self._jobs.finish(job, outcome)
-            del item, job, launched, outcome
+            self._handoff.finish(step, outcome)
+            del item, step, launched, outcome
 
-    def _finish(self, job: Job, launched: _Launched) -> StepResult | Exception:
+    def _finish(self, step: PendingStep, launched: _Launched) -> StepResult | Exception:
         try:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples)
-                sampled = [rows[place] for place in launched.places]
+                sampled = [rows[index] for index in launched.sample_rows]
                 self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     launched.result.sampled[index] = each
         except BaseException as error:
-            logger.exception("step %s failed", job.plan.step_id)
+            logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)
         return launched.result
 

@@ -1,16 +1,21 @@
-"""The device interface of the CUDA runner: pinned memory, events, graphs and free memory.
+"""The device interface of the CUDA runner: kernels, pinned memory, events, graphs and free memory.
 
 Tests substitute an emulated device here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.runner.plan import DeviceLost
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +132,27 @@ class CudaDevice:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free)
+
+
+def register_kernels() -> None:
+    """Register `torch.ops.tgi_cuda`, if the extension was built with CUDA."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("tgi_asgi._cuda")
+
+
+@contextlib.contextmanager
+def must_fit() -> Iterator[None]:
+    """Turn out-of-memory errors of the GPU into one that says what to change.
+
+    Raises:
+        ModelLoadError: if the GPU ran out of memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, DeviceLost) as error:
+        if isinstance(error, DeviceLost) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+        raise ModelLoadError(
+            "the model does not fit the GPU's memory: use a smaller one, lower --max-batch-prefill-tokens "
+            f"or --max-batch-size, or free memory ({error})"
+        ) from error

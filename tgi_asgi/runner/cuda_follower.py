@@ -1,19 +1,85 @@
-"""A shard on a GPU other than shard 0: loads its part and makes the launches that shard 0 requests."""
+"""A shard on a GPU other than shard 0: loads its part and makes the launches that shard 0 requests.
+
+What it must know is a `CudaShardJob`; what shard 0 sends it, step by step, are `Message`s.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
 
 from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
 from tgi_asgi.runner.cuda_buffers import StepShape
-from tgi_asgi.runner.cuda_device import Event
-from tgi_asgi.runner.cuda_shards import Cache, Copies, CudaShardJob, Logits
-from tgi_asgi.runner.cuda_steps import CudaSteps
-from tgi_asgi.runner.jobs import MAX_IN_FLIGHT
+from tgi_asgi.runner.cuda_device import Device, Event, must_fit, register_kernels
+from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.handoff import MAX_IN_FLIGHT
+from tgi_asgi.runner.kv import kv_scales_of
+from tgi_asgi.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class CudaShardJob:
+    """What a shard needs to know to compute its part, as chosen by shard 0."""
+
+    files: ModelFiles
+    settings: Settings
+    cuts: Sequence[ModelCut]  # of all shards, by rank
+    rank: int
+    device_class: type[Device]
+    limits: StepLimits
+    types: CudaTypes  # without the scales from the files
+    store: Path  # as in `DeviceGroup`
+    descriptors: Sequence[int] = ()
+
+    @property
+    def cut(self) -> ModelCut:
+        """This shard's part of the model."""
+        return self.cuts[self.rank]
+
+    def load(self, connection: Connection) -> Callable[[], None]:
+        """Load the part, as described in `ShardJob.load`."""
+        return Follower(self, connection).run
+
+    def join(self, device: torch.device) -> CudaShard:
+        """Join the group of all shards."""
+        group = DeviceGroup(
+            self.device_class.backend, self.store, rank=self.rank, count=len(self.cuts), device=device
+        )
+        return CudaShard(group, [cut.vocab_ids for cut in self.cuts])
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Create a cache of `num_blocks` blocks, then the graphs."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Copy blocks (from, to)."""
+
+    pairs: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Compute the logits of these tokens of the last step; None: of the step's own rows."""
+
+    rows: Sequence[int] | None
+
+
+# A `StepShape` means a step; its inputs follow as bytes. None: end.
+Message = Cache | Copies | Logits | StepShape | None
 
 
 class Follower:
@@ -25,12 +91,12 @@ class Follower:
 
     def __init__(self, job: CudaShardJob, connection: Connection) -> None:
         settings = job.settings
-        cuda_load.register_kernels()
+        register_kernels()
         self._job, self._connection = job, connection
         self._device = device = job.device_class(job.rank)
         device.enter_thread()
         with (
-            cuda_load.must_fit(),
+            must_fit(),
             OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened,
         ):
             opened.use_cut(job.cut)
@@ -38,7 +104,7 @@ class Follower:
             model = opened.load(arithmetic, job.limits.max_context)
             assert isinstance(model, Decoder)  # only native families are cut
             self._model = model
-            self._types = replace(job.types, kv_scales=cuda_load.kv_scales_of(opened, settings))
+            self._types = replace(job.types, kv_scales=kv_scales_of(opened, settings))
 
     def run(self) -> None:
         """Do what shard 0 does, until it sends the end."""

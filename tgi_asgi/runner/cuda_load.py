@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,12 +23,11 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
-from tgi_asgi.runner.cuda_device import CudaDevice, Device
+from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
-from tgi_asgi.runner.kv import KvSize, choose_size, step_tokens
+from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
 from tgi_asgi.runner.placement import Placed
-from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
 
@@ -171,12 +168,6 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
     return config
 
 
-def register_kernels() -> None:
-    """Register `torch.ops.tgi_cuda`, if the extension was built with CUDA."""
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("tgi_asgi._cuda")
-
-
 def _warn_of_old_driver() -> None:
     """Log a warning if torch sees no GPU because the driver is too old."""
     try:
@@ -254,11 +245,6 @@ def _choose_prompt_attention(settings: Settings) -> PromptAttention:
     return wanted
 
 
-def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
-    """Return each layer's scales of keys and of values from the files, for an FP8 cache; else None."""
-    return opened.kv_scales() if settings.kv_cache_dtype == "fp8_e4m3fn" else None
-
-
 def make_shards(
     files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, dtype: torch.dtype,
     max_total_tokens: int,
@@ -295,13 +281,15 @@ def make_runner(
             message says what to change.
     """
     types = replace(types_of(settings, dtype), kv_scales=kv_scales)
+    kv_dtype = dtype if types.kv is None else types.kv
+    groups = gpu_groups_of(model.config, kv_dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
         size = choose_size(
-            model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE, kv_dtype=types.kv
+            model.config, settings, groups, kv_dtype, max_total_tokens, free_bytes, share=_SHARE
         )
         sizes.append(size)
         return size
@@ -344,24 +332,6 @@ def make_adapter_layout(
         num_slots, rank, layout.pool.nbytes / (1 << 30),
     )  # fmt: skip
     return layout
-
-
-@contextlib.contextmanager
-def must_fit() -> Iterator[None]:
-    """Turn out-of-memory errors of the GPU into one that says what to change.
-
-    Raises:
-        ModelLoadError: if the GPU ran out of memory.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, DeviceLost) as error:
-        if isinstance(error, DeviceLost) and not isinstance(error.__cause__, torch.OutOfMemoryError):
-            raise
-        raise ModelLoadError(
-            "the model does not fit the GPU's memory: use a smaller one, lower --max-batch-prefill-tokens "
-            f"or --max-batch-size, or free memory ({error})"
-        ) from error
 
 
 def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

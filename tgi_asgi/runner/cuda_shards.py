@@ -16,8 +16,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -26,73 +24,15 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.shard import ModelCut
-from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
-from tgi_asgi.runner.cuda_buffers import StepShape
+from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.cuda_follower import CudaShardJob, Message
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
 
 _MULTIPLE = 8  # divides the column counts of the CUDA kernels' products
-
-
-@dataclass(frozen=True, slots=True)
-class CudaShardJob:
-    """What a shard needs to know to compute its part, as chosen by shard 0."""
-
-    files: ModelFiles
-    settings: Settings
-    cuts: Sequence[ModelCut]  # of all shards, by rank
-    rank: int
-    device_class: type[Device]
-    limits: StepLimits
-    types: CudaTypes  # without the scales from the files
-    store: Path  # as in `DeviceGroup`
-    descriptors: Sequence[int] = ()
-
-    @property
-    def cut(self) -> ModelCut:
-        """This shard's part of the model."""
-        return self.cuts[self.rank]
-
-    def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as described in `ShardJob.load`."""
-        from tgi_asgi.runner.cuda_follower import Follower  # that module imports this one
-
-        return Follower(self, connection).run
-
-    def join(self, device: torch.device) -> CudaShard:
-        """Join the group of all shards."""
-        group = DeviceGroup(
-            self.device_class.backend, self.store, rank=self.rank, count=len(self.cuts), device=device
-        )
-        return CudaShard(group, [cut.vocab_ids for cut in self.cuts])
-
-
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """Create a cache of `num_blocks` blocks, then the graphs."""
-
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Copy blocks (from, to)."""
-
-    pairs: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """Compute the logits of these tokens of the last step; None: of the step's own rows."""
-
-    rows: Sequence[int] | None
-
-
-# A `StepShape` means a step; its inputs follow as bytes. None: end.
-Message = Cache | Copies | Logits | StepShape | None
 
 
 def check_cuts(cuts: Sequence[ModelCut]) -> None:
@@ -135,7 +75,14 @@ class CudaShards:
         self._lost: str | None = None
         self._others = ShardProcesses(others, self._give_up)
         self.processes = self._others.processes
-        self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
+
+    def wait_ready(self) -> None:
+        """Wait until the other shards have loaded their parts, as `ShardProcesses.wait_ready`."""
+        self._others.wait_ready()
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost` when a shard ends, as `ShardProcesses.watch`."""
+        self._others.watch(on_lost)
 
     def join(self, device: torch.device) -> CudaShard:
         """Join the other shards, which have loaded their parts."""

@@ -14,10 +14,10 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Floats, Prompt
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.jobs import JobQueue
-from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.handoff import StepHandoff
+from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
-from tgi_asgi.types import Bidirectional, PoolingKind
+from tgi_asgi.types import PoolingKind
 
 
 class EncoderRunner:
@@ -33,15 +33,9 @@ class EncoderRunner:
         dense: Dense layers applied to pooled vectors.
 
     Attributes:
+        traits: As in `Runner.traits`.
         max_context: Maximum number of tokens in a prompt.
     """
-
-    num_kept_states: int | None = 0
-    takes_whole_prompts = True
-    has_prompt_arithmetic = False
-    vision: Bidirectional | None = None
-    drafts: DraftLimits | None = None
-    windows: tuple[int | None, ...] = (None,)
 
     def __init__(
         self,
@@ -54,18 +48,24 @@ class EncoderRunner:
         max_context: int,
         dense: Sequence[Dense] = (),
     ) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.min_chunk = block_size
-        self.max_batch_size, self.max_context = max_batch_size, max_context
-        self.max_step_tokens = max(max_step_tokens, max_context)
+        self.traits = RunnerTraits(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max(max_step_tokens, max_context),
+            min_chunk=block_size,
+            num_kept_states=0,
+            takes_whole_prompts=True,
+        )
+        self.max_context = max_context
         self._vocab_size = model.config.vocab_size
         self._dense = dense
         self._program = model.program(
-            max_tokens=self.max_step_tokens, max_rows=max_batch_size, max_context=max_context
+            max_tokens=self.traits.max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
-        self._jobs = JobQueue()
+        self._handoff = StepHandoff()
         self._thread = threading.Thread(
-            target=self._jobs.serve, args=(self.run,), name="tgi-runner", daemon=True
+            target=self._handoff.serve, args=(self.run,), name="tgi-runner", daemon=True
         )
         self._thread.start()
 
@@ -76,13 +76,13 @@ class EncoderRunner:
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, as `CpuRunner.submit` does."""
-        return self._jobs.submit(plan)
+        return self._handoff.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
-        self._jobs.close()
+        self._handoff.close()
         self._thread.join()
-        self._jobs.end()
+        self._handoff.end()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread; no other thread may call this.
@@ -94,9 +94,8 @@ class EncoderRunner:
         if not plan.rows:
             return result
         prompts = [self._prompt(row) for row in plan.rows]
-        if len(prompts) > self.max_batch_size or sum(row.num_tokens for row in plan.rows) > (
-            self.max_step_tokens
-        ):
+        num_tokens, traits = sum(row.num_tokens for row in plan.rows), self.traits
+        if len(prompts) > traits.max_batch_size or num_tokens > traits.max_step_tokens:
             raise ops.PlanError("more prompts or tokens than a step has")
         ops.wake_threads()
         for index, (row, found) in enumerate(zip(plan.rows, self._program.run(prompts), strict=True)):

@@ -20,7 +20,7 @@ class StepInputs:
         vocab_size, num_blocks, max_context: Bounds of token ids, block ids and positions.
         max_rows: Maximum number of sequences in a step, and the bound of slots.
         max_tokens: Maximum number of tokens in a step.
-        windows: As in `Runner.windows`.
+        windows: As in `RunnerTraits.windows`.
         num_kept_states: Bound of the places of kept recurrent states.
 
     Attributes:

@@ -9,6 +9,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
@@ -22,10 +23,19 @@ class KvSize:
     """Size of the block pool."""
 
     num_blocks: int
-    block_size: int  # tokens
+    needs: BlockNeeds  # of the sequences that share it
     bytes_per_token: int  # of one group's layers
     dtype: torch.dtype
-    windows: tuple[int | None, ...] = (None,)  # of the groups
+
+    @property
+    def block_size(self) -> int:
+        """Number of tokens in a block."""
+        return self.needs.block_size
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Windows of the groups."""
+        return self.needs.windows
 
     @property
     def num_tokens(self) -> int:
@@ -37,17 +47,14 @@ class KvSize:
         """Address space of the pool; the system commits memory when blocks are first written."""
         return self.num_blocks * self.block_size * self.bytes_per_token
 
-    def longest_fitting(self, max_tokens: int, settings: Settings) -> int:
+    def longest_fitting(self, max_tokens: int) -> int:
         """Return the most tokens, up to `max_tokens`, that a sequence can have."""
-        return self._needs(settings).longest_fitting(self.num_blocks, max_tokens)
+        return self.needs.longest_fitting(self.num_blocks, max_tokens)
 
-    def held_tokens(self, longest: int, settings: Settings) -> int:
+    def held_tokens(self, longest: int) -> int:
         """Return the tokens in the pool of sequences of `longest`, counting those that windows drop."""
-        num_sequences = self.num_blocks // self._needs(settings).total_for(longest)
+        num_sequences = self.num_blocks // self.needs.total_for(longest)
         return max(num_sequences * longest, self.num_tokens)
-
-    def _needs(self, settings: Settings) -> BlockNeeds:
-        return BlockNeeds(self.windows, self.block_size, step_tokens(settings))
 
 
 def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
@@ -56,7 +63,7 @@ def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
     return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
 
-def _gpu_groups(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
+def gpu_groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
     """Return a GPU's groups: plain values, all layers in one."""
     sizes = [(each.head_dim + each.value_dim) * each.num_kv_heads for each in config.caches]
     return CacheGroups.of([None] * len(sizes), [size * kv_dtype.itemsize for size in sizes])
@@ -65,12 +72,12 @@ def _gpu_groups(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
 def choose_size(
     config: ServedConfig,
     settings: Settings,
-    dtype: torch.dtype,
+    groups: CacheGroups,
+    kv_dtype: torch.dtype,
     max_total_tokens: int,
     free_bytes: int,
     *,
     share: float = _SHARE,
-    kv_dtype: torch.dtype | None = None,
     repeats: float = 1.0,
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`.
@@ -80,24 +87,18 @@ def choose_size(
     `share` of the free memory holds.
 
     Args:
+        groups: Which layers share block tables: `groups_of` on a CPU, `gpu_groups_of` on a GPU.
+        kv_dtype: Type of the keys and values.
         share: Share of the free memory that the pool may use.
-        kv_dtype: Type of the keys and values; None: chosen for the CPU.
         repeats: How many shards hold each KV head, on average.
 
     Raises:
-        ModelLoadError: if not even one block fits, the administrator's limits contradict each other, or the
-            cache cannot have the type given by --kv-cache-dtype.
+        ModelLoadError: if not even one block fits, or the administrator's limits contradict each other.
     """
-    if kv_dtype is None:
-        kv_dtype = _choose_dtype(config, settings, dtype)
-        groups = groups_of(config, kv_dtype)
-    else:
-        groups = _gpu_groups(config, kv_dtype)
-    windows, per_token = groups.windows, groups.bytes_per_token
-    per_token = max(int(per_token * repeats) + config.other_bytes_per_token, _MIN_BYTES)
-    size, num_groups = settings.block_size, len(windows)
+    per_token = max(int(groups.bytes_per_token * repeats) + config.other_bytes_per_token, _MIN_BYTES)
+    size, num_groups = settings.block_size, len(groups.windows)
     all_bytes = per_token * num_groups
-    needs = BlockNeeds(windows, size, step_tokens(settings))
+    needs = BlockNeeds(groups.windows, size, step_tokens(settings))
     if settings.max_batch_total_tokens is not None:
         # Rounded up: --max-total-tokens may be the same number.
         num_blocks = -(-settings.max_batch_total_tokens // size) * num_groups
@@ -110,7 +111,7 @@ def choose_size(
             f"{free_bytes} are free; free memory, or set --max-batch-total-tokens"
         )
     num_blocks = min(num_blocks, _MAX_TOKENS // size)
-    chosen = KvSize(num_blocks, size, per_token, kv_dtype, windows)
+    chosen = KvSize(num_blocks, needs, per_token, kv_dtype)
     if settings.max_total_tokens is not None:
         _check_holds(chosen, max_total_tokens, settings, free_bytes)
     return chosen
@@ -118,7 +119,7 @@ def choose_size(
 
 def _check_holds(size: KvSize, max_total_tokens: int, settings: Settings, free_bytes: int) -> None:
     """Raise `ModelLoadError` if a sequence as long as the administrator asks for does not fit the cache."""
-    longest = size.longest_fitting(max_total_tokens, settings)
+    longest = size.longest_fitting(max_total_tokens)
     if longest >= max_total_tokens:
         return
     token_bytes = size.bytes_per_token * len(size.windows)
@@ -138,8 +139,15 @@ def step_tokens(settings: Settings) -> int:
     return settings.max_batch_prefill_tokens + settings.max_batch_size
 
 
-def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
-    """Return the type of keys and values: that of the arithmetic, unless the administrator chose int8."""
+def choose_cpu_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
+    """Return a CPU's type of keys and values: that of the arithmetic, unless the administrator chose int8.
+
+    Args:
+        dtype: Type of the arithmetic.
+
+    Raises:
+        ModelLoadError: if the cache cannot have the type given by --kv-cache-dtype.
+    """
     if settings.kv_cache_dtype != "int8":
         return torch.float32 if dtype is torch.float32 else torch.bfloat16
     if dtype is torch.float32:
@@ -150,3 +158,8 @@ def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) 
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8
+
+
+def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:
+    """Return each layer's scales of keys and of values from the files, for an FP8 cache; else None."""
+    return opened.kv_scales() if settings.kv_cache_dtype == "fp8_e4m3fn" else None

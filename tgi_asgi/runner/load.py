@@ -55,7 +55,7 @@ class LoadedModel:
 
     @property
     def num_blocks(self) -> int:
-        return self.runner.num_blocks
+        return self.runner.traits.num_blocks
 
 
 def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
@@ -122,8 +122,8 @@ def _describe(
     """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
-    max_total_tokens = cache.longest_fitting(place.longest, settings)
-    num_kept = runner.num_kept_states or 0
+    max_total_tokens = cache.longest_fitting(place.longest)
+    num_kept = runner.traits.num_kept_states or 0
     return ModelInfo(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
@@ -134,9 +134,9 @@ def _describe(
         max_input_tokens=_max_input_tokens(settings, max_total_tokens),
         max_total_tokens=max_total_tokens,
         eos_token_ids=tokenizer.eos_ids,
-        kv_tokens=cache.held_tokens(max_total_tokens, settings),
+        kv_tokens=cache.held_tokens(max_total_tokens),
         kv_bytes=cache.num_bytes,
-        max_batch_size=runner.max_batch_size,
+        max_batch_size=runner.traits.max_batch_size,
         num_kept_states=num_kept,
         kept_state_bytes=num_kept * kept_state_bytes(config),
         num_threads=num_threads,

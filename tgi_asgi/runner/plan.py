@@ -58,9 +58,9 @@ class StepRow:
     slot: int  # [0, max_batch_size)
     token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
     start: int  # position of the first token, which is the number of its tokens already in the KV cache
-    # One for each of `Runner.windows`. Covers at least start + number of tokens; entries before the window of
-    # the first token may hold anything. The lists belong to the engine: while the step is in flight they may
-    # grow at their ends, but do not change otherwise.
+    # One for each of `RunnerTraits.windows`. Covers at least start + number of tokens; entries before the
+    # window of the first token may hold anything. The lists belong to the engine: while the step is in flight
+    # they may grow at their ends, but do not change otherwise.
     block_tables: Sequence[Sequence[int]]
     samples: bool  # whether to sample a token after the last one
     prompt_logprobs: int | None = None  # k: return log-probabilities of this chunk's tokens and of the k best
@@ -150,28 +150,45 @@ class DeviceLost(Exception):
     """Raised through a step's future when no further step can succeed (a CUDA error); nothing is retried."""
 
 
-class Runner(Protocol):
-    """Computes steps in the order submitted, with at most two in flight."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerTraits:
+    """What a runner and its model ask of the plans: sizes, and what a plan may and must contain.
+
+    Attributes:
+        max_step_tokens: Maximum number of tokens in a step, drafts included.
+        min_chunk: Number of prompt tokens below which a chunk does not make a step faster.
+        num_kept_states: Places for states of sequences, besides those of the slots. A sequence can continue
+            at a token only from its state there; with 0 places no sequence can reuse computed prefixes. None:
+            a sequence's state is only its blocks.
+        vision: Which parts of a prompt a step must compute whole, for models that accept images.
+        takes_whole_prompts: Whether a prompt is one row of one step and nothing follows; `max_step_tokens`
+            then fits the longest prompt.
+        has_prompt_arithmetic: Whether keys and values of prompt tokens differ in bits from those of the same
+            tokens sampled.
+        drafts: How many drafts the runner accepts; None: it samples one token per row.
+        windows: Per group of layers that share block tables: number of positions a token attends to, itself
+            included; None: all. A block can serve any group.
+    """
 
     num_blocks: int
     block_size: int
     max_batch_size: int
     max_step_tokens: int
-    min_chunk: int  # prompt tokens; shorter chunks do not make a step faster
-    # Places for states of sequences, besides those of the slots. A sequence can continue at a token only from
-    # its state there; with 0 places no sequence can reuse computed prefixes. None: a sequence's state is only
-    # its blocks.
-    num_kept_states: int | None
-    vision: Bidirectional | None  # for models that accept images
-    # Whether a prompt is one row of one step and nothing follows; `max_step_tokens` then fits the longest
-    # prompt.
-    takes_whole_prompts: bool
-    # Whether keys and values of prompt tokens differ in bits from those of the same tokens sampled.
-    has_prompt_arithmetic: bool
-    drafts: DraftLimits | None  # None: samples one token per row
-    # Per group of layers that share block tables: number of positions a token attends to, itself included;
-    # None: all. A block can serve any group.
-    windows: tuple[int | None, ...]
+    min_chunk: int = 0
+    num_kept_states: int | None = None
+    vision: Bidirectional | None = None
+    takes_whole_prompts: bool = False
+    has_prompt_arithmetic: bool = False
+    drafts: DraftLimits | None = None
+    windows: tuple[int | None, ...] = (None,)
+
+
+class Runner(Protocol):
+    """Computes steps in the order submitted, with at most two in flight."""
+
+    @property
+    def traits(self) -> RunnerTraits:
+        """What its plans may and must contain; the same for as long as it serves."""
 
     @property
     def num_threads(self) -> int:

@@ -10,17 +10,20 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts
+from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import StepInputs
-from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
@@ -45,11 +48,8 @@ class CpuRunner:
         shards: The other shards, if the model is split.
 
     Attributes:
+        traits: As in `Runner.traits`.
         max_context: Maximum number of tokens in a sequence.
-        num_kept_states: As in `Runner.num_kept_states`.
-        vision: As in `Runner.vision`.
-        drafts: As in `Runner.drafts`.
-        windows: As in `Runner.windows`.
     """
 
     def __init__(
@@ -69,17 +69,9 @@ class CpuRunner:
         shards: Shards | None = None,
     ) -> None:
         config = model.config
-        self.num_blocks = kv_size.num_blocks
-        self.block_size = self.min_chunk = kv_size.block_size
-        self.max_batch_size = max_batch_size
-        self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         groups = groups_of(config, kv_size.dtype)
-        self.windows = groups.windows
-        self._pool = make_pool(config, kv_size, groups)
-        self.num_kept_states = num_kept_states if config.has_states else None
-        self.takes_whole_prompts = False
-        self.has_prompt_arithmetic = has_prompt_arithmetic
+        self._kv_pool = make_pool(config, kv_size, groups)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -91,37 +83,48 @@ class CpuRunner:
             num_kept_states=num_kept_states,
         )
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
-        self.drafts = None if self._drafts is None else self._drafts.limits
+        draft_limits = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
-            [] if self._pool is None else self._pool.layers,
+            [] if self._kv_pool is None else self._kv_pool.layers,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
             max_context=max_context,
             image_cache=image_cache,
-            drafts=self.drafts,
+            drafts=draft_limits,
             num_kept_states=num_kept_states,
             adapters=adapters,
             shard=None if shards is None else shards.shard,
         )
         self._shards = shards
-        self._copy_blocks = None if self._pool is None else self._pool.copy
+        self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
         self._vision_program = self._program if isinstance(self._program, VisionProgram) else None
-        self.vision = None if self._vision_program is None else self._vision_program.bidirectional
+        self.traits = RunnerTraits(
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max_step_tokens,
+            min_chunk=kv_size.block_size,
+            num_kept_states=num_kept_states if config.has_states else None,
+            vision=None if self._vision_program is None else self._vision_program.bidirectional,
+            has_prompt_arithmetic=has_prompt_arithmetic,
+            drafts=draft_limits,
+            windows=groups.windows,
+        )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
         self._generates = config.generates
-        self._pooler = Pooler(self._program.hidden, dense)
+        self._vectors = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
-        self._jobs = JobQueue(self._program.native, self._inputs.limits)
+        self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
-            self._jobs.steps.set_drafter(self._drafts.native)
+            self._handoff.steps.set_drafter(self._drafts.native)
         self._thread = threading.Thread(
             # Looks `run` up for each step: tests replace it.
-            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
+            target=self._handoff.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
         )  # fmt: skip
         self._thread.start()
 
@@ -136,7 +139,7 @@ class CpuRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        future = self._jobs.submit(plan, has_only_rows=self._has_only_rows(plan))
+        future = self._handoff.submit(plan, has_only_rows=self._has_only_rows(plan))
         for start in plan.starts:
             if start.grammar is None:
                 self._constrained.discard(start.slot)
@@ -146,13 +149,13 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; call on the event loop if it runs."""
-        if self._pool is not None:
-            self._pool.stop_supply()
-        self._jobs.close()
+        if self._kv_pool is not None:
+            self._kv_pool.stop_supply()
+        self._handoff.close()
         self._thread.join()
         if self._shards is not None:
             self._shards.close()
-        self._jobs.end()
+        self._handoff.end()
 
     def _has_only_rows(self, plan: StepPlan) -> bool:
         """Return whether a step needs no Python; true for most steps of decoding streams."""
@@ -184,9 +187,9 @@ class CpuRunner:
             if self._vision_program is not None:
                 self._vision_program.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
-            self._pooler.forget(start.slot)
+            self._vectors.forget(start.slot)
         if plan.starts:
-            self._jobs.steps.set_sampling(self._sampling.arrays)
+            self._handoff.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
         if self._vision_program is not None:
             result.is_encoded, result.image_s = self._vision_program.advance(plan.images, plan.image_budget_s)
@@ -206,6 +209,25 @@ class CpuRunner:
             raise
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:
+        drafts, mask = self._choose_drafts(plan)
+        ops.wake_threads()
+        batch = self._inputs.fill(
+            plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
+        )
+        result = StepResult(plan.step_id, [None] * len(plan.rows))
+        samples = StepSamples.of(plan, batch)
+        if not len(batch.row_slots):
+            return result
+        sampled = self._run_batch(plan, batch, samples, mask, result)
+        if sampled is not None:
+            slots, kept = samples.collect(sampled, result)
+            self._masks.accept(slots, kept)
+            if self._drafts is not None:
+                self._drafts.append(slots, kept)
+        return result
+
+    def _choose_drafts(self, plan: StepPlan) -> tuple[list[list[int]], npt.NDArray[np.int32] | None]:
+        """Choose each row's drafts, if any, and compute the mask of the tokens that may be sampled."""
         starts = self._starts(plan)
         sampling = [
             index
@@ -221,40 +243,37 @@ class CpuRunner:
             [plan.rows[index].slot for index in sampling],
             [drafts[index] for index in sampling] if drafts else (),
         )
-        ops.wake_threads()
-        batch = self._inputs.fill(
-            plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
-        )
-        result = StepResult(plan.step_id, [None] * len(plan.rows))
-        samples = StepSamples.of(plan, batch)
-        if not len(batch.row_slots):
-            return result
-        firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
+        return drafts, mask
+
+    def _run_batch(
+        self,
+        plan: StepPlan,
+        batch: ops.FlatRows,
+        samples: StepSamples,
+        mask: npt.NDArray[np.int32] | None,
+        result: StepResult,
+    ) -> ops.SampleResult | None:
+        """Run the model on a batch; add vectors and prompts' scores to `result`, and return the samples."""
         if (
             samples.rows
             and self._generates
             and all(row.prompt_logprobs is None and row.pooling is None for row in plan.rows)
         ):
-            sampled = self._program.run_and_sample(
+            return self._program.run_and_sample(
                 batch, samples.tokens, samples.slots, self._sampling, mask, samples.drafts
             )
-        else:
-            logits = self._program.run(batch, samples.tokens)
-            has_overwritten = self._pool_rows(plan, firsts, result)
-            if self._score(plan, firsts, result) or has_overwritten:
-                logits = self._program.run_head(samples.tokens)  # both write where the step's logits were
-            if not self._generates:  # only the engine's probe requests a token
-                for row in samples.rows:
-                    result.sampled[row] = Sampled(0)
-                return result
-            if not samples.rows:
-                return result
-            sampled = ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
-        slots, kept = samples.collect(sampled, result)
-        self._masks.accept(slots, kept)
-        if self._drafts is not None:
-            self._drafts.append(slots, kept)
-        return result
+        logits = self._program.run(batch, samples.tokens)
+        firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
+        has_overwritten = self._take_vectors(plan, firsts, result)
+        if self._score(plan, firsts, result) or has_overwritten:
+            logits = self._program.run_head(samples.tokens)  # both write where the step's logits were
+        if not self._generates:  # only the engine's probe requests a token
+            for row in samples.rows:
+                result.sampled[row] = Sampled(0)
+            return None
+        if not samples.rows:
+            return None
+        return ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
 
     def _starts(self, plan: StepPlan) -> list[int]:
         """Return where each row begins; rows with a `stop` begin where their slots are."""
@@ -268,15 +287,15 @@ class CpuRunner:
                 result.prompt_logprobs[index] = self._scorer.score(firsts[index], row)
         return bool(result.prompt_logprobs)
 
-    def _pool_rows(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
-        """Pool the rows that request it; return whether logits were computed for one."""
+    def _take_vectors(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
+        """Take the vectors of the rows that request pooling; return whether logits were computed for one."""
         has_logits = False
         for index, row in enumerate(plan.rows):
             if row.pooling is None:
                 continue
             vector = None
             if row.pooling.kind is not PoolingKind.LOGITS:
-                vector = self._pooler.take(firsts[index], row)
+                vector = self._vectors.take(firsts[index], row)
             elif row.samples:
                 logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0].numpy()
                 vector, has_logits = logits[list(row.pooling.token_ids)], True  # a copy

@@ -1,21 +1,64 @@
-"""Loads the part of a model that a shard other than shard 0 computes, as a program for CPUs."""
+"""The part of a model that a shard other than shard 0 computes on a CPU: what it is, and how it is loaded."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.runner.cpu_load import load_by_team
+from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP, max_drafts_per_row
-from tgi_asgi.runner.kv import groups_of
+from tgi_asgi.runner.kv import KvSize, groups_of
+from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.runner.programs import make_pool, make_program
-from tgi_asgi.runner.shards import CpuShardJob
+from tgi_asgi.settings import Settings
 
 
-def load(job: CpuShardJob) -> ops.NativeProgram:
+@dataclass(frozen=True, slots=True)
+class CpuShardJob:
+    """What a shard needs to know to compute its part, as chosen by shard 0."""
+
+    files: ModelFiles
+    settings: Settings
+    cut: ModelCut
+    is_exact: bool  # this and the next three: as in `ops.Packing`
+    quantise: str | None
+    rounds_floats: bool
+    has_float_prompts: bool
+    kv_size: KvSize
+    longest: int  # tokens in a sequence
+    memory: ops.ShardMemory
+    descriptor: int  # of that memory
+
+    @property
+    def rank(self) -> int:
+        """The shard's number."""
+        return self.cut.rank
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """The shared memory's descriptor."""
+        return (self.descriptor,)
+
+    def load(self, connection: Connection) -> Callable[[], None]:
+        """Load the part, as described in `ShardJob.load`."""
+        return load_program(self).follow
+
+    @property
+    def packing(self) -> ops.Packing:
+        """The arithmetic of its products."""
+        return ops.Packing(
+            self.is_exact, self.quantise, self.rounds_floats, has_float_prompts=self.has_float_prompts
+        )
+
+
+def load_program(job: CpuShardJob) -> ops.NativeProgram:
     """Load this shard's part of the model; return its program, which the calling thread follows.
 
     Raises:

@@ -14,8 +14,6 @@ and watches them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -26,47 +24,8 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP
 from tgi_asgi.runner.kv import KvSize, step_tokens
 from tgi_asgi.runner.shard_processes import ShardProcesses
+from tgi_asgi.runner.shard_program import CpuShardJob
 from tgi_asgi.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class CpuShardJob:
-    """What a shard needs to know to compute its part, as chosen by shard 0."""
-
-    files: ModelFiles
-    settings: Settings
-    cut: ModelCut
-    is_exact: bool  # this and the next three: as in `ops.Packing`
-    quantise: str | None
-    rounds_floats: bool
-    has_float_prompts: bool
-    kv_size: KvSize
-    longest: int  # tokens in a sequence
-    memory: ops.ShardMemory
-    descriptor: int  # of that memory
-
-    @property
-    def rank(self) -> int:
-        """The shard's number."""
-        return self.cut.rank
-
-    @property
-    def descriptors(self) -> Sequence[int]:
-        """The shared memory's descriptor."""
-        return (self.descriptor,)
-
-    def load(self, connection: Connection) -> Callable[[], None]:
-        """Load the part, as described in `ShardJob.load`."""
-        from tgi_asgi.runner.shard_program import load  # that module imports this one
-
-        return load(self).follow
-
-    @property
-    def packing(self) -> ops.Packing:
-        """The arithmetic of its products."""
-        return ops.Packing(
-            self.is_exact, self.quantise, self.rounds_floats, has_float_prompts=self.has_float_prompts
-        )
 
 
 def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list[ModelCut]:
@@ -78,13 +37,11 @@ def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list
     count = settings.num_shard
     if count == 1:
         return []
-    refused = (
-        f"{count} GPUs, and {num_gpus} can be seen" if num_gpus is not None and num_gpus < count
-        else "adapters, which several shards do not compute" if settings.serves_adapters
-        else None
-    )  # fmt: skip
-    if refused is not None:
-        raise ModelLoadError(f"--num-shard {count} asks for {refused}: change it, or leave it out")
+    asks, cure = f"--num-shard {count} asks for", "change it, or leave it out"
+    if num_gpus is not None and num_gpus < count:
+        raise ModelLoadError(f"{asks} {count} GPUs, and {num_gpus} can be seen: {cure}")
+    if settings.serves_adapters:
+        raise ModelLoadError(f"{asks} adapters, which several shards do not compute: {cure}")
     return opened.cuts(count)
 
 
@@ -146,7 +103,14 @@ class Shards:
         self.shard = ops.Shard(group, first.cut.vocab_ids.start)
         self._others = ShardProcesses(jobs[1:], lambda reason: group.abort())
         self.processes = self._others.processes
-        self.wait_ready, self.watch = self._others.wait_ready, self._others.watch
+
+    def wait_ready(self) -> None:
+        """Wait until the other shards have loaded their parts, as `ShardProcesses.wait_ready`."""
+        self._others.wait_ready()
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost` when a shard ends, as `ShardProcesses.watch`."""
+        self._others.watch(on_lost)
 
     def close(self) -> None:
         """Let the other shards end, once no step runs, and wait for them. Idempotent."""

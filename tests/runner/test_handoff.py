@@ -15,8 +15,8 @@ from tests.support.runner_driver import GREEDY, Job, generate
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi import _C, ops
 from tgi_asgi.models.family import Model
+from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import PlanError
-from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.types import SamplingParams
@@ -129,22 +129,22 @@ def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
 
 @pytest.mark.parametrize("num_left", [1, 2])
 def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_left: int) -> None:
-    queue = JobQueue()
+    handoff = StepHandoff()
     may_work = threading.Event()
     finished = threading.Semaphore(0)
 
     def work() -> None:
         may_work.wait(10)
-        while (job := queue.take()) is not None:
-            queue.finish(job, StepResult(job.plan.step_id, []))
+        while (step := handoff.take()) is not None:
+            handoff.finish(step, StepResult(step.plan.step_id, []))
             finished.release()
 
     async def leave() -> None:
         for index in range(num_left):
-            queue.submit(StepPlan(index, [])).add_done_callback(print)
+            handoff.submit(StepPlan(index, [])).add_done_callback(print)
 
     async def sample() -> StepResult:
-        future = queue.submit(StepPlan(9, []))
+        future = handoff.submit(StepPlan(9, []))
         assert finished.acquire(timeout=10)  # so that new and old results arrive together
         return await asyncio.wait_for(future, LONGEST_S)
 
@@ -157,9 +157,9 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
     try:
         assert asyncio.run(sample()) == StepResult(9, [])
     finally:
-        queue.close()
+        handoff.close()
         thread.join(10)
-        queue.end()
+        handoff.end()
 
 
 async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
@@ -179,8 +179,8 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(start_plan(1))
-    assert runner._pool is not None
-    runner._pool.native.memory()[:2] = 0xFF  # NaN
+    assert runner._kv_pool is not None
+    runner._kv_pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled
     assert ill is not None and healthy is not None
@@ -207,24 +207,24 @@ async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) ->
 
 
 async def test_a_queue_without_a_program_gives_all_to_its_taker() -> None:
-    queue = JobQueue()
+    handoff = StepHandoff()
     taken: list[int] = []
 
     def work() -> None:
-        while (job := queue.take()) is not None:
-            taken.append(job.plan.step_id)
-            queue.finish(job, StepResult(job.plan.step_id, []) if job.plan.step_id else ValueError("no"))
+        while (step := handoff.take()) is not None:
+            taken.append(step.plan.step_id)
+            handoff.finish(step, StepResult(step.plan.step_id, []) if step.plan.step_id else ValueError("no"))
 
     thread = threading.Thread(target=work)
     thread.start()
-    failing, good = queue.submit(StepPlan(0, [])), queue.submit(StepPlan(5, []))
+    failing, good = handoff.submit(StepPlan(0, [])), handoff.submit(StepPlan(5, []))
     with pytest.raises(ValueError, match="no"):
         await failing
     assert await good == StepResult(5, [])
-    queue.close()
+    handoff.close()
     thread.join(10)
-    queue.end()
-    queue.end()
+    handoff.end()
+    handoff.end()
     assert taken == [0, 5]
 
 
@@ -238,43 +238,43 @@ async def test_what_is_no_exception_fails_its_step_alone() -> None:
             raise PanicException("called `Option::unwrap()` on a `None` value")
         return StepResult(plan.step_id, [])
 
-    queue = JobQueue()
-    thread = threading.Thread(target=queue.serve, args=(compute,))
+    handoff = StepHandoff()
+    thread = threading.Thread(target=handoff.serve, args=(compute,))
     thread.start()
     try:
-        failing, good = queue.submit(StepPlan(0, [])), queue.submit(StepPlan(1, []))
+        failing, good = handoff.submit(StepPlan(0, [])), handoff.submit(StepPlan(1, []))
         with pytest.raises(RuntimeError, match="unwrap"):
             await asyncio.wait_for(failing, LONGEST_S)
         assert await good == StepResult(1, [])
     finally:
-        queue.close()
+        handoff.close()
         thread.join(LONGEST_S)
-        queue.end()
+        handoff.end()
 
 
 async def test_an_idle_thread_holds_no_plan() -> None:
     """A plan has images and adapters, which must leave the memory when they are dropped elsewhere."""
-    queue = JobQueue()
-    thread = threading.Thread(target=queue.serve, args=(lambda plan: StepResult(plan.step_id, []),))
+    handoff = StepHandoff()
+    thread = threading.Thread(target=handoff.serve, args=(lambda plan: StepResult(plan.step_id, []),))
     thread.start()
     try:
         plan = StepPlan(0, [StepRow(0, [1], 0, [[1]], samples=True, adapter=threading.Event())])
         adapter = weakref.ref(plan.rows[0].adapter)
-        await queue.submit(plan)
+        await handoff.submit(plan)
         del plan
         await until(lambda: adapter() is None)
     finally:
-        queue.close()
+        handoff.close()
         thread.join(LONGEST_S)
-        queue.end()
+        handoff.end()
 
 
-async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
-    queue = JobQueue()
+async def test_a_thread_that_is_faster_than_the_loop_finds_its_step() -> None:
+    handoff = StepHandoff()
     taken = threading.Event()
 
     class Slow:
-        """A queue whose `push` returns only after the thread has taken the job."""
+        """A queue whose `push` returns only after the thread has taken the step."""
 
         def push(self, number: int) -> None:
             steps.push(number)
@@ -284,19 +284,19 @@ async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
             return getattr(steps, name)
 
     def work() -> None:
-        job = queue.take()
+        step = handoff.take()
         taken.set()
-        assert job is not None
-        queue.finish(job, StepResult(job.plan.step_id, []))
+        assert step is not None
+        handoff.finish(step, StepResult(step.plan.step_id, []))
 
-    steps = queue.steps
-    queue.steps = Slow()  # type: ignore[assignment]
+    steps = handoff.steps
+    handoff.steps = Slow()  # type: ignore[assignment]
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        assert await queue.submit(StepPlan(3, [])) == StepResult(3, [])
+        assert await handoff.submit(StepPlan(3, [])) == StepResult(3, [])
     finally:
-        queue.end()
+        handoff.end()
         thread.join(10)
 
 

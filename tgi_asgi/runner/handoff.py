@@ -19,7 +19,7 @@ MAX_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
-class Job:
+class PendingStep:
     """A submitted step and the future that waits for its result."""
 
     number: int
@@ -28,13 +28,13 @@ class Job:
     outcome: StepResult | Exception | None = None
 
 
-class JobQueue:
-    """A FIFO queue with at most two undelivered steps.
+class StepHandoff:
+    """Hands steps to a thread, in order and with at most two undelivered, and their results back.
 
-        queue = JobQueue()
-        future = queue.submit(plan)              # on the event loop
-        while (job := queue.take()) is not None: # on a thread
-            queue.finish(job, compute(job.plan))
+        handoff = StepHandoff()
+        future = handoff.submit(plan)                 # on the event loop
+        while (step := handoff.take()) is not None:   # on a thread
+            handoff.finish(step, compute(step.plan))
 
     With a native program, `take` itself computes the steps that consist only of rows, one after the other.
     Neither the computation nor the completion signal runs Python or waits for the GIL.
@@ -49,7 +49,7 @@ class JobQueue:
     def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
         self.steps = ops.StepQueue(program, None if program is None else limits)
         self._numbers = itertools.count()
-        self._jobs: dict[int, Job] = {}  # not yet delivered
+        self._undelivered: dict[int, PendingStep] = {}  # by number
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop that delivers results
         self._is_closed = False
 
@@ -63,43 +63,43 @@ class JobQueue:
                 its prompt.
 
         Raises:
-            RuntimeError: if the queue is closed or two steps are already in flight.
+            RuntimeError: if the handoff is closed or two steps are already in flight.
         """
         if self._is_closed:
             raise RuntimeError("the runner is closed")
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._watch(loop)
-        if len(self._jobs) >= MAX_IN_FLIGHT:
+        if len(self._undelivered) >= MAX_IN_FLIGHT:
             raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
-        job = Job(next(self._numbers), plan, loop.create_future())
-        self._jobs[job.number] = job  # before the push: the thread that takes the number looks the job up
+        step = PendingStep(next(self._numbers), plan, loop.create_future())
+        self._undelivered[step.number] = step  # before the push: the thread that takes the number looks it up
         try:
             if has_only_rows:
-                self.steps.push_rows(job.number, plan.rows, *plan.cost)
+                self.steps.push_rows(step.number, plan.rows, *plan.cost)
             else:
-                self.steps.push(job.number)
+                self.steps.push(step.number)
         except Exception as error:
-            del self._jobs[job.number]
-            job.future.set_exception(error)
-        return job.future
+            del self._undelivered[step.number]
+            step.future.set_exception(error)
+        return step.future
 
-    def take(self) -> Job | None:
-        """Wait for the next job that needs Python; return None once the queue is closed and empty."""
+    def take(self) -> PendingStep | None:
+        """Wait for the next step that needs Python; return None once closed and empty."""
         number = self.steps.compute_rows()
-        return None if number is None else self._jobs[number]
+        return None if number is None else self._undelivered[number]
 
     def serve(self, compute: Callable[[StepPlan], StepResult]) -> None:
-        """Compute jobs one after the other until the queue is closed. The body of a runner's thread."""
+        """Compute steps one after the other until the handoff is closed. The body of a runner's thread."""
         ops.join_threads()
-        while (job := self.take()) is not None:
-            self.finish(job, _outcome(compute, job.plan))
-            del job  # or its plan's images and adapters would stay in memory until the next step
+        while (step := self.take()) is not None:
+            self.finish(step, _outcome(compute, step.plan))
+            del step  # or its plan's images and adapters would stay in memory until the next step
 
-    def finish(self, job: Job, outcome: StepResult | Exception) -> None:
+    def finish(self, step: PendingStep, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""
-        job.outcome = outcome
-        self.steps.finish(job.number)
+        step.outcome = outcome
+        self.steps.finish(step.number)
 
     def close(self) -> None:
         """Accept no more steps; after those queued, `take` returns None. Idempotent."""
@@ -124,24 +124,24 @@ class JobQueue:
     def _deliver(self) -> None:
         """Complete the futures of finished steps. Runs on the event loop."""
         for number, sampled in self.steps.done():
-            job = self._jobs.pop(number)
+            step = self._undelivered.pop(number)
             outcome: StepResult | Exception
             if sampled is None:
-                assert job.outcome is not None
-                outcome = job.outcome
+                assert step.outcome is not None
+                outcome = step.outcome
             elif isinstance(sampled, Exception):
-                logger.error("step %s failed: %s", job.plan.step_id, sampled)
+                logger.error("step %s failed: %s", step.plan.step_id, sampled)
                 outcome = sampled
             else:
                 rows, draft_samples, (num_drafted_rows, num_drafts) = sampled
                 outcome = StepResult(
-                    job.plan.step_id,
+                    step.plan.step_id,
                     [None if row is None else Sampled(*row) for row in rows],
                     {row: [Sampled(*each) for each in more] for row, more in draft_samples.items()},
                     num_drafted_rows,
                     num_drafts,
                 )
-            _end(job, outcome)
+            _end(step, outcome)
 
 
 def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepResult | Exception:
@@ -154,10 +154,10 @@ def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepR
         return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _end(job: Job, outcome: StepResult | Exception) -> None:
-    future = job.future
+def _end(step: PendingStep, outcome: StepResult | Exception) -> None:
+    future = step.future
     if future.get_loop().is_closed():
-        logger.debug("the result of step %s has no taker", job.plan.step_id)
+        logger.debug("the result of step %s has no taker", step.plan.step_id)
     elif future.done():  # cancelled by the caller
         return
     elif isinstance(outcome, Exception):
