@@ -19,7 +19,8 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     examples = {"int": "3", "float": "2.5", "bool": "true", "str": "text", "tuple": "one"}
     special = {
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
-        "hostname": "10.0.0.3", "aip_predict_route": "/predict", "aip_health_route": "/healthy",
+        "hostname": "10.0.0.3", "cuda_memory_fraction": "0.4",
+        "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "reasoning_format": "think", "kv_cache_dtype": "int8", "pooling": "mean",
         "quantize": "q8_0", "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "prompt_attention": "sdpa",

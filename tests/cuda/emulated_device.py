@@ -40,6 +40,7 @@ class EmulatedDevice:
         self.captured = 0
         self.replayed = 0
         self.failure: Exception | None = None
+        self.memory_share = 0.0
 
     @staticmethod
     def count() -> int:
@@ -70,6 +71,9 @@ class EmulatedDevice:
 
     def is_lost(self, error: Exception) -> bool:
         return "CUDA error" in str(error)
+
+    def limit_memory(self, share: float) -> None:
+        self.memory_share = share
 
     def free_bytes(self) -> int:
         return 1 << 30

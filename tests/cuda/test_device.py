@@ -17,6 +17,7 @@ from tgi_asgi.runner.cuda_device import CudaDevice
 def device() -> CudaDevice:
     found = object.__new__(CudaDevice)  # without a stream, which needs a GPU
     found.device = torch.device("cuda", 0)
+    found._memory_share = 1.0
     return found
 
 
@@ -57,6 +58,23 @@ def test_an_error_of_one_call_fails_alone(
 def test_too_little_memory_is_no_loss(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", answering(RuntimeError("must not be asked")))
     assert not device.is_lost(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+@pytest.mark.parametrize(
+    ("share", "free", "reserved", "expected"),
+    [(1.0, 70, 25, 70), (0.4, 70, 25, 15), (0.4, 10, 25, 10), (0.2, 70, 25, 0)],
+)
+def test_free_memory_is_what_is_left_of_the_share(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, share: float, free: int, reserved: int, expected: int
+) -> None:
+    """Of 100 bytes, some may be other processes', some are this one's weights."""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, on: limits.append(share))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda on: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda on: reserved)
+    device.limit_memory(share)
+    assert (device.free_bytes(), limits) == (expected, [share])
 
 
 @pytest.fixture

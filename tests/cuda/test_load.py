@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -143,7 +144,9 @@ def test_progress_comes_to_all_bytes_as_they_are_on_the_device(
 ) -> None:
     calls: list[tuple[str, int, int | None]] = []
     files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
-    load(SMALL, files, lambda *call: calls.append(call)).runner.close()
+    settings = dataclasses.replace(SMALL, cuda_memory_fraction=0.4)
+    load(settings, files, lambda *call: calls.append(call)).runner.close()
+    assert device.memory_share == 0.4
     done = [call[1] for call in calls if call[0] == "loading weights"]
     total = calls[-1][2]
     assert total is not None

@@ -64,8 +64,11 @@ class Device(Protocol):
     def is_lost(self, error: Exception) -> bool:
         """Return whether the error means that nothing can succeed on this device any more."""
 
+    def limit_memory(self, share: float) -> None:
+        """Let this process use at most this share of the device's memory, whatever else is free."""
+
     def free_bytes(self) -> int:
-        """Return the free memory in bytes."""
+        """Return the free memory in bytes, as far as this process may use it."""
 
 
 class CudaDevice:
@@ -77,6 +80,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self._stream = _cuda.Stream(self.device)
         self._graph_memory: Any = None  # one pool: graphs run one at a time and share their temporary memory
+        self._memory_share = 1.0
 
     @staticmethod
     def count() -> int:
@@ -127,11 +131,17 @@ class CudaDevice:
             return True
         return False
 
+    def limit_memory(self, share: float) -> None:
+        """Let torch fail beyond the share, and count only what is left of it."""
+        self._memory_share = share
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
     def free_bytes(self) -> int:
         """Ask the driver, after torch has released its cached memory."""
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(free)
+        free, total = torch.cuda.mem_get_info(self.device)
+        left = int(total * self._memory_share) - torch.cuda.memory_reserved(self.device)
+        return max(min(int(free), left), 0)
 
 
 def register_kernels() -> None:

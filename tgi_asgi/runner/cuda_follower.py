@@ -94,6 +94,7 @@ class Follower:
         register_kernels()
         self._job, self._connection = job, connection
         self._device = device = job.device_class(job.rank)
+        device.limit_memory(job.settings.cuda_memory_fraction)
         device.enter_thread()
         with (
             must_fit(),

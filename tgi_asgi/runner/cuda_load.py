@@ -104,6 +104,7 @@ class OnCuda:
         self.arithmetic = ops.Repacking(self.dtype, device.device)
         self.longest, self.settings = longest, settings
         self._opened, self._device = opened, device
+        device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
         self.shards: CudaShards | None = None
         if cuts:

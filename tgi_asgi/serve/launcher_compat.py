@@ -60,7 +60,7 @@ _INTERNAL = "shards are processes of one machine, and need no addresses"
 
 OPTIONS: tuple[CompatOption, ...] = (
     _refused(_SHARDED, _UNCOUNTED, "false"),
-    *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
+    *_ignored("the engine chooses", "cuda_graphs"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
     CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),
     _switch("disable_usage_stats", "nothing is ever sent"),

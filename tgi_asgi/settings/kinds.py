@@ -64,6 +64,7 @@ SECONDS, RATIO = AMOUNT._replace(metavar="SECONDS"), AMOUNT._replace(metavar="RA
 DELAY = Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
 TIMEOUT = Kind("SECONDS", "be positive", lambda value: value > 0)
 PERIOD = TIMEOUT._replace(metavar="MS")
+FRACTION = Kind("SHARE", "be above 0 and at most 1", lambda value: 0 < value <= 1)
 NICE = Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
 PIXELS = Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own limit
 HOSTS = Kind("HOSTS", "be host names", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value))

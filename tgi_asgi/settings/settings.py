@@ -338,6 +338,9 @@ class Settings:
     max_batch_total_tokens: int | None = _engine(
         "Tokens in the KV cache (default: from free memory; on a CPU allocated as used).", None, kinds.COUNT
     )
+    cuda_memory_fraction: float = _engine(
+        "Share of a GPU's memory that the server may use.", 1.0, kinds.FRACTION
+    )
     queue_timeout_s: float = _engine(
         "Longest wait for the first step before a 429 (0: any).", 0.0, kinds.SECONDS
     )
