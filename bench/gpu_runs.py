@@ -97,20 +97,32 @@ def _of(kind: StepKind) -> dict[str, Any]:
 
 
 def engine(report: Report) -> None:
-    """Drive the runner as the engine does: steps, time to the first token, prompts alongside decodes."""
+    """Drive runners as the engine does: steps, time to the first token, prompts alongside decodes.
+
+    One that fails is reported, and the others are driven.
+    """
+    failed = 0
     for weights, kv, sampling in ENGINES:
-        runner = make_runner(gpu_model.SHAPE, CudaDevice(), max(BATCHES), weights, kv)
         name = {"weights": weights, "kv": kv, "draw": "greedy" if sampling is GREEDY else "top-p"}
 
         def named(key: str, row: dict[str, Any], name: dict[str, Any] = name) -> None:
             report(key, {"what": row["what"]} | name | row)
 
         try:
-            asyncio.run(drive(runner, gpu_model.SHAPE.vocab_size, named, _busy_us, sampling))
-        finally:
-            runner.close()
-        del runner
+            _drive_one(weights, kv, sampling, named)
+        except Exception as error:
+            failed += 1
+            named("runs", {"what": "engine", "why": str(error)[:300]})
         gpu_timing.free_memory()
+    assert not failed, f"{failed} could not be driven"
+
+
+def _drive_one(weights: str, kv: str, sampling: SamplingParams, report: Report) -> None:
+    runner = make_runner(gpu_model.SHAPE, CudaDevice(), max(BATCHES), weights, kv)
+    try:
+        asyncio.run(drive(runner, gpu_model.SHAPE.vocab_size, report, _busy_us, sampling))
+    finally:
+        runner.close()
 
 
 def make_runner(

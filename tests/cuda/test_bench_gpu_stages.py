@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tests.cuda.scripted_gpu import Clock
 from tests.emulation import bindings, library
 from tests.reference.compare import assert_close
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 
 @pytest.fixture
@@ -167,6 +170,31 @@ async def test_the_engine_s_loop_is_timed(emulation: None, monkeypatch: pytest.M
     assert all(row["us"] > 0 for row in rows)
     assert all(row["launch_us"] > 0 for row in rows[1:])
     assert rows[-1]["prompt"] == 16
+
+
+def test_no_model_outlives_its_kind_of_step(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together would not fit a GPU; a recorded step refers to itself."""
+    caches: list[weakref.ref[Tensor]] = []
+    time_step = gpu_runs.time_step
+
+    def make_layer(cache: Tensor) -> object:
+        caches.append(weakref.ref(cache))
+        return CudaKvLayer(cache)
+
+    def timed(kind: StepKind, limits: dict[str, float], report: gpu_stages.Report) -> None:
+        assert not [cache for cache in caches if cache() is not None]
+        time_step(kind, limits, report, TINY)
+
+    monkeypatch.setattr(gpu_model, "CudaKvLayer", make_layer)
+    monkeypatch.setattr(gpu_runs, "time_step", timed)
+    monkeypatch.setattr(gpu_runs, "measure_ceilings", lambda: {"read": 1e12, "bf16": 1e15})
+    monkeypatch.setattr(gpu_runs, "KINDS", (StepKind(2, 48), StepKind(1, 48), StepKind(1, 32)))
+    gc.disable()  # it may, but need not run by itself
+    try:
+        gpu_runs.step(lambda key, row: None)
+    finally:
+        gc.enable()
+    assert len(caches) == 3 * TINY.num_layers
 
 
 def test_transformers_is_timed_with_a_static_cache(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
