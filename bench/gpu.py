@@ -261,7 +261,7 @@ _COLUMNS = {  # of the tables: the key that a stage reports under, and the colum
     "served": ("runs", ("what", "requests", "failed", "output_tokens_per_s", "start_s")),
     "profiler": ("profile", ("batch", "weights", "draw", "us", "count", "kernel")),
 }  # fmt: skip
-_WHATS = {"engine": ("ttft", "decode", "mixed"), "peers": ("transformers",), "served": ("served",)}
+_WHATS = {"engine": ("ttft", "decode", "mixed", "engine"), "peers": ("transformers",), "served": ("served",)}
 
 
 def table(result: dict[str, Any], stage: str) -> Iterator[str]:
