@@ -191,9 +191,8 @@ def cuda_extension() -> Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures_here() or DEFAULT_ARCHITECTURES)
-    # torch 2.15's headers need C++20 (the last standard given counts). GCC 12 mistakes their reference counts
-    # for buffers.
-    with_torch = ["-std=c++20", "-DTGI_CUDA", "-Wno-stringop-overflow"]
+    # GCC 12 mistakes the reference counts in torch's headers for buffers.
+    with_torch = ["-DTGI_CUDA", "-Wno-stringop-overflow"]
     flags = {"cxx": [*CXX_FLAGS, *with_torch], "nvcc": NVCC_FLAGS}
     made: Any = CUDAExtension(
         "tgi_asgi._cuda",

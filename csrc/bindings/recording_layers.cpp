@@ -207,13 +207,14 @@ void Recording::up(const Product& product, const std::string& activation,
         out->view.num_columns, ", got ", rows);
   check_num_rows(*out, "out");
   keep(*out);
+  const step::LinearParams linear = linear_params(product, 1);
   const step::MlpFunction function = {
       .kind = check_activation(activation, false),
       .positive = static_cast<float>(alphas.first),
       .negative = static_cast<float>(alphas.second),
   };
   const step::UpParams params = {
-      .linear = linear_params(product, 1),
+      .linear = linear,
       .function = function,
       .out = shared(out),
   };

@@ -19,7 +19,7 @@ from tests.support.scripted_engine import (
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi.api.context import Served
 from tgi_asgi.engine import Engine
-from tgi_asgi.errors import GenerationFailed, ModelLoadError
+from tgi_asgi.errors import GenerationFailed, ModelLoadError, RequestAborted
 from tgi_asgi.settings import Settings
 
 LOGGER = "tgi_asgi.observe.access_log"
@@ -58,6 +58,16 @@ async def test_a_failure_of_the_server_is_an_error(path: str, caplog: pytest.Log
         await client.post(path, json={"inputs": "hi", "prompt": "hi"})
     [record] = caplog.records
     assert (record.levelname, record.__dict__["error"]) == ("ERROR", "why")
+
+
+async def test_an_abort_by_the_administrator_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    async with client_of(
+        scripted_app(ScriptedEngine(fail_with(RequestAborted("by an administrator"))))
+    ) as client:
+        await client.post("/generate", json={"inputs": "hi"})
+    [record] = caplog.records
+    assert (record.levelname, record.__dict__["status"]) == ("INFO", 500)
 
 
 async def test_probes_are_logged_only_when_they_fail(caplog: pytest.LogCaptureFixture) -> None:

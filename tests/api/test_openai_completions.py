@@ -116,6 +116,14 @@ async def test_equal_prompts_without_a_seed_are_sampled_differently() -> None:
     assert [got.sampling.seed for got in engine.requests] == [7, 7]
 
 
+async def test_what_prompts_share_is_read_once() -> None:
+    """A small body may hold 128 prompts and 1,024 biases."""
+    engine = ScriptedEngine()
+    await complete(engine, prompt=["a", "b"], logit_bias={"97": 5})
+    first, second = (request.sampling.logit_bias for request in engine.requests)
+    assert first == ((97, 5.0),) and first is second
+
+
 async def test_max_tokens_defaults_to_16_and_to_the_context_under_compat() -> None:
     engine = ScriptedEngine()
     await complete(engine, prompt="abc")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TemplateError
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, RequestAborted, TemplateError
 from tgi_asgi.observe.logs import quoted
 from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.types import EngineState
@@ -28,6 +28,7 @@ def log_access(exchange: Exchange) -> None:
     is_quiet = is_well and exchange.method != "POST" and route is not None and route.is_quiet
     # 503 only says that the server is about to serve, or to end.
     has_failed = isinstance(exchange.error, _FAILURES) or (status >= 500 and status != 503)
+    has_failed &= not isinstance(exchange.error, RequestAborted)  # the administrator ended it
     level = logging.DEBUG if is_quiet else logging.ERROR if has_failed else logging.INFO
     if logger.isEnabledFor(level):
         left = " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else ""

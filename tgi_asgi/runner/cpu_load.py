@@ -197,6 +197,8 @@ def _check_served(opened: OpenModel, settings: Settings) -> None:
         prompt_precision.check_served(opened)
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: use int8", settings.kv_cache_dtype)
+    if settings.cuda_memory_fraction < 1:
+        logger.warning("--cuda-memory-fraction is ignored on a CPU: use --max-batch-total-tokens")
 
 
 @dataclass(frozen=True, slots=True)

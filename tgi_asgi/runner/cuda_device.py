@@ -164,5 +164,5 @@ def must_fit() -> Iterator[None]:
             raise
         raise ModelLoadError(
             "the model does not fit the GPU's memory: use a smaller one, lower --max-batch-prefill-tokens "
-            f"or --max-batch-size, or free memory ({error})"
+            f"or --max-batch-size, free memory, or raise --cuda-memory-fraction if it is below 1 ({error})"
         ) from error

@@ -106,9 +106,11 @@ def choose_size(
         wanted = settings.max_batch_size * needs.total_for(max_total_tokens)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
+        is_limited = settings.cuda_memory_fraction < 1
+        cure = "raise --cuda-memory-fraction" if is_limited else "free memory"
         raise ModelLoadError(
             f"there is no memory for a KV cache: a block of {size} tokens needs {all_bytes * size} bytes, "
-            f"{free_bytes} are free; free memory, or set --max-batch-total-tokens"
+            f"{free_bytes} are free; {cure}, or set --max-batch-total-tokens"
         )
     num_blocks = min(num_blocks, _MAX_TOKENS // size)
     chosen = KvSize(num_blocks, needs, per_token, kv_dtype)

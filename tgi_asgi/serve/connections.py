@@ -106,6 +106,7 @@ class Connection(TCPServer):
         self._turn_limiter = turn_limiter
         self._has_gone = False
         self._is_idle = True  # waits for a request, or for the rest of its head
+        self._has_begun = True  # part of a head may have come; the first request has no more time than that
         self._idle_s = HEAD_S
 
     async def run(self) -> None:
@@ -125,7 +126,8 @@ class Connection(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated):
-            self._is_idle, self._idle_s = event.idle, self.config.keep_alive_timeout
+            self._is_idle, self._has_begun = event.idle, False
+            self._idle_s = self.config.keep_alive_timeout
             if self._has_gone:
                 return  # it would restart the keep-alive time
         await super().protocol_send(event)
@@ -136,8 +138,8 @@ class Connection(TCPServer):
             while data := await self.reader.read(MAX_RECV):
                 await self._turn_limiter.enter()
                 await self.protocol.handle(RawData(data))
-                if self._is_idle and self._idle_s != HEAD_S:  # a request has begun
-                    self._idle_s = HEAD_S
+                if self._is_idle and not self._has_begun:
+                    self._has_begun, self._idle_s = True, HEAD_S
                     await self.idle_task.restart(self._task_group, self._idle_timeout)
         await self.protocol.handle(Closed())
         self._has_gone = True

@@ -23,6 +23,7 @@ from tgi_asgi.api.openai.params import (
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.api.parse import decode_json, refuse, refuse_field
+from tgi_asgi.api.sampling import random_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
@@ -40,18 +41,19 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     best_of = _check_own(request, limits, num_prompts, n)
     # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
-    constraint = constraint_of(request)
     hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden
-    jobs = [
-        dataclasses.replace(
-            job_of(request, prompt, info, settings, logprobs=logprobs, constraint=constraint),
-            n=best_of,
-            max_tokens=1 if hides_tokens else request.max_tokens,
-            default_max_tokens=None if is_compat else _DEFAULT_TOKENS,
-            prompt_logprobs=request.logprobs if request.echo else None,
-        )
-        for prompt in _prompts(request, info.vocab_size)
-    ]
+    common = dataclasses.replace(
+        job_of(request, Text(""), info, settings, logprobs=logprobs, constraint=constraint_of(request)),
+        n=best_of,
+        max_tokens=1 if hides_tokens else request.max_tokens,
+        default_max_tokens=None if is_compat else _DEFAULT_TOKENS,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+    sampling, jobs = common.sampling, []
+    for prompt in _prompts(request, info.vocab_size):
+        if request.seed is None:  # otherwise equal prompts of a call would get equal answers
+            sampling = dataclasses.replace(sampling, seed=random_seed())
+        jobs.append(dataclasses.replace(common, prompt=prompt, sampling=sampling))
 
     def render(generation: Generation) -> Renderer:
         names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
