@@ -11,17 +11,13 @@ from typing import Any, cast
 
 import ollama
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
 from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
-from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import CHATML, Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
 from tests.support.waiting import LONGEST_S
-from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, OllamaOptions
+from tgi_asgi.api.ollama.request import OllamaOptions
 from tgi_asgi.errors import GenerationFailed, Overloaded
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest
@@ -464,42 +460,3 @@ async def test_leaving_a_stream_frees_the_request() -> None:
         await asyncio.wait_for(engine.channels[0].ended.wait(), LONGEST_S)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
-
-
-TEXT = st.text(max_size=5)
-TURNS = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"])},
-    optional={
-        "content": TEXT | SCALARS, "thinking": TEXT | SCALARS, "images": ANYTHING, "tool_name": TEXT,
-        "tool_call_id": TEXT | SCALARS,
-        "tool_calls": ANYTHING | st.lists(st.fixed_dictionaries(
-            {"function": st.fixed_dictionaries({"name": TEXT, "arguments": ANYTHING})}, optional={"id": TEXT},
-        ), max_size=2),
-    },
-)  # fmt: skip
-OPTIONS: st.SearchStrategy[Any] = st.fixed_dictionaries({"options": bodies(OllamaOptions, {})}) | st.just({})
-CHATS = bodies(OllamaChat, {"messages": st.lists(TURNS, max_size=3) | ANYTHING})
-PROMPTS = bodies(OllamaGenerate, {"prompt": TEXT | ANYTHING})
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.builds(lambda body, more: {**body, **more}, CHATS | PROMPTS, OPTIONS), st.sampled_from([CHATML, None])
-)
-def test_random_requests(body: dict[str, Any], template: str | None) -> None:
-    async def send() -> None:
-        engine = ScriptedEngine(say("Hel", "<tool_call>", '\n{"name": "f", "arg', 'uments": {', b"\xf0\x9f"))
-        path = "/api/generate" if "prompt" in body else "/api/chat"
-        answer = await post_and_check(app_of(engine, chat_template=template), engine, path, body)
-        lines = [json.loads(line) for line in answer.content.removesuffix(b"\n").split(b"\n")]
-        assert ("error" in lines[-1]) == (answer.status >= 400)
-        assert "error" in lines[-1] or [line["done"] for line in lines] == [*[False] * (len(lines) - 1), True]
-
-    asyncio.run(send())
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(["chat", "generate", "show"]), st.binary(max_size=60) | ANYTHING)
-def test_random_bodies(path: str, body: Any) -> None:
-    engine = ScriptedEngine()
-    asyncio.run(post_and_check(app_of(engine), engine, f"/api/{path}", body))

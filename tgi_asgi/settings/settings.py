@@ -16,6 +16,7 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import kinds
+from tgi_asgi.settings.declare import declared, flag_of, parsed
 from tgi_asgi.settings.json_object import MAX_SHOWN, bad_option, parse_object
 from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.settings.speculation import Speculation
@@ -25,37 +26,9 @@ MIB = 1 << 20
 _MAX_INT = 2**53 - 1  # /info and the OpenAPI document have settings as JSON numbers, for JavaScript too
 # Variables of chat templates that only the server sets.
 OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-_SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
-def flag_of(name: str) -> str:
-    """Return a setting's flag: `--max-batch-size` for `max_batch_size`."""
-    return f"--{name.replace('_', '-')}"
-
-
-def _setting(
-    group: str,
-    help: str,
-    default: Any = None,
-    kind: kinds.Kind = kinds.PLAIN,
-    *,
-    flag: str = "",
-    alias: str = "",
-) -> Any:
-    """Declare a field with its help text, default and kind.
-
-    Args:
-        group: Heading that `--help` lists it under.
-        flag: A second flag.
-        alias: A second name, for both the flag and the variable.
-    """
-    metadata = {"group": group, "help": help, "kind": kind, "choices": kind.choices}
-    metadata["flags"] = tuple(filter(None, (flag, alias and flag_of(alias))))
-    metadata["env"] = (alias.upper(),) if alias else ()
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_model, _server, _limit, _engine = (partial(_setting, of) for of in ("Model", "Server", "Limits", "Engine"))
+_model, _server, _limit, _engine = (partial(declared, of) for of in ("Model", "Server", "Limits", "Engine"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +442,7 @@ class Settings:
             for variable in (spec.name.upper(), *spec.metadata["env"]):
                 text = environ.get(variable, "")
                 if text and (variable != "HOSTNAME" or kinds.is_address(text)):
-                    values[spec.name] = _parse(spec, variable, text)
+                    values[spec.name] = parsed(spec, variable, text)
                     break
         if "api_key" in values:
             values["api_key"] = tuple(key.strip() for key in values["api_key"])
@@ -489,19 +462,3 @@ class Settings:
 def _check(holds: object, name: str, rule: str, value: object) -> None:
     if not holds:
         raise InvalidRequest(f"{flag_of(name)} must {rule}, got {value}", param=name)
-
-
-def _parse(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
-    """Parse an environment value by the field's annotation; click parses the flags."""
-    kind = str(spec.type).partition(" ")[0]
-    try:
-        match kind:
-            case "bool":
-                return _SWITCH[text.strip().lower()]
-            case "int":
-                return int(text)
-            case "float":
-                return float(text)
-    except (KeyError, ValueError):
-        raise InvalidRequest(f"{variable}={text!r} is not a valid {kind}", param=spec.name) from None
-    return (text,) if kind.startswith("tuple") else text
