@@ -27,6 +27,7 @@ from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.observe.access_log import log_access
 from tgi_asgi.observe.metrics import LoopLag
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.serve.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 1.0
 
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
-Observer = Callable[[Exchange], None]  # called after every response, failed ones included
+Observer = Callable[[Exchange, RequestSummary], None]  # called after every response, failed ones included
 
 
 class OwnedEngine(Engine, Protocol):
@@ -172,8 +173,9 @@ class App:
             exchange.is_disconnected = True
         finally:
             try:
+                summary = RequestSummary.of(exchange)
                 for observer in self.observers:
-                    observer(exchange)
+                    observer(exchange, summary)
             finally:
                 exchange.close()
 

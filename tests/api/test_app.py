@@ -23,6 +23,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.app import App, create_app, load_model
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import sources
+from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState
 
@@ -262,7 +263,7 @@ def test_the_module_attribute_says_which_variable_is_wrong() -> None:
 
 
 async def test_an_observer_that_fails_holds_no_body() -> None:
-    def fails(exchange: Exchange) -> None:
+    def fails(exchange: Exchange, summary: RequestSummary) -> None:
         raise ZeroDivisionError
 
     app = scripted_app(ScriptedEngine())

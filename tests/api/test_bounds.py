@@ -457,7 +457,7 @@ async def test_a_request_that_has_ended_needs_no_collector_to_be_freed(
     engine = ScriptedEngine()
     app = scripted_app(engine)
     exchanges: list[weakref.ref[Exchange]] = []
-    app.observers.append(lambda exchange: exchanges.append(weakref.ref(exchange)))
+    app.observers.append(lambda exchange, _: exchanges.append(weakref.ref(exchange)))
     call = request("POST", path, {"messages": HI, **fields})
     gc.disable()
     try:

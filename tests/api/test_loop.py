@@ -24,6 +24,7 @@ from tests.support.scripted_engine import (
     ScriptedChannel,
     ScriptedEngine,
     ScriptedPermit,
+    give_vector,
     scripted_app,
     toy_info,
 )
@@ -32,6 +33,7 @@ from tgi_asgi.api.answer import ChoiceReader, Reading
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.openai.responses import MAX_ECHOED_BYTES
+from tgi_asgi.api.pooled import LARGE_BODY as LARGE_POOLING_BODY
 from tgi_asgi.api.sse import DIRECT_WRITE, MAX_WAITING_EVENTS
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
@@ -39,7 +41,7 @@ from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.tools import Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import style_of
-from tgi_asgi.types import FinishReason, GenerationRequest, TokenEvent
+from tgi_asgi.types import Embedding, FinishReason, GenerationRequest, Pooling, PoolingKind, TokenEvent
 
 LIMIT_S = 0.005
 NUM_TRIES = 3
@@ -274,6 +276,28 @@ async def test_log_probabilities_of_very_many_prompts(stream: bool) -> None:
     await check("/v1/completions", orjson.dumps(fields), stream=stream, jobs=128, top=20, num_steps=30)
 
 
+@pytest.mark.parametrize("num_instances", [32, 128])  # read inline, and in a thread
+async def test_very_many_small_instances(num_instances: int) -> None:
+    body = orjson.dumps({"instances": [{"inputs": "a"}] * num_instances})
+    await check("/vertex", body, jobs=num_instances)
+
+
+@pytest.mark.parametrize("num_inputs", [240, 2000])  # read inline, and in a thread
+async def test_very_many_small_inputs(num_inputs: int) -> None:
+    engine = ScriptedEngine(give_vector(*[0.5] * 64))
+    how = Embedding(Pooling(PoolingKind.MEAN), 64, 30)
+    app = scripted_app(engine, info=toy_info(generates=False, embedding=how))
+    body = orjson.dumps({"model": "toy/model", "input": ["a"] * num_inputs})
+    assert (len(body) > LARGE_POOLING_BODY) == (num_inputs > 240)
+    worst = (math.inf, "")
+    for _ in range(NUM_TRIES):
+        call = request("POST", "/v1/embeddings", body)
+        worst = min(worst, await worst_callback(app, call))
+        assert len(call.json()["data"]) == num_inputs
+    assert worst[0] <= LIMIT_S, f"{1000 * worst[0]:.1f} ms: {worst[1]}"
+    app.context.close()
+
+
 @STREAM
 async def test_log_probabilities_of_a_long_response(stream: bool) -> None:
     fields = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 20}
@@ -431,5 +455,7 @@ async def test_references_are_found_without_a_search() -> None:
         f"msg_{i}": b'[{"id":"msg_%d","type":"message","role":"user","content":""}]' % i for i in range(10**5)
     }
     stored = StoredResponse("resp_1", b"{}", [], items)
-    references = [{"type": "item_reference", "id": f"msg_{i}"} for i in range(99_000, 99_500)]
-    await check(RESPONSES, orjson.dumps({"input": references, "store": False}), stored=stored)
+    for num_references in (280, 500):  # 16 KiB of these items are read inline, more in a thread
+        numbers = range(99_000, 99_000 + num_references)
+        references = [{"type": "item_reference", "id": f"msg_{i}"} for i in numbers]
+        await check(RESPONSES, orjson.dumps({"input": references, "store": False}), stored=stored)

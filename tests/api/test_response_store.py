@@ -275,7 +275,7 @@ async def test_a_request_is_as_large_as_what_it_goes_on_from() -> None:
     app.context.responses.add(StoredResponse("large", b"{}", [item], {"msg_1": item}), None)
     app.context.responses.add(StoredResponse("small", b"{}", [small], {}), None)
     seen: list[bool] = []
-    app.observers.append(lambda exchange: seen.append(exchange.is_large))
+    app.observers.append(lambda exchange, _: seen.append(exchange.is_large))
     for body in ({"input": "x"}, {"input": "x", "previous_response_id": "small"},
                  {"input": "x", "previous_response_id": "large"},
                  {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip

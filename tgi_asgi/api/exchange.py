@@ -24,12 +24,14 @@ from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
     from tgi_asgi.api.routes import Route
+    from tgi_asgi.observe.summary import RequestSummary
     from tgi_asgi.types import Lease
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LARGE_BODY = 32 * 1024  # reading more than this, if in a thousand short messages, takes milliseconds
+LARGE_BODY = 16 * 1024  # reading more than this, if in hundreds of short messages, takes milliseconds
+MANY_JOBS = 32  # and so does making more jobs than this
 _MAX_SHOWN = 200  # characters of a path
 
 
@@ -43,6 +45,7 @@ class Exchange:
         response_headers: Headers added to any answer (request id, CORS).
         status: Status of the response once it has started, else None.
         channels: The request's engine channels, for the access log and metrics.
+        summary: Sizes and times, once they have been read after the end of all channels.
         leases: References to the adapters that it uses.
         error: The exception that ended the request, if any.
         is_disconnected: Whether the client disconnected before the end of the response.
@@ -55,7 +58,7 @@ class Exchange:
     __slots__ = (
         "__weakref__", "_num_held", "_num_image_bytes", "channels", "context", "dialect", "error",
         "is_body_read", "is_disconnected", "is_large", "large_objects", "leases", "receive", "request_id",
-        "response_headers", "route", "scope", "send", "started_s", "status", "tenant",
+        "response_headers", "route", "scope", "send", "started_s", "status", "summary", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +76,7 @@ class Exchange:
         self.status: int | None = None
         self.route: Route | None = None
         self.channels: list[Channel] = []
+        self.summary: RequestSummary | None = None
         self.leases: list[Lease] = []
         self.error: BaseException | None = None
         self._num_held = 0  # counted bytes of the body and of what was fetched

@@ -33,13 +33,15 @@ from tgi_asgi.types import (
 )
 
 if TYPE_CHECKING:
+    from tgi_asgi.api.asgi import Header
     from tgi_asgi.types import Vector
 
 MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a query counts for each document
 # What a call has for each permit that it needs to be admitted, because what waits takes memory.
 _INPUTS_PER_PERMIT, _CHARACTERS_PER_PERMIT = 64, 64 * 1024
 _RETRY_S = 0.1
-_LARGE = 16 * 1024  # numbers in an answer; writing one takes about 50 ns
+LARGE_BODY = 1024  # it may hold hundreds of inputs, and each takes several microseconds in each stage
+_LARGE_ANSWER = 8 * 1024  # numbers; writing one takes about 100 ns
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
 Parse = Callable[[bytes, Exchange], PoolCall]
@@ -63,7 +65,9 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     """
     context = exchange.context
     served = context.ready()
-    call = await exchange.work(parse, await exchange.read_body(), exchange)
+    body = await exchange.read_body()
+    exchange.is_large |= len(body) > LARGE_BODY
+    call = await exchange.work(parse, body, exchange)
     exchange.large_objects.append(call)
     model = served_name(exchange, call.model)
     if not call.inputs:
@@ -73,13 +77,18 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         [adapter] = await lease_adapters(exchange, served, [model])  # must be the first await
         work = _requests(exchange, served, call, adapter)
         requests = await (exchange.unless_gone(work) if exchange.is_large else work)
+        exchange.large_objects.append(requests)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
-    exchange.is_large |= call.num_numbers * len(vectors) > _LARGE
-    body = await exchange.work(call.answer, pooled)
-    characters = sum(each.num_characters for each in call.inputs)
-    headers = sync_headers(exchange, served.info, characters=characters, is_sum=len(vectors) > 1)
-    await exchange.respond(200, body, headers=headers)
+    exchange.is_large |= call.num_numbers * len(vectors) > _LARGE_ANSWER
+
+    def rendered() -> tuple[bytes, list[Header]]:
+        content = call.answer(pooled)
+        characters = sum(each.num_characters for each in call.inputs)
+        return content, sync_headers(exchange, served.info, characters=characters, is_sum=len(vectors) > 1)
+
+    content, headers = await exchange.work(rendered)
+    await exchange.respond(200, content, headers=headers)
 
 
 def _num_needed(call: PoolCall, limit: int) -> int:
@@ -114,21 +123,25 @@ async def _requests(
         prompts += found
     priority = bounded_priority(call.priority, context.settings)
     salt = cache_salt_of(exchange, call.cache_salt)
-    return [
-        GenerationRequest(
-            request_id=exchange.request_id,
-            prompt_ids=ids,
-            sampling=_SAMPLING,
-            stop=_STOP,
-            priority=priority,
-            cache_salt=salt,
-            adapter=adapter,
-            uses_prefix_cache=not call.pooling.needs_all,
-            pooling=call.pooling,
-            second_start=second_start,
-        )
-        for ids, second_start in prompts
-    ]
+
+    def made() -> list[GenerationRequest]:
+        return [
+            GenerationRequest(
+                request_id=exchange.request_id,
+                prompt_ids=ids,
+                sampling=_SAMPLING,
+                stop=_STOP,
+                priority=priority,
+                cache_salt=salt,
+                adapter=adapter,
+                uses_prefix_cache=not call.pooling.needs_all,
+                pooling=call.pooling,
+                second_start=second_start,
+            )
+            for ids, second_start in prompts
+        ]
+
+    return await exchange.work(made)
 
 
 async def _compute(

@@ -19,7 +19,7 @@ _FAILURES = (GenerationFailed, IncompleteGeneration)  # of a stream, too, which 
 CLIENT_CLOSED = 499  # nginx's status for a client that disconnected before an answer
 
 
-def log_access(exchange: Exchange) -> None:
+def log_access(exchange: Exchange, summary: RequestSummary) -> None:
     """Log a finished request; its numbers are extra fields of the record, for JSON logs."""
     status, route = exchange.status or CLIENT_CLOSED, exchange.route
     # Probes and scrapes come every few seconds and are logged at INFO only if they fail. A server that is
@@ -33,11 +33,10 @@ def log_access(exchange: Exchange) -> None:
     if logger.isEnabledFor(level):
         left = " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else ""
         message = f"{exchange.method} {quoted(exchange.path)} {status}{left}"
-        logger.log(level, "%s", message, extra=_fields(exchange, status))
+        logger.log(level, "%s", message, extra=_fields(exchange, summary, status))
 
 
-def _fields(exchange: Exchange, status: int) -> dict[str, object]:
-    summary = RequestSummary.of(exchange)
+def _fields(exchange: Exchange, summary: RequestSummary, status: int) -> dict[str, object]:
     client = exchange.scope.get("client")
     fields: dict[str, object] = {
         "request_id": exchange.request_id,

@@ -161,13 +161,12 @@ class Metrics:
         for name, of in _VLLM_ALIASES.items():
             self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
-    def request_ended(self, exchange: Exchange) -> None:
+    def request_ended(self, exchange: Exchange, summary: RequestSummary) -> None:
         """Record a finished request, successful or not; an observer of `app.py`."""
         route = exchange.route
         if exchange.method != "POST" or route is None or not route.generates:
             return
         self.count.add()
-        summary = RequestSummary.of(exchange)
         if exchange.tenant is not None:
             self._used(exchange.tenant, summary)
         for finish in summary.finishes:

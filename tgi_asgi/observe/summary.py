@@ -6,7 +6,7 @@ Complete answers carry all of TGI's headers; streams carry only those known befo
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tgi_asgi.types import ModelInfo
@@ -38,9 +38,14 @@ class RequestSummary:
 
     @classmethod
     def of(cls, exchange: Exchange) -> RequestSummary:
-        """Return the request's sizes and times as of now."""
+        """Return the request's sizes and times as of now; those of an ended one are read once.
+
+        Reading those of the 2,048 channels that a call for vectors may have takes milliseconds.
+        """
         now_s = time.monotonic()
         channels = exchange.channels
+        if exchange.summary is not None:
+            return replace(exchange.summary, total_s=now_s - exchange.started_s)
         if not channels:
             return cls(total_s=now_s - exchange.started_s)
         stats = [channel.stats for channel in channels]
@@ -53,7 +58,7 @@ class RequestSummary:
         moments = (exchange.started_s, submitted_s, scheduled_s, until_first_s, finished_s)
         names = ("validation", "queue", "prefill", "decode")
         phases = zip(names, moments, moments[1:], strict=False)
-        return cls(
+        summary = cls(
             total_s=now_s - exchange.started_s,
             validation_s=max(submitted_s - exchange.started_s, 0.0),
             queue_s=max(scheduled_s - submitted_s, 0.0),
@@ -68,6 +73,9 @@ class RequestSummary:
             finishes=tuple(finish.value for s in stats for finish in s.finishes),
             phases=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in phases),
         )
+        if all(s.finished_s is not None for s in stats):
+            exchange.summary = summary
+        return summary
 
 
 def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:

@@ -72,7 +72,7 @@ class Tracing:
         self._provider.shutdown()
         timer.cancel()
 
-    def request_ended(self, exchange: Exchange) -> None:
+    def request_ended(self, exchange: Exchange, summary: RequestSummary) -> None:
         """Create a request's spans; only POST requests, which may generate, have any."""
         if exchange.method != "POST":
             return
@@ -81,7 +81,6 @@ class Tracing:
         def epoch_ns(at_s: float) -> int:
             return now_ns - int((now_s - at_s) * 1e9)
 
-        summary = RequestSummary.of(exchange)
         parent = {
             name: value.decode("latin-1")
             for name in ("traceparent", "tracestate")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tgi_asgi.api.call import Call, Generation, Renderer, Text
 from tgi_asgi.api.errors import OPENAI
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import MANY_JOBS, Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
@@ -29,8 +30,8 @@ from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 
 
-def parse_completion(body: bytes, exchange: Exchange) -> Call:
-    """Parse a completion request."""
+def parse_completion(body: bytes, exchange: Exchange) -> Callable[[], Call]:
+    """Parse a completion request; return a function that makes a job of each prompt."""
     request = decode_json(body, COMPLETION_DECODER)
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat
@@ -39,6 +40,13 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     n = request.n or 1
     num_prompts = len(_listed(request.prompt)[0])
     best_of = _check_own(request, limits, num_prompts, n)
+    exchange.is_large |= num_prompts > MANY_JOBS
+    return partial(_call, request, exchange, best_of)
+
+
+def _call(request: CompletionRequest, exchange: Exchange, best_of: int) -> Call:
+    settings, info = exchange.context.settings, exchange.context.ready().info
+    is_compat, n = settings.tgi_compat, request.n or 1
     # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
     hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden

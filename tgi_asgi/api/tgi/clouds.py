@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import orjson
+from msgspec import Raw
 
 from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
-from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import prefix_errors
+from tgi_asgi.api.exchange import MANY_JOBS, Exchange
+from tgi_asgi.api.life import Parse, prefix_errors
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
@@ -25,20 +26,26 @@ from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
 
 
-def parse_invocation(body: bytes, exchange: Exchange) -> Call:
+def parse_invocation(body: bytes, exchange: Exchange) -> Call | Callable[[], Call]:
     """Parse a body of `POST /`, chat or completions, depending on its key."""
-    parsers = {"inputs": parse_root, "messages": parse_chat, "prompt": parse_completion}
+    parsers: dict[str, Parse] = {"inputs": parse_root, "messages": parse_chat, "prompt": parse_completion}
     return parsers[set_dialect(body, exchange)](body, exchange)
 
 
-def parse_vertex(body: bytes, exchange: Exchange) -> Call:
-    """Parse several requests at once; if one is refused, the call fails."""
+def parse_vertex(body: bytes, exchange: Exchange) -> Callable[[], Call]:
+    """Split a body into requests; return a function that parses them, and refuses all if it refuses one."""
     raws = decode_json(body, VERTEX).instances
     limit = exchange.context.settings.max_concurrent_requests
     if not raws:
         refuse_field("instances", "must not be empty")
     if len(raws) > limit:  # checked before parsing: 16 MiB hold a million, and a 429 would be retried forever
         refuse_field("instances", f"ask for {len(raws)} choices, but at most {limit} run at a time")
+    exchange.is_large |= len(raws) > MANY_JOBS
+    return partial(_vertex_call, raws, exchange)
+
+
+def _vertex_call(raws: Sequence[Raw], exchange: Exchange) -> Call:
+    limit = exchange.context.settings.max_concurrent_requests
     read = []
     for i, raw in enumerate(raws):
         with prefix_errors(f"instances[{i}]", OPENAI):
