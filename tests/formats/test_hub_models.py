@@ -29,7 +29,8 @@ for name in sys.argv[1:]:
     except ModelLoadError as error:
         print(json.dumps(str(error)))
     else:
-        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision]))
+        adapter = [] if files.adapter is None else [str(files.adapter)]
+        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision, *adapter]))
 """
 LLAMA = {**FILES, "config.json": b'{"architectures": ["LlamaForCausalLM"]}'}
 GGUFS = {
@@ -68,6 +69,16 @@ def repositories() -> dict[str, Repository]:
                 "part-1.safetensors": b"x",
             }
         ),
+        "org/tuned": Repository(
+            {
+                "adapter_config.json": b'{"base_model_name_or_path": "org/both", "revision": "v2"}',
+                "adapter_model.safetensors": b"x",
+                "adapter_model.bin": b"pickle",
+                "tokenizer_config.json": b"{}",
+                "checkpoint-1/adapter_model.safetensors": b"y",
+            }
+        ),
+        "org/lost": Repository({"adapter_config.json": b'{"base_model_name_or_path": "org/gone"}'}),
         "org/pipeline": Repository({"model_index.json": b"{}", "unet/model.safetensors": b"x"}),
         "org/whisper": Repository({**FILES, "config.json": b'{"is_encoder_decoder": true}'}),
     }
@@ -127,6 +138,18 @@ def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, t
     assert absent == "org/m-GGUF has no 'Q2_K'; it has BF16, Q4_K_M, Q8_0"
     assert "org/m-GGUF has no 'mmproj-F16.gguf'" in eyes
     assert sorted(hub.fetched()) == sorted(name for name in GGUFS if "BF16" in name or "Q8_0" in name)
+
+
+def test_an_adapter_is_fetched_with_its_base_model(hub: Hub, tmp_path: Path) -> None:
+    (tuned, lost), log = find(tmp_path, hub.address, "org/tuned", "org/lost")
+    folder, base = snapshot(tmp_path, "org/tuned"), snapshot(tmp_path, "org/both")
+    assert tuned == ["org/tuned", "directory", str(base), COMMIT, str(folder)]
+    assert "org/tuned is an adapter, and is merged into org/both" in log
+    assert {"adapter_model.safetensors", "tokenizer_config.json", "model.safetensors"} < set(hub.fetched())
+    assert not {"adapter_model.bin", "checkpoint-1/adapter_model.safetensors"} & set(hub.fetched())
+    assert lost.startswith("the base model of org/lost: no model 'org/gone'")
+    (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/tuned", HF_HUB_OFFLINE="1")
+    assert again == tuned
 
 
 def test_safetensors_go_before_gguf_unless_a_quantisation_is_named(hub: Hub, tmp_path: Path) -> None:

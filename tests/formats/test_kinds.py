@@ -30,11 +30,7 @@ def config_of(architecture: str, **keys: Any) -> dict[str, Any]:
     [
         ({"model_index.json": {}}, "is a diffusers pipeline, which generates images"),
         ({"model_index.json": {}, "config.json": {}, "model.safetensors": ""}, "is a diffusers pipeline"),
-        (
-            {"adapter_config.json": {"base_model_name_or_path": "org/base"}, "adapter_model.safetensors": ""},
-            "is an adapter: serve 'org/base' with --lora-adapters",
-        ),
-        ({"adapter_config.json": {}, "config.json": {}}, "is an adapter: serve its base model with"),
+        ({"adapter_config.json": {}, "config.json": {}}, "is an adapter whose adapter_config.json names"),
         ({"config.json": {}, "pytorch_model.bin": ""}, "is a checkpoint of pickled weights"),
         ({"config.json": {}, "pytorch_model.bin.index.json": {}}, "(--revision refs/pr/N)"),
         ({"last.ckpt": ""}, "is a checkpoint of pickled weights"),

@@ -22,7 +22,10 @@ _SIZE = 0.08  # standard deviation of the values of both matrices
 
 
 def make_adapter(base: Path, folder: Path, *, seed: int, is_rounded: bool = True, **config: Any) -> Path:
-    """Write an adapter of random values for a checkpoint; `config` goes to `LoraConfig`."""
+    """Write an adapter of random values for a checkpoint; `config` goes to `LoraConfig`.
+
+    Its magnitudes, if it is DoRA's, and its whole modules differ from the base's, too.
+    """
     torch.manual_seed(seed)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS, **config}
     with _peft() as peft, torch.no_grad():
@@ -31,6 +34,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int, is_rounded: bool = True
             if "lora_" in name:
                 values = torch.randn(parameter.shape) * _SIZE
                 parameter.copy_(values.bfloat16().float() if is_rounded else values)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape) * _SIZE)
         model.save_pretrained(folder)
     return folder
 
@@ -66,6 +71,14 @@ def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
     return found
 
 
+def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a base in this dtype after `peft` has merged the adapter into it."""
+    with _peft() as peft:
+        merged = peft.PeftModel.from_pretrained(_open(base, dtype), adapter).merge_and_unload()
+    found: Mapping[str, torch.Tensor] = merged.state_dict()
+    return found
+
+
 @contextmanager
 def _peft() -> Iterator[Any]:
     """Import `peft`, ignoring warnings about names of `transformers` that it uses and that are deprecated."""
@@ -76,9 +89,9 @@ def _peft() -> Iterator[Any]:
         yield peft
 
 
-def _open(base: Path) -> Any:
+def _open(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation="eager"
+        base, dtype=dtype, attn_implementation="eager"
     ).eval()

@@ -80,7 +80,8 @@ def fetch(settings: Settings) -> list[Path]:
     """
     console = Console(settings)
     try:
-        paths = [resolve(settings, console.report).path]
+        files = resolve(settings, console.report)
+        paths = [files.path, *([] if files.adapter is None else [files.adapter])]
         for source in adapter_sources(settings):
             console.report(f"looking for the adapter {source.name}", 0, None)
             paths.append(resolve_adapter(source))

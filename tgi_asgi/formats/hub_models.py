@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
 from tgi_asgi.formats.gguf_names import choose, models_of
-from tgi_asgi.formats.kinds import servable_config
+from tgi_asgi.formats.kinds import is_adapter, servable_config
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
@@ -31,7 +31,7 @@ _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
 class Fetched(NamedTuple):
     """A Hub model on the local disk."""
 
-    kind: Literal["gguf", "directory"]
+    kind: Literal["gguf", "directory", "adapter"]
     path: Path  # the .gguf file, or the first of several, or the snapshot's directory
     commit: str
 
@@ -40,6 +40,8 @@ def fetch_model(
     repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool = False
 ) -> Fetched:
     """Choose a model among a repository's files, and fetch it: safetensors if there are any, otherwise GGUF.
+
+    An adapter is fetched alone: its configuration names its base model.
 
     Args:
         quant: Text after the colon of an id, which selects a GGUF model.
@@ -63,8 +65,12 @@ def fetch_model(
         return Fetched("gguf", folder / model.files[0], commit)
     small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
     folder, commit = Path(), ""
+    if is_adapter(listing.names):
+        small += hub.ADAPTER_PATTERNS
     if small:
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))
+    if is_adapter(listing.names):
+        return Fetched("adapter", folder, commit)
     Quantisation.from_json(servable_config(repo_id, listing.names, folder))
     weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
     folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly([*small, *weights]))

@@ -46,6 +46,27 @@ _HEARS = re.compile(
 )
 
 
+def is_adapter(names: Collection[str]) -> bool:
+    """Return whether the files of a folder or repository, by name, are an adapter's and no model's."""
+    return _ADAPTER in names and not weight_names(names)
+
+
+def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
+    """Return the base model that an adapter's configuration names, and its revision.
+
+    Raises:
+        ModelLoadError: if it names none.
+    """
+    config = read_json(directory / _ADAPTER)
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(base, str) or not base:
+        raise ModelLoadError(
+            f"{model_id} is an adapter whose {_ADAPTER} names no base model (base_model_name_or_path): serve "
+            f"that with --lora-adapters {model_id}"
+        )
+    return base, revision if isinstance(revision, str) else None
+
+
 def servable_config(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:
     """Return the config.json of a model with safetensors; refuse everything else.
 
@@ -61,10 +82,6 @@ def servable_config(model_id: str, names: Collection[str], directory: Path) -> d
             f"{model_id} is a diffusers pipeline, which generates images: only text models are served"
         )
     weights = weight_names(names)
-    if _ADAPTER in names and not weights:
-        base = read_json(directory / _ADAPTER).get("base_model_name_or_path")
-        shown = repr(base)[:200] if isinstance(base, str) and base else "its base model"
-        raise ModelLoadError(f"{model_id} is an adapter: serve {shown} with --lora-adapters {model_id}")
     config = read_config_file(directory) if _CONFIG in names else {}
     _refuse_quantised(model_id, names, config)
     if weights and _CONFIG in names:

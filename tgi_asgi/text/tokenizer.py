@@ -81,7 +81,7 @@ class Tokenizer:
         self.adds_bos = self.bos_id in self.encode("", add_special_tokens=True)[:1]
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
+    def from_directory(cls, directory: Path, model_directory: Path | None = None) -> Tokenizer:
         """Read tokenizer.json and the configuration files next to it, as transformers does.
 
         If there is none, the older vocabulary files are read (`older_files.py`).
@@ -89,17 +89,21 @@ class Tokenizer:
         The tokens that end an answer are those of generation_config.json, or else of config.json, and the
         tokenizer's own `eos_token`.
 
+        Args:
+            model_directory: Directory with those two files, if it is another one.
+
         Raises:
             ModelLoadError: if there is no vocabulary, or a file is damaged.
         """
+        model_directory = model_directory or directory
         config = _read_json(directory / "special_tokens_map.json")
         overrides = _read_json(directory / "tokenizer_config.json")
         config.update((name, value) for name, value in overrides.items() if value is not None)
-        eos = _read_json(directory / "generation_config.json").get("eos_token_id")
+        eos = _read_json(model_directory / "generation_config.json").get("eos_token_id")
         if eos is None:
-            eos = _read_json(directory / "config.json").get("eos_token_id")
+            eos = _read_json(model_directory / "config.json").get("eos_token_id")
         eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
-        lowers = _read_json(directory / "sentence_bert_config.json").get("do_lower_case") is True
+        lowers = _read_json(model_directory / "sentence_bert_config.json").get("do_lower_case") is True
         path = directory / "tokenizer.json"
         if path.exists():
             # It decides what surrounds a text: transformers ignores `add_bos_token` and `add_eos_token` here.

@@ -16,15 +16,20 @@ from tgi_asgi.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class BesideCheckpoint:
-    """The other files of a checkpoint's directory."""
+    """The other files of a checkpoint's directory; `text_directory` has the tokenizer and the template."""
 
     directory: Path
+    text_directory: Path
 
     def text(self, override: Path | None) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template, which `override` may replace."""
-        tokenizer = Tokenizer.from_directory(self.directory)
+        tokenizer = Tokenizer.from_directory(self.text_directory, self.directory)
         special = tokenizer.special_tokens
-        return tokenizer, load_chat_template(special, override=override, directory=self.directory)
+        for directory in (self.text_directory, self.directory):  # an adapter's tokenizer may have no template
+            template = load_chat_template(special, override=override, directory=directory)
+            if template is not None:
+                return tokenizer, template
+        return tokenizer, None
 
     def pooling(self) -> PoolingFiles:
         """Return the pooling settings."""

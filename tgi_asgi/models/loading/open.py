@@ -15,6 +15,7 @@ from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
@@ -24,6 +25,7 @@ from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unrea
 from tgi_asgi.models.loading.beside import BesideCheckpoint, BesideGguf
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.loading.merged import MergedCheckpoint
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
     is_native,
@@ -75,7 +77,7 @@ class OpenModel:
         if files.kind == "gguf":
             self._open_gguf(files.path, model_impl)
         else:
-            self._open_checkpoint(files.path, model_impl, trusts_code=trusts_code)
+            self._open_checkpoint(files, model_impl, trusts_code=trusts_code)
         self.config = self._model.config
 
     def _open_gguf(self, path: Path, model_impl: str) -> None:
@@ -87,11 +89,16 @@ class OpenModel:
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
 
-    def _open_checkpoint(self, directory: Path, model_impl: str, *, trusts_code: bool) -> None:
-        self.beside = BesideCheckpoint(directory)
+    def _open_checkpoint(self, files: ModelFiles, model_impl: str, *, trusts_code: bool) -> None:
+        directory = files.path
+        self.beside = BesideCheckpoint(directory, files.text_path)
         config = with_architecture(read_config_file(directory))
+        checkpoint = Checkpoint.open(directory)
+        if files.adapter is not None:
+            checkpoint = merged = MergedCheckpoint(checkpoint, files.adapter)
+            config = merged.fitted(config)
         architecture = architecture_of(config)
-        self.weights = SafetensorsWeights(directory, Quantisation.from_json(config))
+        self.weights = SafetensorsWeights(directory, Quantisation.from_json(config), checkpoint)
         if (found := self._read_native(config, model_impl)) is not None:
             self._model = self._open_native(*found)
         elif produces_vectors(architecture):

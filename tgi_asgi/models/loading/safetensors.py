@@ -27,9 +27,12 @@ class SafetensorsWeights:
 
     is_gguf = False
 
-    def __init__(self, directory: Path, quantisation: Quantisation | None = None) -> None:
+    def __init__(
+        self, directory: Path, quantisation: Quantisation | None = None, checkpoint: Checkpoint | None = None
+    ) -> None:
+        """Open a directory's checkpoint, or use an open one, which this then closes."""
         self._directory = directory
-        self._checkpoint = Checkpoint.open(directory)
+        self._checkpoint = Checkpoint.open(directory) if checkpoint is None else checkpoint
         self._unread = set(self._checkpoint)
         self._quantisation = quantisation
         self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)

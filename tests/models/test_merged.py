@@ -1,0 +1,234 @@
+"""Adapters that are served as models: merged into their base as `peft` merges them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.support import architectures
+from tests.support.adapters import make_adapter, peft_logits, peft_merged, write_adapter
+from tests.support.checkpoints import make_model, save, save_tokenizer
+from tests.support.generic import LENGTHS, run_steps
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles, resolve
+from tgi_asgi.formats.weight_files import Checkpoint
+from tgi_asgi.models.loading import merged as merged_module
+from tgi_asgi.models.loading.merged import MergedCheckpoint
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.settings import Settings
+
+EXACT = 2e-5  # error of a logit, relative to the largest
+MIN_EFFECT = 0.02
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def find(adapter: Path) -> ModelFiles:
+    return resolve(Settings(model_id=str(adapter)), lambda *_: None)
+
+
+def refusal(adapter: Path) -> str:
+    with pytest.raises(ModelLoadError) as caught, OpenModel(find(adapter)):
+        pass
+    return str(caught.value)
+
+
+def save_base(folder: Path, **changes: Any) -> Path:
+    save(make_model(**changes), folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "implementation", "changes"),
+    [
+        ("gemma", "native", {"target_modules": [*ATTENTION, *MLP]}),
+        ("llama", "native", {"r": 5, "use_rslora": True, "rank_pattern": {"k_proj": 2}}),
+        ("llama", "native", {"use_dora": True}),
+        ("llama", "native", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("qwen2", "native", {"target_modules": "all-linear", "alpha_pattern": {"o_proj": 3}}),
+        ("gpt2", "native", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+        ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+        ("gemma2", "transformers", {"target_modules": [*ATTENTION, *MLP], "use_dora": True}),
+        ("olmoe", "transformers", {"target_modules": ATTENTION}),
+    ],
+)
+def test_the_logits_are_those_of_peft(
+    model_type: str, implementation: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    architectures.make(model_type, base)
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1, is_rounded=False, **changes)
+    ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    expected = [peft_logits(base, adapter, tokens) for tokens in ids]
+    without = peft_logits(base, None, ids[0])
+    assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
+    with OpenModel(find(adapter), model_impl=implementation) as opened:
+        assert opened.is_generic is (implementation == "transformers")
+        model: Any = opened.load(ops.Packing(is_exact=True), 256)
+    assert run_steps(model, ids, expected) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}])
+def test_any_part_of_a_merged_matrix_is_what_peft_saves(
+    dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both round once, from float32: they differ by one step where their sums round to different floats."""
+    monkeypatch.setattr(merged_module, "_PIECE", 64 * 7)  # rows of a piece, of the smaller matrices
+    save(make_model(), tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=3, is_rounded=False, **changes)
+    expected = peft_merged(tmp_path / "base", adapter, dtype)
+    merged = MergedCheckpoint(Checkpoint.open(tmp_path / "base"), adapter)
+    random = np.random.default_rng(0)
+    num_changed = 0
+    for name in merged:
+        info, whole = merged.tensor(name), expected[name]
+        start, stop = sorted(random.integers(0, info.nbytes // whole.itemsize + 1, 2) * whole.itemsize)
+        part = torch.from_numpy(merged.raw(name, int(start), int(stop)).copy()).view(dtype)
+        like = whole.reshape(-1)[start // whole.itemsize : stop // whole.itemsize]
+        torch.testing.assert_close(part, like, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        num_changed += name.endswith("_proj.weight")
+    assert num_changed == 21
+    merged.close()
+
+
+def test_a_vocabulary_that_the_adapter_enlarges(tmp_path: Path) -> None:
+    """As after `add_tokens` and training of the embedding and the head."""
+    base = save_base(tmp_path / "base")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(163)
+    save(model, tmp_path / "larger")
+    adapter = make_adapter(
+        tmp_path / "larger", tmp_path / "adapter", seed=1, target_modules=["v_proj"],
+        modules_to_save=["lm_head", "embed_tokens"],
+    )  # fmt: skip
+    ids = [[1, 162, 5, 161], [160, 3]]
+    expected = [peft_logits(tmp_path / "larger", adapter, tokens) for tokens in ids]
+    name_base(adapter, base)
+    with OpenModel(find(adapter)) as opened:
+        assert opened.config.vocab_size == 163
+        loaded: Any = opened.load(ops.Packing(is_exact=True), 256)
+    steps = [[(0, 0, 4), (1, 0, 2)]]
+    assert run_steps(loaded, ids, expected, steps) <= EXACT
+
+
+def name_base(adapter: Path, base: Path | str | None) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "base_model_name_or_path": base and str(base)}), encoding="utf-8")
+
+
+def test_the_tokenizer_is_the_adapters_own_and_the_ends_of_answers_the_bases(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", eos_token_id=7)
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1)
+    with OpenModel(find(adapter)) as opened:
+        tokenizer, template = opened.read_text()
+    assert template is None and 7 in tokenizer.eos_ids
+    (base / "chat_template.jinja").write_text("the base's")
+    save_tokenizer(adapter)
+    (adapter / "tokenizer_config.json").write_text("{}")
+    with OpenModel(find(adapter)) as opened:
+        assert opened.read_text()[1] is not None
+    (adapter / "tokenizer_config.json").write_text('{"chat_template": "mine", "eos_token": "a"}')
+    with OpenModel(find(adapter)) as opened:
+        tokenizer, template = opened.read_text()
+    assert template is not None and template.source == "mine"
+    assert tokenizer.special_tokens["eos_token"] == "a" and 7 in tokenizer.eos_ids
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "reason"),
+    [
+        ("model.layers.0.self_attn.q_proj", (64, 9), "is for the shape [64, 9], the base model's is"),
+        ("model.layers.9.self_attn.q_proj", (64, 64), "has no matrix of that name"),
+        ("model.layers.0.input_layernorm", (64, 64), "is for the shape [64, 64], the base model's is [64]"),
+    ],
+)
+def test_what_does_not_fit_is_named(module: str, shape: tuple[int, int], reason: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", {f"base_model.model.{module}": shape})
+    name_base(adapter, base)
+    message = refusal(adapter)
+    assert reason in message and module in message
+
+
+def changed(adapter: Path, **tensors: torch.Tensor | None) -> Path:
+    """Replace tensors of an adapter's file, or remove them."""
+    path = adapter / "adapter_model.safetensors"
+    found = {**load_file(path), **tensors}
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path)
+    return adapter
+
+
+def test_parts_of_other_kinds_are_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    target = "base_model.model.model.layers.0.self_attn.q_proj"
+    dora = make_adapter(base, tmp_path / "dora", seed=1, use_dora=True)
+    first = f"{target}.lora_magnitude_vector"
+    assert first in load_file(dora / "adapter_model.safetensors")
+    assert "one for each row" in refusal(changed(dora, **{first: torch.ones(3)}))
+    assert "has no magnitudes" in refusal(changed(dora, **{first: None}))
+    plain = write_adapter(tmp_path / "plain", {target: (64, 64)})
+    name_base(plain, base)
+    assert "belongs to no LoRA matrices" in refusal(
+        changed(plain, **{"base_model.model.lm_head.lora_magnitude_vector": torch.ones(160)})
+    )
+    lost: dict[str, Any] = {"base_model.model.lm_head.lora_magnitude_vector": None}
+    whole = f"{target}.weight"
+    assert "replaces as a whole" in refusal(changed(plain, **lost, **{whole: torch.ones(64, 64)}))
+    assert "is for the shape [64, 9]" in refusal(changed(plain, **{whole: torch.ones(64, 9)}))
+    assert "is of dtype I64" in refusal(changed(plain, **{whole: torch.ones(64, 64).long()}))
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
+    assert "belongs to embeddings" in refusal(changed(plain, **{whole: None, embedding: torch.ones(2, 160)}))
+
+
+def test_base_models_that_cannot_be_changed_are_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1)
+    name_base(adapter, None)
+    assert "names no base model (base_model_name_or_path)" in refusal(adapter)
+    name_base(adapter, tmp_path / "gone")
+    assert "the base model of adapter: no such file or directory" in refusal(adapter)
+    name_base(adapter, adapter)
+    assert "which is an adapter itself" in refusal(adapter)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    name_base(adapter, tmp_path / "m.gguf")
+    assert "which is a GGUF file" in refusal(adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    name_base(adapter, base)
+    assert "pickled adapters are never read" in refusal(adapter)
+
+
+def test_codes_take_no_adapter(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+    message = refusal(adapter)
+    assert "has codes there" in message and "--lora-adapters" in message and "layers.1.mlp.up_proj" in message
+
+
+def test_names_may_lack_the_head_s_model(tmp_path: Path) -> None:
+    """Adapters of embedders are trained on models without a head, whose modules' names begin later."""
+    base = save_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1)
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name.replace(".model.model.", ".model."): tensor for name, tensor in load_file(path).items()}
+    expected = MergedCheckpoint(Checkpoint.open(base), adapter)
+    save_file(tensors, path)
+    found = MergedCheckpoint(Checkpoint.open(base), adapter)
+    assert all(np.array_equal(found.raw(name), expected.raw(name)) for name in found)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not np.array_equal(found.raw(name), Checkpoint.open(base).raw(name))
