@@ -45,8 +45,8 @@ def export(model_id: str, directory: Path) -> None:
     if files.kind != "gguf":
         directory.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
-            if (files.text_path / name).exists():
-                shutil.copyfile(files.text_path / name, directory / name)
+            if (files.path / name).exists():
+                shutil.copyfile(files.path / name, directory / name)
         return
     file = GgufFile.open(files.path)
     try:

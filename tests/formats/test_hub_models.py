@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from tests.support.fake_hub import COMMIT, FILES, Hub, Repository, running_hub
 
@@ -45,6 +47,15 @@ GGUFS = {
 INDEX = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
 
 
+MATRICES = {"a.lora_A.weight": np.ones((4, 8)), "a.lora_B.weight": np.ones((8, 4))}
+ADAPTER = save({name: matrix.astype(np.float32) for name, matrix in MATRICES.items()})
+
+
+def adapter_config(base: str, **keys: Any) -> bytes:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base, "revision": "v2"}
+    return json.dumps({**config, **keys}).encode()
+
+
 def repositories() -> dict[str, Repository]:
     return {
         "org/m-GGUF": Repository(GGUFS),
@@ -71,14 +82,25 @@ def repositories() -> dict[str, Repository]:
         ),
         "org/tuned": Repository(
             {
-                "adapter_config.json": b'{"base_model_name_or_path": "org/both", "revision": "v2"}',
-                "adapter_model.safetensors": b"x",
+                "adapter_config.json": adapter_config("org/both"),
+                "adapter_model.safetensors": ADAPTER,
                 "adapter_model.bin": b"pickle",
                 "tokenizer_config.json": b"{}",
                 "checkpoint-1/adapter_model.safetensors": b"y",
             }
         ),
-        "org/lost": Repository({"adapter_config.json": b'{"base_model_name_or_path": "org/gone"}'}),
+        "org/lost": Repository(
+            {"adapter_config.json": adapter_config("org/gone"), "adapter_model.safetensors": ADAPTER}
+        ),
+        "org/dead": Repository(
+            {
+                "adapter_config.json": adapter_config("org/both", bias="all"),
+                "adapter_model.safetensors": ADAPTER,
+            }
+        ),
+        "org/pickled": Repository(
+            {"adapter_config.json": adapter_config("org/both"), "adapter_model.bin": b"x"}
+        ),
         "org/pipeline": Repository({"model_index.json": b"{}", "unet/model.safetensors": b"x"}),
         "org/whisper": Repository({**FILES, "config.json": b'{"is_encoder_decoder": true}'}),
     }
@@ -141,13 +163,16 @@ def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, t
 
 
 def test_an_adapter_is_fetched_with_its_base_model(hub: Hub, tmp_path: Path) -> None:
+    (dead, pickled), _ = find(tmp_path, hub.address, "org/dead", "org/pickled")
+    assert "adapters with biases are not served" in dead and "pickles are never read" in pickled
+    assert "model.safetensors" not in hub.fetched()  # the base's
     (tuned, lost), log = find(tmp_path, hub.address, "org/tuned", "org/lost")
     folder, base = snapshot(tmp_path, "org/tuned"), snapshot(tmp_path, "org/both")
     assert tuned == ["org/tuned", "directory", str(base), COMMIT, str(folder)]
     assert "org/tuned is an adapter, and is merged into org/both" in log
     assert {"adapter_model.safetensors", "tokenizer_config.json", "model.safetensors"} < set(hub.fetched())
     assert not {"adapter_model.bin", "checkpoint-1/adapter_model.safetensors"} & set(hub.fetched())
-    assert lost.startswith("the base model of org/lost: no model 'org/gone'")
+    assert "the base model of org/lost" in lost and "no model 'org/gone'" in lost
     (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/tuned", HF_HUB_OFFLINE="1")
     assert again == tuned
 

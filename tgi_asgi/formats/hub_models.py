@@ -32,7 +32,7 @@ class Fetched(NamedTuple):
     """A Hub model on the local disk."""
 
     kind: Literal["gguf", "directory", "adapter"]
-    path: Path  # the .gguf file, or the first of several, or the snapshot's directory
+    path: Path  # the .gguf file, or the first of several, or the snapshot's directory (an adapter's own)
     commit: str
 
 
@@ -66,6 +66,10 @@ def fetch_model(
     small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
     folder, commit = Path(), ""
     if is_adapter(listing.names):
+        if not set(hub.ADAPTER_PATTERNS) <= listing.names:
+            raise ModelLoadError(
+                f"{where} is an adapter without {hub.ADAPTER_PATTERNS[1]}; pickles are never read"
+            )
         small += hub.ADAPTER_PATTERNS
     if small:
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))

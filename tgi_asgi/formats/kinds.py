@@ -17,7 +17,7 @@ from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.weight_files import weight_names
 
-_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 _USE_ANOTHER = "use the original model, or one in GGUF"
 # Weight formats that are never read, by file-name patterns; the first match gives the message.
 _UNREAD = (
@@ -48,7 +48,7 @@ _HEARS = re.compile(
 
 def is_adapter(names: Collection[str]) -> bool:
     """Return whether the files of a folder or repository, by name, are an adapter's and no model's."""
-    return _ADAPTER in names and not weight_names(names)
+    return ADAPTER in names and not weight_names(names)
 
 
 def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
@@ -57,12 +57,16 @@ def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
     Raises:
         ModelLoadError: if it names none.
     """
-    config = read_json(directory / _ADAPTER)
+    config = read_json(directory / ADAPTER)
     base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
         raise ModelLoadError(
-            f"{model_id} is an adapter whose {_ADAPTER} names no base model (base_model_name_or_path): serve "
+            f"{model_id} is an adapter whose {ADAPTER} names no base model (base_model_name_or_path): serve "
             f"that with --lora-adapters {model_id}"
+        )
+    if ":" in base and not Path(base).exists():  # a strange adapter may not fetch from elsewhere
+        raise ModelLoadError(
+            f"{model_id} is an adapter of {base[:200]!r}, which is neither a directory nor an id on the Hub"
         )
     return base, revision if isinstance(revision, str) else None
 

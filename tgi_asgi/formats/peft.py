@@ -27,6 +27,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # absent if saved by `transformers` with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_BASE = ".base_layer"
 _MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
 _DTYPES = ("F32", "F16", "BF16")
 # Keys about training, or made redundant by the file's matrices, whose names say where they belong.
@@ -98,8 +99,7 @@ class PeftAdapter:
     Attributes:
         targets: The modules that it changes.
         whole: Tensors that replace the base model's, by their names there; only if it is merged.
-        is_transposed: Whether it was trained for layers that store their weights transposed, as GPT-2 does.
-        digest: Digest of all its bytes; of its configuration alone if it is merged.
+        digest: Digest of all its bytes.
         num_bytes: Size of its matrices.
         base: The base model named in its configuration, or None.
     """
@@ -128,7 +128,6 @@ class PeftAdapter:
             raise ModelLoadError(f"{where}: {error}") from None
         base = config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) else None
-        self.is_transposed = config.get("fan_in_fan_out") is True
         path = directory / WEIGHTS_NAME
         data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
@@ -143,8 +142,7 @@ class PeftAdapter:
             raise ModelLoadError(f"{path}: {error}") from None
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
         hasher = hashlib.blake2b(text.data, digest_size=16)
-        if not is_merged:
-            hasher.update(data.data)
+        hasher.update(data.data)
         self.digest = hasher.digest()
 
     def raw(self, tensor: SafeTensor) -> Any:
@@ -194,7 +192,7 @@ def _check_config(config: Mapping[str, Any], allowed: Collection[str]) -> None:
         raise ModelLoadError(f"peft_type must be LORA, got {str(kind)[:100]!r}")
     for key, value in config.items():
         if key in _REFUSED and key not in allowed and value:
-            cure = "; as the model itself (--model-id), it is merged" if key in _MERGEABLE else ""
+            cure = " beside a base (but as --model-id, merged into it)" if key in _MERGEABLE else ""
             raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served{cure}")
         if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
             raise ModelLoadError(f"its key {key[:100]!r} is unknown and may change the arithmetic")
@@ -261,6 +259,8 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
         stem = base_name.removesuffix(".weight")
         if stem.endswith(_MAGNITUDE):
             parts.magnitudes[stem.removesuffix(_MAGNITUDE)] = tensor
+        elif stem.endswith(_BASE):  # what LoRA then changes: an embedding or head, perhaps of another size
+            parts.whole[stem.removesuffix(_BASE) + ".weight"] = tensor
         elif ".lora_" in name or any(part in name for part in _UNSUPPORTED_TENSORS):
             matrices[name] = tensor
         else:
@@ -272,6 +272,8 @@ def _targets(
     tensors: Mapping[str, SafeTensor], magnitudes: Mapping[str, SafeTensor], numbers: _Numbers
 ) -> list[PeftTarget]:
     found: list[PeftTarget] = []
+    if magnitudes and not numbers.is_dora:
+        raise ModelLoadError(f"tensor {next(iter(magnitudes.values())).name!r} is of DoRA, the rest is not")
     for name, tensor in tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
         if not name.endswith((_DOWN, _UP)):

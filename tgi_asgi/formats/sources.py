@@ -18,6 +18,7 @@ from typing import Literal
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import kinds
 from tgi_asgi.formats.gguf_names import models_of
+from tgi_asgi.formats.peft import PeftAdapter
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
@@ -40,12 +41,6 @@ class ModelFiles:
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
     adapter: Path | None = None  # directory of an adapter that is merged into the model, which is its base
-
-    @property
-    def text_path(self) -> Path:
-        """The directory with the tokenizer and chat template: the adapter's own, if it has them."""
-        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
-        return self.adapter if self.adapter is not None and has_own else self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +202,15 @@ class _FoundAdapter:
 
 
 def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> ModelFiles:
-    """Find the base model of an adapter."""
+    """Find the base model of an adapter, once that is known to be one that can be merged."""
     name, revision = kinds.base_of(found.model_id, found.path)
+    PeftAdapter(found.path, is_merged=True).close()
     logger.info("%s is an adapter, and is merged into %s", found.model_id, name)
     try:
         base = _find(replace(settings, model_id=name, revision=revision), progress)
     except ModelLoadError as error:
-        raise ModelLoadError(f"the base model of {found.model_id}: {error}") from error
+        named = f"the base model of {found.model_id} (base_model_name_or_path in {kinds.ADAPTER})"
+        raise ModelLoadError(f"{named}: {error}") from error
     if not isinstance(base, ModelFiles) or base.kind != "directory":
         what = "a GGUF file" if isinstance(base, ModelFiles) else "an adapter itself"
         raise ModelLoadError(

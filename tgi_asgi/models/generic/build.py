@@ -20,7 +20,12 @@ from tgi_asgi.settings import GivenRope
 
 
 def build(
-    directory: Path, config: Mapping[str, Any], *, trusts_code: bool = False, rope: GivenRope | None = None
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    trusts_code: bool = False,
+    rope: GivenRope | None = None,
+    vocab_size: int | None = None,
 ) -> Any:
     """Return a `PreTrainedModel` in evaluation mode, float32, with all parameters on the meta device.
 
@@ -28,6 +33,7 @@ def build(
         config: The model's config.json, which names an architecture.
         trusts_code: Whether code that the checkpoint brings may be run.
         rope: Position scaling that replaces the configuration's.
+        vocab_size: Size of the vocabulary that replaces the configuration's.
 
     Raises:
         ModelLoadError: if `transformers` does not know the architecture or cannot build it.
@@ -43,6 +49,8 @@ def build(
             raise ModelLoadError(_unknown(architecture, has_code, transformers.__version__))
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
         for part in (parsed, parsed.get_text_config()):
+            if vocab_size is not None:
+                part.vocab_size = vocab_size
             if getattr(part, "quantization_config", None) is not None:
                 del part.quantization_config  # the server's own readers handle it
         if rope is not None:

@@ -115,9 +115,15 @@ class OpenGeneric:
     """
 
     def __init__(
-        self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool, rope: GivenRope | None = None
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        *,
+        trusts_code: bool,
+        rope: GivenRope | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        self._model = build(directory, config, trusts_code=trusts_code, rope=rope)
+        self._model = build(directory, config, trusts_code=trusts_code, rope=rope, vocab_size=vocab_size)
         refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)

@@ -13,27 +13,28 @@ from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_poolin
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
 
 @dataclass(frozen=True, slots=True)
 class BesideCheckpoint:
-    """The other files of a checkpoint's directory; `text_directory` has the tokenizer and the template."""
+    """The other files of a checkpoint's directory, or of an adapter's that is merged, if it has its own."""
 
     directory: Path
-    text_directory: Path
+    adapter: Path | None = None
 
     def text(self, override: Path | None) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template, which `override` may replace."""
-        tokenizer = Tokenizer.from_directory(self.text_directory, self.directory)
-        special = tokenizer.special_tokens
-        for directory in (self.text_directory, self.directory):  # an adapter's tokenizer may have no template
-            template = load_chat_template(special, override=override, directory=directory)
-            if template is not None:
-                return tokenizer, template
-        return tokenizer, None
+        tokenizer = Tokenizer.from_directory(self._own(*_VOCABULARIES), self.directory)
+        special, template = tokenizer.special_tokens, None
+        if self.adapter is not None:
+            template = load_chat_template(special, override=override, directory=self.adapter)
+        template = template or load_chat_template(special, override=override, directory=self.directory)
+        return tokenizer, template
 
     def pooling(self) -> PoolingFiles:
         """Return the pooling settings."""
-        return read_pooling(self.directory)
+        return read_pooling(self._own("modules.json"))
 
     def labels(self) -> LabelFiles:
         """Return what is said about a classifier's labels."""
@@ -42,6 +43,11 @@ class BesideCheckpoint:
     def generation_config(self) -> dict[str, Any]:
         """Return what is said about sampling, by the names of generation_config.json."""
         return read_generation_config(self.directory)
+
+    def _own(self, *names: str) -> Path:
+        """Return the adapter's directory if it has one of these files, otherwise the checkpoint's."""
+        has_own = self.adapter is not None and any((self.adapter / name).is_file() for name in names)
+        return self.adapter if self.adapter is not None and has_own else self.directory
 
 
 @dataclass(frozen=True, slots=True)

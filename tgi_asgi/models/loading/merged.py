@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tgi_asgi.formats.weight_files import Checkpoint
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 1 << 22  # numbers of a matrix that are merged at a time, as float32
 # Beginnings of modules' names, and of the same modules' tensors in checkpoints of other versions of
-# `transformers`. The last ones are of models without their head, as adapters or as checkpoints.
+# `transformers`.
 _PREFIXES = (
     ("", ""),
     ("model.language_model.", "language_model.model."),
@@ -36,11 +36,14 @@ _PREFIXES = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("language_model.model.", "model.language_model."),
     ("model.", "model.language_model."),
-    ("model.", ""),
-    ("transformer.", ""),
-    ("", "model."),
-    ("", "transformer."),
+    ("lm_head.", "language_model.lm_head."),
+    ("language_model.lm_head.", "lm_head."),
 )
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
+_HEADS = frozenset({"lm_head", "embed_out"})
+# Models whose layers are `Conv1D`, which stores [columns, rows], and the modules that are.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,72 +55,111 @@ class _Change:
 
 
 class MergedCheckpoint(Checkpoint):
-    """The tensors of a base model, changed by an adapter when they are read; overrides all of its class."""
+    """The tensors of a base model, changed by an adapter when they are read; overrides all of its class.
 
-    def __init__(self, base: Checkpoint, directory: Path) -> None:
+    Attributes:
+        vocab_size: The number of tokens if the adapter changes it, else None.
+    """
+
+    def __init__(self, base: Checkpoint, config: Mapping[str, Any], directory: Path) -> None:
         """Read an adapter's directory.
 
+        Args:
+            config: The base's config.json.
+
         Raises:
-            ModelLoadError: if it cannot be read, or does not fit the base; the message names the tensor.
+            ModelLoadError: if it cannot be read, or does not fit the base; the message names the tensor. The
+                base is closed then.
         """
         self._base = base
-        self._adapter = PeftAdapter(directory, is_merged=True)
-        self._whole: dict[str, SafeTensor] = {}  # by name in the base
+        self._config = config
+        self._whole: dict[str, SafeTensor] = {}  # tensors that replace the base's, by their names there
+        self._copies: dict[str, str] = {}  # further names of tensors of the base
         self._changes: dict[str, _Change] = {}
-        self._vocab_size: int | None = None  # if the adapter's embedding has another number of rows
+        self.vocab_size: int | None = None
         try:
-            for name, tensor in self._adapter.whole.items():
-                self._replace(_name_in(base, name) or name, tensor)
-            for target in self._adapter.targets:
-                self._change(target)
-        except ModelLoadError as error:
-            self.close()
-            raise ModelLoadError(f"{directory}: {error}") from None
+            self._adapter = PeftAdapter(directory, is_merged=True)
+            try:
+                for name, tensor in self._adapter.whole.items():
+                    self._replace(name, tensor)
+                self._keep_tied_head()
+                self._check_vocabulary()
+                for target in self._adapter.targets:
+                    self._change(target)
+            except ModelLoadError as error:
+                self._adapter.close()
+                raise ModelLoadError(f"{directory}: {error}") from None
+        except ModelLoadError:
+            base.close()
+            raise
 
-    def _replace(self, name: str, tensor: SafeTensor) -> None:
-        """Take a whole tensor of the adapter; embeddings and heads may have more rows than the base's."""
+    def _replace(self, module_name: str, tensor: SafeTensor) -> None:
+        """Take a whole tensor of the adapter; an embedding or head may be new, or have other rows."""
+        name, last = _name_in(self._base, module_name), _module(module_name)
         if tensor.dtype not in _DTYPES:
             raise ModelLoadError(f"tensor {tensor.name!r} is of dtype {tensor.dtype}")
-        if name in self._base:
-            shape = self._base.tensor(name).shape
-            if tensor.shape[1:] != shape[1:] or len(tensor.shape) != len(shape):
+        if name is None and last not in _HEADS:
+            raise ModelLoadError(f"tensor {tensor.name!r}: the base model has none of that name")
+        if name is not None and tensor.shape != (shape := self._base.tensor(name).shape):
+            is_resized = last in _EMBEDDINGS | _HEADS and tensor.shape[1:] == shape[1:] and len(shape) == 2
+            if not is_resized:
                 raise ModelLoadError(f"tensor {tensor.name!r} {_shapes(tensor.shape, shape)}")
-            if tensor.shape != shape:
-                if self._vocab_size not in (None, tensor.shape[0]) or len(shape) != 2:
-                    raise ModelLoadError(f"tensor {tensor.name!r} {_shapes(tensor.shape, shape)}")
-                self._vocab_size = tensor.shape[0]
-        self._whole[name] = tensor
+            self.vocab_size = tensor.shape[0]
+        self._whole[name or module_name] = tensor
+
+    def _keep_tied_head(self) -> None:
+        """Keep the base's embedding as the head if the adapter has only an embedding, as `peft` does."""
+        embeddings = [name for name in self._whole if _module(name) in _EMBEDDINGS and name in self._base]
+        if not embeddings or any(_module(name) in _HEADS for name in self):
+            return
+        if self.vocab_size is not None:
+            raise ModelLoadError(
+                f"tensor {self._whole[embeddings[0]].name!r} has more rows than the base's embedding, which "
+                "is its head, too, and the adapter has no such head: save both"
+            )
+        self._copies["lm_head.weight"] = embeddings[0]
+
+    def _check_vocabulary(self) -> None:
+        """Refuse an adapter that changes the size of the embedding and not of the head, or only the other."""
+        if self.vocab_size is None:
+            return
+        for name in self:
+            shape = self.tensor(name).shape
+            if _module(name) in _EMBEDDINGS | _HEADS and len(shape) == 2 and shape[0] != self.vocab_size:
+                raise ModelLoadError(
+                    f"the adapter's vocabulary has {self.vocab_size} tokens, {name!r} has {shape[0]}: save "
+                    "both the embedding and the head"
+                )
 
     def _change(self, target: PeftTarget) -> None:
-        """Take a LoRA target, in the order of the base's matrix."""
+        """Take a LoRA target, in the order in which the base stores the matrix."""
         what = f"tensor {target.down.name!r}"
-        name = _name_in(self._base, f"{target.module}.weight")
-        if name is None or self._base.tensor(name).dtype not in _DTYPES:
+        name = _name_in(self, f"{target.module}.weight")
+        if name is None or self.tensor(name).dtype not in _DTYPES:
             why = "has no matrix of that name" if name is None else "has codes there"
-            raise ModelLoadError(
-                f"{what}: the base model {why}, so the adapter cannot be merged into it: serve the base with "
-                "--lora-adapters"
-            )
-        if name in self._whole:
-            raise ModelLoadError(f"{what} changes what the adapter replaces as a whole")
-        shape, rows, columns = self._base.tensor(name).shape, target.up.shape[0], target.down.shape[1]
-        is_transposed = shape != (rows, columns) or (rows == columns and self._adapter.is_transposed)
-        if shape != ((columns, rows) if is_transposed else (rows, columns)):
+            cure = "" if self._whole or target.magnitude is not None else ": serve it with --lora-adapters"
+            raise ModelLoadError(f"{what}: the base model {why}, so it cannot be merged{cure}")
+        shape, rows, columns = self.tensor(name).shape, target.up.shape[0], target.down.shape[1]
+        # Not by `fan_in_fan_out`: `peft` corrects it for each layer.
+        is_conv1d = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
+        if shape != ((columns, rows) if is_conv1d else (rows, columns)):
             raise ModelLoadError(f"{what} {_shapes((rows, columns), shape)}: is it of another base?")
         if target.up.shape[1] != target.rank:
             raise ModelLoadError(f"{what} has the rank {target.rank}, its other matrix {target.up.shape[1]}")
-        if target.magnitude is not None and (is_transposed or math.prod(target.magnitude.shape) != rows):
+        if target.magnitude is not None and is_conv1d:
+            raise ModelLoadError(f"{what}: DoRA of layers that are stored transposed is not merged")
+        if target.magnitude is not None and math.prod(target.magnitude.shape) != rows:
             raise ModelLoadError(f"{what}: its magnitudes are not one for each row of the base's matrix")
-        self._changes[name] = _Change(target, is_transposed)
+        self._changes[name] = _Change(target, is_conv1d)
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(self._base), **self._whole})
+        return iter(dict.fromkeys([*self._base, *self._whole, *self._copies]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._base or name in self._whole
+        return name in self._base or name in self._whole or name in self._copies
 
     @property
     def names(self) -> list[str]:
@@ -126,26 +168,37 @@ class MergedCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> SafeTensor:
         """Return a tensor's dtype and shape; raise `ModelLoadError` if there is none of that name."""
+        if name in self._copies:
+            return replace(self._base.tensor(self._copies[name]), name=name)
         return self._whole[name] if name in self._whole else self._base.tensor(name)
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes, or some of them; merged matrices are computed anew at each call."""
-        if name in self._whole:
-            found: npt.NDArray[np.uint8] = self._adapter.raw(self._whole[name])[start:stop]
-            return found
+        """Return a tensor's bytes, or some of them; merged matrices are computed anew at each call.
+
+        Raises:
+            ModelLoadError: if merging gives values that are not finite.
+        """
         change = self._changes.get(name)
         if change is None:
-            return self._base.raw(name, start, stop)
-        info = self._base.tensor(name)
+            return self._unchanged(name, start, stop)
+        info = self.tensor(name)
         stop = info.nbytes if stop is None else stop
         row_bytes = info.nbytes // info.shape[0]
         first, last = start // row_bytes, -(-stop // row_bytes)
-        merged = self._merged(info, change, first, last)
+        merged = self._merged(name, change, first, last)
         return merged[start - first * row_bytes : stop - first * row_bytes]
 
-    def _merged(self, info: SafeTensor, change: _Change, first: int, last: int) -> npt.NDArray[np.uint8]:
+    def _unchanged(self, name: str, start: int, stop: int | None) -> npt.NDArray[np.uint8]:
+        """Return bytes of a tensor without what LoRA adds to it."""
+        if name in self._whole:
+            found: npt.NDArray[np.uint8] = self._adapter.raw(self._whole[name])[start:stop]
+            return found
+        return self._base.raw(self._copies.get(name, name), start, stop)
+
+    def _merged(self, name: str, change: _Change, first: int, last: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of some rows of a merged matrix: each row depends on no other."""
-        columns, dtype, target = info.shape[1], _DTYPES[info.dtype], change.target
+        info, target = self.tensor(name), change.target
+        columns, dtype = info.shape[1], _DTYPES[info.dtype]
         up, down = self._floats(target.up), self._floats(target.down)
         if change.is_transposed:
             up, down = down.T, up.T
@@ -156,26 +209,30 @@ class MergedCheckpoint(Checkpoint):
         for at in range(first, last, num_rows):
             end = min(at + num_rows, last)
             source = ops.WeightSource(
-                self._base.raw(info.name, at * width, end * width), info.dtype, (end - at, columns)
+                self._unchanged(name, at * width, end * width), info.dtype, (end - at, columns)
             )
             rows = ops.plain_tensor(source).float().addmm(up[at:end], down, alpha=target.scale)
             if magnitude is not None:
                 rows *= magnitude[at:end] / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             merged[at - first : end - first] = rows
+            if not merged[at - first : end - first].isfinite().all():
+                raise ModelLoadError(
+                    f"tensor {target.down.name!r}: merged, it gives values that are not finite"
+                )
         return merged.view(torch.uint8).numpy().reshape(-1)
 
     def _floats(self, tensor: SafeTensor) -> Tensor:
         source = ops.WeightSource(self._adapter.raw(tensor), tensor.dtype, tensor.shape)
         return ops.plain_tensor(source).float()
 
-    def fitted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def fitted_config(self) -> dict[str, Any]:
         """Return the base's configuration, with the size of the vocabulary that the adapter has."""
-        text = config.get("text_config")
-        if self._vocab_size is None:
+        config, text = self._config, self._config.get("text_config")
+        if self.vocab_size is None:
             return dict(config)
-        if isinstance(text, dict) and "vocab_size" in text:
-            return {**config, "text_config": {**text, "vocab_size": self._vocab_size}}
-        return {**config, "vocab_size": self._vocab_size}
+        if isinstance(text, dict) and "vocab_size" not in config:
+            return {**config, "text_config": {**text, "vocab_size": self.vocab_size}}
+        return {**config, "vocab_size": self.vocab_size}
 
     def close(self) -> None:
         """Release the mappings."""
@@ -183,10 +240,24 @@ class MergedCheckpoint(Checkpoint):
         self._adapter.close()
 
 
-def _name_in(base: Checkpoint, name: str) -> str | None:
-    """Return the base's name of a tensor, None if it has none."""
+def _module(name: str) -> str:
+    """Return the last part of the name of a tensor's module."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _name_in(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return a checkpoint's name of a tensor, None if it has none.
+
+    A model without its head has other names (`layers.0...`, `bert.encoder...`): then the only tensor whose
+    name ends alike is taken.
+    """
     renamed = (new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old))
-    return next((each for each in renamed if each in base), None)
+    found = next((each for each in renamed if each in checkpoint), None)
+    if found is not None:
+        return found
+    ends = [f".{name}", f".{name.partition('.')[2]}"]
+    alike = [each for each in checkpoint if any(f".{each}".endswith(end) for end in ends)]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _shapes(shape: tuple[int, ...], base: tuple[int, ...]) -> str:

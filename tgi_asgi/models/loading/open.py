@@ -73,6 +73,7 @@ class OpenModel:
         rope: GivenRope | None = None,
     ) -> None:
         self._rope = rope
+        self._vocab_size: int | None = None  # of a merged adapter, if it has its own
         self._override = Path(chat_template_path) if chat_template_path else None
         if files.kind == "gguf":
             self._open_gguf(files.path, model_impl)
@@ -91,12 +92,12 @@ class OpenModel:
 
     def _open_checkpoint(self, files: ModelFiles, model_impl: str, *, trusts_code: bool) -> None:
         directory = files.path
-        self.beside = BesideCheckpoint(directory, files.text_path)
+        self.beside = BesideCheckpoint(directory, files.adapter)
         config = with_architecture(read_config_file(directory))
         checkpoint = Checkpoint.open(directory)
         if files.adapter is not None:
-            checkpoint = merged = MergedCheckpoint(checkpoint, files.adapter)
-            config = merged.fitted(config)
+            checkpoint = merged = MergedCheckpoint(checkpoint, config, files.adapter)
+            config, self._vocab_size = merged.fitted_config(), merged.vocab_size
         architecture = architecture_of(config)
         self.weights = SafetensorsWeights(directory, Quantisation.from_json(config), checkpoint)
         if (found := self._read_native(config, model_impl)) is not None:
@@ -120,7 +121,9 @@ class OpenModel:
 
     def _open_generic(self, directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenGeneric:
         try:
-            return OpenGeneric(directory, config, trusts_code=trusts_code, rope=self._rope)
+            return OpenGeneric(
+                directory, config, trusts_code=trusts_code, rope=self._rope, vocab_size=self._vocab_size
+            )
         except ModelLoadError as error:
             if not self.why_generic:
                 raise
