@@ -455,7 +455,7 @@ async def test_references_are_found_without_a_search() -> None:
         f"msg_{i}": b'[{"id":"msg_%d","type":"message","role":"user","content":""}]' % i for i in range(10**5)
     }
     stored = StoredResponse("resp_1", b"{}", [], items)
-    for num_references in (280, 500):  # 16 KiB of these items are read inline, more in a thread
+    for num_references in (100, 700):  # read inline, and in a thread; 32 KiB hold no more
         numbers = range(99_000, 99_000 + num_references)
         references = [{"type": "item_reference", "id": f"msg_{i}"} for i in numbers]
         await check(RESPONSES, orjson.dumps({"input": references, "store": False}), stored=stored)

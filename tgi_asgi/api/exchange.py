@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LARGE_BODY = 16 * 1024  # reading more than this, if in hundreds of short messages, takes milliseconds
+LARGE_BODY = 32 * 1024  # reading more than this, if in a thousand short messages, takes milliseconds
 MANY_JOBS = 32  # and so does making more jobs than this
 _MAX_SHOWN = 200  # characters of a path
 

@@ -22,7 +22,6 @@ from tgi_asgi.api.life import Handler, admitted
 from tgi_asgi.system import return_freed_memory
 
 _PART = 4096  # tokens
-_LARGE = 32 * 1024  # bytes of a body whose tokens take long
 _HUGE = 1 << 20  # bytes of a body whose tokens take so much memory that the system gets it back
 
 
@@ -61,7 +60,7 @@ async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: byte
     """Return the answer; what waits for a thread does not begin if this is cancelled."""
     context = exchange.context
     # A large body may take ten seconds: such requests wait for each other, not others for them.
-    threads = context.count_threads if len(body) > _LARGE else context.text_threads
+    threads = context.count_threads if exchange.is_large else context.text_threads
     answer = await threads.run(work, body, exchange)
     if isinstance(answer, WithImages):
         check_images([answer.images], context.settings.max_images)
