@@ -33,7 +33,7 @@ from tgi_asgi.api.answer import ChoiceReader, Reading
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.openai.responses import MAX_ECHOED_BYTES
-from tgi_asgi.api.pooled import LARGE_BODY as LARGE_POOLING_BODY
+from tgi_asgi.api.pooled import PARSED_INLINE
 from tgi_asgi.api.sse import DIRECT_WRITE, MAX_WAITING_EVENTS
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
@@ -288,7 +288,7 @@ async def test_very_many_small_inputs(num_inputs: int) -> None:
     how = Embedding(Pooling(PoolingKind.MEAN), 64, 30)
     app = scripted_app(engine, info=toy_info(generates=False, embedding=how))
     body = orjson.dumps({"model": "toy/model", "input": ["a"] * num_inputs})
-    assert (len(body) > LARGE_POOLING_BODY) == (num_inputs > 240)
+    assert (len(body) > PARSED_INLINE) == (num_inputs > 240)
     worst = (math.inf, "")
     for _ in range(NUM_TRIES):
         call = request("POST", "/v1/embeddings", body)

@@ -40,8 +40,8 @@ MAX_TOKENS = 1 << 21  # per call: they wait as lists of about 36 bytes each; a q
 # What a call has for each permit that it needs to be admitted, because what waits takes memory.
 _INPUTS_PER_PERMIT, _CHARACTERS_PER_PERMIT = 64, 64 * 1024
 _RETRY_S = 0.1
-LARGE_BODY = 1024  # may hold hundreds of inputs, of which reading one takes several microseconds
-_MANY_INPUTS = 256
+PARSED_INLINE = 1024  # bytes of a body, which may hold 250 inputs; reading one takes several microseconds
+_MANY_INPUTS, _MANY_CHARACTERS = 256, 32 * 1024  # with more in a call, each stage takes milliseconds
 _LARGE_ANSWER = 8 * 1024  # numbers; writing one takes about 100 ns
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
@@ -67,17 +67,17 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     context = exchange.context
     served = context.ready()
     body = await exchange.read_body()
-    is_large = len(body) > LARGE_BODY
-    call = await (
-        context.text_threads.run(parse, body, exchange) if is_large else exchange.work(parse, body, exchange)
-    )
-    exchange.is_large |= len(call.inputs) > _MANY_INPUTS
+    is_short = len(body) <= PARSED_INLINE
+    call = parse(body, exchange) if is_short else await context.text_threads.run(parse, body, exchange)
+    size = sum(each.size for each in call.inputs)
+    exchange.is_large |= len(call.inputs) > _MANY_INPUTS or size > _MANY_CHARACTERS
     exchange.large_objects.append(call)
     model = served_name(exchange, call.model)
     if not call.inputs:
         await exchange.respond(200, call.answer(Pooled(model, [], 0)))
         return
-    with admitted(exchange, _num_needed(call, context.settings.max_concurrent_requests)) as permit:
+    num_needed = _num_needed(len(call.inputs), size, context.settings.max_concurrent_requests)
+    with admitted(exchange, num_needed) as permit:
         [adapter] = await lease_adapters(exchange, served, [model])  # must be the first await
         work = _requests(exchange, served, call, adapter)
         requests = await (exchange.unless_gone(work) if exchange.is_large else work)
@@ -95,10 +95,13 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     await exchange.respond(200, content, headers=headers)
 
 
-def _num_needed(call: PoolCall, limit: int) -> int:
-    """Return how many of all permits, whose number is the limit, a call needs to be admitted."""
-    size = sum(each.size for each in call.inputs)
-    num_needed = max(-(-len(call.inputs) // _INPUTS_PER_PERMIT), -(-size // _CHARACTERS_PER_PERMIT))
+def _num_needed(num_inputs: int, size: int, limit: int) -> int:
+    """Return how many of all permits, whose number is the limit, a call needs to be admitted.
+
+    Args:
+        size: Its characters and token ids together.
+    """
+    num_needed = max(-(-num_inputs // _INPUTS_PER_PERMIT), -(-size // _CHARACTERS_PER_PERMIT))
     return min(num_needed, max(limit // 4, 1))
 
 
@@ -116,8 +119,7 @@ async def _requests(
 ) -> list[GenerationRequest]:
     """Tokenise the inputs in threads, a batch at a time, so that other requests get their turn.
 
-    Returns:
-        The engine's requests, made there, too: 2,000 take 15 ms.
+    The engine's requests are made in the same threads: 2,000 take 15 ms.
     """
     context = exchange.context
     priority = bounded_priority(call.priority, context.settings)

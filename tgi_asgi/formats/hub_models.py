@@ -67,9 +67,8 @@ def fetch_model(
     folder, commit = Path(), ""
     if is_adapter(listing.names):
         if not set(hub.ADAPTER_PATTERNS) <= listing.names:
-            raise ModelLoadError(
-                f"{where} is an adapter without {hub.ADAPTER_PATTERNS[1]}; pickles are never read"
-            )
+            pickled = "; pickles are never read" if "adapter_model.bin" in listing.names else ""
+            raise ModelLoadError(f"{where} is an adapter without {hub.ADAPTER_PATTERNS[1]}{pickled}")
         small += hub.ADAPTER_PATTERNS
     if small:
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))

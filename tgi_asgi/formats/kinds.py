@@ -6,6 +6,7 @@ then config.json.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
@@ -64,7 +65,8 @@ def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
             f"{model_id} is an adapter whose {ADAPTER} names no base model (base_model_name_or_path): serve "
             f"that with --lora-adapters {model_id}"
         )
-    if ":" in base and not Path(base).exists():  # a strange adapter may not fetch from elsewhere
+    # A strange adapter may not have something fetched from elsewhere.
+    if base.startswith("pypi:") or (":" in base and not os.path.isdir(base)):
         raise ModelLoadError(
             f"{model_id} is an adapter of {base[:200]!r}, which is neither a directory nor an id on the Hub"
         )

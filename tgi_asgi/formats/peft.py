@@ -99,7 +99,7 @@ class PeftAdapter:
     Attributes:
         targets: The modules that it changes.
         whole: Tensors that replace the base model's, by their names there; only if it is merged.
-        digest: Digest of all its bytes.
+        digest: Digest of all its bytes; of its configuration alone if it is merged.
         num_bytes: Size of its matrices.
         base: The base model named in its configuration, or None.
     """
@@ -142,7 +142,8 @@ class PeftAdapter:
             raise ModelLoadError(f"{path}: {error}") from None
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
         hasher = hashlib.blake2b(text.data, digest_size=16)
-        hasher.update(data.data)
+        if not is_merged:
+            hasher.update(data.data)
         self.digest = hasher.digest()
 
     def raw(self, tensor: SafeTensor) -> Any:

@@ -35,6 +35,7 @@ _KNOWN = (
     ("spiece.model",),
     ("sentencepiece.bpe.model",),
 )
+VOCABULARIES = ("tokenizer.json", *(names[0] for names in _KNOWN))
 _ADVICE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one"
 
 

@@ -11,9 +11,8 @@ from tgi_asgi.models.generation_config import gguf_generation_config, read_gener
 from tgi_asgi.models.labels import LabelFiles, read_labels
 from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
+from tgi_asgi.text.older_files import VOCABULARIES
 from tgi_asgi.text.tokenizer import Tokenizer
-
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class BesideCheckpoint:
 
     def text(self, override: Path | None) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template, which `override` may replace."""
-        tokenizer = Tokenizer.from_directory(self._own(*_VOCABULARIES), self.directory)
+        tokenizer = Tokenizer.from_directory(self._own(*VOCABULARIES), self.directory)
         special, template = tokenizer.special_tokens, None
         if self.adapter is not None:
             template = load_chat_template(special, override=override, directory=self.adapter)

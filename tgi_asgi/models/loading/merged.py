@@ -7,7 +7,8 @@ may do what adapters beside a base may not: DoRA (Liu et al., arXiv 2402.09353),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 1 << 22  # numbers of a matrix that are merged at a time, as float32
 # Beginnings of modules' names, and of the same modules' tensors in checkpoints of other versions of
 # `transformers`.
-_PREFIXES = (
+_RENAMED = (
     ("", ""),
     ("model.language_model.", "language_model.model."),
     ("model.language_model.", "model."),
@@ -39,8 +40,17 @@ _PREFIXES = (
     ("lm_head.", "language_model.lm_head."),
     ("language_model.lm_head.", "lm_head."),
 )
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
+# What a model with a head puts before the names of the model inside it (`base_model_prefix`): the adapter may
+# have been trained on the one, and the checkpoint be of the other.
+_PREFIXES = (
+    "model.", "transformer.", "gpt_neox.", "backbone.",
+    "bert.", "roberta.", "distilbert.", "electra.", "mpnet.", "albert.", "deberta.",
+)  # fmt: skip
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"}
+)
 _HEADS = frozenset({"lm_head", "embed_out"})
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of architectures' names
 # Models whose layers are `Conv1D`, which stores [columns, rows], and the modules that are.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
@@ -74,11 +84,13 @@ class MergedCheckpoint(Checkpoint):
         self._base = base
         self._config = config
         self._whole: dict[str, SafeTensor] = {}  # tensors that replace the base's, by their names there
-        self._copies: dict[str, str] = {}  # further names of tensors of the base
+        self._copies: dict[str, str] = {}  # further names of tensors of the base, as they were in it
         self._changes: dict[str, _Change] = {}
         self.vocab_size: int | None = None
-        try:
+        with ExitStack() as failing:
+            failing.callback(base.close)
             self._adapter = PeftAdapter(directory, is_merged=True)
+            failing.callback(self._adapter.close)
             try:
                 for name, tensor in self._adapter.whole.items():
                     self._replace(name, tensor)
@@ -87,11 +99,8 @@ class MergedCheckpoint(Checkpoint):
                 for target in self._adapter.targets:
                     self._change(target)
             except ModelLoadError as error:
-                self._adapter.close()
                 raise ModelLoadError(f"{directory}: {error}") from None
-        except ModelLoadError:
-            base.close()
-            raise
+            failing.pop_all()
 
     def _replace(self, module_name: str, tensor: SafeTensor) -> None:
         """Take a whole tensor of the adapter; an embedding or head may be new, or have other rows."""
@@ -100,24 +109,36 @@ class MergedCheckpoint(Checkpoint):
             raise ModelLoadError(f"tensor {tensor.name!r} is of dtype {tensor.dtype}")
         if name is None and last not in _HEADS:
             raise ModelLoadError(f"tensor {tensor.name!r}: the base model has none of that name")
-        if name is not None and tensor.shape != (shape := self._base.tensor(name).shape):
+        like = name or next((each for each in self._base if _is_table(each, _EMBEDDINGS)), None)
+        if like is not None and tensor.shape != (shape := self._base.tensor(like).shape):
             is_resized = last in _EMBEDDINGS | _HEADS and tensor.shape[1:] == shape[1:] and len(shape) == 2
             if not is_resized:
                 raise ModelLoadError(f"tensor {tensor.name!r} {_shapes(tensor.shape, shape)}")
             self.vocab_size = tensor.shape[0]
+        if (name or module_name) in self._whole:
+            raise ModelLoadError(f"tensor {tensor.name!r} is in the adapter under another name, too")
         self._whole[name or module_name] = tensor
 
     def _keep_tied_head(self) -> None:
         """Keep the base's embedding as the head if the adapter has only an embedding, as `peft` does."""
-        embeddings = [name for name in self._whole if _module(name) in _EMBEDDINGS and name in self._base]
-        if not embeddings or any(_module(name) in _HEADS for name in self):
+        architecture = str((self._config.get("architectures") or [""])[0])
+        tables = [
+            name for name, tensor in self._whole.items() if len(tensor.shape) == 2 and name in self._base
+        ]
+        if not architecture.endswith(_GENERATES) or any(_is_table(name, _HEADS) for name in self):
             return
-        if self.vocab_size is not None:
-            raise ModelLoadError(
-                f"tensor {self._whole[embeddings[0]].name!r} has more rows than the base's embedding, which "
-                "is its head, too, and the adapter has no such head: save both"
-            )
-        self._copies["lm_head.weight"] = embeddings[0]
+        for name in tables:
+            tensor, text = self._whole[name], self._config.get("text_config") or self._config
+            if not _is_table(name, _EMBEDDINGS):
+                if tensor.shape[0] == text.get("vocab_size"):
+                    raise ModelLoadError(f"tensor {tensor.name!r} may be the head, too: save both")
+                continue
+            if self.vocab_size is not None:
+                raise ModelLoadError(
+                    f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the base's embedding, which is its "
+                    f"head, too, {self._base.tensor(name).shape[0]}: save both the embedding and the head"
+                )
+            self._copies["lm_head.weight"] = name
 
     def _check_vocabulary(self) -> None:
         """Refuse an adapter that changes the size of the embedding and not of the head, or only the other."""
@@ -125,7 +146,7 @@ class MergedCheckpoint(Checkpoint):
             return
         for name in self:
             shape = self.tensor(name).shape
-            if _module(name) in _EMBEDDINGS | _HEADS and len(shape) == 2 and shape[0] != self.vocab_size:
+            if _is_table(name, _EMBEDDINGS | _HEADS) and len(shape) == 2 and shape[0] != self.vocab_size:
                 raise ModelLoadError(
                     f"the adapter's vocabulary has {self.vocab_size} tokens, {name!r} has {shape[0]}: save "
                     "both the embedding and the head"
@@ -134,11 +155,14 @@ class MergedCheckpoint(Checkpoint):
     def _change(self, target: PeftTarget) -> None:
         """Take a LoRA target, in the order in which the base stores the matrix."""
         what = f"tensor {target.down.name!r}"
-        name = _name_in(self, f"{target.module}.weight")
+        wanted = f"{target.module}.weight"
+        name = _name_in(self, wanted)
         if name is None or self.tensor(name).dtype not in _DTYPES:
-            why = "has no matrix of that name" if name is None else "has codes there"
-            cure = "" if self._whole or target.magnitude is not None else ": serve it with --lora-adapters"
-            raise ModelLoadError(f"{what}: the base model {why}, so it cannot be merged{cure}")
+            has_codes = name is not None or self._config.get("quantization_config")
+            why = "is quantised, or has no matrix of that name" if has_codes else "has no matrix of that name"
+            needs_merging = self._whole or target.magnitude is not None or _is_table(wanted, _HEADS)
+            cure = ": serve it with --lora-adapters" if has_codes and not needs_merging else ""
+            raise ModelLoadError(f"{what}: the base model {why}, so nothing can be added to it{cure}")
         shape, rows, columns = self.tensor(name).shape, target.up.shape[0], target.down.shape[1]
         # Not by `fan_in_fan_out`: `peft` corrects it for each layer.
         is_conv1d = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
@@ -150,6 +174,8 @@ class MergedCheckpoint(Checkpoint):
             raise ModelLoadError(f"{what}: DoRA of layers that are stored transposed is not merged")
         if target.magnitude is not None and math.prod(target.magnitude.shape) != rows:
             raise ModelLoadError(f"{what}: its magnitudes are not one for each row of the base's matrix")
+        if name in self._changes:
+            raise ModelLoadError(f"{what} is in the adapter under another name, too")
         self._changes[name] = _Change(target, is_conv1d)
 
     def __iter__(self) -> Iterator[str]:
@@ -245,19 +271,17 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def _name_in(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return a checkpoint's name of a tensor, None if it has none.
+def _is_table(name: str, modules: Collection[str]) -> bool:
+    """Return whether a tensor is the matrix of one of these modules, not its bias."""
+    return name.endswith(".weight") and _module(name) in modules
 
-    A model without its head has other names (`layers.0...`, `bert.encoder...`): then the only tensor whose
-    name ends alike is taken.
-    """
-    renamed = (new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old))
-    found = next((each for each in renamed if each in checkpoint), None)
-    if found is not None:
-        return found
-    ends = [f".{name}", f".{name.partition('.')[2]}"]
-    alike = [each for each in checkpoint if any(f".{each}".endswith(end) for end in ends)]
-    return alike[0] if len(alike) == 1 else None
+
+def _name_in(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return a checkpoint's name of a tensor, None if it has none."""
+    renamed = [new + name.removeprefix(old) for old, new in _RENAMED if name.startswith(old)]
+    longer = [prefix + name for prefix in _PREFIXES]
+    shorter = [name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)]
+    return next((each for each in (*renamed, *longer, *shorter) if each in checkpoint), None)
 
 
 def _shapes(shape: tuple[int, ...], base: tuple[int, ...]) -> str:
