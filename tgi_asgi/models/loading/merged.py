@@ -23,6 +23,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
+from tgi_asgi.models.loading.recognise import architecture_of
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 1 << 22  # numbers of a matrix that are merged at a time, as float32
@@ -121,24 +122,25 @@ class MergedCheckpoint(Checkpoint):
 
     def _keep_tied_head(self) -> None:
         """Keep the base's embedding as the head if the adapter has only an embedding, as `peft` does."""
-        architecture = str((self._config.get("architectures") or [""])[0])
-        tables = [
-            name for name, tensor in self._whole.items() if len(tensor.shape) == 2 and name in self._base
-        ]
-        if not architecture.endswith(_GENERATES) or any(_is_table(name, _HEADS) for name in self):
+        generates = architecture_of(self._config).endswith(_GENERATES)
+        if not generates or any(_is_table(name, _HEADS) for name in self):
             return
-        for name in tables:
-            tensor, text = self._whole[name], self._config.get("text_config") or self._config
+        for name, tensor in self._whole.items():
             if not _is_table(name, _EMBEDDINGS):
-                if tensor.shape[0] == text.get("vocab_size"):
+                if len(tensor.shape) == 2 and tensor.shape[0] == self._text_config().get("vocab_size"):
                     raise ModelLoadError(f"tensor {tensor.name!r} may be the head, too: save both")
-                continue
-            if self.vocab_size is not None:
+            elif self.vocab_size is None:
+                self._copies["lm_head.weight"] = name
+            else:
                 raise ModelLoadError(
                     f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the base's embedding, which is its "
                     f"head, too, {self._base.tensor(name).shape[0]}: save both the embedding and the head"
                 )
-            self._copies["lm_head.weight"] = name
+
+    def _text_config(self) -> Mapping[str, Any]:
+        """Return the part of the configuration with the size of the vocabulary."""
+        text = self._config.get("text_config")
+        return text if isinstance(text, dict) and "vocab_size" not in self._config else self._config
 
     def _check_vocabulary(self) -> None:
         """Refuse an adapter that changes the size of the embedding and not of the head, or only the other."""
@@ -253,12 +255,11 @@ class MergedCheckpoint(Checkpoint):
 
     def fitted_config(self) -> dict[str, Any]:
         """Return the base's configuration, with the size of the vocabulary that the adapter has."""
-        config, text = self._config, self._config.get("text_config")
+        config, text = self._config, self._text_config()
         if self.vocab_size is None:
             return dict(config)
-        if isinstance(text, dict) and "vocab_size" not in config:
-            return {**config, "text_config": {**text, "vocab_size": self.vocab_size}}
-        return {**config, "vocab_size": self.vocab_size}
+        changed = {**text, "vocab_size": self.vocab_size}
+        return changed if text is config else {**config, "text_config": changed}
 
     def close(self) -> None:
         """Release the mappings."""
