@@ -16,7 +16,8 @@ async def test_names_of_models() -> None:
     for given, shown in (("tgi", "toy/model"), (None, "toy/model"), ("gpt-4o", "gpt-4o"), ("", "")):
         assert (await chat(model=given)).json()["model"] == shown
     strict = {"settings": Settings(strict_model_names=True)}
-    for name in ("tgi", "dummy", "toy/model", None):  # huggingface_hub's clients without a name send dummy
+    # Without a name, huggingface_hub's clients send "dummy", and huggingface.js the endpoint's address.
+    for name in ("tgi", "dummy", "http://127.0.0.1:3000", "https://a.example/v1", "toy/model", None):
         assert (await chat(app=strict, model=name)).json()["model"] == "toy/model"
     call = await chat(app=strict, model="gpt-4o")
     assert call.status == 404

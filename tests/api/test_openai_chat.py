@@ -361,14 +361,15 @@ async def test_truncate_prompt_tokens_keeps_the_end() -> None:
             600,
             None,
             "This model's maximum context length is 512 tokens. However, your messages resulted in 619 "
-            "tokens. Please reduce the length of the messages. (context_length_exceeded)",
+            "tokens. Please reduce the length of the messages. "
+            "(context_length_exceeded: your input exceeds the context window of this model)",
         ),
         (
             400,
             100,
             "This model's maximum context length is 512 tokens. However, you requested 519 tokens (419 in "
             "the messages, 100 in the completion). Please reduce the length of the messages or completion. "
-            "(context_length_exceeded)",
+            "(context_length_exceeded: your input exceeds the context window of this model)",
         ),
     ],
 )

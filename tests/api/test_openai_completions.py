@@ -138,7 +138,7 @@ async def test_context_overflow_speaks_of_the_prompt() -> None:
     assert call.json()["error"] == {
         "message": "This model's maximum context length is 512 tokens. However, you requested 513 tokens "
         "(3 in the prompt, 510 in the completion). Please reduce the length of the prompt or completion. "
-        "(context_length_exceeded)",
+        "(context_length_exceeded: your input exceeds the context window of this model)",
         "type": "invalid_request_error", "param": "prompt", "code": "context_length_exceeded",
     }  # fmt: skip
 

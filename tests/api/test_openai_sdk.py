@@ -170,11 +170,17 @@ async def test_an_unknown_path_is_a_not_found_error_that_says_add_v1() -> None:
             await wrong.chat.completions.create(model="tgi", messages=SYSTEM_AND_USER)
 
 
-async def test_a_base_url_that_names_v1_twice_is_told_so() -> None:
+@pytest.mark.parametrize("more", ["/v1", "/openai", "/engines/llama.cpp"])
+async def test_a_base_url_with_more_before_v1_is_told_so(more: str) -> None:
     async with sdk() as client:
-        wrong = client.with_options(base_url=f"{str(client.base_url).rstrip('/')}/v1")
-        with pytest.raises(openai.NotFoundError, match="Take /v1 from the base URL"):
+        wrong = client.with_options(base_url=str(client.base_url).replace("/v1", f"{more}/v1"))
+        with pytest.raises(
+            openai.NotFoundError, match=f"Take {more} from the base URL: /v1/chat/completions"
+        ):
             await wrong.chat.completions.create(model="tgi", messages=SYSTEM_AND_USER)
+        with pytest.raises(openai.NotFoundError) as caught:
+            await wrong.post("/nothing", cast_to=object)
+        assert "base URL" not in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [GenerationFailed("bad logits"), Overloaded()])

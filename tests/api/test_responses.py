@@ -270,6 +270,33 @@ def test_reasoning_belongs_to_the_answer_that_it_led_to() -> None:
     assert [message.get("reasoning_content") for message in messages] == [None, None, "a\nb", None, None]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "content"),
+    [
+        ([], ["Wait."], "Wait."),  # as litellm translates Anthropic's turns
+        (["Well."], [], "Well."),
+        (["Well."], ["Wait."], ["Well.", "Wait."]),
+        ([], ["One.", "Two."], ["One.", "Two."]),
+    ],
+)
+def test_texts_before_and_after_calls_are_one_turn(
+    before: list[str], after: list[str], content: str | list[str]
+) -> None:
+    def text(given: str) -> dict[str, Any]:
+        return {"type": "message", "role": "assistant", "content": given}
+
+    calls = [{"type": "function_call", "call_id": c, "name": "f", "arguments": "{}"} for c in ("c1", "c2")]
+    outputs = [{"type": "function_call_output", "call_id": c, "output": "1"} for c in ("c1", "c2")]
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    turn = [*map(text, before), calls[0], *map(text, after), thought, calls[1]]
+    messages = read_items([{"role": "user", "content": "hi"}, *turn, *outputs, text("Done.")])
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert messages[1]["content"] == content
+    assert [call["id"] for call in messages[1]["tool_calls"]] == ["c1", "c2"]
+    assert messages[1]["reasoning_content"] == "hm"
+    assert messages[4]["content"] == "Done."
+
+
 @pytest.mark.parametrize("kept", [("type", "id", "summary", "encrypted_content"), ("type", "id", "content")])
 async def test_thoughts_come_back_in_the_field_that_a_client_keeps(kept: tuple[str, ...]) -> None:
     """Many clients send back `encrypted_content` only, and without it no reasoning at all."""

@@ -34,6 +34,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
 _MAX_HEADER_CHARS = 1000
 NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
+_URL_SCHEMES = ("http://", "https://")  # huggingface.js then sends the endpoint's address
 
 
 def generating(parse: Parse) -> Handler:
@@ -131,8 +132,8 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     context, served = exchange.context, exchange.context.ready()
     if requested is not None and served.serves(requested):
         return requested
-    own = served.info.model_id
-    if requested is None or requested in NO_NAMES:
+    own, requested = served.info.model_id, _name_in(requested)
+    if requested is None:
         return own
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
@@ -141,11 +142,16 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
 
 def check_name(exchange: Exchange, requested: str | None) -> None:
     """Refuse the name of a model that is not served, if names are strict; may run in any thread."""
-    context = exchange.context
-    if not context.settings.strict_model_names or requested is None or requested in NO_NAMES:
-        return
-    if not context.ready().serves(requested):
-        raise UnknownModel(requested)
+    context, name = exchange.context, _name_in(requested)
+    if context.settings.strict_model_names and name is not None and not context.ready().serves(name):
+        raise UnknownModel(name)
+
+
+def _name_in(requested: str | None) -> str | None:
+    """Return the name that a request gives, or None for what clients send without one."""
+    if requested is None or requested in NO_NAMES or requested.startswith(_URL_SCHEMES):
+        return None
+    return requested
 
 
 async def lease_adapters(

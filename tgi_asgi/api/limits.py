@@ -63,12 +63,8 @@ class Overflow(enum.Enum):
             return _tgi_budget(info, num_prompt, max_tokens)
         context = info.max_total_tokens
         available = context - num_prompt
-        resulted = f"your {{field}} resulted in {num_prompt} tokens"
-        if available < 1:
-            raise _too_long(f"{context} tokens", resulted, num_prompt, info)
-        if num_prompt > info.max_input_tokens:
-            limit = f"{context} tokens, of which a prompt may take {info.max_input_tokens}"
-            raise _too_long(limit, resulted, num_prompt, info)
+        if available < 1 or num_prompt > info.max_input_tokens:
+            raise _prompt_too_long(f"{num_prompt} tokens", num_prompt, info)
         if max_tokens is None:
             return available if default is None else min(available, default)
         if max_tokens > available and self is Overflow.REFUSED:
@@ -101,8 +97,7 @@ def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -
     """
     num_tokens = -(-num_characters // max(longest_token, 1))
     if num_tokens > info.max_input_tokens:
-        given = f"your {{field}} has at least {num_tokens} tokens"
-        raise _too_long(f"{info.max_total_tokens} tokens", given, num_tokens, info)
+        raise _prompt_too_long(f"{num_tokens} tokens or more", num_tokens, info)
 
 
 def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int:
@@ -125,13 +120,22 @@ def tgi_too_long(info: ModelInfo, num_tokens: str) -> InvalidRequest:
     return InvalidRequest(message, field=("prompt",))
 
 
+def _prompt_too_long(given: str, num_tokens: int, info: ModelInfo) -> ContextExceeded:
+    limit = f"{info.max_total_tokens} tokens"
+    if num_tokens < info.max_total_tokens:
+        limit += f", of which a prompt may take {info.max_input_tokens}"
+    return _too_long(limit, f"your {{field}} resulted in {given}", num_tokens, info)
+
+
 def _too_long(
     limit: str, given: str, num_tokens: int, info: ModelInfo, what: str = "{field}"
 ) -> ContextExceeded:
-    # LiteLLM looks for the first phrase. LangChain looks for the code, which exception texts otherwise lack.
+    # LiteLLM looks for the first phrase, Qwen Code for both numbers, LangChain for the code, which exception
+    # texts otherwise lack, and Copilot for the words after it, which `/v1/responses` of OpenAI uses.
     return ContextExceeded(
         f"This model's maximum context length is {limit}. However, {given}. "
-        f"Please reduce the length of the {what}. (context_length_exceeded)",
+        f"Please reduce the length of the {what}. "
+        "(context_length_exceeded: your input exceeds the context window of this model)",
         num_tokens,
         info.max_input_tokens,
     )

@@ -101,12 +101,13 @@ class RouteTable:
         await self._router(exchange.scope, exchange.receive, exchange.send)
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
-        """Refuse an unknown path in the dialect of neighbouring routes; suggest adding or removing /v1."""
+        """Refuse an unknown path in the dialect of neighbouring routes; suggest another base URL."""
         exchange: Exchange = scope.pop(_EXCHANGE)
         path, hint = exchange.path, ""
-        if path.startswith("/v1/v1/"):
-            path = path[3:]
-            hint = f". Take /v1 from the base URL: {path}"
+        before, _, rest = path.rpartition("/v1/")  # /openai/v1/models, as of Groq's and Azure's clients
+        if before and self._neighbour_of(f"/v1/{rest}", num_folders=2):
+            path = f"/v1/{rest}"
+            hint = f". Take {before} from the base URL: {path}"
         row = self._neighbour_of(path)
         if row is None and (row := self._neighbour_of(f"/v1{path}", num_folders=2)):
             hint = f". Add /v1 to the base URL: /v1{path}"

@@ -200,7 +200,10 @@ def read_items(
                 if role not in _ROLES:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
                 content = _parts(item.get("content"), f"{path}.content", role, images)
-                messages.append({"role": role, "content": content})
+                if role == "assistant" and messages and "tool_calls" in messages[-1]:
+                    _add_text(messages[-1], content)
+                else:
+                    messages.append({"role": role, "content": content})
                 if role == "assistant":
                     _add_thoughts(messages[-1], thoughts)
                 else:
@@ -218,6 +221,16 @@ def read_items(
 
 def _joined(texts: str | list[str]) -> str:
     return texts if isinstance(texts, str) else "\n".join(texts)
+
+
+def _add_text(message: dict[str, Any], content: str | list[Any]) -> None:
+    """Add text that came after a message's calls: for templates, all of it precedes the calls' results."""
+    earlier = message["content"]
+    message["content"] = content if earlier is None else [*_listed(earlier), *_listed(content)]
+
+
+def _listed(content: str | list[Any]) -> list[Any]:
+    return [content] if isinstance(content, str) else content
 
 
 def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:
