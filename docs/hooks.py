@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 BROUGHT = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
 _LINK = re.compile(r"(?<=\]\()([^)\s:]+?)(#[^)\s]*)?(?=\))")
-_WHOLE_LINK = re.compile(r"(?<!!)\[((?:`[^`]*`|[^][])*)\]\(outside:([^)]*)\)")
+_WHOLE_LINK = re.compile(r"(?<!!)\[((?:`[^`]*`|[^][`])*)\]\(outside:([^)]*)\)")
 _CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
