@@ -28,7 +28,7 @@ const EXAMPLES = {
   instances: [{ inputs: "What is deep learning?", parameters: { max_new_tokens: 20 } }],
   tokens: [1, 2, 3],
 };
-const OFFERED = ["model", "max_tokens", "stream", "parameters"]; // optional fields to show in examples
+const OFFERED = ["model", "input", "max_tokens", "stream", "parameters"]; // optional fields to show in examples
 
 /** The named schemas of one document; `model` is the name that examples give the model. */
 export class Schemas {
