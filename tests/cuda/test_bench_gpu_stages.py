@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -210,7 +212,7 @@ def test_transformers_is_timed_with_a_static_cache(emulation: None, monkeypatch:
     assert [(row["compiled"], row["tokens_per_s"]) for row in rows] == [(False, 400000), (True, 400000)]
 
 
-@pytest.mark.parametrize("name", [stage.name for stage in gpu.STAGES])
+@pytest.mark.parametrize("name", [*(stage.name for stage in gpu.STAGES), "small_cases"])
 def test_every_stage_but_the_first_begins_with_the_operators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -222,6 +224,7 @@ def test_every_stage_but_the_first_begins_with_the_operators(
     stage.__name__ = name
     for module in (gpu_stages, gpu_runs, gpu_served):
         monkeypatch.setattr(module, "STAGES", (stage,))
+    monkeypatch.setattr(gpu_stages, "small_cases", stage)
     monkeypatch.setattr(gpu_stages, "signal", Mock())  # the test's process keeps its own handlers
     monkeypatch.setitem(sys.modules, "tgi_asgi._cuda", None)  # as before it is built
     if name == "build":
@@ -231,6 +234,50 @@ def test_every_stage_but_the_first_begins_with_the_operators(
         with pytest.raises(ModuleNotFoundError, match="_cuda"):
             gpu_stages.main(name, str(tmp_path / "report"))
         assert began == []
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "found"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", "clean"),
+        (9, "=========     at norm+0x10\n=========     at norm+0x20\n========= ERROR SUMMARY: 2 errors", 2),
+        (
+            9,
+            "========= Error: Race reported between Write access at norm+0x10\n=========     and Read access",
+            1,
+        ),
+        (9, "========= Error: in words of a later version", 1),
+        (1, "ERROR_PROFILER_NOT_PERMITTED", "refused"),
+        (1, "AssertionError: relative error 2.0\n========= ERROR SUMMARY: 0 errors", None),
+    ],
+)
+def test_a_sanitizer_is_clean_only_if_every_case_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, says: str, found: int | str | None
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!/bin/sh\nprintf '%s\\n' \"$*\" >{tmp_path}/args\ncat {tmp_path}/says\nexit {status}\n"
+    )
+    tool.chmod(0o755)
+    (tmp_path / "says").write_text(says)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    rows: list[dict[str, Any]] = []
+    with (
+        contextlib.nullcontext()
+        if found is not None
+        else pytest.raises(RuntimeError, match="relative error 2")
+    ):
+        gpu_stages.racecheck(lambda name, row: rows.append(row))
+    assert [row["racecheck"] for row in rows] == ([found] if found is not None else [])
+    # The command is a stage of its own, and thus begins with the operators.
+    assert (tmp_path / "args").read_text().rstrip().endswith("-m bench.gpu_stages small_cases /dev/null")
+
+
+def test_the_sanitizers_cases_are_the_small_ones(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(cases, "small", lambda: iter([("norm", torch.float32, done.append)]))
+    gpu_stages.small_cases(lambda name, row: None)
+    assert len(done) == 1
 
 
 def test_checks_say_how_near_each_operator_came_to_its_limit(
@@ -340,7 +387,9 @@ def test_one_kind_of_step_that_fails_leaves_the_others(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(gpu_runs, "measure_ceilings", dict)
     monkeypatch.setattr(gpu_runs, "time_step", timed)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        gpu_timing, "free_memory", lambda: None
+    )  # a collection of all tests' objects: a second each
     rows: list[dict[str, Any]] = []
     with pytest.raises(AssertionError, match="2 could not be measured"):
         gpu_runs.step(lambda name, row: rows.append(row))

@@ -10,7 +10,7 @@ import torch
 
 from tests.emulation import bindings, library
 from tgi_asgi.runner import cuda_load
-from tgi_asgi.runner.cuda_device import CudaDevice
+from tgi_asgi.runner.cuda_device import CudaDevice, is_out_of_memory
 
 
 @pytest.fixture
@@ -58,6 +58,28 @@ def test_an_error_of_one_call_fails_alone(
 def test_too_little_memory_is_no_loss(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", answering(RuntimeError("must not be asked")))
     assert not device.is_lost(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device.is_lost(RuntimeError("CUDA error: out of memory"))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 'out of memory'"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+        (None, False),
+    ],
+)
+def test_the_driver_and_cublas_say_that_memory_is_lacking_in_their_own_words(
+    error: Exception | None, is_one: bool
+) -> None:
+    assert is_out_of_memory(error) is is_one
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ class DeviceGroup:
         # NCCL's watchdog would end this process when it finds another shard dead; here clients must first get
         # their errors.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # torch 2.15's new backend makes its communicator here, where nobody notices that a shard has died.
+        os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
         meeting = _FileStore(str(store), count)
         meeting.set_timeout(_MEETING)
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=count, timeout=_TIMEOUT)

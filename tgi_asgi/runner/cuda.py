@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
@@ -27,7 +26,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.cuda_device import Device, Event, is_out_of_memory
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
@@ -364,7 +363,7 @@ class CudaRunner:
         """Translate an error to the engine's exceptions; remember whether the device is lost."""
         if not isinstance(error, Exception):
             return RuntimeError(repr(error))
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             return MemoryError(str(error))
         if isinstance(error, DeviceLost) or self._device.is_lost(error):
             self._lost = DeviceLost(str(error))  # without the traceback, whose frames hold graphs

@@ -20,6 +20,7 @@ from tgi_asgi.runner.plan import DeviceLost
 logger = logging.getLogger(__name__)
 
 _cuda: Any = torch.cuda
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Event(Protocol):
@@ -122,7 +123,7 @@ class CudaDevice:
         A launch with wrong arguments fails alone; an illegal address fails every later call until the process
         ends (CUDA Runtime API, cudaErrorIllegalAddress). The messages do not distinguish the two.
         """
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             return False
         try:
             torch.cuda.synchronize(self.device)
@@ -150,6 +151,18 @@ def register_kernels() -> None:
         importlib.import_module("tgi_asgi._cuda")
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error says that the device lacks memory.
+
+    torch raises its own class for tensors, but a `RuntimeError` with the words of the driver or cuBLAS for
+    graphs, kernels' modules and workspaces. NCCL's failures do not count: its group has ended with them.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "NCCL" not in text and any(words in text for words in _NO_MEMORY)
+
+
 @contextlib.contextmanager
 def must_fit() -> Iterator[None]:
     """Turn out-of-memory errors of the GPU into one that says what to change.
@@ -159,8 +172,8 @@ def must_fit() -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, DeviceLost) as error:
-        if isinstance(error, DeviceLost) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error.__cause__ if isinstance(error, DeviceLost) else error):
             raise
         raise ModelLoadError(
             "the model does not fit the GPU's memory: use a smaller one, lower --max-batch-prefill-tokens "

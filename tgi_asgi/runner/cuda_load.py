@@ -56,7 +56,9 @@ SUPPORTED_NEEDS = frozenset(
 _MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
 _MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
-_SHARE = 0.92  # the cache's, of memory free after the largest step; graphs and fragmentation use the rest
+# Of the memory free after the largest step, the cache gets this share of all but the reserve, which graphs,
+# kernels' modules and libraries' workspaces need on every GPU. Larger graphs and fragmentation use the rest.
+_SHARE, _RESERVE = 0.92, 1 << 30
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -289,9 +291,8 @@ def make_runner(
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
-        size = choose_size(
-            model.config, settings, groups, kv_dtype, max_total_tokens, free_bytes, share=_SHARE
-        )
+        usable = max(free_bytes - _RESERVE, free_bytes // 2)
+        size = choose_size(model.config, settings, groups, kv_dtype, max_total_tokens, usable, share=_SHARE)
         sizes.append(size)
         return size
 
