@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
                                             keys + Kernel::kTileChunks, scores, is_all_visible,
                                             visible);
   }
+  async_wait<0>();  // of the queries, if there was no tile
   finish_sums(state);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -74,6 +74,17 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut(device: Device) -> None:
         assert torch.equal(out.view(torch.int16), whole.out[start:stop].view(torch.int16))
 
 
+@pytest.mark.parametrize("sinks", [None, 1.0])
+def test_rows_that_see_no_key_are_zero(device: Device, sinks: float | None) -> None:
+    """Padding has a context of 0; of two queries with a context of 1, the first sees nothing."""
+    case = PagedCase(device, Shape([3, 3], [3, 3], sinks=sinks))
+    out = device.empty(tuple(case.q.shape), torch.bfloat16)
+    context_len = device.tensor(torch.tensor([0, 1], dtype=torch.int32))
+    device.run("attention_prefill", [out], **case.params(out=out, context_len=context_len))
+    assert out.float().abs().amax(dim=(1, 2)).gt(0).tolist() == [False] * 5 + [True]
+    assert not out.isnan().any()
+
+
 FAULTS = [
     Fault(
         "the block table is read one entry late",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import make_device
+from tests.cuda.emulated_runner import make_device, save_with_tokenizer
+from tests.support.checkpoints import make_model
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, reference
@@ -108,3 +110,13 @@ def test_what_the_kernels_do_not_have_is_refused_by_name(
         ModelLoadError, match=f"{lacking} the GPU kernels do not have yet.*CUDA_VISIBLE_DEVICES="
     ):
         load(Settings(thread_nice=0, num_threads=1), checkpoint(case), lambda stage, done, total: None)
+
+
+def test_a_rotary_size_that_the_kernels_refuse_is_refused_at_once(
+    tmp_path: Path, device: EmulatedDevice
+) -> None:
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = make_model("StableLm", **sizes, partial_rotary_factor=30 / 64)
+    files = save_with_tokenizer(model, tmp_path)
+    with pytest.raises(ModelLoadError, match=r"head size 64 with 1 queries .* rotary sizes \[30\]"):
+        load(Settings(thread_nice=0, num_threads=1), files, lambda stage, done, total: None)

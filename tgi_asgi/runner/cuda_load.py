@@ -203,16 +203,19 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     largest = max((spec.intermediate_size for spec in experts), default=0)
     of_experts = {spec.intermediate_size for spec in experts} | {spec.shared_size for spec in experts} - {0}
     sizes = (config.hidden_size, config.intermediate_size, *sorted(of_experts))
+    rotary = sorted({layer.rope.dim for layer in config.layers if layer.rope is not None})
     if (
         config.head_dim not in HEAD_DIMS
         or group > _MAX_GROUP
         or any(size % 8 for size in sizes)
+        or any(size % 4 for size in rotary)
         or config.hidden_size > _MAX_HIDDEN
         or 2 * largest * config.hidden_size >= _MAX_EXPERT_WEIGHTS
     ):
         raise ModelLoadError(
-            f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head "
-            f"and hidden sizes {sizes}: to use the CPU, hide the GPU with CUDA_VISIBLE_DEVICES="
+            f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head, "
+            f"rotary sizes {rotary} and hidden sizes {sizes}: to use the CPU, hide the GPU with "
+            "CUDA_VISIBLE_DEVICES="
         )
     return dtype
 

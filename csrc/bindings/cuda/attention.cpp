@@ -38,7 +38,8 @@ AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& con
   check_tensor(context_len, "context_len", kInt, {-1});
   check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
   check_tensor(out, "out", q.scalar_type(), {q.size(0), q.size(1), q.size(2)});
-  TORCH_CHECK(spec.window >= 0, "`window` must not be negative, got ", spec.window);
+  TORCH_CHECK(spec.window >= 0 && spec.window < (int64_t{1} << 31),
+              "`window` must be 0 to 2^31 - 1, got ", spec.window);
   TORCH_CHECK(spec.soft_cap >= 0, "`soft_cap` must not be negative, got ", spec.soft_cap);
   if (spec.sinks) check_tensor(*spec.sinks, "sinks", at::kFloat, {q.size(1)});
   if (spec.slopes) check_tensor(*spec.slopes, "slopes", at::kFloat, {q.size(1)});
