@@ -61,6 +61,12 @@ def test_too_little_memory_is_no_loss(device: CudaDevice, monkeypatch: pytest.Mo
     assert not device.is_lost(RuntimeError("CUDA error: out of memory"))
 
 
+@pytest.mark.parametrize(("free", "for_cache"), [(80, 79), (4, 3), (2, 1), (1, 0.5), (0, 0)])
+def test_the_cache_leaves_memory_for_graphs_and_libraries(free: int, for_cache: float) -> None:
+    """In GiB: all but one, though at least half, and of that 92 %."""
+    assert cuda_load.bytes_for_cache(free << 30) == int(0.92 * for_cache * (1 << 30))
+
+
 @pytest.mark.parametrize(
     ("error", "is_one"),
     [

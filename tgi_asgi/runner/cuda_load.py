@@ -294,8 +294,8 @@ def make_runner(
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
-        usable = max(free_bytes - _RESERVE, free_bytes // 2)
-        size = choose_size(model.config, settings, groups, kv_dtype, max_total_tokens, usable, share=_SHARE)
+        usable = bytes_for_cache(free_bytes)
+        size = choose_size(model.config, settings, groups, kv_dtype, max_total_tokens, usable, share=1.0)
         sizes.append(size)
         return size
 
@@ -311,6 +311,11 @@ def make_runner(
             adapters=adapters,
         )
     return runner, sizes[-1]
+
+
+def bytes_for_cache(free_bytes: int) -> int:
+    """Return how much of the memory that is free after the largest step the cache may take."""
+    return int(_SHARE * max(free_bytes - _RESERVE, free_bytes // 2))
 
 
 def make_adapter_layout(
