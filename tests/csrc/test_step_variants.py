@@ -21,7 +21,10 @@ STEP = ROOT / "csrc" / "cpu" / "step"
 SOURCES = (
     ROOT / "tests" / "csrc" / "step_variants.cpp",
     *sorted(STEP.glob("*.cpp")),
-    *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("team", "platform", "memory", "shard_group")),
+    *(
+        ROOT / "csrc" / "cpu" / f"{name}.cpp"
+        for name in ("team", "team_size", "platform", "memory", "shard_group")
+    ),
 )
 FLAGS = ["-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror", "-pthread"]
 
