@@ -180,7 +180,7 @@ def initcheck(report: Report) -> None:
 
 
 def _sanitize(name: str, report: Report) -> None:
-    """Run the small cases under a tool of compute-sanitizer, but not torch's kernels (names are mangled).
+    """Run the small cases under a tool of compute-sanitizer, excluding torch's kernels.
 
     Raises:
         RuntimeError: if a case fails.
@@ -188,14 +188,8 @@ def _sanitize(name: str, report: Report) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise FileNotFoundError("there is no compute-sanitizer")
-    options = [
-        "--tool",
-        name,
-        "--error-exitcode",
-        str(_FOUND),
-        "--kernel-name-exclude",
-        "kernel_substring=2at6native",
-    ]
+    options = ["--tool", name, "--error-exitcode", str(_FOUND)]
+    options += ["--kernel-name-exclude", "kernel_substring=2at6native"]  # torch's, by their mangled names
     if name == "memcheck":  # torch asks drivers for functions that they may lack
         options += ["--report-api-errors", "no"]
     cases = [sys.executable, "-m", "bench.gpu_stages", small_cases.__name__, os.devnull]
