@@ -125,8 +125,9 @@ struct Scores {
   }
 };
 
-// Returns the factor of a row's final sums; 0 for a row that sees no key. A sink has a weight but no
-// value (Xiao et al., Efficient Streaming Language Models with Attention Sinks, section 3; gpt-oss).
+// Returns the factor of a row's final sums; 0 for a row that sees no key. A sink has a weight but
+// no value (Xiao et al., Efficient Streaming Language Models with Attention Sinks, section 3;
+// gpt-oss).
 __device__ __forceinline__ float inverse_sum(const AttentionParams& p, int64_t head, float max,
                                              float sum) {
   // if the sink's weight is infinite, the result is 0
