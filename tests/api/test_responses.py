@@ -277,6 +277,8 @@ def test_reasoning_belongs_to_the_answer_that_it_led_to() -> None:
         (["Well."], [], "Well."),
         (["Well."], ["Wait."], ["Well.", "Wait."]),
         ([], ["One.", "Two."], ["One.", "Two."]),
+        ([""], ["Wait."], "Wait."),
+        (["Well."], [""], "Well."),
     ],
 )
 def test_texts_before_and_after_calls_are_one_turn(

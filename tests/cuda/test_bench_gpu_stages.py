@@ -387,9 +387,7 @@ def test_one_kind_of_step_that_fails_leaves_the_others(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(gpu_runs, "measure_ceilings", dict)
     monkeypatch.setattr(gpu_runs, "time_step", timed)
-    monkeypatch.setattr(
-        gpu_timing, "free_memory", lambda: None
-    )  # a collection of all tests' objects: a second each
+    monkeypatch.setattr(gpu_timing, "free_memory", lambda: None)  # collects all tests' objects: a second each
     rows: list[dict[str, Any]] = []
     with pytest.raises(AssertionError, match="2 could not be measured"):
         gpu_runs.step(lambda name, row: rows.append(row))

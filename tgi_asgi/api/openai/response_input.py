@@ -226,7 +226,8 @@ def _joined(texts: str | list[str]) -> str:
 def _add_text(message: dict[str, Any], content: str | list[Any]) -> None:
     """Add text that came after a message's calls: for templates, all of it precedes the calls' results."""
     earlier = message["content"]
-    message["content"] = content if earlier is None else [*_listed(earlier), *_listed(content)]
+    both = [*_listed(earlier), *_listed(content)] if earlier and content else None
+    message["content"] = both or earlier or content
 
 
 def _listed(content: str | list[Any]) -> list[Any]:
