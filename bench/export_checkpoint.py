@@ -53,8 +53,7 @@ def read_weight(file: GgufFile, name: str, family: Family, config: ModelConfig) 
     stored = gguf_name(name, {**GGUF_NAMES, **family.gguf_names})
     assert stored is not None
     source = GgufWeights(file, config, family).get(name, file.tensor(stored).shape)
-    values: npt.NDArray[np.float32] = decode(source).numpy()
-    return values
+    return decode(source)
 
 
 def describe(config: ModelConfig) -> dict[str, object]:

@@ -45,6 +45,7 @@ def main() -> None:
     if arguments.unrecognised:
         CommonDecoder.find = classmethod(lambda cls, *_: None)  # type: ignore[assignment]
     ops.configure_threads(None)
+    torch.set_num_threads(1)  # its threads would compete with the team
     ops.join_threads()
     programs = {
         name: _load(arguments.model_id, name, arguments.quantize) for name in ("native", "transformers")
@@ -59,7 +60,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
         model = opened.load(ops.Packing(False, quantise), _CONTEXT)
         config = opened.config
     assert not isinstance(model, EncoderModel)
-    size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 0, torch.bfloat16)
+    size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 0, "bfloat16")
     pool = make_pool(config, size, CacheGroups((None,), (0,) * len(config.caches), 0))
     caches = [] if pool is None else pool.layers
     return make_program(model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT)

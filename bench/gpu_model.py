@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +24,7 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
-from tgi_asgi.ops.cuda_sample_state import CudaSampleState
-from tgi_asgi.ops.sample import SampleResult
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState, DeviceSamples
 from tgi_asgi.types import SamplingParams
 
 SHAPE = ModelConfig(
@@ -72,6 +73,8 @@ class RandomLlama:
         weights: Format of the weights, bf16 or a name in `CODES`; embedding and head stay bf16.
     """
 
+    kind: ClassVar[Literal["native"]] = "native"
+
     def __init__(self, config: ModelConfig, max_positions: int, weights: str = "bf16") -> None:
         self.config = config
         hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
@@ -82,7 +85,8 @@ class RandomLlama:
         self.head = ops.LinearWeight(config.vocab_size, hidden, dense(config.vocab_size, hidden))
         make = dense if weights == "bf16" else functools.partial(quantised, weights)
         self.layers = [[make(*shape) for shape in shapes] for _ in range(config.num_layers)]
-        self.norm = ops.NormWeight(random(hidden, dtype=torch.float32), config.norm_eps)
+        norm = np.random.default_rng(0).standard_normal(hidden, np.float32)
+        self.norm = ops.NormWeight(norm, config.norm_eps)
         spec = config.layers[0].rope
         assert spec is not None
         inverse = [spec.theta ** (-2 * i / dim) for i in range(dim // 2)]
@@ -163,7 +167,7 @@ def make_sampler(rows: int, vocab: int, sampling: SamplingParams) -> Callable[[T
         state.start(slot, sampling, choice=slot, prompt_ids=[1])
     ids, num_top = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     is_finite, logprobs = torch.empty(rows, dtype=torch.bool, device=device), torch.empty(rows, device=device)
-    result = SampleResult(
+    result = DeviceSamples(
         ids, is_finite, logprobs, ids.new_empty(rows, 0), logprobs.new_empty(rows, 0), num_top
     )
     slots = torch.arange(rows, dtype=torch.int32, device=device)

@@ -132,7 +132,7 @@ def make_runner(
     longest = max(CONTEXT + 8 * STEPS, max(PROMPTS) + gpu_model.BLOCK)
     tokens = (max_batch + 1) * (CONTEXT + 8 * STEPS) + longest
     needs = BlockNeeds((None,), gpu_model.BLOCK, max(PROMPTS) + max_batch)
-    size = KvSize(-(-tokens // gpu_model.BLOCK), needs, 1, torch.bfloat16)
+    size = KvSize(-(-tokens // gpu_model.BLOCK), needs, 1, "bfloat16")
     model = gpu_model.RandomLlama(config, longest, weights)
     return CudaRunner(
         model, device, lambda free_bytes: size,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
@@ -97,7 +98,6 @@ def _logprobs(device: Device, folder: Path, count: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _runner(device: Device, folder: Path, count: int) -> Iterator[Any]:
-    from tgi_asgi import ops
     from tgi_asgi.formats.sources import ModelFiles
     from tgi_asgi.models.loading.open import OpenModel
     from tgi_asgi.runner import cuda_load
@@ -111,7 +111,7 @@ def _runner(device: Device, folder: Path, count: int) -> Iterator[Any]:
             shards = cuda_load.make_shards(files, settings, cuts, device, dtype, _LONGEST)
             failing.callback(shards.abandon)
             opened.use_cut(cuts[0])
-        model: Any = opened.load(ops.Repacking(dtype, device.device), _LONGEST)
+        model: Any = opened.load(Repacking(dtype, device.device), _LONGEST)
         if shards is not None:
             shards.wait_ready()
         runner, _ = cuda_load.make_runner(model, settings, device, dtype, _LONGEST, None, shards)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.bandwidth import read_bandwidth
 from bench.report import emit, machine, numbers, table
@@ -61,7 +60,7 @@ class Bench:
         config: ModelConfig,
         model: Decoder,
         shapes: list[Shape],
-        kv_dtype: torch.dtype,
+        kv_dtype: ops.KvDtype,
         *,
         has_float_prompts: bool,
     ) -> None:
@@ -123,7 +122,7 @@ class Bench:
             seen = sum(range(shape.context - shape.tokens + 1, shape.context + 1))
             # In the last layer only the last token attends.
             all_seen = (config.num_layers - 1) * seen + shape.context
-            halves = 2 if self.kv_dtype is torch.int8 else 1  # a high and a low byte of queries and weights
+            halves = 2 if self.kv_dtype == "int8" else 1  # a high and a low byte of queries and weights
             return 4 * queries * all_seen * shape.sequences * halves
         outputs = {
             "qkv": hidden * (queries + 2 * config.num_kv_heads * config.head_dim),
@@ -163,7 +162,7 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
     rows = []
     for name, seconds in bench.seconds(shape, repeats):
         size, work = bench.bytes_read(name, shape), bench.operations(name, shape)
-        is_bfloat16 = name == "attention" and bench.kv_dtype is torch.bfloat16
+        is_bfloat16 = name == "attention" and bench.kv_dtype == "bfloat16"
         is_bfloat16 |= name != "logits" and shape.tokens > 1 and bench.has_float_prompts
         peak = peaks["bfloat16" if is_bfloat16 else "int8"]
         floor = max(size / bandwidth / 1e9, work / peak / 1e12)
@@ -219,8 +218,7 @@ def main() -> None:
         config, model = load_shape(arguments.shape, packing, positions)
     else:
         config, model = _load(arguments.model_id, packing, positions)
-    kv_dtype = getattr(torch, arguments.kv_cache_dtype)
-    bench = Bench(config, model, shapes, kv_dtype, has_float_prompts=has_float_prompts)
+    bench = Bench(config, model, shapes, arguments.kv_cache_dtype, has_float_prompts=has_float_prompts)
     peaks = {
         name: max(_C.arithmetic_peak(name) for _ in range(5)) / 1e12
         for name in ("int8", "bfloat16", "float32")

@@ -18,8 +18,6 @@ from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import record
-from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
@@ -47,19 +45,20 @@ class Teacher:
         prompt_precision: str = "auto",
     ) -> None:
         is_exact = dtype == "float32"
-        floats = torch.float32 if is_exact else torch.bfloat16
+        floats: ops.KvDtype = "float32" if is_exact else "bfloat16"
         ops.configure_threads()
+        torch.set_num_threads(1)  # its threads would compete with the team
         packing = ops.Packing(is_exact=is_exact, has_float_prompts=prompt_precision == "bfloat16")
         with OpenModel(files) as opened:
             config = opened.config
             model = opened.load(packing, max_tokens)
-        assert isinstance(config, ModelConfig) and not isinstance(model, GenericModel | EncoderModel)
+        assert isinstance(config, ModelConfig) and model.kind == "native"
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         pool = ops.KvPool(
             config.caches,
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
-            dtype=torch.int8 if kv_cache_dtype == "int8" else floats,
+            dtype="int8" if kv_cache_dtype == "int8" else floats,
         )
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
@@ -85,7 +84,7 @@ class Teacher:
         batch = self._inputs.fill([row], self._last_ids)
         self._program.run(batch, ())
         parts = (range(first, min(first + ROWS, len(ids))) for first in range(0, len(ids), ROWS))
-        return torch.cat([self._program.run_head(part).clone() for part in parts])
+        return torch.from_numpy(np.concatenate([self._program.run_head(part).copy() for part in parts]))
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
         """Continue a prompt by `count` tokens sampled at temperature 1, past EOS too."""

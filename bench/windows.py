@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.report import command_line, commit, emit, machine, median, numbers, table
 from bench.scheduler import make_request, sample_all
 from bench.shapes import RandomWeights
@@ -101,10 +99,10 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     """Return the median milliseconds of a step after each context, in turns."""
     longest = max(contexts) + 64 * STEPS
     model = Decoder(config, RandomWeights("q8_0"), ops.Packing(False), longest)
-    groups = groups_of(config, torch.bfloat16)
+    groups = groups_of(config, "bfloat16")
     num_blocks = len(contexts) * len(groups.windows) * -(-longest // BLOCK)
     needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
-    size = KvSize(num_blocks, needs, groups.bytes_per_token, torch.bfloat16)
+    size = KvSize(num_blocks, needs, groups.bytes_per_token, "bfloat16")
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
     assert runner._kv_pool is not None
     runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
@@ -121,7 +119,7 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
 
 def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Plan streams until they end; return what they held."""
-    groups = groups_of(config, torch.bfloat16)
+    groups = groups_of(config, "bfloat16")
     num_groups, chunk = len(groups.windows), options.chunk
     stats = EngineStats()
     num_blocks = options.streams * options.memory_tokens // BLOCK * num_groups

@@ -99,6 +99,9 @@ def formats() -> list[WeightFormat]:
 def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
     """Return a file's rows as float32 [rows, columns], bit-identical to ggml."""
 
+def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 values to bfloat16; return the bits, of the same shape."""
+
 def repack_rows(
     data: npt.NDArray[np.uint8], format: str, columns: int
 ) -> tuple[

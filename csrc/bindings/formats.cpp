@@ -2,6 +2,10 @@
 // CUDA.
 #include "cpu/step/formats.h"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "bindings/matrix.h"
 #include "cpu/step/block_reader.h"
 #include "cpu/team.h"
@@ -36,6 +40,28 @@ Array<float> decode_rows(const Bytes& data, const std::string& format_name, int6
   cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       step::decode_row(format, from + row * bytes, columns, to + row * columns);
+  });
+  return out;
+}
+
+// Rounds to nearest, ties to even, and keeps denormals, unlike the kernels' activations.
+uint16_t bfloat16_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+Array<uint16_t> bfloat16_bits(const Array<float>& values) {
+  const std::vector<int64_t> shape(values.shape(), values.shape() + values.ndim());
+  Array<uint16_t> out(shape);
+  const int64_t piece = int64_t{1} << 12, size = values.size();
+  const float* const from = values.data();
+  uint16_t* const to = out.mutable_data();
+  const py::gil_scoped_release release;
+  cpu::parallel_range((size + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
+    std::transform(from + begin * piece, from + std::min(end * piece, size), to + begin * piece,
+                   bfloat16_of);
   });
   return out;
 }
@@ -106,6 +132,8 @@ void bind_formats(py::module_& module) {
   module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"),
              py::arg("columns"),
              "Return a file's rows as float32 [rows, columns], equal to ggml's to the bit.");
+  module.def("bfloat16_bits", &bfloat16_bits, py::arg("values").noconvert(),
+             "Round float32 values to bfloat16; return the bits, uint16 of the same shape.");
   module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"),
              py::arg("columns"),
              "Return codes, scales and offsets (or None) of a file's rows, each [rows, ...].");

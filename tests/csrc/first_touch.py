@@ -64,14 +64,14 @@ def qkv(
         random_weight(format, count * head_dim, COLUMNS, seed=count)
         for format, count in zip(formats, (heads, kv_heads, kv_heads), strict=True)
     ]
-    one = ops.NormWeight(torch.ones(head_dim), 1e-5)
+    one = eager_ops.norm_weight(torch.ones(head_dim), 1e-5)
     norms = ops.HeadNorms(one, one) if has_norms else None
     weight = ops.qkv_weight(
         sources[0], sources[1], sources[2], packing, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim, norms=norms,
     )  # fmt: skip
     packed = watch.take()
-    layer = poisoned_pool(num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16).layers[0]
+    layer = poisoned_pool(num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16").layers[0]
     eager_ops.qkv(
         torch.randn(1, COLUMNS), weight, layer, rope_table(head_dim, 64), flat_rows([(3, 4)], [[0]], 16)
     )

@@ -12,6 +12,7 @@ from tests.reference.compare import assert_same_bits
 from tests.support.random_weights import random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import direct
+from tgi_asgi.ops.tensors import from_tensor
 
 BY_TILES = 32  # least number of tokens for which tiles multiply codes
 
@@ -55,7 +56,7 @@ def test_products_of_tiles_round_as_they_were_measured_to() -> None:
         pytest.skip("this machine has neither tiles nor their model")
     columns = 96
     tensor, _ = random_source(32, columns)
-    weight = ops.linear_weight(ops.from_floats(tensor.bfloat16()), FAST)
+    weight = ops.linear_weight(from_tensor(tensor.bfloat16()), FAST)
     x = torch.randn(5, columns)
     w = torch.from_numpy(weight.made.matrix.unpack())[:32, :columns].numpy()
     a = x.bfloat16().float().numpy()
@@ -72,4 +73,4 @@ def test_products_of_tiles_round_as_they_were_measured_to() -> None:
 
 def _bfloat16(rows: int, columns: int) -> ops.LinearWeight:
     tensor, _ = random_source(rows, columns)
-    return ops.linear_weight(ops.from_floats(tensor.bfloat16()), FAST)
+    return ops.linear_weight(from_tensor(tensor.bfloat16()), FAST)

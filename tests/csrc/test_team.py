@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.support import eager_ops
-from tgi_asgi import _C, ops
+from tgi_asgi import _C
 
 ROWS = torch.randn(64, 257)
 
@@ -31,7 +31,7 @@ def team() -> Iterator[None]:
 
 
 def norm() -> torch.Tensor:
-    return eager_ops.norm(ROWS, ops.NormWeight(torch.ones(257), 1e-5))
+    return eager_ops.norm(ROWS, eager_ops.norm_weight(torch.ones(257), 1e-5))
 
 
 def team_threads() -> list[int]:

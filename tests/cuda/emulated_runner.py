@@ -41,7 +41,7 @@ def make_runner(
     adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:
     def choose(free_bytes: int) -> KvSize:
-        return plain_size(40, FP16)
+        return plain_size(40, "float16")
 
     return CudaRunner(
         model,

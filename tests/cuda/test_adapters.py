@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,6 @@ from tests.support.adapters import ALL_PRODUCTS, make_adapter, peft_logprobs, wr
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models import adapters
@@ -27,7 +27,7 @@ from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_steps import StepLimits, graph_shapes
@@ -49,7 +49,7 @@ TOLERANCE = 0.03  # of a log-probability, in float16
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     device = make_device()
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     return device
 
 
@@ -145,7 +145,7 @@ async def test_bases_of_codes_take_adapters(
     else:
         files = save_quantised(base, tmp_path / "served", "gptq", has_order=True, is_centred=True)
     save(base, tmp_path / "base")  # what the codes mean
-    model = load_model(files, ops.Repacking(FP16), max_positions=256)
+    model = load_model(files, Repacking(FP16), max_positions=256)
     assert isinstance(model, Decoder)
     assert isinstance(model.layers[0].qkv.made.matrix, CudaQuantMatrix)
     # At one position with AWQ transformers in float16 is off by up to 0.3, at the others by 0.03.
@@ -168,7 +168,7 @@ async def test_families_with_other_products_take_adapters(
     products += ["qkv_proj", "gate_up_proj"] * (kind == "Phi3")
     files = save(make_model(kind, **SHAPE, **changes.get(kind, {})), tmp_path / "base")
     folder = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=1, target_modules=products)
-    model = load_model(files, ops.Repacking(FP16), max_positions=256)
+    model = load_model(files, Repacking(FP16), max_positions=256)
     await assert_served(model, tmp_path / "base", [folder], device)
 
 
@@ -274,7 +274,7 @@ def test_what_an_adapter_cannot_change_is_refused(base: Path, tmp_path: Path, de
             weights_of(loaded, strong)
         shrinking = write_adapter(tmp_path / "shrinking", {q_proj: (128, 128)})
         with pytest.MonkeyPatch.context() as patched, pytest.raises(ModelLoadError, match="too large"):
-            patched.setattr(adapters, "_tensor", lambda *given: torch.full(given[1].shape, 1e5))
+            patched.setattr(adapters, "_floats", lambda *given: np.full(given[1].shape, 1e5, np.float32))
             weights_of(loaded, shrinking)
 
 
@@ -290,7 +290,7 @@ def test_what_an_adapter_cannot_change_is_refused(base: Path, tmp_path: Path, de
 def test_there_are_as_many_slots_as_adapters_can_be(
     base: Path, device: EmulatedDevice, changes: dict[str, Any], num_slots: int
 ) -> None:
-    model = load_model(files_of(base), ops.Repacking(FP16), max_positions=256)
+    model = load_model(files_of(base), Repacking(FP16), max_positions=256)
     layout = cuda_load.make_adapter_layout(model, replace(SETTINGS, **changes), device, FP16)
     assert len(layout.pool) == num_slots
 
@@ -301,8 +301,8 @@ def test_slots_that_do_not_fit_are_refused_with_their_settings(
     def full(*given: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model = load_model(files_of(base), ops.Repacking(FP16), max_positions=256)
-    monkeypatch.setattr(ops, "CudaAdapterLayout", full)
+    model = load_model(files_of(base), Repacking(FP16), max_positions=256)
+    monkeypatch.setattr(cuda_load, "CudaAdapterLayout", full)
     with pytest.raises(ModelLoadError, match="lower --max-loras or --max-lora-rank"):
         cuda_load.make_adapter_layout(model, SETTINGS, device, FP16)
 

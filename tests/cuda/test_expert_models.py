@@ -21,8 +21,7 @@ from tests.support.random_weights import E2M1
 from tests.support.runner_driver import Job, generate
 from tgi_asgi import ops
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix, joined, repack
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix, Repacking, joined, repack
 from tgi_asgi.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
@@ -42,7 +41,7 @@ def test_experts_of_gguf_files_are_multiplied_by_their_codes(
     tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, made: list[DeviceExperts],
     formats: dict[str, str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     monkeypatch.setattr(gguf_models, "NUM_PROMPT_TOKENS", 45)
     model = gguf_models.make(gguf_models.QWEN3_MOE, tmp_path, {**formats, "*": "F32"})
     apart = differences(score(model.case, model.files, model.reference, "float16"), model.reference)
@@ -69,13 +68,13 @@ def random_mxfp4(*shape: int) -> tuple[dict[str, Tensor], Tensor]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[DeviceExperts]:
     """The experts of each layer that is loaded, in order."""
     found: list[DeviceExperts] = []
-    make = ops.Repacking.experts
+    make = Repacking.experts
 
-    def noted(self: ops.Repacking, *parts: Any) -> DeviceExperts:
+    def noted(self: Repacking, *parts: Any) -> DeviceExperts:
         found.append(make(self, *parts))
         return found[-1]
 
-    monkeypatch.setattr(ops.Repacking, "experts", noted)
+    monkeypatch.setattr(Repacking, "experts", noted)
     return found
 
 
@@ -104,7 +103,7 @@ async def test_gpt_oss_keeps_its_experts_in_four_bits(
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}})
     )
-    model = load_model(files, ops.Repacking(FP16), max_positions=256)
+    model = load_model(files, Repacking(FP16), max_positions=256)
     assert isinstance(model, Decoder)
     assert len(made) == 2
     for matrix in (part.matrix for layer in made for part in (layer.gate_up, layer.down)):
@@ -147,6 +146,6 @@ def test_biases_of_experts_are_stacked() -> None:
     parts = [
         DeviceMatrix(torch.full((2, 8), float(index)), torch.full((2,), float(index))) for index in range(3)
     ]
-    made = ops.Repacking(torch.float32).experts(parts, parts)
+    made = Repacking(torch.float32).experts(parts, parts)
     assert isinstance(made, DeviceExperts)
     assert made.down.bias is not None and made.down.bias.tolist() == [[0, 0], [1, 1], [2, 2]]

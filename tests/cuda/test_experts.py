@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ SPECS = [
     RouteSpec(1, 1),
     RouteSpec(33, 33, scale=0.5),
     RouteSpec(
-        64, 6, "sigmoid", correction=torch.linspace(-0.4, 0.5, 64), num_groups=8, top_groups=3,
-        sums_top_two=True, is_renormalised=True, eps=1e-20, scale=2.5,
+        64, 6, "sigmoid", correction=np.linspace(-0.4, 0.5, 64, dtype=np.float32), num_groups=8,
+        top_groups=3, sums_top_two=True, is_renormalised=True, eps=1e-20, scale=2.5,
     ),  # DeepSeek V3
     RouteSpec(40, 6, num_groups=40, top_groups=7),
     RouteSpec(1024, 5, "sigmoid", num_groups=4, top_groups=2),
@@ -36,7 +37,7 @@ SPECS = [
 
 def route_params(spec: RouteSpec, device: Device) -> dict[str, Any]:
     return {
-        "correction": None if spec.correction is None else device.tensor(spec.correction),
+        "correction": None if spec.correction is None else device.tensor(torch.from_numpy(spec.correction)),
         "num_experts": spec.num_experts, "top_k": spec.top_k, "num_groups": spec.num_groups,
         "top_groups": spec.top_groups, "sums_top_two": spec.sums_top_two,
         "is_renormalised": spec.is_renormalised, "eps": spec.eps, "scale": spec.scale, "jitter": spec.jitter,

@@ -17,7 +17,6 @@ from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, reference
 from tests.support.family_scores import differences, score
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 
@@ -80,7 +79,7 @@ def _widened(name: str) -> FamilyCase:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     device = make_device()
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     return device
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,11 +25,11 @@ from tests.cuda.paged_cache import PagedCase, Shape, assert_attended
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_load import find_device
@@ -55,7 +56,7 @@ def gpu() -> EmulatedDevice:
 def make_runner(
     reference: transformers.PreTrainedModel, directory: Path, gpu: EmulatedDevice, **changes: Any
 ) -> CudaRunner:
-    model = load_model(save(reference, directory, FP16), ops.Repacking(FP16), max_positions=256)
+    model = load_model(save(reference, directory, FP16), Repacking(FP16), max_positions=256)
     given: dict[str, Any] = {
         "prompt_attention": "flashinfer", "max_batch_size": 4, "max_batch_prefill_tokens": 60
     }  # fmt: skip
@@ -150,7 +151,7 @@ async def test_layers_of_several_kinds_have_a_plan_each(
 
 
 def test_what_flashinfer_does_not_have_keeps_the_native_kernel() -> None:
-    heads = torch.zeros(2)
+    heads = np.zeros(2, np.float32)
     assert can_plan(AttentionSpec(0.125, window=4, soft_cap=30.0), 64)
     assert not can_plan(AttentionSpec(0.125), 80)
     others: list[dict[str, Any]] = [{"chunk": 4}, {"sinks": heads}, {"slopes": heads}]

@@ -14,8 +14,8 @@ from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_size
 from tests.support.runner_driver import GREEDY, Job, generate
-from tgi_asgi import ops
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
@@ -40,9 +40,7 @@ class EagerDevice(EmulatedDevice):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     made = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
-    return load_model(
-        save(made, tmp_path_factory.mktemp("model"), FP16), ops.Repacking(FP16), max_positions=256
-    )
+    return load_model(save(made, tmp_path_factory.mktemp("model"), FP16), Repacking(FP16), max_positions=256)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def make_runner(
     runners: list[CudaRunner] = []
 
     def make(device: EmulatedDevice) -> CudaRunner:
-        size = plain_size(40, FP16)
+        size = plain_size(40, "float16")
         runner = CudaRunner(
             model, device, lambda free_bytes: size,
             StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256), CudaTypes(FP16),

@@ -25,8 +25,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops import cuda_quant
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, repack
+from tgi_asgi.ops.tensors import from_tensor
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 
@@ -89,7 +89,7 @@ def test_a_model_s_matrices_are_never_the_host_s(
     with OpenModel(open_as(kind, tmp_path)) as opened:
         tracemalloc.start()
         with HostTensors() as tensors:
-            model = opened.load(ops.Repacking(FP16, META), 16)
+            model = opened.load(Repacking(FP16, META), 16)
         _, arrays = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert isinstance(model, Decoder)
@@ -106,12 +106,12 @@ def test_a_plain_matrix_is_rounded_once_on_its_way(
     small_pieces: None, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
     values = [(torch.randn(rows, 160) * 3).to(stored) for rows in (200, 7)]
-    sources = [ops.from_floats(value) for value in values]
+    sources = [from_tensor(value) for value in values]
     assert sources[0].data.nbytes > 2 * PIECE
     for source, value in zip(sources, values, strict=True):
-        made = ops.linear_weight(source, ops.Repacking(dtype)).made
+        made = ops.linear_weight(source, Repacking(dtype)).made
         assert torch.equal(made.matrix, value.to(dtype))
-    both = ops.gate_up_weight(sources[0], sources[0], ops.Repacking(dtype)).made
+    both = ops.gate_up_weight(sources[0], sources[0], Repacking(dtype)).made
     assert torch.equal(both.matrix, torch.cat([values[0], values[0]]).to(dtype))
 
 
@@ -130,7 +130,7 @@ def test_codes_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     device = make_device()
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     return device
 
 

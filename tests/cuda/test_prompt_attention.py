@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,11 +26,11 @@ from tests.emulation import bindings
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.load import load
@@ -66,7 +67,7 @@ def gpu() -> EmulatedDevice:
 def make_runner(
     reference: transformers.PreTrainedModel, directory: Path, gpu: EmulatedDevice, **changes: Any
 ) -> CudaRunner:
-    model = load_model(save(reference, directory, FP16), ops.Repacking(FP16), max_positions=256)
+    model = load_model(save(reference, directory, FP16), Repacking(FP16), max_positions=256)
     given: dict[str, Any] = {"prompt_attention": "sdpa", "max_batch_size": 4, "max_batch_prefill_tokens": 60}
     settings = Settings(**given | changes)
     runner, _ = cuda_load.make_runner(model, settings, gpu, FP16, 256)
@@ -149,7 +150,7 @@ async def test_layers_with_a_window_keep_our_kernel(
 
 
 def test_what_torch_s_kernels_do_not_have_keeps_ours() -> None:
-    heads = torch.zeros(2)
+    heads = np.zeros(2, np.float32)
     others: list[dict[str, Any]] = [
         {"window": 4}, {"chunk": 4}, {"soft_cap": 30.0}, {"sinks": heads}, {"slopes": heads}
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close, assert_equal
 from tests.reference.layers import norm as normed
 from tests.reference.layers import rotate
+from tests.support.eager_ops import norm_weight
 from tgi_asgi.ops import NormWeight
 
 HEADS, KV_HEADS, BLOCKS, EPS = 5, 2, 4, 1e-6
@@ -26,11 +27,10 @@ class HeadNorm:
     is_each: bool = False  # weights for each head
     is_last: bool = False
 
-    def make(self, device: Device, heads: int, head_dim: int) -> NormWeight:
+    def make(self, heads: int, head_dim: int) -> NormWeight:
         """Make a norm with random weights, and with a bias if this kind has one."""
         count = heads * head_dim if self.is_each else head_dim
-        weight = device.tensor(torch.randn(count))
-        return NormWeight(weight, EPS, device.tensor(torch.randn(count)) if self.has_bias else None)
+        return norm_weight(torch.randn(count), EPS, torch.randn(count) if self.has_bias else None)
 
 
 def check(
@@ -52,8 +52,9 @@ def check(
     slots[list(padding)] = -1
     angles = torch.rand(50, rotary_dim // 2) * 6
     cos, sin = device.tensor(angles.cos()), device.tensor(angles.sin())
-    norms = None if norm is None else [norm.make(device, count, head_dim) for count in (HEADS, KV_HEADS)]
-    parts = [None] * 4 if norms is None else [norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias]
+    norms = None if norm is None else [norm.make(count, head_dim) for count in (HEADS, KV_HEADS)]
+    arrays = [None] * 4 if norms is None else [norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias]
+    parts = [None if array is None else device.tensor(torch.from_numpy(array)) for array in arrays]
     is_last = norm is not None and norm.is_last
     kv = device.empty((BLOCKS, 2, KV_HEADS, block_size, head_dim), kv_dtype)
     q = device.empty((tokens, HEADS, head_dim), dtype)

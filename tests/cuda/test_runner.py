@@ -25,12 +25,11 @@ from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_size
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops import cuda_sample_state
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError
@@ -49,7 +48,7 @@ def reference() -> transformers.PreTrainedModel:
 @pytest.fixture(scope="module")
 def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Model:
     files = save(reference, tmp_path_factory.mktemp("model"), FP16)
-    return load_model(files, ops.Repacking(FP16), max_positions=256)
+    return load_model(files, Repacking(FP16), max_positions=256)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def device() -> EmulatedDevice:
 def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
     def choose(free_bytes: int) -> KvSize:
         assert free_bytes == 1 << 30
-        return plain_size(40, FP16)
+        return plain_size(40, "float16")
 
     runner = CudaRunner(
         model,
@@ -250,7 +249,7 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
 ) -> None:
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     files = save_with_tokenizer(make_model(**shape), tmp_path)
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     settings = Settings(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128
     )
@@ -281,7 +280,7 @@ async def test_codes_of_a_checkpoint_are_multiplied_as_they_are(
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     reference = make_model(**shape, num_hidden_layers=2)
     model = load_model(
-        save_quantised(reference, tmp_path, recipe, **options), ops.Repacking(FP16), max_positions=256
+        save_quantised(reference, tmp_path, recipe, **options), Repacking(FP16), max_positions=256
     )
     assert isinstance(model, Decoder)
     assert [layer.qkv.made.matrix.nbytes for layer in model.layers] == [num_bytes] * 2
@@ -298,7 +297,7 @@ async def test_a_sequence_may_grow_beyond_a_sliding_window(tmp_path: Path, devic
     reference = make_model(
         "Mistral", num_attention_heads=2, num_key_value_heads=1, head_dim=64, sliding_window=9
     )
-    model = load_model(save(reference, tmp_path, FP16), ops.Repacking(FP16), max_positions=256)
+    model = load_model(save(reference, tmp_path, FP16), Repacking(FP16), max_positions=256)
     assert {layer.window for layer in model.config.layers} == {9}
     runner = make_runner(model, device)
     try:
@@ -316,7 +315,7 @@ def test_a_sliding_window_bounds_no_sequence(
 ) -> None:
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     reference = make_model("Mistral", sliding_window=40, max_position_embeddings=128, **shape)
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device if is_there else None)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device if is_there else None)
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
     loaded = load(settings, save_with_tokenizer(reference, tmp_path), lambda stage, done, total: None)
     loaded.runner.close()
@@ -325,7 +324,7 @@ def test_a_sliding_window_bounds_no_sequence(
 
 async def test_queries_and_keys_of_qwen3_are_normalised(tmp_path: Path, device: EmulatedDevice) -> None:
     reference = make_model("Qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=64)
-    model = load_model(save(reference, tmp_path, FP16), ops.Repacking(FP16), max_positions=256)
+    model = load_model(save(reference, tmp_path, FP16), Repacking(FP16), max_positions=256)
     runner = make_runner(model, device)
     try:
         job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
@@ -352,7 +351,7 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
 ) -> None:
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     files = save_with_tokenizer(make_model(**shape | changes), tmp_path)
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
         load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)
 
@@ -364,9 +363,7 @@ async def test_quantised_weights_are_multiplied_as_the_file_has_them(
     """The reference's own weights are those that the file's blocks decode to."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     reference = make_model(**shape, tie_word_embeddings=True)
-    model = load_model(
-        save_gguf(reference, tmp_path / "tiny.gguf", kind), ops.Repacking(FP16), max_positions=256
-    )
+    model = load_model(save_gguf(reference, tmp_path / "tiny.gguf", kind), Repacking(FP16), max_positions=256)
     assert isinstance(model, Decoder)
     assert model.layers[0].qkv.made.matrix.nbytes < 2 * 256 * 128 * 9 / 8
     runner = make_runner(model, device)

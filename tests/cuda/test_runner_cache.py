@@ -26,9 +26,9 @@ from tests.cuda.emulated_runner import (
 from tests.support.checkpoints import load_model, make_model, save, save_tokenizer
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
 from tgi_asgi.runner.plan import StepPlan
@@ -46,7 +46,7 @@ def reference() -> transformers.PreTrainedModel:
 
 @pytest.fixture
 def model(reference: transformers.PreTrainedModel, tmp_path: Path) -> Model:
-    return load_model(save(reference, tmp_path, FP16), ops.Repacking(FP16), max_positions=256)
+    return load_model(save(reference, tmp_path, FP16), Repacking(FP16), max_positions=256)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ async def test_the_cache_s_type_is_a_setting(
     tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, name: str, itemsize: int
 ) -> None:
     files = save_with_tokenizer(make_model(**SHAPE | {"num_hidden_layers": 1}), tmp_path)
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     settings = Settings(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
         kv_cache_dtype=name,
@@ -132,7 +132,7 @@ async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
             tensors[f"{stem}{module}.weight_scale"] *= factor
         tensors |= {f"{stem}k_scale": torch.tensor(4096.0), f"{stem}v_scale": torch.tensor(1024.0)}
     save_file(tensors, tmp_path / "model.safetensors")
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     settings = Settings(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
         kv_cache_dtype="fp8_e4m3fn", dtype="float16",

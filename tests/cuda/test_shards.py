@@ -22,7 +22,6 @@ from tests.support.runner_driver import Job, compare, generate, sample_over_a_sh
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.ops.cuda_shards import DeviceGroup
-from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepRow
@@ -45,7 +44,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Serve:
     async def serve(
         files: ModelFiles, num_shard: int, device: type[EmulatedDevice] = ShardDevice, **changes: Any
     ) -> AsyncIterator[LoadedModel]:
-        monkeypatch.setattr(cuda_load, "find_device", lambda: device(0))
+        monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device(0))
         settings = Settings(
             num_shard=num_shard, dtype="float16", num_threads=1, thread_nice=0, max_batch_size=3,
             max_batch_prefill_tokens=32, max_total_tokens=128, **changes,

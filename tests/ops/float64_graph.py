@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import rope_table, rounded
+from tests.ops.helpers import angles, rope_table, rounded
 from tests.reference.attention import attention
 from tests.reference.experts import Mlp, experts, route
 from tests.reference.layers import activate, linear, norm, rotate
 from tests.support.batches import flat_rows, random_blocks
+from tests.support.eager_ops import array_of, norm_weight
 from tests.support.kv import poisoned_pool
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import ops
@@ -80,7 +81,7 @@ class Graph:
         self.blocks = random_blocks(self.lengths, self._num_blocks, BLOCK_SIZE)
         self.pool = poisoned_pool(
             num_layers=self.num_layers, num_blocks=self._num_blocks, num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim, dtype=torch.float32,
+            head_dim=shape.head_dim, dtype="float32",
         )  # fmt: skip
         self.rope = rope_table(shape.rotary_dim, max(self.lengths))
         self.recorder = ops.Recorder()
@@ -102,7 +103,7 @@ class Graph:
     def embed(self, factor: float, *, has_positions: bool = False) -> Twin:
         source = self._source(self.shape.vocab, self.shape.hidden)
         added = torch.randn(max(self.lengths), self.shape.hidden) if has_positions else None
-        x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor, added)
+        x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor, array_of(added))
         exact = decoded_values(source).double()[self.ids] * factor
         return Twin(x, exact if added is None else exact + added[self.positions])
 
@@ -110,7 +111,7 @@ class Graph:
         """Make the next norm's weight, alternately of RMSNorm and of LayerNorm."""
         self._num_norms += 1
         bias = torch.rand(columns) if self._num_norms % 2 == 0 else None
-        return ops.NormWeight(torch.rand(columns) + 0.5, EPS, bias)
+        return norm_weight(torch.rand(columns) + 0.5, EPS, bias)
 
     def norm(self, x: Twin) -> Twin:
         weight = self.norm_weight(x.exact.shape[1])
@@ -170,7 +171,7 @@ class Graph:
         router = random_weight("F32", NUM_EXPERTS, columns, seed=self._num_weights)
         logits = ops.linear(a.value, ops.linear_weight(router, self.packing))
         correction = 100.0 * torch.randperm(NUM_EXPERTS)
-        spec = ops.RouteSpec(NUM_EXPERTS, top_k, "sigmoid", correction, is_renormalised=True)
+        spec = ops.RouteSpec(NUM_EXPERTS, top_k, "sigmoid", correction.numpy(), is_renormalised=True)
         added = ops.experts_add(a.value, ops.route(logits, spec), weight, x.value, factor=factor)
         of_input, inner = weight.made.precision, weight.made.inner_precision
         weights = route(linear(a.exact.float(), decoded_values(router)), spec)
@@ -194,7 +195,7 @@ class Graph:
         is_each = norms in ("whole", "layer")
         sizes = [count * shape.head_dim if is_each else shape.head_dim for count in counts[:2]]
         weights = [
-            ops.NormWeight(torch.rand(size) + 0.5, EPS, torch.rand(size) if norms == "layer" else None)
+            norm_weight(torch.rand(size) + 0.5, EPS, torch.rand(size) if norms == "layer" else None)
             for size in sizes
         ]
         head_norms = None
@@ -217,7 +218,7 @@ class Graph:
             if norms not in (None, "last") and index < 2:
                 each = norm(rows if norms == "whole" else each, weights[index]).view_as(each)
             if has_rope and index < 2:
-                cos, sin = self.rope.cos[self.positions], self.rope.sin[self.positions]
+                cos, sin = angles(self.rope, self.positions)
                 each = rotate(each, cos, sin, is_interleaved=is_interleaved)
             if norms == "last" and index < 2:
                 each = norm(each, weights[index])

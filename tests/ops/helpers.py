@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import _C
-from tgi_asgi.ops import Packing, RopeTable, WeightSource, from_floats
+from tgi_asgi.ops import Packing, RopeTable, WeightSource
+from tgi_asgi.ops.tensors import from_tensor
 
 EXACT = Packing(is_exact=True)  # float32 times the decoded weights
 FAST = Packing(is_exact=False)  # the serving default: int8 or bfloat16, depending on the weights
@@ -17,12 +18,17 @@ FAST = Packing(is_exact=False)  # the serving default: int8 or bfloat16, dependi
 def random_source(*shape: int, scale: float = 1.0) -> tuple[Tensor, WeightSource]:
     """Return a random float32 tensor of this shape and its source."""
     tensor = torch.randn(shape) * scale
-    return tensor, from_floats(tensor)
+    return tensor, from_tensor(tensor)
 
 
 def rope_table(rotary_dim: int, max_positions: int) -> RopeTable:
     """Return a rotary table as a model uses it."""
     return RopeTable.create([10000 ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)], max_positions)
+
+
+def angles(rope: RopeTable, positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of these positions."""
+    return torch.from_numpy(rope.cos)[positions], torch.from_numpy(rope.sin)[positions]
 
 
 def as_int8(x: Tensor) -> Tensor:

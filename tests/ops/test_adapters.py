@@ -16,6 +16,7 @@ from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import AdapterLayout, Delta, Packing, Target, direct
+from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 QUANTISED = Packing(is_exact=False, quantise="Q8_0")
 LENGTHS = (1, 1, 9, 2, 30, 1)  # of a batch's rows
@@ -32,13 +33,15 @@ def batch_of(adapters: list[ops.NativeAdapter | None], lengths: tuple[int, ...] 
 
 
 def delta(rows: int, columns: int, rank: int, scale: float = 1.5) -> Delta:
-    return Delta(torch.randn(rank, columns) * columns**-0.5, torch.randn(rows, rank) * rank**-0.5, scale)
+    down, up = torch.randn(rank, columns) * columns**-0.5, torch.randn(rows, rank) * rank**-0.5
+    return Delta(down.numpy(), up.numpy(), scale)
 
 
 def added(x: Tensor, change: Delta) -> Tensor:
     """Return the float64 reference, with the matrices rounded to bfloat16."""
-    down, up = (matrix.bfloat16().double() for matrix in (change.down, change.up))
-    return change.scale * (x @ down.T) @ up.T
+    down, up = (torch.from_numpy(each).bfloat16().double() for each in (change.down, change.up))
+    found: Tensor = change.scale * (x @ down.T) @ up.T
+    return found
 
 
 def spans(lengths: tuple[int, ...] = LENGTHS) -> list[slice]:
@@ -56,7 +59,7 @@ def test_a_product_has_what_its_rows_adapters_add(
 ) -> None:
     _C.set_num_threads(threads)
     tensor, _ = random_source(rows, columns, scale=columns**-0.5)
-    weight = ops.linear_weight(ops.from_floats(tensor.bfloat16() if is_bfloat16 else tensor), packing)
+    weight = ops.linear_weight(from_tensor(tensor.bfloat16() if is_bfloat16 else tensor), packing)
     layout = AdapterLayout({"w": Target(weight, 0, rows)}, max_rank=64)
     changes = [delta(rows, columns, rank), delta(rows, columns, rank + 3, -0.7)]
     packed = [layout.pack({"w": change}) for change in changes]
@@ -111,7 +114,7 @@ def test_gate_and_up_are_changed_each_by_its_own(kernel_set: str) -> None:
     x = torch.randn(4 * 3, 72)
     step = batch_of([layout.pack(case) for case in cases], (3,) * 4)
     found = direct.gate_up(weight, x, "silu", False, step, layout)
-    sources = [ops.plain_tensor(each).double() for each in (gate_source, up_source)]
+    sources = [plain_tensor(each).double() for each in (gate_source, up_source)]
     for case, span in zip(cases, spans((3,) * 4), strict=True):
         given = x[span].double()
         halves = [given @ each.T for each in sources]
@@ -133,7 +136,7 @@ def test_what_is_not_of_the_layout_is_refused() -> None:
         ("v", delta(64, 96, 4), "v is not a product"),
         ("w", delta(64, 64, 4), r"w is \[64, 96\]"),
         ("w", delta(64, 96, 5), "w has the rank 5, allowed are 1 to 4"),
-        ("w", Delta(torch.full((1, 96), torch.nan), torch.ones(64, 1), 1.0), "not finite"),
+        ("w", Delta(np.full((1, 96), np.nan, np.float32), np.ones((64, 1), np.float32), 1.0), "not finite"),
     ]:
         with pytest.raises(ValueError, match=message):
             layout.pack({name: change})
@@ -174,7 +177,7 @@ def test_the_extension_checks_what_it_is_given(change: dict[str, object], messag
 @pytest.mark.parametrize("query_start", [(0, 2, 1000), (0, 2, 2), (0, -1, 3)])
 def test_an_adapter_of_tokens_that_do_not_exist_is_refused(query_start: tuple[int, ...]) -> None:
     """A program without a cache reads no tokens of sequences except for adapters."""
-    weight = ops.linear_weight(ops.from_floats(torch.randn(64, 96)), EXACT)
+    weight = ops.linear_weight(from_tensor(torch.randn(64, 96)), EXACT)
     adapter = AdapterLayout({"w": Target(weight, 0, 64)}, max_rank=8).pack({"w": delta(64, 96, 4)})
     with pytest.raises(ValueError, match="a row with an adapter must have some of the 3 tokens"):
         ops.FlatRows(

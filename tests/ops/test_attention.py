@@ -19,9 +19,9 @@ from tests.support.kv import poisoned_pool, read_kv, write_kv
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import FlatRows, Kind
 
-DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+DTYPES = ["float32", "bfloat16", "int8"]
 # bfloat16 rounds queries and weights; for an int8 cache, queries have 16 bits and weights 15.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 2e-4}
+TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2, "int8": 2e-4}
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Sequences:
     kv_heads: int
     head_dim: int
     block_size: int
-    dtype: torch.dtype
+    dtype: ops.KvDtype
     rotary_dim: int | None = None
     window: int | None = None
     rules: dict[str, Any] = field(default_factory=dict)  # other arguments of `attention`
@@ -108,7 +108,7 @@ NARROW = [(1, 1, 16, 16, None), (3, 1, 6, 16, 2), (3, 3, 20, 32, None), (6, 2, 2
 )
 def test_all_lengths_and_shapes_equal_the_reference(
     kernel_set: str, heads: int, kv_heads: int, head_dim: int, block_size: int, rotary_dim: int | None,
-    dtype: torch.dtype,
+    dtype: ops.KvDtype,
 ) -> None:  # fmt: skip
     world = Sequences(heads, kv_heads, head_dim, block_size, dtype, rotary_dim)
     world.check([(1, 1), (17, 17), (3, 1), (block_size + 1, 2), (256, 1), (257, 3), (300, 17)])
@@ -118,7 +118,7 @@ def test_all_lengths_and_shapes_equal_the_reference(
 @pytest.mark.parametrize("window", [1, 64, 257])
 @pytest.mark.parametrize(("heads", "head_dim", "threads"), [(4, 32, 1), (2, 80, 3)])
 def test_a_window_hides_what_lies_before_it(
-    kernel_set: str, window: int, heads: int, head_dim: int, threads: int, dtype: torch.dtype
+    kernel_set: str, window: int, heads: int, head_dim: int, threads: int, dtype: ops.KvDtype
 ) -> None:
     _C.set_num_threads(threads)
     world = Sequences(heads, 2, head_dim, 16, dtype, window=window)
@@ -136,7 +136,7 @@ def test_a_window_hides_what_lies_before_it(
     ids=lambda rules: " ".join(rules),
 )
 def test_chunks_caps_sinks_and_slopes_equal_the_reference(
-    kernel_set: str, rules: dict[str, Any], dtype: torch.dtype
+    kernel_set: str, rules: dict[str, Any], dtype: ops.KvDtype
 ) -> None:
     _C.set_num_threads(3)
     for head_dim in (32, 80):  # results go to an activation, and to rows
@@ -145,7 +145,7 @@ def test_chunks_caps_sinks_and_slopes_equal_the_reference(
 
 
 def test_a_window_that_reaches_the_whole_context_changes_no_bit(kernel_set: str) -> None:
-    world = Sequences(4, 2, 32, 16, torch.float32)
+    world = Sequences(4, 2, 32, 16, "float32")
     parts = [(world.add(300), 300, world.queries(20))]
     plain = world.run(parts)
     world.window = 300
@@ -155,7 +155,7 @@ def test_a_window_that_reaches_the_whole_context_changes_no_bit(kernel_set: str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "window"), [(32, None), (80, 130)])
 def test_a_row_has_the_same_bits_in_any_batch_chunking_block_table_and_team(
-    kernel_set: str, head_dim: int, window: int | None, dtype: torch.dtype
+    kernel_set: str, head_dim: int, window: int | None, dtype: ops.KvDtype
 ) -> None:
     world = Sequences(6, 2, head_dim, 16, dtype, window=window)
     contexts = [530, 1, 40, 257, 129]
@@ -181,7 +181,7 @@ def test_a_row_has_the_same_bits_in_any_batch_chunking_block_table_and_team(
 def test_one_long_context_split_over_a_team_has_the_bits_of_one_thread(
     kernel_set: str, threads: int, window: int | None
 ) -> None:
-    world = Sequences(3, 1, 16, 64, torch.float32, window=window)
+    world = Sequences(3, 1, 16, 64, "float32", window=window)
     q = world.queries(1)
     world.add(3000)
     alone = world.run([(0, 3000, q)])
@@ -189,18 +189,18 @@ def test_one_long_context_split_over_a_team_has_the_bits_of_one_thread(
     assert_same_bits(world.run([(0, 3000, q)]), alone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_far_apart_neither_overflow_nor_vanish(kernel_set: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_far_apart_neither_overflow_nor_vanish(kernel_set: str, dtype: ops.KvDtype) -> None:
     world = Sequences(1, 1, 16, 16, dtype)
     world.add(600)
     world.keys[0].mul_(32)  # exact in bfloat16
     q = (world.queries(5) * 40).bfloat16().float()
     expected = world.expected(0, 600, q)
-    assert_close(world.run([(0, 600, q)]), expected, length=20000, dtype=dtype)
+    assert_close(world.run([(0, 600, q)]), expected, length=20000, dtype=getattr(torch, dtype))
 
 
 def call(*, window: int | None = None, **changes: Any) -> Tensor:
-    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=4).layers[0]
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32", num_blocks=4).layers[0]
     operands: dict[str, Any] = {
         "ids": np.zeros(2, np.int32), "positions": np.array([18, 19]), "slots": np.array([18, 19]),
         "query_start": np.array([0, 2]), "context_len": np.array([20]),
@@ -240,18 +240,18 @@ def test_block_ids_of_another_dtype_are_refused() -> None:
 @pytest.mark.parametrize(("heads", "dim"), [(3, 20), (2, 64)])
 def test_gates_let_through_some_of_the_result(kernel_set: str, heads: int, dim: int) -> None:
     """Use more tokens than a tile, with gates of both signs."""
-    sequences = Sequences(heads, 1, dim, 16, torch.float32)
+    sequences = Sequences(heads, 1, dim, 16, "float32")
     sequence, q = sequences.add(70), sequences.queries(37)
     gate = torch.randn(37, heads * dim) * 3
     found = sequences.run([(sequence, 70, q)], gate=gate)
     expected = sequences.expected(sequence, 70, q).flatten(1) * torch.sigmoid(gate.double())
-    tolerance = TOLERANCES[torch.float32]
+    tolerance = TOLERANCES["float32"]
     assert_within(found, expected, whole=tolerance, worst=2 * tolerance)
 
 
 def test_a_gate_of_other_columns_is_refused() -> None:
     recorder = ops.Recorder()
-    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
     q, gate = recorder.value(Kind.QUERY, 32), recorder.value(Kind.ROWS, 16)
     with pytest.raises(ValueError, match="takes 32 columns as `gate`, not 16"):
         ops.attention(q, layer, 1.0, gate=gate)

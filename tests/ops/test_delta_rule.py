@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ SIZES = [(1, 16, 1, 1, 1), (3, 16, 3, 5, 17), (4, 64, 2, 33, 40), (2, 80, 1, 16,
 
 def random_weight(heads: int, dim: int, key_heads: int, size: int, **options: Any) -> DeltaRuleWeight:
     a, dt_bias = -torch.rand(heads) - 0.01, torch.randn(heads)
-    return DeltaRuleWeight(heads, dim, key_heads, size, a, dt_bias, **options)
+    return DeltaRuleWeight(heads, dim, key_heads, size, a.numpy(), dt_bias.numpy(), **options)
 
 
 def steps_of(weight: DeltaRuleWeight, num_slots: int) -> Steps:
@@ -82,9 +83,10 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="takes 4 columns as `steps`, not 40"):
         ops.delta_rule(rows, rows, weight, layer)
     with pytest.raises(ValueError, match="`a` must have 2 elements"):
-        DeltaRuleWeight(2, 16, 1, 4, torch.ones(3), torch.ones(2))
+        DeltaRuleWeight(2, 16, 1, 4, np.ones(3, np.float32), np.ones(2, np.float32))
+    wide: Any = np.ones(2)
     with pytest.raises(TypeError, match="`dt_bias` must be float32"):
-        DeltaRuleWeight(2, 16, 1, 4, torch.ones(2), torch.ones(2).double())
+        DeltaRuleWeight(2, 16, 1, 4, np.ones(2, np.float32), wide)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate, norm
 from tests.support import eager_ops
+from tests.support.eager_ops import norm_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Packing, direct
+from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 COUNTS = [1, 3, 7, 50]
 QUANTISED = Packing(is_exact=False, quantise="Q8_0")
@@ -24,7 +26,7 @@ def _weight(
 ) -> tuple[Tensor, Tensor, ops.LinearWeight]:
     """Return a weight's decoded values, its bias, and the weight."""
     tensor, _ = random_source(rows, columns, scale=columns**-0.5)
-    source = ops.from_floats(tensor.bfloat16() if is_bfloat16 else tensor)
+    source = from_tensor(tensor.bfloat16() if is_bfloat16 else tensor)
     bias, bias_source = random_source(rows)
     made = ops.linear_weight(source, packing, bias=bias_source if has_bias else None)
     means = torch.from_numpy(made.made.matrix.unpack())[:rows, :columns].double()
@@ -72,10 +74,10 @@ def _gelu(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
 def test_gate_and_up_may_be_of_two_formats(activation: str) -> None:
-    gate, up = random_source(32, 64)[1], ops.from_floats(torch.randn(32, 64).bfloat16())
+    gate, up = random_source(32, 64)[1], from_tensor(torch.randn(32, 64).bfloat16())
     x = torch.randn(3, 64)
     found = direct.gate_up(ops.gate_up_weight(gate, up, EXACT), x, activation)
-    first, second = (x @ ops.plain_tensor(each).float().T for each in (gate, up))
+    first, second = (x @ plain_tensor(each).float().T for each in (gate, up))
     exact = (activate(first, activation) * second).float()
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
@@ -98,7 +100,7 @@ WIDTHS = [1, 15, 16, 33, 64, 100, 4096]
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_norms_equal_the_reference(kernel_set: str, columns: int, has_bias: bool) -> None:
     x, weight = torch.randn(9, columns + 3)[:, 3:], torch.rand(columns) + 0.5
-    made = ops.NormWeight(weight, 1e-5, torch.randn(columns) if has_bias else None)
+    made = norm_weight(weight, 1e-5, torch.randn(columns) if has_bias else None)
     assert_close(direct.norm(x, made), norm(x, made), length=columns, dtype=torch.float32)
 
 
@@ -139,8 +141,8 @@ def test_a_row_has_the_same_bits_in_any_tensor_and_team(
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda part: direct.linear(weight, part),
         lambda part: direct.linear(weight, part, is_exact=True),
-        lambda part: direct.norm(part, ops.NormWeight(factors, 1e-6)),
-        lambda part: direct.norm(part, ops.NormWeight(factors, 1e-6, factors)),
+        lambda part: direct.norm(part, norm_weight(factors, 1e-6)),
+        lambda part: direct.norm(part, norm_weight(factors, 1e-6, factors)),
         lambda part: direct.activate(part, "gelu"),
     ]
     for compute in calls:
@@ -161,7 +163,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`x` must be \[n, 96\], got \(2, 95\)"):
         direct.linear(weight, torch.randn(2, 95))
     with pytest.raises(ValueError, match="`weight` must have shape"):
-        direct.norm(torch.randn(2, 8), ops.NormWeight(torch.ones(9), 1e-5))
+        direct.norm(torch.randn(2, 8), norm_weight(torch.ones(9), 1e-5))
     with pytest.raises(ValueError, match=r"`activation` must be silu, .* got xielu"):
         direct.activate(torch.randn(2, 8), "xielu")
     with pytest.raises(TypeError):

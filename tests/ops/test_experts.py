@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -92,16 +93,20 @@ def run(
     )  # fmt: skip
     buffers = program._calls.buffers
     buffers.of(values[0], "rows").array()[:] = np.nan
-    program.write(values[0], logits)
+    program.write(values[0], logits.numpy())
     if layer is not None:
-        program.write(values[1], a)
-        program.write(values[2], torch.zeros_like(a) if x is None else x)
+        program.write(values[1], a.numpy())
+        program.write(values[2], (torch.zeros_like(a) if x is None else x).numpy())
     program.run(eager_ops.step(num_tokens, num_sampled), ())
     ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.of(routing, "routing").arrays())
     dense = torch.zeros(num_tokens, spec.num_experts, dtype=torch.float64)
     dense.scatter_(1, ids.long(), weights.double())
     assert all(len(set(row.tolist())) == spec.top_k for row in ids)
-    return dense, program.read(out, num_tokens) if layer is not None else torch.empty(0)
+    return dense, torch.empty(0) if layer is None else torch.from_numpy(program.read(out, num_tokens))
+
+
+def spread(first: float, last: float, count: int) -> npt.NDArray[np.float32]:
+    return np.linspace(first, last, count, dtype=np.float32)
 
 
 ROUTES = {
@@ -110,11 +115,18 @@ ROUTES = {
     "one": RouteSpec(2, 1),
     "renormalised": RouteSpec(64, 6, is_renormalised=True, eps=1e-20, scale=2.5),
     "sigmoid": RouteSpec(60, 4, "sigmoid", scale=0.5),
-    "corrected": RouteSpec(40, 4, "sigmoid", torch.linspace(-1, 1, 40), is_renormalised=True, eps=1e-6),
-    "corrected softmax": RouteSpec(33, 5, correction=torch.linspace(0.3, 0, 33)),
+    "corrected": RouteSpec(40, 4, "sigmoid", spread(-1, 1, 40), is_renormalised=True, eps=1e-6),
+    "corrected softmax": RouteSpec(33, 5, correction=spread(0.3, 0, 33)),
     "groups": RouteSpec(64, 6, num_groups=8, top_groups=3, scale=16.0),
     "groups of two best": RouteSpec(
-        96, 8, "sigmoid", torch.linspace(0.1, -0.1, 96), 8, 4, sums_top_two=True, is_renormalised=True
+        96,
+        8,
+        "sigmoid",
+        spread(0.1, -0.1, 96),
+        8,
+        4,
+        sums_top_two=True,
+        is_renormalised=True,
     ),
     "groups of one": RouteSpec(16, 2, num_groups=16, top_groups=5, sums_top_two=True),
     "sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.01),
@@ -335,8 +347,8 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
         ({"num_groups": 3}, "`num_groups` must divide the 8 experts, got 3"),
         ({"num_groups": 4, "top_groups": 5}, r"`top_groups` must be in \[1, 4\], got 5"),
         ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "`top_groups` have fewer than `top_k` experts"),
-        ({"correction": torch.zeros(7)}, r"`correction` must have shape \[8\]"),
-        ({"correction": torch.full((8,), torch.nan)}, "`correction` must be finite"),
+        ({"correction": np.zeros(7, np.float32)}, r"`correction` must have shape \[8\]"),
+        ({"correction": np.full(8, np.nan, np.float32)}, "`correction` must be finite"),
         ({"scale": float("inf")}, "`scale` must be finite"),
         ({"kind": "sparsemixer", "num_groups": 2, "top_groups": 2}, "sparsemixer has neither"),
     ],

@@ -11,6 +11,7 @@ from tests.reference.layers import activate, linear
 from tests.support import eager_ops
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.tensors import from_tensor
 
 
 @pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
@@ -24,7 +25,7 @@ def test_the_activation_equals_the_reference(
     _C.set_num_threads(2)
     (gate, gate_source), (up, up_source) = random_source(size, hidden), random_source(size, hidden)
     biases = [torch.randn(size) * has_bias for _ in range(2)]
-    sources = [ops.from_floats(bias) for bias in biases] if has_bias else None
+    sources = [from_tensor(bias) for bias in biases] if has_bias else None
     weight = ops.gate_up_weight(gate_source, up_source, EXACT, biases=sources)
     assert weight.intermediate_size == size
     a = torch.randn(tokens, hidden)
@@ -41,7 +42,7 @@ def test_gate_and_up_may_be_of_different_formats(
     sources = [random_weight(format, 100, 96, seed=seed) for seed, format in enumerate(formats)]
     biases = [torch.randn(100), torch.randn(100)]
     weight = ops.gate_up_weight(
-        sources[0], sources[1], packing, biases=[ops.from_floats(bias) for bias in biases]
+        sources[0], sources[1], packing, biases=[from_tensor(bias) for bias in biases]
     )
     parts = weight.made.parts
     assert len(parts) == (1 if formats[0] == formats[1] else 2)
@@ -58,7 +59,7 @@ def test_gate_and_up_may_be_of_different_formats(
 def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats: tuple[str, str]) -> None:
     gate = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0])[:, None]
     sources = [
-        ops.from_floats(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
+        from_tensor(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
         for values, format in zip((gate, torch.ones_like(gate)), formats, strict=True)
     ]
     out = eager_ops.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)

@@ -17,7 +17,7 @@ from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
 
 MIB = 1 << 20
-DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+DTYPES = ["float32", "bfloat16", "int8"]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
         ({"head_dim": 514}, "`head_dim` must be even and at most 512, got 514"),
         ({"value_dim": 7}, "`value_dim` must be even and at most 512, got 7"),
         ({"head_dim": 0}, "`head_dim` must be even"),
-        ({"dtype": torch.float16}, r"`dtype` must be float32, bfloat16 or int8, got torch\.float16"),
-        ({"dtype": torch.int8}, "an int8 cache would pad heads of 16 to 32: use bfloat16"),
+        ({"dtype": "float16"}, r"`dtype` must be float32, bfloat16 or int8, got float16"),
+        ({"dtype": "int8"}, "an int8 cache would pad heads of 16 to 32: use bfloat16"),
         ({"num_layers": 0}, "`layers` must be 1 to 65536, got 0"),
         ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, got 0"),
         ({"num_kv_heads": 1 << 50}, "`num_kv_heads` must be at most"),
@@ -45,13 +45,13 @@ def test_a_pool_that_the_kernels_do_not_have_is_refused(change: dict[str, Any], 
             [shape] * sizes["num_layers"],
             num_blocks=sizes["num_blocks"],
             block_size=sizes["block_size"],
-            dtype=change.get("dtype", torch.float32),
+            dtype=change.get("dtype", "float32"),
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 80])
-def test_copied_blocks_hold_what_their_sources_held_in_every_layer(dtype: torch.dtype, head_dim: int) -> None:
+def test_copied_blocks_hold_what_their_sources_held_in_every_layer(dtype: ops.KvDtype, head_dim: int) -> None:
     pool = poisoned_pool(num_layers=2, num_kv_heads=2, head_dim=head_dim, dtype=dtype, num_blocks=6)
     every = torch.arange(6 * 16)
     for layer in pool.layers:
@@ -68,7 +68,7 @@ def test_copied_blocks_hold_what_their_sources_held_in_every_layer(dtype: torch.
 
 
 def test_blocks_that_are_not_there_are_refused_before_any_is_copied() -> None:
-    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=3)
+    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32", num_blocks=3)
     pool.native.memory()[0] = 1
     for bad in ((0, 3), (-1, 0), (3, 0)):
         with pytest.raises(ValueError, match=r"blocks must be in \[0, 3\)"):
@@ -88,7 +88,7 @@ def test_blocks_that_are_not_there_are_refused_before_any_is_copied() -> None:
 def test_copies_that_depend_on_their_order_are_refused_before_any_is_made(
     pairs: list[tuple[int, int]], message: str
 ) -> None:
-    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=3)
+    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32", num_blocks=3)
     pool.native.memory()[:] = np.arange(3, dtype=np.uint8)[:, None]
     before = pool.native.memory().copy()
     with pytest.raises(ValueError, match=message):
@@ -107,7 +107,7 @@ def test_a_pool_whose_bytes_no_number_counts_is_no_small_one(num_layers: int, nu
 @pytest.mark.parametrize("head_dim", [32, 80, 112])
 @pytest.mark.parametrize("value_dim", [None, 64])
 def test_the_bytes_of_a_token_are_those_of_the_pool(
-    dtype: torch.dtype, head_dim: int, value_dim: int | None
+    dtype: ops.KvDtype, head_dim: int, value_dim: int | None
 ) -> None:
     pool = poisoned_pool(
         num_layers=3, num_kv_heads=2, head_dim=head_dim, value_dim=value_dim, dtype=dtype, num_blocks=4
@@ -135,7 +135,7 @@ def resident_bytes(pool: ops.KvPool) -> int:
 def make_pool(num_bytes: int) -> ops.KvPool:
     block_bytes = 2 * 2 * 64 * 16 * 2 * 4  # layers, K and V, heads, head size, block size, bfloat16
     shapes = [CacheShape(4, 64, 64)] * 2
-    return ops.KvPool(shapes, num_blocks=num_bytes // block_bytes, block_size=16, dtype=torch.bfloat16)
+    return ops.KvPool(shapes, num_blocks=num_bytes // block_bytes, block_size=16, dtype="bfloat16")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked as Linux has it")

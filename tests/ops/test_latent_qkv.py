@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import rope_table, with_each_kernel_set
+from tests.ops.helpers import angles, rope_table, with_each_kernel_set
 from tests.reference.attention import attention as reference_attention
 from tests.reference.compare import assert_same_bits, assert_within
 from tests.reference.layers import norm, rotate
@@ -30,14 +30,14 @@ class Layer:
     heads: int = 3
     rank: int = 64
     rotary_dim: int = 32
-    dtype: torch.dtype = torch.float32
+    dtype: ops.KvDtype = "float32"
     block_size: int = 16
     threads: int = 2
     first_column: int = 0
     norm: ops.NormWeight = field(init=False)
 
     def __post_init__(self) -> None:
-        self.norm = ops.NormWeight.rms(self.rank, 1e-5, weight=torch.rand(self.rank) + 0.5)
+        self.norm = ops.NormWeight.rms(self.rank, 1e-5, weight=(torch.rand(self.rank) + 0.5).numpy())
         self.rope = rope_table(self.rotary_dim, POSITIONS)
         shape = CacheShape(1, self.rank + self.rotary_dim, self.rank, is_latent=True)
         self.pool = ops.KvPool(
@@ -75,18 +75,18 @@ class Layer:
         )  # fmt: skip
         program._calls.buffers.of(out, "rows").array()[:] = math.nan
         for value, given in zip(values, rows, strict=True):
-            program.write(value, given)
+            program.write(value, given.numpy())
         program.run(flat_rows(spans, blocks, self.block_size), ())
-        return program.read(out, len(rows[0]))
+        return torch.from_numpy(program.read(out, len(rows[0])))
 
     def expected(self, rows: list[Tensor], num_queries: int) -> Tensor:
         """Return float64 results for a sequence's last tokens, from latents rounded to the cache's dtype."""
         absorbed, rotary, latents = rows
         positions = torch.arange(len(latents))
-        cos, sin = self.rope.cos[positions], self.rope.sin[positions]
+        cos, sin = angles(self.rope, positions)
         plain = norm(latents[:, : self.rank], self.norm)
         rotated = rotate(latents[:, self.rank :].double()[:, None], cos, sin)[:, 0]
-        keys = torch.cat([plain, rotated], dim=1).to(self.dtype).double()[:, None]
+        keys = torch.cat([plain, rotated], dim=1).to(getattr(torch, self.dtype)).double()[:, None]
         heads = rotary[:, self.first_column :].view(-1, self.heads, self.rotary_dim).double()
         queries = torch.cat(
             [absorbed.view(-1, self.heads, self.rank).double(), rotate(heads, cos, sin)], dim=2
@@ -103,10 +103,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompts_and_sampled_tokens_are_those_of_the_reference(
-    kernel_set: str, shape: str, dtype: torch.dtype
+    kernel_set: str, shape: str, dtype: ops.KvDtype
 ) -> None:
     """Use sequences of one token, of odd sizes, and one beyond a chunk of context; then one token each."""
     layer = Layer(**SHAPES[shape], dtype=dtype, threads=3)
@@ -119,15 +119,15 @@ def test_prompts_and_sampled_tokens_are_those_of_the_reference(
     last = layer.run(sampled, [(size, size + 1) for size in contexts], blocks)
     # The kernels round weights like values, and a latent may round in the other direction than the
     # reference's.
-    unit = 1e-5 if dtype is torch.float32 else 4e-3
+    unit = 1e-5 if dtype == "float32" else 4e-3
     for index, (text, size) in enumerate(zip(texts, contexts, strict=True)):
         expected = layer.expected([part[:-1] for part in text], size)
         assert_within(found[index], expected, whole=unit, worst=8 * unit)
         assert_within(last[index : index + 1], layer.expected(text, 1), whole=unit, worst=8 * unit)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_depend_on_neither_chunks_nor_company_nor_team(kernel_set: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_depend_on_neither_chunks_nor_company_nor_team(kernel_set: str, dtype: ops.KvDtype) -> None:
     layer = Layer(heads=7, rank=96, dtype=dtype, threads=1)
     text = layer.inputs(300)
     (mine, other) = random_blocks([300, 40], NUM_BLOCKS, 16)
@@ -154,23 +154,23 @@ def test_sets_of_one_arithmetic_agree_to_the_bit() -> None:
 
 def test_a_token_keeps_one_row() -> None:
     shape = CacheShape(1, 576, 512, is_latent=True)
-    assert ops.kv_bytes_per_token(shape, torch.bfloat16) == 576 * 2
-    pool = ops.KvPool([shape] * 3, num_blocks=4, block_size=16, dtype=torch.bfloat16)
+    assert ops.kv_bytes_per_token(shape, "bfloat16") == 576 * 2
+    pool = ops.KvPool([shape] * 3, num_blocks=4, block_size=16, dtype="bfloat16")
     assert pool.native.block_bytes == 3 * 16 * 576 * 2
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
-        (CacheShape(1, 576, 512, is_latent=True), torch.int8, "kept as float32 or bfloat16, not as"),
-        (CacheShape(1, 100, 64, is_latent=True), torch.float32, "a multiple of 32 up to 640 wide, got 100"),
-        (CacheShape(1, 672, 512, is_latent=True), torch.float32, "up to 640 wide, got 672"),
-        (CacheShape(1, 608, 544, is_latent=True), torch.float32, "up to 512 wide, got 544"),
-        (CacheShape(2, 96, 64, is_latent=True), torch.float32, "latents are of one head, got 2"),
-        (CacheShape(1, 64, 96, is_latent=True), torch.float32, "`value_dim` of latents"),
+        (CacheShape(1, 576, 512, is_latent=True), "int8", "kept as float32 or bfloat16, not as"),
+        (CacheShape(1, 100, 64, is_latent=True), "float32", "a multiple of 32 up to 640 wide, got 100"),
+        (CacheShape(1, 672, 512, is_latent=True), "float32", "up to 640 wide, got 672"),
+        (CacheShape(1, 608, 544, is_latent=True), "float32", "up to 512 wide, got 544"),
+        (CacheShape(2, 96, 64, is_latent=True), "float32", "latents are of one head, got 2"),
+        (CacheShape(1, 64, 96, is_latent=True), "float32", "`value_dim` of latents"),
     ],
 )
-def test_latents_that_cannot_be_are_refused(shape: CacheShape, dtype: torch.dtype, message: str) -> None:
+def test_latents_that_cannot_be_are_refused(shape: CacheShape, dtype: ops.KvDtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.KvPool([shape], num_blocks=1, block_size=16, dtype=dtype)
 
@@ -178,14 +178,14 @@ def test_latents_that_cannot_be_are_refused(shape: CacheShape, dtype: torch.dtyp
 def test_a_pool_is_of_latents_in_all_layers_or_in_none() -> None:
     shapes = [CacheShape(1, 96, 64, is_latent=True), CacheShape(1, 64, 64)]
     with pytest.raises(ValueError, match="must hold latents in all layers or in none"):
-        ops.KvPool(shapes, num_blocks=1, block_size=16, dtype=torch.float32)
+        ops.KvPool(shapes, num_blocks=1, block_size=16, dtype="float32")
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     layer, recorder = Layer(), ops.Recorder()
     cache = layer.pool.layers[0]
     values = [recorder.value(Kind.ROWS, columns) for columns in layer.columns]
-    plain = ops.KvPool([CacheShape(1, 96, 96)], num_blocks=1, block_size=16, dtype=torch.float32).layers[0]
+    plain = ops.KvPool([CacheShape(1, 96, 96)], num_blocks=1, block_size=16, dtype="float32").layers[0]
 
     def call(**changes: object) -> None:
         given = {

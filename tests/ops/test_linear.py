@@ -11,6 +11,7 @@ from tests.reference.layers import linear
 from tests.support import eager_ops
 from tests.support.random_weights import QUANTISED, decoded_values, random_weight, same_codes
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.tensors import from_tensor
 
 # Tokens, columns, rows, whether there is a bias.
 SHAPES = [
@@ -51,7 +52,7 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
 ) -> None:
     source = random_weight(format, 100, columns, seed=2)
     weight, bias = ops.linear_weight(source, FAST), torch.randn(100)
-    biased = ops.linear_weight(source, FAST, bias=ops.from_floats(bias))
+    biased = ops.linear_weight(source, FAST, bias=from_tensor(bias))
     assert weight.made.precision == "int8"
     a = torch.randn(9, columns)
     expected = linear(rounded(a, "int8"), decoded_values(source))

@@ -10,6 +10,7 @@ from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear, norm, rms_norm
 from tests.support import eager_ops
+from tests.support.eager_ops import norm_weight
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 
@@ -18,7 +19,7 @@ KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
 
 
 def weight_of(hidden: int, kind: str) -> ops.NormWeight:
-    return ops.NormWeight(torch.randn(hidden), 1e-5, torch.randn(hidden) if kind == "layer" else None)
+    return norm_weight(torch.randn(hidden), 1e-5, torch.randn(hidden) if kind == "layer" else None)
 
 
 @KINDS
@@ -76,7 +77,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: 
 
 
 def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:
-    ones = ops.NormWeight(torch.ones(33), 1e-5)
+    ones = norm_weight(torch.ones(33), 1e-5)
     assert_same_bits(eager_ops.norm(torch.zeros(1, 33), ones), torch.zeros(1, 33))
     x = torch.randn(1, 33)
     assert_same_bits(eager_ops.norm_add(torch.zeros(1, 33), ones, x), x)
@@ -93,7 +94,7 @@ class NormAndProduct:
         self.precision: str = weight.made.precision
         recorder = ops.Recorder()
         self.x = recorder.value(ops.Kind.RESIDUAL, hidden)
-        self.rows = ops.linear(ops.norm(self.x, ops.NormWeight(norm, 1e-5)), weight)
+        self.rows = ops.linear(ops.norm(self.x, norm_weight(norm, 1e-5)), weight)
         self.program = ops.CpuProgram(
             recorder, max_tokens=32, max_sequences=1, max_rows=1, max_context=32, inputs=[self.x],
             outputs=[self.rows],
@@ -106,9 +107,9 @@ class NormAndProduct:
             ids=zeros, positions=zeros, slots=zeros, query_start=[0, tokens], context_len=[tokens],
             block_table=torch.zeros(1, 1, dtype=torch.int32).numpy(),
         )  # fmt: skip
-        self.program.write(self.x, x)
+        self.program.write(self.x, x.numpy())
         self.program.run(batch, ())
-        return self.program.read(self.rows, tokens)
+        return torch.from_numpy(self.program.read(self.rows, tokens))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +136,11 @@ def test_a_product_takes_the_norm_in_its_own_precision(
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="`norm` takes 15 columns as `x`, not 16"):
-        eager_ops.norm(torch.randn(2, 16), ops.NormWeight(torch.ones(15), 1e-5))
+        eager_ops.norm(torch.randn(2, 16), norm_weight(torch.ones(15), 1e-5))
     with pytest.raises(ValueError, match="a norm's bias must have 16 elements, got 15"):
-        ops.NormWeight(torch.ones(16), 1e-5, torch.ones(15))
+        norm_weight(torch.ones(16), 1e-5, torch.ones(15))
     with pytest.raises(ValueError, match="`norm_add` takes 16 columns as `x`, not 15"):
-        eager_ops.norm_add(torch.randn(2, 16), ops.NormWeight(torch.ones(16), 1e-5), torch.randn(2, 15))
+        eager_ops.norm_add(torch.randn(2, 16), norm_weight(torch.ones(16), 1e-5), torch.randn(2, 15))
     weight = ops.linear_weight(random_source(4, 15)[1], EXACT)
     with pytest.raises(ValueError, match="`linear` takes 15 columns as `a`, not 16"):
         eager_ops.linear(torch.randn(2, 16), weight)

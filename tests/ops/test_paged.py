@@ -13,21 +13,23 @@ from torch import Tensor
 from tests.reference.attention import attention as reference
 from tests.reference.compare import assert_same_bits, assert_within
 from tests.support.batches import flat_rows, random_blocks
+from tests.support.eager_ops import arrays_of
 from tests.support.kv import poison, poisoned_pool
 from tgi_asgi import _C
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import AttentionSpec, KvPool, PagedAttention
+from tgi_asgi.ops import AttentionSpec, KvDtype, KvPool
+from tgi_asgi.ops.paged import PagedAttention
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
 
-DTYPES = [torch.float32, torch.bfloat16, torch.int8]
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
+DTYPES = ["float32", "bfloat16", "int8"]
+TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2, "int8": 3e-4}
 
 
-def rounded_as_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_as_cached(x: Tensor, dtype: KvDtype) -> Tensor:
     """Return heads rounded as in a cache of this dtype; int8 has a float16 scale per strip of 32 dims."""
-    if dtype is not torch.int8:
-        return x.to(dtype).float()
+    if dtype != "int8":
+        return x.to(getattr(torch, dtype)).float()
     dim = x.shape[-1]
     strips = torch.nn.functional.pad(x, (0, -dim % 32)).unflatten(-1, (-1, 32))
     scale = strips.abs().amax(-1, keepdim=True) / 127
@@ -44,7 +46,7 @@ class Layer:
     kv_heads: int
     head_dim: int
     value_dim: int
-    dtype: torch.dtype
+    dtype: KvDtype
     block_size: int = 16
     rules: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +81,7 @@ class Layer:
         pool = self.pool(contexts)
         blocks = random_blocks(contexts, pool.num_blocks, self.block_size)
         attention = PagedAttention(max_context=max(contexts))
-        spec = AttentionSpec(self.scale, **self.rules)
+        spec = AttentionSpec(self.scale, **arrays_of(self.rules))
         found: list[list[Tensor]] = [[] for _ in given]
         for spans in steps:
             inside = [s for s, (start, stop) in enumerate(spans) if start < stop]
@@ -145,7 +147,7 @@ RULES: dict[str, dict[str, Any]] = {
 )
 def test_heads_of_every_size_equal_the_reference(
     kernel_set: str, heads: int, kv_heads: int, head_dim: int, value_dim: int, block_size: int,
-    dtype: torch.dtype,
+    dtype: KvDtype,
 ) -> None:  # fmt: skip
     Layer(heads, kv_heads, head_dim, value_dim, dtype, block_size).check([2, 17, 33, 257, 300])
 
@@ -153,7 +155,7 @@ def test_heads_of_every_size_equal_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_what_a_layer_sees_and_does_with_scores_equals_the_reference(
-    kernel_set: str, rules: dict[str, Any], dtype: torch.dtype
+    kernel_set: str, rules: dict[str, Any], dtype: KvDtype
 ) -> None:
     _C.set_num_threads(3)
     Layer(4, 2, 64, 32, dtype, rules=rules).check([3, 49, 130, 600], last=2)
@@ -161,9 +163,7 @@ def test_what_a_layer_sees_and_does_with_scores_equals_the_reference(
 
 @pytest.mark.parametrize("rules", [RULES["all"], RULES["window"], RULES["everything"]])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_of_an_image_see_each_other(
-    kernel_set: str, dtype: torch.dtype, rules: dict[str, Any]
-) -> None:
+def test_tokens_of_an_image_see_each_other(kernel_set: str, dtype: KvDtype, rules: dict[str, Any]) -> None:
     layer = Layer(4, 2, 32, 32, dtype, rules=rules)
     given = layer.heads_of([400, 20])
     ends = [torch.arange(1, 401), torch.arange(1, 21)]
@@ -179,9 +179,9 @@ def test_tokens_of_an_image_see_each_other(
 @pytest.mark.parametrize("rules", [RULES["all"], RULES["window"], RULES["everything"]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_any_batch_chunking_and_team(
-    kernel_set: str, dtype: torch.dtype, rules: dict[str, Any]
+    kernel_set: str, dtype: KvDtype, rules: dict[str, Any]
 ) -> None:
-    layer = Layer(4, 2, 36 if dtype is torch.float32 else 96, 64, dtype, rules=rules)
+    layer = Layer(4, 2, 36 if dtype == "float32" else 96, 64, dtype, rules=rules)
     given = layer.heads_of([700, 40, 1])
     alone = [layer.run([each], [[(0, len(each[0]))]])[0] for each in given]
     steps = [[(0, 300), (0, 0), (0, 0)], [(300, 699), (0, 39), (0, 1)], [(699, 700), (39, 40), (0, 0)]]
@@ -192,7 +192,7 @@ def test_a_row_has_the_same_bits_in_any_batch_chunking_and_team(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: torch.dtype) -> None:
+def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: KvDtype) -> None:
     layer = Layer(4, 2, 64, 64, dtype)
     pool = layer.pool([40])
     packed = torch.randn(40, 8 * 64)
@@ -208,9 +208,7 @@ def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: torch.dtype
 
 
 def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes: Any) -> Tensor:
-    layer = poisoned_pool(num_kv_heads=2, head_dim=16, value_dim=8, dtype=torch.float32, num_blocks=4).layers[
-        0
-    ]
+    layer = poisoned_pool(num_kv_heads=2, head_dim=16, value_dim=8, dtype="float32", num_blocks=4).layers[0]
     arrays: dict[str, Any] = {
         "ids": np.zeros(2, np.int32), "positions": np.array([18, 19]), "slots": np.array([18, 19]),
         "query_start": np.array([0, 2]), "context_len": np.array([20]),
@@ -245,8 +243,8 @@ def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes
         ({"k": torch.randn(2, 2, 14)}, "heads of `k` must have the 16 dims of `q`"),
         ({"v": torch.randn(2, 2, 16)}, "heads of `v` must have 8 dims, got 16"),
         ({"v": None}, "`k` and `v` come together"),
-        ({"spec": AttentionSpec(1.0, sinks=torch.zeros(2))}, "`sinks` must have 4 elements"),
-        ({"spec": AttentionSpec(1.0, slopes=torch.zeros(8))}, "`slopes` must have 4 elements"),
+        ({"spec": AttentionSpec(1.0, sinks=np.zeros(2, np.float32))}, "`sinks` must have 4 elements"),
+        ({"spec": AttentionSpec(1.0, slopes=np.zeros(8, np.float32))}, "`slopes` must have 4 elements"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
@@ -262,9 +260,9 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         ({"window": 0}, "`window` must be positive, got 0"),
         ({"chunk": -1}, "`chunk` must be positive, got -1"),
         ({"soft_cap": 0.0}, "`soft_cap` must be positive, got 0"),
-        ({"sinks": torch.tensor([0.0, torch.nan])}, r"`sinks`\[1\] must be finite"),
-        ({"slopes": torch.tensor([torch.inf])}, r"`slopes`\[0\] must be finite"),
-        ({"slopes": torch.zeros(2, 2)}, "`slopes` must have shape"),
+        ({"sinks": np.array([0, np.nan], np.float32)}, r"`sinks`\[1\] must be finite"),
+        ({"slopes": np.array([np.inf], np.float32)}, r"`slopes`\[0\] must be finite"),
+        ({"slopes": np.zeros((2, 2), np.float32)}, "`slopes` must have shape"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(change: dict[str, Any], message: str) -> None:
@@ -275,19 +273,20 @@ def test_a_spec_that_means_nothing_is_refused(change: dict[str, Any], message: s
 def test_tensors_of_another_dtype_are_refused() -> None:
     with pytest.raises(TypeError):
         call(q=torch.randn(2, 4, 16).double())
+    wide: Any = np.zeros(4)
     with pytest.raises(TypeError):
-        AttentionSpec(1.0, sinks=torch.zeros(4).double())
+        AttentionSpec(1.0, sinks=wide)
 
 
 def test_a_run_without_a_batch_is_refused() -> None:
-    layer = poisoned_pool(num_kv_heads=2, head_dim=16, dtype=torch.float32).layers[0]
+    layer = poisoned_pool(num_kv_heads=2, head_dim=16, dtype="float32").layers[0]
     with pytest.raises(ValueError, match="`begin` must have been given a batch"):
         PagedAttention(max_context=8).run(layer, torch.randn(1, 2, 16), None, None, AttentionSpec(1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [5, 16, 33, 300])
-def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> None:
+def test_what_a_window_hides_is_not_read(dtype: KvDtype, window: int) -> None:
     """Fill blocks before the window with NaN, as other sequences may already own them."""
     layer = Layer(4, 2, 32, 32, dtype, rules={"window": window})
     length = 600
@@ -313,7 +312,7 @@ def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> Non
 
 def test_layers_of_a_group_write_to_its_blocks_alone() -> None:
     shapes = [CacheShape(2, 32, 32), CacheShape(1, 64, 16), CacheShape(2, 32, 32)]
-    pool = KvPool(shapes, groups=[0, 1, 1], num_blocks=6, block_size=16, dtype=torch.float32)
+    pool = KvPool(shapes, groups=[0, 1, 1], num_blocks=6, block_size=16, dtype="float32")
     assert pool.native.block_bytes == 16 * 4 * (64 + 16 + 128)  # the size of the larger group, the second
     inputs = StepInputs(
         vocab_size=9,
@@ -345,9 +344,7 @@ def test_layers_of_a_group_write_to_its_blocks_alone() -> None:
 
 
 def test_a_batch_has_the_block_tables_of_a_pool_s_groups() -> None:
-    pool = KvPool(
-        [CacheShape(1, 16, 16)] * 2, groups=[0, 1], num_blocks=2, block_size=16, dtype=torch.float32
-    )
+    pool = KvPool([CacheShape(1, 16, 16)] * 2, groups=[0, 1], num_blocks=2, block_size=16, dtype="float32")
     attention = PagedAttention(max_context=16)
     attention.begin(flat_rows([(0, 3)], [[1]], 16))
     row = torch.randn(3, 1, 16)

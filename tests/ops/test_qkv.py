@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import EXACT, FAST, random_source, rope_table
+from tests.ops.helpers import EXACT, FAST, angles, random_source, rope_table
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.layers import linear, norm, rotate
 from tests.support import eager_ops
 from tests.support.batches import flat_rows
+from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool, read_kv
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.tensors import from_tensor
 
 NUM_BLOCKS, POSITIONS = 12, 120
 
@@ -54,7 +56,7 @@ class Case:
             sources[0], sources[1], sources[2], self.packing, num_heads=self.heads,
             num_kv_heads=self.kv_heads, head_dim=self.head_dim,
             rotary_dim=self.rotary_dim, norms=self.norms, is_interleaved=self.is_interleaved,
-            biases=[ops.from_floats(bias) for bias in self.biases] if self.has_bias else None,
+            biases=[from_tensor(bias) for bias in self.biases] if self.has_bias else None,
         )  # fmt: skip
 
     def expected(self, a: Tensor, positions: Tensor) -> list[Tensor]:
@@ -69,7 +71,7 @@ class Case:
         if norms is not None and not norms.is_last:
             found[:2] = self._normed(norms, found)
         if self.rope is not None:
-            cos, sin = self.rope.cos[positions], self.rope.sin[positions]
+            cos, sin = angles(self.rope, positions)
             found[:2] = [rotate(h, cos, sin, is_interleaved=self.is_interleaved) for h in found[:2]]
         if norms is not None and norms.is_last:
             found[:2] = self._normed(norms, found)
@@ -84,7 +86,7 @@ class Case:
         ]
 
     def run(
-        self, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int = 16
+        self, a: Tensor, spans: list[tuple[int, int]], dtype: ops.KvDtype, block_size: int = 16
     ) -> tuple[Tensor, ops.KvLayer, Tensor]:
         """Return queries [n_tokens, heads, head_dim], the layer written to, and the slots."""
         layer = poisoned_pool(
@@ -106,7 +108,7 @@ def head_norms(
     query: int, key: int, *, is_whole: bool = False, is_last: bool = False, has_bias: bool = False
 ) -> ops.HeadNorms:
     weights = [
-        ops.NormWeight(torch.rand(size) + 0.5, 1e-3, torch.randn(size) if has_bias else None)
+        norm_weight(torch.rand(size) + 0.5, 1e-3, torch.randn(size) if has_bias else None)
         for size in (query, key)
     ]
     return ops.HeadNorms(weights[0], weights[1], is_whole=is_whole, is_last=is_last)
@@ -175,7 +177,7 @@ def test_queries_keys_and_values_equal_the_reference(
     _C.set_num_threads(2)
     case, positions = case_of(name), positions_of(spans)
     a = torch.randn(len(positions), case.hidden)
-    q, layer, slots = case.run(a, spans, torch.float32)
+    q, layer, slots = case.run(a, spans, "float32")
     query, key, value = case.expected(a, positions)
     found_key, found_value = read_kv(layer, slots, case.rotary_dim, is_interleaved=case.is_interleaved)
     assert_close(q, query, length=4 * case.hidden)
@@ -183,11 +185,11 @@ def test_queries_keys_and_values_equal_the_reference(
     assert_close(found_value, value, length=4 * case.hidden)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_dim", [96, 80, 30])
 def test_only_the_slots_asked_for_are_written(
-    kernel_set: str, head_dim: int, block_size: int, dtype: torch.dtype
+    kernel_set: str, head_dim: int, block_size: int, dtype: ops.KvDtype
 ) -> None:
     case = Case(head_dim=head_dim, kv_heads=3)
     spans = [(0, 21), (40, 47)]
@@ -199,13 +201,13 @@ def test_only_the_slots_asked_for_are_written(
     beside = layer.pool.native.memory().reshape(NUM_BLOCKS, 2, -1)[:, 0]
     assert (beside == 0xFF).all(), "another layer was written"
     key, value = case.expected(a, positions_of(spans))[1:]
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 1e-2}[dtype]
+    tolerance = {"float32": 1e-5, "bfloat16": 5e-3, "int8": 1e-2}[dtype]
     for found, expected in zip(read_kv(layer, slots), (key, value), strict=True):
         assert_within(found, expected, whole=tolerance, worst=tolerance)
 
 
 def run_without_queries(
-    case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int
+    case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: ops.KvDtype, block_size: int
 ) -> tuple[ops.KvLayer, Tensor]:
     """Run qkv without returning queries, because those for an int8 cache cannot be read."""
     layer = poisoned_pool(
@@ -223,7 +225,7 @@ def run_without_queries(
         max_context=POSITIONS,
         inputs=[given],
     )
-    program.write(given, a)
+    program.write(given, a.numpy())
     free = torch.randperm(NUM_BLOCKS).tolist()
     blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
     batch = flat_rows(spans, blocks, block_size)
@@ -242,7 +244,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, name: st
 
     def computed(spans: list[tuple[int, int]]) -> Tensor:
         rows = positions_of(spans)
-        q, layer, slots = case.run(a[rows], spans, torch.float32)
+        q, layer, slots = case.run(a[rows], spans, "float32")
         keys_and_values = read_kv(layer, slots, case.rotary_dim, is_interleaved=case.is_interleaved)
         return torch.cat([q, *keys_and_values], dim=1)
 
@@ -255,19 +257,19 @@ def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, name: st
 def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> None:
     value = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, torch.nan, 0.0, 0.1] * 2)
     case = Case(heads=1, kv_heads=1, hidden=1, has_bias=True, has_rope=False)
-    sources = [ops.from_floats(torch.zeros(16, 1)) for _ in range(3)]
+    sources = [from_tensor(torch.zeros(16, 1)) for _ in range(3)]
     case.weight = ops.qkv_weight(
         sources[0], sources[1], sources[2], EXACT, num_heads=1, num_kv_heads=1, head_dim=16,
-        biases=[ops.from_floats(bias) for bias in (torch.zeros(16), value, value)],
+        biases=[from_tensor(bias) for bias in (torch.zeros(16), value, value)],
     )  # fmt: skip
-    layer, slots = run_without_queries(case, torch.zeros(1, 1), [(5, 6)], torch.bfloat16, 16)
+    layer, slots = run_without_queries(case, torch.zeros(1, 1), [(5, 6)], "bfloat16", 16)
     for found in read_kv(layer, slots):
         torch.testing.assert_close(found[0, 0], value.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_tokens_write_nothing() -> None:
     case = Case()
-    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
     assert eager_ops.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
 
 
@@ -283,7 +285,7 @@ def test_no_tokens_write_nothing() -> None:
 def test_places_out_of_range_are_refused_before_anything_is_written(
     change: dict[str, Any], message: str
 ) -> None:
-    case, pool = Case(), poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32)
+    case, pool = Case(), poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32")
     good = flat_rows([(0, 1)], [[2]], 16)
     names = ("ids", "positions", "slots", "query_start", "context_len")
     given = {name: getattr(good, name) for name in names}
@@ -311,7 +313,7 @@ def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
         ops.qkv_weight(query, key, key, EXACT, **sizes, norms=ops.HeadNorms(one.query, other.key))
     with pytest.raises(ValueError, match="a norm over all heads must be an RMSNorm before the rotation"):
         ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(48, 16, is_whole=True, is_last=True))
-    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
     with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
         eager_ops.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
 
@@ -334,7 +336,7 @@ def test_parts_of_several_precisions_do_not_meet_in_memory(
     for threads in (1, 2, 2, 2, 3, 5):
         _C.set_num_threads(threads)
         torch.manual_seed(1)
-        q, layer, slots = case.run(a, [(0, 100)], torch.float32)
+        q, layer, slots = case.run(a, [(0, 100)], "float32")
         found.append((q, *read_kv(layer, slots, 64)))
     for other in found[1:]:
         for mine, theirs in zip(found[0], other, strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.sample import penalised, probabilities
+from tests.support import eager_ops
 from tgi_asgi import _C, ops
 from tgi_asgi.ops.sample_state import SLOT
 from tgi_asgi.types import LogprobsMode, SamplingParams
@@ -56,7 +57,7 @@ def processed(vocab: int, **filters: Any) -> SamplingParams:
     return SamplingParams(logprobs=vocab, logprobs_mode=LogprobsMode.PROCESSED, **filters)
 
 
-def distribution(result: ops.SampleResult, vocab: int, row: int = 0) -> Tensor:
+def distribution(result: eager_ops.Samples, vocab: int, row: int = 0) -> Tensor:
     """Return the distribution in the row's top list; tokens not listed have probability 0."""
     count = int(result.num_top[row])
     dense = torch.zeros(vocab, dtype=torch.float64)
@@ -75,7 +76,7 @@ def test_the_distribution_sampled_from_is_the_references(
     params = processed(vocab, **filters)
     prompt, output = [0, vocab - 1], [vocab // 2, vocab - 1, vocab - 1]
     logits = torch.randn(1, vocab) * 2
-    result = ops.sample(logits, started(params, vocab, prompt_ids=prompt, output_ids=output), slots(0))
+    result = eager_ops.sample(logits, started(params, vocab, prompt_ids=prompt, output_ids=output), slots(0))
     expected = probabilities(penalised(logits[0], params, prompt, output), params)
     actual = distribution(result, vocab)
     assert torch.equal(actual > 0, expected > 0), "the set of remaining tokens differs"
@@ -95,7 +96,7 @@ def test_samples_follow_the_exact_probabilities(filters: dict[str, Any]) -> None
         state.counts[:] = 0
         state.counts[:, [1, 2]] = 1
         state.records["position"] = round_
-        ids = ops.sample(rows, state, every).token_ids.numpy()
+        ids = eager_ops.sample(rows, state, every).token_ids.numpy()
         counts += np.bincount(ids, minlength=vocab)
     total = num_slots * rounds
     assert counts.sum() == total
@@ -119,7 +120,7 @@ def test_a_large_vocabulary_is_cut_as_the_reference_cuts_it(kernel_set: str) -> 
     ]  # fmt: skip
     for scale, filters in cases:
         logits = torch.randn(1, vocab) * scale
-        result = ops.sample(logits, started(processed(vocab, **filters), vocab), slots(0))
+        result = eager_ops.sample(logits, started(processed(vocab, **filters), vocab), slots(0))
         expected = probabilities(logits[0].double(), SamplingParams(**filters))
         # The rounding of 50,000 terms moves a nucleus' edge by a token or two.
         slack = 3 if "top_p" in filters else 0
@@ -130,7 +131,7 @@ def test_a_large_vocabulary_is_cut_as_the_reference_cuts_it(kernel_set: str) -> 
 @pytest.mark.parametrize("vocab", [1, 3, 17, 129, 5000])
 def test_greedy_takes_the_largest_and_of_equals_the_lowest_id(kernel_set: str, vocab: int) -> None:
     logits = torch.randint(-3, 3, (5, vocab)).float()
-    result = ops.sample(logits, started(GREEDY, vocab, 5, prompt_ids=[0]), slots(*range(5)))
+    result = eager_ops.sample(logits, started(GREEDY, vocab, 5, prompt_ids=[0]), slots(*range(5)))
     expected = [int((row == row.max()).nonzero()[0]) for row in logits]
     assert result.token_ids.tolist() == expected
 
@@ -139,14 +140,14 @@ def test_top_k_and_top_p_keep_whole_ties() -> None:
     logits = torch.tensor([[2.0, 1.0, 2.0, 1.0, 0.0]])
     kinds: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.8}]
     for filters in kinds:
-        result = ops.sample(logits, started(processed(5, **filters), 5), slots(0))
+        result = eager_ops.sample(logits, started(processed(5, **filters), 5), slots(0))
         assert result.top_ids[0, : int(result.num_top)].tolist() == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-20, 1e-6])
 def test_the_least_temperatures_sample_the_best_token(kernel_set: str, temperature: float) -> None:
     logits = torch.randn(1, 100)
-    result = ops.sample(logits, started(SamplingParams(temperature=temperature), 100), slots(0))
+    result = eager_ops.sample(logits, started(SamplingParams(temperature=temperature), 100), slots(0))
     assert result.is_finite.item()
     assert result.token_ids.item() == logits.argmax().item()
 
@@ -163,7 +164,7 @@ def test_a_sample_depends_on_nothing_else_in_the_batch(kernel_set: str) -> None:
             state.start(slot, params, choice=slot, prompt_ids=[slot, 3])
         seen: dict[int, tuple[Any, ...]] = {}
         for group in groups:
-            result = ops.sample(logits[group], state, slots(*group))
+            result = eager_ops.sample(logits[group], state, slots(*group))
             for row, slot in enumerate(group):
                 entries = (result.token_ids, result.logprobs, result.top_ids, result.top_logprobs)
                 seen[slot] = tuple(entry[row].tolist() for entry in entries)
@@ -182,7 +183,7 @@ def test_seed_choice_and_position_each_change_the_sample() -> None:
     def sampled(seed: int, choice: int, position: int) -> int:
         state = ops.SampleState(1, vocab)
         state.start(0, SamplingParams(seed=seed), choice=choice, prompt_ids=[0] * position)
-        return int(ops.sample(logits, state, slots(0)).token_ids)
+        return int(eager_ops.sample(logits, state, slots(0)).token_ids)
 
     places = [(0, 0, 1), (1, 0, 1), (1 << 40, 0, 1), (0, 1, 1), (0, 0, 2), (2**63 - 1, 0, 1)]
     samples = [sampled(*place) for place in places]
@@ -194,14 +195,14 @@ def test_resuming_after_preemption_samples_what_would_have_been_sampled() -> Non
     vocab, params = 500, SamplingParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.7)
     rows = [torch.randn(1, vocab) * 3 for _ in range(8)]
     state = started(params, vocab)
-    straight = [int(ops.sample(row, state, slots(0)).token_ids) for row in rows]
+    straight = [int(eager_ops.sample(row, state, slots(0)).token_ids) for row in rows]
     resumed = started(params, vocab, output_ids=straight[:5])
-    assert [int(ops.sample(row, resumed, slots(0)).token_ids) for row in rows[5:]] == straight[5:]
+    assert [int(eager_ops.sample(row, resumed, slots(0)).token_ids) for row in rows[5:]] == straight[5:]
 
 
 def test_a_slot_moves_on_by_its_sample_and_only_if_it_was_sampled() -> None:
     state = started(replace(GREEDY, presence_penalty=0.1), 50, num_slots=2)
-    token = int(ops.sample(torch.randn(1, 50), state, slots(1)).token_ids)
+    token = int(eager_ops.sample(torch.randn(1, 50), state, slots(1)).token_ids)
     assert state.records["position"].tolist() == [3, 4]
     assert state.last_ids.tolist() == [2, token]
     assert state.counts[1, token] in (2, 3)
@@ -212,18 +213,18 @@ def test_starting_a_slot_again_forgets_its_past() -> None:
     vocab = 40
     state = started(SamplingParams(temperature=0, frequency_penalty=2, logit_bias=((5, 9.0),)), vocab)
     for _ in range(3):
-        ops.sample(torch.randn(1, vocab), state, slots(0))
+        eager_ops.sample(torch.randn(1, vocab), state, slots(0))
     state.start(0, replace(GREEDY, presence_penalty=0.5), choice=0, prompt_ids=[7])
     assert state.counts[0].nonzero()[0].tolist() == [7]
     logits = torch.zeros(1, vocab)
     logits[0, 30] = 1
-    assert int(ops.sample(logits, state, slots(0)).token_ids) == 30
+    assert int(eager_ops.sample(logits, state, slots(0)).token_ids) == 30
 
 
 def test_masked_ids_cannot_be_sampled_before_min_tokens() -> None:
     logits = torch.tensor([[0.0, 5.0, 3.0, 4.0]])
     state = started(GREEDY, 4, prompt_ids=[0], min_tokens=2, masked_ids=[1, 3])
-    assert [int(ops.sample(logits, state, slots(0)).token_ids) for _ in range(4)] == [2, 2, 1, 1]
+    assert [int(eager_ops.sample(logits, state, slots(0)).token_ids) for _ in range(4)] == [2, 2, 1, 1]
 
 
 def test_the_mask_leaves_only_what_it_allows(kernel_set: str) -> None:
@@ -233,7 +234,7 @@ def test_the_mask_leaves_only_what_it_allows(kernel_set: str) -> None:
     bits[allowed] = True
     mask = np.packbits(bits, bitorder="little").view(np.int32)[None].copy()
     state = started(processed(vocab), vocab)
-    result = ops.sample(torch.randn(1, vocab), state, slots(0), mask=mask)
+    result = eager_ops.sample(torch.randn(1, vocab), state, slots(0), mask=mask)
     assert sorted(result.top_ids[0, : int(result.num_top)].tolist()) == allowed
     assert int(result.token_ids) in allowed
 
@@ -243,7 +244,7 @@ def test_a_longer_bias_list_than_any_before_is_kept_whole() -> None:
     state = started(GREEDY, vocab, num_slots=2)
     bias = tuple((token, float(token)) for token in range(250))
     state.start(1, replace(GREEDY, logit_bias=bias), choice=0, prompt_ids=[1])
-    assert int(ops.sample(torch.zeros(1, vocab), state, slots(1)).token_ids) == 249
+    assert int(eager_ops.sample(torch.zeros(1, vocab), state, slots(1)).token_ids) == 249
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -255,7 +256,7 @@ def test_a_row_that_is_not_finite_fails_alone(
     logits = torch.randn(3, 129)
     logits[1, place] = bad
     state = started(params, 129, 3)
-    result = ops.sample(logits, state, slots(0, 1, 2))
+    result = eager_ops.sample(logits, state, slots(0, 1, 2))
     assert result.is_finite.tolist() == [True, False, True]
     assert result.token_ids[1] == 0
     assert math.isnan(result.logprobs[1])
@@ -266,7 +267,7 @@ def test_minus_infinity_is_a_token_that_cannot_be_sampled(kernel_set: str) -> No
     logits = torch.full((2, 20), -torch.inf)
     logits[0, 13] = -3.0
     state = started(processed(20), 20, 2)
-    result = ops.sample(logits, state, slots(0, 1))
+    result = eager_ops.sample(logits, state, slots(0, 1))
     assert result.is_finite.tolist() == [True, False], "a row in which no token can be sampled is not finite"
     assert (int(result.token_ids[0]), float(result.logprobs[0])) == (13, 0.0)
     assert int(result.num_top[0]) == 1
@@ -279,7 +280,7 @@ def test_raw_logprobs_are_the_log_softmax_of_the_logits(kernel_set: str, params:
     vocab = 1111
     logits = torch.randn(4, vocab) * 5
     params = replace(params, logprobs=20, logit_bias=((5, 50.0),))
-    result = ops.sample(logits, started(params, vocab, 4), slots(0, 1, 2, 3))
+    result = eager_ops.sample(logits, started(params, vocab, 4), slots(0, 1, 2, 3))
     expected = logits.double().log_softmax(-1)
     chosen = expected.gather(1, result.token_ids.long()[:, None])[:, 0]
     torch.testing.assert_close(result.logprobs.double(), chosen, atol=1e-5, rtol=0)
@@ -291,7 +292,7 @@ def test_raw_logprobs_are_the_log_softmax_of_the_logits(kernel_set: str, params:
 def test_greedy_processed_logprobs_follow_penalties_and_bias() -> None:
     params = processed(10, temperature=0.0, logit_bias=((3, 2.0), (4, -100.0)))
     logits = torch.randn(1, 10)
-    result = ops.sample(logits, started(params, 10), slots(0))
+    result = eager_ops.sample(logits, started(params, 10), slots(0))
     expected = penalised(logits[0], params, [], []).log_softmax(0)
     assert int(result.num_top) == 9, "a banned token must not be listed"
     ids = result.top_ids[0, :9].long()
@@ -301,7 +302,7 @@ def test_greedy_processed_logprobs_follow_penalties_and_bias() -> None:
 def test_rows_that_want_no_logprobs_have_none_beside_rows_that_do() -> None:
     state = started(GREEDY, 30, 2)
     state.start(1, replace(GREEDY, logprobs=0), choice=0, prompt_ids=[1])
-    result = ops.sample(torch.randn(2, 30), state, slots(0, 1))
+    result = eager_ops.sample(torch.randn(2, 30), state, slots(0, 1))
     assert torch.isnan(result.logprobs).tolist() == [True, False]
     assert result.top_ids.shape == (2, 0)
 
@@ -310,7 +311,7 @@ def test_logits_are_not_changed() -> None:
     logits = torch.randn(2, 300)
     before = logits.clone()
     params = SamplingParams(repetition_penalty=2.0, logit_bias=((1, 3.0),), top_k=9, typical_p=0.9)
-    ops.sample(logits, started(params, 300, 2), slots(0, 1))
+    eager_ops.sample(logits, started(params, 300, 2), slots(0, 1))
     assert torch.equal(logits, before)
 
 
@@ -330,7 +331,7 @@ def test_the_record_is_laid_out_as_the_kernel_reads_it() -> None:
 )
 def test_slots_out_of_range_or_named_twice_are_refused(indices: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.sample(torch.zeros(2, 10), started(GREEDY, 10, 2), slots(*indices))
+        eager_ops.sample(torch.zeros(2, 10), started(GREEDY, 10, 2), slots(*indices))
 
 
 @pytest.mark.parametrize(
@@ -354,5 +355,5 @@ def test_a_record_that_leaves_nothing_to_sample_is_refused(field: str, value: fl
     state.start(0, SamplingParams(temperature=1.0, presence_penalty=0.5), choice=0, prompt_ids=[1])
     state.records[0][field] = value
     with pytest.raises(ValueError, match=f"{field}|the temperature"):
-        ops.sample(torch.randn(1, 100), state, [0])
+        eager_ops.sample(torch.randn(1, 100), state, [0])
     assert not state.counts[1].any()

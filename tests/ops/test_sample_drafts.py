@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import eager_ops
 from tgi_asgi import ops
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
@@ -36,7 +37,7 @@ def state_of(sampling: list[SamplingParams], prompt: list[int]) -> ops.SampleSta
     return state
 
 
-def row_of(result: ops.SampleResult, row: int) -> tuple[Any, ...]:
+def row_of(result: eager_ops.Samples, row: int) -> tuple[Any, ...]:
     count = int(result.num_top[row])
     logprob = float(result.logprobs[row])
     return (
@@ -64,7 +65,7 @@ def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
         for at in range(5):
             if singles and not singles[-1][1]:
                 break
-            singles.append(row_of(ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
+            singles.append(row_of(eager_ops.sample(logits[slot, at : at + 1], alone, [slot]), 0))
             if at == num_right:
                 break
         # The draft after the last right one differs from the sampled token.
@@ -75,7 +76,7 @@ def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
         slots += [slot] * (1 + len(given))
         drafts += [-1, *given]
         rows += [logits[slot, at] for at in range(1 + len(given))]
-    result = ops.sample(torch.stack(rows), ahead, slots, drafts=drafts)
+    result = eager_ops.sample(torch.stack(rows), ahead, slots, drafts=drafts)
     assert result.is_accepted is not None
     assert result.is_accepted.tolist() == places
     assert [row_of(result, row) for row in np.flatnonzero(places).tolist()] == expected
@@ -87,4 +88,4 @@ def test_samples_behind_drafts_are_those_of_one_by_one(seed: int) -> None:
 def test_drafts_that_follow_nothing_are_refused(drafts: list[int]) -> None:
     state = state_of([SamplingParams()], [4])
     with pytest.raises(ValueError, match=r"drafts|slots"):
-        ops.sample(torch.zeros(2, VOCAB), state, [0, 0], drafts=drafts)
+        eager_ops.sample(torch.zeros(2, VOCAB), state, [0, 0], drafts=drafts)

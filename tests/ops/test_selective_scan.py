@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from tests.reference import selective_scan as reference
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.support.eager_ops import array_of
 from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Kind, SelectiveScanWeight
@@ -19,7 +22,11 @@ _COLUMN = 5  # column of the heads' time steps
 
 def random_weight(heads: int, dim: int, groups: int, size: int, **options: Any) -> SelectiveScanWeight:
     a, d, dt_bias = -torch.rand(heads) - 0.01, torch.randn(heads), torch.randn(heads)
-    return SelectiveScanWeight(heads, dim, groups, size, a, d, dt_bias, **options)
+    return SelectiveScanWeight(heads, dim, groups, size, a.numpy(), d.numpy(), dt_bias.numpy(), **options)
+
+
+def ones(count: int) -> npt.NDArray[np.float32]:
+    return np.ones(count, np.float32)
 
 
 def steps_of(weight: SelectiveScanWeight, num_slots: int) -> Steps:
@@ -67,8 +74,8 @@ def test_sets_agree_to_the_bit() -> None:
 
 def gate(rows: Tensor, gates: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
     return Steps(
-        lambda values, layer: ops.gated_norm(values[0], values[1], weight, eps=1e-5, **options), Shape(1, 2),
-        [rows.shape[1], gates.shape[1]], 1,
+        lambda values, layer: ops.gated_norm(values[0], values[1], array_of(weight), eps=1e-5, **options),
+        Shape(1, 2), [rows.shape[1], gates.shape[1]], 1,
     ).run([(0, 0, [rows, gates])])[0]  # fmt: skip
 
 
@@ -119,11 +126,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="`group_width` must divide the 6 columns, got 4"):
         ops.gated_norm(steps, rows, None, group_width=4, eps=1e-5)
     with pytest.raises(ValueError, match="`weight` must have 6 elements"):
-        ops.gated_norm(steps, rows, torch.ones(5), group_width=6, eps=1e-5)
+        ops.gated_norm(steps, rows, ones(5), group_width=6, eps=1e-5)
     with pytest.raises(ValueError, match="`a` must have 2 elements"):
-        SelectiveScanWeight(2, 16, 1, 4, torch.ones(3), torch.ones(2), torch.ones(2))
+        SelectiveScanWeight(2, 16, 1, 4, ones(3), ones(2), ones(2))
+    wide: Any = np.ones(2)
     with pytest.raises(TypeError, match="`d` must be float32"):
-        SelectiveScanWeight(2, 16, 1, 4, torch.ones(2), torch.ones(2).double(), torch.ones(2))
+        SelectiveScanWeight(2, 16, 1, 4, ones(2), wide, ones(2))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,8 @@ def steps_of(weight: ShortConvWeight, columns: int, num_slots: int, **options: b
 
 
 def random_weight(channels: int, taps: int, *, has_bias: bool) -> ShortConvWeight:
-    return ShortConvWeight(torch.randn(channels, taps), torch.randn(channels) if has_bias else None)
+    bias = torch.randn(channels).numpy() if has_bias else None
+    return ShortConvWeight(torch.randn(channels, taps).numpy(), bias)
 
 
 @pytest.mark.parametrize("options", [{"is_gated": True}, {"has_silu": True}, {}], ids=str)
@@ -157,7 +159,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     recorder = ops.Recorder()
     rows, states = recorder.value(Kind.ROWS, 12), ops.StatePool([Shape(4, 3)], num_slots=1).layers[0]
     weight = random_weight(4, 3, has_bias=False)
-    keys: Any = ops.KvPool([Keys()], num_blocks=1, block_size=16, dtype=torch.float32).layers[0]
+    keys: Any = ops.KvPool([Keys()], num_blocks=1, block_size=16, dtype="float32").layers[0]
     with pytest.raises(TypeError, match="`short_conv` takes states as `cache`, not KvLayer"):
         ops.short_conv(rows, weight, keys)
     with pytest.raises(TypeError, match="`attention` takes keys and values as `cache`, not StateLayer"):
@@ -171,11 +173,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TypeError, match="`short_conv` takes rows as `rows`, not an activation"):
         ops.short_conv(recorder.value(Kind.ACTIVATION, 12), weight, states)
     with pytest.raises(ValueError, match=r"`taps` must be \[channels, taps\]"):
-        ShortConvWeight(torch.zeros(4))
+        ShortConvWeight(np.zeros(4, np.float32))
     with pytest.raises(ValueError, match="`bias` must have 4 elements"):
-        ShortConvWeight(torch.zeros(4, 3), torch.zeros(3))
+        ShortConvWeight(np.zeros((4, 3), np.float32), np.zeros(3, np.float32))
+    wide: Any = np.zeros((4, 3))
     with pytest.raises(TypeError, match="`taps` must be float32"):
-        ShortConvWeight(torch.zeros(4, 3).double())
+        ShortConvWeight(wide)
 
 
 @dataclass(frozen=True)

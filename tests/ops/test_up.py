@@ -11,6 +11,7 @@ from tests.reference.layers import activate, linear
 from tests.support import eager_ops
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.tensors import from_tensor
 
 ALPHAS = (0.7, 0.4)
 
@@ -30,7 +31,7 @@ def test_the_activation_equals_the_reference(
     _C.set_num_threads(2)
     matrix, source = random_source(size, hidden)
     bias = torch.randn(size) if has_bias else None
-    weight = ops.linear_weight(source, EXACT, bias=None if bias is None else ops.from_floats(bias))
+    weight = ops.linear_weight(source, EXACT, bias=None if bias is None else from_tensor(bias))
     a, alphas = torch.randn(tokens, hidden), alphas_of(activation)
     expected = activate(linear(a, matrix, bias), activation, alphas)
     assert_close(eager_ops.up(a, weight, activation, alphas), expected, length=2 * hidden)
@@ -50,7 +51,7 @@ def test_weights_of_any_format_are_taken(kernel_set: str, format: str, packing: 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_each_value_is_right_by_itself(kernel_set: str, activation: str) -> None:
     values = torch.cat([torch.linspace(-9, 9, 1201), torch.tensor([0.0, -0.0, 1e-6, -1e-6, -0.5, 40, -40])])
-    weight = ops.linear_weight(ops.from_floats(values[:, None]), EXACT)
+    weight = ops.linear_weight(from_tensor(values[:, None]), EXACT)
     found = eager_ops.up(torch.ones(1, 1), weight, activation, alphas_of(activation))[0].double()
     expected = activate(values, activation, alphas_of(activation))
     apart = (found - expected).abs() - 2e-6 * expected.abs()
@@ -60,14 +61,14 @@ def test_each_value_is_right_by_itself(kernel_set: str, activation: str) -> None
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_values_far_from_zero_saturate(kernel_set: str, activation: str) -> None:
     values = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0, 1e4])[:, None]
-    weight = ops.linear_weight(ops.from_floats(values), EXACT)
+    weight = ops.linear_weight(from_tensor(values), EXACT)
     out = eager_ops.up(torch.ones(1, 1), weight, activation)
     torch.testing.assert_close(out, values.T.clamp_min(0), atol=1e-30, rtol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_nan_is_kept(kernel_set: str, activation: str) -> None:
-    weight = ops.linear_weight(ops.from_floats(torch.ones(40, 3)), EXACT)
+    weight = ops.linear_weight(from_tensor(torch.ones(40, 3)), EXACT)
     a = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 3.0]])
     found = eager_ops.up(a, weight, activation, alphas_of(activation))
     assert found[0].isfinite().all()

@@ -10,8 +10,9 @@ import torch
 
 from tests.ops.helpers import EXACT, FAST, random_source
 from tests.support.random_weights import random_weight
-from tgi_asgi import ops
+from tgi_asgi import _C, ops
 from tgi_asgi.ops.sources import decode
+from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 
 @pytest.mark.parametrize(
@@ -45,15 +46,40 @@ def test_matrices_and_biases_of_another_shape_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_value_of_sixteen_bits_is_decoded(dtype: torch.dtype) -> None:
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
-    torch.testing.assert_close(
-        decode(ops.from_floats(values)), values.float(), rtol=0, atol=0, equal_nan=True
-    )
+    assert np.array_equal(decode(from_tensor(values)), values.float().numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (9, 4097)])
+def test_floats_are_rounded_to_bfloat16_as_torch_does(shape: tuple[int, ...]) -> None:
+    _C.set_num_threads(2)
+    bits = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64).int()
+    special = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 1, 0])  # ties, NaN
+    bits.view(-1)[: len(special)] = special[: bits.numel()]
+    values = bits.view(torch.float32)
+    made = ops.as_bfloat16(values.numpy())
+    assert (made.format, made.shape) == ("BF16", shape)
+    found, expected = decode(made), values.bfloat16().float().numpy()
+    assert np.array_equal(found, expected, equal_nan=True)
+    are_numbers = ~np.isnan(expected)
+    assert np.array_equal(np.signbit(found[are_numbers]), np.signbit(expected[are_numbers]))
+
+
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_stacked_matrices_are_transposed_each(format: str, count: int) -> None:
+    source = random_weight(format, 6, 5, seed=1)
+    turned = source.transposed(count)
+    expected = decode(source).reshape(count, 6 // count, 5).swapaxes(1, 2).reshape(count * 5, -1)
+    assert (turned.format, turned.shape) == (format, expected.shape)
+    assert np.array_equal(decode(turned), expected)
+    with pytest.raises(ValueError, match="matrices in Q8_0 cannot be transposed"):
+        random_weight("Q8_0", 6, 32, seed=1).transposed()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_floats_are_rounded_on_request_but_not_a_router(dtype: torch.dtype) -> None:
     weights = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
-    source, packing = ops.from_floats(weights), ops.Packing(is_exact=False, rounds_floats=True)
+    source, packing = from_tensor(weights), ops.Packing(is_exact=False, rounds_floats=True)
     made: Any = ops.linear_weight(source, packing).made
     assert (made.matrix.format, made.precision) == ("BF16", "bfloat16")
     assert np.array_equal(made.matrix.unpack()[:5, :40], weights.bfloat16().float().numpy())
@@ -91,15 +117,15 @@ def test_rows_of_a_source_are_a_view_of_its_bytes() -> None:
     part = source.rows(3, 7)
     assert part.shape == (4, 64)
     assert np.shares_memory(part.data, source.data)
-    assert torch.equal(decode(part), decode(source)[3:7])
+    assert np.array_equal(decode(part), decode(source)[3:7])
 
 
 def test_matrices_one_below_another_keep_their_bytes() -> None:
     first, second = torch.randn(3, 64), torch.randn(5, 64)
-    joined = ops.stack_rows([ops.from_floats(first.bfloat16()), ops.from_floats(second.bfloat16())])
+    joined = ops.stack_rows([from_tensor(first.bfloat16()), from_tensor(second.bfloat16())])
     assert (joined.format, joined.shape) == ("BF16", (8, 64))
-    assert torch.equal(ops.plain_tensor(joined), torch.cat([first, second]).bfloat16())
-    mixed = ops.stack_rows([ops.from_floats(first.half()), ops.from_floats(second)])
-    assert torch.equal(ops.plain_tensor(mixed), torch.cat([first.half().float(), second]))
+    assert torch.equal(plain_tensor(joined), torch.cat([first, second]).bfloat16())
+    mixed = ops.stack_rows([from_tensor(first.half()), from_tensor(second)])
+    assert torch.equal(plain_tensor(mixed), torch.cat([first.half().float(), second]))
     with pytest.raises(ValueError, match="the same columns"):
-        ops.stack_rows([ops.from_floats(first), ops.from_floats(second[:, :32])])
+        ops.stack_rows([from_tensor(first), from_tensor(second[:, :32])])

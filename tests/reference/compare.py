@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ class Distance:
         share = self.error / self.limit if self.limit > 0 else math.inf
         return math.inf if math.isnan(share) else share
 
+
+Values = Tensor | npt.NDArray[Any]
 
 _measured: ContextVar[list[Distance] | None] = ContextVar("measured", default=None)
 
@@ -50,7 +54,7 @@ def note(error: float, limit: float) -> None:
 
 
 def assert_close(
-    actual: Tensor, expected: Tensor, *, length: int, dtype: torch.dtype = torch.float32
+    actual: Values, expected: Values, *, length: int, dtype: torch.dtype = torch.float32
 ) -> None:
     """Compare `actual` with a float64 `expected` of sums of `length` terms, rounded to `dtype`.
 
@@ -61,8 +65,9 @@ def assert_close(
     assert_within(actual, expected, whole=2 * unit, worst=8 * unit)
 
 
-def assert_within(actual: Tensor, expected: Tensor, *, whole: float, worst: float) -> None:
+def assert_within(actual: Values, expected: Values, *, whole: float, worst: float) -> None:
     """Limit the relative error of the whole tensor and the worst element's error relative to the largest."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     if expected.numel() == 0:
         return
@@ -76,8 +81,9 @@ def assert_within(actual: Tensor, expected: Tensor, *, whole: float, worst: floa
         assert reached <= limit, f"{what} error {float(reached):.3g} is over {limit:.3g}"
 
 
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
+def assert_equal(actual: Values, expected: Values) -> None:
     """Require equal values; NaN never passes."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     is_equal = torch.equal(actual, expected)
     if not is_equal:
@@ -87,7 +93,8 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     note(0.0, 0.0)
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Require the same bytes in two float32 tensors, so that 0 differs from -0 and NaN equals itself."""
+def assert_same_bits(actual: Values, expected: Values) -> None:
+    """Require the same float32 bytes, so that 0 differs from -0 and NaN equals itself."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert actual.shape == expected.shape
     assert torch.equal(actual.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))

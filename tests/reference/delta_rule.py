@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from tests.reference.layers import double
 from tgi_asgi.ops import DeltaRuleWeight
 
 
@@ -16,7 +17,7 @@ def delta_rule(rows: Tensor, steps: Tensor, weight: DeltaRuleWeight) -> Tensor:
     queries, of_keys = (_of_heads(part.view(len(rows), keys, size), weight) for part in parts[:2])
     values = parts[2].view(len(rows), heads, -1)
     rates, decays = steps.double().split(heads, 1)
-    decays = torch.exp(weight.a.double() * softplus(decays + weight.dt_bias.double()))
+    decays = torch.exp(double(weight.a) * softplus(decays + double(weight.dt_bias)))
     state = torch.zeros(heads, size, weight.head_dim, dtype=torch.float64)
     out = []
     for token in range(len(rows)):

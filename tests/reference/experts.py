@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.reference.layers import activate, linear
+from tests.reference.layers import activate, double, linear
 from tgi_asgi.ops import ClampedGate, RouteSpec
 
 
@@ -30,7 +30,7 @@ def route(logits: Tensor, spec: RouteSpec) -> Tensor:
             _mix(row, weights, spec)
             continue
         scores = row.softmax(0) if spec.kind == "softmax" else row.sigmoid()
-        keys = scores.clone() if spec.correction is None else scores + spec.correction.double()
+        keys = scores.clone() if spec.correction is None else scores + double(spec.correction)
         groups = keys.view(spec.num_groups, -1)
         best = groups.topk(2 if spec.sums_top_two and groups.shape[1] > 1 else 1).values.sum(1)
         kept = best.topk(spec.top_groups).indices

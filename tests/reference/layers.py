@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.ops import NormWeight
+
+
+def double(values: npt.NDArray[np.float32]) -> Tensor:
+    """Return an operator's vector or table as a float64 tensor."""
+    return torch.from_numpy(values).double()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,7 +31,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def norm(x: Tensor, weight: NormWeight) -> Tensor:
     """Return either norm; weights of several heads are stored one after the other."""
-    parts = [None if part is None else part.view(-1, x.shape[-1]) for part in (weight.weight, weight.bias)]
+    parts = [
+        None if part is None else double(part).view(-1, x.shape[-1]) for part in (weight.weight, weight.bias)
+    ]
     assert parts[0] is not None
     scale = parts[0] if len(parts[0]) > 1 else parts[0][0]
     if parts[1] is None:

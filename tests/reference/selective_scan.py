@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from tests.reference.layers import double
 from tgi_asgi.ops import SelectiveScanWeight
 
 
@@ -16,16 +17,16 @@ def selective_scan(rows: Tensor, steps: Tensor, weight: SelectiveScanWeight) -> 
     state = torch.zeros(heads, weight.head_dim, size, dtype=torch.float64)
     out = []
     for token in range(len(rows)):
-        raw = weight.dt_scale * steps[token].double() + weight.dt_bias.double()
+        raw = weight.dt_scale * steps[token].double() + double(weight.dt_bias)
         dt = softplus(raw).clamp(*weight.dt_limit)
         of_heads = x[token].view(heads, -1)
         write, read = (
             part[token].view(groups, size).repeat_interleave(heads // groups, 0) for part in (b, c)
         )
-        decay = torch.exp(dt * weight.a.double())
+        decay = torch.exp(dt * double(weight.a))
         added = (dt[:, None] * of_heads)[:, :, None] * write[:, None, :]
         state = decay[:, None, None] * state + added
-        out.append((state * read[:, None, :]).sum(-1) + weight.d.double()[:, None] * of_heads)
+        out.append((state * read[:, None, :]).sum(-1) + double(weight.d)[:, None] * of_heads)
     return torch.stack(out).view(len(rows), -1)
 
 

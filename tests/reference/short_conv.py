@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.reference.layers import double
 from tgi_asgi.ops import ShortConvWeight
 
 
@@ -13,7 +14,7 @@ def short_conv(
 ) -> Tensor:
     """Return the results [n_tokens, channels] float64 for a sequence from its first token on."""
     channels, num_taps = weight.taps.shape
-    rows, taps = rows.double(), weight.taps.double()
+    rows, taps = rows.double(), double(weight.taps)
     before, behind, x = (
         rows.split(channels, 1) if is_gated else (torch.ones(()), torch.ones(()), rows[:, :channels])
     )
@@ -25,5 +26,5 @@ def short_conv(
             if at >= 0:
                 out[token] += taps[:, tap] * inputs[at]
     if weight.bias is not None:
-        out += weight.bias.double()
+        out += double(weight.bias)
     return behind * (torch.nn.functional.silu(out) if has_silu else out)

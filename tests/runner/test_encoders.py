@@ -255,7 +255,7 @@ def test_code_that_attends_by_itself_gets_no_more_than_it_has_room_for(tmp_path:
 
 def test_a_gpu_is_no_place_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_encoder(tmp_path, "Bert")
-    monkeypatch.setattr("tgi_asgi.runner.cuda_load.find_device", object)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", object)
     with pytest.raises(ModelLoadError, match="served on a CPU only"), loaded(tmp_path):
         pass
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
@@ -32,10 +31,11 @@ TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head size, b
 def choose(
     settings: Settings,
     free_bytes: int = GIB,
-    dtype: torch.dtype = torch.bfloat16,
     config: ModelConfig = CONFIG,
+    *,
+    is_exact: bool = False,
 ) -> kv.KvSize:
-    kv_dtype = kv.choose_cpu_dtype(config, settings, dtype)
+    kv_dtype = kv.choose_cpu_dtype(config, settings, is_exact=is_exact)
     groups = kv.groups_of(config, kv_dtype)
     return kv.choose_size(config, settings, groups, kv_dtype, settings.max_total_tokens or 1000, free_bytes)
 
@@ -60,28 +60,28 @@ def test_a_cache_that_the_system_refuses_names_the_option(block_size: int) -> No
     """The largest cache whose tokens kernels can number, with heads that no machine has memory for."""
     config = dataclasses.replace(CONFIG, num_heads=1024, num_kv_heads=1024, head_dim=256)
     settings = Settings(max_batch_total_tokens=1 << 40, block_size=block_size)
-    size = choose(settings, dtype=torch.float32, config=config)
+    size = choose(settings, config=config, is_exact=True)
     assert size.num_tokens > 1 << 30
     with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
         make_pool(config, size, kv.groups_of(config, size.dtype))
 
 
 def test_float32_arithmetic_has_a_float32_cache() -> None:
-    exact, fast = choose(Settings(), dtype=torch.float32), choose(Settings())
-    assert exact.dtype is torch.float32
+    exact, fast = choose(Settings(), is_exact=True), choose(Settings())
+    assert exact.dtype == "float32"
     assert exact.bytes_per_token == 2 * fast.bytes_per_token
 
 
 def test_an_int8_cache_takes_half_the_memory_and_its_scales() -> None:
     fits = dataclasses.replace(CONFIG, head_dim=32)
     size = choose(Settings(kv_cache_dtype="int8"), config=fits)
-    assert size.dtype is torch.int8
+    assert size.dtype == "int8"
     assert size.bytes_per_token == 2 * 2 * 2 * (32 + 2)
 
 
 def test_an_int8_cache_is_refused_where_it_cannot_be_had() -> None:
     with pytest.raises(ModelLoadError, match="contradicts --dtype float32"):
-        choose(Settings(kv_cache_dtype="int8"), dtype=torch.float32)
+        choose(Settings(kv_cache_dtype="int8"), is_exact=True)
     with pytest.raises(ModelLoadError, match="would pad heads of 16 to 32: use bfloat16"):
         choose(Settings(kv_cache_dtype="int8"))
 

@@ -14,7 +14,6 @@ from tests.support.checkpoints import make_model, save, save_tokenizer
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
 
@@ -166,7 +165,7 @@ def test_prompts_in_bfloat16_are_refused_of_models_by_transformers_code(files: M
 
 
 def test_prompts_in_bfloat16_are_refused_on_a_gpu(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_load, "find_device", EmulatedDevice)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", EmulatedDevice)
     with pytest.raises(ModelLoadError, match="is for CPUs"):
         load_closed(files, settings(prompt_precision="bfloat16"))
 

@@ -23,9 +23,11 @@ from tests.runner.test_program import (
     _greedy,
     by_token,
 )
+from tests.support.eager_ops import sample, samples_of
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.ops.tensors import from_tensor
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 FAST = ops.Packing(is_exact=False)
@@ -53,7 +55,7 @@ class Bfloat16Weights(RandomWeights):
         source = super().get(name, shape, part)
         if len(shape) == 1 or "embed_tokens" in name or "lm_head" in name:
             return source
-        return ops.from_floats(decoded_values(source).bfloat16())
+        return from_tensor(decoded_values(source).bfloat16())
 
 
 def by_kind(pieces: Sequence[Piece]) -> list[Piece]:
@@ -74,7 +76,7 @@ def run(cache: Cache, *steps: Sequence[Piece]) -> dict[tuple[int, int], Tensor]:
 
 
 def made(weights: str | RandomWeights = "Q4_1", config: ModelConfig = CONFIG) -> Cache:
-    return Cache(config, weights, BY_KIND, torch.bfloat16, PROMPT_LENS)
+    return Cache(config, weights, BY_KIND, "bfloat16", PROMPT_LENS)
 
 
 @pytest.fixture(autouse=True)
@@ -95,14 +97,14 @@ def assert_alike(found: dict[tuple[int, int], Tensor], expected: dict[tuple[int,
 @pytest.mark.parametrize("format", ["Q4_1", "Q8_0", "Q6_K"])
 def test_tokens_of_a_prompt_have_the_bits_of_the_decoded_model(format: str, kernel_set: str) -> None:
     pieces = [Piece(0, 0, 70), Piece(1, 0, 3)]
-    decoded = Cache(CONFIG, Bfloat16Weights(format), FAST, torch.bfloat16)
+    decoded = Cache(CONFIG, Bfloat16Weights(format), FAST, "bfloat16")
     assert_same_bits(made(format).run(pieces), decoded.run(pieces))
 
 
 def test_tokens_that_were_sampled_have_the_bits_of_int8(kernel_set: str) -> None:
     pieces = [Piece(0, 0, 40), Piece(1, 0, 3)]
-    cache = Cache(CONFIG, "Q4_1", BY_KIND, torch.bfloat16, prompt_lens={0: 0, 1: 0})
-    plain = Cache(CONFIG, "Q4_1", FAST, torch.bfloat16)
+    cache = Cache(CONFIG, "Q4_1", BY_KIND, "bfloat16", prompt_lens={0: 0, 1: 0})
+    plain = Cache(CONFIG, "Q4_1", FAST, "bfloat16")
     expected = plain.run(pieces)
     assert_same_bits(cache.run(pieces), expected)
     assert not torch.equal(made().run(pieces), expected)
@@ -143,8 +145,8 @@ def test_sampling_computes_of_its_rows_what_a_whole_step_does(rows: list[int], n
     # 42 sampled tokens, then 312 prompt tokens.
     later = by_kind([Piece(1, 9, 50), Piece(3, 1, 2), Piece(2, 0, 256), Piece(0, 202, 258)])
     for pieces, wanted in ((first, [201]), (later, rows)):
-        found = sampled.sample(pieces, wanted)
+        found = samples_of(sampled.sample(pieces, wanted))
         logits = whole.run(pieces)[wanted].contiguous()
-        expected = ops.sample(logits, _greedy(len(wanted)), range(len(wanted)))
+        expected = sample(logits, _greedy(len(wanted)), range(len(wanted)))
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
             assert_same_bits(getattr(found, name), getattr(expected, name))

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from tests.engine.helpers import collect, submit
 from tests.runner.test_drafts import answers_of, random_request
@@ -100,7 +99,7 @@ def blocks_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def serving(
     model: AnyModel, num_blocks: int, *, speculation: Speculation | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: ops.KvDtype = "float32",
 ) -> AsyncIterator[Engine]:  # fmt: skip
     """Serve a model."""
     size = plain_size(num_blocks, dtype)
@@ -127,7 +126,7 @@ async def serving(
 def keeping_all() -> Iterator[None]:
     """Let all layers share one block table, so that windows mask positions but no block is freed early."""
 
-    def one_group(config: ServedConfig, dtype: torch.dtype) -> CacheGroups:
+    def one_group(config: ServedConfig, dtype: ops.KvDtype) -> CacheGroups:
         return CacheGroups((None,), (0,) * len(config.caches), groups_of(config, dtype).bytes_per_token)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,9 +166,9 @@ async def test_answers_are_those_of_a_cache_that_keeps_all(
         assert engine.stats.preemptions > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 async def test_prompts_of_several_windows_are_read_as_by_a_cache_that_keeps_all(
-    all_windows: Model, dtype: torch.dtype
+    all_windows: Model, dtype: ops.KvDtype
 ) -> None:
     """Use few blocks: eight suffice for a request, because all layers have windows."""
     requests = [

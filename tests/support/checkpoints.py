@@ -97,7 +97,7 @@ def our_logits(
     *,
     is_exact: bool = True,
     chunk: int = 512,
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: ops.KvDtype | None = None,
 ) -> torch.Tensor:
     """Return this project's logits [n_tokens, vocab], computed in chunks over scattered blocks."""
     model = load_model(files, ops.Packing(is_exact))
@@ -106,7 +106,7 @@ def our_logits(
         config.caches,
         num_blocks=64,
         block_size=16,
-        dtype=kv_dtype or (torch.float32 if is_exact else torch.bfloat16),
+        dtype=kv_dtype or ("float32" if is_exact else "bfloat16"),
     )
     program = ops.CpuProgram(
         record(model, pool.layers), max_tokens=512, max_sequences=1, max_rows=512, max_context=512
@@ -124,8 +124,8 @@ def our_logits(
     for start in range(0, len(ids), chunk):
         row = StepRow(0, ids[start : start + chunk], start, [blocks], samples=False)
         batch = inputs.fill([row], np.zeros(1, np.int32))
-        parts.append(program.run(batch, range(row.num_tokens)).clone())
-    return torch.cat(parts)
+        parts.append(program.run(batch, range(row.num_tokens)).copy())
+    return torch.from_numpy(np.concatenate(parts))
 
 
 _GGUF_NAMES = {

@@ -1,12 +1,13 @@
 """Operators applied to tensors: each call records and runs a program of one operator.
 
-Names and arguments are those of `tgi_asgi.ops`. Values are tensors [n_tokens, columns] float32. `batch` is
-the step, for operators that read or write a cache.
+Names and arguments are those of `tgi_asgi.ops`, with tensors for arrays, because the references compute with
+tensors. `batch` is the step, for operators that read or write a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,48 @@ from tgi_asgi.ops import (
     RopeTable,
     Value,
 )
+
+
+def norm_weight(weight: Tensor, eps: float, bias: Tensor | None = None) -> NormWeight:
+    return NormWeight(weight.numpy(), eps, array_of(bias))
+
+
+def array_of(tensor: Tensor | None) -> Any:
+    """Return a tensor as the array that `ops` takes, or None."""
+    return None if tensor is None else tensor.contiguous().numpy()
+
+
+def arrays_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with tensors as arrays."""
+    return {name: array_of(each) if isinstance(each, Tensor) else each for name, each in given.items()}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A `SampleResult` of tensors."""
+
+    token_ids: Tensor
+    is_finite: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    num_top: Tensor
+    is_accepted: Tensor | None
+
+
+def sample(logits: Tensor, state: ops.SampleState, slots: Sequence[int], **given: Any) -> Samples:
+    return samples_of(ops.sample(logits.numpy(), state, slots, **given))
+
+
+def samples_of(found: ops.SampleResult) -> Samples:
+    tensors: Any = [None if each is None else torch.from_numpy(each) for each in astuple(found)]
+    return Samples(*tensors)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities, and the ids and log-probabilities of the top tokens."""
+    found = ops.token_logprobs(logits.numpy(), token_ids.numpy(), num_top)
+    return (*map(torch.from_numpy, astuple(found)),)  # type: ignore[return-value]
 
 
 def activation(x: Tensor) -> Tensor:
@@ -77,7 +120,7 @@ def head(x: Tensor, norm: NormWeight, weight: LinearWeight, **options: float) ->
 def embed(
     batch: FlatRows, table: LinearWeight, factor: float = 1.0, positions: Tensor | None = None
 ) -> Tensor:
-    return _run(lambda recorder: ops.embed(recorder.batch, table, factor, positions), batch=batch)
+    return _run(lambda recorder: ops.embed(recorder.batch, table, factor, array_of(positions)), batch=batch)
 
 
 def qkv(
@@ -90,7 +133,9 @@ def qkv(
     query_scales: Tensor | None = None,
 ) -> Tensor:
     return _run(
-        lambda _, a: ops.qkv(a, weight, cache, rope, clip, query_scales), (a, Kind.ACTIVATION), batch=batch
+        lambda _, a: ops.qkv(a, weight, cache, rope, clip, array_of(query_scales)),
+        (a, Kind.ACTIVATION),
+        batch=batch,
     )
 
 
@@ -98,6 +143,7 @@ def attention(
     q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, gate: Tensor | None = None, **rules: Any
 ) -> Tensor:
     """Compute attention for rotated q [n_tokens, num_heads * head_dim]; `rotary_dim` is the keys'."""
+    rules = arrays_of(rules)
     if gate is None:
         return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
     return _run(
@@ -122,9 +168,10 @@ def _run(
         max_context=max([1, *batch.context_len]), inputs=values, outputs=[out],
     )  # fmt: skip
     for value, (tensor, _) in zip(values, inputs, strict=True):
-        program.write(value, tensor)
+        program.write(value, tensor.numpy())
     logits = program.run(batch, range(num_tokens) if out.kind is Kind.LOGITS else ())
-    return logits.clone() if out.kind is Kind.LOGITS else program.read(out, num_tokens)
+    rows = logits.copy() if out.kind is Kind.LOGITS else program.read(out, num_tokens)
+    return torch.from_numpy(rows)
 
 
 def step(num_tokens: int, num_sampled: int = 0) -> FlatRows:

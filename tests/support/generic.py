@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
 
 from tests.support import architectures
 from tgi_asgi import ops
@@ -95,7 +94,7 @@ def run_steps(
         worst = 0.0
         for step in steps:
             batch = batch_of(step, ids, max_context, adapters)
-            logits, at = program.run(batch, range(len(batch.ids))).numpy(), 0
+            logits, at = program.run(batch, range(len(batch.ids))), 0
             for sequence, start, count in step:
                 wanted = expected[sequence]
                 apart = np.abs(logits[at : at + count] - wanted[start : start + count]).max()
@@ -115,9 +114,7 @@ def program_of(
     """Make a model's program over float32 pools that hold `max_context` tokens of each sequence."""
     shapes, num_blocks = model.config.caches, num_sequences * _width(max_context)
     pool = (
-        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
-        if shapes
-        else None
+        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype="float32") if shapes else None
     )
     caches = [] if pool is None else pool.layers
     if isinstance(model, GenericModel):

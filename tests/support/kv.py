@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import KvLayer, KvPool, cached_head_dim, layout
+from tgi_asgi.ops import KvDtype, KvLayer, KvPool, cached_head_dim, layout
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 
 _Bytes = npt.NDArray[np.uint8]
 _SUB_BLOCK = 16  # tokens
 _STRIP = 32
+_WORDS = {"float32": np.int32, "bfloat16": np.int16, "int8": np.uint8}
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def plain_size(num_blocks: int, dtype: torch.dtype = torch.float32) -> KvSize:
+def plain_size(num_blocks: int, dtype: KvDtype = "float32") -> KvSize:
     """Return the size of a pool of blocks of 16 tokens whose tables serve all layers."""
     needs = BlockNeeds((None,), block_size=16, max_step_tokens=4096)
     return KvSize(num_blocks, needs, bytes_per_token=1, dtype=dtype)
@@ -37,7 +39,7 @@ def poisoned_pool(
     *,
     num_kv_heads: int,
     head_dim: int,
-    dtype: torch.dtype,
+    dtype: KvDtype,
     num_layers: int = 1,
     num_blocks: int = 8,
     block_size: int = 16,
@@ -84,14 +86,14 @@ def _kept_dims(
     layer: KvLayer, which: int, rotary_dim: int | None, *, is_interleaved: bool = False
 ) -> layout.Order:
     """Return the head dim stored at each place of the cache; -1 marks int8's padding."""
-    if layer.pool.dtype is torch.int8:
+    if layer.pool.dtype == "int8":
         return layout.head_order(
             1, layer.head_dim, (rotary_dim or layer.head_dim) if which == 0 else None,
             is_interleaved=is_interleaved,
         )  # fmt: skip
     if which == 1:
         return np.arange(layer.head_dim)
-    is_paired = layer.pool.dtype is torch.bfloat16
+    is_paired = layer.pool.dtype == "bfloat16"
     return layout.cached_dims(
         layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired, is_interleaved=is_interleaved
     )
@@ -111,10 +113,10 @@ def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
 
     For values, the last axis has length 1.
     """
-    dtype, num_kept = layer.pool.dtype, cached_head_dim(layer.head_dim, layer.pool.dtype)
-    group = 4 // dtype.itemsize  # numbers in a word: dims for keys, tokens for values
-    words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
-    flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
+    num_kept = cached_head_dim(layer.head_dim, layer.pool.dtype)
+    words = np.dtype(_WORDS[layer.pool.dtype])
+    group = 4 // words.itemsize  # numbers in a word: dims for keys, tokens for values
+    flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * words.itemsize].view(words)
     if which == 0:
         return flat.reshape(*flat.shape[:3], num_kept // group, _SUB_BLOCK, group).swapaxes(3, 4)
     by_token = flat.reshape(*flat.shape[:3], _SUB_BLOCK // group, num_kept, group)
@@ -146,8 +148,8 @@ def _load(layer: KvLayer, slots: Tensor, which: int) -> Tensor:
     dtype = layer.pool.dtype
     words, index = _picked(layer, slots, which)
     raw = torch.from_numpy(np.ascontiguousarray(words[index])).flatten(-2)
-    if dtype is not torch.int8:
-        return raw.view(dtype).float()
+    if dtype != "int8":
+        return raw.view(_TORCH[dtype]).float()
     codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).float()  # key codes are stored + 128
     scales, at = _scales(layer, slots, which)
     return codes * torch.from_numpy(scales[at].astype(np.float32)).repeat_interleave(_STRIP, -1)
@@ -156,7 +158,7 @@ def _load(layer: KvLayer, slots: Tensor, which: int) -> Tensor:
 def _store(layer: KvLayer, slots: Tensor, which: int, rows: Tensor) -> None:
     dtype = layer.pool.dtype
     words, index = _picked(layer, slots, which)
-    if dtype is torch.int8:
+    if dtype == "int8":
         strips = rows.unflatten(-1, (-1, _STRIP))
         largest = strips.abs().amax(-1) / 127
         codes = (strips / largest.clamp_min(1e-30)[..., None]).round().flatten(-2).to(torch.int8)
@@ -164,5 +166,5 @@ def _store(layer: KvLayer, slots: Tensor, which: int, rows: Tensor) -> None:
         scales, at = _scales(layer, slots, which)
         scales[at] = largest.numpy()
     else:
-        raw = rows.to(dtype).view(torch.int16 if dtype is torch.bfloat16 else torch.int32)
+        raw = rows.to(_TORCH[dtype]).view(torch.int16 if dtype == "bfloat16" else torch.int32)
     words[index] = raw.unflatten(-1, (-1, words.shape[-1])).numpy()

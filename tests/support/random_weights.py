@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tgi_asgi.ops import FORMATS as TABLE
-from tgi_asgi.ops import WeightSource, from_floats
+from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.sources import decode
+from tgi_asgi.ops.tensors import from_tensor
 
 # Offsets of the fp16 numbers in a block: these get small normal values, all other bytes are random.
 _HALVES = {
@@ -40,7 +41,7 @@ def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSour
     rng = np.random.default_rng(seed)
     if format in _FLOATS:
         values = torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32) / columns**0.5)
-        return from_floats(values.to(_FLOATS[format]))
+        return from_tensor(values.to(_FLOATS[format]))
     info = TABLE[format]
     blocks = rng.integers(0, 256, (rows * columns // info.block_columns, info.block_bytes), np.uint8)
     return _with_scales(blocks, rng, format, (rows, columns))
@@ -78,7 +79,7 @@ def decoded_values(source: WeightSource) -> Tensor:
     except (
         ModuleNotFoundError
     ):  # a minimal GPU machine: the project's reader, which tests compare with `gguf`
-        return decode(source)
+        return torch.from_numpy(decode(source))
     kind = gguf.GGMLQuantizationType[source.format]
     decoded = gguf.quants.dequantize(source.data.reshape(source.shape[0], -1), kind)
     return torch.from_numpy(decoded).view(source.shape)

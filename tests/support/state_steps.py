@@ -76,7 +76,7 @@ class Steps:
         for value in (*self._inputs, self._out):
             self._array(value)[:] = np.nan
         for index, value in enumerate(self._inputs):
-            self._program.write(value, torch.cat([rows[index] for _, _, rows in parts]))
+            self._program.write(value, torch.cat([rows[index] for _, _, rows in parts]).numpy())
         zeros = np.zeros(total, np.int32)
         batch = ops.FlatRows(
             ids=zeros, positions=zeros, slots=zeros.astype(np.int64), query_start=np.cumsum([0, *lengths]),
@@ -87,7 +87,7 @@ class Steps:
         self._program.run(batch, ())
         padding = self._array(self._out)[:total, self._out.columns :]
         assert not padding.any(), "the padding after the columns, which products read, must be zero"
-        return list(self._program.read(self._out, total).split(lengths))
+        return list(torch.from_numpy(self._program.read(self._out, total)).split(lengths))
 
     def _array(self, value: Value) -> np.ndarray:
         found: np.ndarray = self._program._calls.buffers.of(value, "rows").array()

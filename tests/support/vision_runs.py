@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tests.support.serving import serving
 from tests.support.vision_models import Prompt
@@ -53,13 +52,13 @@ def run(
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
     pool = ops.KvPool(
-        model.config.caches, num_blocks=width * len(sequences), block_size=BLOCK, dtype=torch.float32
+        model.config.caches, num_blocks=width * len(sequences), block_size=BLOCK, dtype="float32"
     )
     program = model.program(pool.layers, longest, _MIB)
     assert isinstance(program, VisionProgram)
     for slot, (prompt, _) in enumerate(sequences):
         program.start(slot, prompt.ids, prompt.images)
-    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    found: list[list[np.ndarray]] = [[] for _ in sequences]
     while True:
         rows = []
         for slot, (prompt, answer) in enumerate(sequences):
@@ -72,9 +71,10 @@ def run(
             break
         batch = flat_rows(rows, width)
         logits = program.run(batch, range(len(batch.ids)))
-        for (slot, _, _), part in zip(rows, logits.split([len(ids) for _, ids, _ in rows]), strict=True):
-            found[slot].append(part.clone())
-    return [torch.cat(parts).numpy() for parts in found], program
+        parts = np.split(logits, np.cumsum([len(ids) for _, ids, _ in rows])[:-1])
+        for (slot, _, _), part in zip(rows, parts, strict=True):
+            found[slot].append(part.copy())
+    return [np.concatenate(parts) for parts in found], program
 
 
 def _end(bidirectional: Bidirectional, prompt: Prompt, start: int, chunk: int) -> int:

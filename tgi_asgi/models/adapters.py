@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from torch import Tensor
-
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import ServedModel
+from tgi_asgi.ops.layout import Floats
 
 _HEADER_BYTES = 2048  # per module, for the header entries of its two matrices and other metadata
 # Why no adapter can change a module, by a part of its path.
@@ -46,7 +44,7 @@ _FORMER_PREFIXES = (
 
 
 class AdapterLayout(Protocol):
-    """A device's layout of adapters: `ops.AdapterLayout` of a CPU, `ops.CudaAdapterLayout` of a GPU."""
+    """A device's layout of adapters: `ops.AdapterLayout` of a CPU, `CudaAdapterLayout` of a GPU."""
 
     targets: dict[str, ops.Target]
     max_rank: int
@@ -106,7 +104,7 @@ class AdapterLoader(Generic[_Layout]):
                 self._check(target)
             deltas = {
                 target.module: ops.Delta(
-                    _tensor(adapter, target.down), _tensor(adapter, target.up), target.scale
+                    _floats(adapter, target.down), _floats(adapter, target.up), target.scale
                 )
                 for target in targets
             }
@@ -152,9 +150,8 @@ class AdapterLoader(Generic[_Layout]):
             )
 
 
-def _tensor(adapter: PeftAdapter, tensor: SafeTensor) -> Tensor:
-    source = ops.WeightSource(adapter.raw(tensor), tensor.dtype, tensor.shape)
-    return ops.plain_tensor(source).float()
+def _floats(adapter: PeftAdapter, tensor: SafeTensor) -> Floats:
+    return ops.decode(ops.WeightSource(adapter.raw(tensor), tensor.dtype, tensor.shape))
 
 
 def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
@@ -180,7 +177,7 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
     reason = "it has no product that they can change"
     if isinstance(model, Decoder):
         found = _decoder_targets(model)
-    elif not isinstance(model, GenericModel):
+    elif model.kind != "generic":
         reason = "it generates no text"
     elif model.config.sequential_reason:
         reason = (

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import ClassVar, Literal
 
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
@@ -17,6 +16,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.layers import Layer, LayerWeights, ParallelLayer, read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
+from tgi_asgi.ops.layout import Floats
 
 
 class Decoder:
@@ -30,6 +30,7 @@ class Decoder:
         path: Module path of the layers' parent, as adapters name it.
     """
 
+    kind: ClassVar[Literal["native"]] = "native"
     layer_class: type[Layer] = Layer
     parallel_class: type[Layer] = ParallelLayer  # for models with `is_parallel`
     weights_class: type[LayerWeights] = LayerWeights
@@ -74,10 +75,10 @@ class Decoder:
         except ValueError as error:  # packing knows no names
             raise ValueError(f"layer {index}: {error}") from error
 
-    def read_positions(self, weights: Weights) -> Tensor:
+    def read_positions(self, weights: Weights) -> Floats:
         """Return the position embeddings that are added to the tokens': [positions, hidden] float32."""
         shape = (self.config.context_length, self.config.hidden_size)
-        return ops.vector(weights.get("model.embed_positions.weight", shape)).view(shape)
+        return ops.vector(weights.get("model.embed_positions.weight", shape)).reshape(shape)
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream of a batch, as described in `Model.forward`."""

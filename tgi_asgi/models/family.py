@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
@@ -16,6 +16,7 @@ from tgi_asgi.models.reader import Reader
 class Model(Protocol):
     """A model's code over the operators, as the runner sees it."""
 
+    kind: ClassVar[Literal["native"]]
     config: ModelConfig
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.models import cutting
@@ -23,6 +21,7 @@ from tgi_asgi.models.latent import LatentAttention
 from tgi_asgi.models.loading import WHOLE, Weights
 from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.models.rope import RopeTables
+from tgi_asgi.ops.layout import Floats
 
 Sources = list[ops.WeightSource]
 
@@ -143,7 +142,7 @@ class LayerWeights:
         """Make the weight of the gates on heads' results, if there are any."""
         return ops.linear_weight(self._queries(1), self.arithmetic) if self.config.has_output_gate else None
 
-    def sinks(self) -> Tensor | None:
+    def sinks(self) -> Floats | None:
         """Return the heads' attention sinks [num_heads] float32, if there are any."""
         return ops.vector(self.get("self_attn.sinks", self.config.num_heads)) if self.spec.has_sinks else None
 
@@ -220,7 +219,7 @@ class Layer:
         self.config, self.spec, self.factor = config, config.layers[index], config.residual_factor
         self.rope, self.sinks = ropes.table(self.spec.rope), weights.sinks()
         self.query_scales = ropes.query_scales(self.spec.query_growth)
-        self.slopes = None if self.spec.slopes is None else torch.tensor(self.spec.slopes)
+        self.slopes = None if self.spec.slopes is None else np.array(self.spec.slopes, np.float32)
         if self.slopes is not None and config.cut is not None:
             self.slopes = self.slopes[config.cut.heads.start : config.cut.heads.stop]
         hidden, width = config.hidden_size, config.num_heads * config.head_dim

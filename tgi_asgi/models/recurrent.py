@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
@@ -52,7 +51,7 @@ class ShortConv:
         self._input = weights.linear("conv.in_proj", 3 * channels, hidden, has_bias=spec.has_bias)
         taps = ops.vector(weights.get("conv.conv.weight", channels, 1, spec.num_taps))
         bias = ops.vector(weights.get("conv.conv.bias", channels)) if spec.has_bias else None
-        self._conv = ops.ShortConvWeight(taps.view(channels, spec.num_taps), bias)
+        self._conv = ops.ShortConvWeight(taps.reshape(channels, spec.num_taps), bias)
         self._output = weights.linear("conv.out_proj", hidden, channels, has_bias=spec.has_bias)
         self.products = {"conv.in_proj": self._input, "conv.out_proj": self._output}
 
@@ -76,14 +75,14 @@ class Mamba:
         taps = ops.vector(weights.get("mamba.conv1d.weight", spec.num_channels, 1, spec.num_taps))
         self._gate_factor, *convolved, steps_factor = spec.factors
         state = spec.num_groups * spec.state_size
-        factors = torch.tensor(convolved).repeat_interleave(torch.tensor([width, state, state]))
+        factors = np.repeat(np.array(convolved, np.float32), [width, state, state])
         bias = ops.vector(weights.get("mamba.conv1d.bias", spec.num_channels)) if spec.has_conv_bias else None
-        self._conv = ops.ShortConvWeight(taps.view(len(factors), -1) * factors[:, None], bias)
+        self._conv = ops.ShortConvWeight(taps.reshape(len(factors), -1) * factors[:, None], bias)
         is_llama_cpp = weights.has("mamba.A")  # GGUF stores A itself, checkpoints its logarithm
         logs, steps = ("mamba.A", "mamba.dt.bias") if is_llama_cpp else ("mamba.A_log", "mamba.dt_bias")
         a = ops.vector(weights.get(logs, heads))
         self._scan = ops.SelectiveScanWeight(
-            heads, spec.head_dim, spec.num_groups, spec.state_size, a=a if is_llama_cpp else -torch.exp(a),
+            heads, spec.head_dim, spec.num_groups, spec.state_size, a=a if is_llama_cpp else -np.exp(a),
             d=ops.vector(weights.get("mamba.D", heads)), dt_bias=ops.vector(weights.get(steps, heads)),
             dt_limit=spec.dt_limit, dt_scale=steps_factor,
         )  # fmt: skip
@@ -117,15 +116,15 @@ class GatedDelta:
         self._input, self._gate = (ops.linear_weight(each, arithmetic) for each in _inputs(weights, spec))
         self._steps = ops.router_weight(_steps(weights, spec), arithmetic)
         taps = ops.vector(weights.get("linear_attn.conv1d.weight", spec.num_channels, 1, spec.num_taps))
-        self._conv = ops.ShortConvWeight(taps.view(spec.num_channels, spec.num_taps))
+        self._conv = ops.ShortConvWeight(taps.reshape(spec.num_channels, spec.num_taps))
         is_llama_cpp = weights.has("linear_attn.A")  # GGUF stores A itself, checkpoints its logarithm
         a = ops.vector(weights.get("linear_attn.A" if is_llama_cpp else "linear_attn.A_log", heads))
         bias = weights.get("linear_attn.dt.bias" if is_llama_cpp else "linear_attn.dt_bias", heads)
         self._rule = ops.DeltaRuleWeight(
-            heads, spec.head_dim, spec.num_key_heads, spec.key_dim, a=a if is_llama_cpp else -torch.exp(a),
+            heads, spec.head_dim, spec.num_key_heads, spec.key_dim, a=a if is_llama_cpp else -np.exp(a),
             dt_bias=ops.vector(bias), is_tiled=spec.is_tiled,
         )  # fmt: skip
-        self._norm = ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)).repeat(heads)
+        self._norm = np.tile(ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)), heads)
         self._output = weights.linear("linear_attn.out_proj", hidden, spec.width, has_bias=False)
         self.products: dict[str, ops.LinearWeight] = {}
         if not spec.is_tiled:  # else heads are in another order than in adapters

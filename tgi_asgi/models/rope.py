@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading import yarn_magnitude
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.settings import GivenRope
 
 
@@ -38,17 +38,18 @@ class RopeTables:
         """Return a layer's table; None if it does not rotate."""
         return None if spec is None else self._tables[spec]
 
-    def query_scales(self, growth: QueryGrowth | None) -> Tensor | None:
+    def query_scales(self, growth: QueryGrowth | None) -> Floats | None:
         """Return a layer's factors on queries, [positions] float32; None: no factors."""
         return None if growth is None else self._growths[growth]
 
 
-def _query_scales(growth: QueryGrowth, max_positions: int) -> Tensor:
-    positions = torch.arange(max_positions, dtype=torch.float32)
-    return 1 + growth.beta * torch.log(1 + torch.floor(positions / growth.period))
+def _query_scales(growth: QueryGrowth, max_positions: int) -> Floats:
+    turns = np.floor(np.arange(max_positions, dtype=np.float32) / np.float32(growth.period))
+    scales: Floats = (1 + growth.beta * np.log(1 + turns)).astype(np.float32)
+    return scales
 
 
-def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:
+def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Floats | None:
     """Return the divisors of the frequencies, [dim / 2] float32, if a list or a tensor has them."""
     scaling = spec.scaling
     if scaling is not None and scaling.is_override:
@@ -60,7 +61,7 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
         is_long = max_positions > scaling.original_context
         listed = scaling.long_factors if is_long else scaling.short_factors
         if listed is not None:
-            return torch.tensor(listed, dtype=torch.float32)
+            return np.array(listed, np.float32)
         both = [
             ops.vector(weights.get(f"rope_factors_{name}.weight", (spec.dim // 2,)))
             for name in ("short", "long")
@@ -71,16 +72,16 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
     return None
 
 
-def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None, max_positions: int = 0) -> Tensor:
+def inverse_frequencies(spec: RopeSpec, divisors: Floats | None = None, max_positions: int = 0) -> Floats:
     """Return the angle of each pair per position: [dim / 2] float32.
 
     Args:
         max_positions: The context served, which dynamic scaling depends on.
     """
     if spec.frequencies is not None:
-        return torch.tensor(spec.frequencies, dtype=torch.float32)
-    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
-    powers = _base(spec, max_positions) ** exponents
+        return np.array(spec.frequencies, np.float32)
+    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
+    powers = _power(_base(spec, max_positions), exponents)
     if spec.scaling is not None and spec.scaling.kind == "longrope" and divisors is not None:
         return 1.0 / (divisors * powers)
     inverse = 1.0 / powers
@@ -92,6 +93,12 @@ def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None, max_posi
     if scaling.kind == "linear":
         return inverse / scaling.factor
     return _scale_llama3(inverse, scaling) if scaling.kind == "llama3" else _scale_yarn(powers, spec, scaling)
+
+
+def _power(base: float, exponents: Floats) -> Floats:
+    """Return base ** exponents, rounded once."""
+    found: Floats = np.power(base, exponents.astype(np.float64)).astype(np.float32)
+    return found
 
 
 def _base(spec: RopeSpec, max_positions: int) -> float:
@@ -135,7 +142,7 @@ def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
     return replace(config, layers=layers, context_length=int(context * factor))
 
 
-def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+def _scale_llama3(inverse: Floats, scaling: RopeScaling) -> Floats:
     """Divide the frequencies of long wavelengths by the factor, keep short ones, and interpolate in between.
 
     Source: `apply_scaling` of Llama 3.1's reference code.
@@ -144,11 +151,12 @@ def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = (scaling.original_context / wavelength - low) / (high - low)
     blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
-    scaled = torch.where(wavelength > scaling.original_context / low, inverse / scaling.factor, blended)
-    return torch.where(wavelength < scaling.original_context / high, inverse, scaled)
+    scaled = np.where(wavelength > scaling.original_context / low, inverse / scaling.factor, blended)
+    found: Floats = np.where(wavelength < scaling.original_context / high, inverse, scaled)
+    return found
 
 
-def _scale_yarn(powers: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
+def _scale_yarn(powers: Floats, spec: RopeSpec, scaling: RopeScaling) -> Floats:
     """Stretch pairs with under `beta_slow` turns in the original context; keep those from `beta_fast` on.
 
     Source: Peng et al., YaRN, arXiv 2309.00071, section 3.2.
@@ -163,6 +171,7 @@ def _scale_yarn(powers: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
     high += 0.001 if low == high else 0
-    ramp = ((torch.arange(spec.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((np.arange(spec.dim // 2, dtype=np.float32) - low) / (high - low)).clip(0, 1)
     kept = 1 - ramp
-    return 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    stretched: Floats = 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    return stretched

@@ -1,22 +1,21 @@
 """The public operators and the constructors of their operands: the only arithmetic that `models/` uses.
 
 Operators are called with `Value`s while a model is recorded (`Recorder`). Each operator has one file here, a
-float64 reference in tests/reference and a test. Models that compute in torch call `direct` and
-`PagedAttention` with tensors. Weights and caches are opaque outside this package: their layout is private to
-the kernels.
+float64 reference in tests/reference and a test. Weights and caches are opaque outside this package: their
+layout is private to the kernels.
+
+Vectors and tables are numpy arrays. Only what computes in torch imports it, which takes a second and 200 MB:
+the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by the code of `transformers`.
 """
 
 from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi._C import Program as NativeProgram
-from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdaptableWeight, AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
-from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
-from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.delta_rule import DeltaRuleWeight, delta_rule
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.experts import ClampedGate, RouteSpec, experts_add, gated_add, route
@@ -26,14 +25,13 @@ from tgi_asgi.ops.gated_norm import gated_norm
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.heads_linear import heads_linear
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
-from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
+from tgi_asgi.ops.kv import Cache, KvDtype, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
 from tgi_asgi.ops.latent_qkv import latent_qkv
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add, norm_residual
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.packing import ROUNDED, Packing
-from tgi_asgi.ops.paged import PagedAttention
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
@@ -45,12 +43,13 @@ from tgi_asgi.ops.shards import Shard, ShardMemory
 from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
+    as_bfloat16,
+    decode,
     decoded_source,
     every_nth_row,
     float8_source,
     from_floats,
     integer_source,
-    plain_tensor,
     stack_rows,
 )
 from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_bytes, state_bytes
@@ -93,8 +92,6 @@ __all__ = [
     "Cache",
     "ClampedGate",
     "CpuProgram",
-    "CudaAdapter",
-    "CudaAdapterLayout",
     "Delta",
     "DeltaRuleWeight",
     "Drafter",
@@ -105,6 +102,7 @@ __all__ = [
     "HeadsWeight",
     "KernelSet",
     "Kind",
+    "KvDtype",
     "KvLayer",
     "KvPool",
     "LinearWeight",
@@ -112,12 +110,10 @@ __all__ = [
     "NativeProgram",
     "NormWeight",
     "Packing",
-    "PagedAttention",
     "PlanError",
     "QkvWeight",
     "RecordedBatch",
     "Recorder",
-    "Repacking",
     "RopeTable",
     "RouteSpec",
     "RowLimits",
@@ -136,13 +132,14 @@ __all__ = [
     "Value",
     "WeightSource",
     "activation",
+    "as_bfloat16",
     "attention",
     "bfloat16_time_ratio",
     "cached_head_dim",
     "configure_threads",
+    "decode",
     "decoded_source",
     "delta_rule",
-    "direct",
     "embed",
     "every_nth_row",
     "experts_add",
@@ -172,7 +169,6 @@ __all__ = [
     "norm_residual",
     "num_running_threads",
     "num_threads",
-    "plain_tensor",
     "qkv",
     "qkv_weight",
     "route",

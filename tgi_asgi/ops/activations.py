@@ -1,19 +1,7 @@
-"""The activation functions of MLPs: their names and torch implementations."""
+"""The names of the activation functions of MLPs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-import torch
-from torch import Tensor
-
-# For both `gate_up` and `up`.
-GATED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "gelu": torch.nn.functional.gelu,
-    "relu": torch.nn.functional.relu,
-    "relu_squared": lambda x: torch.nn.functional.relu(x).square(),
-}
+GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")  # for both `gate_up` and `up`
 XIELU = "xielu"  # `up` only: it has two parameters
 ACTIVATIONS = (*GATED_ACTIVATIONS, XIELU)

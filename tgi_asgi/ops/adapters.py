@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
-from tgi_asgi.ops.layout import Order
+from tgi_asgi.ops.layout import Floats, Order
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
 
@@ -49,8 +47,8 @@ class Target:
 class Delta:
     """The change to a target's matrix: scale * up @ down."""
 
-    down: Tensor  # [rank, columns]
-    up: Tensor  # [rows, rank]
+    down: Floats  # [rank, columns]
+    up: Floats  # [rows, rank]
     scale: float
 
 
@@ -138,7 +136,7 @@ def changes_by_weight(
             raise ValueError(f"{name} is not a product that adapters can change")
         _check(name, target, delta, max_rank)
         if target.order is not None:
-            delta = replace(delta, up=delta.up[torch.from_numpy(target.order)])
+            delta = replace(delta, up=delta.up[target.order])
         found.setdefault(id(target.weight), []).append((name, target, delta))
     return list(found.values())
 
@@ -153,7 +151,7 @@ def _check(name: str, target: Target, delta: Delta, max_rank: int) -> None:
         )
     if not 1 <= rank <= max_rank:
         raise ValueError(f"{name} has the rank {rank}, allowed are 1 to {max_rank}")
-    if not all(matrix.to(torch.bfloat16).isfinite().all() for matrix in (delta.down, delta.up)):
+    if not all(np.isfinite(_rounded(matrix)).all() for matrix in (delta.down, delta.up)):
         raise ValueError(f"{name} has a value that is not finite")
 
 
@@ -231,17 +229,22 @@ def _in_parts(delta: Delta) -> Delta:
     u and d are rounded to bfloat16, and u' and d' are what that takes away. The last term, at most 2^-18 of
     the product, is left out, as are terms of zeros: a delta in bfloat16 keeps its rank.
     """
-    up, down = (matrix.to(torch.bfloat16).float() for matrix in (delta.up, delta.down))
-    up_rest, down_rest = delta.up.float() - up, delta.down.float() - down
+    up, down = _rounded(delta.up), _rounded(delta.down)
+    up_rest, down_rest = delta.up - up, delta.down - down
     pairs = [(up, down)]
     if down_rest.any():
         pairs.append((up, down_rest))
     if up_rest.any():
         pairs.append((up_rest, down))
     ups, downs = zip(*pairs, strict=True)
-    return replace(delta, up=torch.cat(ups, 1), down=torch.cat(downs, 0))
+    return replace(delta, up=np.concatenate(ups, 1), down=np.concatenate(downs))
 
 
-def _bits(matrix: Tensor) -> _Bits:
-    found: _Bits = matrix.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
-    return found
+def _bits(matrix: Floats) -> _Bits:
+    """Return a matrix in bfloat16."""
+    return _C.bfloat16_bits(np.ascontiguousarray(matrix))
+
+
+def _rounded(matrix: Floats) -> Floats:
+    """Return a matrix rounded to bfloat16, in float32."""
+    return (_bits(matrix).astype(np.uint32) << 16).view(np.float32)

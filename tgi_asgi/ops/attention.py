@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -18,8 +17,8 @@ def attention(
     window: int | None = None,
     chunk: int | None = None,
     soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
+    sinks: Floats | None = None,
+    slopes: Floats | None = None,
     rotary_dim: int | None = None,
     gate: Value | None = None,
 ) -> Value:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi import _C
 from tgi_asgi.ops.layout import Floats
 
@@ -36,16 +34,12 @@ class AttentionSpec:
         window: int | None = None,
         chunk: int | None = None,
         soft_cap: float | None = None,
-        sinks: Tensor | None = None,
-        slopes: Tensor | None = None,
+        sinks: Floats | None = None,
+        slopes: Floats | None = None,
     ) -> None:
         self.scale, self.window, self.chunk, self.soft_cap = scale, window, chunk, soft_cap
         self.sinks, self.slopes = sinks, slopes
         self.native = _C.AttentionSpec(
-            scale=scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=_floats(sinks),
-            slopes=_floats(slopes),
+            scale=scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks,
+            slopes=slopes,
         )  # fmt: skip
-
-
-def _floats(vector: Tensor | None) -> Floats | None:
-    return None if vector is None else vector.detach().cpu().contiguous().numpy()

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import KvCache, KvLayer
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.states import StateLayer
@@ -44,7 +43,7 @@ class Embed(Call):
 
     table: LinearWeight
     factor: float
-    positions: Tensor | None
+    positions: Floats | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -89,7 +88,7 @@ class Qkv(Call):
     cache: KvCache
     rope: RopeTable | None
     clip: float | None  # q, k and v are first clamped to [-clip, clip]
-    query_scales: Tensor | None  # [positions] float32, factors applied to the queries last
+    query_scales: Floats | None  # [positions] float32, factors applied to the queries last
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -233,7 +232,7 @@ class GatedNorm(Call):
 
     rows: Value
     gate: Value
-    weight: Tensor | None
+    weight: Floats | None
     group_width: int
     eps: float
     gate_column: int

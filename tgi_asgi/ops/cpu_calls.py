@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-import torch
-
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
@@ -84,8 +82,7 @@ class CpuCalls:
         self.residual = out
         positions = None
         if call.positions is not None and (self._shard is None or self._shard.group.rank == 0):
-            missing = -call.out.columns % layout.STRIP
-            positions = torch.nn.functional.pad(call.positions, (0, missing)).contiguous().numpy()
+            positions = layout.padded(call.positions)
         to = out if self._shard is None else self._native.partial_sum()
         self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=to)
         if self._shard is not None:
@@ -135,7 +132,7 @@ class CpuCalls:
         heads = _C.Heads(
             pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
             scale=scale, cosines=cosines, sines=sines, norms=made.norms, clip=call.clip or 0.0,
-            query_scales=None if call.query_scales is None else call.query_scales.numpy(),
+            query_scales=call.query_scales,
         )  # fmt: skip
         products = [self._product(call.a, part) for part in made.parts]
         if norms is None or not norms.is_whole:
@@ -154,8 +151,8 @@ class CpuCalls:
         scale, norm = self._liveness.query_scale(call.out), call.norm
         heads = _C.LatentHeads(
             pool=layer.pool.native, layer=layer.index, num_heads=num_heads,
-            scale=1.0 if scale is None else scale, norm=norm.weight.numpy(), eps=norm.eps,
-            cosines=call.rope.cos.numpy(), sines=call.rope.sin.numpy(), rotary_column=call.rotary_column,
+            scale=1.0 if scale is None else scale, norm=norm.weight, eps=norm.eps,
+            cosines=call.rope.cos, sines=call.rope.sin, rotary_column=call.rotary_column,
         )  # fmt: skip
         absorbed, rotary, latents = (
             self.buffers.of(value, "rows") for value in (call.absorbed, call.rotary, call.latents)
@@ -296,8 +293,8 @@ class CpuCalls:
         weight = call.weight
         scan = _C.SelectiveScan(
             num_heads=weight.num_heads, head_dim=weight.head_dim, num_groups=weight.num_groups,
-            state_size=weight.state_size, a=weight.a.numpy(), d=weight.d.numpy(),
-            dt_bias=weight.dt_bias.numpy(), dt_column=call.steps_column, dt_scale=weight.dt_scale,
+            state_size=weight.state_size, a=weight.a, d=weight.d,
+            dt_bias=weight.dt_bias, dt_column=call.steps_column, dt_scale=weight.dt_scale,
             dt_low=weight.dt_limit[0], dt_high=weight.dt_limit[1],
         )  # fmt: skip
         self._native.selective_scan(scan=scan, **self._heads_of(call))
@@ -306,8 +303,8 @@ class CpuCalls:
         weight = call.weight
         rule = _C.DeltaRule(
             num_heads=weight.num_heads, head_dim=weight.head_dim, num_key_heads=weight.num_key_heads,
-            key_dim=weight.key_dim, is_tiled=weight.is_tiled, a=weight.a.numpy(),
-            dt_bias=weight.dt_bias.numpy(),
+            key_dim=weight.key_dim, is_tiled=weight.is_tiled, a=weight.a,
+            dt_bias=weight.dt_bias,
         )  # fmt: skip
         self._native.delta_rule(rule=rule, **self._heads_of(call))
 
@@ -322,7 +319,7 @@ class CpuCalls:
     def _gated_norm(self, index: int, call: calls.GatedNorm) -> None:
         norm = _C.GatedNorm(
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
-            weight=None if call.weight is None else call.weight.numpy(),
+            weight=call.weight,
             is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
             gate_column=call.gate_column,
         )  # fmt: skip
@@ -391,12 +388,9 @@ class CpuCalls:
             raise ValueError(f"the rotary table turns {rope.rotary_dim} dims, the weight {rotary_dim}")
         if id(rope) not in self._tables:
             pairs = -(-head_dim // layout.STRIP) * layout.PANEL
-            missing = (0, pairs - rotary_dim // 2)
-            cosines, sines = rope.cos, rope.sin
-            if missing[1]:  # otherwise no copy: it is 64 MiB for Llama 3's 131,072 positions
-                pad = torch.nn.functional.pad
-                cosines, sines = pad(cosines, missing, value=1.0), pad(sines, missing)
-            self._tables[id(rope)] = (rope, cosines.contiguous().numpy(), sines.contiguous().numpy())
+            missing = pairs - rotary_dim // 2  # if it is 0, nothing is copied: 64 MiB for 131,072 positions
+            cosines = layout.pad_columns(rope.cos, missing, 1.0)
+            self._tables[id(rope)] = (rope, cosines, layout.pad_columns(rope.sin, missing))
         return self._tables[id(rope)][1:]
 
 

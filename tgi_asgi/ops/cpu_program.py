@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.cpu_calls import CpuCalls
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.shards import Shard
+from tgi_asgi.ops.sources import WeightSource, decode
 from tgi_asgi.ops.values import Kind, Value
 
 
@@ -87,7 +87,7 @@ class CpuProgram:
         found: npt.NDArray[np.float32] = self._calls.residual.array()
         return found
 
-    def run(self, batch: _C.FlatRows, rows: Iterable[int]) -> Tensor:
+    def run(self, batch: _C.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step: the forward pass, and the logits of `rows`, indices of tokens.
 
         Returns:
@@ -96,7 +96,7 @@ class CpuProgram:
         Raises:
             ValueError: if a size, id, slot or block is out of range. Nothing has been computed then.
         """
-        return torch.from_numpy(self.native.run(batch, list(rows)))
+        return self.native.run(batch, list(rows))
 
     def run_and_sample(
         self,
@@ -115,15 +115,15 @@ class CpuProgram:
         Raises:
             ValueError: as for `run` and `sample`. Nothing has been computed then.
         """
-        return SampleResult.of(self.native.run_and_sample(batch, rows, slots, state.arrays, mask, drafts))
+        return SampleResult(*self.native.run_and_sample(batch, rows, slots, state.arrays, mask, drafts))
 
     def profile(self, batch: _C.FlatRows, rows: Sequence[int]) -> list[float]:
         """Compute a step as `run_and_sample` does; return the seconds that each kernel call took."""
         return self.native.profile(batch, rows)
 
-    def run_head(self, rows: Sequence[int]) -> Tensor:
+    def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step, which `run` must have computed; see `run`."""
-        return torch.from_numpy(self.native.run_head(rows))
+        return self.native.run_head(rows)
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return the states [n_tokens, hidden] after the last norm, of tokens of a step that `run` computed.
@@ -131,18 +131,17 @@ class CpuProgram:
         A token's bits do not depend on the rest of the step.
         """
         head = next(call for call in reversed(self._recorded) if isinstance(call, calls.Head))
-        x = torch.from_numpy(self.residual[start:stop, : head.norm.columns]).double()
-        states: npt.NDArray[np.float32] = head.norm.apply(x).float().numpy()
-        return states
+        x = self.residual[start:stop, : head.norm.columns].astype(np.float64)
+        return head.norm.apply(x).astype(np.float32)
 
-    def write(self, value: Value, rows: Tensor) -> None:
+    def write(self, value: Value, rows: Floats) -> None:
         """Set an input's rows [n_tokens, columns] float32."""
         array = self._calls.buffers.of(value, "rows").array()
         if value.kind is Kind.QUERY:
             rows = _packed_heads(rows, *self._query_shape(value)[:3])
-        array[: rows.shape[0], : rows.shape[1]] = rows.numpy()
+        array[: rows.shape[0], : rows.shape[1]] = rows
 
-    def read(self, value: Value, num_tokens: int) -> Tensor:
+    def read(self, value: Value, num_tokens: int) -> Floats:
         """Return an output [n_tokens, columns] float32, a copy."""
         if value.kind is Kind.QUERY:
             return self._read_query(value, num_tokens)
@@ -150,7 +149,8 @@ class CpuProgram:
             read = self._calls.buffers.of(value, "float32").array()
         else:
             read = self._calls.buffers.of(value, "rows").array()
-        return torch.from_numpy(read[:num_tokens, : value.columns].copy())
+        found: Floats = read[:num_tokens, : value.columns].copy()
+        return found
 
     def _query_shape(self, value: Value) -> tuple[int, int, int, bool]:
         """Return a query's heads, head size and rotated dims, and whether neighbours are rotated together."""
@@ -162,20 +162,17 @@ class CpuProgram:
                 return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
         raise ValueError("no call uses this query")
 
-    def _read_query(self, value: Value, num_tokens: int) -> Tensor:
+    def _read_query(self, value: Value, num_tokens: int) -> Floats:
         heads, head_dim, rotary, is_interleaved = self._query_shape(value)
-        array = torch.from_numpy(self._calls.buffers.of(value, "query").array()[:num_tokens])
-        dtype = {4: torch.float32, 2: torch.bfloat16}.get(array.shape[1] // (heads * head_dim))
-        if dtype is None or array.shape[1] != heads * head_dim * dtype.itemsize:
+        array = np.ascontiguousarray(self._calls.buffers.of(value, "query").array()[:num_tokens])
+        shape = (num_tokens, heads * head_dim)
+        name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
+        if name is None or array.shape[1] % shape[1]:
             raise ValueError("queries for an int8 cache are integers: use a float cache")
-        dims = layout.cached_dims(
-            head_dim, rotary, is_paired=dtype is torch.bfloat16, is_interleaved=is_interleaved
-        )
-        out = torch.empty(num_tokens, heads, head_dim)
-        out[..., torch.from_numpy(dims)] = (
-            array.contiguous().view(dtype).view(num_tokens, heads, head_dim).float()
-        )
-        return out.flatten(1)
+        dims = layout.cached_dims(head_dim, rotary, is_paired=name == "BF16", is_interleaved=is_interleaved)
+        out = np.empty((num_tokens, heads, head_dim), np.float32)
+        out[..., dims] = decode(WeightSource(array.reshape(-1), name, shape)).reshape(out.shape)
+        return out.reshape(shape)
 
     def _columns(self, value: Value) -> int:
         """Return the columns of an input given as rows; query heads are padded to whole strips."""
@@ -185,7 +182,8 @@ class CpuProgram:
         return heads * -(-head_dim // layout.STRIP) * layout.STRIP
 
 
-def _packed_heads(rows: Tensor, num_heads: int, head_dim: int, rotary_dim: int) -> Tensor:
+def _packed_heads(rows: Floats, num_heads: int, head_dim: int, rotary_dim: int) -> Floats:
     """Convert queries [n_tokens, num_heads * head_dim] to packed row order, with zeros for padding rows."""
-    order = torch.from_numpy(layout.head_order(num_heads, head_dim, rotary_dim))
-    return torch.where(order >= 0, rows[:, order.clamp(min=0)], torch.zeros(()))
+    order = layout.head_order(num_heads, head_dim, rotary_dim)
+    found: Floats = np.where(order >= 0, rows[:, order], np.float32(0))
+    return found

@@ -29,6 +29,7 @@ from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -189,10 +190,10 @@ class CudaProgram:
             self._launches.add("aten::copy_", part, wide)
             first += scale.numel()
 
-    def _head_norm(self, norm: Tensor, weight: QkvWeight) -> Tensor:
+    def _head_norm(self, norm: Floats, weight: QkvWeight) -> Tensor:
         """Return weights or biases of head norms on the device, in the device's row order."""
         if weight.is_interleaved:
-            norm = norm[joined_halves(weight, norm.numel() // weight.head_dim)]
+            norm = norm[joined_halves(weight, norm.size // weight.head_dim)]
         return self._weights.move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.adapters import AdaptableWeight, Delta, Target, changes_by_weight
 from tgi_asgi.ops.cuda_quant import joined_halves
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.weights import GateUpWeight, QkvWeight
 
 _ALIGNMENT = 8  # elements that a kernel loads at a time
@@ -172,8 +173,8 @@ def _fill(
                 raise ValueError(f"{name} has rows that another target of the adapter has, too")
             changed.add(piece)
             up = delta.scale * delta.up[start - target.start : stop - target.start]
-            downs[piece, :own_rank] = delta.down
-            ups[start:stop, :own_rank] = _in_device_order(target.weight, piece, up)
+            downs[piece, :own_rank] = torch.from_numpy(delta.down.copy())  # a file's array is read-only
+            ups[start:stop, :own_rank] = torch.from_numpy(_in_device_order(target.weight, piece, up))
         if not values.isfinite().all():
             raise ValueError(f"{name} has a value that is too large for {values.dtype}")
 
@@ -192,7 +193,7 @@ def _ends_of(weight: AdaptableWeight) -> tuple[int, ...]:
     return (weight.rows,)
 
 
-def _in_device_order(weight: AdaptableWeight, piece: int, up: Tensor) -> Tensor:
+def _in_device_order(weight: AdaptableWeight, piece: int, up: Floats) -> Floats:
     """Return a piece's rows in the order of the device's matrix, as `Repacking.qkv` stacks it."""
     if not isinstance(weight, QkvWeight) or not weight.is_interleaved or piece == 2:
         return up

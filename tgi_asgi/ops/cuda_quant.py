@@ -18,7 +18,9 @@ from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.sources import WeightSource, plain_tensor
+from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.sources import WeightSource
+from tgi_asgi.ops.tensors import plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
@@ -54,12 +56,12 @@ class Repacking:
     dtype: torch.dtype
     device: torch.device = field(default=torch.device("cpu"), repr=False)  # does not affect the output's bits
 
-    def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> DeviceMatrix:
+    def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> DeviceMatrix:
         """Make a matrix; see `Arithmetic.linear`."""
-        return DeviceMatrix(self._stack([source]), bias)
+        return DeviceMatrix(self._stack([source]), _joined_biases([bias]))
 
     def qkv(
-        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
+        self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight
     ) -> DeviceMatrix:
         """Stack q, k and v; see `Arithmetic.qkv`. Rows rotated together are placed rotary_dim / 2 apart."""
         if shape.is_interleaved:
@@ -70,15 +72,15 @@ class Repacking:
             ]
             if biases is not None:
                 biases = [*(part[order] for part, order in zip(biases, orders, strict=False)), biases[2]]
-        return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
+        return DeviceMatrix(self._stack(sources), _joined_biases(biases))
 
-    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> DeviceMatrix:
+    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> DeviceMatrix:
         """Stack gate and up; see `Arithmetic.gate_up`."""
-        return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
+        return DeviceMatrix(self._stack(sources), _joined_biases(biases))
 
-    def router(self, source: WeightSource, bias: Tensor | None) -> DeviceMatrix:
+    def router(self, source: WeightSource, bias: Floats | None) -> DeviceMatrix:
         """Make a router's matrix, without codes; see `Arithmetic.router`."""
-        return DeviceMatrix(self._plain([source]), bias)
+        return DeviceMatrix(self._plain([source]), _joined_biases([bias]))
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> DeviceMatrix:
         """Refuse per-head products, which have no CUDA kernels."""
@@ -108,6 +110,11 @@ class Repacking:
         for part, source in zip(torch.split(matrix, rows), sources, strict=True):
             _write(part, source)
         return matrix
+
+
+def _joined_biases(biases: Sequence[Floats | None] | None) -> Tensor | None:
+    found = [bias for bias in biases or () if bias is not None]
+    return torch.from_numpy(np.concatenate(found)) if found else None
 
 
 def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:

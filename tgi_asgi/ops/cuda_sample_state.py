@@ -7,19 +7,36 @@ the previous step that is not already on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.logprobs import TokenLogprobs
+from tgi_asgi.ops.logprobs import Ids, TokenLogprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
 
 _kernels: Any = torch.ops.tgi_cuda
 MAX_IDS = 2048  # biased or masked ids per slot; fixed, because graphs hold the lists' addresses
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSamples:
+    """The fields of a `SampleResult` as tensors, on the device or in pinned memory."""
+
+    token_ids: Tensor
+    is_finite: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    num_top: Tensor
+
+    def on_host(self) -> SampleResult:
+        """Return views of tensors that are in the host's memory."""
+        return SampleResult(*(getattr(self, field.name).numpy() for field in fields(self)))
 
 
 class CudaSampleState:
@@ -87,7 +104,7 @@ class CudaSampleState:
         slots: Tensor,
         mask: Tensor | None,
         mask_rows: Tensor | None,
-        result: SampleResult,
+        result: DeviceSamples,
     ) -> None:
         """Sample a token for each row of logits into `result`, entirely on the device; see `sample`.
 
@@ -104,19 +121,19 @@ class CudaSampleState:
         return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogprobs:
+def token_logprobs(logits: Tensor, token_ids: Ids, num_top: int) -> TokenLogprobs:
     """Score logits on the device, as `logprobs.token_logprobs` does; only the results are copied to the host.
 
     Raises:
         ValueError: if a token id is out of range, or `num_top` is more than the vocabulary.
     """
     (rows, vocab), device = logits.shape, logits.device
-    if not 0 <= num_top <= vocab or bool(((token_ids < 0) | (token_ids >= vocab)).any()):
+    if not 0 <= num_top <= vocab or ((token_ids < 0) | (token_ids >= vocab)).any():
         raise ValueError(f"token ids must be in [0, {vocab}), and `num_top` no more than {vocab}")
     logprobs, top_logprobs = torch.empty(rows, device=device), torch.empty(rows, num_top, device=device)
     top_ids = torch.empty(rows, num_top, dtype=torch.int32, device=device)
-    _kernels.token_logprobs(logits, token_ids.to(device), logprobs, top_ids, top_logprobs)
-    return TokenLogprobs(logprobs.cpu(), top_ids.cpu(), top_logprobs.cpu())
+    _kernels.token_logprobs(logits, torch.from_numpy(token_ids).to(device), logprobs, top_ids, top_logprobs)
+    return TokenLogprobs(*(found.cpu().numpy() for found in (logprobs, top_ids, top_logprobs)))
 
 
 def _put(target: Tensor, source: Tensor) -> None:

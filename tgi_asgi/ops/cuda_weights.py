@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
+from tgi_asgi.ops.layout import Floats
 
 
 class DeviceWeights:
@@ -25,18 +27,19 @@ class DeviceWeights:
         """Release the host tensors that nothing else references."""
         self._moved.clear()
 
-    def move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the tensor on the device, in `dtype` or that of matrices."""
-        kept = self._moved.get(id(tensor))
+    def move(self, values: Tensor | Floats, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor or array on the device, in `dtype` or that of matrices."""
+        kept = self._moved.get(id(values))
         if kept is None:
+            tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
             moved = tensor.to(self._device, dtype or self._dtype).contiguous()
-            self._moved[id(tensor)] = kept = (tensor, moved)
+            self._moved[id(values)] = kept = (values, moved)
         found: Tensor = kept[1]
         return found
 
-    def floats(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the tensor on the device in float32, or None."""
-        return None if tensor is None else self.move(tensor, torch.float32)
+    def floats(self, values: Tensor | Floats | None) -> Tensor | None:
+        """Return a tensor or array on the device in float32, or None."""
+        return None if values is None else self.move(values, torch.float32)
 
     def codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
         """Return the matrix on the device."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.states import check_heads, states_of
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
@@ -28,16 +27,16 @@ class DeltaRuleWeight:
         is_tiled: Whether head h uses key head h % num_key_heads; otherwise neighbouring heads share one.
 
     Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if a tensor does not have one element per head.
+        TypeError: if a vector is not float32.
+        ValueError: if a vector does not have one element per head.
     """
 
     num_heads: int
     head_dim: int
     num_key_heads: int
     key_dim: int
-    a: Tensor
-    dt_bias: Tensor
+    a: Floats
+    dt_bias: Floats
     is_tiled: bool = False
 
     def __post_init__(self) -> None:

@@ -5,20 +5,27 @@ A row has the same bits whatever else is in the tensor. The memory of activation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from tgi_asgi import _C
-from tgi_asgi.ops.activations import GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.experts import ClampedGate
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
+# The functions of `ops.GATED_ACTIVATIONS`.
+ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.nn.functional.relu,
+    "relu_squared": lambda x: torch.nn.functional.relu(x).square(),
+}
 _RECYCLED_FLOATS = 1 << 14  # from this size on, malloc may return memory to the system in each step
 _MAX_ID = torch.iinfo(torch.int32).max
 
@@ -59,7 +66,7 @@ def gate_up(
         gate, up = (
             _product(part, weight.intermediate_size, x, is_exact, step, adapters) for part in made.parts
         )
-        return GATED_ACTIVATIONS[activation](gate) * up
+        return ACTIVATION_FUNCTIONS[activation](gate) * up
     (part,) = made.parts
     out = _new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
     precision = "float32" if is_exact else part.precision
@@ -171,13 +178,12 @@ def norm(x: Tensor, weight: NormWeight) -> Tensor:
         TypeError: if one of them is not float32.
     """
     out = _new_rows(*x.shape)
-    bias = None if weight.bias is None else weight.bias.numpy()
-    _C.norm_rows(_array(x), weight.weight.numpy(), bias, weight.eps, out.numpy())
+    _C.norm_rows(_array(x), weight.weight, weight.bias, weight.eps, out.numpy())
     return out
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Return f(x), [n, columns] float32, for an activation of `GATED_ACTIVATIONS`.
+    """Return f(x), [n, columns] float32, for an activation of `ACTIVATION_FUNCTIONS`.
 
     Raises:
         ValueError: if there is no such activation.

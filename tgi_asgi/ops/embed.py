@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.recorder import RecordedBatch
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import LinearWeight
 
 
 def embed(
-    batch: RecordedBatch, table: LinearWeight, factor: float = 1.0, positions: Tensor | None = None
+    batch: RecordedBatch, table: LinearWeight, factor: float = 1.0, positions: Floats | None = None
 ) -> Value:
     """Gather the rows of `table` at the batch's ids, times a factor: the residual [n_tokens, hidden] float32.
 
@@ -23,7 +22,7 @@ def embed(
     Raises:
         ValueError: if `positions` has another width.
     """
-    if positions is not None and (positions.dim() != 2 or positions.shape[1] != table.columns):
-        raise ValueError(f"`positions` must be [n, {table.columns}], got {tuple(positions.shape)}")
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != table.columns):
+        raise ValueError(f"`positions` must be [n, {table.columns}], got {positions.shape}")
     recorder = batch.recorder
     return recorder.note(calls.Embed(recorder.value(Kind.RESIDUAL, table.columns), table, factor, positions))

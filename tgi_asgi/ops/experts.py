@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tgi_asgi import _C
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.activations import GATED_ACTIVATIONS
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import ExpertsWeight
 
@@ -53,7 +52,7 @@ class RouteSpec:
     num_experts: int
     top_k: int
     kind: str = "softmax"
-    correction: Tensor | None = None
+    correction: Floats | None = None
     num_groups: int = 1
     top_groups: int = 1
     sums_top_two: bool = False
@@ -64,9 +63,8 @@ class RouteSpec:
     native: _C.RouteSpec = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        correction = None if self.correction is None else self.correction.contiguous().numpy()
         native = _C.RouteSpec(
-            num_experts=self.num_experts, top_k=self.top_k, kind=self.kind, correction=correction,
+            num_experts=self.num_experts, top_k=self.top_k, kind=self.kind, correction=self.correction,
             num_groups=self.num_groups, top_groups=self.top_groups, sums_top_two=self.sums_top_two,
             is_renormalised=self.is_renormalised, eps=self.eps, scale=self.scale, jitter=self.jitter,
         )  # fmt: skip

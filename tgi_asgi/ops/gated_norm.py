@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import numpy as np
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
 def gated_norm(
     rows: Value,
     gate: Value,
-    weight: Tensor | None,
+    weight: Floats | None,
     *,
     group_width: int,
     eps: float,
@@ -43,9 +44,9 @@ def gated_norm(
         )
     if group_width < 1 or columns % group_width:
         raise ValueError(f"`group_width` must divide the {columns} columns, got {group_width}")
-    if weight is not None and tuple(weight.shape) != (columns,):
+    if weight is not None and weight.shape != (columns,):
         raise ValueError(f"`weight` must have {columns} elements, got {list(weight.shape)}")
-    if weight is not None and str(weight.dtype) != "torch.float32":
+    if weight is not None and weight.dtype != np.float32:
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     out = recorder.value(Kind.ROWS, columns)
     return recorder.note(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
-
-import torch
+from typing import Literal, Protocol, TypeAlias
 
 from tgi_asgi import _C
 from tgi_asgi.ops.layout import STRIP
@@ -15,10 +13,12 @@ from tgi_asgi.ops.states import StateLayer
 MAX_HEAD_DIM = 512
 MAX_LATENT_DIM = 640
 _MAX_GROWTH = 1.2  # limit on how much int8's padding to whole strips may enlarge a head
-_PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+# Types of keys and values; the last two are a GPU's.
+KvDtype = Literal["float32", "bfloat16", "int8", "float16", "float8_e4m3fn"]
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def cached_head_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
+def cached_head_dim(head_dim: int, dtype: KvDtype, name: str = "head_dim") -> int:
     """Return how many dims of a head the cache stores: all of them, which int8 pads to strips of 32.
 
     `name` is the head size's name in error messages.
@@ -26,11 +26,11 @@ def cached_head_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -
     Raises:
         ValueError: if the cache does not support this head size or dtype.
     """
-    if dtype not in _PRECISIONS:
+    if dtype not in _ITEM_BYTES:
         raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype}")
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"`{name}` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
-    if dtype is not torch.int8:
+    if dtype != "int8":
         return head_dim
     padded = -(-head_dim // STRIP) * STRIP
     if padded > head_dim * _MAX_GROWTH:
@@ -54,26 +54,26 @@ class HeadShape(Protocol):
     def is_latent(self) -> bool: ...
 
 
-def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(shape: HeadShape, dtype: KvDtype) -> int:
     """Return the bytes that a token occupies in the cache of a layer of this shape.
 
     Raises:
         ValueError: as for `cached_head_dim`.
     """
     if shape.is_latent:
-        return _cached_latent_dims(shape, dtype)[0] * dtype.itemsize
+        return _cached_latent_dims(shape, dtype)[0] * _ITEM_BYTES[dtype]
     kept = cached_head_dim(shape.head_dim, dtype) + cached_head_dim(shape.value_dim, dtype, "value_dim")
-    scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # float16, one per strip
-    return shape.num_kv_heads * (kept * dtype.itemsize + scales)
+    scales = kept // STRIP * 2 if dtype == "int8" else 0  # float16, one per strip
+    return shape.num_kv_heads * (kept * _ITEM_BYTES[dtype] + scales)
 
 
-def _cached_latent_dims(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+def _cached_latent_dims(shape: HeadShape, dtype: KvDtype) -> tuple[int, int]:
     """Return the number of dims of a latent, and of the values in it.
 
     Raises:
         ValueError: if the cache does not support these sizes or this dtype.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"latents are kept as float32 or bfloat16, not as {dtype}")
     dims = shape.head_dim, shape.value_dim
     for dim, most in zip(dims, (MAX_LATENT_DIM, MAX_HEAD_DIM), strict=True):
@@ -82,7 +82,7 @@ def _cached_latent_dims(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]
     return dims
 
 
-def _cached_dims(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+def _cached_dims(shape: HeadShape, dtype: KvDtype) -> tuple[int, int]:
     """Return the dims stored per head, of keys and of values."""
     if shape.is_latent:
         return _cached_latent_dims(shape, dtype)
@@ -120,7 +120,7 @@ class KvLayer:
 class KvPool:
     """The KV memory of all layers; the system commits it as blocks are first written.
 
-        pool = KvPool([CacheShape(3, 64, 64)] * 30, num_blocks=512, block_size=16, dtype=torch.bfloat16)
+        pool = KvPool([CacheShape(3, 64, 64)] * 30, num_blocks=512, block_size=16, dtype="bfloat16")
         q = ops.qkv(a, weight, pool.layers[0], rope)
 
     A block is contiguous and holds the keys and values of all layers of one group. A step has a block table
@@ -145,7 +145,7 @@ class KvPool:
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        dtype: KvDtype,
         groups: Sequence[int] | None = None,
     ) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
@@ -155,7 +155,7 @@ class KvPool:
             raise ValueError("a pool must hold latents in all layers or in none")
         self.native = _C.KvPool(
             layers=[(*shape, group) for shape, group in zip(kept, groups or [0] * len(kept), strict=True)],
-            num_blocks=num_blocks, block_size=block_size, precision=_PRECISIONS[dtype],
+            num_blocks=num_blocks, block_size=block_size, precision=dtype,
             has_latents=has_latents,
         )  # fmt: skip
         self.layers = [

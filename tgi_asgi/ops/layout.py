@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 PANEL = 16
 STRIP = 2 * PANEL
@@ -69,17 +67,23 @@ def interleaved_order(rows: int) -> Order:
     return np.concatenate([panels, np.where(panels >= 0, panels + rows, -1)], axis=1).reshape(-1)
 
 
-def ordered(vector: Tensor, order: Order) -> Floats:
+def ordered(vector: Floats, order: Order) -> Floats:
     """Return a bias or a norm's weight in the order of the packed rows, zero for padding rows."""
-    values = vector.numpy()
-    found: Floats = np.where(order >= 0, values[order], np.float32(0))
+    found: Floats = np.where(order >= 0, vector[order], np.float32(0))
     return found
 
 
-def padded(vector: Tensor) -> Floats:
+def padded(vector: Floats) -> Floats:
     """Return a vector, or rows, padded with zeros to a multiple of 32 columns."""
-    missing = -vector.shape[-1] % STRIP
-    return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, missing)).numpy())
+    return pad_columns(vector, -vector.shape[-1] % STRIP)
+
+
+def pad_columns(rows: Floats, count: int, value: float = 0.0) -> Floats:
+    """Return rows, or a vector, with `count` more columns of this value, contiguous; a copy if needed."""
+    if count:
+        widths = [(0, 0)] * (rows.ndim - 1) + [(0, count)]
+        rows = np.pad(rows, widths, constant_values=value)
+    return np.ascontiguousarray(rows)
 
 
 def qkv_orders(

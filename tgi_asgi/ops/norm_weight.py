@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.ops.layout import Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,44 +26,41 @@ class NormWeight:
         eps: Number added to the mean square, or to the variance.
     """
 
-    weight: Tensor
+    weight: Floats
     eps: float
-    bias: Tensor | None = None
+    bias: Floats | None = None
 
     def __post_init__(self) -> None:
         if self.bias is not None and self.bias.shape != self.weight.shape:
-            raise ValueError(
-                f"a norm's bias must have {self.weight.numel()} elements, got {self.bias.numel()}"
-            )
+            raise ValueError(f"a norm's bias must have {self.weight.size} elements, got {self.bias.size}")
 
     @classmethod
     def layer(
-        cls, columns: int, eps: float, *, weight: Tensor | None, bias: Tensor | None = None
+        cls, columns: int, eps: float, *, weight: Floats | None, bias: Floats | None = None
     ) -> NormWeight:
         """Make a LayerNorm, with ones and zeros for a missing weight and bias."""
         return cls(
-            torch.ones(columns) if weight is None else weight,
+            np.ones(columns, np.float32) if weight is None else weight,
             eps,
-            torch.zeros(columns) if bias is None else bias,
+            np.zeros(columns, np.float32) if bias is None else bias,
         )
 
     @classmethod
-    def rms(cls, columns: int, eps: float, *, weight: Tensor | None) -> NormWeight:
+    def rms(cls, columns: int, eps: float, *, weight: Floats | None) -> NormWeight:
         """Make an RMSNorm, with ones for a missing weight."""
-        return cls(torch.ones(columns) if weight is None else weight, eps)
+        return cls(np.ones(columns, np.float32) if weight is None else weight, eps)
 
     @property
     def columns(self) -> int:
         """Number of columns of its input rows."""
-        return self.weight.numel()
+        return self.weight.size
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Return the norm of rows [..., columns] in their dtype, for code that does not use the kernels."""
-        weight = self.weight.to(x)
-        if self.bias is None:
-            return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
-        apart = x - x.mean(-1, keepdim=True)
-        return apart * (apart.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight + self.bias.to(x)
+    def apply(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the norm of rows [..., columns] in float64, for code that does not use the kernels."""
+        if self.bias is not None:
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.eps) * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Floats, Order
 from tgi_asgi.ops.norm_weight import NormWeight
-from tgi_asgi.ops.sources import WeightSource, decode, from_floats, plain_tensor
+from tgi_asgi.ops.sources import WORDS, WeightSource, as_bfloat16, decode, from_floats
 from tgi_asgi.ops.weights import QkvWeight
 
 # Precision that depends on the token: int8 for generated tokens, bfloat16 for prompt tokens.
@@ -113,14 +111,14 @@ class Packing:
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
-    def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> PackedLinear:
+    def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> PackedLinear:
         """Pack a matrix; see `Arithmetic.linear`."""
         order = layout.row_order(source.shape[0])
         stored = self._stored(source, is_vocabulary=is_vocabulary)
         return self._pack([stored], bias, order, is_vocabulary=is_vocabulary)
 
     def qkv(
-        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
+        self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight
     ) -> PackedQkv:
         """Pack q, k and v; see `Arithmetic.qkv`."""
         orders = layout.qkv_orders(
@@ -138,17 +136,17 @@ class Packing:
             )
         return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), norms)
 
-    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> PackedGateUp:
+    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> PackedGateUp:
         """Pack gate and up; see `Arithmetic.gate_up`."""
         stored = [self._stored(source) for source in sources]
         rows = sources[0].shape[0]
         if stored[0].format != stored[1].format:
             order = layout.row_order(rows)
             return PackedGateUp(self._pack_each(stored, biases, [order, order]))
-        bias = None if biases is None else torch.cat(list(biases))
+        bias = None if biases is None else np.concatenate(biases)
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
 
-    def router(self, source: WeightSource, bias: Tensor | None) -> PackedLinear:
+    def router(self, source: WeightSource, bias: Floats | None) -> PackedLinear:
         """Pack a matrix without quantising or rounding it; see `Arithmetic.router`."""
         return replace(self, quantise=None, rounds_floats=False).linear(source, bias, is_vocabulary=False)
 
@@ -175,7 +173,7 @@ class Packing:
     def _pack_parts(
         self,
         sources: Sequence[WeightSource],
-        biases: Sequence[Tensor] | None,
+        biases: Sequence[Floats] | None,
         orders: Sequence[Order],
         shares: _Shares,
     ) -> tuple[PackedLinear, ...]:
@@ -187,17 +185,17 @@ class Packing:
         for source, order in zip(stored, orders, strict=True):
             joined.append(np.where(order >= 0, order + first, -1))
             first += source.shape[0]
-        bias = None if biases is None else torch.cat(list(biases))
+        bias = None if biases is None else np.concatenate(biases)
         return (self._pack(stored, bias, np.concatenate(joined), shares),)
 
     def _pack_each(
         self,
         sources: Sequence[WeightSource],
-        biases: Sequence[Tensor] | None,
+        biases: Sequence[Floats] | None,
         orders: Sequence[Order],
         shares: _Shares = _ALONE,
     ) -> tuple[PackedLinear, ...]:
-        given: Sequence[Tensor | None] = biases or [None] * len(sources)
+        given: Sequence[Floats | None] = biases or [None] * len(sources)
         packed, strips = [], 0
         for source, bias, order in zip(sources, given, orders, strict=True):
             packed.append(self._pack([source], bias, order, shares, strips if shares.all_strips else 0))
@@ -207,7 +205,7 @@ class Packing:
     def _pack(
         self,
         sources: Sequence[WeightSource],
-        bias: Tensor | None,
+        bias: Floats | None,
         order: Order,
         shares: _Shares = _ALONE,
         first_strip: int = 0,
@@ -237,12 +235,11 @@ class Packing:
 
     def _transposed(self, source: WeightSource, num_heads: int) -> WeightSource:
         """Transpose each head's matrix. Codes, whose blocks run along rows, become floats, as FP8 does."""
-        rows, columns = source.shape
-        values = plain_tensor(source)
-        if FORMATS[source.format].is_quantised and not self.is_exact:
-            values = values.bfloat16()
-        heads = values.view(num_heads, rows // num_heads, columns).transpose(1, 2)
-        return from_floats(heads.reshape(num_heads * columns, -1))
+        if source.format not in WORDS:
+            values = decode(source)
+            is_rounded = FORMATS[source.format].is_quantised and not self.is_exact
+            source = as_bfloat16(values) if is_rounded else from_floats(values)
+        return source.transposed(num_heads)
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
         """Return a matrix as it will be packed: the file's own bytes, unless quantised or decoded here."""
@@ -250,14 +247,14 @@ class Packing:
         info = FORMATS[source.format]
         if info.has_kernel and not source.is_decoded and (info.is_quantised or self.quantise is None):
             rounds = self.rounds_floats and source.format in ROUNDED
-            return from_floats(decode(source).bfloat16()) if rounds else source
+            return as_bfloat16(decode(source)) if rounds else source
         if self.quantise is None:
             weights = decode(source)  # FP8, NVFP4: rounded to bfloat16, which has more bits
-            return from_floats(weights if self.is_exact else weights.bfloat16())
+            return from_floats(weights) if self.is_exact else as_bfloat16(weights)
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
         return WeightSource(
-            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name),
+            _C.quantise(np.ascontiguousarray(decode(source)), name),
             name,
             (rows, -(-columns // 32) * 32),
         )

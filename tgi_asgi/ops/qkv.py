@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache, keys_and_values
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import QkvWeight
@@ -19,7 +18,7 @@ def qkv(
     cache: Cache,
     rope: RopeTable | None,
     clip: float | None = None,
-    query_scales: Tensor | None = None,
+    query_scales: Floats | None = None,
 ) -> Value:
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from tgi_asgi.ops.layout import Floats
 
 _POSITIONS = 4096  # positions whose angles are computed at once
 
@@ -18,8 +19,8 @@ class RopeTable:
     A head's dims from rotary_dim on are not rotated.
     """
 
-    cos: Tensor  # [max_positions, rotary_dim / 2] float32
-    sin: Tensor  # the same shape and dtype
+    cos: Floats  # [max_positions, rotary_dim / 2] float32
+    sin: Floats  # the same shape and dtype
 
     @property
     def rotary_dim(self) -> int:
@@ -35,15 +36,15 @@ class RopeTable:
         Angles are rounded to float32, as in transformers: at position 1,500 the last bit of an angle is 1e-4,
         which shows in log-probabilities. `scale` multiplies both cosines and sines (YaRN's attention factor).
         """
-        frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32)
-        cos = torch.empty(max_positions, frequencies.numel())
-        sin = torch.empty_like(cos)
+        frequencies = np.array(inverse_frequencies, np.float32)
+        cos = np.empty((max_positions, frequencies.size), np.float32)
+        sin = np.empty_like(cos)
         for start in range(0, max_positions, _POSITIONS):  # float64 takes four times the table's memory
             stop = min(start + _POSITIONS, max_positions)
-            positions = torch.arange(start, stop, dtype=torch.float32)
-            angles = torch.outer(positions, frequencies).double()  # [stop - start, rotary_dim / 2]
-            cos[start:stop] = angles.cos() * scale
-            sin[start:stop] = angles.sin() * scale
+            positions = np.arange(start, stop, dtype=np.float32)
+            angles = np.outer(positions, frequencies).astype(np.float64)  # [stop - start, rotary_dim / 2]
+            cos[start:stop] = np.cos(angles) * scale
+            sin[start:stop] = np.sin(angles) * scale
         return cls(cos, sin)
 
     @staticmethod

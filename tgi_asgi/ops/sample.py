@@ -7,35 +7,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi import _C
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.sample_state import SampleState
+
+Ints = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """The sampled tokens; fresh tensors, one entry per row of the logits."""
+    """The sampled tokens; fresh arrays, one entry per row of the logits."""
 
-    token_ids: Tensor  # [n_rows] int32
-    is_finite: Tensor  # [n_rows] bool; False: the logits held NaN or +inf, or no token could be sampled
-    logprobs: Tensor  # [n_rows] float32, of the sampled token; NaN if the slot wants none
-    top_ids: Tensor  # [n_rows, max_top] int32, most probable first, lowest id first on ties
-    top_logprobs: Tensor  # [n_rows, max_top] float32
-    num_top: Tensor  # [n_rows] int32: number of a row's top entries that are filled
+    token_ids: Ints  # [n_rows] int32
+    is_finite: Bools  # [n_rows] bool; False: the logits held NaN or +inf, or no token could be sampled
+    logprobs: Floats  # [n_rows] float32, of the sampled token; NaN if the slot wants none
+    top_ids: Ints  # [n_rows, max_top] int32, most probable first, lowest id first on ties
+    top_logprobs: Floats  # [n_rows, max_top] float32
+    num_top: Ints  # [n_rows] int32: number of a row's top entries that are filled
     # [n_rows] bool: False if a draft before the row was rejected (another token was sampled); None: no
     # drafts.
-    is_accepted: Tensor | None = None
-
-    @classmethod
-    def of(cls, arrays: Sequence[npt.NDArray[np.generic]]) -> SampleResult:
-        """Wrap the arrays that the extension returns, in the order of the fields."""
-        return cls(*map(torch.from_numpy, arrays))
+    is_accepted: Bools | None = None
 
 
 def sample(
-    logits: Tensor,
+    logits: Floats,
     state: SampleState,
     slots: Sequence[int],
     *,
@@ -67,4 +64,4 @@ def sample(
     Raises:
         ValueError: if shapes do not fit, or a slot is out of range or named twice.
     """
-    return SampleResult.of(_C.sample(logits.numpy(), list(slots), state.arrays, mask, drafts))
+    return SampleResult(*_C.sample(logits, list(slots), state.arrays, mask, drafts))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.states import check_heads, states_of
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
@@ -29,17 +28,17 @@ class SelectiveScanWeight:
             `dt_limit`.
 
     Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if a tensor does not have one element per head.
+        TypeError: if a vector is not float32.
+        ValueError: if a vector does not have one element per head.
     """
 
     num_heads: int
     head_dim: int
     num_groups: int
     state_size: int
-    a: Tensor
-    d: Tensor
-    dt_bias: Tensor
+    a: Floats
+    d: Floats
+    dt_bias: Floats
     dt_limit: tuple[float, float] = (0.0, math.inf)
     dt_scale: float = 1.0
 

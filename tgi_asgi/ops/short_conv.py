@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.states import states
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
@@ -17,21 +18,21 @@ class ShortConvWeight:
     """The taps of each channel, [channels, taps] float32, the oldest token's first, and a bias [channels].
 
     Raises:
-        TypeError: if a tensor is not float32.
-        ValueError: if a tensor has another shape.
+        TypeError: if an array is not float32.
+        ValueError: if an array has another shape.
     """
 
-    taps: Tensor
-    bias: Tensor | None = None
+    taps: Floats
+    bias: Floats | None = None
 
     def __post_init__(self) -> None:
-        if self.taps.dim() != 2:
+        if self.taps.ndim != 2:
             raise ValueError(f"`taps` must be [channels, taps], got {list(self.taps.shape)}")
         if self.bias is not None and self.bias.shape != self.taps.shape[:1]:
             raise ValueError(f"`bias` must have {self.taps.shape[0]} elements, got {list(self.bias.shape)}")
-        for name, tensor in (("taps", self.taps), ("bias", self.bias)):
-            if tensor is not None and str(tensor.dtype) != "torch.float32":
-                raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+        for name, array in (("taps", self.taps), ("bias", self.bias)):
+            if array is not None and array.dtype != np.float32:
+                raise TypeError(f"`{name}` must be float32, got {array.dtype}")
 
 
 def short_conv(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.formats import FORMATS, float8_blocks, int4_blocks, int8_blocks
+from tgi_asgi.ops.layout import Floats
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The words of the formats that hold each number by itself.
+WORDS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,24 @@ class WeightSource:
         """
         if self.order is None:
             return self
-        weights = torch.empty(self.shape)
-        weights[:, torch.from_numpy(self.order)] = decode(replace(self, order=None))
-        halves = weights.half()
-        return from_floats(halves if halves.isfinite().all() else weights)
+        weights = np.empty(self.shape, np.float32)
+        weights[:, self.order] = decode(replace(self, order=None))
+        with np.errstate(over="ignore"):
+            halves = weights.astype(np.float16)
+        return from_floats(halves if np.isfinite(halves).all() else weights)
+
+    def transposed(self, num_matrices: int = 1) -> WeightSource:
+        """Return the transpose of each of the matrices that are stacked by rows: a copy.
+
+        Raises:
+            ValueError: if the format's blocks run along rows.
+        """
+        if self.format not in WORDS:
+            raise ValueError(f"matrices in {self.format} cannot be transposed: decode them first")
+        rows, columns = self.shape
+        words = self.data.view(WORDS[self.format]).reshape(num_matrices, rows // num_matrices, columns)
+        data = np.ascontiguousarray(words.swapaxes(1, 2)).reshape(-1).view(np.uint8)
+        return replace(self, data=data, shape=(num_matrices * columns, rows // num_matrices))
 
 
 def every_nth_row(source: WeightSource, first: int, step: int) -> WeightSource:
@@ -131,27 +145,19 @@ def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32])
     return WeightSource(*float8_blocks(codes, scales), codes.shape)
 
 
-def decoded_source(weights: npt.NDArray[np.float32]) -> WeightSource:
+def decoded_source(weights: Floats) -> WeightSource:
     """Wrap weights [rows, columns] that were decoded from at most eight bits each."""
     return WeightSource(
         np.ascontiguousarray(weights).reshape(-1).view(np.uint8), "F32", weights.shape, is_decoded=True
     )
 
 
-def decode(source: WeightSource) -> Tensor:
-    """Return a source as float32 in its shape, its columns in stored order."""
-    plain = _PLAIN.get(source.format)
-    if plain is not None:
-        return as_tensor(source.data).view(plain).view(source.shape).float()
-    return torch.from_numpy(_C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])).view(
-        source.shape
-    )
-
-
-def plain_tensor(source: WeightSource) -> Tensor:
-    """Return a source of floats as stored, a view; any other format is decoded."""
-    plain = _PLAIN.get(source.format)
-    return decode(source) if plain is None else as_tensor(source.data).view(plain).view(source.shape)
+def decode(source: WeightSource) -> Floats:
+    """Return a source as float32 in its shape, its columns in stored order; a view if it is F32."""
+    if source.format == "F32":
+        return source.data.view(np.float32).reshape(source.shape)
+    rows = _C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])
+    return rows.reshape(source.shape)
 
 
 def stack_rows(sources: Sequence[WeightSource]) -> WeightSource:
@@ -167,34 +173,19 @@ def stack_rows(sources: Sequence[WeightSource]) -> WeightSource:
         raise ValueError(f"the matrices must have the same columns, got {[each.shape for each in sources]}")
     is_decoded = all(source.is_decoded for source in sources)
     if len({source.format for source in sources}) > 1:
-        return from_floats(torch.cat([decode(source) for source in sources]))
+        return from_floats(np.concatenate([decode(source) for source in sources]))
     data = np.concatenate([source.data for source in sources])
     rows = sum(source.shape[0] for source in sources)
     return WeightSource(data, sources[0].format, (rows, sources[0].shape[1]), is_decoded=is_decoded)
 
 
-def from_floats(values: Tensor) -> WeightSource:
-    """Wrap float32, float16 or bfloat16 values."""
-    name = next(name for name, dtype in _PLAIN.items() if dtype is values.dtype)
-    data = values.contiguous().view(torch.uint8).reshape(-1).numpy()
-    return WeightSource(data, name, tuple(values.shape))
+def from_floats(values: npt.NDArray[np.float32] | npt.NDArray[np.float16]) -> WeightSource:
+    """Wrap float32 or float16 values."""
+    name = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}[values.dtype]
+    return WeightSource(np.ascontiguousarray(values).reshape(-1).view(np.uint8), name, values.shape)
 
 
-def as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
-    """Wrap bytes without a copy. Avoids torch's warning about read-only memory, which is only read here."""
-    if data.flags.writeable:
-        return torch.from_numpy(data.reshape(-1))
-    if data.size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    interface = dict(data.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    view = _Borrowed(interface, data)
-    return torch.as_tensor(np.asarray(view).reshape(-1))
-
-
-class _Borrowed:
-    """Presents read-only memory as writable and keeps its owner alive."""
-
-    def __init__(self, interface: dict[str, object], owner: object) -> None:
-        self.__array_interface__ = interface
-        self._owner = owner
+def as_bfloat16(values: Floats) -> WeightSource:
+    """Wrap float32 values, rounded to bfloat16."""
+    bits = _C.bfloat16_bits(np.ascontiguousarray(values))
+    return WeightSource(bits.reshape(-1).view(np.uint8), "BF16", values.shape)

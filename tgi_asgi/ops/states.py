@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import PANEL, STRIP
+from tgi_asgi.ops.layout import PANEL, STRIP, Floats
 
 _FLOAT_BYTES = 4
 _HALVES = 2  # places per running sequence: a step's initial state stays until the next has been computed
@@ -82,18 +82,18 @@ def states_of(operator: str, cache: object, num_floats: int) -> StateLayer:
     return layer
 
 
-def check_heads(num_heads: int, **tensors: Tensor) -> None:
+def check_heads(num_heads: int, **vectors: Floats) -> None:
     """Check that per-head parameters are float32 [num_heads].
 
     Raises:
-        TypeError: if a tensor has another dtype.
-        ValueError: if a tensor does not have one element per head.
+        TypeError: if a vector has another dtype.
+        ValueError: if a vector does not have one element per head.
     """
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != (num_heads,):
-            raise ValueError(f"`{name}` must have {num_heads} elements, got {list(tensor.shape)}")
-        if str(tensor.dtype) != "torch.float32":
-            raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+    for name, vector in vectors.items():
+        if vector.shape != (num_heads,):
+            raise ValueError(f"`{name}` must have {num_heads} elements, got {list(vector.shape)}")
+        if vector.dtype != np.float32:
+            raise TypeError(f"`{name}` must be float32, got {vector.dtype}")
 
 
 class StatePool:

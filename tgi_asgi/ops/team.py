@@ -6,8 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
-
 from tgi_asgi import _C
 
 # Lets a waking event loop run first. On an idle machine, nice 19 gains nothing more; next to one busy program
@@ -40,9 +38,8 @@ def configure_threads(
     The default is one thread per core that the process may use, by affinity and cgroup quota, not counting
     SMT siblings. On four cores or fewer the threads run at nice 5, so that the event loop does not have to
     wait for them (at equal priority, 4-11 ms). Threads are pinned if they are as many as the cores; a smaller
-    team would take cores that another process's team uses. torch's own threads would compete with the team,
-    so they are switched off for the process. While other programs use the cores, runs leave threads out,
-    which changes no result.
+    team would take cores that another process's team uses. While other programs use the cores, runs leave
+    threads out, which changes no result.
 
     Args:
         num_shards: Number of shards that share the cores, each with as many threads. This one has the
@@ -53,7 +50,6 @@ def configure_threads(
         nice = _NICE_ON_FEW_CORES if count * num_shards <= 4 else 0
     if pin is None:
         pin = hasattr(os, "sched_getaffinity") and count * num_shards == _C.num_cores()
-    torch.set_num_threads(1)
     # All threads of all shards meet at one barrier, so none of them can be left out.
     _C.configure_team(count, nice, pin, yields_cores=num_shards == 1)
     return count

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from tgi_asgi.ops.layout import STRIP
+from tgi_asgi.ops.layout import STRIP, Floats
 from tgi_asgi.ops.norm_weight import HeadNorms
 from tgi_asgi.ops.sources import WeightSource, decode
 
@@ -73,16 +71,16 @@ class ExpertsWeight:
 class Arithmetic(Protocol):
     """How a device computes products, and the weight layout that it needs for them."""
 
-    def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> Any:
+    def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> Any:
         """Make `LinearWeight.made`."""
 
-    def qkv(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight) -> Any:
+    def qkv(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight) -> Any:
         """Make `QkvWeight.made` from the sources of q, k and v."""
 
-    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> Any:
+    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> Any:
         """Make `GateUpWeight.made` from the sources of gate and up."""
 
-    def router(self, source: WeightSource, bias: Tensor | None) -> Any:
+    def router(self, source: WeightSource, bias: Floats | None) -> Any:
         """Make `LinearWeight.made` for a router: never quantised, as the choice of experts depends on it."""
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> Any:
@@ -92,9 +90,9 @@ class Arithmetic(Protocol):
         """Make `ExpertsWeight.made` from the results of `gate_up` and `linear` for each expert."""
 
 
-def vector(source: WeightSource) -> Tensor:
+def vector(source: WeightSource) -> Floats:
     """Return a norm's weight or a bias as float32 [elements]: a copy, so that no file stays mapped."""
-    return decode(source).reshape(-1).clone()
+    return decode(source).reshape(-1).copy()
 
 
 def linear_weight(
@@ -236,11 +234,11 @@ def _matrix(name: str, source: WeightSource) -> tuple[int, int]:
     return source.shape[0], source.shape[1]
 
 
-def _biases(biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]) -> list[Tensor] | None:
+def _biases(biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]) -> list[Floats] | None:
     if biases is None:
         return None
     found = [vector(bias) for bias in biases]
     for bias, source in zip(found, sources, strict=True):
         if bias.shape != (source.shape[0],):
-            raise ValueError(f"a bias must have {source.shape[0]} elements, got {tuple(bias.shape)}")
+            raise ValueError(f"a bias must have {source.shape[0]} elements, got {bias.shape}")
     return found

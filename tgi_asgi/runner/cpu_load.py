@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
-from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row
-from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
@@ -39,9 +35,12 @@ from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.model import GenericModel
+
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 
 
 class OnCpu:
@@ -64,12 +63,12 @@ class OnCpu:
         _check_served(opened, settings)
         self.dtype = _choose_dtype(settings.dtype)
         self.arithmetic = ops.Packing(
-            self.dtype is torch.float32,
+            self.dtype == "float32",
             _quantised(settings.quantize),
             rounds_floats=settings.dtype == "bfloat16",
             has_float_prompts=settings.prompt_precision == "bfloat16",
         )
-        budget = _divide(opened, settings, self.arithmetic, self.dtype, longest, cuts, free)
+        budget = _divide(opened, settings, self.arithmetic, longest, cuts, free)
         self._budget, self._opened = budget, opened
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
         self.longest = budget.cache.longest_fitting(longest)
@@ -113,7 +112,9 @@ class OnCpu:
             layout = ops.AdapterLayout(targets_of(model), settings.max_lora_rank, is_exact=is_exact)
             adapters = AdapterLoader(layout)
             log_adapter_memory(max_loaded_adapters(settings), adapters.max_bytes, budget.adapter_bytes)
-        if isinstance(model, EncoderModel):
+        if model.kind == "encoder":
+            from tgi_asgi.runner.encoder import EncoderRunner  # imports torch
+
             encoder = EncoderRunner(
                 model,
                 num_blocks=budget.cache.num_blocks,
@@ -148,7 +149,7 @@ class OnCpu:
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
-        return not isinstance(model, GenericModel | EncoderModel) or model.is_batch_invariant
+        return model.kind == "native" or model.is_batch_invariant
 
     def abandon(self) -> None:
         """End the other shards, as described in `Placement`."""
@@ -170,7 +171,7 @@ def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculati
 
 def _why_no_drafts(model: Model | GenericModel) -> str | None:
     """Return why drafts could change a model's text or not be undone; None if they are safe."""
-    if not isinstance(model, GenericModel):
+    if model.kind == "native":
         return None
     if model.config.has_states:
         return "its state of a sequence cannot be undone token by token"
@@ -215,7 +216,6 @@ def _divide(
     opened: OpenModel,
     settings: Settings,
     packing: ops.Packing,
-    dtype: torch.dtype,
     longest: int,
     cuts: Sequence[ModelCut],
     free: int,
@@ -242,7 +242,7 @@ def _divide(
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
-    kv_dtype = choose_cpu_dtype(config, settings, dtype)
+    kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
     cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
@@ -253,7 +253,7 @@ def _divide(
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
         cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
-    if isinstance(config, EncoderConfig):
+    if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
     return _MemoryBudget(cache, batch, num_kept, adapter_bytes)
 
@@ -264,7 +264,7 @@ def _are_rounded(tensors: list[tuple[str, int]]) -> bool:
     return 2 * num_rounded > sum(elements for _, elements in tensors)
 
 
-def _choose_dtype(name: str) -> torch.dtype:
+def _choose_dtype(name: str) -> str:
     dtype = _DTYPES.get(name)
     if dtype is None:
         raise ModelLoadError(f"--dtype {name} is not supported on a CPU: use bfloat16 or float32")

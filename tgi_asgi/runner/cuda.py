@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
@@ -111,7 +112,9 @@ class CudaRunner:
             model, device, limits, types, last_ids=self._sampler.state.last_ids, sample=self._sample,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
         )  # fmt: skip
-        self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=limits.max_batch_size)
+        self._scorer = PromptScorer(
+            self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_batch_size
+        )
         self._no_ids = np.zeros(limits.max_batch_size, np.int32)
         self._staging = [
             _Staging(device.pinned(limits.largest.num_bytes), self._sampler.staging())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import FlatRows
 from tgi_asgi.ops.cuda_batch import CudaBatch
-from tgi_asgi.ops.sample import SampleResult
+from tgi_asgi.ops.cuda_sample_state import DeviceSamples
 
 _ALIGNMENT = 16
 
@@ -146,15 +146,15 @@ def result_bytes(num_rows: int, max_top: int) -> int:
     return _num_bytes(_result_sections(num_rows, max_top))
 
 
-def view_result(memory: Tensor, num_rows: int, max_top: int) -> SampleResult:
+def view_result(memory: Tensor, num_rows: int, max_top: int) -> DeviceSamples:
     """Lay sampling results out in memory [result_bytes] uint8; top entries last, so copies can skip them."""
-    return SampleResult(**_views(memory, _result_sections(num_rows, max_top)))
+    return DeviceSamples(**_views(memory, _result_sections(num_rows, max_top)))
 
 
 def _result_sections(num_rows: int, max_top: int) -> list[_Section]:
     shapes = {"top_ids": (num_rows, max_top), "top_logprobs": (num_rows, max_top)}
     dtypes = {"is_finite": torch.bool, "logprobs": torch.float32, "top_logprobs": torch.float32}
-    names = sorted((field.name for field in fields(SampleResult)), key=lambda name: name in shapes)
+    names = sorted((field.name for field in fields(DeviceSamples)), key=lambda name: name in shapes)
     return [(name, shapes.get(name, (num_rows,)), dtypes.get(name, torch.int32)) for name in names]
 
 

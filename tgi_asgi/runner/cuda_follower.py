@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
 from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, must_fit, register_kernels
@@ -101,7 +101,7 @@ class Follower:
             OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened,
         ):
             opened.use_cut(job.cut)
-            arithmetic = ops.Repacking(job.types.dtype, device.device)
+            arithmetic = Repacking(job.types.dtype, device.device)
             model = opened.load(arithmetic, job.limits.max_context)
             assert isinstance(model, Decoder)  # only native families are cut
             self._model = model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -14,14 +15,14 @@ from tgi_asgi.formats.sources import ModelFiles, adapter_sources, max_loaded_ada
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
@@ -102,8 +103,9 @@ class OnCuda:
     ) -> None:
         config = _check_served(opened, settings)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
-        self.dtype = choose_dtype(settings.dtype, config)
-        self.arithmetic = ops.Repacking(self.dtype, device.device)
+        self._dtype = choose_dtype(settings.dtype, config)
+        self.dtype = dtype_name(self._dtype)
+        self.arithmetic = Repacking(self._dtype, device.device)
         self.longest, self.settings = longest, settings
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
@@ -111,7 +113,7 @@ class OnCuda:
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
-            self.shards = make_shards(files, settings, cuts, device, self.dtype, longest)
+            self.shards = make_shards(files, settings, cuts, device, self._dtype, longest)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
@@ -124,14 +126,14 @@ class OnCuda:
 
     def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         """Create the model's cache and runner, as described in `Placement`; GPUs do not pool."""
-        assert not isinstance(model, GenericModel | EncoderModel)  # refused by `_check_served`
+        assert model.kind == "native"  # refused by `_check_served`
         if self.settings.speculation is not None:
             logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
         adapters = None
         if self.settings.serves_adapters:
-            adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self.dtype))
+            adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
         runner, cache = make_runner(
-            model, self.settings, self._device, self.dtype, self.longest, self._kv_scales, self.shards,
+            model, self.settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
             None if adapters is None else adapters.layout,
         )  # fmt: skip
         return Placed(runner, cache, adapters)
@@ -273,7 +275,7 @@ def make_runner(
     max_total_tokens: int,
     kv_scales: Sequence[tuple[float, float]] | None = None,
     shards: CudaShards | None = None,
-    adapters: ops.CudaAdapterLayout | None = None,
+    adapters: CudaAdapterLayout | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
@@ -288,14 +290,14 @@ def make_runner(
     """
     types = replace(types_of(settings, dtype), kv_scales=kv_scales)
     kv_dtype = dtype if types.kv is None else types.kv
-    groups = gpu_groups_of(model.config, kv_dtype)
+    groups, kv_name = gpu_groups_of(model.config, kv_dtype.itemsize), dtype_name(kv_dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
         usable = bytes_for_cache(free_bytes)
-        size = choose_size(model.config, settings, groups, kv_dtype, max_total_tokens, usable, share=1.0)
+        size = choose_size(model.config, settings, groups, kv_name, max_total_tokens, usable, share=1.0)
         sizes.append(size)
         return size
 
@@ -320,7 +322,7 @@ def bytes_for_cache(free_bytes: int) -> int:
 
 def make_adapter_layout(
     model: Model, settings: Settings, device: Device, dtype: torch.dtype
-) -> ops.CudaAdapterLayout:
+) -> CudaAdapterLayout:
     """Allocate the slots of adapters on the device, as many as a step may have.
 
     Raises:
@@ -331,7 +333,7 @@ def make_adapter_layout(
         num_slots = min(num_slots, max(len(adapter_sources(settings)), 1))
     targets, rank = targets_of(model), settings.max_lora_rank
     try:
-        layout = ops.CudaAdapterLayout(targets, rank, num_slots=num_slots, dtype=dtype, device=device.device)
+        layout = CudaAdapterLayout(targets, rank, num_slots=num_slots, dtype=dtype, device=device.device)
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(
             f"the GPU has no memory for {num_slots} adapters of rank {rank}: lower --max-loras or "
@@ -354,3 +356,8 @@ def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
         f"--kv-cache-dtype {name} is not supported on a GPU: use auto or fp8_e4m3fn, or hide the GPU with "
         "CUDA_VISIBLE_DEVICES="
     )
+
+
+def dtype_name(dtype: torch.dtype) -> ops.KvDtype:
+    """Return the name of a type that a GPU computes or caches in."""
+    return cast(ops.KvDtype, str(dtype).removeprefix("torch."))

@@ -110,7 +110,7 @@ class CudaSampler:
         max_top = self._max_top if self.state.max_top(slots) > 0 else 0
         count = result_bytes(num_rows, max_top)
         staging.results[:count].copy_(self._results[:count], non_blocking=True)
-        return view_result(staging.results, num_rows, max_top)
+        return view_result(staging.results, num_rows, max_top).on_host()
 
     def accept(self, slots: Iterable[int], sampled: Iterable[Sampled]) -> None:
         """Advance grammars by the sampled tokens, and mark samples that end or fail their sequences."""

@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from tgi_asgi import ops
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
@@ -167,5 +165,5 @@ def _end(step: PendingStep, outcome: StepResult | Exception) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is one of torch's out-of-memory errors."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Return whether an error is that of numpy, or that of torch's allocator on a CPU."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
@@ -25,7 +23,7 @@ class KvSize:
     num_blocks: int
     needs: BlockNeeds  # of the sequences that share it
     bytes_per_token: int  # of one group's layers
-    dtype: torch.dtype
+    dtype: ops.KvDtype
 
     @property
     def block_size(self) -> int:
@@ -57,23 +55,23 @@ class KvSize:
         return max(num_sequences * longest, self.num_tokens)
 
 
-def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
+def groups_of(config: ServedConfig, kv_dtype: ops.KvDtype) -> CacheGroups:
     """Return which of a model's layers share block tables on a CPU."""
     sizes = [ops.kv_bytes_per_token(cache, kv_dtype) for cache in config.caches]
     return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
 
-def gpu_groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
-    """Return a GPU's groups: plain values, all layers in one."""
+def gpu_groups_of(config: ServedConfig, item_bytes: int) -> CacheGroups:
+    """Return a GPU's groups: plain values of `item_bytes`, all layers in one."""
     sizes = [(each.head_dim + each.value_dim) * each.num_kv_heads for each in config.caches]
-    return CacheGroups.of([None] * len(sizes), [size * kv_dtype.itemsize for size in sizes])
+    return CacheGroups.of([None] * len(sizes), [size * item_bytes for size in sizes])
 
 
 def choose_size(
     config: ServedConfig,
     settings: Settings,
     groups: CacheGroups,
-    kv_dtype: torch.dtype,
+    kv_dtype: ops.KvDtype,
     max_total_tokens: int,
     free_bytes: int,
     *,
@@ -141,25 +139,25 @@ def step_tokens(settings: Settings) -> int:
     return settings.max_batch_prefill_tokens + settings.max_batch_size
 
 
-def choose_cpu_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
+def choose_cpu_dtype(config: ServedConfig, settings: Settings, *, is_exact: bool) -> ops.KvDtype:
     """Return a CPU's type of keys and values: that of the arithmetic, unless the administrator chose int8.
 
     Args:
-        dtype: Type of the arithmetic.
+        is_exact: Whether the arithmetic is in float32.
 
     Raises:
         ModelLoadError: if the cache cannot have the type given by --kv-cache-dtype.
     """
     if settings.kv_cache_dtype != "int8":
-        return torch.float32 if dtype is torch.float32 else torch.bfloat16
-    if dtype is torch.float32:
+        return "float32" if is_exact else "bfloat16"
+    if is_exact:
         raise ModelLoadError("--kv-cache-dtype int8 contradicts --dtype float32, which is exact")
     try:
         for cache in config.caches:
-            ops.kv_bytes_per_token(cache, torch.int8)
+            ops.kv_bytes_per_token(cache, "int8")
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
-    return torch.int8
+    return "int8"
 
 
 def kv_scales_of(opened: OpenModel, settings: Settings) -> list[tuple[float, float]] | None:

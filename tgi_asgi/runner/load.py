@@ -5,13 +5,14 @@ Prints nothing: `progress` receives the current activity and its bytes done.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tgi_asgi
 from tgi_asgi import ops
@@ -19,12 +20,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
-from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
-from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cpu_load import OnCpu
-from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.free_memory import free_memory
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
@@ -37,6 +34,10 @@ from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor, ModelInfo, Progress
+
+if TYPE_CHECKING:
+    from tgi_asgi.runner.cuda_device import Device
+    from tgi_asgi.runner.cuda_shards import CudaShards
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
 
 
 def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: ExitStack) -> LoadedModel:
-    device = cuda_load.find_device()
+    device = find_device()
     num_threads = ops.configure_threads(
         _usable_threads(settings.num_threads), nice=settings.thread_nice, num_shards=settings.num_shard
     )
@@ -91,11 +92,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         reading = executor.submit(opened.read_text)  # in parallel with the weights: both take about as long
         free = free_memory()
         longest = choose_context(opened.config, settings.max_total_tokens, free)
-        place: Placement
-        if device is None:
-            place = OnCpu(opened, files, settings, longest, free)
-        else:
-            place = cuda_load.OnCuda(opened, files, settings, device, longest)
+        place = _place(opened, files, settings, device, longest, free)
         failing.callback(place.abandon)
         check_rope_fits(opened.config, place.longest, free)
         image_processor = opened.read_image_processor()
@@ -115,6 +112,29 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
     )
 
 
+def find_device() -> Device | None:
+    """Return the GPU for steps, if there is one; imports torch only if there are kernels for it."""
+    if importlib.util.find_spec("tgi_asgi._cuda") is None:
+        return None
+    from tgi_asgi.runner import cuda_load
+
+    return cuda_load.find_device()
+
+
+def _place(
+    opened: OpenModel, files: ModelFiles, settings: Settings, device: Device | None, longest: int, free: int
+) -> Placement:
+    if device is not None or opened.kind != "native":
+        import torch
+
+        torch.set_num_threads(1)  # its threads would compete with the team
+    if device is None:
+        return OnCpu(opened, files, settings, longest, free)
+    from tgi_asgi.runner.cuda_load import OnCuda
+
+    return OnCuda(opened, files, settings, device, longest)
+
+
 def _describe(
     place: Placement, placed: Placed, opened: OpenModel, model: ServedModel, files: ModelFiles,
     weights: TrackedWeights, tokenizer: Tokenizer, num_threads: int,
@@ -128,7 +148,7 @@ def _describe(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
         architecture=config.architecture,
-        dtype=str(place.dtype).removeprefix("torch."),
+        dtype=place.dtype,
         device=place.device,
         vocab_size=config.vocab_size,
         max_input_tokens=_max_input_tokens(settings, max_total_tokens),
@@ -187,12 +207,12 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
         logger.warning("no native family computes this model: %s", why_generic)
 
     architecture, version = model.config.architecture, transformers.__version__
-    if isinstance(model, EncoderModel) and model.config.sequential_reason:
+    if model.kind == "encoder" and model.config.sequential_reason:
         logger.warning(
             "%s runs one text at a time, slowly, on the code of transformers %s: %s",
             architecture, version, model.config.sequential_reason,
         )  # fmt: skip
-    elif not isinstance(model, GenericModel | EncoderModel):
+    elif model.kind == "native":
         logger.info("%s of transformers %s has the common shape: native code runs it", architecture, version)
     elif model.config.sequential_reason:
         logger.warning(

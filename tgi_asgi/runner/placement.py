@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tgi_asgi import ops
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.cuda import CudaRunner
-from tgi_asgi.runner.cuda_shards import CudaShards
-from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings import Settings
 
-Runner = CpuRunner | CudaRunner | EncoderRunner
+if TYPE_CHECKING:  # these import torch
+    from tgi_asgi.runner.cuda import CudaRunner
+    from tgi_asgi.runner.cuda_shards import CudaShards
+    from tgi_asgi.runner.encoder import EncoderRunner
+
+Runner: TypeAlias = "CpuRunner | CudaRunner | EncoderRunner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Placement(Protocol):
         """The device: cpu or cuda."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that products compute in."""
+    def dtype(self) -> str:
+        """The type that products compute in, by its name."""
 
     @property
     def arithmetic(self) -> ops.Arithmetic:

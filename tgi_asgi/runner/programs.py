@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
-from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DraftLimits
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.model import GenericModel
+    from tgi_asgi.models.generic.vision.program import VisionProgram
 
 SUPPLIED_BYTES = 192 << 20  # of the cache to commit ahead of its use: 8,000 tokens of the default model
 
@@ -33,11 +36,11 @@ class Program(Protocol):
 
     def roll_back_to(self, num_steps: int) -> None: ...
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats: ...
 
-    def run_head(self, rows: Sequence[int]) -> Tensor: ...
+    def run_head(self, rows: Sequence[int]) -> Floats: ...
 
-    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]: ...
+    def hidden(self, start: int, stop: int) -> Floats: ...
 
     def run_and_sample(
         self,
@@ -95,7 +98,7 @@ def make_program(
         adapters: Layout of the adapters that rows may have.
         shard: The shard whose part of the model this is, if the model is split.
     """
-    if isinstance(model, GenericModel):
+    if model.kind == "generic":
         return model.program(caches, max_context, image_cache, adapters)
     per_row, per_step = (drafts.per_row, drafts.per_step) if drafts is not None else (0, 0)
     states = make_states(model.config, max_batch_size, num_kept_states, per_row)
@@ -103,3 +106,13 @@ def make_program(
         record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
         max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters, shard=shard,
     )  # fmt: skip
+
+
+def vision_program(program: Program, model: Model | GenericModel) -> VisionProgram | None:
+    """Return the program as one that encodes images; None if the model accepts none."""
+    if model.kind == "native" or model.config.vision is None:
+        return None
+    from tgi_asgi.models.generic.vision.program import VisionProgram
+
+    assert isinstance(program, VisionProgram)
+    return program

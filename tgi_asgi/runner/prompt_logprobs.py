@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tgi_asgi import ops
+from tgi_asgi.ops.logprobs import Ids
 from tgi_asgi.runner.plan import PromptLogprobs, StepRow
 from tgi_asgi.runner.sampling import unpack_top
 
-_Score = Callable[[Tensor, Tensor, int], ops.TokenLogprobs]
+_Logits = TypeVar("_Logits")  # the device's: an array or a tensor [n_rows, vocab]
 
 _ROWS = 64  # rows of logits at a time: 12 MB with 49,152 tokens, 64 MB with 256k
 
 
-class PromptScorer:
+class PromptScorer(Generic[_Logits]):
     """Scores each token of a chunk with the logits of the token before it.
 
     The first token of a chunk needs the last logits of the previous chunk, which are kept by slot.
@@ -24,15 +25,21 @@ class PromptScorer:
     Args:
         logits: Computes the logits of tokens of the last step; valid until its next call.
         token_logprobs: Scores them on their device, as the operator of that name.
+        copy: Copies them.
         max_rows: Maximum number of rows per call.
     """
 
     def __init__(
-        self, logits: Callable[[Sequence[int]], Tensor], token_logprobs: _Score, *, max_rows: int = _ROWS
+        self,
+        logits: Callable[[Sequence[int]], _Logits],
+        token_logprobs: Callable[[_Logits, Ids, int], ops.TokenLogprobs],
+        copy: Callable[[_Logits], _Logits],
+        *,
+        max_rows: int = _ROWS,
     ) -> None:
-        self._logits, self._token_logprobs = logits, token_logprobs
+        self._logits, self._token_logprobs, self._copy = logits, token_logprobs, copy
         self._max_rows = min(max_rows, _ROWS)
-        self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
+        self._tails: dict[int, _Logits] = {}  # slot -> logits [1, vocab] after its last token so far
 
     def forget(self, slot: int) -> None:
         """Drop a slot's state; another sequence uses the slot."""
@@ -60,10 +67,10 @@ class PromptScorer:
             logits = self._logits(range(first + start, first + stop))
             result += self._pairs(logits, tokens[start + 1 : stop + 1], num_top)
         if not row.samples:  # more of the prompt may follow
-            self._tails[row.slot] = self._logits([first + last]).clone()
+            self._tails[row.slot] = self._copy(self._logits([first + last]))
         return result
 
-    def _pairs(self, logits: Tensor, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
-        found = self._token_logprobs(logits, torch.tensor(tokens, dtype=torch.int32), num_top)
+    def _pairs(self, logits: _Logits, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
+        found = self._token_logprobs(logits, np.array(tokens, np.int32), num_top)
         tops = unpack_top(found.top_ids.tolist(), found.top_logprobs.tolist(), [num_top] * len(tokens))
         return list(zip(found.logprobs.tolist(), tops, strict=True))

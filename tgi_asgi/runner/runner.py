@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.generic.model import GenericModel
-from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts
 from tgi_asgi.runner.handoff import StepHandoff
@@ -25,12 +24,15 @@ from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
-from tgi_asgi.runner.programs import make_pool, make_program
+from tgi_asgi.runner.programs import make_pool, make_program, vision_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import StepSamples, start_slot
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.model import GenericModel
 
 
 class CpuRunner:
@@ -100,7 +102,7 @@ class CpuRunner:
         self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
-        self._vision_program = self._program if isinstance(self._program, VisionProgram) else None
+        self._vision_program = vision_program(self._program, model)
         self.traits = RunnerTraits(
             num_blocks=kv_size.num_blocks,
             block_size=kv_size.block_size,
@@ -115,7 +117,9 @@ class CpuRunner:
         )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
-        self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
+        self._scorer = PromptScorer(
+            self._program.run_head, ops.token_logprobs, np.copy, max_rows=max_batch_size
+        )
         self._generates = config.generates
         self._vectors = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
@@ -297,7 +301,7 @@ class CpuRunner:
             if row.pooling.kind is not PoolingKind.LOGITS:
                 vector = self._vectors.take(firsts[index], row)
             elif row.samples:
-                logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0].numpy()
+                logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0]
                 vector, has_logits = logits[list(row.pooling.token_ids)], True  # a copy
             if vector is not None:
                 result.pooled[index] = vector

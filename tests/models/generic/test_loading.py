@@ -26,7 +26,6 @@ from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericConfig
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 
@@ -325,7 +324,7 @@ def test_a_gguf_file_has_no_code_of_transformers(tmp_path: Path) -> None:
 def test_a_gpu_refuses_before_weights_are_read(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_load, "find_device", EmulatedDevice)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", EmulatedDevice)
     folder = with_config(checkpoint("gptj"), tmp_path)
     (folder / "tokenizer.json").write_bytes((checkpoint("gptj") / "tokenizer.json").read_bytes())
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2)

@@ -15,6 +15,7 @@ from tests.support.generic import load_generic
 from tgi_asgi import ops
 from tgi_asgi.models.generic.modules import Activation, Norm, PackedModule
 from tgi_asgi.models.generic.probes import activation_of, is_layer_norm
+from tgi_asgi.ops import direct
 
 # The modules of GPT-BigCode before 5.22.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -62,7 +63,7 @@ def test_torch_computes_no_norm_and_no_activation(model_type: str, checkpoint: C
 def test_activations_are_known_by_what_they_compute(activation: str) -> None:
     class Unnamed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return ops.GATED_ACTIVATIONS[activation](x)
+            return direct.ACTIVATION_FUNCTIONS[activation](x)
 
     assert activation_of(Unnamed()) == activation
 

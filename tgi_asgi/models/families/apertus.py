@@ -5,9 +5,8 @@ Source: Project Apertus, arXiv 2509.14233, section 2.1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-
-import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
@@ -88,7 +87,7 @@ class ApertusLayer(Layer):
 
 
 def _softplus(x: float) -> float:
-    return float(torch.nn.functional.softplus(torch.tensor(x)))
+    return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
 
 
 class Apertus(Decoder):

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import Tensor
-
 from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
@@ -19,6 +17,7 @@ from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import default_rope, num_layers, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+from tgi_asgi.ops.layout import Floats
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -80,7 +79,7 @@ class GptOssWeights(LayerWeights):
 
     expert_names = (ExpertNames(router="mlp.router"),)
 
-    def sinks(self) -> Tensor:
+    def sinks(self) -> Floats:
         """Return the heads' attention sinks [num_heads] float32."""
         name = "self_attn.sinks"
         return ops.vector(self.get(name if self.has(name) else f"{name}.weight", self.config.num_heads))
@@ -118,7 +117,7 @@ class GptOssWeights(LayerWeights):
         for gate_up, down, of_gate_up, bias_of_down in zip(gate_ups, downs, both, of_down, strict=True):
             gate, up = (ops.every_nth_row(gate_up, first, 2) for first in (0, 1))
             bias = ops.vector(of_gate_up)
-            biases = [ops.from_floats(bias[first::2].contiguous()) for first in (0, 1)]
+            biases = [ops.from_floats(bias[first::2]) for first in (0, 1)]
             yield [gate, up, down], [*biases, bias_of_down]
 
     def _matrices(self, name: str, count: int, rows: int, columns: int) -> Iterator[ops.WeightSource]:
@@ -128,7 +127,7 @@ class GptOssWeights(LayerWeights):
                 yield self.get(f"mlp.experts.{index}.{name}.weight", rows, columns)
             return
         for turned in stack(self, f"mlp.experts.{name}", count, columns, rows):
-            yield ops.from_floats(ops.plain_tensor(turned).T.contiguous())
+            yield turned.transposed()
 
 
 class GptOss(Decoder):

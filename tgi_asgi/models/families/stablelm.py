@@ -5,7 +5,7 @@ StableLM 2 12B has parallel attention and MLP after one norm, and norms per head
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
@@ -57,8 +57,8 @@ class StableLmWeights(LayerWeights):
             weight = ops.vector(self.get(whole, num_heads, size))
         else:
             names = [f"self_attn.{name}_layernorm.norms.{head}.weight" for head in range(num_heads)]
-            weight = torch.cat([ops.vector(self.get(each, size)) for each in names])
-        return ops.NormWeight.layer(weight.numel(), self.config.norm_eps, weight=weight)
+            weight = np.concatenate([ops.vector(self.get(each, size)) for each in names])
+        return ops.NormWeight.layer(weight.size, self.config.norm_eps, weight=weight)
 
 
 class StableLm(Decoder):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic.discover import AttentionLayer
+from tgi_asgi.ops.paged import PagedAttention
 
 NAME = "tgi"
 _running = threading.local()
@@ -35,9 +36,9 @@ class PagedLayers:
     ) -> None:
         self._layers, self._caches = layers, caches
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
-        self._paged = ops.PagedAttention(max_context=max_context)
-        self._paged_ahead: ops.PagedAttention | None = None  # created when first needed
-        self._ahead: ops.PagedAttention | None = None  # for this step's layers with windows
+        self._paged = PagedAttention(max_context=max_context)
+        self._paged_ahead: PagedAttention | None = None  # created when first needed
+        self._ahead: PagedAttention | None = None  # for this step's layers with windows
         self._max_context = max_context
         self._positions = torch.empty(0)
         self._next = 0
@@ -59,7 +60,7 @@ class PagedLayers:
             self._paged.begin(batch, visible_until)
             return
         if self._paged_ahead is None:
-            self._paged_ahead = ops.PagedAttention(max_context=self._max_context)
+            self._paged_ahead = PagedAttention(max_context=self._max_context)
         self._ahead = self._paged_ahead
         self._ahead.begin(batch, visible_until)
 
@@ -108,14 +109,14 @@ def spec_of(
     kwargs: Mapping[str, Any], *, scale: float, window: int | None, chunk: int | None = None
 ) -> ops.AttentionSpec:
     """Return how a layer attends, from the arguments of its calls."""
-    sinks = kwargs.get("s_aux")
+    sinks, slopes = kwargs.get("s_aux"), kwargs.get("slopes")
     return ops.AttentionSpec(
         scale=scale,
         window=window,
         chunk=chunk,
         soft_cap=kwargs.get("softcap"),
-        sinks=None if sinks is None else sinks.detach().float().reshape(-1),
-        slopes=kwargs.get("slopes"),
+        sinks=None if sinks is None else sinks.detach().float().reshape(-1).numpy(),
+        slopes=None if slopes is None else slopes.detach().float().contiguous().numpy(),
     )
 
 

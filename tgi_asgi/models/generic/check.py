@@ -146,7 +146,7 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     found = []
     for name, rows in steps:
         batch = flat_rows(rows, width)
-        logits = program.run(batch, range(len(batch.ids)))
+        logits = torch.from_numpy(program.run(batch, range(len(batch.ids))))
         at = 0
         for index, ids, start in rows:
             found.append((name, index, start, logits[at : at + len(ids)].clone()))
@@ -167,17 +167,15 @@ def run_step(model: GenericModel, num_tokens: int) -> None:
 
 def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:
     shapes = model.config.caches
-    return (
-        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32) if shapes else None
-    )
+    return ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype="float32") if shapes else None
 
 
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
     """Return whether a sequence's logits at several offsets of a step have the bits that it has alone."""
-    alone = program.run(flat_rows([(0, first, 0)], width), range(len(first))).clone()
+    alone = program.run(flat_rows([(0, first, 0)], width), range(len(first))).copy()
     for before in (1, 2, 5):
         batch = flat_rows([(1, second[:before], 0), (0, first, 0)], width)
-        if not torch.equal(program.run(batch, range(before, before + len(first))), alone):
+        if not np.array_equal(program.run(batch, range(before, before + len(first))), alone):
             return False
     return True
 

@@ -27,6 +27,7 @@ from tgi_asgi.models.generic.discover import AttentionLayer, arguments
 from tgi_asgi.models.generic.probes import activation_of, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import Filler, owner_of
 from tgi_asgi.models.loading import WHOLE, NamedWeights
+from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class CommonDecoder:
         )
         try:
             first, expected = self._own(source, chosen, ids)
-            table = ops.plain_tensor(source.get("model.embed_tokens.weight", (rows, config.hidden_size)))
+            table = plain_tensor(source.get("model.embed_tokens.weight", (rows, config.hidden_size)))
             factor = _ratio(first, table[torch.from_numpy(ids)].float())
             config = replace(config, embedding_factor=factor)
             found = _run(Decoder(config, source, ops.Packing(is_exact=True), self._max_positions), ids)
@@ -289,7 +290,7 @@ class _Canonical:
     def _whole(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
         source = self._filler.source(self._own_name(name))
         if name.endswith("norm.weight") and self._offset:
-            return ops.from_floats(ops.plain_tensor(source).float() + self._offset)
+            return from_tensor(plain_tensor(source).float() + self._offset)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             source = source.rows(0, self._rows)
         if source.shape != shape:
@@ -307,7 +308,7 @@ class _Canonical:
             source = self._filler.source(name)
             if name in vocabulary:
                 source = source.rows(0, self._rows)
-            yield name, ops.plain_tensor(source.in_order()).float()
+            yield name, plain_tensor(source.in_order()).float()
 
     def unread(self) -> list[str]:
         """Return nothing: the filler has already refused unknown tensors."""
@@ -359,7 +360,7 @@ def _run(model: Model, ids: Any) -> Tensor:
     """Return a native model's logits for these tokens."""
     config = model.config
     num_blocks = -(-len(ids) // _BLOCK)
-    pool = ops.KvPool(config.caches, num_blocks=num_blocks, block_size=_BLOCK, dtype=torch.float32)
+    pool = ops.KvPool(config.caches, num_blocks=num_blocks, block_size=_BLOCK, dtype="float32")
     program = ops.CpuProgram(
         record(model, pool.layers), max_tokens=len(ids), max_sequences=1, max_rows=len(ids),
         max_context=num_blocks * _BLOCK,
@@ -369,4 +370,4 @@ def _run(model: Model, ids: Any) -> Tensor:
         ids=ids, positions=positions, slots=positions, query_start=[0, len(ids)], context_len=[len(ids)],
         block_table=np.arange(num_blocks, dtype=np.int32)[None],
     )  # fmt: skip
-    return program.run(batch, range(len(ids))).clone()
+    return torch.from_numpy(program.run(batch, range(len(ids))).copy())

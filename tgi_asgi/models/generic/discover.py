@@ -245,7 +245,7 @@ class _Probe:
             self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not support")
         for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
             try:
-                ops.cached_head_dim(dim, torch.float32, name)
+                ops.cached_head_dim(dim, "float32", name)
             except ValueError as error:
                 self.problems.append(f"the cache does not support a layer's heads: {error}")
         self.has_slopes |= kwargs.get("slopes") is not None

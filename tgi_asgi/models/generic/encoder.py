@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
@@ -30,9 +30,8 @@ from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulat
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
 from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.models.loading.recognise import CLASSIFIER, TOKEN_HEADS
 
-_CLASSIFIER = "ForSequenceClassification"
-_HEADS = ("ForMaskedLM", "ForPreTraining")  # heads that give tokens, which are left out
 _MAX_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
 
 
@@ -86,18 +85,14 @@ class EncoderConfig:
         return True
 
 
-def produces_vectors(architecture: str) -> bool:
-    """Return whether an architecture is a model without a head that generates text."""
-    is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
-    return architecture.endswith(("Model", _CLASSIFIER, *_HEADS)) and not is_head
-
-
 class OpenEncoder:
     """A checkpoint directory's model, built without weights.
 
     Raises:
         ModelLoadError: if it does not produce vectors. No weights have been read then.
     """
+
+    kind: ClassVar[Literal["encoder"]] = "encoder"
 
     def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
         self.architecture = str(config["architectures"][0])
@@ -125,7 +120,7 @@ class OpenEncoder:
         rows, columns = base.get_input_embeddings().weight.shape
         first = first_position(base)
         context = min(context_length(text) - first, MAX_CONTEXT)
-        is_classifier = self.architecture.endswith(_CLASSIFIER)
+        is_classifier = self.architecture.endswith(CLASSIFIER)
         layers: list[WholeLayer] = []
         reason = ""
         try:
@@ -202,6 +197,8 @@ class EncoderModel:
             element's position.
     """
 
+    kind: ClassVar[Literal["encoder"]] = "encoder"
+
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
         base = module.base_model
@@ -224,7 +221,7 @@ class EncoderModel:
 
 def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code: bool) -> Any:
     """Return the module that computes the vectors, without a token head and without its pooler."""
-    for head in _HEADS:
+    for head in TOKEN_HEADS:
         name = name.removesuffix(head) + "Model" if name.endswith(head) else name
     model = build(directory, {**config, "architectures": [name]}, trusts_code=trusts_code)
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:

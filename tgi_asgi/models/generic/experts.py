@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tgi_asgi import ops
 from tgi_asgi.models.generic.modules import Precision
 from tgi_asgi.ops import direct
+from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 _LIMITS = ("limit", "swiglu_limit")
@@ -55,7 +56,7 @@ class Gate:
         """Return, computed with torch, the kernels' result for rows [n, 2 * size]."""
         gate, up = self.halves(rows)
         if self.clamped is None:
-            return ops.GATED_ACTIVATIONS[self.activation](gate) * up
+            return direct.ACTIVATION_FUNCTIONS[self.activation](gate) * up
         limit = self.clamped.limit
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(self.clamped.slope * gate) * (up + self.clamped.offset)
@@ -164,10 +165,10 @@ class ExpertsLoader:
     def _source(self, weight: Any) -> ops.WeightSource:
         if isinstance(weight, ops.WeightSource):
             return weight
-        return ops.from_floats((weight.T if self._module.is_transposed else weight).contiguous())
+        return from_tensor((weight.T if self._module.is_transposed else weight).contiguous())
 
     def _pack_down(self, source: ops.WeightSource, bias: Tensor | None) -> ops.LinearWeight:
-        vector = None if bias is None else ops.from_floats(bias.contiguous())
+        vector = None if bias is None else from_tensor(bias.contiguous())
         return ops.linear_weight(source, self._how.arithmetic, bias=vector)
 
     def _pack_up(self, source: ops.WeightSource, bias: Tensor | None) -> ops.GateUpWeight | ops.LinearWeight:
@@ -175,13 +176,13 @@ class ExpertsLoader:
             return self._pack_down(source, bias)
         rows = source.shape[0]
         if self._gate.is_interleaved:
-            matrix = ops.plain_tensor(source.in_order())
-            gate, up = (ops.from_floats(matrix[which::2].contiguous()) for which in (0, 1))
+            matrix = plain_tensor(source.in_order())
+            gate, up = (from_tensor(matrix[which::2].contiguous()) for which in (0, 1))
         else:
             gate, up = source.rows(0, rows // 2), source.rows(rows // 2, rows)
         biases = None
         if bias is not None:
-            biases = [ops.from_floats(half.contiguous()) for half in self._gate.halves(bias)]
+            biases = [from_tensor(half.contiguous()) for half in self._gate.halves(bias)]
         return ops.gate_up_weight(gate, up, self._how.arithmetic, biases=biases)
 
 
@@ -228,4 +229,4 @@ def is_experts(module: Any) -> bool:
 
 def tensor_of(value: ops.WeightSource | Tensor) -> Tensor:
     """Return a weight as floats, in its own order of columns."""
-    return value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+    return value if isinstance(value, Tensor) else plain_tensor(value.in_order())

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -113,6 +113,8 @@ class OpenGeneric:
     Raises:
         ModelLoadError: if it is not servable. No weights have been read then.
     """
+
+    kind: ClassVar[Literal["generic"]] = "generic"
 
     def __init__(
         self,
@@ -239,6 +241,8 @@ class GenericModel:
             may round differently with the number of rows, torch's sines with an element's position, and
             recurrent scans with the way a prompt is split.
     """
+
+    kind: ClassVar[Literal["generic"]] = "generic"
 
     def __init__(
         self, module: Any, config: GenericConfig, replaced: Replaced, recurrent: RecurrentLayers | None,

@@ -105,8 +105,10 @@ class Norm(nn.Module):
     def __init__(self, made: NormWeight) -> None:
         super().__init__()
         self.made = made
-        self.weight = nn.Parameter(made.weight, requires_grad=False)  # other code may read both
-        self.bias = None if made.bias is None else nn.Parameter(made.bias, requires_grad=False)
+        # Other code may read both.
+        self.weight = nn.Parameter(torch.from_numpy(made.weight), requires_grad=False)
+        bias = None if made.bias is None else torch.from_numpy(made.bias)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of each row."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi import ops
+from tgi_asgi.ops import direct
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -57,7 +57,7 @@ def gated_activation(module: nn.Module) -> str | None:
     finally:
         module._modules.update(children)
     gate, up = x @ weights["gate_proj"].T, x @ weights["up_proj"].T
-    for name, function in ops.GATED_ACTIVATIONS.items():
+    for name, function in direct.ACTIVATION_FUNCTIONS.items():
         if _is_close(found, (function(gate) * up) @ weights["down_proj"].T, atol=1e-4):
             return name
     return None
@@ -114,7 +114,7 @@ def activation_of(module: nn.Module) -> str | None:
         return None
     x = torch.linspace(-30, 30, 4096).reshape(2, 2048)  # beyond the limits of clipped ones
     found = _run_with(module, x.clone())  # some write to their input
-    for name, function in ops.GATED_ACTIVATIONS.items():
+    for name, function in direct.ACTIVATION_FUNCTIONS.items():
         if _is_close(found, function(x), rtol=1e-5, atol=1e-6):
             return name
     return None

@@ -23,6 +23,7 @@ from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
+from tgi_asgi.ops.layout import Floats
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 
@@ -122,9 +123,9 @@ class ModuleProgram(Protocol):
         if self.num_steps > num_steps:
             self._states.forget()
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats: ...
 
-    def run_head(self, rows: Sequence[int]) -> Tensor: ...
+    def run_head(self, rows: Sequence[int]) -> Floats: ...
 
     def run_and_sample(
         self,
@@ -166,7 +167,7 @@ class GenericProgram(ModuleProgram):
         self._states = SlotStates(lambda: empty_cache(model))
         self._known: Any = None
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))[None]
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None] + self._first_position
@@ -182,7 +183,7 @@ class GenericProgram(ModuleProgram):
             finally:
                 if self._recurrent is not None:
                     self._recurrent.end()
-        return logits
+        return logits.numpy()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)
@@ -191,12 +192,12 @@ class GenericProgram(ModuleProgram):
             states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
             self._recurrent.begin(starts, lengths, states)
 
-    def run_head(self, rows: Sequence[int]) -> Tensor:
+    def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step."""
         if self._known is None:
             raise RuntimeError("no step has been computed")
         with torch.inference_mode(), self._adapting():
-            return self._caller.compute_more(rows, self._known)
+            return self._caller.compute_more(rows, self._known).numpy()
 
     @contextlib.contextmanager
     def _adapting(self) -> Iterator[None]:
@@ -207,9 +208,9 @@ class GenericProgram(ModuleProgram):
         finally:
             self._precision.step = None
 
-    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def hidden(self, start: int, stop: int) -> Floats:
         """Return the states [n_tokens, hidden] after the last norm, for tokens of the last step."""
-        states: npt.NDArray[np.float32] = self._known.last_hidden_state[0, start:stop].numpy()
+        states: Floats = self._known.last_hidden_state[0, start:stop].numpy()
         return states
 
 
@@ -230,7 +231,7 @@ class SequentialProgram(ModuleProgram):
         # For each sequence of the last step: its first token, the end of its tokens, the decoder's output.
         self._known: list[tuple[int, int, Any]] = []
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64))
@@ -249,13 +250,13 @@ class SequentialProgram(ModuleProgram):
                 self._known.append((first, first + length, known))
                 first += length
             self._states.commit()
-        return out
+        return out.numpy()
 
     def _compute(self, state: SequenceState, ids: Tensor, rows: list[int]) -> tuple[Tensor, Any]:
         given = {self._cache_name: state.cache, "use_cache": True}
         return self._caller.compute(rows, input_ids=ids[None], **given)
 
-    def run_head(self, rows: Sequence[int]) -> Tensor:
+    def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step."""
         out = torch.empty(len(rows), self._vocab_size)
         with torch.inference_mode():
@@ -263,16 +264,16 @@ class SequentialProgram(ModuleProgram):
                 places = [at for at, row in enumerate(rows) if first <= row < stop]
                 if places:
                     out[places] = self._caller.compute_more([rows[at] - first for at in places], known)
-        return out
+        return out.numpy()
 
-    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def hidden(self, start: int, stop: int) -> Floats:
         """Return states of tokens of the last step; see `GenericProgram.hidden`."""
         parts = [
             known.last_hidden_state[0, max(start - first, 0) : stop - first]
             for first, last, known in self._known
             if start < last and first < stop
         ]
-        states: npt.NDArray[np.float32] = torch.cat(parts).numpy()
+        states: Floats = torch.cat(parts).numpy()
         return states
 
 

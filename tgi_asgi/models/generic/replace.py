@@ -39,6 +39,8 @@ from tgi_asgi.models.generic.probes import (
     norm_offset,
 )
 from tgi_asgi.models.generic.weights import Placed, owner_of
+from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.tensors import from_tensor
 
 _ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
 
@@ -130,7 +132,7 @@ class Replaced:
             return False
         source = _source(value)
         if path in self._transposed and leaf == "weight":
-            source = ops.from_floats(experts.tensor_of(source).T.contiguous())
+            source = from_tensor(experts.tensor_of(source).T.contiguous())
         waiting = self._waiting.setdefault(path, {})
         waiting[leaf] = source
         if module.bias is None or len(waiting) == 2:
@@ -174,17 +176,20 @@ def _norm_of(module: nn.Module) -> ops.NormWeight | None:
     if eps is None:
         return None
     if offset is not None:
-        return ops.NormWeight(module.get_parameter("weight").float() + offset, eps)
+        return ops.NormWeight(_floats(module.get_parameter("weight") + offset), eps)
     if not is_layer_norm(module):
         return None
-    weight, bias = module.get_parameter("weight").float(), module._parameters.get("bias")
-    return ops.NormWeight.layer(
-        weight.numel(), eps, weight=weight, bias=None if bias is None else bias.float()
-    )
+    weight, bias = _floats(module.get_parameter("weight")), module._parameters.get("bias")
+    return ops.NormWeight.layer(weight.size, eps, weight=weight, bias=None if bias is None else _floats(bias))
+
+
+def _floats(vector: Tensor) -> Floats:
+    found: Floats = vector.detach().float().contiguous().numpy()
+    return found
 
 
 def _source(value: ops.WeightSource | Tensor) -> ops.WeightSource:
-    return value if isinstance(value, ops.WeightSource) else ops.from_floats(value)
+    return value if isinstance(value, ops.WeightSource) else from_tensor(value)
 
 
 class _Part(enum.Enum):

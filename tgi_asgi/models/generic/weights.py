@@ -20,6 +20,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
 from tgi_asgi.models.loading import KEPT, NamedWeights
+from tgi_asgi.ops.tensors import plain_tensor
 
 # Tensors in older checkpoints that nothing reads: computed values and masks.
 _UNUSED = re.compile(
@@ -238,12 +239,12 @@ class Filler:
     def _tensor(self, name: str) -> Tensor:
         """Return a tensor of the file in the dtype that it has there."""
         shape = self._weights.shape(name)
-        return ops.plain_tensor(self._weights.get(name, shape).in_order()).reshape(shape)
+        return plain_tensor(self._weights.get(name, shape).in_order()).reshape(shape)
 
     def _give(self, place: Place, name: str, value: ops.WeightSource | Tensor) -> None:
         if place(name, value):
             return
-        tensor = value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+        tensor = value if isinstance(value, Tensor) else plain_tensor(value.in_order())
         owner, leaf = owner_of(self._model, name)
         wanted = getattr(owner, leaf)
         tensor = tensor.reshape(wanted.shape).to(wanted.dtype, copy=True)

@@ -28,6 +28,7 @@ from tgi_asgi.models.generic.discover import (
 )
 from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.rules import LONGEST
+from tgi_asgi.ops.paged import PagedAttention
 
 # The number that encodes the first reach: exact in float32, and no value with which a model's code fills
 # masks.
@@ -131,12 +132,12 @@ class WholeLayers:
         self._pools = {
             shape: ops.KvPool(
                 [CacheShape(*shape)], num_blocks=max_tokens // _BLOCK + max_rows, block_size=_BLOCK,
-                dtype=torch.float32,
+                dtype="float32",
             )
             for shape in {layer.shape for layer in layers}
         }  # fmt: skip
         self._paged = {
-            reach: ops.PagedAttention(max_context=max_context) for reach in {layer.reach for layer in layers}
+            reach: PagedAttention(max_context=max_context) for reach in {layer.reach for layer in layers}
         }
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
         self._next = 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +13,6 @@ from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops import WeightSource
 
 _EMBEDDING = "model.embed_tokens.weight"
-_WORDS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 class CheckpointWeights:
@@ -57,7 +54,7 @@ class CheckpointWeights:
             return self._weights.get(stored, shape, part)
         source = self._weights.get(stored, shape[::-1] if is_transposed else shape)
         if is_transposed:
-            source = _transposed(source)
+            source = source.transposed()
         if order is not None:
             source = source.in_rows(order)
         start, stop, _ = part.indices(shape[0])
@@ -94,9 +91,3 @@ class CheckpointWeights:
     def close(self) -> None:
         """Unmap the files."""
         self._weights.close()
-
-
-def _transposed(source: WeightSource) -> WeightSource:
-    """Return a copy of a float matrix with rows and columns exchanged."""
-    matrix = np.ascontiguousarray(source.data.view(_WORDS[source.format]).reshape(source.shape).T)
-    return replace(source, data=matrix.reshape(-1).view(np.uint8), shape=matrix.shape)

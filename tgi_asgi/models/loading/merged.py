@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -24,8 +22,9 @@ from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.recognise import architecture_of
+from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.sources import WORDS
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 1 << 22  # numbers of a matrix that are merged at a time, as float32
 # Beginnings of modules' names, and of the same modules' tensors in checkpoints of other versions of
 # `transformers`.
@@ -106,7 +105,7 @@ class MergedCheckpoint(Checkpoint):
     def _replace(self, module_name: str, tensor: SafeTensor) -> None:
         """Take a whole tensor of the adapter; an embedding or head may be new, or have other rows."""
         name, last = _name_in(self._base, module_name), _module(module_name)
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in WORDS:
             raise ModelLoadError(f"tensor {tensor.name!r} is of dtype {tensor.dtype}")
         if name is None and last not in _HEADS:
             raise ModelLoadError(f"tensor {tensor.name!r}: the base model has none of that name")
@@ -159,7 +158,7 @@ class MergedCheckpoint(Checkpoint):
         what = f"tensor {target.down.name!r}"
         wanted = f"{target.module}.weight"
         name = _name_in(self, wanted)
-        if name is None or self.tensor(name).dtype not in _DTYPES:
+        if name is None or self.tensor(name).dtype not in WORDS:
             has_codes = name is not None or self._config.get("quantization_config")
             why = "is quantised, or has no matrix of that name" if has_codes else "has no matrix of that name"
             needs_merging = self._whole or target.magnitude is not None or _is_table(wanted, _HEADS)
@@ -226,32 +225,31 @@ class MergedCheckpoint(Checkpoint):
     def _merged(self, name: str, change: _Change, first: int, last: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of some rows of a merged matrix: each row depends on no other."""
         info, target = self.tensor(name), change.target
-        columns, dtype = info.shape[1], _DTYPES[info.dtype]
+        columns, width = info.shape[1], info.nbytes // info.shape[0]
         up, down = self._floats(target.up), self._floats(target.down)
         if change.is_transposed:
             up, down = down.T, up.T
         magnitude = None if target.magnitude is None else self._floats(target.magnitude).reshape(-1, 1)
-        merged = torch.empty(last - first, columns, dtype=dtype)
+        merged = np.empty((last - first, width), np.uint8)
         num_rows = max(_PIECE // columns, 1)
-        width = columns * dtype.itemsize
         for at in range(first, last, num_rows):
             end = min(at + num_rows, last)
             source = ops.WeightSource(
                 self._unchanged(name, at * width, end * width), info.dtype, (end - at, columns)
             )
-            rows = ops.plain_tensor(source).float().addmm(up[at:end], down, alpha=target.scale)
+            rows = ops.decode(source) + np.float32(target.scale) * (up[at:end] @ down)
             if magnitude is not None:
-                rows *= magnitude[at:end] / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            merged[at - first : end - first] = rows
-            if not merged[at - first : end - first].isfinite().all():
+                rows *= magnitude[at:end] / np.linalg.norm(rows, axis=1, keepdims=True)
+            rounded = _rounded(rows, info.dtype)
+            if not np.isfinite(ops.decode(rounded)).all():
                 raise ModelLoadError(
                     f"tensor {target.down.name!r}: merged, it gives values that are not finite"
                 )
-        return merged.view(torch.uint8).numpy().reshape(-1)
+            merged[at - first : end - first] = rounded.data.reshape(-1, width)
+        return merged.reshape(-1)
 
-    def _floats(self, tensor: SafeTensor) -> Tensor:
-        source = ops.WeightSource(self._adapter.raw(tensor), tensor.dtype, tensor.shape)
-        return ops.plain_tensor(source).float()
+    def _floats(self, tensor: SafeTensor) -> Floats:
+        return ops.decode(ops.WeightSource(self._adapter.raw(tensor), tensor.dtype, tensor.shape))
 
     def fitted_config(self) -> dict[str, Any]:
         """Return the base's configuration, with the size of the vocabulary that the adapter has."""
@@ -265,6 +263,14 @@ class MergedCheckpoint(Checkpoint):
         """Release the mappings."""
         self._base.close()
         self._adapter.close()
+
+
+def _rounded(rows: Floats, dtype: str) -> ops.WeightSource:
+    """Return rows in the dtype of a checkpoint; what is too large for it is infinite."""
+    if dtype == "BF16":
+        return ops.as_bfloat16(rows)
+    with np.errstate(over="ignore"):
+        return ops.from_floats(rows.astype(WORDS[dtype]))
 
 
 def _module(name: str) -> str:

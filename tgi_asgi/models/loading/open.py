@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily, check
@@ -18,8 +18,6 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, produces_vectors
-from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.beside import BesideCheckpoint, BesideGguf
@@ -29,6 +27,7 @@ from tgi_asgi.models.loading.merged import MergedCheckpoint
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
     is_native,
+    produces_vectors,
     read_config,
     read_gguf,
     with_architecture,
@@ -41,9 +40,13 @@ from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
+if TYPE_CHECKING:  # these import torch, which native families do not need
+    from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder
+    from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+
 logger = logging.getLogger(__name__)
 
-ServedModel = Model | GenericModel | EncoderModel
+ServedModel: TypeAlias = "Model | GenericModel | EncoderModel"  # told apart by `kind`
 
 
 class OpenModel:
@@ -104,7 +107,7 @@ class OpenModel:
             self._model = self._open_native(*found)
         elif produces_vectors(architecture):
             check(self._rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
-            self._model = OpenEncoder(directory, config, trusts_code=trusts_code)
+            self._model = _open_encoder(directory, config, trusts_code)
         else:
             self._model = self._open_generic(directory, config, trusts_code)
 
@@ -120,6 +123,8 @@ class OpenModel:
         return None
 
     def _open_generic(self, directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenGeneric:
+        from tgi_asgi.models.generic.model import OpenGeneric
+
         try:
             return OpenGeneric(
                 directory, config, trusts_code=trusts_code, rope=self._rope, vocab_size=self._vocab_size
@@ -147,9 +152,14 @@ class OpenModel:
         return config if self._rope is None else scale_positions(config, self._rope)
 
     @property
+    def kind(self) -> Literal["native", "generic", "encoder"]:
+        """Who computes the model: a native family, or the code of `transformers`, of a decoder or encoder."""
+        return self._model.kind
+
+    @property
     def is_generic(self) -> bool:
         """Whether the code of `transformers` computes the model."""
-        return not isinstance(self._model, _Native)
+        return self.kind != "native"
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
@@ -243,7 +253,7 @@ class OpenModel:
 
     def read_image_processor(self) -> ImageProcessor | None:
         """Build the image processor of a model that accepts images; may precede loading its weights."""
-        if isinstance(self._model, OpenGeneric) and isinstance(self.beside, BesideCheckpoint):
+        if self._model.kind == "generic" and isinstance(self.beside, BesideCheckpoint):
             return self._model.image_processor(self.beside.directory)
         return None
 
@@ -262,11 +272,18 @@ class OpenModel:
 class _Native:
     """A model that a native family computes."""
 
+    kind: ClassVar[Literal["native"]] = "native"
     family: Family
     config: ModelConfig
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
         return self.family.model(self.config, weights, arithmetic, max_positions)
+
+
+def _open_encoder(directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:
+    from tgi_asgi.models.generic.encoder import OpenEncoder
+
+    return OpenEncoder(directory, config, trusts_code=trusts_code)
 
 
 def unsplit(config: ModelConfig, family: Family) -> str | None:

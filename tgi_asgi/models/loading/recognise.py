@@ -10,13 +10,14 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.generic.encoder import produces_vectors
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 
 log = logging.getLogger(__name__)
 
 _CAUSAL = "ForCausalLM"
+CLASSIFIER = "ForSequenceClassification"
+TOKEN_HEADS = ("ForMaskedLM", "ForPreTraining")  # of encoders, which are served without them
 # Types for which transformers uses a family's class, but with other defaults, and names in published files.
 _BORROWING = frozenset({"exaone", "sarvam_mla", "sarvam_moe"})
 
@@ -126,3 +127,9 @@ def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
     config = family.read_config(reader, family.architecture)
     reader.finish()
     return family, config
+
+
+def produces_vectors(architecture: str) -> bool:
+    """Return whether an architecture is a model without a head that generates text."""
+    is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
+    return architecture.endswith(("Model", CLASSIFIER, *TOKEN_HEADS)) and not is_head

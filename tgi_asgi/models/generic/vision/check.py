@@ -105,12 +105,12 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
 def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
     """Return the logits of a prompt from two steps: all tokens but the last, then the last, as in decode."""
     width = -(-len(ids) // BLOCK)
-    pool = ops.KvPool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype=torch.float32)
+    pool = ops.KvPool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype="float32")
     program = model.program(pool.layers, len(ids))
     assert isinstance(program, VisionProgram)
     program.start(0, ids[:-1], images)
     parts = []
     for first, stop in ((0, len(ids) - 1), (len(ids) - 1, len(ids))):
         batch = flat_rows([(0, np.array(ids[first:stop]), first)], width)
-        parts.append(program.run(batch, range(stop - first)).clone())
+        parts.append(torch.from_numpy(program.run(batch, range(stop - first)).copy()))
     return torch.cat(parts)

@@ -19,6 +19,7 @@ from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.sequence_images import NO_IMAGES, SequenceImages, sequence_images_of
 from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, VisionTraits
+from tgi_asgi.ops.layout import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
 _BIDIRECTIONAL = {
@@ -61,7 +62,7 @@ class VisionProgram(GenericProgram):
         begun = time.monotonic()
         return self.encodings.advance(images, seconds), time.monotonic() - begun
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
         with torch.inference_mode():
             self._inputs = self._decoder_inputs(batch)
