@@ -72,7 +72,7 @@ class ApertusLayer(Layer):
         if found is None and config.activation == "xielu":
             names = ("alpha_p", "alpha_n", "beta")
             above, below, beta = (
-                float(ops.vector(weights.get(f"mlp.act_fn.{name}", *([1] if name != "beta" else []))))
+                ops.vector(weights.get(f"mlp.act_fn.{name}", *([1] if name != "beta" else []))).item()
                 for name in names
             )
             check(abs(beta - _BETA) < 1e-6, f"xIELU's beta must be {_BETA}, got {beta}")
