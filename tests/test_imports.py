@@ -42,10 +42,10 @@ ALLOWED_DIALECTS = {
 }
 MAX_CHAT_MODULES = 25
 RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
-# Files that compute in torch; `runner/load.py` imports it if a model or a GPU needs it.
+# Files that compute in torch.
 TORCH_FILES = (
     "ops/cuda*.py", "ops/direct.py", "ops/paged.py", "ops/tensors.py", "models/generic/**/*.py",
-    "runner/cuda*.py", "runner/load.py",
+    "runner/cuda*.py",
 )  # fmt: skip
 PURE = (
     "engine/scheduler.py",

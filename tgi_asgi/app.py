@@ -3,7 +3,7 @@
     hypercorn --workers 0 tgi_asgi.app:app         # MODEL_ID and the other settings from the environment
     create_app(Settings(model_id="model.gguf"))    # as the command line and the tests do
 
-Importing this module does not import torch; the loading thread does.
+Importing this module does not import torch; the loading thread does if the model needs it.
 """
 
 from __future__ import annotations

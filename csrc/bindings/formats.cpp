@@ -16,6 +16,10 @@ namespace {
 
 using Bytes = Array<uint8_t>;
 
+// Below this many numbers, the calling thread converts alone: the team may be computing a step,
+// which an adapter's many small matrices would each wait for.
+constexpr int64_t kAlone = int64_t{1} << 20;
+
 // Checks that `data` is flat and consists of whole rows; returns their number.
 int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
   const int64_t unit = step::format_info(format).block_columns;
@@ -37,10 +41,13 @@ Array<float> decode_rows(const Bytes& data, const std::string& format_name, int6
   const uint8_t* const from = data.data();
   float* const to = out.mutable_data();
   const py::gil_scoped_release release;
-  cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      step::decode_row(format, from + row * bytes, columns, to + row * columns);
-  });
+  cpu::parallel_range(
+      num_rows, 1,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          step::decode_row(format, from + row * bytes, columns, to + row * columns);
+      },
+      kAlone / columns + 1);
   return out;
 }
 
@@ -59,10 +66,12 @@ Array<uint16_t> bfloat16_bits(const Array<float>& values) {
   const float* const from = values.data();
   uint16_t* const to = out.mutable_data();
   const py::gil_scoped_release release;
-  cpu::parallel_range((size + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
-    std::transform(from + begin * piece, from + std::min(end * piece, size), to + begin * piece,
-                   bfloat16_of);
-  });
+  cpu::parallel_range((size + piece - 1) / piece, 1,
+                      [&](int64_t begin, int64_t end) {
+                        std::transform(from + begin * piece, from + std::min(end * piece, size),
+                                       to + begin * piece, bfloat16_of);
+                      },
+                      kAlone / piece);
   return out;
 }
 

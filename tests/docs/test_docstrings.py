@@ -50,6 +50,7 @@ def _of_class(node: ast.ClassDef) -> inspect.Signature | None:
         each.target.id: each.value is not None and ast.unparse(each.value) != "field(repr=False)"
         for each in node.body
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        if not ast.unparse(each.annotation).startswith("ClassVar")
     }
     is_by_name = "kw_only=True" in decorators
     return inspect.Signature(

@@ -1,4 +1,4 @@
-"""The `tgi-asgi` command; its import of torch waits until something opens the FIFO in GATE."""
+"""The `tgi-asgi` command; its import of what loads models waits until something opens the FIFO in GATE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 class _Gate(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
-        if name == "torch":
+        if name == "tgi_asgi.runner.load":
             with open(os.environ["GATE"], "rb") as gate:
                 gate.read()
 

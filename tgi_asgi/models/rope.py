@@ -1,4 +1,5 @@
-"""The rotary tables of a model: float32 frequencies, computed in the same steps as in `transformers`."""
+"""The rotary tables of a model: float32 frequencies, computed as in `transformers`, but powers are
+rounded once, from float64."""
 
 from __future__ import annotations
 
@@ -149,8 +150,9 @@ def _scale_llama3(inverse: Floats, scaling: RopeScaling) -> Floats:
     """
     wavelength = 2 * math.pi / inverse
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (scaling.original_context / wavelength - low) / (high - low)
-    blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal factors leave nothing to interpolate
+        smooth = (scaling.original_context / wavelength - low) / np.float32(high - low)
+        blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
     scaled = np.where(wavelength > scaling.original_context / low, inverse / scaling.factor, blended)
     found: Floats = np.where(wavelength < scaling.original_context / high, inverse, scaled)
     return found

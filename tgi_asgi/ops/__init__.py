@@ -32,6 +32,7 @@ from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add, norm_residual
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.packing import ROUNDED, Packing
+from tgi_asgi.ops.product import Product
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
@@ -111,6 +112,7 @@ __all__ = [
     "NormWeight",
     "Packing",
     "PlanError",
+    "Product",
     "QkvWeight",
     "RecordedBatch",
     "Recorder",

@@ -57,10 +57,11 @@ class NormWeight:
 
     def apply(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Return the norm of rows [..., columns] in float64, for code that does not use the kernels."""
-        if self.bias is not None:
-            x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.eps) * self.weight
-        return x if self.bias is None else x + self.bias
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # what is not finite stays so
+            if self.bias is not None:
+                x = x - x.mean(-1, keepdims=True)
+            x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.eps) * self.weight
+            return x if self.bias is None else x + self.bias
 
 
 @dataclass(frozen=True, slots=True)

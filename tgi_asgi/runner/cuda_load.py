@@ -81,6 +81,7 @@ def find_device() -> Device | None:
             torch.cuda.get_device_name(), *capability, *MIN_CAPABILITY,
         )  # fmt: skip
         return None
+    torch.set_num_threads(1)  # on the host, it only copies
     return CudaDevice()
 
 

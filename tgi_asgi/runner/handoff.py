@@ -165,5 +165,5 @@ def _end(step: PendingStep, outcome: StepResult | Exception) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is that of numpy, or that of torch's allocator on a CPU."""
+    """Return whether memory was refused: to numpy or the extension, or to torch on a CPU."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

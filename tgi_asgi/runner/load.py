@@ -124,10 +124,6 @@ def find_device() -> Device | None:
 def _place(
     opened: OpenModel, files: ModelFiles, settings: Settings, device: Device | None, longest: int, free: int
 ) -> Placement:
-    if device is not None or opened.kind != "native":
-        import torch
-
-        torch.set_num_threads(1)  # its threads would compete with the team
     if device is None:
         return OnCpu(opened, files, settings, longest, free)
     from tgi_asgi.runner.cuda_load import OnCuda

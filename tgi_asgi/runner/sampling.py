@@ -85,7 +85,7 @@ class StepSamples:
 
 
 def unpack(result: SampleResult) -> list[Sampled]:
-    """Convert the result's tensors to one `Sampled` per row, on the runner's thread."""
+    """Convert the result's arrays to one `Sampled` per row, on the runner's thread."""
     ids: list[int] = result.token_ids.tolist()
     are_finite: list[bool] = result.is_finite.tolist()
     logprobs: list[float] = result.logprobs.tolist()

@@ -41,6 +41,7 @@ def build(
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns about kernels that no CPU has
+    torch.set_num_threads(1)  # others would compete with the team
     architecture = str(config["architectures"][0])
     has_code = "auto_map" in config
     model_class = getattr(transformers, architecture, None)

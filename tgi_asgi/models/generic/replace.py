@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from tgi_asgi import ops
@@ -176,7 +177,7 @@ def _norm_of(module: nn.Module) -> ops.NormWeight | None:
     if eps is None:
         return None
     if offset is not None:
-        return ops.NormWeight(_floats(module.get_parameter("weight") + offset), eps)
+        return ops.NormWeight(_floats(module.get_parameter("weight")) + np.float32(offset), eps)
     if not is_layer_norm(module):
         return None
     weight, bias = _floats(module.get_parameter("weight")), module._parameters.get("bias")

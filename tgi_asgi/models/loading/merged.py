@@ -230,6 +230,7 @@ class MergedCheckpoint(Checkpoint):
         if change.is_transposed:
             up, down = down.T, up.T
         magnitude = None if target.magnitude is None else self._floats(target.magnitude).reshape(-1, 1)
+        product = ops.Product(down.T)
         merged = np.empty((last - first, width), np.uint8)
         num_rows = max(_PIECE // columns, 1)
         for at in range(first, last, num_rows):
@@ -237,10 +238,11 @@ class MergedCheckpoint(Checkpoint):
             source = ops.WeightSource(
                 self._unchanged(name, at * width, end * width), info.dtype, (end - at, columns)
             )
-            rows = ops.decode(source) + np.float32(target.scale) * (up[at:end] @ down)
-            if magnitude is not None:
-                rows *= magnitude[at:end] / np.linalg.norm(rows, axis=1, keepdims=True)
-            rounded = _rounded(rows, info.dtype)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # refused below
+                rows = ops.decode(source) + np.float32(target.scale) * product.of(up[at:end])
+                if magnitude is not None:
+                    rows *= magnitude[at:end] / np.linalg.norm(rows, axis=1, keepdims=True)
+                rounded = _rounded(rows, info.dtype)
             if not np.isfinite(ops.decode(rounded)).all():
                 raise ModelLoadError(
                     f"tensor {target.down.name!r}: merged, it gives values that are not finite"
@@ -267,10 +269,7 @@ class MergedCheckpoint(Checkpoint):
 
 def _rounded(rows: Floats, dtype: str) -> ops.WeightSource:
     """Return rows in the dtype of a checkpoint; what is too large for it is infinite."""
-    if dtype == "BF16":
-        return ops.as_bfloat16(rows)
-    with np.errstate(over="ignore"):
-        return ops.from_floats(rows.astype(WORDS[dtype]))
+    return ops.as_bfloat16(rows) if dtype == "BF16" else ops.from_floats(rows.astype(WORDS[dtype]))
 
 
 def _module(name: str) -> str:
