@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.adapters import make_adapter
+from tests.support.adapters import write_adapter
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.server_process import ServerProcess
 
@@ -23,7 +23,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     (stand_in / "torch.py").write_text(STAND_IN, encoding="utf-8")
     save(make_model(), base)
     save_tokenizer(base)
-    adapter = make_adapter(base, tmp_path_factory.mktemp("adapter"), seed=1)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    adapter = write_adapter(stand_in / "adapter", {module: (64, 64)})
     options = (
         "--model-id", str(base), "--lora-adapters", f"tuned={adapter}", "--pooling", "mean",
         "--speculate", "2", "--kv-cache-dtype", "auto", "--quantize", "q8_0", "--num-threads", "1",
