@@ -103,10 +103,13 @@ void pack_floats(Format format, const uint8_t* row, int64_t begin, int64_t end, 
   if (format == Format::kF32) {
     for (int64_t k = begin; k < end; ++k)
       std::memcpy(panel + float_place(format, k, r) * 4, row + k * 4, 4);
-  } else {
-    for (int64_t k = begin; k < end; ++k)
-      std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 2);
+    return;
   }
+  int64_t k = begin;
+  if (format == Format::kBF16) {  // both columns of a pair at once: `begin` is even
+    for (; k + 1 < end; k += 2) std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 4);
+  }
+  for (; k < end; ++k) std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 2);
 }
 
 void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t r, float factor,
