@@ -1,5 +1,4 @@
-"""The rotary tables of a model: float32 frequencies, computed as in `transformers`, but powers are
-rounded once, from float64."""
+"""The rotary tables of a model: frequencies as in `transformers`, but powers rounded once, from float64."""
 
 from __future__ import annotations
 
