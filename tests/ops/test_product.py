@@ -19,6 +19,6 @@ def test_rows_are_multiplied_as_in_float64_whatever_else_is_computed(
     assert_close(found, linear(x, matrix), length=inner)
     for threads in (1, 3):
         _C.set_num_threads(threads)
-        product = ops.Product(matrix.T.contiguous().T.numpy())
+        product = ops.Product(matrix.T.contiguous().T.numpy())  # not contiguous, as an adapter's transpose
         assert_same_bits(product.of(x.numpy()), found)
         assert_same_bits(product.of(x[-1:].numpy()), found[-1:])

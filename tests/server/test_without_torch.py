@@ -1,4 +1,4 @@
-"""A native model is served without torch, whose import takes a second and 200 MB of memory."""
+"""A native model is served without torch, whose import takes seconds and 200 MB of memory."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import ServedModel
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 _HEADER_BYTES = 2048  # per module, for the header entries of its two matrices and other metadata
 # Why no adapter can change a module, by a part of its path.

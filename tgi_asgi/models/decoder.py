@@ -16,7 +16,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.layers import Layer, LayerWeights, ParallelLayer, read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 
 class Decoder:

@@ -21,7 +21,7 @@ from tgi_asgi.models.latent import LatentAttention
 from tgi_asgi.models.loading import WHOLE, Weights
 from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.models.rope import RopeTables
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 Sources = list[ops.WeightSource]
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.models.loading.tensors import read_floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import PoolingKind
-
-Floats = npt.NDArray[np.float32]
 
 ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "Identity": lambda x: x,

@@ -12,7 +12,7 @@ from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading import yarn_magnitude
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.settings import GivenRope
 
 

@@ -4,7 +4,7 @@ Operators are called with `Value`s while a model is recorded (`Recorder`). Each 
 float64 reference in tests/reference and a test. Weights and caches are opaque outside this package: their
 layout is private to the kernels.
 
-Vectors and tables are numpy arrays. Only what computes in torch imports it, which takes a second and 200 MB:
+Vectors and tables are numpy arrays. Only what computes in torch imports it, which takes seconds and 200 MB:
 the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by the code of `transformers`.
 """
 

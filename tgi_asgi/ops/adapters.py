@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
-from tgi_asgi.ops.layout import Floats, Order
+from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.layout import Order
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
 

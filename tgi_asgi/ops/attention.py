@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 

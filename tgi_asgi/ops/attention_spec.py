@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 
 class AttentionSpec:

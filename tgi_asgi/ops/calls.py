@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import KvCache, KvLayer
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.states import StateLayer

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.buffers import CpuBuffers, Liveness
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
@@ -59,7 +60,7 @@ class CpuCalls:
         self.residual: Any = None
         self._native, self._recorded = native, recorded
         self._liveness = Liveness(recorded, inputs, outputs, _precisions_of)
-        self._tables: dict[int, tuple[RopeTable, layout.Floats, layout.Floats]] = {}
+        self._tables: dict[int, tuple[RopeTable, Floats, Floats]] = {}
 
     def emit_all(self) -> None:
         """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
@@ -380,7 +381,7 @@ class CpuCalls:
 
     def _table(
         self, rope: RopeTable | None, head_dim: int, rotary_dim: int
-    ) -> tuple[layout.Floats | None, layout.Floats | None]:
+    ) -> tuple[Floats | None, Floats | None]:
         """Return cosines and sines of all pairs of a packed head; pairs that are not rotated have 1 and 0."""
         if rope is None:
             return None, None

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cpu_calls import CpuCalls
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
@@ -82,9 +82,9 @@ class CpuProgram:
         self.native.roll_back_to(num_steps)
 
     @property
-    def residual(self) -> npt.NDArray[np.float32]:
+    def residual(self) -> Floats:
         """The residual [max_tokens, padded columns] after the last step; the next step overwrites it."""
-        found: npt.NDArray[np.float32] = self._calls.residual.array()
+        found: Floats = self._calls.residual.array()
         return found
 
     def run(self, batch: _C.FlatRows, rows: Iterable[int]) -> Floats:
@@ -125,7 +125,7 @@ class CpuProgram:
         """Compute the logits of other rows of the last step, which `run` must have computed; see `run`."""
         return self.native.run_head(rows)
 
-    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def hidden(self, start: int, stop: int) -> Floats:
         """Return the states [n_tokens, hidden] after the last norm, of tokens of a step that `run` computed.
 
         A token's bits do not depend on the rest of the step.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.adapters import AdaptableWeight
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
@@ -29,7 +30,6 @@ from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable

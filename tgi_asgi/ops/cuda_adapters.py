@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.adapters import AdaptableWeight, Delta, Target, changes_by_weight
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cuda_quant import joined_halves
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.weights import GateUpWeight, QkvWeight
 
 _ALIGNMENT = 8  # elements that a kernel loads at a time

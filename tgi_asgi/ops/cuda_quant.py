@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import _C
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.sources import WeightSource
 from tgi_asgi.ops.tensors import plain_tensor
 from tgi_asgi.ops.weights import QkvWeight

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.logprobs import Ids, TokenLogprobs
+from tgi_asgi.ops.arrays import Ints
+from tgi_asgi.ops.logprobs import TokenLogprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
@@ -121,7 +122,7 @@ class CudaSampleState:
         return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]
 
 
-def token_logprobs(logits: Tensor, token_ids: Ids, num_top: int) -> TokenLogprobs:
+def token_logprobs(logits: Tensor, token_ids: Ints, num_top: int) -> TokenLogprobs:
     """Score logits on the device, as `logprobs.token_logprobs` does; only the results are copied to the host.
 
     Raises:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
-from tgi_asgi.ops.layout import Floats
 
 
 class DeviceWeights:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.states import check_heads, states_of
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 

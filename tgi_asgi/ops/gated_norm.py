@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from tgi_asgi.ops.arrays import Floats
+
 PANEL = 16
 STRIP = 2 * PANEL
 Order = npt.NDArray[np.int64]  # source row of each packed row; -1: a row of zeros
-Floats = npt.NDArray[np.float32]
 
 
 def row_order(rows: int) -> Order:

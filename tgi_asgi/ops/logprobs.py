@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import Floats
-
-Ids = npt.NDArray[np.int32]
+from tgi_asgi.ops.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +13,11 @@ class TokenLogprobs:
     """Log-probabilities of the raw logits; fresh arrays, one entry per row."""
 
     logprobs: Floats  # [n_rows] float32, of the given token; NaN if the row is not finite
-    top_ids: Ids  # [n_rows, num_top] int32, most probable first, lowest id first on ties
+    top_ids: Ints  # [n_rows, num_top] int32, most probable first, lowest id first on ties
     top_logprobs: Floats  # [n_rows, num_top] float32
 
 
-def token_logprobs(logits: Floats, token_ids: Ids, num_top: int) -> TokenLogprobs:
+def token_logprobs(logits: Floats, token_ids: Ints, num_top: int) -> TokenLogprobs:
     """Return log softmax(logits [n_rows, vocab]) at token_ids [n_rows] int32, and the `num_top` best per row.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,9 @@ import numpy as np
 
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.layout import Floats, Order
+from tgi_asgi.ops.layout import Order
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.sources import WORDS, WeightSource, as_bfloat16, decode, from_floats
 from tgi_asgi.ops.weights import QkvWeight

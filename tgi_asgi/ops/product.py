@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.packing import PackedLinear, Packing
 from tgi_asgi.ops.sources import from_floats
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 _POSITIONS = 4096  # positions whose angles are computed at once
 

@@ -9,11 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Bools, Floats, Ints
 from tgi_asgi.ops.sample_state import SampleState
-
-Ints = npt.NDArray[np.int32]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

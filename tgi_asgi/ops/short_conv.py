@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.layout import Floats
 from tgi_asgi.ops.states import states
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import _C
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS, float8_blocks, int4_blocks, int8_blocks
-from tgi_asgi.ops.layout import Floats
 
 # The words of the formats that hold each number by itself.
 WORDS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

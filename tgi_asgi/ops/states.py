@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import PANEL, STRIP, Floats
+from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.layout import PANEL, STRIP
 
 _FLOAT_BYTES = 4
 _HALVES = 2  # places per running sequence: a step's initial state stays until the next has been computed

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from tgi_asgi.ops.layout import STRIP, Floats
+from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.layout import STRIP
 from tgi_asgi.ops.norm_weight import HeadNorms
 from tgi_asgi.ops.sources import WeightSource, decode
 

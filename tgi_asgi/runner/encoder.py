@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic.encoder import EncoderModel
-from tgi_asgi.models.generic.encoder_program import Floats, Prompt
+from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.models.pooling import Dense
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool

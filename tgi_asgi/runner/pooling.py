@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.models.pooling import Dense
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.plan import StepRow
 from tgi_asgi.types import PoolingKind
 
-Floats = npt.NDArray[np.float32]
 _ROWS = 256  # hidden states converted to float64 at a time: 8 MiB at a hidden size of 4,096
 
 

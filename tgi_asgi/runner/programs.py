@@ -12,7 +12,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DraftLimits

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from tgi_asgi import ops
-from tgi_asgi.ops.logprobs import Ids
+from tgi_asgi.ops.arrays import Ints
 from tgi_asgi.runner.plan import PromptLogprobs, StepRow
 from tgi_asgi.runner.sampling import unpack_top
 
@@ -32,7 +32,7 @@ class PromptScorer(Generic[_Logits]):
     def __init__(
         self,
         logits: Callable[[Sequence[int]], _Logits],
-        token_logprobs: Callable[[_Logits, Ids, int], ops.TokenLogprobs],
+        token_logprobs: Callable[[_Logits, Ints, int], ops.TokenLogprobs],
         copy: Callable[[_Logits], _Logits],
         *,
         max_rows: int = _ROWS,

@@ -17,7 +17,7 @@ from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import default_rope, num_layers, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,

@@ -13,7 +13,8 @@ import torch
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import arguments, configurations
-from tgi_asgi.models.generic.encoder_program import Floats, Prompt
+from tgi_asgi.models.generic.encoder_program import Prompt
+from tgi_asgi.ops.arrays import Floats
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.encoder import EncoderModel

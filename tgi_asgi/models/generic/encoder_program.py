@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.models.generic.attention import running
 from tgi_asgi.models.generic.whole import WholeLayers
-
-Floats = npt.NDArray[np.float32]
+from tgi_asgi.ops.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 

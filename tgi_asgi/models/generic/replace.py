@@ -40,7 +40,7 @@ from tgi_asgi.models.generic.probes import (
     norm_offset,
 )
 from tgi_asgi.models.generic.weights import Placed, owner_of
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.tensors import from_tensor
 
 _ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly

@@ -22,7 +22,7 @@ from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.recognise import architecture_of
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.sources import WORDS
 
 _PIECE = 1 << 22  # numbers of a matrix that are merged at a time, as float32

@@ -19,7 +19,7 @@ from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.sequence_images import NO_IMAGES, SequenceImages, sequence_images_of
 from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, VisionTraits
-from tgi_asgi.ops.layout import Floats
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
 _BIDIRECTIONAL = {
