@@ -78,6 +78,7 @@ class StopConditions:
     skip_special_tokens: bool = True  # special tokens produce no text ...
     shown_special_ids: frozenset[int] = frozenset()  # ... except these, by which answers are parsed
     reasoning: ReasoningMarks | HarmonyMarks | None = None  # of text in which stop strings are not matched
+    drops_first_space: bool = False  # the space that a vocabulary writes before a text's first word
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +451,15 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderDecoder:
+    """What sets an encoder-decoder (T5, BART) apart: its answer does not continue the prompt's text."""
+
+    starts: tuple[int, ...]  # tokens that the decoder begins with; neither prompt nor answer has them
+    max_prompt: int | None = None  # tokens that the encoder reads; None: any number
+    max_answer: int | None = None  # tokens that the decoder writes
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Description of the served model for the API."""
 
@@ -477,6 +487,7 @@ class ModelInfo:
     is_batch_invariant: bool = True  # same bits whatever else is in the batch
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)
+    encoder_decoder: EncoderDecoder | None = None  # None: it is none
     generates: bool = True  # whether it generates text; embedding and scoring models do not
     embedding: Embedding | None = None  # None: does not embed
     scoring: Scoring | None = None  # None: scores by its embeddings, if it has any

@@ -34,6 +34,7 @@ for name in sys.argv[1:]:
         adapter = [] if files.adapter is None else [str(files.adapter)]
         print(json.dumps([files.model_id, files.kind, str(files.path), files.revision, *adapter]))
 """
+WHISPER = b'{"is_encoder_decoder": true, "num_mel_bins": 80}'
 LLAMA = {**FILES, "config.json": b'{"architectures": ["LlamaForCausalLM"]}'}
 GGUFS = {
     "README.md": b"# GGUF",
@@ -102,7 +103,7 @@ def repositories() -> dict[str, Repository]:
             {"adapter_config.json": adapter_config("org/both"), "adapter_model.bin": b"x"}
         ),
         "org/pipeline": Repository({"model_index.json": b"{}", "unet/model.safetensors": b"x"}),
-        "org/whisper": Repository({**FILES, "config.json": b'{"is_encoder_decoder": true}'}),
+        "org/whisper": Repository({**FILES, "config.json": WHISPER}),
     }
 
 
@@ -201,7 +202,7 @@ def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(hub: Hu
         tmp_path, hub.address, "org/pipeline", "org/whisper", "org/whisper:Q4_K_M"
     )
     assert "org/pipeline is a diffusers pipeline" in pipeline
-    assert "is an encoder-decoder" in whisper
+    assert "transcribes audio" in whisper
     assert no_gguf == "org/whisper has no GGUF file that 'Q4_K_M' could name"
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
 

@@ -218,7 +218,6 @@ def test_the_layers_of_a_step_must_be_those_that_were_found() -> None:
     ("kind", "changes", "message"),
     [
         ("BigBird", {}, "in another way to short texts"),
-        ("T5", {}, "encoder-decoder"),
         ("ViT", {}, "does not produce vectors of tokens"),
     ],
 )

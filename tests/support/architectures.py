@@ -71,7 +71,7 @@ _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # lists with o
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Use one torch thread: threads that wait for each other make tiny models ten times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def config(model_type: str) -> transformers.PretrainedConfig:
     return made
 
 
-@_one_thread()
+@one_thread()
 def make(model_type: str, folder: Path) -> None:
     """Write a checkpoint with a tokenizer; the same type always yields the same checkpoint.
 
@@ -137,10 +137,10 @@ def make(model_type: str, folder: Path) -> None:
     made._attn_implementation = "eager"
     model: transformers.PreTrainedModel = kind(made).eval()
     with torch.no_grad():
-        _randomise(model)
+        randomise(model)
         _spread(model, random_ids(40, seed))
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
 
 
 def random_ids(length: int, seed: int) -> list[int]:
@@ -160,26 +160,26 @@ def open_reference(folder: Path) -> transformers.PreTrainedModel:
     return model
 
 
-@_one_thread()
+@one_thread()
 def reference(folder: Path, ids: list[int]) -> np.ndarray:
     """Return the logits [n_tokens, vocab] float32 after each token, all computed in one call."""
     return _logits(open_reference(folder), ids)
 
 
-@_one_thread()
+@one_thread()
 def references(folder: Path, sequences: Iterable[list[int]]) -> list[np.ndarray]:
     """Return `reference` of each of several sequences; the model is opened once."""
     model = open_reference(folder)
     return [_logits(model, ids) for ids in sequences]
 
 
-@_one_thread()
+@one_thread()
 def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the greedy continuation and the smallest gap on the way between the two largest logits."""
     return _greedy(open_reference(folder), ids, num_tokens)
 
 
-@_one_thread()
+@one_thread()
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """Return a prompt and its greedy continuation, with clear gaps and without special tokens."""
     model = open_reference(folder)
@@ -192,7 +192,7 @@ def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int],
     raise AssertionError(f"{folder}: no prompt whose answer is clear")
 
 
-@_one_thread()
+@one_thread()
 def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarray:
     """Return the logits as `reference` does, computed in pieces of these lengths with the model's cache."""
     model = open_reference(folder)
@@ -227,7 +227,7 @@ def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     return found
 
 
-def _randomise(model: transformers.PreTrainedModel) -> None:
+def randomise(model: transformers.PreTrainedModel) -> None:
     """Set every parameter, and every bias that is a buffer, to a value that affects the logits.
 
     With tied embeddings, a token's own logit is always the largest if its embedding outweighs what the layers
@@ -288,7 +288,7 @@ def _spread(model: transformers.PreTrainedModel, ids: list[int]) -> None:
         weight *= (_SPREAD / std).clamp(0.1, 10.0)
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer with a text for each id: special tokens, the 256 bytes, pairs of letters."""
     letters = "etaoins"
     pairs = [(first, second) for first in letters + "rh" for second in letters]

@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.support.architectures import _one_thread
+from tests.support.architectures import one_thread
 from tests.support.vision_table import FAMILIES, VOCAB_SIZE, Family
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.text.images import expand_placeholders, locate_images
@@ -56,7 +56,7 @@ def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
-@_one_thread()
+@one_thread()
 def make(name: str, folder: Path) -> None:
     """Write a checkpoint of a family; the same family always yields the same checkpoint."""
     family = FAMILIES[name]
@@ -194,7 +194,7 @@ def open_reference(folder: Path) -> Any:
     return model.eval()
 
 
-@_one_thread()
+@one_thread()
 def reference(folder: Path, prompt: Prompt, answer: Sequence[int] = (), model: Any = None) -> np.ndarray:
     """Return the logits [n_tokens, vocab] float32 after each token of a prompt and an answer."""
     model = model or open_reference(folder)

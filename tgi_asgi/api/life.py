@@ -212,6 +212,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     salt = cache_salt_of(exchange, job.cache_salt)
+    is_own_text = served.info.encoder_decoder is not None  # and does not continue the prompt's
     request = GenerationRequest(
         request_id=exchange.request_id,
         prompt_ids=prompt.ids,
@@ -226,6 +227,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             skip_special_tokens=job.skip_special_tokens,
             shown_special_ids=frozenset() if reading is None else reading.marker_ids,
             reasoning=marks,
+            drops_first_space=is_own_text and served.tokenizer.drops_first_space,
         ),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),

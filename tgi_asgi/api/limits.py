@@ -62,13 +62,16 @@ class Overflow(enum.Enum):
         if self is Overflow.TGI:
             return _tgi_budget(info, num_prompt, max_tokens)
         context = info.max_total_tokens
-        available = context - num_prompt
+        available = _available(info, num_prompt)
         if available < 1 or num_prompt > info.max_input_tokens:
             raise _prompt_too_long(f"{num_prompt} tokens", num_prompt, info)
         if max_tokens is None:
             return available if default is None else min(available, default)
         if max_tokens > available and self is Overflow.REFUSED:
             parts = f"{num_prompt} in the {{field}}, {max_tokens} in the completion"
+            if available < context - num_prompt:
+                message = f"`{{field}}` must be at most {available}, the longest answer of this model"
+                raise InvalidRequest(message, field=("max_tokens",))
             asked = f"you requested {num_prompt + max_tokens} tokens ({parts})"
             raise _too_long(f"{context} tokens", asked, num_prompt, info, "{field} or completion")
         return min(max_tokens, available)
@@ -101,7 +104,7 @@ def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -
 
 
 def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int:
-    available = max(info.max_total_tokens - num_prompt, 0)
+    available = max(_available(info, num_prompt), 0)
     tested = min(available if max_tokens is None else max_tokens, TGI_TESTED_TOKENS)
     if num_prompt + tested > info.max_total_tokens:
         raise InvalidRequest(
@@ -112,6 +115,12 @@ def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int
     if num_prompt > info.max_input_tokens:
         raise tgi_too_long(info, str(num_prompt))
     return available if max_tokens is None else min(max_tokens, available)
+
+
+def _available(info: ModelInfo, num_prompt: int) -> int:
+    """Return how many tokens an answer may have; below 1 if the prompt does not fit."""
+    available, pair = info.max_total_tokens - num_prompt, info.encoder_decoder
+    return available if pair is None or pair.max_answer is None else min(available, pair.max_answer)
 
 
 def tgi_too_long(info: ModelInfo, num_tokens: str) -> InvalidRequest:

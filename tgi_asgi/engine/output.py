@@ -34,7 +34,8 @@ class ChoiceOutput:
     """
 
     __slots__ = (
-        "_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_scope", "_stop", "_tokenizer",
+        "_assembler", "_drops_space", "_eos_ids", "_index", "_matcher", "_num_tokens", "_scope", "_stop",
+        "_tokenizer",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +45,7 @@ class ChoiceOutput:
         self._stop = stop
         self._tokenizer = tokenizer
         self._eos_ids = frozenset() if stop.ignore_eos else eos_ids
+        self._drops_space = stop.drops_first_space
         self._assembler = Utf8Assembler()
         self._matcher = StopMatcher(stop.stop, stop.include_stop) if stop.stop else None
         self._scope = stop.reasoning.scope() if stop.stop and stop.reasoning is not None else None
@@ -56,6 +58,8 @@ class ChoiceOutput:
         is_special = token_id in self._tokenizer.special_ids
         is_hidden = is_special and stop.skip_special_tokens and token_id not in stop.shown_special_ids
         data = b"" if is_hidden else self._tokenizer.token_bytes(token_id)
+        if self._drops_space and data:
+            data, self._drops_space = data.removeprefix(b" "), False
         event = TokenEvent(self._index, token_id, data, "", sampled.logprob, sampled.top, is_special)
         if token_id in self._eos_ids:
             event.finish = FinishReason.EOS

@@ -41,6 +41,7 @@ _SEES = re.compile(
     r"For(?:\w*Image(?!Text)\w*|\w*Object\w*|\w*Segmentation|\w*Depth\w*|Video\w*|Keypoint\w*)$"
     r"|CLIP\w*Model$|^(?:Siglip|ViT|DeiT|Beit|Swin|Dinov|ConvNext|ResNet|Sam\d?|Align|Hiera|TimmWrapper)"
 )
+_LABELS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _HEARS = re.compile(
     r"For(?:CTC|Audio\w*|Speech\w*|TextTo\w+|XVector)$"
     r"|^(?:Wav2Vec2|Hubert|WavLM|Clap|Vits|Bark|Musicgen|UniSpeech|SEW|Data2VecAudio)"
@@ -116,15 +117,16 @@ def _refuse_quantised(model_id: str, names: Collection[str], config: Mapping[str
 
 
 def _refuse_no_text(model_id: str, config: Mapping[str, Any]) -> None:
-    """Refuse models that neither continue a text nor embed one."""
+    """Refuse models that neither write a text nor embed one."""
     listed = config.get("architectures")
     architecture = str(listed[0])[:100] if isinstance(listed, list) and listed else ""
-    if config.get("is_encoder_decoder") is True and not architecture.endswith("EncoderModel"):
-        what = "transcribes audio and is" if "num_mel_bins" in config else "is"
+    if config.get("is_encoder_decoder") is True and architecture.endswith(_LABELS):
         raise ModelLoadError(
-            f"{model_id} ({architecture}) {what} an encoder-decoder: only decoder-only models and "
-            "embedding encoders are served"
+            f"{model_id} ({architecture}) is an encoder-decoder that writes no text: of these, only models "
+            "that do are served"
         )
+    if "num_mel_bins" in config and config.get("is_encoder_decoder") is True:
+        raise ModelLoadError(f"{model_id} ({architecture}) transcribes audio: only text models are served")
     if _HEARS.search(architecture):
         raise ModelLoadError(f"{model_id} ({architecture}) is an audio model: only text models are served")
     if _SEES.search(architecture):

@@ -14,6 +14,7 @@ from tgi_asgi.errors import NotInFamily, check
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.types import EncoderDecoder
 
 if TYPE_CHECKING:
     from tgi_asgi.ops import StateShape
@@ -184,6 +185,10 @@ class ServedConfig(Protocol):
     def has_states(self) -> bool:
         """Whether a sequence has state besides keys and values, without which it cannot continue."""
 
+    @property
+    def encoder_decoder(self) -> EncoderDecoder | None:
+        """What sets an encoder-decoder apart; None for other models."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -352,6 +357,10 @@ class ModelConfig:
     @property
     def has_states(self) -> bool:
         return bool(self.states)
+
+    @property
+    def encoder_decoder(self) -> None:
+        return None
 
     @property
     def other_bytes_per_token(self) -> int:

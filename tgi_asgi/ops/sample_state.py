@@ -79,6 +79,7 @@ class SampleState:
         *,
         choice: int,
         prompt_ids: Sequence[int],
+        begun: Sequence[int] | None = None,
         output_ids: Sequence[int] = (),
         min_tokens: int = 0,
         masked_ids: Sequence[int] = (),
@@ -86,7 +87,8 @@ class SampleState:
         """Assign the slot to a sequence, whose `output_ids` are empty unless it is resumed.
 
         The next token sampled is that of position `len(prompt_ids) + len(output_ids)`. Until the output has
-        `min_tokens`, `masked_ids` cannot be sampled.
+        `min_tokens`, `masked_ids` cannot be sampled. Penalties count the tokens of `begun`, if given, instead
+        of the prompt's.
 
         Raises:
             ValueError: if the slot or a token id is out of range.
@@ -115,7 +117,7 @@ class SampleState:
         self._share_lists()
         record["num_top"] = min(sampling.logprobs or 0, self.vocab_size)
         record["flags"] = _flags(sampling)
-        self._count(slot, sampling, prompt_ids, output_ids)
+        self._count(slot, sampling, prompt_ids if begun is None else begun, output_ids)
 
     @property
     def lists(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:

@@ -33,7 +33,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import ImageProcessor, ModelInfo, Progress
+from tgi_asgi.types import EncoderDecoder, ImageProcessor, ModelInfo, Progress
 
 if TYPE_CHECKING:
     from tgi_asgi.runner.cuda_device import Device
@@ -147,7 +147,7 @@ def _describe(
         dtype=place.dtype,
         device=place.device,
         vocab_size=config.vocab_size,
-        max_input_tokens=_max_input_tokens(settings, max_total_tokens),
+        max_input_tokens=_max_input_tokens(settings, max_total_tokens, config.encoder_decoder),
         max_total_tokens=max_total_tokens,
         eos_token_ids=tokenizer.eos_ids,
         kv_tokens=cache.held_tokens(max_total_tokens),
@@ -162,6 +162,7 @@ def _describe(
         created=int(time.time()),
         fingerprint=weights.fingerprint(_bits(place, placed.cache, opened.config)),
         implementation="transformers" if opened.is_generic else "native",
+        encoder_decoder=config.encoder_decoder,
         is_batch_invariant=place.is_batch_invariant(model),
     )
 
@@ -231,10 +232,12 @@ def _usable_threads(wanted: int | None) -> int | None:
     return usable
 
 
-def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:
+def _max_input_tokens(settings: Settings, max_total_tokens: int, pair: EncoderDecoder | None) -> int:
     longest, wanted = max(max_total_tokens - 1, 1), settings.max_input_tokens
+    why = f"prompt and output have {max_total_tokens} tokens together"
+    if pair is not None and pair.max_prompt is not None and pair.max_prompt < longest:
+        longest, why = pair.max_prompt, "the encoder has no more positions"
     if wanted is None or wanted <= longest:
         return wanted or longest
-    message = "--max-input-tokens %d is cut to %d: prompt and output have %d tokens together"
-    logger.warning(message, wanted, longest, max_total_tokens)
+    logger.warning("--max-input-tokens %d is cut to %d: %s", wanted, longest, why)
     return longest

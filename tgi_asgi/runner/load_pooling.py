@@ -63,6 +63,11 @@ def with_pooling(
     if info.device != "cpu":
         reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
         return replace(info, generates=config.generates, why_no_pooling=reason)
+    if config.encoder_decoder is not None:
+        reason = "an encoder-decoder gives no vectors and no scores here"
+        if settings.pooling is not None or settings.score_tokens is not None:
+            raise ModelLoadError(f"--pooling and --score-tokens: {reason}")
+        return replace(info, why_no_pooling=reason)
     kind = files.kind if settings.pooling is None else PoolingKind(settings.pooling)
     if kind is not None and files.reason:
         logger.warning("--pooling %s overrides all that the files ask for: %s", kind.value, files.reason)

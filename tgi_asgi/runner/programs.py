@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from tgi_asgi.runner.plan import DraftLimits
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
+    from tgi_asgi.models.generic.program import ModuleProgram
     from tgi_asgi.models.generic.vision.program import VisionProgram
 
 SUPPLIED_BYTES = 192 << 20  # of the cache to commit ahead of its use: 8,000 tokens of the default model
@@ -106,6 +107,11 @@ def make_program(
         record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
         max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters, shard=shard,
     )  # fmt: skip
+
+
+def module_program(program: Program, model: Model | GenericModel) -> ModuleProgram | None:
+    """Return the program as one that is written in Python; None if it is native."""
+    return None if model.kind == "native" else cast("ModuleProgram", program)
 
 
 def vision_program(program: Program, model: Model | GenericModel) -> VisionProgram | None:

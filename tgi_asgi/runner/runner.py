@@ -24,7 +24,7 @@ from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
-from tgi_asgi.runner.programs import make_pool, make_program, vision_program
+from tgi_asgi.runner.programs import make_pool, make_program, module_program, vision_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import StepSamples, start_slot
 from tgi_asgi.runner.shards import Shards
@@ -102,7 +102,9 @@ class CpuRunner:
         self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
+        self._module_program = module_program(self._program, model)
         self._vision_program = vision_program(self._program, model)
+        self._begun = None if config.encoder_decoder is None else config.encoder_decoder.starts
         self.traits = RunnerTraits(
             num_blocks=kv_size.num_blocks,
             block_size=kv_size.block_size,
@@ -184,12 +186,12 @@ class CpuRunner:
         if plan.copies and self._copy_blocks is not None:
             self._copy_blocks(plan.copies)
         for start in plan.starts:
-            start_slot(self._sampling, start)
+            start_slot(self._sampling, start, self._begun)
             self._masks.start(start)
             if self._drafts is not None:
                 self._drafts.start(start)
-            if self._vision_program is not None:
-                self._vision_program.start(start.slot, start.prompt_ids, start.images)
+            if self._module_program is not None:
+                self._module_program.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
         if plan.starts:

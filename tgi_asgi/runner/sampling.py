@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 
 
-def start_slot(state: SampleState | CudaSampleState, start: SlotStart) -> None:
+def start_slot(
+    state: SampleState | CudaSampleState, start: SlotStart, begun: Sequence[int] | None = None
+) -> None:
     """Reset the sampling state of a slot that starts.
+
+    Args:
+        begun: Tokens that penalties count instead of the prompt's: an encoder-decoder's prompt is another
+            text.
 
     Raises:
         ValueError: as `start` of the state's class.
@@ -24,6 +30,7 @@ def start_slot(state: SampleState | CudaSampleState, start: SlotStart) -> None:
         start.sampling,
         choice=start.choice,
         prompt_ids=start.prompt_ids,
+        begun=begun,
         output_ids=start.output_ids,
         min_tokens=start.min_tokens,
         masked_ids=start.masked_ids if start.grammar is None else (),  # else the grammar's mask has them

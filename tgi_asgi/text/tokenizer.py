@@ -6,6 +6,7 @@ Built in the loading thread, then used by the HTTP layer's worker threads (`enco
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -250,6 +251,13 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for within running text (b"" for an id without a token)."""
         return self._bytes[token_id] if token_id < self.vocab_size else b""
+
+    @functools.cached_property
+    def drops_first_space(self) -> bool:
+        """Whether a text loses the space of its first token's bytes, which the vocabulary has put there."""
+        words = (at for at, data in enumerate(self._bytes) if data[:1] == b" " and data[1:2].isalpha())
+        first = next(words, None)
+        return first is not None and not self.decode([first], skip_special_tokens=True).startswith(" ")
 
     def token_text(self, token_id: int) -> str:
         """Return a token's text for display: a special token's name, U+FFFD for incomplete characters."""

@@ -130,10 +130,10 @@ def test_attention_that_grows_with_positions_is_not_of_the_common_shape(
     assert found.tier == "generic"
 
 
-class Forgetful(SlotStates):
+class Forgetful(SlotStates[Any]):
     """States that give every row of a step an empty state."""
 
-    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
+    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState[Any]]:
         return [
             SequenceState(self._make(), state.num_tokens) for state in super().begin(slots, starts, lengths)
         ]

@@ -36,22 +36,21 @@ SERVED = [
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[httpx.Client]:
+def serving(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
     """Serve a checkpoint with the code of `transformers`; yield a client once it is loaded."""
     apps: list[App] = []
 
     def make() -> App:
-        settings = Settings(
-            model_id=str(folder),
-            model_impl="transformers",
-            dtype="float32",
-            num_threads=1,
-            thread_nice=0,
-            max_batch_size=4,
-            max_batch_prefill_tokens=STEP_TOKENS,
-            max_total_tokens=MAX_TOKENS,
-        )
-        apps.append(create_app(settings))
+        usual: dict[str, Any] = {
+            "model_impl": "transformers",
+            "dtype": "float32",
+            "num_threads": 1,
+            "thread_nice": 0,
+            "max_batch_size": 4,
+            "max_batch_prefill_tokens": STEP_TOKENS,
+            "max_total_tokens": MAX_TOKENS,
+        }
+        apps.append(create_app(Settings(model_id=str(folder), **(usual | settings))))
         return apps[0]
 
     with LiveServer(make) as server, httpx.Client(base_url=server.url, timeout=60) as client:

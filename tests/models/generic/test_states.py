@@ -29,7 +29,7 @@ class Cache:
         self.seen: list[torch.Tensor] = [torch.zeros(1)]
 
 
-def advance(states: SlotStates, slot: int, start: int, length: int) -> Any:
+def advance(states: SlotStates[Any], slot: int, start: int, length: int) -> Any:
     (state,) = states.begin([slot], [start], [length])
     state.cache.layers[0].state += length
     state.cache.seen[0] += length

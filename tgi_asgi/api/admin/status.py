@@ -83,6 +83,8 @@ async def info(exchange: Exchange) -> None:
 
 def _task(served: Served) -> str:
     """Return the model's task, as the Hub names it."""
+    if served.info.encoder_decoder is not None:
+        return "text2text-generation"
     if served.info.generates:
         return "image-text-to-text" if served.accepts_images else "text-generation"
     if served.info.classification is not None and len(served.info.classification.labels) > 1:

@@ -50,6 +50,7 @@ class AnswerOptions:
     top_n: int
     text_prefix: str  # `inputs` if the full text is requested, else empty
     seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or random
+    starts: tuple[int, ...] = ()  # tokens to show in place of the prompt's: an encoder-decoder's first ones
 
     def seed(self, choice: int = 0) -> int | None:
         """Return the seed to report for a choice, or None if nothing was sampled."""
@@ -147,7 +148,10 @@ class NativeRenderer(Renderer):
         [channel] = self._generation.channels
         logprobs = channel.stats.prompt_logprobs
         if logprobs is None:
-            return []
+            return [
+                PrefillToken(token_id, token_text(self._tokenizer, token_id), None)
+                for token_id in self._options.starts
+            ]
         return [
             PrefillToken(token_id, token_text(self._tokenizer, token_id), logprob)
             for token_id, (logprob, _) in zip(channel.request.prompt_ids, logprobs, strict=True)

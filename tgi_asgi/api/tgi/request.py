@@ -62,7 +62,8 @@ def parse_root(body: bytes, exchange: Exchange) -> Call:
     """
     request = decode_json(body, COMPAT_GENERATE)
     is_stream = bool(request.stream)
-    full_text = not exchange.context.ready().accepts_images
+    served = exchange.context.ready()
+    full_text = not served.accepts_images and served.info.encoder_decoder is None
     job, options = read_request(request, exchange.context, is_stream=is_stream, full_text=full_text)
     return Call(jobs=[job], render=partial(NativeRenderer, options=options, is_list=True), stream=is_stream)
 
@@ -104,6 +105,9 @@ def read_request(
     n = _check_before_permit(p, limits, is_stream=is_stream)
     full_text = full_text if p.return_full_text is None else p.return_full_text
     is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
+    shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
+    info = context.ready().info
+    pair = info.encoder_decoder
     options = AnswerOptions(
         # As in TGI, a request without parameters samples, but one with parameters is greedy by default.
         is_sampled=given is None or bool(p.do_sample) or p.top_k is not None or is_warped,
@@ -111,12 +115,11 @@ def read_request(
         top_n=p.top_n_tokens or 0,
         text_prefix=request.inputs if full_text else "",
         seeds=tuple(random_seed() if p.seed is None else p.seed for _ in range(n)),
+        starts=pair.starts if pair is not None and shows_prefill else (),
     )
     # Each token of a stream shows its own log-probability; choosing the best of several sequences needs them,
     # too.
     needs_logprobs = is_stream or options.details or n > 1
-    shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
-    info = context.ready().info
     job = Job(
         prompt=read_inputs(request.inputs, context),
         sampling=sampling(
@@ -139,7 +142,7 @@ def read_request(
         stop=tuple(p.stop or ()),
         include_stop=True,
         constraint=Constraint(_GRAMMAR, partial(native_grammar, p.grammar)) if p.grammar else None,
-        prompt_logprobs=0 if shows_prefill else None,
+        prompt_logprobs=0 if shows_prefill and pair is None else None,
         seeds=tuple(seed % ENGINE_SEEDS for seed in options.seeds) if n > 1 else (),
         adapter=p.adapter_id,
     )

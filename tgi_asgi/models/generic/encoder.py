@@ -84,6 +84,10 @@ class EncoderConfig:
     def has_states(self) -> bool:
         return True
 
+    @property
+    def encoder_decoder(self) -> None:
+        return None
+
 
 class OpenEncoder:
     """A checkpoint directory's model, built without weights.

@@ -34,6 +34,7 @@ _KNOWN: Mapping[str, str] = {
     "DeepseekV4ForCausalLM": "holds tables of integers, and keeps compressed keys",
     "OpenAIGPTLMHeadModel": "has no cache to continue from",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
+    "ProphetNetForConditionalGeneration": "predicts several tokens at once, by a table of positions",
     "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
     "RwkvForCausalLM": "has a state of a special kind",
@@ -57,11 +58,11 @@ def check_servable(model: Any) -> None:
     config = model.config
     if name in _KNOWN:
         raise ModelLoadError(f"{name} cannot be served: it {_KNOWN[name]}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadError(f"{name} is an encoder-decoder, which is not supported")
     if model.get_output_embeddings() is None:
         raise ModelLoadError(f"{name} has no head that computes token logits")
-    if getattr(config.get_text_config(), "is_decoder", None) is False and _is_encoder_by_default(model):
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    is_decoder = is_pair or getattr(config.get_text_config(), "is_decoder", None)
+    if is_decoder is False and _is_encoder_by_default(model):
         raise ModelLoadError(f"{name} is an encoder here: its config.json does not say `is_decoder`")
     _refuse_uses(model, _REFUSED.__contains__)
 

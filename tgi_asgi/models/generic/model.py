@@ -12,7 +12,8 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.generic import attention
+from tgi_asgi.models.generation_config import read_generation_config
+from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
 from tgi_asgi.models.generic import check as self_check
 from tgi_asgi.models.generic.adaptable import adaptable, attach
 from tgi_asgi.models.generic.attention import PagedLayers
@@ -20,6 +21,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
+from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram, cache_name
@@ -36,7 +38,7 @@ from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.settings import GivenRope
-from tgi_asgi.types import ImageProcessor
+from tgi_asgi.types import EncoderDecoder, ImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class GenericConfig:
     vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
+    encoder_decoder: EncoderDecoder | None = None  # what sets an encoder-decoder apart; None: it is none
 
     @property
     def other_bytes_per_token(self) -> int:
@@ -82,8 +85,10 @@ class GenericConfig:
 
     @property
     def longest_context(self) -> int:
-        """Longest context that may be served: any, if rotary tables are computed for the context served."""
-        return MAX_CONTEXT if self.is_dynamic else self.context_length
+        """Longest context that may be served: any, if the model has positions for any, or computes them."""
+        pair = self.encoder_decoder
+        is_free = self.is_dynamic or (pair is not None and pair.max_prompt is None)
+        return MAX_CONTEXT if is_free else self.context_length
 
     @property
     def generates(self) -> bool:
@@ -132,19 +137,16 @@ class OpenGeneric:
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
-        text = self._model.config.get_text_config()
-        first = first_position(self._model)
-        context = context_length(text) - first
         self._recurrent = recurrent_modules(self._model)
-        layers: list[AttentionLayer] = []
-        reason = ""
-        try:
-            check_cache_uses(self._model)
-            layers = discover(self._text, context)
-        except ModelLoadError as error:
-            if cache_name(self._model) is None or self._vision is not None:
-                raise
-            reason = str(error)
+        pair = encoder_decoder.describe(self._model, config, read_generation_config(directory))
+        text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
+        first = first_position(self._model)
+        if pair is None:
+            context = context_length(text) - first
+            layers, reason = self._discover(context)
+        else:
+            context, layers = encoder_decoder.context_length(pair), []
+            reason = "it is an encoder-decoder"
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
             vocab_size=_num_logits(text),
@@ -158,7 +160,18 @@ class OpenGeneric:
             vision=self._vision,
             is_dynamic=is_dynamic(self._model),
             other_state_bytes=state_bytes(self._model, cache_name(self._model)) if self._recurrent else 0,
+            encoder_decoder=pair,
         )
+
+    def _discover(self, context: int) -> tuple[list[AttentionLayer], str]:
+        """Return the attention layers; or none, and why sequences must run one by one."""
+        try:
+            check_cache_uses(self._model)
+            return discover(self._text, context), ""
+        except ModelLoadError as error:
+            if cache_name(self._model) is None or self._vision is not None:
+                raise
+            return [], str(error)
 
     def image_processor(self, directory: Path) -> ImageProcessor | None:
         """Return the model's image processor; None if it accepts no images.
@@ -225,7 +238,10 @@ class OpenGeneric:
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
         loaded = GenericModel(model, self.config, replaced, recurrent, max_positions)
-        self_check.check(loaded)
+        if self.config.encoder_decoder is None:
+            self_check.check(loaded)
+        else:
+            encoder_decoder_check.check(loaded)
         if self._processor is not None:
             check_images(loaded, self._processor)
         return loaded
@@ -262,7 +278,7 @@ class GenericModel:
     def program(
         self, caches: Sequence[ops.KvLayer], max_context: int, image_cache: int = 0,
         adapters: ops.AdapterLayout | None = None,
-    ) -> GenericProgram | SequentialProgram:  # fmt: skip
+    ) -> GenericProgram | SequentialProgram | EncoderDecoderProgram:  # fmt: skip
         """Return a program that runs steps over these caches, one for each of the configuration's.
 
         Args:
@@ -271,6 +287,11 @@ class GenericModel:
         """
         if adapters is not None:
             attach(self.module, adapters)
+        if self.config.encoder_decoder is not None:
+            return EncoderDecoderProgram(
+                self.module, self.replaced.head, self.config.encoder_decoder.starts,
+                vocab_size=self.config.vocab_size,
+            )  # fmt: skip
         if self.config.sequential_reason:
             return SequentialProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
         layers = PagedLayers(self.config.layers, caches, max_context)

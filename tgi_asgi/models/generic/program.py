@@ -24,6 +24,7 @@ from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.types import ImageInput
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 
@@ -111,7 +112,7 @@ class ModuleProgram(Protocol):
     """A `Program` of the runner that is written in Python."""
 
     native: None
-    _states: SlotStates
+    _states: SlotStates[Any]
 
     @property
     def num_steps(self) -> int:
@@ -122,6 +123,10 @@ class ModuleProgram(Protocol):
         """Discard the states of a step that was computed after the first `num_steps` and then failed."""
         if self.num_steps > num_steps:
             self._states.forget()
+
+    def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
+        """Assign a slot to a sequence with this prompt."""
+        return None
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats: ...
 
@@ -188,7 +193,7 @@ class GenericProgram(ModuleProgram):
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)
         if self._recurrent is not None:
-            starts, lengths = _spans(batch)
+            starts, lengths = spans(batch)
             states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
             self._recurrent.begin(starts, lengths, states)
 
@@ -235,7 +240,7 @@ class SequentialProgram(ModuleProgram):
         """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64))
-        starts, lengths = _spans(batch)
+        starts, lengths = spans(batch)
         self._known = []
         out = torch.empty(len(wanted), self._vocab_size)
         with torch.inference_mode():
@@ -252,7 +257,7 @@ class SequentialProgram(ModuleProgram):
             self._states.commit()
         return out.numpy()
 
-    def _compute(self, state: SequenceState, ids: Tensor, rows: list[int]) -> tuple[Tensor, Any]:
+    def _compute(self, state: SequenceState[Any], ids: Tensor, rows: list[int]) -> tuple[Tensor, Any]:
         given = {self._cache_name: state.cache, "use_cache": True}
         return self._caller.compute(rows, input_ids=ids[None], **given)
 
@@ -283,7 +288,7 @@ def cache_name(model: Any) -> str | None:
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-def _spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:
+def spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:
     """Return each sequence's first position in a step, and its number of tokens in it."""
     stops = batch.query_start
     return batch.positions[stops[:-1]].tolist(), np.diff(stops).tolist()

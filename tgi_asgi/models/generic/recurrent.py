@@ -53,14 +53,14 @@ class RecurrentLayers:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._lengths: list[int] = []
         self._starts: list[int] = []
-        self._states: list[SequenceState] = []
+        self._states: list[SequenceState[Any]] = []
         self._is_active = False
         self.continues_by_token = False
         for module in modules:
             forward = module.forward
             module.forward = functools.partial(self._run, module, forward)
 
-    def begin(self, starts: list[int], lengths: list[int], states: list[SequenceState]) -> None:
+    def begin(self, starts: list[int], lengths: list[int], states: list[SequenceState[Any]]) -> None:
         """Set the sequences of the following calls."""
         self._starts, self._lengths, self._states = starts, lengths, states
         self._is_active = True

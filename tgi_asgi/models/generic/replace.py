@@ -70,8 +70,11 @@ class Replaced:
         self._vocabulary = _vocabulary_of(model)
         for path, module in list(model.named_modules()):
             self._replace_mlp(path, module)
-        for path, module in list(model.named_modules()):
-            self._replace(path, module)
+        made: dict[int, PackedModule | None] = {}  # by id of a module, which may have several paths
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if id(module) not in made:
+                made[id(module)] = self._make(path, module)
+            self._replace(path, module, made[id(module)])
 
     def _replace_mlp(self, path: str, module: nn.Module) -> None:
         activation = gated_activation(module)
@@ -80,25 +83,7 @@ class Replaced:
             owner, leaf = owner_of(self._model, path)
             setattr(owner, leaf, self._mlps[path])
 
-    def _replace(self, path: str, module: Any) -> None:
-        made: PackedModule | None = None
-        match _part_of(self._model, path, module, self._vocabulary):
-            case _Part.EXPERTS:
-                self._experts[path] = ExpertsLoader(module, self._arithmetic, self.precision)
-            case _Part.LINEAR:
-                made = Linear(
-                    module.out_features, module.in_features, has_bias=module.bias is not None,
-                    precision=self.precision,
-                )  # fmt: skip
-            case _Part.CONV1D:
-                columns, rows = module.weight.shape
-                made = Linear(rows, columns, has_bias=True, precision=self.precision)
-                self._transposed.add(path)
-            case _Part.EMBEDDING:
-                rows, columns = module.weight.shape
-                factor = factor_of(module)
-                assert factor is not None
-                made = Embedding(rows, columns, factor=factor, precision=self.precision)
+    def _replace(self, path: str, module: nn.Module, made: PackedModule | None) -> None:
         if made is None:
             return
         if id(module) in self._vocabulary:
@@ -106,6 +91,27 @@ class Replaced:
         self._modules[path] = made
         owner, leaf = owner_of(self._model, path)
         setattr(owner, leaf, made)
+
+    def _make(self, path: str, module: Any) -> PackedModule | None:
+        """Return the native module for a product or an embedding; None for any other module."""
+        match _part_of(self._model, path, module, self._vocabulary):
+            case _Part.EXPERTS:
+                self._experts[path] = ExpertsLoader(module, self._arithmetic, self.precision)
+            case _Part.LINEAR:
+                return Linear(
+                    module.out_features, module.in_features, has_bias=module.bias is not None,
+                    precision=self.precision,
+                )  # fmt: skip
+            case _Part.CONV1D:
+                columns, rows = module.weight.shape
+                self._transposed.add(path)
+                return Linear(rows, columns, has_bias=True, precision=self.precision)
+            case _Part.EMBEDDING:
+                rows, columns = module.weight.shape
+                factor = factor_of(module)
+                assert factor is not None
+                return Embedding(rows, columns, factor=factor, precision=self.precision)
+        return None
 
     def _wrap_head(self) -> Head:
         inner = self._model.get_output_embeddings()
@@ -214,8 +220,13 @@ def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part 
 
 
 def _vocabulary_of(model: Any) -> set[int]:
-    """Return the ids of the embedding and the head."""
-    return {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    """Return the ids of the embeddings and the head; encoder and decoder may have embeddings of their own."""
+    found = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if getattr(model.config, "is_encoder_decoder", False):
+        parts = (model.get_encoder(), model.get_decoder())
+        found += [getattr(part, "embed_tokens", None) for part in parts]
+        found.append(getattr(model.base_model, "shared", None))
+    return {id(module) for module in found if module is not None}
 
 
 def packed_names(model: Any) -> set[str]:
@@ -258,7 +269,10 @@ def _read_by(name: str) -> frozenset[str]:
 
 
 class _Reads(ast.NodeVisitor):
-    """Finds `x.name.weight` and `x.name.bias`, except in `_init_weights`, which is not run here."""
+    """Finds `x.name.weight` and `x.name.bias`, but not if only their type or shape is asked for.
+
+    `_init_weights` does not count, as it is not run here.
+    """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -266,6 +280,14 @@ class _Reads(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name != "_init_weights":
             self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        is_question = isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        first = node.args[0] if node.args else None
+        if is_question and isinstance(first, ast.Attribute) and isinstance(first.value, ast.Attribute):
+            self.visit(first.value.value)
+            return
+        self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         inner = node.value

@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -22,9 +22,11 @@ _KEPT = 2  # states per slot, see `SlotStates`
 _FLOAT_BYTES = 4
 _REPLACED = frozenset({"keys", "values"})  # replaced by each update, which never writes into the old tensors
 
+Cache = TypeVar("Cache")
+
 
 @dataclass(slots=True)
-class SequenceState:
+class SequenceState(Generic[Cache]):
     """One sequence's state.
 
     Attributes:
@@ -32,67 +34,12 @@ class SequenceState:
         num_tokens: Number of tokens that it has processed.
     """
 
-    cache: Any
+    cache: Cache
     num_tokens: int = 0
 
 
-class SlotStates:
-    """The states of the running sequences.
-
-        of_rows = states.begin(slots, starts, lengths)   # may be modified
-        states.commit()                                  # once the step is done
-        states.forget()                                  # if it fails after all
-
-    The last two states of each slot are kept, because a step in flight may become void.
-
-    Args:
-        make: Function that makes an empty cache.
-
-    Attributes:
-        num_steps: Number of committed steps.
-    """
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.num_steps = 0
-        self._make = make
-        self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the latest last
-        self._in_progress: dict[int, list[SequenceState]] = {}
-        self._done: tuple[int, ...] = ()  # slots of the last step
-
-    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
-        """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
-
-        Raises:
-            RuntimeError: if a row continues at a position for which there is no state.
-        """
-        self._in_progress = {}
-        found = []
-        for slot, start, length in zip(slots, starts, lengths, strict=True):
-            known = [state for state in self._states.get(slot, ()) if start and state.num_tokens == start]
-            if start and not known:
-                raise RuntimeError(f"slot {slot} has no state of {start} tokens")
-            self._states[slot] = known
-            cache = _copy(known[0].cache) if known else self._make()
-            state = SequenceState(cache, start + length)
-            self._in_progress[slot] = [*known, state]
-            found.append(state)
-        return found
-
-    def commit(self) -> None:
-        """Keep the states that the step has computed."""
-        self._states.update(self._in_progress)
-        self._done, self._in_progress = tuple(self._in_progress), {}
-        self.num_steps += 1
-
-    def forget(self) -> None:
-        """Discard the states of the last step, so that no later step continues from them."""
-        for slot in self._done:
-            self._states[slot].pop()
-        self._done = ()
-
-
-def _copy(cache: Any) -> Any:
-    """Return a copy that may change in place without affecting the original; keys and values are shared."""
+def copy_cache(cache: Any) -> Any:
+    """Return a copy of a cache that may change in place without affecting it; keys and values are shared."""
     made = copy.copy(cache)
     for name, value in vars(cache).items():
         if isinstance(value, list):
@@ -111,6 +58,62 @@ def _copy_layer(layer: Any) -> Any:
         if name not in _REPLACED and isinstance(value, (Tensor, list, dict)):
             setattr(made, name, copy.deepcopy(value))
     return made
+
+
+class SlotStates(Generic[Cache]):
+    """The states of the running sequences.
+
+        of_rows = states.begin(slots, starts, lengths)   # may be modified
+        states.commit()                                  # once the step is done
+        states.forget()                                  # if it fails after all
+
+    The last two states of each slot are kept, because a step in flight may become void.
+
+    Args:
+        make: Function that makes an empty cache.
+        copy: Function that returns a copy of a cache, which may change without affecting the original.
+
+    Attributes:
+        num_steps: Number of committed steps.
+    """
+
+    def __init__(self, make: Callable[[], Cache], copy: Callable[[Cache], Cache] = copy_cache) -> None:
+        self.num_steps = 0
+        self._make, self._copy = make, copy
+        self._states: dict[int, list[SequenceState[Cache]]] = {}  # by slot: at most two, the latest last
+        self._in_progress: dict[int, list[SequenceState[Cache]]] = {}
+        self._done: tuple[int, ...] = ()  # slots of the last step
+
+    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState[Cache]]:
+        """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
+
+        Raises:
+            RuntimeError: if a row continues at a position for which there is no state.
+        """
+        self._in_progress = {}
+        found = []
+        for slot, start, length in zip(slots, starts, lengths, strict=True):
+            known = [state for state in self._states.get(slot, ()) if start and state.num_tokens == start]
+            if start and not known:
+                raise RuntimeError(f"slot {slot} has no state of {start} tokens")
+            self._states[slot] = known
+            cache = self._copy(known[0].cache) if known else self._make()
+            state = SequenceState(cache, start + length)
+            self._in_progress[slot] = [*known, state]
+            found.append(state)
+        return found
+
+    def commit(self) -> None:
+        """Keep the states that the step has computed."""
+        self._states.update(self._in_progress)
+        self._done, self._in_progress = tuple(self._in_progress), {}
+        self.num_steps += 1
+
+    def forget(self) -> None:
+        """Discard the states of the last step, so that no later step continues from them."""
+        for slot in self._done:
+            self._states[slot].pop()
+        self._done = ()
 
 
 def state_bytes(model: Any, cache_name: str | None) -> int:

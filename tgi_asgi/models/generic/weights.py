@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
@@ -276,9 +277,20 @@ class Filler:
         ignored: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
         buffers = {name for name, _ in self._model.named_buffers()}
         for name in self._shapes:
-            if name in given or name in buffers or any(re.search(pattern, name) for pattern in ignored):
+            if name in given or name in buffers:
                 continue
-            raise ModelLoadError(_missing(name))
+            if not any(re.search(pattern, name) for pattern in ignored):
+                raise ModelLoadError(_missing(name))
+            self._compute(name)
+
+    def _compute(self, name: str) -> None:
+        """Fill a tensor that files lack because the class computes it, such as a table of sines."""
+        owner, leaf = owner_of(self._model, name)
+        value = owner._parameters.get(leaf)
+        if value is not None and value.is_meta:
+            made = torch.full(value.shape, torch.nan, dtype=value.dtype)
+            owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
+            self._model._init_weights(owner)
 
 
 def _missing(name: str) -> str:

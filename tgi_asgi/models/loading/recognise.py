@@ -30,9 +30,11 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
     after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
     models that compute something else. A Mistral that lists the kinds of its layers is Ministral, as for
-    `AutoConfig`.
+    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without.
     """
     kind, names = config.get("model_type"), config.get("architectures")
+    if config.get("is_encoder_decoder") is True:
+        return _with_head(config)
     if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):
         return {**config, "model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     name = names[0] if isinstance(names, list) and names else None
@@ -50,6 +52,18 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
         if not (found.endswith(_CAUSAL) and name in BY_TYPE.values()):
             return config
         log.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
+    return {**config, "architectures": [found]}
+
+
+def _with_head(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of an encoder-decoder, naming the class of its type that writes text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
+
+    names, found = config.get("architectures"), BY_TYPE.get(str(config.get("model_type")))
+    name = names[0] if isinstance(names, list) and names else "Model"
+    is_bare = isinstance(name, str) and name.endswith(("Model", "WithLMHeadModel", "DoubleHeadsModel"))
+    if found is None or not is_bare or name.endswith("EncoderModel"):
+        return config
     return {**config, "architectures": [found]}
 
 
@@ -131,5 +145,5 @@ def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
 
 def produces_vectors(architecture: str) -> bool:
     """Return whether an architecture is a model without a head that generates text."""
-    is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
+    is_head = architecture.endswith(("LMHeadModel", "HeadsModel", "MTModel"))
     return architecture.endswith(("Model", CLASSIFIER, *TOKEN_HEADS)) and not is_head
