@@ -59,6 +59,8 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Types whose code takes no mask of the answers, so that each is computed alone.
+ALONE = frozenset({"led"})
 # Types whose code cannot go on from a cache of all tokens but the last, with what the server says.
 REFUSED: Mapping[str, str] = {
     "fsmt": "fails its self-check against its own code",

@@ -211,6 +211,11 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
         )  # fmt: skip
     elif model.kind == "native":
         logger.info("%s of transformers %s has the common shape: native code runs it", architecture, version)
+    elif model.config.encoder_decoder is not None and model.kind == "generic":
+        logger.info(
+            "%s runs by the code of transformers %s: prompts one at a time, and answers %s",
+            architecture, version, "together" if model.is_batched else "one at a time, too",
+        )  # fmt: skip
     elif model.config.sequential_reason:
         logger.warning(
             "%s runs one sequence at a time, slowly, on the code of transformers %s only: %s",

@@ -25,7 +25,7 @@ from tests.support.architectures import random_ids
 from tests.support.generic import open_generic
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import encoder_decoder, encoder_decoder_check
+from tgi_asgi.models.generic import encoder_decoder_cache, encoder_decoder_check
 from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -126,9 +126,10 @@ def test_the_page_names_those_that_are_served() -> None:
 @pytest.mark.parametrize("model_type", SERVED)
 def test_answers_have_the_logits_of_transformers(model_type: str, checkpoint: Checkpoint) -> None:
     folder, pairs = checkpoint(model_type), random_pairs()
-    for found, expected in zip(
-        in_steps(load(folder), pairs), encoder_decoders.references(folder, pairs), strict=True
-    ):
+    model = load(folder)
+    assert model.is_batched == (model_type not in encoder_decoders.ALONE)
+    references = encoder_decoders.references(folder, pairs)
+    for found, expected in zip(in_steps(model, pairs), references, strict=True):
         assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
 
 
@@ -197,14 +198,17 @@ def test_what_cannot_go_on_from_a_cache_is_refused(model_type: str, checkpoint: 
 @pytest.mark.parametrize(
     ("lacks", "fault"),
     [
-        ("the answer so far", lambda answer: encoder_decoder._Answer(encoded=answer.encoded, cache=None)),
-        ("the beginning of the prompt", lambda answer: encoder_decoder._Answer(cache=answer.cache)),
+        (
+            "the answer so far",
+            lambda answer: encoder_decoder_cache.Answer(encoded=answer.encoded, cache=None),
+        ),
+        ("the beginning of the prompt", lambda answer: encoder_decoder_cache.Answer(cache=answer.cache)),
     ],
 )
 def test_the_self_check_finds_what_a_copy_loses(
     lacks: str, fault: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder_decoder._Answer, "copy", fault)
+    monkeypatch.setattr(encoder_decoder_cache.Answer, "copy", fault)
     with pytest.raises(ModelLoadError, match=r"self-check|does not run here"):
         load(checkpoint("t5"))
 
@@ -212,7 +216,7 @@ def test_the_self_check_finds_what_a_copy_loses(
 def test_the_self_check_finds_logits_that_are_no_numbers(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder_decoder_check, "_whole", lambda *_: torch.full((4, 320), torch.nan))
+    monkeypatch.setattr(encoder_decoder_check, "_whole", lambda *_: torch.full((6, 320), torch.nan))
     with pytest.raises(ModelLoadError, match="fails its self-check"):
         load(checkpoint("t5"))
 

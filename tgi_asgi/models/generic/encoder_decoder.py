@@ -6,28 +6,32 @@
     decoder              s     y1  y2       s: the tokens that every answer begins with
 
 The logits of position n-1 are those after `s`, so the engine samples, resumes and ends answers as it does for
-decoders. Sequences are computed one after the other, each on the cache of the model's own code, which holds
-the keys and values of the answer, and those that the decoder's layers make of the encoded prompt.
+decoders. The model's own code runs on its own cache (`encoder_decoder_cache.py`), which holds the keys and
+values of the answer, and those that the decoder's layers make of the encoded prompt.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.program import ModuleProgram, cache_name, spans
-from tgi_asgi.models.generic.states import SlotStates, copy_cache
+from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import EncoderDecoder, ImageInput
 
+_Ints = npt.NDArray[np.int64]
 _RELATIVE = "relative_attention_num_buckets"  # positions are distances, so that texts may have any length
 _USUAL = 1024  # tokens of a prompt, and of an answer, if the configuration names no number of positions
 
@@ -84,36 +88,54 @@ def _num_positions(model: Any, part: str) -> int:
     return next((int(each) for each in named if type(each) is int and each > 0), _USUAL)
 
 
-@dataclass(slots=True)
-class _Answer:
-    """What a sequence leaves for its next tokens: its prompt, until that is encoded, and then its cache."""
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sequence's part of a step.
 
-    prompt: list[Tensor] = field(default_factory=list)  # ids of its chunks
-    encoded: Any = None  # the encoder's output
-    cache: Any = None
+    Attributes:
+        answer: What it has left, which this step goes on with.
+        start: Position of the first of `ids`.
+        places: Where its logits are among those of the step.
+        wanted: Which of `ids` have them, [n_places].
+    """
 
-    def copy(self) -> _Answer:
-        """Return a copy that may go on without affecting this one."""
-        return replace(self, prompt=list(self.prompt), cache=self.cache and _copy_both(self.cache))
+    answer: Answer
+    ids: Tensor
+    start: int
+    num_prompt: int
+    places: _Ints
+    wanted: _Ints
+
+    @property
+    def is_next(self) -> bool:
+        """Whether it is the next token of an answer, and nothing else."""
+        return len(self.ids) == 1 and self.start >= self.num_prompt
 
 
 class EncoderDecoderProgram(ModuleProgram):
-    """A program that computes one sequence after the other.
+    """A program that encodes prompts one by one, and computes the next tokens of all answers together.
 
     Args:
         model: Model with its weights and its own attention.
         head: Head that computes only the requested rows.
         starts: Tokens that the decoder begins with.
+        is_batched: Whether answers are computed together; some models have no positions for that.
     """
 
     native = None
 
-    def __init__(self, model: Any, head: Head, starts: Sequence[int], *, vocab_size: int) -> None:
+    def __init__(
+        self, model: Any, head: Head, starts: Sequence[int], *, vocab_size: int, is_batched: bool
+    ) -> None:
         self._model, self._head, self._vocab_size = model, head, vocab_size
         self._starts = torch.tensor(starts)
         self._cache_name = str(cache_name(model))
         self._num_prompt: dict[int, int] = {}  # by slot
-        self._states: SlotStates[_Answer] = SlotStates(_Answer, _Answer.copy)
+        self._states: SlotStates[Answer] = SlotStates(Answer, Answer.copy)
+        self._is_batched = is_batched
+        self._takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
+        table = getattr(model.get_decoder(), "embed_positions", None)
+        self._positions = None if table is None else RowPositions.in_place_of(table)
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with this prompt."""
@@ -126,54 +148,95 @@ class EncoderDecoderProgram(ModuleProgram):
             PlanError: if a row has none: those before a prompt's last token.
         """
         wanted = np.array(list(rows), dtype=np.int64)
-        ids = torch.from_numpy(batch.ids.astype(np.int64))
-        slots, (starts, lengths) = batch.row_slots.tolist(), spans(batch)
         out = torch.empty(len(wanted), self._vocab_size)
         with torch.inference_mode(), ops.keep_threads_awake():
-            states = self._states.begin(slots, starts, lengths)
-            first = 0
-            for slot, start, length, state in zip(slots, starts, lengths, states, strict=True):
-                at = np.flatnonzero((wanted >= first) & (wanted < first + length))
-                positions = wanted[at] - first + start
-                answer, num_prompt = state.cache, self._num_prompt[slot]
-                if len(at) and positions.min() < num_prompt - 1:
-                    raise ops.PlanError("an encoder-decoder has no logits of a prompt's tokens")
-                part = self._take_prompt(answer, ids[first : first + length], start, num_prompt)
-                if len(part):
-                    # A token's index among all of the decoder's; the first of `part`'s, likewise.
-                    indices = positions - num_prompt + len(self._starts)
-                    begin = start - num_prompt + len(self._starts) if start >= num_prompt else 0
-                    out[at] = self._decode(answer, part, indices - begin)
-                first += length
+            together = []
+            for row in self._rows(batch, wanted):
+                if self._is_batched and row.is_next:
+                    together.append(row)
+                elif len(part := self._take_prompt(row)):
+                    out[row.places] = self._decode(row.answer, part, row.wanted + len(part) - len(row.ids))
+            if together:
+                logits = self._decode_together(
+                    [row.answer for row in together], torch.cat([row.ids for row in together])
+                )
+                for index, row in enumerate(together):
+                    out[row.places] = logits[index]
             self._states.commit()
         return out.numpy()
 
-    def _take_prompt(self, answer: _Answer, ids: Tensor, start: int, num_prompt: int) -> Tensor:
+    def _rows(self, batch: ops.FlatRows, wanted: _Ints) -> list[_Row]:
+        """Return the rows of a step, whose states may go on."""
+        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        slots, (starts, lengths) = batch.row_slots.tolist(), spans(batch)
+        states = self._states.begin(slots, starts, lengths)
+        found, first = [], 0
+        for slot, start, length, state in zip(slots, starts, lengths, states, strict=True):
+            places = np.flatnonzero((wanted >= first) & (wanted < first + length))
+            row = _Row(
+                state.cache, ids[first : first + length], start, self._num_prompt[slot], places,
+                wanted[places] - first,
+            )  # fmt: skip
+            if len(places) and start + row.wanted.min() < row.num_prompt - 1:
+                raise ops.PlanError("an encoder-decoder has no logits of a prompt's tokens")
+            found.append(row)
+            first += length
+        return found
+
+    def _take_prompt(self, row: _Row) -> Tensor:
         """Encode the prompt once all of its tokens have come; return the tokens for the decoder."""
-        if start >= num_prompt:
-            return ids
-        answer.prompt.append(ids[: num_prompt - start])
-        if start + len(ids) < num_prompt:
-            return ids[:0]
+        answer, rest = row.answer, row.num_prompt - row.start
+        if rest <= 0:
+            return row.ids
+        answer.prompt.append(row.ids[:rest])
+        if len(row.ids) < rest:
+            return row.ids[:0]
         prompt = torch.cat(answer.prompt)[None]
         answer.prompt = []
         answer.encoded = self._model.get_encoder()(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-        answer.cache = _empty_cache(self._model)
-        return torch.cat((self._starts, ids[num_prompt - start :]))
+        answer.cache = empty_pair(self._model)
+        return torch.cat((self._starts, row.ids[rest:]))
 
-    def _decode(self, answer: _Answer, ids: Tensor, rows: Any) -> Tensor:
-        """Return the logits after some of an answer's next tokens; there may be none to return."""
-        self._head.rows = torch.from_numpy(rows)
+    def _decode(self, answer: Answer, ids: Tensor, rows: _Ints) -> Tensor:
+        """Return the logits [n_rows, vocab] after some of an answer's next tokens; there may be none."""
+        given = {"encoder_outputs": answer.encoded, self._cache_name: answer.own_cache()}
+        return self._logits(torch.from_numpy(rows), decoder_input_ids=ids[None], **given)[0]
+
+    def _decode_together(self, answers: Sequence[Answer], ids: Tensor) -> Tensor:
+        """Return the logits [n_answers, vocab] after the next token of each answer."""
+        if len(answers) == 1:
+            return self._decode(answers[0], ids, np.zeros(1, np.int64))
+        batch = Batch.of(answers)
+        prompts, seen = batch.masks()
+        hidden = answers[0].encoded.last_hidden_state
+        # The decoder has their keys and values already, and asks only for their shape.
+        encoded = hidden.new_zeros(1).expand(*prompts.shape, hidden.shape[-1])
+        given: dict[str, Any] = {self._cache_name: batch.cache}
+        if self._takes_positions:
+            given["decoder_position_ids"] = torch.tensor(batch.num_answer)[:, None]
+        if self._positions is not None:
+            self._positions.begin(batch.num_answer)
         try:
-            logits: Tensor = self._model(
-                encoder_outputs=answer.encoded,
-                decoder_input_ids=ids[None],
-                use_cache=True,
-                **{self._cache_name: answer.cache},
-            ).logits
+            logits = self._logits(
+                torch.zeros(1, dtype=torch.long), decoder_input_ids=ids[:, None], attention_mask=prompts,
+                decoder_attention_mask=seen, encoder_outputs=type(answers[0].encoded)(encoded), **given,
+            )  # fmt: skip
+        finally:
+            if self._positions is not None:
+                self._positions.end()
+        batch.num_answer = [size + 1 for size in batch.num_answer]
+        for index, answer in enumerate(answers):
+            answer.cache, answer.batch, answer.index = None, batch, index
+        return logits[:, 0]
+
+    def _logits(self, rows: Tensor, **given: Any) -> Tensor:
+        """Return the logits [n_sequences, n_rows, vocab] of some of the decoder's tokens."""
+        self._head.rows = rows
+        try:
+            logits: Tensor = self._model(use_cache=True, **given).logits
         finally:
             self._head.rows = None
-        return logits[0, :, : self._vocab_size].float()
+        return logits[:, :, : self._vocab_size].float()
 
     def run_head(self, rows: Sequence[int]) -> Floats:
         """Refuse: only prompts have more rows than those of a step."""
@@ -182,17 +245,3 @@ class EncoderDecoderProgram(ModuleProgram):
     def hidden(self, start: int, stop: int) -> Floats:
         """Refuse: no vectors are made of its states."""
         raise ops.PlanError("an encoder-decoder gives no vectors")
-
-
-def _empty_cache(model: Any) -> Any:
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    own = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return EncoderDecoderCache(own, DynamicCache())
-
-
-def _copy_both(cache: Any) -> Any:
-    """Copy the answer's part; that of the encoded prompt does not change once it exists."""
-    from transformers import EncoderDecoderCache
-
-    return EncoderDecoderCache(copy_cache(cache.self_attention_cache), cache.cross_attention_cache)

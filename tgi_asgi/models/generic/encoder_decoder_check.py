@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import LARGEST, flat_rows
+from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
 
-_PROMPTS, _ANSWER, _CUT = (19, 7), 4, 11  # tokens; where the first prompt is cut
+_PROMPTS, _ANSWER, _CUT = (19, 7), 6, 11  # tokens; where the first prompt is cut
+_RESUMED = 2  # tokens of the second answer that come with its prompt
+_TOGETHER = (1, 2, 4)  # steps with a token of each answer
 _Ids = npt.NDArray[np.int64]
 
 
@@ -29,21 +31,30 @@ def check(model: GenericModel) -> None:
     Raises:
         ModelLoadError: if they differ, or the model does not run.
     """
-    precision, name = model.replaced.precision, model.config.architecture
+    found = _tried(model)
+    if found:
+        model.is_batched = False  # the model's code has no positions for answers of several lengths
+        found = _tried(model)
+    if found:
+        raise ModelLoadError(f"{model.config.architecture} {found}")
+
+
+def _tried(model: GenericModel) -> str:
+    """Return what is wrong with the model; empty if nothing is."""
+    precision = model.replaced.precision
     precision.is_exact = True
     try:
         difference = _difference(model)
     except Exception as error:  # whatever the model's code raises
-        raise ModelLoadError(
-            f"{name} does not run here: {type(error).__name__}: {str(error)[:300]}"
-        ) from error
+        return f"does not run here: {type(error).__name__}: {str(error)[:300]}"
     finally:
         precision.is_exact = False
-    if not difference <= LARGEST:
-        raise ModelLoadError(
-            f"{name} fails its self-check against its own code: logits differ by {difference:.2g} of the "
-            f"largest; {LARGEST:g} is allowed"
-        )
+    if difference <= LARGEST:
+        return ""
+    return (
+        f"fails its self-check against its own code: logits differ by {difference:.2g} of the largest; "
+        f"{LARGEST:g} is allowed"
+    )
 
 
 def _difference(model: GenericModel) -> float:
@@ -86,8 +97,8 @@ def _in_steps(model: GenericModel, pairs: list[tuple[_Ids, _Ids]]) -> list[Tenso
     for slot, (prompt, _) in enumerate(pairs):
         program.start(slot, prompt.tolist(), ())
     (first, answer), (second, other) = pairs
-    resumed = np.concatenate((second, other[:2]))  # as after a preemption: a prompt and what it has led to
-    width = -(-(max(_PROMPTS) + _ANSWER) // 16)
+    resumed = np.concatenate((second, other[:_RESUMED]))  # as after a preemption
+    width = -(-(max(_PROMPTS) + _ANSWER) // BLOCK)
 
     def logits(rows: list[tuple[int, _Ids, int]], wanted: list[int]) -> Tensor:
         return torch.from_numpy(program.run(flat_rows(rows, width), wanted).copy())
@@ -95,14 +106,15 @@ def _in_steps(model: GenericModel, pairs: list[tuple[_Ids, _Ids]]) -> list[Tenso
     logits([(0, first[:_CUT], 0)], [])
     rest = len(first) - _CUT
     at = rest + len(second) - 1
-    begun = logits([(0, first[_CUT:], _CUT), (1, resumed, 0)], [rest - 1, at, at + 1, at + 2])
+    begun = logits([(0, first[_CUT:], _CUT), (1, resumed, 0)], [rest - 1, *range(at, at + _RESUMED + 1)])
     found = [[begun[:1]], [begun[1:]]]
+    done = _RESUMED
     for step in range(_ANSWER - 1):
         rows = [(0, answer[step : step + 1], len(first) + step)]
-        if step == 2:
-            rows.insert(0, (1, other[2:3], len(resumed)))
+        if step in _TOGETHER:
+            rows.append((1, other[done : done + 1], len(second) + done))
+            done += 1
         each = logits(rows, list(range(len(rows))))
-        found[0].append(each[-1:])
-        if len(rows) == 2:
-            found[1].append(each[:1])
+        for slot, _, _ in rows:
+            found[slot].append(each[slot : slot + 1])
     return [torch.cat(parts) for parts in found]

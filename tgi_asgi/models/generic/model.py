@@ -256,6 +256,7 @@ class GenericModel:
         is_batch_invariant: Whether a token has the same bits whatever else is in the batch. torch's products
             may round differently with the number of rows, torch's sines with an element's position, and
             recurrent scans with the way a prompt is split.
+        is_batched: Whether the answers of an encoder-decoder are computed together.
     """
 
     kind: ClassVar[Literal["generic"]] = "generic"
@@ -266,6 +267,7 @@ class GenericModel:
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
+        self.is_batched = True
         self.tower = None if config.vision is None else Tower(module)
         self.is_batch_invariant = (
             not config.has_states and all_products_are_native(module) and not applies_sines(module)
@@ -290,7 +292,7 @@ class GenericModel:
         if self.config.encoder_decoder is not None:
             return EncoderDecoderProgram(
                 self.module, self.replaced.head, self.config.encoder_decoder.starts,
-                vocab_size=self.config.vocab_size,
+                vocab_size=self.config.vocab_size, is_batched=self.is_batched,
             )  # fmt: skip
         if self.config.sequential_reason:
             return SequentialProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
