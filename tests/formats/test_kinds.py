@@ -58,7 +58,11 @@ def config_of(architecture: str, **keys: Any) -> dict[str, Any]:
         ),
         (
             config_of("WhisperForConditionalGeneration", is_encoder_decoder=True, num_mel_bins=80),
-            "(WhisperForConditionalGeneration) transcribes audio: only text models are served",
+            "(WhisperForConditionalGeneration) transcribes audio by an encoder-decoder: only those of text",
+        ),
+        (
+            config_of("Florence2ForConditionalGeneration", is_encoder_decoder=True, vision_config={}),
+            "(Florence2ForConditionalGeneration) describes images by an encoder-decoder",
         ),
         (config_of("Wav2Vec2ForCTC"), "is an audio model"),
         (config_of("ASTForAudioClassification"), "is an audio model"),

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.weight_files import weight_names
@@ -120,13 +120,14 @@ def _refuse_no_text(model_id: str, config: Mapping[str, Any]) -> None:
     """Refuse models that neither write a text nor embed one."""
     listed = config.get("architectures")
     architecture = str(listed[0])[:100] if isinstance(listed, list) and listed else ""
-    if config.get("is_encoder_decoder") is True and architecture.endswith(_LABELS):
-        raise ModelLoadError(
-            f"{model_id} ({architecture}) is an encoder-decoder that writes no text: of these, only models "
-            "that do are served"
-        )
-    if "num_mel_bins" in config and config.get("is_encoder_decoder") is True:
-        raise ModelLoadError(f"{model_id} ({architecture}) transcribes audio: only text models are served")
+    if config.get("is_encoder_decoder") is True:
+        is_classifier = architecture.endswith(_LABELS)
+        check(not is_classifier, f"{model_id} ({architecture}) is an encoder-decoder that writes no text")
+        for key, what in (("num_mel_bins", "transcribes audio"), ("vision_config", "describes images")):
+            check(
+                key not in config,
+                f"{model_id} ({architecture}) {what} by an encoder-decoder: only those of text are served",
+            )
     if _HEARS.search(architecture):
         raise ModelLoadError(f"{model_id} ({architecture}) is an audio model: only text models are served")
     if _SEES.search(architecture):
