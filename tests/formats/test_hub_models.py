@@ -202,7 +202,7 @@ def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(hub: Hu
         tmp_path, hub.address, "org/pipeline", "org/whisper", "org/whisper:Q4_K_M"
     )
     assert "org/pipeline is a diffusers pipeline" in pipeline
-    assert "transcribes audio" in whisper
+    assert "is an encoder-decoder of a kind that is not served" in whisper
     assert no_gguf == "org/whisper has no GGUF file that 'Q4_K_M' could name"
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
 

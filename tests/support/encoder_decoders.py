@@ -61,11 +61,8 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 
 # Types whose code takes no mask of the answers, so that each is computed alone.
 ALONE = frozenset({"led"})
-# Types whose code cannot go on from a cache of all tokens but the last, with what the server says.
-REFUSED: Mapping[str, str] = {
-    "fsmt": "fails its self-check against its own code",
-    "prophetnet": "ProphetNetForConditionalGeneration cannot be served: it predicts several tokens at once",
-}
+# Types that are not served, and what the server says.
+REFUSED = dict.fromkeys(("fsmt", "prophetnet"), "is an encoder-decoder of a kind that is not served")
 
 
 @one_thread()

@@ -25,6 +25,7 @@ from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, Unknown
 from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.source import after_a_space
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -208,11 +209,14 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             raise InvalidRequest(message, field=("min_tokens",))
         form = answer_form(job, served, context.settings, prompt.tail)
         is_constrained = job.tools is not None or job.constraint is not None
-        grammar = await _grammar(exchange, served.grammars, job, form) if is_constrained else None
+        # An encoder-decoder's answer is a text of its own, and does not continue the prompt's.
+        drops_space = served.info.encoder_decoder is not None and served.tokenizer.drops_first_space
+        grammar = None
+        if is_constrained:
+            grammar = await _grammar(exchange, served.grammars, job, form, drops_space=drops_space)
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     salt = cache_salt_of(exchange, job.cache_salt)
-    is_own_text = served.info.encoder_decoder is not None  # and does not continue the prompt's
     request = GenerationRequest(
         request_id=exchange.request_id,
         prompt_ids=prompt.ids,
@@ -227,7 +231,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             skip_special_tokens=job.skip_special_tokens,
             shown_special_ids=frozenset() if reading is None else reading.marker_ids,
             reasoning=marks,
-            drops_first_space=is_own_text and served.tokenizer.drops_first_space,
+            drops_first_space=drops_space,
         ),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),
@@ -255,7 +259,9 @@ def _prompt_and_budget(job: Job, served: Served, settings: Settings) -> tuple[Pr
     return prompt, job.overflow.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
 
 
-async def _grammar(exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm) -> Grammar:
+async def _grammar(
+    exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
+) -> Grammar:
     """Compile an answer's constraint; report schema keywords that are not enforced to the client."""
     threads, constraint = exchange.context.grammar_threads, job.constraint
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
@@ -263,6 +269,7 @@ async def _grammar(exchange: Exchange, compiler: GrammarCompiler, job: Job, form
 
     def compiled() -> tuple[Grammar, Sequence[str]]:
         source = form.grammar_source()
+        source = after_a_space(source) if drops_space else source
         return compiler.compile(source), source.ignored
 
     try:

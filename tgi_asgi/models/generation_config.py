@@ -62,10 +62,14 @@ def sampling_defaults(config: Mapping[str, Any]) -> SamplingDefaults:
 
 
 def suppressed_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Return the ids of tokens that must never be sampled, such as Gemma 4's placeholders of images."""
-    given = config.get("suppress_tokens")
-    if not isinstance(given, list):
-        return ()
+    """Return the ids of tokens that must never be sampled, such as Gemma 4's placeholders of images.
+
+    They are those of `suppress_tokens`, and of `bad_words_ids` the words of one token (Marian's padding).
+    """
+    given, words = config.get("suppress_tokens"), config.get("bad_words_ids")
+    given = [*given] if isinstance(given, list) else []
+    if isinstance(words, list):
+        given += [each[0] for each in words if isinstance(each, list) and len(each) == 1]
     found = sorted({token for token in given if type(token) is int and 0 <= token < vocab_size})
     if len(found) > MAX_SUPPRESSED:
         logger.warning("suppress_tokens has %d tokens; only %d are suppressed", len(found), MAX_SUPPRESSED)

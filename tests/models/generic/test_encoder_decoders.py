@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -25,6 +26,7 @@ from tests.support.architectures import random_ids
 from tests.support.generic import open_generic
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.kinds import ENCODER_DECODERS
 from tgi_asgi.models.generic import encoder_decoder_cache, encoder_decoder_check
 from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel
@@ -105,14 +107,9 @@ def random_pairs() -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def test_every_type_is_tried_that_turns_a_text_into_another() -> None:
-    """The others read sound or images, or hold two models of any kind."""
-    others = {
-        "audioflamingo3", "encoder-decoder", "glmasr", "granite_speech", "granite_speech_plus",
-        "moss_transcribe_diarize", "musicflamingo", "nemo_speechlm", "omniasr", "qwen2_audio", "qwen3_asr",
-        "seamless_m4t", "seamless_m4t_v2", "t5gemma2", "vibevoice_asr", "voxtral", "voxtral_realtime",
-    }  # fmt: skip
-    assert set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) - others <= set(encoder_decoders.TYPES)
+def test_every_type_that_is_served_is_tried() -> None:
+    assert set(encoder_decoders.TYPES) - set(encoder_decoders.REFUSED) == ENCODER_DECODERS
+    assert set(encoder_decoders.TYPES) <= set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
 def test_the_page_names_those_that_are_served() -> None:
@@ -157,6 +154,66 @@ def test_a_step_that_fails_or_is_void_leaves_the_states_before_it(checkpoint: Ch
     assert not np.array_equal(program.run(flat_rows([(0, other, 10)], 8), [0]), expected)
     program.roll_back_to(2)
     assert np.array_equal(program.run(flat_rows([(0, token, 10)], 8), [0]), expected)
+
+
+def bytes_kept(program: Any) -> int:
+    """Return the bytes of all tensors that the states of a program's slots keep alive."""
+    found: dict[int, int] = {}
+    for state in (state.cache for states in program._states._states.values() for state in states):
+        for pair in (state.cache, state.batch.cache if state.batch is not None else None):
+            for part in () if pair is None else (pair.self_attention_cache, pair.cross_attention_cache):
+                for tensor in (each for layer in part.layers for each in (layer.keys, layer.values)):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def test_an_answer_that_has_ended_keeps_no_other_s_memory(checkpoint: Checkpoint) -> None:
+    """Sequences end one after the other; each would otherwise keep the batch that it was in."""
+    program, prompt = load(checkpoint("t5")).program([], 128), np.array(random_ids(60, 1))
+    for slot in range(12):
+        program.start(slot, prompt.tolist(), ())
+        program.run(flat_rows([(slot, prompt, 0)], 8), [59])
+    alone = bytes_kept(program) / 12
+    for step in range(11):
+        rows = [(slot, prompt[:1], 60 + step) for slot in range(step, 12)]
+        program.run(flat_rows(rows, 8), list(range(len(rows))))
+    assert bytes_kept(program) < 12 * 3 * alone
+
+
+def test_a_short_prompt_does_not_change_the_attention_of_a_long_one(tmp_path: Path) -> None:
+    """BigBird's encoder attends fully to short prompts, and goes on doing so."""
+    sparse = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+    encoder_decoders.make("bigbird_pegasus", tmp_path, **sparse)
+    pairs = [(random_ids(size, size), random_ids(3, size)) for size in (10, 100)]
+    model = load(tmp_path)
+    short, long = in_steps(model, pairs)
+    [expected] = encoder_decoders.references(tmp_path, pairs[1:])
+    assert np.abs(long - expected).max() / np.abs(expected).max() < EQUAL
+    [expected] = encoder_decoders.references(tmp_path, pairs[:1])
+    assert np.abs(short - expected).max() / np.abs(expected).max() < EQUAL
+
+
+@pytest.mark.parametrize("model_type", ["pegasus", "marian"])
+def test_a_table_of_sines_is_computed_if_the_files_lack_it(
+    model_type: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    tensors = safetensors.torch.load_file(checkpoint(model_type) / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "embed_positions" not in name}
+    for file in checkpoint(model_type).glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, attn_implementation="eager")
+    prompt, answer = random_ids(9, 1), random_ids(4, 2)
+    ids = torch.tensor([[encoder_decoders.START, *answer[:-1]]])
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([prompt]), decoder_input_ids=ids).logits[0].numpy()
+    [found] = in_steps(load(tmp_path), [(prompt, answer)])
+    assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
+    del kept["model.encoder.layers.0.fc1.weight"]
+    safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"there is no tensor 'model\.encoder\.layers\.0\.fc1\.weight'"):
+        load(tmp_path)
 
 
 def test_a_prompt_has_no_logits(checkpoint: Checkpoint) -> None:
@@ -371,5 +428,10 @@ def test_an_answer_is_a_text_of_its_own(tmp_path: Path) -> None:
             firsts.add(own.convert_ids_to_tokens(answer["choices"][0]["token_ids"][:1])[0][0])
             body = {"inputs": prompt, "parameters": {"max_new_tokens": 8}}
             assert client.post("/generate", json=body).json()["generated_text"] == expected
+        # A grammar allows the token that writes the space as well.
+        likes = {"logit_bias": {str(pieces.index("▁ab")): 60}, "max_tokens": 8}
+        answer = complete(client, "xyz", **likes, structured_outputs={"choice": ["ab", "cd"]})
+        assert answer["choices"][0]["text"] == "ab"
+        assert answer["choices"][0]["token_ids"][0] == pieces.index("▁ab")
     assert "▁" in firsts
     assert Tokenizer.from_directory(tmp_path).drops_first_space

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.kinds import ENCODER_DECODERS
 from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.program import ModuleProgram, cache_name, spans
@@ -49,8 +50,8 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
     name = type(model).__name__
-    if not writes_text(name):
-        raise ModelLoadError(f"{name} is an encoder-decoder that does not turn a text into another")
+    if model.config.model_type not in ENCODER_DECODERS or model.get_output_embeddings() is None:
+        raise ModelLoadError(f"{name} is an encoder-decoder of a kind that is not served")
     files = (generation, config, model.config.to_dict())
     begin, forced, bos = (
         next((file[key] for file in files if file.get(key) is not None), None)
@@ -69,11 +70,18 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
     return EncoderDecoder(starts, _num_positions(model, "encoder"), max_answer)
 
 
-def writes_text(architecture: str) -> bool:
-    """Return whether a class of `transformers` turns a text into another."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
+def cache_columns(model: Any) -> int:
+    """Return the columns of the keys of all layers of the decoder, in one of its two kinds of attention."""
+    config = model.config.get_text_config(decoder=True)
 
-    return architecture in BY_TYPE.values()
+    def first(*names: str) -> int:
+        return next(int(found) for name in names if (found := getattr(config, name, None)))
+
+    num_heads = first("decoder_attention_heads", "num_heads", "num_attention_heads")
+    dim = (
+        getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    )
+    return first("num_decoder_layers", "decoder_layers", "num_hidden_layers") * num_heads * int(dim)
 
 
 def context_length(pair: EncoderDecoder) -> int:
@@ -170,6 +178,8 @@ class EncoderDecoderProgram(ModuleProgram):
         ids = torch.from_numpy(batch.ids.astype(np.int64))
         slots, (starts, lengths) = batch.row_slots.tolist(), spans(batch)
         states = self._states.begin(slots, starts, lengths)
+        for answer in self._states.of_others():
+            answer.leave()
         found, first = [], 0
         for slot, start, length, state in zip(slots, starts, lengths, states, strict=True):
             places = np.flatnonzero((wanted >= first) & (wanted < first + length))
@@ -191,15 +201,18 @@ class EncoderDecoderProgram(ModuleProgram):
         answer.prompt.append(row.ids[:rest])
         if len(row.ids) < rest:
             return row.ids[:0]
-        prompt = torch.cat(answer.prompt)[None]
+        prompt, encoder = torch.cat(answer.prompt)[None], self._model.get_encoder()
         answer.prompt = []
-        answer.encoded = self._model.get_encoder()(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        if hasattr(encoder, "set_attention_type"):  # BigBird's: a short prompt changes it for all that follow
+            encoder.set_attention_type(encoder.config.attention_type)
+        answer.encoded = encoder(input_ids=prompt, attention_mask=torch.ones_like(prompt))
         answer.cache = empty_pair(self._model)
         return torch.cat((self._starts, row.ids[rest:]))
 
     def _decode(self, answer: Answer, ids: Tensor, rows: _Ints) -> Tensor:
         """Return the logits [n_rows, vocab] after some of an answer's next tokens; there may be none."""
-        given = {"encoder_outputs": answer.encoded, self._cache_name: answer.own_cache()}
+        answer.leave()
+        given = {"encoder_outputs": answer.encoded, self._cache_name: answer.cache}
         return self._logits(torch.from_numpy(rows), decoder_input_ids=ids[None], **given)[0]
 
     def _decode_together(self, answers: Sequence[Answer], ids: Tensor) -> Tensor:

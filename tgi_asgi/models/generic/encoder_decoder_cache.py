@@ -44,11 +44,17 @@ class Answer:
         """Return a copy that may go on without affecting this one."""
         return replace(self, prompt=list(self.prompt), cache=self.cache and _copy_pair(self.cache))
 
-    def own_cache(self) -> Any:
-        """Return the keys and values in a cache of their own, which the sequence keeps."""
+    def view(self) -> Any:
+        """Return a cache of the sequence alone; it shares the memory of the batch, if it is in one."""
+        return self.cache if self.batch is None else self.batch.part(self.index)
+
+    def leave(self) -> None:
+        """Give the sequence a cache of its own, so that it does not keep the others' memory alive."""
         if self.batch is not None:
             self.cache, self.batch = self.batch.part(self.index), None
-        return self.cache
+            for part in (self.cache.self_attention_cache, self.cache.cross_attention_cache):
+                for layer in part.layers:
+                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 @dataclass(slots=True)
@@ -71,7 +77,7 @@ class Batch:
         is_one = all(each.batch is known and each.index == index for index, each in enumerate(answers))
         if known is not None and is_one and len(known.num_answer) == len(answers):
             return Batch(_copy_pair(known.cache), known.num_prompt, known.num_answer)
-        caches = [answer.own_cache() for answer in answers]
+        caches = [answer.view() for answer in answers]
         own = [cache.self_attention_cache for cache in caches]
         prompts = [cache.cross_attention_cache for cache in caches]
         num_answer = [int(each.get_seq_length()) for each in own]

@@ -34,7 +34,6 @@ _KNOWN: Mapping[str, str] = {
     "DeepseekV4ForCausalLM": "holds tables of integers, and keeps compressed keys",
     "OpenAIGPTLMHeadModel": "has no cache to continue from",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
-    "ProphetNetForConditionalGeneration": "predicts several tokens at once, by a table of positions",
     "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
     "RwkvForCausalLM": "has a state of a special kind",

@@ -65,9 +65,9 @@ class GenericConfig:
     context_length: int
     layers: tuple[AttentionLayer, ...]
     has_states: bool  # a sequence has state other than keys and values: none of it can be shared
-    num_layers: int
     first_position: int = 0  # position of a sequence's first token
     sequential_reason: str = ""  # why sequences run one by one, each on its own cache; empty: they do not
+    own_cache_columns: int = 0  # columns of the keys of all layers in a sequence's own cache
     vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
@@ -76,7 +76,7 @@ class GenericConfig:
     @property
     def other_bytes_per_token(self) -> int:
         """Approximate bytes per token in a cache of the model's own: float32, for two states."""
-        return 2 * 8 * self.num_layers * self.hidden_size if self.sequential_reason else 0
+        return 2 * 8 * self.own_cache_columns
 
     @property
     def states(self) -> tuple[ops.StateShape, ...]:
@@ -141,22 +141,24 @@ class OpenGeneric:
         pair = encoder_decoder.describe(self._model, config, read_generation_config(directory))
         text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
         first = first_position(self._model)
+        hidden_size = int(self._model.get_input_embeddings().weight.shape[1])
         if pair is None:
             context = context_length(text) - first
             layers, reason = self._discover(context)
+            columns = int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size if reason else 0
         else:
             context, layers = encoder_decoder.context_length(pair), []
-            reason = "it is an encoder-decoder"
+            reason, columns = "it is an encoder-decoder", encoder_decoder.cache_columns(self._model)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
             vocab_size=_num_logits(text),
-            hidden_size=int(self._model.get_input_embeddings().weight.shape[1]),
+            hidden_size=hidden_size,
             context_length=context,
             layers=tuple(layers),
             has_states=bool(self._recurrent) or bool(reason),
             first_position=first,
             sequential_reason=reason,
-            num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
+            own_cache_columns=columns,
             vision=self._vision,
             is_dynamic=is_dynamic(self._model),
             other_state_bytes=state_bytes(self._model, cache_name(self._model)) if self._recurrent else 0,

@@ -215,7 +215,7 @@ def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part 
         return None if reads_weight(model, path) else _Part.LINEAR
     if _is_conv1d(module):
         return None if reads_weight(model, path) else _Part.CONV1D
-    is_table = isinstance(module, nn.Embedding) and id(module) in vocabulary
+    is_table = isinstance(module, nn.Embedding) and id(module) in vocabulary and len(module._parameters) == 1
     return _Part.EMBEDDING if is_table and factor_of(module) is not None else None
 
 

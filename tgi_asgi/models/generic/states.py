@@ -103,6 +103,12 @@ class SlotStates(Generic[Cache]):
             found.append(state)
         return found
 
+    def of_others(self) -> Iterator[Cache]:
+        """Yield what slots keep that are not in the step that has begun; their sequences may have ended."""
+        for slot, states in self._states.items():
+            if slot not in self._in_progress:
+                yield from (state.cache for state in states)
+
     def commit(self) -> None:
         """Keep the states that the step has computed."""
         self._states.update(self._in_progress)

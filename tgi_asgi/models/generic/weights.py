@@ -279,18 +279,28 @@ class Filler:
         for name in self._shapes:
             if name in given or name in buffers:
                 continue
-            if not any(re.search(pattern, name) for pattern in ignored):
+            owner, leaf = _holder(self._model, name)
+            is_known = any(re.search(pattern, name) for pattern in ignored)
+            if not is_known and not hasattr(owner, "create_weight"):
                 raise ModelLoadError(_missing(name))
-            self._compute(name)
+            value = owner._parameters.get(leaf)
+            if value is not None and value.is_meta and not self._computes(owner, leaf, value):
+                raise ModelLoadError(_missing(name))
 
-    def _compute(self, name: str) -> None:
-        """Fill a tensor that files lack because the class computes it, such as a table of sines."""
-        owner, leaf = owner_of(self._model, name)
-        value = owner._parameters.get(leaf)
-        if value is not None and value.is_meta:
-            made = torch.full(value.shape, torch.nan, dtype=value.dtype)
-            owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
-            self._model._init_weights(owner)
+    def _computes(self, owner: nn.Module, leaf: str, value: Tensor) -> bool:
+        """Fill a tensor that files lack because the class computes it, such as a table of sines.
+
+        Returns False if the class draws it at random instead.
+        """
+        made = []
+        for seed in range(2):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                empty = torch.full(value.shape, torch.nan, dtype=value.dtype)
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+                self._model._init_weights(owner)
+            made.append(getattr(owner, leaf))
+        return torch.equal(made[0], made[1])
 
 
 def _missing(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
@@ -64,6 +64,11 @@ def json_schema(schema: Mapping[str, Any] | bool, *, is_strict: bool = True) -> 
     """
     text, ignored = inline_json(schema, COMPACT, is_strict=is_strict)
     return GrammarSource("start: " + text, ignored=tuple(sorted(ignored)))
+
+
+def after_a_space(source: GrammarSource) -> GrammarSource:
+    """Return a grammar that also allows the space that a vocabulary writes before a text's first word."""
+    return replace(source, lark=source.lark.replace("start:", 'start: " "? after_space\nafter_space:', 1))
 
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")  # kinds of constraints, as clients name them
