@@ -107,6 +107,13 @@ def test_ids_that_are_none_are_not_suppressed(given: Any) -> None:
     assert suppressed_ids({"suppress_tokens": given}, 160) == ()
 
 
+def test_bad_words_of_one_token_are_suppressed() -> None:
+    bad = [[7], [1, 2], [159], 4, [], [160], ["a"]]
+    assert suppressed_ids({"suppress_tokens": [3], "bad_words_ids": bad}, 160) == (3, 7, 159)
+    for none in (None, 5, {"a": 1}):
+        assert suppressed_ids({"bad_words_ids": none}, 160) == ()
+
+
 def test_too_many_suppressed_tokens_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert suppressed_ids({"suppress_tokens": [*range(600)]}, 1000) == tuple(range(MAX_SUPPRESSED))
     assert "has 600 tokens; only 512 are suppressed" in caplog.text
