@@ -45,7 +45,7 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
         generation: The contents of generation_config.json, which precede those of config.json.
 
     Raises:
-        ModelLoadError: if it does not turn a text into another, or no file says how an answer begins.
+        ModelLoadError: if it is of a kind that is not served, or no file says how an answer begins.
     """
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
@@ -78,10 +78,9 @@ def cache_columns(model: Any) -> int:
         return next(int(found) for name in names if (found := getattr(config, name, None)))
 
     num_heads = first("decoder_attention_heads", "num_heads", "num_attention_heads")
-    dim = (
-        getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    )
-    return first("num_decoder_layers", "decoder_layers", "num_hidden_layers") * num_heads * int(dim)
+    columns = num_heads * int(getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or 0)
+    num_layers = first("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return num_layers * (columns or first("hidden_size"))
 
 
 def context_length(pair: EncoderDecoder) -> int:
