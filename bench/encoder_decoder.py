@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 
+from bench.generic import seconds
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.check import flat_rows
@@ -88,7 +89,7 @@ def _ours(folder: Path, quantise: str | None) -> Callable[[], _Times]:
         for slot, prompt in enumerate(_prompts()):
             program.start(slot, prompt.tolist(), ())
             batch = flat_rows([(slot, prompt, 0)], width)
-            times["first token"] = _seconds(partial(program.run, batch, [_PROMPT - 1]))
+            times["first token"] = seconds(partial(program.run, batch, [_PROMPT - 1]))
         at = _PROMPT
         for count in (_ANSWERS, 1):
             began = time.perf_counter()
@@ -108,7 +109,7 @@ def _theirs(model: Any) -> _Times:
     times: _Times = {}
     for count in (_ANSWERS, 1):
         first, whole = (
-            _seconds(partial(
+            seconds(partial(
                 model.generate, ids[:count], max_new_tokens=length, min_new_tokens=length, do_sample=False
             ))
             for length in (1, 1 + _TOKENS)
@@ -117,13 +118,6 @@ def _theirs(model: Any) -> _Times:
             times["first token"] = first
         times[f"decode x{count}"] = (whole - first) / _TOKENS
     return times
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    ops.wake_threads()
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

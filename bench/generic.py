@@ -92,14 +92,15 @@ def _report(name: str, programs: dict[str, Program], batch: ops.FlatRows, num_pa
     times: dict[str, list[float]] = {each: [] for each in programs}
     for _ in range(num_pairs + 1):
         for each, program in programs.items():
-            times[each].append(_time(partial(program.run, batch, last)))
+            times[each].append(seconds(partial(program.run, batch, last)))
     ratios = sorted(a / b for a, b in zip(times["native"][1:], times["transformers"][1:], strict=True))
     middle = (ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4])
     each = "  ".join(f"{key} {1e3 * statistics.median(found[1:]):8.2f} ms" for key, found in times.items())
     print(f"{name:<15} {each}  ratio {statistics.median(ratios):.3f} ({middle[0]:.3f}..{middle[1]:.3f})")
 
 
-def _time(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    """Return how long a call takes, from awake threads on."""
     ops.wake_threads()
     began = time.perf_counter()
     run()

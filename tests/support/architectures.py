@@ -11,7 +11,7 @@ import copy
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,23 @@ def random_ids(length: int, seed: int) -> list[int]:
     return ids
 
 
-def open_reference(folder: Path) -> transformers.PreTrainedModel:
+def made_once(root: Path, make: Callable[[str, Path], None]) -> Callable[[str], Path]:
+    """Return a function that returns the directory of a type's checkpoint; tests only read it."""
+
+    def of_type(model_type: str) -> Path:
+        folder = root / model_type
+        if not (folder / "config.json").exists():
+            make(model_type, folder)
+        return folder
+
+    return of_type
+
+
+def open_reference(
+    folder: Path, kind: Any = transformers.AutoModelForCausalLM
+) -> transformers.PreTrainedModel:
     """Return transformers' own model in float32 with eager attention; no weight may be missing."""
-    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    opened: Any = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     model: transformers.PreTrainedModel = opened[0].eval()

@@ -14,6 +14,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from tests.support import architectures
 from tests.support.architectures import config as config_of_type
 from tests.support.architectures import one_thread, random_ids, randomise, save_tokenizer
 
@@ -103,13 +104,8 @@ def _spread(model: Any) -> None:
 
 
 def open_reference(folder: Path) -> transformers.PreTrainedModel:
-    """Return transformers' own model in float32 with eager attention; no weight may be missing."""
-    opened: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    model: transformers.PreTrainedModel = opened[0].eval()
-    assert not any(opened[1].values()), f"{folder} is not all of the model: {opened[1]}"
-    return model
+    """Return transformers' own model, as `architectures.open_reference`."""
+    return architectures.open_reference(folder, transformers.AutoModelForSeq2SeqLM)
 
 
 @one_thread()

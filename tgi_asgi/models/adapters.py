@@ -179,6 +179,8 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
         found = _decoder_targets(model)
     elif model.kind != "generic":
         reason = "it generates no text"
+    elif model.config.encoder_decoder is not None:
+        reason = model.config.sequential_reason
     elif model.config.sequential_reason:
         reason = (
             f"it runs by transformers' own code, one sequence at a time ({model.config.sequential_reason})"

@@ -19,13 +19,4 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that returns the directory of a type's checkpoint; tests only read it."""
-    root = tmp_path_factory.mktemp("architectures")
-
-    def of_type(model_type: str) -> Path:
-        folder = root / model_type
-        if not (folder / "config.json").exists():
-            architectures.make(model_type, folder)
-        return folder
-
-    return of_type
+    return architectures.made_once(tmp_path_factory.mktemp("architectures"), architectures.make)

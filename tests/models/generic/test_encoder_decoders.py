@@ -22,11 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from tests.models.generic.test_http import MAX_TOKENS, serving
 from tests.support import encoder_decoders
-from tests.support.architectures import random_ids
+from tests.support.architectures import made_once, random_ids
 from tests.support.generic import open_generic
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.kinds import ENCODER_DECODERS
+from tgi_asgi.models.adapters import targets_of
 from tgi_asgi.models.generic import encoder_decoder_cache, encoder_decoder_check
 from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel
@@ -48,15 +49,7 @@ SERVED = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    root = tmp_path_factory.mktemp("encoder-decoders")
-
-    def of_type(model_type: str) -> Path:
-        folder = root / model_type
-        if not (folder / "config.json").exists():
-            encoder_decoders.make(model_type, folder)
-        return folder
-
-    return of_type
+    return made_once(tmp_path_factory.mktemp("encoder-decoders"), encoder_decoders.make)
 
 
 def load(folder: Path, arithmetic: ops.Arithmetic | None = None) -> GenericModel:
@@ -270,6 +263,24 @@ def test_the_self_check_finds_what_a_copy_loses(
         load(checkpoint("t5"))
 
 
+def test_answers_are_computed_alone_if_they_are_wrong_together(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's code sees here what stands before the shorter answer."""
+    masks = encoder_decoder_cache.Batch.masks
+
+    def without_answers(batch: encoder_decoder_cache.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        prompts, answers = masks(batch)
+        return prompts, torch.ones_like(answers)
+
+    monkeypatch.setattr(encoder_decoder_cache.Batch, "masks", without_answers)
+    model, pairs = load(checkpoint("bart")), random_pairs()
+    assert not model.is_batched
+    references = encoder_decoders.references(checkpoint("bart"), pairs)
+    for found, expected in zip(in_steps(model, pairs), references, strict=True):
+        assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
+
+
 def test_the_self_check_finds_logits_that_are_no_numbers(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +310,11 @@ def test_files_must_say_how_an_answer_begins(checkpoint: Checkpoint, tmp_path: P
     (folder / "generation_config.json").write_text('{"decoder_start_token_id": 4, "forced_bos_token_id": 5}')
     with open_generic(folder) as opened:
         assert opened.config.encoder_decoder is not None and opened.config.encoder_decoder.starts == (4, 5)
+
+
+def test_adapters_beside_the_base_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ModelLoadError, match="takes no adapters: it is an encoder-decoder"):
+        targets_of(load(checkpoint("t5")))
 
 
 def test_an_adapter_that_is_the_model_is_merged(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ class GenericConfig:
     layers: tuple[AttentionLayer, ...]
     has_states: bool  # a sequence has state other than keys and values: none of it can be shared
     first_position: int = 0  # position of a sequence's first token
-    sequential_reason: str = ""  # why sequences run one by one, each on its own cache; empty: they do not
+    # Why each sequence has a cache of the model's own, and runs alone (of encoder-decoders, only its prompt
+    # does); empty: neither holds.
+    sequential_reason: str = ""
     own_cache_columns: int = 0  # columns of the keys of all layers in a sequence's own cache
     vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served

@@ -279,19 +279,23 @@ class Filler:
         for name in self._shapes:
             if name in given or name in buffers:
                 continue
-            owner, leaf = _holder(self._model, name)
-            is_known = any(re.search(pattern, name) for pattern in ignored)
-            if not is_known and not hasattr(owner, "create_weight"):
-                raise ModelLoadError(_missing(name))
-            value = owner._parameters.get(leaf)
-            if value is not None and value.is_meta and not self._computes(owner, leaf, value):
+            is_unneeded = any(re.search(pattern, name) for pattern in ignored)
+            if not self._compute(name, is_listed=is_unneeded) and not is_unneeded:
                 raise ModelLoadError(_missing(name))
 
-    def _computes(self, owner: nn.Module, leaf: str, value: Tensor) -> bool:
-        """Fill a tensor that files lack because the class computes it, such as a table of sines.
+    def _compute(self, name: str, *, is_listed: bool) -> bool:
+        """Fill a tensor that the class computes, such as a table of sines; return False if it does not.
 
-        Returns False if the class draws it at random instead.
+        What the class draws at random stays without values: if it is used, the self-check fails.
+
+        Args:
+            is_listed: Whether the class says that files may lack the tensor. Otherwise only tables that have
+                a function of their own are computed.
         """
+        owner, leaf = _holder(self._model, name)
+        value = owner._parameters.get(leaf)
+        if value is None or not value.is_meta or not (is_listed or hasattr(owner, "create_weight")):
+            return False
         made = []
         for seed in range(2):
             with torch.random.fork_rng():
@@ -300,7 +304,10 @@ class Filler:
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                 self._model._init_weights(owner)
             made.append(getattr(owner, leaf))
-        return torch.equal(made[0], made[1])
+        is_computed = torch.equal(made[0], made[1])
+        if not is_computed:
+            owner._parameters[leaf] = value
+        return is_computed
 
 
 def _missing(name: str) -> str:
