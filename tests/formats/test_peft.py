@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.support.processor_time import at_most
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.patterns import Patterns
 from tgi_asgi.formats.peft import PeftAdapter
@@ -115,10 +115,9 @@ def test_hostile_patterns_cost_little() -> None:
     hostile = [f"({'a|' * 5}.)({'a|' * 4}.)(b|.).*.*{at}z" for at in range(64)]
     plain = [f"model.layers.{at}.self_attn.q_proj" for at in range(4000)]
     patterns = Patterns(dict.fromkeys([*hostile, *plain], 1.0))
-    begun_s = time.perf_counter()
-    assert [patterns.find("a." * 30 + f"a{at}", 2.0) for at in range(4)] == [2.0] * 4
-    assert [patterns.find(name, 2.0) for name in plain[:50]] == [1.0] * 50
-    assert time.perf_counter() - begun_s < 20
+    with at_most(20):
+        assert [patterns.find("a." * 30 + f"a{at}", 2.0) for at in range(4)] == [2.0] * 4
+        assert [patterns.find(name, 2.0) for name in plain[:50]] == [1.0] * 50
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.processor_time import computed_within
 from tests.support.tool_writers import Call, write
 from tests.text.test_tools import parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.base import Piece
 from tgi_asgi.text.tools.gemma_format import GemmaFormat
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import STYLES
@@ -124,54 +125,62 @@ def test_arguments_that_end_are_json_whatever_a_model_wrote(name: str, data: st.
 def test_no_run_of_blanks_holds_the_server_up(name: str) -> None:
     """The server parses answers on one thread: a call that ends in 500 blanks blocked it for many seconds."""
     text = write(name, [("f", {"text": "v w", "number": 1}), ("get_it", {})])
-    begun_s = time.process_time()
-    for place in re.finditer(r"\W(?=\w|$)|\w(?=\W)", text):
-        parse(AnswerParser(None, FORMATS[name], SPECS), text[: place.end()] + " " * 500 + "#", 16)
-    assert time.process_time() - begun_s < 5
+
+    def run() -> None:
+        for place in re.finditer(r"\W(?=\w|$)|\w(?=\W)", text):
+            parse(AnswerParser(None, FORMATS[name], SPECS), text[: place.end()] + " " * 500 + "#", 16)
+
+    computed_within(5, run)
 
 
 @pytest.mark.parametrize("before", ["", "<think>", "<think></think>text"])
 def test_a_run_of_blanks_that_is_held_back_is_read_in_time(before: str) -> None:
     """Markers may follow it: all that was held was read again with each token."""
-    parser = AnswerParser(STYLES[0], FORMATS["hermes"], SPECS)
-    parser.push(before)
-    begun_s = time.process_time()
-    pieces = [piece for _ in range(8_000) for piece in parser.push(80 * " ")] + parser.push("#")
-    assert time.process_time() - begun_s < 0.5
-    assert len(pieces) == 1
+
+    def run() -> list[Piece]:
+        parser = AnswerParser(STYLES[0], FORMATS["hermes"], SPECS)
+        parser.push(before)
+        return [piece for _ in range(8_000) for piece in parser.push(80 * " ")] + parser.push("#")
+
+    assert len(computed_within(0.5, run)) == 1
 
 
 @pytest.mark.parametrize("behind", ['"' + 60_000 * "x", 20_000 * " "], ids=["text", "blanks"])
 def test_what_follows_arguments_is_read_in_time(behind: str) -> None:
     """An id may follow. The parser used to match all of it again at each of its characters."""
     call = '{"name": "f", "arguments": {"text": "v"}, "id":'
-    begun_s = time.process_time()
-    pieces = parse(AnswerParser(None, FORMATS["hermes"], SPECS), f"<tool_call>{call}{behind}", 16)
-    assert [type(piece) for piece in pieces[:2]] == [CallStart, CallArguments]
-    assert time.process_time() - begun_s < 3
+
+    def run() -> list[Piece]:
+        return parse(AnswerParser(None, FORMATS["hermes"], SPECS), f"<tool_call>{call}{behind}", 16)
+
+    assert [type(piece) for piece in computed_within(3, run)[:2]] == [CallStart, CallArguments]
 
 
 @pytest.mark.parametrize("behind", [16_000 * "\n", "<parameter=" + 16_000 * "a"], ids=["blanks", "name"])
 def test_what_follows_a_function_s_name_is_read_in_time(behind: str) -> None:
     """No grammar holds a model that omits the marker before `<function=`."""
-    parser = AnswerParser(None, FORMATS["qwen3_coder"], SPECS)
-    begun_s = time.process_time()
-    for at in range(len(behind)):
-        parser.push(("" if at else "<function=f>") + behind[at])
-    assert time.process_time() - begun_s < 5
+
+    def run() -> None:
+        parser = AnswerParser(None, FORMATS["qwen3_coder"], SPECS)
+        for at in range(len(behind)):
+            parser.push(("" if at else "<function=f>") + behind[at])
+
+    computed_within(5, run)
 
 
 @pytest.mark.parametrize("kind", ["string", "array"])
 def test_a_long_value_of_a_tool_with_many_arguments_is_read_in_time(kind: str) -> None:
     """Each token was compared with the ends of all arguments, in everything that the value had so far."""
     properties = {f"name_{number}": {"type": kind} for number in range(300)}
-    parser = AnswerParser(None, FORMATS["qwen3_coder"], [ToolSpec("f", {"properties": properties})])
-    parser.push("<tool_call>\n<function=f>\n<parameter=name_0>\n[")
-    begun_s = time.process_time()
-    for _ in range(2_000):
-        parser.push('"some text')
-        parser.push(' in a line", ')
-    assert time.process_time() - begun_s < 1
+
+    def run() -> None:
+        parser = AnswerParser(None, FORMATS["qwen3_coder"], [ToolSpec("f", {"properties": properties})])
+        parser.push("<tool_call>\n<function=f>\n<parameter=name_0>\n[")
+        for _ in range(2_000):
+            parser.push('"some text')
+            parser.push(' in a line", ')
+
+    computed_within(1, run)
 
 
 def texts_of(value: Any) -> list[str]:
