@@ -306,7 +306,7 @@ def test_a_cache_that_is_asked_for_more_is_refused_by_name(
 ) -> None:
     source = f"def forward(self, {name}): self.cache.move_to_end(); {name}.update_indexer()"
     monkeypatch.setattr(
-        guards, "forward_source", lambda kind: source if kind.__name__ == "LlamaAttention" else ""
+        guards, "class_source", lambda kind: source if kind.__name__ == "LlamaAttention" else ""
     )
     reason = (
         r"LlamaAttention of transformers keeps more of a sequence than keys and values \(update_indexer\)"

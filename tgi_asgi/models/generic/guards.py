@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.recurrent import forward_source
+from tgi_asgi.models.generic.source_code import class_source
 
 # Uses of the cache that a module may make: keys, values, their number, and the sequences they belong to.
 _ALLOWED = frozenset({
@@ -78,7 +78,7 @@ def check_cache_uses(model: nn.Module) -> None:
 def _refuse_uses(model: nn.Module, is_refused: Callable[[str], bool]) -> None:
     kinds: set[Any] = {type(module) for module in model.modules()}
     for kind in sorted(kinds, key=lambda kind: kind.__name__):
-        found = sorted({use for use in _USE.findall(forward_source(kind)) if is_refused(use)})
+        found = sorted({use for use in _USE.findall(class_source(kind)) if is_refused(use)})
         if found:
             raise ModelLoadError(
                 f"{kind.__name__} of transformers keeps more of a sequence than keys and values "

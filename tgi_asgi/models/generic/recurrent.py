@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.models.generic.source_code import class_source
 from tgi_asgi.models.generic.states import SequenceState
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(")
@@ -24,23 +25,12 @@ _CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
     """Return the innermost modules that keep sequence state other than keys and values."""
     modules: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in model.modules()]
-    found = [module for module, kind in modules if _STATE.search(forward_source(kind))]
+    found = [module for module, kind in modules if _STATE.search(class_source(kind))]
     return [
         module
         for module in found
         if not any(other is not module and other in found for other in module.modules())
     ]
-
-
-@functools.lru_cache(maxsize=512)
-def forward_source(kind: Any) -> str:
-    """Return the source of a class, or an empty string for torch's classes and classes without source."""
-    if kind.__module__.startswith("torch."):
-        return ""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
 
 
 class RecurrentLayers:

@@ -6,11 +6,7 @@ A norm, an activation, an embedding or a gated MLP is replaced if the native one
 
 from __future__ import annotations
 
-import ast
 import enum
-import functools
-import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,11 +35,10 @@ from tgi_asgi.models.generic.probes import (
     is_linear,
     norm_offset,
 )
+from tgi_asgi.models.generic.source_code import reads_weight
 from tgi_asgi.models.generic.weights import Placed, owner_of
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.tensors import from_tensor
-
-_ASKED = frozenset({"dtype", "device", "shape"})  # attributes that `PackedModule` answers correctly
 
 
 class Replaced:
@@ -246,54 +241,3 @@ def _is_conv1d(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module) is Conv1D
-
-
-def reads_weight(model: nn.Module, path: str) -> bool:
-    """Return whether the model's code reads this module's matrix, beyond its dtype, device and shape."""
-    leaf = path.rpartition(".")[2]
-    owner, _ = owner_of(model, path)
-    return any(leaf in _read_by(name) for name in {type(model).__module__, type(owner).__module__})
-
-
-@functools.lru_cache(maxsize=256)
-def _read_by(name: str) -> frozenset[str]:
-    """Return the names of modules whose `weight` or `bias` is read by the code of a Python module."""
-    module = sys.modules.get(name)
-    try:
-        source = "" if module is None else inspect.getsource(module)
-    except OSError:
-        source = ""
-    reads = _Reads()
-    reads.visit(ast.parse(source))
-    return frozenset(reads.names)
-
-
-class _Reads(ast.NodeVisitor):
-    """Finds `x.name.weight` and `x.name.bias`, but not if only their type or shape is asked for.
-
-    `_init_weights` does not count, as it is not run here.
-    """
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if node.name != "_init_weights":
-            self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        is_question = isinstance(node.func, ast.Name) and node.func.id == "isinstance"
-        first = node.args[0] if node.args else None
-        if is_question and isinstance(first, ast.Attribute) and isinstance(first.value, ast.Attribute):
-            self.visit(first.value.value)
-            return
-        self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        inner = node.value
-        if node.attr in _ASKED and isinstance(inner, ast.Attribute):
-            self.visit(inner.value)
-            return
-        if node.attr in ("weight", "bias") and isinstance(inner, ast.Attribute):
-            self.names.add(inner.attr)
-        self.generic_visit(node)
