@@ -11,6 +11,7 @@ import pytest
 # pools, references took up to ten times as long. Set it before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.support.garbage import Garbage
 from tests.support.llama_cpp import package_source
 from tests.support.scale import Scale
 from tests.support.selection import Selection
@@ -30,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     nightly = config.getini("nightly_markers")
     config.pluginmanager.register(Selection(nightly))
     config.pluginmanager.register(TimeLimit(nightly))
+    config.pluginmanager.register(Garbage())
     if not hasattr(config, "workerinput"):  # only pytest-xdist's controller sees all tests
         config.pluginmanager.register(Skips())
 

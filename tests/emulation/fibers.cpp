@@ -117,6 +117,10 @@ void report_deadlock() {
   report("deadlock", site, "%d threads wait for ever", num_waiting);
 }
 
+dim3 unflatten(uint64_t i, dim3 size) {
+  return dim3(unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y));
+}
+
 void run_block(dim3 index) {
   Block& block = machine.block;
   block = {index, block.run + 1, 1, machine.num_threads, 0, nullptr};
@@ -126,6 +130,7 @@ void run_block(dim3 index) {
     thread.index = uint16_t(i);
     thread.warp = uint8_t(i / kWarpSize);
     thread.lane = uint8_t(i % kWarpSize);
+    thread.position = unflatten(uint64_t(i), machine.block_size);
     thread.has_waited = !machine.is_dependent;
     if (thread.lane == 0) {
       const int lanes = std::min(kWarpSize, machine.num_threads - i);
@@ -137,7 +142,7 @@ void run_block(dim3 index) {
   }
   begin_block();
   while (!ready.empty()) {
-    const size_t choice = next_random() % ready.size();
+    const size_t choice = next_random(ready.size());
     std::swap(ready[choice], ready.back());
     machine.current = &machine.threads[ready.back()];
     ready.pop_back();
@@ -151,10 +156,6 @@ void run_block(dim3 index) {
   }
 }
 
-dim3 unflatten(uint64_t i, dim3 size) {
-  return dim3(unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y));
-}
-
 }  // namespace
 
 void release_stacks() {
@@ -165,11 +166,11 @@ void release_stacks() {
   }
 }
 
-uint64_t next_random() {  // splitmix64
+uint32_t next_random(uint64_t limit) {  // splitmix64, then a product: a division would cost as much
   uint64_t x = random_state += 0x9E3779B97F4A7C15u;
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
   x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-  return x ^ x >> 31;
+  return uint32_t(((x ^ x >> 31) >> 32) * limit >> 32);
 }
 
 extern "C" __attribute__((visibility("default"))) void emu_seed(uint64_t seed) {
@@ -197,7 +198,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
   begin_launch(shared_bytes);
   std::vector<uint64_t> order(num_blocks);
   for (uint64_t i = 0; i < num_blocks; ++i) order[i] = i;
-  for (uint64_t i = num_blocks; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
+  for (uint64_t i = num_blocks; i > 1; --i) std::swap(order[i - 1], order[next_random(i)]);
   for (uint64_t i = 0; i < num_blocks && !machine.is_aborted; ++i)
     run_block(unflatten(order[i], grid));
   machine.is_dependent = false;
@@ -207,7 +208,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
 void make_next_dependent() { machine.is_dependent = true; }
 void wait_for_previous_kernel() { machine.current->has_waited = true; }
 
-dim3 thread_index() { return unflatten(machine.current->index, machine.block_size); }
+dim3 thread_index() { return machine.current->position; }
 dim3 block_index() { return machine.block.index; }
 dim3 block_size() { return machine.block_size; }
 dim3 grid_size() { return machine.grid_size; }

@@ -22,8 +22,10 @@ import pytest
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
 CACHE = _HERE.parents[1] / "build" / "emulation"
-_COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-_RUNTIME_FLAGS = [*_COMMON, "-O2"]
+_COMMON = [
+    "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-mf16c", "-Wall", "-Wno-unknown-pragmas", "-Werror",
+]  # fmt: skip
+_RUNTIME_FLAGS = [*_COMMON, "-O3"]
 # memory.cpp defines the hooks that -fsanitize=thread calls before each access; libtsan is not linked.
 _KERNEL_FLAGS = [
     *_COMMON, "-O1", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=thread",

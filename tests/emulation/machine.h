@@ -17,6 +17,7 @@ struct Thread {
   uintptr_t stack_low, stack_high;
   uint16_t index;
   uint8_t warp, lane;
+  dim3 position;  // in the block
   State state;
   bool has_waited;   // for the previous kernel
   const void* site;  // where it waits
@@ -81,6 +82,7 @@ void* reserve(size_t bytes);
 // Unmaps the threads' stacks; the next launch maps them again.
 void release_stacks();
 
-uint64_t next_random();
+// Returns a number below the limit, which is less than 2^32.
+uint32_t next_random(uint64_t limit);
 
 }  // namespace emu

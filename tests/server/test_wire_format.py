@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.live_server import LiveServer
 from tests.support.scripted_engine import Script, ScriptedEngine, fail_with, say, scripted_app, toy_info
+from tests.support.server_process import PLAIN_CLIENT
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, Overloaded, Unavailable
 from tgi_asgi.settings import Settings
 
@@ -30,7 +31,7 @@ def server(script: Script = WORDS, **settings: Any) -> Iterator[httpx.Client]:
     def make() -> Any:
         return scripted_app(ScriptedEngine(script, num_permits=permits), Settings(**settings), info=info)
 
-    with LiveServer(make) as live, httpx.Client(base_url=live.url, timeout=60) as client:
+    with LiveServer(make) as live, PLAIN_CLIENT(base_url=live.url, timeout=60) as client:
         yield client
 
 

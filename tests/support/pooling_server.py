@@ -48,7 +48,7 @@ async def pooled_server(directory: Path, **settings: Any) -> AsyncIterator[Poole
     await asyncio.wait_for(loading, 60)
     app.on_fatal = None
     try:
-        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:
+        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60, verify=False) as http:
             yield PooledServer(url, app, http)
     finally:
         await app.stop()
