@@ -365,7 +365,7 @@ FAULTS = [
         "sample_parts.cuh",
         "if (lane < num_parts) own = work.stats[lane];",
         "if (lane < max(num_parts - 1, 1)) own = work.stats[lane];",
-        "result|bounds",
+        "result|bounds|ub",
     ),
     Fault(
         "parts overlap",
