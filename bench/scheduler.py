@@ -66,6 +66,7 @@ class InstantRunner:
     def __init__(self, num_blocks: int, max_batch_size: int) -> None:
         self.traits = make_traits(num_blocks, max_batch_size)
         self.num_threads = 0
+        self.progress: int | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0
 

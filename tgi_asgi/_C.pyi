@@ -49,6 +49,9 @@ def configure_team(
 def num_running_threads() -> int:
     """Return how many threads the last run had."""
 
+def team_progress() -> int:
+    """Return a number that changes many times in a step, unless it hangs."""
+
 def join_team() -> None:
     """Make the calling thread member 0, with the team's nice value and that member's core."""
 

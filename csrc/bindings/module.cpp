@@ -26,6 +26,7 @@
 #include "bindings/step_queue.h"
 #include "bindings/tensor_memory.h"
 #include "cpu/platform.h"
+#include "cpu/progress.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -124,6 +125,8 @@ void bind_team(py::module_& module) {
              "cores, runs leave threads out.");
   module.def("num_running_threads", &cpu::num_running_threads,
              "Return how many threads the last run had.");
+  module.def("team_progress", &cpu::team_progress,
+             "Return a number that changes many times in a step, unless it hangs.");
   module.def(
       "join_team", &cpu::join_team, release(),
       "Make the calling thread member 0, with the team's nice value and that member's core.");

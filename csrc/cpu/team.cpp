@@ -13,12 +13,15 @@
 #include <vector>
 
 #include "platform.h"
+#include "progress.h"
 #include "spin.h"
 #include "team_size.h"
 
 namespace tgi::cpu {
 
 namespace {
+
+std::atomic<uint64_t> num_meetings{0};  // of the members of any team, see team_progress
 
 // A central counter (Mellor-Crummey and Scott, Algorithms for Scalable Synchronization on
 // Shared-Memory Multiprocessors, section 3.1) with a generation instead of a reversed sense. The
@@ -30,6 +33,8 @@ class Barrier {
     const uint32_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_members) {
       arrived_.store(0, std::memory_order_relaxed);
+      num_meetings.store(num_meetings.load(std::memory_order_relaxed) + 1,
+                         std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
     }
@@ -298,6 +303,8 @@ int num_threads() {
   std::lock_guard<std::mutex> guard(state.lock);
   return resolved(state.options.num_threads);
 }
+
+uint64_t team_progress() { return num_meetings.load(std::memory_order_relaxed); }
 
 int num_running_threads() { return running_members.load(std::memory_order_relaxed); }
 

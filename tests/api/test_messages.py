@@ -185,6 +185,36 @@ async def test_blocks_become_the_messages_of_a_chat() -> None:
     assert last["content"] == "So?"
 
 
+async def test_turns_of_one_role_in_a_row_are_one() -> None:
+    """As in Anthropic's API; the template refuses two users in a row."""
+    template = (
+        "{% for m in messages %}{% if loop.previtem and loop.previtem.role == m.role %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}[{{ m.role }}:{{ m.content }}"
+        "{{ '|' + m.reasoning_content if m.reasoning_content is defined }}]{% endfor %}"
+        "{% if tools %}{% endif %}"
+    )
+    result = {"type": "tool_result", "tool_use_id": "a", "content": "42"}
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    body = {
+        "model": "tgi",
+        "max_tokens": 9,
+        "messages": [
+            {"role": "user", "content": "One."},
+            {"role": "user", "content": [{"type": "text", "text": "Two."}]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": ""}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}, call]},
+            {"role": "user", "content": [result]},
+            {"role": "user", "content": "Three."},
+        ],
+    }
+    engine = ScriptedEngine()
+    async with client_of(app_of(engine, chat_template=template)) as client:
+        answer = await client.post("/v1/messages", json=body)
+    assert answer.status_code == 200, answer.text
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert prompt == "[user:One.\nTwo.][assistant:Yes.][tool:42][user:Three.]"
+
+
 async def test_tokens_are_counted() -> None:
     async with sdk(say("a")) as client:
         counted = await client.messages.count_tokens(model="m", messages=HI)

@@ -205,8 +205,8 @@ async def test_several_parts_are_joined_by_a_line_break_unless_the_template_iter
 async def test_developer_is_system_unless_the_template_knows_it() -> None:
     messages = [{"role": "developer", "content": "x"}, *HI]
     assert (await prompt_of(messages)).startswith("<|im_start|>system\nx")
-    template = "{% if messages[0].role == 'developer' %}D{% endif %}"
-    assert await prompt_of(messages, app={"chat_template": template}) == "D"
+    template = "{% if messages[0].role == 'developer' %}D{{ messages[0].content }}{% endif %}"
+    assert await prompt_of(messages, app={"chat_template": template}) == "Dx"
 
 
 async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> None:

@@ -16,6 +16,7 @@ class HeldRunner:
 
     traits = RunnerTraits(num_blocks=1, block_size=1, max_batch_size=1, max_step_tokens=1)
     num_threads = 0
+    progress: int | None = None
 
     def __init__(self) -> None:
         self.held: deque[asyncio.Future[StepResult]] = deque()
@@ -121,6 +122,22 @@ async def test_a_suspicion_ends_with_its_step() -> None:
     watched.pipeline._watch()
     watched.pipeline._watch()
     assert watched.hangs == [60]
+    watched.pipeline.close()
+
+
+async def test_a_late_step_that_gets_on_does_not_hang() -> None:
+    """A prompt may be longer than any before, and a container may have a tenth of a core."""
+    now = 0.0
+    watched = Watched(clock=lambda: now)
+    watched.runner.progress = 0
+    watched.pipeline.submit(Step(0), 10)
+    for _ in range(20):
+        now += 60
+        watched.runner.progress += 1
+        watched.pipeline._watch()
+    assert watched.hangs == []
+    watched.pipeline._watch()
+    assert watched.hangs == [1200]
     watched.pipeline.close()
 
 

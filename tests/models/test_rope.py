@@ -76,6 +76,14 @@ def test_dynamic_scaling_of_a_configuration_equals_transformers(tmp_path: Path, 
     assert difference(files, reference_logits(plain, IDS), impl=impl) > 0.01
 
 
+@pytest.mark.parametrize("factor", [32.0, 64.0])
+def test_yarn_without_a_ramp_equals_transformers(tmp_path: Path, factor: float) -> None:
+    """Kimi K2's, whose bounds are equal."""
+    scaling = {**KINDS["yarn"], "factor": factor, "beta_fast": 1.0, "beta_slow": 1.0}
+    model = make_model(max_position_embeddings=ORIGINAL, rope_scaling=scaling)
+    assert difference(save(model, tmp_path), reference_logits(model, IDS)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["native", "gguf", "transformers", "generic"])
 def test_what_the_administrator_says_equals_a_configuration_that_says_it(

@@ -226,6 +226,15 @@ def test_modelopt_s_own_file_describes_older_checkpoints(tmp_path: Path) -> None
     assert found is not None and found.method == "modelopt"
 
 
+def test_a_quantisation_may_have_its_first_name(tmp_path: Path) -> None:
+    save(make_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compression_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_config_file(tmp_path)
+    assert read["quantization_config"] == config["compression_config"] and "compression_config" not in read
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

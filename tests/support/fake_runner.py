@@ -162,6 +162,7 @@ class FakeRunner:
     has_prompt_arithmetic: bool = False
     drafts: DraftLimits | None = None
     num_threads: int = 0
+    progress: int | None = None
     windows: tuple[int | None, ...] = (None,)
     next_token: NextToken = letters
     step_s: float = 0.0

@@ -177,7 +177,61 @@ def test_absent_content_is_an_empty_string_where_the_template_adds_strings() -> 
 
 @pytest.mark.parametrize(("name", "expected"), [("chatml", False), ("llama3", False), ("qwen", True)])
 def test_knows_whether_the_template_reads_lists_of_parts(name: str, expected: bool) -> None:
-    assert ChatTemplate(TEMPLATES[name], SPECIAL).iterates_parts is expected
+    assert ("user" in ChatTemplate(TEMPLATES[name], SPECIAL).part_roles) is expected
+
+
+def test_knows_the_roles_whose_parts_are_shown() -> None:
+    """Each may be read in its own way: here the system's first part alone, a tool's result as a list."""
+    shown = ChatTemplate(
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+        "{% elif m.role == 'system' %}{{ m.content[0].text }}{% elif m.role == 'tool' %}{{ m.content }}"
+        "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+        "{% for call in m.tool_calls %}{{ call.function.arguments }}{% endfor %}{% endfor %}",
+        {},
+    )
+    assert shown.part_roles == {"user", "assistant", "developer"}
+
+
+@pytest.mark.parametrize("arguments", [None, "", '{"city": "Par', "[1]", "null", 7])
+def test_arguments_that_are_no_object_count_as_none(arguments: Any) -> None:
+    """An answer that was cut comes back so; the conversation goes on."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    calls = "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+    as_object = calls + "{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    as_text = calls + "{{ call.function.name + call.function.arguments }}{% endfor %}{% endfor %}"
+    assert ChatTemplate(as_object, {}).render(messages) == "{}"
+    assert ChatTemplate(as_text, {}).render(messages) == "f{}"
+
+
+def test_empty_content_beside_a_call_is_none_where_the_call_would_be_dropped() -> None:
+    """As in the template of DeepSeek's R1-Distill."""
+    source = (
+        "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.arguments | tojson }}"
+        "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+    )
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    rendered = ChatTemplate(source, {}).render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert rendered == '{"a": 1}'
+
+
+def test_the_content_of_an_earlier_call_is_a_text_where_the_template_cuts_it() -> None:
+    """QwQ's reads only the content of earlier messages."""
+    source = (
+        "{% for m in messages %}{% if not loop.last and m.role == 'assistant' %}"
+        "{{ m.content.split('x')[-1] }}{% endif %}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert ChatTemplate(source, {}).render([USER, answer, USER]) == '{"a": 1}'
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning_content", "reasoning"])
+def test_reasoning_is_found_under_each_name(name: str) -> None:
+    template = ChatTemplate("{{ messages[0]." + name + " }}", {})
+    for given in ("thinking", "reasoning_content", "reasoning"):
+        assert template.render([{"role": "assistant", "content": "a", given: "hm"}]) == "hm"
 
 
 def test_mentions_variables_attributes_and_keys() -> None:

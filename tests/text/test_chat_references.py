@@ -32,6 +32,8 @@ TRANSFORMERS_MODULES = (
 )
 # These concatenate a call's arguments with text, so they must get JSON.
 TAKES_TEXT = {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "meetkai-functionary-medium-v3.2"}
+# These drop calls beside an empty content, so they get None.
+NEEDS_NONE = {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B"}
 # These write "None" or "null" for the missing content of a message with calls, or fail on it, so they get "".
 # Templates without support for calls get the same.
 TAKES_NO_NONE = {
@@ -40,6 +42,7 @@ TAKES_NO_NONE = {
     "GLM-4.7-Flash",
     "LFM2.5-8B-A1B",
     "MiniMax-M2",
+    "Qwen-QwQ-32B",
     "Qwen-Qwen3-0.6B",
     "mistralai-Ministral-3-14B-Reasoning-2512",
     "openai-gpt-oss-120b",
@@ -178,6 +181,15 @@ def adapted_messages(messages: list[dict[str, Any]], name: str, source: str) -> 
     """Return the messages in the form that this template accepts."""
     if name in TAKES_TEXT:
         messages = with_text_arguments(messages)
+    messages = [
+        {**message, "reasoning": message["reasoning_content"]} if "reasoning_content" in message else message
+        for message in messages
+    ]
+    if name in NEEDS_NONE:
+        messages = [
+            {**message, "content": message["content"] or None} if "tool_calls" in message else message
+            for message in messages
+        ]
     if name in TAKES_NO_NONE or "tool_calls" not in source:
         messages = [{**message, "content": message["content"] or ""} for message in messages]
     return messages

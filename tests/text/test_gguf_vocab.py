@@ -117,6 +117,18 @@ def test_bos_is_added_where_the_file_or_the_model_says_so(
     assert tokenizer.encode("a", add_special_tokens=False) == [ord("a")]
 
 
+def test_a_token_that_ends_a_turn_and_that_a_user_defined_is_a_control_token() -> None:
+    """Files that were made from an added_tokens.json have ChatML's so."""
+    metadata = byte_level("qwen2", control=("<|endoftext|>", "<|im_end|>", "<tool>"), eos_token_id=256)
+    types = metadata["tokenizer.ggml.token_type"]
+    types[-2:] = 4  # defined by a user
+    tokenizer = Tokenizer.from_gguf(metadata)
+    im_end, tool = len(types) - 2, len(types) - 1
+    assert tokenizer.token_text(im_end) == "<|im_end|>" and im_end in tokenizer.eos_ids
+    assert tool not in tokenizer.eos_ids
+    assert tokenizer.decode([ord("a"), im_end, tool], skip_special_tokens=True) == "a<tool>"
+
+
 def test_every_token_that_ends_a_turn_ends_an_answer() -> None:
     control = ("<|end_of_text|>", "<|eot_id|>", "<mine>", "<other>")
     tokenizer = Tokenizer.from_gguf(

@@ -28,7 +28,7 @@ from tgi_asgi.text.tools import (
     Reasoning,
     ToolSpec,
     harmony,
-    shorten_ids,
+    with_fitting_ids,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
@@ -245,7 +245,7 @@ def turns(source: str) -> list[Turn]:
         try:
             prompt = template.render([QUESTION], add_generation_prompt=True, **options)
             whole = template.render(
-                shorten_ids([QUESTION, answer, *results], source), add_generation_prompt=False, **options
+                with_fitting_ids([QUESTION, answer, *results], source), add_generation_prompt=False, **options
             )
         except TemplateError:
             continue

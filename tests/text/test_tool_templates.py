@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tgi_asgi.text.chat.template import ChatTemplate
-from tgi_asgi.text.tools import CallArguments, CallStart, ToolSpec, choose_format, shorten_ids
+from tgi_asgi.text.tools import CallArguments, CallStart, ToolSpec, choose_format, with_fitting_ids
 from tgi_asgi.text.tools.answer import AnswerParser
 
 # ruff: noqa: E501, RUF001  # a line break would be part of the prompt; the bars are DeepSeek's own
@@ -179,7 +179,9 @@ def render(name: str, num_calls: int) -> str:
         },
         *({"role": "tool", "tool_call_id": call_id, "content": "20 degrees"} for call_id in ids),
     ]
-    return template.render(shorten_ids(messages, template.source), tools=[TOOL], add_generation_prompt=True)
+    return template.render(
+        with_fitting_ids(messages, template.source), tools=[TOOL], add_generation_prompt=True
+    )
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))

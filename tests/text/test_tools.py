@@ -32,8 +32,9 @@ from tgi_asgi.text.tools import (
     assumption,
     choose_format,
     harmony,
-    shorten_ids,
     spell_out,
+    with_fitting_ids,
+    with_listed_tools,
     with_own_tools,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
@@ -446,12 +447,46 @@ def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "abcdefgh9"}]},
         {"role": "tool", "tool_call_id": call["id"], "content": "42"},
     ]
-    assert shorten_ids(history, "{{ tool_call.id }}") == history
-    made, answered = shorten_ids(history, "{% if tool_call.id|length != 9 %}")
+    assert with_fitting_ids(history, "{{ tool_call.id }}") == history
+    made, answered = with_fitting_ids(history, "{% if tool_call.id|length != 9 %}")
     first, second = (call["id"] for call in made["tool_calls"])
     assert len(first) == 9 and first.isalnum() and second == "abcdefgh9"
     assert answered["tool_call_id"] == first
     assert history[1]["tool_call_id"] == call["id"]
+
+
+def test_ids_name_the_function_where_a_template_shows_nothing_else() -> None:
+    """Kimi K2's. Clients number their calls anew in each turn, or send the ids of another server."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    other = {**call, "function": {"name": "g", "arguments": "{}"}}
+    history: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+        {"role": "assistant", "content": None, "tool_calls": [{**other, "id": "call_2"}]},
+        {"role": "tool", "tool_call_id": "call_2", "content": "43"},
+        {"role": "tool", "tool_call_id": "lost", "content": "44"},
+    ]
+    first, result, second, another, lost = with_fitting_ids(history, "<|tool_call_argument_begin|>")
+    assert first["tool_calls"][0]["id"] == result["tool_call_id"] == "functions.f:0"
+    assert second["tool_calls"][0]["id"] == another["tool_call_id"] == "functions.g:1"
+    assert lost["tool_call_id"] == "lost"
+
+
+def test_tools_that_a_template_does_not_show_are_listed_in_the_system_message() -> None:
+    """DeepSeek R1's and V3's templates show calls, but no tools."""
+    calls = "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    hidden, shown = (
+        ChatTemplate("{% for m in messages %}" + calls + "{% endfor %}" + end, {})
+        for end in ("", "{{ tools | tojson }}")
+    )
+    assert shown.shows_tools and not hidden.shows_tools
+    tool = {"type": "function", "function": {"name": "f", "description": "Adds."}}
+    user = {"role": "user", "content": "hi"}
+    system, kept = with_listed_tools([user], [tool])
+    assert system["role"] == "system" and '{"name": "f", "description": "Adds."}' in system["content"]
+    assert kept == user
+    (joined,) = with_listed_tools([user], [tool], accepts_system=False)
+    assert joined["role"] == "user" and "Adds." in joined["content"] and joined["content"].endswith("hi")
 
 
 def test_tools_are_in_the_system_message_of_a_template_that_looks_there() -> None:

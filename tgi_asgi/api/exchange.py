@@ -113,7 +113,7 @@ class Exchange:
             UnsupportedMediaType: if it is compressed, or (on native routes) not of a JSON type.
         """
         encoding = self.header(b"content-encoding")
-        if encoding not in (None, b"", b"identity"):
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
         if self.route is None or len(self.route.requests) < 2:  # otherwise its kind decides
             self.require_json()

@@ -11,7 +11,13 @@ from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.images import expand_placeholders, locate_images
-from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out, with_own_tools
+from tgi_asgi.text.tools import (
+    add_tool_prompt,
+    spell_out,
+    with_fitting_ids,
+    with_listed_tools,
+    with_own_tools,
+)
 from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
@@ -128,7 +134,8 @@ def chat_prompt(
     echo = ""
     if chat.echoes and chat.is_continued:
         assert served.chat_template is not None, "the messages were rendered"
-        content = _content(chat.messages[-1], _separator(served.chat_template, settings) or "")
+        separator = _separator(served.chat_template, "assistant", settings) or ""
+        content = _content(chat.messages[-1], separator)
         echo = content if isinstance(content, str) else ""
     images = _located(ids, chat.images)
     tail = text.shown[-_TAIL_CHARS:]
@@ -174,19 +181,20 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         raise TemplateError(_NO_TEMPLATE)
     if not chat.messages:
         raise InvalidRequest("`{field}` must have at least one message", field=("prompt",))
-    separator = _separator(template, settings)
-    has_developer = template.mentions("developer")
     messages = []
     for message in chat.messages:
         role = message["role"]
-        shown_role = "system" if role == "developer" and not has_developer else role
+        shown_role = "system" if role == "developer" and not template.accepts_developer else role
+        separator = _separator(template, shown_role, settings)
         messages.append({**message, "role": shown_role, "content": _content(message, separator)})
     messages = template.arranged(messages)
+    tools = chat.tools if chat.offers_tools else None
     if not (template.mentions("tools") or template.mentions("tool_calls")):
-        tools = chat.tools if chat.offers_tools else None
         messages = spell_out(messages, tools, accepts_system=template.accepts_system)
-    messages = shorten_ids(messages, template.source)
-    messages = with_own_tools(messages, chat.tools if chat.offers_tools else None, template.source)
+    elif tools and not template.shows_tools:
+        messages = with_listed_tools(messages, tools, accepts_system=template.accepts_system)
+    messages = with_fitting_ids(messages, template.source)
+    messages = with_own_tools(messages, tools, template.source)
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     messages = template.in_parts(messages)
@@ -239,11 +247,11 @@ def thinking_variables(thinks: bool, level: object = None) -> dict[str, Any]:
     return {"enable_thinking": thinks, "thinking": thinks, **effort}
 
 
-def _separator(template: ChatTemplate, settings: Settings) -> str | None:
-    """Return the separator of a content's parts, or None if the template takes the list."""
+def _separator(template: ChatTemplate, role: str, settings: Settings) -> str | None:
+    """Return the separator of the parts of a role's content, or None if the template takes the list."""
     if settings.tgi_compat:
         return ""
-    return None if template.iterates_parts else "\n"
+    return None if role in template.part_roles else "\n"
 
 
 def _content(message: dict[str, Any], separator: str | None) -> Any:

@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 
 _DEPTH = 2  # steps that the runner has at a time
 _GRACE_S = 1.0  # given to a late step: it may be late because the process was suspended
+_QUIET_S = (
+    60.0  # given to a late step that got on: the longest part of a layer on a starved machine takes less
+)
 
 
 class Flight:
@@ -45,7 +48,8 @@ class Pipeline:
 
     Args:
         on_done: Called when a step has finished, successfully or not.
-        on_hang: Called once when a step has run for longer than its limit, with its duration in seconds.
+        on_hang: Called once when a step has run for longer than its limit and does not get on any more, with
+            its duration in seconds.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Pipeline:
         self._flights: deque[Flight] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._is_suspect = False
+        self._progress: int | None = None  # when a step became a suspect
         self._has_failed = False
 
     @property
@@ -137,10 +142,11 @@ class Pipeline:
         delay_s = oldest.limit_s - taken_s
         if oldest.is_done or delay_s > 0:
             self._is_suspect = False
-        elif self._is_suspect:
+        elif self._is_suspect and self._runner.progress == self._progress:
             self._on_hang(taken_s)
             return
         else:
-            self._is_suspect = True
-        delay_s = max(delay_s, min(_GRACE_S, oldest.limit_s))
+            self._is_suspect, self._progress = True, self._runner.progress
+        grace_s = _GRACE_S if self._progress is None else _QUIET_S
+        delay_s = max(delay_s, min(grace_s, oldest.limit_s))
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._watch)

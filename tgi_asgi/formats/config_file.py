@@ -9,16 +9,19 @@ from tgi_asgi.formats.files import read_json
 
 # AutoGPTQ's and AutoAWQ's own files, from before `transformers` had a key for them.
 _OF_QUANTISERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_OLD_NAME = "compression_config"  # compressed-tensors' until 2024
 _OF_MODELOPT = "hf_quant_config.json"  # the only description in checkpoints of older versions
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """Return the contents of config.json; `quantization_config` may come from a file next to it.
+    """Return config.json; `quantization_config` may come from a file next to it, or have its first name.
 
     Raises:
         ModelLoadError: if a file is absent or damaged.
     """
     config = read_json(directory / "config.json")
+    if config.get("quantization_config") is None and isinstance(config.get(_OLD_NAME), dict):
+        config["quantization_config"] = config.pop(_OLD_NAME)
     for name, method in _OF_QUANTISERS.items():
         if config.get("quantization_config") is None and (directory / name).is_file():
             config["quantization_config"] = {"quant_method": method, **read_json(directory / name)}

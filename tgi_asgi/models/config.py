@@ -457,8 +457,9 @@ def check_scaling(scaling: RopeScaling) -> None:
         "rope scaling needs 0 < low_freq_factor < high_freq_factor",
     )
     check(
-        0 < scaling.beta_slow < scaling.beta_fast < 1e6 and 0 < scaling.attention_factor < 1e6,
-        "rope scaling needs 0 < beta_slow < beta_fast and a positive attention_factor",
+        # Kimi K2's are equal.
+        0 < scaling.beta_slow <= scaling.beta_fast < 1e6 and 0 < scaling.attention_factor < 1e6,
+        "rope scaling needs 0 < beta_slow <= beta_fast and a positive attention_factor",
     )
     check(
         2 <= scaling.original_context <= MAX_CONTEXT,

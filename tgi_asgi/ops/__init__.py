@@ -60,6 +60,7 @@ from tgi_asgi.ops.team import (
     keep_threads_awake,
     num_running_threads,
     num_threads,
+    team_progress,
     use_share_of_cores,
     wake_threads,
 )
@@ -180,6 +181,7 @@ __all__ = [
     "short_conv",
     "stack_rows",
     "state_bytes",
+    "team_progress",
     "token_logprobs",
     "up",
     "use_share_of_cores",

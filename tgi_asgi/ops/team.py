@@ -26,6 +26,11 @@ def num_running_threads() -> int:
     return _C.num_running_threads()
 
 
+def team_progress() -> int:
+    """Return a number that changes many times in a step, however slow the machine is, unless it hangs."""
+    return _C.team_progress()
+
+
 def configure_threads(
     num_threads: int | None = None,
     *,

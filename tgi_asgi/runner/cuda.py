@@ -103,6 +103,7 @@ class CudaRunner:
         types = CudaTypes() if types is None else types
         self.max_context = limits.max_context
         self.num_threads = 0
+        self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
         self._is_batch_invariant = types.is_batch_invariant
         self._choose = choose

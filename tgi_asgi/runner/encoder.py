@@ -75,6 +75,11 @@ class EncoderRunner:
         """The number of threads that computed last."""
         return ops.num_running_threads()
 
+    @property
+    def progress(self) -> int | None:
+        """The number of times that the threads have met."""
+        return ops.team_progress()
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, as `CpuRunner.submit` does."""
         return self._handoff.submit(plan)

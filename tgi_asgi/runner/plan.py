@@ -194,6 +194,10 @@ class Runner(Protocol):
     def num_threads(self) -> int:
         """The number of CPU threads that computed last; 0 on a GPU."""
 
+    @property
+    def progress(self) -> int | None:
+        """A number that changes again and again while a step is computed; None: nobody knows."""
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""
 

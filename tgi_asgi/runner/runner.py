@@ -139,6 +139,11 @@ class CpuRunner:
         """The number of threads that computed last."""
         return ops.num_running_threads()
 
+    @property
+    def progress(self) -> int | None:
+        """The number of times that the threads have met."""
+        return ops.team_progress()
+
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, from the event loop; the future fails if this step raises.
 

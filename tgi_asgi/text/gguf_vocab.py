@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.text import sentencepiece_vocab
 from tgi_asgi.text.gguf_splits import SENTENCEPIECE, SPLITS, Split
-from tgi_asgi.text.sentencepiece_vocab import CONTROL, MAX_TOKENS, NORMAL, add_tokens
+from tgi_asgi.text.sentencepiece_vocab import CONTROL, MAX_TOKENS, NORMAL, USER_DEFINED, add_tokens
 
 _KEY = "tokenizer.ggml."
 _SPECIAL_IDS = {
@@ -30,7 +30,7 @@ _SPECIAL_IDS = {
     "mask_token": "mask_token_id",
 }
 # A GGUF file names one end token where generation_config.json lists several. These control tokens always end
-# a turn or a text.
+# a turn or a text; files made from an added_tokens.json call them defined by a user.
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TEXTS = frozenset(
     {
@@ -65,7 +65,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         )
     try:
         tokens = _read_tokens(metadata)
-        types = _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+        types = _with_ends(tokens, _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens))
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
         else:
@@ -91,6 +91,14 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         adds_bos=kind == "gemma4" or _flag(metadata, "add_bos_token", adds_bos),
         adds_eos=_flag(metadata, "add_eos_token", False),
     )
+
+
+def _with_ends(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+    """Return the types of tokens, where those that end a turn are control tokens, as llama.cpp has them."""
+    return [
+        CONTROL if kind == USER_DEFINED and token in _END_TEXTS else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _split_of(metadata: Mapping[str, Any]) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,8 +118,8 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
             system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
         messages.append({"role": "system", "content": plain_text(system, "system")})
-    for i, turn in enumerate(request.messages):
-        messages += _turn(turn, f"messages[{i}]", images)
+    for _, group in itertools.groupby(enumerate(request.messages), key=lambda each: each[1].role):
+        messages += _turns([(f"messages[{i}]", turn) for i, turn in group], images)
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -129,16 +130,31 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
     )
 
 
-def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
-    """Return a turn as messages; tool results become separate messages before the text."""
+def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[str, Any]]:
+    """Return turns of one role, with their paths, as messages; tool results become separate messages before.
+
+    User's and assistant's turns are combined, as by Anthropic's API: many templates refuse two in a row.
+    """
+    path, turn = turns[0]
     role = turn.role
     if role not in ("user", "assistant", "system"):
         refuse_field(f"{path}.role", f"must be user or assistant, got {role[:40]!r}")
-    if isinstance(turn.content, str):
+    if role == "system":
+        return [message for path, turn in turns for message in _combined(role, [(path, turn)], images)]
+    return _combined(role, turns, images)
+
+
+def _combined(role: str, turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[str, Any]]:
+    path, turn = turns[0]
+    if len(turns) == 1 and isinstance(turn.content, str):
         return [{"role": role, "content": turn.content}]
     blocks = _Blocks(role, images)
-    for j, block in enumerate(turn.content):
-        blocks.read(block, f"{path}.content[{j}]")
+    for path, turn in turns:
+        if isinstance(turn.content, str):
+            blocks.parts.append(turn.content)
+            continue
+        for j, block in enumerate(turn.content):
+            blocks.read(block, f"{path}.content[{j}]")
     return blocks.messages(path)
 
 
@@ -174,7 +190,8 @@ class _Blocks:
                 call_id = string_of(block, "tool_use_id", where)
                 self.results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":
-                self.thoughts.append(string_of(block, "thinking", where))
+                if thought := string_of(block, "thinking", where):  # empty: the server left it out
+                    self.thoughts.append(thought)
             case "assistant", "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
                 pass
             case "assistant", str(kind) if kind.endswith("_tool_result"):  # of a tool that a server ran

@@ -42,14 +42,16 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     )  # fmt: skip
     common = _read_common(reader)
     window = reader.integer("sliding_window", 4096) or None
+    # The first GGUF files lack both caps, which the models have.
+    soft_cap, cap = (50.0, 30.0) if reader.is_gguf else (0.0, 0.0)
     layers = read_layers(
         reader,
         common,
         windows=[window if slides else None for slides in read_sliding(reader, 2)],
         scale=_read_scale(reader, "gemma2", common),
-        soft_cap=reader.number("attn_logit_softcapping", 0.0) or None,
+        soft_cap=reader.number("attn_logit_softcapping", soft_cap) or None,
     )
-    cap = reader.number("final_logit_softcapping", 0.0)
+    cap = reader.number("final_logit_softcapping", cap)
     return ModelConfig(architecture=architecture, layers=layers, logits_cap=cap, **common)
 
 

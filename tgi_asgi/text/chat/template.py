@@ -7,7 +7,7 @@ requests. `render` takes up to milliseconds and belongs in a worker thread. Know
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from tgi_asgi.text.surrogates import parsed
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# Messages that probe what a template shows.
+_USER = {"role": "user", "content": "hi"}
+_RESULT = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
@@ -50,20 +53,24 @@ class ChatTemplate:
         self._words: set[str] = set()
         self._default = self._compile(source)
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
-        self.iterates_parts = self._probe_parts()
-        """Whether content may stay a list of parts; otherwise the caller joins the texts."""
-        self._drops_texts = self.iterates_parts and not self._probe_text()
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
+        roles = ("system", "developer", "user", "assistant", "tool")
+        self.part_roles = frozenset(role for role in roles if self._probe_parts(role))
+        """Roles whose content may stay a list of parts; for others the caller joins the texts."""
+        self._drops_texts = "user" in self.part_roles and not self._probe_text()
         self._tolerates_none = self._probe_none()
+        self._needs_none = self._tolerates_none and not self._probe_call_after("")
         self._takes_one_text = self._probe_one_text()
-        self.accepts_scattered_system = accepts_scattered(
-            self._probe, has_developer=self.mentions("developer")
+        self.accepts_developer = self.mentions("developer") and self._shows(
+            {"role": "developer", "content": "PROBE"}, _USER
         )
+        """Whether a message of the role `developer` is shown; otherwise the caller makes it a system one."""
+        self.accepts_scattered_system = accepts_scattered(self._probe, has_developer=self.accepts_developer)
         """Whether system messages may come anywhere; otherwise `render` joins them into one at the front."""
-        self.accepts_system = "PROBE" in self._probe(
-            [{"role": "system", "content": "PROBE"}, {"role": "user", "content": "hi"}]
-        )
+        self.accepts_system = self._shows({"role": "system", "content": "PROBE"}, _USER)
         """Whether a system message is shown, not refused or dropped."""
+        self.shows_tools = self._probe_tools()
+        """Whether the tools are shown, given as the variable `tools` or in the system message."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling to another process, which compiles the template again."""
@@ -108,10 +115,11 @@ class ChatTemplate:
         """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
 
         Tool-call arguments given as a string with a JSON object reach the template as the object, or as text
-        if the template concatenates them with text (DeepSeek's). A call's text joins its reasoning if the
-        template refuses both (gpt-oss's). With `continue_final_message` the prompt ends right after the last
-        message's content. If the template would refuse or drop system messages that are not a single one at
-        the front, they are joined into one there.
+        if the template concatenates them with text (DeepSeek's). Arguments that are no object, as those of a
+        call that was cut, count as an empty one, so that the conversation can go on. A call's text joins its
+        reasoning if the template refuses both (gpt-oss's). With `continue_final_message` the prompt ends
+        right after the last message's content. If the template would refuse or drop system messages that are
+        not a single one at the front, they are joined into one there.
 
         Raises:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.
@@ -154,48 +162,89 @@ class ChatTemplate:
             message["tool_calls"] = [convert(call) for call in calls]
         if message.get("content") is None:
             message["content"] = None if calls and self._tolerates_none else ""
+        elif calls and self._needs_none and message["content"] == "":
+            message["content"] = None
         reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
         if reasoning is not None:  # templates differ in the name they read
-            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+            message = {"thinking": reasoning, **message}
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         content = message["content"]
         if calls and reasoning and content and isinstance(content, str) and self._takes_one_text:
             both = f"{reasoning}\n\n{content}"
-            message |= {"thinking": both, "reasoning_content": both, "content": ""}
+            message |= {"thinking": both, "reasoning_content": both, "reasoning": both, "content": ""}
         return message
 
     def _probe_text(self) -> bool:
-        return "PROBE" in self._probe([{"role": "user", "content": "PROBE"}])
+        return self._shows({"role": "user", "content": "PROBE"})
 
-    def _probe_parts(self) -> bool:
-        probe: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "PROBE"}]}]
-        text = self._probe(probe)
-        return "PROBE" in text and "'text'" not in text and '"text"' not in text
+    def _probe_parts(self, role: str) -> bool:
+        """Return whether the template shows all texts of a role's parts, and not the list itself."""
+        parts = [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]
+        message: dict[str, Any] = {"role": role, "content": parts}
+        if role == "tool":
+            text = self._probe_answer(self._probe_arguments(), after=[{**_RESULT, **message}])
+        else:
+            before, after = [_USER] * (role == "assistant"), [_USER] * (role != "user")
+            text = self._probe([*before, message, *after])
+        return "FIRST" in text and "SECOND" in text and "'text'" not in text and '"text"' not in text
 
     def _probe_call(self, arguments: object) -> bool:
         """Return whether the template shows a call with such arguments."""
         return "PROBE" in self._probe_answer(arguments)
 
     def _probe_none(self) -> bool:
-        text = self._probe_answer({"PROBE": 1} if self._takes_objects else '{"PROBE": 1}')
+        """Return whether the template takes None for the content of a call, also of an earlier one."""
+        text = self._probe_answer(self._probe_arguments())
+        if "PROBE" not in text or "None" in text:
+            return False
+        return self._probe_call_after(None) or not self._probe_call_after("")
+
+    def _probe_call_after(self, content: str | None) -> bool:
+        """Return whether a call beside such content is shown when its result and a question follow."""
+        text = self._probe_answer(self._probe_arguments(), content, after=[_RESULT, _USER])
         return "PROBE" in text and "None" not in text
+
+    def _probe_arguments(self) -> object:
+        return {"PROBE": 1} if self._takes_objects else '{"PROBE": 1}'
+
+    def _probe_tools(self) -> bool:
+        function = {"name": "PROBE", "description": "", "parameters": {"type": "object", "properties": {}}}
+        system = {"role": "system", "content": "hi", "tools": '[{"name": "PROBE"}]'}
+        tools = [{"type": "function", "function": function}]
+        return any("PROBE" in self._probe(messages, tools) for messages in ([system, _USER], [_USER]))
+
+    def _shows(self, *messages: dict[str, Any]) -> bool:
+        return "PROBE" in self._probe(messages)
 
     def _probe_one_text(self) -> bool:
         """Return whether the template refuses a call with both text and reasoning before it, as gpt-oss's."""
-        arguments = {"PROBE": 1} if self._takes_objects else '{"PROBE": 1}'
-        thoughts = {"thinking": "hm", "reasoning_content": "hm"}
-        one, two = (self._probe_answer(arguments, content=text, **thoughts) for text in ("", "Let me see."))
+        arguments = self._probe_arguments()
+        thoughts = {"thinking": "hm", "reasoning_content": "hm", "reasoning": "hm"}
+        one, two = (
+            self._probe_answer(arguments, content=text, fields=thoughts) for text in ("", "Let me see.")
+        )
         return "PROBE" in one and not two
 
-    def _probe_answer(self, arguments: object, content: str | None = None, **fields: str) -> str:
-        function = {"name": "f", "arguments": arguments}
-        call = {"id": "call00000", "type": "function", "function": function}
-        answer = {"role": "assistant", "content": content, **fields, "tool_calls": [call]}
-        return self._probe([{"role": "user", "content": "hi"}, answer])
+    def _probe_answer(
+        self,
+        arguments: object,
+        content: str | None = None,
+        *,
+        after: Sequence[dict[str, Any]] = (),
+        fields: Mapping[str, str] | None = None,
+    ) -> str:
+        answer = {
+            "role": "assistant",
+            "content": content,
+            **(fields or {}),
+            "tool_calls": [_probing_call(arguments)],
+        }
+        return self._probe([_USER, answer, *after])
 
-    def _probe(self, messages: list[dict[str, Any]]) -> str:
-        variables = {**self._special_tokens, "messages": messages, "tools": None, "documents": None}
+    def _probe(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        variables = {**self._special_tokens, "messages": list(messages), "tools": tools, "documents": None}
         try:
-            return _render(self._default, variables)
+            return _render(self._tool_use if tools else self._default, variables)
         except TemplateError:
             return ""
 
@@ -293,25 +342,31 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
+def _probing_call(arguments: object) -> dict[str, Any]:
+    return {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), dict):
         return call
     try:
-        arguments = parsed(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+        arguments = parsed(function.get("arguments") or "{}")
+    except (ValueError, TypeError, RecursionError):
+        arguments = {}
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    parsed_call = _with_parsed_arguments(call)
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+    if not isinstance(function, dict):
         return call
-    return {
-        **call,
-        "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
-    }
+    arguments = parsed_call["function"]["arguments"]
+    if arguments and isinstance(function["arguments"], str):
+        return call  # as it was written
+    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> None:

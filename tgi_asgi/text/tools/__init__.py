@@ -17,13 +17,20 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
 )
 from tgi_asgi.text.tools.formats import FORMATS, GENERIC
-from tgi_asgi.text.tools.generic import add_tool_prompt, shorten_ids, spell_out, with_own_tools
+from tgi_asgi.text.tools.generic import (
+    add_tool_prompt,
+    spell_out,
+    with_fitting_ids,
+    with_listed_tools,
+    with_own_tools,
+)
 from tgi_asgi.text.tools.type_names import with_json_types
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
     "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "choose_format", "harmony",
-    "recognised_format", "shorten_ids", "spell_out", "with_json_types", "with_own_tools",
+    "recognised_format", "spell_out", "with_fitting_ids", "with_json_types", "with_listed_tools",
+    "with_own_tools",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
@@ -17,6 +17,7 @@ from tgi_asgi.text.surrogates import dumped
 _IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
 _AS_VARIABLE = re.compile(r"(?<![.\w'\"|])tools\b(?!['\"|])")
 _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
+_NAMED_IDS = "<|tool_call_argument_begin|>"
 
 
 def _prompt(tools: Sequence[dict[str, Any]]) -> str:
@@ -50,18 +51,35 @@ def spell_out(
             result.append({"role": "user", "content": "\n".join(answers)})
         else:
             result += map(_with_calls_in_text, together)
-    if tools:
-        prompt = _prompt(tools)
-        first = result[0] if result else {"role": ""}
-        if first["role"] in ("system", "developer"):
-            result[0] = {**first, "content": f"{_text(first)}\n\n{prompt}"}
-        elif accepts_system or first["role"] != "user":
-            result.insert(0, {"role": "system" if accepts_system else "user", "content": prompt})
-        elif isinstance(first["content"], list):
-            result[0] = {**first, "content": [{"type": "text", "text": f"{prompt}\n\n"}, *first["content"]]}
-        else:
-            result[0] = {**first, "content": f"{prompt}\n\n{first['content']}"}
-    return result
+    return _with_system_text(result, _prompt(tools), accepts_system) if tools else result
+
+
+def with_listed_tools(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, accepts_system: bool = True
+) -> list[dict[str, Any]]:
+    """Return messages with the tools in the system message, for templates that show only calls (DeepSeek R1).
+
+    Such models write calls in a form of their own, so the text does not name one.
+    """
+    lines = "\n".join(dumped(tool.get("function", tool)) for tool in tools)
+    text = f"## Tools\n\nYou can call these functions, of which each line describes one:\n\n{lines}"
+    return _with_system_text(list(messages), text, accepts_system)
+
+
+def _with_system_text(
+    messages: list[dict[str, Any]], text: str, accepts_system: bool
+) -> list[dict[str, Any]]:
+    """Return messages with a text at the end of the system message, or before the first message's text."""
+    first = messages[0] if messages else {"role": ""}
+    if first["role"] in ("system", "developer"):
+        return [{**first, "content": f"{_text(first)}\n\n{text}"}, *messages[1:]]
+    if accepts_system or first["role"] != "user":
+        return [{"role": "system" if accepts_system else "user", "content": text}, *messages]
+    if isinstance(first["content"], list):
+        content: Any = [{"type": "text", "text": f"{text}\n\n"}, *first["content"]]
+    else:
+        content = f"{text}\n\n{first['content']}"
+    return [{**first, "content": content}, *messages[1:]]
 
 
 def _with_calls_in_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -93,24 +111,38 @@ def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dic
     return [*before, {**last, "content": added}]
 
 
-def shorten_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Return a history with ids of nine characters, if the template refuses all others, as Mistral's do.
+def with_fitting_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return a history with the ids that the template needs, whichever the client has.
 
-    OpenAI's clients send back the ids that they were given, which are longer.
+    Mistral's templates refuse ids of other than nine characters. Kimi K2's show a call by its id alone, as
+    `functions.<name>:<number of the call in the conversation>`.
     """
-    if not _SHORT_IDS.search(template):
+    if _SHORT_IDS.search(template):
+        rename: Callable[[str], str] = _short
+    elif _NAMED_IDS in template:
+        rename = _named(messages).__getitem__
+    else:
         return list(messages)
     result = []
     for message in messages:
         changed = dict(message)
         if changed.get("tool_call_id"):
-            changed["tool_call_id"] = _short(changed["tool_call_id"])
+            changed["tool_call_id"] = rename(changed["tool_call_id"])
         if changed.get("tool_calls"):
             changed["tool_calls"] = [
-                {**call, "id": _short(call.get("id") or "")} for call in changed["tool_calls"]
+                {**call, "id": rename(call.get("id") or "")} for call in changed["tool_calls"]
             ]
         result.append(changed)
     return result
+
+
+def _named(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return Kimi K2's id for each id of a history; an id of no call stays."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    named = {message.get("tool_call_id") or "": message.get("tool_call_id") or "" for message in messages}
+    for number, call in enumerate(calls):
+        named[call.get("id") or ""] = f"functions.{call['function']['name']}:{number}"
+    return named
 
 
 def _short(call_id: str) -> str:
