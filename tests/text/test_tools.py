@@ -441,6 +441,28 @@ def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompile
         assert accepts(compiler, grammar, write(name, [("f", {"a": 1, "b": value}), ("g", {})])) == value
 
 
+@names
+@pytest.mark.parametrize("place", ["$defs", "definitions"])
+def test_arguments_may_be_a_reference_to_a_definition(
+    compiler: GrammarCompiler, name: str, place: str
+) -> None:
+    """zod-to-json-schema writes so; formats that write each argument alone took it for a tool without any."""
+    definition = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    schema = {"$ref": f"#/{place}/Arguments", place: {"Arguments": definition}}
+    spec = ToolSpec("f", schema)
+    assert spec.properties == {"a": {"type": "integer"}}
+    grammar = answer_grammar(None, ToolUse(FORMATS[name], [spec], must_call=True))
+    assert grammar is not None
+    assert accepts(compiler, grammar, write(name, [("f", {"a": 1})]))
+    assert not accepts(compiler, grammar, write(name, [("f", {})]))
+
+
+def test_a_reference_to_itself_or_elsewhere_stays() -> None:
+    endless = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    for schema in ({"$ref": "#"}, {"$ref": "http://a"}, endless):
+        assert ToolSpec("f", schema).properties == {}
+
+
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
     call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     history: list[dict[str, Any]] = [

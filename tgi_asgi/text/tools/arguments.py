@@ -15,6 +15,10 @@ _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additio
 _WITHOUT_RULES = frozenset(
     {"type", "properties", "required", "$defs", "definitions", "$schema", "$id", "title", "description"}
 )
+_BESIDE_REFERENCE = frozenset(
+    {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description"}
+)
+_MAX_REFERENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class ToolSpec:
         """The schema of its arguments, which are always an object."""
         if not self.parameters:
             return _NO_ARGUMENTS
-        schema = {"type": "object", **self.parameters}
+        schema = {"type": "object", **_resolved(self.parameters)}
         has_no_rules = not (schema.get("required") or schema.keys() - _WITHOUT_RULES)
         if schema.get("properties") == {} and has_no_rules and schema["type"] == "object":
             schema["additionalProperties"] = False
@@ -46,6 +50,22 @@ class ToolSpec:
         """The schemas of its arguments, by name."""
         properties = self.schema.get("properties")
         return properties if isinstance(properties, Mapping) else {}
+
+
+def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema whose top is no mere reference to its definitions, as zod-to-json-schema's is."""
+    for _ in range(_MAX_REFERENCES):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or schema.keys() - _BESIDE_REFERENCE:
+            break
+        found: Any = schema
+        for part in reference.removeprefix("#/").split("/"):
+            name = part.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if not reference.startswith("#/") or not isinstance(found, Mapping):
+            break
+        schema = {**found, **{name: value for name, value in schema.items() if name != "$ref"}}
+    return schema
 
 
 # Keywords that restrict a text or a boolean beyond its type.
