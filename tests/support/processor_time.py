@@ -1,8 +1,8 @@
 """Bars for the processor time of code whose cost must not explode with its input.
 
 Only this thread's time counts, without the collection of garbage, whose cost is that of all tests' objects.
-Cores that are shared compute at a fraction of their speed at times, so a bar leaves at least five times what
-the code takes on an idle machine, and code that can be run again gets three tries.
+Cores that are shared compute at a fraction of their speed at times, so a bar is several times what the code
+was measured to take, and code that can be run again gets three tries.
 """
 
 from __future__ import annotations

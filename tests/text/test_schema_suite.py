@@ -315,13 +315,13 @@ def test_what_cannot_be_enforced_is_left_out_and_named(
         },
     ],
 )
-def test_a_hostile_schema_is_judged_within_a_second(schema: dict[str, Any], is_strict: bool) -> None:
+def test_a_hostile_schema_is_judged_soon(schema: dict[str, Any], is_strict: bool) -> None:
 
-    def judge() -> None:
+    def read() -> None:
         with contextlib.suppress(InvalidRequest):
             sources.json_schema(schema, is_strict=is_strict)
 
-    computed_within(1, judge)
+    computed_within(2, read)
 
 
 @pytest.mark.parametrize("text", ['{"\\u0066oo":"x"}', '{"f\\u006fo":"x"}'])

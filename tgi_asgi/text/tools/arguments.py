@@ -15,10 +15,11 @@ _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additio
 _WITHOUT_RULES = frozenset(
     {"type", "properties", "required", "$defs", "definitions", "$schema", "$id", "title", "description"}
 )
+# Keywords beside a reference that add no rule to what it refers to.
 _BESIDE_REFERENCE = frozenset(
     {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description"}
 )
-_MAX_REFERENCES = 8
+_MAX_REFERENCES = 8  # a definition may be a reference in turn, even to itself
 
 
 @dataclass(frozen=True, slots=True)

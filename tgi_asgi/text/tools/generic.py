@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
@@ -117,32 +117,26 @@ def with_fitting_ids(messages: Sequence[dict[str, Any]], template: str) -> list[
     Mistral's templates refuse ids of other than nine characters. Kimi K2's show a call by its id alone, as
     `functions.<name>:<number of the call in the conversation>`.
     """
-    if _SHORT_IDS.search(template):
-        rename: Callable[[str], str] = _short
-    elif _NAMED_IDS in template:
-        rename = _named(messages).__getitem__
-    else:
+    is_short = _SHORT_IDS.search(template) is not None
+    if not is_short and _NAMED_IDS not in template:
         return list(messages)
     result = []
+    renamed: dict[str, str] = {}  # of the calls so far: clients may use an id again in a later turn
+    number = 0
     for message in messages:
         changed = dict(message)
-        if changed.get("tool_call_id"):
-            changed["tool_call_id"] = rename(changed["tool_call_id"])
-        if changed.get("tool_calls"):
-            changed["tool_calls"] = [
-                {**call, "id": rename(call.get("id") or "")} for call in changed["tool_calls"]
-            ]
+        calls = []
+        for call in changed.get("tool_calls") or ():
+            given = call.get("id") or ""
+            renamed[given] = _short(given) if is_short else f"functions.{call['function']['name']}:{number}"
+            calls.append({**call, "id": renamed[given]})
+            number += 1
+        if calls:
+            changed["tool_calls"] = calls
+        if answered := changed.get("tool_call_id"):
+            changed["tool_call_id"] = renamed.get(answered, _short(answered) if is_short else answered)
         result.append(changed)
     return result
-
-
-def _named(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return Kimi K2's id for each id of a history; an id of no call stays."""
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    named = {message.get("tool_call_id") or "": message.get("tool_call_id") or "" for message in messages}
-    for number, call in enumerate(calls):
-        named[call.get("id") or ""] = f"functions.{call['function']['name']}:{number}"
-    return named
 
 
 def _short(call_id: str) -> str:
