@@ -251,7 +251,7 @@ inline TokenCount tokens_of(const StepHeader& step) {
 template <class S, class Prologue, class Epilogue>
 void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
-  if (units.begin >= units.end) return;
+  if (units.begin >= units.end || tokens.all == 0) return;
   const bool is_private = p.is_private && tokens.all <= kPrivateTokens;
   const auto of_member = [&](const Activation& in) {
     LinearParams mine = p;
