@@ -199,6 +199,35 @@ class TestConfiguration:
         plain = tokenizer.encode("a", add_special_tokens=False)
         assert tokenizer.encode("a", add_special_tokens=True) == [1, *plain]
 
+    @pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer"])
+    def test_flags_say_what_surrounds_a_text_in_classes_that_once_did_so(
+        self, model_dir: Path, kind: str
+    ) -> None:
+        """As transformers 4 and TGI did; transformers 5 ignores the flags beside a tokenizer.json."""
+        named = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "tokenizer_class": kind}
+
+        def around(**flags: Any) -> tuple[list[int], list[int]]:
+            write(model_dir / "tokenizer_config.json", named | flags)
+            tokenizer = Tokenizer.from_directory(model_dir)
+            (plain,) = tokenizer.encode("a", add_special_tokens=False)
+            ids = tokenizer.encode("a", add_special_tokens=True)
+            assert tokenizer.adds_bos == (ids[0] == tokenizer.bos_id)
+            return ids[: ids.index(plain)], ids[ids.index(plain) + 1 :]
+
+        assert around() == ([], [])  # transformers 5 writes no flags: tokenizer.json has the final say
+        assert around(add_bos_token=True) == ([1], [])
+        assert around(add_eos_token=True) == ([1], [2])
+        assert around(add_bos_token=False, add_eos_token=True) == ([], [2])
+        assert around(add_bos_token=True, tokenizer_class="PreTrainedTokenizerFast") == ([], [])
+        backend = Backend.from_file(str(model_dir / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+        backend.save(str(model_dir / "tokenizer.json"))
+        assert around(add_bos_token=False) == ([], [])
+        assert around(add_bos_token=True) == ([1], [])
+        assert around(bos_token=None, add_eos_token=False) == ([1], [])  # nothing to add: left as it is
+
     def test_tokens_that_only_the_configuration_has_are_added(self, model_dir: Path) -> None:
         added = {
             "49153": {"content": "<tool>", "special": False},

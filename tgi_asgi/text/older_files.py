@@ -7,7 +7,7 @@ knows what each class does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ _PLAIN_CLASSES = frozenset({
     "", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLMTokenizer", "InternLM2Tokenizer",
     "BaichuanTokenizer", "YiTokenizer", "OrionTokenizer", "PreTrainedTokenizer", "TokenizersBackend",
 })  # fmt: skip
+# Classes that set what surrounds a text, whatever tokenizer.json says, in transformers 4 and so in TGI; with
+# whether they add BOS by default.
+_SURROUNDING = {
+    "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True, "CohereTokenizer": True,
+    "GPTNeoXTokenizer": False,
+}  # fmt: skip
 # Sets of files; one must be complete before `transformers` is asked for a tokenizer. Without any of them it
 # returns an empty one for some classes.
 _KNOWN = (
@@ -76,6 +82,24 @@ def missing_tokens(backend: tokenizers.Tokenizer, directory: Path) -> dict[str, 
     }
 
 
+def surround_by_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Follow `add_bos_token` and `add_eos_token`, if given, where tokenizer.json does something else.
+
+    Authors of these classes' files tried them with transformers 4, which did so; transformers 5 ignores the
+    two keys beside a tokenizer.json, and no longer writes them. Prompts of chats are not affected: their
+    templates write the BOS token.
+    """
+    adds_bos = _SURROUNDING.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
+    if adds_bos is None or all(config.get(f"add_{name}_token") is None for name in ("bos", "eos")):
+        return
+    wanted = _wanted(config, adds_bos=adds_bos)
+    parts = _parts(backend, config, wanted)
+    bos, eos = ([backend.token_to_id(parts[name])] if name in parts else [] for name in ("bos", "eos"))
+    plain, whole = (backend.encode("", add_special_tokens=adds).ids for adds in (False, True))
+    if len(parts) == len(wanted) and whole != [*bos, *plain, *eos]:
+        _surround(backend, parts)
+
+
 def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
     """Refuse a vocabulary in which an added token's id differs from the one in the configuration.
 
@@ -112,28 +136,42 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         for name, token_id in ids.items()
         if not config.get(name) and (text := model.token(token_id)) is not None
     }
-    _surround(backend, {**config, **named})
+    _surround(backend, _parts(backend, {**config, **named}, _wanted(config)))
     return backend, dict(named)
 
 
-def _surround(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Put BOS before texts unless it is disabled, and EOS after them if it is enabled."""
+def _wanted(config: Mapping[str, Any], *, adds_bos: bool = True) -> list[str]:
+    """Return which tokens go around a text: "bos" unless it is disabled, "eos" if it is enabled.
+
+    Args:
+        adds_bos: Whether BOS does if the configuration does not say.
+    """
+    flags = {name: config.get(f"add_{name}_token") for name in ("bos", "eos")}
+    defaults = {"bos": adds_bos, "eos": False}
+    return [name for name, flag in flags.items() if (defaults[name] if flag is None else flag)]
+
+
+def _parts(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return the texts of those of the named tokens that the vocabulary has."""
     parts: dict[str, str] = {}
-    for name, default in (("bos", True), ("eos", False)):
-        given, flag = config.get(f"{name}_token"), config.get(f"add_{name}_token")
+    for name in names:
+        given = config.get(f"{name}_token")
         text = given.get("content") if isinstance(given, dict) else given
-        wanted = default if flag is None else flag
-        if wanted and isinstance(text, str) and backend.token_to_id(text) is not None:
+        if isinstance(text, str) and backend.token_to_id(text) is not None:
             parts[name] = text
-    if parts:
-        backend.post_processor = processors.TemplateProcessing(
-            single=[*_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0)],
-            pair=[
-                *_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0),
-                *_piece(parts, "bos", 1), "$B:1", *_piece(parts, "eos", 1),
-            ],
-            special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(parts.values())],
-        )  # fmt: skip
+    return parts
+
+
+def _surround(backend: tokenizers.Tokenizer, parts: Mapping[str, str]) -> None:
+    """Put these tokens around texts, and nothing else."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0)],
+        pair=[
+            *_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0),
+            *_piece(parts, "bos", 1), "$B:1", *_piece(parts, "eos", 1),
+        ],
+        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(parts.values())],
+    )  # fmt: skip
 
 
 def _piece(parts: Mapping[str, str], name: str, segment: int) -> list[str]:
@@ -162,7 +200,7 @@ def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, A
     named = dict(made.special_tokens_map)
     if (directory / "tekken.json").is_file() and not named:  # the file names none, but its models know these
         named = {"bos_token": "<s>", "eos_token": "</s>"}
-        _surround(backend, named)
+        _surround(backend, _parts(backend, named, ["bos"]))
     return backend, named
 
 

@@ -107,7 +107,6 @@ class Tokenizer:
         lowers = _read_json(model_directory / "sentence_bert_config.json").get("do_lower_case") is True
         path = directory / "tokenizer.json"
         if path.exists():
-            # It decides what surrounds a text: transformers ignores `add_bos_token` and `add_eos_token` here.
             backend, listed = _read_backend(path), {}
             if "added_tokens_decoder" not in config:
                 listed = config["added_tokens_decoder"] = older_files.missing_tokens(backend, directory)
@@ -137,6 +136,7 @@ class Tokenizer:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
+        older_files.surround_by_flags(backend, config)
         made = cls(backend, named, eos_ids)
         inputs = config.get("model_input_names")  # the tokenizer's outputs that the model gets
         made._has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
