@@ -58,6 +58,19 @@ def test_a_key_that_does_not_matter_is_passed_over(key: str, value: Any) -> None
 
 
 @pytest.mark.parametrize(
+    ("kind", "context"), [("qwen2", 32768), ("llama", 2048), ("no-such-type", 2048), (None, 2048)]
+)
+def test_a_context_that_is_not_named_is_the_class_s_default(
+    kind: str | None, context: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {key: value for key, value in JSON.items() if key != "max_position_embeddings"}
+    config = read_config({**given, "model_type": kind})[1]
+    assert config.context_length == context
+    assert "has no `max_position_embeddings`" in caplog.text
+    assert read_config({**JSON, "model_type": kind})[1].context_length == 8192
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("logit_scale", 0.5),

@@ -150,6 +150,30 @@ def test_the_context_is_the_first_one_times_the_factor(
     assert parsed.max_position_embeddings == (4096 if given.kind == "dynamic" else context)
 
 
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        ({**KINDS["yarn"]}, 2 * ORIGINAL),
+        ({**KINDS["yarn"], "factor": 4.0, "original_max_position_embeddings": ORIGINAL // 2}, 2 * ORIGINAL),
+        ({**KINDS["yarn"], "original_max_position_embeddings": ORIGINAL // 4}, ORIGINAL),  # named: longer
+        ({**KINDS["linear"]}, 2 * ORIGINAL),
+        ({**KINDS["dynamic"]}, ORIGINAL),
+        (None, ORIGINAL),
+    ],
+)
+def test_a_scaling_added_to_a_configuration_lengthens_its_context(
+    tmp_path: Path, impl: str, scaling: dict[str, Any] | None, context: int
+) -> None:
+    given = None if scaling is None else dict(scaling)  # a configuration adds keys
+    files = save(make_model(max_position_embeddings=ORIGINAL, rope_scaling=given), tmp_path)
+    with OpenModel(files, model_impl=impl) as opened:
+        assert opened.config.context_length == context
+    with OpenModel(files, model_impl=impl, rope=GivenRope("linear", 3.0)) as opened:
+        first = (scaling or {}).get("original_max_position_embeddings", ORIGINAL)
+        assert opened.config.context_length == 3 * first
+
+
 def test_a_dynamic_context_is_as_long_as_it_is_asked_for() -> None:
     config = config_of(rope_scaling={"type": "dynamic", "factor": 2.0})
     assert choose_context(config, None, 1 << 34) == 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from tgi_asgi.models.config import (
 )
 from tgi_asgi.models.reader import Reader, as_float
 
+logger = logging.getLogger(__name__)
+
 # Keys that the classes of older architectures do not have; they use other names for the same things.
 LLAMA_NAMES = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "layer_norm_eps")
 _SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
@@ -31,6 +34,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
     "xielu": "xielu",
 }  # fmt: skip
+_DEFAULT_CONTEXT = 2048  # vLLM's, and that of most classes of `transformers`
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -52,6 +56,8 @@ def read_sizes(
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
         # Keys of files from 2023 and 2024 about how they were made, which llama.cpp no longer reads.
         reader.ignore("use_parallel_residual", "tensor_data_layout")
+    elif reader.get("max_position_embeddings") is None:
+        reader.replace("max_position_embeddings", _default_context(reader))
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -64,6 +70,21 @@ def read_sizes(
         "activation": _read_activation(reader, activation),
         "has_tied_embeddings": _has_tied_embeddings(reader),
     }
+
+
+def _default_context(reader: Reader) -> int:
+    """Return the context of a config.json that names none: that of the type's class in `transformers`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = reader.get("model_type")
+    parsed = CONFIG_MAPPING[kind]() if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+    found = getattr(parsed, "max_position_embeddings", None)
+    context = found if type(found) is int else _DEFAULT_CONTEXT
+    logger.warning(
+        "config.json has no `max_position_embeddings`: the context is the %s's, %d tokens",
+        "server" if found is None else f"default of {kind!r}", context,
+    )  # fmt: skip
+    return context
 
 
 def _read_activation(reader: Reader, default: str) -> str:

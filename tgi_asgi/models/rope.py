@@ -9,7 +9,7 @@ import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec
+from tgi_asgi.models.config import MAX_CONTEXT, ModelConfig, QueryGrowth, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading import yarn_magnitude
 from tgi_asgi.ops.arrays import Floats
@@ -140,6 +140,23 @@ def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
         for layer in config.layers
     )
     return replace(config, layers=layers, context_length=int(context * factor))
+
+
+def stretch_context(config: ModelConfig) -> ModelConfig:
+    """Return a checkpoint's configuration with the context to which its position scaling extends.
+
+    Model cards (Qwen 2.5, Vicuna 16K) say to add a linear or YaRN scaling and to leave
+    `max_position_embeddings` as it is; vLLM serves the product, too. A configuration that already names a
+    longer context keeps it. Not stretched are scalings that apply to some layers only, whose files (Gemma 3,
+    OLMo 3) name the final context, and dynamic ones, which would change the texts that need no scaling.
+    """
+    scalings = {layer.rope.scaling for layer in config.layers if layer.rope is not None}
+    scaling = scalings.pop() if len(scalings) == 1 else None
+    if scaling is None or scaling.kind not in ("linear", "yarn"):
+        return config
+    original = scaling.original_context if scaling.kind == "yarn" else config.context_length
+    context = min(int(original * scaling.factor), MAX_CONTEXT)
+    return replace(config, context_length=max(config.context_length, context))
 
 
 def _scale_llama3(inverse: Floats, scaling: RopeScaling) -> Floats:

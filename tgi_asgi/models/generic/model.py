@@ -27,7 +27,13 @@ from tgi_asgi.models.generic.invariance import all_products_are_native, applies_
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, packed_names
-from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
+from tgi_asgi.models.generic.rope import (
+    fix_rotary_tables,
+    is_dynamic,
+    stretched_context,
+    table_bytes,
+    tabulate,
+)
 from tgi_asgi.models.generic.states import state_bytes
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
@@ -322,10 +328,10 @@ def first_position(model: Any) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Return the number of positions that a configuration names."""
+    """Return the number of positions that a configuration names, or those to which it stretches them."""
     named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
-    return min(found, MAX_CONTEXT)
+    return min(max(found, stretched_context(config, found)), MAX_CONTEXT)
 
 
 def _num_logits(text: Any) -> int:

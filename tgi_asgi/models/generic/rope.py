@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,20 @@ def scale_positions(config: Any, rope: GivenRope) -> None:
     config.rope_parameters = made
     # A dynamic table is computed from the context length before scaling.
     config.max_position_embeddings = context if rope.kind == "dynamic" else int(context * rope.factor)
+
+
+def stretched_context(config: Any, context: int) -> int:
+    """Return the context to which a configuration's linear or YaRN scaling extends `context`.
+
+    See `models/rope.py`, which does the same for native families.
+    """
+    given = getattr(config, "rope_parameters", None)
+    given = given if isinstance(given, dict) else {}
+    kind, factor = given.get("rope_type"), given.get("factor")
+    if kind not in ("linear", "yarn") or type(factor) not in (int, float):
+        return context
+    original = given.get("original_max_position_embeddings") or context
+    return int(original * factor) if type(original) is int and math.isfinite(factor) else context
 
 
 def _scaled(given: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from tgi_asgi.models.loading.recognise import (
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
-from tgi_asgi.models.rope import scale_positions
+from tgi_asgi.models.rope import scale_positions, stretch_context
 from tgi_asgi.models.shard import ModelCut, cut_model
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -146,7 +146,7 @@ class OpenModel:
                 "used, as in transformers 5"
             )
             read = replace(read, has_tied_embeddings=False)
-        return _Native(family, self._scaled(read))
+        return _Native(family, stretch_context(read) if self._rope is None else self._scaled(read))
 
     def _scaled(self, config: ModelConfig) -> ModelConfig:
         return config if self._rope is None else scale_positions(config, self._rope)
