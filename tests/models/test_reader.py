@@ -26,6 +26,10 @@ from tgi_asgi.models.reader import Reader
         ("attention_window", 512),
         ("alibi", True),
         ("ffn_act", "relu"),
+        ("act_fn", "relu"),
+        ("num_activated_experts", 3),
+        ("mrope_section", [1, 2]),
+        ("full_attn_alpha_factor", 1.5),
     ],
 )
 def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value: Any) -> None:
@@ -50,6 +54,12 @@ def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value:
         ("pretraining_tp", 4),
         ("rope_interleaved", True),
         ("vocab_parts", ["a", "b"]),
+        ("num_character_labels", 30),
+        ("extract_layers", [4, 8]),
+        ("property_head_size", 12),
+        ("initializer_factor", 0.02),
+        ("moe_expert_capacity_factor", 1.25),
+        ("router_aux_loss_factor", 0.01),
         ("activation", "swiglu"),  # Falcon 3's name for what `hidden_act` calls silu
     ],
 )

@@ -8,6 +8,7 @@ the worst outcome. Without torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sized
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from tgi_asgi.errors import NotInFamily, check
 
-# Parts of config.json key names that suggest a change to what a model computes.
-_SUSPICIOUS = ("softcap", "scal", "multiplier", "norm", "bias", "rope", "window", "alibi", "act")
-# Keys with such names that do not, for any family.
-_HARMLESS = frozenset({"rope_interleaved", "activation_dropout", "bias_dropout_fusion", "norm_dropout"})
+# A word of a config.json key's name that suggests a change to what a model computes. Some are parts of longer
+# words (layernorm, mscale), others also of words that mean something else (act in extract, rope in property).
+_SUSPICIOUS = re.compile(r"softcap|scal|multiplier|norm|bias|window|alibi|^act|^factors?$|^rope|rope$")
+# Words of keys that matter only in training.
+_TRAINING = frozenset({"capacity", "dropout", "init", "initializer", "loss"})
+_HARMLESS = frozenset({"rope_interleaved"})  # for any family
 _GGUF_NAMES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -209,7 +212,8 @@ class Reader:
                 if key.startswith(prefix):
                     return any(part in name for name in self.tensors)
             return key != "pooling_type" and not (key.startswith("expert_") and value == 0)
-        if key in _HARMLESS or not any(part in key for part in _SUSPICIOUS):
+        words = key.lower().split("_")
+        if key in _HARMLESS or _TRAINING.intersection(words) or not any(map(_SUSPICIOUS.search, words)):
             return False
         return not (value is None or value is False or (type(value) in (int, float) and value in (0, 1)))
 
