@@ -31,7 +31,7 @@ from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-from tgi_asgi.types import TokenEvent
+from tgi_asgi.types import EngineState, TokenEvent
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -356,15 +356,25 @@ COUNTING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", COUNTING)
-async def test_whoever_tokenises_takes_part_in_admission(path: str) -> None:
+async def test_a_server_that_generates_as_much_as_it_can_still_counts_tokens(path: str) -> None:
     engine = ScriptedEngine(num_permits=0)
     app = scripted_app(engine)
+    assert (await post(app, "/generate", {"inputs": "hi"})).status_code == 429
+    assert (await post(app, path, COUNTING[path])).status_code == 200
+    engine.state = EngineState.DRAINING
+    assert (await post(app, path, COUNTING[path])).status_code == 503
+
+
+@pytest.mark.parametrize("path", COUNTING)
+async def test_so_many_requests_count_tokens_at_a_time(path: str) -> None:
+    app = scripted_app(ScriptedEngine(), Settings(model_id="toy/model", max_concurrent_requests=2))
+    app.context.num_tokenising = 2
     refused = await post(app, path, COUNTING[path])
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
-    engine.num_permits = 1
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    app.context.num_tokenising = 1
     assert (await post(app, path, COUNTING[path])).status_code == 200
     assert (await post(app, path, {"tokens": "x", "inputs": 1, "messages": 1})).status_code in (400, 422)
-    assert engine.num_permits == 1
+    assert app.context.num_tokenising == 1
 
 
 async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() -> None:
@@ -393,19 +403,19 @@ async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() 
             ]
             leaving = [request("POST", "/tokenize", {"inputs": long_text}) for _ in range(8)]
             gone = [asyncio.create_task(send(app, call)) for call in leaving]
-            await until(lambda: engine.num_permits == 128 - 16)
+            await until(lambda: app.context.num_tokenising == 16)
             assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
             assert (await client.post("/tokenize", json={"inputs": "hi"})).status_code == 200
             for call in leaving:
                 call.gone.set()
             await asyncio.gather(*gone)
-            assert engine.num_permits == 128 - 8
+            assert app.context.num_tokenising == 8
             assert not any(task.done() for task in slow_ones)
             go_on.set()
             assert [(await task).status_code for task in slow_ones] == [200] * 8
     finally:
         go_on.set()
-    assert engine.num_permits == 128
+    assert app.context.num_tokenising == 0
     assert counted.count(long_text) == 8, "what nobody waits for is not counted"
 
 

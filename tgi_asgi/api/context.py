@@ -109,6 +109,7 @@ class ServerContext:
         body_budget: Budget for bytes of unanswered request bodies and of what they fetched.
         image_budget: Budget for bytes of such requests' images, decoded or processed.
         num_pool_calls: How many calls for vectors or scores are being computed; they share the capacity.
+        num_tokenising: How many requests that only count or show tokens are being answered.
         fetcher: Fetches images.
         routes: All routes, for the OpenAPI document.
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
@@ -125,6 +126,7 @@ class ServerContext:
         self.body_budget = ByteBudget(settings.max_body_memory, "request bodies")
         self.image_budget = ByteBudget(settings.max_image_memory, "images")
         self.num_pool_calls = 0
+        self.num_tokenising = 0
         self.is_terminating = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()

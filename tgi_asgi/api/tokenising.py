@@ -1,4 +1,4 @@
-"""The lifecycle of a request that only counts or shows tokens: read, take a permit, work in a thread, answer.
+"""The lifecycle of a request that only counts or shows tokens: read, take a place, work in a thread, answer.
 
     route = Route("POST", "/tokenize", tokenising(tokenize), ...)
 
@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,6 +20,7 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import Handler, admitted
+from tgi_asgi.errors import Overloaded
 from tgi_asgi.system import return_freed_memory
 
 _PART = 4096  # tokens
@@ -39,14 +41,14 @@ Tokenise = Callable[[bytes, Exchange], bytes | WithImages]  # turns a body into 
 def tokenising(work: Tokenise) -> Handler:
     """Return the handler of a route that tokenises without generating.
 
-    `work` runs in a thread, under a permit, because tokenising is subject to admission.
+    `work` runs in a thread; `--max-concurrent-requests` bounds how many such requests there are at a time.
     """
 
     async def handle(exchange: Exchange) -> None:
         body = await exchange.read_body()
         try:
             served = exchange.context.ready()
-            with admitted(exchange, 1):
+            with _place(exchange):
                 answer = await exchange.unless_gone(_answer(exchange, served, work, body))
         finally:
             if len(body) > _HUGE:
@@ -54,6 +56,27 @@ def tokenising(work: Tokenise) -> Handler:
         await exchange.respond(200, answer)
 
     return handle
+
+
+@contextlib.contextmanager
+def _place(exchange: Exchange) -> Iterator[None]:
+    """Hold one of the places of requests that only tokenise; the server does not end before it is left.
+
+    There are as many as permits, but apart from them, as in TGI: clients count tokens to decide what to send,
+    which does not become wrong because the server generates as much as it can.
+
+    Raises:
+        Overloaded, Unavailable: if there is no place; nothing is held then.
+    """
+    context = exchange.context
+    if context.num_tokenising >= context.settings.max_concurrent_requests:
+        raise Overloaded
+    with admitted(exchange, 0):
+        context.num_tokenising += 1
+        try:
+            yield
+        finally:
+            context.num_tokenising -= 1
 
 
 async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: bytes) -> bytes:
