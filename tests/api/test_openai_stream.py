@@ -202,5 +202,24 @@ async def test_compat_streams_please_strict_old_clients() -> None:
     reasons = [event["choices"][0]["finish_reason"] for event in events]
     assert reasons == ["", "stop_sequence"]  # `finish_reason: str` in TGI's types
     assert [event["choices"][0]["text"] for event in events] == ["a", ""]
-    events = await stream(fail_with(GenerationFailed("x"), after=say("a")), settings=compat)
-    assert events[-1] == {"error": "Request failed during generation: x", "error_type": "generation"}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        events = await stream(fail_with(GenerationFailed("x"), after=say("a")), path, settings=compat)
+        message = "Request failed during generation: x"
+        assert events[-1] == {"error": {"message": message, "http_status_code": 424}}
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": True, "continuous_usage_stats": True}])
+async def test_compat_completions_end_each_prompt_with_its_usage(options: dict[str, Any] | None) -> None:
+    """As TGI did, whatever the `stream_options`; its other chunks have no such key."""
+    events = await stream(
+        say("a", "b"), "/v1/completions", settings=Settings(tgi_compat=True), prompt=["xyz", "x"],
+        stream_options=options,
+    )  # fmt: skip
+    usages = {event["choices"][0]["index"]: event["usage"] for event in events if "usage" in event}
+    assert len([event for event in events if "usage" in event]) == 2
+    assert usages == {
+        0: {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        1: {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
+    }
+    ends = [event["choices"][0]["finish_reason"] != "" for event in events]
+    assert ends == ["usage" in event for event in events]

@@ -154,7 +154,14 @@ def _openai_envelope(error: BaseException) -> Envelope:
     }
 
 
+def _tgi_chunk_envelope(error: BaseException) -> Envelope:
+    message = _native_envelope(error)["error"]
+    return {"error": {"message": message, "http_status_code": _native_status(error)}}
+
+
 _NATIVE_NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens"}
 NATIVE = Dialect("native", _native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
+# Events in the streams of TGI's own /v1. TGI's code was 422 whatever the error.
+TGI_CHUNKS = Dialect("tgi-chunks", _tgi_chunk_envelope, _native_status, _NATIVE_NAMES)
 OPENAI = Dialect("openai", _openai_envelope, nests_tools=True)
 CHAT = Dialect("chat", _openai_envelope, names={"prompt": "messages"}, nests_tools=True)

@@ -14,7 +14,7 @@ import orjson
 
 from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Choices, Generation
-from tgi_asgi.api.errors import NATIVE, OPENAI, error_event
+from tgi_asgi.api.errors import OPENAI, TGI_CHUNKS, error_event
 from tgi_asgi.api.openai.choice import ChatChoice, Fields, TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs
 from tgi_asgi.api.openai.schema import CommonRequest, StreamOptions
@@ -53,11 +53,13 @@ class CompletionRenderer:
         self._is_compat = is_compat
         self._hides_tokens = hides_tokens
         self._shows_ids = bool(request.return_token_ids)
-        self._includes_usage = bool(options.include_usage)
+        # TGI ignored the stream_options of completions: the last chunk of each choice has its usage.
+        self._closes_with_usage = is_compat and not isinstance(choices[0], ChatChoice)
+        self._includes_usage = bool(options.include_usage) and not self._closes_with_usage
         self._repeats_usage = self._includes_usage and bool(options.continuous_usage_stats)
         self._has_begun = [False] * len(generation.jobs)
         self._unopened: dict[int, Mapping[str, Any]] = {}  # what the late first chunks have on top, by choice
-        self._num_generated = 0
+        self._num_generated = [0] * len(choices)
         self._unsent_ids: list[list[int]] = [[] for _ in choices]
         prefix, kind, chunk_kind = choices[0].names
         self._head = {
@@ -70,7 +72,8 @@ class CompletionRenderer:
         self._chunk_head = (
             b"data: " + orjson.dumps(self._head | {"object": chunk_kind})[:-1] + b',"choices":['
         )
-        self._tail = b'],"usage":null}\n\n' if self._includes_usage or is_compat else b"]}\n\n"
+        has_usage = self._includes_usage or (is_compat and not self._closes_with_usage)
+        self._tail = b'],"usage":null}\n\n' if has_usage else b"]}\n\n"
         self._is_plain = choices[0].is_plain and not (self._shows_ids or self._repeats_usage)
         # Chunks of a text that nothing else contains, split where the text belongs.
         whole = [self._chunk(i, choice.text(_PLACE)) for i, choice in enumerate(choices)]
@@ -81,9 +84,9 @@ class CompletionRenderer:
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         """Return the chunks of new events."""
         if self._is_plain and self._has_begun[part] and len(events) == 1 and events[0].finish is None:
-            event = events[0]
-            self._num_generated += 1
-            return self._text_chunk(part * self._n + event.index, event.text)
+            index = part * self._n + events[0].index
+            self._num_generated[index] += 1
+            return self._text_chunk(index, events[0].text)
         frames: list[bytes] = []
         if not self._has_begun[part]:
             self._has_begun[part] = True
@@ -103,7 +106,7 @@ class CompletionRenderer:
 
     def fail(self, error: TgiError) -> bytes:
         """Return the error as an event, and the end marker."""
-        return error_event(error, NATIVE if self._is_compat else OPENAI) + DONE
+        return error_event(error, TGI_CHUNKS if self._is_compat else OPENAI) + DONE
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body of an answer that is not streamed; of more than n choices, the likeliest n."""
@@ -112,7 +115,7 @@ class CompletionRenderer:
             self._generation.num_shown = 0
         on_top: Fields = {}
         for part, all_choices in enumerate(parts):
-            self._num_generated += sum(map(len, all_choices))
+            self._num_generated[part * self._n] += sum(map(len, all_choices))  # only their sum is shown
             prompt_ids = self._begin_part(part)
             if isinstance(self._choices[0], ChatChoice):
                 on_top, prompt_ids = prompt_ids, {}
@@ -151,7 +154,7 @@ class CompletionRenderer:
 
     def _chunks(self, index: int, events: Sequence[TokenEvent]) -> Iterator[bytes]:
         """Yield the chunks of one choice's new events."""
-        self._num_generated += len(events)
+        self._num_generated[index] += len(events)
         choice, last = self._choices[index], events[-1]
         if self._is_plain:
             yield self._text_chunk(index, "".join([event.text for event in self._visible(index, events)]))
@@ -164,8 +167,9 @@ class CompletionRenderer:
             for fields in content:
                 yield self._chunk(index, fields, self._token_ids(index))
         if last.finish is not None:
-            ending = self._ending(index, last)
-            yield self._chunk(index, choice.closing(), {**ending, **self._token_ids(index)})
+            ending = {**self._ending(index, last), **self._token_ids(index)}
+            on_top = {"usage": self._usage_of(index)} if self._closes_with_usage else _NOTHING
+            yield self._chunk(index, choice.closing(), ending, on_top)
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         return self._plain_heads[index] + orjson.dumps(text) + self._plain_tail if text else b""
@@ -212,7 +216,7 @@ class CompletionRenderer:
     def _usage(self) -> Fields:
         """Return the token counts so far, over all choices."""
         num_prompt = self._generation.num_prompt_tokens
-        num_generated = 0 if self._hides_tokens else self._num_generated
+        num_generated = 0 if self._hides_tokens else sum(self._num_generated)
         num_reasoning = sum(choice.num_reasoning_tokens for choice in self._choices)
         return {
             "prompt_tokens": num_prompt,
@@ -220,4 +224,14 @@ class CompletionRenderer:
             "total_tokens": num_prompt + num_generated,
             "prompt_tokens_details": {"cached_tokens": self._generation.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": num_reasoning},
+        }
+
+    def _usage_of(self, index: int) -> Fields:
+        """Return the token counts of one choice and its prompt."""
+        num_prompt = len(self._generation.jobs[index // self._n].request.prompt_ids)
+        num_generated = 0 if self._hides_tokens else self._num_generated[index]
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
         }
