@@ -100,3 +100,39 @@ async def test_an_answer_repeats_how_its_text_and_reasoning_were_asked_for() -> 
     _, body = await post(say("a"), text={"verbosity": "low"}, reasoning={"generate_summary": "auto"})
     assert body["text"] == {"format": {"type": "text"}, "verbosity": "low"}
     assert body["reasoning"] == {"effort": None, "summary": "auto"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "name": "n", "schema": {"type": "object"}},
+        {
+            "type": "json_schema", "name": "n", "description": "An object.", "strict": True,
+            "schema": {"type": "object", "properties": {}, "additionalProperties": False, "x": None},
+        },
+    ],
+)  # fmt: skip
+async def test_an_answer_repeats_the_format_of_its_text_as_it_was_given(given: dict[str, Any]) -> None:
+    _, body = await post(say("{", "}"), text={"format": given})
+    assert body["text"]["format"] == given
+
+
+@pytest.mark.parametrize("is_custom", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [("b", "incomplete"), ("after", "completed"), ("</tool_call>", "completed"), (None, "completed")],
+)
+async def test_a_call_that_a_stop_string_cuts_is_incomplete(
+    stop: str | None, status: str, is_custom: bool
+) -> None:
+    """Clients run the calls of completed responses."""
+    tool = {"type": "custom", "name": "f"} if is_custom else {"type": "function", "name": "f"}
+    text = '<tool_call>\n{"name": "f", "arguments": {"input": "abc"}}\n</tool_call>after'
+    engine = ScriptedEngine(say(*text[:-5], text[-5:]))
+    fields = {"tools": [tool], **({} if stop is None else {"stop": [stop]})}
+    async with client_of(app_of(engine)) as client:
+        body = (await client.post("/v1/responses", json={"input": "hi", **fields})).json()
+    call = body["output"][0]
+    assert (call["name"], call["status"], body["status"]) == ("f", status, status)
+    assert body["incomplete_details"] == (None if status == "completed" else {"reason": "stop"})

@@ -32,6 +32,9 @@ class CustomInput:
 
     What comes out does not depend on how the arguments are cut. An escape that JSON does not have (a path of
     Windows) stays as it is written.
+
+    Attributes:
+        has_ended: Whether the input's end has come.
     """
 
     def __init__(self) -> None:
@@ -39,11 +42,11 @@ class CustomInput:
         self._num_characters = 0  # in them
         self._buffer = ""  # of the input, not returned yet
         self._has_begun = False
-        self._has_ended = False
+        self.has_ended = False
 
     def push(self, arguments: str) -> str:
         """Return the next part of the input."""
-        if self._has_ended:
+        if self.has_ended:
             return ""
         if not self._has_begun:
             self._arguments.append(arguments)
@@ -59,7 +62,7 @@ class CustomInput:
         complete = _COMPLETE.match(self._buffer)
         assert complete is not None, "it matches the empty text"
         end = complete.end()
-        self._has_ended = self._buffer[end : end + 1] == '"'
+        self.has_ended = self._buffer[end : end + 1] == '"'
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         return _ESCAPE.sub(_character, text)
 

@@ -53,11 +53,12 @@ class ReasoningOptions(Struct):
         self.summary = self.summary or self.generate_summary
 
 
-class TextFormat(Struct):
-    """Format that the answer's text must match."""
+class TextFormat(Struct, omit_defaults=True):
+    """Format that the answer's text must match; echoed as it was given."""
 
     type: str
     name: str | None = None
+    description: str | None = None
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 

@@ -117,14 +117,31 @@ class ResponseRenderer:
             return
         if not self._output:
             self._open(Content(""))
-        is_cut = reason is FinishReason.LENGTH
+        why = None
+        if reason is FinishReason.LENGTH:
+            why = "max_output_tokens"
+        elif reason is FinishReason.STOP and self._is_within_call():
+            why = "stop"  # OpenAI's responses have no stop strings; clients run the calls of completed ones
+        is_cut = why is not None
         status = "incomplete" if is_cut else "completed"
         self._close(status)
-        details = {"reason": "max_output_tokens"} if is_cut else None
+        details = {"reason": why} if is_cut else None
         ended = None if is_cut else int(time.time())
         self._end(status, completed_at=ended, incomplete_details=details, usage=self._usage())
         if self._store is not None:
             self._store(self._response)
+
+    def _is_within_call(self) -> bool:
+        """Return whether the open item is a call whose arguments lack their end."""
+        if self._kind is not CallStart:
+            return False
+        if self._output[-1]["type"] == "custom_tool_call":
+            return not self._custom.has_ended
+        try:
+            orjson.loads("".join(self._texts))
+        except ValueError:
+            return True
+        return False
 
     def _end(self, status: str, **fields: Any) -> None:
         self._fill()
