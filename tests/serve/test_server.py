@@ -91,7 +91,10 @@ async def test_a_person_at_the_terminal_does_not_wait_for_balancers(app: _App) -
         assert await app.calls.get() == "drain within 90 s"
 
 
-async def test_a_second_signal_ends_the_delay_and_the_process(app: _App) -> None:
+async def test_a_second_signal_ends_the_delay_and_the_process(
+    app: _App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ECHO_S", 0.0)
     _serve(drain_delay_s=3600)
     await _signal(app, signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

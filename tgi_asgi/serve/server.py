@@ -31,6 +31,9 @@ from tgi_asgi.types import Progress
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
+# A signal this soon after the first is the same: GNU timeout sends it to the process and to its group, and
+# a wrapper passes on what the terminal has sent to all.
+_ECHO_S = 1.0
 
 
 def run(settings: Settings, loader: Loader = load_model) -> int:
@@ -62,6 +65,7 @@ class Server:
         self._app.on_fatal = self._on_fatal
         self._stop = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
+        self._signalled_at = 0.0  # by the loop's clock
         self._failure: BaseException | None = None
         self._stage = ""
 
@@ -111,12 +115,16 @@ class Server:
         if served is None:
             self._console.close()
             end_process("stopped while loading", 0)
+        loop = asyncio.get_running_loop()
         if self._drain is not None:
-            end_process("stopped by a second signal", 128 + number)
+            if loop.time() >= self._signalled_at + _ECHO_S:
+                end_process("stopped by a second signal", 128 + number)
+            return
+        self._signalled_at = loop.time()
         notify("STOPPING=1", "STATUS=finishing running requests")
         delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
         self._app.context.is_terminating = True
-        self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop(served, delay_s))
+        self._drain = loop.create_task(self._drain_and_stop(served, delay_s))
 
     async def _drain_and_stop(self, served: Served, delay_s: float) -> None:
         """Accept requests for `delay_s`, then refuse them; fail those that do not finish in time."""
@@ -124,7 +132,7 @@ class Server:
             logger.info("shutting down: accepting requests for another %g s", delay_s)
             await asyncio.sleep(delay_s)
         timeout_s = self._settings.graceful_termination_timeout
-        logger.info("draining for up to %d s; a second signal stops at once", timeout_s)
+        logger.info("draining for up to %d s; another signal stops at once", timeout_s)
         try:
             await cast(OwnedEngine, served.engine).drain(timeout_s)
         finally:
