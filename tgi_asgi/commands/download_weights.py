@@ -18,6 +18,7 @@ from tgi_asgi.serve.console import Console
 from tgi_asgi.settings import Settings
 
 _PICKLES = "Ignored: pickled weights are never read or converted."
+_MERGE = "Ignored: an adapter as MODEL_ID is fetched with its base, and merged when the server reads both."
 
 
 @click.command("download-weights")
@@ -29,14 +30,23 @@ _PICKLES = "Ignored: pickled weights are never read or converted."
     metavar="ADAPTERS",
     help="Adapter to fetch as well, in the server's syntax (repeatable).",
 )
-@click.option("--json-output", is_flag=True, default=None, help="Write progress as JSON lines.")
+@click.option("--json-output/--no-json-output", default=None, help="Write progress as JSON lines.")
 @click.option("--logger-level", "log_level", metavar="LEVEL", help="Lowest level that is logged.")
 @click.option(
     "--extension", type=click.Choice([".safetensors"]), help="Accepted for TGI: the only format read."
 )
 @click.option("--auto-convert/--no-auto-convert", default=None, help=_PICKLES)
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Fetch the model's code as well.")
-def command(model_id: str, extension: str | None, auto_convert: bool | None, **options: object) -> None:
+@click.option(
+    "--trust-remote-code/--no-trust-remote-code", default=None, help="Fetch the model's code as well."
+)
+@click.option("--merge-lora/--no-merge-lora", default=None, help=_MERGE)
+def command(
+    model_id: str,
+    extension: str | None,
+    auto_convert: bool | None,
+    merge_lora: bool | None,
+    **options: object,
+) -> None:
     """Fetch a model's files and print their paths.
 
     MODEL_ID has the form of the server's --model-id: a Hub id (org/name; for GGUF files org/name:Q4_K_M) or
@@ -44,7 +54,7 @@ def command(model_id: str, extension: str | None, auto_convert: bool | None, **o
     MODEL_ID. REVISION, LORA_ADAPTERS and the Hub's variables (HF_TOKEN, HF_HOME ...) have the same meaning as
     for the server. Files that are already there are not fetched again.
     """
-    del extension, auto_convert
+    del extension, auto_convert, merge_lora
     settings = read_settings(model_id, options)
     logs.configure(settings)
     try:
