@@ -9,6 +9,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import hypercorn.protocol.h2
 import pytest
@@ -19,7 +20,7 @@ from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve import hypercorn as module
 from tgi_asgi.serve.body_chunks import Stream
-from tgi_asgi.serve.connections import ConnectionLimit
+from tgi_asgi.serve.connections import ConnectionLimit, Requests
 from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.serve.listening import listen
 from tgi_asgi.settings import Settings
@@ -111,6 +112,30 @@ async def test_a_body_with_two_lengths_is_refused() -> None:
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
         writer.close()
+
+
+@pytest.mark.parametrize("lines", [b"\r\n", b"\n", b"\r\n\r\n", b"\r\n" * 40_000])
+async def test_empty_lines_before_a_request_are_ignored(lines: bytes) -> None:
+    """RFC 9112, section 2.2; old clients send one after a body."""
+    async with serving(version_of) as url, asyncio.timeout(LONGEST_S):
+        reader, writer = await connect(url)
+        writer.write(lines)
+        for _ in range(3):
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}" + lines)
+            answer = await reader.readuntil(b"\r\n\r\n1.1")
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        writer.write(b"\rGET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+
+
+def test_an_empty_line_may_come_in_two_parts() -> None:
+    requests = Requests(h11.SERVER)
+    for part in (b"\r", b"\n", b"\r\n\r"):
+        requests.receive_data(part)
+        assert requests.next_event() is h11.NEED_DATA
+    requests.receive_data(b"\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert isinstance(requests.next_event(), h11.Request)
 
 
 async def test_a_wish_to_upgrade_to_http_2_is_ignored() -> None:

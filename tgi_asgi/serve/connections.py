@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import Counter, deque
 from typing import Any
 
@@ -28,6 +29,8 @@ _REFUSALS = {
     501: "This transfer encoding is not supported; send chunked or a content-length",
     505: "This server speaks HTTP/1.0 and HTTP/1.1",
 }
+
+_EMPTY_LINES = re.compile(rb"(\r?\n)+")
 
 # Time a connection's last bytes may wait for a stalled reader; over TCP the kernel then gives up the
 # connection.
@@ -167,8 +170,30 @@ class Connection(TCPServer):
         self.writer.close()
 
 
+class Requests(h11.Connection):
+    """A client's requests; empty lines before one are ignored, as RFC 9112, section 2.2, asks.
+
+    Old clients send one after a body. h11 takes it for a request without a line.
+    """
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Parse the next event out of the received bytes, as h11 does."""
+        if self.their_state is h11.IDLE:
+            buffer = self._receive_buffer
+            if (found := _EMPTY_LINES.match(buffer._data)) is not None:  # h11 has no other way to look
+                buffer.maybe_extract_at_most(found.end())
+            if buffer._data == b"\r":  # the other half of an empty line is to come
+                return h11.NEED_DATA
+        return super().next_event()
+
+
 class Http1(H11Protocol):
     """HTTP/1 only on one connection: hypercorn's HTTP/2 kills connections that are answered early."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        size = self.config.h11_max_incomplete_size
+        self.connection = Requests(h11.SERVER, max_incomplete_event_size=size)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Do not switch protocols; a server may ignore an upgrade request."""
