@@ -67,5 +67,5 @@ def install(limit: ConnectionLimit) -> None:
         return
     turn_limiter = TurnLimiter(_MAX_PER_TURN)
     hypercorn.asyncio.run.TCPServer = partial(Connection, limit, turn_limiter)  # type: ignore[assignment, attr-defined]
-    hypercorn.protocol.H11Protocol = Http1  # type: ignore[attr-defined]
+    hypercorn.protocol.H11Protocol = Http1  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.h11.HTTPStream = Stream  # type: ignore[attr-defined]

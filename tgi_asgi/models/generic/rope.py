@@ -59,10 +59,10 @@ def stretched_context(config: Any, context: int) -> int:
 
     See `models/rope.py`, which does the same for native families.
     """
-    given = getattr(config, "rope_parameters", None)
-    given = given if isinstance(given, dict) else {}
+    found = getattr(config, "rope_parameters", None)
+    given: dict[str, Any] = found if isinstance(found, dict) else {}
     kind, factor = given.get("rope_type"), given.get("factor")
-    if kind not in ("linear", "yarn") or type(factor) not in (int, float):
+    if kind not in ("linear", "yarn") or not isinstance(factor, int | float):
         return context
     original = given.get("original_max_position_embeddings") or context
     return int(original * factor) if type(original) is int and math.isfinite(factor) else context
