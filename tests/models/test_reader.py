@@ -104,6 +104,25 @@ def test_what_old_gguf_files_say_of_how_they_were_made_is_passed_over(key: str, 
     assert read_gguf({**GGUF, f"llama.{key}": value}, frozenset()) == read_gguf(GGUF, frozenset())
 
 
+def test_the_first_gguf_files_of_qwen_s_experts_lack_their_sizes() -> None:
+    """llama.cpp takes them from the size of the MLP; Qwen2 57B, whose sizes differ, brought the keys."""
+    own = {key.replace("llama.", "qwen2moe."): value for key, value in GGUF.items()}
+    own |= {"general.architecture": "qwen2moe", "qwen2moe.expert_count": 60, "qwen2moe.expert_used_count": 4}
+    tensors = frozenset({"blk.0.ffn_gate_inp.weight", "blk.0.ffn_gate_shexp.weight"})
+
+    def sizes(**keys: int) -> tuple[int, int]:
+        given = {f"qwen2moe.{key}": value for key, value in keys.items()}
+        experts = read_gguf(own | given, tensors)[1].layers[0].experts
+        assert experts is not None
+        return experts.intermediate_size, experts.shared_size
+
+    assert sizes() == (1536 // 4, 1536)
+    whole = sizes(expert_feed_forward_length=96, expert_shared_feed_forward_length=32)
+    assert whole == (96, 32)
+    with pytest.raises(ModelLoadError, match="experts of a token must be"):
+        sizes(expert_used_count=0)
+
+
 def test_keys_of_other_prefixes_are_left_alone() -> None:
     others = {
         "general.name": "x",

@@ -140,6 +140,28 @@ def test_every_token_that_ends_a_turn_ends_an_answer() -> None:
     assert "<|eot_id|>" in texts and "<|end|>" not in texts and "<other>" not in texts
 
 
+@pytest.mark.parametrize(
+    ("control", "ends"),
+    [
+        (("<|end|>", "<|endoftext|>"), {"<|end|>", "<|endoftext|>"}),  # Phi 3
+        (("<|end|>", "<|return|>", "<|call|>"), {"<|return|>", "<|call|>"}),  # gpt-oss: of one message
+        (("<|end|>", "<|flush|>", "<|calls|>"), {"<|flush|>", "<|calls|>"}),  # Solar Open
+        (("</s>", "<|im_end|>", "[INST]"), {"</s>", "<|im_end|>"}),
+        (("<eos>", "<turn|>", "<|tool_response>"), {"<eos>", "<turn|>", "<|tool_response>"}),
+        (("<|fim_pad|>", "<|fim_middle|>"), {"<|fim_pad|>"}),
+    ],
+)
+def test_tokens_that_end_an_answer_are_llama_cpps(control: tuple[str, ...], ends: set[str]) -> None:
+    tokenizer = Tokenizer.from_gguf(byte_level("qwen2", control=control))
+    assert {tokenizer.token_text(token_id) for token_id in tokenizer.eos_ids} == ends
+
+
+def test_a_tag_that_a_user_defined_ends_no_answer() -> None:
+    metadata = byte_level("qwen2", control=("</s>", "<eos>"))
+    metadata["tokenizer.ggml.token_type"][-2:] = USER_DEFINED
+    assert Tokenizer.from_gguf(metadata).eos_ids == frozenset()
+
+
 def test_user_defined_tokens_are_found_whole_and_are_not_special() -> None:
     metadata = byte_level("gpt-2", control=("<|a|>", "<think>"))
     metadata["tokenizer.ggml.token_type"] = np.array([NORMAL] * 256 + [CONTROL, USER_DEFINED], "<i4")

@@ -15,6 +15,7 @@ from tests.support.llama_cpp import llama_cpp_source
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.text.gguf_splits import SPLITS
+from tgi_asgi.text.gguf_vocab import _END_TEXTS, _OTHER_END_TEXTS
 from tgi_asgi.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("llama_cpp")
@@ -180,3 +181,14 @@ def test_each_name_of_a_pre_tokenizer_means_what_llama_cpp_takes_it_for() -> Non
         ours = split.pre_tokenizer()
         for text, expected in zip(texts, cuts[kind], strict=True):
             assert cut(ours, text) == expected, (name, text)
+
+
+def test_every_token_that_ends_an_answer_in_llama_cpp_does_here() -> None:
+    source = (llama_cpp_source() / "src" / "llama-vocab.cpp").read_text()
+    ends = source[source.index("special_eog_ids.clear()") : source.index("is not marked as EOG")]
+    texts = set(re.findall(r't\.first == "([^"]+)"', ends))
+    for kind in ("FIM_PAD", "FIM_REP", "FIM_SEP"):
+        section = source[source.index(f"// find {kind} token") :]
+        section = section[section.index("t.first") : section.index(") {", section.index("t.first"))]
+        texts |= set(re.findall(r't\.first == "([^"]+)"', section))
+    assert len(texts) >= 30 and texts <= _END_TEXTS | _OTHER_END_TEXTS

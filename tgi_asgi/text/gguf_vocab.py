@@ -30,14 +30,25 @@ _SPECIAL_IDS = {
     "mask_token": "mask_token_id",
 }
 # A GGUF file names one end token where generation_config.json lists several. These control tokens always end
-# a turn or a text; files made from an added_tokens.json call them defined by a user.
+# a turn, a text or a file, as in llama.cpp; files made from an added_tokens.json call them defined by a user.
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TEXTS = frozenset(
     {
         "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
-        "<end_of_turn>", "<|end_of_turn|>", "<|return|>", "<|call|>",
+        "<end_of_turn>", "<|end_of_turn|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<turn|>",
+        "<|tool_response>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",  # noqa: RUF001 - DeepSeek's
+        "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
     }
 )  # fmt: skip
+# These do if they are control tokens, but not if a user defined them: Gemma has tags of HTML, such as </s>.
+_OTHER_END_TEXTS = frozenset(
+    {
+        "</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "\u2581<EOT>", "[PAD]", "<PAD>", "<fim_pad>",
+        "<fim-pad>", "<fim-repo>", "<REPO>", "<reponame>",
+    }
+)  # fmt: skip
+# Models whose answers may have several messages: if their vocabulary has both, <|end|> ends one message.
+_MESSAGE_ENDS = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))  # harmony; Solar Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,9 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         )
     try:
         tokens = _read_tokens(metadata)
-        types = _with_ends(tokens, _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens))
+        end_texts = _end_texts(tokens)
+        types = _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+        types = _with_ends(tokens, types, end_texts)
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
         else:
@@ -82,7 +95,8 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     except Exception as error:  # `tokenizers` raises a bare Exception
         raise ModelLoadError(f"the GGUF file's vocabulary is damaged: {error}") from error
     ends = {_token_id(metadata, key, len(tokens)) for key in _END_KEYS}
-    ends |= {index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in _END_TEXTS}
+    end_texts |= _OTHER_END_TEXTS
+    ends |= {index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in end_texts}
     return GgufVocab(
         backend,
         {name: tokens[token_id] for name, token_id in special_ids.items()},
@@ -93,10 +107,17 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     )
 
 
-def _with_ends(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+def _end_texts(tokens: Sequence[str]) -> frozenset[str]:
+    """Return the texts of tokens that always end an answer in this vocabulary."""
+    known = _END_TEXTS.intersection(tokens)
+    has_messages = any(known.issuperset(pair) for pair in _MESSAGE_ENDS)
+    return known - {"<|end|>"} if has_messages else known
+
+
+def _with_ends(tokens: Sequence[str], types: Sequence[int], end_texts: frozenset[str]) -> list[int]:
     """Return the types of tokens, where those that end a turn are control tokens, as llama.cpp has them."""
     return [
-        CONTROL if kind == USER_DEFINED and token in _END_TEXTS else kind
+        CONTROL if kind == USER_DEFINED and token in end_texts else kind
         for token, kind in zip(tokens, types, strict=True)
     ]
 

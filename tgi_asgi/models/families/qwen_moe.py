@@ -26,6 +26,8 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
         num_experts=60, num_experts_per_tok=4, sliding_window=4096,
     )  # fmt: skip
     sizes = read_sizes(reader)
+    if reader.is_gguf:
+        _complete(reader, sizes["intermediate_size"])
     last = reader.integer("max_window_layers", 28)
     where = [index % 2 == 0 and index < last for index in range(num_layers(reader))]
     layers = read_layers(reader, sizes, windows=read_windows(reader, where))
@@ -40,6 +42,21 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
         has_qkv_bias=reader.is_gguf or reader.flag("qkv_bias", True),
         **sizes,
     )
+
+
+def _complete(reader: Reader, size: int) -> None:
+    """Set the sizes of experts that the first GGUF files of Qwen 1.5 lack, as llama.cpp does.
+
+    Args:
+        size: The file's `feed_forward_length`: that of the shared expert, or of all that a token uses.
+    """
+    top_k = reader.integer("num_experts_per_tok")
+    for key, found in (
+        ("moe_intermediate_size", size // max(top_k, 1)),
+        ("shared_expert_intermediate_size", size),
+    ):
+        if reader.get(key) is None:
+            reader.replace(key, found)
 
 
 def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
