@@ -102,21 +102,29 @@ def test_tokens_are_those_of_sentencepiece(trained: Callable[[str], Path], kind:
         assert backend.encode(symbol, add_special_tokens=False).ids == [truth.piece_to_id(symbol)]
 
 
+@pytest.mark.parametrize("is_legacy", [True, False])
 def test_a_llama_s_tokenizer_model_is_read_as_transformers_does(
-    trained: Callable[[str], Path], tmp_path: Path
+    trained: Callable[[str], Path], tmp_path: Path, is_legacy: bool
 ) -> None:
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    """Without `legacy`, no space goes before what follows a special token."""
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": is_legacy}
     data = trained("llama").read_bytes()
     folder = checkpoint(tmp_path, "llama", tokenizer_model=data, tokenizer_config_json=config)
     truth = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = Tokenizer.from_directory(folder)
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert tokenizer.eos_ids == {2} and tokenizer.adds_bos
-    for text in ("Hello world", "one\ntwo", "x <|im_start|>user"):
+    texts = ["Hello world", "one\ntwo", "x <|im_start|>user", "<s>a</s>b c", ""]
+    # Before a space, transformers 5 leaves the other one out even for older files; 4, and so TGI, did not.
+    for text in [*texts, *([] if is_legacy else ["c<s> d", " a  b"])]:
         assert tokenizer.encode(text, add_special_tokens=False) == truth.encode(
             text, add_special_tokens=False
         )
         assert tokenizer.encode(text, add_special_tokens=True)[0] == tokenizer.bos_id
+    marked = tokenizer.encode(f"{tokenizer.guard.mark}<s>a", add_special_tokens=False, is_marked=True)
+    assert marked == truth.encode("<s>a", add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode_inside("a b"))) == b"a b"
+    assert tokenizer.drops_first_space
 
 
 @pytest.mark.parametrize(

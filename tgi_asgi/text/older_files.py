@@ -124,6 +124,8 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
     model = read_model(path)
     if config.get("add_prefix_space") is False:
         model.has_prefix = False
+    if config.get("legacy") is False:
+        model.prefixes_parts = False
     try:
         backend = model.backend()
     except ModelLoadError as error:

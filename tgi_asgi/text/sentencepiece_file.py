@@ -26,7 +26,11 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(slots=True)
 class SentencepieceModel:
-    """The contents of a file; defaults are the format's."""
+    """The contents of a file; defaults are the format's.
+
+    Attributes:
+        prefixes_parts: Not of the file: as for `sentencepiece_vocab.set_spaces`.
+    """
 
     tokens: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -37,6 +41,7 @@ class SentencepieceModel:
     eos: int = 2
     charsmap: bytes = b""
     has_prefix: bool = True
+    prefixes_parts: bool = True
     is_squeezed: bool = True
 
     def token(self, token_id: int) -> str | None:
@@ -62,7 +67,11 @@ class SentencepieceModel:
         else:
             raise ModelLoadError("it cuts texts into words or characters, which is not supported")
         sentencepiece_vocab.set_spaces(
-            backend, has_prefix=self.has_prefix, is_squeezed=self.is_squeezed, charsmap=self.charsmap
+            backend,
+            has_prefix=self.has_prefix,
+            prefixes_parts=self.prefixes_parts,
+            is_squeezed=self.is_squeezed,
+            charsmap=self.charsmap,
         )
         add_tokens(backend, self.tokens, self.types, ())
         return backend

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from tgi_asgi.errors import ModelLoadError
 
@@ -35,21 +35,31 @@ def bpe(
 
 
 def set_spaces(
-    backend: tokenizers.Tokenizer, *, has_prefix: bool, is_squeezed: bool = False, charsmap: bytes = b""
+    backend: tokenizers.Tokenizer,
+    *,
+    has_prefix: bool,
+    prefixes_parts: bool = True,
+    is_squeezed: bool = False,
+    charsmap: bytes = b"",
 ) -> None:
     """Set how text is converted to the vocabulary's characters, and back.
 
     Args:
         has_prefix: Whether a space goes before a text.
+        prefixes_parts: Whether one also goes before what follows a special token inside the text.
         is_squeezed: Whether runs of spaces become one, and spaces at the ends are removed.
         charsmap: sentencepiece's compiled normalisation rules.
     """
     before: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if is_squeezed:
         before += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    before += [normalizers.Prepend(_SPACE)] if has_prefix else []
-    before.append(normalizers.Replace(" ", _SPACE))
-    backend.normalizer = normalizers.Sequence(before) if len(before) > 1 else before[0]
+    if has_prefix and not prefixes_parts:  # a normaliser does not know where its text is
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    else:
+        before += [normalizers.Prepend(_SPACE)] if has_prefix else []
+        before.append(normalizers.Replace(" ", _SPACE))
+    if before:
+        backend.normalizer = normalizers.Sequence(before) if len(before) > 1 else before[0]
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if has_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
