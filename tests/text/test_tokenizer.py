@@ -98,7 +98,7 @@ def test_special_tokens_are_parsed_and_known(tokenizer: Tokenizer) -> None:
     assert ids[0] == tokenizer.bos_id == 1 and ids[-1] == tokenizer.eos_id == 2
     assert {0, 1, 2} <= tokenizer.special_ids and ids[1] not in tokenizer.special_ids
     assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
-    assert tokenizer.eos_ids == {0, 2}  # <|endoftext|> also ends a text
+    assert tokenizer.eos_ids == {0, 2, 4}  # <|endoftext|> and <reponame> also end a text, as in llama.cpp
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hi"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
     assert not tokenizer.adds_bos
