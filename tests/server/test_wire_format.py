@@ -162,10 +162,9 @@ def test_what_fails_after_the_first_token_is_an_event_and_then_done(is_compat: b
             assert done == b"[DONE]"
             assert all("error" not in chunk for chunk in chunks)
             assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks)
-            expected = "Request failed during generation: the device is gone" if is_compat else None
-            assert (error["error"] if is_compat else error["error"]["message"]) == (
-                expected or "the device is gone"
-            )
+            prefix = "Request failed during generation: " if is_compat else ""
+            assert error["error"]["message"] == f"{prefix}the device is gone"
+            assert error["error"].get("http_status_code") == (424 if is_compat else None)
 
 
 def test_unknown_paths_and_methods_have_their_api_s_envelope() -> None:
