@@ -11,15 +11,17 @@ namespace tgi::cpu::step {
 namespace {
 
 // Tiles 0 to 3 hold sums, of four sub-blocks or of four times 16 dims; tile 4 holds queries, 5
-// keys, 6 weights and 7 values.
-constexpr TileConfig attention_tiles() {
+// keys, 6 weights and 7 values. A decoding token has few rows of queries: with no more rows in the
+// tiles, a product of values takes nine cycles instead of sixteen, and less is stored.
+constexpr TileConfig attention_tiles(int64_t num_rows) {
+  const int rows = static_cast<int>(num_rows);
   TileConfig config;
-  for (int tile = 0; tile < 6; ++tile) config.set(tile, 16, 64);
-  config.set(6, 16, 32);
+  for (int tile = 0; tile < 5; ++tile) config.set(tile, rows, 64);
+  config.set(5, 16, 64);
+  config.set(6, rows, 32);
   config.set(7, 8, 64);
   return config;
 }
-constexpr TileConfig kAttentionTiles = attention_tiles();
 
 constexpr int64_t kTileDims = 32;  // of queries and keys
 constexpr int64_t kQueryBytes = kMaxHeadDim / kTileDims * kTileBytes;
@@ -28,31 +30,30 @@ constexpr int64_t kWeightStride = kChunkTokens * 2;
 
 inline int64_t key_steps(int64_t head_dim) { return (head_dim + kTileDims - 1) / kTileDims; }
 
-// Gathers the tile's queries, [steps of 32 dims][16 rows][64 bytes], with zeros in missing rows and
-// past the last dim.
+// Gathers the tile's queries, [steps of 32 dims][16 rows][64 bytes], with zeros past the last dim.
 template <class S>
 inline void gather_queries(const Tile<S, Precision::kBF16>& tile, int64_t head_dim, uint8_t* out) {
   const int64_t size = head_dim * 2, steps = key_steps(head_dim);
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    const int64_t whole = r < tile.count ? size / kTileRowBytes : 0;
+  const int64_t whole = size / kTileRowBytes;
+  for (int64_t r = 0; r < tile.count; ++r) {
     uint8_t* to = out + r * kTileRowBytes;
     int64_t step = 0;
     for (; step < whole; ++step, to += kTileBytes) {
       S::istore(to, S::iload(tile.query[r] + step * kTileRowBytes));
     }
-    for (; step < steps; ++step, to += kTileBytes) {
-      S::istore(to, S::izero());
-      if (step != whole || r >= tile.count) continue;
-      std::memcpy(to, tile.query[r] + step * kTileRowBytes,
-                  static_cast<size_t>(size % kTileRowBytes));
-    }
+    if (step == steps) continue;
+    S::istore(to, S::izero());
+    std::memcpy(to, tile.query[r] + step * kTileRowBytes,
+                static_cast<size_t>(size % kTileRowBytes));
   }
 }
 
-// Prefetches `bytes` bytes that are read after this sub-block, or nothing if `from` is null.
+// Prefetches bytes [begin, end) of what is read after this sub-block, or nothing if `from` is null.
+// A few lines go with each tile that is loaded: more at once would wait for each other, and the
+// tiles behind them.
 template <class S>
-inline void fetch_lines(const uint8_t* from, int64_t bytes) {
-  for (int64_t at = 0; from != nullptr && at < bytes; at += 64) fetch_stream<S>(from + at);
+inline void fetch_lines(const uint8_t* from, int64_t begin, int64_t end) {
+  for (int64_t at = begin; from != nullptr && at < end; at += 64) fetch_stream<S>(from + at);
 }
 
 // Copies a sub-block's last dims of keys, if they are fewer than 32, and pads them with zeros:
@@ -65,9 +66,12 @@ inline const uint8_t* padded_keys(const uint8_t* keys, int64_t head_dim, uint8_t
 }
 
 template <class S, int I>
-inline void add_key_scores(const uint8_t* keys, int64_t head_dim, int64_t step, uint8_t* padding) {
+inline void add_key_scores(const uint8_t* keys, const uint8_t* ahead, int64_t head_dim,
+                           int64_t step, uint8_t* padding) {
   using T = typename S::Tiles;
   const bool is_short = (step + 1) * kTileDims > head_dim;
+  const int64_t end = is_short ? 32 * head_dim : (step + 1) * kTileBytes;
+  fetch_lines<S>(ahead, step * kTileBytes, end);
   T::template load<5>(is_short ? padded_keys(keys, head_dim, padding) : keys + step * kTileBytes,
                       kTileRowBytes);
   T::template dot_bf16<I, 4, 5>();
@@ -80,11 +84,10 @@ inline void tile_block_scores(const Chunk& chunk, int64_t head_dim, const uint8_
   using T = typename S::Tiles;
   alignas(64) uint8_t padding[kTileBytes];
   constexpr int64_t kAhead = ahead_of(Precision::kBF16);
+  const uint8_t* ahead[4] = {};  // later keys; after the last keys, the first values
   for (int64_t i = 0; chunk.is_cold && i < Blocks; ++i) {
     const int64_t next = b + i + kAhead;
-    fetch_lines<S>(
-        next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks],
-        32 * head_dim);
+    ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
   }
   T::template zero<0>();
   if constexpr (Blocks == 4) T::template zero<1>();
@@ -92,10 +95,13 @@ inline void tile_block_scores(const Chunk& chunk, int64_t head_dim, const uint8_
   if constexpr (Blocks == 4) T::template zero<3>();
   for (int64_t step = 0; step < key_steps(head_dim); ++step) {
     T::template load<4>(queries + step * kTileBytes, kTileRowBytes);
-    add_key_scores<S, 0>(chunk.keys[b], head_dim, step, padding);
-    if constexpr (Blocks == 4) add_key_scores<S, 1>(chunk.keys[b + 1], head_dim, step, padding);
-    if constexpr (Blocks == 4) add_key_scores<S, 2>(chunk.keys[b + 2], head_dim, step, padding);
-    if constexpr (Blocks == 4) add_key_scores<S, 3>(chunk.keys[b + 3], head_dim, step, padding);
+    const auto add = [&](auto i) {
+      add_key_scores<S, i()>(chunk.keys[b + i()], ahead[i()], head_dim, step, padding);
+    };
+    add(std::integral_constant<int, 0>());
+    if constexpr (Blocks == 4) add(std::integral_constant<int, 1>());
+    if constexpr (Blocks == 4) add(std::integral_constant<int, 2>());
+    if constexpr (Blocks == 4) add(std::integral_constant<int, 3>());
   }
   T::template store<0>(scores + 16 * b, kScoreStride);
   if constexpr (Blocks == 4) T::template store<1>(scores + 16 * (b + 1), kScoreStride);
@@ -130,8 +136,10 @@ inline const uint8_t* padded_values(const uint8_t* values, int64_t tokens, int64
 }
 
 template <class S, int I>
-inline void add_value_sums(const uint8_t* values, int64_t row_bytes) {
+inline void add_value_sums(const uint8_t* values, const uint8_t* ahead, int64_t row_bytes) {
   using T = typename S::Tiles;
+  constexpr int64_t kBytes = 8 * kTileRowBytes;  // of a tile of values
+  fetch_lines<S>(ahead, I * kBytes, (I + 1) * kBytes);
   T::template load<7>(values + I * kTileRowBytes, row_bytes);
   T::template dot_bf16<I, 6, 7>();
 }
@@ -146,15 +154,14 @@ inline void tile_values(const Chunk& chunk, const uint8_t* const* values, const 
   if constexpr (Vectors > 2) T::template zero<2>();
   if constexpr (Vectors > 2) T::template zero<3>();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    if (chunk.is_cold && dim == 0) {
-      fetch_lines<S>(next_prefetch(chunk, Precision::kBF16, b), 32 * row_dim);
-    }
+    const uint8_t* ahead = chunk.is_cold ? next_prefetch(chunk, Precision::kBF16, b) : nullptr;
+    if (ahead != nullptr) ahead += 32 * dim;
     const uint8_t* const from = values[b] + 4 * dim;
     T::template load<6>(weights + 32 * b, kWeightStride);
-    add_value_sums<S, 0>(from, 4 * row_dim);
-    if constexpr (Vectors > 1) add_value_sums<S, 1>(from, 4 * row_dim);
-    if constexpr (Vectors > 2) add_value_sums<S, 2>(from, 4 * row_dim);
-    if constexpr (Vectors > 2) add_value_sums<S, 3>(from, 4 * row_dim);
+    add_value_sums<S, 0>(from, ahead, 4 * row_dim);
+    if constexpr (Vectors > 1) add_value_sums<S, 1>(from, ahead, 4 * row_dim);
+    if constexpr (Vectors > 2) add_value_sums<S, 2>(from, ahead, 4 * row_dim);
+    if constexpr (Vectors > 2) add_value_sums<S, 3>(from, ahead, 4 * row_dim);
   }
   const auto stride = state.stride * static_cast<int64_t>(sizeof(float));
   T::template store<0>(state.sums + dim, stride);
@@ -172,12 +179,14 @@ void tile_softmax(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, int
                              state.maximum + r, state.total + r};
     const bool is_first = r == 0;
     const int64_t left = tile.count - r;
-    // Several rows at a time, because a single row waits for each of its steps. If the fourth row
-    // does not exist, all outputs still have space for it.
-    if (left >= 3) {
+    // Several rows at a time, because a single row waits for each of its steps.
+    if (left >= 4) {
       chunk_softmax<S, kPrecision, 4>(chunk, value_dim, rows, is_first);
       r += 4;
-    } else if (left >= 2) {
+    } else if (left == 3) {
+      chunk_softmax<S, kPrecision, 3>(chunk, value_dim, rows, is_first);
+      r += 3;
+    } else if (left == 2) {
       chunk_softmax<S, kPrecision, 2>(chunk, value_dim, rows, is_first);
       r += 2;
     } else {

@@ -3,6 +3,8 @@
 // tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "amx_tiles.h"
 #include "decode_weights.h"
 #include "linear_tile.h"
@@ -22,8 +24,8 @@ constexpr TileConfig bf16_tiles(int64_t num_tokens) {
 }
 
 constexpr int64_t kTileFloats = kTileRows * kStripRows;  // of a strip's sums
-// Blocks whose part of two panels stays in L1, along with the sums.
-constexpr int64_t kChunkBlocks = 8;
+// Blocks, at most, whose part of two panels stays in L1, along with what it is multiplied by.
+constexpr int64_t kChunkBlocks = 9;
 constexpr int64_t kFetchedAhead = 4096;  // bytes of each panel
 
 // Tokens processed at once: their activations use half of the L2 cache, which also holds a strip's
@@ -41,29 +43,71 @@ struct TileOperands {
   int64_t tile_bytes;  // to the next tile
 };
 
-// Adds `num_blocks` blocks to out, [16 or 32 tokens][32], or starts a new sum if is_first. Sums
-// keep their bits when they are stored and loaded again.
-template <class S, bool HasTwo, bool IsFetched>
-inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_first, float* out) {
-  using T = typename S::Tiles;
-  constexpr int64_t kStride = kStripRows * sizeof(float);
-  float* const second = out + kTileFloats;
+// Where a tile of sums is in [16 or 32 tokens][32].
+template <int Sum>
+constexpr int64_t kSumAt = Sum / 2 * kTileFloats + Sum % 2 * kPanelRows;
+constexpr int64_t kSumStride = kStripRows * sizeof(float);
+
+template <class S, int Sum>
+inline void store_sum(float* out) {
+  S::Tiles::template store<Sum>(out + kSumAt<Sum>, kSumStride);
+}
+
+// Stores all sums of one or two tiles of tokens.
+template <class S, bool HasTwo>
+inline void store_sums(float* out) {
+  store_sum<S, 0>(out);
+  store_sum<S, 1>(out);
+  if constexpr (HasTwo) store_sum<S, 2>(out);
+  if constexpr (HasTwo) store_sum<S, 3>(out);
+}
+
+// Stores the sum that a tile still has for earlier tokens, if any; then it starts those of `out`.
+template <class S, int Sum>
+inline void turn_over(float* earlier, const float* out, bool is_first) {
+  if (earlier != nullptr) store_sum<S, Sum>(earlier);
   if (is_first) {
-    T::template zero<0>();
-    T::template zero<1>();
-    if constexpr (HasTwo) T::template zero<2>();
-    if constexpr (HasTwo) T::template zero<3>();
+    S::Tiles::template zero<Sum>();
   } else {
-    T::template load<0>(out, kStride);
-    T::template load<1>(out + kPanelRows, kStride);
-    if constexpr (HasTwo) T::template load<2>(second, kStride);
-    if constexpr (HasTwo) T::template load<3>(second + kPanelRows, kStride);
+    S::Tiles::template load<Sum>(out + kSumAt<Sum>, kSumStride);
   }
+}
+
+// Adds `num_blocks` blocks to out, [16 or 32 tokens][32], or starts a new sum if is_first. Sums
+// keep their bits when they are stored and loaded again. The new sums stay in the tiles: a store
+// waits for its tile's last product, so that it is left to the next call, between whose first
+// products it costs nothing. `earlier`, if not null, is where the sums of the call before belong.
+template <class S, bool HasTwo, bool IsFetched>
+inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_first,
+                            float* earlier, const float* out) {
+  using T = typename S::Tiles;
   // Separate pointers: from a base plus an offset, GCC 12 would compute a base for each of the 32
   // prefetches.
   const uint8_t* x = in.x;
   const uint8_t* panel0 = in.panels[0];
   const uint8_t* panel1 = in.panels[1];
+  const auto add_block = [&](auto is_start) {
+    const auto turn = [&](auto sum) {
+      if constexpr (is_start()) turn_over<S, sum()>(earlier, out, is_first);
+    };
+    T::template load<4>(x, kTileRowBytes);
+    T::template load<6>(panel0, kTileRowBytes);
+    turn(std::integral_constant<int, 0>());
+    T::template dot_bf16<0, 4, 6>();
+    T::template load<7>(panel1, kTileRowBytes);
+    turn(std::integral_constant<int, 1>());
+    T::template dot_bf16<1, 4, 7>();
+    if constexpr (HasTwo) {
+      T::template load<5>(x + in.tile_bytes, kTileRowBytes);
+      turn(std::integral_constant<int, 2>());
+      T::template dot_bf16<2, 5, 6>();
+      turn(std::integral_constant<int, 3>());
+      T::template dot_bf16<3, 5, 7>();
+    }
+    x += kTileBytes;
+    panel0 += kTileBytes;
+    panel1 += kTileBytes;
+  };
   for (int64_t b = 0; b < num_blocks; ++b) {
     if constexpr (IsFetched) {
       // After the end of a panel comes the strip's other panel; the same panel of the next strip is
@@ -75,36 +119,29 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_
         S::prefetch_l2(panel1 + line);
       }
     }
-    T::template load<4>(x, kTileRowBytes);
-    T::template load<6>(panel0, kTileRowBytes);
-    T::template dot_bf16<0, 4, 6>();
-    T::template load<7>(panel1, kTileRowBytes);
-    T::template dot_bf16<1, 4, 7>();
-    if constexpr (HasTwo) {
-      T::template load<5>(x + in.tile_bytes, kTileRowBytes);
-      T::template dot_bf16<2, 5, 6>();
-      T::template dot_bf16<3, 5, 7>();
+    if (b == 0) {
+      add_block(std::true_type());
+    } else {
+      add_block(std::false_type());
     }
-    x += kTileBytes;
-    panel0 += kTileBytes;
-    panel1 += kTileBytes;
   }
-  T::template store<0>(out, kStride);
-  T::template store<1>(out + kPanelRows, kStride);
-  if constexpr (HasTwo) T::template store<2>(second, kStride);
-  if constexpr (HasTwo) T::template store<3>(second + kPanelRows, kStride);
 }
 
-// The same for all pairs of tiles.
+// The same for all pairs of tiles, with all sums stored.
 template <class S>
 void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t num_tiles,
                     float* out) {
+  float* earlier = nullptr;
   for (; num_tiles >= 2; num_tiles -= 2) {
-    add_bf16_blocks<S, true, false>(in, num_blocks, is_first, out);
+    add_bf16_blocks<S, true, false>(in, num_blocks, is_first, earlier, out);
     in.x += 2 * in.tile_bytes;
+    earlier = out;
     out += 2 * kTileFloats;
   }
-  if (num_tiles > 0) add_bf16_blocks<S, false, false>(in, num_blocks, is_first, out);
+  if (earlier != nullptr) store_sums<S, true>(earlier);
+  if (num_tiles == 0) return;
+  add_bf16_blocks<S, false, false>(in, num_blocks, is_first, nullptr, out);
+  store_sums<S, false>(out);
 }
 
 // Computes a strip for `num_tiles` tiles of tokens: out [tokens][32]. Codes are decoded chunk by
@@ -115,13 +152,17 @@ void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, Decode
                       int64_t num_tiles, uint8_t* decoded, float* out) {
   const int64_t num_blocks = weight.num_columns / kBlockColumns;
   if (decode == nullptr && num_tiles == 1) {
-    return add_bf16_blocks<S, false, true>(in, num_blocks, true, out);
+    add_bf16_blocks<S, false, true>(in, num_blocks, true, nullptr, out);
+    return store_sums<S, false>(out);
   }
   if (decode == nullptr && num_tiles == 2) {
-    return add_bf16_blocks<S, true, true>(in, num_blocks, true, out);
+    add_bf16_blocks<S, true, true>(in, num_blocks, true, nullptr, out);
+    return store_sums<S, true>(out);
   }
-  for (int64_t begin = 0; begin < num_blocks; begin += kChunkBlocks) {
-    const int64_t end = begin + kChunkBlocks < num_blocks ? begin + kChunkBlocks : num_blocks;
+  const int64_t num_chunks = (num_blocks + kChunkBlocks - 1) / kChunkBlocks;
+  const int64_t chunk_blocks = (num_blocks + num_chunks - 1) / num_chunks;
+  for (int64_t begin = 0; begin < num_blocks; begin += chunk_blocks) {
+    const int64_t end = begin + chunk_blocks < num_blocks ? begin + chunk_blocks : num_blocks;
     TileOperands chunk = in;
     chunk.x += begin * kTileBytes;
     for (int64_t i = 0; i < 2; ++i) {

@@ -327,14 +327,42 @@ void attend_tile(const AttentionParams& p, const StepHeader& step, const Attenti
   write_rows<S>(p, tile, merged);
 }
 
+// The calling thread's tiles, if attention uses any, with as many rows as the current row tile.
+template <class S, Precision precision, bool = kAttendsByTiles<S, precision>>
+class TilesOfRows {
+ public:
+  void use(int64_t) {}
+};
+
+template <class S, Precision precision>
+class TilesOfRows<S, precision, true> {
+ public:
+  TilesOfRows() = default;
+  TilesOfRows(const TilesOfRows&) = delete;
+  TilesOfRows& operator=(const TilesOfRows&) = delete;
+  ~TilesOfRows() {
+    if (num_rows_ != 0) S::Tiles::release();
+  }
+  void use(int64_t num_rows) {
+    if (num_rows == num_rows_) return;
+    num_rows_ = num_rows;
+    S::Tiles::configure(attention_tiles(num_rows));
+  }
+
+ private:
+  int64_t num_rows_ = 0;
+};
+
 template <class S, Precision precision>
 void attend(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
   const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
   AttentionPoint at = split[member];
   const AttentionPoint stop = split[member + 1];
   bool is_cold = true;
+  TilesOfRows<S, precision> tiles;
   while (!same_point(at, stop)) {
     const RowTile tile = row_tile<S, precision>(p, step, at, is_cold);
+    tiles.use(tile.count);
     const AttentionPoint next = tile_after<S, precision>(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;
     const int64_t end = same_tile(at, stop) ? stop.chunk : num_chunks;
@@ -355,12 +383,7 @@ void attention(const AttentionParams& p, const StepHeader& step, int member, int
     case Precision::kInt8:
       return attend<S, Precision::kInt8>(p, step, member, num_members);
     case Precision::kBF16:
-      if constexpr (S::kHasTiles) {
-        const TileScope<typename S::Tiles> scope(kAttentionTiles);
-        return attend<S, Precision::kBF16>(p, step, member, num_members);
-      } else {
-        return attend<S, Precision::kBF16>(p, step, member, num_members);
-      }
+      return attend<S, Precision::kBF16>(p, step, member, num_members);
     case Precision::kFloat32:
       return attend<S, Precision::kFloat32>(p, step, member, num_members);
   }

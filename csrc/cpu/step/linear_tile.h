@@ -337,7 +337,9 @@ inline typename S::F code_value(typename S::I codes, int i, typename S::I zero) 
 }
 
 // Calls visit(weights) for blocks [begin, end) of a panel, four columns at a time, each as sixteen
-// float32. Rounds like dequantising the file does: scale * (code - zero), plus the min.
+// float32. Rounds like dequantising the file does: scale * (code - zero), plus the min. With a min,
+// the product is exact (scales of at most 17 bits, codes of at most 5), so that one fma rounds as
+// both operations do.
 template <class S, class Fmt, class Visit>
 inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
                               const Visit& visit) {
@@ -345,16 +347,21 @@ inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
   for (int64_t b = begin; b < end; ++b) {
     const auto block = Fmt::block(panel, b);
     const auto zero = Fmt::kHasZeros ? Fmt::zeros(block) : S::iset1(kZero);
+    typename S::F scales[Fmt::kNumHalves], mins[Fmt::kNumHalves];
+    TGI_UNROLL(2)
+    for (int half = 0; half < Fmt::kNumHalves; ++half) {
+      scales[half] = Fmt::scale(block, half);
+      mins[half] = Fmt::min(block, half);
+    }
     TGI_UNROLL(8)
     for (int j = 0; j < 8; ++j) {
       const int half = Fmt::kNumHalves == 2 ? j / 4 : 0;
-      const auto scale = Fmt::scale(block, half), min = Fmt::min(block, half);
       const auto codes = Fmt::quad(block.codes, j);
       typename S::F weights[4];
       TGI_UNROLL(4)
       for (int i = 0; i < 4; ++i) {
-        weights[i] = S::mul(code_value<S, Fmt>(codes, i, zero), scale);
-        if constexpr (Fmt::kHasMin) weights[i] = S::add(weights[i], min);
+        const auto code = code_value<S, Fmt>(codes, i, zero);
+        weights[i] = Fmt::kHasMin ? S::fma(code, scales[half], mins[half]) : S::mul(code, scales[half]);
       }
       visit(weights);
     }

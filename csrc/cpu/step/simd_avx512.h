@@ -159,9 +159,11 @@ struct Avx512 : SetSizes {
   }
   // Lane i: bf16(a[i]) in the low half, bf16(b[i]) in the high half.
   static inline I pair_bf16(F a, F b) {
-    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
-    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b)));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    alignas(64) static constexpr uint16_t kAlternate[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), both);
   }
 #else
   static inline F dot_bf16(F acc, I a, I b) {
