@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
     parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
     parser.add_argument("--kv-cache-dtype", choices=("bfloat16", "int8"), default="bfloat16")
-    parser.add_argument("--prompt-precision", choices=("auto", "bfloat16"), default="auto")
+    parser.add_argument("--prompt-precision", choices=("int8", "bfloat16"), default="int8")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--repeats", type=int, default=40, help="repetitions of a decode step; a tenth for prefill"

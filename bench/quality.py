@@ -109,7 +109,7 @@ def our_logits(
     texts: Texts,
     *,
     kv_cache_dtype: str = "auto",
-    prompt_precision: str = "auto",
+    prompt_precision: str = "int8",
 ) -> Iterator[Tensor]:
     """Compute every text with this project's kernels, all of it as a prompt."""
     longest = max(len(ids) for _, ids in texts)

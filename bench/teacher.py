@@ -32,7 +32,7 @@ class Teacher:
     Args:
         dtype: "float32" for the exact arithmetic, "auto" for the fast one; as --dtype.
         kv_cache_dtype: "auto" or "int8"; as --kv-cache-dtype.
-        prompt_precision: "auto" or "bfloat16"; as --prompt-precision. All tokens count as prompt tokens.
+        prompt_precision: "int8" or "bfloat16"; as --prompt-precision. All tokens count as prompt tokens.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Teacher:
         max_tokens: int,
         *,
         kv_cache_dtype: str = "auto",
-        prompt_precision: str = "auto",
+        prompt_precision: str = "int8",
     ) -> None:
         is_exact = dtype == "float32"
         floats: ops.KvDtype = "float32" if is_exact else "bfloat16"

@@ -138,13 +138,25 @@ def test_kernels_that_the_system_refused_are_said(
 def test_prompts_in_bfloat16_are_told_and_have_a_fingerprint(
     files: ModelFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = load_closed(files, settings(quantize="q8_0"))
+    plain = load_closed(files, settings(quantize="q8_0", prompt_precision="int8"))
     assert plain.info.prompt_precision is None and not plain.runner.traits.has_prompt_arithmetic
     caplog.set_level(logging.INFO)
     found = load_closed(files, settings(quantize="q8_0", prompt_precision="bfloat16"))
     assert found.info.prompt_precision == "bfloat16" and found.runner.traits.has_prompt_arithmetic
     assert found.info.fingerprint != plain.info.fingerprint
     assert "a product of Q8_0 takes" in caplog.text
+
+
+@pytest.mark.parametrize(("arithmetic", "expected"), [("tdpbf16ps", "bfloat16"), ("vdpbf16ps", None)])
+def test_prompts_are_in_bfloat16_where_there_are_tiles(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch, arithmetic: str, expected: str | None
+) -> None:
+    monkeypatch.setattr(ops, "kernel_set", lambda: ops.KernelSet("some", arithmetic, None))
+    assert load_closed(files, settings(quantize="q8_0")).info.prompt_precision == expected
+    in_int8 = load_closed(files, settings(quantize="q8_0", prompt_precision="int8"))
+    assert in_int8.info.prompt_precision is None
+    generic = load_closed(files, settings(model_impl="transformers"))
+    assert generic.info.prompt_precision is None
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "float32", "quantize": "q8_0"}])

@@ -11,7 +11,9 @@ from tests.support.server_process import ServerProcess
 from tgi_asgi import _C
 
 # Integer arithmetic only (weight codes, an int8 KV cache), so that all sets compute the same logits.
-INTEGERS = ("--kv-cache-dtype", "int8", "--max-batch-total-tokens", "4096")
+INTEGERS = (
+    "--prompt-precision", "int8", "--kv-cache-dtype", "int8", "--max-batch-total-tokens", "4096"
+)  # fmt: skip
 PROMPT = "The capital of France is"
 SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # AMX's software model takes minutes
 

@@ -21,6 +21,11 @@ class KernelSet:
     arithmetic: str
     refused: str | None
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether bfloat16 products use AMX's tiles, which multiply faster than any other instruction."""
+        return self.arithmetic == "tdpbf16ps"
+
 
 def kernel_set() -> KernelSet:
     """Return the set in use."""

@@ -66,7 +66,7 @@ class OnCpu:
             self.dtype == "float32",
             _quantised(settings.quantize),
             rounds_floats=settings.dtype == "bfloat16",
-            has_float_prompts=settings.prompt_precision == "bfloat16",
+            has_float_prompts=prompt_precision.is_bfloat16(opened, settings.prompt_precision),
         )
         budget = _divide(opened, settings, self.arithmetic, longest, cuts, free)
         self._budget, self._opened = budget, opened
@@ -88,7 +88,7 @@ class OnCpu:
         if self.shards is not None:
             self.shards.wait_ready()
         packing = self.arithmetic
-        if packing.has_float_prompts:
+        if self.settings.prompt_precision == "bfloat16":
             prompt_precision.log_effect(packing)
         self.has_float_prompts = packing.has_float_prompts and bool(packing.by_kind)
         return model
@@ -194,8 +194,6 @@ def _check_served(opened: OpenModel, settings: Settings) -> None:
             f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU native kernels compute "
             "the attention of prompts"
         )
-    if settings.prompt_precision != "auto":
-        prompt_precision.check_served(opened)
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: use int8", settings.kv_cache_dtype)
     if settings.cuda_memory_fraction < 1:

@@ -166,9 +166,10 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
         )
     if not config.generates:
         raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
-    if settings.prompt_precision != "auto":
+    wanted = settings.prompt_precision
+    if wanted != "auto":
         raise ModelLoadError(
-            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts always use decoded weights"
+            f"--prompt-precision {wanted} is for CPUs: on a GPU prompts always use decoded weights"
         )
     assert isinstance(config, ModelConfig)  # other models are computed by transformers' code
     return config

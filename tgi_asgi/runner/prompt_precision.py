@@ -1,4 +1,4 @@
-"""`--prompt-precision bfloat16`: checks that a model supports it, and reports whether it helps here."""
+"""`--prompt-precision`: chooses the arithmetic of prompts, and reports what bfloat16 costs here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from tgi_asgi.models.loading.open import OpenModel
 logger = logging.getLogger(__name__)
 
 
-def check_served(opened: OpenModel) -> None:
-    """Check that a model's prompts can have an arithmetic of their own on a CPU.
+def is_bfloat16(opened: OpenModel, wanted: str) -> bool:
+    """Return whether a model's prompts are to be computed in bfloat16 on this CPU.
+
+    Args:
+        wanted: As `--prompt-precision`. "auto" decides by the set of kernels, never by a measurement, so that
+            a second replica gives the same bits.
 
     Raises:
-        ModelLoadError: if they cannot.
+        ModelLoadError: if it is wanted of a model whose prompts cannot have an arithmetic of their own.
     """
-    if opened.is_generic:
+    if wanted == "bfloat16" and opened.is_generic:
         raise ModelLoadError(
             "--prompt-precision bfloat16 needs a model that native code computes: "
             f"{opened.config.architecture} is computed by transformers' code, all of its tokens alike"
         )
+    if wanted == "auto":
+        return ops.kernel_set().has_tiles and not opened.is_generic
+    return wanted == "bfloat16"
 
 
 def log_effect(packing: ops.Packing) -> None:

@@ -91,11 +91,12 @@ class Settings:
         kinds.COUNT,
     )
     prompt_precision: str = _model(
-        "Arithmetic of prompts with quantised weights on a CPU: auto uses that of generated tokens (int8); "
-        "bfloat16 decodes the weights: more accurate, intended for AMX, slower on other processors, which "
-        "start-up measures. Generated tokens keep int8 and are not found in the prefix cache.",
+        "Arithmetic of prompts with quantised weights on a CPU: int8 is that of generated tokens; bfloat16 "
+        "decodes the weights, which is more accurate, about twice as fast on processors with AMX, and slower "
+        "on others. auto is bfloat16 with AMX and int8 without. With bfloat16, generated tokens keep int8 "
+        "and are not found in the prefix cache.",
         "auto",
-        kinds.one_of("auto bfloat16"),
+        kinds.one_of("auto int8 bfloat16"),
     )
     prompt_attention: str = _model(
         "What computes the attention of prompts on a GPU: paged is the native kernel, on the paged cache; "

@@ -361,7 +361,8 @@ inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
       TGI_UNROLL(4)
       for (int i = 0; i < 4; ++i) {
         const auto code = code_value<S, Fmt>(codes, i, zero);
-        weights[i] = Fmt::kHasMin ? S::fma(code, scales[half], mins[half]) : S::mul(code, scales[half]);
+        weights[i] =
+            Fmt::kHasMin ? S::fma(code, scales[half], mins[half]) : S::mul(code, scales[half]);
       }
       visit(weights);
     }
