@@ -25,10 +25,16 @@ def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -
     assert budget.tokens(64) == 256, "a size that exceeded memory must not be tried again"
 
 
-def test_a_prompt_alone_gets_the_maximum() -> None:
+@pytest.mark.parametrize(
+    ("token_s", "least", "most"), [(0.0001, 4096, 4096), (0.001, 900, 1100), (0.02, 256, 256)]
+)
+def test_a_prompt_alone_takes_steps_of_a_second(token_s: float, least: int, most: int) -> None:
+    """What arrives waits for two of them: with 4,096 tokens of 20 ms, for three minutes."""
     budget = make_budget()
-    budget.observe(0, 512, 10.0)
-    assert budget.tokens(0) == 4096
+    for _ in range(40):
+        tokens = budget.tokens(0)
+        budget.observe(0, tokens, 0.01 + tokens * token_s)
+    assert least <= budget.tokens(0) <= most and budget.tokens(0) % 16 == 0
 
 
 @pytest.mark.parametrize("decode_s", [0.005, 0.02, 0.045])

@@ -8,6 +8,10 @@ _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration rev
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
 _SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
+# A prompt's part while nothing decodes: two such steps hold up what arrives, and cannot be cancelled. Smaller
+# parts would spend their time on reading the weights.
+_ALONE_S = 1.0
+_ALONE_TOKENS = 256
 _AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and each teaches little
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
 _PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
@@ -20,7 +24,7 @@ class TokenBudget:
     decoding alone misses the target, the streams are late anyway and starving prompts would not help them.
     Both limits grow with a prompt's wait, to 1.3 times the target and 2.5 times the decode time within a
     second. When many requests arrive at once, all of them are answered soon, and running streams slow down
-    until then.
+    until then. While nothing decodes, a step takes about a second at most, unless 256 tokens take longer.
 
     Args:
         min_tokens: Least number of prompt tokens in a step, at least a block; fewer would take as long.
@@ -68,11 +72,12 @@ class TokenBudget:
         if token_s is None:
             return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
-            return self._max_tokens
-        spare_s = self.spare_s(num_decode_rows, waited_s)
+            spare_s, least = _ALONE_S, max(_ALONE_TOKENS, self._min_tokens)
+        else:
+            spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens
         tokens = int(spare_s / max(token_s, spare_s / self._max_tokens))
-        aligned = tokens - tokens % self._block_size
-        return min(max(aligned, self._min_tokens), self._max_tokens)
+        aligned = tokens if tokens >= self._max_tokens else tokens - tokens % self._block_size
+        return min(max(aligned, least), self._max_tokens)
 
     def spare_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
         """Return how long the next step may take in addition to its decoding."""
