@@ -319,7 +319,7 @@ def test_values_in_xml_are_text_or_json_as_their_schemas_say(size: int) -> None:
         "many": {"type": "array", "items": {"type": "number"}},
     }
     values = {
-        "text": 'say "1"\n</par>\n\tend', "kind": "1", "code": '"aa"', "count": "7", "is_ok": "True",
+        "text": 'say "1"\n</par>\n\tend', "kind": "1", "code": "aa", "count": "7", "is_ok": "True",
         "many": "[1.50, 2]",
     }  # fmt: skip
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
@@ -424,7 +424,7 @@ def test_arguments_may_be_a_reference_to_a_definition(
     definition = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     schema = {"$ref": f"#/{place}/Arguments", place: {"Arguments": definition}}
     spec = ToolSpec("f", schema)
-    assert spec.properties == {"a": {"type": "integer"}}
+    assert spec.arguments.properties == {"a": {"type": "integer"}}
     grammar = answer_grammar(None, ToolUse(FORMATS[name], [spec], must_call=True))
     assert grammar is not None
     assert accepts(compiler, grammar, write(name, [("f", {"a": 1})]))
@@ -434,4 +434,4 @@ def test_arguments_may_be_a_reference_to_a_definition(
 def test_a_reference_to_itself_or_elsewhere_stays() -> None:
     endless = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     for schema in ({"$ref": "#"}, {"$ref": "http://a"}, endless):
-        assert ToolSpec("f", schema).properties == {}
+        assert ToolSpec("f", schema).arguments.properties == {}

@@ -46,3 +46,10 @@ PATTERNS = {
     "uri": _URI,
     "byte": r"(?:[A-Za-z0-9+/]{4}){0,400}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",  # OpenAPI: base64
 }
+
+# The compiler's own, written out for texts that are not JSON, which it cannot match; IPv6 has none.
+PLAIN_PATTERNS = {
+    **PATTERNS,
+    "ipv4": _IPV4,
+    "uuid": r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
+}

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.plain import plain_text
 from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json
+from tgi_asgi.text.tools.parameters import Parameters, definition, parameters_of, resolved
+from tgi_asgi.text.tools.value_forms import Forms
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # Many clients describe a tool without arguments by empty `properties`, with at most these other keywords.
 _WITHOUT_RULES = frozenset(
     {"type", "properties", "required", "$defs", "definitions", "$schema", "$id", "title", "description"}
 )
-# Keywords beside a reference that add no rule to what it refers to.
-_BESIDE_REFERENCE = frozenset(
-    {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description"}
-)
-_MAX_REFERENCES = 8  # a definition may be a reference in turn, even to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +39,20 @@ class ToolSpec:
         """The schema of its arguments, which are always an object."""
         if not self.parameters:
             return _NO_ARGUMENTS
-        schema = {"type": "object", **_resolved(self.parameters)}
+        schema = {"type": "object", **resolved(self.parameters, self.parameters)}
         has_no_rules = not (schema.get("required") or schema.keys() - _WITHOUT_RULES)
         if schema.get("properties") == {} and has_no_rules and schema["type"] == "object":
             schema["additionalProperties"] = False
         return schema
 
     @property
-    def properties(self) -> Mapping[str, Any]:
-        """The schemas of its arguments, by name."""
-        properties = self.schema.get("properties")
-        return properties if isinstance(properties, Mapping) else {}
+    def arguments(self) -> Parameters:
+        """What its schema says about each argument alone."""
+        return parameters_of(self.schema)
 
-
-def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema whose top is no mere reference to its definitions, as zod-to-json-schema's is."""
-    for _ in range(_MAX_REFERENCES):
-        reference = schema.get("$ref")
-        if not isinstance(reference, str) or schema.keys() - _BESIDE_REFERENCE:
-            break
-        found: Any = schema
-        for part in reference.removeprefix("#/").split("/"):
-            name = part.replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, Mapping) else None
-        if not reference.startswith("#/") or not isinstance(found, Mapping):
-            break
-        schema = {**found, **{name: value for name, value in schema.items() if name != "$ref"}}
-    return schema
+    def definition(self, reference: str) -> Any:
+        """Return the part of its schema that `#/...` refers to, or None."""
+        return definition(reference, self.schema)
 
 
 # Keywords that restrict a text or a boolean beyond its type.
@@ -76,14 +62,6 @@ CONDITIONS = frozenset(
         "oneOf", "allOf", "not", "if",
     }
 )  # fmt: skip
-# Keywords allowed in a schema if each argument is written separately; none relates several arguments.
-_OF_EACH = frozenset(
-    {
-        "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id",
-        "$comment", "title", "description", "default", "examples", "strict",
-    }
-)  # fmt: skip
-
 
 MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
 
@@ -110,34 +88,40 @@ class ToolArguments:
         return self._expression(self._spec.schema, otherwise={"type": "object"})
 
     def each(self) -> Iterator[tuple[str, Any, bool]]:
-        """Yield each argument's name, schema and whether it is required, for formats that write each alone.
+        """Yield each listed argument's name, schema and whether it is required.
 
         Raises:
-            InvalidRequest: if the tool is strict, and its schema requires more than such a format can
-                enforce.
+            InvalidRequest: if the tool is strict, and its schema requires more than a format that writes each
+                argument alone can enforce.
         """
-        schema, properties = self._spec.schema, self._spec.properties
-        beyond = sorted(schema.keys() - _OF_EACH)
+        arguments, is_free = self._spec.arguments, self._is_free
+        beyond = sorted(arguments.beyond)
         if self._spec.is_strict and beyond:
             raise InvalidRequest(
                 f"`{beyond[0]}` cannot be enforced for the arguments of `{self.name}` as a whole"
             )
         self.ignored.update(beyond)
-        is_free = False
+        for name, value in arguments.properties.items():
+            yield name, {} if is_free else value, name in arguments.required and not is_free
+        for name in sorted(arguments.required - arguments.properties.keys()) if not is_free else ():
+            yield name, {}, True
+
+    def others(self) -> Any:
+        """Return the schema of arguments that are not listed, which may come after those; None: none may."""
+        others = self._spec.arguments.others
+        return {} if others is not None and self._is_free else others
+
+    @cached_property
+    def _is_free(self) -> bool:
+        """Whether the schema is too large or has no meaning, so that the arguments may be anything."""
         try:
-            check_schema(schema)
+            check_schema(self._spec.schema)
         except InvalidRequest:
             if self._spec.is_strict:
                 raise
-            is_free = True
             self.ignored.add(self._free)
-        listed = schema.get("required")
-        required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        for name, value in properties.items():
-            yield name, {} if is_free else value, name in required and not is_free
-        for name in required:
-            if name not in properties and not is_free:
-                yield name, {}, True
+            return True
+        return False
 
     def value(self, schema: Any) -> str:
         """Return one argument's value: JSON, with booleans also as Python writes them."""
@@ -152,6 +136,28 @@ class ToolArguments:
             self.ignored.add(self._free)
             described = {}
         return self._expression(described, otherwise={})
+
+    def others_of(self, forms: Forms) -> str:
+        """Return those of an argument's values that are no texts."""
+        return self.value(forms.others[0] if len(forms.others) == 1 else {"anyOf": list(forms.others)})
+
+    def text_rules(self, schema: Mapping[str, Any]) -> list[str]:
+        """Return regexes that a string matches as plain text, all of them, if it obeys its schema.
+
+        Raises:
+            InvalidRequest: if the tool is strict, and a keyword cannot be enforced.
+        """
+        try:
+            ignored = inline_json(schema, SPACED, is_strict=self._spec.is_strict)[1]
+        except InvalidRequest:
+            if self._spec.is_strict:
+                raise
+            self.ignored.add(self._free)
+            return []
+        self.ignored |= ignored
+        rules, left_out = plain_text({key: value for key, value in schema.items() if key not in ignored})
+        self.leave_out(left_out)
+        return rules
 
     def _shared_by(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         """Return the definitions of the tool that a part of its schema may refer to.
@@ -173,10 +179,7 @@ class ToolArguments:
 
     def definition(self, reference: str) -> Any:
         """Return the part of the tool's schema that `#/...` refers to, or None."""
-        found: Any = self._spec.schema
-        for key in reference.removeprefix("#/").split("/"):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+        return self._spec.definition(reference)
 
     def leave_out(self, keywords: Collection[str]) -> None:
         """Record keywords that a format cannot enforce.

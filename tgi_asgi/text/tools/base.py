@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tgi_asgi.text.constrain.plain import escaped
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 
@@ -120,6 +121,12 @@ class ToolFormat(ABC):
 def alternatives(rule: str, expressions: Sequence[str]) -> str:
     """Return a rule with several alternatives."""
     return f"{rule}: " + " | ".join(expressions)
+
+
+def free_name(pattern: str, listed: Iterable[str]) -> str:
+    """Return a regex of the names of arguments that are not among those listed."""
+    names = "|".join(map(escaped, listed))
+    return f"/{pattern}/" + (f" & ~/({names})/" if names else "")
 
 
 _BLANKS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n"?'}

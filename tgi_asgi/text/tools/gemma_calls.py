@@ -11,6 +11,7 @@ from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Piece, num_held
 from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import as_json, literal_value
+from tgi_asgi.text.tools.parameters import Parameters
 
 _CALL = "call:"
 _END_OF_SCALAR = re.compile(r"[,}\]]")
@@ -22,19 +23,20 @@ class GemmaCallParser(CallReader):
 
     def __init__(self, tools: Sequence[ToolSpec], *, marker: str, end: str, quote: str) -> None:
         super().__init__()
-        self._schemas = {tool.name: tool.properties for tool in tools}
+        self._specs = {tool.name: tool for tool in tools}
         self._marker, self._end, self._quote = marker, end, quote
 
     def _read_head(self, pieces: list[Piece]) -> str:
         text = self._held.lstrip()
         name, brace, _ = text.removeprefix(_CALL).partition("{")
-        if text.startswith(_CALL) and brace and name in self._schemas:
-            self._begin_call(name, GemmaArguments(self._quote, self._end, self._schemas[name]), pieces)
+        if text.startswith(_CALL) and brace and name in self._specs:
+            arguments = GemmaArguments(self._quote, self._end, self._specs[name].arguments)
+            self._begin_call(name, arguments, pieces)
         elif text in (self._marker, self._end):
             return self._skip(len(self._held), may_be_text=text == self._marker or not self._has_called)
         elif not (
             any(mark.startswith(text) for mark in (self._marker, self._end, _CALL))
-            or (text.startswith(_CALL) and any(each.startswith(name) for each in self._schemas) and not brace)
+            or (text.startswith(_CALL) and any(each.startswith(name) for each in self._specs) and not brace)
         ):
             self._give_up()
         return ""
@@ -48,15 +50,15 @@ class GemmaArguments:
 
     Args:
         end: Text after the call, which also ends a string in plain quotes whose second quote is missing.
-        schemas: Of the arguments by name; they decide whether a text stands for a number.
+        listed: Schemas of the arguments; they decide whether a text stands for a number.
 
     Attributes:
         have_ended: Whether the closing bracket has been read.
     """
 
-    def __init__(self, quote: str, end: str, schemas: Mapping[str, Any]) -> None:
+    def __init__(self, quote: str, end: str, listed: Parameters) -> None:
         self.have_ended = False
-        self._quote, self._end, self._schemas = quote, end, schemas
+        self._quote, self._end, self._listed = quote, end, listed
         self._buffer = ""
         self._num_known = 0  # leading characters of the buffer that have been searched
         self._closers = ["}"]  # of the open containers
@@ -97,7 +99,7 @@ class GemmaArguments:
         key = self._take(at).strip().strip('"')
         self._take(1)
         if len(self._closers) == 1:
-            self._schema = self._schemas.get(key)
+            self._schema = self._listed.schema(key)
         self._begin_item()
         self._write(f"{dumped(key)}: ")
         self._read = self._read_value

@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name
 from tgi_asgi.text.tools.gemma_calls import GemmaCallParser
 from tgi_asgi.text.tools.pythonic_format import argument_rules
 
@@ -18,6 +18,7 @@ _CALL = "call:"
 # Keywords that restrict no value beyond its type; a schema's others are its conditions.
 _ANNOTATIONS = frozenset({"type", "description", "title", "default", "examples"})
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
+_NAME = r'[^\s{}:,"<>]{1,128}'  # of an item that is not listed
 _MAX_DEPTH = 16  # of the enforced part: references may be circular
 _SCALARS = ("integer", "number", "boolean", "null")
 _FREE = """gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
@@ -50,7 +51,7 @@ class GemmaFormat(ToolFormat):
             lines += [f"gemma_text: {quote} gemma_rest", f"gemma_rest[lazy]: {_ANY} {quote}"]
         for name, tool in zip(names, tools, strict=True):
             values = _Values(name, tool, quote)
-            lines += values.items(tool.each())
+            lines += values.items(tool.each(), others=tool.others())
             lines.append(f'{name}: {literal(f"{_CALL}{tool.name}{{")} {name}_0_first_0 "}}"')
         return "\n".join(lines)
 
@@ -65,15 +66,26 @@ class _Values:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
 
-    def items(self, each: Iterable[tuple[str, Any, bool]], depth: int = 0) -> list[str]:
-        """Return rules for the items of the tool's n-th object; `<rule>_<n>_first_0` matches all of them."""
+    def items(
+        self, each: Iterable[tuple[str, Any, bool]], depth: int = 0, *, others: Any = None
+    ) -> list[str]:
+        """Return rules for the items of the tool's n-th object; `<rule>_<n>_first_0` matches all of them.
+
+        Args:
+            others: Schema of the items that are not listed, if there may be such.
+        """
         name = f"{self._rule}_{self._num_objects}"
         self._num_objects += 1
         lines: list[str] = []
+        listed = list(each)
         keys = [
-            (literal(f"{key}:"), self._value(schema, lines, depth), needed) for key, schema, needed in each
+            (literal(f"{key}:"), self._value(schema, lines, depth), needed) for key, schema, needed in listed
         ]
-        return [*lines, *argument_rules(name, keys, ",")]
+        free = None
+        if others is not None:
+            free = f'FREE_{name.upper()} ":" {self._value(others, lines, depth)}'
+            lines.append(f"FREE_{name.upper()}: {free_name(_NAME, [key for key, *_ in listed])}")
+        return [*lines, *argument_rules(name, keys, ",", free)]
 
     def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
         """Return the expression of a value; append the rules that it needs to `lines`."""
@@ -97,16 +109,18 @@ class _Values:
             return self._tool.value({**described, "type": kind})
         if kind == "string" and not conditions:
             return "gemma_text"
-        if kind == "array" and conditions <= {"items"}:
+        is_listed = kind == "object" and isinstance(described.get("properties"), Mapping)
+        is_whole = conditions <= _OF_OBJECTS if is_listed else kind == "array" and conditions <= {"items"}
+        if isinstance(schema, Mapping) and schema and not is_whole:
+            self._leave_out(kind, described, schema)
+        if kind == "array":
             item = self._value(described.get("items", {}), lines, depth + 1)
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kind == "object" and "properties" in conditions and conditions <= _OF_OBJECTS:
+        if is_listed:
             name = f"{self._rule}_{self._num_objects}"
             lines += self.items(_items(described), depth + 1)
             return f'"{{" {name}_first_0 "}}"'
-        if isinstance(schema, Mapping) and schema:
-            self._leave_out(kind, described, schema)
-        return "gemma_value"
+        return {"string": "gemma_text", "object": "gemma_object"}.get(str(kind), "gemma_value")
 
     def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
         """Report unenforced keywords; an invalid schema is refused, or left free, by its tool."""

@@ -41,6 +41,31 @@ class Nesting:
         return self._depth + bool(self._quote)
 
 
+class JsonStrings:
+    """The strings of a JSON value that is read from a growing text."""
+
+    def __init__(self) -> None:
+        self._at = 0
+        self._is_open = False
+        self._is_escaped = False
+
+    def are_open(self, text: str, at: int) -> bool:
+        """Return whether a place, not before the last one asked for, is in a string; none spans lines."""
+        if text.lstrip()[:1] not in ("{", "[", '"'):
+            return False
+        for character in text[self._at : at]:
+            if self._is_escaped:
+                self._is_escaped = False
+            elif character == '"':
+                self._is_open = not self._is_open
+            elif character == "\n":
+                self._is_open = False
+            else:
+                self._is_escaped = self._is_open and character == "\\"
+        self._at = at
+        return self._is_open
+
+
 def literal_value(text: str) -> Any:
     """Return the value that a text stands for; None if JSON has no such value. Strings may span lines."""
     try:

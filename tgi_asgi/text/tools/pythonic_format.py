@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name, marked_expression
 from tgi_asgi.text.tools.pythonic_calls import PythonicCallParser
 
 # Bounded, because all of an answer's beginning is matched again after each token.
 _HEAD = re.compile(r"\[\s{0,64}[\w.-]{0,128}")
 _CALL = re.compile(r"\[\s{0,64}[\w.-]{1,128}\(")
+_NAME = "[a-zA-Z_][a-zA-Z0-9_]{0,126}"  # of an argument that is not listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +46,24 @@ class PythonicFormat(ToolFormat):
         rules = [f"calls: {head} call{more} {tail}"]
         names = [f"call_{index}" for index in range(len(tools))]
         rules.append(alternatives("call", names))
-        for name, tool in zip(names, tools, strict=True):
+        for index, (name, tool) in enumerate(zip(names, tools, strict=True)):
             rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
-            keys = ((literal(f"{key}="), tool.value(value), needed) for key, value, needed in tool.each())
-            rules.extend(argument_rules(name, keys, ", "))
+            listed = list(tool.each())
+            keys = [(literal(f"{key}="), tool.value(value), needed) for key, value, needed in listed]
+            free = None
+            if (others := tool.others()) is not None:
+                free = f'FREE_{index} "=" {tool.value(others)}'
+                rules.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
+            rules += argument_rules(name, keys, ", ", free)
         return "\n".join(rules)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return PythonicCallParser(tools, self.closers)
 
 
-def argument_rules(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
+def argument_rules(
+    rule: str, keys: Iterable[tuple[str, str, bool]], comma: str, free: str | None = None
+) -> list[str]:
     """Return rules for arguments in order, some of which are optional.
 
     `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came
@@ -65,6 +73,7 @@ def argument_rules(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str)
         keys: For each argument, the expressions of its beginning and of its value, and whether it is
             required.
         comma: Separator between arguments.
+        free: Expression of an argument that is not listed, if there may be such after the others.
     """
     rules = []
     end = 0
@@ -74,4 +83,12 @@ def argument_rules(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str)
         for place, before in (("first", ""), ("more", f"{literal(comma)} ")):
             skipped = "" if is_required else f" | {rule}_{place}_{end}"
             rules.append(f"{rule}_{place}_{index}: {before}{keyword}{skipped}")
-    return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
+    if free is None:
+        return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
+    more = f"({literal(comma)} {rule}_free)*"
+    return [
+        *rules,
+        f"{rule}_free: {free}",
+        f"{rule}_first_{end}: ({rule}_free {more})?",
+        f"{rule}_more_{end}: {more}",
+    ]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
-from tgi_asgi.text.tools.arguments import CONDITIONS, ToolSpec
+from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Piece, num_held
 from tgi_asgi.text.tools.call_reader import CallReader
-from tgi_asgi.text.tools.literals import as_json
+from tgi_asgi.text.tools.literals import JsonStrings, as_json
+from tgi_asgi.text.tools.value_forms import NULLS, Forms, forms_of
 
 _FENCES = ("```xml", "```")
 _MAX_NAME = 128
@@ -35,6 +35,11 @@ class XmlTags:
     argument: tuple[str, str, str]
     wraps: tuple[str, ...]
     quotes: tuple[str, str] = ("", "")
+
+    @property
+    def line(self) -> str:
+        """The end of a line between a value and its end tag, which models may omit."""
+        return self.quotes[1] if self.quotes[1].isspace() else ""
 
     def head(self) -> re.Pattern[str]:
         """Return a pattern for the start of a call; group 2, a tag that confirms it, is read again.
@@ -96,7 +101,7 @@ class XmlCallParser(CallReader):
 
     def __init__(self, tools: Sequence[ToolSpec], tags: XmlTags) -> None:
         super().__init__()
-        self._schemas = {tool.name: tool.properties for tool in tools}
+        self._specs = {tool.name: tool for tool in tools}
         self._tags = tags
         self._marks = (*tags.wraps, *_FENCES)
         self._head = tags.head()
@@ -106,8 +111,8 @@ class XmlCallParser(CallReader):
         # If only the marker precedes a name, any word in the text after a call might pass for one.
         is_open = bool(self._tags.call[0] or self._skipped) or not self._has_called
         found = self._head.fullmatch(text) if is_open else None
-        if found and found[1] in self._schemas:
-            self._begin_call(found[1], XmlArguments(self._tags, self._schemas[found[1]]), pieces)
+        if found and found[1] in self._specs:
+            self._begin_call(found[1], XmlArguments(self._tags, self._specs[found[1]]), pieces)
             return found[2]
         if any(mark.startswith(text) and mark != text for mark in self._marks):
             return ""  # the longer of two marks may follow
@@ -125,24 +130,29 @@ class XmlArguments:
     """The arguments of one call, `<a>1</a><b>...</b></call>`, turned into a JSON object.
 
     Args:
-        schemas: Of the arguments by name; they decide whether a value is text or JSON.
+        spec: Its tool, whose schema decides whether a value is text or JSON.
 
     Attributes:
         have_ended: Whether the call's last character has been read.
     """
 
-    def __init__(self, tags: XmlTags, schemas: Mapping[str, Any]) -> None:
+    def __init__(self, tags: XmlTags, spec: ToolSpec) -> None:
         self.have_ended = False
-        self._tags, self._schemas = tags, schemas
+        self._tags, self._spec, self._listed = tags, spec, spec.arguments
         self._argument, self._end = tags.head_argument(), tags.end()
         self._buffer = ""
         self._num_arguments = 0
         self._out: list[str] = []
         self._name: str | None = None  # of the argument whose value is being read
+        self._forms = Forms()  # of its value
         self._kind = ""  # type of its value, if given: "true" for text
+        self._is_text: bool | None = None  # None: not yet known whether it is null
         self._ends: tuple[str, ...] = ()  # possible ends of its value
+        self._num_own = 0  # how many of those are its own, and not what follows it
         self._first_of_ends: frozenset[str] = frozenset()  # the characters that they begin with
         self._num_known = 0  # leading characters of the buffered value in which no end begins
+        self._strings = JsonStrings()  # of the value, if it is JSON
+        self._skipped: tuple[int, str] | None = None  # an end in one of them
 
     def push(self, text: str) -> tuple[str, str]:
         """Return the JSON that is certain now, and what follows the call."""
@@ -180,74 +190,74 @@ class XmlArguments:
             return
         self._cut(found.end() + (len(quote) if is_quoted else 0))
         self._name, self._kind = found[1], found[2]
-        self._ends = self._ends_of_value(self._tags.quotes[1] if is_quoted else "")
-        self._first_of_ends = frozenset(end[0] for end in self._ends)
-        self._num_known = 0
+        self._forms = forms_of(self._listed.schema(found[1]), self._spec.definition)
+        if is_quoted and not quote.isspace():
+            self._kind = "true"
+        is_undecided = not self._kind and self._forms.may_be_null
+        is_text = self._kind == "true" or not (self._kind or self._forms.others)
+        self._is_text = None if is_undecided else is_text
+        self._set_ends(self._tags.quotes[1] if is_quoted else "")
+        self._num_known, self._strings, self._skipped = 0, JsonStrings(), None
         head = f"{', ' if self._num_arguments else '{'}{dumped(found[1])}: "
         self._num_arguments += 1
-        self._out.append(head + ('"' if self._is_text() else ""))
+        self._out.append(head + ('"' if self._is_text else ""))
 
-    def _ends_of_value(self, quote: str) -> tuple[str, ...]:
-        """Return the texts that end a value: its own end, or the following tags if that is missing."""
-        behind, (before, middle, own) = self._tags.call[2], self._tags.argument
+    def _set_ends(self, quote: str) -> None:
+        """Set the texts that end a value: its own end, or the following tags if that is missing."""
+        behind, (before, middle, end) = self._tags.call[2], self._tags.argument
         tag = middle.partition("%t")[0]
         line = "\n" if quote != "]]>" else ""
-        follows = [f"{line}{before}{name}{tag}" for name in self._schemas]
+        follows = [f"{line}{before}{name}{tag}" for name in self._listed.properties]
         follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
-        return (quote + own, *follows)
+        own = [quote + end] if quote.strip() else sorted({self._tags.line + end, end})
+        self._ends, self._num_own = (*own, *follows), len(own)
+        self._first_of_ends = frozenset(each[0] for each in self._ends)
 
     def _read_value(self) -> bool:
         """Read the available part of a value; return True once it has ended."""
-        is_text = self._is_text()
-        # A value that is not text stays buffered until it ends, and a tool with many arguments has many ends:
-        # each part of the value is searched once, and only if it contains an end's first character.
-        new = self._buffer[self._num_known :]
-        ends = () if self._first_of_ends.isdisjoint(new) else self._ends
-        found = [(at + self._num_known, end) for end in ends if (at := new.find(end)) >= 0]
-        if not found:
-            self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
-            if is_text and self._num_known:
-                self._out.append(dumped(self._buffer[: self._num_known])[1:-1])
+        found = self._find_end()
+        known = self._buffer[: found[0] if found else self._num_known]
+        if self._is_text is None and not any(each.startswith(known.strip()) for each in NULLS):
+            self._is_text = True
+            self._out.append('"')
+        if found is None:
+            if self._is_text and self._num_known:
+                self._out.append(dumped(known)[1:-1])
                 self._cut(self._num_known)
                 self._num_known = 0
             return False
-        at, end = min(found)
-        value = self._buffer[:at]
-        self._cut(at + (len(end) if end == self._ends[0] else 0))
-        self._out.append(dumped(value)[1:] if is_text else self._json(value))
+        self._cut(found[0] + (len(found[1]) if found[1] in self._ends[: self._num_own] else 0))
+        self._out.append(dumped(known)[1:] if self._is_text else self._json(known))
         self._name = None
         return True
 
+    def _find_end(self) -> tuple[int, str] | None:
+        """Return where the value ends, and the text that ends it; note how far it has been searched."""
+        while True:
+            # A value that is not text stays buffered until it ends, and a tool with many arguments has many
+            # ends: each part is searched once, and only if it contains an end's first character.
+            new = self._buffer[self._num_known :]
+            ends = () if self._first_of_ends.isdisjoint(new) else self._ends
+            found = [(at + self._num_known, end) for end in ends if (at := new.find(end)) >= 0]
+            if not found:
+                self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
+                return None
+            at, end = min(found)
+            value = self._buffer[:at].strip()
+            if self._is_text is not False or not self._strings.are_open(self._buffer, at):
+                is_torn = self._skipped is not None and as_json(value) is None  # its quotes do not match
+                return self._skipped if is_torn else (at, end)
+            if value[-1] in "]}" and as_json(value) is not None:  # Python's quotes look like an open string
+                return at, end
+            if self._skipped is None:
+                self._skipped = at, end
+                self._ends += (self._tags.call[2],)
+                self._first_of_ends |= {self._tags.call[2][0]}
+            self._num_known = at + 1
+
     def _json(self, value: str) -> str:
-        """Return a value that is JSON by its schema; one that is not JSON becomes a string."""
-        schema = self._schema()
-        if choices(schema) is not None:
-            return dumped(value)
-        written = as_json(value.strip())
-        is_string = isinstance(schema, Mapping) and schema.get("type") == "string"
-        return dumped(value) if written is None or (is_string and written[0] != '"') else written
-
-    def _is_text(self) -> bool:
-        return self._kind == "true" or (not self._kind and is_text(self._schema()))
-
-    def _schema(self) -> Any:
-        return self._schemas.get(self._name or "", {})
+        return self._forms.read_json(value) if self._kind else self._forms.read(value)
 
     def _cut(self, size: int) -> None:
         self._buffer = self._buffer[size:]
-
-
-def is_text(schema: Any) -> bool:
-    """Return whether any text is a valid value: unrestricted strings are written as plain text."""
-    return isinstance(schema, Mapping) and schema.get("type") == "string" and not CONDITIONS & schema.keys()
-
-
-def choices(schema: Any) -> list[str] | None:
-    """Return the texts of an enumeration of strings, which are also written as plain text."""
-    values = schema.get("enum") if isinstance(schema, Mapping) else None
-    if values and schema.keys() <= {"type", "enum", "description", "title", "default"}:
-        texts = [value for value in values if isinstance(value, str)]
-        if len(texts) == len(values):
-            return texts
-    return None

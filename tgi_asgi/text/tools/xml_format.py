@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
-from tgi_asgi.text.tools.xml_calls import XmlCallParser, XmlTags, choices, is_text
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name, marked_expression
+from tgi_asgi.text.tools.plain_values import PlainTexts
+from tgi_asgi.text.tools.value_forms import forms_of
+from tgi_asgi.text.tools.xml_calls import XmlCallParser, XmlTags
 
-_ANY = r"/(.|\n)*/"
+_NAME = r'[^<>"\s]([^<>"\n]{0,126}[^<>"\s])?'  # of an argument that is not listed, as the parser reads it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,34 +45,43 @@ class XmlFormat(ToolFormat):
         more = f" ({spell(self.between)} call)*" if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
         lines = [f"calls: {spell(self.head)} call{more} {spell(self.tail)}", alternatives("call", names)]
-        for name, tool in zip(names, tools, strict=True):
-            arguments = [self._argument(tool, *each, spell) for each in tool.each()]
+        end = self.argument[2] if self._ends_line else self.quotes[1] + self.argument[2]
+        texts = PlainTexts(end, spell, self.quotes[1] if self._ends_line else "")
+        for index, (name, tool) in enumerate(zip(names, tools, strict=True)):
+            listed = list(tool.each())
+            arguments = [
+                self._argument(tool, literal(key), schema, is_required, texts)
+                for key, schema, is_required in listed
+            ]
+            if (others := tool.others()) is not None:
+                lines.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
+                arguments.append(f"({self._argument(tool, f'FREE_{index}', others, True, texts)})*")
             before, middle, behind = self.call
             lines.append(
                 f"{name}: {spell(before + tool.name + middle)} {' '.join(arguments)} {spell(behind)}"
             )
-        if any("text_value" in line for line in lines):
-            lines += self._text_value(spell)
-        return "\n".join(lines)
+        return "\n".join(lines + texts.rules)
+
+    @property
+    def _ends_line(self) -> bool:
+        """Whether values are on lines of their own, of which models may omit the end."""
+        return self.quotes[1].isspace()
 
     def _argument(
-        self, tool: ToolArguments, key: str, schema: Any, is_required: bool, spell: Callable[[str], str]
+        self, tool: ToolArguments, key: str, schema: Any, is_required: bool, texts: PlainTexts
     ) -> str:
-        before, middle, behind = self.argument
-        is_string = is_text(schema)
-        begin, end = self.quotes if is_string or self.quotes_all else ("", "")
-        kind = "true" if is_string or choices(schema) else "false"
-        value = "text_value" if is_string else f"({_value(schema, tool)}) {spell(end + behind)}"
-        written = f"{spell(before)} {literal(key)} {spell(middle.replace('%t', kind) + begin)} {value}"
+        (before, middle, behind), spell = self.argument, texts.spell
+        forms = forms_of(schema, tool.definition)
+        values = []
+        if forms.texts:
+            value = texts.expression(forms, tool, is_named="%t" in middle or not self.quotes_all)
+            values.append(f"{spell(middle.replace('%t', 'true') + self.quotes[0])} ({value})")
+        if forms.others:
+            begin, end = self.quotes if self.quotes_all else ("", "")
+            head, value = spell(middle.replace("%t", "false") + begin), tool.others_of(forms)
+            values.append(f"{head} ({value}) {spell(end + behind)}")
+        written = f"{spell(before)} {key} ({' | '.join(values)})"
         return written if is_required else f"({written})?"
-
-    def _text_value(self, spell: Callable[[str], str]) -> list[str]:
-        """Return the rules of a text value, which ends at a special token, or else at the first end text."""
-        end = self.quotes[1] + self.argument[2]
-        if "<[" not in spell(end):
-            return [f"text_value[lazy]: {_ANY} {literal(end)}"]
-        # The text before the token belongs to the value, too: the grammar cannot separate the two.
-        return [f"text_value: TEXT_VALUE {spell(end)[spell(end).index('<[') :]}", f"TEXT_VALUE: {_ANY}"]
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         wraps = self.wraps or (self.marker,)
@@ -82,8 +93,3 @@ def _bare(texts: tuple[str, str, str]) -> tuple[str, str, str]:
     """Return a format's texts without the blanks that its templates write."""
     before, middle, behind = (text.replace("%n", "").strip() for text in texts)
     return before, middle, behind
-
-
-def _value(schema: Any, tool: ToolArguments) -> str:
-    texts = choices(schema)
-    return " | ".join(map(literal, texts)) if texts else tool.value(schema)
