@@ -212,7 +212,8 @@ async def test_turns_of_one_role_in_a_row_are_one() -> None:
         answer = await client.post("/v1/messages", json=body)
     assert answer.status_code == 200, answer.text
     prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
-    assert prompt == "[user:One.\nTwo.][assistant:Yes.][tool:42][user:Three.]"
+    call_in_text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # the template shows no calls
+    assert prompt == f"[user:One.\nTwo.][assistant:Yes.\n{call_in_text}][tool:42][user:Three.]"
 
 
 async def test_tokens_are_counted() -> None:

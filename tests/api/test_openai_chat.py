@@ -217,10 +217,10 @@ async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> 
         {"role": "tool", "tool_call_id": "c1", "content": "42"},
     ]
     template = (
-        "{{ messages[1].tool_calls[0].function.arguments.a }} {{ messages[2].tool_call_id }} "
-        "{{ messages[2].role }}"
+        "{% for key, value in messages[1].tool_calls[0].function.arguments.items() %}"
+        "{{ key }}={{ value + 1 }}{% endfor %} {{ messages[2].tool_call_id }} {{ messages[2].role }}"
     )
-    assert await prompt_of(messages, app={"chat_template": template}) == "1 c1 tool"
+    assert await prompt_of(messages, app={"chat_template": template}) == "a=2 c1 tool"
 
 
 async def test_results_of_tools_without_ids_get_those_of_the_calls_before_them() -> None:
@@ -238,10 +238,10 @@ async def test_results_of_tools_without_ids_get_those_of_the_calls_before_them()
         {"role": "tool", "content": "first again"},
     ]
     template = (
-        "{% for m in messages %}{{ m.tool_calls | length if m.tool_calls }}"
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.arguments }}{% endfor %}"
         "{% if m.role == 'tool' %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}"
     )
-    assert await prompt_of(messages, app={"chat_template": template}) == "[]2[c1][c2][]2[c3][c1]"
+    assert await prompt_of(messages, app={"chat_template": template}) == "[]{}{}[c1][c2][]{}{}[c3][c1]"
 
 
 async def test_images_in_the_results_of_tools_are_left_out() -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.tool_writers import write
+from tests.text.test_tools import parse
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tools import (
+    FORMATS,
+    CallArguments,
+    CallStart,
+    ToolSpec,
     add_tool_prompt,
     spell_out,
+    with_calls_in_text,
     with_fitting_ids,
     with_listed_tools,
     with_own_tools,
+    with_single_calls,
 )
+from tgi_asgi.text.tools.answer import AnswerParser
 
 
 def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> None:
@@ -107,3 +119,87 @@ def test_a_tool_prompt_stands_behind_the_last_message(content: Any) -> None:
     *_, last = add_tool_prompt([{"role": "user", "content": content}], "Use the tools.")
     text = last["content"] if isinstance(content, str) else "".join(part["text"] for part in last["content"])
     assert text == "hi\n---\nUse the tools."
+
+
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("f", {"a": 1, "s": "two\nlines", "l": ["x", None], "o": {"k": True}, "n": 1.5}),
+    ("g", {}),
+]
+
+
+def call_of(name: str, arguments: Any, call_id: str = "c1") -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_calls_are_written_as_templates_write_them_and_read_again(name: str) -> None:
+    written = FORMATS[name].written(CALLS)
+    assert re.sub(r"\s", "", written) == re.sub(r"\s", "", write(name, CALLS))
+    pieces = parse(AnswerParser(None, FORMATS[name], [ToolSpec("f", {}), ToolSpec("g", None)]), written, 5)
+    assert [piece.name for piece in pieces if isinstance(piece, CallStart)] == ["f", "g"]
+    # A text of "1" and the number 1 look alike in tags without a schema; the rest comes back.
+    first, *_ = (json.loads(piece.text) for piece in pieces if isinstance(piece, CallArguments))
+    assert first == CALLS[0][1]
+
+
+def test_calls_that_a_template_drops_are_text() -> None:
+    form = FORMATS["lfm2"]
+    calls = [call_of("f", '{"a": 1}'), call_of("g", "cut off", "c2"), call_of("g", {"b": "x"}, "c3")]
+    question = {"role": "user", "content": "hi"}
+    history: list[dict[str, Any]] = [
+        question,
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls[:1], "reasoning": "hm"},
+        {"role": "assistant", "content": [{"type": "text", "text": "See."}], "tool_calls": calls[:1]},
+    ]
+    made = with_calls_in_text(history, form, lambda message: False)
+    written = '<|tool_call_start|>[f(a=1), g(), g(b="x")]<|tool_call_end|>'
+    one = "\n<|tool_call_start|>[f(a=1)]<|tool_call_end|>"
+    assert made == [
+        question,
+        {"role": "assistant", "content": written},
+        {"role": "assistant", "content": f"Let me see.{one}", "reasoning": "hm"},
+        {"role": "assistant", "content": [{"type": "text", "text": "See."}, {"type": "text", "text": one}]},
+    ]
+    assert with_calls_in_text(history, form, lambda message: True) == history
+    assert history[1]["tool_calls"] == calls  # the request's messages are unchanged
+
+
+def test_several_calls_become_turns_of_one_call_and_its_result() -> None:
+    f, g = call_of("f", "{}"), call_of("g", "{}", "c2")
+    results = [{"role": "tool", "tool_call_id": each, "content": each} for each in ("c2", "c1", "lost")]
+    one: dict[str, Any] = {"role": "assistant", "content": "One.", "tool_calls": [f]}
+    history: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "See.", "reasoning": "hm", "tool_calls": [f, g]},
+        *results,
+        one,
+    ]
+    assert with_single_calls(history) == [
+        {"role": "assistant", "content": "See.", "reasoning": "hm", "tool_calls": [f]},
+        results[1],
+        {"role": "assistant", "content": None, "tool_calls": [g]},
+        results[0],
+        results[2],
+        one,
+    ]
+
+
+DROPS = {  # what real templates drop: all calls, or those beside text
+    "LFM2-8B-A1B": (True, True),
+    "LFM2.5-Instruct": (True, True),
+    "ibm-granite-granite-3.3-2B-Instruct": (True, True),
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": (False, True),
+    "Qwen-Qwen3-0.6B": (False, False),
+    "Mistral-Small-3.2-24B-Instruct-2506": (False, False),
+    "google-gemma-4-31B-it": (False, False),
+}
+SINGLE = ("meta-llama-Llama-3.1-8B-Instruct", "openai-gpt-oss-120b", "GigaChat3-10B-A1.8B")
+
+
+@pytest.mark.parametrize("name", sorted({*DROPS, *SINGLE}))
+def test_a_template_says_which_calls_it_shows(llama_cpp: Path, name: str) -> None:
+    source = (llama_cpp / "models" / "templates" / f"{name}.jinja").read_text()
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    shown = tuple(not template.shows_calls({"content": content}) for content in (None, "text"))
+    assert shown == DROPS.get(name, (False, False))
+    assert template.takes_several_calls == (name not in SINGLE)

@@ -19,7 +19,7 @@ from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
-from tgi_asgi.text.tools import choose_format, harmony, recognised_format
+from tgi_asgi.text.tools import ToolFormat, choose_format, harmony, recognised_format
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import style_of, wrapper_of
@@ -27,13 +27,13 @@ from tgi_asgi.types import ReasoningBudget
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
+    from tgi_asgi.text.chat.template import ChatTemplate
 
 
 def answer_form(job: Job, served: Served, settings: Settings, prompt_tail: str) -> AnswerForm:
     """Return the form of a job's answer; `prompt_tail` is the end of the prompt."""
-    template = served.chat_template.source if served.chat_template is not None else ""
     wanted = _chosen(settings.tool_format)
-    is_harmony = harmony.recognises(template) if wanted is None else wanted == harmony.NAME
+    is_harmony = harmony.recognises(_source(job, served)) if wanted is None else wanted == harmony.NAME
     if is_harmony and isinstance(job.prompt, Conversation):
         return HarmonyForm(job, served, settings, prompt_tail)
     return MarkedForm(job, served, settings, prompt_tail)
@@ -103,21 +103,19 @@ class MarkedForm(AnswerForm):
         super().__init__(job, served, settings)
         template = served.chat_template
         is_read = job.reads_reasoning and isinstance(job.prompt, Conversation)
-        source = template.source if template is not None else ""
+        source = _source(job, served)
         style = style_of(source, _chosen(settings.reasoning_format)) if is_read else None
         self._wrapper = wrapper_of(source) if is_read else None
         self._style = None if style is None or style.is_closed(prompt_tail) else style
         self._is_open = self._style is not None and self._style.is_open(prompt_tail)
         self._use: ToolUse | None = None
         if job.tools is not None:
-            known = template.tool_source if template is not None else ""
-            wanted = _chosen(settings.tool_format)
-            wanted = None if wanted == harmony.NAME else wanted
+            form, is_known = tool_format(template, settings)
             # A model without a known tool format does not know when to stop calling either: forced to call
             # tools, it repeats calls until `max_tokens`.
-            is_known = wanted is not None or recognised_format(known) is not None
             is_parallel = job.tools.is_parallel and (is_known or not job.tools.must_call)
-            form = choose_format(known, wanted)
+            if template is not None and not template.takes_several_calls:
+                is_parallel = False  # the model was not trained to, and the history could not show them
             self._use = ToolUse(form, job.tools.specs, job.tools.must_call, is_parallel)
 
     def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
@@ -188,6 +186,23 @@ class HarmonyForm(AnswerForm):
 
     def reasoning_marks(self) -> HarmonyMarks:
         return HarmonyMarks(self._is_open)
+
+
+def tool_format(template: ChatTemplate | None, settings: Settings) -> tuple[ToolFormat, bool]:
+    """Return a model's format of calls, and whether it is known: chosen, or shown by the template."""
+    source = template.tool_source if template is not None else ""
+    wanted = _chosen(settings.tool_format)
+    wanted = None if wanted == harmony.NAME else wanted
+    return choose_format(source, wanted), wanted is not None or recognised_format(source) is not None
+
+
+def _source(job: Job, served: Served) -> str:
+    """Return the source of the chat template that renders a job's prompt."""
+    template = served.chat_template
+    if template is None:
+        return ""
+    has_tools = isinstance(job.prompt, Conversation) and job.prompt.tools
+    return template.tool_source if has_tools else template.source
 
 
 def _chosen(name: str) -> str | None:

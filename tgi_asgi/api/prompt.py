@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tgi_asgi.api.answer_form import tool_format
 from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
@@ -14,9 +15,11 @@ from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.text.tools import (
     add_tool_prompt,
     spell_out,
+    with_calls_in_text,
     with_fitting_ids,
     with_listed_tools,
     with_own_tools,
+    with_single_calls,
 )
 from tgi_asgi.types import ImageInput
 
@@ -193,17 +196,22 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         messages = spell_out(messages, tools, accepts_system=template.accepts_system)
     elif tools and not template.shows_tools:
         messages = with_listed_tools(messages, tools, accepts_system=template.accepts_system)
-    messages = with_fitting_ids(messages, template.source)
-    messages = with_own_tools(messages, tools, template.source)
+    if not template.takes_several_calls:
+        messages = with_single_calls(messages)
+    source = template.tool_source if chat.tools else template.source
+    messages = with_fitting_ids(messages, source)
+    messages = with_own_tools(messages, tools, source)
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
-    messages = template.in_parts(messages)
+    messages = template.with_arguments(template.in_parts(messages))  # JSON may escape special tokens
     # Template variables that come from the administrator or the client.
     given = {**settings.template_variables, "tools": chat.tools, **chat.variables}
     guard = served.tokenizer.guard
     is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
     if is_marked:
         messages, given = guard.protect(messages), guard.protect(given)
+    # The marks of these calls are the model's own, and no text of the client.
+    messages = with_calls_in_text(messages, tool_format(template, settings)[0], template.shows_calls)
     text = template.render(
         messages,
         add_generation_prompt=chat.adds_turn and not chat.is_continued,

@@ -24,6 +24,10 @@ _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the templat
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Messages that probe what a template shows.
 _USER = {"role": "user", "content": "hi"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 _RESULT = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
 _RENDER_ERRORS = (
@@ -71,6 +75,9 @@ class ChatTemplate:
         """Whether a system message is shown, not refused or dropped."""
         self.shows_tools = self._probe_tools()
         """Whether the tools are shown, given as the variable `tools` or in the system message."""
+        self._drops_calls = {has_text: self._probe_dropped(has_text=has_text) for has_text in (False, True)}
+        self.takes_several_calls = not self._probe_single_calls()
+        """Whether an answer may have several calls; otherwise it is refused, or only the first is shown."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling to another process, which compiles the template again."""
@@ -85,10 +92,24 @@ class ChatTemplate:
         """Return whether the template reads a variable, attribute or key of that name."""
         return name in self._words
 
+    def shows_calls(self, message: Mapping[str, Any]) -> bool:
+        """Return whether a message's calls are shown: some templates drop all, some those beside text."""
+        return not self._drops_calls[bool(message.get("content"))]
+
     def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages in an order that the template accepts; several system messages may become one."""
         is_refused = is_scattered(messages) and not self.accepts_scattered_system
         return merge_system_messages(messages) if is_refused else messages
+
+    def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages with the arguments of calls as the template takes them; see `render`."""
+        convert = _with_parsed_arguments if self._takes_objects else _with_text_arguments
+        return [
+            {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        ]
 
     def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with texts as parts, if the template shows no plain texts (SmolVLM's)."""
@@ -125,7 +146,7 @@ class ChatTemplate:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.
         """
         messages = self.arranged(messages)
-        chat = [self._prepare(message) for message in messages]
+        chat = [self._prepare(message) for message in self.with_arguments(messages)]
         if continue_final_message:
             if add_generation_prompt:
                 raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
@@ -157,9 +178,6 @@ class ChatTemplate:
         """Return a copy of the message as templates expect it."""
         message = dict(message)
         calls = message.get("tool_calls")
-        if calls:
-            convert = _with_parsed_arguments if self._takes_objects else _with_text_arguments
-            message["tool_calls"] = [convert(call) for call in calls]
         if message.get("content") is None:
             message["content"] = None if calls and self._tolerates_none else ""
         elif calls and self._needs_none and message["content"] == "":
@@ -203,6 +221,26 @@ class ChatTemplate:
         """Return whether a call beside such content is shown when its result and a question follow."""
         text = self._probe_answer(self._probe_arguments(), content, after=[_RESULT, _USER])
         return "PROBE" in text and "None" not in text
+
+    def _probe_dropped(self, *, has_text: bool) -> bool:
+        """Return whether the template renders an answer, but not its call."""
+        answer = {"role": "assistant", "content": "Let me see." if has_text else None}
+        text = self._probe_history({**answer, "tool_calls": [_probing_call('{"PROBE": 1}')]}, _RESULT)
+        return bool(text) and "PROBE" not in text
+
+    def _probe_single_calls(self) -> bool:
+        """Return whether two calls are only shown if each is an answer of its own."""
+        calls = [{**_probing_call(f'{{"PROBE-{index}": 1}}'), "id": f"call0000{index}"} for index in range(2)]
+        results = [{**_RESULT, "tool_call_id": call["id"]} for call in calls]
+        one, two = ({"role": "assistant", "content": None, "tool_calls": [call]} for call in calls)
+        together = self._probe_history({**one, "tool_calls": calls}, *results)
+        apart = self._probe_history(one, results[0], two, results[1])
+        return all(f"PROBE-{index}" in apart for index in range(2)) and "PROBE-1" not in together
+
+    def _probe_history(self, *messages: dict[str, Any]) -> str:
+        """Render a question and what follows, in a request with a tool or, if that fails, without."""
+        chat = [_USER, *map(self._prepare, self.with_arguments(list(messages)))]
+        return self._probe(chat, [_TOOL]) or self._probe(chat)
 
     def _probe_arguments(self) -> object:
         return {"PROBE": 1} if self._takes_objects else '{"PROBE": 1}'

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tgi_asgi.text.constrain.plain import escaped
 from tgi_asgi.text.constrain.source import literal
@@ -48,6 +48,7 @@ class CallArguments:
 Piece = Content | Reasoning | CallStart | CallArguments
 
 
+WrittenCall = tuple[str, Mapping[str, Any]]  # a name and the arguments
 Mark = Callable[[str], str]  # turns a marker into a grammar expression: a special token, or its text
 
 
@@ -114,6 +115,10 @@ class ToolFormat(ABC):
         """Return grammar rules, in which `calls` is everything after the marker."""
 
     @abstractmethod
+    def written(self, calls: Sequence[WrittenCall]) -> str:
+        """Return calls as its templates write them, from the marker on."""
+
+    @abstractmethod
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         """Return a parser for one answer's calls; `tools` give the types of values not written as JSON."""
 
@@ -152,6 +157,12 @@ def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
         expressions += [*([literal(plain)] if plain else []), special]
         plain = ""
     return " ".join([*expressions, *([literal(plain)] if plain or not expressions else [])])
+
+
+def plain_text(text: str, number: int = 0) -> str:
+    """Return a format's text with what `marked_expression` allows for its blanks, for a call's number."""
+    found = {"%d": str(number), "%s": f"call{number:05}", "%_": " ", "%n": "\n"}
+    return re.sub("%[ds_n]", lambda blank: found[blank[0]], text)
 
 
 def num_held(text: str, marker: str) -> int:

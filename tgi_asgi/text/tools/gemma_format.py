@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, WrittenCall, alternatives, free_name
 from tgi_asgi.text.tools.gemma_calls import GemmaCallParser
 from tgi_asgi.text.tools.pythonic_format import argument_rules
 
@@ -54,6 +54,21 @@ class GemmaFormat(ToolFormat):
             lines += values.items(tool.each(), others=tool.others())
             lines.append(f'{name}: {literal(f"{_CALL}{tool.name}{{")} {name}_0_first_0 "}}"')
         return "\n".join(lines)
+
+    def written(self, calls: Sequence[WrittenCall]) -> str:
+        texts = (
+            f"{self.marker}{_CALL}{name}{self._written(arguments)}{self.end}" for name, arguments in calls
+        )
+        return "".join(texts)
+
+    def _written(self, value: Any) -> str:
+        if isinstance(value, str):
+            return f"{self.quote}{value}{self.quote}"
+        if isinstance(value, list):
+            return f"[{','.join(map(self._written, value))}]"
+        if isinstance(value, Mapping):
+            return f"{{{','.join(f'{key}:{self._written(item)}' for key, item in value.items())}}}"
+        return json.dumps(value)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return GemmaCallParser(tools, marker=self.marker, end=self.end, quote=self.quote)

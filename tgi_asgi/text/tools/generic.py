@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
+from tgi_asgi.text.tools.formats import GENERIC
+from tgi_asgi.text.tools.histories import with_calls_in_text
 
 # Where a template looks for tools: in a message, or in the variable `tools`.
 _IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
@@ -50,7 +52,7 @@ def spell_out(
             answers = (f"<tool_response>\n{_text(message)}\n</tool_response>" for message in together)
             result.append({"role": "user", "content": "\n".join(answers)})
         else:
-            result += map(_with_calls_in_text, together)
+            result += with_calls_in_text(list(together), GENERIC, lambda message: False)
     return _with_system_text(result, _prompt(tools), accepts_system) if tools else result
 
 
@@ -80,13 +82,6 @@ def _with_system_text(
     else:
         content = f"{text}\n\n{first['content']}"
     return [{**first, "content": content}, *messages[1:]]
-
-
-def _with_calls_in_text(message: dict[str, Any]) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls, text = "\n".join(map(_call, message["tool_calls"])), _text(message)
-    return {"role": "assistant", "content": f"{text}\n{calls}" if text else calls}
 
 
 def with_own_tools(
@@ -144,15 +139,6 @@ def _short(call_id: str) -> str:
     if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
         return call_id
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
-
-
-def _call(call: dict[str, Any]) -> str:
-    function = call["function"]
-    arguments = function.get("arguments") or "{}"
-    if not isinstance(arguments, str):
-        arguments = dumped(arguments)
-    name = dumped(function["name"])
-    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def _text(message: dict[str, Any]) -> str:

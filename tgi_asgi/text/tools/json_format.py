@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, marked_expression
+from tgi_asgi.text.tools.base import (
+    CallParser,
+    Mark,
+    ToolFormat,
+    WrittenCall,
+    alternatives,
+    marked_expression,
+    plain_text,
+)
 from tgi_asgi.text.tools.json_calls import NAMED, JsonCallParser
 
 OBJECT = ('{"name": "', '", "arguments": ', "}")
@@ -48,6 +57,14 @@ class JsonFormat(ToolFormat):
         ]
         more = f" ({spell(self.between)} call)*" if is_parallel else ""
         return f"calls: {spell(self.head)} call{more} {spell(self.tail)}\n{alternatives('call', calls)}"
+
+    def written(self, calls: Sequence[WrittenCall]) -> str:
+        texts = []
+        for number, (name, arguments) in enumerate(calls):
+            before, middle, behind = (plain_text(text, number) for text in self.call)
+            texts.append(f"{before}{name}{middle}{dumped(arguments)}{behind}")
+        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
+        return self.marker + head + between.join(texts) + tail
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return JsonCallParser(

@@ -7,8 +7,18 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name, marked_expression
+from tgi_asgi.text.tools.base import (
+    CallParser,
+    Mark,
+    ToolFormat,
+    WrittenCall,
+    alternatives,
+    free_name,
+    marked_expression,
+    plain_text,
+)
 from tgi_asgi.text.tools.pythonic_calls import PythonicCallParser
 
 # Bounded, because all of an answer's beginning is matched again after each token.
@@ -56,6 +66,14 @@ class PythonicFormat(ToolFormat):
                 rules.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
             rules += argument_rules(name, keys, ", ", free)
         return "\n".join(rules)
+
+    def written(self, calls: Sequence[WrittenCall]) -> str:
+        texts = (
+            f"{name}({', '.join(f'{key}={dumped(value)}' for key, value in arguments.items())})"
+            for name, arguments in calls
+        )
+        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
+        return self.marker + head + between.join(texts) + tail
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return PythonicCallParser(tools, self.closers)

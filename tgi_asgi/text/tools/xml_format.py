@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name, marked_expression
+from tgi_asgi.text.tools.base import (
+    CallParser,
+    Mark,
+    ToolFormat,
+    WrittenCall,
+    alternatives,
+    free_name,
+    marked_expression,
+    plain_text,
+)
 from tgi_asgi.text.tools.plain_values import PlainTexts
 from tgi_asgi.text.tools.value_forms import forms_of
 from tgi_asgi.text.tools.xml_calls import XmlCallParser, XmlTags
@@ -82,6 +93,23 @@ class XmlFormat(ToolFormat):
             values.append(f"{head} ({value}) {spell(end + behind)}")
         written = f"{spell(before)} {key} ({' | '.join(values)})"
         return written if is_required else f"({written})?"
+
+    def written(self, calls: Sequence[WrittenCall]) -> str:
+        before, middle, behind = map(plain_text, self.call)
+        texts = (
+            f"{before}{name}{middle}{''.join(starmap(self._written, arguments.items()))}{behind}"
+            for name, arguments in calls
+        )
+        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
+        return self.marker + head + between.join(texts) + tail
+
+    def _written(self, key: str, value: Any) -> str:
+        before, middle, behind = (
+            text.replace("%t", dumped(isinstance(value, str))) for text in map(plain_text, self.argument)
+        )
+        begin, end = self.quotes if self.quotes_all or isinstance(value, str) else ("", "")
+        text = value if isinstance(value, str) else dumped(value)
+        return f"{before}{key}{middle}{begin}{text}{end}{behind}"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         wraps = self.wraps or (self.marker,)

@@ -1,0 +1,83 @@
+"""Calls in a conversation's history, in a form that the chat template shows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tgi_asgi.text.surrogates import parsed
+from tgi_asgi.text.tools.base import ToolFormat
+
+
+def with_calls_in_text(
+    messages: Sequence[dict[str, Any]], form: ToolFormat, is_shown: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Return messages in which calls that a template drops are text, as the model writes them.
+
+    The templates of LFM2, Granite 3.3 and Phi-4-mini show no calls, and DeepSeek R1's none beside text.
+
+    Args:
+        is_shown: Whether the template shows the calls of a message.
+    """
+    result = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if calls and not is_shown(message):
+            written = form.written([_named(call) for call in calls])
+            message = {key: value for key, value in message.items() if key != "tool_calls"}
+            message["content"] = _joined(message.get("content"), written)
+        result.append(message)
+    return result
+
+
+def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages of which none has several calls; each call's result follows it.
+
+        assistant: f, g       assistant: f
+        tool: result of f     tool: result of f
+        tool: result of g     assistant: g
+                              tool: result of g
+
+    Llama 3's templates refuse several calls, and gpt-oss's and GigaChat 3's show only the first.
+    """
+    result: list[dict[str, Any]] = []
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            result.append(message)
+            continue
+        end = at
+        while end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        answers = list(messages[at:end])
+        at = end
+        for index, call in enumerate(calls):
+            # Text and reasoning came before the first call.
+            own = message if index == 0 else {"role": message["role"], "content": None}
+            result.append({**own, "tool_calls": [call]})
+            mine = [each for each in answers if each.get("tool_call_id") == call.get("id")]
+            if index == len(calls) - 1:
+                mine = answers  # also those of no call
+            result += mine
+            answers = [each for each in answers if each not in mine]
+    return result
+
+
+def _named(call: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return a call's name and arguments; those that are no object count as none, as in templates."""
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = parsed(arguments)
+    return function["name"], arguments if isinstance(arguments, Mapping) else {}
+
+
+def _joined(content: Any, calls: str) -> Any:
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": f"\n{calls}"}]
+    return f"{content}\n{calls}" if content else calls
