@@ -287,6 +287,16 @@ async def test_a_prompt_that_opens_the_reasoning_is_noticed() -> None:
     assert (cut["message"]["reasoning"], cut["message"]["content"]) == ("ab", None)
 
 
+@pytest.mark.parametrize("content", ["<think>hm", [{"type": "text", "text": "<think>h"}]])
+async def test_a_message_that_ends_in_its_reasoning_is_continued_there(content: Any) -> None:
+    messages = [*HI, {"role": "assistant", "content": content}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    tokens = (", so.", "</think>", "yes")
+    answer = await chat(say(*tokens), template=THINKING, messages=messages, **fields)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == (", so.", "yes")
+
+
 async def test_log_probabilities_are_those_of_the_content_alone() -> None:
     tokens = ["<think>", "a", "</think>", "x", "y", *CALLS[4:]]
     choice = (await chat(say(*tokens), template=THINKING, tools=TOOLS, logprobs=True))["choices"][0]

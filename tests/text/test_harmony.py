@@ -34,7 +34,12 @@ F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
             f'<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{LATE}{{"a": 1}}',
             [Content("I look."), *F],
         ),
-        (f"{THOUGHT}{THOUGHT}{FINAL}x", [Reasoning("hmhm"), Content("x")]),
+        (f"{THOUGHT}{THOUGHT}{FINAL}x", [Reasoning("hm\n\nhm"), Content("x")]),
+        (
+            f"<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{THOUGHT}{FINAL}Done.",
+            [Content("I look."), Reasoning("hm"), Content("\n\nDone.")],
+        ),
+        (f"<|channel|>analysis<|message|><|end|><|start|>assistant{THOUGHT}", [Reasoning("hm")]),
         ("<|channel|>commentary to=functions.g<|message|><|call|>", [CallStart("g"), CallArguments("{}")]),
         (f"{FINAL}a < b <|x|> c", [Content("a < b <|x|> c")]),
         ("plain text", [Content("plain text")]),
@@ -49,7 +54,7 @@ F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
         (f"{LATE}  no object<|call|>", [Content(f"{LATE}  no object")]),
         ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", [Reasoning("1 + 1")]),
         # A header without a message was once buffered forever.
-        (f"{THOUGHT}<|channel|>{'x' * 600}<|end|>{FINAL}y", [Reasoning("hm"), Content("x" * 600 + "y")]),
+        (f"{THOUGHT}<|channel|>{'x' * 600}<|end|>{FINAL}y", [Reasoning("hm"), Content("x" * 600 + "\n\ny")]),
         (f"<|start|>assistant {'x' * 600}", [Content(f"assistant {'x' * 600}")]),
         (f"{'<|channel|>' * 50}{'x' * 600}", [Content("x" * 600)]),
     ],

@@ -36,6 +36,8 @@ def test_each_style_is_split_off_and_its_prompts_are_known(name: str) -> None:
         assert opened == [Reasoning("hm"), Content("x")]
     assert style.is_open(f"assistant{style.start}{style.label}")
     assert not style.is_open("assistant")
+    assert style.is_unfinished(f"\n{style.start}{style.label}hm")
+    assert not style.is_unfinished(f"{style.start}hm{style.end}so") and not style.is_unfinished("x")
     assert style.is_closed(f"assistant{style.start}{style.end}\n\n")
     assert style_of("nothing", name) is style
 

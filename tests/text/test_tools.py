@@ -213,6 +213,9 @@ def test_json_that_is_no_call_is_text(name: str, text: str, size: int) -> None:
         ("<thi", False, [Content("<thi")]),
         ("\n<think>\n\n</think>\n\nx", False, [Reasoning("\n\n"), Content("x")]),
         ("<think>a</think>", False, [Reasoning("a")]),
+        ("<think>a</think>\n<think>b</think>\n\nx", False, [Reasoning("a\n\nb"), Content("x")]),
+        ("<think></think><think>b</think>", False, [Reasoning("b")]),
+        ("a</think>\n\n<thin", True, [Reasoning("a"), Content("<thin")]),
         ("x <think>y</think>", False, [Content("x <think>y</think>")]),
     ],
 )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tgi_asgi.api.answer import Reading
-from tgi_asgi.api.call import Conversation, Job
+from tgi_asgi.api.call import Conversation, Job, Text
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
@@ -107,7 +107,9 @@ class MarkedForm(AnswerForm):
         style = style_of(source, _chosen(settings.reasoning_format)) if is_read else None
         self._wrapper = wrapper_of(source) if is_read else None
         self._style = None if style is None or style.is_closed(prompt_tail) else style
-        self._is_open = self._style is not None and self._style.is_open(prompt_tail)
+        self._is_open = self._style is not None and (
+            self._style.is_open(prompt_tail) or self._style.is_unfinished(_begun(job.prompt))
+        )
         self._use: ToolUse | None = None
         if job.tools is not None:
             form, is_known = tool_format(template, settings)
@@ -203,6 +205,14 @@ def _source(job: Job, served: Served) -> str:
         return ""
     has_tools = isinstance(job.prompt, Conversation) and job.prompt.tools
     return template.tool_source if has_tools else template.source
+
+
+def _begun(prompt: Conversation | Text) -> str:
+    """Return the text of the answer that a prompt asks to continue."""
+    content = (
+        prompt.messages[-1]["content"] if isinstance(prompt, Conversation) and prompt.is_continued else ""
+    )
+    return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
 
 
 def _chosen(name: str) -> str | None:

@@ -15,9 +15,9 @@ from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
 class _Part(enum.Enum):
-    """What an answer's next character belongs to; the parts come in this order, the last two in turns."""
+    """What an answer's next character belongs to. The parts come in this order; the first two and the last two recur."""
 
-    START = enum.auto()  # a reasoning section may begin here
+    START = enum.auto()  # a reasoning section may begin here, again after another
     REASONING = enum.auto()
     WRAPPER = enum.auto()  # the markers around the text may begin here
     TEXT = enum.auto()
@@ -62,6 +62,8 @@ class AnswerParser:
         self._has_begun = False  # with text, or with a call that only an answer's beginning may be
         self._has_text = False  # whether some has been emitted
         self._label = style.label if style is not None else ""  # while it may follow
+        self._has_reasoned = False
+        self._gap = ""  # between two sections
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
         self._part = _Part.START
@@ -117,7 +119,7 @@ class AnswerParser:
         start, head = self._style.start, self._held.text.lstrip()
         if head.startswith(start):
             self._held.drop_marker(start)
-            self._part = _Part.REASONING
+            self._part, self._label = _Part.REASONING, self._style.label
         elif start.startswith(head) and not is_end:
             return False
         else:
@@ -136,11 +138,14 @@ class AnswerParser:
         found = held.find([end])
         shown = held.take(found[0]) if found else held.release(0 if is_end else held.num_undecided(end))
         if shown:
-            pieces.append(Reasoning(shown))
+            pieces.append(Reasoning(self._gap + shown))
+            self._gap = ""
+            self._has_reasoned = True
         if found:
             held.take(len(end))
             held.skip_blanks()
-            self._begin_text()
+            self._gap = "\n\n" if self._has_reasoned else ""
+            self._part = _Part.START  # some models begin another section at once
         return found is not None
 
     def _unwrap(self, is_end: bool) -> bool:

@@ -32,6 +32,7 @@ _BEGINS = (*_OPENERS, "assistant", "to=")
 _OPENER = re.compile("|".join(map(re.escape, _OPENERS)))
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
+_BETWEEN = "\n\n"  # after a message, before the next of its kind
 _MAX_HEADER = 512  # characters; a longer header without a message is text
 
 
@@ -65,6 +66,8 @@ class HarmonyParser:
         # Of the current message; None inside a header.
         self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = None
         self._name: str | None = None  # of the call, until its arguments begin
+        self._shown: set[type[object] | None] = set()  # kinds of earlier messages with text
+        self._has_text = False  # whether the current message has some
         if is_reasoning_open:
             self._kind = Reasoning
 
@@ -137,14 +140,22 @@ class HarmonyParser:
             self._call(pieces, text, is_end=bool(found) or is_end, rest=len(rest))
         elif self._kind is Reasoning:
             if text:
+                pieces += self._gap(Reasoning(_BETWEEN))
                 pieces.append(Reasoning(text))
         else:
             self._show(pieces, text, len(rest))
         self._held = rest
         if found:
             self._held = rest if end in _OPENERS else rest[len(end) :]
-            self._kind, self._header = None, ""
+            if self._has_text:
+                self._shown.add(self._kind)
+            self._kind, self._header, self._has_text = None, "", False
         return bool(found)
+
+    def _gap(self, between: Reasoning | Content) -> list[Piece]:
+        """Return what precedes the next text of a message, if it is the first after another message."""
+        is_first, self._has_text = not self._has_text, True
+        return [between] if is_first and type(between) in self._shown else []
 
     def _call(self, pieces: list[Piece], text: str, *, is_end: bool, rest: int) -> None:
         """Emit a piece of a call; a call whose arguments are no object is text."""
@@ -166,4 +177,6 @@ class HarmonyParser:
 
     def _show(self, pieces: list[Piece], text: str, num_after: int) -> None:
         if text:
-            pieces.append(Content(text, self._num_read - num_after - len(text)))
+            start = self._num_read - num_after - len(text)
+            pieces += self._gap(Content(_BETWEEN, start))
+            pieces.append(Content(text, start))

@@ -40,6 +40,10 @@ class ReasoningStyle:
         text = prompt.rstrip()
         return text.endswith((self.start, self.start + self.label.rstrip()))
 
+    def is_unfinished(self, answer: str) -> bool:
+        """Return whether an answer's text so far, which is to be continued, ends inside the section."""
+        return answer.lstrip().startswith(self.start) and self.end not in answer
+
     def is_closed(self, prompt: str) -> bool:
         """Return whether a prompt ends with a whole section, so that the answer has none."""
         return prompt.rstrip().endswith(self.closed or self.end)
