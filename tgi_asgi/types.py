@@ -92,6 +92,7 @@ class ReasoningBudget:
         answer_ids: Tokens that are forced after these if the model has begun another section after a forced
             end: they begin the answer.
         is_open: Whether the prompt has begun a section.
+        call_id: Token that begins a call, which also ends the section, so that no end is forced within it.
     """
 
     num_tokens: int
@@ -99,6 +100,7 @@ class ReasoningBudget:
     end_ids: tuple[int, ...]
     is_open: bool
     answer_ids: tuple[int, ...] = ()
+    call_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -94,6 +94,19 @@ async def test_an_answer_is_read_as_the_template_that_made_its_prompt_says(has_t
     assert message.get("reasoning_content") == ("hm" if has_tools else None)
 
 
+async def test_a_call_inside_the_reasoning_ends_it() -> None:
+    """Qwen 3.5 sometimes calls a tool before it has written the end mark."""
+    tokens = ["<think>", "I see.\n", "<tool_call>\n", '{"name": "f", "argu', 'ments": {}}\n', "</tool_call>"]
+    template = "{{ messages[0].content }}{{ tools }}{# </think> <tool_call> #}"
+    info = toy_info(max_input_tokens=4095, max_total_tokens=4096)
+    app = scripted_app(ScriptedEngine(say(*tokens)), info=info, chat_template=template)
+    body = {"messages": [HI], "tools": [TOOL]}
+    answer = (await send(app, request("POST", "/v1/chat/completions", body))).json()
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("I see.", None)
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+
+
 async def test_no_escape_in_a_call_s_arguments_becomes_a_special_token() -> None:
     text, special = await prompt_of(SHOWING, called('{"s": "\\u003c|im_end|>", "<|im_\\u0065nd|>": 1}'))
     assert text.count("<|im_end|>") == 2

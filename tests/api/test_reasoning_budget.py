@@ -49,6 +49,12 @@ async def test_a_chat_or_response_bounds_its_reasoning(name: str, path: str) -> 
     assert given == ReasoningBudget(5, (start,), (end,), is_open=False)
 
 
+async def test_a_call_ends_the_section_of_a_chat_with_tools() -> None:
+    marks = ("<think>", "</think>", "<tool_call>")
+    given, engine = await budget_of(marks=marks, tools=TOOLS, thinking_token_budget=5)
+    assert given is not None and given.call_id == engine.tokenizer.id_of(b"<tool_call>")
+
+
 async def test_a_prompt_that_opens_the_section_is_inside_it() -> None:
     given, _ = await budget_of(template=THINKING + "<think>\n", thinking_token_budget=0)
     assert given is not None and given.is_open and given.num_tokens == 0

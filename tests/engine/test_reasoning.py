@@ -54,6 +54,8 @@ def expected(prompt: Sequence[int], num_tokens: int, forced: dict[int, int], cho
             [1, END, START, END, ANSWER, START, END, ANSWER, 2],
             [None, END, None, END, ANSWER, None, END, ANSWER, None, None],
         ),
+        # A call ends the section, and no end is forced within it.
+        (ReasoningBudget(1, (START,), (END,), True, call_id=ANSWER), [ANSWER, 1, 2], [None] * 4),
         # A grammar that forbids the end, or the rest of it.
         (budget(1), [1, 2, 3, END, 4], [None, END, END, END, None, None]),
         (budget(1, then=[ANSWER, 9]), [1, END, 3, 4], [None, END, ANSWER, None, None]),

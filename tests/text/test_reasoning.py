@@ -7,10 +7,12 @@ import pytest
 from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts
+from tests.text.test_tool_tokens import Marked, takes
 from tests.text.test_tools import SPECS, parse
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import STYLES, WRAPPERS, Wrapper, style_of, wrapper_of
@@ -116,3 +118,46 @@ def test_a_grammar_lets_the_wrapper_stand_around_the_answer() -> None:
     assert accepts(compiler, grammar, write("hunyuan_a13b", [("f", {"a": 1})]))
     for text in ("<answer>no</answer>", "</answer>yes"):
         assert not accepts(compiler, grammar, text), text
+
+
+CALLED = [CallStart("f"), CallArguments('{"a": 1}')]
+EARLY = [name for name, form in FORMATS.items() if form.leaves_reasoning(literal) is not None]
+
+
+@pytest.mark.parametrize("name", EARLY)
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_the_beginning_of_a_call_ends_reasoning_that_the_model_has_not_ended(name: str, size: int) -> None:
+    form = FORMATS[name]
+    calls = write(name, [("f", {"a": 1})])
+
+    def read(text: str) -> list[Piece]:
+        early = form.leaves_reasoning(literal)
+        return parse(
+            AnswerParser(NAMED["think"], form, SPECS, is_reasoning_open=True, early=early), text, size
+        )
+
+    for blanks in ("", "\n\n", " "):
+        assert read(f"hm{blanks}{calls}") == [Reasoning("hm"), *CALLED]
+        assert read(f"hm</think>{blanks}{calls}") == [Reasoning("hm"), *CALLED]
+    mention = f"I may write {form.marker} next. {form.marker}\n"
+    assert read(f"{mention}So.\n{calls}") == [Reasoning(f"{mention}So."), *CALLED]
+    assert read(f"{mention}</think>\n\nDone.") == [Reasoning(mention), Content("Done.")]
+    assert read(mention) == [Reasoning(mention)]
+    begun = calls[: calls.index(form.marker) + len(form.marker) + 1]
+    assert read(f"hm {begun}") == [Reasoning(f"hm {begun}")]
+
+
+@pytest.mark.parametrize("name", EARLY)
+@pytest.mark.parametrize("must_call", [True, False])
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_grammar_lets_a_call_end_the_reasoning(name: str, must_call: bool, is_marked: bool) -> None:
+    form, style = FORMATS[name], NAMED["think"]
+    tokenizer = Marked([*style.all_markers, *form.markers] if is_marked else [])
+    use = ToolUse(form, SPECS, must_call)
+    grammar = answer_grammar(None, use, style, is_reasoning_open=True, mark=tokenizer.mark)
+    may_be_early = form.leaves_reasoning(tokenizer.mark) is not None  # not if a token is part of the marker
+    for text, is_allowed in (("hm\n\n", may_be_early), ("hm</think>\n", True)):
+        assert takes(tokenizer, grammar, text + write(name, [("f", {"a": 1}), ("g", {})])) == is_allowed
+        assert not takes(tokenizer, grammar, text + write(name, [("h", {})]))
+    if not is_marked:
+        assert takes(tokenizer, grammar, f"{form.marker} is a mark.</think>{write(name, [('g', {})])}")

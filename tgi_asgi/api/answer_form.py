@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,7 @@ class MarkedForm(AnswerForm):
             is_reasoning_open=self._is_open,
             must_call=use is not None and use.must_call,
             wrapper=wrapper,
+            early=use.format.leaves_reasoning(self._mark) if use else None,
         )
         return Reading(parser, self._special_ids(markers), self._job.shows_reasoning)
 
@@ -156,7 +158,11 @@ class MarkedForm(AnswerForm):
         style = self._style
         if style is None:
             return None
-        return self._budget(num_tokens, style.start, style.end, "", is_open=self._is_open)
+        budget = self._budget(num_tokens, style.start, style.end, "", is_open=self._is_open)
+        if budget is None or self._use is None or self._use.format.leaves_reasoning(self._mark) is None:
+            return budget
+        ids = self._served.tokenizer.encode(self._use.format.marker, add_special_tokens=False)
+        return replace(budget, call_id=ids[0]) if len(ids) == 1 else budget
 
     def reasoning_marks(self) -> ReasoningMarks | None:
         style = self._style

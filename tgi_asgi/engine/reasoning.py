@@ -40,7 +40,7 @@ class ReasoningWatch:
         elif self._num_forced:  # a grammar forbids the rest of the end
             self._num_forced = 0
         elif self._is_inside:
-            self._is_inside = token_id != self._end_ids[0]
+            self._is_inside = token_id not in (self._end_ids[0], self._budget.call_id)
             self._left -= self._is_inside
         else:
             self._match(token_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tgi_asgi.text.constrain.plain import escaped
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import Mark, ToolFormat, marked_expression
@@ -54,6 +55,7 @@ def answer_grammar(
     begin, end = _wrapped(wrapper, mark)
     body, rules = _body(content, tools, arguments, mark, begin, end)
     opening = ending = ""
+    early: list[str] = []
     if reasoning is not None:
         opening = "" if is_reasoning_open else marked_expression(reasoning.start, mark, reasoning.all_markers)
         ending = marked_expression(reasoning.end, mark, reasoning.all_markers)
@@ -67,12 +69,28 @@ def answer_grammar(
             ]
         rules.append(f"body: {body}")
         body = f"reasoning{'' if is_reasoning_open else '?'} body"
+        early = _early_call(tools, mark, opening)
+        rules += early
+        body += " | early" if early else ""
     calls = tools if content is None else None
     free, start = _free_text(calls, mark, opening, ending, has_marked_wrapper="<[" in begin + end)
+    wakers = (marked_expression(tools.format.marker, mark, tools.format.markers),) if tools and early else ()
     named = (("answer", content.lark), *content.parts) if content is not None else ()
     ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
     lark = "\n".join([f"start: {body}", *rules])
-    return GrammarSource(lark, named, tuple(sorted(ignored)), free, start)
+    return GrammarSource(lark, named, tuple(sorted(ignored)), free, start, wakers)
+
+
+def _early_call(tools: ToolUse | None, mark: Mark, opening: str) -> list[str]:
+    """Return the rules of reasoning that ends with the beginning of a call; none if there may be no such."""
+    follows = tools.format.leaves_reasoning(mark) if tools is not None else None
+    if tools is None or follows is None:
+        return []
+    if not follows:
+        return [f"early: {opening} {_ANY} {mark(tools.format.marker)} calls"]
+    blanks = r"[ \t\n]*"
+    start = escaped(tools.format.marker) + "".join(blanks + escaped(each) for each in follows)
+    return [f"early: {opening} early_text begun", f"early_text[lazy]: /(.|\\n)*{start}/"]
 
 
 def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:

@@ -122,7 +122,9 @@ class FreeTexts:
             return None
         marks = [self._mark(expression) for expression in source.free]
         opening = self._mark(source.opening) if source.opening else None
-        plain = self._plain([*marks, opening] if opening is not None else marks)
+        others = [self._mark(expression) for expression in source.wakers]
+        waking = frozenset[int]().union(*(mark.wakes for mark in others))
+        plain = self._plain([*marks, *others, *([opening] if opening is not None else [])])
         if plain is None:
             return None
         parts: list[Part] = []
@@ -138,7 +140,7 @@ class FreeTexts:
             # An answer without the optional part is in the same state as after that part.
             before = [] if opening is not None and is_last else path
             masked_ids = self._forbidden(matcher([*before, plain]))
-            parts.append(Part(masked_ids, mark.wakes.difference(own), own, at))
+            parts.append(Part(masked_ids, mark.wakes.difference(own) | waking, own, at))
             path += own
         return FreeText(parts) if all(len(part.masked_ids) <= MAX_MASKED for part in parts) else None
 

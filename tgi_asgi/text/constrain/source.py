@@ -38,6 +38,7 @@ class GrammarSource:
         ignored: Schema keywords that the grammar does not enforce, sorted.
         free: Marks; before each of them, in turn, an answer is any text.
         opening: Mark that must begin the answer for the first of these parts to be present.
+        wakers: Marks that may come in each free part instead of its own.
     """
 
     lark: str
@@ -45,6 +46,7 @@ class GrammarSource:
     ignored: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     opening: str = ""
+    wakers: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

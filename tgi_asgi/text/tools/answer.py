@@ -15,7 +15,7 @@ from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
 class _Part(enum.Enum):
-    """What an answer's next character belongs to. The parts come in this order; the first two and the last two recur."""
+    """What an answer's next character belongs to, in their order; the first and the last two recur."""
 
     START = enum.auto()  # a reasoning section may begin here, again after another
     REASONING = enum.auto()
@@ -38,6 +38,8 @@ class AnswerParser:
         is_reasoning_open: Whether the prompt has opened the reasoning section.
         must_call: Whether the grammar allows only calls after the reasoning.
         wrapper: Markers that the model may write around the text of its answer.
+        early: What must follow a marker of calls inside the reasoning for a call to end it, without blanks;
+            None if no call does.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class AnswerParser:
         is_reasoning_open: bool = False,
         must_call: bool = False,
         wrapper: Wrapper | None = None,
+        early: str | None = None,
     ) -> None:
         self._style = style
         self._names = {spec.name for spec in specs}
         self._must_call = must_call
         self._tools = tools
+        self._early = early if tools is not None else None
+        self._is_early = False  # whether the calls have begun inside the reasoning
         self._specs = specs
         self._calls: CallParser | None = None
         self._held = HeldText()
@@ -91,7 +96,9 @@ class AnswerParser:
         pieces = self._read(is_end=True) if self._calls is None else []
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
-            if not self._must_call:
+            if self._part is _Part.REASONING:
+                pieces += self._read(is_end=True)
+            elif not self._must_call:
                 self._emit_text(pieces, 0, is_end=True)
         return pieces
 
@@ -135,18 +142,47 @@ class AnswerParser:
         if held.text.startswith(self._label):
             held.take(len(self._label))
         self._label = ""
+        early = self._find_early_call(is_end)
         found = held.find([end])
-        shown = held.take(found[0]) if found else held.release(0 if is_end else held.num_undecided(end))
-        if shown:
-            pieces.append(Reasoning(self._gap + shown))
-            self._gap = ""
-            self._has_reasoned = True
+        if early is not None and (found is None or early < found[0]):
+            return self._begin_early_call(pieces, early)
+        ends = [end] if self._early is None or self._tools is None else [end, self._tools.marker]
+        num_undecided = 0 if is_end else max(map(held.num_undecided, ends))
+        self._show_reasoning(pieces, held.take(found[0]) if found else held.release(num_undecided))
         if found:
             held.take(len(end))
             held.skip_blanks()
             self._gap = "\n\n" if self._has_reasoned else ""
             self._part = _Part.START  # some models begin another section at once
         return found is not None
+
+    def _show_reasoning(self, pieces: list[Piece], text: str) -> None:
+        if text:
+            pieces.append(Reasoning(self._gap + text))
+            self._gap, self._has_reasoned = "", True
+
+    def _find_early_call(self, is_end: bool) -> int | None:
+        """Return where a call begins inside the reasoning, or may begin."""
+        while self._early is not None and self._tools is not None:
+            found = self._held.find([self._tools.marker])
+            if found is None:
+                return None
+            follows = "".join(self._held.text[found[0] + len(found[1]) :].split())
+            if follows.startswith(self._early) or (self._early.startswith(follows) and not is_end):
+                return found[0]
+            self._held.put_back(self._held.text, num_known=found[0] + 1)
+        return None
+
+    def _begin_early_call(self, pieces: list[Piece], at: int) -> bool:
+        """Emit the reasoning before a marker of calls; return False while no call is certain."""
+        assert self._tools is not None and self._early is not None
+        self._show_reasoning(pieces, self._held.take(len(self._held.text[:at].rstrip())))
+        marked = self._held.text.lstrip().removeprefix(self._tools.marker)
+        if not "".join(marked.split()).startswith(self._early):
+            return False
+        self._is_early = True
+        self._enter_calls(self._tools, opening=self._held.release(len(marked)))
+        return True
 
     def _unwrap(self, is_end: bool) -> bool:
         """Look for the marker before the answer's text; return False while that is undecided."""
@@ -239,8 +275,13 @@ class AnswerParser:
         searched for markers                            "a": 1} is JSON.
         """
         self._calls = None
+        was_early, self._is_early = self._is_early, False
         self._part = _Part.TEXT
-        if self._has_called:
+        if was_early and not self._has_called:  # its marker is not searched again
+            self._part = _Part.REASONING
+            num_blanks = len(self._opening) - len(self._opening.lstrip())
+            self._held.put_back(self._opening + rest, num_known=num_blanks + 1)
+        elif self._has_called:
             self._held.put_back(rest)
             self._held.skip_blanks()
         else:

@@ -101,6 +101,26 @@ class ToolFormat(ABC):
         """Whether an answer may begin with a call that has no marker, as decided by `begins`."""
         return not self.marker
 
+    @property
+    def begun(self) -> str:
+        """What is between the marker and the first name, if `rules` has a rule `begun`; otherwise ""."""
+        return ""
+
+    def leaves_reasoning(self, mark: Mark) -> str | None:
+        """Return what must follow a marker inside reasoning for it to be a call, without blanks.
+
+        Models of several families call tools before they have ended their reasoning. A marker that is a
+        special token is never part of the thoughts, so nothing need follow. Another one may be, unless a
+        call's beginning follows. None: no marker is a call there.
+        """
+        if not self.marker:
+            return None
+        expression = marked_expression(self.marker, mark, self.markers)
+        if re.fullmatch(r"<\[\d+\]>", expression):
+            return ""
+        is_text = "<[" not in marked_expression(self.marker + self.begun, mark, self.markers)
+        return "".join(self.begun.split()) or None if is_text else None
+
     def recognises(self, template: str) -> bool:
         """Return whether a chat template's source shows that its model was trained on this format."""
         is_shown = any(all(text in template for text in group) for group in self.shows)
@@ -112,7 +132,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        """Return grammar rules, in which `calls` is everything after the marker."""
+        """Return grammar rules, in which `calls` is everything after the marker.
+
+        In some formats, `begun` is what follows the text `self.begun` after it.
+        """
 
     @abstractmethod
     def written(self, calls: Sequence[WrittenCall]) -> str:
@@ -163,6 +186,11 @@ def plain_text(text: str, number: int = 0) -> str:
     """Return a format's text with what `marked_expression` allows for its blanks, for a call's number."""
     found = {"%d": str(number), "%s": f"call{number:05}", "%_": " ", "%n": "\n"}
     return re.sub("%[ds_n]", lambda blank: found[blank[0]], text)
+
+
+def begun_text(text: str) -> str:
+    """Return a format's text without its blanks; "" if it contains an id or a number."""
+    return "" if "%d" in text or "%s" in text else plain_text(text).strip()
 
 
 def num_held(text: str, marker: str) -> int:

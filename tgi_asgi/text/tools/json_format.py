@@ -16,6 +16,7 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
     WrittenCall,
     alternatives,
+    begun_text,
     marked_expression,
     plain_text,
 )
@@ -50,13 +51,20 @@ class JsonFormat(ToolFormat):
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         spell = partial(marked_expression, mark=mark, markers=self.markers)
-        before, middle, behind = self.call
-        calls = [
-            f"{spell(before)} {literal(tool.name)} {spell(middle)} {tool.whole()} {spell(behind)}"
-            for tool in tools
-        ]
-        more = f" ({spell(self.between)} call)*" if is_parallel else ""
-        return f"calls: {spell(self.head)} call{more} {spell(self.tail)}\n{alternatives('call', calls)}"
+        before, middle, behind = map(spell, self.call)
+        named = [f"{literal(tool.name)} {middle} {tool.whole()} {behind}" for tool in tools]
+        more = f" ({spell(self.between)} {before} named)*" if is_parallel else ""
+        return "\n".join(
+            [
+                f"calls: {spell(self.head)} {before} begun",
+                f"begun: named{more} {spell(self.tail)}",
+                alternatives("named", named),
+            ]
+        )
+
+    @property
+    def begun(self) -> str:
+        return begun_text(self.head + self.call[0])
 
     def written(self, calls: Sequence[WrittenCall]) -> str:
         texts = []

@@ -17,6 +17,7 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
     WrittenCall,
     alternatives,
+    begun_text,
     free_name,
     marked_expression,
     plain_text,
@@ -53,9 +54,14 @@ class XmlFormat(ToolFormat):
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         spell = partial(marked_expression, mark=mark, markers=self.markers)
-        more = f" ({spell(self.between)} call)*" if is_parallel else ""
+        before, middle, behind = map(spell, self.call)
+        more = f" ({spell(self.between)} {before} named)*" if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
-        lines = [f"calls: {spell(self.head)} call{more} {spell(self.tail)}", alternatives("call", names)]
+        lines = [
+            f"calls: {spell(self.head)} {before} begun",
+            f"begun: named{more} {spell(self.tail)}",
+            alternatives("named", names),
+        ]
         end = self.argument[2] if self._ends_line else self.quotes[1] + self.argument[2]
         texts = PlainTexts(end, spell, self.quotes[1] if self._ends_line else "")
         for index, (name, tool) in enumerate(zip(names, tools, strict=True)):
@@ -67,11 +73,12 @@ class XmlFormat(ToolFormat):
             if (others := tool.others()) is not None:
                 lines.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
                 arguments.append(f"({self._argument(tool, f'FREE_{index}', others, True, texts)})*")
-            before, middle, behind = self.call
-            lines.append(
-                f"{name}: {spell(before + tool.name + middle)} {' '.join(arguments)} {spell(behind)}"
-            )
+            lines.append(f"{name}: {literal(tool.name)} {middle} {' '.join(arguments)} {behind}")
         return "\n".join(lines + texts.rules)
+
+    @property
+    def begun(self) -> str:
+        return begun_text(self.head + self.call[0])
 
     @property
     def _ends_line(self) -> bool:
