@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from typing import Any
 
 import pytest
 
+from tests.support.processor_time import computed_within
 from tests.support.schemas import check
 from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
@@ -306,3 +308,21 @@ def test_a_type_holds_beside_a_keyword_that_does_not(compiler: GrammarCompiler, 
     assert accepts(compiler, grammar, write(name, [("f", {"s": "x", "l": [1], "o": {"k": 1}})]))
     for wrong in ({"s": 1}, {"l": ["x"]}, {"l": "x"}, {"o": {"k": "x"}}, {"o": [1]}):
         assert not accepts(compiler, grammar, write(name, [("f", wrong)])), wrong
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4", "lfm2"])
+@pytest.mark.parametrize("key", ["allOf", "anyOf"])
+def test_definitions_that_double_at_each_level_are_read_in_time(name: str, key: str) -> None:
+    levels = {f"D{at}": {key: [{"$ref": f"#/$defs/D{at + 1}"}] * 20} for at in range(20)}
+    definitions = {**levels, "D20": {"type": "string"}, "C": {key: [{"$ref": "#/$defs/C"}] * 20}}
+    value = {"properties": {"s": {"$ref": "#/$defs/D0"}, "c": {"$ref": "#/$defs/C"}}}
+    whole = {key: [{"$ref": "#/$defs/D0"}, {"$ref": "#/$defs/C"}]}
+
+    def run() -> None:
+        for schema in (value, whole):
+            spec = ToolSpec("f", {**schema, "$defs": definitions}, is_strict=False)
+            with contextlib.suppress(InvalidRequest):
+                grammar_of(name, spec)
+            parse(AnswerParser(None, FORMATS[name], [spec]), write(name, [("f", {"s": "x", "c": 1})]), 7)
+
+    computed_within(2, run)

@@ -19,6 +19,7 @@ _CALL = "call:"
 _ANNOTATIONS = frozenset({"type", "description", "title", "default", "examples"})
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
 _NAME = r'[^\s{}:,"<>]{1,128}'  # of an item that is not listed
+_MAX_VALUES = 3_000  # with those that are referred to, which may double at each level
 _MAX_DEPTH = 16  # of the enforced part: references may be circular
 _SCALARS = ("integer", "number", "boolean", "null")
 _FREE = """gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
@@ -80,6 +81,7 @@ class _Values:
     def __init__(self, rule: str, tool: ToolArguments, quote: str) -> None:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
+        self._num_left = _MAX_VALUES
 
     def items(
         self, each: Iterable[tuple[str, Any, bool]], depth: int = 0, *, others: Any = None
@@ -104,7 +106,9 @@ class _Values:
 
     def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
         """Return the expression of a value; append the rules that it needs to `lines`."""
-        described = self._resolved(schema) if isinstance(schema, Mapping) and depth < _MAX_DEPTH else {}
+        self._num_left -= 1
+        is_held = isinstance(schema, Mapping) and depth < _MAX_DEPTH and self._num_left > 0
+        described = self._resolved(schema) if is_held else {}
         conditions = described.keys() - _ANNOTATIONS
         if conditions == {"const"} or conditions == {"enum"}:
             values = described["enum"] if "enum" in conditions else [described["const"]]

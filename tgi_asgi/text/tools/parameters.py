@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ _BESIDE_REFERENCE = frozenset(
     {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description"}
 )
 _MAX_REFERENCES = 8  # a definition may be a reference in turn, even to itself
-_MAX_DEPTH = 8  # of `allOf` and `anyOf` within each other: references may be circular
+_MAX_MEMBERS = 64  # of all combinations: references may be circular, and double at each level
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ def parameters_of(schema: Mapping[str, Any]) -> Parameters:
     the schema forbids them. Beside listed arguments they are free only if the schema describes their values:
     a model that begins to invent arguments does not stop.
     """
-    found = _Found()
-    found.add(schema, schema)
+    found = _Found(schema, [_MAX_MEMBERS])
+    found.add(schema)
     others = found.of_others[0] if len(found.of_others) == 1 else {"anyOf": found.of_others}
     if not found.of_others:
         is_free = not (found.properties or found.required or found.is_closed)
@@ -87,31 +87,31 @@ def definition(reference: str, whole: Mapping[str, Any]) -> Any:
 class _Found:
     """What has been read so far; see `Parameters`."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Mapping[str, Any], left: list[int]) -> None:
+        self._whole = whole
+        self._left = left  # how many members may still be read, shared by all
         self.properties: dict[str, Any] = {}
         self.required: set[str] = set()
         self.of_others: list[Any] = []
         self.beyond: set[str] = set()
         self.is_closed = False
 
-    def add(self, schema: Mapping[str, Any], whole: Mapping[str, Any], depth: int = 0) -> None:
+    def add(self, schema: Mapping[str, Any]) -> None:
         """Add what a schema says, and its members."""
         self.beyond |= schema.keys() - _OF_EACH - {"allOf"}
         self._list(schema.get("properties"), "allOf")
         self.required.update(_names(schema.get("required")))
         self._describe_others(schema)
-        if depth == _MAX_DEPTH:
-            return
-        for part in _members(schema.get("allOf"), whole):
-            self.add(part, whole, depth + 1)
+        for part in self._members(schema, "allOf"):
+            self.add(part)
         for key in ("anyOf", "oneOf"):
             branches = []
-            for part in _members(schema.get(key), whole):
-                branches.append(_Found())
-                branches[-1].add(part, whole, depth + 1)
+            for part in self._members(schema, key):
+                branches.append(_Found(self._whole, self._left))
+                branches[-1].add(part)
             for branch in branches:
                 self._list(branch.properties, "anyOf")
-                self.of_others += [each for each in branch.of_others if each not in self.of_others]
+                self._describe(branch.of_others)
                 self.beyond |= branch.beyond
             if branches:
                 self.required |= set.intersection(*(branch.required for branch in branches))
@@ -120,7 +120,7 @@ class _Found:
         """List arguments; several schemas of the same one are combined by a keyword."""
         for name, value in properties.items() if isinstance(properties, Mapping) else ():
             known = self.properties.get(name, value)
-            self.properties[name] = value if known == value else {together: [known, value]}
+            self.properties[name] = value if _are_equal(known, value) else {together: [known, value]}
 
     def _describe_others(self, schema: Mapping[str, Any]) -> None:
         rest, patterns = schema.get("additionalProperties"), schema.get("patternProperties")
@@ -128,14 +128,32 @@ class _Found:
         described = list(patterns.values()) if isinstance(patterns, Mapping) else []
         if isinstance(rest, Mapping) and rest:
             described.append(rest)
-        self.of_others += [each for each in described if each not in self.of_others]
+        self._describe(described)
+
+    def _describe(self, described: Iterable[Any]) -> None:
+        for schema in described:
+            if not any(_are_equal(schema, each) for each in self.of_others):
+                self.of_others.append(schema)
+
+    def _members(self, schema: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the members of a combination that may describe objects, as long as there are not too many."""
+        parts = schema.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            self._left[0] -= 1
+            if self._left[0] < 0:
+                self.beyond.add(key)
+                return
+            member = resolved(part, self._whole) if isinstance(part, Mapping) else {"type": None}
+            if member.get("type", "object") == "object":
+                yield member
 
 
-def _members(parts: Any, whole: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """Yield the members of a combination that may describe objects."""
-    for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, Mapping) and (member := resolved(part, whole)).get("type", "object") == "object":
-            yield member
+def _are_equal(one: Any, other: Any) -> bool:
+    """Return whether two schemas are the same; those that nest too deep to be compared are not."""
+    try:
+        return bool(one == other)
+    except RecursionError:
+        return False
 
 
 def _names(required: Any) -> list[str]:

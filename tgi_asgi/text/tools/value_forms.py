@@ -23,7 +23,7 @@ _OF_TEXTS = frozenset({"pattern", "minLength", "maxLength", "format"})
 _BEYOND = frozenset({"not", "if", "$dynamicRef"})
 _KINDS = ("object", "array", "number", "integer", "boolean", "null")
 NULLS = ("null", "None")  # Qwen 3.5's template writes null as Python does
-_MAX_DEPTH = 16  # references may be circular
+_MAX_PARTS = 64  # of a schema, with those that it refers to
 # What values that are no texts may begin with, as JSON or in Python; a text in quotes might be JSON, too.
 _NUMBER = "-+.(0123456789"
 _BEGINNINGS = {"object": "{", "array": "[(", "number": _NUMBER, "integer": _NUMBER}
@@ -80,33 +80,51 @@ class Forms:
         return {kind for schema in self.others for kind in _kinds_of(schema)}
 
 
-def forms_of(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> Forms:
+def forms_of(schema: Any, resolve: Callable[[str], Any]) -> Forms:
     """Divide the values that a schema allows; `resolve` finds the definition that `#/...` refers to."""
-    if not isinstance(schema, Mapping):
-        schema = {}
-    rules = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
-    if depth == _MAX_DEPTH:
+    try:
+        return _Division(resolve).forms(schema)
+    except _TooManyParts:
         return Forms(others=(schema,))
-    for key in ("anyOf", "oneOf", "allOf"):
-        branches = rules.pop(key, None)
-        if branches is None:
-            continue
-        if not _are_apart(branches, rules) or (key == "allOf" and len(branches) > 1):
-            return Forms(others=(schema,))
-        forms = [forms_of({**rules, **branch}, resolve, depth + 1) for branch in branches]
-        texts = tuple(text for each in forms for text in each.texts)
-        others = tuple(other for each in forms for other in each.others)
-        return Forms(texts, others) if texts else Forms(others=(schema,))
-    if isinstance(reference := rules.get("$ref"), str):
-        found = resolve(reference)
-        if rules.keys() != {"$ref"} or not isinstance(found, Mapping):
-            return Forms(others=(schema,))
-        forms_found = forms_of(found, resolve, depth + 1)
-        return forms_found if forms_found.texts else Forms(others=(schema,))
-    for key in ("const", "enum"):
-        if key in rules:
-            return _of_values(rules, key, schema)
-    return _of_kinds(rules, schema)
+
+
+class _TooManyParts(Exception):
+    """A schema has too many alternatives: references may be circular, and double at each level."""
+
+
+class _Division:
+    """The division of one schema."""
+
+    def __init__(self, resolve: Callable[[str], Any]) -> None:
+        self._resolve = resolve
+        self._num_left = _MAX_PARTS
+
+    def forms(self, schema: Any) -> Forms:
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise _TooManyParts
+        if not isinstance(schema, Mapping):
+            schema = {}
+        rules = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
+        for key in ("anyOf", "oneOf", "allOf"):
+            branches = rules.pop(key, None)
+            if branches is None:
+                continue
+            if not _are_apart(branches, rules) or (key == "allOf" and len(branches) > 1):
+                return Forms(others=(schema,))
+            forms = [self.forms({**rules, **branch}) for branch in branches]
+            texts = tuple(text for each in forms for text in each.texts)
+            others = tuple(other for each in forms for other in each.others)
+            return Forms(texts, others) if texts else Forms(others=(schema,))
+        if isinstance(reference := rules.get("$ref"), str):
+            found = self._resolve(reference)
+            is_alone = rules.keys() == {"$ref"} and isinstance(found, Mapping)
+            referred = self.forms(found) if is_alone else Forms()
+            return referred if referred.texts else Forms(others=(schema,))
+        for key in ("const", "enum"):
+            if key in rules:
+                return _of_values(rules, key, schema)
+        return _of_kinds(rules, schema)
 
 
 def _are_apart(branches: Any, rules: Mapping[str, Any]) -> bool:
