@@ -254,6 +254,30 @@ def test_lines_around_a_value_may_be_missing(
             assert accepts(compiler, grammar_of("qwen3_coder", ToolSpec("f", schema)), text)
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<a>\n  <parameter>x</parameter>\n  <parameter=b>y</parameter>\n </a>",
+        "</parameter> </parameter>",
+        "x</parameter>\n\n<b>",
+    ],
+)
+def test_an_end_tag_within_a_line_of_a_text_is_part_of_it(
+    compiler: GrammarCompiler, value: str, size: int
+) -> None:
+    schema = {"properties": {"s": B, "t": {"type": ["string", "null"]}, "a": A}}
+    for arguments in ({"s": "x" + value}, {"s": "x" + value, "t": "-" + value, "a": 1}):
+        call = write("qwen3_coder", [("f", arguments)])
+        assert accepts(compiler, grammar_of("qwen3_coder", ToolSpec("f", schema)), call)
+        assert read("qwen3_coder", call, schema, size) == arguments
+        short = call.replace("\n</parameter>\n<", "</parameter>\n<")
+        if "a" not in arguments:
+            short = short.replace("</parameter>\n<", "</parameter><")
+        assert accepts(compiler, grammar_of("qwen3_coder", ToolSpec("f", schema)), short)
+        assert read("qwen3_coder", short, schema, size) == arguments
+
+
 @pytest.mark.parametrize(
     ("pattern", "good", "bad"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.plain import plain_text
-from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json
+from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json, literal
 from tgi_asgi.text.tools.parameters import Parameters, definition, parameters_of, resolved
 from tgi_asgi.text.tools.value_forms import Forms
 
@@ -139,6 +139,8 @@ class ToolArguments:
 
     def others_of(self, forms: Forms) -> str:
         """Return those of an argument's values that are no texts."""
+        if forms.may_be_null:
+            return literal("null")
         return self.value(forms.others[0] if len(forms.others) == 1 else {"anyOf": list(forms.others)})
 
     def text_rules(self, schema: Mapping[str, Any]) -> list[str]:

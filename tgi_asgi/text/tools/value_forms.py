@@ -148,6 +148,8 @@ def _of_kinds(rules: Mapping[str, Any], schema: Mapping[str, Any]) -> Forms:
     kinds = _types(rules, ["object"] if "properties" in rules else ["string", *_KINDS])
     if "string" not in kinds:
         return Forms(others=(schema,))
+    if not rules:
+        return Forms(({"type": "string"},), ({},))  # half as large a grammar as that of all types but text
     rest = [kind for kind in kinds if kind != "string"]
     text = {name: value for name, value in rules.items() if name in _OF_TEXTS | _BEYOND}
     return Forms(({"type": "string", **text},), ({**rules, "type": rest},) if rest else ())

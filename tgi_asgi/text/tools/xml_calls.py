@@ -151,6 +151,7 @@ class XmlArguments:
         self._num_own = 0  # how many of those are its own, and not what follows it
         self._first_of_ends: frozenset[str] = frozenset()  # the characters that they begin with
         self._num_known = 0  # leading characters of the buffered value in which no end begins
+        self._is_empty = True  # whether none of the value has been emitted
         self._strings = JsonStrings()  # of the value, if it is JSON
         self._skipped: tuple[int, str] | None = None  # an end in one of them
 
@@ -198,6 +199,7 @@ class XmlArguments:
         self._is_text = None if is_undecided else is_text
         self._set_ends(self._tags.quotes[1] if is_quoted else "")
         self._num_known, self._strings, self._skipped = 0, JsonStrings(), None
+        self._is_empty = True
         head = f"{', ' if self._num_arguments else '{'}{dumped(found[1])}: "
         self._num_arguments += 1
         self._out.append(head + ('"' if self._is_text else ""))
@@ -223,6 +225,7 @@ class XmlArguments:
             self._out.append('"')
         if found is None:
             if self._is_text and self._num_known:
+                self._is_empty = False
                 self._out.append(dumped(known)[1:-1])
                 self._cut(self._num_known)
                 self._num_known = 0
@@ -244,6 +247,15 @@ class XmlArguments:
                 self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
                 return None
             at, end = min(found)
+            is_within_line = self._tags.line != "" and end == self._tags.argument[2]
+            if self._is_text is not False and is_within_line and (at or not self._is_empty):
+                is_structure = self._is_followed(at + len(end))
+                if is_structure is None:
+                    self._num_known = at
+                    return None
+                if not is_structure:
+                    self._num_known = at + 1
+                    continue
             value = self._buffer[:at].strip()
             if self._is_text is not False or not self._strings.are_open(self._buffer, at):
                 is_torn = self._skipped is not None and as_json(value) is None  # its quotes do not match
@@ -255,6 +267,17 @@ class XmlArguments:
                 self._ends += (self._tags.call[2],)
                 self._first_of_ends |= {self._tags.call[2][0]}
             self._num_known = at + 1
+
+    def _is_followed(self, at: int) -> bool | None:
+        """Return whether another argument or the call's end begins at a place; None: not known yet.
+
+        Otherwise an end tag within a line is part of the text, such as a file in XML.
+        """
+        rest = self._buffer[at:].removeprefix(self._tags.line)  # as the grammar says
+        tags = (self._tags.argument[0], self._tags.call[2], *self._tags.wraps)
+        if any(rest.startswith(tag) for tag in tags):
+            return True
+        return None if any(tag.startswith(rest) for tag in tags) else False
 
     def _json(self, value: str) -> str:
         return self._forms.read_json(value) if self._kind else self._forms.read(value)

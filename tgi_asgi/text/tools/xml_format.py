@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -22,7 +22,7 @@ from tgi_asgi.text.tools.base import (
     marked_expression,
     plain_text,
 )
-from tgi_asgi.text.tools.plain_values import PlainTexts
+from tgi_asgi.text.tools.plain_values import PlainTexts, Then
 from tgi_asgi.text.tools.value_forms import forms_of
 from tgi_asgi.text.tools.xml_calls import XmlCallParser, XmlTags
 
@@ -54,7 +54,7 @@ class XmlFormat(ToolFormat):
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         spell = partial(marked_expression, mark=mark, markers=self.markers)
-        before, middle, behind = map(spell, self.call)
+        before, middle, _ = map(spell, self.call)
         more = f" ({spell(self.between)} {before} named)*" if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
         lines = [
@@ -62,44 +62,70 @@ class XmlFormat(ToolFormat):
             f"begun: named{more} {spell(self.tail)}",
             alternatives("named", names),
         ]
-        end = self.argument[2] if self._ends_line else self.quotes[1] + self.argument[2]
-        texts = PlainTexts(end, spell, self.quotes[1] if self._ends_line else "")
-        for index, (name, tool) in enumerate(zip(names, tools, strict=True)):
-            listed = list(tool.each())
-            arguments = [
-                self._argument(tool, literal(key), schema, is_required, texts)
-                for key, schema, is_required in listed
-            ]
-            if (others := tool.others()) is not None:
-                lines.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
-                arguments.append(f"({self._argument(tool, f'FREE_{index}', others, True, texts)})*")
-            lines.append(f"{name}: {literal(tool.name)} {middle} {' '.join(arguments)} {behind}")
+        for name, tool in zip(names, tools, strict=True):
+            lines.append(f"{name}: {literal(tool.name)} {middle} {name}_0")
+        texts = self._texts(spell)
+        for name, tool in zip(names, tools, strict=True):
+            lines += self._arguments(name, tool, texts)
         return "\n".join(lines + texts.rules)
 
     @property
     def begun(self) -> str:
         return begun_text(self.head + self.call[0])
 
-    @property
-    def _ends_line(self) -> bool:
-        """Whether values are on lines of their own, of which models may omit the end."""
-        return self.quotes[1].isspace()
+    def _texts(self, spell: Callable[[str], str]) -> PlainTexts:
+        quote, end = self.quotes[1], self.argument[2]
+        if not quote.isspace():
+            return PlainTexts(quote + end, spell)
+        return PlainTexts(end, spell, quote, (self.argument[0].strip(), self.call[2].strip()))
 
-    def _argument(
-        self, tool: ToolArguments, key: str, schema: Any, is_required: bool, texts: PlainTexts
-    ) -> str:
-        (before, middle, behind), spell = self.argument, texts.spell
+    def _arguments(self, rule: str, tool: ToolArguments, texts: PlainTexts) -> list[str]:
+        """Return rules for a tool's arguments in order, some of which are optional, and the call's end.
+
+        `<rule>_i` matches everything from argument number i on, `<rule>_open_i` the same after the first tag
+        of an argument.
+        """
+        before, behind = texts.spell(self.argument[0]), texts.spell(self.call[2])
+        listed, others = list(tool.each()), tool.others()
+        end = len(listed)
+        rules = [f"{rule}_{end}: {behind}"]
+        opened = None
+        if others is not None:
+            opened, free = f"{rule}_open_{end}", f"FREE_{rule.upper()}"
+            value = self._value(tool, others, texts, Then(f"{rule}_{end}", opened, may_end=True))
+            rules = [
+                f"{free}: {free_name(_NAME, [key for key, *_ in listed])}",
+                f"{opened}: {free} {value}",
+                f"{rule}_{end}: {behind} | {before} {opened}",
+            ]
+        may_end = True
+        for index in reversed(range(end)):
+            key, schema, is_required = listed[index]
+            value = self._value(tool, schema, texts, Then(f"{rule}_{index + 1}", opened, may_end))
+            own = f"{rule}_own_{index}"
+            skipped = [] if is_required else [f"{rule}_{index + 1}"]
+            rules.append(f"{own}: {literal(key)} {value}")
+            rules.append(alternatives(f"{rule}_{index}", [f"{before} {own}", *skipped]))
+            if texts.are_on_lines:
+                skipped = [] if is_required or opened is None else [opened]
+                opened = f"{rule}_open_{index}"
+                rules.append(alternatives(opened, [own, *skipped]))
+            may_end = may_end and not is_required
+        return rules
+
+    def _value(self, tool: ToolArguments, schema: Any, texts: PlainTexts, then: Then) -> str:
+        """Return the expression of an argument's value after its name, and of what follows it."""
+        (_, middle, behind), spell = self.argument, texts.spell
         forms = forms_of(schema, tool.definition)
         values = []
         if forms.texts:
-            value = texts.expression(forms, tool, is_named="%t" in middle or not self.quotes_all)
+            value = texts.expression(forms, tool, then, is_named="%t" in middle or not self.quotes_all)
             values.append(f"{spell(middle.replace('%t', 'true') + self.quotes[0])} ({value})")
         if forms.others:
-            begin, end = self.quotes if self.quotes_all else ("", "")
+            begin, end = (self.quotes[0], texts.end) if self.quotes_all else ("", spell(behind))
             head, value = spell(middle.replace("%t", "false") + begin), tool.others_of(forms)
-            values.append(f"{head} ({value}) {spell(end + behind)}")
-        written = f"{spell(before)} {key} ({' | '.join(values)})"
-        return written if is_required else f"({written})?"
+            values.append(f"{head} ({value}) {end} {then.rest}")
+        return f"({' | '.join(values)})"
 
     def written(self, calls: Sequence[WrittenCall]) -> str:
         before, middle, behind = map(plain_text, self.call)
