@@ -45,6 +45,8 @@ def searched(marks: ReasoningMarks | HarmonyMarks, *tokens: str) -> str:
         (OPEN, "a</thi</think>\n \nc\n\n", "c\n\n"),
         (OPEN, "</think>c", "c"),
         (OPEN, "<think>a</think>c", "c"),
+        (OPEN, "a</think>\n\n<think>b</think> c", "c"),
+        (THINK, "<think>a</think><think>b</think>\n<thing>", "<thing>"),
     ],
 )
 def test_the_section_is_left_out(marks: ReasoningMarks | HarmonyMarks, answer: str, content: str) -> None:
