@@ -84,6 +84,17 @@ def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, format: 
         assert_same_bits(eager_ops.linear_add(a[order], weight, x[order]), alone[order])
 
 
+def test_parts_of_wide_matrices_and_of_many_tokens_change_no_bit(kernel_set: str) -> None:
+    _C.set_num_threads(2)
+    source = random_weight("BF16", 600, 1100, seed=1)
+    weight = ops.linear_weight(source, FAST)
+    a = torch.randn(600, 1100)
+    found = eager_ops.linear(a, weight)
+    assert_close(found, linear(rounded(a, "bfloat16"), decoded_values(source), None), length=1100)
+    for picked in ([0], [511], [512], [599], list(range(580, 599)), list(range(500, 550))):
+        assert_same_bits(eager_ops.linear(a[picked].contiguous(), weight), found[picked].contiguous())
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(5, 7)[1], EXACT)
     with pytest.raises(ValueError, match="`linear_add` takes 7 columns as `a`, not 6"):

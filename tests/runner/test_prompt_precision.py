@@ -94,11 +94,23 @@ def assert_alike(found: dict[tuple[int, int], Tensor], expected: dict[tuple[int,
         assert_same_bits(found[place], logits)
 
 
-@pytest.mark.parametrize("format", ["Q4_1", "Q8_0", "Q6_K"])
-def test_tokens_of_a_prompt_have_the_bits_of_the_decoded_model(format: str, kernel_set: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [
+        ("Q4_1", CONFIG),
+        ("Q8_0", CONFIG),
+        ("Q6_K", CONFIG),
+        ("Q4_1", replace(CONFIG, intermediate_size=1184)),
+        ("Q4_K", replace(CONFIG, intermediate_size=1280)),
+    ],
+    ids=["Q4_1", "Q8_0", "Q6_K", "Q4_1 wide", "Q4_K wide"],
+)
+def test_tokens_of_a_prompt_have_the_bits_of_the_decoded_model(
+    format: str, config: ModelConfig, kernel_set: str
+) -> None:
     pieces = [Piece(0, 0, 70), Piece(1, 0, 3)]
-    decoded = Cache(CONFIG, Bfloat16Weights(format), FAST, "bfloat16")
-    assert_same_bits(made(format).run(pieces), decoded.run(pieces))
+    decoded = Cache(config, Bfloat16Weights(format), FAST, "bfloat16")
+    assert_same_bits(made(format, config).run(pieces), decoded.run(pieces))
 
 
 def test_tokens_that_were_sampled_have_the_bits_of_int8(kernel_set: str) -> None:

@@ -28,12 +28,20 @@ constexpr int64_t kTileFloats = kTileRows * kStripRows;  // of a strip's sums
 constexpr int64_t kChunkBlocks = 9;
 constexpr int64_t kFetchedAhead = 4096;  // bytes of each panel
 
-// Tokens processed at once: their activations use half of the L2 cache, which also holds a strip's
-// sums.
+// Tokens multiplied together. Weights are decoded, or read from memory, once for all of them.
 constexpr int64_t kMaxTileTokens = 512;
-inline int64_t tile_tokens_at_once(int64_t num_columns) {
-  const int64_t fitting = (1 << 20) / (2 * num_columns) / 32 * 32;
-  return fitting < 32 ? 32 : fitting > kMaxTileTokens ? kMaxTileTokens : fitting;
+
+// What is multiplied before something else takes its place in the L2 cache (2 MiB): some blocks of
+// the activations, and the sums of some strips, 512 KiB each for 512 tokens. Of wide matrices, the
+// same blocks of several strips are multiplied before the next blocks.
+struct TilePortion {
+  int64_t blocks, strips;
+};
+
+inline TilePortion tile_portion(int64_t num_columns, int64_t unit_strips) {
+  constexpr int64_t kWide = 1024, kBlocks = 16, kStrips = 8;
+  if (num_columns <= kWide) return {num_columns / kBlockColumns, unit_strips};
+  return {kBlocks, unit_strips < kStrips ? kStrips / unit_strips * unit_strips : unit_strips};
 }
 
 // A strip's weights and the activations that they multiply, both starting at the same block.
@@ -144,13 +152,13 @@ void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t 
   store_sums<S, false>(out);
 }
 
-// Computes a strip for `num_tiles` tiles of tokens: out [tokens][32]. Codes are decoded chunk by
-// chunk, once for all tokens, into a buffer for part of two panels that stays in L1. `decode` is
-// null for bf16 weights.
+// Adds blocks [begin, end) of a strip for `num_tiles` tiles of tokens: out [tokens][32]. Codes are
+// decoded chunk by chunk, once for all tokens, into a buffer for part of two panels that stays in
+// L1. `decode` is null for bf16 weights.
 template <class S>
-void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, DecodeBF16 decode,
+void bf16_tiles_strip(const TileOperands& in, DecodeBF16 decode, int64_t begin, int64_t end,
                       int64_t num_tiles, uint8_t* decoded, float* out) {
-  const int64_t num_blocks = weight.num_columns / kBlockColumns;
+  const int64_t num_blocks = end - begin;
   if (decode == nullptr && num_tiles == 1) {
     add_bf16_blocks<S, false, true>(in, num_blocks, true, nullptr, out);
     return store_sums<S, false>(out);
@@ -161,20 +169,20 @@ void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, Decode
   }
   const int64_t num_chunks = (num_blocks + kChunkBlocks - 1) / kChunkBlocks;
   const int64_t chunk_blocks = (num_blocks + num_chunks - 1) / num_chunks;
-  for (int64_t begin = 0; begin < num_blocks; begin += chunk_blocks) {
-    const int64_t end = begin + chunk_blocks < num_blocks ? begin + chunk_blocks : num_blocks;
+  for (int64_t at = begin; at < end; at += chunk_blocks) {
+    const int64_t stop = at + chunk_blocks < end ? at + chunk_blocks : end;
     TileOperands chunk = in;
-    chunk.x += begin * kTileBytes;
+    chunk.x += at * kTileBytes;
     for (int64_t i = 0; i < 2; ++i) {
       if (decode == nullptr) {
-        chunk.panels[i] += begin * kTileBytes;
+        chunk.panels[i] += at * kTileBytes;
       } else {
         uint8_t* const to = decoded + i * kChunkBlocks * kTileBytes;
-        decode(in.panels[i], begin, end, to);
+        decode(in.panels[i], at, stop, to);
         chunk.panels[i] = to;
       }
     }
-    add_bf16_chunk<S>(chunk, end - begin, begin == 0, num_tiles, out);
+    add_bf16_chunk<S>(chunk, stop - at, at == 0, num_tiles, out);
   }
 }
 
@@ -322,7 +330,8 @@ inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precisi
   if (precision == Precision::kBF16) {
     const int64_t decoded_bytes =
         is_decoded_to_bf16(weight.format, precision) ? 2 * kChunkBlocks * kTileBytes : 0;
-    return unit_strips * tile_tokens_at_once(weight.num_columns) * kStripRows + decoded_bytes / 4;
+    const TilePortion portion = tile_portion(weight.num_columns, unit_strips);
+    return portion.strips * kMaxTileTokens * kStripRows + decoded_bytes / 4;
   }
   if (precision == Precision::kFloat32 || int8_tile_functions<S>(weight.format).decode == nullptr) {
     return 0;

@@ -152,29 +152,55 @@ inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs 
   }
 }
 
-// The same with bf16 tiles.
+// Multiplies tokens [first, end) by some units, part of the columns after part, with bf16 tiles.
+// sums: [units][strips][tokens][32].
+template <class S, class Prologue>
+void add_bf16_units(const LinearParams& p, int64_t first, int64_t end, Range units,
+                    int64_t unit_strips, int64_t part_blocks, uint8_t* decoded, float* sums,
+                    const Prologue& prologue) {
+  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: weights are bf16
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
+  const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
+  const uint8_t* const x = p.in.data + first / kTileRows * tile_bytes;
+  for (int64_t block = 0; block < num_blocks; block += part_blocks) {
+    const int64_t stop = block + part_blocks < num_blocks ? block + part_blocks : num_blocks;
+    float* out = sums;
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      const int64_t count = end - first < 2 * kTileRows ? end - first : 2 * kTileRows;
+      if (block == 0) prologue(unit, first, count);
+      for (int64_t strip = 0; strip < unit_strips; ++strip, out += num_tiles * kTileFloats) {
+        const int64_t panel = 2 * (unit * unit_strips + strip);
+        const TileOperands in = {{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes};
+        bf16_tiles_strip<S>(in, decode, block, stop, num_tiles, decoded, out);
+      }
+    }
+  }
+}
+
+// The same as run_groups, with bf16 tiles.
 template <class S, class Prologue, class Epilogue>
 void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                     int member, const Prologue& prologue, const Epilogue& epilogue) {
   const TileScope<typename S::Tiles> scope(bf16_tiles(num_tokens));
-  const int64_t at_once = tile_tokens_at_once(p.weight.num_columns);
-  const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
-  float* const out = scratch_of(p, member);
-  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: weights are bf16
-  auto* const decoded = reinterpret_cast<uint8_t*>(out + unit_strips * at_once * kStripRows);
-  for (int64_t first = 0; first < num_tokens; first += at_once) {
-    const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
-    const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
-    const uint8_t* const x = p.in.data + first / kTileRows * tile_bytes;
-    for (int64_t unit = units.begin; unit < units.end; ++unit) {
-      prologue(unit, first, end - first < 2 * kTileRows ? end - first : 2 * kTileRows);
-      for (int64_t strip = 0; strip < unit_strips; ++strip) {
-        const int64_t panel = 2 * (unit * unit_strips + strip);
-        const TileOperands in = {{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes};
-        float* const sums = out + strip * num_tiles * kTileFloats;
-        bf16_tiles_strip<S>(in, p.weight, decode, num_tiles, decoded, sums);
+  const TilePortion portion = tile_portion(p.weight.num_columns, unit_strips);
+  const int64_t num_units = portion.strips / unit_strips;
+  float* const sums = scratch_of(p, member);
+  auto* const decoded =
+      reinterpret_cast<uint8_t*>(sums + portion.strips * kMaxTileTokens * kStripRows);
+  for (int64_t first = 0; first < num_tokens; first += kMaxTileTokens) {
+    const int64_t end = first + kMaxTileTokens < num_tokens ? first + kMaxTileTokens : num_tokens;
+    const int64_t strip_floats = (end - first + kTileRows - 1) / kTileRows * kTileFloats;
+    // Few tokens wait for the weights, which are read from memory in order.
+    const bool is_few = end - first <= 2 * kTileRows;
+    const int64_t part = is_few ? p.weight.num_columns / kBlockColumns : portion.blocks;
+    for (int64_t begin = units.begin; begin < units.end; begin += num_units) {
+      const Range now = {begin, begin + num_units < units.end ? begin + num_units : units.end};
+      add_bf16_units<S>(p, first, end, now, unit_strips, part, decoded, sums, prologue);
+      for (int64_t unit = now.begin; unit < now.end; ++unit) {
+        float* const of_unit = sums + (unit - begin) * unit_strips * strip_floats;
+        finish_groups<S>(unit, first, end, {of_unit, strip_floats}, epilogue);
       }
-      finish_groups<S>(unit, first, end, {out, num_tiles * kTileFloats}, epilogue);
     }
   }
 }
