@@ -7,7 +7,7 @@ text of their answer (`MarkedForm`); gpt-oss writes messages in harmony's format
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
 from tgi_asgi.text.tools import ToolFormat, choose_format, harmony, recognised_format
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.arguments import ToolSpec, freed
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import style_of, wrapper_of
 from tgi_asgi.types import ReasoningBudget
@@ -47,22 +48,32 @@ class AnswerForm(ABC):
         self._job = job
         self._served = served
         self._is_allowed = not settings.disable_grammar_support
+        self._specs = job.tools.specs if job.tools is not None else ()
 
-    def grammar_source(self) -> GrammarSource:
+    @property
+    def may_free_tools(self) -> bool:
+        """Whether there are tools whose arguments need not be enforced."""
+        return any(not spec.is_strict for spec in self._specs)
+
+    def grammar_source(self, *, frees_tools: bool = False) -> GrammarSource:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.
+
+        Args:
+            frees_tools: Whether tools that are not strict may have any arguments.
 
         Raises:
             InvalidRequest: if grammars are disabled, or a schema is refused.
         """
         if not self._is_allowed:
             raise InvalidRequest("grammar is not supported")
-        source = self._grammar(self._job.constraint.make() if self._job.constraint is not None else None)
+        content = self._job.constraint.make() if self._job.constraint is not None else None
+        source = self._grammar(content, freed(self._specs) if frees_tools else self._specs)
         assert source is not None, "an answer without tools and constraint has no grammar"
         return source
 
     @abstractmethod
-    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
-        """Return the answer's grammar; `content` is that of its text."""
+    def _grammar(self, content: GrammarSource | None, specs: Sequence[ToolSpec]) -> GrammarSource | None:
+        """Return the answer's grammar; `content` is that of its text, and `specs` the job's tools."""
 
     @abstractmethod
     def reading(self) -> Reading | None:
@@ -121,12 +132,12 @@ class MarkedForm(AnswerForm):
                 is_parallel = False  # the model was not trained to, and the history could not show them
             self._use = ToolUse(form, job.tools.specs, job.tools.must_call, is_parallel)
 
-    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
+    def _grammar(self, content: GrammarSource | None, specs: Sequence[ToolSpec]) -> GrammarSource | None:
         if self._use is None and self._style is None and self._wrapper is None:
             return content
         return answer_grammar(
             content,
-            self._use,
+            replace(self._use, specs=specs) if self._use is not None else None,
             self._style,
             is_reasoning_open=self._is_open,
             mark=self._mark,
@@ -175,17 +186,18 @@ class HarmonyForm(AnswerForm):
     def __init__(self, job: Job, served: Served, settings: Settings, prompt_tail: str) -> None:
         super().__init__(job, served, settings)
         self._is_open = harmony.is_open(prompt_tail)
-        self._specs = job.tools.specs if job.tools is not None else None
+        self._has_tools = job.tools is not None
         self._must_call = job.tools is not None and job.tools.must_call
 
-    def _grammar(self, content: GrammarSource | None) -> GrammarSource | None:
+    def _grammar(self, content: GrammarSource | None, specs: Sequence[ToolSpec]) -> GrammarSource | None:
         return harmony_grammar(
-            content, self._specs, self._mark, must_call=self._must_call, is_reasoning_open=self._is_open
-        )
+            content, specs if self._has_tools else None, self._mark, must_call=self._must_call,
+            is_reasoning_open=self._is_open,
+        )  # fmt: skip
 
     def reading(self) -> Reading:
         parser = partial(
-            HarmonyParser, self._specs or (), is_reasoning_open=self._is_open, must_call=self._must_call
+            HarmonyParser, self._specs, is_reasoning_open=self._is_open, must_call=self._must_call
         )
         return Reading(parser, self._special_ids(harmony.MARKERS), self._job.shows_reasoning)
 

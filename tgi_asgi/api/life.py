@@ -267,10 +267,16 @@ async def _grammar(
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
 
-    def compiled() -> tuple[Grammar, Sequence[str]]:
-        source = form.grammar_source()
-        source = after_a_space(source) if drops_space else source
-        return compiler.compile(source), source.ignored
+    def compiled(*, frees_tools: bool = False) -> tuple[Grammar, Sequence[str]]:
+        try:
+            source = form.grammar_source(frees_tools=frees_tools)
+            source = after_a_space(source) if drops_space else source
+            return compiler.compile(source), source.ignored
+        except InvalidRequest:
+            # Hundreds of tools may be too large for one grammar: their names still are enforced.
+            if frees_tools or not form.may_free_tools:
+                raise
+        return compiled(frees_tools=True)
 
     try:
         grammar, ignored = await threads.run(compiled)

@@ -74,7 +74,7 @@ class GrammarCompiler:
         self._backend: Any = None
         self._executor: Any = None
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._compiled: OrderedDict[str, Grammar | str] = OrderedDict()  # or why it was refused
         self._free_texts = FreeTexts(tokenizer, vocab_size)
 
     def compile(self, source: GrammarSource) -> Grammar:
@@ -88,13 +88,26 @@ class GrammarCompiler:
             raise InvalidRequest("grammar is not supported: the model has no token that ends a text")
         text = source.text
         with self._lock:
-            known = self._compiled.get(text)
-            if known is not None:
+            found = self._compiled.get(text)
+            if found is not None:
                 self._compiled.move_to_end(text)
-                return known
-            if self._backend is None:
+            elif self._backend is None:
                 self._backend = _make_backend(self._tokenizer, self._vocab_size)
                 self._executor = _make_executor()
+        if found is None:
+            try:
+                found = self._compile(source, text)
+            except InvalidRequest as error:  # takes as long, and agents send their tools with each request
+                found = error.message
+            with self._lock:
+                self._compiled[text] = found
+                while len(self._compiled) > MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        if isinstance(found, str):
+            raise InvalidRequest(found)
+        return found
+
+    def _compile(self, source: GrammarSource, text: str) -> Grammar:
         grammar = Grammar(partial(_make_matcher, self._backend, text), self._executor, source)
         # The first mask builds most of the lexer, which copies share; do that here and not while a batch
         # waits. Some grammars are too complex only after their first token, and one whose text has no end
@@ -110,10 +123,6 @@ class GrammarCompiler:
         if matcher.error is not None:
             raise InvalidRequest(f"grammar is not valid: {matcher.error}")
         grammar.free = self._free_texts.find(source, grammar.matcher)
-        with self._lock:
-            self._compiled[text] = grammar
-            while len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
         return grammar
 
 

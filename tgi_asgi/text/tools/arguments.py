@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,15 +28,19 @@ class ToolSpec:
     Attributes:
         is_strict: Whether a keyword of its parameters that cannot be enforced refuses the request; otherwise
             the keyword is ignored.
+        is_free: Whether its arguments may be anything, whatever its parameters say.
     """
 
     name: str
     parameters: Mapping[str, Any] | None
     is_strict: bool = True
+    is_free: bool = False
 
     @property
     def schema(self) -> Mapping[str, Any]:
         """The schema of its arguments, which are always an object."""
+        if self.is_free:
+            return {"type": "object"}
         if not self.parameters:
             return _NO_ARGUMENTS
         schema = {"type": "object", **resolved(self.parameters, self.parameters)}
@@ -53,6 +57,11 @@ class ToolSpec:
     def definition(self, reference: str) -> Any:
         """Return the part of its schema that `#/...` refers to, or None."""
         return definition(reference, self.schema)
+
+
+def freed(specs: Sequence[ToolSpec]) -> list[ToolSpec]:
+    """Return tools of which those that are not strict may have any arguments."""
+    return [replace(spec, is_free=not spec.is_strict) for spec in specs]
 
 
 # Keywords that restrict a text or a boolean beyond its type.
@@ -79,8 +88,8 @@ class ToolArguments:
 
     def __init__(self, spec: ToolSpec) -> None:
         self.name = spec.name
-        self.ignored: set[str] = set()
         self._spec = spec
+        self.ignored: set[str] = {self._free} if spec.is_free else set()
         self._num_repeated = 0
 
     def whole(self) -> str:

@@ -1,0 +1,64 @@
+"""Tools that are together too large for one grammar: those that are not strict may have any arguments."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import CHATML, ScriptedEngine, say, scripted_app, toy_info
+from tests.support.tool_writers import write
+from tgi_asgi.settings import Settings
+
+
+def tools(count: int, **more: Any) -> list[dict[str, Any]]:
+    """Return tools of twelve arguments each, of several types."""
+    values = [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "number"}}]
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": f"tool_{number}",
+                "parameters": {
+                    "type": "object",
+                    "properties": {f"argument_{number}_{at}": values[at % 3] for at in range(12)},
+                    "required": [f"argument_{number}_0"],
+                    "additionalProperties": False,
+                },
+                **more,
+            },
+        }
+        for number in range(count)
+    ]
+
+
+async def answer(name: str, body: dict[str, Any], *calls: tuple[str, dict[str, Any]]) -> httpx.Response:
+    text = write(name, list(calls))
+    script = say(*(text[at : at + 5] for at in range(0, len(text), 5)))
+    info = toy_info(max_input_tokens=4_000_000, max_total_tokens=4_000_001)
+    app = scripted_app(ScriptedEngine(script), Settings(tool_format=name), info=info, chat_template=CHATML)
+    async with client_of(app) as client:
+        question = {"messages": [{"role": "user", "content": "hi"}], **body}
+        return await client.post("/v1/chat/completions", json=question)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "lfm2"])
+async def test_hundreds_of_tools_are_called_with_free_arguments(name: str) -> None:
+    called = {"argument_7_1": 2, "argument_7_0": "a"}
+    found = await answer(name, {"tools": tools(300)}, ("tool_7", called))
+    assert found.status_code == 200, found.text
+    assert "tools.tool_0" in found.headers["x-tgi-ignored-keywords"].split(",")
+    [call] = found.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "tool_7"
+    assert json.loads(call["function"]["arguments"]) == called
+
+
+async def test_few_tools_keep_their_rules_and_strict_ones_are_refused() -> None:
+    few = await answer("qwen3_coder", {"tools": tools(3)}, ("tool_1", {"argument_1_0": "a"}))
+    assert few.status_code == 200 and "x-tgi-ignored-keywords" not in few.headers
+    many = await answer("qwen3_coder", {"tools": tools(300, strict=True)}, ("tool_1", {}))
+    assert many.status_code == 400
+    assert "tools" in many.json()["error"]["message"]
