@@ -231,7 +231,7 @@ void decode_panel(const uint8_t* panel, int64_t num_blocks, uint8_t* out) {
 // Does the work of add_block and add_mins for one panel and sixteen tokens. sums: [16 tokens][16
 // rows].
 template <class S, class Fmt>
-inline void add_tile_sums(const uint8_t* decoded, const TokenGroup<S>& x, const int32_t* sums,
+inline void add_tile_sums(const uint8_t* decoded, const TokenBlock<S>& x, const int32_t* sums,
                           typename S::F (&out)[kTileRows]) {
   const auto scale = S::load(reinterpret_cast<const float*>(decoded + kDecodedScale));
   TGI_UNROLL(16)
@@ -254,10 +254,10 @@ inline void add_tile_sums(const uint8_t* decoded, const TokenGroup<S>& x, const 
 }
 
 template <class S, int Turn>
-inline void multiply_codes(const uint8_t* decoded, const TokenGroup<S>& x) {
+inline void multiply_codes(const uint8_t* decoded, const TokenBlock<S>& x) {
   using T = typename S::Tiles;
   T::template load<6 + Turn>(decoded, kTileRowBytes);
-  T::template load<4 + Turn>(x.tile, kBlockColumns);
+  T::template load<4 + Turn>(x.first_values, kBlockColumns);
   T::template zero<Turn>();
   T::template dot_int8<Turn, 4 + Turn, 6 + Turn>();
 }
@@ -265,11 +265,11 @@ inline void multiply_codes(const uint8_t* decoded, const TokenGroup<S>& x) {
 // Multiplies a panel by a tile of tokens: out [16 tokens][32], of which the panel fills sixteen
 // columns. Prefetches lines of a later panel with each block.
 template <class S, class Fmt>
-void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_blocks, float* out,
-                      Ahead ahead) {
+void int8_tiles_panel(const uint8_t* decoded, const TokenGroup<S>& group, int64_t num_blocks,
+                      float* out, Ahead ahead) {
   static_assert(!Fmt::kIsSigned, "codes are multiplied as unsigned bytes");
   using T = typename S::Tiles;
-  constexpr int64_t kBytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
+  TokenBlock<S> x(group);
   alignas(64) int32_t sums[2][kTileRows * kPanelRows];
   typename S::F total[kTileRows];
   TGI_UNROLL(16)
@@ -277,14 +277,16 @@ void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_block
   multiply_codes<S, 0>(decoded, x);
   // The next block is multiplied while a block's sums are stored and added up.
   for (int64_t b = 0; b < num_blocks; b += 2) {
-    const TokenGroup<S> next = {x.tile + kBytes, 0};
+    TokenBlock<S> next = x;
+    next.advance();
     const bool has_next = b + 1 < num_blocks;
     for (int64_t i = 0; i < 2 * ahead.lines; ++i, ahead.next += 64) S::prefetch_l2(ahead.next);
     if (has_next) multiply_codes<S, 1>(decoded + kDecodedBytes, next);
     T::template store<0>(sums[0], kTileRowBytes);
     add_tile_sums<S, Fmt>(decoded, x, sums[0], total);
     if (!has_next) break;
-    const TokenGroup<S> after = {next.tile + kBytes, 0};
+    TokenBlock<S> after = next;
+    after.advance();
     if (b + 2 < num_blocks) multiply_codes<S, 0>(decoded + 2 * kDecodedBytes, after);
     T::template store<1>(sums[1], kTileRowBytes);
     add_tile_sums<S, Fmt>(decoded + kDecodedBytes, next, sums[1], total);
@@ -299,8 +301,8 @@ void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_block
 template <class S>
 struct Int8TileFunctions {
   void (*decode)(const uint8_t* panel, int64_t num_blocks, uint8_t* out) = nullptr;
-  void (*multiply)(const uint8_t* decoded, TokenGroup<S> x, int64_t num_blocks, float* out,
-                   Ahead ahead) = nullptr;
+  void (*multiply)(const uint8_t* decoded, const TokenGroup<S>& group, int64_t num_blocks,
+                   float* out, Ahead ahead) = nullptr;
 };
 
 template <class S, class Fmt>

@@ -48,26 +48,47 @@ struct StreamPrefetch {
   }
 };
 
-// A block of the values of a tile's tokens, starting with token `first`.
+// Tokens of a tile, starting with token `first`.
 template <class S>
 struct TokenGroup {
   const uint8_t* tile;
   int64_t first;
+};
 
-  const uint8_t* values(int t) const { return tile + kBlockColumns * (offset() + t); }
+// A block of a group's int8 values. Values and numbers have addresses of their own, since an index
+// would make two operations of each product with a broadcast operand, unless the group is a whole
+// tile: then they are a constant apart.
+template <class S>
+struct TokenBlock {
+  static constexpr bool kIsTile = S::kTileTokens == S::kGroupTokens;
+  const uint8_t* first_values;
+  const uint8_t* first_numbers;
+
+  explicit TokenBlock(const TokenGroup<S>& group)
+      : first_values(group.tile + (kIsTile ? 0 : kBlockColumns * group.first)),
+        first_numbers(group.tile + token_numbers(S::kTileTokens) +
+                      (kIsTile ? 0 : kTokenNumbers * group.first)) {}
+  const uint8_t* values(int t) const { return first_values + kBlockColumns * t; }
   // Address of one of token t's numbers.
   const uint8_t* number(int64_t place, int t) const {
-    return tile + token_numbers(S::kTileTokens) + kTokenNumbers * (offset() + t) + place;
+    const uint8_t* const first =
+        kIsTile ? first_values + token_numbers(S::kTileTokens) : first_numbers;
+    return first + kTokenNumbers * t + place;
   }
   float scale(int t) const { return *reinterpret_cast<const float*>(number(kTokenScale, t)); }
   float sum(int t) const { return *reinterpret_cast<const float*>(number(kTokenSum, t)); }
-  int64_t offset() const { return S::kTileTokens == S::kGroupTokens ? 0 : first; }
+  // Moves on to the next block.
+  void advance() {
+    constexpr int64_t kBytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
+    first_values += kBytes;
+    first_numbers += kBytes;
+  }
 };
 
 // Start value of sums for a zero point of 128: -128 times the sum of token t's values over quads
 // [First, Last).
 template <class S, int First, int Last>
-inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
+inline typename S::I sum_start(const TokenBlock<S>& x, int t) {
   const auto first = S::ibroadcast(x.number(kTokenZeroFirst, t));
   if constexpr (First == 0 && Last == 4) return first;
   const auto whole = S::ibroadcast(x.number(kTokenZero, t));
@@ -78,7 +99,7 @@ inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
 // Computes one block's integer sums of Panels x Tokens outputs over quads [First, Last), starting
 // at the zero point's start values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
+inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenBlock<S>& x,
                        typename S::I (&sums)[Panels][Tokens]) {
   constexpr int kLimit = quads_in_short<S, Fmt>();
   constexpr int kQuads = kLimit == 0 ? 1 : std::min(kLimit, Last - First);  // per 16-bit sum
@@ -134,7 +155,7 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<
 }
 
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void add_block(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
+inline void add_block(const typename Fmt::Block (&w)[Panels], const TokenBlock<S>& x,
                       typename S::F (&out)[Panels][Tokens]) {
   typename S::I sums[Panels][Tokens];
   block_sums<S, Fmt, Panels, Tokens, First, Last>(w, x, sums);
@@ -150,7 +171,7 @@ inline void add_block(const typename Fmt::Block (&w)[Panels], const TokenGroup<S
 
 // Adds up both halves as integers: their scales are small, and the sums are below 2^24.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
+inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenBlock<S>& x,
                        typename S::F (&out)[Panels][Tokens]) {
   typename S::I first[Panels][Tokens], second[Panels][Tokens];
   block_sums<S, Fmt, Panels, Tokens, 0, 4>(w, x, first);
@@ -175,7 +196,7 @@ inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenGroup<
 
 // Adds the block's mins times the scaled sums of the values.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
+inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenBlock<S>& x,
                      typename S::F (&out)[Panels][Tokens]) {
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
@@ -188,7 +209,7 @@ inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>
 // The same for a half, with both factors negative: its sum is derived from the zero point's start
 // values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
+inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenBlock<S>& x,
                           typename S::F (&out)[Panels][Tokens]) {
   typename S::F mins[Panels];
   TGI_UNROLL(2)
@@ -202,18 +223,18 @@ inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGro
   }
 }
 
-// out: [Tokens][32], panel p at columns 16p. x: tokens of an int8 tile.
+// out: [Tokens][32], panel p at columns 16p. group: tokens of an int8 tile.
 template <class S, class Fmt, int Panels, int Tokens, class Fetched>
-inline void int8_tile(const uint8_t* const (&w)[Panels], TokenGroup<S> x, int64_t num_blocks,
-                      float* out, Fetched ahead) {
-  constexpr int64_t kBlockBytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
+inline void int8_tile(const uint8_t* const (&w)[Panels], const TokenGroup<S>& group,
+                      int64_t num_blocks, float* out, Fetched ahead) {
+  TokenBlock<S> x(group);
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
   }
-  for (int64_t b = 0; b < num_blocks; ++b, x.tile += kBlockBytes) {
+  for (int64_t b = 0; b < num_blocks; ++b, x.advance()) {
     typename Fmt::Block block[Panels];
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) block[p] = Fmt::block(w[p], b);
@@ -247,7 +268,8 @@ inline void float_tile(const uint8_t* const (&w)[Panels], const TokenGroup<S>& g
                        int64_t num_blocks, float* out, Ahead ahead) {
   constexpr int64_t kBlockBytes = tile_block_bytes(Fmt::kPrecision, S::kTileTokens);
   constexpr int kTokenBytes = 4 * Fmt::kSteps;  // per token in a tile's block
-  const uint8_t* x = group.tile + group.offset() * kTokenBytes;
+  const bool is_tile = S::kTileTokens == S::kGroupTokens;
+  const uint8_t* x = group.tile + (is_tile ? 0 : group.first * kTokenBytes);
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
