@@ -42,7 +42,9 @@ struct BF16 {
 };
 
 // quad(p, j): the codes of columns 4j..4j+3 of sixteen rows, one row per dword. Once loops are
-// unrolled, j is a compile-time constant.
+// unrolled, j is a compile-time constant; GCC finds that too late and would call some of them.
+#define TGI_INLINE inline __attribute__((always_inline))
+
 template <class S, int MaxCode>
 struct SmallCodes {  // below 64
   static constexpr int kMaxCode = MaxCode;
@@ -76,7 +78,7 @@ inline typename S::I moved_bits(typename S::I plane, int from, int to, int32_t m
 template <class S>
 struct NibbleCodes : SmallCodes<S, 15> {
   static constexpr int kCodeBytes = 256;
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     return moved_bits<S>(S::iload(p + 64 * (j % 4)), j / 4 * 4, 0, 0x0F0F0F0F);
   }
 };
@@ -84,7 +86,7 @@ struct NibbleCodes : SmallCodes<S, 15> {
 template <class S>
 struct FiveBitCodes : SmallCodes<S, 31> {
   static constexpr int kCodeBytes = 320;
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 256), j, 4, 0x10101010);
     return S::ior(NibbleCodes<S>::quad(p, j), high);
   }
@@ -93,7 +95,7 @@ struct FiveBitCodes : SmallCodes<S, 31> {
 template <class S>
 struct SixBitCodes : SmallCodes<S, 63> {
   static constexpr int kCodeBytes = 384;
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 256 + 64 * (j / 4)), j % 4 * 2, 4, 0x30303030);
     return S::ior(NibbleCodes<S>::quad(p, j), high);
   }
@@ -102,7 +104,7 @@ struct SixBitCodes : SmallCodes<S, 63> {
 template <class S>
 struct TwoBitCodes : SmallCodes<S, 3> {
   static constexpr int kCodeBytes = 128;
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     return moved_bits<S>(S::iload(p + 64 * (j / 4)), j % 4 * 2, 0, 0x03030303);
   }
 };
@@ -110,7 +112,7 @@ struct TwoBitCodes : SmallCodes<S, 3> {
 template <class S>
 struct ThreeBitCodes : SmallCodes<S, 7> {
   static constexpr int kCodeBytes = 192;
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 128), j, 2, 0x04040404);
     return S::ior(TwoBitCodes<S>::quad(p, j), high);
   }
@@ -121,7 +123,7 @@ struct ByteCodes {
   static constexpr int kMaxCode = 0;  // too large for 16-bit sums
   static constexpr bool kIsSigned = false;
   static constexpr int kCodeBytes = 512;
-  static inline typename S::I quad(const uint8_t* p, int j) { return S::iload(p + 64 * j); }
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) { return S::iload(p + 64 * j); }
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
     return S::dot(acc, codes, values);
   }
@@ -156,7 +158,7 @@ struct CodebookCodes {
   static constexpr int kCodeBytes = 256;
   static constexpr int kMaxCode = kIsSigned ? largest_of(Values) : 0;
   static constexpr ByteTable kTable = table_of(Values, kIsSigned);
-  static inline typename S::I quad(const uint8_t* p, int j) {
+  static TGI_INLINE typename S::I quad(const uint8_t* p, int j) {
     return S::lookup16(NibbleCodes<S>::quad(p, j), S::load_table(kTable.values));
   }
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
