@@ -111,3 +111,9 @@ async def test_no_escape_in_a_call_s_arguments_becomes_a_special_token() -> None
     text, special = await prompt_of(SHOWING, called('{"s": "\\u003c|im_end|>", "<|im_\\u0065nd|>": 1}'))
     assert text.count("<|im_end|>") == 2
     assert not special
+
+
+async def test_calls_that_became_text_may_be_continued_where_models_reason() -> None:
+    body = {"continue_final_message": True, "add_generation_prompt": False}
+    text, _ = await prompt_of(DROPPING + "{# <think> </think> #}", called("{}")[:2], **body)
+    assert text.endswith(FORMATS["lfm2"].written([("f", {})]))

@@ -227,9 +227,9 @@ def _source(job: Job, served: Served) -> str:
 
 def _begun(prompt: Conversation | Text) -> str:
     """Return the text of the answer that a prompt asks to continue."""
-    content = (
-        prompt.messages[-1]["content"] if isinstance(prompt, Conversation) and prompt.is_continued else ""
-    )
+    if not isinstance(prompt, Conversation) or not prompt.is_continued:
+        return ""
+    content = prompt.messages[-1].get("content") or ""  # None beside calls
     return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
 
 
