@@ -6,6 +6,7 @@ text of their answer (`MarkedForm`); gpt-oss writes messages in harmony's format
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,12 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tgi_asgi.api.answer import Reading
-from tgi_asgi.api.call import Conversation, Job, Text
+from tgi_asgi.api.call import Constraint, Conversation, Job, Text
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.harmony import harmony_grammar
-from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.constrain.source import GrammarSource, after_a_space, literal
 from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
 from tgi_asgi.text.tools import ToolFormat, choose_format, harmony, recognised_format
 from tgi_asgi.text.tools.answer import AnswerParser
@@ -29,7 +30,13 @@ from tgi_asgi.types import ReasoningBudget
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
+    from tgi_asgi.api.exchange import Exchange
     from tgi_asgi.text.chat.template import ChatTemplate
+    from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+
+logger = logging.getLogger(__name__)
+
+_MAX_HEADER_CHARS = 1000
 
 
 def answer_form(job: Job, served: Served, settings: Settings, prompt_tail: str) -> AnswerForm:
@@ -206,6 +213,86 @@ class HarmonyForm(AnswerForm):
 
     def reasoning_marks(self) -> HarmonyMarks:
         return HarmonyMarks(self._is_open)
+
+
+async def compile_grammar(
+    exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
+) -> Grammar:
+    """Compile a job's grammar; schema keywords that are not enforced go into a header of the response.
+
+    Args:
+        drops_space: Whether the vocabulary writes a space before the answer's first word, which is not shown.
+
+    Raises:
+        InvalidRequest: if the constraint or a tool is refused; the error names which.
+    """
+    constraint = job.constraint
+    if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
+        return constraint.grammar
+    grammar, ignored = await exchange.context.grammar_threads.run(
+        lambda: _compile(compiler, job, form, drops_space=drops_space)
+    )
+    if constraint is not None:
+        constraint.grammar = grammar
+    if ignored:
+        _report(exchange, ignored)
+    return grammar
+
+
+def _compile(
+    compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
+) -> tuple[Grammar, Sequence[str]]:
+    """Return the grammar, and the schema keywords that it does not enforce.
+
+    Hundreds of tools may be too large for one grammar. Those that are not strict may then have any arguments:
+    their names are still enforced.
+    """
+    try:
+        return _compile_form(compiler, form, frees_tools=False, drops_space=drops_space)
+    except InvalidRequest as error:
+        refusal = error
+    if form.may_free_tools:
+        try:
+            return _compile_form(compiler, form, frees_tools=True, drops_space=drops_space)
+        except InvalidRequest as error:
+            refusal = error
+    raise _with_field(refusal, compiler, job)
+
+
+def _compile_form(
+    compiler: GrammarCompiler, form: AnswerForm, *, frees_tools: bool, drops_space: bool
+) -> tuple[Grammar, Sequence[str]]:
+    source = form.grammar_source(frees_tools=frees_tools)
+    if drops_space:
+        source = after_a_space(source)
+    return compiler.compile(source), source.ignored
+
+
+def _with_field(error: InvalidRequest, compiler: GrammarCompiler, job: Job) -> InvalidRequest:
+    """Return a refusal that names the client's field: that of the constraint, or the tools."""
+    if error.param is not None or error.field is not None:
+        return error
+    constraint = job.constraint
+    if constraint is None or (job.tools is not None and _compiles(constraint, compiler)):
+        return InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",))
+    return InvalidRequest(constraint.prefix + error.message, param=constraint.param)
+
+
+def _compiles(constraint: Constraint, compiler: GrammarCompiler) -> bool:
+    """Return whether a constraint is accepted without the tools, which are then to blame."""
+    try:
+        compiler.compile(constraint.make())
+    except InvalidRequest:
+        return False
+    return True
+
+
+def _report(exchange: Exchange, ignored: Sequence[str]) -> None:
+    names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
+    logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
+    header = (b"x-tgi-ignored-keywords", names)
+    if header not in exchange.response_headers:  # another prompt of the call may have added it
+        exchange.response_headers.append(header)
 
 
 def tool_format(template: ChatTemplate | None, settings: Settings) -> tuple[ToolFormat, bool]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from tgi_asgi.api.answer_form import AnswerForm, answer_form
-from tgi_asgi.api.call import Call, Choices, Constraint, Generation, Job, Prepared, Renderer, Text
+from tgi_asgi.api.answer_form import answer_form, compile_grammar
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -24,17 +23,12 @@ from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
 from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
-from tgi_asgi.text.constrain.source import after_a_space
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
-
-logger = logging.getLogger(__name__)
 
 Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
 Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
-_MAX_HEADER_CHARS = 1000
 NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
 _URL_SCHEMES = ("http://", "https://")  # huggingface.js then sends the endpoint's address
 
@@ -208,12 +202,11 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             message = f"`{{field}}` must be at most `{limit}` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
         form = answer_form(job, served, context.settings, prompt.tail)
-        is_constrained = job.tools is not None or job.constraint is not None
         # An encoder-decoder's answer is a text of its own, and does not continue the prompt's.
         drops_space = served.info.encoder_decoder is not None and served.tokenizer.drops_first_space
         grammar = None
-        if is_constrained:
-            grammar = await _grammar(exchange, served.grammars, job, form, drops_space=drops_space)
+        if job.tools is not None or job.constraint is not None:
+            grammar = await compile_grammar(exchange, served.grammars, job, form, drops_space=drops_space)
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     salt = cache_salt_of(exchange, job.cache_salt)
@@ -257,55 +250,6 @@ def _prompt_and_budget(job: Job, served: Served, settings: Settings) -> tuple[Pr
     """
     prompt = make_prompt(job, served, settings)
     return prompt, job.overflow.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
-
-
-async def _grammar(
-    exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
-) -> Grammar:
-    """Compile an answer's constraint; report schema keywords that are not enforced to the client."""
-    threads, constraint = exchange.context.grammar_threads, job.constraint
-    if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
-        return constraint.grammar
-
-    def compiled(*, frees_tools: bool = False) -> tuple[Grammar, Sequence[str]]:
-        try:
-            source = form.grammar_source(frees_tools=frees_tools)
-            source = after_a_space(source) if drops_space else source
-            return compiler.compile(source), source.ignored
-        except InvalidRequest:
-            # Hundreds of tools may be too large for one grammar: their names still are enforced.
-            if frees_tools or not form.may_free_tools:
-                raise
-        return compiled(frees_tools=True)
-
-    try:
-        grammar, ignored = await threads.run(compiled)
-    except InvalidRequest as error:
-        if error.param is not None or error.field is not None:
-            raise
-        if constraint is None or (
-            job.tools is not None and await threads.run(_compiles, constraint, compiler)
-        ):
-            raise InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",)) from None
-        raise InvalidRequest(constraint.prefix + error.message, param=constraint.param) from None
-    if constraint is not None:
-        constraint.grammar = grammar
-    if ignored:
-        names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
-        logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
-        header = (b"x-tgi-ignored-keywords", names)
-        if header not in exchange.response_headers:  # another part of the call may have added it
-            exchange.response_headers.append(header)
-    return grammar
-
-
-def _compiles(constraint: Constraint, compiler: GrammarCompiler) -> bool:
-    """Return whether a constraint is right by itself, and an error therefore the tools'."""
-    try:
-        compiler.compile(constraint.make())
-    except InvalidRequest:
-        return False
-    return True
 
 
 def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
