@@ -20,7 +20,7 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import TgiError
 from tgi_asgi.runner.plan import RunnerTraits
-from tgi_asgi.text.constrain.free import Part, Watch
+from tgi_asgi.text.constrain.free_text import Part, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 _GREEDY = SamplingParams(temperature=0.0)

@@ -10,7 +10,7 @@ from tests.text.test_grammar import accepts
 from tests.text.test_tool_tokens import Marked, takes
 from tests.text.test_tools import SPECS, parse
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning

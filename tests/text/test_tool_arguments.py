@@ -17,9 +17,9 @@ from tests.text.test_grammar import accepts, random_walk
 from tests.text.test_tool_tokens import Marked, takes
 from tests.text.test_tools import parse
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-from tgi_asgi.text.constrain.plain import whole_pattern, without
+from tgi_asgi.text.constrain.plain_strings import whole_pattern, without
 from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser

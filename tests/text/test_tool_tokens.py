@@ -10,7 +10,7 @@ from tests.support.tool_writers import Call, write
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import allowed
 from tests.text.test_tools import SPECS
-from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal

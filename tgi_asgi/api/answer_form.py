@@ -17,7 +17,7 @@ from tgi_asgi.api.answer import Reading
 from tgi_asgi.api.call import Constraint, Conversation, Job, Text
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, after_a_space, literal
 from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks

@@ -102,7 +102,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         if opened.is_generic:
             _announce(model, opened.why_generic)
         tokenizer, chat_template = reading.result()
-        pooling, generation = opened.beside.pooling(), opened.beside.generation_config()
+        pooling, generation = opened.companions.pooling(), opened.companions.generation_config()
     placed = place.place(model, pooling.dense)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
     info = with_pooling(info, opened, pooling, place.settings, LoadedText(tokenizer, chat_template))

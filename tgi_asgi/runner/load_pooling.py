@@ -77,7 +77,7 @@ def with_pooling(
     if kind is not None:
         dimensions = _dimensions(config, files)
         given["embedding"] = Embedding(Pooling(kind), dimensions, longest, files.is_normalized, files.prompts)
-    labels = opened.beside.labels() if config.num_labels else LabelFiles()
+    labels = opened.companions.labels() if config.num_labels else LabelFiles()
     # Encoders are run by transformers' own code, which decides for itself.
     pad_id = labels.pad_id if isinstance(config, ModelConfig) else None
     tokens = _score_tokens(config, files, settings, text.tokenizer)

@@ -1,4 +1,4 @@
-"""Opens a model's files, of either format: configuration and weights, and what is beside them."""
+"""Opens a model's files, of either format: configuration, weights and companions (`companions.py`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
-from tgi_asgi.models.loading.beside import BesideCheckpoint, BesideGguf
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
+from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.merged import MergedCheckpoint
 from tgi_asgi.models.loading.recognise import (
@@ -62,7 +62,7 @@ class OpenModel:
 
     config: ServedConfig
     weights: Weights
-    beside: BesideCheckpoint | BesideGguf
+    companions: CheckpointCompanions | GgufCompanions
     why_generic: str = ""  # why the architecture's native family does not compute the model
     _model: _Native | OpenGeneric | OpenEncoder
 
@@ -88,14 +88,14 @@ class OpenModel:
         file = GgufFile.open(path)
         if model_impl == "transformers":
             raise ModelLoadError("--model-impl transformers needs a checkpoint directory, not a GGUF file")
-        self.beside = BesideGguf(file.metadata)
+        self.companions = GgufCompanions(file.metadata)
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
 
     def _open_checkpoint(self, files: ModelFiles, model_impl: str, *, trusts_code: bool) -> None:
         directory = files.path
-        self.beside = BesideCheckpoint(directory, files.adapter)
+        self.companions = CheckpointCompanions(directory, files.adapter)
         config = with_architecture(read_config_file(directory))
         checkpoint = Checkpoint.open(directory)
         if files.adapter is not None:
@@ -249,12 +249,12 @@ class OpenModel:
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run while weights are loaded."""
-        return self.beside.text(self._override)
+        return self.companions.text(self._override)
 
     def read_image_processor(self) -> ImageProcessor | None:
         """Build the image processor of a model that accepts images; may precede loading its weights."""
-        if self._model.kind == "generic" and isinstance(self.beside, BesideCheckpoint):
-            return self._model.image_processor(self.beside.directory)
+        if self._model.kind == "generic" and isinstance(self.companions, CheckpointCompanions):
+            return self._model.image_processor(self.companions.directory)
         return None
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from tgi_asgi.text.constrain.combined import Resolve
+from tgi_asgi.text.constrain.all_of import Resolve
 from tgi_asgi.text.constrain.exact import is_number
 
 _MAX_BRANCHES = 50  # all pairs are compared

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.system import num_processors
-from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
-from tgi_asgi.text.constrain.reason import reason_of, refuse_panics
+from tgi_asgi.text.constrain.compiler_errors import reason_of, refuse_panics
+from tgi_asgi.text.constrain.free_text import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.source import GrammarSource
 
 MAX_CACHED = 64  # compiled grammars; one uses from 10 kB to 40 MB

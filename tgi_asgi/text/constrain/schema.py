@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.combined import (
+from tgi_asgi.text.constrain.all_of import (
     BY_NAME,
     DATA,
     Resolve,
@@ -22,6 +22,7 @@ from tgi_asgi.text.constrain.combined import (
     merge_all_of,
     resolver,
 )
+from tgi_asgi.text.constrain.compiler_errors import problem_of, warnings_of
 from tgi_asgi.text.constrain.disjoint import are_disjoint
 from tgi_asgi.text.constrain.exact import (
     bound_fraction,
@@ -33,7 +34,6 @@ from tgi_asgi.text.constrain.exact import (
     nudge_bounds,
 )
 from tgi_asgi.text.constrain.formats import PATTERNS
-from tgi_asgi.text.constrain.reason import problem_of, warnings_of
 
 _CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # the compiler drops a control-character literal
 _FORMATS = frozenset({"ipv4", "ipv6", "uuid"})  # besides PATTERNS

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 from tgi_asgi.text.constrain.gbnf import gbnf_to_lark, is_gbnf
-from tgi_asgi.text.constrain.reason import refuse_panics
 from tgi_asgi.text.constrain.schema import enforceable
 
 MAX_CHARS = 128 * 1024  # of a grammar; compiling that much takes up to 0.1 s

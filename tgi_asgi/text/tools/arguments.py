@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.plain import plain_text
+from tgi_asgi.text.constrain.plain_strings import plain_text
 from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json, literal
 from tgi_asgi.text.tools.parameters import Parameters, definition, parameters_of, resolved
 from tgi_asgi.text.tools.value_forms import Forms

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tgi_asgi.text.constrain.plain import escaped
+from tgi_asgi.text.constrain.plain_strings import escaped
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 

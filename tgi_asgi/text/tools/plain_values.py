@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tgi_asgi.text.constrain.plain import ANY, escaped, without
+from tgi_asgi.text.constrain.plain_strings import ANY, escaped, without
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments
 from tgi_asgi.text.tools.literals import as_json

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.text.constrain.source import GrammarSource, json_schema, literal
 from tgi_asgi.text.tools import FORMATS

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 from tgi_asgi.text.constrain.formats import PLAIN_PATTERNS
-from tgi_asgi.text.constrain.reason import refuse_panics
 
 ANY = r"(.|\n)*"
 _UNENFORCED = "password"  # a format that says nothing about the text

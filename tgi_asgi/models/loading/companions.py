@@ -1,4 +1,4 @@
-"""What a model's files hold besides its configuration and weights."""
+"""A model's other files, beside configuration and weights: tokenizer, template, pooling, labels, sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tgi_asgi.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class BesideCheckpoint:
+class CheckpointCompanions:
     """The other files of a checkpoint's directory, or of an adapter's that is merged, if it has its own."""
 
     directory: Path
@@ -50,8 +50,8 @@ class BesideCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class BesideGguf:
-    """The metadata of a GGUF file; its methods are those of `BesideCheckpoint`."""
+class GgufCompanions:
+    """The metadata of a GGUF file; its methods are those of `CheckpointCompanions`."""
 
     metadata: Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Objects of a JSON schema whose properties are listed in several places.
+"""Merge the parts of a JSON schema's `allOf`, so that an object's properties are listed in one place.
 
 Generators wrap a reference that has a description in an `allOf` of one element (pydantic 1, FastAPI), and
 write inheritance as an `allOf` of a reference and the subclass's own properties (OpenAPI). Both are merged

@@ -1,7 +1,7 @@
 """The grammar of a whole answer: reasoning, then content or tool calls.
 
 Calls are constrained from their marker on, or from the first character if the answer must be a call; text
-before a marker is free (`free.py`).
+before a marker is free (`free_text.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tgi_asgi.text.constrain.plain import escaped
+from tgi_asgi.text.constrain.plain_strings import escaped
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import Mark, ToolFormat, marked_expression
