@@ -6,7 +6,7 @@ Owned by the engine's loop, which submits and delivers; knows sequences, but no 
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.pipeline import Flight, Pipeline
@@ -16,27 +16,13 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DeviceLost
 
+if TYPE_CHECKING:
+    from tgi_asgi.engine.loop import ServingLoop
+
 log = logging.getLogger(__name__)
 
 _PROBE_AFTER = 4  # consecutive failed rows after which the engine itself is suspected
 _MAX_RESTARTS = 16  # of a prompt whose chunks cannot be retried one by one
-
-
-class Host(Protocol):
-    """The loop that runs the steps."""
-
-    def take_waiting(self) -> None:
-        """Handle the messages that have arrived meanwhile."""
-
-    def submit(self, step: Step) -> Flight: ...
-
-    async def complete(self, flight: Flight) -> None:
-        """Deliver a step that has succeeded."""
-
-    async def flush(self) -> None: ...
-
-    def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
-        """Fail the request of a row."""
 
 
 class Recovery:
@@ -47,9 +33,14 @@ class Recovery:
     """
 
     def __init__(
-        self, host: Host, scheduler: Scheduler, pipeline: Pipeline, budget: TokenBudget, stats: EngineStats
+        self,
+        loop: ServingLoop,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        budget: TokenBudget,
+        stats: EngineStats,
     ) -> None:
-        self._host = host
+        self._loop = loop
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._budget = budget
@@ -102,20 +93,20 @@ class Recovery:
         self, step: Step, rows: range, max_tokens: int | None, error: BaseException
     ) -> tuple[Step, BaseException] | None:
         """Run some rows of a failed step again; return the new step and its error if it fails, too."""
-        self._host.take_waiting()
+        self._loop.take_waiting()
         again = self._scheduler.retry(step, rows, max_tokens)
         if again is None:
             return None
         if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
             self._scheduler.rollback(again)  # no smaller: its image cannot be cut
             for _, sequence in again.live():
-                self._host.fail_request(sequence, "there is no memory for an image", error)
+                self._loop.fail_request(sequence, "there is no memory for an image", error)
             return None
         flight = await self._run(again)
         if flight.error is not None:
             return again, flight.error
-        await self._host.complete(flight)
-        await self._host.flush()
+        await self._loop.complete(flight)
+        await self._loop.flush()
         return None
 
     def _fail_restarted(self, step: Step, error: BaseException) -> None:
@@ -133,7 +124,7 @@ class Recovery:
     def fail_row(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row that the model could not compute."""
         self.num_lost_rows += 1
-        self._host.fail_request(sequence, reason, cause)
+        self._loop.fail_request(sequence, reason, cause)
 
     def note_good_row(self) -> None:
         """Note that a row has been computed: the engine works."""
@@ -150,8 +141,8 @@ class Recovery:
         if self.num_lost_rows < _PROBE_AFTER:
             return
         for flight in await self._pipeline.drain():
-            await self._host.complete(flight)
-        await self._host.flush()  # if this is the end, successful requests get their tokens first
+            await self._loop.complete(flight)
+        await self._loop.flush()  # if this is the end, successful requests get their tokens first
         step = self._scheduler.probe() if self.num_lost_rows >= _PROBE_AFTER else None
         if step is None:
             return
@@ -167,6 +158,6 @@ class Recovery:
 
     async def _run(self, step: Step) -> Flight:
         """Run a step on its own."""
-        self._host.submit(step)
+        self._loop.submit(step)
         (flight,) = await self._pipeline.drain()
         return flight
