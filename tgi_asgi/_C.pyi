@@ -462,7 +462,6 @@ class GatedNorm:
         is_gate_first: bool,
         is_sigmoid: bool,
         gate_scale: float,
-        gate_column: int,
     ) -> None: ...
 
 class AttentionSpec:

@@ -131,7 +131,6 @@ struct GatedNorm {
   double eps;
   bool is_gate_first, is_sigmoid;
   double gate_scale;
-  int64_t gate_column;  // first column of the gates in their rows
 };
 
 }  // namespace tgi

@@ -52,6 +52,9 @@ void bind_buffers(py::module_& module) {
             return Array<uint8_t>({query.num_rows, query.row_bytes}, query.memory.get(), self);
           },
           "Return the bytes of each token's queries.");
+}
+
+void bind_operands(py::module_& module) {
   py::class_<Product>(module, "Product", "A product's operands.")
       .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source").none(false),
            py::arg("bias").noconvert() = py::none(), py::arg("adapter") = py::none(),
@@ -117,6 +120,9 @@ void bind_buffers(py::module_& module) {
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
            py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("rotary_column"));
+}
+
+void bind_recurrent_layers(py::module_& module) {
   py::class_<ShortConv>(module, "ShortConv", "A short convolution over columns of rows.")
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
                        std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
@@ -171,23 +177,20 @@ void bind_buffers(py::module_& module) {
            py::arg("key_dim"), py::arg("is_tiled"), py::arg("a").noconvert(),
            py::arg("dt_bias").noconvert());
   py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
-      .def(
-          py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
-                      bool is_gate_first, bool is_sigmoid, double gate_scale, int64_t gate_column) {
-            return GatedNorm{
-                .width = width,
-                .group_width = group_width,
-                .weight = std::move(weight),
-                .eps = eps,
-                .is_gate_first = is_gate_first,
-                .is_sigmoid = is_sigmoid,
-                .gate_scale = gate_scale,
-                .gate_column = gate_column,
-            };
-          }),
-          py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
-          py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"),
-          py::arg("gate_column"));
+      .def(py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
+                       bool is_gate_first, bool is_sigmoid, double gate_scale) {
+             return GatedNorm{
+                 .width = width,
+                 .group_width = group_width,
+                 .weight = std::move(weight),
+                 .eps = eps,
+                 .is_gate_first = is_gate_first,
+                 .is_sigmoid = is_sigmoid,
+                 .gate_scale = gate_scale,
+             };
+           }),
+           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
+           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"));
 }
 
 }  // namespace
@@ -195,6 +198,8 @@ void bind_buffers(py::module_& module) {
 // Required operands are bound with none(false), because None would become a null pointer.
 void bind_program(py::module_& module) {
   bind_buffers(module);
+  bind_operands(module);
+  bind_recurrent_layers(module);
   py::class_<Program, std::shared_ptr<Program>>(module, "Program",
                                                 "See csrc/bindings/recording.h and program.h.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),

@@ -157,7 +157,7 @@ void Recording::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const Gated
   step::GatedNormParams params = {};
   params.rows = columns_of(rows, 0, norm.width, "rows");
   params.stride = rows->num_columns;
-  params.gate = columns_of(gate, norm.gate_column, norm.width, "gate");
+  params.gate = columns_of(gate, 0, norm.width, "gate");
   params.gate_stride = gate->num_columns;
   params.width = norm.width;
   params.group_width = norm.group_width;

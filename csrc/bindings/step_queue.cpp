@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "bindings/drafting.h"
 #include "bindings/tensor_memory.h"
 #include "cpu/team.h"
 

@@ -13,12 +13,11 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "bindings/drafting.h"
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
+#include "cpu/drafter.h"
 #include "cpu/platform.h"
 
 namespace tgi {

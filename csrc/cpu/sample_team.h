@@ -6,7 +6,6 @@
 // those of a single member.
 #pragma once
 
-#include <cfloat>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

@@ -9,7 +9,6 @@
 // still read the partial sums of one sum while others write those of the next.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 

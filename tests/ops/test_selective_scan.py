@@ -105,8 +105,8 @@ def test_gated_norms_are_those_of_the_reference(
         "is_sigmoid": is_sigmoid,
         "gate_scale": gate_scale,
     }
-    found = gate(rows, gates, weight, group_width=width, gate_column=2, **kind)
-    expected = reference.gated_norm(rows, gates[:, 2 : columns + 2], weight, width, 1e-5, **kind)
+    found = gate(rows, gates, weight, group_width=width, **kind)
+    expected = reference.gated_norm(rows, gates[:, :columns], weight, width, 1e-5, **kind)
     assert_close(found, expected, length=width + 8)
 
 
@@ -121,7 +121,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         ops.selective_scan(steps, steps, weight, layer)
     with pytest.raises(ValueError, match="takes columns 5 to 7 of `steps`, which has 6"):
         ops.selective_scan(rows, steps, weight, layer, steps_column=5)
-    with pytest.raises(ValueError, match="takes columns 0 to 40 of `gate`, which has 6"):
+    with pytest.raises(ValueError, match="takes 40 columns of `gate`, which has 6"):
         ops.gated_norm(rows, steps, None, group_width=40, eps=1e-5)
     with pytest.raises(ValueError, match="`group_width` must divide the 6 columns, got 4"):
         ops.gated_norm(steps, rows, None, group_width=4, eps=1e-5)

@@ -235,7 +235,6 @@ class GatedNorm(Call):
     weight: Floats | None
     group_width: int
     eps: float
-    gate_column: int
     is_gate_first: bool
     is_sigmoid: bool
     gate_scale: float

@@ -192,7 +192,7 @@ class CpuCalls:
     def _pack_gated(self, rows: Any, gate: Value, out: Value) -> None:
         norm = _C.GatedNorm(
             width=out.columns, group_width=out.columns, eps=0.0, weight=None, is_gate_first=False,
-            is_sigmoid=True, gate_scale=1.0, gate_column=0,
+            is_sigmoid=True, gate_scale=1.0,
         )  # fmt: skip
         gated = self.buffers.scratch(out.columns)
         self._native.gated_norm(rows=rows, gate=self.buffers.of(gate, "rows"), norm=norm, out=gated)
@@ -322,7 +322,6 @@ class CpuCalls:
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
             weight=call.weight,
             is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
-            gate_column=call.gate_column,
         )  # fmt: skip
         rows, gate = (self.buffers.of(value, "rows") for value in (call.rows, call.gate))
         out = self.buffers.rows(call.out, call.out.columns)

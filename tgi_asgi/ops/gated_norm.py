@@ -16,7 +16,6 @@ def gated_norm(
     *,
     group_width: int,
     eps: float,
-    gate_column: int = 0,
     is_gate_first: bool = True,
     is_sigmoid: bool = False,
     gate_scale: float = 1.0,
@@ -24,7 +23,7 @@ def gated_norm(
     """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), [n_tokens, columns] as `rows`.
 
     Args:
-        gate: Rows whose columns from `gate_column` on are the gates.
+        gate: Rows whose first columns are the gates.
         weight: float32 [columns], weight of the RMSNorm, which normalises each group of `group_width` columns
             separately; None: no norm.
         is_gate_first: Whether the gate comes before the norm (Mamba-2), not after it.
@@ -37,11 +36,8 @@ def gated_norm(
     """
     recorder = recorder_of("gated_norm", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, None))
     columns = rows.columns
-    if not 0 <= gate_column <= gate.columns - columns:
-        raise ValueError(
-            f"`gated_norm` takes columns {gate_column} to {gate_column + columns} of `gate`, which has "
-            f"{gate.columns}"
-        )
+    if columns > gate.columns:
+        raise ValueError(f"`gated_norm` takes {columns} columns of `gate`, which has {gate.columns}")
     if group_width < 1 or columns % group_width:
         raise ValueError(f"`group_width` must divide the {columns} columns, got {group_width}")
     if weight is not None and weight.shape != (columns,):
@@ -50,7 +46,5 @@ def gated_norm(
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     out = recorder.value(Kind.ROWS, columns)
     return recorder.note(
-        calls.GatedNorm(
-            out, rows, gate, weight, group_width, eps, gate_column, is_gate_first, is_sigmoid, gate_scale
-        )
+        calls.GatedNorm(out, rows, gate, weight, group_width, eps, is_gate_first, is_sigmoid, gate_scale)
     )
