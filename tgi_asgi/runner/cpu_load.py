@@ -60,7 +60,7 @@ class OnCpu:
         self, opened: OpenModel, files: ModelFiles, settings: Settings, longest: int, free: int
     ) -> None:
         cuts = cuts_of(opened, settings, num_gpus=None)
-        _check_served(opened, settings)
+        _check_settings(settings)
         self.dtype = _choose_dtype(settings.dtype)
         self.arithmetic = ops.Packing(
             self.dtype == "float32",
@@ -182,8 +182,8 @@ def _why_no_drafts(model: Model | GenericModel) -> str | None:
     return None
 
 
-def _check_served(opened: OpenModel, settings: Settings) -> None:
-    """Refuse settings that are for GPUs, and a precision that the model does not support."""
+def _check_settings(settings: Settings) -> None:
+    """Refuse or report settings that are for GPUs, and report a kernel set that cannot be used."""
     refused = ops.kernel_set().refused
     if refused is not None:
         logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
