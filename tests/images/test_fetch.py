@@ -20,7 +20,7 @@ PUBLIC = "1.2.3.4"  # the default address of names; it leads to the tests' serve
 LIMIT = 100_000
 
 
-class ByteBudget:
+class DownloadBudget:
     """A budget of `LIMIT` bytes."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Internet:
         self.lookups: list[str] = []
         self.connects: list[str] = []
         self.authority = trustme.CA()
-        self.budget = ByteBudget()
+        self.budget = DownloadBudget()
         real = asyncio.open_connection
 
         async def connect(host: str, port: int, **options: Any) -> Any:

@@ -273,7 +273,7 @@ def _content(message: dict[str, Any], separator: str | None) -> Any:
     return separator.join(content)
 
 
-def plain_text(prompt: Text, served: Served) -> str:
+def prompt_text(prompt: Text, served: Served) -> str:
     """Return the text of a text prompt, with the model's text for its images."""
     text = prompt.content
     assert isinstance(text, str), "ids have no images"
@@ -283,7 +283,7 @@ def plain_text(prompt: Text, served: Served) -> str:
 def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
     given = prompt.content
     if isinstance(given, str):
-        given = plain_text(prompt, served)
+        given = prompt_text(prompt, served)
         source = _bounded(given, len(given), served, None if _has(prompt.images) else keep)
         ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
         text = given

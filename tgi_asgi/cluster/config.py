@@ -30,7 +30,7 @@ _PLACEMENT = ("num_replicas", "autoscaling_config", "ray_actor_options")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelDeployment:
     """One model: its settings, and the number and size of its replicas in Ray's own terms."""
 
     settings: Settings
@@ -43,7 +43,7 @@ class ModelConfig:
 class ClusterConfig:
     """The models at one address, the first of which answers requests that name none; and the ingress."""
 
-    models: tuple[ModelConfig, ...]
+    models: tuple[ModelDeployment, ...]
     num_ingresses: int = 1
     ingress_actor_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,12 +73,12 @@ class ClusterConfig:
         )
 
 
-def name_of(model: ModelConfig) -> str:
+def name_of(model: ModelDeployment) -> str:
     """Return the name by which requests select the model."""
     return str(model.settings.served_model_name or model.settings.model_id)
 
 
-def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelConfig:
+def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelDeployment:
     given = {name: value for name, value in args.items() if name not in _PLACEMENT}
     for name in given:
         if name in _REFUSED:
@@ -100,7 +100,7 @@ def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelConfig:
     if autoscaling is not None and args.get("num_replicas") is not None:
         raise InvalidRequest("num_replicas and autoscaling_config are exclusive", param="num_replicas")
     num_replicas = None if autoscaling is not None else _count("num_replicas", args.get("num_replicas", 1))
-    return ModelConfig(_settings(given), num_replicas, autoscaling, options)
+    return ModelDeployment(_settings(given), num_replicas, autoscaling, options)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

@@ -19,7 +19,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 
 from tgi_asgi.app import Loader, load_model
-from tgi_asgi.cluster.config import ClusterConfig, ModelConfig, name_of
+from tgi_asgi.cluster.config import ClusterConfig, ModelDeployment, name_of
 from tgi_asgi.cluster.dispatcher import dispatch_app
 from tgi_asgi.cluster.ingress import ingress_app
 from tgi_asgi.cluster.presence import Wanted, shared
@@ -197,7 +197,7 @@ def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str =
     return ingress.bind(bound)
 
 
-def _replicas_of(model: ModelConfig, loader: Loader, router: str) -> Any:
+def _replicas_of(model: ModelDeployment, loader: Loader, router: str) -> Any:
     settings = model.settings
     # Only the ingress checks keys, and a replica's start arguments are visible in Ray's dashboard.
     bare = replace(settings, api_key=(), api_key_file=None, admin_api_key=None, otlp_endpoint=None)

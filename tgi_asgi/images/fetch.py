@@ -39,7 +39,7 @@ Lookup = Callable[[str, int], Awaitable[Sequence[str]]]  # returns a host name's
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class ByteBudget(Protocol):
+class DownloadBudget(Protocol):
     """A budget of bytes to read, shared by all images of a request; raises when it is exceeded."""
 
     def expect(self, size: int) -> None:
@@ -89,7 +89,7 @@ class Fetcher:
         self._tls: ssl.SSLContext | None = None
         self._is_allowed = is_allowed
 
-    async def fetch(self, url: str, param: str, budget: ByteBudget) -> bytes:
+    async def fetch(self, url: str, param: str, budget: DownloadBudget) -> bytes:
         """Return the body of the response to a GET of the URL. The caller limits the time.
 
         Raises:
@@ -133,7 +133,7 @@ class Fetcher:
             _refuse(param, f"this server does not fetch images from the host {host[:100]!r}")
         return _Target(url, parts.scheme == "https", host, port or _PORTS[parts.scheme], path)
 
-    async def _get(self, target: _Target, param: str, budget: ByteBudget) -> bytes | _Redirect:
+    async def _get(self, target: _Target, param: str, budget: DownloadBudget) -> bytes | _Redirect:
         try:
             async with self._connected(target, param) as (reader, writer):
                 http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADER_BYTES)
@@ -189,7 +189,7 @@ class _Redirect:
 
 
 async def _read(
-    http: h11.Connection, reader: asyncio.StreamReader, param: str, budget: ByteBudget
+    http: h11.Connection, reader: asyncio.StreamReader, param: str, budget: DownloadBudget
 ) -> bytes | _Redirect:
     """Read a response: return its body, or the redirect."""
     parts: list[bytes] = []

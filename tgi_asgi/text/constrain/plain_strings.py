@@ -18,7 +18,7 @@ ANY = r"(.|\n)*"
 _UNENFORCED = "password"  # a format that says nothing about the text
 
 
-def plain_text(schema: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+def string_regexes(schema: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
     """Return regexes that all match a text if it obeys a string's schema, and the keywords left out.
 
     The schema must be valid, with its own limits checked.

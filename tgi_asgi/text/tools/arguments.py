@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.plain_strings import plain_text
+from tgi_asgi.text.constrain.plain_strings import string_regexes
 from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json, literal
 from tgi_asgi.text.tools.parameters import Parameters, definition, parameters_of, resolved
 from tgi_asgi.text.tools.value_forms import Forms
@@ -166,7 +166,7 @@ class ToolArguments:
             self.ignored.add(self._free)
             return []
         self.ignored |= ignored
-        rules, left_out = plain_text({key: value for key, value in schema.items() if key not in ignored})
+        rules, left_out = string_regexes({key: value for key, value in schema.items() if key not in ignored})
         self.leave_out(left_out)
         return rules
 
