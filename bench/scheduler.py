@@ -22,15 +22,10 @@ from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence as EngineSequence
 from tgi_asgi.errors import TgiError
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import (
-    GenerationRequest,
-    ModelInfo,
-    SamplingParams,
-    StopConditions,
-    TokenEvent,
-)
+from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 50_000

@@ -43,20 +43,14 @@ from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.chat.template import ChatTemplate
-from tgi_asgi.types import (
-    EngineState,
-    GenerationRequest,
-    ModelInfo,
-    Permit,
-    RequestStats,
-    Sink,
-)
+from tgi_asgi.types import EngineState, GenerationRequest, Permit, RequestStats, Sink
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "

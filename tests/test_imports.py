@@ -30,8 +30,9 @@ ALLOWED_IMPORTS = {
     "errors": set(),
     "system": set(),
     "types": set(),
+    "model_info": set(),
 }
-COMMON = {"settings", "errors", "system", "types"}
+COMMON = {"settings", "errors", "system", "types", "model_info"}
 # Packages of `api` that implement one dialect each; code shared by dialects is outside them.
 DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 # TGI's cloud routes and tokenizer route accept OpenAI chats; Ollama's tools use OpenAI's format.

@@ -20,8 +20,9 @@ from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.tei.predict import PredictRequest
 from tgi_asgi.api.tei.request import EmbedRequest, TeiRerankRequest
 from tgi_asgi.api.tei.similarity import SimilarityRequest
+from tgi_asgi.model_info import Activation, Classification, Embedding, Scoring
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Activation, Classification, Embedding, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Pooling, PoolingKind
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 30), st.floats(allow_nan=False),

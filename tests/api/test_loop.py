@@ -39,11 +39,12 @@ from tgi_asgi.api.pooled import PARSED_INLINE
 from tgi_asgi.api.sse import DIRECT_WRITE, MAX_WAITING_EVENTS
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
+from tgi_asgi.model_info import Embedding
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.tools import Piece, Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import style_of
-from tgi_asgi.types import Embedding, FinishReason, GenerationRequest, Pooling, PoolingKind, TokenEvent
+from tgi_asgi.types import FinishReason, GenerationRequest, Pooling, PoolingKind, TokenEvent
 
 LIMIT_S = 0.005
 NUM_TRIES = 3

@@ -21,11 +21,12 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import load as load_module
 from tgi_asgi.runner.memory import packed_bytes
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import ModelInfo, SamplingParams
+from tgi_asgi.types import SamplingParams
 
 MIB, GIB = 1 << 20, 1 << 30
 IDS = [(7 * index + 3) % 160 for index in range(50)]

@@ -18,13 +18,14 @@ from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
-from tgi_asgi.types import Adapter, GenerationRequest, ModelInfo, SamplingParams, StopConditions
+from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
 
 NUM_ADAPTERS = 5
 

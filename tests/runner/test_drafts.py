@@ -21,6 +21,7 @@ from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.cpu_load import speculation_of
@@ -33,7 +34,6 @@ from tgi_asgi.text.stop_scope import ReasoningMarks
 from tgi_asgi.types import (
     GenerationRequest,
     LogprobsMode,
-    ModelInfo,
     ReasoningBudget,
     SamplingParams,
     StopConditions,

@@ -15,6 +15,7 @@ from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import CpuRunner
@@ -22,7 +23,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.types import FinishReason, GenerationRequest, ModelInfo, SamplingParams, StopConditions
+from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions
 
 EOS = 1
 MARK = 96  # "~"

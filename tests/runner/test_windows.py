@@ -29,6 +29,7 @@ from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
@@ -40,7 +41,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
-from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams, StopConditions
+from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
 LONGEST = 192
 WINDOW = 21

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from tgi_asgi.model_info import Activation, Classification, ModelInfo, Scoring
 from tgi_asgi.serve.console import Console, describe, example
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.types import Activation, Classification, ModelInfo, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Pooling, PoolingKind
 
 INFO = ModelInfo(
     model_id="org/name",

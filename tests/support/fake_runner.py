@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.support.fake_states import FakeStates
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import (
     DraftLimits,
     PromptLogprobs,
@@ -39,7 +40,7 @@ from tgi_asgi.runner.plan import (
     StepResult,
     StepRow,
 )
-from tgi_asgi.types import Bidirectional, ModelInfo, SamplingParams
+from tgi_asgi.types import Bidirectional, SamplingParams
 
 EOS_ID = 256
 BOS_ID = 257

@@ -24,6 +24,7 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.errors import IncompleteGeneration, Overloaded, RequestAborted, TgiError, Unavailable
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -33,7 +34,6 @@ from tgi_asgi.types import (
     FinishReason,
     GenerationRequest,
     ImageProcessor,
-    ModelInfo,
     RequestStats,
     Sink,
     TokenEvent,

@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tgi_asgi.api.limits import Overflow
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import Field, TgiError
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.text.constrain.source import GrammarSource, source_of
-from tgi_asgi.types import (
-    Channel,
-    GenerationRequest,
-    ModelInfo,
-    ProcessedImage,
-    SamplingParams,
-    TokenEvent,
-)
+from tgi_asgi.types import Channel, GenerationRequest, ProcessedImage, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.api.answer import Reading

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from tgi_asgi.api.call import Images
 from tgi_asgi.errors import ModelLoadError, Overloaded, Unavailable
 from tgi_asgi.images.fetch import Fetcher
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor, ModelInfo
+from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor
 
 if TYPE_CHECKING:  # the last three import libraries that are not needed before the model has loaded
     from tgi_asgi.api.openai.response_store import ResponseStore

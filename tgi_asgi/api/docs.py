@@ -20,7 +20,7 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.parse import without_refused
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.types import ModelInfo
+from tgi_asgi.model_info import ModelInfo
 
 Schema = dict[str, Any]
 

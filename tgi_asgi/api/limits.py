@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tgi_asgi.api.parse import refuse
 from tgi_asgi.errors import ContextExceeded, InvalidRequest
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import ModelInfo
 
 MAX_STOP_CHARS = 1024  # per stop string: matching holds back up to that much text
 MAX_IDS = 1024  # of logit_bias and of stop_token_ids: each costs time in every step

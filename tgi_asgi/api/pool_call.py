@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import ModelNotSupported, TooManyPrompts
+from tgi_asgi.model_info import Classification, Embedding, ModelInfo, Scoring
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Classification, Embedding, ModelInfo, Pooling, Scoring
+from tgi_asgi.types import Pooling
 
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector

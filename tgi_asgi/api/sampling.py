@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from tgi_asgi.api.limits import MAX_IDS
 from tgi_asgi.api.parse import refuse
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
-from tgi_asgi.types import LogprobsMode, ModelInfo, SamplingParams
+from tgi_asgi.types import LogprobsMode, SamplingParams
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from tgi_asgi.api.parse import refuse_field
-from tgi_asgi.types import Activation, Embedding
+from tgi_asgi.model_info import Activation, Embedding
 
 if TYPE_CHECKING:
     from tgi_asgi.types import Vector

@@ -13,15 +13,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.errors import TgiError
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.text.constrain.source import GrammarSource
-from tgi_asgi.types import (
-    FinishReason,
-    GenerationRequest,
-    ImageProcessor,
-    ModelInfo,
-    RequestStats,
-    TokenEvent,
-)
+from tgi_asgi.types import FinishReason, GenerationRequest, ImageProcessor, RequestStats, TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate

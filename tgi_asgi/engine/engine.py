@@ -34,9 +34,10 @@ from tgi_asgi.errors import (
     TgiError,
     Unavailable,
 )
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import Runner
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.types import EngineState, GenerationRequest, ModelInfo, Permit
+from tgi_asgi.types import EngineState, GenerationRequest, Permit
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
 from tgi_asgi.errors import NotInFamily, check
+from tgi_asgi.model_info import EncoderDecoder
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
-from tgi_asgi.types import EncoderDecoder
 
 if TYPE_CHECKING:
     from tgi_asgi.ops import StateShape

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tgi_asgi.formats.files import read_json
-from tgi_asgi.types import Activation
+from tgi_asgi.model_info import Activation
 
 _ACTIVATIONS = {
     "single_label_classification": Activation.SOFTMAX,

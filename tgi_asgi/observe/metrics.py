@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
 from tgi_asgi.errors import GenerationFailed, TgiError
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.prometheus import Counter, Registry, Value
 from tgi_asgi.observe.summary import RequestSummary
-from tgi_asgi.types import ModelInfo
 
 if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange

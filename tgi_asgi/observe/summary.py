@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tgi_asgi.types import ModelInfo
+from tgi_asgi.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from tgi_asgi.api.asgi import Header

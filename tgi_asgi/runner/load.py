@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.model_info import EncoderDecoder, ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
@@ -33,7 +34,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import EncoderDecoder, ImageProcessor, ModelInfo, Progress
+from tgi_asgi.types import ImageProcessor, Progress
 
 if TYPE_CHECKING:
     from tgi_asgi.runner.cuda_device import Device

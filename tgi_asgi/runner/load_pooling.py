@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.model_info import Classification, Embedding, ModelInfo, Scoring
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.labels import LabelFiles
 from tgi_asgi.models.loading.open import OpenModel
@@ -14,7 +15,7 @@ from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import Classification, Embedding, ModelInfo, Pooling, PoolingKind, Scoring
+from tgi_asgi.types import Pooling, PoolingKind
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.serve.process import say
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.types import ModelInfo
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30

@@ -13,8 +13,9 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.errors import UnknownModel
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.prometheus import CONTENT_TYPE
-from tgi_asgi.types import EngineState, ModelInfo
+from tgi_asgi.types import EngineState
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TEXT = b"text/plain; charset=utf-8"

@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.embeddings import inputs_of, usage
 from tgi_asgi.api.parse import Int, Salt, check_ranges, decode_json
 from tgi_asgi.api.pool_call import PoolCall, Pooled, classification_of, read_truncation
 from tgi_asgi.api.vectors import activate
-from tgi_asgi.types import Activation
+from tgi_asgi.model_info import Activation
 
 
 class ClassifyRequest(Struct, kw_only=True):

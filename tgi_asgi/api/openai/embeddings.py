@@ -13,8 +13,8 @@ from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.parse import Int, Positive, Salt, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_truncation
 from tgi_asgi.api.vectors import as_json, check_dimensions, shape_vector
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import ModelInfo
 
 
 class EmbeddingRequest(Struct, kw_only=True):

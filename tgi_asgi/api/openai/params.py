@@ -13,9 +13,9 @@ from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
 from tgi_asgi.api.parse import check_ranges, check_refused, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.source import KINDS
-from tgi_asgi.types import ModelInfo
 
 THINKING_BUDGETS = (
     "thinking_token_budget", "reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget",

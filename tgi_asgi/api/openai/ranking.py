@@ -24,7 +24,7 @@ from tgi_asgi.api.pool_call import (
     scoring_of,
 )
 from tgi_asgi.api.vectors import best_first, cosine, logit_of, probability
-from tgi_asgi.types import Embedding, ModelInfo
+from tgi_asgi.model_info import Embedding, ModelInfo
 
 _Texts = str | list[str]
 # vLLM's names for the two sides of a score; the first are its oldest.

@@ -23,7 +23,7 @@ from tgi_asgi.errors import (
     TooManyPrompts,
     Unavailable,
 )
-from tgi_asgi.types import Embedding
+from tgi_asgi.model_info import Embedding
 
 
 def _status(error: BaseException) -> int:

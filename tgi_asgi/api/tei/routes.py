@@ -20,7 +20,7 @@ from tgi_asgi.api.tei.request import (
     parse_tei_rerank,
 )
 from tgi_asgi.api.tei.similarity import SimilarityRequest, parse_similarity
-from tgi_asgi.types import ModelInfo
+from tgi_asgi.model_info import ModelInfo
 
 
 def rows() -> list[Route]:

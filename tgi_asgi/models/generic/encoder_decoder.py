@@ -25,12 +25,13 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.kinds import ENCODER_DECODERS
+from tgi_asgi.model_info import EncoderDecoder
 from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.program import ModuleProgram, cache_name, spans
 from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.types import EncoderDecoder, ImageInput
+from tgi_asgi.types import ImageInput
 
 _Ints = npt.NDArray[np.int64]
 _RELATIVE = "relative_attention_num_buckets"  # positions are distances, so that texts may have any length

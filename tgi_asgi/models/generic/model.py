@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.model_info import EncoderDecoder
 from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
@@ -44,7 +45,7 @@ from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.settings import GivenRope
-from tgi_asgi.types import EncoderDecoder, ImageProcessor
+from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
