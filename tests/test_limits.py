@@ -48,7 +48,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("sequences of a step", [Settings().max_batch_size]),
         ("a step's time", [Settings().step_timeout_s]),
         ("`model` and `request_id`", [parse.MAX_ECHOED_CHARS]),
-        ("all whose requests are not answered yet", [Settings().max_body_memory // MIB]),
+        ("bodies of all unanswered requests", [Settings().max_body_memory // MIB]),
         ("a stream without a first token", [Settings().first_event_timeout_s]),
         ("tools", [limits.MAX_TOOLS]),
         ("fields that `/v1/responses` echoes", [responses.MAX_ECHOED_BYTES // MIB]),
