@@ -12,7 +12,7 @@ from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flat
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.activations import ACTIVATIONS, GATED_ACTIVATIONS
-from tgi_asgi.ops.adapters import AdaptableWeight, AdapterLayout, Delta, NativeAdapter, Target
+from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
@@ -87,7 +87,6 @@ __all__ = [
     "FORMATS",
     "GATED_ACTIVATIONS",
     "ROUNDED",
-    "AdaptableWeight",
     "AdapterLayout",
     "Arithmetic",
     "AttentionSpec",
