@@ -59,6 +59,7 @@ class CpuCalls:
         self.buffers = CpuBuffers(native)
         self.residual: Any = None
         self._native, self._recorded = native, recorded
+        self._index = 0  # of the call that is being emitted
         self._liveness = Liveness(recorded, inputs, outputs, _precisions_of)
         self._tables: dict[int, tuple[RopeTable, Floats, Floats]] = {}
 
@@ -66,7 +67,8 @@ class CpuCalls:
         """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
         writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _CACHE_WRITERS)]
         for index, call in enumerate(self._recorded):
-            _EMITTERS[type(call)](self, index, call)
+            self._index = index
+            _EMITTERS[type(call)](self, call)
             if writes and index == writes[-1]:
                 self._end_cache_writes(index)
             self.buffers.free(self._liveness.ending_at(index))
@@ -77,7 +79,7 @@ class CpuCalls:
         if value.kind is Kind.ACTIVATION:
             self._pack(rows, value)
 
-    def _embed(self, index: int, call: calls.Embed) -> None:
+    def _embed(self, call: calls.Embed) -> None:
         made: PackedLinear = call.table.made
         out = self.buffers.rows(call.out, call.out.columns)
         self.residual = out
@@ -89,19 +91,21 @@ class CpuCalls:
         if self._shard is not None:
             self._native.sum_shards(partial_sum=to, factor=1.0, adds=False, x=out)
 
-    def _activation(self, index: int, call: calls.Activation) -> None:
+    def _activation(self, call: calls.Activation) -> None:
         self._pack(self.buffers.of(call.x, "rows"), call.out)
 
-    def _norm(self, index: int, call: calls.Norm) -> None:
+    def _norm(self, call: calls.Norm) -> None:
         # For few tokens, each team member computes the norm for itself, without a barrier. That is safe only
         # if the call after the norms does not write what other members may still be reading: neither the
         # residual, nor a buffer of x that is reused because x ends here. `linear_add` cannot read a private
         # activation.
-        following = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
+        following = next(
+            (c for c in self._recorded[self._index + 1 :] if not isinstance(c, calls.Norm)), None
+        )
         is_private = (
             not isinstance(following, (*_IN_PLACE, type(None)))
             and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
-            and call.x.root not in self._liveness.ending_at(index)
+            and call.x.root not in self._liveness.ending_at(self._index)
         )
         for precision in self._liveness.precisions(call.out):
             self._native.norm(
@@ -112,7 +116,7 @@ class CpuCalls:
                 out=self.buffers.activation(call.out, precision),
             )
 
-    def _norm_add(self, index: int, call: calls.NormAdd) -> None:
+    def _norm_add(self, call: calls.NormAdd) -> None:
         self._native.norm_add(
             rows=self.buffers.of(call.rows, "rows"),
             norm=_norm_of(call.weight),
@@ -120,10 +124,10 @@ class CpuCalls:
             x=self.buffers.of(call.x, "rows"),
         )
 
-    def _norm_residual(self, index: int, call: calls.NormResidual) -> None:
+    def _norm_residual(self, call: calls.NormResidual) -> None:
         self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.of(call.x, "rows"))
 
-    def _qkv(self, index: int, call: calls.Qkv) -> None:
+    def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
         out = self.buffers.query(call.out, layer.pool, weight.num_heads)
@@ -146,7 +150,7 @@ class CpuCalls:
         self._native.head_rows(rows=rows, heads=heads, has_keys=True, out=out)
         self.buffers.release(rows)
 
-    def _latent_qkv(self, index: int, call: calls.LatentQkv) -> None:
+    def _latent_qkv(self, call: calls.LatentQkv) -> None:
         layer = call.cache
         num_heads = call.out.columns // layer.head_dim
         scale, norm = self._liveness.query_scale(call.out), call.norm
@@ -161,13 +165,13 @@ class CpuCalls:
         out = self.buffers.query(call.out, layer.pool, num_heads)
         self._native.latent_qkv(absorbed=absorbed, rotary=rotary, latents=latents, heads=heads, out=out)
 
-    def _heads_linear(self, index: int, call: calls.HeadsLinear) -> None:
+    def _heads_linear(self, call: calls.HeadsLinear) -> None:
         made = _made(call.weight.made, PackedLinear)
         out = self.buffers.rows(call.out, call.out.columns)
         product = _C.Product(weight=made.matrix, source=self.buffers.of(call.a, made.precision))
         self._native.heads_linear(product=product, num_heads=call.weight.num_heads, out=out)
 
-    def _attention(self, index: int, call: calls.Attention) -> None:
+    def _attention(self, call: calls.Attention) -> None:
         layer = _layer_of(call.cache)
         shape: dict[str, Any] = {
             "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
@@ -199,7 +203,7 @@ class CpuCalls:
         self._pack(gated, out)
         self.buffers.release(gated)
 
-    def _linear(self, index: int, call: calls.Linear) -> None:
+    def _linear(self, call: calls.Linear) -> None:
         made = _made(call.weight.made, PackedLinear)
         out = self.buffers.rows(call.out, call.out.columns)
         product = self._product(call.a, made)
@@ -208,7 +212,7 @@ class CpuCalls:
         else:
             self._native.linear(product=product, out=out)
 
-    def _linear_add(self, index: int, call: calls.LinearAdd) -> None:
+    def _linear_add(self, call: calls.LinearAdd) -> None:
         made = _made(call.weight.made, PackedLinear)
         product, x = self._product(call.a, made), self.buffers.of(call.x, "rows")
         if call.weight.is_partial:
@@ -222,14 +226,14 @@ class CpuCalls:
         self._native.linear(product=product, out=partial_sum)
         self._native.sum_shards(partial_sum=partial_sum, factor=factor, adds=adds, x=x)
 
-    def _up(self, index: int, call: calls.Up) -> None:
+    def _up(self, call: calls.Up) -> None:
         made = _made(call.weight.made, PackedLinear)
         for precision in self._liveness.precisions(call.out):  # one, unless consumers have several formats
             out = self.buffers.activation(call.out, precision)
             product = self._product(call.a, made)
             self._native.up(product=product, activation=call.activation, alphas=call.alphas, out=out)
 
-    def _gate_up(self, index: int, call: calls.GateUp) -> None:
+    def _gate_up(self, call: calls.GateUp) -> None:
         parts = _made(call.weight.made, PackedGateUp).parts
         precisions = self._liveness.precisions(call.out)
         if len(parts) == 1:
@@ -247,12 +251,12 @@ class CpuCalls:
         for each in rows:
             self.buffers.release(each)
 
-    def _route(self, index: int, call: calls.Route) -> None:
+    def _route(self, call: calls.Route) -> None:
         spec = call.spec
         out = self.buffers.routing(call.out, spec.num_experts, spec.top_k)
         self._native.route(logits=self.buffers.of(call.logits, "rows"), spec=spec.native, out=out)
 
-    def _experts_add(self, index: int, call: calls.ExpertsAdd) -> None:
+    def _experts_add(self, call: calls.ExpertsAdd) -> None:
         made, weight = _made(call.weight.made, PackedExperts), call.weight
         clamped = {} if call.clamped is None else asdict(call.clamped)
         mlps = _C.ExpertMlps(gate_up=made.gate_up, down=made.down, activation=call.activation, **clamped)
@@ -271,11 +275,11 @@ class CpuCalls:
         for each in room:
             self.buffers.release(each)
 
-    def _gated_add(self, index: int, call: calls.GatedAdd) -> None:
+    def _gated_add(self, call: calls.GatedAdd) -> None:
         rows, gate, x = (self.buffers.of(value, "rows") for value in (call.rows, call.gate, call.x))
         self._native.gated_add(rows=rows, gate=gate, factor=call.factor, x=x)
 
-    def _short_conv(self, index: int, call: calls.ShortConv) -> None:
+    def _short_conv(self, call: calls.ShortConv) -> None:
         channels = call.out.columns
         conv = _C.ShortConv(
             weight=layout.padded(call.weight.taps.T),
@@ -290,7 +294,7 @@ class CpuCalls:
             layer=call.cache.index, out=self.buffers.rows(call.out, channels),
         )  # fmt: skip
 
-    def _selective_scan(self, index: int, call: calls.SelectiveScan) -> None:
+    def _selective_scan(self, call: calls.SelectiveScan) -> None:
         weight = call.weight
         scan = _C.SelectiveScan(
             num_heads=weight.num_heads, head_dim=weight.head_dim, num_groups=weight.num_groups,
@@ -300,7 +304,7 @@ class CpuCalls:
         )  # fmt: skip
         self._native.selective_scan(scan=scan, **self._heads_of(call))
 
-    def _delta_rule(self, index: int, call: calls.DeltaRule) -> None:
+    def _delta_rule(self, call: calls.DeltaRule) -> None:
         weight = call.weight
         rule = _C.DeltaRule(
             num_heads=weight.num_heads, head_dim=weight.head_dim, num_key_heads=weight.num_key_heads,
@@ -317,7 +321,7 @@ class CpuCalls:
             "out": self.buffers.rows(call.out, call.out.columns),
         }  # fmt: skip
 
-    def _gated_norm(self, index: int, call: calls.GatedNorm) -> None:
+    def _gated_norm(self, call: calls.GatedNorm) -> None:
         norm = _C.GatedNorm(
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
             weight=call.weight,
@@ -327,8 +331,8 @@ class CpuCalls:
         out = self.buffers.rows(call.out, call.out.columns)
         self._native.gated_norm(rows=rows, gate=gate, norm=norm, out=out)
 
-    def _head(self, index: int, call: calls.Head) -> None:
-        if index != len(self._recorded) - 1:
+    def _head(self, call: calls.Head) -> None:
+        if self._index != len(self._recorded) - 1:
             raise ValueError("`head` must be the last operator: it reads the final residual")
         made = _made(call.weight.made, PackedLinear)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
@@ -394,7 +398,7 @@ class CpuCalls:
         return self._tables[id(rope)][1:]
 
 
-_EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
+_EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, Any], None]] = {
     calls.Embed: CpuCalls._embed,
     calls.Activation: CpuCalls._activation,
     calls.Norm: CpuCalls._norm,
