@@ -23,12 +23,12 @@ from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.describe import describe
 from tgi_asgi.engine.loop import ServingLoop
 from tgi_asgi.engine.output import TokenTable
+from tgi_asgi.engine.request_check import check_request
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import (
     GenerationFailed,
     IncompleteGeneration,
-    InvalidRequest,
     Overloaded,
     RequestAborted,
     TgiError,
@@ -146,7 +146,7 @@ class Engine:
         """
         try:
             self._check_state(is_accepted=True)
-            self._check_request(request)
+            check_request(request, self._max_total_tokens, self._runner.traits, self.scheduler)
         except TgiError:
             permit.release()
             raise
@@ -233,63 +233,6 @@ class Engine:
         goes_on = is_accepted and self._state is EngineState.DRAINING and not self._has_drained
         if self._state is not EngineState.READY and not goes_on:
             raise Unavailable(f"the engine is {self._state.value}")
-
-    def _check_request(self, request: GenerationRequest) -> None:
-        """Raise `InvalidRequest` if a request could never run, or would hurt others if it did."""
-        prompt, max_tokens = request.prompt_ids, request.stop.max_tokens
-        if not prompt:
-            raise InvalidRequest("a prompt is one or more token ids")
-        if max_tokens < 1 or request.n < 1:
-            raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
-        self._check_images(request)
-        if request.pooling is not None:
-            max_tokens = 0  # nothing is sampled
-        if len(prompt) + max_tokens > self._max_total_tokens:
-            raise InvalidRequest(
-                f"prompt and max_tokens must not exceed {self._max_total_tokens} tokens together, "
-                f"got {len(prompt)} + {max_tokens}",
-                code="context_length_exceeded",
-            )
-        self._check_cache_fits(request, len(prompt) + max(max_tokens - 1, 0))
-
-    def _check_images(self, request: GenerationRequest) -> None:
-        """Raise `InvalidRequest` if images lie outside the prompt, or one does not fit a step."""
-        num_tokens, end = len(request.prompt_ids), 0
-        for image in request.images:
-            if image.start < end or image.num_tokens < 1:
-                raise InvalidRequest("the images of a prompt must lie in it in order, each with a token")
-            end = image.start + image.num_tokens
-        if end > num_tokens:
-            raise InvalidRequest(f"an image ends at token {end} of a prompt of {num_tokens}")
-        at_once = self.scheduler.chunk_boundaries.min_step_tokens(request.images, num_tokens)
-        traits = self._runner.traits
-        step_tokens = traits.max_step_tokens - traits.max_batch_size
-        if at_once and at_once > step_tokens:
-            raise InvalidRequest(
-                f"the model must compute {at_once} tokens of the prompt at once, but a step has "
-                f"{step_tokens} (--max-batch-prefill-tokens)",
-                code="context_length_exceeded",
-            )
-
-    def _check_cache_fits(self, request: GenerationRequest, num_tokens: int) -> None:
-        """Raise `InvalidRequest` if the whole KV cache does not hold a sequence alone.
-
-        Args:
-            num_tokens: Number of tokens that are computed; the last sampled one is never fed back.
-        """
-        needs, num_blocks = self.scheduler.tables.needs, self._runner.traits.num_blocks
-        needs_all = request.prompt_logprobs is not None or (
-            request.pooling is not None and request.pooling.needs_all
-        )
-        needed = needs.total_for(num_tokens)
-        if needs_all:
-            needed = max(needed, needs.total_for(len(request.prompt_ids), keeps_all=True))
-        if needed > num_blocks:
-            raise InvalidRequest(
-                f"prompt and max_tokens need {needed * needs.block_size} tokens of KV cache, which has "
-                f"{num_blocks * needs.block_size}",
-                code="context_length_exceeded",
-            )
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """Mark the engine dead when the loop has ended for any reason other than `stop`."""
