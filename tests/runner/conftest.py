@@ -8,6 +8,7 @@ import pytest
 
 from tests.ops.conftest import kernel_set
 from tests.support.kv import plain_size
+from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.runner import CpuRunner
 
@@ -32,3 +33,9 @@ def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
 @pytest.fixture
 def runner(make_runner: Callable[..., CpuRunner]) -> CpuRunner:
     return make_runner()
+
+
+@pytest.fixture
+def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft as many tokens as possible regardless of their cost, so that the tests exercise drafts."""
+    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))

@@ -10,9 +10,10 @@ import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
-from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
+
+pytestmark = pytest.mark.usefixtures("drafts_are_free")
 
 VOCAB = 160
 
@@ -23,12 +24,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     saved = save(make_model(vocab_size=VOCAB), directory)
     save_tokenizer(directory)
     return saved
-
-
-@pytest.fixture(autouse=True)
-def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft regardless of the cost, so that the test exercises drafts."""
-    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 def requests_with(adapters: list[Adapter | None]) -> list[GenerationRequest]:

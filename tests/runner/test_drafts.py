@@ -20,7 +20,6 @@ from tests.support.generic import load_generic
 from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
-from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
@@ -40,6 +39,8 @@ from tgi_asgi.types import (
     TokenEvent,
 )
 
+pytestmark = pytest.mark.usefixtures("drafts_are_free")
+
 LONGEST = 192
 
 
@@ -47,12 +48,6 @@ LONGEST = 192
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     ops.configure_threads(1, nice=0, pin=False)  # speed does not matter here
     return load_model(save(make_model(), tmp_path_factory.mktemp("model")), max_positions=256)
-
-
-@pytest.fixture(autouse=True)
-def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft as many tokens as possible regardless of their cost, so that the tests exercise drafts."""
-    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
-from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.preemption import choose_victim
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
@@ -30,6 +29,8 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
+
+pytestmark = pytest.mark.usefixtures("drafts_are_free")
 
 NUM_PROBES, NUM_OTHERS = 8, 24
 # Names that some checkpoints use for another architecture.
@@ -62,12 +63,6 @@ def one_case_each() -> list[Any]:
         marks = [] if architecture in USUAL else [pytest.mark.models]
         found.append(pytest.param(case, id=case.name, marks=marks))
     return found
-
-
-@pytest.fixture(autouse=True)
-def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft regardless of the cost, so that the tests exercise drafts."""
-    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 @pytest.fixture(autouse=True)

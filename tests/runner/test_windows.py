@@ -28,7 +28,6 @@ from tests.support.kv import plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
-from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model
@@ -43,6 +42,8 @@ from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
+pytestmark = pytest.mark.usefixtures("drafts_are_free")
+
 LONGEST = 192
 WINDOW = 21
 
@@ -52,11 +53,6 @@ AnyModel = Model | GenericModel
 @pytest.fixture(scope="module", autouse=True)
 def few_threads() -> None:
     ops.configure_threads(1, nice=0, pin=False)
-
-
-@pytest.fixture(autouse=True)
-def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The tiny checkpoints of all architectures, made when a test first asks for one."""
+"""The tiny checkpoints of all architectures, made when a test first asks for one, and how they are run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import pytest
 
 from tests.support import architectures
 from tgi_asgi import ops
+from tgi_asgi.models.generic.common import CommonDecoder
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Use one thread: threads that wait for each other make tiny models ten times slower."""
     ops.configure_threads(1, nice=0, pin=False)
+
+
+@pytest.fixture
+def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code of `transformers` run models that a native decoder would otherwise run."""
+    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -48,12 +48,6 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 
-@pytest.fixture
-def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run models that a native decoder would otherwise run."""
-    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
-
-
 def changed(source: Path, folder: Path, **config: Any) -> Path:
     """Copy a checkpoint with other fields in its config.json."""
     folder.mkdir(exist_ok=True)

@@ -16,7 +16,6 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic import rope, states
-from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
 from tgi_asgi.models.generic.rope import RotaryLookup
@@ -25,15 +24,11 @@ from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import packed_bytes
 from tgi_asgi.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("as_module")
+
 Checkpoint = Callable[[str], Path]
 
 EXACT, FAST, SMALL = ops.Packing(True), ops.Packing(False), ops.Packing(False, "Q8_0")
-
-
-@pytest.fixture(autouse=True)
-def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run models that a native decoder would otherwise run."""
-    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
 def packed_weights_of(model: nn.Module) -> Iterator[Any]:

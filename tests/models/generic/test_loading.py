@@ -40,12 +40,6 @@ IDS = [
 STEPS = [[(0, 0, 20)], [(0, 20, 19), (1, 0, 17)], [(0, 39, 1)]]
 
 
-@pytest.fixture
-def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the code of `transformers` run models that a native decoder would otherwise run."""
-    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
-
-
 def with_tensors(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """Copy a checkpoint with other tensors."""
     for file in source.iterdir():

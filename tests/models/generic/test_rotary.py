@@ -10,18 +10,12 @@ import pytest
 import torch
 
 from tests.support.generic import load_generic
-from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.rope import RotaryLookup
 
 Checkpoint = Callable[[str], Path]
 
 NUM_POSITIONS = 256  # size of the tables; beyond it the model's own code runs
-
-
-@pytest.fixture
-def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
 
 
 def rotary_of(folder: Path) -> Any:
