@@ -201,11 +201,15 @@ class App:
 
 
 def load_model(settings: Settings, progress: Progress) -> Served:
-    """Find, read and warm up the model; imports torch. Runs in the loading thread."""
+    """Find, read and warm up the model, in the loading thread. Imports torch only if the model needs it.
+
+    Raises:
+        ModelLoadError: if it cannot be found, read or served.
+    """
     from tgi_asgi.formats.sources import resolve
 
     files = resolve(settings, progress)
-    progress("loading libraries", 0, None)  # torch alone takes a second to import
+    progress("loading libraries", 0, None)
     from tgi_asgi.engine.engine import Engine
 
     try:

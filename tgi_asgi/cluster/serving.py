@@ -131,7 +131,7 @@ class RayTransport:
         await self._has_changed.wait()
 
     async def generate(self, order: Sequence[str], request: WireRequest) -> AsyncIterator[Reply]:
-        """Yield an answer's replies; a reader that stops early cancels the request."""
+        """Yield replies, as `Transport.generate`; a reader that stops early cancels the request."""
         if not any(name in self._replicas for name in order):  # Ray would wait until one appears
             raise ReplicaLost(order[0])
         stream = self._streams.generate.remote(Wanted(tuple(order)), request)
@@ -149,7 +149,7 @@ class RayTransport:
                 stream.cancel()
 
     async def call(self, replica: str, method: str, *arguments: Any) -> Any:
-        """Call a method of one replica."""
+        """Call a method of one replica, as `Transport.call`."""
         if replica not in self._replicas:
             raise ReplicaLost(replica)
         with _translate_ray_errors():

@@ -62,7 +62,11 @@ class GgufStrings(Sequence[str]):
         return f"GgufStrings({self._key!r}, {self._count} strings)"
 
     def to_list(self) -> list[str]:
-        """Decode all strings, once; later calls return the same list."""
+        """Decode all strings, once; later calls return the same list.
+
+        Raises:
+            ModelLoadError: if one is not UTF-8.
+        """
         if self._items is None:
             buffer, at, unpack = self._buffer, self._start, _U64.unpack_from
             items = []

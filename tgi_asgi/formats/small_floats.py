@@ -67,6 +67,9 @@ def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[in
     Args:
         scales: One for the matrix, one per row, one per block of `block` rows and columns, or one per row and
             group of columns.
+
+    Raises:
+        ModelLoadError: if there are other numbers of them.
     """
     rows, columns = shape
     if scales.size == 1:

@@ -25,7 +25,11 @@ def qkv_rows(cut: ModelCut, head_dim: int) -> list[range]:
 
 
 def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorms:
-    """Return the norms of a shard's heads."""
+    """Return the norms of a shard's heads.
+
+    Raises:
+        ModelLoadError: if a norm spans all heads.
+    """
     if norms.is_whole:
         raise ModelLoadError("several shards do not compute norms over all heads")
     rows = qkv_rows(cut, head_dim)

@@ -28,7 +28,11 @@ def has_family(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def find_by_architecture(name: str) -> Family:
-    """Return the family of a config.json's architecture, including variants without a head or with labels."""
+    """Return the family of a config.json's architecture, including variants without a head or with labels.
+
+    Raises:
+        ModelLoadError: if there is none; the message lists those that exist.
+    """
     found = _find(name)
     if found is not None:
         return found
@@ -43,7 +47,11 @@ def _find(name: str) -> Family | None:
 
 
 def find_by_gguf_name(name: str) -> Family:
-    """Return the family of a GGUF file's `general.architecture`; the first with the name represents all."""
+    """Return the family of a GGUF file's `general.architecture`; the first with the name represents all.
+
+    Raises:
+        ModelLoadError: if there is none; the message lists those that exist.
+    """
     for family in all_families():
         if family.gguf_name == name:
             return family

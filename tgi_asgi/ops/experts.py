@@ -129,6 +129,9 @@ def gated_add(rows: Value, gate: Value, x: Value, factor: float = 1.0) -> Value:
 
     rows: [n_tokens, hidden]; gate: rows [n_tokens, 1]. This adds a shared expert, which all tokens use,
     weighted by each token's gate.
+
+    Raises:
+        ValueError: if `rows` and `x` have different numbers of columns.
     """
     recorder = recorder_of(
         "gated_add", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, 1), x=(x, Kind.RESIDUAL, None)

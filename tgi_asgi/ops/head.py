@@ -12,6 +12,9 @@ def head(x: Value, norm: NormWeight, weight: LinearWeight, *, scale: float = 1.0
     """Return logits [n_rows, vocab] float32 of the rows of the residual x that a step requests.
 
     Logits are multiplied by `scale`, then capped to cap * tanh(logits / cap), unless `cap` is 0.
+
+    Raises:
+        ValueError: if the weight does not have the norm's columns.
     """
     recorder = recorder_of("head", x=(x, Kind.RESIDUAL, norm.columns))
     if weight.columns != norm.columns:

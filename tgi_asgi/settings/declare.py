@@ -39,7 +39,11 @@ def declared(
 
 
 def parsed(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
-    """Parse an environment value by the field's annotation; click parses the flags."""
+    """Parse an environment value by the field's annotation; click parses the flags.
+
+    Raises:
+        InvalidRequest: if it has another form; the message names the variable.
+    """
     kind = str(spec.type).partition(" ")[0]
     try:
         match kind:

@@ -47,7 +47,11 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> LinearWeight:
-        """The packed weight."""
+        """The packed weight.
+
+        Raises:
+            RuntimeError: if it has not been loaded.
+        """
         if self.made is None:
             raise RuntimeError("the weight has not been loaded")
         return self.made

@@ -198,7 +198,11 @@ class GenericProgram(ModuleProgram):
             self._recurrent.begin(starts, lengths, states)
 
     def run_head(self, rows: Sequence[int]) -> Floats:
-        """Compute the logits of other rows of the last step."""
+        """Compute the logits of other rows of the last step.
+
+        Raises:
+            RuntimeError: if no step has been computed.
+        """
         if self._known is None:
             raise RuntimeError("no step has been computed")
         with torch.inference_mode(), self._adapting():

@@ -23,7 +23,11 @@ _PIECE = 1 << 20  # numbers that are compared at a time
 
 
 def read_number(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
-    """Return a tensor of one float, as an array without dimensions."""
+    """Return a tensor of one float, as an array without dimensions.
+
+    Raises:
+        ModelLoadError: if it has another number of elements.
+    """
     values = read_floats(checkpoint, name)
     if values.size != 1:
         raise ModelLoadError(f"{name!r} must be one number, but has the shape {list(values.shape)}")
