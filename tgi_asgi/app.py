@@ -13,17 +13,19 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
+import orjson
+
 from tgi_asgi.api import table
-from tgi_asgi.api.asgi import ClientDisconnected, Receive, Scope, Send
+from tgi_asgi.api.asgi import JSON, ClientDisconnected, Receive, Scope, Send
 from tgi_asgi.api.auth import ApiKeys
 from tgi_asgi.api.context import Served, ServerContext
 from tgi_asgi.api.cors import Cors
-from tgi_asgi.api.errors import NATIVE
+from tgi_asgi.api.errors import NATIVE, OPENAI, headers_of
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import NO_NAMES
 from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
-from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
+from tgi_asgi.errors import InvalidRequest, ModelLoadError, NoWebSockets, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.observe.access_log import log_access
 from tgi_asgi.observe.metrics import LoopLag
@@ -99,7 +101,7 @@ class App:
         elif scope["type"] == "lifespan":
             await self._live(receive, send)
         else:
-            await send({"type": "websocket.close", "code": 1000})
+            await _refuse_websocket(scope, send)
 
     def start(self) -> None:
         """Start loading the model in a thread; return at once."""
@@ -198,6 +200,19 @@ class App:
                 exchange.error = error
                 raise  # the response has begun: the server closes the connection
             await exchange.fail(error)
+
+
+async def _refuse_websocket(scope: Scope, send: Send) -> None:
+    """Answer a WebSocket's handshake with an error, in the envelope of OpenAI, whose clients open them."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    error = NoWebSockets("This server has no WebSockets; send the request by HTTP")
+    body = orjson.dumps(OPENAI.envelope(error))
+    headers = [(b"content-type", JSON), (b"content-length", b"%d" % len(body)), *headers_of(error)]
+    status = OPENAI.status(error)
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
 
 
 def load_model(settings: Settings, progress: Progress) -> Served:

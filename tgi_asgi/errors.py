@@ -160,6 +160,10 @@ class MethodNotAllowed(TgiError, error_type="method_not_allowed"):
         self.allow = allow
 
 
+class NoWebSockets(TgiError, error_type="method_not_allowed"):
+    """Raised for a WebSocket: all APIs of this server are plain HTTP."""
+
+
 class PayloadTooLarge(TgiError, error_type="validation"):
     """Raised when a body is larger than `payload_limit` bytes."""
 

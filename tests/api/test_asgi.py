@@ -6,10 +6,12 @@ import asyncio
 import threading
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
+from tests.support.serving import serving
 from tgi_asgi.api import asgi
 from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.openai import chat
@@ -133,7 +135,7 @@ async def test_a_head_request_gets_the_headers_alone() -> None:
     assert head.headers["content-length"] == get.headers["content-length"]
 
 
-async def test_other_protocols_are_closed() -> None:
+async def test_a_websocket_is_closed_if_the_server_cannot_answer_its_handshake() -> None:
     sent = []
 
     async def collect(message: object) -> None:
@@ -141,6 +143,20 @@ async def test_other_protocols_are_closed() -> None:
 
     await small_app()({"type": "websocket"}, asyncio.Queue[Message]().get, collect)
     assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+async def test_a_websocket_is_answered_with_the_status_after_which_codex_goes_on_by_http() -> None:
+    handshake = {
+        "connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    async with serving(small_app()) as url, httpx.AsyncClient(base_url=url) as client:
+        answer = await client.get("/v1/responses", headers=handshake)
+        assert answer.status_code == 426
+        assert answer.headers["upgrade"] == "HTTP/1.1"
+        assert answer.headers["connection"] == "close, upgrade"
+        assert answer.json()["error"]["code"] == "websocket_not_supported"
+        assert (await client.post(CHAT, json=HI)).status_code == 200
 
 
 async def test_a_large_body_is_handled_in_a_thread_and_a_small_one_is_not(

@@ -46,6 +46,8 @@ RULES: dict[type[TgiError], Rule] = {
     errors.UnknownModel: Rule(404, "", 404, _REFUSED, "model_not_found"),
     errors.UnknownAdapter: Rule(404, "", 404, _REFUSED, "adapter_not_found"),
     errors.MethodNotAllowed: Rule(405, "", 405, _REFUSED, "method_not_allowed"),
+    # Codex goes on by HTTP at once if the status is 426; after any other, it tries again for seconds.
+    errors.NoWebSockets: Rule(426, "", 426, _REFUSED, "websocket_not_supported"),
     errors.PayloadTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),
     errors.RequestTimeout: Rule(408, "", 400, _REFUSED, "request_timeout"),
     errors.UnsupportedMediaType: Rule(415, "", 415, _REFUSED),
@@ -123,6 +125,9 @@ def headers_of(error: BaseException) -> list[Header]:
             return [(b"www-authenticate", b"Bearer")]
         case errors.MethodNotAllowed():
             return [(b"allow", ", ".join(error.allow).encode("ascii"))]
+        case errors.NoWebSockets():
+            # The handshake ends its connection, and a 426 must name a protocol.
+            return [(b"upgrade", b"HTTP/1.1"), (b"connection", b"close, upgrade")]
         case errors.RequestAborted():
             return [(b"x-should-retry", b"false")]  # OpenAI's and Anthropic's SDKs check it before they retry
         case errors.PayloadTooLarge() | errors.RequestTimeout():
