@@ -75,8 +75,10 @@ def codex_catalog(home: Path) -> Path:
     return path
 
 
-def claude(url: str, home: Path, project: Path, prompt: str, *options: str) -> Run:
-    """Run Claude Code in a project until it has answered."""
+def claude(
+    url: str, home: Path, project: Path, prompt: str, *options: str, context: int | None = None
+) -> Run:
+    """Run Claude Code in a project until it has answered; it may be told the model's context, in tokens."""
     command = [_BIN / "claude", "-p", "--model", "toy/model", "--dangerously-skip-permissions"]
     environ = {
         "HOME": str(home),
@@ -87,6 +89,8 @@ def claude(url: str, home: Path, project: Path, prompt: str, *options: str) -> R
         "DISABLE_AUTOUPDATER": "1",
         "IS_SANDBOX": "1",  # otherwise it refuses to skip permissions as root
     }
+    if context is not None:
+        environ["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(context)
     run = _run([*command, "--output-format", "json", *options, "--", prompt], project, environ)
     answer = json.loads(run.stdout).get("result", "") if run.stdout.startswith("{") else ""
     return Run(run.returncode, answer, run.stdout)

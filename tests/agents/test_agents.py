@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.agents.agent_server import CONTEXT
 from tests.agents.clients import Run, claude, codex, codex_catalog, install
 from tests.agents.player import call, play_of
 from tests.support.server_process import ServerProcess
@@ -99,6 +100,35 @@ def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
     workspace.check(run, "pears")
     first = workspace.seen()[0]["body"]
     assert "custom" in [tool["type"] for tool in first["tools"]]
+
+
+@pytest.mark.agents
+def test_codex_summarises_before_its_history_fills_the_context(workspace: Workspace) -> None:
+    """After the summary it begins the list of calls again, and finds the parts gone."""
+    install()
+    for number in range(8):  # each shorter than the tenth of the context that Codex keeps free
+        (workspace.project / f"part{number}").write_text("number\n" * 700)
+    steps = [call("exec_command", cmd=f"cat part{number}; unlink part{number}") for number in range(8)]
+    steps += [call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt")]
+    option = f"model_context_window={CONTEXT}"
+    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps), "-c", option)
+    workspace.check(run, "pears")
+    assert len(workspace.seen()) > len(steps) + 1
+
+
+@pytest.mark.agents
+@pytest.mark.parametrize("context", [CONTEXT, None], ids=["known", "unknown"])
+def test_claude_summarises_when_its_history_fills_the_context(
+    workspace: Workspace, context: int | None
+) -> None:
+    install()
+    steps = [call("Bash", command=f"seq {number}000 {number}999") for number in range(1, 9)]
+    prompt = play_of(steps)
+    run = claude(workspace.url, workspace.home, workspace.project, prompt, context=context)
+    assert (run.exit_code, run.answer) == (0, "Nothing to play."), run.output  # it has only the summary
+    statuses = [seen["status"] for seen in workspace.seen()]
+    assert statuses[-1] == 200
+    assert (400 in statuses) == (context is None)
 
 
 @pytest.mark.agents
