@@ -103,6 +103,20 @@ def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
 
 
 @pytest.mark.agents
+def test_codex_gives_a_task_to_another_agent(workspace: Workspace) -> None:
+    install()
+    steps = [
+        call("spawn_agent", task_name="other", message="Count the apples."),
+        call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt"),
+    ]
+    options = ("-c", "features.multi_agent_v2=true")
+    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps), *options)
+    workspace.check(run, "pears")
+    kinds = {item.get("type") for seen in workspace.seen() for item in seen["body"]["input"]}
+    assert "agent_message" in kinds
+
+
+@pytest.mark.agents
 def test_codex_summarises_before_its_history_fills_the_context(workspace: Workspace) -> None:
     """After the summary it begins the list of calls again, and finds the parts gone."""
     install()

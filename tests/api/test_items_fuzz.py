@@ -21,7 +21,7 @@ PARTS = st.fixed_dictionaries(
     optional={"text": TEXT | SCALARS, "refusal": TEXT | SCALARS},
 )
 CONTENT = TEXT | st.lists(PARTS | ANYTHING, max_size=3) | SCALARS
-KINDS = ["message", "function_call", "function_call_output", "reasoning", "item_reference"]
+KINDS = ["message", "agent_message", "function_call", "function_call_output", "reasoning", "item_reference"]
 ITEMS = st.fixed_dictionaries(
     {},
     optional={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
-from tgi_asgi.api.openai.tools import read_choice, read_tools
+from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
@@ -105,7 +105,7 @@ def read_conversation(
         _message(message, f"messages[{i}]", images, is_compat=is_compat)
         for i, message in enumerate(request.messages)
     ]
-    _add_call_ids(messages)
+    add_call_ids(messages)
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -175,21 +175,6 @@ def _message(message: Message, path: str, images: Images | None, *, is_compat: b
     if message.tool_calls:
         result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
     return result
-
-
-def _add_call_ids(messages: list[dict[str, Any]]) -> None:
-    """Give results of tools without an id those of the calls before them, in their order.
-
-    Some clients send none (Qwen-Agent), and some templates show ids.
-    """
-    ids: Iterator[str | None] = iter(())
-    for message in messages:
-        if message["role"] == "tool":
-            call_id = next(ids, None)
-            if call_id is not None:
-                message.setdefault("tool_call_id", call_id)
-        elif "tool_calls" in message:
-            ids = (call["id"] for call in message["tool_calls"])
 
 
 def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str | dict[str, str]:

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.schema import TextRequest
 from tgi_asgi.api.openai.thoughts import unsealed
-from tgi_asgi.api.openai.tools import grammar_of
+from tgi_asgi.api.openai.tools import add_call_ids, grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     ONLY_USERS,
@@ -194,8 +194,13 @@ def read_items(
                 _add_thoughts(messages[-1], thoughts)
             case "function_call_output" | "custom_tool_call_output":
                 output = _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
-                call_id = string_of(item, "call_id", path)
-                messages.append({"role": "tool", "content": output, "tool_call_id": call_id})
+                messages.append({"role": "tool", "content": output})
+                if item.get("call_id") is not None:
+                    messages[-1]["tool_call_id"] = string_of(item, "call_id", path)
+            case "agent_message":  # from another agent, to the one that the model is
+                content = _parts(_readable(item.get("content")), f"{path}.content", "user", images)
+                messages.append({"role": "user", "content": content})
+                thoughts.clear()
             case "message":
                 role = string_of(item, "role", path)
                 if role not in _ROLES:
@@ -213,6 +218,7 @@ def read_items(
                 skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
+    add_call_ids(messages)
     for message in messages:
         if "reasoning_content" in message:
             message["reasoning_content"] = "\n".join(message["reasoning_content"])
@@ -298,6 +304,21 @@ def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[st
         name = names.get((namespace, name), name)
     function = {"name": name, "arguments": arguments}
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
+
+
+def _readable(content: Any) -> Any:
+    """Return an agent's message with plain parts for those that OpenAI's servers would have encrypted.
+
+    They are what the model gave as a tool's arguments (Codex), and nothing here encrypts those.
+    """
+    if not isinstance(content, list):
+        return content
+    return [
+        {"type": "input_text", "text": part.get("encrypted_content")}
+        if isinstance(part, dict) and part.get("type") == "encrypted_content"
+        else part
+        for part in content
+    ]
 
 
 def _parts(

@@ -1,8 +1,8 @@
-"""`tools` and `tool_choice` in the form of chat completions and responses."""
+"""`tools`, `tool_choice` and tools' results in the form of chat completions and responses."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.api.call import ToolChoice
@@ -76,6 +76,22 @@ def read_choice(
     if is_compat and mode == "named" and names and all(tool.name != names[0] for tool in tools):
         raise ToolError(f"Tool with name {names[0]} not found", param="tool_choice")
     return choose(tools, mode, names, is_parallel=is_parallel)
+
+
+def add_call_ids(messages: list[dict[str, Any]]) -> None:
+    """Give results of tools without an id those of the calls before them, in their order.
+
+    Some clients send none (Qwen-Agent), OpenAI's type of outputs has them optional, and some templates show
+    ids.
+    """
+    ids: Iterator[str | None] = iter(())
+    for message in messages:
+        if message["role"] == "tool":
+            call_id = next(ids, None)
+            if call_id is not None:
+                message.setdefault("tool_call_id", call_id)
+        elif "tool_calls" in message:
+            ids = (call["id"] for call in message["tool_calls"])
 
 
 def _is_hosted(choice: object) -> bool:
