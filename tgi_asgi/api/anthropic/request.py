@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -43,7 +43,10 @@ class Turn(Struct):
     """One turn of the conversation: text, or a list of blocks."""
 
     role: str
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None = None
+    # Of a system turn: until when the model is shown its text, and settings from this turn on.
+    clear_at: Literal["never", "next_user_message"] | None = None
+    output_config: dict[str, Any] | None = None
 
 
 class CountRequest(Struct, kw_only=True):
@@ -118,8 +121,8 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
             system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
         messages.append({"role": "system", "content": plain_text(system, "system")})
-    for _, group in itertools.groupby(enumerate(request.messages), key=lambda each: each[1].role):
-        messages += _turns([(f"messages[{i}]", turn) for i, turn in group], images)
+    for _, group in itertools.groupby(_shown(request.messages), key=lambda each: each[1].role):
+        messages += _turns([*group], images)
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -128,6 +131,27 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         is_continued=leaves_open(messages),
         images=images,
     )
+
+
+def _shown(turns: Sequence[Turn]) -> Iterator[tuple[str, Turn]]:
+    """Yield the turns that the model is shown, with their paths.
+
+    These are all turns but two kinds of system turns: reminders that end with the next turn of the user, and
+    those that only set the effort, which is not used here. Changes of the tools outlive their turn.
+    """
+    last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
+    for i, turn in enumerate(turns):
+        path = f"messages[{i}]"
+        if turn.role == "system":
+            if turn.clear_at == "next_user_message" and i < last_user:
+                continue
+            if turn.output_config and not turn.content:
+                continue
+        elif turn.clear_at is not None:
+            refuse_field(f"{path}.clear_at", "is only permitted with role `system`")
+        if turn.content is None:
+            refuse_field(f"{path}.content", "is required")
+        yield path, turn
 
 
 def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[str, Any]]:
@@ -153,7 +177,7 @@ def _combined(role: str, turns: list[tuple[str, Turn]], images: Images | None) -
         if isinstance(turn.content, str):
             blocks.parts.append(turn.content)
             continue
-        for j, block in enumerate(turn.content):
+        for j, block in enumerate(turn.content or ()):
             blocks.read(block, f"{path}.content[{j}]")
     return blocks.messages(path)
 

@@ -71,7 +71,7 @@ def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
     for i, turn in enumerate(turns):
         if turn.role != "system" or isinstance(turn.content, str):
             continue
-        for j, block in enumerate(turn.content):
+        for j, block in enumerate(turn.content or ()):
             if block.get("type") not in CHANGES:
                 continue
             path = f"messages[{i}].content[{j}].tool"
