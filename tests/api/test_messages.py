@@ -447,6 +447,22 @@ async def test_thinking_may_be_omitted_from_the_answer() -> None:
         assert details is not None and details.thinking_tokens > 0
 
 
+@pytest.mark.parametrize("display", ["omitted", "summarized"])
+async def test_the_next_request_brings_the_thoughts_back(display: str) -> None:
+    """Claude Code asks to omit them, and sends back blocks without text."""
+    template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{# <think> </think> #}"
+    engine = ScriptedEngine(say("<think>", "hm\n", "</think>", "Hello"))
+    body: dict[str, Any] = {"max_tokens": 50, "thinking": {"type": "adaptive", "display": display}}
+    async with client_of(app_of(engine, chat_template=template)) as client:
+        answer = (await client.post("/v1/messages", json={**body, "messages": HI})).json()
+        turn = {"role": "assistant", "content": answer["content"]}
+        assert answer["content"][0]["thinking"] == ("" if display == "omitted" else "hm\n")
+        await client.post("/v1/messages", json={**body, "messages": [*HI, turn, *HI]})
+    prompt = engine.tokenizer.decode(list(engine.requests[1].prompt_ids), skip_special_tokens=False)
+    _, assistant, _ = [json.loads(line) for line in prompt.splitlines()]
+    assert assistant["reasoning_content"].strip() == "hm"
+
+
 async def test_thinking_between_tools_is_thinking() -> None:
     assert (await post({"thinking": {"type": "between_tools"}}))[0] == 200
 

@@ -11,6 +11,7 @@ import orjson
 from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of, rule_of
+from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import whole_arguments
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
@@ -50,7 +51,7 @@ class MessageRenderer(Renderer):
 
     Args:
         hides_tokens: Whether `max_tokens` was 0, so the one sampled token is not shown.
-        hides_thoughts: Whether blocks of thinking have no text.
+        hides_thoughts: Whether blocks of thinking have their text only in the signature.
     """
 
     def __init__(
@@ -124,9 +125,11 @@ class MessageRenderer(Renderer):
 
     def _add(self, piece: Piece) -> list[Event]:
         made = self._open(piece) if isinstance(piece, CallStart) or _KINDS[type(piece)] != self._kind else []
-        if isinstance(piece, CallStart) or (self._hides_thoughts and isinstance(piece, Reasoning)):
+        if isinstance(piece, CallStart):
             return made
         self._texts.append(piece.text)
+        if self._hides_thoughts and isinstance(piece, Reasoning):
+            return made
         kind = _KINDS[type(piece)]
         delta = {"type": f"{kind}_delta", kind: piece.text}
         if isinstance(piece, CallArguments):
@@ -155,6 +158,8 @@ class MessageRenderer(Renderer):
         block |= {"input": whole_arguments(text)} if self._kind == "tool_use" else {self._kind: text}
         if self._kind == "thinking":  # clients drop thoughts without a signature, or make them text
             block["signature"] = secrets.token_hex(16)
+            if self._hides_thoughts:  # the next request brings them back, as from Anthropic's servers
+                block |= {"thinking": "", "signature": sealed(text)}
             delta = {"type": "signature_delta", "signature": block["signature"]}
             made.append({"type": "content_block_delta", "index": index, "delta": delta})
         self._kind = None

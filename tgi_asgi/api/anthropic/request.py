@@ -31,6 +31,7 @@ from tgi_asgi.api.parse import (
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
+from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import Tool, choose
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
@@ -214,7 +215,8 @@ class _Blocks:
                 call_id = string_of(block, "tool_use_id", where)
                 self.results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":
-                if thought := string_of(block, "thinking", where):  # empty: the server left it out
+                # Empty: the answer was to omit it, so the signature has it.
+                if thought := string_of(block, "thinking", where) or unsealed(block.get("signature")):
                     self.thoughts.append(thought)
             case "assistant", "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
                 pass

@@ -14,7 +14,6 @@ from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.schema import TextRequest
-from tgi_asgi.api.openai.thoughts import unsealed
 from tgi_asgi.api.openai.tools import add_call_ids, grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
@@ -31,6 +30,7 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
+from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, distinct, note_skipped
 
 Item = dict[str, Any]

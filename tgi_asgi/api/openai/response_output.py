@@ -16,7 +16,7 @@ from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.api.openai.logprobs import ChatLogprobs
-from tgi_asgi.api.openai.thoughts import sealed
+from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning

@@ -1,6 +1,6 @@
-"""Reasoning in the form of `encrypted_content`, which clients keep and send back unread.
+"""Reasoning as clients keep it and send it back unread: `encrypted_content`, or the `signature` of a thought.
 
-Many clients send back no other field of a reasoning item. The text is only encoded: the client has it anyway.
+Many clients send back no other field. The text is only encoded: it is the client's own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ _PREFIX = "tgi-"  # OpenAI's own begin otherwise; they come with histories that 
 
 
 def sealed(text: str) -> str:
-    """Return reasoning as `encrypted_content`."""
+    """Return reasoning in the form that clients do not read."""
     return _PREFIX + base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def unsealed(content: object) -> str:
-    """Return the reasoning in an `encrypted_content`; "" if it is not one of this server's."""
+    """Return the reasoning in such a form; "" if it is not one of this server's."""
     if not isinstance(content, str) or not content.startswith(_PREFIX):
         return ""
     try:
