@@ -1,4 +1,4 @@
-"""Items of `/v1/responses` that newer clients send: messages between agents, and results without an id."""
+"""Items of newer clients of `/v1/responses`: messages between agents, settings, results without an id."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.api.test_openai_tools import app_of
+from tests.support.client import client_of
+from tests.support.scripted_engine import ScriptedEngine, say
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import InvalidRequest
 
@@ -37,8 +40,10 @@ def test_a_message_between_agents_that_cannot_be_read_is_refused_by_name(content
 
 
 def test_results_without_an_id_belong_to_the_calls_before_them_in_their_order() -> None:
-    results = [{"type": "function_call_output", "output": "1"}]
-    results += [{"type": "function_call_output", "call_id": None, "output": "2"}]
+    results: list[dict[str, Any]] = [
+        {"type": "function_call_output", "output": "1"},
+        {"type": "function_call_output", "call_id": None, "output": "2"},
+    ]
     messages = read_items([HI, *calls("f", "g"), *results])
     assert [message["tool_call_id"] for message in messages[2:]] == ["c-f", "c-g"]
 
@@ -47,3 +52,63 @@ def test_the_id_of_a_result_is_a_string() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_items([*calls("f"), {"type": "function_call_output", "call_id": 1, "output": "1"}])
     assert caught.value.param == "input[1].call_id"
+
+
+FORM = {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "integer"}}
+PLAIN = {"type": "text"}
+
+
+def update(**settings: Any) -> dict[str, Any]:
+    return {"type": "configuration_update", **settings}
+
+
+@pytest.mark.parametrize(
+    ("text", "updates", "is_constrained"),
+    [
+        (PLAIN, [update(text={"format": FORM})], True),
+        (FORM, [update(reasoning={"effort": "low"})], True),
+        (FORM, [update(text={"format": PLAIN})], False),
+        (PLAIN, [update(text={"format": FORM}), update(text={"format": PLAIN})], False),
+    ],
+)
+async def test_the_last_update_of_the_format_counts(
+    text: dict[str, Any], updates: list[dict[str, Any]], is_constrained: bool
+) -> None:
+    engine = ScriptedEngine(say("1"))
+    async with client_of(app_of(engine)) as client:
+        body = {"input": [*updates, HI], "text": {"format": text}}
+        first = await client.post("/v1/responses", json=body)
+        assert first.status_code == 200, first.text
+        later = {"previous_response_id": first.json()["id"], "input": "again"}
+        assert (await client.post("/v1/responses", json=later)).status_code == 200
+    constrained = [request.grammar is not None for request in engine.requests]
+    assert constrained == [is_constrained, is_constrained and "text" in updates[-1]]
+
+
+async def test_an_update_sets_the_effort() -> None:
+    engine = ScriptedEngine(say("ok"))
+    items = [
+        update(reasoning={"effort": "low"}),
+        HI,
+        update(reasoning={"effort": "high"}),
+        update(reasoning={}),
+    ]
+    async with client_of(app_of(engine, chat_template="{{ reasoning_effort }}")) as client:
+        body = {"input": items, "reasoning": {"effort": "minimal"}}
+        assert (await client.post("/v1/responses", json=body)).status_code == 200
+    assert engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False) == "high"
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"text": {"format": {"type": "some"}}}, "input[0].text.format.type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "input[0].text.format.schema"),
+        ({"text": 5}, "input[0]"),
+        ({"reasoning": {"effort": "much"}}, "input[0].reasoning.effort"),
+    ],
+)
+async def test_an_update_is_refused_by_name(settings: dict[str, Any], param: str) -> None:
+    async with client_of(app_of(ScriptedEngine())) as client:
+        answer = await client.post("/v1/responses", json={"input": [update(**settings), HI]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

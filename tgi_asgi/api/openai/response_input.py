@@ -70,6 +70,13 @@ class TextOptions(Struct):
     verbosity: str | None = None  # echoed, but not used
 
 
+class ConfigurationUpdate(Struct):
+    """An item that sets the format or the effort of all answers after it, up to the next such item."""
+
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+
+
 _Key = Annotated[str, Meta(max_length=64)]
 _Value = Annotated[str, Meta(max_length=512)]
 
@@ -158,6 +165,41 @@ def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None
     return found
 
 
+def current_settings(
+    request: ResponsesRequest, items: Sequence[Item], num_before: int = 0
+) -> tuple[tuple[str, TextFormat | None], tuple[str, str | None]]:
+    """Return the format and the effort of the answer, each after the path of the field that sets it.
+
+    An item that updates a setting goes before the request.
+
+    Args:
+        num_before: Number of leading items from earlier responses.
+
+    Raises:
+        InvalidRequest: if an update has the wrong form; `param` names it.
+    """
+    form = "text.format", request.text.format if request.text is not None else None
+    effort = "reasoning.effort", request.reasoning.effort if request.reasoning is not None else None
+    for i, item in enumerate(items, -num_before):
+        if item.get("type") != "configuration_update":
+            continue
+        path = _path(i)
+        try:
+            update = msgspec.convert(item, ConfigurationUpdate)
+        except msgspec.ValidationError as error:
+            refuse(path, f"`{path}`: {error}")
+        if update.text is not None and update.text.format is not None:
+            form = f"{path}.text.format", update.text.format
+        if update.reasoning is not None and update.reasoning.effort is not None:
+            effort = f"{path}.reasoning.effort", update.reasoning.effort
+    return form, effort
+
+
+def _path(index: int) -> str:
+    """Return the path of an item of the input; those of earlier responses have negative indices."""
+    return f"input[{index}]" if index >= 0 else "previous_response_id"
+
+
 def read_items(
     items: Sequence[Item],
     num_before: int = 0,
@@ -179,7 +221,7 @@ def read_items(
     thoughts: list[str] = []  # the reasoning before the next item, if the assistant made that
     skipped = []
     for i, item in enumerate(items, -num_before):
-        path = f"input[{i}]" if i >= 0 else "previous_response_id"
+        path = _path(i)
         match kind := item.get("type") or "message":
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
@@ -214,6 +256,8 @@ def read_items(
                     _add_thoughts(messages[-1], thoughts)
                 else:
                     thoughts.clear()  # of an answer that ended in its reasoning
+            case "configuration_update":
+                pass  # `current_settings` reads it
             case str() if kind in ("additional_tools", "program") or kind.endswith(_HOSTED):
                 skipped.append(kind)
             case _:

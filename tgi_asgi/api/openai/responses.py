@@ -32,6 +32,7 @@ from tgi_asgi.api.openai.response_input import (
     Item,
     ReasoningOptions,
     ResponsesRequest,
+    TextFormat,
     TextOptions,
     decode_items,
 )
@@ -100,7 +101,9 @@ def _call(
     check_shared(request, limits, info)
     given = enumerate(response_input.items_of(request.input))
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
-    conversation = _conversation(request, decode_items(history), items, tools, context.ready().new_images())
+    earlier = decode_items(history)
+    form, effort = response_input.current_settings(request, [*earlier, *items], len(earlier))
+    conversation = _conversation(request, earlier, items, tools, context.ready().new_images(), effort)
     choice = read_choice(
         tools,
         request.tool_choice,
@@ -113,7 +116,7 @@ def _call(
         info,
         context.settings,
         logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
-        constraint=_constraint(request),
+        constraint=_constraint(request, *form),
     )
     job = dataclasses.replace(
         job,
@@ -149,17 +152,18 @@ def _conversation(
     items: Sequence[Item],
     tools: Sequence[Tool],
     images: Images | None,
+    effort: tuple[str, str | None],
 ) -> Conversation:
-    """Return the conversation of earlier items and the request's own."""
+    """Return the conversation of earlier items and the request's own; `effort` begins with its field."""
     messages = response_input.read_items([*earlier, *items], len(earlier), images, tools)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
-    effort = request.reasoning.effort if request.reasoning is not None else None
+    field, level = effort
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
         offers_tools=request.tool_choice != "none",
-        variables=template_variables(effort, "reasoning.effort", request.chat_template_kwargs),
+        variables=template_variables(level, field, request.chat_template_kwargs),
         adds_special_tokens=bool(request.add_special_tokens),
         images=images,
     )
@@ -240,17 +244,16 @@ def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
     return stored.history
 
 
-def _constraint(request: ResponsesRequest) -> Constraint | None:
-    """Return the constraint on the answer's text, if any."""
-    field, form = "text.format", request.text.format if request.text is not None else None
+def _constraint(request: ResponsesRequest, field: str, form: TextFormat | None) -> Constraint | None:
+    """Return the constraint on the answer's text, if any; `field` is the path of its format."""
     if form is None or form.type == "text":
         return one_constraint(request, field, None, is_strict=False)
     if form.type == "json_object":
         return one_constraint(request, field, ("json_object", True), is_strict=False)
     if form.type != "json_schema":
-        refuse_field("text.format.type", "must be text, json_object or json_schema")
+        refuse_field(f"{field}.type", "must be text, json_object or json_schema")
     if form.schema is None:
-        refuse_field("text.format.schema", "is required with type `json_schema`")
+        refuse_field(f"{field}.schema", "is required with type `json_schema`")
     return one_constraint(request, field, ("json", form.schema), is_strict=form.strict is True)
 
 
