@@ -338,7 +338,10 @@ async def test_other_documents_are_refused_by_name(kind: str | None) -> None:
     assert "messages[0].content[0].source.type" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["code_execution_tool_result", "web_fetch_tool_result", "mcp_tool_use"])
+@pytest.mark.parametrize(
+    "kind",
+    ["code_execution_tool_result", "web_fetch_tool_result", "mcp_tool_use", "mcp_tool_listing", "fallback"],
+)
 async def test_what_servers_ran_is_left_out_of_histories(kind: str) -> None:
     prompt = await prompt_of(
         [{"type": "text", "text": "Done."}, {"type": kind, "content": "secret"}], "assistant"

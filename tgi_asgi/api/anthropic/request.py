@@ -37,6 +37,10 @@ from tgi_asgi.api.tools import Tool, choose
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _THINKING = ("adaptive", "between_tools", "disabled", "enabled")
 _BILLING = "x-anthropic-billing-header:"
+_UNSEEN = (  # blocks of the assistant's turns that only Anthropic's servers read
+    "redacted_thinking", "fallback", "server_tool_use", "mcp_tool_use", "mcp_tool_listing",
+    "container_upload",
+)  # fmt: skip
 FAILED = "[the tool failed]"  # stands for the result of a failed call without a text
 
 
@@ -218,7 +222,7 @@ class _Blocks:
                 # Empty: the answer was to omit it, so the signature has it.
                 if thought := string_of(block, "thinking", where) or unsealed(block.get("signature")):
                     self.thoughts.append(thought)
-            case "assistant", "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
+            case "assistant", str(kind) if kind in _UNSEEN:
                 pass
             case "assistant", str(kind) if kind.endswith("_tool_result"):  # of a tool that a server ran
                 pass
