@@ -12,7 +12,7 @@ import pytest
 from tests.engine.helpers import add_request, make_request, make_scheduler, plan_step, run, run_all
 from tests.support.fake_runner import FakeRunner
 from tests.support.waiting import until
-from tgi_asgi.engine.adapters import Adapters
+from tgi_asgi.engine.adapters import Adapters, Lease
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
 from tgi_asgi.formats.sources import AdapterSource
@@ -191,6 +191,30 @@ async def test_the_one_used_least_recently_leaves_and_is_read_again() -> None:
     assert lease.adapter.key == b"/b".hex()
     assert script.loaded[2:] == ["c", "b"]
     assert adapters.num_loaded == 2
+    adapters.close()
+
+
+async def test_one_that_a_request_waits_for_does_not_leave_before_the_request_has_it() -> None:
+    """If memory is short, the next adapter to be read must not take the place of one that was just read."""
+    script, asked = Script(), list[asyncio.Task[Lease]]()
+
+    def clock() -> float:  # read at the end of a read, before the request that waits for it goes on
+        if waiting is not None and not asked:
+            asked.append(asyncio.create_task(adapters.lease("b")))
+        return 0.0
+
+    waiting: asyncio.Task[Lease] | None = None
+    adapters = Adapters(script, sources("ab"), max_loaded=1, clock=clock)
+    adapters.start()
+    await settled(adapters, "a", "b")  # b has replaced a
+    script.go_on.clear()
+    reading = asyncio.create_task(adapters.lease("a"))
+    await asyncio.sleep(0.01)
+    waiting = reading
+    script.go_on.set()
+    assert (await waiting).adapter.name == "a"
+    with pytest.raises(Overloaded, match="All 1 adapters"):
+        await asked[0]
     adapters.close()
 
 

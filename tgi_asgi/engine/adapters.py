@@ -51,7 +51,7 @@ class _Entry:
         key: Key of its contents, once it has been read.
         task: The task that loads it.
         is_queued: Whether it waits for its turn to be read for the first time.
-        num_users: Number of leases.
+        num_users: Number of leases, and of requests that wait for it to be read.
         used: Turn number of its last lease; turn numbers only grow.
         failed_s: When loading last failed, except for lack of room.
         failure: Why the last attempt to read it failed.
@@ -76,6 +76,17 @@ class _Entry:
         self.idle = asyncio.Event()
         self.idle.set()
 
+    def enter(self) -> None:
+        """Add a user; while there is one, the adapter is not unloaded."""
+        self.num_users += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """Remove a user."""
+        self.num_users -= 1
+        if not self.num_users:
+            self.idle.set()
+
 
 class Lease:
     """A request's reference to an adapter, which stays in memory until the release."""
@@ -85,16 +96,13 @@ class Lease:
     def __init__(self, entry: _Entry, adapter: Adapter) -> None:
         self.adapter = adapter
         self._entry: _Entry | None = entry
-        entry.num_users += 1
-        entry.idle.clear()
+        entry.enter()
 
     def release(self) -> None:
         """Release the reference. Idempotent."""
         entry, self._entry = self._entry, None
         if entry is not None:
-            entry.num_users -= 1
-            if not entry.num_users:
-                entry.idle.set()
+            entry.leave()
 
 
 class Adapters:
@@ -167,7 +175,11 @@ class Adapters:
         """
         entry = self._find(name, param="model")
         while entry.adapter is None:
-            await self._wait(entry)
+            entry.enter()  # otherwise the next adapter that is read may unload it before this one goes on
+            try:
+                await self._wait(entry)
+            finally:
+                entry.leave()
             entry = self._find(name, param="model")  # it may have been removed or replaced
         entry.used = next(self._turns)
         return Lease(entry, entry.adapter)
