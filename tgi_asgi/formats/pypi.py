@@ -88,7 +88,14 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser().absolute()
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("tgi-asgi"))
+    try:
+        chosen = os.environ.get("TGI_ASGI_CACHE") or platformdirs.user_cache_dir("tgi-asgi")
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError:
+        raise ModelLoadError(
+            "no folder for models from PyPI, because the user's home directory is not known: "
+            "set TGI_ASGI_CACHE or HOME"
+        ) from None
 
 
 def _cached(folder: Path, expected: str | None) -> tuple[Path, str] | None:
