@@ -88,6 +88,27 @@ def test_a_head_that_is_too_large_is_refused(method: bytes, end: bytes) -> None:
     assert asyncio.run(ask(start + b"a" * (60 << 10) + b"\r\n\r\n")) == (b"HTTP/1.1 200 ", b"")
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n\x81\x80\0\0\0\0",
+        b"\r\n",
+        b"content-length: 5\r\n\r\nhello",
+    ],
+    ids=["a handshake", "a frame at once", "no key", "a body"],
+)
+async def test_a_websocket_is_refused_and_its_connection_closed(rest: bytes) -> None:
+    head = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\n"
+    async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(LONGEST_S):
+        reader, writer = await connect(url)
+        writer.write(head + rest)
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 403 ")
+    assert "no WebSockets" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
 def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = min(256, hard)

@@ -25,6 +25,7 @@ _REFUSAL = (
 )
 
 _REFUSALS = {
+    403: "This server has no WebSockets",
     431: "The request line and headers are too large",
     501: "This transfer encoding is not supported; send chunked or a content-length",
     505: "This server speaks HTTP/1.0 and HTTP/1.1",
@@ -207,6 +208,9 @@ class Http1(H11Protocol):
             await self._refuse(431, request)
         elif _is_ambiguous(request):
             await self._refuse(400, request)
+        elif _asks_for_websocket(request):
+            # hypercorn would answer, but leave the connection open for ever if the handshake is not valid.
+            await self._refuse(403, request)
         else:
             await super()._create_stream(request)
 
@@ -232,6 +236,13 @@ def _is_ambiguous(request: h11.Request) -> bool:
     """Return whether a body has two lengths, so that a proxy may see another end of it (RFC 9112, 6.1)."""
     names = {name for name, _ in request.headers}
     return b"content-length" in names and b"transfer-encoding" in names
+
+
+def _asks_for_websocket(request: h11.Request) -> bool:
+    headers = dict(request.headers)
+    options = [each.strip().lower() for each in headers.get(b"connection", b"").split(b",")]
+    is_upgrade = request.method == b"GET" and b"upgrade" in options
+    return is_upgrade and headers.get(b"upgrade", b"").strip().lower() == b"websocket"
 
 
 def _size_of(request: h11.Request) -> int:
