@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 import stat
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, connect, serving
-from tests.support.waiting import LONGEST_S
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve.listening import STALLED_READER_MS, Acceptor, listen, new_event_loop
 from tgi_asgi.settings import Settings
@@ -95,6 +96,48 @@ def test_connections_wait_while_there_is_no_descriptor_for_them(
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve())
     assert num_refused == 3
+    assert caplog.text.count("connections wait: Too many open files") == 1
+
+
+def test_connections_leave_descriptors_for_files(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Keys, adapters and modules are read while clients hold all connections that there may be."""
+    writers: list[asyncio.StreamWriter] = []
+    counts: list[int] = []
+    reserved = 5
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(b"hello")
+
+    async def serve() -> None:
+        monkeypatch.setattr("tgi_asgi.serve.listening._PAUSE_S", 0.01)
+        clients = clients_of(listener, NUM_CLIENTS)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        limits = (lowest_free + 10 + reserved, 65536)
+        monkeypatch.setattr("tgi_asgi.serve.listening._NUM_RESERVED", reserved)
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+        server = await asyncio.start_server(greet, sock=listener)
+        await until(lambda: len(writers) >= 5)
+        await asyncio.sleep(0.05)
+        counts.append(len(writers))
+        async with asyncio.timeout(LONGEST_S):
+            while len(writers) < NUM_CLIENTS:
+                for writer in writers:
+                    writer.close()
+                await asyncio.sleep(0.01)
+        for client in clients:
+            assert await asyncio.to_thread(client.recv, 9) == b"hello"
+            client.close()
+        server.close()
+        for writer in writers:
+            writer.close()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve())
+    assert counts[0] <= 10
     assert caplog.text.count("connections wait: Too many open files") == 1
 
 

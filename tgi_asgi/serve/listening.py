@@ -12,8 +12,10 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,9 @@ STALLED_READER_MS = 120_000
 
 _MAX_PER_TURN = 8
 _PAUSE_S = 0.1  # delay before accepting again after file descriptors or memory ran out
+# File descriptors that connections leave for keys, adapters, modules and the hosts of images; without them, an
+# administrator could not withdraw the key of a client that holds all connections.
+_NUM_RESERVED = 64
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
@@ -113,8 +118,12 @@ class Acceptor:
     _beginning: set[asyncio.Task[None]] = field(default_factory=set)  # the loop holds its tasks only weakly
     _resume: asyncio.TimerHandle | None = None
     _has_warned: bool = False
+    _max_descriptors: int = 0
 
     def __post_init__(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        self._max_descriptors = limit - min(_NUM_RESERVED, limit // 4)
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 
@@ -132,6 +141,7 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(_MAX_PER_TURN):
             try:
+                self._check_descriptors()
                 connection, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
@@ -143,6 +153,13 @@ class Acceptor:
             task = self._loop.create_task(self._begin(connection))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
+
+    def _check_descriptors(self) -> None:
+        """Raise an OSError if the next connection would have one of the reserved file descriptors."""
+        lowest_free = os.dup(self._listener.fileno())
+        os.close(lowest_free)
+        if lowest_free >= self._max_descriptors:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async def _begin(self, connection: socket.socket) -> None:
         try:
