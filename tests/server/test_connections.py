@@ -99,7 +99,7 @@ def test_a_head_that_is_too_large_is_refused(method: bytes, end: bytes) -> None:
     ids=["a handshake", "a frame at once", "no key", "a body"],
 )
 async def test_a_websocket_is_refused_and_its_connection_closed(rest: bytes) -> None:
-    head = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\n"
+    head = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
     async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
         writer.write(head + rest)

@@ -35,8 +35,8 @@ STALLED_READER_MS = 120_000
 
 _MAX_PER_TURN = 8
 _PAUSE_S = 0.1  # delay before accepting again after file descriptors or memory ran out
-# File descriptors that connections leave for keys, adapters, modules and the hosts of images; without them, an
-# administrator could not withdraw the key of a client that holds all connections.
+# File descriptors that connections leave for keys, adapters, modules and the hosts of images. Without them,
+# an administrator could not withdraw the key of a client that holds all connections.
 _NUM_RESERVED = 64
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
