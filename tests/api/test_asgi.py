@@ -6,12 +6,11 @@ import asyncio
 import threading
 from typing import Any
 
-import httpx
+import orjson
 import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
-from tests.support.serving import serving
 from tgi_asgi.api import asgi
 from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.openai import chat
@@ -136,27 +135,25 @@ async def test_a_head_request_gets_the_headers_alone() -> None:
 
 
 async def test_a_websocket_is_closed_if_the_server_cannot_answer_its_handshake() -> None:
-    sent = []
+    assert await _websocket({}) == [{"type": "websocket.close", "code": 1000}]
+
+
+async def test_a_websocket_is_answered_with_the_status_after_which_codex_goes_on_by_http() -> None:
+    start, body = await _websocket({"websocket.http.response": {}})
+    assert start["status"] == 426
+    assert (b"upgrade", b"HTTP/1.1") in start["headers"]
+    assert orjson.loads(body["body"])["error"]["code"] == "websocket_not_supported"
+
+
+async def _websocket(extensions: dict[str, Any]) -> list[Any]:
+    sent: list[Any] = []
 
     async def collect(message: object) -> None:
         sent.append(message)
 
-    await small_app()({"type": "websocket"}, asyncio.Queue[Message]().get, collect)
-    assert sent == [{"type": "websocket.close", "code": 1000}]
-
-
-async def test_a_websocket_is_answered_with_the_status_after_which_codex_goes_on_by_http() -> None:
-    handshake = {
-        "connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13",
-        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }  # fmt: skip
-    async with serving(small_app()) as url, httpx.AsyncClient(base_url=url) as client:
-        answer = await client.get("/v1/responses", headers=handshake)
-        assert answer.status_code == 426
-        assert answer.headers["upgrade"] == "HTTP/1.1"
-        assert answer.headers["connection"] == "close, upgrade"
-        assert answer.json()["error"]["code"] == "websocket_not_supported"
-        assert (await client.post(CHAT, json=HI)).status_code == 200
+    scope = {"type": "websocket", "extensions": extensions}
+    await small_app()(scope, asyncio.Queue[Message]().get, collect)
+    return sent
 
 
 async def test_a_large_body_is_handled_in_a_thread_and_a_small_one_is_not(

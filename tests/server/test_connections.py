@@ -99,14 +99,16 @@ def test_a_head_that_is_too_large_is_refused(method: bytes, end: bytes) -> None:
     ids=["a handshake", "a frame at once", "no key", "a body"],
 )
 async def test_a_websocket_is_refused_and_its_connection_closed(rest: bytes) -> None:
-    head = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    request = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
     async with serving(scripted_app(ScriptedEngine())) as url, asyncio.timeout(LONGEST_S):
         reader, writer = await connect(url)
-        writer.write(head + rest)
+        writer.write(request + rest)
         answer = await reader.read()
         writer.close()
-    assert answer.startswith(b"HTTP/1.1 403 ")
-    assert "no WebSockets" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 426 ")  # after which Codex goes on by HTTP at once
+    assert b"upgrade: HTTP/1.1" in head
+    assert "no WebSockets" in json.loads(body)["error"]
 
 
 def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:

@@ -25,7 +25,7 @@ _REFUSAL = (
 )
 
 _REFUSALS = {
-    403: "This server has no WebSockets",
+    426: "This server has no WebSockets; send the request by HTTP",
     431: "The request line and headers are too large",
     501: "This transfer encoding is not supported; send chunked or a content-length",
     505: "This server speaks HTTP/1.0 and HTTP/1.1",
@@ -209,8 +209,8 @@ class Http1(H11Protocol):
         elif _is_ambiguous(request):
             await self._refuse(400, request)
         elif _asks_for_websocket(request):
-            # hypercorn would answer, but leave the connection open for ever if the handshake is not valid.
-            await self._refuse(403, request)
+            # hypercorn would let the app answer, but keep the connection for ever if the handshake is invalid.
+            await self._refuse(426, request)
         else:
             await super()._create_stream(request)
 
@@ -226,6 +226,8 @@ class Http1(H11Protocol):
             (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"), *self.config.response_headers("h11"),
         ]  # fmt: skip
+        if status_code == 426:
+            headers += [(b"connection", b"upgrade"), (b"upgrade", b"HTTP/1.1")]
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
         if has_body:
             await self._send_h11_event(h11.Data(data=body))
