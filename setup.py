@@ -56,6 +56,9 @@ class Build(build_ext):
     def _build_with_torch(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import BuildExtension
 
+        # torch looks for ninja on the path, where that of an environment that is not activated is missing,
+        # and without it compiles one file after the other.
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
         builder = BuildExtension(self.distribution)
         builder.inplace, builder.build_lib = self.inplace, self.build_lib
         builder.build_temp = os.path.abspath(os.path.join("build", f"cuda-{sys.implementation.cache_tag}"))
