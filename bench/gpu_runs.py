@@ -6,6 +6,7 @@ Weights are random, in Llama-3-8B's shape.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import statistics
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from bench import gpu_model, gpu_timing
+from bench import gpu_apart, gpu_model, gpu_timing
 from bench.engine import Engine, Sequence
 from bench.gpu_model import GREEDY, TOP_P, StepKind
 from bench.gpu_stages import Report, measure_ceilings
@@ -48,15 +49,16 @@ ENGINES = (  # weights, cache, sampling
     ("bf16", "bf16", GREEDY), ("bf16", "bf16", TOP_P), ("bf16", "fp8", GREEDY), ("int4", "bf16", GREEDY),
     ("q8_0", "fp8", TOP_P),
 )  # fmt: skip
+_KIND_S = 30  # a kind of step that hangs leaves time for the others
 PROFILED = (StepKind(1, 1024), StepKind(64, 1024, sampling="top-p"), StepKind(16, 1024, "int4"))
 
 
 def step(report: Report) -> None:
     """Time steps of the model, as a graph and launch by launch; report failing ones and continue."""
-    limits, failed = measure_ceilings(), 0
+    limits, failed = gpu_apart.apart(measure_ceilings, _KIND_S), 0
     for kind in KINDS:
         try:
-            time_step(kind, limits, report)
+            gpu_apart.apart(functools.partial(time_step, kind, limits, report), _KIND_S)
         except Exception as error:
             failed += 1
             report("step", _of(kind) | {"why": str(error)[:300]})

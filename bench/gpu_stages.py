@@ -5,6 +5,7 @@ gpu_runs.py has the stages that run whole models. A stage's reports are written 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 
-from bench import gpu_shards, gpu_timing
+from bench import gpu_apart, gpu_shards, gpu_timing
 from bench.gpu_timing import Call, time_calls
 from tgi_asgi.runner.cuda_device import CudaDevice
 
 _ROOT = Path(__file__).parents[1]
+_OPERATOR_S = 60  # one whose kernel hangs leaves time for the others
 _FOUND = 9  # exit status of a sanitizer that found something
 _FINDINGS = ("=========     at ", "Race reported")  # a line of each: racecheck's have their own form
 Report = Callable[[str, Any], None]
@@ -83,12 +85,28 @@ def checks(report: Report) -> None:
     element relative to the largest, or of a probability. A limit of 0 means equality.
     """
     from tests.cuda import cases
+
+    torch.manual_seed(0)
+    failed = 0
+    everything = sorted((*cases.small(), *cases.large()), key=_turn)
+    for operator, members in itertools.groupby(everything, key=lambda case: case[0]):
+        check = functools.partial(_check_operator, list(members), report)
+        try:
+            failed += gpu_apart.apart(check, _OPERATOR_S)
+        except Exception as error:
+            failed += 1
+            row = {"op": operator, "dtype": None, "cases": 0, "ok": False, "worst_rel": None, "tol": None}
+            report("checks", row | {"why": str(error)[:300]})
+    failed += not gpu_shards.check(CudaDevice, report)
+    assert not failed, f"{failed} cases failed"
+
+
+def _check_operator(everything: Sequence[Any], report: Report) -> int:
+    """Check an operator's cases, report a row for each dtype, and return how many failed."""
     from tests.cuda.gpu_device import GpuDevice
     from tests.reference.compare import measured
 
-    torch.manual_seed(0)
     device, failed = GpuDevice(gpu_timing.DEVICE), 0
-    everything = sorted((*cases.small(), *cases.large()), key=_turn)
     for (operator, dtype), members in itertools.groupby(everything, key=_kind):
         whys, calls = [], [check for _, _, check in members]
         with measured() as distances:
@@ -100,8 +118,7 @@ def checks(report: Report) -> None:
         failed += len(whys)
         row = {"op": operator, "dtype": dtype, "cases": len(calls), "ok": not whys}
         report("checks", row | _nearest(distances) | {"why": whys[0] if whys else None})
-    failed += not gpu_shards.check(CudaDevice, report)
-    assert not failed, f"{failed} cases failed"
+    return failed
 
 
 def _nearest(distances: Sequence[Any]) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_timing
+from bench import gpu_apart, gpu_timing
 from tests.cuda.emulated_device import EmulatedDevice
 
 
@@ -35,12 +35,13 @@ class Clock:
         return self._device.capture(lambda: (call(), None)[1])
 
     def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replace CUDA's events, graphs and synchronisation; tensors stay on the host."""
+        """Replace CUDA's events, graphs, synchronisation and processes; tensors stay on the host."""
         monkeypatch.setattr(gpu_timing, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(gpu_timing, "L2_BYTES", 1)
         monkeypatch.setattr(gpu_timing, "make_event", self.event)
         monkeypatch.setattr(gpu_timing, "synchronize", lambda: None)
         monkeypatch.setattr(gpu_timing, "capture", self.capture)
+        monkeypatch.setattr(gpu_apart, "apart", lambda call, limit_s: call())
 
 
 class _Event:
