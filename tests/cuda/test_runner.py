@@ -23,6 +23,7 @@ from tests.cuda.emulated_runner import (
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_size
+from tests.support.pooling_models import files_of, save_classifier
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
@@ -354,6 +355,15 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
         load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)
+
+
+def test_a_model_without_a_head_is_refused_with_a_way_out(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classifier(tmp_path, 2)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
+    with pytest.raises(ModelLoadError, match="Qwen3ForSequenceClassification embeds or scores.*CUDA_VISIBLE_DEVICES="):
+        load(Settings(thread_nice=0, num_threads=1), files_of(tmp_path), lambda stage, done, total: None)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

@@ -165,7 +165,10 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
             'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
         )
     if not config.generates:
-        raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
+        raise ModelLoadError(
+            f"{config.architecture} embeds or scores, which is done on CPUs only as yet: set "
+            'CUDA_VISIBLE_DEVICES="" to serve it there'
+        )
     wanted = settings.prompt_precision
     if wanted != "auto":
         raise ModelLoadError(
