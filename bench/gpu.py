@@ -343,9 +343,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = None if options.wheels is None else install(options.wheels)
         skipped = [] if why is None else [{"what": "wheels", "why": why, "needed": False}]
         left = options.limit_s - (0 if options.wheels is None else INSTALL_S)
-        result = run(stages, out, left, skipped=skipped, commit=commit)
+        with awake_gpus():
+            result = run(stages, out, left, skipped=skipped, commit=commit)
     print(f"{'all is well' if result['ok'] else 'not all is well'}: {out}")
     return 0 if result["ok"] or options.dry_run else 1
+
+
+@contextlib.contextmanager
+def awake_gpus(devices: Path = Path("/dev")) -> Iterator[None]:
+    """Hold the GPUs' device files open, as a persistence daemon does.
+
+    Without such a daemon the driver shuts a GPU down after its last process, and takes seconds to start it
+    for the next one.
+    """
+    with contextlib.ExitStack() as opened:
+        for path in devices.glob("nvidia[0-9]*"):
+            with contextlib.suppress(OSError):
+                opened.callback(os.close, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        yield
 
 
 def _commit() -> str:

@@ -148,6 +148,20 @@ assert decoded_values(random_weight("Q4_K", 2, 512, 1)).isfinite().all()
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=280)
 
 
+def test_gpus_are_held_open_between_the_stages(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    (tmp_path / "nvidia2").mkdir()  # cannot be opened
+
+    def held() -> list[str]:
+        paths = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+        return sorted(path.name for path in paths if path.parent == tmp_path)
+
+    with gpu.awake_gpus(tmp_path):
+        assert held() == ["nvidia0", "nvidia1"]
+    assert held() == []
+
+
 def test_a_run_without_time_left_says_so(tmp_path: Path) -> None:
     result = gpu.run([gpu.Stage("good", 20)], tmp_path / "out", 0.0, "tests.cuda.fake_gpu_stages")
     assert [skipped["why"] for skipped in result["skipped"]] == ["no time was left"]
