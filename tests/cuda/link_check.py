@@ -1,5 +1,8 @@
 """Builds both extensions against torch's CUDA wheel and resolves every symbol (`make cuda-link`; no GPU).
 
+    python -m tests.cuda.link_check          # the torch that the Makefile pins
+    python -m tests.cuda.link_check 2.11.0   # that of a certain GPU machine
+
 A CUDA torch cannot be imported without NVIDIA's libraries (gigabytes), but its headers and libraries suffice
 to compile and link. setup.py therefore runs under the installed torch, with the include and library paths of
 the unpacked wheel. The linker allows undefined symbols in a shared library; this check requires each to be
@@ -27,28 +30,30 @@ _FOLDER = _ROOT / "build" / "cuda-link"
 _MB = 1_000_000
 
 
-def torch_requirement() -> str:
-    """Return the Makefile's torch with pip's `===`, which a CPU build's local version does not satisfy."""
+def pinned_version() -> str:
+    """Return the version of the Makefile's torch."""
     found = re.search(r"^TORCH \?= torch==(\S+)$", (_ROOT / "Makefile").read_text(), re.MULTILINE)
     if found is None:
         raise SystemExit("the Makefile pins no torch")
-    return f"torch==={found[1]}"
+    return found[1]
 
 
-def unpacked_torch() -> Path:
+def unpacked_torch(version: str) -> Path:
     """Return the `torch` folder of PyPI's wheel: headers, libraries and version; fetched once (0.5 GB)."""
-    torch = _FOLDER / "torch"
+    whole = _FOLDER / version
+    torch = whole / "torch"
     if not (torch / "version.py").exists():
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "-d", folder]
-            subprocess.run([*command, torch_requirement()], check=True)
+            # `===` is not satisfied by a CPU build, which has a local version.
+            subprocess.run([*command, f"torch==={version}"], check=True)
             (wheel,) = Path(folder).glob("torch-*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 needed = [
                     name for name in archive.namelist() if name.startswith(("torch/include/", "torch/lib/"))
                 ]
-                archive.extractall(_FOLDER, needed)
-                archive.extract("torch/version.py", _FOLDER)  # last: marks the folder as complete
+                archive.extractall(whole, needed)
+                archive.extract("torch/version.py", whole)  # last: marks the folder as complete
     return torch
 
 
@@ -131,7 +136,7 @@ def main() -> int:
     if nvcc is None:
         print("cuda-link: there is no nvcc here; nothing was checked")
         return 0
-    torch = unpacked_torch()
+    torch = unpacked_torch((sys.argv[1:] or [pinned_version()])[0])
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", "tests.cuda.link_check", "build", torch], check=True, cwd=_ROOT)
     print(f"cuda-link: built in {(time.monotonic() - start) / 60:.1f} min")
