@@ -55,9 +55,9 @@ class Stage:
 
 
 STAGES = (  # ordered by value, except where later stages depend on earlier ones
-    Stage("build", 210, group=0),  # the first of every call
-    Stage("ceilings", 40),
-    Stage("checks", 165),
+    Stage("build", 240, group=0),  # the first of every call
+    Stage("ceilings", 30),
+    Stage("checks", 150),
     Stage("step", 150),
     Stage("operators", 150, is_needed=False, group=2),
     Stage("engine", 120, group=2),

@@ -362,7 +362,8 @@ def test_a_model_without_a_head_is_refused_with_a_way_out(
 ) -> None:
     save_classifier(tmp_path, 2)
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
-    with pytest.raises(ModelLoadError, match="Qwen3ForSequenceClassification embeds or scores.*CUDA_VISIBLE_DEVICES="):
+    message = "Qwen3ForSequenceClassification embeds or scores.*CUDA_VISIBLE_DEVICES="
+    with pytest.raises(ModelLoadError, match=message):
         load(Settings(thread_nice=0, num_threads=1), files_of(tmp_path), lambda stage, done, total: None)
 
 
