@@ -209,7 +209,7 @@ class Http1(H11Protocol):
         elif _is_ambiguous(request):
             await self._refuse(400, request)
         elif _asks_for_websocket(request):
-            # hypercorn would let the app answer, but keep the connection for ever if the handshake is invalid.
+            # hypercorn would let the app answer, but keep the connection for ever after an invalid handshake.
             await self._refuse(426, request)
         else:
             await super()._create_stream(request)
