@@ -229,8 +229,8 @@ async def compile_grammar(
     constraint = job.constraint
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
-    grammar, ignored = await exchange.context.grammar_threads.run(
-        lambda: _compile(compiler, job, form, drops_space=drops_space)
+    grammar, ignored = await exchange.context.grammar_threads.run_for(
+        exchange.tenant, _compile, compiler, job, form, drops_space=drops_space
     )
     if constraint is not None:
         constraint.grammar = grammar

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -226,6 +227,7 @@ class ThreadPool:
     def __init__(self, size: int, name: str) -> None:
         self._size = size
         self._executor = ThreadPoolExecutor(size, thread_name_prefix=f"tgi-{name}")
+        self._queue = FairQueue(2 * size)  # so that no thread waits for the event loop between two calls
 
     def begin(self) -> None:
         """Start all threads; otherwise each starts when it is first needed.
@@ -244,6 +246,16 @@ class ThreadPool:
         """Call a function in one of the threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
+
+    async def run_for(
+        self, tenant: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a function in one of the threads; tenants take turns, whoever has asked more often."""
+        await self._queue.enter(tenant)
+        try:
+            return await self.run(function, *args, **kwargs)
+        finally:
+            self._queue.leave()
 
     def start(self, function: Callable[[], None]) -> None:
         """Call a function in one of the threads; nobody waits for it."""
@@ -274,6 +286,51 @@ def _cleared(work: Callable[[], T]) -> T:
     except BaseException as panic:
         traceback.clear_frames(panic.__traceback__)
         raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
+
+
+class FairQueue:
+    """Lets a few callers work at a time; those of different tenants take turns, and wait in order within one.
+
+        await queue.enter(tenant)
+        try:
+            ...
+        finally:
+            queue.leave()
+
+    Otherwise a key that sends a hundred requests, each of which takes a second, would keep the next key's
+    request waiting for all of them.
+    """
+
+    def __init__(self, max_active: int) -> None:
+        self._num_free = max_active  # if any, nobody waits
+        self._waiting: dict[str | None, deque[asyncio.Future[None]]] = {}  # in the order of their turns
+
+    async def enter(self, tenant: str | None) -> None:
+        """Wait for this caller's turn."""
+        if self._num_free:
+            self._num_free -= 1
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not future.cancelled():  # its turn has come meanwhile
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """End a caller's work; the next tenant's first caller that still waits has its turn."""
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            callers = self._waiting.pop(tenant)
+            future = callers.popleft()
+            if callers:
+                self._waiting[tenant] = callers  # after all others
+            if not future.done():
+                future.set_result(None)
+                return
+        self._num_free += 1
 
 
 class ByteBudget:

@@ -52,7 +52,8 @@ async def load_images(exchange: Exchange, served: Served, images: Images) -> Non
         files[i] = None
         num_bytes += size
         decoded.append(image)
-    processed = await exchange.context.image_threads.run(served.image_processor.process, decoded)
+    threads = exchange.context.image_threads
+    processed = await threads.run_for(exchange.tenant, served.image_processor.process, decoded)
     images.loaded = [(image.digest, made) for image, made in zip(decoded, processed, strict=True)]
     exchange.hold_image(sum(made.num_bytes for made in processed) - num_bytes, images.sources[0].param)
 
@@ -73,11 +74,11 @@ def salted_images(images: Sequence[ImageInput], salt: str | None) -> tuple[Image
 
 async def _decode(exchange: Exchange, source: ImageSource, file: bytes | None) -> tuple[Image, int]:
     """Return an image, and the number of bytes held for it."""
-    context = exchange.context
-    opened = await context.image_threads.run(_open, source, file, context.settings.max_image_pixels)
+    threads, max_pixels = exchange.context.image_threads, exchange.context.settings.max_image_pixels
+    opened = await threads.run_for(exchange.tenant, _open, source, file, max_pixels)
     exchange.hold_image(opened.decoding_bytes, source.param)
     # On failure, the request's end releases everything.
-    image = await context.image_threads.run(opened.decode)
+    image = await threads.run_for(exchange.tenant, opened.decode)
     exchange.hold_image(opened.decoded_bytes - opened.decoding_bytes, source.param)
     return image, opened.decoded_bytes
 

@@ -196,7 +196,9 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
     with prefix_errors(job.where, exchange.dialect):
         if job.prompt.images is not None:
             await load_images(exchange, served, job.prompt.images)
-        prompt, budget = await context.text_threads.run(_prompt_and_budget, job, served, context.settings)
+        prompt, budget = await context.text_threads.run_for(
+            exchange.tenant, _prompt_and_budget, job, served, context.settings
+        )
         if job.min_tokens > budget:
             limit = exchange.dialect.field_name(("max_tokens",))
             message = f"`{{field}}` must be at most `{limit}` ({budget}), got {job.min_tokens}"

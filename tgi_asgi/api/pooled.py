@@ -67,8 +67,10 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
     context = exchange.context
     served = context.ready()
     body = await exchange.read_body()
-    is_short = len(body) <= PARSED_INLINE
-    call = parse(body, exchange) if is_short else await context.text_threads.run(parse, body, exchange)
+    if len(body) <= PARSED_INLINE:
+        call = parse(body, exchange)
+    else:
+        call = await context.text_threads.run_for(exchange.tenant, parse, body, exchange)
     size = sum(each.size for each in call.inputs)
     exchange.is_large |= len(call.inputs) > _MANY_INPUTS or size > _MANY_CHARACTERS
     exchange.large_objects.append(call)
@@ -145,7 +147,7 @@ async def _requests(
     requests: list[GenerationRequest] = []
     num_tokens = 0
     while len(requests) < len(call.inputs):
-        found = await context.text_threads.run(made, len(requests))
+        found = await context.text_threads.run_for(exchange.tenant, made, len(requests))
         num_tokens += sum(len(request.prompt_ids) for request in found)
         if num_tokens > MAX_TOKENS:
             where = call.inputs[len(requests)].where.partition("[")[0]
