@@ -118,6 +118,11 @@ def test_falcons_differ_in_heads_norms_and_positions() -> None:
     assert first.layers[0].slopes[0] == pytest.approx(2**-0.25 / 8)  # scaled, like scores
 
 
+def test_the_file_of_falcon_11b_also_has_the_ratio_of_its_mlp_s_width() -> None:
+    keys = {"num_ln_in_parallel_attn": 1, "ffn_hidden_size": 32768}
+    assert read({**FALCON_40B, **keys, "ff_factor": 4}) == read({**FALCON_40B, **keys})
+
+
 def test_blooms_context_is_its_sequence_length() -> None:
     config = read(BLOOM)
     assert (config.hidden_size, config.num_layers, config.context_length) == (1024, 24, 2048)

@@ -37,7 +37,8 @@ def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    reader.ignore("apply_residual_connection_post_layernorm")
+    # 11B's file has the ratio of the MLP's width, which `transformers` does not read, and the width itself.
+    reader.ignore("apply_residual_connection_post_layernorm", "ff_factor")
     # The first files of 40B do not name the kind of decoder, but its KV heads.
     is_new = reader.flag("new_decoder_architecture", reader.get("n_head_kv") is not None)
     is_parallel = reader.flag("parallel_attn", True)
