@@ -308,9 +308,11 @@ class ModelConfig:
         rope = layer.rope
         if rope is None:
             return
+        # transformers rounds an odd size up, in some architectures.
+        check_computed(rope.dim % 2 == 0, f"the rotary size must be even, got {rope.dim}")
         check(
-            rope.dim % 2 == 0 and 2 <= rope.dim <= self.head_dim,
-            f"the rotary size must be even and at most the head size {self.head_dim}, got {rope.dim}",
+            2 <= rope.dim <= self.head_dim,
+            f"the rotary size must be in 2..{self.head_dim}, the head size, got {rope.dim}",
         )
         check(
             math.isfinite(rope.theta) and rope.theta > 0, f"rope_theta must be positive, got {rope.theta!r}"
