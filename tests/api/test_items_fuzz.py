@@ -12,6 +12,7 @@ from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
 from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
 from tgi_asgi.api.anthropic.request import MessagesRequest
+from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
 from tgi_asgi.api.openai.response_input import ResponsesRequest
 from tgi_asgi.settings import Settings
 
@@ -21,14 +22,23 @@ PARTS = st.fixed_dictionaries(
     optional={"text": TEXT | SCALARS, "refusal": TEXT | SCALARS},
 )
 CONTENT = TEXT | st.lists(PARTS | ANYTHING, max_size=3) | SCALARS
-KINDS = ["message", "agent_message", "function_call", "function_call_output", "reasoning", "item_reference"]
+KINDS = [
+    "message", "agent_message", "function_call", "function_call_output", "reasoning", "item_reference",
+    *CALLS, *OUTPUTS,
+]  # fmt: skip
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "commands": CONTENT, "command": CONTENT, "env": ANYTHING, "type": st.just("delete_file"), "path": TEXT
+    },
+)  # fmt: skip
 ITEMS = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(KINDS) | SCALARS,
         "role": st.sampled_from(["user", "assistant", "system", "x"]),
         "content": CONTENT, "call_id": TEXT | SCALARS, "name": TEXT | SCALARS, "arguments": TEXT | SCALARS,
-        "output": CONTENT,
+        "output": CONTENT, "action": FIELDS | ANYTHING, "operation": FIELDS | ANYTHING,
     },
 )  # fmt: skip
 BLOCKS = st.fixed_dictionaries(

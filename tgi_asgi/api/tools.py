@@ -41,6 +41,7 @@ class Tool:
         is_custom: Whether it takes one string instead of JSON; the model passes it as `input`.
         namespace: Group that the client put it in; returned with its calls.
         own_name: The client's name for it, if the model is shown another one.
+        own_type: OpenAI's type of it, if the client gave that instead of a schema.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Tool:
     is_custom: bool = False
     namespace: str | None = None
     own_name: str | None = None
+    own_type: str | None = None
 
     @classmethod
     def custom(

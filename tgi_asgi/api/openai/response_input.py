@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
+from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS, client_tool
 from tgi_asgi.api.openai.schema import TextRequest
 from tgi_asgi.api.openai.tools import add_call_ids, grammar_of
 from tgi_asgi.api.parse import (
@@ -40,6 +41,8 @@ _TEXTS = ("input_text", "output_text", "text", "refusal")
 # Suffixes of hosted tools' item types.
 _HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response", "compaction")
 _OMITTED = ("input_image", "input_file")  # named in tool outputs, but not shown
+_CALLS = ("function_call", "custom_tool_call", *CALLS)
+_RESULTS = ("function_call_output", "custom_tool_call_output", *OUTPUTS)
 
 
 class ReasoningOptions(Struct):
@@ -229,16 +232,18 @@ def read_items(
                 if not text:
                     text = _joined(_texts(item.get("summary") or [], f"{path}.summary", ("summary_text",)))
                 thoughts.append(text)
-            case "function_call" | "custom_tool_call":
+            case str() if kind in _CALLS:
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None})
                 messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path, names))
                 _add_thoughts(messages[-1], thoughts)
-            case "function_call_output" | "custom_tool_call_output":
-                output = _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
-                messages.append({"role": "tool", "content": output})
-                if item.get("call_id") is not None:
-                    messages[-1]["tool_call_id"] = string_of(item, "call_id", path)
+            case str() if kind in _RESULTS:
+                messages.append({"role": "tool", "content": _result(item, kind, path)})
+                name = "call_id"
+                if item.get(name) is None and kind == "local_shell_call_output":
+                    name = "id"  # in OpenAI's type, this is the call's
+                if item.get(name) is not None:
+                    messages[-1]["tool_call_id"] = string_of(item, name, path)
             case "agent_message":  # from another agent, to the one that the model is
                 content = _parts(_readable(item.get("content")), f"{path}.content", "user", images)
                 messages.append({"role": "user", "content": content})
@@ -321,6 +326,9 @@ def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = N
         for each in inner:
             yield from _tools(each, index, skipped, string_of(given, "name", path))
         return
+    if (own := client_tool(given)) is not None:
+        yield own.tool(index, given)
+        return
     if kind not in ("function", "custom"):
         skipped.append(kind)
         return
@@ -339,15 +347,26 @@ def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = N
 
 def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[str, Any]:
     """Return a call of the history; `names` has the model's names by namespace and client's name."""
-    if kind == "custom_tool_call":
-        arguments: Any = {CUSTOM_INPUT: string_of(item, "input", path)}
+    arguments: Any
+    if kind in CALLS:
+        name, arguments = CALLS[kind].kind, CALLS[kind].arguments_of(item, path)
     else:
-        arguments = string_of(item, "arguments", path)
-    name, namespace = string_of(item, "name", path), item.get("namespace")
-    if isinstance(namespace, str):
-        name = names.get((namespace, name), name)
+        name, namespace = string_of(item, "name", path), item.get("namespace")
+        if isinstance(namespace, str):
+            name = names.get((namespace, name), name)
+        if kind == "custom_tool_call":
+            arguments = {CUSTOM_INPUT: string_of(item, "input", path)}
+        else:
+            arguments = string_of(item, "arguments", path)
     function = {"name": name, "arguments": arguments}
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
+
+
+def _result(item: Item, kind: str, path: str) -> str | list[str]:
+    """Return what the model is shown of a tool's output."""
+    if kind in OUTPUTS:
+        return OUTPUTS[kind].result_of(item, path)
+    return _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
 
 
 def _readable(content: Any) -> Any:

@@ -15,6 +15,7 @@ import orjson
 from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.custom_input import CustomInput
+from tgi_asgi.api.openai.client_tools import CLIENT_TOOLS, ClientTool
 from tgi_asgi.api.openai.logprobs import ChatLogprobs
 from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import Tool
@@ -66,6 +67,7 @@ class ResponseRenderer:
         self._kind: type[Piece] | None = None  # of the open item
         self._texts: list[str] = []  # of the open item; a string would be copied for each token
         self._custom = CustomInput()  # of the open item, if it calls a custom tool
+        self._held: ClientTool | None = None  # called by the open item, of which no event has been sent yet
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -160,6 +162,8 @@ class ResponseRenderer:
             self._add_input(self._custom.push(piece.text))
             return
         self._texts.append(piece.text)
+        if self._held is not None:
+            return
         more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
         if more:
             self._growing()["logprobs"] += logprobs
@@ -186,6 +190,7 @@ class ResponseRenderer:
             call_id = "call_" + secrets.token_hex(12)
             name = piece.name if tool is None else tool.own_name or tool.name
             item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": name, field: ""}
+            self._held = CLIENT_TOOLS.get(tool.own_type or "") if tool is not None else None
             if tool is not None and tool.namespace is not None:
                 item["namespace"] = tool.namespace
         elif isinstance(piece, Reasoning):
@@ -196,8 +201,9 @@ class ResponseRenderer:
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["status"] = "in_progress"
         self._texts = []
-        self._emit("output_item.added", output_index=len(self._output), item=item)
         self._output.append(item)
+        if self._held is None:
+            self._emit_item("added")
         self._kind = _kind_of(piece)
         if part is not None:
             item["content"].append(part)
@@ -212,6 +218,8 @@ class ResponseRenderer:
             return
         if self._output[-1]["type"] == "custom_tool_call":
             self._add_input(self._custom.finish())
+        if self._held is not None and self._end_held(self._held):
+            return
         self._fill()
         self._kind = None
         item, growing, place = self._output[-1], self._growing(), self._place()
@@ -226,7 +234,32 @@ class ResponseRenderer:
             [part], place_of_summary = item["summary"], self._summary_place()
             self._emit("reasoning_summary_text.done", **place_of_summary, text=part["text"])
             self._emit("reasoning_summary_part.done", **place_of_summary, part=part)
-        self._emit("output_item.done", output_index=place["output_index"], item=item)
+        self._emit_item("done")
+
+    def _end_held(self, tool: ClientTool) -> bool:
+        """Send the events of a call that were held back; return whether it became an item of the tool's type.
+
+        Such an item cannot have a part of the arguments. If they are cut off, the call stays a function's.
+        """
+        self._held = None
+        arguments = "".join(self._texts)
+        own = tool.call(arguments)
+        if own is None:
+            self._emit_item("added")
+            self._emit("function_call_arguments.delta", **self._place(), delta=arguments)
+            return False
+        self._kind = None
+        item = {
+            **own,
+            "id": _id(tool.prefix),
+            "call_id": self._output[-1]["call_id"],
+            "status": "in_progress",
+        }
+        self._output[-1] = item
+        self._emit_item("added")
+        item["status"] = "completed"
+        self._emit_item("done")
+        return True
 
     def _fill(self) -> None:
         """Write the text that has come so far into the open item, if there is one."""
@@ -255,6 +288,9 @@ class ResponseRenderer:
 
     def _summary_place(self) -> dict[str, Any]:
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, "summary_index": 0}
+
+    def _emit_item(self, change: str) -> None:
+        self._emit(f"output_item.{change}", output_index=len(self._output) - 1, item=self._output[-1])
 
     def _emit(self, kind: str, **fields: Any) -> None:
         """Add an event if streaming; encoded at once, because its objects change later."""

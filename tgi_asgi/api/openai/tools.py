@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.api.call import ToolChoice
@@ -67,12 +67,13 @@ def read_choice(
         InvalidRequest: if its form is wrong, or it names an unknown tool.
         ToolError: instead of the latter, if `is_compat`.
     """
-    has_hosted = not _OWN_KINDS.issuperset(offered)
-    if offered and (not tools or (has_hosted and _is_hosted(choice))):
+    typed = {tool.own_type: tool.name for tool in tools if tool.own_type is not None}
+    has_hosted = not (_OWN_KINDS | typed.keys()).issuperset(offered)
+    if offered and (not tools or (has_hosted and _is_hosted(choice, typed))):
         choice = None
     if choice == "any" and all(tool.name != "any" for tool in tools):  # Mistral's word, and LangChain's
         choice = "required"
-    mode, names = _choice(choice, has_hosted=has_hosted)
+    mode, names = _choice(choice, typed, has_hosted=has_hosted)
     if is_compat and mode == "named" and names and all(tool.name != names[0] for tool in tools):
         raise ToolError(f"Tool with name {names[0]} not found", param="tool_choice")
     return choose(tools, mode, names, is_parallel=is_parallel)
@@ -94,14 +95,20 @@ def add_call_ids(messages: list[dict[str, Any]]) -> None:
             ids = (call["id"] for call in message["tool_calls"])
 
 
-def _is_hosted(choice: object) -> bool:
+def _is_hosted(choice: object, typed: Mapping[str, str]) -> bool:
     """Return whether a choice, or an entry of `allowed_tools`, names a hosted tool by its type."""
     kind = choice.get("type") if isinstance(choice, dict) else None
-    return isinstance(kind, str) and kind not in (*_OWN_KINDS, "allowed_tools")
+    return isinstance(kind, str) and kind not in (*_OWN_KINDS, "allowed_tools", *typed)
 
 
-def _choice(choice: str | dict[str, Any] | None, *, has_hosted: bool = False) -> tuple[str, list[str] | None]:
-    """Return the mode (none, auto, required, named) and the functions that it is limited to, if any."""
+def _choice(
+    choice: str | dict[str, Any] | None, typed: Mapping[str, str], *, has_hosted: bool
+) -> tuple[str, list[str] | None]:
+    """Return the mode (none, auto, required, named) and the functions that it is limited to, if any.
+
+    Args:
+        typed: Names of the tools that have a type of their own, by that.
+    """
     if choice is None:
         return "auto", None
     if isinstance(choice, str):  # TGI treats any other string as a function name
@@ -115,17 +122,19 @@ def _choice(choice: str | dict[str, Any] | None, *, has_hosted: bool = False) ->
             refuse_field("tool_choice.allowed_tools", rule)
         path = "tool_choice.allowed_tools.tools"
         names = [
-            _named(tool, f"{path}[{index}]")
+            _named(tool, f"{path}[{index}]", typed)
             for index, tool in enumerate(tools)
-            if not (has_hosted and _is_hosted(tool))
+            if not (has_hosted and _is_hosted(tool, typed))
         ]
         return (mode, names) if names else ("none", None)
-    return "named", [_named(choice, "tool_choice")]
+    return "named", [_named(choice, "tool_choice", typed)]
 
 
-def _named(value: Any, path: str) -> str:
+def _named(value: Any, path: str, typed: Mapping[str, str]) -> str:
     """Return the name in `{"type": "function", "function": {"name": ...}}`, or in its flat form."""
     kind = value.get("type", "function") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in typed:
+        return typed[kind]
     if kind in ("function", "custom"):
         inner = value.get(kind, value)
         name = inner.get("name") if isinstance(inner, dict) else None
