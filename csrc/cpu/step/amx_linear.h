@@ -135,12 +135,29 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_
   }
 }
 
+// Lines of two panels that are fetched between products, some with each pair of token tiles.
+struct PanelsAhead {
+  const uint8_t* panels[2];
+  int64_t lines;
+
+  template <class S>
+  inline void fetch() {
+    for (int64_t i = 0; i < lines; ++i) {
+      for (const uint8_t*& panel : panels) {
+        S::prefetch_l2(panel);
+        panel += 64;
+      }
+    }
+  }
+};
+
 // The same for all pairs of tiles, with all sums stored.
 template <class S>
 void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t num_tiles,
-                    float* out) {
+                    PanelsAhead ahead, float* out) {
   float* earlier = nullptr;
   for (; num_tiles >= 2; num_tiles -= 2) {
+    ahead.fetch<S>();
     add_bf16_blocks<S, true, false>(in, num_blocks, is_first, earlier, out);
     in.x += 2 * in.tile_bytes;
     earlier = out;
@@ -148,16 +165,18 @@ void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t 
   }
   if (earlier != nullptr) store_sums<S, true>(earlier);
   if (num_tiles == 0) return;
+  ahead.fetch<S>();
   add_bf16_blocks<S, false, false>(in, num_blocks, is_first, nullptr, out);
   store_sums<S, false>(out);
 }
 
 // Adds blocks [begin, end) of a strip for `num_tiles` tiles of tokens: out [tokens][32]. Codes are
 // decoded chunk by chunk, once for all tokens, into a buffer for part of two panels that stays in
-// L1. `decode` is null for bf16 weights.
+// L1.
 template <class S>
-void bf16_tiles_strip(const TileOperands& in, DecodeBF16 decode, int64_t begin, int64_t end,
+void bf16_tiles_strip(const TileOperands& in, Format format, int64_t begin, int64_t end,
                       int64_t num_tiles, uint8_t* decoded, float* out) {
+  const DecodeBF16 decode = decode_bf16_function<S>(format);  // null: weights are bf16
   const int64_t num_blocks = end - begin;
   if (decode == nullptr && num_tiles == 1) {
     add_bf16_blocks<S, false, true>(in, num_blocks, true, nullptr, out);
@@ -169,8 +188,17 @@ void bf16_tiles_strip(const TileOperands& in, DecodeBF16 decode, int64_t begin, 
   }
   const int64_t num_chunks = (num_blocks + kChunkBlocks - 1) / kChunkBlocks;
   const int64_t chunk_blocks = (num_blocks + num_chunks - 1) / num_chunks;
+  const int64_t num_pairs = (num_tiles + 1) / 2;  // of token tiles
   for (int64_t at = begin; at < end; at += chunk_blocks) {
     const int64_t stop = at + chunk_blocks < end ? at + chunk_blocks : end;
+    // After the last chunk comes the next strip's first one.
+    const int64_t next = stop < end ? stop : begin;
+    const int64_t next_stop = next + chunk_blocks < end ? next + chunk_blocks : end;
+    const int64_t from = block_offset(format, next);
+    const int64_t lines = (block_offset(format, next_stop) - from + 63) / 64;
+    const int64_t to_panel = stop < end ? 0 : 2 * (in.panels[1] - in.panels[0]);
+    const PanelsAhead ahead = {{in.panels[0] + to_panel + from, in.panels[1] + to_panel + from},
+                               (lines + num_pairs - 1) / num_pairs};
     TileOperands chunk = in;
     chunk.x += at * kTileBytes;
     for (int64_t i = 0; i < 2; ++i) {
@@ -182,7 +210,7 @@ void bf16_tiles_strip(const TileOperands& in, DecodeBF16 decode, int64_t begin, 
         chunk.panels[i] = to;
       }
     }
-    add_bf16_chunk<S>(chunk, stop - at, at == 0, num_tiles, out);
+    add_bf16_chunk<S>(chunk, stop - at, at == 0, num_tiles, ahead, out);
   }
 }
 

@@ -158,7 +158,6 @@ template <class S, class Prologue>
 void add_bf16_units(const LinearParams& p, int64_t first, int64_t end, Range units,
                     int64_t unit_strips, int64_t part_blocks, uint8_t* decoded, float* sums,
                     const Prologue& prologue) {
-  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: weights are bf16
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
   const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
@@ -172,7 +171,7 @@ void add_bf16_units(const LinearParams& p, int64_t first, int64_t end, Range uni
       for (int64_t strip = 0; strip < unit_strips; ++strip, out += num_tiles * kTileFloats) {
         const int64_t panel = 2 * (unit * unit_strips + strip);
         const TileOperands in = {{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes};
-        bf16_tiles_strip<S>(in, decode, block, stop, num_tiles, decoded, out);
+        bf16_tiles_strip<S>(in, p.weight.format, block, stop, num_tiles, decoded, out);
       }
     }
   }

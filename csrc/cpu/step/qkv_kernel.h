@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "linear_kernels.h"
 #include "norm_kernel.h"
@@ -244,48 +245,64 @@ inline void rotate_head(const HeadParams& p, const StepHeader& step, int64_t tok
   }
 }
 
+// What a head is. Known at compile time, so that loops over tokens have no branches for the others.
+enum class HeadKind { kQuery, kKey, kValue };
+
+// Calls function(kind, head) with the kind of a token's head as a constant, and its index among
+// those of its kind.
+template <class Function>
+inline void with_kind(const HeadParams& p, int64_t head, const Function& function) {
+  const int64_t key = head - p.num_heads, value = key - p.kv.num_heads;
+  if (key < 0) {
+    function(std::integral_constant<HeadKind, HeadKind::kQuery>(), head);
+  } else if (value < 0) {
+    function(std::integral_constant<HeadKind, HeadKind::kKey>(), key);
+  } else {
+    function(std::integral_constant<HeadKind, HeadKind::kValue>(), value);
+  }
+}
+
 // Writes strips [strip, strip + num_strips) of a finished head to the query buffer or the cache.
-template <class S>
+template <class S, HeadKind Kind>
 inline void store_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                        int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
-  const int64_t num_kv_heads = p.kv.num_heads;
-  // A step that neither rotates nor writes to the cache may lack positions and slots, see LastRows.
-  const int64_t slot = head < p.num_heads ? 0 : step.slot(p.kv.group, token);
-  float scale = p.q_scale;
-  if (p.query_scales != nullptr && head < p.num_heads) {
-    scale *= p.query_scales[step.positions[token]];
-  }
-  for (int64_t i = 0; i < num_strips; ++i) {
-    if (head < p.num_heads) {
+  if constexpr (Kind == HeadKind::kQuery) {
+    float scale = p.q_scale;
+    if (p.query_scales != nullptr) scale *= p.query_scales[step.positions[token]];
+    for (int64_t i = 0; i < num_strips; ++i) {
       store_query<S>(p.kv, scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
                      rows.second[i]);
-    } else if (head < p.num_heads + num_kv_heads) {
-      store_key<S>(p.kv, head - p.num_heads, slot, strip + i, rows.first[i], rows.second[i]);
-    } else {
-      store_value<S>(p.kv, head - p.num_heads - num_kv_heads, slot, strip + i, rows.first[i],
-                     rows.second[i]);
+    }
+  } else {
+    const int64_t slot = step.slot(p.kv.group, token);
+    for (int64_t i = 0; i < num_strips; ++i) {
+      if constexpr (Kind == HeadKind::kKey) {
+        store_key<S>(p.kv, head, slot, strip + i, rows.first[i], rows.second[i]);
+      } else {
+        store_value<S>(p.kv, head, slot, strip + i, rows.first[i], rows.second[i]);
+      }
     }
   }
 }
 
 // Rotates and writes strips of a normalised head.
-template <class S>
+template <class S, HeadKind Kind>
 inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
-  if (p.cosines != nullptr && head < p.num_heads + p.kv.num_heads) {
-    rotate_head<S>(p, step, token, strip, num_strips, rows);
+  if constexpr (Kind != HeadKind::kValue) {
+    if (p.cosines != nullptr) rotate_head<S>(p, step, token, strip, num_strips, rows);
   }
-  store_head<S>(p, step, token, head, strip, num_strips, rows);
+  store_head<S, Kind>(p, step, token, head, strip, num_strips, rows);
 }
 
 // Normalises a query or key head.
-template <class S>
+template <class S, HeadKind Kind>
 inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, HeadRows<S>& rows) {
-  const bool is_query = head < p.num_heads;
-  const int64_t at = (is_query ? head : head - p.num_heads) * p.norm_stride;
-  const float* const weight = (is_query ? p.q_norm : p.k_norm) + at;
+  constexpr bool kIsQuery = Kind == HeadKind::kQuery;
+  const int64_t at = head * p.norm_stride;
+  const float* const weight = (kIsQuery ? p.q_norm : p.k_norm) + at;
   if (p.q_bias != nullptr) {
-    const float* const bias = (is_query ? p.q_bias : p.k_bias) + at;
+    const float* const bias = (kIsQuery ? p.q_bias : p.k_bias) + at;
     layer_norm_head<S>(rows, num_strips, p.true_dim, p.eps, weight, bias);
   } else {
     scale_head<S>(rows, num_strips, norm_factor<S>(rows, num_strips, p.true_dim, p.eps), weight);
@@ -293,18 +310,35 @@ inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, Hea
 }
 
 // Applies all steps to strips of a head; a head that is normalised must be whole.
-template <class S>
+template <class S, HeadKind Kind>
 inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                         int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   if (p.clip != 0) clip_head<S>(rows, num_strips, p.clip);
-  const bool is_normed = p.q_norm != nullptr && head < p.num_heads + p.kv.num_heads;
-  if (is_normed && !p.is_norm_last) norm_head<S>(p, head, num_strips, rows);
-  if (!is_normed || !p.is_norm_last) {
-    return place_head<S>(p, step, token, head, strip, num_strips, rows);
+  const bool is_normed = p.q_norm != nullptr && Kind != HeadKind::kValue;
+  if (!is_normed) return place_head<S, Kind>(p, step, token, head, strip, num_strips, rows);
+  if (!p.is_norm_last) {
+    norm_head<S, Kind>(p, head, num_strips, rows);
+    return place_head<S, Kind>(p, step, token, head, strip, num_strips, rows);
   }
   if (p.cosines != nullptr) rotate_head<S>(p, step, token, strip, num_strips, rows);
-  norm_head<S>(p, head, num_strips, rows);
-  store_head<S>(p, step, token, head, strip, num_strips, rows);
+  norm_head<S, Kind>(p, head, num_strips, rows);
+  store_head<S, Kind>(p, step, token, head, strip, num_strips, rows);
+}
+
+// Finishes a unit's outputs for `count` tokens: strips [strip, strip + num_strips) of a head.
+template <class S, HeadKind Kind>
+TGI_INLINE void finish_head_outputs(const HeadParams& p, const StepHeader& step, int64_t token,
+                                    int64_t count, int64_t head, int64_t strip, int64_t num_strips,
+                                    const float* bias, const UnitOutputs& out) {
+  for (int64_t t = 0; t < count; ++t) {
+    HeadRows<S> rows;
+    for (int64_t s = 0; s < num_strips; ++s) {
+      const float* const values = out.row(s, t);
+      rows.first[s] = biased<S>(bias, s * kStripRows, values);
+      rows.second[s] = biased<S>(bias, s * kStripRows + 16, values + 16);
+    }
+    finish_head<S, Kind>(p, step, token + t, head, strip, num_strips, rows);
+  }
 }
 
 // A unit is a strip, or a whole head if heads are normalised.
@@ -328,18 +362,17 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
     units.end = units.end < part_units ? units.end : part_units;
     if (units.begin < units.end) {
       const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
-        const int64_t head = (before + unit) * unit_strips / head_strips;
-        const int64_t strip = (before + unit) * unit_strips % head_strips;
-        for (int64_t t = 0; t < count; ++t) {
-          HeadRows<S> rows;
-          for (int64_t s = 0; s < unit_strips; ++s) {
-            const int64_t row = (unit * unit_strips + s) * kStripRows;
-            const float* values = out.row(s, t);
-            rows.first[s] = biased<S>(part.bias, row, values);
-            rows.second[s] = biased<S>(part.bias, row + 16, values + 16);
+        const int64_t first = (before + unit) * unit_strips, strip = first % head_strips;
+        const float* const bias =
+            part.bias == nullptr ? nullptr : part.bias + unit * unit_strips * kStripRows;
+        with_kind(p.heads, first / head_strips, [&](auto kind, int64_t head) {
+          if (unit_strips == 1) {  // a constant, so that a strip stays in registers
+            finish_head_outputs<S, kind()>(p.heads, step, token, count, head, strip, 1, bias, out);
+          } else {
+            finish_head_outputs<S, kind()>(p.heads, step, token, count, head, strip, unit_strips,
+                                           bias, out);
           }
-          finish_head<S>(p.heads, step, token + t, head, strip, unit_strips, rows);
-        }
+        });
       };
       run_linear<S>(part, tokens_of(step), units, unit_strips, member,
                     adapted<S>(part, step, unit_strips, finish));
@@ -373,17 +406,18 @@ void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int 
         values.first[i] = S::load(row + head * width + i * kStripRows);
         values.second[i] = S::load(row + head * width + i * kStripRows + 16);
       }
-      if (!p.is_whole_norm) {
-        finish_head<S>(heads, step, token, head, 0, strips, values);
-        continue;
-      }
-      if (head < num_rotated) {
-        const bool is_query = head < heads.num_heads;
-        const float* const weight = is_query ? heads.q_norm + head * width
-                                             : heads.k_norm + (head - heads.num_heads) * width;
-        scale_head<S>(values, strips, factors[is_query ? 0 : 1], weight);
-      }
-      place_head<S>(heads, step, token, head, 0, strips, values);
+      with_kind(heads, head, [&](auto kind, int64_t index) {
+        constexpr HeadKind kKind = kind();
+        if (!p.is_whole_norm) {
+          return finish_head<S, kKind>(heads, step, token, index, 0, strips, values);
+        }
+        if constexpr (kKind != HeadKind::kValue) {
+          constexpr bool kIsQuery = kKind == HeadKind::kQuery;
+          const float* const weight = (kIsQuery ? heads.q_norm : heads.k_norm) + index * width;
+          scale_head<S>(values, strips, factors[kIsQuery ? 0 : 1], weight);
+        }
+        place_head<S, kKind>(heads, step, token, index, 0, strips, values);
+      });
     }
   }
 }
