@@ -176,6 +176,20 @@ def test_a_model_is_named_once_and_beside_no_command(run: _Run, arguments: list[
     assert run.settings is None
 
 
+@pytest.mark.parametrize("model", [["--model-id", "a/b"], ["a/b"]])
+def test_adapters_follow_their_flag_one_after_the_other_as_in_vllm(run: _Run, model: list[str]) -> None:
+    modules = ("sql=/adapters/sql", "js=org/js", '{"name": "c", "path": "/c"}')
+    for arguments in (
+        [*model, "--lora-modules", *modules],
+        ["--lora-modules", *modules, "--enable-lora", *model],
+        [*model, "--lora-modules", *modules[:2], "--lora-modules", modules[2]],
+        ["--lora-modules", *modules, *model],
+    ):
+        assert run(*arguments).exit_code == 0
+        assert run.settings is not None
+        assert (run.settings.model_id, run.settings.lora_modules) == ("a/b", modules)
+
+
 def test_version() -> None:
     assert CliRunner().invoke(make_command(), ["--version"]).output == f"tgi-asgi, version {__version__}\n"
 

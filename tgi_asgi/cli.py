@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
 _LAUNCHER = "TGI launcher"
+_LORA_MODULES = flag_of("lora_modules")
 PATHS = {
     "huggingface_hub_cache": "Hugging Face Hub cache folder, like HF_HUB_CACHE.",
     "weights_cache_override": "Folder with the model files; --model-id is then only the model's name.",
@@ -47,7 +48,7 @@ class _Program(click.Group):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        args, model = list(args), None
+        args, model = _one_module_each(args), None
         while rest := self.make_parser(ctx).parse_args(list(args))[1]:
             if not _names_model(rest[0]):
                 break
@@ -93,6 +94,20 @@ class _Program(click.Group):
 def _names_model(word: str) -> bool:
     """Return whether a word names a model; commands have neither a slash nor a suffix."""
     return "/" in word or word.startswith("pypi:") or word.lower().endswith(".gguf")
+
+
+def _one_module_each(args: list[str]) -> list[str]:
+    """Return arguments with --lora-modules before each of its values: vLLM's takes several in a row."""
+    found: list[str] = []
+    num_values: int | None = None  # since the flag
+    for word in args:
+        is_another = bool(num_values) and not word.startswith("-") and ("=" in word or word.startswith("{"))
+        found += [_LORA_MODULES, word] if is_another else [word]
+        if word == _LORA_MODULES:
+            num_values = 0
+        elif num_values is not None:
+            num_values = num_values + 1 if is_another or not num_values else None
+    return found
 
 
 class _Option(click.Option):
