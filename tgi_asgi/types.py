@@ -7,7 +7,7 @@ These types import no torch, Starlette or asyncio. `api/` builds `GenerationRequ
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -195,6 +195,10 @@ class Adapters(Protocol):
     @property
     def names(self) -> list[str]:
         """Names of the adapters that requests may use."""
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """The content key of each adapter in `names`."""
 
     async def lease(self, name: str) -> Lease:
         """Return a reference to an adapter.

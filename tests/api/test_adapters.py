@@ -129,6 +129,16 @@ async def test_adapters_are_listed_with_their_parent() -> None:
         assert (await client.get("/v1/models/other")).status_code == 404
 
 
+async def test_ollamas_clients_see_the_adapters_too() -> None:
+    app = await serving("sql", "poems")
+    async with client_of(app) as client:
+        listed = (await client.get("/api/tags")).json()["models"]
+    assert [(model["name"], model["model"], model["details"]["parent_model"]) for model in listed] == [
+        ("toy/model", "toy/model", ""), ("sql", "sql", "toy/model"), ("poems", "poems", "toy/model"),
+    ]  # fmt: skip
+    assert len({model["digest"] for model in listed}) == 3
+
+
 async def test_one_that_loads_is_503_in_each_envelope() -> None:
     go_on = threading.Event()
 

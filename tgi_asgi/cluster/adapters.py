@@ -40,8 +40,16 @@ class RemoteAdapters:
     @property
     def names(self) -> list[str]:
         """Names of the adapters that requests may use."""
-        replicas = self._engine.table.replicas.values()
-        return list(dict.fromkeys(name for replica in replicas for name in replica.adapters))
+        return list(self.keys)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The content key of each adapter in `names`, as its first replica reports it."""
+        keys: dict[str, str] = {}
+        for replica in self._engine.table.replicas.values():
+            for name, key in replica.adapters.items():
+                keys.setdefault(name, key)
+        return keys
 
     async def lease(self, name: str) -> RemoteLease:
         """Return an adapter without weights; its key is part of the hashes of the prompt's blocks.

@@ -53,15 +53,23 @@ def rows() -> list[Route]:
             requests=(OllamaEmbeddings,),
         ),
         row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
-        row("GET", "/api/tags", list_models, "List the served model"),
+        row("GET", "/api/tags", list_models, "List the served model and its adapters"),
         row("GET", "/api/ps", list_loaded, "List the loaded model, which is the served one"),
         row("GET", "/api/version", version, "The version of Ollama whose API this is"),
     ]  # fmt: skip
 
 
 async def list_models(exchange: Exchange) -> None:
-    """Answer with the served model."""
-    await exchange.respond_json({"models": [_listed(exchange.context.ready())]})
+    """Answer with the served model, and the adapters that requests may name instead."""
+    served = exchange.context.ready()
+    keys = {} if served.adapters is None else served.adapters.keys
+    base = _listed(served)
+    details = {**base["details"], "parent_model": served.info.model_id}
+    adapters = [
+        {**base, "name": name, "model": name, "digest": _digest(key), "details": details}
+        for name, key in keys.items()
+    ]
+    await exchange.respond_json({"models": [base, *adapters]})
 
 
 async def list_loaded(exchange: Exchange) -> None:
@@ -76,10 +84,14 @@ def _listed(served: Served) -> dict[str, Any]:
         "name": info.model_id,
         "model": info.model_id,
         "size": 0,  # clients require a number; Ollama also uses 0 for unknown
-        "digest": hashlib.sha256(info.fingerprint.encode()).hexdigest(),
+        "digest": _digest(info.fingerprint),
         "context_length": info.max_total_tokens,
         **_known(served),
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 async def version(exchange: Exchange) -> None:
