@@ -29,6 +29,7 @@ EXACT = 4e-5  # error of a logit, relative to the largest; recurrent layers come
 MIN_EFFECT = 0.02
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def find(adapter: Path) -> ModelFiles:
@@ -70,6 +71,12 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         ("gemma2", "transformers", {"target_modules": [*ATTENTION, *MLP], "use_dora": True}),
         ("olmoe", "transformers", {"target_modules": ATTENTION}),
+        ("qwen3_moe", "native", {"target_modules": "all-linear"}),  # experts and router, too
+        ("mixtral", "native", {"target_modules": "all-linear", "use_rslora": True}),
+        ("dots1", "transformers", {"target_modules": ["o_proj", *MLP]}),  # beside dense layers
+        ("gpt_oss", "native", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+        ("granitemoe", "transformers", {"target_modules": [], "target_parameters": EXPERTS}),
+        ("gpt_oss", "native", {"target_parameters": EXPERTS[1:], "rank_pattern": {"down_proj": 3}}),
     ],
 )
 def test_the_logits_are_those_of_peft(
@@ -110,6 +117,48 @@ def test_any_part_of_a_merged_matrix_is_what_peft_saves(
         num_changed += not np.array_equal(merged.raw(name), base.raw(name))
     assert num_changed == 21  # seven products of three layers
     merged.close()
+
+
+def test_any_part_of_a_stack_of_experts_is_what_peft_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged_module, "_PIECE", 64 * 7)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    architectures.make("gpt_oss", base)
+    parameters = [*EXPERTS, "gate_up_proj_bias"]
+    make_adapter(base, adapter, seed=3, is_rounded=False, target_modules=[], target_parameters=parameters)
+    expected = peft_merged(base, adapter, torch.float32)
+    merged, random = merge(base, adapter), np.random.default_rng(0)
+    for name in merged:
+        if ".experts." in name:
+            whole = expected[name].numpy().reshape(-1)
+            for _ in range(8):
+                start, stop = sorted(random.integers(0, len(whole) + 1, 2))
+                part = merged.raw(name, 4 * int(start), 4 * int(stop)).view(np.float32)
+                np.testing.assert_allclose(part, whole[start:stop], rtol=1e-5, atol=1e-6)
+    merged.close()
+
+
+def test_parameters_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    architectures.make("qwen3_moe", base)
+    make_adapter(base, adapter, seed=3, target_modules=["q_proj"], target_parameters=EXPERTS)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for changes, reason in (
+        ({"target_parameters": EXPERTS[:1]}, "no parameter that target_parameters names there"),
+        ({"target_parameters": ["experts.up", "experts.down"]}, "no parameter that target_parameters names"),
+        ({"target_parameters": "experts"}, "target_parameters must be a list of names"),
+        ({"rank_pattern": {"down_proj": 3}}, "has the rank 32, the configuration says 24"),
+        ({"rank_pattern": {"q_proj": 3}}, "has the rank 4, the configuration says 3"),
+    ):
+        path.write_text(json.dumps({**config, **changes}), encoding="utf-8")
+        assert reason in refusal(adapter)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    name = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"
+    rows, rank = load_file(adapter / "adapter_model.safetensors")[name].shape
+    message = refusal(changed(adapter, **{name: torch.ones(rows + 1, rank)}))
+    assert "is it of another base?" in message and "experts.base_layer" in message
 
 
 @pytest.mark.parametrize("implementation", ["native", "transformers"])

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-_MERGEABLE = ("use_dora", "modules_to_save")  # of these, what merging supports
+_MERGEABLE = ("use_dora", "modules_to_save", "target_parameters")  # of these, what merging supports
 _READ = frozenset({
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "use_rslora",
@@ -102,6 +102,8 @@ class PeftAdapter:
         digest: Digest of all its bytes; of its configuration alone if it is merged.
         num_bytes: Size of its matrices.
         base: The base model named in its configuration, or None.
+        parameters: The ends of the paths of the parameters that it changes (`target_parameters`). The file
+            does not say which of its targets are parameters; only the base does (`of_parameter`).
     """
 
     def __init__(
@@ -123,11 +125,12 @@ class PeftAdapter:
         try:
             config = parse_json_object(text.tobytes())
             _check_config(config, _MERGEABLE if is_merged else ())
-            numbers = _Numbers(config)
+            self._numbers = numbers = _Numbers(config)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
         base = config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) else None
+        self.parameters = numbers.parameters
         path = directory / WEIGHTS_NAME
         data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
@@ -149,6 +152,15 @@ class PeftAdapter:
     def raw(self, tensor: SafeTensor) -> Any:
         """Return a matrix's bytes, as `SafetensorsFile.raw`."""
         return self._file.raw(tensor.name)
+
+    def of_parameter(self, target: PeftTarget, path: str, num_matrices: int) -> PeftTarget:
+        """Return a target with a parameter's path and scale, whose matrices are those of many side by side.
+
+        Raises:
+            ModelLoadError: if it has another rank than the configuration says.
+        """
+        _check_rank(target.down, self._numbers.rank(path) * num_matrices)
+        return replace(target, module=path, scale=self._numbers.scale(path))
 
     def close(self) -> None:
         """Release the bytes; arrays that `raw` has returned stay valid."""
@@ -222,6 +234,7 @@ class _Numbers:
         self.is_rslora = bool(config.get("use_rslora"))
         self.is_dora = bool(config.get("use_dora"))
         self._rank, self._alpha = (_number(key, config.get(key)) for key in ("r", "lora_alpha"))
+        self.parameters = _parameters(config)
         self._ranks, self._alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
 
     def rank(self, module: str) -> float:
@@ -230,6 +243,13 @@ class _Numbers:
     def scale(self, module: str) -> float:
         rank = self.rank(module)
         return self._alphas.find(module, self._alpha) / (math.sqrt(rank) if self.is_rslora else rank)
+
+
+def _parameters(config: Mapping[str, Any]) -> tuple[str, ...]:
+    given = config.get("target_parameters") or []
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise ModelLoadError("target_parameters must be a list of names")
+    return tuple(given)
 
 
 def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
@@ -269,6 +289,13 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
     return parts
 
 
+def _check_rank(tensor: SafeTensor, rank: float) -> None:
+    if tensor.shape[0] != rank:
+        raise ModelLoadError(
+            f"tensor {tensor.name!r} has the rank {tensor.shape[0]}, the configuration says {rank:g}"
+        )
+
+
 def _targets(
     tensors: Mapping[str, SafeTensor], magnitudes: Mapping[str, SafeTensor], numbers: _Numbers
 ) -> list[PeftTarget]:
@@ -295,11 +322,8 @@ def _targets(
             continue
         if len(module) > _MAX_MODULE_CHARS:
             raise ModelLoadError(f"the name of tensor {name[:100]!r} is too long")
-        rank = numbers.rank(module)
-        if tensor.shape[0] != rank:
-            raise ModelLoadError(
-                f"tensor {name!r} has the rank {tensor.shape[0]}, the configuration says {rank:g}"
-            )
+        if not numbers.parameters:  # else checked once the base says which targets are parameters
+            _check_rank(tensor, numbers.rank(module))
         if numbers.is_dora and module not in magnitudes:
             raise ModelLoadError(f"tensor {name!r} has no magnitudes, which DoRA needs")
         magnitude = magnitudes.get(module)

@@ -21,6 +21,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
+from tgi_asgi.models.loading.merged_parameters import Parameters, Part
 from tgi_asgi.models.loading.recognise import architecture_of
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.sources import WORDS
@@ -54,14 +55,21 @@ _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends 
 # Models whose layers are `Conv1D`, which stores [columns, rows], and the modules that are.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+# Models that store experts as [experts, columns, rows]: needed where a matrix is square.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria_text", "aria")
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What is added to a matrix: `up @ down`, or its transpose where the base stores that."""
+    """What is added to a tensor: `up @ down`, or its transpose where the base stores that.
+
+    Attributes:
+        part: Which of the target's matrices, if they are those of many experts.
+    """
 
     target: PeftTarget
     is_transposed: bool
+    part: Part
 
 
 class MergedCheckpoint(Checkpoint):
@@ -97,7 +105,7 @@ class MergedCheckpoint(Checkpoint):
                 self._keep_tied_head()
                 self._check_vocabulary()
                 for target in self._adapter.targets:
-                    self._change(target)
+                    self._take(target)
             except ModelLoadError as error:
                 raise ModelLoadError(f"{directory}: {error}") from None
             failing.pop_all()
@@ -153,31 +161,59 @@ class MergedCheckpoint(Checkpoint):
                     "both the embedding and the head"
                 )
 
-    def _change(self, target: PeftTarget) -> None:
-        """Take a LoRA target, in the order in which the base stores the matrix."""
-        what = f"tensor {target.down.name!r}"
+    def _take(self, target: PeftTarget) -> None:
+        """Take a LoRA target: a module's matrix, or a parameter, which may be many tensors of the base."""
+        parts: list[Part] = []
+        if self._adapter.parameters:
+            parameters = Parameters(self, self._adapter, lambda name: _name_in(self, name))
+            target, parts = parameters.resolve(target)
+        for part in parts or [Part(self._matrix_of(target))]:
+            self._change(target, part)
+
+    def _matrix_of(self, target: PeftTarget) -> str:
+        """Return the base's name of a module's matrix."""
         wanted = f"{target.module}.weight"
         name = _name_in(self, wanted)
-        if name is None or self.tensor(name).dtype not in WORDS:
-            has_codes = name is not None or self._config.get("quantization_config")
-            why = "is quantised, or has no matrix of that name" if has_codes else "has no matrix of that name"
-            needs_merging = self._whole or target.magnitude is not None or _is_table(wanted, _HEADS)
-            cure = ": serve it with --lora-adapters" if has_codes and not needs_merging else ""
-            raise ModelLoadError(f"{what}: the base model {why}, so nothing can be added to it{cure}")
+        if name is not None and self.tensor(name).dtype in WORDS:
+            return name
+        has_codes = name is not None or self._config.get("quantization_config")
+        why = "is quantised, or has no matrix of that name" if has_codes else "has no matrix of that name"
+        needs_merging = self._whole or target.magnitude is not None or _is_table(wanted, _HEADS)
+        cure = ": serve it with --lora-adapters" if has_codes and not needs_merging else ""
+        raise ModelLoadError(
+            f"tensor {target.down.name!r}: the base model {why}, so nothing can be added to it{cure}"
+        )
+
+    def _change(self, target: PeftTarget, part: Part) -> None:
+        """Take what a target adds to a tensor, in the order in which the base stores that."""
+        what, name = f"tensor {target.down.name!r}", part.name
+        if self.tensor(name).dtype not in WORDS:
+            raise ModelLoadError(f"{what}: the base model stores {name!r} as codes: nothing can be added")
         shape, rows, columns = self.tensor(name).shape, target.up.shape[0], target.down.shape[1]
         # Not by `fan_in_fan_out`: `peft` corrects it for each layer.
-        is_conv1d = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
-        if shape != ((columns, rows) if is_conv1d else (rows, columns)):
+        is_transposed = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
+        if len(shape) == 3:
+            is_transposed = self._has_experts_transposed(shape[1:], (rows, columns))
+        if part.expert is not None and part.num_rows == rows:
+            rows = shape[0]
+        stack = (part.num_matrices,) if part.expert is None and part.num_matrices > 1 else ()
+        if shape != (*stack, *((columns, rows) if is_transposed else (rows, columns))):
             raise ModelLoadError(f"{what} {_shapes((rows, columns), shape)}: is it of another base?")
         if target.up.shape[1] != target.rank:
             raise ModelLoadError(f"{what} has the rank {target.rank}, its other matrix {target.up.shape[1]}")
-        if target.magnitude is not None and is_conv1d:
+        if target.magnitude is not None and is_transposed:
             raise ModelLoadError(f"{what}: DoRA of layers that are stored transposed is not merged")
         if target.magnitude is not None and math.prod(target.magnitude.shape) != rows:
             raise ModelLoadError(f"{what}: its magnitudes are not one for each row of the base's matrix")
         if name in self._changes:
             raise ModelLoadError(f"{what} is in the adapter under another name, too")
-        self._changes[name] = _Change(target, is_conv1d)
+        self._changes[name] = _Change(target, is_transposed, part)
+
+    def _has_experts_transposed(self, shape: tuple[int, ...], adapter: tuple[int, int]) -> bool:
+        """Return whether each expert's matrix is [columns, rows]; a square one does not say."""
+        if shape[0] == shape[1]:
+            return self._config.get("model_type") in _TRANSPOSED_EXPERTS
+        return shape == adapter[::-1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._base, *self._whole, *self._copies]))
@@ -210,7 +246,7 @@ class MergedCheckpoint(Checkpoint):
             return self._unchanged(name, start, stop)
         info = self.tensor(name)
         stop = info.nbytes if stop is None else stop
-        row_bytes = info.nbytes // info.shape[0]
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])
         first, last = start // row_bytes, -(-stop // row_bytes)
         merged = self._merged(name, change, first, last)
         return merged[start - first * row_bytes : stop - first * row_bytes]
@@ -223,32 +259,55 @@ class MergedCheckpoint(Checkpoint):
         return self._base.raw(self._copies.get(name, name), start, stop)
 
     def _merged(self, name: str, change: _Change, first: int, last: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of some rows of a merged matrix: each row depends on no other."""
+        """Return the bytes of some rows of a merged tensor, which has one matrix or many."""
         info, target = self.tensor(name), change.target
-        columns, width = info.shape[1], info.nbytes // info.shape[0]
-        up, down = self._floats(target.up), self._floats(target.down)
-        if change.is_transposed:
-            up, down = down.T, up.T
+        num_rows, columns = info.shape[-2:]
+        width = columns * np.dtype(WORDS[info.dtype]).itemsize
         magnitude = None if target.magnitude is None else self._floats(target.magnitude).reshape(-1, 1)
-        product = ops.Product(down.T)
         merged = np.empty((last - first, width), np.uint8)
-        num_rows = max(_PIECE // columns, 1)
-        for at in range(first, last, num_rows):
-            end = min(at + num_rows, last)
-            source = ops.WeightSource(
-                self._unchanged(name, at * width, end * width), info.dtype, (end - at, columns)
-            )
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # refused below
-                rows = ops.decode(source) + np.float32(target.scale) * product.of(up[at:end])
-                if magnitude is not None:
-                    rows *= magnitude[at:end] / np.linalg.norm(rows, axis=1, keepdims=True)
-                rounded = _rounded(rows, info.dtype)
-            if not np.isfinite(ops.decode(rounded)).all():
-                raise ModelLoadError(
-                    f"tensor {target.down.name!r}: merged, it gives values that are not finite"
+        for matrix in range(first // num_rows, -(-last // num_rows)):
+            up, product = self._factors(change, matrix, num_rows)
+            begin, end = max(first, matrix * num_rows), min(last, (matrix + 1) * num_rows)
+            for at, stop in _pieces(begin, end, max(_PIECE // columns, 1)):
+                source = ops.WeightSource(
+                    self._unchanged(name, at * width, stop * width), info.dtype, (stop - at, columns)
                 )
-            merged[at - first : end - first] = rounded.data.reshape(-1, width)
+                of_matrix = slice(at - matrix * num_rows, stop - matrix * num_rows)
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # refused below
+                    rows = ops.decode(source) + np.float32(target.scale) * product.of(up[of_matrix])
+                    if magnitude is not None:
+                        rows *= magnitude[of_matrix] / np.linalg.norm(rows, axis=1, keepdims=True)
+                    rounded = _rounded(rows, info.dtype)
+                if not np.isfinite(ops.decode(rounded)).all():
+                    raise ModelLoadError(
+                        f"tensor {target.down.name!r}: merged, it gives values that are not finite"
+                    )
+                merged[at - first : stop - first] = rounded.data.reshape(-1, width)
         return merged.reshape(-1)
+
+    def _factors(self, change: _Change, matrix: int, num_rows: int) -> tuple[Floats, ops.Product]:
+        """Return [rows, rank] and the product with [rank, columns] of one matrix of a tensor."""
+        part, count = change.part, change.part.num_matrices
+        expert = matrix if part.expert is None else part.expert
+        down, up = self._words(change.target.down), self._words(change.target.up)
+        rank = len(down) // count
+        down, up = down[expert * rank : (expert + 1) * rank], up[:, expert::count]
+        if part.expert is not None:
+            up = up[part.first : part.first + num_rows]
+        floats = [
+            ops.decode(
+                ops.WeightSource(np.ascontiguousarray(each).reshape(-1).view(np.uint8), dtype, each.shape)
+            )
+            for each, dtype in ((up, change.target.up.dtype), (down, change.target.down.dtype))
+        ]
+        if change.is_transposed:
+            floats = [floats[1].T, floats[0].T]
+        return floats[0], ops.Product(floats[1].T)
+
+    def _words(self, tensor: SafeTensor) -> npt.NDArray[Any]:
+        """Return a matrix as its file holds it, without decoding it."""
+        words: npt.NDArray[Any] = self._adapter.raw(tensor).view(WORDS[tensor.dtype]).reshape(tensor.shape)
+        return words
 
     def _floats(self, tensor: SafeTensor) -> Floats:
         return ops.decode(ops.WeightSource(self._adapter.raw(tensor), tensor.dtype, tensor.shape))
@@ -265,6 +324,12 @@ class MergedCheckpoint(Checkpoint):
         """Release the mappings."""
         self._base.close()
         self._adapter.close()
+
+
+def _pieces(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """Return the ranges of at most this size that a range consists of."""
+    for at in range(first, last, size):
+        yield at, min(at + size, last)
 
 
 def _rounded(rows: Floats, dtype: str) -> ops.WeightSource:
