@@ -95,7 +95,7 @@ def repositories() -> dict[str, Repository]:
         ),
         "org/dead": Repository(
             {
-                "adapter_config.json": adapter_config("org/both", bias="all"),
+                "adapter_config.json": adapter_config("org/both", lora_bias=True),
                 "adapter_model.safetensors": ADAPTER,
             }
         ),
@@ -165,7 +165,7 @@ def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, t
 
 def test_an_adapter_is_fetched_with_its_base_model(hub: Hub, tmp_path: Path) -> None:
     (dead, pickled), _ = find(tmp_path, hub.address, "org/dead", "org/pickled")
-    assert "adapters with biases are not served" in dead and "pickles are never read" in pickled
+    assert "adapters with biases (lora_bias) are not served" in dead and "pickles are never read" in pickled
     assert "model.safetensors" not in hub.fetched()  # the base's
     (tuned, lost), log = find(tmp_path, hub.address, "org/tuned", "org/lost")
     folder, base = snapshot(tmp_path, "org/tuned"), snapshot(tmp_path, "org/both")

@@ -71,6 +71,14 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         ("gemma2", "transformers", {"target_modules": [*ATTENTION, *MLP], "use_dora": True}),
         ("olmoe", "transformers", {"target_modules": ATTENTION}),
+        ("llama", "native", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("gemma", "native", {"target_modules": ["embed_tokens"]}),  # whose head stays as it was
+        ("gpt2", "transformers", {"target_modules": ["wte", "c_attn"]}),
+        ("gpt2", "native", {"target_modules": ["wpe"]}),
+        ("llama", "native", {"trainable_token_indices": [7, 300, 9]}),
+        ("gemma", "native", {"trainable_token_indices": {"embed_tokens": [7, 300]}}),  # the head's, too
+        ("qwen2", "native", {"bias": "all"}),
+        ("gpt2", "native", {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
         ("qwen3_moe", "native", {"target_modules": "all-linear"}),  # experts and router, too
         ("mixtral", "native", {"target_modules": "all-linear", "use_rslora": True}),
         ("dots1", "transformers", {"target_modules": ["o_proj", *MLP]}),  # beside dense layers
@@ -96,7 +104,7 @@ def test_the_logits_are_those_of_peft(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 90, 4]}])
 def test_any_part_of_a_merged_matrix_is_what_peft_saves(
     dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +123,7 @@ def test_any_part_of_a_merged_matrix_is_what_peft_saves(
         like = whole.reshape(-1)[start // whole.itemsize : stop // whole.itemsize]
         torch.testing.assert_close(part, like, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         num_changed += not np.array_equal(merged.raw(name), base.raw(name))
-    assert num_changed == 21  # seven products of three layers
+    assert num_changed == 21 + ("trainable_token_indices" in changes)  # seven products of three layers
     merged.close()
 
 
@@ -250,7 +258,19 @@ def test_parts_of_other_kinds_are_named(tmp_path: Path) -> None:
     lost = {strange: None}
     assert "is of dtype I64" in refusal(changed(plain, **lost, **{whole: torch.ones(64, 64).long()}))
     embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
-    assert "belongs to embeddings" in refusal(changed(plain, **{whole: None, embedding: torch.ones(2, 160)}))
+    message = refusal(changed(plain, **{whole: None, embedding: torch.ones(2, 160)}))
+    assert f"{embedding!r} has no matching" in message
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    lost = {embedding: None}
+    assert "has no list of token ids" in refusal(changed(plain, **lost, **{rows: torch.ones(2, 64)}))
+    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8"))
+    for ids, reason in (
+        ([1], "1 tokens are named"),
+        ([1, 160], "that the base's 'model.embed_tokens.weight'"),
+    ):
+        config["trainable_token_indices"] = ids
+        (plain / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert reason in refusal(plain)
 
 
 def test_base_models_that_cannot_be_changed_are_named(tmp_path: Path) -> None:

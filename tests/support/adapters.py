@@ -34,7 +34,9 @@ def make_adapter(base: Path, folder: Path, *, seed: int, is_rounded: bool = True
             if "lora_" in name:
                 values = torch.randn(parameter.shape) * _SIZE
                 parameter.copy_(values.bfloat16().float() if is_rounded else values)
-            elif "modules_to_save" in name:
+            elif any(part in name for part in ("modules_to_save", "trainable_tokens_delta")) or (
+                name.endswith(".bias") and parameter.requires_grad
+            ):
                 parameter.add_(torch.randn(parameter.shape) * _SIZE)
         model.save_pretrained(folder)
     return folder

@@ -27,6 +27,11 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # absent if saved by `transformers` with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING_DOWN, _EMBEDDING_UP = ".lora_embedding_A", ".lora_embedding_B"
+# Ends of matrices' names, each with that of the other matrix of the module.
+_OTHERS = {_DOWN: _UP, _UP: _DOWN}
+_MERGED_OTHERS = {**_OTHERS, _EMBEDDING_DOWN: _EMBEDDING_UP, _EMBEDDING_UP: _EMBEDDING_DOWN}
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer"
 _MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
 _DTYPES = ("F32", "F16", "BF16")
@@ -53,7 +58,9 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-_MERGEABLE = ("use_dora", "modules_to_save", "target_parameters")  # of these, what merging supports
+_CURE = " beside a base (but as --model-id, merged into it)"
+# Of these, what merging supports.
+_MERGEABLE = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "bias")
 _READ = frozenset({
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "use_rslora",
@@ -89,6 +96,20 @@ class PeftTarget:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the module's matrix is [columns, rows]: a row of an embedding is a token's."""
+        return self.down.name.endswith(_EMBEDDING_DOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftRows:
+    """Rows that replace those of some tokens in an embedding (`trainable_token_indices`)."""
+
+    module: str
+    token_ids: tuple[int, ...]
+    rows: SafeTensor  # [n_tokens, columns]
+
 
 class PeftAdapter:
     """An adapter's directory, read and checked; close it.
@@ -99,6 +120,7 @@ class PeftAdapter:
     Attributes:
         targets: The modules that it changes.
         whole: Tensors that replace the base model's, by their names there; only if it is merged.
+        rows: Rows of embeddings that replace the base model's; only if it is merged.
         digest: Digest of all its bytes; of its configuration alone if it is merged.
         num_bytes: Size of its matrices.
         base: The base model named in its configuration, or None.
@@ -135,10 +157,12 @@ class PeftAdapter:
         data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, numbers)
         self._file = SafetensorsFile(path, data)
         try:
-            parts = _split(self._file.tensors) if is_merged else _Parts(self._file.tensors, {}, {})
-            self.targets = _targets(parts.matrices, parts.magnitudes, numbers)
+            parts = _split(self._file.tensors) if is_merged else _Parts(self._file.tensors, {}, {}, {})
+            self.rows = [_rows(config, module, tensor) for module, tensor in parts.rows.items()]
+            others = _MERGED_OTHERS if is_merged else _OTHERS
+            self.targets = _targets(parts.matrices, parts.magnitudes, numbers, others)
             self.whole = parts.whole
-            if not self.targets and not self.whole:
+            if not self.targets and not self.whole and not self.rows:
                 raise ModelLoadError("it contains no matrices, so it changes nothing")
         except ModelLoadError as error:
             self._file.close()
@@ -194,7 +218,7 @@ def _check_names(path: Path, numbers: _Numbers) -> None:
     except ModelLoadError:
         return  # then its size is the first thing to mend
     try:
-        _targets(tensors, {}, numbers)
+        _targets(tensors, {}, numbers, _OTHERS)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from None
 
@@ -205,12 +229,13 @@ def _check_config(config: Mapping[str, Any], allowed: Collection[str]) -> None:
         raise ModelLoadError(f"peft_type must be LORA, got {str(kind)[:100]!r}")
     for key, value in config.items():
         if key in _REFUSED and key not in allowed and value:
-            cure = " beside a base (but as --model-id, merged into it)" if key in _MERGEABLE else ""
+            cure = _CURE if key in _MERGEABLE else ""
             raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served{cure}")
         if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
             raise ModelLoadError(f"its key {key[:100]!r} is unknown and may change the arithmetic")
-    if config.get("bias", "none") != "none":
-        raise ModelLoadError(f"adapters with biases are not served (bias: {str(config['bias'])[:100]!r})")
+    if config.get("bias", "none") != "none" and "bias" not in allowed:
+        given = str(config["bias"])[:100]
+        raise ModelLoadError(f"adapters with biases (bias: {given!r}) are not served{_CURE}")
     first = config.get("init_lora_weights")
     # `peft` accepts "gaussian" in any case, and the other two only as written.
     is_plain = first is None or type(first) is bool or first in _PLAIN_BEGINNINGS
@@ -265,16 +290,23 @@ def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
 
 
 class _Parts(NamedTuple):
-    """The tensors of an adapter's file: magnitudes by module, whole modules by their names in the base."""
+    """The tensors of an adapter's file.
+
+    Attributes:
+        matrices: By their names.
+        magnitudes, rows: By module.
+        whole: By their names in the base.
+    """
 
     matrices: Mapping[str, SafeTensor]
     magnitudes: dict[str, SafeTensor]
     whole: dict[str, SafeTensor]
+    rows: dict[str, SafeTensor]
 
 
 def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
     matrices: dict[str, SafeTensor] = {}
-    parts = _Parts(matrices, {}, {})
+    parts = _Parts(matrices, {}, {}, {})
     for name, tensor in tensors.items():
         base_name = name.removeprefix(_PREFIX)
         stem = base_name.removesuffix(".weight")
@@ -282,11 +314,30 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
             parts.magnitudes[stem.removesuffix(_MAGNITUDE)] = tensor
         elif stem.endswith(_BASE):  # what LoRA then changes: an embedding or head, perhaps of another size
             parts.whole[stem.removesuffix(_BASE) + ".weight"] = tensor
+        elif name.endswith(f"{_BASE}.bias"):  # of a module that LoRA changes
+            parts.whole[base_name.removesuffix(f"{_BASE}.bias") + ".bias"] = tensor
+        elif name.endswith(_ROWS):
+            parts.rows[base_name.removesuffix(_ROWS)] = tensor
         elif ".lora_" in name or any(part in name for part in _UNSUPPORTED_TENSORS):
             matrices[name] = tensor
         else:
             parts.whole[base_name] = tensor
     return parts
+
+
+def _rows(config: Mapping[str, Any], module: str, rows: SafeTensor) -> PeftRows:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):  # by the end of a module's path
+        given = next((ids for end, ids in given.items() if f".{module}".endswith(f".{end}")), None)
+    if not isinstance(given, list) or not all(type(each) is int and each >= 0 for each in given):
+        raise ModelLoadError(f"trainable_token_indices has no list of token ids for tensor {rows.name!r}")
+    if len(rows.shape) != 2 or rows.shape[0] != len(given):
+        raise ModelLoadError(
+            f"tensor {rows.name!r} has the shape {list(rows.shape)}, {len(given)} tokens are named"
+        )
+    if rows.dtype not in _DTYPES:
+        raise ModelLoadError(f"tensor {rows.name!r} is of dtype {rows.dtype}: {', '.join(_DTYPES)} are read")
+    return PeftRows(module, tuple(given), rows)
 
 
 def _check_rank(tensor: SafeTensor, rank: float) -> None:
@@ -297,29 +348,32 @@ def _check_rank(tensor: SafeTensor, rank: float) -> None:
 
 
 def _targets(
-    tensors: Mapping[str, SafeTensor], magnitudes: Mapping[str, SafeTensor], numbers: _Numbers
+    tensors: Mapping[str, SafeTensor],
+    magnitudes: Mapping[str, SafeTensor],
+    numbers: _Numbers,
+    others: Mapping[str, str],
 ) -> list[PeftTarget]:
     found: list[PeftTarget] = []
     if magnitudes and not numbers.is_dora:
         raise ModelLoadError(f"tensor {next(iter(magnitudes.values())).name!r} is of DoRA, the rest is not")
     for name, tensor in tensors.items():
-        module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
-        if not name.endswith((_DOWN, _UP)):
+        end = next((end for end in others if name.endswith(end)), None)
+        if end is None:
             what = next((what for part, what in _UNSUPPORTED_TENSORS.items() if part in name), None)
             reason = "is not a LoRA matrix" if what is None else f"belongs to {what}"
             raise ModelLoadError(f"tensor {name!r} {reason}, which is not supported")
         if f"{_PREFIX}{name}" in tensors:
             raise ModelLoadError(f"tensor {name!r} is also present with the prefix {_PREFIX!r}")
-        prefix = name.removesuffix(_DOWN).removesuffix(_UP).removesuffix(module)
-        other = f"{prefix}{module}{_UP if name.endswith(_DOWN) else _DOWN}"
+        other = name.removesuffix(end) + others[end]
         if other not in tensors:
             raise ModelLoadError(f"tensor {name!r} has no matching {other!r}")
         if tensor.dtype not in _DTYPES:
             raise ModelLoadError(f"tensor {name!r} is of dtype {tensor.dtype}: {', '.join(_DTYPES)} are read")
         if len(tensor.shape) != 2:
             raise ModelLoadError(f"tensor {name!r} must be a matrix, it has the shape {list(tensor.shape)}")
-        if name.endswith(_UP):
+        if end in (_UP, _EMBEDDING_UP):
             continue
+        module = name.removeprefix(_PREFIX).removesuffix(end)
         if len(module) > _MAX_MODULE_CHARS:
             raise ModelLoadError(f"the name of tensor {name[:100]!r} is too long")
         if not numbers.parameters:  # else checked once the base says which targets are parameters

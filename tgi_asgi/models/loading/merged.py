@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
+from tgi_asgi.formats.peft import PeftAdapter, PeftRows, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.merged_parameters import Parameters, Part
@@ -94,6 +94,7 @@ class MergedCheckpoint(Checkpoint):
         self._whole: dict[str, SafeTensor] = {}  # tensors that replace the base's, by their names there
         self._copies: dict[str, str] = {}  # further names of tensors of the base, as they were in it
         self._changes: dict[str, _Change] = {}
+        self._rows: dict[str, PeftRows] = {}
         self.vocab_size: int | None = None
         with ExitStack() as failing:
             failing.callback(base.close)
@@ -106,6 +107,8 @@ class MergedCheckpoint(Checkpoint):
                 self._check_vocabulary()
                 for target in self._adapter.targets:
                     self._take(target)
+                for rows in self._adapter.rows:
+                    self._replace_rows(rows)
             except ModelLoadError as error:
                 raise ModelLoadError(f"{directory}: {error}") from None
             failing.pop_all()
@@ -132,6 +135,10 @@ class MergedCheckpoint(Checkpoint):
         generates = architecture_of(self._config).endswith(_GENERATES)
         if not generates or any(_is_table(name, _HEADS) for name in self):
             return
+        for target in self._adapter.targets:
+            name = _name_in(self._base, f"{target.module}.weight")
+            if target.is_embedding and name is not None and _is_table(name, _EMBEDDINGS):
+                self._copies["lm_head.weight"] = name
         for name, tensor in self._whole.items():
             if not _is_table(name, _EMBEDDINGS):
                 if len(tensor.shape) == 2 and tensor.shape[0] == self._text_config().get("vocab_size"):
@@ -191,7 +198,8 @@ class MergedCheckpoint(Checkpoint):
             raise ModelLoadError(f"{what}: the base model stores {name!r} as codes: nothing can be added")
         shape, rows, columns = self.tensor(name).shape, target.up.shape[0], target.down.shape[1]
         # Not by `fan_in_fan_out`: `peft` corrects it for each layer.
-        is_transposed = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
+        is_conv1d = self._config.get("model_type") in _CONV1D_MODELS and _module(name) in _CONV1D
+        is_transposed = is_conv1d or target.is_embedding
         if len(shape) == 3:
             is_transposed = self._has_experts_transposed(shape[1:], (rows, columns))
         if part.expert is not None and part.num_rows == rows:
@@ -208,6 +216,19 @@ class MergedCheckpoint(Checkpoint):
         if name in self._changes:
             raise ModelLoadError(f"{what} is in the adapter under another name, too")
         self._changes[name] = _Change(target, is_transposed, part)
+
+    def _replace_rows(self, rows: PeftRows) -> None:
+        """Take rows of an embedding; a head that is the same tensor has them, too, as in `peft`."""
+        what = f"tensor {rows.rows.name!r}"
+        name = _name_in(self, f"{rows.module}.weight")
+        if name is None or self.tensor(name).dtype not in WORDS:
+            raise ModelLoadError(f"{what}: the base model has no such embedding, or stores it as codes")
+        shape = self.tensor(name).shape
+        if rows.rows.shape[1:] != shape[1:] or max(rows.token_ids, default=0) >= shape[0]:
+            raise ModelLoadError(
+                f"{what}: it has rows that the base's {name!r}, {list(shape)}, does not have"
+            )
+        self._rows[name] = rows
 
     def _has_experts_transposed(self, shape: tuple[int, ...], adapter: tuple[int, int]) -> bool:
         """Return whether each expert's matrix is [columns, rows]; a square one does not say."""
@@ -241,14 +262,22 @@ class MergedCheckpoint(Checkpoint):
         Raises:
             ModelLoadError: if merging gives values that are not finite.
         """
-        change = self._changes.get(name)
-        if change is None:
+        change, replaced = self._changes.get(name), self._rows.get(name)
+        if change is None and replaced is None:
             return self._unchanged(name, start, stop)
         info = self.tensor(name)
         stop = info.nbytes if stop is None else stop
         row_bytes = info.nbytes // math.prod(info.shape[:-1])
         first, last = start // row_bytes, -(-stop // row_bytes)
-        merged = self._merged(name, change, first, last)
+        if change is None:
+            merged = self._unchanged(name, first * row_bytes, last * row_bytes).copy()
+        else:
+            merged = self._merged(name, change, first, last)
+        if replaced is not None:
+            own = _rounded(self._floats(replaced.rows), info.dtype).data.reshape(-1, row_bytes)
+            for token_id, row in zip(replaced.token_ids, own, strict=True):
+                if first <= token_id < last:
+                    merged.reshape(-1, row_bytes)[token_id - first] = row
         return merged[start - first * row_bytes : stop - first * row_bytes]
 
     def _unchanged(self, name: str, start: int, stop: int | None) -> npt.NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 from tgi_asgi.errors import ModelLoadError
@@ -119,6 +120,6 @@ class Parameters:
 
     def _of(self, expert: int, names: list[str], num_experts: int) -> Iterator[Part]:
         """Return the parts of an expert, whose products are one below the other in the parameter."""
-        ends = list(accumulate(self._base.tensor(name).shape[0] for name in names))
+        ends = list(accumulate(prod(self._base.tensor(name).shape[:1]) for name in names))
         for name, first in zip(names, [0, *ends], strict=False):
             yield Part(name, num_experts, expert, first, ends[-1])
