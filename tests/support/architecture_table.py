@@ -284,7 +284,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
         "shape_embed_dim": 16,
         "shape_vocab_size": 320,
     },
-    "rwkv": {"attention_hidden_size": 64},
+    "rwkv": {"attention_hidden_size": 64, "rescale_every": 2},
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni", "d_inner": 96, "d_head": 16},
     "xlstm": {"num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0},  # its cache needs these

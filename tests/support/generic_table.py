@@ -11,6 +11,9 @@ from collections.abc import Mapping
 _OWN_ATTENTION = "writes its attention inline"
 _POSITIONS = "positions do not reach the layers"
 _MORE = "keeps more of a sequence than keys and values"
+_OWN_KIND = "has a cache of its own kind"
+_WHOLE_TEXT = "each token computes the whole text again"
+_INDEXED = ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text")
 
 # Served by a native family, unless `transformers`' code is requested; then the other tables apply.
 NATIVE: tuple[str, ...] = (
@@ -42,33 +45,25 @@ SEQUENTIAL: Mapping[str, str] = {
     ),
     "inkling_text": "attention takes position_bias",
     **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), "attention takes position_bias, sinks"),
-    "minimax_m3_vl_text": "attention takes block_indices",
+    **dict.fromkeys(_INDEXED, _MORE),
+    **dict.fromkeys(("deepseek_v4", "minimax_m3_vl_text", "rwkv", "xlnet", "xlstm"), _OWN_KIND),
+    **dict.fromkeys(("blt", "openai-gpt", "xlm"), _WHOLE_TEXT),
     "doge": "a mask that its own code makes",
     "git": "does not run without weights",
 }
 
 # Refused when the model is opened, before any weights are read.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to continue from"),
     "reformer": "hashes tokens into buckets that change with the length",
-    "rwkv": "has a state of a special kind",
-    "xlnet": "continues from memories of its own",
-    "blt": "groups bytes into patches, so attention sees fewer positions than tokens",
     "cpmant": "lets a prompt's tokens see each other both ways",
-    "deepseek_v4": "holds tables of integers, and keeps compressed keys",
     "prophetnet": "predicts several tokens at once, by a table of positions",
-    "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
-    "xlstm": "has a cache of its own kind",
-    **dict.fromkeys(
-        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), _MORE
-    ),
 }
 
-# Explanations of refusal reasons.
-WHY: Mapping[str, str] = dict.fromkeys(
-    ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
-    "an index of them, which changes with how a prompt is cut",
-)
+# Explanations of reasons.
+WHY: Mapping[str, str] = {
+    **dict.fromkeys(_INDEXED, "an index of them"),
+    **dict.fromkeys(("blt", "openai-gpt", "xlm"), "they have no cache, or none to continue from"),
+}
 
 # The types that a usual run tests, at least one for each kind of layer; `make test-models` tests all.
 USUAL: tuple[str, ...] = tuple(
@@ -76,7 +71,8 @@ USUAL: tuple[str, ...] = tuple(
     llama qwen2 gemma2 gemma3n_text gemma4_text gpt_oss llama4_text deepseek_v3 granitemoe_swa ernie4_5_moe
     longcat_flash dbrx bloom falcon mpt gpt_neo gptj gpt2 gpt_bigcode opt roberta lfm2 jamba mamba mamba2
     falcon_h1 zamba zamba2 qwen3_next minimax hrm_text phi3 cohere2 nemotron mimo_v2_flash modernbert-decoder
-    bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4
+    bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4 deepseek_v32 glm_moe_dsa qwen4_exp_text
+    rwkv xlstm cpmant
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )
 

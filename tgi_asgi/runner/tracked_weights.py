@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import cast
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.models.loading import WHOLE, NamedWeights, Weights
@@ -42,6 +45,14 @@ class TrackedWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape, as described in `NamedWeights.shape`."""
         return cast(NamedWeights, self._weights).shape(name)
+
+    def integers(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.integer[Any]]:
+        """Return a table of integers, as described in `NamedWeights.integers`."""
+        values = cast(NamedWeights, self._weights).integers(name, shape)
+        self._done = min(self._done + values.nbytes, self.num_bytes)
+        self._hash.update(f"{name} {values.dtype} {values.shape}\n".encode())
+        self._hash.update(values.tobytes())
+        return values
 
     def parts(self, name: str) -> list[str]:
         """Return a weight's tensors, as described in `NamedWeights.parts`."""

@@ -120,7 +120,10 @@ def test_tables_of_a_model_take_no_more_than_is_allowed_together(
     assert sum(isinstance(module.forward, RotaryLookup) for module in found) == count
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "qwen3_next"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["mamba2", "lfm2", "jamba", "kimi_linear", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm"],
+)
 def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpoint: Checkpoint) -> None:
     folder = checkpoint(model_type)
     with open_generic(folder) as opened:
@@ -130,7 +133,20 @@ def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpo
         for start, count in ((0, 9), (9, 1), (10, 10)):
             program.run(batch_of([(0, start, count)], ids), [0])
         kept = cast(Any, program)._states._states[0]
-    tensors = [
-        tensor for state in kept for layer in state.cache.layers for tensor in states.tensors_of(layer)
-    ]
-    assert predicted == sum(tensor.nbytes for tensor in tensors) > 0
+    tensors = [tensor for state in kept for tensor in states.tensors_of(state.cache)]
+    assert predicted == sum(4 * tensor.numel() for tensor in tensors) > 0
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "xlnet", "rembert"])
+def test_what_a_token_takes_in_a_cache_of_the_model_s_own_is_foretold(
+    model_type: str, checkpoint: Checkpoint
+) -> None:
+    folder = checkpoint(model_type)
+    with open_generic(folder) as opened:
+        predicted = opened.config.other_bytes_per_token
+    ids = [architectures.random_ids(20, 0)]
+    with program_of(load_generic(folder), num_sequences=1) as program:
+        program.run(batch_of([(0, 0, 20)], ids), [0])
+        kept = cast(Any, program)._states._states[0][-1].cache
+    tensors = states.tensors_of(kept, with_tokens=True)
+    assert predicted * 20 == 2 * sum(tensor.nbytes for tensor in tensors) > 0

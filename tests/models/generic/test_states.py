@@ -14,6 +14,12 @@ from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, program_of
 from tgi_asgi.models.generic.states import SlotStates
 
+# With an index, tables of compressed keys, a list of tensors, an object, and states in modules; or no cache.
+OWN_KINDS = (
+    "deepseek_v32", "deepseek_v4", "qwen4_exp_text", "rwkv", "xlnet", "xlstm", "recurrent_gemma",
+    "openai-gpt",
+)  # fmt: skip
+
 
 class Layer:
     """A layer's cache as in `transformers`: a state that changes in place, and keys that are replaced."""
@@ -107,7 +113,7 @@ def test_a_row_that_does_not_go_on_from_its_state_is_refused(slot: int, start: i
         states.begin([slot], [start], [1])
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert"])
+@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callable[[str], Path]) -> None:
     """Let the second sequence fail after the first is computed; the slot's earlier owner leaves nothing."""
     folder = checkpoint(model_type)
@@ -122,7 +128,7 @@ def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callabl
     assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "kimi_linear", "rembert"])
+@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_row_may_be_computed_again_once_its_step_was_void(
     model_type: str, checkpoint: Callable[[str], Path]
 ) -> None:

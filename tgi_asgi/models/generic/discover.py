@@ -21,7 +21,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rule, rule_of
 
 PROBE = "tgi_probe"
-_TOKENS = 3
+PROBE_TOKENS = 3
 # Arguments other than queries, keys and values that attention functions receive and may ignore.
 IGNORED = frozenset({
     "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
@@ -65,8 +65,11 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
     return probe.layers
 
 
-def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
-    """Run the module on three tokens without weights, with a cache under this name; return the cache.
+def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: int = PROBE_TOKENS) -> Any:
+    """Run the module on a few tokens without weights, with a cache under this name; return the cache.
+
+    Args:
+        make: Function that makes an empty cache, or returns None if the module itself makes it.
 
     Raises:
         NotProbed: if it does not run without weights.
@@ -75,8 +78,8 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
         for run in (run_on_meta, run_on_zeros):
             cache = make()
             with contextlib.suppress(NotProbed):
-                run(model, **{name: cache, "use_cache": True})
-                return cache
+                found = run(model, num_tokens, **{name: cache, "use_cache": True})
+                return getattr(found, name, None) if cache is None else cache
     raise NotProbed(f"{type(model).__name__} does not run without weights")
 
 
@@ -137,20 +140,21 @@ class NotProbed(Exception):
     """Raised when a module cannot run without weights."""
 
 
-def run_on_meta(model: nn.Module, **more: Any) -> None:
-    """Call a module on three tokens of the meta device, with `more` arguments.
+def run_on_meta(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) -> Any:
+    """Call a module on a few tokens of the meta device, with `more` arguments; return its output.
 
     Raises:
         NotProbed: if the module raises.
     """
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    positions = torch.arange(_TOKENS, device="meta")[None]
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    positions = torch.arange(num_tokens, device="meta")[None]
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         for owner, name, value in buffers:
             owner._buffers[name] = None if value is None else value.to("meta")
         given = {"use_cache": False, **more}
-        model(**arguments(model, input_ids=ids, position_ids=positions, **given))
+        with _unchanged(model):
+            return model(**arguments(model, input_ids=ids, position_ids=positions, **given))
     except Exception as error:
         raise NotProbed(f"{type(error).__name__}: {error}") from error
     finally:
@@ -158,8 +162,8 @@ def run_on_meta(model: nn.Module, **more: Any) -> None:
             owner._buffers[name] = value
 
 
-def run_on_zeros(model: nn.Module, **more: Any) -> None:
-    """Call a module on three tokens, with `more` arguments; each parameter is a single zero, expanded.
+def run_on_zeros(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) -> Any:
+    """Call a module on a few tokens, with `more` arguments; each parameter is a single zero, expanded.
 
     For code that needs tensor values, such as which experts are chosen. Slower, because products copy their
     matrices.
@@ -175,15 +179,28 @@ def run_on_zeros(model: nn.Module, **more: Any) -> None:
         for owner, name, value in parameters:
             if value is not None:
                 owner._parameters[name] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
-        ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-        positions = torch.arange(_TOKENS)[None]
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        positions = torch.arange(num_tokens)[None]
         given = {"use_cache": False, **more}
-        model(**arguments(model, input_ids=ids, position_ids=positions, **given))
+        with _unchanged(model):
+            return model(**arguments(model, input_ids=ids, position_ids=positions, **given))
     except Exception as error:
         raise NotProbed(f"{type(error).__name__}: {error}") from error
     finally:
         for owner, name, value in parameters:
             owner._parameters[name] = value
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore modules' attributes afterwards: RWKV notes there that it has rescaled its weights."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, values in before:
+            vars(module).clear()
+            vars(module).update(values)
 
 
 def arguments(model: nn.Module, **given: Any) -> dict[str, Any]:

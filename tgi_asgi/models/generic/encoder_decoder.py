@@ -28,7 +28,8 @@ from tgi_asgi.formats.kinds import ENCODER_DECODERS
 from tgi_asgi.model_info import EncoderDecoder
 from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
-from tgi_asgi.models.generic.program import ModuleProgram, cache_name, spans
+from tgi_asgi.models.generic.own_cache import cache_name
+from tgi_asgi.models.generic.program import ModuleProgram, spans
 from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import ImageInput

@@ -1,18 +1,18 @@
 """Models refused by name before any weight is read, because their code would compute something else here.
 
-Each rule comes from an observed silent error: wrong logits that nothing reported.
+Others, found by what their code does with its cache, run one sequence at a time. Each rule comes from an
+observed silent error: wrong logits that nothing reported.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.own_cache import WITHOUT_CACHE, has_own_layers, makes_own_kind
 from tgi_asgi.models.generic.source_code import class_source
 
 # Uses of the cache that a module may make: keys, values, their number, and the sequences they belong to.
@@ -29,21 +29,11 @@ _RECURRENT = frozenset({
 })  # fmt: skip
 # Architectures of `transformers` whose code cannot be served in steps, with the reason.
 _KNOWN: Mapping[str, str] = {
-    "BltForCausalLM": "groups bytes into patches, so attention sees fewer positions than tokens",
     "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
-    "DeepseekV4ForCausalLM": "holds tables of integers, and keeps compressed keys",
-    "OpenAIGPTLMHeadModel": "has no cache to continue from",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
-    "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
-    "RwkvForCausalLM": "has a state of a special kind",
     "UnlimitedOcrForConditionalGeneration": "lets what it writes see all of the prompt, whatever its window",
-    "XLMWithLMHeadModel": "has no cache to continue from",
-    "XLNetLMHeadModel": "continues from memories of its own",
-    "xLSTMForCausalLM": "has a cache of its own kind",
 }
-# Uses whose result depends on how a prompt is split, even in the model's own cache.
-_REFUSED = frozenset({"update_indexer"})
 _USE = re.compile(r"(?<![.\w])(?:cache|past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
 
 
@@ -63,22 +53,23 @@ def check_servable(model: Any) -> None:
     is_decoder = is_pair or getattr(config.get_text_config(), "is_decoder", None)
     if is_decoder is False and _is_encoder_by_default(model):
         raise ModelLoadError(f"{name} is an encoder here: its config.json does not say `is_decoder`")
-    _refuse_uses(model, _REFUSED.__contains__)
 
 
-def check_cache_uses(model: nn.Module) -> None:
-    """Refuse a module that keeps more state per sequence than keys, values and recurrent states.
+def check_cache_uses(model: Any) -> None:
+    """Refuse to batch a module that keeps more of a sequence than keys, values and recurrent states.
 
     Raises:
-        ModelLoadError: with the uses of its cache that are not supported.
+        ModelLoadError: with what it keeps, or why it keeps nothing.
     """
-    _refuse_uses(model, lambda use: use not in _ALLOWED and use not in _RECURRENT)
-
-
-def _refuse_uses(model: nn.Module, is_refused: Callable[[str], bool]) -> None:
+    name = type(model).__name__
+    if name in WITHOUT_CACHE:
+        raise ModelLoadError(f"{name} cannot continue a sequence: {WITHOUT_CACHE[name]}")
+    if has_own_layers(model) or makes_own_kind(model):
+        raise ModelLoadError(f"{name} has a cache of its own kind")
     kinds: set[Any] = {type(module) for module in model.modules()}
     for kind in sorted(kinds, key=lambda kind: kind.__name__):
-        found = sorted({use for use in _USE.findall(class_source(kind)) if is_refused(use)})
+        uses = set(_USE.findall(class_source(kind)))
+        found = sorted(uses - _ALLOWED - _RECURRENT)
         if found:
             raise ModelLoadError(
                 f"{kind.__name__} of transformers keeps more of a sequence than keys and values "
@@ -86,6 +77,6 @@ def _refuse_uses(model: nn.Module, is_refused: Callable[[str], bool]) -> None:
             )
 
 
-def _is_encoder_by_default(model: nn.Module) -> bool:
+def _is_encoder_by_default(model: Any) -> bool:
     """Return whether a class attends in both directions unless its configuration says otherwise."""
     return "is_decoder" in inspect.getsource(type(model).__init__)

@@ -25,8 +25,9 @@ from tgi_asgi.models.generic.discover import AttentionLayer, configurations, dis
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
-from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram, cache_name
-from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
+from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
+from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
+from tgi_asgi.models.generic.recurrent import RecurrentLayers, keep_states_in_caches, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
@@ -76,7 +77,7 @@ class GenericConfig:
     # Why each sequence has a cache of the model's own, and runs alone (of encoder-decoders, only its prompt
     # does); empty: neither holds.
     sequential_reason: str = ""
-    own_cache_columns: int = 0  # columns of the keys of all layers in a sequence's own cache
+    own_numbers: int = 0  # that each token adds to a sequence's own cache
     vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
@@ -85,7 +86,7 @@ class GenericConfig:
     @property
     def other_bytes_per_token(self) -> int:
         """Approximate bytes per token in a cache of the model's own: float32, for two states."""
-        return 2 * 8 * self.own_cache_columns
+        return 2 * 4 * self.own_numbers
 
     @property
     def states(self) -> tuple[ops.StateShape, ...]:
@@ -143,6 +144,7 @@ class OpenGeneric:
         refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
+        keep_states_in_caches(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
@@ -151,13 +153,19 @@ class OpenGeneric:
         text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
         first = first_position(self._model)
         hidden_size = int(self._model.get_input_embeddings().weight.shape[1])
+        state_size = 0
         if pair is None:
             context = context_length(text) - first
             layers, reason = self._discover(context)
-            columns = int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size if reason else 0
+            numbers = 0
+            if reason:
+                estimate = 2 * int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size
+                state_size, numbers = own_sizes(self._model) or (0, estimate)
+            elif self._recurrent:
+                state_size = state_bytes(self._model, cache_name(self._model))
         else:
             context, layers = encoder_decoder.context_length(pair), []
-            reason, columns = "it is an encoder-decoder", encoder_decoder.cache_columns(self._model)
+            reason, numbers = "it is an encoder-decoder", 2 * encoder_decoder.cache_columns(self._model)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
             vocab_size=_num_logits(text),
@@ -167,10 +175,10 @@ class OpenGeneric:
             has_states=bool(self._recurrent) or bool(reason),
             first_position=first,
             sequential_reason=reason,
-            own_cache_columns=columns,
+            own_numbers=numbers,
             vision=self._vision,
             is_dynamic=is_dynamic(self._model),
-            other_state_bytes=state_bytes(self._model, cache_name(self._model)) if self._recurrent else 0,
+            other_state_bytes=state_size,
             encoder_decoder=pair,
         )
 
@@ -180,9 +188,10 @@ class OpenGeneric:
             check_cache_uses(self._model)
             return discover(self._text, context), ""
         except ModelLoadError as error:
-            if cache_name(self._model) is None or self._vision is not None:
+            if self._vision is not None:
                 raise
-            return [], str(error)
+            is_whole = isinstance(own_cache(self._model), WholeText)
+            return [], f"{error}{'; each token computes the whole text again' if is_whole else ''}"
 
     def image_processor(self, directory: Path) -> ImageProcessor | None:
         """Return the model's image processor; None if it accepts no images.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,12 +21,11 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
 from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Precision
+from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
-from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
+from tgi_asgi.models.generic.states import SlotStates, empty_cache
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import ImageInput
-
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 
 
 class Caller:
@@ -224,7 +223,7 @@ class GenericProgram(ModuleProgram):
 
 
 class SequentialProgram(ModuleProgram):
-    """One sequence after the other, on the model's own cache.
+    """One sequence after the other, on the model's own cache; without a cache, from its first token on.
 
     Args:
         model: Model with its weights and its own attention.
@@ -234,11 +233,10 @@ class SequentialProgram(ModuleProgram):
 
     def __init__(self, model: Any, head: Head, *, vocab_size: int) -> None:
         self._caller = Caller(model, head, vocab_size)
-        self._states = SlotStates(lambda: empty_cache(model))
-        self._cache_name = str(cache_name(model))
+        self._cache = own_cache(model)
+        self._states: SlotStates[Any] = SlotStates(self._cache.make, self._cache.copy)
         self._vocab_size = vocab_size
-        # For each sequence of the last step: its first token, the end of its tokens, the decoder's output.
-        self._known: list[tuple[int, int, Any]] = []
+        self._known: list[_Known] = []
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
@@ -251,45 +249,57 @@ class SequentialProgram(ModuleProgram):
             states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
             first = 0
             for state, length in zip(states, lengths, strict=True):
-                places = [at for at, row in enumerate(wanted) if first <= row < first + length]
-                logits, known = self._compute(
-                    state, ids[first : first + length], [wanted[at] - first for at in places]
-                )
-                out[places] = logits
-                self._known.append((first, first + length, known))
+                kept, inputs = self._cache.inputs(state.cache, ids[first : first + length])
+                known = _Known(first, first + length, first + length - inputs["input_ids"].shape[1])
+                places, mine = known.among(wanted)
+                out[places], known.output = self._caller.compute(mine, **inputs)
+                state.cache = self._cache.after(kept, known.output)
+                self._known.append(known)
                 first += length
             self._states.commit()
         return out.numpy()
-
-    def _compute(self, state: SequenceState[Any], ids: Tensor, rows: list[int]) -> tuple[Tensor, Any]:
-        given = {self._cache_name: state.cache, "use_cache": True}
-        return self._caller.compute(rows, input_ids=ids[None], **given)
 
     def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step."""
         out = torch.empty(len(rows), self._vocab_size)
         with torch.inference_mode():
-            for first, stop, known in self._known:
-                places = [at for at, row in enumerate(rows) if first <= row < stop]
+            for known in self._known:
+                places, mine = known.among(rows)
                 if places:
-                    out[places] = self._caller.compute_more([rows[at] - first for at in places], known)
+                    out[places] = self._caller.compute_more(mine, known.output)
         return out.numpy()
 
     def hidden(self, start: int, stop: int) -> Floats:
         """Return states of tokens of the last step; see `GenericProgram.hidden`."""
         parts = [
-            known.last_hidden_state[0, max(start - first, 0) : stop - first]
-            for first, last, known in self._known
-            if start < last and first < stop
+            known.output.last_hidden_state[0, max(start, known.first) - known.begin : stop - known.begin]
+            for known in self._known
+            if start < known.stop and known.first < stop
         ]
         states: Floats = torch.cat(parts).numpy()
         return states
 
 
-def cache_name(model: Any) -> str | None:
-    """Return the name of a module's cache argument; None if it has none that is known."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+@dataclass(slots=True)
+class _Known:
+    """What a step has computed of one sequence.
+
+    Attributes:
+        first: Index of the sequence's first token in the step.
+        stop: Index after its last token.
+        begin: Where the output's first token would be: before `first`, if earlier tokens were computed again.
+        output: The decoder's output.
+    """
+
+    first: int
+    stop: int
+    begin: int
+    output: Any = None
+
+    def among(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return which of these rows of a step are the sequence's, and where they are in the output."""
+        places = [at for at, row in enumerate(rows) if self.first <= row < self.stop]
+        return places, [rows[at] - self.begin for at in places]
 
 
 def spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:

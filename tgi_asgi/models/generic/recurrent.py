@@ -18,8 +18,28 @@ from torch import Tensor, nn
 from tgi_asgi.models.generic.source_code import class_source
 from tgi_asgi.models.generic.states import SequenceState
 
-_STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(")
+_STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(|\bself\.conv1d_state\b")
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
+
+
+def keep_states_in_caches(model: nn.Module) -> None:
+    """Let RecurrentGemma's layers keep states in a sequence's cache: their code keeps one, in the layer."""
+    for index, module in enumerate(model.modules()):
+        if type(module).__name__ == "RecurrentGemmaRecurrentBlock":
+            module.forward = functools.partial(_with_state_of, module, module.forward, index)
+
+
+def _with_state_of(
+    block: Any, forward: Callable[..., Any], index: int, input_states: Tensor, position_ids: Tensor,
+    attention_mask: Any, use_cache: bool = False, cache: Any = None, **_: Any,
+) -> Any:  # fmt: skip
+    if cache is None:
+        return forward(input_states, position_ids, attention_mask, use_cache=False)
+    states = vars(cache).setdefault("states_of_modules", {})
+    block.conv1d_state, block.rg_lru.recurrent_states = states.get(index, (None, None))
+    output = forward(input_states, position_ids, attention_mask, use_cache=True)
+    states[index] = block.conv1d_state, block.rg_lru.recurrent_states
+    return output
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:

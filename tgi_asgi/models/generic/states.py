@@ -18,9 +18,11 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import NotProbed, run_with_cache
 
-_KEPT = 2  # states per slot, see `SlotStates`
-_FLOAT_BYTES = 4
-_REPLACED = frozenset({"keys", "values"})  # replaced by each update, which never writes into the old tensors
+KEPT = 2  # states per slot, see `SlotStates`
+FLOAT_BYTES = 4
+# Tensors that each update replaces, and never writes into: one for each token.
+_REPLACED = frozenset({"keys", "values", "indexer_keys", "indexer_position_ids"})
+_CONTAINERS = (Tensor, list, tuple, dict)  # may change in place; others, such as configurations, are shared
 
 Cache = TypeVar("Cache")
 
@@ -40,23 +42,20 @@ class SequenceState(Generic[Cache]):
 
 def copy_cache(cache: Any) -> Any:
     """Return a copy of a cache that may change in place without affecting it; keys and values are shared."""
+    if isinstance(cache, Tensor):
+        return cache.clone()
+    if isinstance(cache, dict):
+        made = copy.copy(cache)
+        made.update((name, copy_cache(value)) for name, value in cache.items())
+        return made
+    if isinstance(cache, list | tuple):
+        return type(cache)([copy_cache(value) for value in cache])
+    if not hasattr(cache, "__dict__") or isinstance(cache, type):
+        return copy.deepcopy(cache)
     made = copy.copy(cache)
     for name, value in vars(cache).items():
-        if isinstance(value, list):
-            value = [_copy_layer(each) for each in value]
-        setattr(made, name, value)
-    return made
-
-
-def _copy_layer(layer: Any) -> Any:
-    if isinstance(layer, Tensor):
-        return layer.clone()
-    if not hasattr(layer, "__dict__"):
-        return copy.deepcopy(layer)
-    made = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if name not in _REPLACED and isinstance(value, (Tensor, list, dict)):
-            setattr(made, name, copy.deepcopy(value))
+        if name not in _REPLACED and isinstance(value, _CONTAINERS):
+            setattr(made, name, copy_cache(value))
     return made
 
 
@@ -134,27 +133,20 @@ def state_bytes(model: Any, cache_name: str | None) -> int:
         cache = run_with_cache(model, cache_name, lambda: empty_cache(model))
     except NotProbed as error:
         raise ModelLoadError(f"the size of a sequence's states cannot be determined: {error}") from None
-    tensors = [
-        tensor
-        for value in vars(cache).values()
-        if isinstance(value, list)
-        for layer in value
-        for tensor in tensors_of(layer)
-    ]
-    return _KEPT * _FLOAT_BYTES * sum(tensor.numel() for tensor in tensors)
+    return KEPT * FLOAT_BYTES * sum(tensor.numel() for tensor in tensors_of(cache))
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a layer's state, except keys and values."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(each)
-    elif hasattr(value, "__dict__"):
-        for name, each in vars(value).items():
-            if name not in _REPLACED:
-                yield from tensors_of(each)
+def tensors_of(cache: Any, *, with_tokens: bool = False) -> Iterator[Tensor]:
+    """Yield the tensors of a cache: its states, and with `with_tokens` also what it keeps of each token."""
+    if isinstance(cache, Tensor):
+        yield cache
+    elif isinstance(cache, list | tuple | dict):
+        for value in cache.values() if isinstance(cache, dict) else cache:
+            yield from tensors_of(value, with_tokens=with_tokens)
+    elif hasattr(cache, "__dict__") and not isinstance(cache, type):
+        for name, value in vars(cache).items():
+            if isinstance(value, _CONTAINERS) and (with_tokens or name not in _REPLACED):
+                yield from tensors_of(value, with_tokens=with_tokens)
 
 
 def empty_cache(model: Any) -> Any:

@@ -82,7 +82,9 @@ class Filler:
         is_unused: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self._model, self._weights, self._is_unused = model, weights, is_unused
-        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        state = model.state_dict()
+        self._shapes = {name: tuple(value.shape) for name, value in state.items()}
+        self._tables = {name for name, value in state.items() if not value.is_floating_point()}
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._targets = self._plan()
 
@@ -143,7 +145,7 @@ class Filler:
             if target.converter is None:
                 if len(target.sources) > 1:
                     raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
-                self._give(place, name, self._weights.get(target.sources[0][0], self._shapes[name]))
+                self._give(place, name, self._stored(name, target.sources[0][0]))
                 given.add(name)
                 continue
             if self._fits_stack(name, target) and place(name, self._matrices(target)):
@@ -198,6 +200,12 @@ class Filler:
             if (name in packed) != (source in packed) or (name in packed and has_bias):  # see `_tie`
                 found += counted(name, self._targets[source])
         return found
+
+    def _stored(self, name: str, source: str) -> ops.WeightSource | Tensor:
+        """Return a tensor of the file as it is; the module says whether it is a table of integers."""
+        if name in self._tables:
+            return torch.from_numpy(self._weights.integers(source, self._shapes[name]).copy())
+        return self._weights.get(source, self._shapes[name])
 
     def _fits_stack(self, name: str, target: _Target) -> bool:
         """Return whether a target is a stack of matrices that fit; `_convert` says why others do not."""

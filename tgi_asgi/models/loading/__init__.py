@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops import WeightSource
@@ -54,6 +57,13 @@ class NamedWeights(Weights, Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight after decoding."""
+
+    def integers(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.integer[Any]]:
+        """Return a table of integers, such as the experts of each token.
+
+        Raises:
+            ModelLoadError: if it has another shape, or is of another type.
+        """
 
     def parts(self, name: str) -> list[str]:
         """Return the file's names of the tensors that make up a weight; one if it is not quantised."""

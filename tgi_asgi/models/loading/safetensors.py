@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from tgi_asgi.models.loading import WHOLE, check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised
 from tgi_asgi.models.loading.stored import UNUSED, is_quantised, part_names, quantised_shape, stored_format
-from tgi_asgi.models.loading.tensors import have_equal_values, read_floats
+from tgi_asgi.models.loading.tensors import have_equal_values, read_array, read_floats
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.formats import RUNS
 
@@ -89,6 +90,12 @@ class SafetensorsWeights:
     def floats(self, name: str) -> npt.NDArray[np.float32] | None:
         """Return a small float tensor of any shape as float32; None if it does not exist."""
         return read_floats(self._checkpoint, name) if name in self._checkpoint else None
+
+    def integers(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.integer[Any]]:
+        """Return a table of integers, as described in `NamedWeights.integers`."""
+        self._unread.discard(name)
+        check_shape(name, self._checkpoint.tensor(name).shape, shape)
+        return read_array(self._checkpoint, name, "I64", "I32", "I8", "U8")
 
     def are_equal(self, first: str, second: str) -> bool:
         """Return whether two weights have the same values; False if one is quantised."""
