@@ -22,7 +22,7 @@ from tests.support.live_server import LiveServer
 from tgi_asgi.app import App, create_app
 from tgi_asgi.settings import Settings
 
-USUAL = ["gemma2", "deepseek_v3", "bloom", "lfm2", "zamba2", "bart", "qwen3"]
+USUAL = ["gemma2", "deepseek_v3", "deepseek_v32", "bloom", "lfm2", "zamba2", "bart", "openai-gpt", "qwen3"]
 EQUAL = 1e-3  # of a log-probability; most are within 1e-5
 LENGTHS = (33, 9, 21)  # of prompts, of which a step computes `STEP_TOKENS`
 NUM_TOKENS, STEP_TOKENS, MAX_TOKENS = 5, 16, 48

@@ -31,8 +31,9 @@ def keep_states_in_caches(model: nn.Module) -> None:
 
 def _with_state_of(
     block: Any, forward: Callable[..., Any], index: int, input_states: Tensor, position_ids: Tensor,
-    attention_mask: Any, use_cache: bool = False, cache: Any = None, **_: Any,
+    attention_mask: Any, use_cache: bool = False, cache: Any = None, past_key_values: Any = None, **_: Any,
 ) -> Any:  # fmt: skip
+    cache = past_key_values if cache is None else cache  # the name before transformers 5.24
     if cache is None:
         return forward(input_states, position_ids, attention_mask, use_cache=False)
     states = vars(cache).setdefault("states_of_modules", {})
