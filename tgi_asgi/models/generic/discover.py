@@ -74,7 +74,7 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: i
     Raises:
         NotProbed: if it does not run without weights.
     """
-    with installed(_Probe(LONGEST)), implementation(model, PROBE), torch.no_grad():
+    with installed(_NoProbe()), implementation(model, PROBE), torch.no_grad():
         for run in (run_on_meta, run_on_zeros):
             cache = make()
             with contextlib.suppress(NotProbed):
@@ -286,6 +286,25 @@ class _Probe:
             )
         )
         return query.new_empty(query.shape[0], tokens, heads, value.shape[3]), None
+
+
+class _NoProbe:
+    """Records nothing, so that masks may be on the meta device: an index adds them to scores there."""
+
+    def forget(self) -> None:
+        """Do nothing: there are no records."""
+
+    def mask(
+        self, *, q_length: int, kv_length: int, mask_function: Any, device: Any = None, **_: Any
+    ) -> Tensor:
+        """Return a mask that hides nothing."""
+        return torch.zeros(1, 1, q_length, kv_length, device=device)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Return a tensor with a result's shape."""
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
 def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
