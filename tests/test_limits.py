@@ -49,6 +49,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("a step's time", [Settings().step_timeout_s]),
         ("`model` and `request_id`", [parse.MAX_ECHOED_CHARS]),
         ("bodies of all unanswered requests", [Settings().max_body_memory // MIB]),
+        ("chunks of a body", [asgi.MAX_SMALL_PARTS, asgi.PART_BYTES]),
         ("a stream without a first token", [Settings().first_event_timeout_s]),
         ("tools", [limits.MAX_TOOLS]),
         ("fields that `/v1/responses` echoes", [responses.MAX_ECHOED_BYTES // MIB]),

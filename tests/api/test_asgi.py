@@ -51,6 +51,20 @@ async def test_a_body_in_pieces_is_put_together() -> None:
     assert (await send(small_app(), call)).status == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/nope"])
+async def test_a_body_in_many_tiny_chunks_is_given_up(path: str) -> None:
+    call = request("POST", path, chunks=[b" "] * 10_000)
+    await send(scripted_app(ScriptedEngine()), call)
+    assert call.status == (413 if path == CHAT else 404)
+    assert len(call.body) > 5_000
+
+
+async def test_a_body_may_be_sent_in_chunks_of_512_bytes() -> None:
+    body = orjson.dumps({"messages": [{"role": "user", "content": "hi"}], "user": "a" * 200})
+    chunks = [b" " * 512] * 4_000 + [body[i : i + 1] for i in range(len(body))]
+    assert (await send(scripted_app(ScriptedEngine()), request("POST", CHAT, chunks=chunks))).status == 200
+
+
 async def test_a_client_that_waits_for_the_answer_before_it_sends_the_rest_gets_it() -> None:
     """Clients that send `Expect: 100-continue` do this."""
     call = request("POST", CHAT, headers={"content-length": "100000000"}, chunks=[])

@@ -129,6 +129,13 @@ async def test_a_body_in_pieces_that_grows_too_long_is_refused(dispatcher: Model
     assert dispatcher._apps[0].context.body_budget.held == 0
 
 
+async def test_a_body_in_many_tiny_chunks_is_refused(dispatcher: ModelDispatcher) -> None:
+    call = request("POST", "/v1/chat/completions", headers=KEY, chunks=[b" "] * 10_000)
+    assert (await send(dispatcher, call)).status == 413
+    assert len(call.body) > 5_000
+    assert dispatcher._apps[0].context.body_budget.held == 0
+
+
 async def test_a_body_that_does_not_come_is_given_up(
     dispatcher: ModelDispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
 BODY_TIMEOUT_S = 60.0  # a client that sends its body slowly only occupies a connection
+PART_BYTES = 512  # a body may have one part for each of these
+MAX_SMALL_PARTS = 2048  # and as many more: the server spends 20 us on each, however small it is
 _DRAIN_BYTES = 32 * MIB
 _DRAIN_TIMEOUT_S = 5.0
 _DRAIN_IDLE_S = 0.5  # an idle client is waiting for the answer or for `100 Continue`
@@ -74,21 +76,24 @@ async def read_body(
         hold: Called with the size of each part before it is kept; may raise `Overloaded`.
 
     Raises:
-        PayloadTooLarge: if the body is longer than `limit` bytes.
+        PayloadTooLarge: if the body is longer than `limit` bytes, or comes in too many small parts.
         RequestTimeout: if it does not arrive within a minute.
         ClientDisconnected: if the client disconnects first.
     """
     kept: list[bytes] = []
-    size = 0
+    size = num_parts = 0
     parts = parts_of(receive)
     try:
         if declared is not None and declared.isdigit() and int(declared) > limit:
             raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {limit}")
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for part in parts:
-                size += len(part)
+                size, num_parts = size + len(part), num_parts + 1
                 if size > limit:
                     raise PayloadTooLarge(f"The request body is longer than the limit of {limit} bytes")
+                if has_small_parts(num_parts, size):
+                    small = f"chunks of less than {PART_BYTES} bytes"
+                    raise PayloadTooLarge(f"The request body has more than {MAX_SMALL_PARTS} {small}")
                 hold(len(part))
                 kept.append(part)
     except (Overloaded, PayloadTooLarge):
@@ -100,19 +105,26 @@ async def read_body(
     return kept
 
 
+def has_small_parts(num_parts: int, size: int) -> bool:
+    """Return whether so many bytes of a body came in more parts than they may."""
+    return num_parts - size // PART_BYTES > MAX_SMALL_PARTS
+
+
 async def drain(parts: AsyncIterator[bytes]) -> None:
     """Discard the rest of a request's body: at most 32 MiB, for 5 seconds, while data keeps arriving.
+
+    Small parts are discarded only as far as `read_body` would read them.
 
     Raises:
         ClientDisconnected: if the client disconnects first.
     """
-    size, now = 0, asyncio.get_running_loop().time
+    size, num_parts, now = 0, 0, asyncio.get_running_loop().time
     ends_s = now() + _DRAIN_TIMEOUT_S
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(None) as limit:
             limit.reschedule(now() + _DRAIN_IDLE_S)
             async for part in parts:
-                size += len(part)
-                if size >= _DRAIN_BYTES:
+                size, num_parts = size + len(part), num_parts + 1
+                if size >= _DRAIN_BYTES or has_small_parts(num_parts, size):
                     return
                 limit.reschedule(min(ends_s, now() + _DRAIN_IDLE_S))

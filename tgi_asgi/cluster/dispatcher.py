@@ -16,7 +16,16 @@ from urllib.parse import unquote
 import msgspec
 import orjson
 
-from tgi_asgi.api.asgi import BODY_TIMEOUT_S, Header, Message, Receive, Scope, Send, header
+from tgi_asgi.api.asgi import (
+    BODY_TIMEOUT_S,
+    Header,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    has_small_parts,
+    header,
+)
 from tgi_asgi.api.errors import NATIVE
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.routes import path_of
@@ -117,7 +126,7 @@ class ModelDispatcher:
         try:
             first.keys.check(Exchange(first.context, scope, receive, send, NATIVE))
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                while size <= settings.payload_limit:
+                while size <= settings.payload_limit and not has_small_parts(len(messages), size):
                     message = await receive()
                     messages.append(message)
                     num_bytes = len(message.get("body", b""))
