@@ -6,6 +6,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,11 @@ from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 
 HI = [{"role": "user", "content": "hi"}]
 LLAMA = "🦙".encode()
+
+
+def as_sent(taken: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a client reads of a choice's log-probabilities."""
+    return dict(orjson.loads(orjson.dumps(taken or {})))
 
 
 async def entries(*tokens: str | bytes, **fields: Any) -> list[dict[str, Any]]:
@@ -104,8 +110,7 @@ def test_of_two_tokens_that_read_alike_the_larger_value_is_kept() -> None:
 
     tracker = CompletionLogprobs(TokenNames(Alike()), 2, "")  # type: ignore[arg-type]
     tracker.push(TokenEvent(0, 1, b"a", "a", -2.0, [(2, -0.5), (1, -2.0)], finish=FinishReason.LENGTH))
-    taken = tracker.take()
-    assert taken is not None
+    taken = as_sent(tracker.take())
     assert taken["top_logprobs"] == [{"a": -0.5}]
     assert taken["token_logprobs"] == [-2.0]
 
@@ -115,8 +120,7 @@ def test_the_token_that_ends_a_grammar_has_its_entry() -> None:
     output = ChoiceOutput(0, StopConditions(max_tokens=9), tokenizer, tokenizer.eos_ids)
     tracker = ChatLogprobs(TokenNames(tokenizer))  # type: ignore[arg-type]
     tracker.push(output.push(Sampled(ord("Y"), -0.5, is_last=True)))
-    taken = tracker.take()
-    assert taken is not None and [entry["token"] for entry in taken["content"]] == ["Y"]
+    assert [entry["token"] for entry in as_sent(tracker.take())["content"]] == ["Y"]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,7 @@ def test_tokens_of_an_echo_begin_where_its_text_has_them(
     tracker = CompletionLogprobs(TokenNames(tokenizer), 0, prompt)  # type: ignore[arg-type]
     tracker.push_prompt(ids, [(-1.0, ())] * len(ids), tokenizer.special_ids)
     tracker.push(TokenEvent(0, ord("z"), b"z", "z", -1.0, finish=FinishReason.LENGTH))
-    taken = tracker.take()
-    assert taken is not None and taken["text_offset"] == [*offsets, len(prompt)]
+    assert as_sent(tracker.take())["text_offset"] == [*offsets, len(prompt)]
 
 
 PIECES = st.lists(
@@ -164,8 +167,7 @@ def test_released_entries_cover_the_text_whatever_the_tokens(
         event = output.push(Sampled(tokenizer.id_of(piece), -0.5))
         text += event.text
         tracker.push(event)
-        taken = tracker.take()
-        released += taken["content"] if taken else []
+        released += as_sent(tracker.take()).get("content", [])
         if event.finish is None:
             decoded = bytes(b for e in released for b in e["bytes"]).decode("utf-8", "replace")
             assert decoded.startswith(text.removesuffix("\ufffd"))

@@ -23,7 +23,7 @@ from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
 from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
+from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent, TopTokens
 
 Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -306,6 +306,8 @@ class _Choices:
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
+            if event.top:
+                event.top = TopTokens.of(event.top)
             self.events[event.index].append(event)
             self.num_open -= event.finish is not None
         if not self.num_open and not self.ended.done():

@@ -10,7 +10,7 @@ import numpy as np
 from tgi_asgi import ops
 from tgi_asgi.ops.arrays import Ints
 from tgi_asgi.runner.plan import PromptLogprobs, StepRow
-from tgi_asgi.runner.sampling import unpack_top
+from tgi_asgi.types import TopTokens
 
 _Logits = TypeVar("_Logits")  # the device's: an array or a tensor [n_rows, vocab]
 
@@ -72,5 +72,8 @@ class PromptScorer(Generic[_Logits]):
 
     def _pairs(self, logits: _Logits, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
         found = self._token_logprobs(logits, np.array(tokens, np.int32), num_top)
-        tops = unpack_top(found.top_ids.tolist(), found.top_logprobs.tolist(), [num_top] * len(tokens))
+        tops = [
+            TopTokens(ids.tobytes() + logprobs.tobytes())
+            for ids, logprobs in zip(found.top_ids, found.top_logprobs, strict=True)
+        ]
         return list(zip(found.logprobs.tolist(), tops, strict=True))

@@ -45,7 +45,9 @@ class LineRenderer(Renderer):
         self._is_chat = is_chat
         reading = generation.jobs[0].reading if generation.jobs else None
         self._reader = ChoiceReader(reading)
-        self._tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None
+        self._tracker: ChatLogprobs | None = None
+        if shows_logprobs:
+            self._tracker = ChatLogprobs(TokenNames(generation.served.tokenizer), lists_none=False)
         self._calls: list[tuple[str, list[str]]] = []  # function names, and the text of their arguments
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
@@ -90,14 +92,8 @@ class LineRenderer(Renderer):
 
     def _logprobs(self) -> Line:
         """Return the log-probabilities that may be sent now, if there are any."""
-        taken = self._tracker.take() if self._tracker is not None else None
-        if taken is None:
-            return {}
-        entries = taken["content"]
-        for entry in entries:
-            if not entry["top_logprobs"]:
-                del entry["top_logprobs"]
-        return {"logprobs": entries}
+        entries = self._tracker.take_entries() if self._tracker is not None else None
+        return {"logprobs": entries.json()} if entries else {}
 
     def _line(self, delta: Line) -> Line:
         line: Line = {"model": self._model, "created_at": datetime.now(UTC)}

@@ -16,7 +16,7 @@ from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.api.openai.client_tools import CLIENT_TOOLS, ClientTool
-from tgi_asgi.api.openai.logprobs import ChatLogprobs
+from tgi_asgi.api.openai.logprobs import ChatLogprobs, JsonList
 from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
@@ -66,6 +66,7 @@ class ResponseRenderer:
         self._output: list[dict[str, Any]] = base["output"]
         self._kind: type[Piece] | None = None  # of the open item
         self._texts: list[str] = []  # of the open item; a string would be copied for each token
+        self._logprobs = JsonList()  # of the open item
         self._custom = CustomInput()  # of the open item, if it calls a custom tool
         self._held: ClientTool | None = None  # called by the open item, of which no event has been sent yet
         self._is_stream = False
@@ -108,12 +109,11 @@ class ResponseRenderer:
         """Parse new tokens."""
         self._num_generated += len(events)
         pieces = self._reader.push(events, self._tracker)
-        taken = self._tracker.take() if self._tracker is not None else None
-        logprobs = taken["content"] if taken is not None else []
+        logprobs = self._tracker.take_entries() if self._tracker is not None else JsonList()
         for piece in pieces:
             self._add(piece, logprobs)
             if isinstance(piece, Content):
-                logprobs = []
+                logprobs = JsonList()
         reason = events[-1].finish
         if reason is None:
             return
@@ -150,7 +150,7 @@ class ResponseRenderer:
         self._response |= {"status": status, **fields}
         self._emit(status, response=self._response)
 
-    def _add(self, piece: Piece, logprobs: list[dict[str, Any]]) -> None:
+    def _add(self, piece: Piece, logprobs: JsonList) -> None:
         """Add a piece to the open item, or to a new one."""
         if isinstance(piece, CallStart) or _kind_of(piece) is not self._kind:
             self._close("completed")
@@ -164,9 +164,9 @@ class ResponseRenderer:
         self._texts.append(piece.text)
         if self._held is not None:
             return
-        more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
+        more = {"logprobs": logprobs.json()} if isinstance(piece, Content) else {}
         if more:
-            self._growing()["logprobs"] += logprobs
+            self._logprobs.extend(logprobs)
         self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
         if item.get("summary"):
             self._emit("reasoning_summary_text.delta", **self._summary_place(), delta=piece.text)
@@ -200,7 +200,7 @@ class ResponseRenderer:
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["status"] = "in_progress"
-        self._texts = []
+        self._texts, self._logprobs = [], JsonList()
         self._output.append(item)
         if self._held is None:
             self._emit_item("added")
@@ -274,6 +274,8 @@ class ResponseRenderer:
             case _:
                 for part in (*item["content"], *item.get("summary", ())):
                     part["text"] = text
+        if item["type"] == "message":
+            self._growing()["logprobs"] = self._logprobs.json()
 
     def _growing(self) -> dict[str, Any]:
         """Return the growing object: the only part of an item with parts, otherwise the item."""
