@@ -60,6 +60,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("pixels of an image", [Settings().max_image_pixels]),
         ("decoded, those of one request", [Settings().max_image_memory // MIB]),
         ("decoded, those of all requests", [Settings().max_image_memory // MIB]),
+        ("answers that are kept", [Settings().max_answer_memory // MIB]),
         ("bytes that a prompt has fetched", [Settings().payload_limit // MIB]),
         ("time for all that a prompt has fetched", [images.FETCH_TIMEOUT_S]),
         ("fetched at a time", [images.MAX_FETCHES]),

@@ -187,6 +187,8 @@ class Call:
         render: Creates the renderer that turns the answer's tokens into the dialect's bytes.
         stream_type, keep_alive: Media type of a streamed answer, and the bytes that fill a silence.
         is_sum: Whether times and counts cover several prompts; TGI then omits `x-compute-time`.
+        num_repeats: How often the last events of a stream repeat all tokens with their log-probabilities; the
+            renderer then keeps them.
         has_headers: Whether a complete answer has TGI's headers (`x-total-time` …).
     """
 
@@ -197,6 +199,7 @@ class Call:
     stream_type: bytes = b"text/event-stream; charset=utf-8"
     keep_alive: bytes = b":\n\n"
     is_sum: bool = False
+    num_repeats: int = 0
     has_headers: bool = True
 
     @property

@@ -164,9 +164,15 @@ def _tgi_chunk_envelope(error: BaseException) -> Envelope:
     return {"error": {"message": message, "http_status_code": _native_status(error)}}
 
 
-_NATIVE_NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens"}
+_NATIVE_NAMES = {
+    "prompt": "inputs",
+    "max_tokens": "parameters.max_new_tokens",
+    "logprobs": "parameters.top_n_tokens",
+}
 NATIVE = Dialect("native", _native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
 # Events in the streams of TGI's own /v1. TGI's code was 422 whatever the error.
 TGI_CHUNKS = Dialect("tgi-chunks", _tgi_chunk_envelope, _native_status, _NATIVE_NAMES)
 OPENAI = Dialect("openai", _openai_envelope, nests_tools=True)
-CHAT = Dialect("chat", _openai_envelope, names={"prompt": "messages"}, nests_tools=True)
+CHAT = Dialect(
+    "chat", _openai_envelope, names={"prompt": "messages", "logprobs": "top_logprobs"}, nests_tools=True
+)

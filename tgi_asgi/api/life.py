@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from tgi_asgi.api.answer_form import answer_form, compile_grammar
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.context import KeptAnswer, Served, token_bytes
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images, salted_images
@@ -88,25 +89,55 @@ async def _stream(exchange: Exchange, call: Call, generation: Generation, render
     headers = stream_headers(exchange, generation.info, characters=characters)
     stream = EventStream(exchange, call, renderer, headers)
     shows_prompt = any(job.request.prompt_logprobs is not None for job in generation.jobs)
-    await stream.run(slow_beyond=LARGE_ANSWER // _token_cost(generation), begins_slowly=shows_prompt)
+    with _keeping(exchange, call, generation) as kept:
+        await stream.run(
+            slow_beyond=LARGE_ANSWER // _token_cost(generation),
+            begins_slowly=shows_prompt,
+            kept=kept if shows_prompt or call.num_repeats else None,
+        )
 
 
 async def _answer_whole(exchange: Exchange, call: Call, generation: Generation, renderer: Renderer) -> None:
     """Send an answer once it is complete."""
-    parts = await collect(exchange)
-    exchange.large_objects.append(parts)
-    size = sum(len(events) for choices in parts for events in choices) * _token_cost(generation)
-    size += sum(len(job.request.prompt_ids) * job.request.n for job in generation.jobs)
-    exchange.is_large |= size > LARGE_ANSWER
-    body = await exchange.work(renderer.whole, parts)
-    if not call.has_headers:
-        await exchange.respond(200, body)
-        return
-    characters, num_tokens = _num_characters(generation), generation.num_shown
-    headers = sync_headers(
-        exchange, generation.info, characters=characters, num_tokens=num_tokens, is_sum=call.is_sum
+    with _keeping(exchange, call, generation) as kept:
+        parts = await collect(exchange, kept)
+        kept.end()
+        exchange.large_objects.append(parts)
+        size = sum(len(events) for choices in parts for events in choices) * _token_cost(generation)
+        size += sum(len(job.request.prompt_ids) * job.request.n for job in generation.jobs)
+        exchange.is_large |= size > LARGE_ANSWER
+        body = await exchange.work(renderer.whole, parts)
+        if not call.has_headers:
+            await exchange.respond(200, body)
+            return
+        characters, num_tokens = _num_characters(generation), generation.num_shown
+        headers = sync_headers(
+            exchange, generation.info, characters=characters, num_tokens=num_tokens, is_sum=call.is_sum
+        )
+        await exchange.respond(200, body, headers=headers)
+
+
+def _keeping(exchange: Exchange, call: Call, generation: Generation) -> AbstractContextManager[KeptAnswer]:
+    """Return a context that counts what is kept of an answer until it is sent."""
+    requests = [job.request for job in generation.jobs]
+    scored = [each for each in requests if each.prompt_logprobs is not None]
+    has_top = any(each.sampling.logprobs for each in requests)
+    advice = "Ask for fewer prompts, choices, tokens or alternatives"
+    if not (scored or call.num_repeats):
+        advice += ", or stream the answer: a stream has no such limit"
+    num_copies = 2 * call.num_repeats if call.stream else 1  # as a frame each, and in all frames together
+    memory = exchange.context.answer_memory
+    answer = KeptAnswer(
+        memory,
+        exchange.tenant,
+        param=exchange.dialect.field_name(("logprobs" if has_top else "max_tokens",)),
+        advice=advice,
+        prompt_bytes=sum(
+            len(each.prompt_ids) * each.n * token_bytes(each.prompt_logprobs) for each in scored
+        ),
+        token_bytes=num_copies * max(token_bytes(each.sampling.logprobs) for each in requests),
     )
-    await exchange.respond(200, body, headers=headers)
+    return memory.keeping(answer)
 
 
 def _num_characters(generation: Generation) -> int:
@@ -275,17 +306,23 @@ def prefix_errors(where: str, dialect: Dialect) -> Iterator[None]:
         raise
 
 
-async def collect(exchange: Exchange) -> list[Choices]:
+async def collect(exchange: Exchange, kept: KeptAnswer) -> list[Choices]:
     """Wait for every choice of every channel: `result[part][choice]` has that choice's events in order.
 
     Raises:
-        TgiError: if one channel failed; the others are cancelled.
+        TgiError: if one channel failed, or the answer is too large; the others are cancelled.
         ClientDisconnected: if the client disconnected; all are cancelled.
     """
     channels = exchange.channels
-    sinks = [_Choices(channel.request.n) for channel in channels]
+    sinks = [_Choices(channel.request.n, kept) for channel in channels]
     ended = asyncio.gather(*(sink.ended for sink in sinks))
+
+    def refuse(error: TgiError) -> None:
+        for sink in sinks:  # some may have ended
+            sink.on_error(error)
+
     try:
+        kept.begin(refuse)
         for channel, sink in zip(channels, sinks, strict=True):
             channel.attach(sink)
         await exchange.unless_gone(ended)
@@ -297,9 +334,10 @@ async def collect(exchange: Exchange) -> list[Choices]:
 class _Choices:
     """The sink of one channel: sorts events by choice."""
 
-    __slots__ = ("ended", "events", "num_open")
+    __slots__ = ("_kept", "ended", "events", "num_open")
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, kept: KeptAnswer) -> None:
+        self._kept = kept
         self.num_open = n
         self.events: list[list[TokenEvent]] = [[] for _ in range(n)]
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -310,6 +348,7 @@ class _Choices:
                 event.top = TopTokens.of(event.top)
             self.events[event.index].append(event)
             self.num_open -= event.finish is not None
+        self._kept.add_tokens(len(events))
         if not self.num_open and not self.ended.done():
             self.ended.set_result(None)
 

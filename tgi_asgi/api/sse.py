@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tgi_asgi.api.asgi import Header, Message
 from tgi_asgi.api.call import Call, Renderer
+from tgi_asgi.api.context import KeptAnswer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
@@ -73,13 +74,20 @@ class EventStream:
         self._deadline: asyncio.Timeout | None = None  # of the send in progress
         self._last_send_s = self._loop.time()
 
-    async def run(self, *, slow_beyond: int = MAX_WAITING_EVENTS, begins_slowly: bool = False) -> None:
+    async def run(
+        self,
+        *,
+        slow_beyond: int = MAX_WAITING_EVENTS,
+        begins_slowly: bool = False,
+        kept: KeptAnswer | None = None,
+    ) -> None:
         """Stream until every choice has finished, and watch for a disconnect meanwhile.
 
         Args:
             slow_beyond: Number of events at once above which a thread renders them.
             begins_slowly: Whether a thread also renders the first events of each channel. For a large request
                 it always renders these and the last ones, which repeat the request or the whole answer.
+            kept: What the renderer keeps of the answer, which grows with each token.
 
         Raises:
             TgiError: if the engine refused or failed before the first frame; nothing was sent.
@@ -92,8 +100,10 @@ class EventStream:
         watch = asyncio.ensure_future(exchange.wait_for_disconnect())
         watch.add_done_callback(self._on_disconnect)
         try:
+            if kept is not None:
+                kept.begin(self.on_error)
             for part, channel in enumerate(channels):
-                channel.attach(_Part(self, part))
+                channel.attach(_Part(self, part) if kept is None else _KeptPart(self, part, kept))
             while await self._send_more():
                 pass
         except _CutOff:
@@ -281,3 +291,17 @@ class _Part:
 
     def on_error(self, error: TgiError) -> None:
         self._stream.on_error(error)
+
+
+class _KeptPart(_Part):
+    """The sink of a channel whose tokens the renderer keeps."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, stream: EventStream, part: int, kept: KeptAnswer) -> None:
+        super().__init__(stream, part)
+        self._kept = kept
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        self._kept.add_tokens(len(events))
+        super().on_events(events)

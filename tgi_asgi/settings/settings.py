@@ -285,6 +285,9 @@ class Settings:
     max_image_memory: int = _limit(
         "Bytes of decoded images held at once; more get 429.", 1024 * MIB, kinds.BYTES
     )
+    max_answer_memory: int = _limit(
+        "Bytes of unsent complete answers kept at once; more get 429.", 1024 * MIB, kinds.BYTES
+    )
     max_priority: int = _limit("Largest absolute priority; others are clamped to it.", 10, kinds.AMOUNT)
     clip_max_tokens: bool = _limit("Clip max_tokens to the remaining context instead of a 400.", False)
     max_input_tokens: int | None = _limit(

@@ -30,7 +30,12 @@ def _envelope(error: BaseException) -> Line:
     return {"error": message_of(error)}
 
 
-GENERATE = Dialect("ollama", _envelope, names={"max_tokens": "options.num_predict"}, nests_tools=True)
+GENERATE = Dialect(
+    "ollama",
+    _envelope,
+    names={"max_tokens": "options.num_predict", "logprobs": "top_logprobs"},
+    nests_tools=True,
+)
 CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages"}, nests_tools=True)
 
 

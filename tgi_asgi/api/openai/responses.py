@@ -53,7 +53,11 @@ from tgi_asgi.api.tools import Tool
 from tgi_asgi.settings import MIB
 from tgi_asgi.settings.sampling import SamplingDefaults
 
-RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
+RESPONSES = Dialect(
+    "responses",
+    OPENAI.envelope,
+    names=dict(prompt="input", max_tokens="max_output_tokens", logprobs="top_logprobs"),
+)
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens")  # other APIs' names for max_output_tokens
@@ -143,7 +147,10 @@ def _call(
             has_summary=summary not in (None, "none"),
         )
 
-    return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
+    return Call(
+        jobs=[job], render=render, model=request.model, stream=bool(request.stream),
+        num_repeats=4 if wants_logprobs else 0,
+    )  # fmt: skip
 
 
 def _conversation(
