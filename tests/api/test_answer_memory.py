@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from tests.support.asgi import Call, events_of, request, send
 from tests.support.scripted_engine import LOGPROB, ScriptedChannel, ScriptedEngine, scripted_app
+from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
-from tgi_asgi.api.context import AnswerMemory, KeptAnswer, token_bytes
+from tgi_asgi.api.budgets import AnswerMemory, KeptAnswer, token_bytes
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import Settings
@@ -140,3 +142,30 @@ def test_a_small_answer_never_fails_and_a_complete_one_no_more() -> None:
 
 def test_a_token_counts_its_log_probabilities() -> None:
     assert [token_bytes(num_top) for num_top in (None, 0, 20)] == [256, 456, 4456]
+
+
+@pytest.mark.parametrize(("path", "per_token"), [(CHAT, 5000), (COMPLETIONS, 2600)])
+async def test_log_probabilities_of_a_whole_answer_take_little_memory(path: str, per_token: int) -> None:
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        for number in range(1, 501):
+            await asyncio.sleep(0)
+            finish = FinishReason.LENGTH if number == 500 else None
+            top = [(1000 * number + rank, -1.234567 - number - rank) for rank in range(20)]
+            yield [TokenEvent(i, 97, b"a", "a", -0.1234567, [*top], finish=finish) for i in range(4)]
+
+    class Tokenizer(ToyTokenizer):
+        def token_bytes(self, token_id: int) -> bytes:
+            return b"%6d" % token_id
+
+    engine = ScriptedEngine(script)
+    engine.tokenizer = Tokenizer()
+    app = scripted_app(engine)
+    call = request("POST", path, {**BODIES[path], "n": 4})
+    tracemalloc.start()
+    try:
+        await send(app, call)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert call.status == 200 and len(call.json()["choices"]) == 4
+    assert peak < per_token * 4 * 500

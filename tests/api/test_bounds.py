@@ -31,7 +31,7 @@ from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-from tgi_asgi.types import EngineState, FinishReason, TokenEvent
+from tgi_asgi.types import EngineState, TokenEvent
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -99,34 +99,6 @@ async def test_many_choices_with_long_names_take_little_memory(path: str) -> Non
         tracemalloc.stop()
     assert call.status == 200 and call.is_complete
     assert peak < 4 * MIB
-
-
-@pytest.mark.parametrize(("path", "per_token"), [("/v1/chat/completions", 5000), ("/v1/completions", 2600)])
-async def test_log_probabilities_of_a_whole_answer_take_little_memory(path: str, per_token: int) -> None:
-    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-        for number in range(1, 501):
-            await asyncio.sleep(0)
-            finish = FinishReason.LENGTH if number == 500 else None
-            top = [(1000 * number + rank, -1.234567 - number - rank) for rank in range(20)]
-            yield [TokenEvent(i, 97, b"a", "a", -0.1234567, [*top], finish=finish) for i in range(4)]
-
-    class Tokenizer(ToyTokenizer):
-        def token_bytes(self, token_id: int) -> bytes:
-            return b"%6d" % token_id
-
-    engine = ScriptedEngine(script)
-    engine.tokenizer = Tokenizer()
-    app = scripted_app(engine)
-    tops = {"logprobs": 20} if path == "/v1/completions" else {"logprobs": True, "top_logprobs": 20}
-    call = request("POST", path, {**BODIES[path], **tops, "n": 4})
-    tracemalloc.start()
-    try:
-        await send(app, call)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert call.status == 200 and len(call.json()["choices"]) == 4
-    assert peak < per_token * 4 * 500
 
 
 # Bodies in flight.

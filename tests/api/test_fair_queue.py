@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from tgi_asgi.api.context import FairQueue, ThreadPool
+from tgi_asgi.api.thread_pools import FairQueue, ThreadPool
 
 
 async def test_a_tenant_waits_for_none_of_the_calls_that_another_has_queued() -> None:

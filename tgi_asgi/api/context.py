@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import ssl
-import threading
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
+from tgi_asgi.api.budgets import AnswerMemory, ByteBudget
 from tgi_asgi.api.call import Images
-from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, TgiError, Unavailable
+from tgi_asgi.api.thread_pools import ThreadPool
+from tgi_asgi.errors import ModelLoadError, Unavailable
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.metrics import Metrics
@@ -34,12 +30,7 @@ if TYPE_CHECKING:  # the last three import libraries that are not needed before 
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_BYTES = 256  # a token's event
-_LOGPROB_BYTES = 200  # a log-probability: packed, as JSON, and in the body
 _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters each
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -223,244 +214,3 @@ class ServerContext:
         """Shut down the threads; they may work on for a moment, unless this waits for them."""
         for pool in self._text_pools + self._image_pools:
             pool.close(waits=waits)
-
-
-class ThreadPool:
-    """Threads for one purpose, to which the event loop delegates slow work."""
-
-    def __init__(self, size: int, name: str) -> None:
-        self._size = size
-        self._executor = ThreadPoolExecutor(size, thread_name_prefix=f"tgi-{name}")
-        self._queue = FairQueue(2 * size)  # so that no thread waits for the event loop between two calls
-
-    def begin(self) -> None:
-        """Start all threads; otherwise each starts when it is first needed.
-
-        Raises:
-            RuntimeError: if the system does not allow so many.
-        """
-        gate = threading.Event()
-        try:
-            for _ in range(self._size):
-                self._executor.submit(gate.wait)
-        finally:
-            gate.set()
-
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in one of the threads."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
-
-    async def run_for(
-        self, tenant: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Call a function in one of the threads; tenants take turns, whoever has asked more often."""
-        await self._queue.enter(tenant)
-        try:
-            return await self.run(function, *args, **kwargs)
-        finally:
-            self._queue.leave()
-
-    def start(self, function: Callable[[], None]) -> None:
-        """Call a function in one of the threads; nobody waits for it."""
-        with suppress(RuntimeError):  # the threads have ended already, and the process will
-            self._executor.submit(function)
-
-    def free(self, objects: list[object]) -> None:
-        """Free objects in a thread; half a million small ones take 40 ms."""
-        self.start(objects.clear)
-
-    def close(self, *, waits: bool = False) -> None:
-        """Shut down the threads; drop queued work."""
-        self._executor.shutdown(wait=waits, cancel_futures=True)
-
-
-def _cleared(work: Callable[[], T]) -> T:
-    """Run some work; if it fails, free its frames' objects in this thread, not in the event loop.
-
-    Raises:
-        RuntimeError: for a panic in a library written in Rust, such as `tokenizers`: it is no `Exception`,
-            which is what a failed request's handlers catch.
-    """
-    try:
-        return work()
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-    except BaseException as panic:
-        traceback.clear_frames(panic.__traceback__)
-        raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
-
-
-class FairQueue:
-    """Lets a few callers work at a time; those of different tenants take turns, and wait in order within one.
-
-        await queue.enter(tenant)
-        try:
-            ...
-        finally:
-            queue.leave()
-
-    Otherwise a key that sends a hundred requests, each of which takes a second, would keep the next key's
-    request waiting for all of them.
-    """
-
-    def __init__(self, max_active: int) -> None:
-        self._num_free = max_active  # if any, nobody waits
-        self._waiting: dict[str | None, deque[asyncio.Future[None]]] = {}  # in the order of their turns
-
-    async def enter(self, tenant: str | None) -> None:
-        """Wait for this caller's turn."""
-        if self._num_free:
-            self._num_free -= 1
-            return
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(future)
-        try:
-            await future
-        except asyncio.CancelledError:
-            if not future.cancelled():  # its turn has come meanwhile
-                self.leave()
-            raise
-
-    def leave(self) -> None:
-        """End a caller's work; the next tenant's first caller that still waits has its turn."""
-        while self._waiting:
-            tenant = next(iter(self._waiting))
-            callers = self._waiting.pop(tenant)
-            future = callers.popleft()
-            if callers:
-                self._waiting[tenant] = callers  # after all others
-            if not future.done():
-                future.set_result(None)
-                return
-        self._num_free += 1
-
-
-class ByteBudget:
-    """A limit of bytes of `what` held at a time, over all requests."""
-
-    def __init__(self, max_bytes: int, what: str) -> None:
-        self._max_bytes = max_bytes
-        self._what = what
-        self.held = 0
-
-    def acquire(self, size: int, num_held: int = 0) -> None:
-        """Hold `size` more bytes for a request that already holds `num_held`.
-
-        Raises:
-            Overloaded: if there are too many now.
-        """
-        # A request on its own has other limits.
-        if self.held > num_held and self.held + size > self._max_bytes:
-            raise Overloaded(f"The server holds as many {self._what} as it may")
-        self.held += size
-
-    def release(self, size: int) -> None:
-        """Release bytes that were acquired."""
-        self.held -= size
-
-
-def token_bytes(num_top: int | None) -> int:
-    """Return the bytes of a token with its log-probability and `num_top` alternatives; None: without any."""
-    return _TOKEN_BYTES + (0 if num_top is None else _LOGPROB_BYTES * (1 + num_top))
-
-
-@dataclass(slots=True, eq=False)
-class KeptAnswer:
-    """One answer's part of the memory.
-
-    Attributes:
-        param: The client's name of the field that makes the answer large.
-        advice: What the client may do if its answer is too large.
-        prompt_bytes: Bytes of the prompts' log-probabilities.
-        token_bytes: Bytes of each token that arrives.
-    """
-
-    memory: AnswerMemory
-    tenant: str | None
-    param: str
-    advice: str
-    prompt_bytes: int
-    token_bytes: int
-    num_bytes: int = 0
-    refuse: Callable[[TgiError], None] = field(init=False)
-
-    def begin(self, refuse: Callable[[TgiError], None]) -> None:
-        """Count the prompts; `refuse` is called once with the error if the request must end, perhaps now."""
-        self.refuse = refuse
-        self.memory.begin(self)
-        self.memory.add(self, self.prompt_bytes)
-
-    def end(self) -> None:
-        """Note that the answer is complete: it only has to be sent."""
-        self.memory.end(self)
-
-    def add_tokens(self, count: int) -> None:
-        """Count tokens that have arrived; may call `refuse`, of this answer or another."""
-        self.memory.add(self, count * self.token_bytes)
-
-
-class AnswerMemory:
-    """Counts the bytes of all answers that are kept until they are sent. Used on the event loop only.
-
-    They are counted as tokens arrive, because nobody knows how long an answer will be. If there are too many,
-    the largest answer fails, of the key that holds most. Small answers never fail, however much others hold.
-
-    Attributes:
-        held: Bytes of all of them together.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._small = max_bytes // 1024  # an answer may always have these bytes
-        self._growing: set[KeptAnswer] = set()
-        self.held = 0
-
-    @contextmanager
-    def keeping(self, answer: KeptAnswer) -> Iterator[KeptAnswer]:
-        """Count an answer's bytes, once it begins, until the context ends."""
-        try:
-            yield answer
-        finally:
-            self.end(answer)
-            self._release(answer)
-
-    def begin(self, answer: KeptAnswer) -> None:
-        """From now on, count what is added to an answer, and refuse it if it is too large."""
-        self._growing.add(answer)
-
-    def add(self, answer: KeptAnswer, size: int) -> None:
-        """Count bytes of an answer, unless it has been refused."""
-        if answer not in self._growing:
-            return
-        answer.num_bytes += size
-        self.held += size
-        while self.held > self._max_bytes and self._refuse_largest():
-            pass
-
-    def end(self, answer: KeptAnswer) -> None:
-        """Note that an answer is complete, and can no longer be refused; its bytes still count."""
-        self._growing.discard(answer)
-
-    def _refuse_largest(self) -> bool:
-        """Refuse an answer; return False if all that could be are small."""
-        by_tenant: Counter[str | None] = Counter()
-        for answer in self._growing:
-            by_tenant[answer.tenant] += answer.num_bytes
-        large = [answer for answer in self._growing if answer.num_bytes > self._small]
-        if not large:
-            return False
-        largest = max(large, key=lambda each: (by_tenant[each.tenant], each.num_bytes))
-        error: TgiError = Overloaded("The server keeps as many bytes of unsent answers as it may")
-        if largest.num_bytes > self._max_bytes:
-            what = f"`{largest.param}`: the answer takes more than {self._max_bytes} bytes until it is sent"
-            error = InvalidRequest(f"{what}. {largest.advice}", param=largest.param)
-        self.end(largest)
-        self._release(largest)
-        largest.refuse(error)
-        return True
-
-    def _release(self, answer: KeptAnswer) -> None:
-        self.held -= answer.num_bytes
-        answer.num_bytes = 0

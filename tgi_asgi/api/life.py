@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from tgi_asgi.api.answer_form import answer_form, compile_grammar
+from tgi_asgi.api.budgets import KeptAnswer, token_bytes
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
-from tgi_asgi.api.context import KeptAnswer, Served, token_bytes
+from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images, salted_images

@@ -14,8 +14,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from tgi_asgi.api.asgi import Header, Message
+from tgi_asgi.api.budgets import KeptAnswer
 from tgi_asgi.api.call import Call, Renderer
-from tgi_asgi.api.context import KeptAnswer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
