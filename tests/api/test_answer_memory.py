@@ -89,6 +89,30 @@ async def test_a_stream_that_keeps_log_probabilities_ends_with_the_error() -> No
     assert b"event: response.incomplete" in bare.content  # all of its tokens came
 
 
+async def test_a_stream_that_only_has_to_be_sent_is_refused_no_more() -> None:
+    async def short(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        for finish in (None, FinishReason.EOS):
+            yield [TokenEvent(0, 97, b"a", "a", LOGPROB, finish=finish)]
+
+    app = app_of(ScriptedEngine(short))
+    call = request("POST", RESPONSES, {**BODIES[RESPONSES], "stream": True})
+    call.gate.clear()
+    answering = asyncio.create_task(send(app, call))
+    async with asyncio.timeout(LONGEST_S):
+        while not call.num_blocked:
+            await asyncio.sleep(0)
+    memory, errors = app.context.answer_memory, list[str]()
+    held = memory.held
+    assert held > MAX_BYTES / 2
+    other = kept(memory, None, errors)
+    other.add_tokens(MAX_BYTES - held + 1)
+    assert (memory.held, errors) == (held, ["None: Overloaded"])
+    call.gate.set()
+    await answering
+    assert b"event: response.completed" in call.content and memory.held == 0
+    assert b"\ntgi_request_success 1\n" in app.context.metrics.render()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echo_is_refused_before_it_is_computed(stream: bool) -> None:
     engine = ScriptedEngine(endless)

@@ -113,6 +113,11 @@ class EventStream:
             exchange.cancel_channels()
             watch.cancel()
 
+    @property
+    def has_all(self) -> bool:
+        """Whether no more events count: every choice has finished, or the request has failed."""
+        return self._num_open == 0
+
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
         """Accept new events of one channel; never blocks or raises."""
         if self._is_over or self._failure is not None:  # events of other channels after the end are ignored
@@ -305,3 +310,5 @@ class _KeptPart(_Part):
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         self._kept.add_tokens(len(events))
         super().on_events(events)
+        if self._stream.has_all:  # it only has to be sent, which a slow reader may delay
+            self._kept.end()
