@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from tests.agents.player import TEMPLATE, call, play, play_of
 from tests.api.test_openai_tools import app_of, pieces_of, sdk
 from tests.api.test_responses import post
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say
 from tests.support.tool_writers import write
 from tgi_asgi.api.openai.response_input import ResponsesRequest, read_items, read_tools
 from tgi_asgi.api.openai.tools import read_choice
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import FORMATS
+from tgi_asgi.types import TokenEvent
 
 LOCAL = {"type": "shell", "environment": {"type": "local"}}
 HOSTED = {"type": "shell", "environment": {"type": "container_auto"}}
@@ -110,6 +112,22 @@ async def test_a_call_that_is_cut_off_is_an_unfinished_call_of_a_function(stream
     [item] = body["output"]
     assert (item["type"], item["name"], item["status"]) == ("function_call", "apply_patch", "incomplete")
     assert item["arguments"].startswith('{"type": "update_file"') and not item["arguments"].endswith("}")
+
+
+async def test_a_failed_answer_has_no_call_that_was_not_announced() -> None:
+    async def fail_in_the_call(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        tokens = pieces_of(write("hermes", [UPDATE[0]]))[:-10]
+        async for step in say("hm", *tokens, finish=None)(channel):
+            yield step
+            if channel.stats.generated_tokens > len(tokens):
+                yield GenerationFailed("lost")
+
+    _, events = await post(fail_in_the_call, tools=TOOLS, stream=True)
+    for event in events:
+        EVENT.validate_json(json.dumps(event), strict=True)
+    assert events[-1]["type"] == "response.failed"
+    added = [event["item"]["type"] for event in events if event["type"] == "response.output_item.added"]
+    assert [item["type"] for item in events[-1]["response"]["output"]] == added == ["message"]
 
 
 @pytest.mark.parametrize("arguments", [{"commands": "ls"}, {}, {"commands": [1]}])

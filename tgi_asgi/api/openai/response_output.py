@@ -91,6 +91,9 @@ class ResponseRenderer:
     def fail(self, error: TgiError) -> bytes:
         """Return the event of a failed response."""
         self._begin()
+        if self._held is not None:  # the client does not know of the call
+            self._output.pop()
+            self._held = self._kind = None
         code = "server_error"
         if isinstance(error, InvalidRequest):
             code = error.code or "invalid_prompt"
