@@ -224,6 +224,17 @@ async def test_log_probabilities_travel_with_the_text() -> None:
     assert [[entry["token"] for entry in delta["logprobs"]] for delta in deltas] == [["a"], ["b"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_log_probabilities_are_those_of_their_item(stream: bool) -> None:
+    script = say("a", *CALLS, "b")
+    include = ["message.output_text.logprobs"]
+    _, body = await post(script, tools=TOOLS, include=include, stream=stream)
+    output = (body[-1]["response"] if stream else body)["output"]
+    parts = [part for item in output for part in item.get("content", ())]
+    named = ["".join(entry["token"] for entry in part["logprobs"]) for part in parts]
+    assert named == ["aLet me see.\n", "b"]
+
+
 async def test_items_become_the_messages_of_a_chat() -> None:
     engine = ScriptedEngine(say("ok"))
     template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{% if tools %}{% endif %}"

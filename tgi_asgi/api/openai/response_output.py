@@ -75,7 +75,10 @@ class ResponseRenderer:
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the response."""
-        self._take(parts[0][0])
+        [[events]] = parts
+        # Log-probabilities that arrive together are one item's.
+        for some in [events] if self._tracker is None else ([event] for event in events):
+            self._take(some)
         return orjson.dumps(self._response)
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
