@@ -31,21 +31,38 @@ async def test_a_tenant_waits_for_none_of_the_calls_that_another_has_queued() ->
     pool.close()
 
 
-async def test_callers_that_are_cancelled_lose_no_turn() -> None:
+async def test_callers_that_are_cancelled_use_up_no_turn() -> None:
     queue = FairQueue(1)
     await queue.enter("a")
     waiting = [asyncio.create_task(queue.enter(tenant)) for tenant in "aabbc"]
     await asyncio.sleep(0)
     waiting[0].cancel()  # while it waits
     await asyncio.sleep(0)
-    queue.leave()  # b's first has its turn
-    waiting[2].cancel()  # before it learns of it
+    queue.leave()  # it is still a's turn
+    waiting[1].cancel()  # before it learns of it
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert waiting[2].cancelled()
-    assert [task.done() for task in waiting] == [True, False, True, False, True]
-    for number in (1, 3):
+    assert waiting[1].cancelled()
+    assert [task.done() for task in waiting] == [True, True, True, False, False]
+    for task in (waiting[4], waiting[3]):
         queue.leave()
-        await waiting[number]
+        await task
     queue.leave()
     await queue.enter("d")
+
+
+async def test_a_tenant_whose_callers_are_cancelled_waits_for_no_more_of_others() -> None:
+    queue = FairQueue(1)
+    await queue.enter("b")
+    given_up = [asyncio.create_task(queue.enter("a")) for _ in range(5)]
+    waiting = [asyncio.create_task(queue.enter(tenant)) for tenant in "abbb"]
+    await asyncio.sleep(0)
+    for task in given_up:
+        task.cancel()
+    await asyncio.wait(given_up)
+    queue.leave()
+    await asyncio.sleep(0)
+    assert [task.done() for task in waiting] == [True, False, False, False]
+    for task in waiting[1:]:
+        queue.leave()
+        await task

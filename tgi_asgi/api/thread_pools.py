@@ -117,11 +117,14 @@ class FairQueue:
         """End a caller's work; the next tenant's first caller that still waits has its turn."""
         while self._waiting:
             tenant = next(iter(self._waiting))
-            callers = self._waiting.pop(tenant)
+            callers = self._waiting[tenant]
             future = callers.popleft()
-            if callers:
-                self._waiting[tenant] = callers  # after all others
-            if not future.done():
+            is_turn = not future.done()  # those that were cancelled use up no turn of their tenant
+            if is_turn or not callers:
+                del self._waiting[tenant]
+            if is_turn:
+                if callers:
+                    self._waiting[tenant] = callers  # after all others
                 future.set_result(None)
                 return
         self._num_free += 1
