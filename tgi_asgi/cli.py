@@ -105,6 +105,8 @@ def _one_module_each(args: list[str]) -> list[str]:
         found += [_LORA_MODULES, word] if is_another else [word]
         if word == _LORA_MODULES:
             num_values = 0
+        elif word.startswith(f"{_LORA_MODULES}="):
+            num_values = 1
         elif num_values is not None:
             num_values = num_values + 1 if is_another or not num_values else None
     return found
