@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import orjson
 import pytest
 
-from tests.support.asgi import Call, events_of, request, send
+from tests.support.asgi import Call, events_of, peak_of, request, send
 from tests.support.scripted_engine import LOGPROB, ScriptedChannel, ScriptedEngine, scripted_app
 from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
@@ -185,11 +184,6 @@ async def test_log_probabilities_of_a_whole_answer_take_little_memory(path: str,
     engine.tokenizer = Tokenizer()
     app = scripted_app(engine)
     call = request("POST", path, {**BODIES[path], "n": 4})
-    tracemalloc.start()
-    try:
-        await send(app, call)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    peak = await peak_of(app, call)
     assert call.status == 200 and len(call.json()["choices"]) == 4
     assert peak < per_token * 4 * 500

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import httpx
 import orjson
 import pytest
 
-from tests.support.asgi import Call, request, send
+from tests.support.asgi import Call, peak_of, request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import (
     ScriptedChannel,
@@ -91,12 +90,7 @@ async def test_many_choices_with_long_names_take_little_memory(path: str) -> Non
     body = {**BODIES[path], **names, "n": 64, "stream": True}
     await send(app, request("POST", path, body))  # warm up one-time allocations
     call = request("POST", path, body)
-    tracemalloc.start()
-    try:
-        await send(app, call)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    peak = await peak_of(app, call)
     assert call.status == 200 and call.is_complete
     assert peak < 4 * MIB
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,17 @@ async def send(app: App, call: Call, timeout_s: float = 10.0) -> Call:
     async with asyncio.timeout(timeout_s):
         await app(call.scope, call.receive, call.send)
     return call
+
+
+async def peak_of(app: App, call: Call) -> int:
+    """Let an app answer a call; return the most bytes that Python's objects took meanwhile."""
+    tracemalloc.start()
+    try:
+        await send(app, call)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return peak
 
 
 def events_of(content: bytes) -> list[Any]:
