@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.gpu_device import CountedGpu
 from tests.emulation import bindings, library
 from tests.support.checkpoints import save, save_tokenizer
 from tests.support.kv import plain_size
@@ -17,6 +19,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_device import register_kernels
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize
 
@@ -25,8 +28,14 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 
 
-def make_device() -> EmulatedDevice:
-    """Return a device with its operators registered; skip the test if they cannot be built."""
+def make_device() -> EmulatedDevice | CountedGpu:
+    """Return a device with its operators registered; skip the test if they cannot be built.
+
+    With TGI_TEST_GPU=1 it is a real GPU.
+    """
+    if os.environ.get("TGI_TEST_GPU") == "1":
+        register_kernels()
+        return CountedGpu()
     library.require()
     bindings.install()
     return EmulatedDevice()
@@ -34,7 +43,7 @@ def make_device() -> EmulatedDevice:
 
 def make_runner(
     model: Model,
-    device: EmulatedDevice,
+    device: EmulatedDevice | CountedGpu,
     *,
     kv_dtype: torch.dtype | None = None,
     max_context: int = 256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.emulation.device import KernelFault
 from tgi_asgi.ops import ACTIVATIONS
+from tgi_asgi.runner.cuda_device import CudaDevice
 
 _ops: Any = torch.ops.tgi_cuda
 
@@ -165,6 +166,36 @@ class GpuDevice:
             p.mask_rows, p.scratch, p.workspace, p.token_ids, p.is_finite, p.logprobs, p.top_ids,
             p.top_logprobs, p.num_top,
         )  # fmt: skip
+
+
+class CountedGpu(CudaDevice):
+    """A GPU for the tests of the runner, which otherwise use an `EmulatedDevice`; it has the same attributes.
+
+    Several tests share the GPU, so each sees only a little of its memory.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.captured = 0
+        self.replayed = 0
+        self.failure: Exception | None = None
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Capture a graph whose replays are counted."""
+        graph = super().capture(call)
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            if self.failure is not None:
+                raise self.failure
+            graph()
+
+        return replay
+
+    def free_bytes(self) -> int:
+        """Return as much as the emulated device has."""
+        return 1 << 30
 
 
 class _Params:
