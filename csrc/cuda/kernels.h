@@ -18,10 +18,6 @@
 
 namespace tgi::cuda {
 
-// Allows kernels of a step to begin while the previous one still runs, if the device supports it;
-// initially off.
-void set_dependent_launches(bool is_on);
-
 enum class Type : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat8 = 2 };
 
 struct EmbedParams {

@@ -12,6 +12,9 @@
 // running. All inputs are therefore complete, and no other kernel still reads the memory that is
 // overwritten. A kernel started by `launch` begins after all earlier ones have ended; a library's
 // kernel does too, or follows the same rule.
+//
+// A kernel after a library's is not started early (`follow_library`): cuBLAS's products allow that
+// as soon as they begin, and blocks that wait then take the place of theirs.
 #pragma once
 
 #ifdef __CUDACC__
@@ -27,17 +30,26 @@
 
 namespace tgi::cuda {
 
-extern bool allows_dependent_launches;  // launch.cu
+// What a launch needs to know of a kernel, asked of the driver once per thread.
+struct KernelTraits {
+  cudaError_t error;  // of raising the limit of dynamic shared memory
+  bool has_wait;      // Does the code that the device runs have griddepcontrol? PTX of an older
+                      // architecture, compiled on the device, does not.
+};
+KernelTraits traits_of(const void* kernel, size_t shared_bytes);  // launch.cu
+
+// Returns whether the next kernel of this thread may begin before the previous one has ended.
+bool takes_dependent_launch();
+
+// Returns the count for the current device; persistent kernels fill it a fixed number of times.
+int num_multiprocessors();
 
 // Starts a kernel and returns the launch's own error.
 template <typename... Parameters>
 cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                       size_t shared_bytes, cudaStream_t stream, Parameters... arguments) {
-  if (shared_bytes > (48 << 10)) {  // larger sizes must be requested
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const KernelTraits traits = traits_of(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (traits.error != cudaSuccess) return traits.error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -47,18 +59,10 @@ cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 gri
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = is_dependent ? 1 : 0;
+  config.numAttrs = is_dependent && traits.has_wait ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   cudaGetLastError();  // clears the error, so that the next check does not report it again
   return error;
-}
-
-// Returns whether the code that the device runs has griddepcontrol. Code compiled on the device
-// from PTX of an older architecture does not.
-template <typename... Parameters>
-bool has_wait(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -70,8 +74,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                              size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  return launch_as<Parameters...>(allows_dependent_launches && has_wait(kernel), kernel, grid,
-                                  block, shared_bytes, stream, arguments...);
+  return launch_as<Parameters...>(takes_dependent_launch(), kernel, grid, block, shared_bytes,
+                                  stream, arguments...);
 }
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -84,15 +88,6 @@ __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
-}
-
-// Returns the count for the current device; persistent kernels fill it a fixed number of times.
-inline int num_multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
-  return count;
 }
 
 }  // namespace tgi::cuda

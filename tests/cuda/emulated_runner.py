@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -28,22 +29,33 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 
 
-def make_device() -> EmulatedDevice | CountedGpu:
+def make_device() -> EmulatedDevice:
     """Return a device with its operators registered; skip the test if they cannot be built.
 
     With TGI_TEST_GPU=1 it is a real GPU.
     """
-    if os.environ.get("TGI_TEST_GPU") == "1":
+    if is_real():
         register_kernels()
-        return CountedGpu()
+        return cast(EmulatedDevice, CountedGpu())
     library.require()
     bindings.install()
     return EmulatedDevice()
 
 
+def is_real() -> bool:
+    """Return whether tests run on a real GPU."""
+    return os.environ.get("TGI_TEST_GPU") == "1"
+
+
+def require_emulation(reason: str) -> None:
+    """Skip the test on a real GPU."""
+    if is_real():
+        pytest.skip(f"only on the emulated device: {reason}")
+
+
 def make_runner(
     model: Model,
-    device: EmulatedDevice | CountedGpu,
+    device: EmulatedDevice,
     *,
     kv_dtype: torch.dtype | None = None,
     max_context: int = 256,

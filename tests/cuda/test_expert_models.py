@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, PROMPT, assert_matches_reference, make_device, make_runner
+from tests.cuda.emulated_runner import (
+    FP16,
+    PROMPT,
+    assert_matches_reference,
+    make_device,
+    make_runner,
+    require_emulation,
+)
 from tests.support import gguf_models
 from tests.support.checkpoints import load_model, save
 from tests.support.family_scores import differences, score
@@ -131,6 +138,7 @@ def _zeros(kind: str, rows: int) -> Any:
 
 
 def test_experts_stay_in_codes_only_if_all_are_of_one_kind(device: EmulatedDevice) -> None:
+    require_emulation("these matrices are the host's")
     both = joined([matrix("Q4_0"), matrix("Q4_0")], FP16)
     assert isinstance(both, CudaQuantMatrix) and both.shape == (6, 64)
     for kinds in (("Q4_0", "Q4_1"), ("Q8_0", "plain"), ("plain", "plain")):

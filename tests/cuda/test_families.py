@@ -51,8 +51,9 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "phimoe": _FEW,
     "granitemoe": _FEW,
     "granitemoeshared": _FEW,
-    "glm4_moe-norms": {**_WIDE, "num_key_value_heads": 1},  # routers that choose clearly also in float16
-    "ernie_moe": _FEW,
+    # Routers that choose clearly also in float16.
+    "glm4_moe-norms": {**_WIDE, "num_key_value_heads": 1},
+    "ernie_moe": {**_WIDE, "num_key_value_heads": 1},
     "hunyuan_moe": _WIDE,
     "dots1": _FEW,
     "gpt_oss": _WIDE,

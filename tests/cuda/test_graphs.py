@@ -19,7 +19,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
-from tgi_asgi.runner.cuda_buffers import StepBuffers
+from tgi_asgi.runner.cuda_buffers import HostInputs
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
@@ -143,17 +143,17 @@ async def test_padding_that_is_none_would_be_felt(
 ) -> None:
     expected, found = short(), short()
     await generate(make_runner(EmulatedDevice()), expected, chunk=4)
-    fill = StepBuffers.fill
+    fill = HostInputs.fill
 
-    def fill_all(buffers: StepBuffers, *given: Any) -> None:
-        fill(buffers, *given)
-        values = getattr(buffers, section)
+    def fill_all(inputs: HostInputs, *given: Any) -> None:
+        fill(inputs, *given)
+        values = getattr(inputs, section)
         # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0
         if section == "query_start":  # as if the decodes had no padding
-            values -= buffers.shape.num_decodes - len(given[1])
+            values -= inputs.shape.num_decodes - len(given[1])
 
-    monkeypatch.setattr(StepBuffers, "fill", fill_all)
+    monkeypatch.setattr(HostInputs, "fill", fill_all)
     await generate(make_runner(EmulatedDevice()), found, chunk=4)
     assert [job.sampled for job in found] != [job.sampled for job in expected]
 

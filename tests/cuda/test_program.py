@@ -254,3 +254,17 @@ def test_runs_of_several_threads_do_not_meet() -> None:
     for thread in [in_thread(lambda rows=rows: run(rows)) for rows in range(4)]:  # type: ignore[misc]
         thread.join()
     assert [tensor.tolist() for tensor in given] == [[2000.0] * n + [0.0] * (8 - n) for n in range(4)]
+
+
+def test_only_a_kernel_that_follows_one_of_ours_may_begin_before_it_has_ended() -> None:
+    """cuBLAS's kernels allow that at once, and blocks that wait would take the place of theirs."""
+    x, normed, product = torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8)
+    weight, norm = torch.ones(8, 8), ("tgi_cuda::norm", x, torch.ones(8), None, 1e-5, None, normed)
+    launches = finished(
+        norm, norm, ("aten::mm.out", normed, weight, product), norm, (lambda: None,), norm, norm
+    )
+    seen: list[str] = []
+    with bindings.observed(seen.append):
+        launches.run((2, 0), (torch.zeros(2), torch.zeros(2)))
+    late, early = ["follow_library", "norm"], ["norm"]
+    assert seen == [*late, *early, *late, *late, *early]

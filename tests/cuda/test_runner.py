@@ -19,6 +19,7 @@ from tests.cuda.emulated_runner import (
     logprobs_of,
     make_device,
     make_runner,
+    require_emulation,
     save_with_tokenizer,
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
@@ -205,6 +206,7 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
 async def test_a_lost_device_fails_this_step_and_all_after_it(
     runner: CudaRunner, device: EmulatedDevice
 ) -> None:
+    require_emulation("a real one is not lost because an exception says so")
     device.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def submit(step: int) -> asyncio.Future[StepResult]:

@@ -16,6 +16,9 @@ from tests.emulation import library
 _CSRC = Path(__file__).parents[2] / "csrc"
 _NAME = "tgi_asgi._cuda"
 MODULE = """#include "bindings/cuda/program.h"
+#include "cuda/dependent_launch.h"
+
+void tgi::cuda::follow_library() {}
 
 PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
 """

@@ -7,7 +7,7 @@ the previous step that is not already on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tgi_asgi.ops.arrays import Ints
 from tgi_asgi.ops.logprobs import TokenLogprobs
-from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
 
@@ -26,7 +25,7 @@ MAX_IDS = 2048  # biased or masked ids per slot; fixed, because graphs hold the 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSamples:
-    """The fields of a `SampleResult` as tensors, on the device or in pinned memory."""
+    """The fields of a `SampleResult` as tensors on the device."""
 
     token_ids: Tensor
     is_finite: Tensor
@@ -34,10 +33,6 @@ class DeviceSamples:
     top_ids: Tensor
     top_logprobs: Tensor
     num_top: Tensor
-
-    def on_host(self) -> SampleResult:
-        """Return views of tensors that are in the host's memory."""
-        return SampleResult(*(getattr(self, field.name).numpy() for field in fields(self)))
 
 
 class CudaSampleState:

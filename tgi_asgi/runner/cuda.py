@@ -26,7 +26,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
-from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
+from tgi_asgi.runner.cuda_buffers import HostInputs, StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, is_out_of_memory
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
@@ -238,7 +238,8 @@ class CudaRunner:
         slots = [plan.rows[index].slot for index in sampling]
         shape, sample_rows = self._fill(plan.rows, sampling, staging)
         with self._together(shape, staging.inputs[: shape.num_bytes]):
-            graphs = self._steps.graphs_of(self._steps.upload(shape, staging.inputs))
+            self._steps.upload(shape, staging.inputs)
+            graphs = self._steps.graphs_of(shape)
             self._num_launched += 1  # the device reads this staging even if the step fails below
             graphs.forward()
         self._score(plan, result)
@@ -265,19 +266,21 @@ class CudaRunner:
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
-        adapters = self._place_adapters(rows)
-        # The extension takes a CPU's adapters only; these rows are just for the other inputs.
-        plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
+        adapters, plain = None, rows
+        if any(row.adapter is not None for row in rows):
+            adapters = self._place_adapters(rows)
+            # The extension takes a CPU's adapters only; these rows are just for the other inputs.
+            plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
         batch = self._inputs.fill(plain, self._no_ids)
         layout = self._layout(rows, sampling, num_decodes, batch.query_start[1:].tolist())
         shape = replace(
             layout.shape,
             num_columns=batch.block_tables[0].shape[1],
-            has_adapters=bool((adapters >= 0).any()),
+            has_adapters=adapters is not None,
         )
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
         mask_rows = self._sampler.mask_rows(layout.logits_slots)
-        StepBuffers.view(staging.inputs, shape).fill(
+        HostInputs.view(staging.inputs.numpy(), shape).fill(
             batch, from_slot, layout.logits_tokens, layout.logits_slots, mask_rows, adapters
         )
         return shape, layout.sample_rows
@@ -296,11 +299,10 @@ class CudaRunner:
     def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
         """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
         slots: dict[CudaAdapter | None, int] = dict.fromkeys((row.adapter for row in rows), -1)
-        if len(slots) > 1 or None not in slots:
-            wanted = [adapter for adapter in slots if adapter is not None]
-            if self._adapters is None:
-                raise PlanError("a row has an adapter, but the runner none")
-            slots.update(zip(wanted, self._adapters.place(wanted), strict=True))
+        wanted = [adapter for adapter in slots if adapter is not None]
+        if self._adapters is None:
+            raise PlanError("a row has an adapter, but the runner none")
+        slots.update(zip(wanted, self._adapters.place(wanted), strict=True))
         return np.repeat(
             np.array([slots[row.adapter] for row in rows], np.int32), [row.num_tokens for row in rows]
         )
@@ -311,19 +313,22 @@ class CudaRunner:
         Decode and prefill attention add in different orders. For batch invariance, prompt tokens must not use
         decode attention, since chunking decides whether a single one is left for a step of its own.
         """
+        if row.token_ids is None:
+            return True
         is_prompt = row.start < self._prompt_lens[row.slot]
         return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
 
     def _score(self, plan: StepPlan, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""
+        if all(row.prompt_logprobs is None for row in plan.rows):
+            return
         first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 result.prompt_logprobs[index] = self._scorer.score(first, row)
             first += row.num_tokens
-        if result.prompt_logprobs:
-            with self._together(Logits(None)):
-                self._steps.head()
+        with self._together(Logits(None)):
+            self._steps.head()
 
     def _logits_of(self, rows: Sequence[int]) -> Tensor:
         """Return the logits of tokens of the last step, on the device; valid until the next call."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +15,56 @@ from torch import Tensor
 from tgi_asgi.ops import FlatRows
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_sample_state import DeviceSamples
+from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
+_NUMPY = {
+    torch.int64: np.dtype(np.int64), torch.int32: np.dtype(np.int32), torch.float32: np.dtype(np.float32),
+    torch.bool: np.dtype(np.bool_),
+}  # fmt: skip
+_Array = npt.NDArray[Any]
 
-_Section = tuple[str, tuple[int, ...], torch.dtype]
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """An array in a buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    first: int  # byte
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sections:
+    """Arrays that lie one behind the other, each aligned."""
+
+    all: tuple[_Section, ...]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, arrays: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> _Sections:
+        """Lay out arrays, given as names, shapes and types."""
+        placed, first = [], 0
+        for name, shape, dtype in arrays:
+            count = torch.Size(shape).numel() * dtype.itemsize
+            placed.append(_Section(name, shape, dtype, first, count))
+            first += -(-count // _ALIGNMENT) * _ALIGNMENT
+        return cls(tuple(placed), first)
+
+    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return the arrays in memory [num_bytes or more] uint8."""
+        return {
+            part.name: memory[part.first : part.first + part.num_bytes].view(part.dtype).view(part.shape)
+            for part in self.all
+        }
+
+    def arrays(self, memory: _Array) -> dict[str, _Array]:
+        """Return the arrays in the host's memory; numpy's take a tenth of the time of torch's tensors."""
+        return {
+            part.name: np.ndarray(part.shape, _NUMPY[part.dtype], memory, part.first) for part in self.all
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +80,15 @@ class StepShape:
     prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
     has_adapters: bool = False  # a token has one
 
-    def sections(self) -> list[_Section]:
-        t, s, r = self.num_tokens, self.num_sequences, self.num_rows
-        return [
-            ("slots", (t,), torch.int64),
-            ("ids", (t,), torch.int32),
-            ("positions", (t,), torch.int32),
-            ("adapters", (t,), torch.int32),
-            ("query_start", (s + 1,), torch.int32),
-            ("context_len", (s,), torch.int32),
-            ("from_slot", (self.num_decodes,), torch.int32),
-            ("rows", (r,), torch.int32),
-            ("row_slots", (r,), torch.int32),
-            ("mask_rows", (r,), torch.int32),
-            ("block_table", (s, self.num_columns), torch.int32),
-        ]
+    @property
+    def sections(self) -> _Sections:
+        return _step_sections(
+            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.num_columns
+        )
 
     @property
     def num_bytes(self) -> int:
-        return _num_bytes(self.sections())
+        return self.sections.num_bytes
 
     @property
     def num_prompts(self) -> int:
@@ -65,9 +103,28 @@ class StepShape:
         )  # fmt: skip
 
 
+@functools.lru_cache(4096)  # steps of the same shape follow each other
+def _step_sections(t: int, s: int, r: int, decodes: int, columns: int) -> _Sections:
+    return _Sections.of(
+        [
+            ("slots", (t,), torch.int64),
+            ("ids", (t,), torch.int32),
+            ("positions", (t,), torch.int32),
+            ("adapters", (t,), torch.int32),
+            ("query_start", (s + 1,), torch.int32),
+            ("context_len", (s,), torch.int32),
+            ("from_slot", (decodes,), torch.int32),
+            ("rows", (r,), torch.int32),
+            ("row_slots", (r,), torch.int32),
+            ("mask_rows", (r,), torch.int32),
+            ("block_table", (s, columns), torch.int32),
+        ]
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """A step's inputs, on the host or the device."""
+    """A step's inputs on the device."""
 
     shape: StepShape
     slots: Tensor  # [n_tokens] int64; -1: padding
@@ -85,45 +142,7 @@ class StepBuffers:
     @classmethod
     def view(cls, memory: Tensor, shape: StepShape) -> StepBuffers:
         """Lay the inputs out in memory [num_bytes] uint8."""
-        return cls(shape, **_views(memory, shape.sections()))
-
-    def fill(
-        self,
-        batch: FlatRows,
-        from_slot: Sequence[int],
-        rows: Sequence[int],
-        row_slots: Sequence[int],
-        mask_rows: Sequence[int],
-        adapters: npt.NDArray[np.int32],
-    ) -> None:
-        """Write a batch of at most this shape; the rest becomes padding.
-
-        The first `len(from_slot)` sequences decode; the others are placed where the shape's other sequences
-        begin.
-        """
-        decodes, first, r = len(from_slot), self.shape.num_decodes, len(rows)
-        (table,) = batch.block_tables  # one table for all layers
-        for target, values, padding in (
-            (self.slots, batch.slots, -1),
-            (self.ids, batch.ids, 0),
-            (self.positions, batch.positions, 0),
-            (self.adapters, adapters, -1),
-            (self.context_len, batch.context_len, 0),
-            (self.block_table[:, : table.shape[1]], table, 0),
-        ):
-            source = torch.from_numpy(values)
-            behind = first + len(source) - decodes
-            target[:decodes], target[decodes:first] = source[:decodes], padding
-            target[first:behind], target[behind:] = source[decodes:], padding
-        # No kernel reads the entries of decoding sequences.
-        starts = torch.from_numpy(batch.query_start[decodes:]) + (first - decodes)
-        self.query_start[:first] = 0
-        self.query_start[first : first + len(starts)] = starts
-        self.query_start[first + len(starts) :] = starts[-1]
-        self.from_slot[:decodes], self.from_slot[decodes:] = torch.tensor(from_slot, dtype=torch.int32), -1
-        self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0
-        self.row_slots[:r], self.row_slots[r:] = torch.tensor(row_slots, dtype=torch.int32), -1
-        self.mask_rows[:r], self.mask_rows[r:] = torch.tensor(mask_rows, dtype=torch.int32), -1
+        return cls(shape, **shape.sections.tensors(memory))
 
     def clear(self) -> None:
         """Make everything padding, which writes to no cache and samples for no slot."""
@@ -141,35 +160,89 @@ class StepBuffers:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class HostInputs:
+    """A step's inputs in pinned memory; the arrays are those of `StepBuffers`."""
+
+    shape: StepShape
+    slots: _Array
+    ids: _Array
+    positions: _Array
+    adapters: _Array
+    query_start: _Array
+    context_len: _Array
+    from_slot: _Array
+    rows: _Array
+    row_slots: _Array
+    mask_rows: _Array
+    block_table: _Array
+
+    @classmethod
+    def view(cls, memory: _Array, shape: StepShape) -> HostInputs:
+        """Lay the inputs out in memory [num_bytes] uint8."""
+        return cls(shape, **shape.sections.arrays(memory))
+
+    def fill(
+        self,
+        batch: FlatRows,
+        from_slot: Sequence[int],
+        rows: Sequence[int],
+        row_slots: Sequence[int],
+        mask_rows: Sequence[int],
+        adapters: npt.NDArray[np.int32] | None,
+    ) -> None:
+        """Write a batch of at most this shape; the rest becomes padding. No `adapters`: no token has one.
+
+        The first `len(from_slot)` sequences decode; the others are placed where the shape's other sequences
+        begin.
+        """
+        decodes, first, r = len(from_slot), self.shape.num_decodes, len(rows)
+        (table,) = batch.block_tables  # one table for all layers
+        for target, values, padding in (
+            (self.slots, batch.slots, -1),
+            (self.ids, batch.ids, 0),
+            (self.positions, batch.positions, 0),
+            (self.context_len, batch.context_len, 0),
+            (self.block_table[:, : table.shape[1]], table, 0),
+        ):
+            behind = first + len(values) - decodes
+            target[:decodes], target[decodes:first] = values[:decodes], padding
+            target[first:behind], target[behind:] = values[decodes:], padding
+        self.adapters.fill(-1)
+        if adapters is not None:
+            self.adapters[:decodes] = adapters[:decodes]
+            self.adapters[first : first + len(adapters) - decodes] = adapters[decodes:]
+        # No kernel reads the entries of decoding sequences.
+        starts = batch.query_start[decodes:] + (first - decodes)
+        self.query_start[:first] = 0
+        self.query_start[first : first + len(starts)] = starts
+        self.query_start[first + len(starts) :] = starts[-1]
+        self.from_slot[:decodes], self.from_slot[decodes:] = from_slot, -1
+        self.rows[:r], self.rows[r:] = rows, 0
+        self.row_slots[:r], self.row_slots[r:] = row_slots, -1
+        self.mask_rows[:r], self.mask_rows[r:] = mask_rows, -1
+
+
 def result_bytes(num_rows: int, max_top: int) -> int:
     """Return the size of the sampling results."""
-    return _num_bytes(_result_sections(num_rows, max_top))
+    return _result_sections(num_rows, max_top).num_bytes
 
 
 def view_result(memory: Tensor, num_rows: int, max_top: int) -> DeviceSamples:
     """Lay sampling results out in memory [result_bytes] uint8; top entries last, so copies can skip them."""
-    return DeviceSamples(**_views(memory, _result_sections(num_rows, max_top)))
+    return DeviceSamples(**_result_sections(num_rows, max_top).tensors(memory))
 
 
-def _result_sections(num_rows: int, max_top: int) -> list[_Section]:
+def host_result(memory: _Array, num_rows: int, max_top: int) -> SampleResult:
+    """Return the results that were copied to the host's memory."""
+    return SampleResult(**_result_sections(num_rows, max_top).arrays(memory))
+
+
+@functools.lru_cache(4096)
+def _result_sections(num_rows: int, max_top: int) -> _Sections:
     shapes = {"top_ids": (num_rows, max_top), "top_logprobs": (num_rows, max_top)}
     dtypes = {"is_finite": torch.bool, "logprobs": torch.float32, "top_logprobs": torch.float32}
     names = sorted((field.name for field in fields(DeviceSamples)), key=lambda name: name in shapes)
-    return [(name, shapes.get(name, (num_rows,)), dtypes.get(name, torch.int32)) for name in names]
-
-
-def _num_bytes(sections: Sequence[_Section]) -> int:
-    return sum(_padded(shape, dtype) for _, shape, dtype in sections)
-
-
-def _views(memory: Tensor, sections: Sequence[_Section]) -> dict[str, Tensor]:
-    views, first = {}, 0
-    for name, shape, dtype in sections:
-        count = torch.Size(shape).numel() * dtype.itemsize
-        views[name] = memory[first : first + count].view(dtype).view(shape)
-        first += _padded(shape, dtype)
-    return views
-
-
-def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return _Sections.of(
+        [(name, shapes.get(name, (num_rows,)), dtypes.get(name, torch.int32)) for name in names]
+    )

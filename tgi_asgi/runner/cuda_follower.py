@@ -125,9 +125,9 @@ class Follower:
                     num_steps += 1
                     taken[at].synchronize()  # the step before the last has read its inputs
                     connection.recv_bytes_into(staging[at].numpy())
-                    buffers = steps.upload(message, staging[at])
+                    steps.upload(message, staging[at])
                     taken[at] = device.record()
-                    steps.graphs_of(buffers).forward()
+                    steps.graphs_of(message).forward()
                 case Logits():
                     steps.head(message.rows)
                 case Copies():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.ops.sample import SampleResult
-from tgi_asgi.runner.cuda_buffers import StepBuffers, result_bytes, view_result
+from tgi_asgi.runner.cuda_buffers import StepBuffers, host_result, result_bytes, view_result
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, SlotStart
@@ -110,7 +110,7 @@ class CudaSampler:
         max_top = self._max_top if self.state.max_top(slots) > 0 else 0
         count = result_bytes(num_rows, max_top)
         staging.results[:count].copy_(self._results[:count], non_blocking=True)
-        return view_result(staging.results, num_rows, max_top).on_host()
+        return host_result(staging.results.numpy(), num_rows, max_top)
 
     def accept(self, slots: Iterable[int], sampled: Iterable[Sampled]) -> None:
         """Advance grammars by the sampled tokens, and mark samples that end or fail their sequences."""

@@ -109,7 +109,8 @@ class CudaSteps:
         steps.profile()
         steps.make_cache(num_blocks)
         steps.capture()
-        graphs = steps.graphs_of(steps.upload(shape, pinned))
+        steps.upload(shape, pinned)
+        graphs = steps.graphs_of(shape)
         graphs.forward()
         steps.program.logits
 
@@ -149,7 +150,7 @@ class CudaSteps:
         self._tables = torch.zeros(
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
-        self._own_rows: Tensor | None = None  # rows whose logits the last step computed
+        self._shape: StepShape | None = None  # of the last step
         # Other libraries' attention needs the prompts' lengths on the host, which a graph does not have.
         has_mixed = types.prompt_attention is PromptAttention.PAGED
         self._shapes = graph_shapes(limits, has_mixed=has_mixed)
@@ -208,21 +209,20 @@ class CudaSteps:
         """Copy blocks (from, to) of the cache as if simultaneously; no block is both source and target."""
         copy_cuda_blocks(self._kv, pairs)
 
-    def upload(self, shape: StepShape, staged: Tensor) -> StepBuffers:
+    def upload(self, shape: StepShape, staged: Tensor) -> None:
         """Begin to copy a step's inputs to the device; `staged` is pinned and at least of their size."""
-        count = shape.num_bytes
+        count, tables = shape.num_bytes, shape.sections.all[-1]
         self._inputs[:count].copy_(staged[:count], non_blocking=True)
-        buffers = StepBuffers.view(self._inputs, shape)
-        self._tables[: shape.num_sequences, : shape.num_columns].copy_(buffers.block_table)
-        self._own_rows = buffers.rows if shape.num_rows > 0 else None
-        return buffers
+        uploaded = self._inputs[tables.first : tables.first + tables.num_bytes].view(tables.dtype)
+        self._tables[: shape.num_sequences, : shape.num_columns].copy_(uploaded.view(tables.shape))
+        self._shape = shape
 
-    def graphs_of(self, buffers: StepBuffers) -> Graphs:
+    def graphs_of(self, shape: StepShape) -> Graphs:
         """Return the graphs of a step of this shape, or the plain calls if there are none."""
-        found = self._graphs.get(buffers.shape.graph)
-        if found is not None and not buffers.shape.prompt_lens:
+        found = self._graphs.get(shape.graph)
+        if found is not None and not shape.prompt_lens:
             return found
-        return self._calls(buffers)
+        return self._calls(StepBuffers.view(self._inputs, shape))
 
     def _calls(self, buffers: StepBuffers) -> Graphs:
         sample = _do_nothing if self._sample is None else functools.partial(self._sample, buffers)
@@ -232,8 +232,8 @@ class CudaSteps:
         """Compute logits of at most `max_batch_size` tokens of the last step; None: its own rows."""
         if rows is not None:
             self.program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
-        elif self._own_rows is not None:
-            self.program.head(self._own_rows)
+        elif self._shape is not None and self._shape.num_rows > 0:
+            self.program.head(StepBuffers.view(self._inputs, self._shape).rows)
 
     def _forward(self, buffers: StepBuffers) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""

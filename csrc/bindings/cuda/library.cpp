@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "bindings/cuda/program.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/kernels.h"
 
 TORCH_LIBRARY(tgi_cuda, m) {

@@ -10,6 +10,8 @@
 #include <exception>
 #include <utility>
 
+#include "cuda/dependent_launch.h"
+
 namespace tgi::cuda {
 
 namespace py = pybind11;
@@ -95,11 +97,14 @@ class Program::Run {
   }
 
   void call_all() {
+    bool was_library = true;  // what ran before the program
     for (const Entry& entry : program_.entries_) {
       if (entry.when.size) {
         const int64_t size = sizes_[entry.when.size->index];
         if (size < entry.when.min || size > entry.when.max) continue;
       }
+      if (was_library) follow_library();
+      was_library = entry.is_library;
       if (!entry.op) {
         call_python(entry);
         continue;
@@ -208,6 +213,7 @@ void Program::add(const std::string& name, const py::sequence& arguments, const 
   }
   Entry entry;
   entry.op = *op;
+  entry.is_library = name.rfind("tgi_cuda::", 0) != 0;
   for (size_t i = 0; i < wanted.size(); ++i) {
     std::optional<IValue> value;
     if (i >= arguments.size()) {

@@ -80,6 +80,7 @@ class Program {
     pybind11::tuple constants;           // the function's arguments
     std::vector<Hole> holes;
     Condition when;
+    bool is_library = true;  // it launches other kernels than ours, as far as is known
   };
 
   class Run;

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/dependent_launch.h"
 #include "cuda/kernels.h"
 
 namespace {
@@ -40,7 +41,8 @@ extern "C" __attribute__((visibility("default"))) void emu_open(const char* path
   if (library == nullptr) throw std::runtime_error(dlerror());
 }
 
-// Calls a function with the name of each kernel that is launched; null: none.
+// Calls a function with the name of each kernel that is launched, after "follow_library" if it
+// does; null: none.
 extern "C" __attribute__((visibility("default"))) void emu_observe(void (*function)(const char*)) {
   observer = function;
 }
@@ -87,5 +89,9 @@ int64_t experts_max_tiles(int64_t num_pairs, int64_t num_experts, bool is_stream
 }
 
 void set_dependent_launches(bool) {}
+
+void follow_library() {
+  if (observer != nullptr) observer("follow_library");
+}
 
 }  // namespace tgi::cuda
