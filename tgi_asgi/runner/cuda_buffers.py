@@ -18,7 +18,7 @@ from tgi_asgi.ops.cuda_sample_state import DeviceSamples
 from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
-_NUMPY = {
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int64: np.dtype(np.int64), torch.int32: np.dtype(np.int32), torch.float32: np.dtype(np.float32),
     torch.bool: np.dtype(np.bool_),
 }  # fmt: skip
