@@ -82,12 +82,8 @@ def build(*, is_whole: bool = True) -> Path:
         assert any(old in text for text in files.values()), f"nothing says: {old}"
         files = {name: text.replace(old, new) for name, text in files.items()}
     files["launchers.cpp"] = (_HERE / "host" / "launchers.cpp").read_text()
-    headers = [
-        _CSRC / "cuda" / "kernels.h",
-        _CSRC / "cuda" / "dependent_launch.h",
-        _CSRC / "params.h",
-        _CSRC / "bindings" / "activation.h",
-    ]
+    switches, params = _CSRC / "cuda" / "dependent_launch.h", _CSRC / "params.h"
+    headers = [_CSRC / "cuda" / "kernels.h", switches, params, _CSRC / "bindings" / "activation.h"]
     headers += sorted((_HERE / "host").rglob("*.h"))
     included = [path.read_text() for path in headers]
     key = library.digest(files, included, _FLAGS, torch.__version__, sys.version)
