@@ -258,7 +258,9 @@ _COLUMNS = {  # of the tables: the key that a stage reports under, and the colum
         ("what", "weights", "kv", "draw", "batch", "prompt", "us", "tokens_per_s", "launch_us", "gpu_busy"),
     ),
     "peers": ("runs", ("what", "compiled", "batch", "us", "tokens_per_s")),
-    "served": ("runs", ("what", "requests", "failed", "output_tokens_per_s", "start_s")),
+    "served": (
+        "runs", ("model", "clients", "requests", "failed", "tokens_per_s", "first_ms", "gap_ms", "start_s")
+    ),
     "profiler": ("profile", ("batch", "weights", "draw", "us", "count", "kernel")),
 }  # fmt: skip
 _WHATS = {"engine": ("ttft", "decode", "mixed", "engine"), "peers": ("transformers",), "served": ("served",)}

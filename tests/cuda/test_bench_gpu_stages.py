@@ -131,9 +131,12 @@ def test_a_random_checkpoint_is_served_over_sockets(tmp_path: Path, monkeypatch:
     )
     monkeypatch.setattr(gpu_served, "PROMPT_TOKENS", 20)
     monkeypatch.setattr(gpu_served, "OUTPUT_TOKENS", 5)
-    row = gpu_served.serve(tmp_path, 4, 6)
-    assert (row["requests"], row["failed"], row["output_tokens"]) == (6, 0, 5)
-    assert row["prompt_tokens"] == 20, "a word is a token"
+    rows = gpu_served.serve(tmp_path, ((4, 6), (1, 2)))
+    assert [(row["clients"], row["requests"], row["failed"]) for row in rows] == [(4, 6, 0), (1, 2, 0)]
+    assert {row["output_tokens"] for row in rows} == {5}
+    assert rows[0]["prompt_tokens"] == 20, "a word is a token"
+    shown = "".join(gpu.table(gpu.empty_result() | {"runs": [{"what": "served"} | rows[0]]}, "served"))
+    assert f" {rows[0]['tokens_per_s']:.4g} " in shown
 
 
 TINY = ModelConfig(
