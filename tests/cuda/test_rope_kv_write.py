@@ -93,7 +93,9 @@ def check(
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["same", "fp8"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (96, 96), (256, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 64), (80, 32), (80, 20), (96, 96), (256, 256), (256, 4)]
+)
 def test_queries_keys_and_values_land_rotated_where_the_slots_say(
     device: Device, head_dim: int, rotary_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> None:
@@ -103,7 +105,7 @@ def test_queries_keys_and_values_land_rotated_where_the_slots_say(
 @pytest.mark.parametrize("is_last", [False, True], ids=["before", "behind"])
 @pytest.mark.parametrize("is_each", [False, True], ids=["all", "each"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["rms", "layer"])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 32), (80, 0)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 32), (80, 0), (80, 20)])
 def test_heads_are_normed_before_or_behind_their_rotation(
     device: Device, head_dim: int, rotary_dim: int, has_bias: bool, is_each: bool, is_last: bool
 ) -> None:
@@ -119,12 +121,16 @@ FAULTS = [
     Fault(
         "the slot's offset is dropped",
         "rope_kv_write.cu",
-        "p.block_size + place % block_size)",
-        "p.block_size)",
+        "p.block_size + offset) * head_dim",
+        "p.block_size + 0 * offset) * head_dim",
         "bounds|blocks|race",
     ),
     Fault(
-        "values are written over keys", "rope_kv_write.cu", "* 2 + (is_value ? 1 : 0)", "* 2", "blocks|race"
+        "values are written over keys",
+        "rope_kv_write.cu",
+        "block * 2 + (is_value ? 1 : 0)",
+        "block * 2",
+        "blocks|race",
     ),
     Fault(
         "padding is written",
@@ -136,15 +142,15 @@ FAULTS = [
     Fault(
         "the rotation turns the other way",
         "rope_kv_write.cu",
-        "is_first ? -1.0f : 1.0f",
-        "is_first ? 1.0f : -1.0f",
+        "first * cos[k][i] - second * sin[k][i]",
+        "first * cos[k][i] + second * sin[k][i]",
         "result",
     ),
     Fault(
         "the norm forgets its other half",
         "rope_kv_write.cu",
-        "if (is_normed) y = norm.apply(y, other);",
-        "",
+        "x[k][side][i] = (x[k][side][i] - mean)",
+        "if (side == 0) x[k][side][i] = (x[k][side][i] - mean)",
         "result",
     ),
     Fault(
@@ -164,23 +170,44 @@ FAULTS = [
     Fault(
         "the mean is not taken off",
         "rope_kv_write.cu",
-        "mean = __fdividef(warp_reduce",
-        "mean = 0 * __fdividef(warp_reduce",
+        "mean = __fdividef(sum",
+        "mean = 0 * __fdividef(sum",
         "result",
     ),
     Fault(
         "a late norm comes early",
         "rope_kv_write.cu",
-        "norm, !p.is_norm_last);",
-        "norm, true);",
-        "result|uninit",
+        "if (has_norm && !p.is_norm_last)",
+        "if (has_norm)",
+        "result",
     ),
     Fault(
-        "a lane's words are one too many",
+        "a lane's runs are one too many",
         "rope_kv_write.cu",
-        "    if (d < head_dim) words.at[k] = load",
-        "    words.at[k] = load",
-        "bounds",
+        "is_valid[k] = 2 * start < head_dim;",
+        "is_valid[k] = 2 * start <= head_dim;",
+        "bounds|blocks|race",
+    ),
+    Fault(
+        "values are rotated",
+        "rope_kv_write.cu",
+        "if (!is_value) angles.rotate",
+        "angles.rotate",
+        "result",
+    ),
+    Fault(
+        "the rest of a head lies in two halves too",
+        "rope_kv_write.cu",
+        "(is_rotated[k] ? half : Width)",
+        "half",
+        "bounds|result|blocks|race",
+    ),
+    Fault(
+        "lanes of two heads are summed together",
+        "rope_kv_write.cu",
+        "other = lanes / 2; other > 0",
+        "other = lanes; other > 0",
+        "result",
     ),
 ]
 
