@@ -96,7 +96,7 @@ def check_up(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 8), (9, 264), (70, 2568)])
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 8), (9, 264), (70, 2568), (530, 72)])
 def test_down_equals_the_reference(device: Device, tokens: int, columns: int, dtype: torch.dtype) -> None:
     for pieces in PIECES:
         check_down(device, tokens, columns, len(pieces), dtype)
@@ -114,7 +114,7 @@ def test_other_tokens_change_no_bit(device: Device) -> None:
     """A tile of one adapter and a tile of several add in the same order."""
     dtype, columns = torch.bfloat16, 2056
     slots = Slots(device, 8, columns, 1, dtype)
-    x = device.tensor(torch.randn(24, columns).to(dtype))
+    x = device.tensor(torch.randn(512, columns).to(dtype))
 
     def inner_of(first: int, adapters: list[int]) -> Tensor:
         inner = device.tensor(torch.zeros(len(adapters), RANK))
@@ -130,6 +130,8 @@ def test_other_tokens_change_no_bit(device: Device) -> None:
         assert together[token].all()
         assert_equal(mixed[token], together[token])
         assert_equal(inner_of(token, [1])[0], together[token])
+    many = inner_of(0, [1] * 512)  # blocks of two tiles
+    assert_equal(many[:24], together)
 
 
 FAULTS = [
@@ -149,8 +151,8 @@ FAULTS = [
         ),
         (
             "tokens past the end are read",
-            "lane < kTokens && first + lane < p.num_tokens",
-            "lane < kTokens",
+            "lane < Tokens && first + lane < p.num_tokens",
+            "lane < Tokens",
             "bounds",
         ),
         (
@@ -161,14 +163,14 @@ FAULTS = [
         ),
         (
             "all of a tile are written",
-            "if (passes.has(token)) p.inner",
-            "p.inner",
+            "if (is_used && passes.has(token)) p.inner",
+            "if (is_used) p.inner",
             "bounds|result|race",
         ),
         (
             "down goes beyond the rank",
-            "if (index >= part.rank) continue;",
-            "if (index > part.rank) continue;",
+            "has_tile[tile] = index < part.rank",
+            "has_tile[tile] = index <= part.rank",
             "result",
         ),
         (
@@ -220,6 +222,24 @@ FAULTS = [
             "result",
         ),
         (
+            "both tiles are the first",
+            "* part.rank + index + lane / 4) * columns",
+            "* part.rank + index - tile * kInner + lane / 4) * columns",
+            "result|bounds",
+        ),
+        (
+            "a second tile goes beyond the rank",
+            "is_used || (i == tile && has_tile[i])",
+            "is_used || has_tile[i]",
+            "result|blocks|race",
+        ),
+        (
+            "the second mma has the first one's columns",
+            "{a.z, b.z, a.w, b.w}, weights.z, weights.w",
+            "{a.x, b.x, a.y, b.y}, weights.x, weights.y",
+            "result",
+        ),
+        (
             "a warp's sum is missing",
             "other = 1; other < kDownWarps",
             "other = 2; other < kDownWarps",
@@ -227,8 +247,8 @@ FAULTS = [
         ),
         (
             "the next pass begins before the sums are read",
-            "inner + j] = sum;\n    }\n    __syncthreads();",
-            "inner + j] = sum;\n    }",
+            "place] = sum;\n    }\n    __syncthreads();",
+            "place] = sum;\n    }",
             "race|order|result",
         ),
     ]
@@ -239,6 +259,7 @@ FAULTS = [
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     def check(device: Device) -> None:
         check_down(device, 45, 2056, 3, torch.bfloat16)
+        check_down(device, 513, 40, 3, torch.bfloat16)
         for ends in PIECES:
             check_up(device, 45, ends, torch.bfloat16, is_wide=False, factor=0.5)
 
