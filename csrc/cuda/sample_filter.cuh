@@ -100,10 +100,10 @@ __device__ __forceinline__ void keep_min_p(const SampleSlot& slot, ScoreFilter& 
   if (slot.min_p > 0.0f) filter.floor = fmaxf(filter.floor, logf(slot.min_p));
 }
 
-// Keeps the most typical scores, up to typical_p of the weight kept so far. Meister et al., Locally
-// Typical Sampling, section 4.
-__device__ __forceinline__ void keep_typical(float typical_p, const Elements& e,
-                                             ScoreFilter& filter, RowShared& shared) {
+// Returns the mean score of the elements kept so far. Meister et al., Locally Typical Sampling,
+// section 4.
+__device__ __forceinline__ float mean_score(const Elements& e, const ScoreFilter& filter,
+                                            RowShared& shared) {
   double mass = 0, weighted = 0;
   for_each(e, [&](int, float x) {
     const float score = filter.score(x);
@@ -113,43 +113,41 @@ __device__ __forceinline__ void keep_typical(float typical_p, const Elements& e,
     weighted += double(weight) * score;
   });
   mass = block_reduce(mass, Add(), shared.doubles);
-  const auto mean = static_cast<float>(block_reduce(weighted, Add(), shared.doubles) / mass);
-  const auto weigh = [&](float x, float& distance) {
-    const float score = filter.score(x);
-    distance = fabsf(score - mean);
-    return score >= filter.floor ? to_weight(score) : Weight{0};
-  };
-  const auto share = [=](Weight total) { return share_of(total, typical_p); };
-  filter.radius = find_cutoff(e, Weight{0}, weigh, share, shared);
-  filter.mean = mean;
+  return static_cast<float>(block_reduce(weighted, Add(), shared.doubles) / mass);
 }
 
-// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep complete
-// ties. `total` is the row's weight if `e` is not the whole row; 0 if it is.
+// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p (the most typical
+// scores, up to this share of the weight kept so far). Cut-offs keep complete ties. `total` is the
+// row's weight if `e` is not the whole row; 0 if it is. The three searches share their code: three
+// copies of it would not fit the instruction cache.
 __device__ __forceinline__ void narrow_filter(const SampleSlot& slot, const Elements& e,
                                               Weight total, int n, ScoreFilter& filter,
                                               RowShared& shared) {
-  if (has_top_k(slot, n)) {
+  enum { kTopK, kTopP, kTypical };
+#pragma unroll 1
+  for (int step = kTopK; step <= kTypical; ++step) {
+    if (step == kTypical) keep_min_p(slot, filter);
+    const float p = step == kTopP ? slot.top_p : slot.typical_p;
+    if (step == kTopK ? !has_top_k(slot, n) : !(p < 1.0f)) continue;
+    const float mean = step == kTypical ? mean_score(e, filter, shared) : 0.0f;
     const auto weigh = [&](float x, float& distance) {
       const float score = filter.score(x);
-      distance = fabsf(score);
-      return Weight{score >= -FLT_MAX ? 1u : 0u};
+      distance = fabsf(score - mean);
+      if (!(score >= filter.floor)) return Weight{0};
+      return step == kTopK ? Weight{1} : to_weight(score);
     };
-    const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
-    filter.floor = -find_cutoff(e, Weight{0}, weigh, share, shared);
-    total = 0;  // of the top-k set, all of which is in `e`
-  }
-  if (slot.top_p < 1.0f) {
-    const auto weigh = [&](float x, float& distance) {
-      const float score = filter.score(x);
-      distance = fabsf(score);
-      return score >= filter.floor ? to_weight(score) : Weight{0};
+    const auto share = [&](Weight all) {
+      return step == kTopK ? static_cast<Weight>(slot.top_k) : share_of(all, p);
     };
-    const auto share = [&](Weight all) { return share_of(all, slot.top_p); };
-    filter.floor = fmaxf(filter.floor, -find_cutoff(e, total, weigh, share, shared));
+    const float cutoff = find_cutoff(e, step == kTopP ? total : Weight{0}, weigh, share, shared);
+    if (step == kTypical) {
+      filter.radius = cutoff;
+      filter.mean = mean;
+    } else {
+      filter.floor = fmaxf(filter.floor, -cutoff);
+    }
+    total = 0;  // now of a set all of which is in `e`
   }
-  keep_min_p(slot, filter);
-  if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, e, filter, shared);
 }
 
 // The winner of the race: the element with the lowest log E - score, lowest id on ties.

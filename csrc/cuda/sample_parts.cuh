@@ -1,11 +1,15 @@
-// Three kernels that run before the sampling kernel. The blocks that share a row each process their
+// Two kernels that run before the sampling kernel. The blocks that share a row each process their
 // part of it and write these results:
 //
-//     part_stats   the part's maximum, whether all of it is finite, and its logits after penalties,
-//                  bias and masks
-//     part_scores  the winner of the race if nothing is cut off; else a histogram of the part's
-//                  scores, added to the row's
-//     part_list    the elements up to the bin in which the cut-off is: the few candidates
+//     part_stats   the part's maximum, whether all of it is finite, its logits after penalties,
+//     bias
+//                  and masks, and the maximum of each group of elements
+//     part_scores  only if needed: the winner of the race if nothing is cut off; a histogram of the
+//                  part's scores, added to the row's, if the sum of all is needed
+//
+// A group consists of the elements that one thread has read, or a few neighbours. The k-th largest
+// of 2,048 groups' maxima is a lower bound of the row's k-th largest element, so the sampling
+// kernel finds the top k in about k groups and reads no others.
 //
 // Each kernel begins when the previous one has ended, so no block waits for another. Histograms are
 // sums of integers, so neither the number of parts nor their order affects the result.
@@ -15,9 +19,9 @@
 
 namespace tgi::cuda {
 
-constexpr int kMaxParts = kWarpSize;    // one per lane
-constexpr int kMinPart = 512;           // elements
-constexpr int kCandidates = 2 * kBins;  // capacity of a list
+constexpr int kMaxParts = kWarpSize;  // one per lane
+constexpr int kMinPart = 512;         // elements
+constexpr int kGroups = 2048;         // most of a row
 
 struct PartStats {
   float raw_max, max;  // of the original logits, and of those sampled from
@@ -25,21 +29,26 @@ struct PartStats {
   int32_t is_finite;
 };
 
-// For one row, by bins of the distance from the best: the number of elements, and their weight
-// e^score.
+// For one row: the weight e^score of its elements, by bins of the distance from the best.
 struct Histogram {
-  uint32_t counts[kBins];
   Weight weights[kBins];
-  int32_t listed[kCandidates];
-  int32_t num_listed;  // may exceed the capacity
-  int32_t padding[3];
+};
+
+// How a row is shared among blocks, and among groups of elements.
+struct Split {
+  int num_parts;
+  int lanes;  // adjacent threads whose elements are a group: a power of two
+
+  __host__ __device__ __forceinline__ int groups_per_part() const { return kRowThreads / lanes; }
 };
 
 struct RowWork {
   PartStats stats[kMaxParts];
   Winner winners[kMaxParts];
-  Histogram scores;  // of the values sampled from
-  Histogram raw;     // of the original logits
+  float group_max[kGroups];      // of the values sampled from
+  float raw_group_max[kGroups];  // of the original logits, if they differ and their best are wanted
+  Histogram scores;              // of the values sampled from
+  Histogram raw;                 // of the original logits
 };
 static_assert(sizeof(RowWork) % 16 == 0);
 
@@ -87,8 +96,12 @@ struct SampledRow {
   __device__ __forceinline__ bool has_candidates(const SampleSlot& slot) const {
     return is_cut(slot) && !(slot.typical_p < 1.0f);
   }
+  // Returns whether the candidates are those of the largest weight, not a number of them.
+  __device__ __forceinline__ bool are_by_weight(const SampleSlot& slot) const {
+    return has_candidates(slot) && !has_top_k(slot, n);
+  }
   __device__ __forceinline__ bool needs_scores(const SampleSlot& slot) const {
-    return has_candidates(slot) || (wants_processed(slot) && !is_cut(slot));
+    return are_by_weight(slot) || (wants_processed(slot) && !is_cut(slot));
   }
 
   // Returns the scores for part_scores' histogram: for cut sets, those before the cut.
@@ -136,14 +149,22 @@ __device__ __forceinline__ int merge_winners(const RowWork& work, int num_parts)
 __device__ __forceinline__ void clear_part(Histogram& histogram, int part, int num_parts) {
   for (int bin = part * kRowThreads + int(threadIdx.x); bin < kBins;
        bin += num_parts * kRowThreads) {
-    histogram.counts[bin] = 0;
     histogram.weights[bin] = 0;
   }
-  if (part == 0 && threadIdx.x == 0) histogram.num_listed = 0;
 }
 
-__global__ void __launch_bounds__(kRowThreads, 2)
-    part_stats_kernel(SampleParams all, int num_parts) {
+// Writes the maxima of a part's groups, from those of its threads.
+__device__ __forceinline__ void store_groups(float largest, const Split& split, int part,
+                                             float* group_max) {
+  for (int lanes = 1; lanes < split.lanes; lanes *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  }
+  const int thread = int(threadIdx.x);
+  if (thread % split.lanes != 0) return;
+  group_max[part * split.groups_per_part() + thread / split.lanes] = largest;
+}
+
+__global__ void __launch_bounds__(kRowThreads, 2) part_stats_kernel(SampleParams all, Split split) {
   wait_for_previous_kernel();
   allow_next_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
@@ -153,136 +174,74 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int part = int(blockIdx.x);
   const SampleSlot& slot = row.slot(all);
   RowWork& work = row.work(all);
-  const Elements logits = part_of(row.logits(all), row.n, part, num_parts);
-  const Stats raw = find_stats(logits, shared);
+  const Elements logits = part_of(row.logits(all), row.n, part, split.num_parts);
+  float largest;
+  const Stats raw = find_stats(logits, largest, shared);
   Stats stats = raw;
   const int32_t* mask = mask_of(all, row.index);
   if (is_modified(slot, mask)) {
+    if (row.wants_raw(slot)) store_groups(largest, split, part, work.raw_group_max);
     float* out = all.scratch + row.index * all.base.vocab;
     modify(all.base, row.slot_index, slot, mask, logits, out);
-    stats = find_stats(Elements{out, logits.first, logits.count}, shared);
+    stats = find_stats(Elements{out, logits.first, logits.count}, largest, shared);
   }
-  if (row.needs_scores(slot)) clear_part(work.scores, part, num_parts);
-  if (row.wants_raw(slot)) clear_part(work.raw, part, num_parts);
+  store_groups(largest, split, part, work.group_max);
+  if (row.needs_scores(slot)) clear_part(work.scores, part, split.num_parts);
+  if (row.wants_raw(slot)) clear_part(work.raw, part, split.num_parts);
   if (threadIdx.x == 0) {
     work.stats[part] = {raw.max, stats.max, stats.first, raw.is_finite && stats.is_finite};
   }
 }
 
-// Adds the elements of these scores to the row's histogram, via shared memory.
+// Adds the weights of these scores to the row's histogram, via shared memory.
 template <typename Score>
 __device__ __forceinline__ void fill(const Elements& e, float floor, const Score& score,
-                                     uint32_t* counts, RowShared& shared, Histogram& histogram) {
+                                     RowShared& shared, Histogram& histogram) {
   __syncthreads();  // all threads have finished with the bins of an earlier call
   clear_bins(shared);
-  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) counts[bin] = 0;
   __syncthreads();
-  for_each(e, [&](int, float x) {
+  for_each<2>(e, [&](int, float x) {
     const float own = score(x);
     if (!(own >= floor)) return;
-    const int bin = linear_bin(-own);
-    atomicAdd(&counts[bin], 1u);
     const Weight weight = to_weight(own);
-    if (weight != 0) add_to_bin(shared, bin, weight);
+    if (weight != 0) add_to_bin(shared, linear_bin(-own), weight);
   });
   __syncthreads();
   for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
-    if (counts[bin] == 0) continue;
-    atomicAdd(&histogram.counts[bin], counts[bin]);
-    atomicAdd(&histogram.weights[bin], weight_of_bin(shared, bin));
+    const Weight weight = weight_of_bin(shared, bin);
+    if (weight != 0) atomicAdd(&histogram.weights[bin], weight);
   }
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2)
-    part_scores_kernel(SampleParams all, int num_parts) {
+    part_scores_kernel(SampleParams all, Split split) {
   wait_for_previous_kernel();
   allow_next_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
-  SHARED_ARRAY(uint32_t, counts, kBins);
   RowShared& shared = shared_rows[0];
   const SampledRow row(all, blockIdx.y);
   if (!row.is_valid) return;
   const SampleSlot& slot = row.slot(all);
+  const bool is_race = !is_greedy(slot) && !row.is_cut(slot);
+  if (!is_race && !row.needs_scores(slot) && !row.wants_raw(slot)) return;
   RowWork& work = row.work(all);
-  const MergedStats merged = merge_stats(work, num_parts);
+  const MergedStats merged = merge_stats(work, split.num_parts);
   if (!merged.can_sample()) return;
   const ScoreFilter filter = row.filter(slot, merged.stats.max);
-  const Elements values = part_of(row.values(all), row.n, int(blockIdx.x), num_parts);
-  if (!is_greedy(slot) && !row.is_cut(slot)) {
+  const int part = int(blockIdx.x);
+  const Elements values = part_of(row.values(all), row.n, part, split.num_parts);
+  if (is_race) {
     const Winner winner = race(slot, values, filter, shared);
-    if (threadIdx.x == 0) work.winners[blockIdx.x] = winner;
+    if (threadIdx.x == 0) work.winners[part] = winner;
   }
   if (row.needs_scores(slot)) {
     const auto score = [&](float x) { return filter.score(x); };
-    fill(values, filter.floor, score, counts, shared, work.scores);
+    fill(values, filter.floor, score, shared, work.scores);
   }
   if (row.wants_raw(slot)) {
     const auto score = [&](float x) { return x - merged.raw_max; };
-    const Elements logits = part_of(row.logits(all), row.n, int(blockIdx.x), num_parts);
-    fill(logits, -FLT_MAX, score, counts, shared, work.raw);
-  }
-}
-
-// Returns the bin at which the set ends that consists of `count` elements, or with `top_p` of this
-// share of the weight; -1 if there are no elements.
-__device__ __forceinline__ int last_bin(const Histogram& histogram, int count, const float* top_p,
-                                        RowShared& shared) {
-  Weight total = 0;
-  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
-    const Weight weight = top_p == nullptr ? histogram.counts[bin] : histogram.weights[bin];
-    shared.low[bin] = static_cast<uint32_t>(weight);
-    shared.high[bin] = static_cast<uint32_t>(weight >> 32);
-    total += weight;
-  }
-  total = block_reduce(total, Add(), shared.weights);
-  if (total == 0) return -1;
-  const Weight wanted = top_p == nullptr ? Weight(count) : share_of(total, *top_p);
-  find_bin(min(max(wanted, Weight{1}), total), shared);
-  return shared.bin;
-}
-
-template <typename Score>
-__device__ __forceinline__ void list(const Elements& e, float floor, int last, const Score& score,
-                                     Histogram& histogram) {
-  for_each(e, [&](int i, float x) {
-    const float own = score(x);
-    if (!(own >= floor) || linear_bin(-own) > last) return;
-    const int place = atomicAdd(&histogram.num_listed, 1);
-    if (place < kCandidates) histogram.listed[place] = i;
-  });
-}
-
-__global__ void __launch_bounds__(kRowThreads, 2)
-    part_list_kernel(SampleParams all, int num_parts) {
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  SHARED_ARRAY(RowShared, shared_rows, 1);
-  RowShared& shared = shared_rows[0];
-  const SampledRow row(all, blockIdx.y);
-  if (!row.is_valid) return;
-  const SampleSlot& slot = row.slot(all);
-  const int wanted = row.num_top(all, slot);
-  const bool lists_raw = row.wants_raw(slot) && wanted > 0;
-  const bool lists_scores = row.has_candidates(slot) || (row.needs_scores(slot) && wanted > 0);
-  if (!lists_raw && !lists_scores) return;
-  RowWork& work = row.work(all);
-  const MergedStats merged = merge_stats(work, num_parts);
-  if (!merged.can_sample()) return;
-  if (lists_scores) {
-    const ScoreFilter filter = row.filter(slot, merged.stats.max);
-    const auto score = [&](float x) { return filter.score(x); };
-    const bool by_weight = row.has_candidates(slot) && !has_top_k(slot, row.n);
-    const int count = row.has_candidates(slot) ? slot.top_k : wanted;
-    const int last = last_bin(work.scores, count, by_weight ? &slot.top_p : nullptr, shared);
-    list(part_of(row.values(all), row.n, int(blockIdx.x), num_parts), filter.floor, last, score,
-         work.scores);
-  }
-  if (lists_raw) {
-    __syncthreads();
-    const auto score = [&](float x) { return x - merged.raw_max; };
-    const int last = last_bin(work.raw, wanted, nullptr, shared);
-    list(part_of(row.logits(all), row.n, int(blockIdx.x), num_parts), -FLT_MAX, last, score,
-         work.raw);
+    const Elements logits = part_of(row.logits(all), row.n, part, split.num_parts);
+    fill(logits, -FLT_MAX, score, shared, work.raw);
   }
 }
 

@@ -54,23 +54,65 @@ struct Elements {
   }
 };
 
-// Calls body(i, x[i]) for this thread's share: runs of four by index, so that sums over a row do
-// not depend on its address; 16 bytes per load if the runs are aligned.
-template <typename Body>
-__device__ __forceinline__ void for_each(const Elements& e, const Body& body) {
-  const float* x = e.x + e.first;
-  const bool is_aligned = e.listed == nullptr && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  for (int k = int(threadIdx.x) * 4; k + 3 < e.count; k += kRowThreads * 4) {
-    const int i[4] = {e.id_of(k), e.id_of(k + 1), e.id_of(k + 2), e.id_of(k + 3)};
-    const float4 four = is_aligned ? *reinterpret_cast<const float4*>(x + k)
-                                   : float4{e.x[i[0]], e.x[i[1]], e.x[i[2]], e.x[i[3]]};
-    body(i[0], four.x);
-    body(i[1], four.y);
-    body(i[2], four.z);
-    body(i[3], four.w);
+// Returns the four elements from x on; -infinity for those from `count` on.
+__device__ __forceinline__ float4 load_four(const float* x, int count, bool is_aligned) {
+  if (is_aligned && count >= 4) return *reinterpret_cast<const float4*>(x);
+  return float4{x[0], count > 1 ? x[1] : -INFINITY, count > 2 ? x[2] : -INFINITY,
+                count > 3 ? x[3] : -INFINITY};
+}
+
+__device__ __forceinline__ bool is_aligned(const float* x) {
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+// Calls body(k, four) for this thread's runs of four elements, from the k-th on. Requests `Batch`
+// of them at a time: one at a time, an SM has half of what it takes in flight.
+template <int Batch, typename Body>
+__device__ __forceinline__ void for_each_four(const float* x, int count, const Body& body) {
+  constexpr int kStep = kRowThreads * 4;
+  const bool aligned = is_aligned(x);
+  int k = int(threadIdx.x) * 4;
+  if (Batch > 1 && aligned) {
+#pragma unroll 1
+    for (; k + (Batch - 1) * kStep + 3 < count; k += Batch * kStep) {
+      float4 four[Batch];
+#pragma unroll
+      for (int i = 0; i < Batch; ++i) four[i] = load_four(x + k + i * kStep, 4, true);
+#pragma unroll
+      for (int i = 0; i < Batch; ++i) body(k + i * kStep, four[i]);
+    }
   }
-  const int last = e.count / 4 * 4 + int(threadIdx.x);
-  if (last < e.count) body(e.id_of(last), e.x[e.id_of(last)]);
+#pragma unroll 1
+  for (; k < count; k += Batch * kStep) {
+    float4 four[Batch] = {};
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      const int rest = count - (k + i * kStep);
+      if (rest > 0) four[i] = load_four(x + k + i * kStep, rest, aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      if (k + i * kStep < count) body(k + i * kStep, four[i]);
+    }
+  }
+}
+
+// Calls body(i, x[i]) for this thread's share: runs of four by index, so that sums over a row do
+// not depend on its address.
+template <int Batch = 1, typename Body>
+__device__ __forceinline__ void for_each(const Elements& e, const Body& body) {
+  if (e.listed != nullptr) {
+    for (int k = int(threadIdx.x); k < e.count; k += kRowThreads)
+      body(e.listed[k], e.x[e.listed[k]]);
+    return;
+  }
+  for_each_four<Batch>(e.x + e.first, e.count, [&](int k, float4 four) {
+    const int i = e.first + k;
+    body(i, four.x);
+    if (k + 1 < e.count) body(i + 1, four.y);
+    if (k + 2 < e.count) body(i + 2, four.z);
+    if (k + 3 < e.count) body(i + 3, four.w);
+  });
 }
 
 struct Stats {
@@ -79,18 +121,28 @@ struct Stats {
   bool is_finite;  // all values: neither NaN nor +infinity
 };
 
-__device__ __forceinline__ Stats find_stats(const Elements& e, RowShared& shared) {
-  float largest = -INFINITY;
-  int first = INT_MAX, is_finite = 1;
-  for_each(e, [&](int i, float value) {
-    if (!(value <= FLT_MAX)) is_finite = 0;
-    if (value > largest) {
-      largest = value;
-      first = i;
+// Returns the stats of these elements, which are not a list, and sets the maximum of the thread's.
+__device__ __forceinline__ Stats find_stats(const Elements& e, float& largest, RowShared& shared) {
+  const float* x = e.x + e.first;
+  largest = -INFINITY;
+  int best = 0, is_finite = 1;
+  for_each_four<4>(x, e.count, [&](int k, float4 four) {
+    const bool are_finite =
+        four.x <= FLT_MAX && four.y <= FLT_MAX && four.z <= FLT_MAX && four.w <= FLT_MAX;
+    if (!are_finite) is_finite = 0;
+    const float most = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+    if (most > largest) {
+      largest = most;
+      best = k;
     }
   });
   const float max = block_reduce(largest, Max(), shared.floats);
-  first = block_reduce(largest == max ? first : INT_MAX, Min(), shared.ints);
+  int first = INT_MAX;
+  if (largest == max && max > -INFINITY) {
+    while (x[best] != max) ++best;  // within the run of four
+    first = e.first + best;
+  }
+  first = block_reduce(first, Min(), shared.ints);
   return {max, first, block_reduce(is_finite, Min(), shared.ints) != 0};
 }
 
@@ -129,7 +181,7 @@ __device__ __forceinline__ void find_bin(Weight target, RowShared& shared) {
   }
   if (lane == kWarpSize - 1) shared.weights[warp] = upto;
   __syncthreads();
-  for (int other = 0; other < warp; ++other) upto += shared.weights[other];
+  upto += warp_reduce(lane < warp ? shared.weights[lane] : Weight{0}, Add());
   Weight before = upto - own;
   if (before < target && target <= upto) {
     int bin = thread * kOwn;
@@ -221,11 +273,11 @@ __device__ __forceinline__ float log_of(Weight total) {
 // Computes log softmax of value(x[i]), where -infinity excludes an element, at `id` and for the
 // `wanted` best, which `e` contains; returns the number of the latter. Lowest id first on ties.
 template <typename Value>
-__device__ __forceinline__ int describe(const Elements& e, const Value& value, float max,
-                                        float normaliser, int id, int wanted, float* logprob,
-                                        int32_t* top_ids, float* top_logprobs, RowShared& shared) {
+__device__ __forceinline__ int describe(const Elements& e, const Value& value, float normaliser,
+                                        int id, int wanted, float* logprob, int32_t* top_ids,
+                                        float* top_logprobs, RowShared& shared) {
   const float own = value(e.x[id]);
-  if (threadIdx.x == 0) *logprob = own == -INFINITY ? -INFINITY : (own - max) - normaliser;
+  if (threadIdx.x == 0) *logprob = own == -INFINITY ? -INFINITY : own - normaliser;
   float last = INFINITY;  // value and id listed last
   int last_id = -1, filled = 0;
   for (; filled < wanted; ++filled) {
@@ -245,7 +297,7 @@ __device__ __forceinline__ int describe(const Elements& e, const Value& value, f
     last = largest;
     if (threadIdx.x == 0) {
       top_ids[filled] = last_id;
-      top_logprobs[filled] = (last - max) - normaliser;
+      top_logprobs[filled] = last - normaliser;
     }
   }
   return filled;

@@ -33,8 +33,9 @@ def small() -> Iterator[Case]:
         yield "norm", dtype, _of(test_norm.check, 3, 576, dtype)
         yield "embed", dtype, _of(test_embed_and_activate.check_embed, 17, 64, dtype)
         yield "activate", dtype, _of(test_embed_and_activate.check_activate, 5, 264, dtype)
-        rope = _of(test_rope_kv_write.check, 7, 80, 64, dtype=dtype, kv_dtype=dtype)
-        yield "rope_kv_write", dtype, rope
+        for rotary_dim in (64, 20):
+            rope = _of(test_rope_kv_write.check, 7, 80, rotary_dim, dtype=dtype, kv_dtype=dtype)
+            yield "rope_kv_write", dtype, rope
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
         for tokens in (1, 9, 70):
             yield "linear", dtype, _of(test_linear.check, tokens, 35, 296, dtype=dtype)
@@ -61,7 +62,8 @@ def large() -> Iterator[Case]:
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
         for tokens in (1, 8, 16, 32, 64, 200):
             yield "linear", dtype, _of(test_linear.check, tokens, 4096, 4096, dtype=dtype)
-        yield "lora_down", dtype, _of(test_lora.check_down, 300, 4096, 3, dtype)
+        for tokens in (300, 520):
+            yield "lora_down", dtype, _of(test_lora.check_down, tokens, 4096, 3, dtype)
         for is_wide in (False, True):
             ends = (4096, 5120, 6144)
             yield "lora_up", dtype, _of(test_lora.check_up, 300, ends, dtype, is_wide=is_wide)

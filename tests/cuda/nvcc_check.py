@@ -42,7 +42,7 @@ _REGISTERS = {
     "embed_kernel": 32,
     "norm_kernel": 56,
     "activate_kernel": 56,
-    "rope_kernel": 56,
+    "rope_kernel": 128,
     "plan_kernel": 40,
     "decode_kernel": 176,
     "decode_kernel 256": 255,
@@ -61,23 +61,22 @@ _REGISTERS = {
     "experts_tile_kernel": 208,
     "experts_sum_kernel": 64,
     "gated_add_kernel": 24,
-    "part_stats_kernel": 48,
+    "part_stats_kernel": 60,
     "part_scores_kernel": 48,
-    "part_list_kernel": 58,
     "sample_kernel": 64,
     "token_logprobs_kernel": 44,
 }
 # For sm_90a, the architecture that the kernels are tuned for. Number of functions that may be called: in
 # sampling, logarithms in double, which determine the winner, and divisions by penalties and temperatures,
 # which match the CPU's bits.
-_CALLS = {"part_stats_kernel": 5, "part_scores_kernel": 2, "part_list_kernel": 1, "sample_kernel": 3}
+_CALLS = {"part_stats_kernel": 5, "part_scores_kernel": 2, "sample_kernel": 4}
 # Maximum instructions of a loop, ending at its farthest backward branch: the number last counted plus a
 # tenth.
 _LOOPS = {
     "embed_kernel": 8,
     "norm_kernel": 41,
     "activate_kernel": 8,
-    "rope_kernel": 915,
+    "rope_kernel": 8,
     "plan_kernel": 215,
     "decode_kernel": 2080,
     "decode_kernel fp8": 2880,
@@ -87,7 +86,7 @@ _LOOPS = {
     "linear_kernel": 305,
     "quant_linear_kernel": 1630,
     "dequantise_kernel": 8,
-    "lora_down_kernel": 1000,  # eight columns of a tile of tokens
+    "lora_down_kernel": 565,
     "lora_up_kernel": 520,
     "route_kernel": 3150,
     "experts_plan_kernel": 940,
@@ -95,11 +94,10 @@ _LOOPS = {
     "experts_tile_kernel": 1130,
     "experts_sum_kernel": 140,
     "gated_add_kernel": 8,
-    "part_stats_kernel": 220,
+    "part_stats_kernel": 235,
     "part_scores_kernel": 450,  # the race
-    "part_list_kernel": 130,
-    "sample_kernel": 8050,
-    "token_logprobs_kernel": 437,
+    "sample_kernel": 5660,
+    "token_logprobs_kernel": 305,
 }
 # Required contents of the intermediate code, by source: 16-byte copies, asynchronous copies, tensor cores.
 _INSTRUCTIONS = {
@@ -116,7 +114,7 @@ _INSTRUCTIONS = {
     "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
     "norm": ("ld.global.v4", "st.global.v4"),
     "activate": ("ld.global.v4", "st.global.v4"),
-    "lora": ("ld.global.v4", "griddepcontrol.wait"),
+    "lora": ("ld.global.v4", "mma.sync.aligned.m16n8k16", "griddepcontrol.wait"),
     "experts_stream": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
     "experts_tile": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
     "experts": ("ld.global.v4", "st.global.v4", "griddepcontrol.wait"),
