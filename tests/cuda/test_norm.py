@@ -99,8 +99,8 @@ FAULTS = [
     Fault(
         "one warp's sum is left out",
         "reduce.cuh",
-        "warp < num_warps",
-        "warp < num_warps - 1",
+        "lane + lanes < num_warps",
+        "lane + lanes < num_warps - 1",
         "result",
         "norm.cu",
     ),
