@@ -137,6 +137,39 @@ cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim);
 
+// A sequence's keys and values in contiguous memory, for a library's attention.
+struct AttentionGatherParams {
+  const void* kv;              // see RopeParams
+  const int32_t* block_table;  // the sequence's row, clamped to the pool
+  void* out;                   // [2 (key, value), num_kv_heads, capacity, head_dim] of type
+  int64_t context_len;         // the block table has at least its blocks
+  int64_t num_rows;  // of each head are written, at most capacity; past context_len: zeros
+  int64_t capacity;
+  int64_t num_kv_heads;
+  int64_t head_dim;  // multiple of 8
+  int64_t num_blocks;
+  int64_t block_size;
+  Type type;
+  Type kv_type;  // type or kFloat8
+};
+cudaError_t attention_gather(const AttentionGatherParams& p, cudaStream_t stream);
+
+// Attention over all keys from that over parts of them, times value_scale.
+constexpr int kMaxMergedParts = 16;
+struct AttentionMergeParams {
+  const void* parts[16];  // kMaxMergedParts, each [num_tokens, num_heads, head_dim] of type
+  const float* lses[16];  // log of the sum of exp(score): row h, token t at h * lse_strides + t
+  int64_t lse_strides[16];
+  void* out;  // [num_tokens, num_heads, head_dim] of type
+  int64_t num_parts;
+  int64_t num_tokens;
+  int64_t num_heads;
+  int64_t head_dim;  // multiple of 8
+  float value_scale;
+  Type type;
+};
+cudaError_t attention_merge(const AttentionMergeParams& p, cudaStream_t stream);
+
 // out = a W^T (+ bias), or out += that. For few tokens: above 64, each tile of 64 tokens streams W
 // again. A token's result does not depend on the other tokens.
 struct LinearParams {
@@ -267,6 +300,16 @@ struct ExpertsSumParams {
   Type type;
 };
 cudaError_t experts_sum(const ExpertsSumParams& p, cudaStream_t stream);
+
+// x += factor * rows
+struct ResidualAddParams {
+  const void* rows;      // [num_elements] of type
+  float* x;              // [num_elements]
+  int64_t num_elements;  // multiple of 8
+  float factor;
+  Type type;
+};
+cudaError_t residual_add(const ResidualAddParams& p, cudaStream_t stream);
 
 // x += factor * sigmoid(gate) * rows
 struct GatedAddParams {

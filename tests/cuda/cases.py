@@ -9,6 +9,7 @@ import torch
 
 from tests.cuda import (
     test_attention_decode,
+    test_attention_parts,
     test_attention_prefill,
     test_embed_and_activate,
     test_experts,
@@ -16,6 +17,7 @@ from tests.cuda import (
     test_lora,
     test_norm,
     test_quant_linear,
+    test_residual_add,
     test_rope_kv_write,
     test_sample,
 )
@@ -37,6 +39,8 @@ def small() -> Iterator[Case]:
             rope = _of(test_rope_kv_write.check, 7, 80, rotary_dim, dtype=dtype, kv_dtype=dtype)
             yield "rope_kv_write", dtype, rope
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
+        yield from parts(37, 19, 64, dtype)
+        yield "residual_add", dtype, _of(test_residual_add.check, 5, 264, dtype)
         for tokens in (1, 9, 70):
             yield "linear", dtype, _of(test_linear.check, tokens, 35, 296, dtype=dtype)
         yield "lora_down", dtype, _of(test_lora.check_down, 37, 264, 3, dtype)
@@ -60,6 +64,8 @@ def large() -> Iterator[Case]:
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
+        yield from parts(8200, 248, 128, dtype)
+        yield "residual_add", dtype, _of(test_residual_add.check, 300, 4096, dtype)
         for tokens in (1, 8, 16, 32, 64, 200):
             yield "linear", dtype, _of(test_linear.check, tokens, 4096, 4096, dtype=dtype)
         for tokens in (300, 520):
@@ -95,6 +101,15 @@ def attention(
     chunks = Shape([max(context, 1) for context in contexts], queries, **kinds)
     yield "attention_decode", dtype, _of(test_attention_decode.check, ones)
     yield "attention_prefill", dtype, _of(test_attention_prefill.check, chunks)
+
+
+def parts(context: int, num_zeros: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield what surrounds a library's attention of a prompt."""
+    for kv_dtype in (dtype, FP8):
+        shape = Shape([context], [1], head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype)
+        yield "attention_gather", dtype, _of(test_attention_parts.check_gather, shape, num_zeros)
+    check = _of(test_attention_parts.check_merge, context // 8, 6, head_dim, 5, dtype)
+    yield "attention_merge", dtype, check
 
 
 def products(tokens: int, rows: int, columns: int) -> Iterator[Case]:

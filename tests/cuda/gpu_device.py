@@ -69,6 +69,8 @@ class GpuDevice:
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def move(value: Any) -> Any:
+            if isinstance(value, list):
+                return [move(each) for each in value]
             if not isinstance(value, Tensor):
                 return value
             if value.data_ptr() not in moved or value.numel() == 0:
@@ -115,6 +117,16 @@ class GpuDevice:
             p.q, p.kv, p.query_start, p.context_len, p.block_table, p.max_query_len, p.window, p.scale,
             p.soft_cap, p.sinks, p.slopes, p.key_scale, p.value_scale, p.out,
         )  # fmt: skip
+
+    def _attention_gather(self, p: Any) -> None:
+        _ops.attention_gather(p.kv, p.block_table, p.context_len, p.num_rows, p.out)
+
+    def _attention_merge(self, p: Any) -> None:
+        sums = [each[:, : p.num_tokens] for each in p.lses]
+        _ops.attention_merge(p.parts, sums, p.value_scale, p.out)
+
+    def _residual_add(self, p: Any) -> None:
+        _ops.residual_add(p.rows, p.factor, p.x)
 
     def _linear(self, p: Any) -> None:
         _ops.linear(p.a, p.weight, p.bias, bool(p.is_added), p.out)

@@ -21,6 +21,8 @@ _STRUCTS = {
     "attention_plan": "AttentionParams",
     "attention_decode": "AttentionParams",
     "attention_prefill": "AttentionParams",
+    "attention_gather": "AttentionGatherParams",
+    "attention_merge": "AttentionMergeParams",
     "linear": "LinearParams",
     "quant_linear": "QuantLinearParams",
     "dequantise": "DequantiseParams",
@@ -30,6 +32,7 @@ _STRUCTS = {
     "experts_plan": "ExpertsPlanParams",
     "experts_product": "ExpertsProductParams",
     "experts_sum": "ExpertsSumParams",
+    "residual_add": "ResidualAddParams",
     "gated_add": "GatedAddParams",
     "sample": "SampleParams",
     "token_logprobs": "TokenLogprobsParams",
@@ -180,6 +183,8 @@ def fill(struct: ctypes.Structure, params: dict[str, Any]) -> ctypes.Structure:
             setattr(struct, name, fill(kind(), {key: params.pop(key) for key, *_ in kind._fields_}))
             continue
         value = params.pop(name)
+        if issubclass(kind, ctypes.Array):  # the first elements; the others stay zero
+            value = kind(*(each.data_ptr() if isinstance(each, Tensor) else each for each in value))
         setattr(struct, name, value.data_ptr() if isinstance(value, Tensor) else value)
     assert not params, f"no such parameters: {', '.join(params)}"
     return struct

@@ -16,6 +16,8 @@ OPERATOR(rope_kv_write, RopeParams)
 OPERATOR(attention_plan, AttentionParams)
 OPERATOR(attention_decode, AttentionParams)
 OPERATOR(attention_prefill, AttentionParams)
+OPERATOR(attention_gather, AttentionGatherParams)
+OPERATOR(attention_merge, AttentionMergeParams)
 
 extern "C" __attribute__((visibility("default"))) int64_t
 emu_attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride, int64_t block_size,
@@ -32,6 +34,7 @@ OPERATOR(route, RouteParams)
 OPERATOR(experts_plan, ExpertsPlanParams)
 OPERATOR(experts_product, ExpertsProductParams)
 OPERATOR(experts_sum, ExpertsSumParams)
+OPERATOR(residual_add, ResidualAddParams)
 OPERATOR(gated_add, GatedAddParams)
 
 extern "C" __attribute__((visibility("default"))) int64_t emu_experts_max_tiles(int64_t num_pairs,

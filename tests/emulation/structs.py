@@ -6,6 +6,7 @@ import ctypes
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 _CSRC = Path(__file__).parents[2] / "csrc"
 _PLAIN: dict[str, type] = {
@@ -17,7 +18,7 @@ _PLAIN: dict[str, type] = {
     "MlpActivation": ctypes.c_int32,
     "RouteKind": ctypes.c_int32,
 }
-_FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?)\s+(\w+);", re.MULTILINE)
+_FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?)\s+(\w+)(?:\[(\d+)\])?;", re.MULTILINE)
 
 
 @functools.cache
@@ -26,11 +27,18 @@ def params_struct(name: str, header: str = "cuda/kernels.h") -> type[ctypes.Stru
     text = (_CSRC / header).read_text()
     found = re.search(rf"^struct {name} {{\n(.*?)^}};", text, re.MULTILINE | re.DOTALL)
     assert found, f"{header} has no struct {name}"
-    fields = [(field, _field_type(kind, star)) for kind, star, field in _FIELD.findall(found[1])]
+    fields = [
+        (field, _field_type(kind, star, int(count or 0)))
+        for kind, star, field, count in _FIELD.findall(found[1])
+    ]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-def _field_type(kind: str, star: str) -> type:
+def _field_type(kind: str, star: str, count: int) -> type:
+    if count:
+        of_one: Any = _field_type(kind, star, 0)
+        array: type = of_one * count
+        return array
     if star:
         return ctypes.c_void_p
     if kind.startswith("::tgi::"):

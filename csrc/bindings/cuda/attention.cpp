@@ -9,6 +9,8 @@ namespace {
 
 using at::kInt;
 using at::Tensor;
+using tgi::cuda::AttentionGatherParams;
+using tgi::cuda::AttentionMergeParams;
 using tgi::cuda::AttentionParams;
 using tgi::cuda::check_kv_type;
 using tgi::cuda::check_tensor;
@@ -130,10 +132,71 @@ void attention_prefill(const Tensor& q, const Tensor& kv, const Tensor& query_st
   run(tgi::cuda::attention_prefill, p, out);
 }
 
+void attention_gather(const Tensor& kv, const Tensor& block_table, int64_t context_len,
+                      int64_t num_rows, const Tensor& out) {
+  AttentionGatherParams p = {};
+  p.type = check_type(out, "out");
+  p.kv_type = check_kv_type(kv, out);
+  check_tensor(kv, "kv", kv.scalar_type(), {-1, 2, -1, -1, -1});
+  check_tensor(block_table, "block_table", kInt, {-1});
+  check_tensor(out, "out", out.scalar_type(), {2, kv.size(2), -1, kv.size(4)});
+  TORCH_CHECK(kv.size(0) > 0 && kv.size(4) % 8 == 0,
+              "`kv` must have a block and a multiple of 8 dims");
+  TORCH_CHECK(context_len >= 0 && context_len <= block_table.size(0) * kv.size(3),
+              "`context_len` must be in [0, ", block_table.size(0) * kv.size(3), "], got ",
+              context_len);
+  TORCH_CHECK(num_rows >= context_len && num_rows <= out.size(2), "`num_rows` must be in [",
+              context_len, ", ", out.size(2), "], got ", num_rows);
+  p.kv = kv.const_data_ptr();
+  p.block_table = block_table.const_data_ptr<int32_t>();
+  p.out = out.mutable_data_ptr();
+  p.context_len = context_len;
+  p.num_rows = num_rows;
+  p.capacity = out.size(2);
+  p.num_kv_heads = kv.size(2);
+  p.head_dim = kv.size(4);
+  p.num_blocks = kv.size(0);
+  p.block_size = kv.size(3);
+  run(tgi::cuda::attention_gather, p, out);
+}
+
+void attention_merge(at::TensorList parts, at::TensorList lses, double value_scale,
+                     const Tensor& out) {
+  AttentionMergeParams p = {};
+  p.type = check_type(out, "out");
+  check_tensor(out, "out", out.scalar_type(), {-1, -1, -1});
+  TORCH_CHECK(
+      !parts.empty() && parts.size() <= tgi::cuda::kMaxMergedParts && lses.size() == parts.size(),
+      "there must be 1 to ", tgi::cuda::kMaxMergedParts, " `parts` with an LSE each, got ",
+      parts.size(), " and ", lses.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Tensor &part = parts[i], &lse = lses[i];
+    check_tensor(part, "parts", out.scalar_type(), {out.size(0), out.size(1), out.size(2)});
+    // Part of the rows of each head, so not contiguous.
+    TORCH_CHECK(lse.device() == out.device() && lse.scalar_type() == at::kFloat && lse.dim() == 2 &&
+                    lse.size(0) == out.size(1) && lse.size(1) == out.size(0) && lse.stride(1) == 1,
+                "`lses` must be float32 [", out.size(1), ", ", out.size(0),
+                "] with adjacent tokens, got ", lse.scalar_type(), " ", lse.sizes());
+    p.parts[i] = part.const_data_ptr();
+    p.lses[i] = lse.const_data_ptr<float>();
+    p.lse_strides[i] = lse.stride(0);
+  }
+  TORCH_CHECK(out.size(2) % 8 == 0, "`out` must have a multiple of 8 dims, got ", out.size(2));
+  p.out = out.mutable_data_ptr();
+  p.num_parts = static_cast<int64_t>(parts.size());
+  p.num_tokens = out.size(0);
+  p.num_heads = out.size(1);
+  p.head_dim = out.size(2);
+  p.value_scale = static_cast<float>(value_scale);
+  run(tgi::cuda::attention_merge, p, out);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
   m.impl("attention_plan", attention_plan);
   m.impl("attention_decode", attention_decode);
   m.impl("attention_prefill", attention_prefill);
+  m.impl("attention_gather", attention_gather);
+  m.impl("attention_merge", attention_merge);
 }

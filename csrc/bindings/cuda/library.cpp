@@ -32,6 +32,10 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "attention_prefill(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor "
       "block_table, int max_query_len, int window, float scale, float soft_cap, Tensor? sinks, "
       "Tensor? slopes, float key_scale, float value_scale, Tensor(a!) out) -> ()");
+  m.def(
+      "attention_gather(Tensor kv, Tensor block_table, int context_len, int num_rows, Tensor(a!) "
+      "out) -> ()");
+  m.def("attention_merge(Tensor[] parts, Tensor[] lses, float value_scale, Tensor(a!) out) -> ()");
   m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "
@@ -66,6 +70,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
   m.def(
       "experts_sum(Tensor rows, Tensor ids, Tensor weights, int num_experts, float factor, "
       "Tensor(a!) x) -> ()");
+  m.def("residual_add(Tensor rows, float factor, Tensor(a!) x) -> ()");
   m.def("gated_add(Tensor rows, Tensor gate, float factor, Tensor(a!) x) -> ()");
   m.def("experts_max_tiles(int num_pairs, int num_experts, bool is_streamed) -> int",
         &tgi::cuda::experts_max_tiles);

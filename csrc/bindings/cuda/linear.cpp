@@ -11,6 +11,7 @@ using tgi::cuda::check_tensor;
 using tgi::cuda::check_type;
 using tgi::cuda::data_or_null;
 using tgi::cuda::LinearParams;
+using tgi::cuda::ResidualAddParams;
 using tgi::cuda::run;
 
 void linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, bool is_added,
@@ -39,6 +40,24 @@ void linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& 
   run(tgi::cuda::linear, params, out);
 }
 
+void residual_add(const Tensor& rows, double factor, const Tensor& x) {
+  const auto type = check_type(rows, "rows");
+  check_tensor(x, "x", kFloat, {-1, -1});
+  check_tensor(rows, "rows", rows.scalar_type(), {x.size(0), x.size(1)});
+  TORCH_CHECK(x.size(1) % 8 == 0, "`x` must have a multiple of 8 columns, got ", x.size(1));
+  const ResidualAddParams params = {
+      .rows = rows.const_data_ptr(),
+      .x = x.mutable_data_ptr<float>(),
+      .num_elements = x.numel(),
+      .factor = static_cast<float>(factor),
+      .type = type,
+  };
+  run(tgi::cuda::residual_add, params, x);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
+  m.impl("linear", linear);
+  m.impl("residual_add", residual_add);
+}
