@@ -41,7 +41,7 @@ void do_nothing(const c10::OperatorHandle& op, c10::Stack* stack) {
 
 }  // namespace
 """
-_TORCH_S = ("mm.out", "mm.dtype_out", "add_.Tensor", "copy_")
+_TORCH_S = ("mm.out", "mm.dtype_out", "addmm.dtype_out", "add_.Tensor", "copy_")
 
 
 def _module(names: list[str]) -> str:

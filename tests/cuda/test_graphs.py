@@ -62,7 +62,8 @@ def make_runner(
         size = plain_size(40, "float16")
         runner = CudaRunner(
             model, device, lambda free_bytes: size,
-            StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256), CudaTypes(FP16),
+            StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256),
+            CudaTypes(FP16, is_batch_invariant=True),  # neighbours would otherwise change the last bits
         )  # fmt: skip
         runners.append(runner)
         return runner
